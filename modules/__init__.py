@@ -1,0 +1,1 @@
+"""Embedding, block and head of each model family, under the names of the layer shards."""

@@ -1,0 +1,41 @@
+"""The table of model families: plain names, so that flags can be checked without torch.
+
+Adding a family is one line here and one file that defines `FAMILY` (see `modules.family`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from modules.family import Family
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """Where a family is implemented, and how its config.json spells what flags are checked with."""
+
+    module: str
+    hf_model_type: str
+    hidden_size: str
+    num_layers: str
+    max_positions: str
+
+    def load(self) -> Family:
+        """Imports the implementation (torch and transformers with it)."""
+        family: Family = importlib.import_module(self.module).FAMILY
+        return family
+
+
+MODELS: dict[str, ModelEntry] = {
+    "gptj": ModelEntry("modules.gptj", "gptj", "n_embd", "n_layer", "n_positions"),
+    "gptneox": ModelEntry(
+        "modules.gptneox",
+        "gpt_neox",
+        "hidden_size",
+        "num_hidden_layers",
+        "max_position_embeddings",
+    ),
+}
