@@ -1,0 +1,128 @@
+"""Writing a step's folder so that a crash at any moment leaves the last one whole.
+
+Files go to a hidden folder beside the final one, are flushed to disk, and the folder is renamed
+when every stage has written its own; `latest` follows when every stage sees the renamed folder. On
+a shared disk the stages meet in one folder, without one each machine has its own: the steps are the
+same, so each is written to be harmless when another process has done it already.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+STAGE_FILES = ("prank_{}_checkpoint.pt", "prank_{}_optimizer.pt", "prank_{}_scheduler.pt")
+_PARTIAL = ".partial-"
+_REPLACED = ".replaced-"
+
+
+def partial_folder(path: Path, step: int, nonce: str) -> Path:
+    """Where step `step` is written; `nonce` is the same for all processes of this start."""
+    return path / f"{_PARTIAL}{step}-{nonce}"
+
+
+def clear_leftovers(path: Path, nonce: str) -> None:
+    """Removes what crashed saves of earlier starts left under `path`."""
+    for folder in [*path.glob(f"{_PARTIAL}*"), *path.glob(f"{_REPLACED}*")]:
+        if not folder.name.endswith(nonce):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_stage_files(folder: Path, stage: int, parts: Mapping[str, Any]) -> None:
+    """Saves each part as `prank_<stage>_<part>.pt`, flushed to disk."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, state in parts.items():
+        target = folder / f"prank_{stage}_{part}.pt"
+        with target.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def write_atomically(target: Path, data: bytes, tag: str) -> None:
+    """Writes a small file that appears whole; `tag` tells writers of the same file apart."""
+    temporary = target.with_name(f".{target.name}.{tag}")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, target)
+    sync_folder(target.parent)
+
+
+def make_way(final: Path, nonce: str) -> None:
+    """Moves aside a folder that an earlier crash left under the final name, before writing."""
+    _rename_if_there(final, final.with_name(f"{_REPLACED}{final.name}-{nonce}"))
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Renames a step's folder to its final name; several processes may do so at once."""
+    _rename_if_there(partial, final)
+    if not final.is_dir():
+        raise FileNotFoundError(f"{final}: its parts were written, but it is not there")
+    sync_folder(final.parent)
+
+
+def _rename_if_there(source: Path, target: Path) -> None:
+    try:
+        os.rename(source, target)
+    except OSError:
+        if source.exists():
+            raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Flushes a folder's entries to disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def whole_steps(path: Path, stage: int) -> list[int]:
+    """The steps under `path` whose folder has every file of `stage` readable to its end."""
+    if not path.is_dir():
+        return []
+    names = [entry.name for entry in path.iterdir() if re.fullmatch(r"[0-9]+", entry.name)]
+    return sorted(step for step in map(int, names) if is_whole(path / str(step), stage))
+
+
+def is_whole(folder: Path, stage: int) -> bool:
+    """Whether a step's folder has meta.json, config.json and all of a stage's files.
+
+    torch's files are zip archives, whose directory is written last: a cut one has none.
+    """
+    needed = [folder / name.format(stage) for name in STAGE_FILES]
+    return (folder / "meta.json").is_file() and all(map(zipfile.is_zipfile, needed))
+
+
+def predecessor_step(path: Path) -> int | None:
+    """The N of `latest` where it means a predecessor's `checkpoint_N`, else None."""
+    try:
+        step = int((path / "latest").read_text(encoding="utf-8").strip())
+    except (OSError, ValueError):
+        return None
+    is_theirs = not (path / str(step)).is_dir() and predecessor_folder(path, step).is_dir()
+    return step if is_theirs else None
+
+
+def predecessor_folder(path: Path, step: int) -> Path:
+    """Where the systems that came before kept a step."""
+    return path / f"checkpoint_{step}"
+
+
+def any_steps(path: Path) -> bool:
+    """Whether `path` holds any checkpoint, whole or not, ours or a predecessor's."""
+    if not path.is_dir():
+        return False
+    return (path / "latest").exists() or any(
+        re.fullmatch(r"(checkpoint_)?[0-9]+", entry.name) for entry in path.iterdir()
+    )

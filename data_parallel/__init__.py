@@ -1,0 +1,1 @@
+"""The gradients of a stage's replicas become one."""

@@ -1,0 +1,1 @@
+"""The update: one gradient norm over all stages, clipping, learning rate, AdamW."""

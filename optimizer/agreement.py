@@ -1,0 +1,77 @@
+"""One small reduction over all processes that ends an iteration.
+
+It brings every process the loss over all replicas and, where an update is due, the gradient norm
+over all stages. Each number has a slot of its own that one process fills and all others leave zero,
+so the sums are exact; the slots are then added in one order, so nothing depends on P.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from comm.communicator import Communicator
+from comm.topology import Topology
+
+
+class Totals(NamedTuple):
+    """What all processes agree on.
+
+    `loss` is the sum of token losses over `tokens` trained tokens; `squared_norm` that of the
+    gradients over all stages, or None where none was asked for.
+    """
+
+    loss: float
+    tokens: int
+    squared_norm: float | None
+
+
+class Agreement:
+    """`norm_slots` counts the parameters of all stages; this stage's begin at `first_slot`."""
+
+    def __init__(
+        self, control: Communicator, topology: Topology, *, norm_slots: int, first_slot: int
+    ) -> None:
+        self._control, self._topology = control, topology
+        self._norm_slots, self._first_slot = norm_slots, first_slot
+
+    def agree(self, *, loss: float, tokens: int, squared_norms: Sequence[float] | None) -> Totals:
+        """Sums over all processes; every one calls it alike, those without a loss give 0 and 0.
+
+        `squared_norms` are those of this stage's parameters, in order, after the replicas' sum.
+        """
+        replicas, replica = self._topology.num_replicas, self._topology.replica
+        norm_slots = 0 if squared_norms is None else self._norm_slots
+        slots = torch.zeros(2 * replicas + norm_slots, dtype=torch.float64)
+        if self._topology.is_last:
+            slots[2 * replica], slots[2 * replica + 1] = loss, tokens
+        if squared_norms is not None and replica == 0:
+            start = 2 * replicas + self._first_slot
+            slots[start : start + len(squared_norms)] = torch.tensor(
+                squared_norms, dtype=torch.float64
+            )
+        self._control.all_reduce(slots)
+        values = slots.tolist()
+        return Totals(
+            loss=sum(values[0 : 2 * replicas : 2]),
+            tokens=round(sum(values[1 : 2 * replicas : 2])),
+            squared_norm=None if squared_norms is None else sum(values[2 * replicas :]),
+        )
+
+
+def squared_norms(gradients: Sequence[Tensor]) -> list[float]:
+    """Each gradient's sum of squares, in fp32."""
+    norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients])
+    values: list[float] = norms.square().tolist()
+    return values
+
+
+def clip_factor(norm: float, max_norm: float) -> float:
+    """What to multiply gradients of norm `norm` by, as torch.nn.utils.clip_grad_norm_ does."""
+    if math.isinf(max_norm):
+        return 1.0
+    return min(1.0, max_norm / (norm + 1e-6))

@@ -1,0 +1,1 @@
+"""A pipeline: its schedule (when), its stage (how), its channel (to whom), and the engine."""

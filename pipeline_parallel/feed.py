@@ -1,0 +1,149 @@
+"""Token blocks on their way from global rank 0 to every pipeline's first and last stage.
+
+Token ids are small, so rank 0 alone reads data. It sends an iteration's rows while the one before
+is computed, so that no stage waits for text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from comm.communicator import Communicator, Work
+from comm.topology import Topology
+
+Ids = NDArray[np.int64]
+
+
+class HostBatch(Protocol):
+    """Rows of all replicas, replica after replica: tokens and labels (rows, tokens)."""
+
+    @property
+    def tokens(self) -> Ids: ...
+
+    @property
+    def labels(self) -> Ids: ...
+
+
+class Rows(NamedTuple):
+    """This process's rows on its device: tokens on a first stage, labels on a last one."""
+
+    tokens: Tensor | None
+    labels: Tensor | None
+
+
+class Scatter:
+    """Sends rank 0's batches out; every rank takes part, with what its stage needs.
+
+    `rows` is the number of rows of one pipeline, `tokens` their length.
+    """
+
+    def __init__(
+        self, control: Communicator, topology: Topology, *, rows: int, tokens: int,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self._control, self._topology, self._device = control, topology, device
+        self._rows, self._shape = rows, (rows, tokens)
+        self._works: list[Work] = []
+        self._buffers: dict[str, Tensor] = {}
+
+    def start(self, batch: HostBatch | None) -> None:
+        """Starts moving one batch; `batch` is rank 0's, None elsewhere."""
+        self._buffers = {}
+        if batch is None:
+            for name, needed in self._needs(self._topology.stage).items():
+                if needed:
+                    self._buffers[name] = torch.empty(self._shape, dtype=torch.int64)
+                    self._works.append(self._control.receive(self._buffers[name], source=0))
+            return
+        for replica in range(self._topology.num_replicas):
+            self._send_replica(batch, replica)
+
+    def finish(self) -> Rows:
+        """Waits for what `start` began, and moves it to the device."""
+        for work in self._works:
+            work.wait()
+        self._works.clear()
+        placed = {name: ids.to(self._device) for name, ids in self._buffers.items()}
+        return Rows(placed.get("tokens"), placed.get("labels"))
+
+    def _needs(self, stage: int) -> dict[str, bool]:
+        return {"tokens": stage == 0, "labels": stage == self._topology.num_stages - 1}
+
+    def _send_replica(self, batch: HostBatch, replica: int) -> None:
+        span = slice(replica * self._rows, (replica + 1) * self._rows)
+        arrays = {"tokens": batch.tokens, "labels": batch.labels}
+        for stage in sorted({0, self._topology.num_stages - 1}):
+            rank = self._topology.rank_of(stage=stage, replica=replica)
+            for name, needed in self._needs(stage).items():
+                if needed:
+                    self._place(name, torch.from_numpy(arrays[name][span].copy()), rank)
+
+    def _place(self, name: str, ids: Tensor, rank: int) -> None:
+        if rank == 0:
+            self._buffers[name] = ids
+        else:
+            self._works.append(self._control.send(ids, to=rank))
+
+
+class TrainingBatch(Protocol):
+    """A batch with the state of the data right after it."""
+
+    @property
+    def tokens(self) -> Ids: ...
+
+    @property
+    def labels(self) -> Ids: ...
+
+    @property
+    def state(self) -> dict[str, Any]: ...
+
+
+class TrainingFeed:
+    """`num_batches` training batches, each on its way one iteration before it is taken.
+
+    `batches` is rank 0's loader, None elsewhere. `state` is, on rank 0, where the data stands after
+    the batch taken last.
+    """
+
+    def __init__(
+        self, scatter: Scatter, batches: Iterator[TrainingBatch] | None, *, num_batches: int
+    ) -> None:
+        self._scatter, self._batches, self._left = scatter, batches, num_batches
+        self.state: dict[str, Any] = {}
+        self._next_state: dict[str, Any] = {}
+        self._start()
+
+    def take(self) -> Rows:
+        """The next batch's rows."""
+        rows = self._scatter.finish()
+        self.state = self._next_state
+        self._start()
+        return rows
+
+    def _start(self) -> None:
+        if self._left == 0:
+            return
+        self._left -= 1
+        batch = None if self._batches is None else next(self._batches)
+        self._next_state = {} if batch is None else batch.state
+        self._scatter.start(batch)
+
+
+def evaluation_feed(
+    scatter: Scatter, control: Communicator, batches: Iterator[HostBatch] | None
+) -> Iterator[Rows]:
+    """Every batch of an evaluation; rank 0 tells the others before each whether there is one."""
+    while True:
+        batch = None if batches is None else next(batches, None)
+        more = torch.tensor([0 if batch is None else 1])
+        control.broadcast(more, root=0)
+        if not more.item():
+            return
+        scatter.start(batch)
+        yield scatter.finish()
