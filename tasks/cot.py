@@ -1,0 +1,57 @@
+"""The registered task `cot`: chain-of-thought prompts of MMLU, one JSON object {key: text}."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tasks.jsonl import check_text
+from tasks.registry import shown
+from tasks.source import Document, Record, SourceFile
+
+PATH = os.path.join("data", "mmlu-cot.json")
+
+
+def open_files() -> list[SourceFile]:
+    """The task's one file.
+
+    Raises:
+        ValueError: It is not there.
+    """
+    if not os.path.isfile(PATH):
+        raise ValueError(
+            f"cot: there is no {shown(os.path.abspath(PATH))}: put there the chain-of-thought"
+            " prompts of MMLU as one JSON object {key: text}, the file mmlu-cot.json that was"
+            " published with the training data of GPT-JT"
+        )
+    return [CotFile(PATH)]
+
+
+@dataclass(frozen=True)
+class CotFile:
+    """A small file, read whole; a record's offset and line count its entries."""
+
+    path: str
+
+    def read(self, offset: int = 0, line: int = 0) -> Iterator[Record]:
+        """See `tasks.source.SourceFile.read`."""
+        for index, (key, value) in enumerate(self._load().items()):
+            if index >= offset:
+                where = f"{self.path}:{shown(key)}"
+                text = check_text(value, where)
+                yield Record(Document(text, where), len(text), index + 1, index + 1)
+
+    def _load(self) -> dict[str, Any]:
+        try:
+            with open(self.path, encoding="utf-8-sig") as file:
+                value = json.load(file)
+        except OSError as error:
+            raise ValueError(f"{self.path}: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self.path}: not JSON in UTF-8: {error}") from error
+        if not isinstance(value, dict):
+            raise ValueError(f"{self.path}: expected one object {{key: text}}")
+        return value

@@ -1,0 +1,58 @@
+"""Held-out text for evaluation: packed in order, once, padded at its end."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from tasks.batch import Batch, make_batch
+from tasks.opening import open_source
+from tasks.packing import Block, Encoder, pack_once
+from tasks.source import Source
+
+EVALUATION_FLAG = "--evaluation-data"
+
+
+def evaluation_batches(
+    name: str,
+    tokenizer: Any,
+    *,
+    seq_length: int,
+    rows: int,
+    separator: str | None = None,
+    max_batches: int | None = None,
+    flag: str = EVALUATION_FLAG,
+) -> Iterator[Batch]:
+    """The whole of a file, folder or registered task, `rows` blocks a batch; streams.
+
+    What the last block lacks, and the rows that the last batch lacks, are token 0 and not trained.
+
+    Raises:
+        ValueError: There is no such source, it yields nothing to predict, or a line is bad.
+    """
+    source = open_source(name, flag=flag)
+    encoder = Encoder(tokenizer, separator)
+    blocks = pack_once(_texts(source), encoder, seq_length)
+    return itertools.islice(_batches(source, blocks, rows), max_batches)
+
+
+def _texts(source: Source) -> Iterator[str]:
+    for file in source.files:
+        for record in file.read():
+            yield record.document.text
+
+
+def _batches(source: Source, blocks: Iterator[Block], rows: int) -> Iterator[Batch]:
+    batch = list(itertools.islice(blocks, rows))
+    if not batch:
+        raise source.empty_error("yields nothing to evaluate")
+    while batch:
+        yield make_batch(batch + [_untrained(batch[0])] * (rows - len(batch)))
+        batch = list(itertools.islice(blocks, rows))
+
+
+def _untrained(like: Block) -> Block:
+    return Block(np.zeros_like(like.tokens), np.zeros_like(like.trained))

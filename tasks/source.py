@@ -1,0 +1,57 @@
+"""What a source of documents is made of, whatever its format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from tasks.registry import shown
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text, and where it stands ("file:line"), for messages."""
+
+    text: str
+    where: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """A document as a file yields it, with the place right after it, from where to read on.
+
+    `offset` and `line` mean something to the file alone; `size` is about its bytes in memory.
+    """
+
+    document: Document
+    size: int
+    offset: int
+    line: int
+
+
+class SourceFile(Protocol):
+    """One file of a source, read in order from any place that a record named."""
+
+    @property
+    def path(self) -> str:
+        """Its path, as messages name it."""
+
+    def read(self, offset: int = 0, line: int = 0) -> Iterator[Record]:
+        """The records from a place on; the default is the beginning.
+
+        Raises:
+            ValueError: A line is no document; the text names file, line and reason.
+        """
+
+
+@dataclass(frozen=True)
+class Source:
+    """A registered task, a file or a folder: its name and its files, sorted."""
+
+    name: str
+    files: Sequence[SourceFile]
+
+    def empty_error(self, what: str = "holds no document") -> ValueError:
+        """The error for a source that nothing can be made of."""
+        return ValueError(f"{shown(self.name)}: the source {what}")
