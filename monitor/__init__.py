@@ -1,0 +1,1 @@
+"""What a run tells: metrics, plots, progress, logs, Weights & Biases. Imports nothing of ours."""

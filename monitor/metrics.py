@@ -1,0 +1,125 @@
+"""metrics.jsonl: what each iteration did, one JSON object a line, readable while a run writes it.
+
+The file is the run's own record: plots are drawn from it, users' scripts read it, and a resumed run
+continues it as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from monitor.atomic import replace_file
+
+
+@dataclass(frozen=True)
+class IterationMetrics:
+    """One line: the metrics of iteration `step`, the first of which is 1.
+
+    `loss` is over all replicas and microbatches. `lr` and `grad_norm` are those of the update that
+    this iteration ended, None where it ended none; `grad_norm` is None where it was skipped too.
+    `step_seconds` leaves saves and evaluations out. What is None from `loss_scale` on has no key.
+    """
+
+    step: int
+    loss: float
+    lr: float | None
+    grad_norm: float | None
+    tokens: int
+    step_seconds: float
+    loss_scale: float | None = None
+    eval_loss: float | None = None
+    eval_loss_before: float | None = None
+    resumed: bool = False
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """None where no time passed."""
+        return self.tokens / self.step_seconds if self.step_seconds > 0 else None
+
+    @property
+    def eval_perplexity(self) -> float | None:
+        """The exponential of `eval_loss`; infinite where that is too large for a float."""
+        return None if self.eval_loss is None else perplexity(self.eval_loss)
+
+    def to_json(self) -> dict[str, Any]:
+        """The line's keys and values, all of which JSON can hold: what is not finite is None."""
+        optional: dict[str, float | bool | None] = {
+            "loss_scale": self.loss_scale,
+            "eval_loss": self.eval_loss,
+            "eval_perplexity": self.eval_perplexity,
+            "eval_loss_before": self.eval_loss_before,
+            "resumed": self.resumed or None,
+        }
+        line: dict[str, float | bool | None] = {
+            "step": self.step,
+            "loss": self.loss,
+            "lr": self.lr,
+            "grad_norm": self.grad_norm,
+            "tokens": self.tokens,
+            "step_seconds": self.step_seconds,
+            "tokens_per_second": self.tokens_per_second,
+            **{key: value for key, value in optional.items() if value is not None},
+        }
+        return {key: _finite_or_none(value) for key, value in line.items()}
+
+
+class MetricsFile:
+    """The writer of one metrics.jsonl. Its folder must exist by the first write."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def start_afresh(self) -> None:
+        """Begins an empty file: a run that starts at step 0 has no past."""
+        replace_file(self.path, b"")
+
+    def cut_after(self, step: int) -> None:
+        """Drops the lines past `step`, and what a crash left half written."""
+        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
+        replace_file(self.path, b"".join(map(_encode, kept)))
+
+    def append(self, metrics: IterationMetrics) -> None:
+        """Adds one line in one write."""
+        with self.path.open("ab", buffering=0) as file:
+            file.write(_encode(metrics.to_json()))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl, in order; none where there is no such file.
+
+    Lines that are no JSON object with a step, as one being written may be, are left out.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    decoded = map(_decode, content.splitlines())
+    return [line for line in decoded if line is not None]
+
+
+def perplexity(loss: float) -> float:
+    """The exponential of a token-averaged loss in nats; infinite where a float cannot hold it."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def _finite_or_none(value: float | bool | None) -> float | bool | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _encode(line: dict[str, Any]) -> bytes:
+    return (json.dumps(line, allow_nan=False) + "\n").encode()
+
+
+def _decode(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) and isinstance(value.get("step"), int) else None

@@ -1,0 +1,129 @@
+"""loss.png, drawn from metrics.jsonl: is the run well, at a glance.
+
+Drawn through matplotlib's objects, never pyplot, whose global state and choice of a window system
+have no place in training. matplotlib is imported only when something is drawn.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from monitor.atomic import replace_file
+from monitor.metrics import read_metrics
+
+logger = logging.getLogger(__name__)
+
+_RAW, _SMOOTH, _HELD_OUT, _LR, _RESTART = "#b5cde6", "#1f5fa8", "#d1495b", "#3f8f4f", "#999999"
+
+Points = list[tuple[int, float]]  # (step, value)
+
+
+def draw_loss(metrics_path: Path, png_path: Path) -> None:
+    """Draws the metrics so far, in place of the last picture. A failure is one logged warning."""
+    try:
+        lines = read_metrics(metrics_path)
+        if lines:
+            replace_file(png_path, _render(lines))
+    except Exception as error:  # whatever matplotlib trips over, training goes on
+        logger.warning("%s could not be drawn: %s", png_path, error)
+
+
+def loss_points(lines: Iterable[dict[str, Any]]) -> Points:
+    """The training loss after each iteration."""
+    return _points(lines, "loss")
+
+
+def held_out_points(lines: Sequence[dict[str, Any]]) -> Points:
+    """The held-out losses, the one before the first iteration being that of step 0."""
+    before = [(step - 1, value) for step, value in _points(lines, "eval_loss_before")]
+    return before + _points(lines, "eval_loss")
+
+
+def restarts(lines: Iterable[dict[str, Any]]) -> list[int]:
+    """The steps that a resumed process did first."""
+    return [line["step"] for line in lines if line.get("resumed")]
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """A centred running mean over a fiftieth of the run, cut off at its ends.
+
+    Centred, so that it does not lag behind a loss that falls.
+    """
+    reach = max(1, len(values) // 100)
+    sums = list(itertools.accumulate(values, initial=0.0))
+    result = []
+    for index in range(len(values)):
+        low, high = max(0, index - reach), min(len(values), index + reach + 1)
+        result.append((sums[high] - sums[low]) / (high - low))
+    return result
+
+
+def _points(lines: Iterable[dict[str, Any]], key: str) -> Points:
+    return [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+
+
+def _render(lines: Sequence[dict[str, Any]]) -> bytes:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    handles = [
+        *_draw_training(axes, loss_points(lines)),
+        *_draw_held_out(axes, held_out_points(lines)),
+        *_draw_lr(axes.twinx(), _points(lines, "lr")),
+        *_draw_restarts(axes, restarts(lines)),
+    ]
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(color="#eeeeee")
+    figure.legend(handles=handles, loc="outside upper center", ncols=5, frameon=False)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")  # a bare Figure renders with Agg
+    return picture.getvalue()
+
+
+def _draw_training(axes: Any, points: Points) -> list[Any]:
+    if len(points) < 10:
+        return _draw(axes, points, color=_SMOOTH, linewidth=1.8, label="training loss")
+    raw = _draw(axes, points, color=_RAW, linewidth=0.9, label="training loss")
+    steps, losses = zip(*points, strict=True)
+    smoothed = list(zip(steps, smooth(losses), strict=True))
+    return raw + _draw(axes, smoothed, color=_SMOOTH, linewidth=1.8, label="smoothed")
+
+
+def _draw_held_out(axes: Any, points: Points) -> list[Any]:
+    label = f"held-out loss, last {points[-1][1]:.3f}" if points else ""
+    return _draw(axes, points, color=_HELD_OUT, marker="o", markersize=5, label=label)
+
+
+def _draw_lr(axes: Any, points: Points) -> list[Any]:
+    if not points:
+        axes.set_axis_off()
+        return []
+    axes.set_ylabel("learning rate", color=_LR)
+    axes.tick_params(axis="y", colors=_LR)
+    axes.set_ylim(0, 1.08 * max(rate for _, rate in points) or 1.0)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    return _draw(axes, points, color=_LR, linewidth=1.2, alpha=0.7, label="learning rate")
+
+
+def _draw(axes: Any, points: Points, **style: Any) -> list[Any]:
+    if not points:
+        return []
+    if len(points) == 1:  # no line shows through one point
+        style.setdefault("marker", "o")
+    steps, values = zip(*points, strict=True)
+    return list(axes.plot(steps, values, **style))
+
+
+def _draw_restarts(axes: Any, steps: Sequence[int]) -> list[Any]:
+    style = {"color": _RESTART, "linewidth": 1.0, "linestyle": "--", "label": "restart"}
+    lines = [axes.axvline(step - 0.5, **style) for step in steps]
+    return lines[:1]  # one entry in the legend for all of them

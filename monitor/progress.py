@@ -1,0 +1,97 @@
+"""How far the run is: a live line on a terminal, now and then a plain line anywhere else."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from monitor.console import Console
+from monitor.metrics import IterationMetrics, perplexity
+
+_PLAIN_INTERVAL = 10.0  # seconds between plain lines
+_LIVE_INTERVAL = 0.1  # seconds between two states of the live line
+_RECENT = 50  # iterations that the time left is judged by
+
+
+class Progress:
+    """Shows each iteration of a run of `total_steps` on the console that its logs go to.
+
+    The first and the last iteration and every evaluation are always shown.
+    """
+
+    def __init__(
+        self, total_steps: int, console: Console, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._total_steps = total_steps
+        self._console = console
+        self._clock = clock
+        self._interval = _LIVE_INTERVAL if console.is_terminal else _PLAIN_INTERVAL
+        self._recent: deque[float] = deque(maxlen=_RECENT)
+        self._shown_at: float | None = None
+        self._lr: float | None = None
+        self._eval_loss: float | None = None
+
+    def update(self, metrics: IterationMetrics) -> None:
+        """Takes note of an iteration that ended, and of its evaluation if there was one."""
+        self._recent.append(metrics.step_seconds)
+        self._lr = self._lr if metrics.lr is None else metrics.lr
+        if metrics.eval_loss is not None:
+            self.evaluated(metrics.step, metrics.eval_loss)
+        if metrics.step >= self._total_steps or self._is_due():
+            self._shown_at = self._clock()
+            self._show(self._line(metrics))
+
+    def evaluated(self, step: int, loss: float) -> None:
+        """Prints a held-out loss; step 0 is before the first iteration."""
+        self._eval_loss = loss
+        self._console.print(
+            f"step {step}: held-out loss {loss:.4f}, perplexity {perplexity(loss):.4g}"
+        )
+
+    def close(self) -> None:
+        """Leaves the last state on the terminal, and what comes after it on lines of its own."""
+        self._console.keep_live()
+
+    def _is_due(self) -> bool:
+        return self._shown_at is None or self._clock() - self._shown_at >= self._interval
+
+    def _show(self, line: str) -> None:
+        if self._console.is_terminal:
+            self._console.set_live(line)
+        else:
+            self._console.print(line)
+
+    def _line(self, metrics: IterationMetrics) -> str:
+        parts = [f"step {metrics.step}/{self._total_steps}", f"loss {metrics.loss:.4f}"]
+        if self._lr is not None:
+            parts.append(f"lr {self._lr:.3g}")
+        if metrics.tokens_per_second is not None:
+            parts.append(f"{metrics.tokens_per_second:,.0f} tokens/s")
+        if metrics.step < self._total_steps:
+            left = recent_average(self._recent) * (self._total_steps - metrics.step)
+            parts.append(f"{format_duration(left)} left")
+        if self._eval_loss is not None:
+            parts.append(f"held-out {self._eval_loss:.4f}")
+        return " | ".join(parts)
+
+
+def recent_average(seconds: Sequence[float]) -> float:
+    """The mean without the shortest and the longest, once there are five.
+
+    A median would not do: where gradients are accumulated, one iteration in a few is the long one.
+    """
+    kept = sorted(seconds)[1:-1] if len(seconds) >= 5 else seconds
+    return sum(kept) / len(kept)
+
+
+def format_duration(seconds: float) -> str:
+    """`42 s`, `3:07 min`, `5:02 h` or `2 d 5 h`, whichever is the largest unit that fits."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02d} min"
+    if whole < 86400:
+        return f"{whole // 3600}:{whole % 3600 // 60:02d} h"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"

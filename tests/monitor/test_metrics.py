@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from monitor.metrics import IterationMetrics, MetricsFile, read_metrics
+
+REQUIRED = ["step", "loss", "lr", "grad_norm", "tokens", "step_seconds", "tokens_per_second"]
+
+
+def line(step: int, **changes: float | bool | None) -> IterationMetrics:
+    values = {"loss": 2.0, "lr": 1e-3, "grad_norm": 0.5, "tokens": 100, "step_seconds": 0.5}
+    return IterationMetrics(step=step, **{**values, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def metrics_file(tmp_path: Path) -> MetricsFile:
+    return MetricsFile(tmp_path / "metrics.jsonl")
+
+
+def test_a_plain_line_has_exactly_the_keys_that_every_line_has() -> None:
+    assert list(line(1).to_json()) == REQUIRED
+    assert line(1).to_json()["tokens_per_second"] == 200.0
+
+
+def test_an_iteration_that_ended_no_update_has_nulls() -> None:
+    written = line(1, lr=None, grad_norm=None).to_json()
+    assert list(written) == REQUIRED
+    assert written["lr"] is None
+    assert written["grad_norm"] is None
+
+
+def test_optional_keys_appear_where_they_say_something() -> None:
+    full = line(1, loss_scale=8.0, eval_loss=math.log(7), eval_loss_before=3.0, resumed=True)
+    written = full.to_json()
+    optional = ["loss_scale", "eval_loss", "eval_perplexity", "eval_loss_before", "resumed"]
+    assert list(written) == REQUIRED + optional
+    assert written["eval_perplexity"] == pytest.approx(7)
+    assert written["resumed"] is True
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_written_as_null(metrics_file: MetricsFile, value: float) -> None:
+    metrics_file.append(line(1, loss=value, grad_norm=value, eval_loss=1e6))
+    text = metrics_file.path.read_text()
+    assert json.loads(text)["loss"] is None
+    assert json.loads(text)["eval_perplexity"] is None
+    assert "NaN" not in text
+    assert "Infinity" not in text
+
+
+def test_a_start_without_a_checkpoint_begins_afresh(metrics_file: MetricsFile) -> None:
+    metrics_file.append(line(1))
+    metrics_file.start_afresh()
+    assert metrics_file.path.read_text() == ""
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 6, "lo', '{"step": 6}'])
+def test_a_resume_cuts_later_and_torn_lines(metrics_file: MetricsFile, torn: str) -> None:
+    for step in range(1, 6):
+        metrics_file.append(line(step))
+    whole = metrics_file.path.read_text().splitlines(keepends=True)
+    metrics_file.path.write_text("".join(whole) + torn)
+    metrics_file.cut_after(3)
+    assert metrics_file.path.read_text() == "".join(whole[:3])
+
+
+def test_a_torn_line_up_to_the_resumed_step_does_not_spoil_the_next(
+    metrics_file: MetricsFile,
+) -> None:
+    metrics_file.append(line(1))
+    with metrics_file.path.open("a") as file:
+        file.write('{"step": 2, "los')
+    metrics_file.cut_after(2)
+    metrics_file.append(line(2, resumed=True))
+    assert [entry["step"] for entry in read_metrics(metrics_file.path)] == [1, 2]
+
+
+def test_a_resume_where_the_file_is_gone_begins_one(metrics_file: MetricsFile) -> None:
+    metrics_file.cut_after(3)
+    assert metrics_file.path.read_text() == ""
+
+
+def test_numbers_come_back_as_they_were(metrics_file: MetricsFile) -> None:
+    metrics_file.append(line(1, loss=1 / 3))
+    metrics_file.cut_after(1)
+    assert read_metrics(metrics_file.path)[0]["loss"] == 1 / 3
+    assert [path.name for path in metrics_file.path.parent.iterdir()] == ["metrics.jsonl"]

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from monitor.plot import draw_loss, held_out_points, restarts, smooth
+
+PNG = b"\x89PNG"
+CASES: dict[str, list[dict[str, Any]]] = {
+    "one point": [{"step": 1, "loss": 3.0, "lr": 1e-3}],
+    "nothing but nulls": [{"step": 1, "loss": None, "lr": None}],
+    "a learning rate of zero": [{"step": step, "loss": 3.0, "lr": 0.0} for step in range(1, 4)],
+    "everything": [
+        {"step": 1, "loss": 5.0, "lr": None, "eval_loss_before": 6.0},
+        *({"step": step, "loss": 5 / step, "lr": 1e-3} for step in range(2, 30)),
+        {"step": 30, "loss": 0.1, "lr": 0.0, "eval_loss": 0.2, "resumed": True},
+    ],
+}
+
+
+@pytest.mark.parametrize("lines", CASES.values(), ids=CASES.keys())
+def test_draws(tmp_path: Path, lines: list[dict[str, Any]], caplog: Any) -> None:
+    metrics, picture = tmp_path / "metrics.jsonl", tmp_path / "loss.png"
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    draw_loss(metrics, picture)
+    assert caplog.text == ""
+    assert picture.read_bytes().startswith(PNG)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
+
+
+def test_a_failure_is_a_warning(tmp_path: Path, caplog: Any) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 1, "loss": "high"}\n')
+    with caplog.at_level(logging.WARNING):
+        draw_loss(metrics, tmp_path / "no such folder" / "loss.png")
+    assert "no such folder" in caplog.text
+
+
+def test_no_metrics_no_picture(tmp_path: Path) -> None:
+    draw_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_points() -> None:
+    assert held_out_points(CASES["everything"]) == [(0, 6.0), (30, 0.2)]
+    assert restarts(CASES["everything"]) == [30]
+
+
+def test_smoothing_keeps_a_constant_and_calms_the_rest() -> None:
+    assert smooth([2.0] * 500) == pytest.approx([2.0] * 500)
+    assert smooth([0.0, 3.0, 0.0]) == [1.5, 1.0, 1.5]
+    assert smooth([]) == []
+
+
+def test_matplotlib_is_imported_only_to_draw() -> None:
+    code = "import sys, monitor.plot; assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import io
+import logging
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from monitor.console import Console
+from monitor.logs import setup_logging
+from monitor.metrics import IterationMetrics
+from monitor.progress import Progress, format_duration, recent_average
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def iteration(
+    step: int, *, lr: float | None = 1e-3, eval_loss: float | None = None
+) -> IterationMetrics:
+    return IterationMetrics(
+        step=step, loss=2.5, lr=lr, grad_norm=1.0, tokens=500, step_seconds=0.5, eval_loss=eval_loss
+    )
+
+
+def run(stream: io.StringIO, *, steps: int, seconds: float) -> list[str]:
+    clock = Clock()
+    progress = Progress(steps, Console(stream), clock=clock)
+    for step in range(1, steps + 1):
+        clock.now += seconds
+        progress.update(iteration(step))
+    progress.close()
+    return stream.getvalue().splitlines()
+
+
+@pytest.fixture(autouse=True)
+def _restore_logging() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = handlers, level
+
+
+def test_the_line() -> None:
+    assert run(io.StringIO(), steps=100, seconds=0.5)[0] == (
+        "step 1/100 | loss 2.5000 | lr 0.001 | 1,000 tokens/s | 50 s left"
+    )
+
+
+def test_plain_lines_come_every_ten_seconds_with_the_first_and_the_last() -> None:
+    lines = run(io.StringIO(), steps=43, seconds=1.0)
+    assert [int(re.findall(r"\d+", line)[0]) for line in lines] == [1, 11, 21, 31, 41, 43]
+
+
+def test_slow_iterations_each_have_a_plain_line() -> None:
+    assert len(run(io.StringIO(), steps=5, seconds=12.0)) == 5
+
+
+def test_a_terminal_has_one_line_rewritten_in_place() -> None:
+    stream = Terminal()
+    run(stream, steps=20, seconds=1.0)
+    assert stream.getvalue().count("\n") == 1
+    assert stream.getvalue().count("\r\x1b[2K") == 20
+    assert all(len(state) < 80 for state in stream.getvalue().split("\r\x1b[2K"))
+
+
+def test_evaluations_always_have_a_line() -> None:
+    stream = io.StringIO()
+    progress = Progress(100, Console(stream), clock=Clock())
+    progress.evaluated(0, 7.0)
+    for step in range(1, 4):
+        progress.update(iteration(step, eval_loss=2.0 if step == 3 else None))
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "step 0: held-out loss 7.0000, perplexity 1097"
+    assert lines[1].endswith("| held-out 7.0000")
+    assert lines[2:] == ["step 3: held-out loss 2.0000, perplexity 7.389"]
+
+
+def test_the_last_learning_rate_stands_where_no_update_ended() -> None:
+    stream = io.StringIO()
+    progress = Progress(2, Console(stream), clock=Clock())
+    progress.update(iteration(1))
+    progress.update(iteration(2, lr=None))
+    assert "lr 0.001" in stream.getvalue().splitlines()[1]
+
+
+def test_log_records_scroll_above_the_live_line() -> None:
+    stream = Terminal()
+    progress = Progress(3, setup_logging(0, stream))
+    progress.update(iteration(1))
+    stream.seek(0)
+    stream.truncate()
+    logging.getLogger("checkpoint").info("saved")
+    assert re.fullmatch(r"\r\x1b\[2Ksaved\nstep 1/3 \| .*", stream.getvalue())
+
+
+def test_other_ranks_speak_only_when_something_is_wrong() -> None:
+    stream = io.StringIO()
+    setup_logging(3, stream)
+    logging.info("fine")
+    logging.warning("rank 1 is lost")
+    assert stream.getvalue() == "rank 3: rank 1 is lost\n"
+
+
+def test_rank_0_tells_its_story_but_not_that_of_libraries() -> None:
+    stream = io.StringIO()
+    setup_logging(0, stream)
+    logging.info("step 1")
+    logging.getLogger("httpx").info("GET")
+    assert stream.getvalue() == "step 1\n"
+
+
+def test_a_stream_that_is_gone_ends_no_training() -> None:
+    stream = io.StringIO()
+    console = Console(stream)
+    stream.close()
+    console.print("into the void")
+
+
+def test_the_time_left_forgives_one_long_iteration() -> None:
+    assert recent_average([60.0, 1.0, 1.0, 1.0, 1.0, 1.0]) == 1.0
+    assert recent_average([1.0, 3.0]) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (59.6, "1:00 min"), (187, "3:07 min"), (18120, "5:02 h"), (190000, "2 d 4 h")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
