@@ -1,0 +1,1 @@
+"""Layer shards in, training state in and out, Hugging Face out."""

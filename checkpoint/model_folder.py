@@ -1,0 +1,95 @@
+"""What lies beside a model's weights: its config, its tokenizer; and where a model is found."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+COMPANIONS = (
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "*.model",
+    "*.tiktoken",
+    "generation_config.json",
+)
+_SAFETENSORS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+_TORCH_BINS = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copies tokenizer files and generation settings, where there are any; config.json is not."""
+    for pattern in COMPANIONS:
+        for path in source.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, target / path.name)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Raises ValueError, naming the file, where it is not a JSON object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def write_config(source: Path, target: Path, **changes: object) -> None:
+    """Writes `target`/config.json: that of `source` with `changes`.
+
+    `dtype` is also written under its name before transformers 4.56 where that name is in use.
+    """
+    config = read_json_object(source / "config.json") | changes
+    if "dtype" in changes and "torch_dtype" in config:
+        config["torch_dtype"] = changes["dtype"]
+    write_json(target / "config.json", config)
+
+
+def folder_name(model_name: str) -> str:
+    """A local folder's base name, or a hub name with / as _."""
+    if Path(model_name).is_dir():
+        return os.path.basename(os.path.abspath(model_name))
+    return model_name.replace("/", "_")
+
+
+def find_model(model_name: str, *, flag: str, weights: bool) -> Path:
+    """The local folder `model_name`, or the hub's model of that name, downloaded.
+
+    Without `weights` only config and tokenizer are. Raises ValueError, naming `flag`, where it is
+    no folder and the hub does not have it or cannot be reached.
+    """
+    if Path(model_name).is_dir():
+        return Path(model_name)
+    small = ("config.json", *COMPANIONS)
+    folder = _download(model_name, flag, (*small, *_SAFETENSORS) if weights else small)
+    if weights and not any(folder.glob("model*.safetensors")):
+        folder = _download(model_name, flag, _TORCH_BINS)
+    return folder
+
+
+def _download(model_name: str, flag: str, patterns: Sequence[str]) -> Path:
+    try:
+        folder = snapshot_download(
+            model_name, allow_patterns=list(patterns), ignore_patterns=["*/*"]
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{flag} {model_name}: no such folder, and not to be had from the hub: {reason}"
+        ) from error
+    return Path(folder)

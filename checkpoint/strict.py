@@ -1,0 +1,71 @@
+"""Strict reading: a module's weights are exactly those that its config calls for, all finite.
+
+An error is one line that names file and key, and shows what was found beside what was expected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoint.tensor_files import DTYPES, Entry, TensorFile
+from modules.family import Family
+from modules.layers import make_layer
+
+_FINITE_CHUNK = 1 << 22  # elements looked at together, so that the check needs little memory
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def module_shapes(family: Family, config: Any, index: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights of module `index` (`modules.layers` counts them)."""
+    state = make_layer(family, config, index, "meta").state_dict()
+    return {key: tuple(tensor.shape) for key, tensor in state.items()}
+
+
+def check_keys(path: Path, found: Iterable[str], expected: Iterable[str]) -> None:
+    """Raises ValueError for a key that is missing or one too many."""
+    found, expected = set(found), set(expected)
+    if missing := sorted(expected - found):
+        raise ValueError(f"{path}: key {_listed(missing)} missing, expected {len(expected)} keys")
+    if extra := sorted(found - expected):
+        raise ValueError(f"{path}: key {_listed(extra)} unexpected: no weight of this model's")
+
+
+def check_entry(path: Path, key: str, entry: Entry, shape: tuple[int, ...]) -> None:
+    """Raises ValueError for another shape, or for a type that is no float's."""
+    if entry.shape != shape:
+        raise ValueError(f"{path}: {key} has shape {entry.shape}, config.json makes it {shape}")
+    if entry.dtype not in DTYPES:
+        raise ValueError(f"{path}: {key} is {entry.dtype}, expected one of {', '.join(DTYPES)}")
+
+
+def read_weight(file: TensorFile, key: str, dtype: torch.dtype | None = None) -> Tensor:
+    """One tensor, as `dtype` if given; ValueError where it, or what it becomes, is not finite."""
+    tensor = file.read(key)
+    if not is_finite(tensor):
+        raise ValueError(f"{file.path}: {key} holds a value that is not finite (NaN or infinite)")
+    if dtype is None or dtype == tensor.dtype:
+        return tensor
+    cast = tensor.to(dtype)
+    if not is_finite(cast):
+        raise ValueError(
+            f"{file.path}: {key} holds {tensor.abs().max().item():g}, beyond {dtype}'s largest "
+            f"value {torch.finfo(dtype).max:g}: choose a wider type"
+        )
+    return cast
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite."""
+    parts = torch.split(tensor.flatten(), _FINITE_CHUNK)
+    return all(bool(torch.isfinite(part).all()) for part in parts)
+
+
+def _listed(keys: list[str]) -> str:
+    """`a`, or `a and 3 more`: an error stays one readable line."""
+    return keys[0] if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more"

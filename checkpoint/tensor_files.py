@@ -1,0 +1,161 @@
+"""Files of named tensors, read one tensor at a time: those of torch.save, and safetensors.
+
+Pages of a mapped file count as memory of the process until it is unmapped. So a file is opened anew
+for each tensor: what is held is one tensor, however many the file has.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+LOGGER = logging.getLogger(__name__)
+
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+_SAFETENSORS_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+_ZIP_MAGIC = b"PK\x03\x04"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a file says about a tensor: its shape, and its type by torch's name ("float16")."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+
+class TensorFile(Protocol):
+    """A file of named tensors; `entries` is what it holds, known without reading the tensors."""
+
+    path: Path
+    entries: Mapping[str, Entry]
+
+    def read(self, key: str) -> Tensor:
+        """The tensor, in memory of its own."""
+
+
+class SafetensorsFile:
+    """A .safetensors file. Raises ValueError, naming the file, for a missing or damaged one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: Mapping[str, Entry] = {}
+        require_file(path)
+        try:
+            with safe_open(path, "pt") as file:
+                self.entries = {key: _slice_entry(file.get_slice(key)) for key in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise _damaged(path, "safetensors file", error) from error
+
+    def read(self, key: str) -> Tensor:
+        with safe_open(self.path, "pt") as file:
+            tensor: Tensor = file.get_tensor(key).clone()
+        return tensor
+
+
+class TorchFile:
+    """A state dict saved by torch.save, read without running any code that it holds.
+
+    Raises ValueError, naming the file, for a missing or damaged one, for one that holds anything
+    but dense tensors, and for one that asks for code. A file of the old format (before torch 1.6)
+    cannot be mapped: it is held whole, which is said first.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        require_file(path)
+        self._mapped = _is_zip(path)
+        if not self._mapped:
+            LOGGER.warning(
+                "%s: saved in torch's old format, which cannot be mapped: loading all of it, %s",
+                path,
+                format_bytes(path.stat().st_size),
+            )
+        tensors = self._load()
+        self._held = {} if self._mapped else tensors
+        self.entries: Mapping[str, Entry] = {
+            key: Entry(tuple(tensor.shape), _dtype_name(tensor.dtype))
+            for key, tensor in tensors.items()
+        }
+
+    def read(self, key: str) -> Tensor:
+        tensor = self._load()[key] if self._mapped else self._held[key]
+        return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+    def _load(self) -> dict[str, Tensor]:
+        try:
+            loaded = torch.load(self.path, map_location="cpu", mmap=self._mapped, weights_only=True)
+        except Exception as error:  # what a damaged pickle raises depends on its bytes
+            raise _damaged(self.path, "state dict saved by torch.save", error) from error
+        return _state_dict(self.path, loaded)
+
+
+def open_tensor_file(path: Path) -> TensorFile:
+    """`path` as a safetensors file or one of torch.save, by its name's ending."""
+    return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+
+
+def require_file(path: Path) -> None:
+    """Raises ValueError, naming the file, where there is none."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+
+
+def format_bytes(count: int) -> str:
+    """`1.23 GB`, or `1.23 MB` below a tenth of that unit."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
+
+
+def _slice_entry(view: Any) -> Entry:
+    name = view.get_dtype()
+    return Entry(tuple(view.get_shape()), _SAFETENSORS_NAMES.get(name, name))
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _state_dict(path: Path, loaded: object) -> dict[str, Tensor]:
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path}: holds {type(loaded).__name__}, expected a dict of tensors")
+    for key, value in loaded.items():
+        if not isinstance(key, str):
+            raise ValueError(f"{path}: key {key!r} is {type(key).__name__}, expected a name")
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+            raise ValueError(f"{path}: {key} is {type(value).__name__}, expected a dense tensor")
+    return loaded
+
+
+def _damaged(path: Path, expected: str, error: Exception) -> ValueError:
+    """One line for whatever the library said; its advice on unsafe loading is left out."""
+    asked = re.search(r"GLOBAL (\S+)", str(error))
+    if isinstance(error, pickle.UnpicklingError) and asked:
+        return ValueError(f"{path}: refused: it asks to run {asked[1]}, expected tensors alone")
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    size = path.stat().st_size
+    return ValueError(f"{path}: {size} bytes that are no whole {expected}: {reason}")
