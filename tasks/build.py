@@ -27,7 +27,7 @@ def open_training_stream(
     """Opens the sources that `specs` name (see `tasks.registry.parse_task_name`).
 
     Raises:
-        ValueError: A source is not there, or documents have no end: neither eos_token nor separator.
+        ValueError: A source is not there, or there is neither eos_token nor `separator`.
     """
     encoder = Encoder(tokenizer, separator)
     sources = []

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 
-SEED_BITS = 63
-
 
 def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed that depends on all of `parts` and their order, the same on every machine."""

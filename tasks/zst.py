@@ -12,8 +12,8 @@ from typing import Any, BinaryIO
 import zstandard
 
 # Compressed bytes per call. A call returns all that they hold: text that repeats shrinks more than
-# ten thousandfold, so this, not the file, bounds the memory (to about 20 MB).
-INPUT_BYTES = 2048
+# ten thousandfold, so this, not the file, bounds the memory (to about 10 MB).
+INPUT_BYTES = 512
 MAX_WINDOW_BYTES = 1 << 31
 
 

@@ -1,0 +1,68 @@
+"""Texts, files and a small tokenizer that the tests of `tasks/` share."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import zstandard
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+TEXT = "the quick brown fox jumps over a lazy dog while seven wizards brew potions é ü 漢字"
+WORDS = TEXT.split()
+
+
+@cache
+def tokenizer() -> Any:
+    """A byte-level BPE of 400 tokens whose eos is id 0, with a tiny model_max_length."""
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<eos>"], initial_alphabet=alphabet
+    )
+    tok.train_from_iterator(make_texts(200, seed=0), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<eos>", model_max_length=16)
+
+
+def make_texts(count: int, *, seed: int, longest: int = 30) -> list[str]:
+    """Texts of 1 to `longest` words, all different."""
+    draw = random.Random(seed)
+    return [
+        f"{seed}-{i} " + " ".join(draw.choices(WORDS, k=draw.randint(1, longest)))
+        for i in range(count)
+    ]
+
+
+def write_jsonl(path: Path, texts: Iterable[str]) -> Path:
+    """Writes one line a text, compressed if the name says so (in two frames)."""
+    lines = [json.dumps({"text": text, "meta": 1}) + "\n" for text in texts]
+    if path.suffix == ".zst":
+        half = len(lines) // 2
+        parts = ["".join(lines[:half]), "".join(lines[half:])]
+        path.write_bytes(b"".join(zstandard.compress(part.encode()) for part in parts))
+    else:
+        path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def write_folder(path: Path, texts: list[str]) -> Path:
+    """Writes the texts over five files of both kinds, with files beside them that are no data."""
+    path.mkdir()
+    for i in range(5):
+        write_jsonl(path / f"part{i}.jsonl{'.zst' if i % 2 else ''}", texts[i::5])
+    (path / "README.md").write_text("not data")
+    (path / "._part0.jsonl").write_bytes(b"\x00")
+    return path
+
+
+def through_json(state: dict[str, Any]) -> dict[str, Any]:
+    """The state as a checkpoint would give it back."""
+    restored: dict[str, Any] = json.loads(json.dumps(state))
+    return restored
