@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,21 @@ def test_broken_folder(tmp_path: Path, content: str | None) -> None:
     with pytest.raises(ValueError) as caught:
         load_tokenizer(str(tmp_path))
     assert str(caught.value).startswith(f"--tokenizer-name {tmp_path}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neox", "gptj"])
+def test_a_config_alone_is_no_tokenizer(tmp_path: Path, model_type: str) -> None:
+    """transformers makes an empty tokenizer of it, which turns every text into no token."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(ValueError, match=r"--tokenizer-name .*: there are no tokenizer files"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["", "a b", "/no/such/folder", "./none"])
+def test_no_folder_and_no_hub_name(name: str) -> None:
+    with pytest.raises(ValueError, match="--tokenizer-name") as caught:
+        load_tokenizer(name)
     assert "\n" not in str(caught.value)
 
 
