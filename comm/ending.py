@@ -1,0 +1,35 @@
+"""The last thing a process does when others are in trouble: one line on stderr, and out."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import threading
+from typing import NoReturn
+
+_FLUSH_SECONDS = 3.0
+
+
+def say(line: str) -> None:
+    """Writes `line` on stderr as exactly one line."""
+    with contextlib.suppress(OSError, ValueError):  # a closed stderr must not keep a process alive
+        sys.stderr.write(" ".join(line.split()) + "\n")
+        sys.stderr.flush()
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the process now, from any thread, even where the main thread is stuck in a library.
+
+    Nothing else may hold it up: if flushing the log blocks, a timer ends the process all the same.
+    """
+    timer = threading.Timer(_FLUSH_SECONDS, os._exit, [status])
+    timer.daemon = True
+    timer.start()
+    try:
+        for handler in logging.getLogger().handlers:
+            handler.flush()
+        sys.stdout.flush()
+    finally:
+        os._exit(status)

@@ -1,0 +1,65 @@
+"""CUDA tensors over a channel of host memory: slower, but needs nothing beyond TCP."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from comm.communicator import Communicator, Work
+
+
+class HostCopyCommunicator:
+    """A Communicator for device tensors, over one for host tensors."""
+
+    def __init__(self, host: Communicator) -> None:
+        self._host = host
+
+    @property
+    def rank(self) -> int:
+        return self._host.rank
+
+    @property
+    def size(self) -> int:
+        return self._host.size
+
+    def send(self, tensor: Tensor, *, to: int) -> Work:
+        copy = _to_host(tensor)
+        return _CopyWork(self._host.send(copy, to=to), copy, target=None)
+
+    def receive(self, tensor: Tensor, *, source: int) -> Work:
+        copy = torch.empty_like(tensor, device="cpu")
+        return _CopyWork(self._host.receive(copy, source=source), copy, target=tensor)
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        copy = _to_host(tensor)
+        self._host.all_reduce(copy)
+        tensor.copy_(copy)
+
+    def broadcast(self, tensor: Tensor, *, root: int) -> None:
+        copy = _to_host(tensor)
+        self._host.broadcast(copy, root=root)
+        tensor.copy_(copy)
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        return self._host.all_gather(_to_host(tensor)).to(tensor.device)
+
+    def close(self) -> None:
+        self._host.close()
+
+
+class _CopyWork:
+    """Holds the host copy while it travels; what was received then goes to the device."""
+
+    def __init__(self, work: Work, copy: Tensor, *, target: Tensor | None) -> None:
+        self._work = work
+        self._copy = copy
+        self._target = target
+
+    def wait(self) -> None:
+        self._work.wait()
+        if self._target is not None:
+            self._target.copy_(self._copy)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)

@@ -1,0 +1,227 @@
+"""How the processes of a run meet: everyone tells who it is, differences end the run at once.
+
+Every rank posts its arrival in a shared store. Whoever sees first how the meeting ends (rank 0
+when all are there; any rank that sees a mistake or runs out of time) writes the verdict, once;
+all ranks read that one verdict, so that they say the same and end alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch.distributed import DistError
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from comm.interface import Interface
+from comm.roster import Arrival, Fact, misfit
+from comm.store import host_store, reach_store
+from comm.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.1
+_REPORT_SECONDS = 10.0
+_ACKNOWLEDGE_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """The result of a meeting.
+
+    rank: this process's.
+    roster: every rank's arrival, by rank.
+    nonce: random hex that only the ranks of this run know.
+    store: keys shared by this run alone (None in a world of one).
+    watchdog: still ticking; `comm.fabric.connect` cancels it once the groups stand.
+    """
+
+    rank: int
+    roster: tuple[Arrival, ...]
+    nonce: str
+    store: Store | None
+    watchdog: Watchdog | None
+
+    @classmethod
+    def alone(cls) -> Rendezvous:
+        """A world of one: no socket, no store."""
+        here = Arrival(0, socket.gethostname(), "", "", os.getpid(), {})
+        return cls(0, (here,), secrets.token_hex(16), None, None)
+
+    @property
+    def ranks_on_this_host(self) -> tuple[int, ...]:
+        """The ranks whose machine has this one's host name, this rank included."""
+        host = self.roster[self.rank].host
+        return tuple(arrival.rank for arrival in self.roster if arrival.host == host)
+
+
+def join(
+    *,
+    url: str,
+    rank: int,
+    world_size: int,
+    interface: Interface,
+    facts: Mapping[str, Fact],
+    prefix: str,
+    join_timeout: float,
+    host: bool | None = None,
+) -> Rendezvous:
+    """Meets the other ranks at `url`; `join_timeout` seconds are a hard deadline for all of it.
+
+    `facts` (flag -> value) must be the same on all ranks; the world size is always one of them.
+    `prefix` separates runs (and restarts) on one store. `host` says whether this process holds
+    the store; left out, rank 0 does (under torchrun its agent does, so it is False there).
+
+    Raises:
+        ValueError: a user's mistake: the master is not there, its port is taken, facts differ, a
+            rank is given twice.
+        TimeoutError: ranks are missing at the deadline; the text names them.
+        ConnectionError: the master went away while the ranks gathered.
+    """
+    here = Arrival(
+        rank=rank,
+        host=socket.gethostname(),
+        address=interface.address,
+        interface=interface.name,
+        pid=os.getpid(),
+        facts={"--world-size": world_size, **facts},
+    )
+    watchdog = Watchdog(join_timeout)
+    meeting = _Meeting(url, here, world_size, watchdog)
+    try:
+        return meeting.gather(meeting.open(host=rank == 0 if host is None else host), prefix)
+    except DistError as error:
+        watchdog.cancel()
+        raise ConnectionError(
+            f"the master at {url} went away while the ranks were joining; see rank 0's message"
+        ) from error
+    except (ValueError, OSError):
+        watchdog.cancel()
+        raise
+
+
+class _Meeting:
+    """One rank's part in the gathering."""
+
+    def __init__(self, url: str, here: Arrival, world_size: int, watchdog: Watchdog) -> None:
+        self._url = url
+        self._here = here
+        self._world_size = world_size
+        self._watchdog = watchdog
+        self._master = f"the master at {url} over {here.interface}"
+        self._reported = 0.0
+
+    def open(self, *, host: bool) -> Store:
+        """The store at the master, hosted here or elsewhere."""
+        if host:
+            return host_store(self._url, watchdog=self._watchdog)
+        return reach_store(
+            self._url,
+            watchdog=self._watchdog,
+            waiting=lambda: self._report(f"waiting for {self._master}"),
+        )
+
+    def gather(self, plain: Store, prefix: str) -> Rendezvous:
+        """Arrives, waits for the verdict, and takes it."""
+        store = PrefixStore(prefix, plain)
+        self._arrive(store)
+        self._await_verdict(store)
+        verdict = json.loads(store.get("verdict"))
+        if "error" in verdict:
+            self._part(store)
+            raise (ValueError if verdict["status"] == 2 else TimeoutError)(verdict["error"])
+        self._watchdog.expect(status=1, line=self._unconnected())
+        roster = tuple(self._arrival(store, rank) for rank in range(self._world_size))
+        return Rendezvous(self._here.rank, roster, verdict["nonce"], store, self._watchdog)
+
+    def _arrive(self, store: Store) -> None:
+        mine = self._here.to_json()
+        there = store.compare_set(_key(self._here.rank), "", mine).decode()
+        if there != mine:
+            other = Arrival.from_json(there)
+            problem = (
+                f"--rank {self._here.rank}: two processes have it, on host {other.host} (pid "
+                f"{other.pid}) and on host {self._here.host} (pid {self._here.pid})"
+            )
+            _conclude(store, error=problem, status=2)
+            raise ValueError(problem)
+
+    def _await_verdict(self, store: Store) -> None:
+        fits = False
+        while not store.check(["verdict"]):
+            missing = self._missing(store)
+            if not fits and 0 not in missing:
+                fits = self._compare(store, [0, self._here.rank])
+            if self._here.rank == 0 and not missing:
+                if self._compare(store, range(self._world_size)):
+                    _conclude(store, nonce=secrets.token_hex(16))
+                return
+            self._wait(store, missing)
+
+    def _compare(self, store: Store, ranks: list[int] | range) -> bool:
+        problem = misfit([self._arrival(store, rank) for rank in ranks])
+        if problem:
+            _conclude(store, error=problem, status=2)
+        return problem is None
+
+    def _wait(self, store: Store, missing: list[int]) -> None:
+        names = ", ".join(f"rank {rank}" for rank in missing) or "rank 0's answer"
+        problem = (
+            f"{names} did not join at {self._url} within {self._watchdog.seconds:g} s "
+            "(--join-timeout): start every rank, and see the messages of those that ended"
+        )
+        self._watchdog.expect(status=1, line=f"rank {self._here.rank}: {problem}")
+        if self._watchdog.left <= 0:
+            _conclude(store, error=problem, status=1)
+            return
+        joined = "" if self._here.rank == 0 else f"joined {self._master}; "
+        self._report(f"{joined}waiting for {names}")
+        time.sleep(_POLL_SECONDS)
+
+    def _missing(self, store: Store) -> list[int]:
+        ranks = range(self._world_size)
+        if store.check([_key(rank) for rank in ranks]):
+            return []
+        return [rank for rank in ranks if not store.check([_key(rank)])]
+
+    def _part(self, store: Store) -> None:
+        """The host of the store stays until the others have read the verdict."""
+        deadline = time.monotonic() + _ACKNOWLEDGE_SECONDS
+        with contextlib.suppress(DistError):
+            store.add("parted", 1)
+            arrived = self._world_size - len(self._missing(store))
+            while self._here.rank == 0 and store.add("parted", 0) < arrived:
+                if time.monotonic() > deadline:
+                    return
+                time.sleep(_POLL_SECONDS)
+
+    def _arrival(self, store: Store, rank: int) -> Arrival:
+        return Arrival.from_json(store.get(_key(rank)))
+
+    def _unconnected(self) -> str:
+        return (
+            f"rank {self._here.rank}: the ranks met at {self._url} but could not all connect to "
+            f"each other within {self._watchdog.seconds:g} s (--join-timeout), this one over "
+            f"{self._here.interface}: is --net-interface right, and do firewalls let them through?"
+        )
+
+    def _report(self, what: str) -> None:
+        if self._watchdog.waited - self._reported >= _REPORT_SECONDS:
+            self._reported = self._watchdog.waited
+            logger.warning("%s (%s)", what, self._watchdog.progress)
+
+
+def _key(rank: int) -> str:
+    return f"arrival/{rank}"
+
+
+def _conclude(store: Store, **verdict: str | int) -> None:
+    """Writes the verdict unless there is one."""
+    store.compare_set("verdict", "", json.dumps(verdict))

@@ -1,0 +1,125 @@
+"""The key-value store at --dist-url: rank 0 (or torchrun's agent) hosts it, all connect to it."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import socket
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from urllib.parse import urlsplit
+
+from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
+
+from comm.interface import resolve
+from comm.watchdog import Watchdog
+
+_RETRY_SECONDS = 0.25
+_PROBE_SECONDS = 5.0
+
+
+def parse_url(url: str) -> tuple[str, int]:
+    """Host and port of `tcp://host:port`.
+
+    Raises:
+        ValueError: it is not of that form.
+    """
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise ValueError(f"--dist-url {url}: {error}; expected tcp://host:port") from None
+    if parts.scheme != "tcp" or not host or not port:
+        raise ValueError(f"--dist-url {url}: expected tcp://host:port")
+    return host, port
+
+
+def host_store(url: str, *, watchdog: Watchdog) -> TCPStore:
+    """Opens the store on this machine, on the address that `url` names.
+
+    Raises:
+        ValueError: the port is in use, or the address is not this machine's.
+    """
+    host, port = parse_url(url)
+    listener = _listen(url, host, port)
+    return TCPStore(
+        host,
+        port,
+        is_master=True,
+        timeout=timedelta(seconds=watchdog.seconds),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+
+
+def reach_store(url: str, *, watchdog: Watchdog, waiting: Callable[[], None]) -> TCPStore:
+    """Connects to the store of the master, trying until the watchdog's deadline.
+
+    `waiting` is called between attempts. Plain connections are tried first: torch's client writes
+    a stack trace for each failed attempt.
+
+    Raises:
+        ValueError: no master there within the time; naming --dist-url and the reason.
+    """
+    host, port = parse_url(url)
+    resolve(host)
+    _await_listener(url, host, port, watchdog, waiting)
+    line = (
+        f"--dist-url {url}: something accepts connections there but does not answer as the "
+        f"master of a run ({watchdog.seconds:g} s, --join-timeout); is the port another program's?"
+    )
+    watchdog.expect(status=2, line=line)
+    try:
+        timeout = timedelta(seconds=max(watchdog.left, 1.0))
+        return TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+    except DistError:
+        raise ValueError(line) from None
+
+
+def _await_listener(
+    url: str, host: str, port: int, watchdog: Watchdog, waiting: Callable[[], None]
+) -> None:
+    while True:
+        try:
+            seconds = min(_PROBE_SECONDS, max(watchdog.left, 0.1))
+            socket.create_connection((host, port), timeout=seconds).close()
+            return
+        except OSError as error:
+            if watchdog.left <= 0:
+                raise ValueError(
+                    f"--dist-url {url}: no answer within {watchdog.seconds:g} s (--join-timeout): "
+                    f"{error.strerror or error}; is rank 0 running there, and does a firewall let "
+                    "this port through?"
+                ) from None
+        waiting()
+        time.sleep(_RETRY_SECONDS)
+
+
+def _listen(url: str, host: str, port: int) -> socket.socket:
+    family, address = resolve(host)
+    if host not in (address, "localhost") and ipaddress.ip_address(address).is_loopback:
+        address = ""  # hosts files often give a machine's own name a loopback address
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((address, port))
+        listener.listen(socket.SOMAXCONN)
+    except OSError as error:
+        listener.close()
+        raise ValueError(f"--dist-url {url}: {_bind_problem(error, address, port)}") from None
+    return listener
+
+
+def _bind_problem(error: OSError, address: str, port: int) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return (
+            f"port {port} is in use on this machine; another run (or another rank 0) may hold it: "
+            "end it or choose another port on all ranks"
+        )
+    if error.errno == errno.EADDRNOTAVAIL:
+        return (
+            f"no interface of this machine holds {address}; rank 0 must run on the machine that "
+            "--dist-url names"
+        )
+    return f"cannot listen there: {error.strerror}"

@@ -1,0 +1,199 @@
+"""The liveness link: when one rank ends, every other knows at once which, where and why.
+
+Each rank keeps one connection to a hub on rank 0 (comm.hub). A connection that ends without a
+goodbye means that its process died; the survivors say so in one line and end too, from a thread
+of their own, since the main thread may be stuck in a library that waits for the dead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import threading
+import time
+from typing import NoReturn
+
+from comm.activity import Activity
+from comm.ending import leave, say
+from comm.hub import MAX_LINE, PING_SECONDS, Hub, Message, decode, encode, keep_alive
+from comm.rendezvous import Rendezvous
+from comm.topology import Topology
+
+logger = logging.getLogger(__name__)
+
+_LINGER_SECONDS = 5.0
+_GOODBYE_SECONDS = 60.0
+_VERDICT_SECONDS = PING_SECONDS + 2.0
+_RESUME = "Start all ranks again to resume from the latest checkpoint."
+
+
+class Watch:
+    """This rank's end of the link. All methods may be called from any thread."""
+
+    def __init__(self, *, rank: int, describe: list[str]) -> None:
+        self.activity = Activity()
+        self._rank = rank
+        self._describe = describe
+        self._hub: Hub | None = None
+        self._link: socket.socket | None = None
+        self._first = threading.Lock()
+        self._heard = threading.Event()
+        self._all_alive = threading.Event()
+        self._closing = False
+
+    @classmethod
+    def alone(cls) -> Watch:
+        """A world of one: the same methods, no socket."""
+        return cls(rank=0, describe=["rank 0"])
+
+    @classmethod
+    def connect(cls, rendezvous: Rendezvous, topology: Topology) -> Watch:
+        """Links this rank with the others; in a world of one, with nobody.
+
+        Raises:
+            TimeoutError: a rank that had joined did not link before the join deadline.
+            ConnectionError: rank 0 cannot be reached, or does not take this rank.
+        """
+        if rendezvous.store is None:
+            return cls.alone()
+        describe = [
+            f"{topology.describe(arrival.rank)[:-1]}, host {arrival.host})"
+            for arrival in rendezvous.roster
+        ]
+        watch = cls(rank=rendezvous.rank, describe=describe)
+        if rendezvous.rank == 0:
+            watch._open_hub(rendezvous)
+        else:
+            watch._open_link(rendezvous)
+        return watch
+
+    def fail(self, status: int, line: str) -> NoReturn:
+        """Says `line`, tells all other ranks, and ends this process with `status`."""
+        self._claim()
+        say(line if self._alone else f"rank {self._rank}: {line}")
+        message = {"failed": status, "line": line, "rank": self._rank}
+        if self._hub is not None:
+            self._hub.event(message)
+        if self._link is not None:
+            with contextlib.suppress(OSError):
+                self._link.sendall(encode(message))
+                self._heard.wait(_LINGER_SECONDS)
+        self._leave(status)
+
+    def explain(self, error: BaseException) -> NoReturn:
+        """An operation failed: ends this process, naming the cause if the hub can tell it.
+
+        The hub hears of a dead rank by itself, and asks around for one that hangs; only where
+        all ranks are alive does the text of `error`, which is but the symptom, stand.
+        """
+        silent = self._ask_around()
+        self.fail(1, silent or f"{error} {_RESUME}")
+
+    def close(self) -> None:
+        """Says goodbye; rank 0 waits (a minute at most) until all others have."""
+        self._closing = True
+        if self._link is not None:
+            with contextlib.suppress(OSError):
+                self._link.sendall(encode({"bye": True}))
+                self._link.shutdown(socket.SHUT_RDWR)
+        if self._hub is not None:
+            self._hub.await_goodbyes(seconds=_GOODBYE_SECONDS)
+            self._hub.close()
+
+    @property
+    def _alone(self) -> bool:
+        return self._hub is None and self._link is None
+
+    def _open_hub(self, rendezvous: Rendezvous) -> None:
+        assert rendezvous.store is not None
+        assert rendezvous.watchdog is not None
+        address = rendezvous.roster[0].address
+        self._hub = Hub(
+            address=address,
+            nonce=rendezvous.nonce,
+            world_size=len(rendezvous.roster),
+            on_event=self._on_message,
+        )
+        rendezvous.store.set("watch", f"{address} {self._hub.port}")
+        missing = self._hub.await_all(seconds=rendezvous.watchdog.left)
+        if missing:
+            names = ", ".join(self._describe[rank] for rank in missing)
+            self.fail(1, f"{names} joined but did not link with rank 0 at {address} in time")
+
+    def _open_link(self, rendezvous: Rendezvous) -> None:
+        assert rendezvous.store is not None
+        assert rendezvous.watchdog is not None
+        address, port = rendezvous.store.get("watch").decode().split()
+        seconds = max(rendezvous.watchdog.left, 1.0)
+        try:
+            self._link = socket.create_connection((address, int(port)), timeout=seconds)
+        except OSError as error:
+            raise ConnectionError(
+                f"cannot reach rank 0 (host {rendezvous.roster[0].host}) at {address} port {port} "
+                f"over {rendezvous.roster[self._rank].interface}: {error.strerror or error}; is "
+                "--net-interface right on rank 0, and does a firewall let the port through?"
+            ) from error
+        self._link.settimeout(None)
+        keep_alive(self._link)
+        self._link.sendall(encode({"nonce": rendezvous.nonce, "rank": self._rank}))
+        threading.Thread(target=self._listen, name="watch-link", daemon=True).start()
+
+    def _listen(self) -> None:
+        assert self._link is not None
+        with contextlib.suppress(OSError, ValueError), self._link.makefile("rb") as lines:
+            for line in iter(lambda: lines.readline(MAX_LINE), b""):
+                self._on_message(decode(line))
+        self._heard.set()
+        if not self._closing:
+            self._end(1, self._gone(0, "the connection to it closed"))
+
+    def _on_message(self, message: Message) -> None:
+        if "check" in message and self._link is not None:
+            self._link.sendall(encode({"alive": True}))
+        elif "all_alive" in message:
+            self._all_alive.set()
+        elif "bye" in message:
+            self._closing = True
+        elif "lost" in message:
+            reason = "its connection closed without a goodbye"
+            self._end(1, self._gone(message["lost"], reason))
+        elif "silent" in message:
+            self._end(1, self._gone(message["silent"], "it does not answer"))
+        elif "failed" in message:
+            self._heard.set()
+            self._end(int(message["failed"]), f"rank {message['rank']}: {message['line']}")
+
+    def _gone(self, rank: int, reason: str) -> str:
+        return (
+            f"{self._describe[rank]} is gone: {reason}, while this rank was in: "
+            f"{self.activity.text}. {_RESUME}"
+        )
+
+    def _ask_around(self) -> str | None:
+        """None if all ranks answer; a silent one ends this process, unless it is rank 0."""
+        if self._hub is not None:
+            self._hub.check()
+        elif self._link is not None:
+            with contextlib.suppress(OSError):
+                self._link.sendall(encode({"check": True}))
+        if self._alone or self._all_alive.wait(_VERDICT_SECONDS):
+            return None
+        return self._gone(0, "it does not answer")
+
+    def _claim(self) -> None:
+        """Only the first thread goes on from here; another stops until the process ends."""
+        if not self._first.acquire(blocking=False):
+            time.sleep(2 * _LINGER_SECONDS)
+            leave(1)
+
+    def _end(self, status: int, line: str) -> None:
+        """Ends this process for what happened elsewhere, unless it is ending already."""
+        if self._first.acquire(blocking=False):
+            say(f"rank {self._rank}: {line}")
+            self._leave(status)
+
+    def _leave(self, status: int) -> NoReturn:
+        if self._hub is not None:
+            self._hub.await_goodbyes(seconds=_LINGER_SECONDS)
+        leave(status)

@@ -1,0 +1,65 @@
+"""What a rank of a test does to have all its channels, as the entry script would."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from comm.fabric import Fabric, connect
+from comm.interface import choose_interface, export
+from comm.rendezvous import Rendezvous, join
+from comm.roster import Fact
+from comm.store import parse_url
+from comm.topology import Topology
+from comm.watch import Watch
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One process of a run, joined and connected."""
+
+    topology: Topology
+    rendezvous: Rendezvous
+    watch: Watch
+    fabric: Fabric
+
+    def close(self) -> None:
+        self.fabric.close()
+        self.watch.close()
+
+
+def enter(
+    rank: int,
+    url: str,
+    *,
+    num_stages: int,
+    num_replicas: int,
+    join_timeout: float = 30.0,
+    dist_timeout: float = 30.0,
+    facts: dict[str, Fact] | None = None,
+) -> Rank:
+    topology = Topology(rank=rank, num_stages=num_stages, num_replicas=num_replicas)
+    interface = choose_interface(flag=None, master_host=parse_url(url)[0], environ=os.environ)
+    export(interface, os.environ)
+    rendezvous = join(
+        url=url,
+        rank=rank,
+        world_size=topology.world_size,
+        interface=interface,
+        facts=facts or {},
+        prefix="test",
+        join_timeout=join_timeout,
+    )
+    watch = Watch.connect(rendezvous, topology)
+    fabric = connect(
+        topology,
+        rendezvous,
+        dist_backend="gloo",
+        dp_backend="gloo",
+        device=torch.device("cpu"),
+        dist_timeout=dist_timeout,
+        watch=watch,
+    )
+    return Rank(topology, rendezvous, watch, fabric)
