@@ -46,17 +46,6 @@ def write_stage_files(folder: Path, stage: int, parts: Mapping[str, Any]) -> Non
             os.fsync(file.fileno())
 
 
-def write_atomically(target: Path, data: bytes, tag: str) -> None:
-    """Writes a small file that appears whole; `tag` tells writers of the same file apart."""
-    temporary = target.with_name(f".{target.name}.{tag}")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, target)
-    sync_folder(target.parent)
-
-
 def make_way(final: Path, nonce: str) -> None:
     """Moves aside a folder that an earlier crash left under the final name, before writing."""
     _rename_if_there(final, final.with_name(f"{_REPLACED}{final.name}-{nonce}"))

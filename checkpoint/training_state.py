@@ -18,6 +18,7 @@ from checkpoint import step_folder
 from comm.communicator import Communicator
 from comm.messages import broadcast_json, gather_json
 from comm.topology import Topology
+from monitor.atomic import replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -64,22 +65,23 @@ class CheckpointStore:
         meta = broadcast_json(self._control, meta)
         partial = step_folder.partial_folder(self.path, step, self._nonce)
         final = self.path / str(step)
-        tag = f"{self._nonce}-{self._topology.rank}"
         if self._writes:
             step_folder.make_way(final, self._nonce)
         self._all_here()
         if self._writes:
             step_folder.write_stage_files(partial, self._topology.stage, parts)
             for name, data in self._extras.items():
-                step_folder.write_atomically(partial / name, data, tag)
+                replace_file(partial / name, data)
             text = json.dumps(meta, indent=1, sort_keys=True)
-            step_folder.write_atomically(partial / "meta.json", text.encode(), tag)
+            replace_file(partial / "meta.json", text.encode())
+            step_folder.sync_folder(partial)
         self._all_here()
         if self._writes:
             step_folder.publish(partial, final)
         self._all_here()
         if self._writes:
-            step_folder.write_atomically(self.path / "latest", str(step).encode(), tag)
+            replace_file(self.path / "latest", str(step).encode())
+            step_folder.sync_folder(self.path)
 
     def find(self) -> ResumePoint | None:
         """The newest step that every stage has whole; None where no stage has any checkpoint.

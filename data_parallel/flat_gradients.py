@@ -13,16 +13,21 @@ ALIGNMENT = 16  # elements: every gradient starts on a 64-byte boundary
 
 
 class FlatGradients:
-    """One fp32 buffer; each parameter's `.grad` is a view of it, into which backward adds."""
+    """One fp32 buffer; each parameter's `.grad` is a view of it, into which backward adds.
+
+    `views` are those gradients, in the order of the parameters.
+    """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         parameters = list(parameters)
         sizes = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in parameters]
         self.buffer = torch.zeros(sum(sizes), dtype=torch.float32, device=parameters[0].device)
+        self.views: list[Tensor] = []
         offset = 0
         for parameter, size in zip(parameters, sizes, strict=True):
-            flat = self.buffer[offset : offset + parameter.numel()]
-            parameter.grad = flat.view_as(parameter)
+            view = self.buffer[offset : offset + parameter.numel()].view_as(parameter)
+            parameter.grad = view
+            self.views.append(view)
             offset += size
 
     def zero_(self) -> None:

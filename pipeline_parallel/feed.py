@@ -104,17 +104,21 @@ class TrainingBatch(Protocol):
     def state(self) -> dict[str, Any]: ...
 
 
+class Loader(Protocol):
+    """Where rank 0's training batches come from."""
+
+    def next(self) -> TrainingBatch: ...
+
+
 class TrainingFeed:
     """`num_batches` training batches, each on its way one iteration before it is taken.
 
-    `batches` is rank 0's loader, None elsewhere. `state` is, on rank 0, where the data stands after
+    `loader` is rank 0's, None elsewhere. `state` is, on rank 0, where the data stands after
     the batch taken last.
     """
 
-    def __init__(
-        self, scatter: Scatter, batches: Iterator[TrainingBatch] | None, *, num_batches: int
-    ) -> None:
-        self._scatter, self._batches, self._left = scatter, batches, num_batches
+    def __init__(self, scatter: Scatter, loader: Loader | None, *, num_batches: int) -> None:
+        self._scatter, self._loader, self._left = scatter, loader, num_batches
         self.state: dict[str, Any] = {}
         self._next_state: dict[str, Any] = {}
         self._start()
@@ -130,7 +134,7 @@ class TrainingFeed:
         if self._left == 0:
             return
         self._left -= 1
-        batch = None if self._batches is None else next(self._batches)
+        batch = None if self._loader is None else self._loader.next()
         self._next_state = {} if batch is None else batch.state
         self._scatter.start(batch)
 

@@ -1,0 +1,210 @@
+"""What flags must agree on, and the defaults that depend on each other. Needs no torch.
+
+Every check raises ValueError with one line that names flags, their values and what was expected.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from modules.registry import MODELS
+from tasks.registry import parse_task_name
+
+NOT_BUILT = "is not built yet"
+
+# Flags that are parsed and refused until the part they belong to is built.
+NOT_BUILT_FLAGS: dict[str, str] = {
+    "--fp16": "fp16 mixed precision",
+    "--bf16": "bf16 mixed precision",
+    "--loss-scale": "fp16: a constant loss scale, 0 for a dynamic one",
+    "--initial-loss-scale": "fp16: the first dynamic scale",
+    "--min-loss-scale": "fp16: the smallest dynamic scale",
+    "--loss-scale-window": "fp16: clean updates before the scale grows",
+    "--hysteresis": "fp16: overflows before the scale shrinks",
+    "--use-offload": "optimizer state on the CPU",
+    "--zero-stage": "optimizer state sharded over the replicas",
+    "--lr-schedule": "another schedule than linear",
+    "--min-lr": "where the schedule ends",
+    "--compile": "blocks through torch.compile",
+    "--cpu-matmul": "which library multiplies matrices on a CPU",
+    "--pack": "how documents share a block",
+    "--train-on": "train on the completions alone",
+    "--preview-data": "show the blocks that training would see",
+    "--bad-lines": "skip lines that cannot be read",
+    "--keep-checkpoints": "how many checkpoints stay",
+    "--async-checkpoint": "write checkpoints in the background",
+    "--check-cluster": "measure the machines and links",
+    "--plan": "print what each stage will need",
+    "--device-memory": "what --plan compares with",
+}
+
+# Values of built flags that are refused until then.
+NOT_BUILT_VALUES: dict[str, tuple[str, ...]] = {
+    "--optimizer": ("8bit-adam",),
+    "--pp-mode": ("1f1b", "zb-h1"),
+    "--dist-backend": ("nccl",),
+    "--profiling": ("tidy_profiling",),
+}
+
+# May differ from rank to rank: they name what one machine has, or what rank 0 alone reads.
+OWN_FLAGS = frozenset(
+    {
+        "--rank",
+        "--cuda-id",
+        "--net-interface",
+        "--dist-url",
+        "--model-name",
+        "--tokenizer-name",
+        "--checkpoint-path",
+        "--task-name",
+        "--evaluation-data",
+        "--use-cuda",
+        "--project-name",
+    }
+)
+
+
+def _dest(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def fill_defaults(args: argparse.Namespace, environ: Mapping[str, str]) -> None:
+    """Fills what was left out, from torchrun's variables where it launched this process.
+
+    Adds `run_id`, which names this start of the job to the rendezvous, and `agent_store`, whether
+    torchrun's agent hosts the store.
+    """
+    launched = "TORCHELASTIC_RUN_ID" in environ
+    given = environ if launched else {}
+    try:
+        for name, variable, default in (
+            ("rank", "RANK", 0),
+            ("world_size", "WORLD_SIZE", 1),
+            ("cuda_id", "LOCAL_RANK", 0),
+        ):
+            if getattr(args, name) is None:
+                setattr(args, name, int(given.get(variable, default)))
+    except ValueError as error:
+        raise ValueError(f"torchrun's variable {variable}: {error}") from error
+    args.agent_store = (
+        launched and args.dist_url is None and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    )
+    if args.dist_url is None:
+        host, port = given.get("MASTER_ADDR", "127.0.0.1"), given.get("MASTER_PORT", "7033")
+        args.dist_url = f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+    args.run_id = args.job_id
+    if launched:
+        restart = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        args.run_id += f"/{environ['TORCHELASTIC_RUN_ID']}/{restart}"
+    if args.tokenizer_name is None:
+        args.tokenizer_name = str(args.model_name)
+    if args.checkpoint_path is None:
+        args.checkpoint_path = Path("model_checkpoints") / args.model_name.resolve().name
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises ValueError for what the flags alone show to be wrong; every rank sees the same."""
+    _check_built(args)
+    _check_shape(args)
+    for flag, value, divides, whole_value in (
+        ("--micro-batch-size", args.micro_batch_size, "--batch-size", args.batch_size),
+        ("--gradient-accumulate-step", args.gradient_accumulate_step, "--total-steps",
+         args.total_steps),
+    ):  # fmt: skip
+        if whole_value % value:
+            raise ValueError(f"{flag} {value} does not divide {divides} {whole_value}")
+    updates = args.total_steps // args.gradient_accumulate_step
+    if args.warmup_steps > updates:
+        raise ValueError(f"--warmup-steps {args.warmup_steps}: the run has only {updates} updates")
+    if args.rank == 0 or args.world_size == 1:
+        args.sources = parse_task_name(args.task_name)
+
+
+def _check_built(args: argparse.Namespace) -> None:
+    for flag in NOT_BUILT_FLAGS:
+        value = getattr(args, _dest(flag), "false")
+        if str(value).lower() != "false":
+            raise ValueError(f"{flag} {NOT_BUILT}")
+    for flag, values in NOT_BUILT_VALUES.items():
+        if getattr(args, _dest(flag)) in values:
+            raise ValueError(f"{flag} {getattr(args, _dest(flag))} {NOT_BUILT}")
+    if args.num_layers == "auto" or "," in args.num_layers:
+        raise ValueError(f"--num-layers {args.num_layers} {NOT_BUILT}: give one whole number")
+    if not args.num_layers.isdecimal() or int(args.num_layers) < 1:
+        raise ValueError(f"--num-layers {args.num_layers}: expected a whole number of at least 1")
+    args.num_layers = int(args.num_layers)
+
+
+def _check_shape(args: argparse.Namespace) -> None:
+    stages, replicas = args.pipeline_group_size, args.data_group_size
+    if args.world_size != stages * replicas:
+        raise ValueError(
+            f"--world-size {args.world_size} is not --pipeline-group-size {stages} times "
+            f"--data-group-size {replicas}"
+        )
+    if args.rank >= args.world_size:
+        raise ValueError(f"--rank {args.rank}: expected less than --world-size {args.world_size}")
+    split_dist_url(args.dist_url)
+
+
+def split_dist_url(url: str) -> tuple[str, int]:
+    """Host and port of tcp://host:port; ValueError for anything else."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if not host or not port or parts.scheme != "tcp" or parts.path not in ("", "/"):
+        raise ValueError(f"--dist-url {url}: expected tcp://host:port, the port from 1 to 65535")
+    return host, port
+
+
+def check_model(args: argparse.Namespace) -> None:
+    """Raises ValueError where the flags contradict the config.json of --model-name."""
+    entry, path = MODELS[args.model_type], args.model_name / "config.json"
+    if not args.model_name.is_dir():
+        raise ValueError(f"--model-name {args.model_name}: no such folder")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--model-name {args.model_name}: {path} is not readable: {error}"
+        ) from error
+    found = config.get("model_type") if isinstance(config, dict) else None
+    if found != entry.hf_model_type:
+        raise ValueError(
+            f"--model-type {args.model_type} needs model_type {entry.hf_model_type!r}, but {path} "
+            f"has {found!r}"
+        )
+    hidden, layers, positions = (
+        _config_number(config, path, key)
+        for key in (entry.hidden_size, entry.num_layers, entry.max_positions)
+    )
+    if args.embedding_dim != hidden:
+        raise ValueError(f"--embedding-dim {args.embedding_dim}, but {path} has {hidden}")
+    if args.seq_length > positions:
+        raise ValueError(f"--seq-length {args.seq_length}: {path} allows at most {positions}")
+    check_split(args.num_layers, args.pipeline_group_size, layers)
+
+
+def _config_number(config: Mapping[str, Any], path: Path, key: str) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{path}: {key} is {value!r}, expected a whole number above 0")
+    return value
+
+
+def check_split(num_layers: int, num_stages: int, model_layers: int) -> None:
+    """Raises ValueError where the stages hold too few layers in all, or one would hold none."""
+    split = f"--num-layers {num_layers} on {num_stages} stages"
+    if num_layers * num_stages < model_layers:
+        raise ValueError(
+            f"{split} holds {num_layers * num_stages} layers, but the model has {model_layers}"
+        )
+    if num_layers * (num_stages - 1) >= model_layers:
+        raise ValueError(f"{split} leaves stage {num_stages - 1} none of the {model_layers} layers")

@@ -1,0 +1,248 @@
+"""Every flag of every entry script: its help, its default, its checks. Needs no torch.
+
+A mistake is a ValueError whose text is one line; `parse_*` turns it into that line on stderr and
+exit status 2. What several flags must agree on is checked right after parsing (argument_checks).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from argument_checks import NOT_BUILT_FLAGS, NOT_BUILT_VALUES, check_flags, fill_defaults
+from modules.registry import MODELS
+
+
+class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one; where it depends on the machine, the help says so."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, whose mistakes are ValueErrors, and which takes no abbreviated flags."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(
+            description=description,
+            allow_abbrev=False,
+            formatter_class=DefaultsFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message.removeprefix("argument "))
+
+
+def one_line(error: BaseException) -> str:
+    """The text of an error as the single line that a user sees."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def refuse(error: BaseException) -> NoReturn:
+    """Ends the process as a user's mistake: one line on stderr, exit status 2."""
+    sys.stderr.write(one_line(error) + "\n")
+    raise SystemExit(2)
+
+
+def switch(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text.lower() == "true"
+
+
+def whole(at_least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = at_least - 1
+        if value < at_least:
+            raise argparse.ArgumentTypeError(
+                f"expected a whole number of at least {at_least}, got {text!r}"
+            )
+        return value
+
+    return parse
+
+
+def real(*, positive: bool = False, finite: bool = True) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if math.isnan(value) or value < 0 or (positive and value == 0):
+            kind = "above 0" if positive else "of at least 0"
+            raise argparse.ArgumentTypeError(f"expected a number {kind}, got {text!r}")
+        if finite and math.isinf(value):
+            raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
+        return value
+
+    return parse
+
+
+def _add_switch(group: Any, flag: str, help_text: str, default: bool | None) -> None:
+    group.add_argument(
+        flag, type=switch, nargs="?", const=True, default=default, metavar="true|false",
+        help=help_text,
+    )  # fmt: skip
+
+
+def train_parser() -> argparse.ArgumentParser:
+    """The flags of dist_clm_train.py."""
+    parser = OneLineParser(
+        "Fine-tunes a model cut into layer-sharded stages; one process per rank."
+    )
+    _add_model_flags(parser.add_argument_group("model"))
+    _add_process_flags(parser.add_argument_group("processes and network"))
+    _add_training_flags(parser.add_argument_group("training"))
+    _add_data_flags(parser.add_argument_group("data"))
+    _add_output_flags(parser.add_argument_group("checkpoints and logging"))
+    later = parser.add_argument_group("not built yet", "Parsed, and refused until they are built.")
+    for flag, help_text in NOT_BUILT_FLAGS.items():
+        later.add_argument(flag, nargs="?", const="true", default=argparse.SUPPRESS, help=help_text)
+    return parser
+
+
+def _add_model_flags(group: Any) -> None:
+    add = group.add_argument
+    add(
+        "--model-name", required=True, type=Path, help="folder of layer shards, on each rank's disk"
+    )
+    add("--tokenizer-name", help="folder or hub name; default: --model-name")
+    add("--model-type", required=True, choices=sorted(MODELS), help="model family")
+    add("--num-layers", required=True, help="layers per stage; the last may have fewer")
+    add("--embedding-dim", required=True, type=whole(1), help="hidden size, as config.json has it")
+    _add_switch(
+        group, "--load-pretrained-model", "false: random weights from config.json and --seed", True
+    )
+
+
+def _add_process_flags(group: Any) -> None:
+    add = group.add_argument
+    add("--dist-url", help="where rank 0 listens; default: tcp://127.0.0.1:7033")
+    add("--world-size", type=whole(1), help="processes in all; default: 1")
+    add("--rank", type=whole(0), help="this process; default: 0")
+    add("--pipeline-group-size", type=whole(1), default=1, help="stages of a pipeline")
+    add("--data-group-size", type=whole(1), default=1, help="pipelines")
+    add("--net-interface", help="network interface; default: the one that leads to rank 0")
+    add("--cuda-id", type=whole(0), help="this process's GPU; default: 0")
+    _add_switch(group, "--use-cuda", "default: true where there is a GPU", None)
+    add("--dist-backend", choices=("cupy_nccl", "gloo", *NOT_BUILT_VALUES["--dist-backend"]),
+        help="activations and gradients between stages; default: cupy_nccl, on CPU gloo "
+        "(nccl is not built yet)")  # fmt: skip
+    add("--dp-backend", choices=("nccl", "gloo"),
+        help="gradients between replicas; default: nccl, on CPU gloo")  # fmt: skip
+    add("--job-id", default="0", help="tells this job from others at the same --dist-url")
+    add("--join-timeout", type=real(positive=True), default=300.0,
+        help="seconds for all ranks to meet")  # fmt: skip
+    add("--dist-timeout", type=real(positive=True), default=300.0,
+        help="seconds that one operation may wait for a peer")  # fmt: skip
+
+
+def _add_training_flags(group: Any) -> None:
+    add = group.add_argument
+    add("--optimizer", choices=("adam", *NOT_BUILT_VALUES["--optimizer"]), default="adam",
+        help="adam is AdamW (8bit-adam is not built yet)")  # fmt: skip
+    add("--total-steps", required=True, type=whole(1),
+        help="iterations; --gradient-accumulate-step of them make one update")  # fmt: skip
+    add("--warmup-steps", type=whole(0), default=0, help="updates of linear warm-up")
+    add("--lr", type=real(), default=1e-5, help="learning rate at the end of the warm-up")
+    add("--weight-decay", type=real(), default=0.01, help="of matrices; biases and norms have none")
+    add("--max-grad-norm", type=real(positive=True, finite=False), default=1.0,
+        help="gradient norm to clip to; inf: never")  # fmt: skip
+    add("--batch-size", type=whole(1), default=8, help="sequences per pipeline and iteration")
+    add("--micro-batch-size", type=whole(1), default=1, help="sequences per microbatch")
+    add("--gradient-accumulate-step", type=whole(1), default=1, help="iterations per update")
+    add("--dp-mode", choices=("allreduce",), default="allreduce", help="how replicas agree")
+    add("--pp-mode", choices=("gpipe", *NOT_BUILT_VALUES["--pp-mode"]), default="gpipe",
+        help="pipeline schedule (1f1b and zb-h1 are not built yet)")  # fmt: skip
+    _add_switch(group, "--recompute", "recompute a block's activations in backward", True)
+    add("--seed", type=whole(0), default=42, help="of data order, dropout and random weights")
+    add("--train-warmup-steps", type=whole(0), help="accepted from old scripts; does nothing")
+
+
+def _add_data_flags(group: Any) -> None:
+    add = group.add_argument
+    add("--task-name", required=True,
+        help="a[:weight],b[:weight],...: each a .jsonl or .jsonl.zst file, a folder of them, or a "
+        "registered task (cot; natural_instructions, ni, p3 and pile are not built yet); only rank "
+        "0 needs the files")  # fmt: skip
+    add("--seq-length", type=whole(2), default=2048, help="tokens of a block")
+    add("--doc-separator", help="text put before each document, instead of an end-of-text token "
+        "after it")  # fmt: skip
+    add("--evaluation-data", help="file, folder or task to measure the held-out loss on")
+    add(
+        "--evaluation-steps",
+        type=whole(0),
+        default=0,
+        help="evaluate every so many iterations; 0: only before the first and after the last",
+    )
+    add("--evaluation-num-batch", type=whole(1), help="batches of an evaluation; default: all")
+
+
+def _add_output_flags(group: Any) -> None:
+    add = group.add_argument
+    add("--checkpoint-path", type=Path, help="default: model_checkpoints/<model folder's name>")
+    add("--checkpoint-steps", type=whole(0), default=0,
+        help="save every so many iterations; 0: only at the end")  # fmt: skip
+    _add_switch(group, "--load-checkpoint", "resume from --checkpoint-path if it has one", True)
+    add("--project-name", default="dist-clm-train", help="Weights & Biases project")
+    add("--profiling", choices=("no-profiling", *NOT_BUILT_VALUES["--profiling"]),
+        default="no-profiling", help="traces of every rank (tidy_profiling is not built yet)",
+    )  # fmt: skip
+
+
+def parse_train(
+    argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None
+) -> argparse.Namespace:
+    """The checked flags of dist_clm_train.py; ends the process with status 2 on a mistake."""
+    try:
+        args = train_parser().parse_args(argv)
+        fill_defaults(args, os.environ if environ is None else environ)
+        check_flags(args)
+    except ValueError as error:
+        refuse(error)
+    return args
+
+
+def parse_convert_from_hf(family: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags of convert_from_hf_<family>.py; ends the process with status 2 on a mistake."""
+    parser = OneLineParser(f"Converts a Hugging Face {family} model to layer shards.")
+    add = parser.add_argument
+    add("--model-name", required=True, help="folder in the Hugging Face format, or hub name")
+    add("--save-dir", required=True, type=Path,
+        help="the shards go to <save-dir>/<model name with / as _>")  # fmt: skip
+    add("--dtype", choices=("keep", "fp16", "bf16", "fp32"), default="keep", help="of the shards")
+    return _parse_or_refuse(parser, argv)
+
+
+def parse_convert_to_hf(family: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags of convert_to_hf_<family>.py; ends the process with status 2 on a mistake."""
+    parser = OneLineParser(f"Converts a {family} training checkpoint to the Hugging Face format.")
+    add = parser.add_argument
+    add("--ckpt-path", required=True, type=Path,
+        help="a step's folder, or the --checkpoint-path of training for the latest")  # fmt: skip
+    add("--save-path", required=True, type=Path, help="the folder to write")
+    add("--n-stages", type=whole(1), help="stages of the run; needed where no meta.json tells")
+    add("--n-layer-per-stage", type=whole(1), help="layers per stage; needed likewise")
+    add("--config-name", help="folder or hub name of config and tokenizer, for checkpoints without")
+    _add_switch(parser, "--fp16", "write fp16, whatever the checkpoint holds", False)
+    _add_switch(parser, "--verify", "compare the result's logits with the stages', layer by layer",
+                False)  # fmt: skip
+    return _parse_or_refuse(parser, argv)
+
+
+def _parse_or_refuse(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> argparse.Namespace:
+    try:
+        return parser.parse_args(argv)
+    except ValueError as error:
+        refuse(error)

@@ -1,0 +1,50 @@
+"""Weights and optimizer state into a stage, from wherever the run starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from checkpoint.shards import load_layer_shard
+from checkpoint.stage_files import read_stage_module, stage_file
+from comm.communicator import Communicator
+from modules.family import Family
+from modules.layers import initialise_
+from modules.stage_model import StageModel
+
+
+def load_shards_(model: StageModel, folder: Path, family: Family, config: Any) -> None:
+    """Fills a stage from its layer shards, one layer at a time; ValueError names file and key."""
+    for index, module in zip(model.indices, model, strict=True):
+        _fill(module, load_layer_shard(folder, family, config, index))
+
+
+def load_checkpoint_(
+    model: StageModel, folder: Path, stage: int, family: Family, config: Any
+) -> None:
+    """Fills a stage from a training checkpoint, ours or a predecessor's; ValueError as above."""
+    path = stage_file(folder, stage)
+    for j, module in enumerate(model):
+        _fill(module, read_stage_module(path, family, config, model.indices, j))
+
+
+def initialise_model_(model: StageModel, config: Any, *, seed: int) -> None:
+    """Random weights, which depend on the seed and each module's place in the model alone."""
+    for index, module in zip(model.indices, model, strict=True):
+        initialise_(module, std=config.initializer_range, seed=seed, index=index)
+
+
+def share_from_first(tensors: Iterable[Tensor], replicas: Communicator) -> None:
+    """Gives every replica the first replica's values."""
+    for tensor in tensors:
+        replicas.broadcast(tensor.detach(), root=0)
+
+
+@torch.no_grad()
+def _fill(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    for name, parameter in module.named_parameters():
+        parameter.copy_(weights[name])

@@ -1,0 +1,35 @@
+"""One run at a time writes to a --checkpoint-path."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+from typing import TextIO
+
+
+def lock_folder(path: Path) -> TextIO:
+    """Locks `path` (made where it is missing) until the returned file is closed.
+
+    The system releases the lock of a process that ends in any way. ValueError where another process
+    holds it, or the folder cannot be made or written; the text names the folder.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        file = (path / ".lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"--checkpoint-path {path}: cannot be written: {error.strerror}"
+        ) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise ValueError(f"--checkpoint-path {path}: in use by {holder}") from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file

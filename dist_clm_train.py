@@ -1,0 +1,231 @@
+"""Trains one rank of a run: parse, check, meet the other ranks, build, train, save.
+
+Exit status: 0 the run is complete; 2 a user's mistake; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn, TextIO
+
+from argument_checks import OWN_FLAGS, check_model, split_dist_url
+from arguments import one_line, parse_train, refuse, train_parser
+from checkpoint.lock import lock_folder
+from comm.interface import Interface, choose_interface, export
+from monitor.console import Console
+from monitor.logs import setup_logging
+from tasks.registry import SourceSpec, check_source
+
+if TYPE_CHECKING:
+    import torch
+
+    from comm.rendezvous import Rendezvous
+    from comm.topology import Topology
+    from comm.watch import Watch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Machine:
+    """What this machine has for the run; `problem` is the first thing that it lacks."""
+
+    problem: ValueError | None = None
+    interface: Interface | None = None
+    lock: TextIO | None = None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one rank; a user's mistake ends it with one line on stderr and exit status 2."""
+    args = parse_train(argv)
+    console = setup_logging(args.rank, sys.stdout)
+    machine = look_around(args)
+    if machine.problem is not None and args.world_size == 1:
+        refuse(machine.problem)
+    rendezvous = meet(args, machine)
+    run(args, machine, rendezvous, console)
+
+
+def look_around(args: argparse.Namespace) -> Machine:
+    """Checks what can be checked without torch and the other ranks.
+
+    What this rank alone can see is kept: it joins, reports it, and all end.
+    """
+    machine = Machine()
+    if args.train_warmup_steps is not None and args.rank == 0:
+        logger.warning("--train-warmup-steps does nothing; --warmup-steps sets the warm-up")
+    try:
+        if args.world_size > 1 or args.net_interface is not None:
+            machine.interface = _interface(args, args.net_interface)
+        check_model(args)
+        if args.rank == 0:
+            _check_data(args)
+            machine.lock = lock_folder(args.checkpoint_path)
+    except ValueError as error:
+        machine.problem = error
+    return machine
+
+
+def _interface(args: argparse.Namespace, flag: str | None) -> Interface:
+    host, _ = split_dist_url(args.dist_url)
+    interface = choose_interface(flag=flag, master_host=host, environ=os.environ)
+    export(interface, os.environ)
+    return interface
+
+
+def _check_data(args: argparse.Namespace) -> None:
+    for spec in args.sources:
+        check_source(spec)
+    if args.evaluation_data is not None:
+        check_source(SourceSpec(args.evaluation_data), flag="--evaluation-data")
+
+
+def meet(args: argparse.Namespace, machine: Machine) -> Rendezvous:
+    """Meets the other ranks, also to report a problem; a world of one opens no socket."""
+    from comm.rendezvous import Rendezvous, join
+
+    if args.world_size == 1:
+        return Rendezvous.alone()
+    try:
+        interface = machine.interface
+        if interface is None:  # the flag is wrong, and the others are to be told
+            host, _ = split_dist_url(args.dist_url)
+            interface = choose_interface(flag=None, master_host=host, environ={})
+        return join(
+            url=args.dist_url,
+            rank=args.rank,
+            world_size=args.world_size,
+            interface=interface,
+            facts=_facts(args),
+            prefix=args.run_id,
+            join_timeout=args.join_timeout,
+            host=False if args.agent_store else None,
+        )
+    except ValueError as error:
+        refuse(machine.problem or error)
+    except (TimeoutError, ConnectionError) as error:
+        sys.stderr.write(f"rank {args.rank}: {one_line(error)}\n")
+        sys.exit(1)
+
+
+def _facts(args: argparse.Namespace) -> dict[str, str | int | float | bool | None]:
+    """The flags that must be the same on all ranks."""
+    facts: dict[str, str | int | float | bool | None] = {}
+    for action in train_parser()._actions:
+        flag = action.option_strings[0] if action.option_strings else ""
+        if flag.startswith("--") and flag not in OWN_FLAGS and hasattr(args, action.dest):
+            value = getattr(args, action.dest)
+            plain = value is None or isinstance(value, (bool, int, float))
+            facts[flag] = value if plain else str(value)
+    return facts
+
+
+def run(
+    args: argparse.Namespace, machine: Machine, rendezvous: Rendezvous, console: Console
+) -> None:
+    """Trains among ranks that have met; however it ends, all of them end, each with one line."""
+    from comm.communicator import PeerLostError
+    from comm.topology import Topology
+    from comm.watch import Watch
+    from training_loop import TrainingStoppedError
+
+    topology = Topology(args.rank, args.pipeline_group_size, args.data_group_size)
+    try:
+        watch = Watch.connect(rendezvous, topology)
+    except (TimeoutError, ConnectionError) as error:
+        sys.stderr.write(f"rank {args.rank}: {one_line(error)}\n")
+        sys.exit(1)
+    try:
+        if machine.problem is not None:
+            raise machine.problem
+        _train(args, topology, rendezvous, watch, console)
+    except PeerLostError as error:
+        watch.explain(error)
+    except (TrainingStoppedError, OSError) as error:
+        watch.fail(1, one_line(error))
+    except ValueError as error:
+        watch.fail(2, one_line(error))
+    except KeyboardInterrupt:
+        watch.fail(1, "interrupted")
+    except Exception as error:
+        _fail_with_traceback(watch, error)
+    watch.close()
+
+
+def _train(
+    args: argparse.Namespace,
+    topology: Topology,
+    rendezvous: Rendezvous,
+    watch: Watch,
+    console: Console,
+) -> None:
+    from comm.fabric import connect
+    from transformers.utils import logging as transformers_logging
+
+    from training_setup import train
+
+    transformers_logging.set_verbosity_error()
+    device = choose_device(args, ranks_here=len(rendezvous.ranks_on_this_host))
+    fabric = connect(
+        topology,
+        rendezvous,
+        dist_backend=args.dist_backend,
+        dp_backend=args.dp_backend,
+        device=device,
+        dist_timeout=args.dist_timeout,
+        watch=watch,
+    )
+    train(
+        args,
+        topology=topology,
+        fabric=fabric,
+        device=device,
+        nonce=rendezvous.nonce,
+        console=console,
+    )
+    fabric.close()
+
+
+def choose_device(args: argparse.Namespace, *, ranks_here: int) -> torch.device:
+    """The device that the flags name, and with it the backends left out.
+
+    On a CPU, processes of one machine share its cores unless OMP_NUM_THREADS says otherwise.
+    ValueError names a flag that asks for a GPU that is not there.
+    """
+    import torch
+
+    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    cuda = present > 0 if args.use_cuda is None else args.use_cuda
+    if cuda and args.cuda_id >= present:
+        flag = f"--cuda-id {args.cuda_id}" if present else f"--use-cuda {args.use_cuda}".lower()
+        raise ValueError(f"{flag}: this machine has {present} CUDA devices")
+    if cuda:
+        args.dist_backend = args.dist_backend or "cupy_nccl"
+        args.dp_backend = args.dp_backend or "nccl"
+        torch.cuda.set_device(args.cuda_id)
+        return torch.device("cuda", args.cuda_id)
+    for name in ("dist_backend", "dp_backend"):
+        if getattr(args, name) not in (None, "gloo") and args.rank == 0:
+            flag = "--" + name.replace("_", "-")
+            logger.warning("%s %s needs a GPU: on CPU it is gloo", flag, getattr(args, name))
+        setattr(args, name, "gloo")
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+    return torch.device("cpu")
+
+
+def _fail_with_traceback(watch: Watch, error: Exception) -> NoReturn:
+    """What nobody foresaw: the traceback for us, one line for the others."""
+    traceback.print_exc()
+    causes = [error, error.__cause__] if error.__cause__ is not None else [error]
+    watch.fail(1, ": ".join(f"{type(one).__name__}: {one_line(one)}" for one in causes))
+
+
+if __name__ == "__main__":
+    main()

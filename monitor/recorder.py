@@ -1,0 +1,100 @@
+"""Everything that tells what a run does, behind one object: rank 0's does it, others' is silent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from monitor.console import Console
+from monitor.metrics import IterationMetrics, MetricsFile
+from monitor.plot import draw_loss
+from monitor.progress import Progress
+from monitor.wandb_run import Run, open_wandb
+
+METRICS_NAME = "metrics.jsonl"
+PLOT_NAME = "loss.png"
+
+
+class Recorder(Protocol):
+    """Told of what happens, in the order in which it happens."""
+
+    @property
+    def run_id(self) -> str | None:
+        """The wandb run's id, to be kept in checkpoints."""
+
+    def evaluated(self, step: int, loss: float) -> None:
+        """A held-out loss before the first iteration."""
+
+    def iteration(self, metrics: IterationMetrics) -> None:
+        """An iteration has ended, and its evaluation where one was due."""
+
+    def saved(self) -> None:
+        """A checkpoint has been written."""
+
+    def close(self) -> None:
+        """The run has ended."""
+
+
+class SilentRecorder:
+    """What the ranks other than 0 have."""
+
+    run_id: str | None = None
+
+    def evaluated(self, step: int, loss: float) -> None: ...
+
+    def iteration(self, metrics: IterationMetrics) -> None: ...
+
+    def saved(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class FileRecorder:
+    """metrics.jsonl and loss.png under `folder`, the progress line, and wandb."""
+
+    folder: Path
+    metrics: MetricsFile
+    progress: Progress
+    wandb: Run
+
+    @property
+    def run_id(self) -> str | None:
+        return self.wandb.run_id
+
+    def evaluated(self, step: int, loss: float) -> None:
+        self.progress.evaluated(step, loss)
+
+    def iteration(self, metrics: IterationMetrics) -> None:
+        self.metrics.append(metrics)
+        self.progress.update(metrics)
+        self.wandb.log(metrics.to_json(), metrics.step)
+
+    def saved(self) -> None:
+        draw_loss(self.folder / METRICS_NAME, self.folder / PLOT_NAME)
+
+    def close(self) -> None:
+        self.progress.close()
+        self.wandb.close()
+
+
+def open_recorder(
+    folder: Path,
+    *,
+    console: Console,
+    total_steps: int,
+    resumed_step: int | None,
+    project: str,
+    config: Mapping[str, Any],
+    run_id: str | None,
+) -> FileRecorder:
+    """Begins or, from `resumed_step`, continues the records under `folder`, which must exist."""
+    metrics = MetricsFile(folder / METRICS_NAME)
+    if resumed_step is None:
+        metrics.start_afresh()
+    else:
+        metrics.cut_after(resumed_step)
+    wandb = open_wandb(project=project, config=config, run_id=run_id, folder=folder)
+    return FileRecorder(folder, metrics, Progress(total_steps, console), wandb)

@@ -1,0 +1,84 @@
+"""Tiny models in the Hugging Face format, and our modules filled from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GPTJConfig, GPTJForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
+
+from modules.family import Family
+from modules.registry import MODELS
+from modules.stage_model import StageModel
+
+NEOX = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+GPTJ = {
+    "vocab_size": 97,
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "rotary_dim": 4,
+    "n_positions": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+def make_hf(family_name: str, *, seed: int = 0, **changes: Any) -> Any:
+    """A Hugging Face model with random weights, biases and norms (zeros would hide mistakes)."""
+    torch.manual_seed(seed)
+    if family_name == "gptneox":
+        model = GPTNeoXForCausalLM(GPTNeoXConfig(**{**NEOX, **changes}))
+    else:
+        model = GPTJForCausalLM(GPTJConfig(**{**GPTJ, **changes}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "ln_" in name or "layernorm" in name or "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            else:
+                parameter.mul_(4.0)
+    return model.train()
+
+
+def hf_keys(family: Family, num_layers: int, index: int) -> dict[str, str]:
+    """Shard key to Hugging Face key, of module `index`."""
+    if index == 0:
+        return dict(family.hf_embedding)
+    if index == num_layers + 1:
+        return dict(family.hf_head)
+    return {key: name.format(layer=index - 1) for key, name in family.hf_block.items()}
+
+
+def hf_parameter(model: Any, key: str) -> Tensor:
+    """A parameter of a Hugging Face model by the name that its files have."""
+    if key == "embed_out.weight":
+        weight: Tensor = model.get_output_embeddings().weight
+        return weight
+    parameter: Tensor = model.get_parameter(key)
+    return parameter
+
+
+def from_hf(family_name: str, model: Any, folder: Path) -> StageModel:
+    """All our modules in one stage, with the weights of a Hugging Face model."""
+    model.config.save_pretrained(folder)
+    family = MODELS[family_name].load()
+    config = family.load_config(folder)
+    layers = config.num_hidden_layers
+    ours = StageModel(family, config, range(layers + 2), device="cpu")
+    with torch.no_grad():
+        for index, module in enumerate(ours):
+            keys = hf_keys(family, layers, index)
+            for name, parameter in module.named_parameters():
+                parameter.copy_(hf_parameter(model, keys[name]))
+    return ours
