@@ -155,11 +155,18 @@ def write_model(
     for number, group in enumerate(groups, 1):
         name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         name = "model.safetensors" if len(groups) == 1 else name
-        tensors = {key: tensor for index in group for key, tensor in read_module(index).items()}
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, name)
+        weight_map |= dict.fromkeys(_write_file(folder / name, group, read_module), name)
         written = sum(sizes[: group[-1] + 1])
         LOGGER.info("%s: %s of %s", name, format_bytes(written), format_bytes(sum(sizes)))
     if len(groups) > 1:
         index_file = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index_file)
+
+
+def _write_file(
+    path: Path, group: Sequence[int], read_module: Callable[[int], Mapping[str, Tensor]]
+) -> list[str]:
+    """Returns the keys written; the tensors go before the next file's are read."""
+    tensors = {key: tensor for index in group for key, tensor in read_module(index).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    return list(tensors)

@@ -1,0 +1,132 @@
+"""Small models on disk, in every form that the converters meet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GPTJConfig, GPTNeoXConfig
+
+from modules.family import Family
+from modules.registry import MODELS
+
+NUM_LAYERS = 3
+VOCAB = 101  # odd: nothing may assume a padded vocabulary
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "gptj": {"n_embd": 32, "n_head": 4, "n_layer": NUM_LAYERS, "rotary_dim": 4, "n_positions": 64},
+    "gptneox": {
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_hidden_layers": NUM_LAYERS,
+        "intermediate_size": 128,
+        "max_position_embeddings": 64,
+    },
+}
+TOKENIZER_FILES = {
+    "tokenizer.json": '{"version": "1.0"}',
+    "tokenizer_config.json": "{}",
+    "special_tokens_map.json": "{}",
+    "merges.txt": "#version: 0.2\n",
+    "vocab.json": "{}",
+}
+
+
+def family(name: str) -> Family:
+    return MODELS[name].load()
+
+
+def make_model(name: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A seeded transformers model in which no two weights are alike, biases and norms included."""
+    config_class = {"gptj": GPTJConfig, "gptneox": GPTNeoXConfig}[name]
+    ends = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0}
+    model = AutoModelForCausalLM.from_config(config_class(**CONFIGS[name] | ends | changes))
+    generator = torch.Generator().manual_seed(1)
+    for key, weight in model.named_parameters():
+        noise = torch.randn(weight.shape, generator=generator) * 0.05
+        weight.data.copy_(noise + (is_norm(key) and key.endswith("weight")))
+    return model.to(dtype).eval()
+
+
+def is_norm(key: str) -> bool:
+    return "norm" in key or "ln_" in key
+
+
+def save_model(model: Any, folder: Path, form: str = "single") -> Path:
+    """Saves `model` as one or many safetensors or .bin files, with made-up tokenizer files."""
+    size = "20KB" if form.startswith("sharded") else "1GB"
+    model.save_pretrained(folder, max_shard_size=size)
+    for name, text in TOKENIZER_FILES.items():
+        (folder / name).write_text(text)
+    if "bin" in form or "legacy" in form:
+        _to_bins(folder, legacy="legacy" in form)
+    return folder
+
+
+def _to_bins(folder: Path, *, legacy: bool) -> None:
+    for path in sorted(folder.glob("*.safetensors")):
+        target = path.with_name(_bin_name(path.name))
+        torch.save(load_file(path), target, _use_new_zipfile_serialization=not legacy)
+        path.unlink()
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        content = json.loads(index.read_text())
+        content["weight_map"] = {k: _bin_name(v) for k, v in content["weight_map"].items()}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(content))
+        index.unlink()
+
+
+def _bin_name(name: str) -> str:
+    return "pytorch_" + name.replace(".safetensors", ".bin")
+
+
+def edit_weights(path: Path, changes: Mapping[str, Tensor | None]) -> None:
+    """Sets or (None) drops keys of a file of tensors."""
+    torch_file = path.suffix != ".safetensors"
+    state = torch.load(path, weights_only=True) if torch_file else load_file(path)
+    state = {k: v for k, v in {**state, **changes}.items() if v is not None}
+    if torch_file:
+        torch.save(state, path)
+    else:
+        save_file(state, path, metadata={"format": "pt"})
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def hf_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder of safetensors."""
+    return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
+
+
+def make_checkpoint(
+    shards: Path, folder: Path, *, per_stage: int, meta: Mapping[str, Any] | None
+) -> Path:
+    """A step's folder from layer shards, as training lays it out, by plain torch.save."""
+    names = ["pytorch_embs.pt", *(f"pytorch_{i}.pt" for i in range(NUM_LAYERS))]
+    modules = [torch.load(shards / name, weights_only=True) for name in names]
+    cuts = list(range(0, NUM_LAYERS, per_stage))
+    folder.mkdir(parents=True)
+    for stage, start in enumerate(cuts):
+        part = modules[1 + start : 1 + start + per_stage]
+        part = [modules[0], *part] if stage == 0 else part
+        if stage == len(cuts) - 1:
+            part.append(torch.load(shards / "pytorch_lm_head.pt", weights_only=True))
+        state = {
+            f"{j}.{key}": value for j, module in enumerate(part) for key, value in module.items()
+        }
+        torch.save(state, folder / f"prank_{stage}_checkpoint.pt")
+    if meta is not None:
+        (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+def copy_config(source: Path, target: Path) -> None:
+    for name in ("config.json", *TOKENIZER_FILES):
+        (target / name).write_text((source / name).read_text())
