@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
-import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +104,11 @@ class TorchFile:
 
     def _load(self) -> dict[str, Tensor]:
         try:
-            loaded = torch.load(self.path, map_location="cpu", mmap=self._mapped, weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of other pickle protocols
+                loaded = torch.load(
+                    self.path, map_location="cpu", mmap=self._mapped, weights_only=True
+                )
         except Exception as error:  # what a damaged pickle raises depends on its bytes
             raise _damaged(self.path, "state dict saved by torch.save", error) from error
         return _state_dict(self.path, loaded)
@@ -153,9 +157,10 @@ def _state_dict(path: Path, loaded: object) -> dict[str, Tensor]:
 
 def _damaged(path: Path, expected: str, error: Exception) -> ValueError:
     """One line for whatever the library said; its advice on unsafe loading is left out."""
-    asked = re.search(r"GLOBAL (\S+)", str(error))
-    if isinstance(error, pickle.UnpicklingError) and asked:
+    if asked := re.search(r"GLOBAL (\S+)", str(error)):
         return ValueError(f"{path}: refused: it asks to run {asked[1]}, expected tensors alone")
+    if refused := re.search(r"WeightsUnpickler error: (.*)", str(error)):
+        return ValueError(f"{path}: refused: no pickle of tensors alone: {refused[1][:160]}")
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
     size = path.stat().st_size
     return ValueError(f"{path}: {size} bytes that are no whole {expected}: {reason}")
