@@ -219,6 +219,8 @@ class Hub:
             self._checked = None
         if silent:
             self.event({"silent": min(silent)})
+            for peer in [peer for peer in self._peers if peer.rank in silent]:
+                self._drop(peer)  # nobody waits for its goodbye
         else:
             self.broadcast({"all_alive": True})
             self._on_event({"all_alive": True})

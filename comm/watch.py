@@ -87,8 +87,9 @@ class Watch:
         The hub hears of a dead rank by itself, and asks around for one that hangs; only where
         all ranks are alive does the text of `error`, which is but the symptom, stand.
         """
-        silent = self._ask_around()
-        self.fail(1, silent or f"{error} {_RESUME}")
+        if self._all_answer():
+            self.fail(1, f"{error} {_RESUME}")
+        self._end(1, self._gone(0, "it does not answer"))
 
     def close(self) -> None:
         """Says goodbye; rank 0 waits (a minute at most) until all others have."""
@@ -170,16 +171,14 @@ class Watch:
             f"{self.activity.text}. {_RESUME}"
         )
 
-    def _ask_around(self) -> str | None:
-        """None if all ranks answer; a silent one ends this process, unless it is rank 0."""
+    def _all_answer(self) -> bool:
+        """False if rank 0 does not answer; for another silent rank the hub ends this process."""
         if self._hub is not None:
             self._hub.check()
         elif self._link is not None:
             with contextlib.suppress(OSError):
                 self._link.sendall(encode({"check": True}))
-        if self._alone or self._all_alive.wait(_VERDICT_SECONDS):
-            return None
-        return self._gone(0, "it does not answer")
+        return self._alone or self._all_alive.wait(_VERDICT_SECONDS)
 
     def _claim(self) -> None:
         """Only the first thread goes on from here; another stops until the process ends."""
@@ -187,11 +186,11 @@ class Watch:
             time.sleep(2 * _LINGER_SECONDS)
             leave(1)
 
-    def _end(self, status: int, line: str) -> None:
+    def _end(self, status: int, line: str) -> NoReturn:
         """Ends this process for what happened elsewhere, unless it is ending already."""
-        if self._first.acquire(blocking=False):
-            say(f"rank {self._rank}: {line}")
-            self._leave(status)
+        self._claim()
+        say(f"rank {self._rank}: {line}")
+        self._leave(status)
 
     def _leave(self, status: int) -> NoReturn:
         if self._hub is not None:

@@ -26,6 +26,15 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def process_context() -> multiprocessing.context.ForkServerContext:
+    """Where processes come from: one server imports torch once, and every rank is its fork."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # read when torch is imported
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed"])
+    return context
+
+
 def run_ranks(
     world_size: int, function: Callable[..., Result], *args: object, deadline: float = 60.0
 ) -> list[Result]:
@@ -38,7 +47,7 @@ def run_ranks(
             `deadline` seconds; all processes are gone by then.
     """
     url = f"tcp://127.0.0.1:{free_port()}"
-    context = multiprocessing.get_context("spawn")
+    context = process_context()
     with tempfile.TemporaryDirectory() as folder:
         processes: list[BaseProcess] = []
         for rank in range(world_size):
@@ -64,9 +73,6 @@ def _rank_main(
     url: str,
     args: tuple[object, ...],
 ) -> None:
-    import torch
-
-    torch.set_num_threads(1)
     try:
         outcome = ("", function(rank, world_size, url, *args))
     except BaseException:

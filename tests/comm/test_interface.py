@@ -1,0 +1,100 @@
+"""Which interface a process talks over, on a machine that is made up here."""
+
+from __future__ import annotations
+
+import re
+import socket
+
+import netifaces
+import pytest
+
+from comm import interface
+from comm.interface import Interface, choose_interface, export
+
+MACHINE = {
+    "lo": {socket.AF_INET: ["127.0.0.1"], socket.AF_INET6: ["::1"]},
+    "eth0": {socket.AF_INET: ["10.0.0.5"], socket.AF_INET6: ["fe80::5%eth0", "fd00::5"]},
+    "ib0": {socket.AF_INET: ["10.9.0.5"]},
+    "down0": {},
+}
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(netifaces, "interfaces", lambda: list(MACHINE))
+    monkeypatch.setattr(
+        netifaces,
+        "ifaddresses",
+        lambda name: {
+            int(family): [{"addr": address} for address in addresses]
+            for family, addresses in MACHINE[name].items()
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    ("flag", "environ", "expected"),
+    [
+        ("eth0", {}, Interface("eth0", "10.0.0.5")),
+        ("ib0", {"GLOO_SOCKET_IFNAME": "ib0"}, Interface("ib0", "10.9.0.5")),
+        (None, {"NCCL_SOCKET_IFNAME": "ib0"}, Interface("ib0", "10.9.0.5")),
+        (None, {"GLOO_SOCKET_IFNAME": ""}, Interface("lo", "127.0.0.1")),
+        (None, {}, Interface("lo", "127.0.0.1")),
+    ],
+)
+def test_choice(flag: str | None, environ: dict[str, str], expected: Interface) -> None:
+    assert choose_interface(flag=flag, master_host="127.0.0.1", environ=environ) == expected
+
+
+@pytest.mark.parametrize(
+    ("flag", "environ", "master", "message"),
+    [
+        ("eth7", {}, "127.0.0.1", "--net-interface eth7: no such interface here; there are lo, "),
+        (None, {"GLOO_SOCKET_IFNAME": "x"}, "127.0.0.1", "GLOO_SOCKET_IFNAME x: no such interface"),
+        ("down0", {}, "127.0.0.1", "--net-interface down0: this interface has no address"),
+        (
+            "eth0",
+            {"NCCL_SOCKET_IFNAME": "lo"},
+            "127.0.0.1",
+            "--net-interface eth0: NCCL_SOCKET_IFNAME is lo; they must be the same",
+        ),
+        (
+            None,
+            {"GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "lo"},
+            "127.0.0.1",
+            "GLOO_SOCKET_IFNAME eth0: NCCL_SOCKET_IFNAME is lo",
+        ),
+        (None, {}, "no.such.host.invalid", "--dist-url: cannot resolve the host 'no.such.host"),
+    ],
+)
+def test_mistakes(flag: str | None, environ: dict[str, str], master: str, message: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        choose_interface(flag=flag, master_host=master, environ=environ)
+
+
+@pytest.mark.parametrize(
+    ("towards", "expected"),
+    [
+        ("10.9.0.5", Interface("ib0", "10.9.0.5")),
+        ("fd00::5", Interface("eth0", "fd00::5")),
+        ("127.0.0.7", Interface("lo", "127.0.0.1")),
+        ("::1", Interface("lo", "::1")),
+    ],
+)
+def test_the_way_to_the_master(
+    monkeypatch: pytest.MonkeyPatch, towards: str, expected: Interface
+) -> None:
+    monkeypatch.setattr(interface, "_local_address_towards", lambda host: towards)
+    assert choose_interface(flag=None, master_host="10.0.0.9", environ={}) == expected
+
+
+def test_an_address_that_no_interface_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interface, "_local_address_towards", lambda host: "10.5.5.5")
+    with pytest.raises(ValueError, match=r"no interface holds 10\.5\.5\.5"):
+        choose_interface(flag=None, master_host="10.0.0.9", environ={})
+
+
+def test_export_keeps_what_the_user_set() -> None:
+    environ = {"GLOO_SOCKET_IFNAME": "eth0"}
+    export(Interface("eth0", "10.0.0.5"), environ)
+    assert environ == {"GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "eth0"}

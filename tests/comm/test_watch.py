@@ -1,0 +1,118 @@
+"""A rank that dies, fails or hangs: every other one ends soon, with one line that names it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from comm.watch import Watch
+from tests.comm.processes import Process, RankProgram, await_ready, member, start
+from tests.comm.ranks import Rank
+from tests.dist import free_port, process_context
+
+
+def work_for_ever(rank: Rank) -> None:
+    while True:
+        rank.fabric.control.all_reduce(torch.ones(4))
+        time.sleep(0.005)
+
+
+def fail_as_rank_two(rank: Rank) -> None:
+    if rank.topology.rank == 2:
+        rank.watch.fail(2, "--x 3: must be less\nthan 3")
+    work_for_ever(rank)
+
+
+def part_at_once(rank: Rank) -> None:
+    """Rank 0 closes first, the others while it waits for their goodbyes."""
+    time.sleep(0.2 * rank.topology.rank)
+
+
+class Run:
+    """Four ranks of one program."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.ranks: list[Process] = []
+
+    def start(self, program: RankProgram, *, dist_timeout: float = 60.0) -> None:
+        url = f"tcp://127.0.0.1:{free_port()}"
+        self.ranks = [
+            start(self._folder, str(rank), member, rank, url, (2, 2), program, dist_timeout)
+            for rank in range(4)
+        ]
+        await_ready(self.ranks)
+
+    def kill(self) -> None:
+        for rank in self.ranks:
+            rank.process.kill()
+            rank.process.join()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    run = Run(tmp_path)
+    yield run
+    run.kill()
+
+
+@pytest.mark.parametrize("victim", [3, 0])
+def test_a_killed_rank_is_named_at_once(run: Run, victim: int) -> None:
+    run.start(work_for_ever)
+    os.kill(run.ranks[victim].pid, signal.SIGKILL)
+    for number, rank in enumerate(run.ranks):
+        if number != victim:
+            assert rank.status(within=8.0) == 1
+            (line,) = rank.lines
+            assert line.startswith(f"rank {number}: rank {victim} (stage {victim % 2}, replica ")
+            assert "is gone: " in line
+            assert "this rank was in: control all-reduce, " in line
+            assert line.endswith("Start all ranks again to resume from the latest checkpoint.")
+
+
+def test_a_mistake_that_one_rank_sees_ends_all_with_status_2(run: Run) -> None:
+    run.start(fail_as_rank_two)
+    for number, rank in enumerate(run.ranks):
+        assert rank.status(within=8.0) == 2
+        prefix = "" if number == 2 else f"rank {number}: "
+        assert rank.lines == [f"{prefix}rank 2: --x 3: must be less than 3"]
+
+
+@pytest.mark.parametrize("victim", [3, 0])
+def test_a_hung_rank_is_named_after_the_timeout(run: Run, victim: int) -> None:
+    run.start(work_for_ever, dist_timeout=2.0)
+    os.kill(run.ranks[victim].pid, signal.SIGSTOP)
+    for number, rank in enumerate(run.ranks):
+        if number != victim:
+            assert rank.status(within=20.0) == 1
+            (line,) = rank.lines
+            assert f"rank {victim} (stage {victim % 2}, replica " in line
+            assert "it does not answer" in line
+
+
+def test_an_orderly_end(run: Run) -> None:
+    run.start(part_at_once)
+    for rank in run.ranks:
+        assert rank.status(within=10.0) == 0
+        assert rank.lines == []
+
+
+def fail_alone(error: Path) -> None:
+    descriptor = os.open(error, os.O_WRONLY | os.O_CREAT)
+    os.dup2(descriptor, 2)
+    watch = Watch.alone()
+    watch.explain(RuntimeError("no peer was lost"))
+
+
+def test_a_world_of_one_just_ends(tmp_path: Path) -> None:
+    process = process_context().Process(target=fail_alone, args=(tmp_path / "err",))
+    process.start()
+    process.join(20.0)
+    assert process.exitcode == 1
+    assert (tmp_path / "err").read_text().startswith("no peer was lost ")
