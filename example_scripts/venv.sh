@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced: makes .venv in the current folder where there is none, completes it with requirements.txt
 # and the packages named as arguments, and activates it. Does nothing twice: .venv/.installed keeps
 # what was asked for when the last installation ended well.

@@ -50,11 +50,11 @@ def restarts(lines: Iterable[dict[str, Any]]) -> list[int]:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """A centred running mean over a fiftieth of the run, cut off at its ends.
+    """A centred running mean over a twentieth of the run, cut off at its ends.
 
     Centred, so that it does not lag behind a loss that falls.
     """
-    reach = max(1, len(values) // 100)
+    reach = max(1, len(values) // 40)
     sums = list(itertools.accumulate(values, initial=0.0))
     result = []
     for index in range(len(values)):
