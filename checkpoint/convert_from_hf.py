@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint.hf_files import open_model
+from checkpoint.hf_files import open_model, read_module
 from checkpoint.model_folder import copy_companions, find_model, folder_name, write_config
 from checkpoint.output_folder import new_folder
 from checkpoint.shards import shard_name
@@ -36,7 +36,7 @@ def convert_from_hf(family: Family, *, model_name: str, save_dir: Path, dtype: s
         for index, module in enumerate(modules):
             name = shard_name(index, config.num_hidden_layers)
             LOGGER.info("%s (%d of %d)", name, index + 1, len(modules))
-            torch.save({key: weight.read(target) for key, weight in module.items()}, folder / name)
+            torch.save(read_module(module, target), folder / name)
         copy_companions(source, folder)
         if target is None:
             shutil.copyfile(source / "config.json", folder / "config.json")

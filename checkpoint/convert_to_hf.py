@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from checkpoint.hf_files import Source, hf_names, write_model
+from checkpoint.hf_files import Source, hf_names, read_module, write_model
 from checkpoint.model_folder import copy_companions, find_model, write_config
 from checkpoint.output_folder import new_folder
 from checkpoint.stage_files import open_checkpoint, read_split, resolve_checkpoint
@@ -93,4 +93,4 @@ def _read(
 ) -> dict[str, Tensor]:
     """The weights of module `index` by Hugging Face key."""
     names = hf_names(family, config, index)
-    return {names[key]: weight.read(dtype) for key, weight in modules[index].items()}
+    return {names[key]: weight for key, weight in read_module(modules[index], dtype).items()}

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoint.model_folder import read_json_object, write_json
-from checkpoint.strict import check_entry, module_shapes, read_weight
+from checkpoint.strict import check_entry, module_shapes, read_weights
 from checkpoint.tensor_files import DTYPES, TensorFile, format_bytes, open_tensor_file
 from modules.family import Family
 
@@ -36,9 +36,6 @@ class Source:
     file: TensorFile
     key: str
 
-    def read(self, dtype: torch.dtype | None = None) -> Tensor:
-        return read_weight(self.file, self.key, dtype)
-
     def check(self, shape: tuple[int, ...]) -> None:
         """Raises ValueError for another shape, or a type that is no float's."""
         check_entry(self.file.path, self.key, self.file.entries[self.key], shape)
@@ -47,6 +44,18 @@ class Source:
         """Its size when written as `dtype`, or as it is."""
         entry = self.file.entries[self.key]
         return entry.size * (dtype or DTYPES[entry.dtype]).itemsize
+
+
+def read_module(
+    module: Mapping[str, Source], dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """A module's weights by shard key, finite, as `dtype` if given; ValueError as `strict` says."""
+    weights: dict[str, Tensor] = {}
+    for file in dict.fromkeys(source.file for source in module.values()):
+        names = {source.key: key for key, source in module.items() if source.file is file}
+        read = read_weights(file, names, dtype)
+        weights |= {names[stored]: tensor for stored, tensor in read.items()}
+    return weights
 
 
 def hf_names(family: Family, config: Any, index: int) -> dict[str, str]:
@@ -99,13 +108,17 @@ def _collect(files: Sequence[TensorFile], family: Family) -> dict[str, Source]:
                 continue
             name = family.hf_aliases.get(key, key)
             source = Source(file, key)
-            if name in sources and not torch.equal(sources[name].read(), source.read()):
+            if name in sources and not _same(sources[name], source):
                 raise ValueError(
                     f"{file.path}: {key} differs from {sources[name].key} in "
                     f"{sources[name].file.path.name}, expected one value for that weight"
                 )
             sources.setdefault(name, source)
     return sources
+
+
+def _same(one: Source, other: Source) -> bool:
+    return torch.equal(read_module({"": one})[""], read_module({"": other})[""])
 
 
 def _open_files(folder: Path) -> list[TensorFile]:

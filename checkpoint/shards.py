@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from checkpoint.strict import check_entry, check_keys, module_shapes, read_weight
+from checkpoint.strict import check_entry, check_keys, module_shapes, read_weights
 from checkpoint.tensor_files import TorchFile
 from modules.family import Family
 
@@ -34,4 +34,4 @@ def load_layer_shard(folder: Path, family: Family, config: Any, index: int) -> d
     check_keys(file.path, (key for key in file.entries if not family.buffers.search(key)), shapes)
     for key, shape in shapes.items():
         check_entry(file.path, key, file.entries[key], shape)
-    return {key: read_weight(file, key) for key in shapes}
+    return read_weights(file, shapes)

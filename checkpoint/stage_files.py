@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from checkpoint.hf_files import Source
+from checkpoint.hf_files import Source, read_module
 from checkpoint.model_folder import read_json_object
 from checkpoint.strict import check_entry, check_keys, module_shapes
 from checkpoint.tensor_files import TorchFile
@@ -177,5 +177,4 @@ def read_stage_module(
     `indices` are the modules of the whole stage, since the file is checked whole: what is wrong
     anywhere in it is raised as `open_stage` does.
     """
-    module = open_stage(path, family, config, indices)[index_in_stage]
-    return {key: source.read() for key, source in module.items()}
+    return read_module(open_stage(path, family, config, indices)[index_in_stage])

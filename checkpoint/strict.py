@@ -44,17 +44,25 @@ def check_entry(path: Path, key: str, entry: Entry, shape: tuple[int, ...]) -> N
         raise ValueError(f"{path}: {key} is {entry.dtype}, expected one of {', '.join(DTYPES)}")
 
 
-def read_weight(file: TensorFile, key: str, dtype: torch.dtype | None = None) -> Tensor:
-    """One tensor, as `dtype` if given; ValueError where it, or what it becomes, is not finite."""
-    tensor = file.read(key)
+def read_weights(
+    file: TensorFile, keys: Iterable[str], dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Tensors of a file, as `dtype` if given.
+
+    Raises ValueError, naming file and key, where one is not finite, or would not be as `dtype`.
+    """
+    return {key: _checked(file.path, key, tensor, dtype) for key, tensor in file.read(keys)}
+
+
+def _checked(path: Path, key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     if not is_finite(tensor):
-        raise ValueError(f"{file.path}: {key} holds a value that is not finite (NaN or infinite)")
+        raise ValueError(f"{path}: {key} holds a value that is not finite (NaN or infinite)")
     if dtype is None or dtype == tensor.dtype:
         return tensor
     cast = tensor.to(dtype)
     if not is_finite(cast):
         raise ValueError(
-            f"{file.path}: {key} holds {tensor.abs().max().item():g}, beyond {dtype}'s largest "
+            f"{path}: {key} holds {tensor.abs().max().item():g}, beyond {dtype}'s largest "
             f"value {torch.finfo(dtype).max:g}: choose a wider type"
         )
     return cast

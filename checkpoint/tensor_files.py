@@ -1,7 +1,7 @@
 """Files of named tensors, read one tensor at a time: those of torch.save, and safetensors.
 
 Pages of a mapped file count as memory of the process until it is unmapped. So a file is opened anew
-for each tensor: what is held is one tensor, however many the file has.
+after every few tensors: what is held does not grow with the number of tensors that it has.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +28,8 @@ DTYPES = {
     "float64": torch.float64,
 }
 _SAFETENSORS_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+# A state dict is opened anew when this much of it has been read: opening costs some 0.1 ms a key.
+MAPPED_BYTES = 64_000_000
 _ZIP_MAGIC = b"PK\x03\x04"
 
 
@@ -50,8 +52,8 @@ class TensorFile(Protocol):
     path: Path
     entries: Mapping[str, Entry]
 
-    def read(self, key: str) -> Tensor:
-        """The tensor, in memory of its own."""
+    def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Those keys, each with its tensor in memory of its own."""
 
 
 class SafetensorsFile:
@@ -67,10 +69,10 @@ class SafetensorsFile:
         except SafetensorError as error:
             raise _damaged(path, "safetensors file", error) from error
 
-    def read(self, key: str) -> Tensor:
-        with safe_open(self.path, "pt") as file:
-            tensor: Tensor = file.get_tensor(key).clone()
-        return tensor
+    def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        for key in keys:
+            with safe_open(self.path, "pt") as file:
+                yield key, file.get_tensor(key).clone()
 
 
 class TorchFile:
@@ -98,9 +100,13 @@ class TorchFile:
             for key, tensor in tensors.items()
         }
 
-    def read(self, key: str) -> Tensor:
-        tensor = self._load()[key] if self._mapped else self._held[key]
-        return tensor.detach().clone(memory_format=torch.contiguous_format)
+    def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        state, touched = self._held, 0
+        for key in keys:
+            if self._mapped and (not state or touched > MAPPED_BYTES):
+                state, touched = self._load(), 0
+            touched += state[key].nbytes
+            yield key, state[key].detach().clone(memory_format=torch.contiguous_format)
 
     def _load(self) -> dict[str, Tensor]:
         try:

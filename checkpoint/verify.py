@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from checkpoint.hf_files import Source, hf_names, open_model
+from checkpoint.hf_files import Source, hf_names, open_model, read_module
 from modules.family import Family
 from modules.layers import make_layer
 
@@ -79,7 +79,7 @@ def _run_ours(
 ) -> Tensor:
     for index, weights in enumerate(modules):
         module = make_layer(family, config, index, "meta")
-        state = {key: source.read(dtype).float() for key, source in weights.items()}
+        state = {key: weight.float() for key, weight in read_module(weights, dtype).items()}
         module.load_state_dict(state, assign=True)
         x = module(x)
     return x
@@ -111,9 +111,9 @@ def _fill(
     """
     parameters = dict(model.named_parameters())
     attributes = {meant: alias for alias, meant in family.hf_aliases.items()}
-    for key, source in weights.items():
+    for key, weight in read_module(weights).items():
         name = names[key] if names[key] in parameters else attributes[names[key]]
-        parameters[name].copy_(source.read())
+        parameters[name].copy_(weight)
 
 
 def _block_output(model: Any, family: Family, x: Tensor) -> Tensor:
