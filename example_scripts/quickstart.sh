@@ -20,7 +20,7 @@ checkpoints=$out/checkpoints
 seq_length=128
 total_steps=240
 halfway=$((total_steps / 2))
-port=$(python -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])')
+port=$(python -c 'import socket; print(socket.create_server(("127.0.0.1", 0)).getsockname()[1])')
 
 say() { printf '%s\n' "[$((SECONDS / 60)):$(printf %02d $((SECONDS % 60)))] $*"; }
 
@@ -67,14 +67,14 @@ kill_halfway() {
 rm -rf $out
 mkdir -p $logs
 
-say "1. making a small GPT-NeoX in the Hugging Face format, and a corpus of Python's documentation"
+say "1. making a small GPT-NeoX in the Hugging Face format, and a corpus"
 python example_scripts/quickstart_model.py $out
 
 say "2. cutting the model into layer shards"
 run convert_from_hf python convert_from_hf_gptneox.py \
   --model-name $out/hf/small-neox --save-dir $out/shards
 
-say "3. training $total_steps steps on 4 processes: 2 pipelines of 2 stages (tail -f $logs/rank_0.log)"
+say "3. training $total_steps steps in 2 pipelines of 2 stages: 4 processes, logs in $logs"
 start_training
 kill_halfway
 say "4. killed all 4 with SIGKILL after step $(wc -l <$checkpoints/metrics.jsonl);" \
@@ -91,7 +91,12 @@ python example_scripts/quickstart_generate.py \
   --model $out/small-neox-trained --held-out $out/held_out.jsonl \
   --metrics $checkpoints/metrics.jsonl --seq-length $seq_length
 
-say "done. The loss curve is $checkpoints/loss.png, the model $out/small-neox-trained.
-Next, on GPUs (README.md says which CUDA wheels to install first):
-  python convert_from_hf_gptneox.py --model-name EleutherAI/gpt-neox-20b --save-dir pretrained_models
-  edit the paths in example_scripts/finetune_gptneox.sh (8 GPUs) or finetune_gptj.sh (2), and run it"
+say "done: the loss curve is $checkpoints/loss.png, the model $out/small-neox-trained"
+cat <<'END'
+Next, on real GPUs (README.md says which CUDA wheels to install):
+  source .venv/bin/activate
+  python convert_from_hf_gptneox.py --model-name EleutherAI/gpt-neox-20b \
+    --save-dir pretrained_models
+  edit the paths in example_scripts/finetune_gptneox.sh, and run it (8 GPUs), or start with
+  example_scripts/finetune_gptj.sh (2 GPUs)
+END

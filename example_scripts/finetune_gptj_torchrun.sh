@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Fine-tunes GPT-J-6B on one machine with 2 GPUs through torchrun.
+# A pipeline of 2 stages, 14 layers each. Edit the paths, then run it in the project's
+# environment (source .venv/bin/activate). Further arguments are passed on and override those here:
+# `--total-steps 10` tries it out. The same command resumes from the last checkpoint.
+#
+# Before: python convert_from_hf_gptj.py --model-name EleutherAI/gpt-j-6B \
+#           --save-dir pretrained_models
+# After:  python convert_to_hf_gptj.py --ckpt-path model_checkpoints/gptj-test/2000 \
+#           --save-path GPT-J-fine-tuned --n-stages 2 --n-layer-per-stage 14
+#
+# In fp32, weights, gradients and Adam's moments take 16 bytes a parameter: these are GPUs of 80 GB.
+# The line --fp16 comes here once mixed precision is built.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+export GLOO_SOCKET_IFNAME=lo # consistent with --net-interface
+export NCCL_SOCKET_IFNAME=lo # consistent with --net-interface
+export WANDB_NAME=gptj-test # the run's name at Weights & Biases
+
+flags=(
+  --model-name pretrained_models/EleutherAI_gpt-j-6B
+  --tokenizer-name pretrained_models/EleutherAI_gpt-j-6B
+  --model-type gptj
+  --num-layers 14
+  --embedding-dim 4096
+  --load-pretrained-model true
+  --pipeline-group-size 2
+  --data-group-size 1
+  --net-interface lo
+  --task-name "data/first.jsonl:0.6,data/second.jsonl:0.4"
+  --seq-length 2048
+  --batch-size 32
+  --micro-batch-size 1
+  --gradient-accumulate-step 1
+  --optimizer adam
+  --lr 1e-5
+  --warmup-steps 10
+  --total-steps 2000
+  --checkpoint-path "model_checkpoints/$WANDB_NAME"
+  --checkpoint-steps 500
+  --dp-backend nccl
+  --dp-mode allreduce
+  --pp-mode gpipe
+  --profiling no-profiling
+)
+
+exec torchrun --nproc-per-node 2 dist_clm_train.py "${flags[@]}" "$@"

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Fine-tunes GPT-NeoX-20B on one machine with 8 GPUs.
+# A pipeline of 8 stages, 6 layers each but 2 in the last. Edit the paths, then run it in the
+# project's environment (source .venv/bin/activate). Further arguments are passed on and override
+# those here: `--total-steps 10` tries it out. The same command resumes from the last checkpoint.
+#
+# Before: python convert_from_hf_gptneox.py --model-name EleutherAI/gpt-neox-20b \
+#           --save-dir pretrained_models
+# After:  python convert_to_hf_gptneox.py --ckpt-path model_checkpoints/gptneox-test/2000 \
+#           --save-path GPT-NeoX-fine-tuned --n-stages 8 --n-layer-per-stage 6
+#
+# In fp32, weights, gradients and Adam's moments take 16 bytes a parameter: these are GPUs of 80 GB.
+# The line --fp16 comes here once mixed precision is built.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+# shellcheck source=example_scripts/ranks.sh
+source example_scripts/ranks.sh
+
+export GLOO_SOCKET_IFNAME=lo # consistent with --net-interface
+export NCCL_SOCKET_IFNAME=lo # consistent with --net-interface
+export WANDB_NAME=gptneox-test # the run's name at Weights & Biases
+
+flags=(
+  --model-name pretrained_models/EleutherAI_gpt-neox-20b
+  --tokenizer-name pretrained_models/EleutherAI_gpt-neox-20b
+  --model-type gptneox
+  --num-layers 6
+  --embedding-dim 6144
+  --load-pretrained-model true
+  --dist-url tcp://127.0.0.1:7033
+  --world-size 8
+  --pipeline-group-size 8
+  --data-group-size 1
+  --net-interface lo
+  --task-name "data/first.jsonl:0.6,data/second.jsonl:0.4"
+  --seq-length 2048
+  --batch-size 32
+  --micro-batch-size 1
+  --gradient-accumulate-step 1
+  --optimizer adam
+  --lr 1e-5
+  --warmup-steps 10
+  --total-steps 2000
+  --checkpoint-path "model_checkpoints/$WANDB_NAME"
+  --checkpoint-steps 500
+  --dp-backend nccl
+  --dp-mode allreduce
+  --pp-mode gpipe
+  --profiling no-profiling
+)
+
+for rank in {0..7}; do
+  python dist_clm_train.py "${flags[@]}" "$@" --rank "$rank" --cuda-id "$rank" &
+done
+wait_ranks
