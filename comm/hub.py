@@ -37,11 +37,15 @@ def encode(message: Message) -> bytes:
 
 
 def decode(line: bytes) -> dict[str, Any]:
-    """
+    """The message of one line.
+
     Raises:
         ValueError: `line` is not a JSON object.
     """
-    message = json.loads(line)
+    try:
+        message = json.loads(line)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
     if not isinstance(message, dict):
         raise ValueError("a message must be a JSON object")
     return message

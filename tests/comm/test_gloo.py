@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from comm.host_copy import HostCopyCommunicator
 from tests.comm.ranks import Rank, enter
 from tests.dist import run_ranks
 
@@ -88,6 +89,23 @@ def check_order(rank: Rank) -> None:
     assert all((tensor == i).all() for i, tensor in enumerate(received))
 
 
+def check_host_copies(rank: Rank) -> None:
+    """The channel for device tensors over host memory, on tensors that are in host memory."""
+    channel = HostCopyCommunicator(rank.fabric.pipeline)
+    peer = 1 - channel.rank
+    mine, theirs = torch.full((2, 3), float(channel.rank)), torch.empty(2, 3)
+    works = [channel.receive(theirs, source=peer), channel.send(mine, to=peer)]
+    mine.fill_(9.0)  # the copy travels
+    for work in works:
+        work.wait()
+    assert (theirs == peer).all()
+    channel.all_reduce(theirs)
+    assert (theirs == 1.0).all()
+    channel.broadcast(mine.fill_(peer), root=1)
+    assert (mine == 0.0).all()
+    assert channel.all_gather(torch.tensor([channel.rank])).tolist() == [[0], [1]]
+
+
 def check_groups(rank: Rank) -> None:
     fabric, topology = rank.fabric, rank.topology
     mine = torch.tensor(topology.rank)
@@ -107,6 +125,7 @@ def all_checks(rank: int, world_size: int, url: str) -> str:
         check_slices,
         check_broadcast_and_gather,
         check_order,
+        check_host_copies,
     ):
         check(entered)
     entered.close()

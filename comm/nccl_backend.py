@@ -1,0 +1,228 @@
+"""Channels over NCCL, reached through CuPy: tensors go from GPU to GPU. (Not yet run on a GPU.)
+
+A pipeline stage's activation and its neighbour's gradient travel at the same time. On one NCCL
+communicator each would wait for the other's end, so every direction between two neighbours has
+a communicator of two and a stream of its own; then no grouped calls are needed. Other pairs get
+theirs at their first message, which then waits for both ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import DistError
+from torch.distributed.distributed_c10d import Store
+
+from comm.activity import Activity
+from comm.communicator import PeerLostError, Work
+from comm.hang_monitor import HangMonitor
+from comm.lane import Lane, Mark, lane_on
+from comm.topology import Topology
+
+# ncclDataType_t of nccl.h; bool travels as its byte
+DTYPE_CODES = {
+    torch.int8: 0,
+    torch.uint8: 1,
+    torch.bool: 1,
+    torch.int32: 2,
+    torch.int64: 4,
+    torch.float16: 6,
+    torch.float32: 7,
+    torch.float64: 8,
+    torch.bfloat16: 9,
+}
+_SUM = 0  # ncclRedOp_t
+
+
+@dataclass(frozen=True)
+class _Channel:
+    """An NCCL communicator (`cupy.cuda.nccl.NcclCommunicator`) and the lane that it runs in."""
+
+    nccl: Any
+    lane: Lane
+
+
+class NcclCommunicator:
+    """A Communicator over NCCL.
+
+    name: what the group is, for messages: `pipeline` or `replicas`.
+    members: the global ranks, in the order of the group; this process is one of them.
+    store: where the first member of a channel leaves NCCL's unique id for the others.
+    dist_timeout, on_hang: a message that takes longer than so many seconds is reported there.
+
+    Raises:
+        ValueError: CuPy or its NCCL is not installed.
+        PeerLostError: a channel could not be made.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        members: Sequence[int],
+        topology: Topology,
+        device: torch.device,
+        store: Store,
+        activity: Activity,
+        dist_timeout: float,
+        on_hang: Callable[[PeerLostError], object],
+    ) -> None:
+        self._library = load_library()
+        self._name = name
+        self._members = tuple(members)
+        self._rank = self._members.index(topology.rank)
+        self._peers = [topology.describe(rank) for rank in self._members]
+        self._device = device
+        self._store = store
+        self._activity = activity
+        self._monitor = HangMonitor(limit=dist_timeout, on_hang=on_hang)
+        self._edges: dict[tuple[int, int], _Channel] = {}
+        self._all = self._open(range(self.size))
+        for left in range(self.size - 1):  # one order for all members, so that none waits in a ring
+            for edge in ((left, left + 1), (left + 1, left)):
+                if self._rank in edge:
+                    self._edge(*edge)
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    @property
+    def size(self) -> int:
+        return len(self._members)
+
+    def send(self, tensor: Tensor, *, to: int) -> Work:
+        channel = self._edge(self._rank, to)
+        return self._run(
+            f"send to {self._peers[to]}",
+            channel,
+            tensor,
+            lambda *message: channel.nccl.send(*message, 1, channel.lane.pointer),
+        )
+
+    def receive(self, tensor: Tensor, *, source: int) -> Work:
+        channel = self._edge(source, self._rank)
+        return self._run(
+            f"receive from {self._peers[source]}",
+            channel,
+            tensor,
+            lambda *message: channel.nccl.recv(*message, 0, channel.lane.pointer),
+        )
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """NCCL chooses the order of the sum."""
+        assert tensor.dtype != torch.bool
+        nccl, stream = self._all.nccl, self._all.lane.pointer
+        self._run(
+            f"all-reduce with {', '.join(self._peers)}",
+            self._all,
+            tensor,
+            lambda data, *kind: nccl.allReduce(data, data, *kind, _SUM, stream),
+        ).wait()
+
+    def broadcast(self, tensor: Tensor, *, root: int) -> None:
+        nccl, stream = self._all.nccl, self._all.lane.pointer
+        self._run(
+            f"broadcast from {self._peers[root]}",
+            self._all,
+            tensor,
+            lambda data, *kind: nccl.broadcast(data, data, *kind, root, stream),
+        ).wait()
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        gathered = tensor.new_empty((self.size, *tensor.shape))
+        self._all.lane.enter(gathered)
+        nccl, stream = self._all.nccl, self._all.lane.pointer
+        self._run(
+            f"all-gather with {', '.join(self._peers)}",
+            self._all,
+            tensor,
+            lambda data, *kind: nccl.allGather(data, gathered.data_ptr(), *kind, stream),
+        ).wait()
+        return gathered
+
+    def close(self) -> None:
+        self._monitor.close()
+        for channel in (*self._edges.values(), self._all):
+            channel.nccl.destroy()
+
+    def _run(self, what: str, channel: _Channel, tensor: Tensor, call: Callable[..., None]) -> Work:
+        """Queues `call(pointer, count, dtype code)` in the channel's lane."""
+        assert tensor.is_contiguous()
+        what = f"{self._name} {what}"
+        channel.lane.enter(tensor)
+        with self._activity.during(what):
+            try:
+                call(tensor.data_ptr(), tensor.numel(), DTYPE_CODES[tensor.dtype])
+            except self._library.NcclError as error:
+                raise PeerLostError(f"{what} failed: {error}.") from error
+        mark = channel.lane.mark()
+        self._monitor.add(what, mark, channel.nccl.check_async_error)
+        return _Queued(mark)
+
+    def _edge(self, source: int, to: int) -> _Channel:
+        """The channel of messages from one member to another."""
+        if (source, to) not in self._edges:
+            self._edges[source, to] = self._open((source, to))
+        return self._edges[source, to]
+
+    def _open(self, members: Sequence[int]) -> _Channel:
+        """A communicator of `members` (indices in the group), who all call this."""
+        ranks = [self._members[member] for member in members]
+        key = f"nccl/{self._name}/{'-'.join(map(str, ranks))}"
+        try:
+            if members[0] == self._rank:
+                made = self._library.get_unique_id()
+                self._store.set(key, bytes(number & 255 for number in made).hex())
+            unique_id = self._unique_id(bytes.fromhex(self._store.get(key).decode()))
+            nccl = self._library.NcclCommunicator(
+                len(ranks), unique_id, list(members).index(self._rank)
+            )
+        except (self._library.NcclError, DistError) as error:
+            peers = ", ".join(self._peers[member] for member in members)
+            raise PeerLostError(
+                f"{self._name}: no NCCL channel between {peers}: {error}."
+            ) from error
+        return _Channel(nccl, lane_on(self._device))
+
+    def _unique_id(self, raw: bytes) -> bytes | tuple[int, ...]:
+        """In the form that this CuPy wants: bytes since 14, a tuple of signed numbers before."""
+        if isinstance(self._library.get_unique_id(), bytes):
+            return raw
+        return tuple(number - 256 if number > 127 else number for number in raw)
+
+
+class _Queued:
+    """A message in its lane: waiting holds back what the device computes next, not the host."""
+
+    def __init__(self, mark: Mark) -> None:
+        self._mark = mark
+
+    def wait(self) -> None:
+        self._mark.hold_compute()
+
+
+def load_library() -> Any:
+    """The module `cupy.cuda.nccl`.
+
+    Raises:
+        ValueError: it is not installed; the text says what to install.
+    """
+    try:
+        from cupy.cuda import nccl
+    except ImportError as error:
+        raise ValueError(
+            f"--dist-backend cupy_nccl: {error}; install CuPy and NCCL for your CUDA version: "
+            "`pip install cupy-cuda12x nvidia-nccl-cu12` or `pip install cupy-cuda13x "
+            "nvidia-nccl-cu13`, or use --dist-backend gloo with --dp-backend gloo"
+        ) from None
+    if not nccl.available:
+        raise ValueError(
+            "--dist-backend cupy_nccl: this CuPy has no NCCL; `pip install nvidia-nccl-cu12` (or "
+            "-cu13, as your CUDA version is)"
+        )
+    return nccl
