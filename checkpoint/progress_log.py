@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils.tqdm import disable_progress_bars
 
 
 def log_progress() -> None:
