@@ -24,9 +24,11 @@ port=$(python -c 'import socket; print(socket.create_server(("127.0.0.1", 0)).ge
 
 say() { printf '%s\n' "[$((SECONDS / 60)):$(printf %02d $((SECONDS % 60)))] $*"; }
 
+# fail MESSAGE LOG...: shows the ends of the logs and gives up.
 fail() {
-  printf '%s\n' "quickstart: $*; the ends of the logs in $logs:" >&2
-  tail -n 15 "$logs"/*.log >&2
+  printf '%s\n' "quickstart: $1" >&2
+  shift
+  tail -n 15 "$@" >&2
   exit 1
 }
 
@@ -34,7 +36,7 @@ fail() {
 run() {
   local log=$logs/$1.log
   shift
-  "$@" >>"$log" 2>&1 || fail "$1 $2 failed"
+  "$@" >"$log" 2>&1 || fail "$2 failed; the end of $log:" "$log"
 }
 
 start_training() {
@@ -54,12 +56,21 @@ start_training() {
   done
 }
 
+fail_rank() {
+  wait_ranks || true
+  fail "a rank failed; the ends of the logs:" $logs/rank_*.log
+}
+
+steps_done() {
+  if [ -e $checkpoints/metrics.jsonl ]; then wc -l <$checkpoints/metrics.jsonl; else echo 0; fi
+}
+
+# Kills all ranks a few steps past the checkpoint, so that there is something to lose.
 kill_halfway() {
-  until [ -e $checkpoints/latest ]; do
-    [ "$(jobs -pr | wc -l)" -eq 4 ] || fail "a rank ended before step $halfway"
+  until (($(steps_done) >= halfway + 5)); do
+    [ "$(jobs -pr | wc -l)" -eq 4 ] || fail_rank
     sleep 0.2
   done
-  sleep 3 # so that there is something to lose
   jobs -pr | xargs kill -KILL
   wait 2>/dev/null
 }
@@ -77,10 +88,10 @@ run convert_from_hf python convert_from_hf_gptneox.py \
 say "3. training $total_steps steps in 2 pipelines of 2 stages: 4 processes, logs in $logs"
 start_training
 kill_halfway
-say "4. killed all 4 with SIGKILL after step $(wc -l <$checkpoints/metrics.jsonl);" \
+say "4. killed all 4 with SIGKILL after step $(steps_done);" \
   "the same command resumes from the checkpoint of step $(cat $checkpoints/latest)"
 start_training
-wait_ranks || fail "a rank failed"
+wait_ranks || fail_rank
 
 say "5. converting the last checkpoint back to the Hugging Face format, and verifying it"
 run convert_to_hf python convert_to_hf_gptneox.py \
