@@ -69,6 +69,55 @@ OWN_FLAGS = frozenset(
 )
 
 
+# Flags that a resumed run must share with its checkpoint.
+FIXED = (
+    "model_type",
+    "pipeline_group_size",
+    "num_layers",
+    "seq_length",
+    "micro_batch_size",
+    "gradient_accumulate_step",
+    "optimizer",
+    "task_name",
+    "doc_separator",
+    "seed",
+)
+# Flags that may change on resume, which is told in one line each.
+FREE = (
+    "total_steps",
+    "lr",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "batch_size",
+    "data_group_size",
+    "checkpoint_steps",
+    "evaluation_data",
+    "evaluation_steps",
+    "evaluation_num_batch",
+    "recompute",
+)
+
+
+def fixed_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """What a resumed run must share with its checkpoint, by the words of an error."""
+    return {
+        **{_flag(name): getattr(args, name) for name in FIXED},
+        "the global batch (--batch-size x --data-group-size)": args.batch_size
+        * args.data_group_size,
+        "the precision": "fp32",
+    }
+
+
+def free_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """What a resumed run may change, by flag."""
+    return {_flag(name): getattr(args, name) for name in FREE}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def _dest(flag: str) -> str:
     return flag.removeprefix("--").replace("-", "_")
 

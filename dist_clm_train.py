@@ -165,9 +165,9 @@ def _train(
     watch: Watch,
     console: Console,
 ) -> None:
-    from comm.fabric import connect
     from transformers.utils import logging as transformers_logging
 
+    from comm.fabric import connect
     from training_setup import train
 
     transformers_logging.set_verbosity_error()

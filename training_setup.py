@@ -9,20 +9,17 @@ import argparse
 import hashlib
 import json
 import logging
-import tempfile
-from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from comm.fabric import Fabric
 
-from argument_checks import check_split
+from argument_checks import check_split, fixed_flags, free_flags
+from checkpoint.continuity import changes, check_same_config, check_same_run
 from checkpoint.disk import check_disk
 from checkpoint.loading import initialise_model_, load_checkpoint_, load_shards_, share_from_first
-from checkpoint.model_folder import COMPANIONS
-from checkpoint.training_state import CheckpointStore, ResumePoint, check_same_run, read_part
+from checkpoint.training_state import CheckpointStore, ResumePoint, read_part
+from comm.fabric import Fabric
 from comm.messages import gather_json
 from comm.topology import Topology
 from data_parallel.flat_gradients import FlatGradients, same_on_all
@@ -36,45 +33,15 @@ from optimizer.adam import Adam
 from optimizer.agreement import Agreement
 from pipeline_parallel.channel import PipelineChannel
 from pipeline_parallel.engine import Engine
-from pipeline_parallel.feed import HostBatch, Scatter, TrainingFeed
+from pipeline_parallel.feed import Scatter, TrainingFeed
 from pipeline_parallel.schedule import SCHEDULES
 from pipeline_parallel.stage import Stage
-from tasks.build import open_training_stream
-from tasks.evaluation import evaluation_batches
 from tasks.loader import BatchLoader
-from tasks.tokenizer import check_vocabulary, load_tokenizer
+from training_data import TrainingData, checkpoint_extras
 from training_loop import Evaluation, LoopSettings, TrainingLoop
 
 logger = logging.getLogger(__name__)
 
-# Flags that a resumed run must share with its checkpoint; see SPEC-like list in README.md.
-FIXED = (
-    "model_type",
-    "pipeline_group_size",
-    "num_layers",
-    "seq_length",
-    "micro_batch_size",
-    "gradient_accumulate_step",
-    "optimizer",
-    "task_name",
-    "doc_separator",
-    "seed",
-)
-# Flags that may change, of which a resumed run says so.
-FREE = (
-    "total_steps",
-    "lr",
-    "warmup_steps",
-    "weight_decay",
-    "max_grad_norm",
-    "batch_size",
-    "data_group_size",
-    "checkpoint_steps",
-    "evaluation_data",
-    "evaluation_steps",
-    "evaluation_num_batch",
-    "recompute",
-)
 MOMENTS_AND_WEIGHTS = 3  # fp32 numbers that a checkpoint keeps of each parameter
 
 
@@ -93,6 +60,7 @@ def train(
         logger.info("%d of %d steps are done: nothing to do", run.start, args.total_steps)
         return
     run.prepare()
+    logger.info(run.describe())
     recorder = run.open_recorder(console)
     try:
         run.loop(recorder).run(run.start)
@@ -118,15 +86,19 @@ class Run:
         self._config = self._family.load_config(args.model_name)
         check_split(args.num_layers, topology.num_stages, self._config.num_hidden_layers)
         self._check_same_config()
-        self._tokenizer = load_tokenizer(args.tokenizer_name) if topology.rank == 0 else None
-        if self._tokenizer is not None:
-            check_vocabulary(self._tokenizer, self._config.vocab_size)
+        self._data = (
+            TrainingData(args, vocab_size=self._config.vocab_size) if topology.rank == 0 else None
+        )
         self._store = CheckpointStore(
             args.checkpoint_path,
             control=fabric.control,
             topology=topology,
             nonce=nonce,
-            extras=self._extras(),
+            extras=checkpoint_extras(
+                args.model_name,
+                args.tokenizer_name,
+                None if self._data is None else self._data.tokenizer,
+            ),
         )
         self._resume = self._find_resume()
         self.start = 0 if self._resume is None else self._resume.step
@@ -142,6 +114,16 @@ class Run:
         self._load()
         self._gradients = FlatGradients(self._model.parameters())
 
+    def describe(self) -> str:
+        """The run in one line."""
+        topology, model = self._topology, self._model
+        own = sum(p.numel() for p in model.parameters())
+        return (
+            f"{self._args.model_type}, {self._config.num_hidden_layers} layers in "
+            f"{topology.num_stages} stages x {topology.num_replicas} pipelines on "
+            f"{self._device.type}, fp32; {own / 1e6:,.1f} M parameters in stage {topology.stage}"
+        )
+
     # ---- what the machine and the other ranks have ----
 
     def _check_same_config(self) -> None:
@@ -154,19 +136,6 @@ class Run:
                 f"--model-name {self._args.model_name}: config.json is not the same on rank 0 and "
                 f"rank {other}"
             )
-
-    def _extras(self) -> dict[str, bytes]:
-        """The small files that every checkpoint holds: config.json and tokenizer, by name."""
-        folder = Path(self._args.tokenizer_name)
-        if folder.is_dir():
-            files = _companions(folder)
-        elif self._tokenizer is not None:
-            with tempfile.TemporaryDirectory() as saved:
-                self._tokenizer.save_pretrained(saved)
-                files = _companions(Path(saved))
-        else:
-            files = {}
-        return {**files, "config.json": (self._args.model_name / "config.json").read_bytes()}
 
     def _check_disk(self) -> None:
         every = self._args.checkpoint_steps or self._args.total_steps
@@ -190,40 +159,12 @@ class Run:
         point = self._store.find()
         if point is None or point.meta is None:
             return point
-        check_same_run(point.meta, self._fixed_flags())
-        self._check_checkpoint_config(point.folder)
-        self._tell_changes(point.meta)
+        check_same_run(point.meta, fixed_flags(self._args))
+        if self._topology.replica == 0:
+            check_same_config(point.folder, self._args.model_name)
+        for line in changes(point.meta, free_flags(self._args)):
+            logger.info("%s", line)
         return point
-
-    def _fixed_flags(self) -> dict[str, Any]:
-        flags = {_flag(name): getattr(self._args, name) for name in FIXED}
-        rows = self._args.batch_size * self._topology.num_replicas
-        return {**flags, "the global batch (--batch-size x --data-group-size)": rows,
-                "the precision": "fp32"}  # fmt: skip
-
-    def _free_flags(self) -> dict[str, Any]:
-        return {_flag(name): getattr(self._args, name) for name in FREE}
-
-    def _check_checkpoint_config(self, folder: Path) -> None:
-        if self._topology.replica != 0:
-            return
-        kept = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        path = self._args.model_name / "config.json"
-        now = json.loads(path.read_text(encoding="utf-8"))
-        for key in sorted(kept.keys() | now.keys()):
-            if kept.get(key) != now.get(key):
-                raise ValueError(
-                    f"--model-name {self._args.model_name}: {key} is {now.get(key)!r}, but the "
-                    f"checkpoint {folder} was made with {kept.get(key)!r}"
-                )
-
-    def _tell_changes(self, meta: dict[str, Any]) -> None:
-        if self._topology.rank != 0:
-            return
-        kept = meta.get("settings", {})
-        for flag, value in self._free_flags().items():
-            if kept.get(flag) != value:
-                logger.info("%s is now %s, it was %s", flag, value, kept.get(flag))
 
     def _build_model(self) -> StageModel:
         return StageModel(
@@ -281,7 +222,7 @@ class Run:
             total_steps=args.total_steps,
             resumed_step=self.start or None,
             project=args.project_name,
-            config={**self._fixed_flags(), **self._free_flags()},
+            config={**fixed_flags(self._args), **free_flags(self._args)},
             run_id=None if meta is None else meta.get("wandb_id"),
         )
 
@@ -290,24 +231,25 @@ class Run:
         settings = self._settings()
         engine = self._engine(settings)
         agreement = self._agreement()
-        scatter = Scatter(
-            fabric.control, topology, rows=settings.rows, tokens=settings.tokens,
-            device=self._device,
-        )  # fmt: skip
+        if self._data is not None:
+            meta = None if self._resume is None else self._resume.meta
+            self._loader = self._data.open_loader(None if meta is None else meta["data"])
         return TrainingLoop(
             settings,
             topology=topology,
             replicas=fabric.replicas,
             engine=engine,
-            feed=self._feed(settings),
+            feed=TrainingFeed(
+                self._scatter(settings), self._loader, num_batches=args.total_steps - self.start
+            ),
             gradients=self._gradients,
             optimizer=self._optimizer,
             agreement=agreement,
             evaluation=None
             if args.evaluation_data is None
             else Evaluation(
-                scatter, fabric.control, engine, agreement, settings.micro_rows,
-                self._open_evaluation if topology.rank == 0 else None,
+                self._scatter(settings), fabric.control, engine, agreement, settings.micro_rows,
+                None if self._data is None else self._data.open_evaluation,
             ),
             recorder=recorder,
             save=partial(self._save, recorder),
@@ -331,6 +273,15 @@ class Run:
             checkpoint_steps=args.checkpoint_steps,
             evaluation_steps=args.evaluation_steps,
             seed=args.seed,
+        )
+
+    def _scatter(self, settings: LoopSettings) -> Scatter:
+        return Scatter(
+            self._fabric.control,
+            self._topology,
+            rows=settings.rows,
+            tokens=settings.tokens,
+            device=self._device,
         )
 
     def _engine(self, settings: LoopSettings) -> Engine:
@@ -366,36 +317,6 @@ class Run:
             first_slot=sum(counts[: self._model.indices.start]),
         )
 
-    def _feed(self, settings: LoopSettings) -> TrainingFeed:
-        args = self._args
-        if self._topology.rank == 0:
-            stream = open_training_stream(
-                args.sources,
-                self._tokenizer,
-                seq_length=args.seq_length,
-                seed=args.seed,
-                separator=args.doc_separator,
-            )
-            if self._resume is not None and self._resume.meta is not None:
-                stream.restore(self._resume.meta["data"])
-            self._loader = BatchLoader(stream, rows=args.batch_size * args.data_group_size)
-        scatter = Scatter(
-            self._fabric.control, self._topology, rows=settings.rows, tokens=settings.tokens,
-            device=self._device,
-        )  # fmt: skip
-        return TrainingFeed(scatter, self._loader, num_batches=args.total_steps - self.start)
-
-    def _open_evaluation(self) -> Iterator[HostBatch]:
-        args = self._args
-        return evaluation_batches(
-            args.evaluation_data,
-            self._tokenizer,
-            seq_length=args.seq_length,
-            rows=args.batch_size * args.data_group_size,
-            separator=args.doc_separator,
-            max_batches=args.evaluation_num_batch,
-        )
-
     def _save(self, recorder: Recorder, step: int, data: dict[str, Any]) -> None:
         weights = {key: value.cpu() for key, value in self._model.state_dict().items()}
         updates = self._optimizer.updates
@@ -405,8 +326,8 @@ class Run:
             "model_type": self._args.model_type,
             "num_stages": self._topology.num_stages,
             "num_layers": self._layers_per_stage(),
-            "flags": self._fixed_flags(),
-            "settings": self._free_flags(),
+            "flags": fixed_flags(self._args),
+            "settings": free_flags(self._args),
             "data": data,
             "wandb_id": recorder.run_id,
         }
@@ -416,16 +337,8 @@ class Run:
             "scheduler": {"kind": "linear", "step": step, "updates": updates},
         }
         self._store.save(step, parts=parts, meta=meta)
+        logger.info("saved step %d in %s", step, self._args.checkpoint_path)
 
     def _layers_per_stage(self) -> list[int]:
         n, layers = self._args.num_layers, self._config.num_hidden_layers
         return [min(n, layers - stage * n) for stage in range(self._topology.num_stages)]
-
-
-def _companions(folder: Path) -> dict[str, bytes]:
-    paths = {path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}
-    return {path.name: path.read_bytes() for path in sorted(paths)}
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

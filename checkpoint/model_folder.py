@@ -26,12 +26,16 @@ _SAFETENSORS = ("model.safetensors", "model-*.safetensors", "model.safetensors.i
 _TORCH_BINS = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
 
 
+def companion_files(folder: Path) -> list[Path]:
+    """The tokenizer files and generation settings of a folder; config.json is not one of them."""
+    found = {path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}
+    return sorted(found)
+
+
 def copy_companions(source: Path, target: Path) -> None:
-    """Copies tokenizer files and generation settings, where there are any; config.json is not."""
-    for pattern in COMPANIONS:
-        for path in source.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, target / path.name)
+    """Copies them, where there are any."""
+    for path in companion_files(source):
+        shutil.copyfile(path, target / path.name)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

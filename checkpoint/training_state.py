@@ -161,14 +161,3 @@ def read_part(folder: Path, stage: int, part: str) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise ValueError(f"{path}: expected a dict, found {type(state).__name__}")
     return state
-
-
-def check_same_run(meta: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
-    """ValueError names the flag and both values where a flag that may not change has changed."""
-    kept = meta.get("flags", {})
-    for flag, value in flags.items():
-        if kept.get(flag) != value:
-            raise ValueError(
-                f"{flag} is {value}, but the checkpoint of step {meta['step']} was made with "
-                f"{kept.get(flag)}"
-            )

@@ -1,0 +1,74 @@
+"""What a run reads: rank 0's tokenizer, training batches and held-out text."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from checkpoint.model_folder import companion_files
+from pipeline_parallel.feed import HostBatch
+from tasks.build import open_training_stream
+from tasks.evaluation import evaluation_batches
+from tasks.loader import BatchLoader
+from tasks.tokenizer import check_vocabulary, load_tokenizer
+
+
+class TrainingData:
+    """Rank 0's data. Other ranks, which read none, do not make one."""
+
+    def __init__(self, args: argparse.Namespace, *, vocab_size: int) -> None:
+        self._args = args
+        self._rows = args.batch_size * args.data_group_size
+        self.tokenizer = load_tokenizer(args.tokenizer_name)
+        check_vocabulary(self.tokenizer, vocab_size)
+
+    def open_loader(self, state: dict[str, Any] | None) -> BatchLoader:
+        """Batches of all replicas, from the start or from where a checkpoint stands."""
+        args = self._args
+        stream = open_training_stream(
+            args.sources,
+            self.tokenizer,
+            seq_length=args.seq_length,
+            seed=args.seed,
+            separator=args.doc_separator,
+        )
+        if state is not None:
+            stream.restore(state)
+        return BatchLoader(stream, rows=self._rows)
+
+    def open_evaluation(self) -> Iterator[HostBatch]:
+        """The held-out text from its beginning."""
+        args = self._args
+        return evaluation_batches(
+            args.evaluation_data,
+            self.tokenizer,
+            seq_length=args.seq_length,
+            rows=self._rows,
+            separator=args.doc_separator,
+            max_batches=args.evaluation_num_batch,
+        )
+
+
+def checkpoint_extras(model_folder: Path, name: str, tokenizer: Any | None) -> dict[str, bytes]:
+    """The small files that every checkpoint holds: config.json and tokenizer, by name.
+
+    `name` is --tokenizer-name. Where it is no folder, only the rank that has loaded `tokenizer` can
+    keep it.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        files = _read(folder)
+    elif tokenizer is not None:
+        with tempfile.TemporaryDirectory() as saved:
+            tokenizer.save_pretrained(saved)
+            files = _read(Path(saved))
+    else:
+        files = {}
+    return {**files, "config.json": (model_folder / "config.json").read_bytes()}
+
+
+def _read(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in companion_files(folder)}
