@@ -1,7 +1,7 @@
 """Channels over torch.distributed's gloo groups: tensors in host memory, TCP between hosts.
 
-Everything but broadcast is built of point-to-point messages of bytes, so that every dtype works
-and no result depends on how gloo cuts a buffer.
+Messages and broadcasts carry bytes, so that every dtype works. Sums of more than two are added
+here, since the order in which gloo adds depends on where in the buffer an element is.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -18,8 +19,20 @@ from comm.activity import Activity
 from comm.communicator import PeerLostError, Work
 from comm.topology import Topology
 
-_MESSAGES, _COLLECTIVES = 0, 1  # gloo matches messages by tag: the two kinds never meet
-_SLICE_BYTES = 64 * 2**20
+_SLICE_BYTES = 16 * 2**20  # long buffers go in slices: bounded copies, and fewer fresh pages
+_SMALL_BYTES = 32 * 2**10  # below this, one round of larger messages beats two
+_GLOO_SUMS = frozenset(
+    (
+        torch.float32,
+        torch.float64,
+        torch.float16,
+        torch.bfloat16,
+        torch.int8,
+        torch.uint8,
+        torch.int32,
+        torch.int64,
+    )
+)
 
 
 class GlooCommunicator:
@@ -43,6 +56,7 @@ class GlooCommunicator:
         self._group = group
         self._name = name
         self._members = tuple(members)
+        self._global_rank = topology.rank
         self._rank = self._members.index(topology.rank)
         self._peers = [topology.describe(rank) for rank in self._members]
         self._activity = activity
@@ -57,80 +71,83 @@ class GlooCommunicator:
         return len(self._members)
 
     def send(self, tensor: Tensor, *, to: int) -> Work:
-        return self._send(tensor, to, what="send to", tag=_MESSAGES)
+        return self._message(dist.isend, "send to", tensor, to)
 
     def receive(self, tensor: Tensor, *, source: int) -> Work:
-        return self._receive(tensor, source, what="receive from", tag=_MESSAGES)
+        return self._message(dist.irecv, "receive from", tensor, source)
 
     def all_reduce(self, tensor: Tensor) -> None:
-        """Each member sums its share of the elements in the order of the members, then shares it.
-
-        So the bits depend on neither the buffer's length nor an element's place in it. Long
-        buffers go in slices, so that the copies of the others' elements stay within bounds.
-        """
-        flat = tensor.view(-1)
-        for part in torch.split(flat, _SLICE_BYTES // flat.element_size()):
-            shares = list(part.tensor_split(self.size))
-            mine = shares[self._rank]
-            copies = [torch.empty_like(mine) for _ in self._members]
-            copies[self._rank] = mine.clone()
-            self._exchange("all-reduce", sources=shares, targets=copies)
-            total = copies[0]
-            for copy in copies[1:]:
-                total += copy
-            mine.copy_(total)
-            self._exchange("all-reduce", sources=[mine] * self.size, targets=shares)
+        """Adds in the order of the members: the bits depend on neither length nor place."""
+        if self.size == 2 and tensor.dtype in _GLOO_SUMS:  # a + b == b + a
+            post = partial(dist.all_reduce, tensor, group=self._group, async_op=True)
+            self._start(f"all-reduce with {self._others}", post).wait()
+        elif tensor.nbytes <= _SMALL_BYTES:
+            tensor.copy_(_ordered_sum(self.all_gather(tensor)))
+        else:
+            flat = tensor.view(-1)
+            for part in torch.split(flat, _SLICE_BYTES // flat.element_size()):
+                self._reduce_and_share(part)
 
     def broadcast(self, tensor: Tensor, *, root: int) -> None:
-        if tensor.numel() == 0:
-            return
-        what = f"broadcast from {self._peers[root]}"
-        source = self._members[root]
-        self._start(
-            what,
-            lambda: dist.broadcast(_bytes(tensor), source, group=self._group, async_op=True),
-        ).wait()
+        self._broadcast(tensor, root, what="broadcast").wait()
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         gathered = tensor.new_empty((self.size, *tensor.shape))
         gathered[self._rank] = tensor
-        rows = list(gathered)
-        self._exchange("all-gather", sources=[rows[self._rank]] * self.size, targets=rows)
+        self._share(list(gathered), what="all-gather")
         return gathered
 
     def close(self) -> None:
         dist.destroy_process_group(self._group)
 
-    def _exchange(self, name: str, *, sources: list[Tensor], targets: list[Tensor]) -> None:
-        """Sends `sources[m]` to, and receives `targets[m]` from, every other member m."""
-        others = [member for member in range(self.size) if member != self._rank]
-        works = [
-            self._receive(targets[m], m, what=f"{name}, receive from", tag=_COLLECTIVES)
-            for m in others
-        ]
-        works += [
-            self._send(sources[m], m, what=f"{name}, send to", tag=_COLLECTIVES) for m in others
-        ]
+    @property
+    def _others(self) -> str:
+        return ", ".join(f"rank {rank}" for rank in self._members if rank != self._global_rank)
+
+    def _reduce_and_share(self, flat: Tensor) -> None:
+        """Each member sums its share of a buffer, then gives the sum to all."""
+        shares = list(flat.tensor_split(self.size))
+        mine = shares[self._rank]
+        copies = mine.new_empty((self.size, mine.numel()))
+        post = partial(
+            dist.all_to_all_single,
+            _bytes(copies),
+            _bytes(flat),
+            [mine.nbytes] * self.size,
+            [share.nbytes for share in shares],
+            group=self._group,
+            async_op=True,
+        )
+        self._start(f"all-reduce with {self._others}", post).wait()
+        mine.copy_(_ordered_sum(copies))
+        self._share(shares, what="all-reduce")
+
+    def _share(self, rows: list[Tensor], *, what: str) -> None:
+        """Row m is member m's: every member gets it."""
+        works = [self._broadcast(row, member, what=what) for member, row in enumerate(rows)]
         for work in works:
             work.wait()
 
-    def _send(self, tensor: Tensor, to: int, *, what: str, tag: int) -> Work:
+    def _broadcast(self, tensor: Tensor, root: int, *, what: str) -> Work:
         if tensor.numel() == 0:
             return _Done()
-        rank = self._members[to]
-        return self._start(
-            f"{what} {self._peers[to]}",
-            lambda: dist.isend(_bytes(tensor), rank, group=self._group, tag=tag),
+        post = partial(
+            dist.broadcast,
+            _bytes(tensor),
+            self._members[root],
+            group=self._group,
+            async_op=True,
         )
+        source = self._others if root == self._rank else self._peers[root]
+        return self._start(f"{what} {'to' if root == self._rank else 'from'} {source}", post)
 
-    def _receive(self, tensor: Tensor, source: int, *, what: str, tag: int) -> Work:
+    def _message(
+        self, post: Callable[..., dist.Work | None], what: str, tensor: Tensor, peer: int
+    ) -> Work:
         if tensor.numel() == 0:
             return _Done()
-        rank = self._members[source]
-        return self._start(
-            f"{what} {self._peers[source]}",
-            lambda: dist.irecv(_bytes(tensor), rank, group=self._group, tag=tag),
-        )
+        call = partial(post, _bytes(tensor), self._members[peer], group=self._group)
+        return self._start(f"{what} {self._peers[peer]}", call)
 
     def _start(self, what: str, post: Callable[[], dist.Work | None]) -> Work:
         what = f"{self._name} {what}"
@@ -165,6 +182,14 @@ class _Done:
 
     def wait(self) -> None:
         """Returns at once."""
+
+
+def _ordered_sum(rows: Tensor) -> Tensor:
+    """The sum over the first dimension, in its order."""
+    total = rows[0]
+    for row in rows[1:]:
+        total += row
+    return total
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from comm.communicator import Communicator
 from comm.host_copy import HostCopyCommunicator
 from tests.comm.ranks import Rank, enter
 from tests.dist import run_ranks
@@ -18,7 +19,7 @@ DTYPES = (
     torch.uint8,
     torch.bool,
 )
-LENGTHS = (0, 1, 3, 4, 1001)
+LENGTHS = (0, 1, 3, 4, 1001, 40_003)
 
 
 def values(member: int, length: int, dtype: torch.dtype) -> torch.Tensor:
@@ -36,7 +37,11 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 
 def check_all_reduce(rank: Rank) -> None:
-    control = rank.fabric.control
+    for control in (rank.fabric.control, rank.fabric.pipeline):
+        check_sums(control)
+
+
+def check_sums(control: Communicator) -> None:
     for dtype in DTYPES:
         for length in LENGTHS:
             tensor = values(control.rank, length, dtype)
@@ -50,7 +55,7 @@ def check_all_reduce(rank: Rank) -> None:
 def check_slices(rank: Rank) -> None:
     """A buffer of several slices gives the bits of the same elements in small pieces."""
     control = rank.fabric.control
-    length = 17 * 2**20 + 5  # a little over one slice of fp32
+    length = 5 * 2**20 + 5  # a slice of fp32 and a bit
     tensor = values(control.rank, length, torch.float32)
     ends = [tensor[:1000].clone(), tensor[-1000:].clone()]
     control.all_reduce(tensor)
