@@ -130,16 +130,18 @@ def fill_defaults(args: argparse.Namespace, environ: Mapping[str, str]) -> None:
     """
     launched = "TORCHELASTIC_RUN_ID" in environ
     given = environ if launched else {}
-    try:
-        for name, variable, default in (
-            ("rank", "RANK", 0),
-            ("world_size", "WORLD_SIZE", 1),
-            ("cuda_id", "LOCAL_RANK", 0),
-        ):
-            if getattr(args, name) is None:
-                setattr(args, name, int(given.get(variable, default)))
-    except ValueError as error:
-        raise ValueError(f"torchrun's variable {variable}: {error}") from error
+    for name, variable, default in (
+        ("rank", "RANK", "0"),
+        ("world_size", "WORLD_SIZE", "1"),
+        ("cuda_id", "LOCAL_RANK", "0"),
+    ):
+        if getattr(args, name) is None:
+            text = given.get(variable, default)
+            if not text.isdecimal():
+                raise ValueError(
+                    f"torchrun's variable {variable} is {text!r}, expected a whole number"
+                )
+            setattr(args, name, int(text))
     args.agent_store = (
         launched and args.dist_url is None and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     )

@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 from argument_checks import NOT_BUILT_FLAGS, NOT_BUILT_VALUES, check_flags, fill_defaults
 from modules.registry import MODELS
 
+MAX_SECONDS = 1e9  # what the system's clocks and locks can wait for
+
 
 class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows a default where there is one; where it depends on the machine, the help says so."""
@@ -71,7 +73,9 @@ def whole(at_least: int) -> Callable[[str], int]:
     return parse
 
 
-def real(*, positive: bool = False, finite: bool = True) -> Callable[[str], float]:
+def real(
+    *, positive: bool = False, finite: bool = True, at_most: float = math.inf
+) -> Callable[[str], float]:
     def parse(text: str) -> float:
         try:
             value = float(text)
@@ -82,6 +86,8 @@ def real(*, positive: bool = False, finite: bool = True) -> Callable[[str], floa
             raise argparse.ArgumentTypeError(f"expected a number {kind}, got {text!r}")
         if finite and math.isinf(value):
             raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
+        if value > at_most:
+            raise argparse.ArgumentTypeError(f"expected at most {at_most:g}, got {text!r}")
         return value
 
     return parse
@@ -140,9 +146,9 @@ def _add_process_flags(group: Any) -> None:
     add("--dp-backend", choices=("nccl", "gloo"),
         help="gradients between replicas; default: nccl, on CPU gloo")  # fmt: skip
     add("--job-id", default="0", help="tells this job from others at the same --dist-url")
-    add("--join-timeout", type=real(positive=True), default=300.0,
+    add("--join-timeout", type=real(positive=True, at_most=MAX_SECONDS), default=300.0,
         help="seconds for all ranks to meet")  # fmt: skip
-    add("--dist-timeout", type=real(positive=True), default=300.0,
+    add("--dist-timeout", type=real(positive=True, at_most=MAX_SECONDS), default=300.0,
         help="seconds that one operation may wait for a peer")  # fmt: skip
 
 
