@@ -82,7 +82,7 @@ class GlooCommunicator:
             post = partial(dist.all_reduce, tensor, group=self._group, async_op=True)
             self._start(f"all-reduce with {self._others}", post).wait()
         elif tensor.nbytes <= _SMALL_BYTES:
-            tensor.copy_(_ordered_sum(self.all_gather(tensor)))
+            tensor.copy_(_ordered_sum(self._gather(tensor, what="all-reduce")))
         else:
             flat = tensor.view(-1)
             for part in torch.split(flat, _SLICE_BYTES // flat.element_size()):
@@ -92,10 +92,7 @@ class GlooCommunicator:
         self._broadcast(tensor, root, what="broadcast").wait()
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        gathered = tensor.new_empty((self.size, *tensor.shape))
-        gathered[self._rank] = tensor
-        self._share(list(gathered), what="all-gather")
-        return gathered
+        return self._gather(tensor, what="all-gather")
 
     def close(self) -> None:
         dist.destroy_process_group(self._group)
@@ -122,6 +119,12 @@ class GlooCommunicator:
         mine.copy_(_ordered_sum(copies))
         self._share(shares, what="all-reduce")
 
+    def _gather(self, tensor: Tensor, *, what: str) -> Tensor:
+        gathered = tensor.new_empty((self.size, *tensor.shape))
+        gathered[self._rank] = tensor
+        self._share(list(gathered), what=what)
+        return gathered
+
     def _share(self, rows: list[Tensor], *, what: str) -> None:
         """Row m is member m's: every member gets it."""
         works = [self._broadcast(row, member, what=what) for member, row in enumerate(rows)]
@@ -138,8 +141,9 @@ class GlooCommunicator:
             group=self._group,
             async_op=True,
         )
-        source = self._others if root == self._rank else self._peers[root]
-        return self._start(f"{what} {'to' if root == self._rank else 'from'} {source}", post)
+        if root == self._rank:
+            return self._start(f"{what}, send to {self._others}", post)
+        return self._start(f"{what}, receive from {self._peers[root]}", post)
 
     def _message(
         self, post: Callable[..., dist.Work | None], what: str, tensor: Tensor, peer: int

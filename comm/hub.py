@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hmac
 import json
-import logging
 import selectors
 import socket
 import threading
@@ -19,7 +18,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-logger = logging.getLogger(__name__)
 
 Message: TypeAlias = Mapping[str, Any]
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
-import logging
 import socket
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 
 import netifaces
 
-logger = logging.getLogger(__name__)
 
 VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)

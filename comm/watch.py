@@ -8,11 +8,12 @@ of their own, since the main thread may be stuck in a library that waits for the
 from __future__ import annotations
 
 import contextlib
-import logging
 import socket
 import threading
 import time
 from typing import NoReturn
+
+from torch.distributed import DistError
 
 from comm.activity import Activity
 from comm.ending import leave, say
@@ -20,7 +21,6 @@ from comm.hub import MAX_LINE, PING_SECONDS, Hub, Message, decode, encode, keep_
 from comm.rendezvous import Rendezvous
 from comm.topology import Topology
 
-logger = logging.getLogger(__name__)
 
 _LINGER_SECONDS = 5.0
 _GOODBYE_SECONDS = 60.0
@@ -51,9 +51,10 @@ class Watch:
     def connect(cls, rendezvous: Rendezvous, topology: Topology) -> Watch:
         """Links this rank with the others; in a world of one, with nobody.
 
+        A rank that has joined but does not link before the join deadline ends all.
+
         Raises:
-            TimeoutError: a rank that had joined did not link before the join deadline.
-            ConnectionError: rank 0 cannot be reached, or does not take this rank.
+            ConnectionError: rank 0 has gone, or cannot be reached at its interface's address.
         """
         if rendezvous.store is None:
             return cls.alone()
@@ -125,7 +126,10 @@ class Watch:
     def _open_link(self, rendezvous: Rendezvous) -> None:
         assert rendezvous.store is not None
         assert rendezvous.watchdog is not None
-        address, port = rendezvous.store.get("watch").decode().split()
+        try:
+            address, port = rendezvous.store.get("watch").decode().split()
+        except DistError as error:
+            raise ConnectionError(f"{self._describe[0]} is gone: {error}") from error
         seconds = max(rendezvous.watchdog.left, 1.0)
         try:
             self._link = socket.create_connection((address, int(port)), timeout=seconds)
