@@ -124,9 +124,9 @@ def _begin(told: list[str]) -> int | None:
 
 
 def make_lab(folder: Path) -> Lab:
-    """Two weighted sources, one of them compressed, held-out data, a model with dropout."""
-    write_jsonl(folder / "a.jsonl", make_texts(40, seed=1))
-    write_jsonl(folder / "b.jsonl.zst", make_texts(40, seed=2))
+    """Two weighted sources that end within the run, held-out data, a model with dropout."""
+    write_jsonl(folder / "a.jsonl", make_texts(6, seed=1))
+    write_jsonl(folder / "b.jsonl.zst", make_texts(10, seed=2))
     write_jsonl(folder / "held_out.jsonl", make_texts(12, seed=3))
     changes = {"num_hidden_layers": 3, "hidden_dropout": 0.1, "attention_dropout": 0.1}
     make_shards(folder, "model", "gptneox", changes)

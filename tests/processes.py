@@ -34,7 +34,7 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Kill:
-    """SIGKILL of one rank at its `nth` call of `target`: `module:function` or `module:Class.method`.
+    """SIGKILL of one rank at its `nth` call of `module:function` or `module:Class.method`.
 
     when: `before` or `after` the call; `half`, of torch.save alone: with half of the file written.
     about: only calls count whose first two arguments have this text in them.
