@@ -9,8 +9,10 @@ nobody disturbed.
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,7 @@ from tests.processes import Kill, import_all, imports_torch
 SEED = 7
 SHORT_JOIN = 8.0  # seconds, where a rank that never comes is waited for
 IMPORT_JOIN = 15.0  # the same, where the ranks import torch at different speeds
+CLOCK_KILLS, CLOCK_STEPS = 8, 100
 END_SECONDS = 15.0  # of the others once all ranks have joined
 
 
@@ -155,6 +158,29 @@ def live_on(lab: Lab) -> dict[str, list[Start]]:
         "afresh": [lab.start("killed", changes={"load-checkpoint": "false"})],
         "other seed": [lab.start("killed", changes={"seed": 43})],
     }
+
+
+def live_by_the_clock(
+    _rank: int, _world: int, _url: str, lab: Lab, seed: int
+) -> dict[str, list[Start]]:
+    """Started as users do, and killed at any time once drawn steps more are done."""
+    draw, metrics = random.Random(seed), lab.disk("clock") / "metrics.jsonl"
+    whole, starts = [lab.start_python("clock whole")], []
+    for _ in range(CLOCK_KILLS):
+        done = 0 if not metrics.exists() else len(read_metrics(metrics))
+        seen = partial(is_past, metrics, done + draw.randrange(-4, 12), draw.uniform(0.0, 0.1))
+        starts.append(lab.start_python("clock", Kill("clock", draw.randrange(WORLD), seen=seen)))
+    starts.append(lab.start_python("clock"))
+    return {"whole": whole, "clock": starts}
+
+
+def is_past(metrics: Path, step: int, rest: float, _pid: int) -> bool:
+    """Whether the ranks train and `step` is done, `rest` seconds ago."""
+    fresh = metrics.exists() and time.time() - metrics.stat().st_mtime < 1.0
+    if not fresh or len(read_metrics(metrics)) < step:
+        return False
+    time.sleep(rest)
+    return True
 
 
 def cut(path: Path) -> None:
@@ -320,3 +346,34 @@ def test_a_mistake_at_resume_ends_every_rank_with_one_line(
     assert start.outcome.statuses == [2] * WORLD
     for (line,) in start.outcome.lines:
         assert all(word in line for word in words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_other_plans_end_with_the_same_bits_too(seed: int, tmp_path: Path) -> None:
+    lab = make_lab(tmp_path)
+    (starts,) = run_ranks(1, live, lab, seed, deadline=1800.0)
+    dead = [start for start in starts["killed"] if start.kill is not None]
+    test_the_plan_hits_every_moment(starts, dead)
+    test_the_others_end_by_themselves_in_time(dead)
+    test_the_others_name_the_lost_rank_in_one_line(dead)
+    test_latest_names_a_whole_checkpoint_after_every_death(dead)
+    test_the_run_ends_with_the_bits_of_the_undisturbed_one(lab, starts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_at_any_time_it_ends_with_the_same_bits(seed: int, tmp_path: Path) -> None:
+    """Between any two instructions, not at chosen calls."""
+    made = make_lab(tmp_path)
+    lab = replace(made, flags={**made.flags, "total-steps": CLOCK_STEPS})
+    (starts,) = run_ranks(1, live_by_the_clock, lab, seed, deadline=1800.0)
+    dead = [start for start in starts["clock"] if start.outcome.statuses != [0] * WORLD]
+    assert len(dead) >= CLOCK_KILLS // 2
+    test_the_others_end_by_themselves_in_time(dead)
+    test_the_others_name_the_lost_rank_in_one_line(dead)
+    assert not [start for start in dead if start.damage]
+    whole, killed = lab.disk("clock whole"), lab.disk("clock")
+    assert numbers(killed) == numbers(whole)
+    for stage in range(STAGES):
+        assert same(state(killed, stage, CLOCK_STEPS), state(whole, stage, CLOCK_STEPS))
