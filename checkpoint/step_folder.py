@@ -8,6 +8,7 @@ same, so each is written to be harmless when another process has done it already
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -89,12 +90,16 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def whole_steps(path: Path, stage: int) -> list[int]:
-    """The steps under `path` whose folder has every file of `stage` readable to its end."""
+def step_folders(path: Path) -> list[int]:
+    """The steps under `path` that have a folder, whole or not."""
     if not path.is_dir():
         return []
-    names = [entry.name for entry in path.iterdir() if re.fullmatch(r"[0-9]+", entry.name)]
-    return sorted(step for step in map(int, names) if is_whole(path / str(step), stage))
+    return sorted(int(e.name) for e in path.iterdir() if re.fullmatch(r"[0-9]+", e.name))
+
+
+def save_of(folder: Path) -> str:
+    """What tells saves apart: all stages write the same meta.json, and no two saves do."""
+    return hashlib.sha256((folder / "meta.json").read_bytes()).hexdigest()
 
 
 def is_whole(folder: Path, stage: int) -> bool:

@@ -62,7 +62,7 @@ class CheckpointStore:
 
         Every process calls it; `meta` is rank 0's. OSError where the disk fails.
         """
-        meta = broadcast_json(self._control, meta)
+        meta = broadcast_json(self._control, {**meta, "start": self._nonce})
         partial = step_folder.partial_folder(self.path, step, self._nonce)
         final = self.path / str(step)
         if self._writes:
@@ -82,21 +82,19 @@ class CheckpointStore:
         if self._writes:
             self._name_latest(step)
             step_folder.drop_replaced(final, self._nonce)
+        self._all_here()  # exit status 0 is to mean that every stage came to its end
 
     def find(self) -> ResumePoint | None:
         """The newest step that every stage has whole; None where no stage has any checkpoint.
 
-        Every process calls it. ValueError says what each stage has where they have none in common.
+        Files that stages have of different saves are not one step. Every process calls it.
+        ValueError says what each stage has where they have none in common.
         """
-        mine: dict[str, Any] = {"steps": [], "old": None, "latest": False}
-        if self._writes:
-            mine["steps"] = step_folder.whole_steps(self.path, self._topology.stage)
-            mine["old"] = step_folder.predecessor_step(self.path)
-            mine["latest"] = (self.path / "latest").exists()
-        found = gather_json(self._control, mine)[: self._topology.num_stages]
-        common = set.intersection(*(set(one["steps"]) for one in found))
+        found = gather_json(self._control, self._mine())[: self._topology.num_stages]
+        common = set.intersection(*({(step, save) for step, save in one["whole"]} for one in found))
         if common:
-            return self._ours(max(common), found)
+            step, _ = max(common)
+            return self._ours(step, found)
         old = {one["old"] for one in found}
         if old == {None}:
             # `latest` is written when all stages are whole: without it no save ever ended.
@@ -106,6 +104,22 @@ class CheckpointStore:
         if len(old) > 1:
             raise ValueError(f"--checkpoint-path {self.path}: {_disagreement(found)}")
         return ResumePoint(0, step_folder.predecessor_folder(self.path, old.pop()), None)
+
+    def _mine(self) -> dict[str, Any]:
+        """What this stage has here: steps, which are whole and of which save, and `latest`."""
+        path, stage = self.path, self._topology.stage
+        steps = step_folder.step_folders(path) if self._writes else []
+        folders = {step: path / str(step) for step in steps}
+        return {
+            "steps": steps,
+            "whole": [
+                (step, step_folder.save_of(folder))
+                for step, folder in folders.items()
+                if step_folder.is_whole(folder, stage)
+            ],
+            "old": step_folder.predecessor_step(path) if self._writes else None,
+            "latest": self._writes and (path / "latest").exists(),
+        }
 
     def continue_from(self, step: int) -> None:
         """Lets `latest` name the step that the run goes on from, where it does not.
@@ -124,7 +138,11 @@ class CheckpointStore:
     def _ours(self, step: int, found: list[dict[str, Any]]) -> ResumePoint:
         newer = sorted({s for one in found for s in one["steps"] if s > step})
         if newer and self._topology.rank == 0:
-            logger.warning("step %s is not whole on every stage: going back to %d", newer, step)
+            logger.warning(
+                "step %s is not whole on every stage, or not of one save: going back to %d",
+                ", ".join(map(str, newer)),
+                step,
+            )
         folder = self.path / str(step)
         meta = read_meta(folder) if self._topology.rank == 0 else None
         return ResumePoint(step, folder, broadcast_json(self._control, meta))
@@ -140,13 +158,13 @@ class CheckpointStore:
 def _disagreement(found: list[dict[str, Any]]) -> str:
     have = "; ".join(f"stage {stage} has {_steps(one)}" for stage, one in enumerate(found))
     return (
-        f"no step is whole on every stage ({have}); bring the missing files to their machines, or "
-        "name another folder"
+        f"no step is whole on every stage and of one save ({have}); bring the missing files to "
+        "their machines, or name another folder"
     )
 
 
 def _steps(one: dict[str, Any]) -> str:
-    steps = [str(step) for step in one["steps"]]
+    steps = [str(step) for step, _ in one["whole"]]
     if one["old"] is not None:
         steps.append(f"checkpoint_{one['old']}")
     return ", ".join(steps) or "none"

@@ -9,6 +9,7 @@ nobody disturbed.
 from __future__ import annotations
 
 import random
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -144,6 +145,9 @@ def live_apart(lab: Lab) -> list[Start]:
     last_latest = Kill("the last latest", 1, "os:replace", about=".latest.", nth=saves_left)
     starts = [lab.start("apart", kill, own_disks=True) for kill in (one_renamed, last_latest, None)]
     cut(disks[1] / str(STEPS) / "prank_1_optimizer.pt")
+    starts.append(lab.start("apart", own_disks=True))
+    shutil.rmtree(disks[1] / str(STEPS))
+    shutil.copytree(lab.disk("killed") / str(STEPS), disks[1] / str(STEPS))
     starts.append(lab.start("apart", own_disks=True))
     for folder in disks[0].glob("[0-9]*"):
         cut(folder / "prank_0_checkpoint.pt")
@@ -288,7 +292,7 @@ def test_without_a_shared_disk_stages_that_saved_differently_go_back_together(
     assert first.latest == str(SAVE)
     assert second.begin == SAVE
     assert (
-        f"step [{2 * SAVE}] is not whole on every stage: going back to {SAVE}"
+        f"step {2 * SAVE} is not whole on every stage, or not of one save: going back to {SAVE}"
         in (second.outcome.told[0])
     )
     for rank in OTHERS:
@@ -310,19 +314,31 @@ def test_a_cut_file_of_one_stage_sends_all_back_to_the_step_before(
 ) -> None:
     """With a warning; and the end is the same again, nothing of the cut folder left."""
     start = starts["apart"][3]
-    assert start.begin == STEPS - SAVE
-    assert any(f"step [{STEPS}] is not whole" in line for line in start.outcome.told[0])
-    assert start.outcome.statuses == [0] * WORLD
+    assert_went_back(start)
     assert numbers(lab.disk("apart", 0)) == numbers(lab.disk("whole"))
     assert same(state(lab.disk("apart", 1), 1), state(lab.disk("whole"), 1))
     assert leftovers(lab.disk("apart", 0)) == leftovers(lab.disk("apart", 1)) == []
 
 
+def test_a_step_of_another_run_on_one_stage_is_not_mixed_in(starts: dict[str, list[Start]]) -> None:
+    """As where a machine takes part again that still has the files of an earlier run."""
+    assert_went_back(starts["apart"][4])
+
+
+def assert_went_back(start: Start) -> None:
+    assert start.begin == STEPS - SAVE
+    assert any(f"step {STEPS} is not whole" in line for line in start.outcome.told[0])
+    assert start.outcome.statuses == [0] * WORLD
+
+
 def test_no_step_whole_on_all_stages_is_an_error(starts: dict[str, list[Start]]) -> None:
-    outcome = starts["apart"][4].outcome
+    outcome = starts["apart"][5].outcome
     assert outcome.statuses == [2] * WORLD
     for (line,) in outcome.lines:
-        assert "no step is whole on every stage (stage 0 has none; stage 1 has 4, 8" in line
+        assert (
+            "no step is whole on every stage and of one save (stage 0 has none; stage 1 has 4"
+            in line
+        )
 
 
 def test_a_complete_run_does_nothing_more(lab: Lab, starts: dict[str, list[Start]]) -> None:

@@ -129,16 +129,20 @@ def test_more_steps_go_on_with_the_schedule_computed_anew(
 
 
 def test_the_same_step_is_saved_over_one_that_is_not_whole(
-    flags: dict[str, Any], tmp_path: Path
+    flags: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What was moved aside meanwhile goes; a file a dead process was replacing goes too."""
+    """With a warning. What was moved aside goes; what a dead process was writing goes too."""
     run = tmp_path / "run"
     again = {**flags, "checkpoint-path": run}
     train_alone(again)
     (run / "4" / "config.json").unlink()
     (run / f".latest.{'0' * 32}.tmp").write_bytes(b"")
     (run / ".partial-6-0000").mkdir()
-    train_alone(again)
+    with caplog.at_level(logging.WARNING):
+        train_alone(again)
+    (warning,) = [record.message for record in caplog.records]
+    assert warning.startswith("step 4 is not whole")
+    assert warning.endswith("going back to 2")
     assert (run / "4" / "config.json").is_file()
     assert (run / "latest").read_text() == "4"
     assert not list(run.glob(".*"))
