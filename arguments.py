@@ -38,7 +38,8 @@ class OneLineParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message.removeprefix("argument "))
+        hint = "; --help lists the flags" if message.startswith("unrecognized") else ""
+        raise ValueError(message.removeprefix("argument ") + hint)
 
 
 def one_line(error: BaseException) -> str:

@@ -60,6 +60,10 @@ def look_around(args: argparse.Namespace) -> Machine:
     machine = Machine()
     if args.train_warmup_steps is not None and args.rank == 0:
         logger.warning("--train-warmup-steps does nothing; --warmup-steps sets the warm-up")
+    if args.evaluation_steps and args.evaluation_data is None and args.rank == 0:
+        logger.warning(
+            "--evaluation-steps %d does nothing without --evaluation-data", args.evaluation_steps
+        )
     try:
         if args.world_size > 1 or args.net_interface is not None:
             machine.interface = _interface(args, args.net_interface)
@@ -118,7 +122,9 @@ def meet(args: argparse.Namespace, machine: Machine) -> Rendezvous:
 
 def _facts(args: argparse.Namespace) -> dict[str, str | int | float | bool | None]:
     """The flags that must be the same on all ranks."""
-    facts: dict[str, str | int | float | bool | None] = {}
+    facts: dict[str, str | int | float | bool | None] = {
+        "giving --evaluation-data": args.evaluation_data is not None  # its value is rank 0's alone
+    }
     for action in train_parser()._actions:
         flag = action.option_strings[0] if action.option_strings else ""
         if flag.startswith("--") and flag not in OWN_FLAGS and hasattr(args, action.dest):

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoint.shards import load_layer_shard
+from checkpoint.shards import load_layer_shard, shard_name
 from checkpoint.stage_files import read_stage_module, stage_file
+from checkpoint.tensor_files import require_file
 from comm.communicator import Communicator
 from modules.family import Family
 from modules.layers import initialise_
@@ -18,7 +19,12 @@ from modules.stage_model import StageModel
 
 
 def load_shards_(model: StageModel, folder: Path, family: Family, config: Any) -> None:
-    """Fills a stage from its layer shards, one layer at a time; ValueError names file and key."""
+    """Fills a stage from its layer shards, one layer at a time; ValueError names file and key.
+
+    All files are there before the first is read.
+    """
+    for index in model.indices:
+        require_file(folder / shard_name(index, config.num_hidden_layers))
     for index, module in zip(model.indices, model, strict=True):
         _fill(module, load_layer_shard(folder, family, config, index))
 

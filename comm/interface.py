@@ -78,7 +78,10 @@ def _agreed_name(flag: str | None, environ: Mapping[str, str]) -> tuple[str, str
     for source, name in named[1:]:
         if name != named[0][1]:
             first, value = named[0]
-            raise ValueError(f"{first} {value}: {source} is {name}; they must be the same")
+            raise ValueError(
+                f"{first} {value}: {source} is {name}; they must be the same; "
+                f"there are {_listing()}"
+            )
     return (named[0][0], str(named[0][1])) if named else None
 
 

@@ -143,7 +143,9 @@ FLAG_CASES: dict[str, Case] = {
     **number_cases(),
     "time beyond all clocks": Case({"dist-timeout": "1e300"}, ["--dist-timeout: ", "'1e300'"]),
     "join time beyond all clocks": Case({"join-timeout": "1e10"}, ["--join-timeout: ", "'1e10'"]),
-    "an unknown flag": Case({"learning-rate": "1"}, ["--learning-rate 1", "unrecognized"]),
+    "an unknown flag": Case(
+        {"learning-rate": "1"}, ["--learning-rate 1", "unrecognized", "--help"]
+    ),
     "an abbreviated flag": Case({"batch": "1"}, ["--batch 1", "unrecognized"]),
     "no model": Case({"model-name": None}, ["--model-name", "required"]),
     "no model type": Case({"model-type": None}, ["--model-type", "required"]),
@@ -195,7 +197,7 @@ FLAG_CASES: dict[str, Case] = {
     ),
     "interface against gloo's": Case(
         {"net-interface": "lo"},
-        ["--net-interface lo", "GLOO_SOCKET_IFNAME is eth77", "must be the same"],
+        ["--net-interface lo", "GLOO_SOCKET_IFNAME is eth77", "must be the same; there are lo"],
         {"GLOO_SOCKET_IFNAME": "eth77"},
     ),
     "interface against nccl's": Case(
@@ -536,7 +538,7 @@ FOLDERS: dict[str, tuple[int, Spoil, list[str]]] = {
     ),
     "another config": (
         3, lambda d: edit_config(d, layer_norm_eps=1e-6),
-        ["--model-name", "config.json", "rank 0 and rank 3"],
+        ["--model-name", "config.json is not the same on rank 0 and rank 3"],
     ),
     "config of another width": (
         2, lambda d: edit_config(d, hidden_size=64), ["--embedding-dim 32", "config.json", "64"],
@@ -567,6 +569,10 @@ FLAGS: dict[str, tuple[dict[int, Flags], list[str]]] = {
         {2: {"lr": 0.5}},
         ["--lr must be the same on all ranks", "1e-05 on rank 0", "0.5 on rank 2"],
     ),
+    "held-out data on rank 0 alone": (
+        {0: {"evaluation-data": "{home}/data.jsonl"}},
+        ["--evaluation-data must be the same on all ranks", "true on rank 0", "false on rank "],
+    ),
     "no data on rank 0": (
         {0: {"task-name": "{home}/no.jsonl"}},
         ["--task-name", "{home}/no.jsonl", "no such file"],
@@ -585,7 +591,7 @@ FLAGS: dict[str, tuple[dict[int, Flags], list[str]]] = {
         ["{home}/broken.jsonl:4201", '"text"'],
     ),
     "a bad line of held-out data": (
-        {0: {"evaluation-data": "{home}/broken-at-once.jsonl"}},
+        on_all({"evaluation-data": "{home}/broken-at-once.jsonl"}),
         ["{home}/broken-at-once.jsonl:1", "not JSON"],
     ),
     "a GPU that is not there": (
@@ -761,7 +767,7 @@ def test_a_model_folder(name: str, home: Path, ended: dict[str, list[Outcome]]) 
     rank, _, words = FOLDERS[name]
     line = the_same_line(ended[name])
     assert all(word in line for word in words), line
-    if "rank" not in "".join(words):
+    if "not the same" not in "".join(words):  # which several ranks see
         other = 1 if rank == 0 else 0
         assert f"rank {rank}: " in ended[name][other].stderr, "the others name the rank that saw it"
     assert not (home / "work" / _slug(name) / "ran").exists()
