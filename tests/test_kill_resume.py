@@ -1,9 +1,9 @@
 """Killed anywhere, by SIGKILL, and started again with the same command: the same bits in the end.
 
 Two pipelines of two stages, two weighted sources, held-out data. A plan, drawn from a seed, kills a
-rank at each of the moments below. After each death the others end by themselves, and `latest`,
-where there is one, names a whole checkpoint. What the last start leaves is compared with a run that
-nobody disturbed.
+rank at each moment of tests/kill_plan.py. After each death the others end by themselves, and
+`latest`, where there is one, names a whole checkpoint. What the last start leaves is compared with
+a run that nobody disturbed.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from __future__ import annotations
 import random
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -35,8 +34,9 @@ from tests.kill_lab import (
     numbers,
     same,
     state,
-)  # fmt: skip
-from tests.processes import Kill, import_all, imports_torch
+)
+from tests.kill_plan import PUBLISH, draw_plan, import_kill
+from tests.processes import Kill, import_all
 
 SEED = 7
 SHORT_JOIN = 8.0  # seconds, where a rank that never comes is waited for
@@ -45,83 +45,10 @@ CLOCK_KILLS, CLOCK_STEPS = 8, 100
 END_SECONDS = 15.0  # of the others once all ranks have joined
 
 
-@dataclass(frozen=True)
-class Moment:
-    """Where a rank dies; the plan draws which of `ranks` it is."""
-
-    name: str
-    target: str
-    when: str = "before"
-    ranks: Sequence[int] = (*WRITERS, *OTHERS)
-    nth: int = 1
-    about: str = ""
-    wait: float = 0.0
-
-    def drawn(self, draw: random.Random) -> Kill:
-        rank = draw.choice(self.ranks)
-        return Kill(self.name, rank, self.target, self.when, self.nth, self.about, self.wait)
-
-
-_ARRIVE = "comm.rendezvous:_Meeting._arrive"
-JOINING = (
-    Moment("join: the store stands", _ARRIVE, ranks=(0,), wait=1.0),
-    Moment("join: store reached", _ARRIVE, ranks=(1, 2, 3)),
-    Moment("join: arrived", _ARRIVE, "after", ranks=(1, 2, 3)),
-    Moment("join: all there", "comm.watch:Watch._open_hub", ranks=(0,), wait=1.0),
-    Moment("join: all there", "comm.watch:Watch._open_link", ranks=(1, 2, 3)),
-    Moment("join: linked", "comm.fabric:connect"),
-    Moment("join: connected", "training_setup:train"),
-)
-_TRAIN = "pipeline_parallel.engine:Engine.train"
-FIRST = (
-    Moment("evaluation before the first step", "pipeline_parallel.engine:Engine.evaluate", nth=2),
-    Moment("first step", _TRAIN),
-    Moment("first step: the update's second half", _TRAIN, nth=2),
-)
-ANY_STEP = (
-    Moment("resume: before the weights", "training_setup:share_from_first"),
-    Moment("resume: metrics cut", "monitor.metrics:MetricsFile.cut_after", "after", ranks=(0,)),
-    Moment("step", _TRAIN, nth=3),
-    Moment("step: updated", "optimizer.adam:Adam.step", "after"),
-    Moment("evaluation", "pipeline_parallel.engine:Engine.evaluate", nth=3),
-)
-_FILES, _PUBLISH = "checkpoint.step_folder:write_stage_files", "checkpoint.step_folder:publish"
-SAVING = (
-    Moment("save: no file yet", _FILES, ranks=WRITERS),
-    Moment("save: half a file", "torch:save", "half", ranks=WRITERS, nth=2),
-    Moment("save: one file", "torch:save", "after", ranks=WRITERS),
-    Moment("save: all tensors", _FILES, "after", ranks=WRITERS),
-    Moment("save: as a replica", "checkpoint.training_state:CheckpointStore._all_here",
-           ranks=OTHERS, nth=2),
-)  # fmt: skip
-RENAMING = (
-    Moment("save: all files", _PUBLISH, ranks=WRITERS),
-    Moment("save: renamed by the other", _PUBLISH, ranks=(1,), wait=1.0),
-    Moment("save: renamed", _PUBLISH, "after", ranks=WRITERS),
-    Moment("save: half of latest", "os:replace", ranks=WRITERS, about=".latest."),
-    Moment("save: latest", "os:replace", "after", ranks=WRITERS, about=".latest."),
-)
-MOMENTS = (*JOINING, *FIRST, *ANY_STEP, *SAVING, *RENAMING)
-
-
-def draw_plan(seed: int) -> list[Kill]:
-    """Every moment once, shuffled: before any checkpoint exists, and then those that need one."""
-    draw = random.Random(seed)
-    early = [*JOINING, *FIRST, *draw.sample(SAVING, 3)]
-    middle = draw.choice(RENAMING[1:])
-    late = [moment for moment in MOMENTS if moment not in early and moment is not middle]
-    draw.shuffle(early)
-    draw.shuffle(late)
-    return [moment.drawn(draw) for moment in (*early, middle, *late)]
-
-
-def import_kill(seed: int) -> Kill:
-    """From outside, by what the process has mapped."""
-    return Kill("import", random.Random(seed).randrange(WORLD), seen=imports_torch)
-
-
 def join_timeout(kill: Kill) -> dict[str, float]:
-    return {"join-timeout": SHORT_JOIN} if kill.moment.startswith("join: ") else {}
+    """Where rank 0 waits for one that never comes, or never links, it waits to the end of that."""
+    waits = kill.rank != 0 and kill.target.startswith(("comm.rendezvous", "comm.watch"))
+    return {"join-timeout": SHORT_JOIN} if waits else {}
 
 
 def live(_rank: int, _world: int, _url: str, lab: Lab, seed: int) -> dict[str, list[Start]]:
@@ -141,7 +68,7 @@ def live_apart(lab: Lab) -> list[Start]:
     """Every rank has a disk of its own; each start is another story, told by its test."""
     disks = [lab.disk("apart", rank) for rank in WRITERS]
     saves_left = (STEPS - SAVE) // SAVE
-    one_renamed = Kill("only one stage renamed", 1, _PUBLISH, nth=2, wait=1.0)
+    one_renamed = Kill("only one stage renamed", 1, PUBLISH, nth=2, wait=1.0)
     last_latest = Kill("the last latest", 1, "os:replace", about=".latest.", nth=saves_left)
     starts = [lab.start("apart", kill, own_disks=True) for kill in (one_renamed, last_latest, None)]
     cut(disks[1] / str(STEPS) / "prank_1_optimizer.pt")
