@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 _POLL_SECONDS = 0.1
 _REPORT_SECONDS = 10.0
 _ACKNOWLEDGE_SECONDS = 3.0
+_LATE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,9 @@ class _Meeting:
         self._await_verdict(store)
         verdict = json.loads(store.get("verdict"))
         if "error" in verdict:
-            self._part(store)
-            raise (ValueError if verdict["status"] == 2 else TimeoutError)(verdict["error"])
+            mistake = verdict["status"] == 2
+            self._part(store, late_seconds=_LATE_SECONDS if mistake else 0.0)
+            raise (ValueError if mistake else TimeoutError)(verdict["error"])
         self._watchdog.expect(status=1, line=self._unconnected())
         roster = tuple(self._arrival(store, rank) for rank in range(self._world_size))
         return Rendezvous(self._here.rank, roster, verdict["nonce"], store, self._watchdog)
@@ -191,14 +193,19 @@ class _Meeting:
             return []
         return [rank for rank in ranks if not store.check([_key(rank)])]
 
-    def _part(self, store: Store) -> None:
-        """The host of the store stays until the others have read the verdict."""
-        deadline = time.monotonic() + _ACKNOWLEDGE_SECONDS
+    def _part(self, store: Store, *, late_seconds: float) -> None:
+        """The host of the store stays until the others have read the verdict.
+
+        For ranks that have not arrived yet it stays `late_seconds`.
+        """
+        began = time.monotonic()
         with contextlib.suppress(DistError):
             store.add("parted", 1)
-            arrived = self._world_size - len(self._missing(store))
-            while self._here.rank == 0 and store.add("parted", 0) < arrived:
-                if time.monotonic() > deadline:
+            while self._here.rank == 0:
+                parted, waited = store.add("parted", 0), time.monotonic() - began
+                arrived = self._world_size - len(self._missing(store))
+                awaited = self._world_size if waited < late_seconds else arrived
+                if parted >= awaited or waited > max(late_seconds, _ACKNOWLEDGE_SECONDS):
                     return
                 time.sleep(_POLL_SECONDS)
 

@@ -32,13 +32,15 @@ _CLONE_NEWUTS, _CLONE_NEWNET = 0x04000000, 0x40000000
 class Rank:
     """One process: its flags, the variables set for it, its working directory, its host.
 
-    `host` is a network namespace that `ip netns` made, whose name is its host name too.
+    `host` is a network namespace that `ip netns` made, whose name is its host name too. `late` are
+    seconds that it starts after the others.
     """
 
     argv: Sequence[str]
     folder: Path
     environ: Mapping[str, str] = field(default_factory=dict)
     host: str | None = None
+    late: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ def _fork(rank: Rank, place: Path) -> int:
             os.environ.pop(variable, None)
         os.environ.update(rank.environ)
         os.chdir(rank.folder)
+        time.sleep(rank.late)
         status = _status_of(lambda: importlib.import_module("dist_clm_train").main(rank.argv))
         sys.stdout.flush()
         sys.stderr.flush()

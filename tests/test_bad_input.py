@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -675,6 +675,9 @@ def _slug(name: str) -> str:
     return name.replace(" ", "-").replace("'", "")
 
 
+LATE = "another lr, seen before all are there"
+
+
 def first_runs(home: Path, busy: str) -> list[list[Run]]:
     """A run for each mistake in FOLDERS and FLAGS, and those of a rank that is alone."""
     chains = []
@@ -684,6 +687,8 @@ def first_runs(home: Path, busy: str) -> list[list[Run]]:
         chains.append([Run(name, ranks_of(home, name, {rank: {"model-name": model}}))])
     for name, (changes, _) in FLAGS.items():
         chains.append([Run(name, ranks_of(home, name, changes))])
+    ranks = ranks_of(home, LATE, {2: {"lr": 0.5}})
+    chains.append([Run(LATE, [*ranks[:3], replace(ranks[3], late=2.0)])])
     alone: dict[str, Flags] = {
         "a port in use": {"dist-url": busy},
         "a master that does not listen": {
@@ -779,6 +784,10 @@ def test_flags_of_some_ranks(name: str, home: Path, ended: dict[str, list[Outcom
     assert all(_at(home, word) in line for word in FLAGS[name][1]), line
     if "middle" in name:
         assert "step 1/200" in ended[name][0].stdout
+
+
+def test_a_late_rank_hears_of_it_too(ended: dict[str, list[Outcome]]) -> None:
+    assert "--lr must be the same on all ranks" in the_same_line(ended[LATE])
 
 
 @pytest.mark.parametrize("name", [*RESUMES, *STATES])
