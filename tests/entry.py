@@ -6,8 +6,10 @@ run is a fork of it that does what `python dist_clm_train.py` would.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
+import itertools
 import os
 import signal
 import socket
@@ -25,6 +27,8 @@ _PRELOADED = (
     "modules.gptj", "modules.gptneox", "transformers.models.auto.tokenization_auto",
     "transformers.tokenization_utils_tokenizers", "torch.distributed",
 )  # fmt: skip
+# Below the ephemeral ports (32768 on); by process, so that two test runs do not meet.
+_PORTS = itertools.cycle(range(20_000 + os.getpid() % 100 * 100, 30_100))
 _CLONE_NEWUTS, _CLONE_NEWNET = 0x04000000, 0x40000000
 
 
@@ -65,6 +69,18 @@ class Outcome:
     @property
     def lines(self) -> list[str]:
         return self.stderr.splitlines()
+
+
+def quiet_port() -> int:
+    """A loopback port that is free, and that the system gives nobody who asks for just any.
+
+    Runs that wait for their turn need one that is still free then.
+    """
+    while True:
+        port = next(_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def run_all(

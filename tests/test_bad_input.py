@@ -31,8 +31,7 @@ from checkpoint.lock import lock_folder
 from comm.local import LocalCommunicator
 from dist_clm_train import look_around
 from modules.registry import MODELS
-from tests.dist import free_port
-from tests.entry import Outcome, Rank, Run, run_all
+from tests.entry import Outcome, Rank, Run, quiet_port, run_all
 from tests.runs import to_argv
 from tests.tasks.material import make_texts, tokenizer, write_jsonl
 from tests.tiny import make_hf
@@ -446,7 +445,7 @@ def test_a_command_with_a_shard_that_one_rank_lacks(home: Path) -> None:
     """Nothing but our line on stderr, of torch's C++ side either."""
     model = copy_of(home, "command")
     (model / "pytorch_lm_head.pt").unlink()
-    flags = right(home) | {"dist-url": f"tcp://127.0.0.1:{free_port()}"}
+    flags = right(home) | {"dist-url": f"tcp://127.0.0.1:{quiet_port()}"}
     flags["checkpoint-path"] = home / "runs" / "command"
     ranks = [flags | {"rank": rank} for rank in range(4)]
     ranks[3]["model-name"] = model
@@ -661,7 +660,7 @@ def ranks_of(home: Path, name: str, changes: Mapping[int, Flags]) -> list[Rank]:
     folder = home / "work" / _slug(name)
     folder.mkdir(parents=True)
     flags = right(home) | {
-        "dist-url": f"tcp://127.0.0.1:{free_port()}",
+        "dist-url": f"tcp://127.0.0.1:{quiet_port()}",
         "checkpoint-path": folder / "checkpoints",
     }
     own = [
@@ -692,7 +691,7 @@ def first_runs(home: Path, busy: str) -> list[list[Run]]:
     alone: dict[str, Flags] = {
         "a port in use": {"dist-url": busy},
         "a master that does not listen": {
-            "rank": 1, "dist-url": f"tcp://127.0.0.1:{free_port()}", "join-timeout": 2,
+            "rank": 1, "dist-url": f"tcp://127.0.0.1:{quiet_port()}", "join-timeout": 2,
         },
         "a master that another program is": {"rank": 1, "dist-url": busy, "join-timeout": 2},
         "a GPU that one process lacks": {

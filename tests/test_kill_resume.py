@@ -99,16 +99,17 @@ def live_by_the_clock(
     whole, starts = [lab.start_python("clock whole")], []
     for _ in range(CLOCK_KILLS):
         done = 0 if not metrics.exists() else len(read_metrics(metrics))
-        seen = partial(is_past, metrics, done + draw.randrange(-4, 12), draw.uniform(0.0, 0.1))
+        step, rest = done + draw.randrange(-4, 12), draw.uniform(0.0, 0.1)
+        seen = partial(is_past, metrics, time.time(), step, rest)
         starts.append(lab.start_python("clock", Kill("clock", draw.randrange(WORLD), seen=seen)))
     starts.append(lab.start_python("clock"))
     return {"whole": whole, "clock": starts}
 
 
-def is_past(metrics: Path, step: int, rest: float, _pid: int) -> bool:
-    """Whether the ranks train and `step` is done, `rest` seconds ago."""
-    fresh = metrics.exists() and time.time() - metrics.stat().st_mtime < 1.0
-    if not fresh or len(read_metrics(metrics)) < step:
+def is_past(metrics: Path, began: float, step: int, rest: float, _pid: int) -> bool:
+    """Whether the ranks that began then train and `step` is done, `rest` seconds ago."""
+    stale = not metrics.exists() or metrics.stat().st_mtime < began
+    if stale or len(read_metrics(metrics)) < step:
         return False
     time.sleep(rest)
     return True
