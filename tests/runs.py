@@ -30,7 +30,8 @@ def train_cases(
 ) -> None:
     """For every shape (P, R, url) of this world, trains every case (name, flags without dashes).
 
-    The ranks meet at each shape's url; flags may be functions of (P, R). Checkpoints go to `folder`/<name>-<P>-<R>.
+    The ranks meet at each shape's url; flags may be functions of (P, R). Checkpoints go to
+    `folder`/<name>-<P>-<R>.
     """
     torch.set_num_threads(1)
     for stages, replicas, shape_url in shapes:

@@ -108,7 +108,7 @@ def reference(model: Any, folder: Path, accumulate: int) -> tuple[list[float], l
         for _ in range(accumulate):
             tokens = torch.from_numpy(np.stack(list(islice(stream, ROWS))))
             loss: Tensor = model(tokens, labels=tokens).loss
-            (loss / accumulate).backward()
+            torch.autograd.backward(loss / accumulate)
             losses.append(loss.item())
         norms.append(nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
         adamw.step()

@@ -109,7 +109,9 @@ def test_norm_and_clipping_are_torchs() -> None:
     gradients.scale_(clip_factor(norm, 0.5))
     for name, parameter in parameters.items():
         assert parameter.grad is not None
-        assert torch.allclose(parameter.grad, twin[name].grad, rtol=1e-6)
+        expected_grad = twin[name].grad
+        assert expected_grad is not None
+        assert torch.allclose(parameter.grad, expected_grad, rtol=1e-6)
     assert clip_factor(norm, float("inf")) == 1.0
     assert clip_factor(0.1, 0.5) == 1.0
 
