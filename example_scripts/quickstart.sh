@@ -71,8 +71,10 @@ kill_halfway() {
     [ "$(jobs -pr | wc -l)" -eq 4 ] || fail_rank
     sleep 0.2
   done
-  jobs -pr | xargs kill -KILL
-  wait 2>/dev/null
+  {
+    jobs -pr | xargs kill -KILL
+    wait
+  } 2>/dev/null # the shell's own report of what it killed
 }
 
 rm -rf $out
