@@ -164,6 +164,7 @@ class Run:
             check_same_config(point.folder, self._args.model_name)
         for line in changes(point.meta, free_flags(self._args)):
             logger.info("%s", line)
+        self._store.continue_from(point.step)
         return point
 
     def _build_model(self) -> StageModel:

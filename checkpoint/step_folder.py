@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from monitor.atomic import leftover_files
+
 STAGE_FILES = ("prank_{}_checkpoint.pt", "prank_{}_optimizer.pt", "prank_{}_scheduler.pt")
 _PARTIAL = ".partial-"
 _REPLACED = ".replaced-"
@@ -33,6 +35,8 @@ def clear_leftovers(path: Path, nonce: str) -> None:
     for folder in [*path.glob(f"{_PARTIAL}*"), *path.glob(f"{_REPLACED}*")]:
         if not folder.name.endswith(nonce):
             shutil.rmtree(folder, ignore_errors=True)
+    for file in leftover_files(path):
+        file.unlink(missing_ok=True)
 
 
 def write_stage_files(folder: Path, stage: int, parts: Mapping[str, Any]) -> None:
@@ -48,7 +52,16 @@ def write_stage_files(folder: Path, stage: int, parts: Mapping[str, Any]) -> Non
 
 def make_way(final: Path, nonce: str) -> None:
     """Moves aside a folder that an earlier crash left under the final name, before writing."""
-    _rename_if_there(final, final.with_name(f"{_REPLACED}{final.name}-{nonce}"))
+    _rename_if_there(final, _replaced_folder(final, nonce))
+
+
+def drop_replaced(final: Path, nonce: str) -> None:
+    """Removes what `make_way` moved aside, once a whole folder has the final name."""
+    shutil.rmtree(_replaced_folder(final, nonce), ignore_errors=True)
+
+
+def _replaced_folder(final: Path, nonce: str) -> Path:
+    return final.with_name(f"{_REPLACED}{final.name}-{nonce}")
 
 
 def publish(partial: Path, final: Path) -> None:
@@ -90,15 +103,24 @@ def is_whole(folder: Path, stage: int) -> bool:
     torch's files are zip archives, whose directory is written last: a cut one has none.
     """
     needed = [folder / name.format(stage) for name in STAGE_FILES]
-    return (folder / "meta.json").is_file() and all(map(zipfile.is_zipfile, needed))
+    has_both = all((folder / name).is_file() for name in ("meta.json", "config.json"))
+    return has_both and all(map(zipfile.is_zipfile, needed))
+
+
+def latest_step(path: Path) -> str | None:
+    """What `latest` holds; None where there is none."""
+    try:
+        return (path / "latest").read_text(encoding="utf-8", errors="replace").strip()
+    except FileNotFoundError:
+        return None
 
 
 def predecessor_step(path: Path) -> int | None:
     """The N of `latest` where it means a predecessor's `checkpoint_N`, else None."""
-    try:
-        step = int((path / "latest").read_text(encoding="utf-8").strip())
-    except (OSError, ValueError):
+    text = latest_step(path)
+    if text is None or not re.fullmatch(r"[0-9]+", text):
         return None
+    step = int(text)
     is_theirs = not (path / str(step)).is_dir() and predecessor_folder(path, step).is_dir()
     return step if is_theirs else None
 

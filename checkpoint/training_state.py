@@ -80,8 +80,8 @@ class CheckpointStore:
             step_folder.publish(partial, final)
         self._all_here()
         if self._writes:
-            replace_file(self.path / "latest", str(step).encode())
-            step_folder.sync_folder(self.path)
+            self._name_latest(step)
+            step_folder.drop_replaced(final, self._nonce)
 
     def find(self) -> ResumePoint | None:
         """The newest step that every stage has whole; None where no stage has any checkpoint.
@@ -107,6 +107,15 @@ class CheckpointStore:
             raise ValueError(f"--checkpoint-path {self.path}: {_disagreement(found)}")
         return ResumePoint(0, step_folder.predecessor_folder(self.path, old.pop()), None)
 
+    def continue_from(self, step: int) -> None:
+        """Lets `latest` name the step that the run goes on from, where it does not.
+
+        It may lag behind, after a crash between a folder's rename and its own; and it may be ahead,
+        where the step that it names is not whole any more.
+        """
+        if self._writes and step_folder.latest_step(self.path) != str(step):
+            self._name_latest(step)
+
     def exists(self) -> bool:
         """Whether any stage has any checkpoint, whole or not; every process calls it."""
         mine = self._writes and step_folder.any_steps(self.path)
@@ -119,6 +128,10 @@ class CheckpointStore:
         folder = self.path / str(step)
         meta = read_meta(folder) if self._topology.rank == 0 else None
         return ResumePoint(step, folder, broadcast_json(self._control, meta))
+
+    def _name_latest(self, step: int) -> None:
+        replace_file(self.path / "latest", str(step).encode())
+        step_folder.sync_folder(self.path)
 
     def _all_here(self) -> None:
         self._control.all_reduce(torch.zeros(1))

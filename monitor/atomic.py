@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from pathlib import Path
+
+_TEMPORARY = r"\..+\.[0-9a-f]{32}\.tmp"
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -21,3 +24,8 @@ def replace_file(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def leftover_files(folder: Path) -> list[Path]:
+    """What a process that died while it replaced a file under `folder` left there."""
+    return [path for path in folder.glob(".*.tmp") if re.fullmatch(_TEMPORARY, path.name)]
