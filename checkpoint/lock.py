@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
 from pathlib import Path
 from typing import TextIO
+
+
+def make_folder(path: Path) -> None:
+    """Makes `path` where it is missing.
+
+    ValueError, naming the folder, where it cannot be made or nothing can be written in it.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(_unwritable(path, error)) from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ValueError(_unwritable(path, PermissionError(errno.EACCES, "no permission")))
 
 
 def lock_folder(path: Path) -> TextIO:
@@ -15,13 +29,11 @@ def lock_folder(path: Path) -> TextIO:
     The system releases the lock of a process that ends in any way. ValueError where another process
     holds it, or the folder cannot be made or written; the text names the folder.
     """
+    make_folder(path)
     try:
-        path.mkdir(parents=True, exist_ok=True)
         file = (path / ".lock").open("a+", encoding="utf-8")
     except OSError as error:
-        raise ValueError(
-            f"--checkpoint-path {path}: cannot be written: {error.strerror}"
-        ) from error
+        raise ValueError(_unwritable(path, error)) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -33,3 +45,9 @@ def lock_folder(path: Path) -> TextIO:
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
     return file
+
+
+def _unwritable(path: Path, error: OSError) -> str:
+    return (
+        f"--checkpoint-path {path}: expected a folder, but it cannot be written: {error.strerror}"
+    )

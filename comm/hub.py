@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-
 Message: TypeAlias = Mapping[str, Any]
 
 MAX_LINE = 64 * 1024
@@ -94,6 +93,8 @@ class Hub:
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._peers: list[_Peer] = []
         self._gone: set[int] = set()
+        self._seen: set[int] = set()
+        self._event: Message | None = None
         self._checked: tuple[float, set[int]] | None = None
         self._changed = threading.Condition()
         self._ending = False
@@ -105,12 +106,17 @@ class Hub:
 
     def await_all(self, *, seconds: float) -> list[int]:
         """Waits until all other ranks are connected; returns those that are not by then."""
-        self._await(lambda: len(self._present() | self._gone) == self._world_size - 1, seconds)
-        return sorted(set(range(1, self._world_size)) - self._present() - self._gone)
+        everyone = set(range(1, self._world_size))
+        self._await(lambda: self._seen == everyone, seconds)
+        missing = everyone - self._seen
+        self._seen |= missing  # nobody waits for their goodbye
+        return sorted(missing)
 
     def await_goodbyes(self, *, seconds: float) -> None:
-        """Waits until no rank is connected any more."""
-        self._await(lambda: not self._present(), seconds)
+        """Waits until every rank has come and gone: a late one must hear of an event too."""
+        self._await(
+            lambda: len(self._seen) == self._world_size - 1 and not self._present(), seconds
+        )
 
     def event(self, message: Message) -> None:
         """A rank has failed or is lost: the first such event is told to all, rank 0 included."""
@@ -118,6 +124,7 @@ class Hub:
             if self._ending:
                 return
             self._ending = True
+            self._event = message
         self.broadcast(message)
         threading.Thread(target=self._on_event, args=(message,), daemon=True).start()
 
@@ -193,7 +200,10 @@ class Hub:
             raise ValueError("not a rank of this run")
         with self._changed:
             peer.rank = rank
+            self._seen.add(message["rank"])
             self._changed.notify_all()
+        if self._event is not None:
+            peer.tell(encode(self._event))
 
     def _drop(self, peer: _Peer) -> None:
         self._selector.unregister(peer.connection)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import netifaces
 
-
 VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 

@@ -21,7 +21,6 @@ from comm.hub import MAX_LINE, PING_SECONDS, Hub, Message, decode, encode, keep_
 from comm.rendezvous import Rendezvous
 from comm.topology import Topology
 
-
 _LINGER_SECONDS = 5.0
 _GOODBYE_SECONDS = 60.0
 _VERDICT_SECONDS = PING_SECONDS + 2.0

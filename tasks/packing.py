@@ -36,8 +36,8 @@ class Encoder:
     def __init__(self, tokenizer: Any, separator: str | None = None) -> None:
         if separator is None and tokenizer.eos_token_id is None:
             raise ValueError(
-                "the tokenizer has no eos_token to end documents with: expected one, or a"
-                " --doc-separator"
+                "--tokenizer-name: the tokenizer has no eos_token to end documents with: expected"
+                " one, or a --doc-separator"
             )
         self.separator = separator
         self._tokenizer = tokenizer

@@ -1,0 +1,173 @@
+"""dist_clm_train.py as processes whose exit status and output a test looks at.
+
+Importing torch and transformers takes seconds. So one process imports all, and every rank of every
+run is a fork of it that does what `python dist_clm_train.py` would.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.dist import run_ranks
+
+_PRELOADED = (
+    "dist_clm_train", "training_setup", "checkpoint.convert_to_hf", "comm.fabric", "monitor.plot",
+    "modules.gptj", "modules.gptneox", "transformers.models.auto.tokenization_auto",
+    "transformers.tokenization_utils_tokenizers", "torch.distributed",
+)  # fmt: skip
+_CLONE_NEWUTS, _CLONE_NEWNET = 0x04000000, 0x40000000
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One process: its flags, the variables set for it, its working directory, its host.
+
+    `host` is a network namespace that `ip netns` made, whose name is its host name too.
+    """
+
+    argv: Sequence[str]
+    folder: Path
+    environ: Mapping[str, str] = field(default_factory=dict)
+    host: str | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """The processes of a run; `kill` is a rank that gets SIGKILL once a file is there."""
+
+    name: str
+    ranks: Sequence[Rank]
+    kill: tuple[int, Path] | None = None
+    seconds: float = 120.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a process ended; `status` is None where it had to be ended, negative for a signal."""
+
+    status: int | None
+    stderr: str
+    stdout: str
+    seconds: float
+
+    @property
+    def lines(self) -> list[str]:
+        return self.stderr.splitlines()
+
+
+def run_all(
+    chains: Sequence[Sequence[Run]], *, at_once: int, deadline: float
+) -> dict[str, list[Outcome]]:
+    """The outcomes of all runs by name: `at_once` chains at once, the runs of each one by one."""
+    (outcomes,) = run_ranks(1, _serve, chains, at_once, deadline=deadline)
+    return outcomes
+
+
+def _serve(
+    _rank: int, _world_size: int, _url: str, chains: Sequence[Sequence[Run]], at_once: int
+) -> dict[str, list[Outcome]]:
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read at the import
+    for name in _PRELOADED:
+        importlib.import_module(name)
+    ended: dict[str, list[Outcome]] = {}
+    waiting = [_run_chain(chain, ended) for chain in chains]
+    running: list[Iterator[None]] = []
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            running.append(waiting.pop(0))
+        running = [chain for chain in running if next(chain, "over") is None]
+        time.sleep(0.01)
+    return ended
+
+
+def _run_chain(runs: Sequence[Run], ended: dict[str, list[Outcome]]) -> Iterator[None]:
+    for run in runs:
+        places = [rank.folder / f"{run.name}.rank{i}" for i, rank in enumerate(run.ranks)]
+        ends: dict[int, tuple[int | None, float]] = {}
+        yield from _await(run, places, ends)
+        ended[run.name] = [_outcome(place, *ends[i]) for i, place in enumerate(places)]
+
+
+def _await(
+    run: Run, places: Sequence[Path], ends: dict[int, tuple[int | None, float]]
+) -> Iterator[None]:
+    """Yields while processes of the run are there; `ends` gets each one's status and seconds."""
+    began, kill = time.monotonic(), run.kill
+    pids = [_fork(rank, place) for rank, place in zip(run.ranks, places, strict=True)]
+    while len(ends) < len(pids):
+        yield
+        over = time.monotonic() > began + run.seconds
+        for i in set(range(len(pids))) - ends.keys():
+            if over:
+                os.kill(pids[i], signal.SIGKILL)
+            pid, status = os.waitpid(pids[i], 0 if over else os.WNOHANG)
+            if pid:
+                code = None if over else os.waitstatus_to_exitcode(status)
+                ends[i] = (code, time.monotonic() - began)
+        if kill is not None and kill[0] not in ends and kill[1].exists():
+            os.kill(pids[kill[0]], signal.SIGKILL)
+            kill = None
+
+
+def _outcome(place: Path, status: int | None, seconds: float) -> Outcome:
+    stderr, stdout = (place.with_name(place.name + end).read_text() for end in (".err", ".out"))
+    return Outcome(status, stderr, stdout, seconds)
+
+
+def _fork(rank: Rank, place: Path) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        _redirect(place)
+        if rank.host is not None:
+            _enter_host(rank.host)
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.pop(variable, None)
+        os.environ.update(rank.environ)
+        os.chdir(rank.folder)
+        status = _status_of(lambda: importlib.import_module("dist_clm_train").main(rank.argv))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    finally:
+        os._exit(1)
+
+
+def _status_of(main: Callable[[], None]) -> int:
+    """As the interpreter would end."""
+    try:
+        main()
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _redirect(place: Path) -> None:
+    for descriptor, end in ((1, ".out"), (2, ".err")):
+        path = place.with_name(place.name + end)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+
+
+def _enter_host(name: str) -> None:
+    """This process moves to a host of its own: that network, and a host name nobody else sees."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with Path("/var/run/netns", name).open("rb") as namespace:
+        if libc.setns(namespace.fileno(), _CLONE_NEWNET) or libc.unshare(_CLONE_NEWUTS):
+            raise OSError(ctypes.get_errno(), f"cannot move to the namespace {name}")
+    socket.sethostname(name)
