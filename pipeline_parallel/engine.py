@@ -76,6 +76,7 @@ class Engine:
         self._stage, self._channel, self._index = stage, channel, stage_index
         self._train = list(schedule(stage_index, num_stages, num_microbatches))
         self._evaluate = list(forward_only(stage_index, num_stages, num_microbatches))
+        self._not_finite: list[int] | None = None
 
     def train(self, batch: PipelineBatch, *, loss_scale: float) -> Losses:
         """Adds the gradients of the batch's token losses times `loss_scale` to the parameters'."""
@@ -84,6 +85,13 @@ class Engine:
     def evaluate(self, batch: PipelineBatch) -> Losses:
         """The batch's losses."""
         return self._run(self._evaluate, batch, loss_scale=None)
+
+    def find_not_finite(self, batch: PipelineBatch) -> list[int]:
+        """The microbatches whose numbers stop being finite in this very stage."""
+        self._not_finite = []
+        self.evaluate(batch)
+        found, self._not_finite = self._not_finite, None
+        return found
 
     def _run(
         self, actions: Iterable[Action], batch: PipelineBatch, *, loss_scale: float | None
@@ -111,12 +119,17 @@ class Engine:
                 out = self._stage.forward(action.microbatch, x, labels, keys)
             else:
                 out = self._stage.evaluate(x, labels)
+                self._note(action.microbatch, x, out)
         except Exception as error:
             raise self._failure(action, x) from error
         if labels is None:
             self._channel.send_activation(out)
         else:
             losses.append(out)
+
+    def _note(self, microbatch: int, x: Tensor, out: Tensor) -> None:
+        if self._not_finite is not None and x.isfinite().all() and not out.isfinite().all():
+            self._not_finite.append(microbatch)
 
     def _backward(self, action: Action, loss_scale: float) -> None:
         gradient = self._channel.receive_gradient()
