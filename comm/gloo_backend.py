@@ -89,7 +89,7 @@ class GlooCommunicator:
                 self._reduce_and_share(part)
 
     def reduce(self, tensor: Tensor, *, root: int) -> None:
-        """Adds in the order of the members, on `root`, which holds copies of one slice at a time."""
+        """Adds in the order of the members, on `root`, a slice at a time."""
         flat = tensor.view(-1)
         for part in torch.split(flat, max(1, _SLICE_BYTES // flat.element_size())):
             if self._rank == root:

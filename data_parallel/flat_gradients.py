@@ -56,7 +56,7 @@ def _segments(buffer: Tensor, sizes: Sequence[int], owners: Sequence[int]) -> di
     totals: dict[int, int] = {}
     for size, owner in zip(sizes, owners, strict=True):
         totals[owner] = totals.get(owner, 0) + size
-    return dict(zip(totals, buffer.split(list(totals.values())), strict=True))
+    return dict(zip(totals, torch.split(buffer, list(totals.values())), strict=True))
 
 
 def _attach(parameter: nn.Parameter, view: Tensor) -> None:
@@ -69,7 +69,7 @@ def _attach(parameter: nn.Parameter, view: Tensor) -> None:
         view.add_(made.grad)
         made.grad = None
 
-    parameter.register_post_accumulate_grad_hook(add)
+    parameter.register_post_accumulate_grad_hook(add)  # type: ignore[no-untyped-call]
 
 
 def same_on_all(tensors: Iterable[Tensor], replicas: Communicator) -> bool:

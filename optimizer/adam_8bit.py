@@ -20,12 +20,12 @@ class Adam8bit:
 
     def __init__(self) -> None:
         try:
-            from bitsandbytes.optim import AdamW8bit
+            from bitsandbytes import optim
         except ImportError as error:
             raise ValueError(
                 f"--optimizer 8bit-adam: {error}; install it with `pip install bitsandbytes`"
             ) from None
-        self._make: Any = AdamW8bit
+        self._make: Any = optim.AdamW8bit
 
     def empty_state(self, weight: Tensor) -> dict[str, Tensor]:
         """The state of a weight before its first update: codes, their tables and block maxima."""

@@ -49,8 +49,8 @@ class ConstantScale:
 class DynamicScale:
     """Halves when updates overflow and doubles when they have been clean for long.
 
-    An overflow costs one of `hysteresis`; at none left the scale halves, down to `minimum`. `window`
-    clean updates in a row double it and restore the hysteresis.
+    An overflow costs one of `hysteresis`; at none left the scale halves, down to `minimum`.
+    `window` clean updates in a row double it and restore the hysteresis.
     """
 
     may_skip = True
@@ -78,3 +78,20 @@ class DynamicScale:
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.scale = float(state["scale"])
         self._left, self._clean = int(state["hysteresis_left"]), int(state["clean"])
+
+
+def make_scaler(
+    precision: str,
+    *,
+    constant: float,
+    initial: float,
+    minimum: float,
+    window: int,
+    hysteresis: int,
+) -> LossScaler:
+    """The scaler of a run: only fp16 has one that moves, unless `constant` is above 0."""
+    if precision != "fp16":
+        return ConstantScale(1.0, may_skip=False)
+    if constant > 0:
+        return ConstantScale(constant, may_skip=True)
+    return DynamicScale(initial=initial, minimum=minimum, window=window, hysteresis=hysteresis)

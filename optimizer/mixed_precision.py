@@ -1,8 +1,8 @@
 """The update of one stage's weights: fp32 masters, their compute copies, gradients and moments.
 
-One class for every combination of compute type (fp32, fp16, bf16), algorithm (AdamW, 8-bit AdamW),
-offload to the host and sharding over the replicas. What differs is where a master lies and who steps
-it; how it is stepped is the same, so the numbers are the same.
+One class for every combination of compute type (fp32, fp16, bf16), algorithm (AdamW, 8-bit
+AdamW), offload to the host and sharding over the replicas. What differs is where a master lies and
+who steps it; how it is stepped is the same, so the numbers are the same.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from comm.communicator import Communicator
 from data_parallel.flat_gradients import FlatGradients
 from optimizer.offload import HostCopies, to_host
 from optimizer.ownership import deal_out
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Algorithm(Protocol):
@@ -36,8 +38,9 @@ class Algorithm(Protocol):
 class MixedPrecisionOptimizer:
     """Steps `parameters` (by name, given in fp32), which become compute copies of type `dtype`.
 
-    offload: masters and moments lie in host memory. sharded: each weight is stepped by one replica
-    (`owners`), which alone holds its master and moments. Otherwise every replica steps every weight.
+    offload: masters and moments lie in host memory.
+    sharded: each weight is stepped by one replica (`owners`), which alone holds its master and
+    moments; otherwise every replica steps every weight.
     weight_decay: of matrices; biases and norms have none.
     """
 
@@ -87,7 +90,7 @@ class MixedPrecisionOptimizer:
             self._gradients.all_reduce(self._replicas)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """The summed gradients that this process speaks for; every weight's has one such process."""
+        """The summed gradients that this process speaks for; each has one replica that does."""
         for name in self.names:
             speaks = self.owners[name] if self.sharded else 0
             if speaks == self._replicas.rank:
@@ -135,7 +138,7 @@ class MixedPrecisionOptimizer:
             if weights:
                 flat = torch.cat([weight.flatten() for weight in weights])
                 self._replicas.broadcast(flat, root=owner)
-                parts = flat.split([weight.numel() for weight in weights])
+                parts = torch.split(flat, [weight.numel() for weight in weights])
                 for weight, part in zip(weights, parts, strict=True):
                     weight.copy_(part.view_as(weight))
 

@@ -24,6 +24,7 @@ class Updater:
 
     schedule: the learning rate of an update by its number, the first being 0.
     nominal_tokens: what backward divided the token losses by.
+    max_skipped: so many skips in a row mean that something is wrong.
     """
 
     def __init__(
@@ -34,9 +35,11 @@ class Updater:
         schedule: Callable[[int], float],
         nominal_tokens: int,
         max_grad_norm: float,
+        max_skipped: int,
     ) -> None:
         self._optimizer, self._scaler, self._schedule = optimizer, scaler, schedule
         self._nominal, self._max_grad_norm = nominal_tokens, max_grad_norm
+        self._max_skipped = max_skipped
         self.skipped_in_a_row = 0
 
     @property
@@ -45,9 +48,19 @@ class Updater:
         return self._scaler.scale / self._nominal
 
     @property
+    def scale(self) -> float:
+        """The loss scale by itself."""
+        return self._scaler.scale
+
+    @property
     def may_skip(self) -> bool:
         """Whether gradients that are not finite cost one update only."""
         return self._scaler.may_skip
+
+    @property
+    def has_given_up(self) -> bool:
+        """Whether `max_skipped` updates in a row have been skipped."""
+        return self.skipped_in_a_row >= self._max_skipped
 
     def apply(self, totals: Totals, *, tokens: int) -> Outcome:
         """Ends an update over `tokens` trained tokens, whose gradients have been summed."""
@@ -71,6 +84,7 @@ class Updater:
         return {"skipped_in_a_row": self.skipped_in_a_row, "scaler": self._scaler.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restores `state()`."""
-        self.skipped_in_a_row = int(state["skipped_in_a_row"])
+        """Restores `state()`; a run that had given up starts counting anew."""
+        skipped = int(state["skipped_in_a_row"])
+        self.skipped_in_a_row = skipped if skipped < self._max_skipped else 0
         self._scaler.load_state(state["scaler"])

@@ -116,8 +116,8 @@ class Loader(Protocol):
 class TrainingFeed:
     """`num_batches` training batches, each on its way one iteration before it is taken.
 
-    `loader` is rank 0's, None elsewhere. On rank 0, `state` is where the data stands after the batch
-    taken last, and `documents` where that batch's rows are from.
+    `loader` is rank 0's, None elsewhere. On rank 0, `state` is where the data stands after the
+    batch taken last, and `documents` where that batch's rows are from.
     """
 
     def __init__(self, scatter: Scatter, loader: Loader | None, *, num_batches: int) -> None:
