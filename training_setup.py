@@ -169,7 +169,8 @@ class Run:
         point = self._store.find()
         if point is None or point.meta is None:
             return point
-        check_same_run(point.meta, fixed_flags(self._args))
+        if self._topology.rank == 0:  # --task-name may be another on the other ranks' machines
+            check_same_run(point.meta, fixed_flags(self._args))
         if self._topology.replica == 0:
             check_same_config(point.folder, self._args.model_name)
         for line in changes(point.meta, free_flags(self._args)):

@@ -67,9 +67,9 @@ def _replaced_folder(final: Path, nonce: str) -> Path:
 def publish(partial: Path, final: Path) -> None:
     """Renames a step's folder to its final name; several processes may do so at once."""
     _rename_if_there(partial, final)
+    sync_folder(final.parent)  # opening it also makes a network disk's client look anew
     if not final.is_dir():
         raise FileNotFoundError(f"{final}: its parts were written, but it is not there")
-    sync_folder(final.parent)
 
 
 def _rename_if_there(source: Path, target: Path) -> None:

@@ -47,6 +47,8 @@ class Run:
             start(self._folder, str(rank), member, rank, url, (2, 2), program, dist_timeout)
             for rank in range(4)
         ]
+
+    def await_ready(self) -> None:
         await_ready(self.ranks)
 
     def kill(self) -> None:
@@ -65,6 +67,7 @@ def run(tmp_path: Path) -> Iterator[Run]:
 @pytest.mark.parametrize("victim", [3, 0])
 def test_a_killed_rank_is_named_at_once(run: Run, victim: int) -> None:
     run.start(work_for_ever)
+    run.await_ready()
     os.kill(run.ranks[victim].pid, signal.SIGKILL)
     for number, rank in enumerate(run.ranks):
         if number != victim:
@@ -79,7 +82,7 @@ def test_a_killed_rank_is_named_at_once(run: Run, victim: int) -> None:
 def test_a_mistake_that_one_rank_sees_ends_all_with_status_2(run: Run) -> None:
     run.start(fail_as_rank_two)
     for number, rank in enumerate(run.ranks):
-        assert rank.status(within=8.0) == 2
+        assert rank.status(within=30.0) == 2
         prefix = "" if number == 2 else f"rank {number}: "
         assert rank.lines == [f"{prefix}rank 2: --x 3: must be less than 3"]
 
@@ -87,6 +90,7 @@ def test_a_mistake_that_one_rank_sees_ends_all_with_status_2(run: Run) -> None:
 @pytest.mark.parametrize("victim", [3, 0])
 def test_a_hung_rank_is_named_after_the_timeout(run: Run, victim: int) -> None:
     run.start(work_for_ever, dist_timeout=2.0)
+    run.await_ready()
     os.kill(run.ranks[victim].pid, signal.SIGSTOP)
     for number, rank in enumerate(run.ranks):
         if number != victim:
@@ -99,7 +103,7 @@ def test_a_hung_rank_is_named_after_the_timeout(run: Run, victim: int) -> None:
 def test_an_orderly_end(run: Run) -> None:
     run.start(part_at_once)
     for rank in run.ranks:
-        assert rank.status(within=10.0) == 0
+        assert rank.status(within=30.0) == 0
         assert rank.lines == []
 
 

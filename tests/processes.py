@@ -1,0 +1,235 @@
+"""Ranks of dist_clm_train.py that die at a chosen moment, and how the others end.
+
+Importing torch and transformers takes seconds. So a process that has imported all forks the ranks,
+which do what `python dist_clm_train.py` would; where the import itself is the moment, or for the
+proof that it is the same, the ranks are started as a user starts them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import io
+import itertools
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+_SCRIPT = Path(__file__).parents[1] / "dist_clm_train.py"
+_WRITE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+_PRELOADED = (
+    "dist_clm_train", "training_setup", "comm.fabric", "monitor.plot", "modules.gptneox",
+    "matplotlib.backends.backend_agg", "transformers.tokenization_utils_tokenizers",
+)  # fmt: skip
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Kill:
+    """SIGKILL of one rank at its `nth` call of `module:function` or `module:Class.method`.
+
+    when: `before` or `after` the call; `half`, of torch.save alone: with half of the file written.
+    about: only calls count whose first two arguments have this text in them.
+    wait: seconds that the rank rests before it dies, for the others to go on meanwhile.
+    seen: instead of all that, for a kill from outside: whether the process (pid) is there yet.
+    """
+
+    moment: str
+    rank: int
+    target: str = ""
+    when: str = "before"
+    nth: int = 1
+    about: str = ""
+    wait: float = 0.0
+    seen: Callable[[int], bool] | None = None
+
+    def arm(self) -> None:
+        """From here on this process dies at the moment."""
+        module, _, path = self.target.partition(":")
+        *outer, name = path.split(".")
+        owner: Any = importlib.import_module(module)
+        for part in outer:
+            owner = getattr(owner, part)
+        original, calls = getattr(owner, name), itertools.count(1)
+
+        def armed(*args: Any, **kwargs: Any) -> Any:
+            hit = self.about in str(args[:2]) and next(calls) == self.nth
+            if hit and self.when == "half":
+                _write_half(original, *args)
+            if hit and self.when != "after":
+                self._die()
+            result = original(*args, **kwargs)
+            if hit:
+                self._die()
+            return result
+
+        setattr(owner, name, armed)
+
+    def _die(self) -> NoReturn:
+        time.sleep(self.wait)
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+
+def _write_half(save: Callable[[Any, Any], None], state: Any, file: Any) -> None:
+    buffer = io.BytesIO()
+    save(state, buffer)
+    file.write(buffer.getvalue()[: buffer.tell() // 2])
+    file.flush()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How all ranks of one start ended.
+
+    statuses: by rank; negative for a signal, None for one that had to be ended.
+    lines, told: what each rank wrote on stderr and on stdout.
+    seconds: from the end of the first rank to the end of the last.
+    """
+
+    statuses: list[int | None]
+    lines: list[list[str]]
+    told: list[list[str]]
+    seconds: float
+
+
+def import_all() -> None:
+    """What a process does once that is to fork ranks."""
+    for name in _PRELOADED:
+        importlib.import_module(name)
+
+
+def fork_ranks(
+    argvs: Sequence[Sequence[str]], folder: Path, *, kill: Kill | None = None, seconds: float = 90.0
+) -> Outcome:
+    """Runs all ranks to their ends, one of which `kill` may bring about."""
+
+    def start(rank: int) -> int:
+        pid = os.fork()
+        if pid == 0:
+            _be_rank(argvs[rank], folder / f"rank{rank}", kill if _is_for(kill, rank) else None)
+        return pid
+
+    return _await_all(start, len(argvs), folder, seconds=seconds)
+
+
+def spawn_ranks(
+    argvs: Sequence[Sequence[str]],
+    folder: Path,
+    *,
+    kill: Kill | None = None,
+    seconds: float = 180.0,
+) -> Outcome:
+    """As `fork_ranks`, of `python dist_clm_train.py`; the kill comes from outside."""
+
+    def start(rank: int) -> int:
+        place = folder / f"rank{rank}"
+        files = [
+            (os.POSIX_SPAWN_OPEN, descriptor, str(_output(place, end)), _WRITE, 0o644)
+            for descriptor, end in ((1, ".out"), (2, ".err"))
+        ]
+        command = [sys.executable, str(_SCRIPT), *argvs[rank]]
+        return os.posix_spawn(sys.executable, command, _environ(), file_actions=files)
+
+    return _await_all(start, len(argvs), folder, seconds=seconds, kill=kill)
+
+
+def imports_torch(pid: int) -> bool:
+    """Whether the process has mapped torch's library: it is importing, or has."""
+    try:
+        return b"libtorch_cpu" in Path(f"/proc/{pid}/maps").read_bytes()
+    except OSError:
+        return False
+
+
+def _is_for(kill: Kill | None, rank: int) -> bool:
+    return kill is not None and kill.rank == rank
+
+
+def _await_all(
+    start: Callable[[int], int],
+    count: int,
+    folder: Path,
+    *,
+    seconds: float,
+    kill: Kill | None = None,
+) -> Outcome:
+    pids: list[int] = []
+    ends: dict[int, tuple[int | None, float]] = {}
+    try:
+        pids += map(start, range(count))
+        deadline = time.monotonic() + seconds
+        while len(ends) < count and time.monotonic() < deadline:
+            if kill and kill.seen and kill.rank not in ends and kill.seen(pids[kill.rank]):
+                os.kill(pids[kill.rank], signal.SIGKILL)
+            _reap(pids, ends, os.WNOHANG)
+            time.sleep(0.01)
+    finally:
+        for rank in set(range(len(pids))) - ends.keys():
+            os.kill(pids[rank], signal.SIGKILL)
+            os.waitpid(pids[rank], 0)
+            ends[rank] = (None, time.monotonic())
+    times = [ended for _, ended in ends.values()]
+    places = [folder / f"rank{rank}" for rank in range(count)]
+    return Outcome(
+        [ends[rank][0] for rank in range(count)],
+        [_output(place, ".err").read_text().splitlines() for place in places],
+        [_output(place, ".out").read_text().splitlines() for place in places],
+        max(times) - min(times),
+    )
+
+
+def _reap(pids: list[int], ends: dict[int, tuple[int | None, float]], options: int) -> None:
+    for rank in set(range(len(pids))) - ends.keys():
+        pid, status = os.waitpid(pids[rank], options)
+        if pid:
+            ends[rank] = (os.waitstatus_to_exitcode(status), time.monotonic())
+
+
+def _be_rank(argv: Sequence[str], place: Path, kill: Kill | None) -> NoReturn:
+    """The forked process's whole life; it does not outlive the one that forked it."""
+    status = 1
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        for descriptor, end in ((1, ".out"), (2, ".err")):
+            os.dup2(os.open(_output(place, end), _WRITE, 0o644), descriptor)
+        sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+        os.environ.clear()
+        os.environ.update(_environ())
+        torch.set_num_threads(1)
+        if kill is not None:
+            kill.arm()
+        status = _status_of(lambda: importlib.import_module("dist_clm_train").main(argv))
+    finally:
+        os._exit(status)
+
+
+def _status_of(main: Callable[[], None]) -> int:
+    """As the interpreter would end."""
+    try:
+        main()
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _environ() -> dict[str, str]:
+    ours = ("GLOO_", "NCCL_", "WANDB_", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def _output(place: Path, end: str) -> Path:
+    return place.with_name(place.name + end)

@@ -1,0 +1,144 @@
+"""What a resumed run may change, what it may not, and what it is told, in a world of one."""
+
+from __future__ import annotations
+
+import io
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from arguments import parse_train
+from comm.fabric import Fabric
+from comm.local import LocalCommunicator
+from comm.topology import Topology
+from monitor.console import Console
+from monitor.metrics import read_metrics
+from tests.runs import to_argv
+from tests.tasks.material import make_texts, write_jsonl
+from tests.test_parity import make_shards
+from training_setup import Run, train
+
+STEPS = 4
+
+
+def run_parts(flags: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `train` and `Run`, but for the console."""
+    return {
+        "args": parse_train(to_argv(flags), {}),
+        "topology": Topology(0, 1, 1),
+        "fabric": Fabric(LocalCommunicator(), LocalCommunicator(), LocalCommunicator()),
+        "device": torch.device("cpu"),
+        "nonce": "0123",
+    }
+
+
+def train_alone(flags: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    Path(flags["checkpoint-path"]).mkdir(exist_ok=True)
+    train(**run_parts(flags), console=Console(io.StringIO()))
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Of a run that has done its four steps, and saved the second and the fourth."""
+    folder = tmp_path_factory.mktemp("rules")
+    write_jsonl(folder / "a.jsonl", make_texts(20, seed=1))
+    write_jsonl(folder / "b.jsonl", make_texts(20, seed=2))
+    make_shards(folder, "model", "gptneox", {})
+    make_shards(folder, "other", "gptneox", {"rotary_pct": 0.5})
+    found = {
+        "model-name": folder / "shards" / "model",
+        "model-type": "gptneox",
+        "num-layers": 3,
+        "embedding-dim": 32,
+        "task-name": f"{folder / 'a.jsonl'}:0.3,{folder / 'b.jsonl'}:0.7",
+        "seq-length": 16,
+        "batch-size": 4,
+        "micro-batch-size": 1,
+        "gradient-accumulate-step": 2,
+        "total-steps": STEPS,
+        "checkpoint-steps": 2,
+        "lr": 1e-3,
+        "use-cuda": "false",
+        "checkpoint-path": folder / "run",
+    }
+    train_alone(found)
+    return found
+
+
+# flag, value, and what of it the message says: by default the flag and both values.
+REFUSED: list[tuple[str, Any, tuple[str, ...]]] = [
+    ("seed", 43, ("--seed is 43", "42")),
+    ("seq-length", 8, ("--seq-length is 8", "16")),
+    ("micro-batch-size", 2, ("--micro-batch-size is 2", "with 1")),
+    ("batch-size", 2, ("global batch (--batch-size x --data-group-size) is 2", "with 4")),
+    ("gradient-accumulate-step", 1, ("--gradient-accumulate-step is 1", "with 2")),
+    ("num-layers", 4, ("--num-layers is 4", "with 3")),
+    ("doc-separator", ";", ("--doc-separator is ;", "with None")),
+    ("task-name", "{folder}/a.jsonl:0.5,{folder}/b.jsonl:0.5", ("--task-name is", "0.5", "0.3")),
+    ("model-name", "{folder}/shards/other", ("--model-name", "0.5", "0.25")),
+]
+ALLOWED: list[tuple[str, Any, str]] = [
+    ("total-steps", 8, "--total-steps is now 8, it was 4"),
+    ("lr", 1e-4, "--lr is now 0.0001, it was 0.001"),
+    ("warmup-steps", 1, "--warmup-steps is now 1, it was 0"),
+    ("checkpoint-steps", 4, "--checkpoint-steps is now 4, it was 2"),
+    ("evaluation-steps", 2, "--evaluation-steps is now 2, it was 0"),
+    ("weight-decay", 0.1, "--weight-decay is now 0.1, it was 0.01"),
+    ("recompute", "false", "--recompute is now False, it was True"),
+    ("project-name", "another", ""),
+    ("dist-timeout", 7, ""),
+]
+
+
+@pytest.mark.parametrize(("flag", "value", "words"), REFUSED)
+def test_what_may_not_change_is_an_error_that_names_both_values(
+    flag: str, value: Any, words: tuple[str, ...], flags: dict[str, Any]
+) -> None:
+    folder = flags["checkpoint-path"].parent
+    changed = value.format(folder=folder) if isinstance(value, str) else value
+    with pytest.raises(ValueError) as error:
+        Run(**run_parts({**flags, flag: changed}))
+    assert all(word in str(error.value) for word in words), error.value
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("flag", "value", "line"), ALLOWED)
+def test_what_may_change_is_told_in_one_line(
+    flag: str, value: Any, line: str, flags: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        assert Run(**run_parts({**flags, flag: value})).start == STEPS
+    assert [record.message for record in caplog.records] == [line] * bool(line)
+
+
+def test_more_steps_go_on_with_the_schedule_computed_anew(
+    flags: dict[str, Any], tmp_path: Path
+) -> None:
+    """From the same weights and data as a run that was to have that many steps from the start."""
+    longer = {**flags, "total-steps": 8, "checkpoint-path": tmp_path / "longer"}
+    train_alone({**longer, "total-steps": STEPS})
+    train_alone(longer)
+    lines = read_metrics(tmp_path / "longer" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    rates = [line["lr"] for line in lines if line["lr"] is not None]
+    assert rates == pytest.approx([1e-3, 0.5e-3, 0.5e-3, 0.25e-3])
+
+
+def test_the_same_step_is_saved_over_one_that_is_not_whole(
+    flags: dict[str, Any], tmp_path: Path
+) -> None:
+    """What was moved aside meanwhile goes; a file a dead process was replacing goes too."""
+    run = tmp_path / "run"
+    again = {**flags, "checkpoint-path": run}
+    train_alone(again)
+    (run / "4" / "config.json").unlink()
+    (run / f".latest.{'0' * 32}.tmp").write_bytes(b"")
+    (run / ".partial-6-0000").mkdir()
+    train_alone(again)
+    assert (run / "4" / "config.json").is_file()
+    assert (run / "latest").read_text() == "4"
+    assert not list(run.glob(".*"))
