@@ -24,19 +24,14 @@ from comm.messages import gather_json
 from comm.topology import Topology
 from data_parallel.flat_gradients import same_on_all
 from modules.family import Family
-from modules.layers import make_layer
+from modules.layers import parameter_names
 from modules.registry import MODELS
 from modules.stage_model import StageModel, stage_modules
 from monitor.console import Console
 from monitor.recorder import Recorder, SilentRecorder, open_recorder
-from optimizer.adam import Adam
-from optimizer.adam_8bit import Adam8bit
 from optimizer.agreement import Agreement
-from optimizer.loss_scaler import make_scaler
-from optimizer.lr_schedule import learning_rate
-from optimizer.mixed_precision import DTYPES, Algorithm, MixedPrecisionOptimizer
+from optimizer.mixed_precision import DTYPES
 from optimizer.state import collect_state, restore_state
-from optimizer.updater import Updater
 from pipeline_parallel.channel import PipelineChannel
 from pipeline_parallel.engine import Engine
 from pipeline_parallel.feed import Scatter, TrainingFeed
@@ -45,11 +40,9 @@ from pipeline_parallel.stage import Stage
 from tasks.loader import BatchLoader
 from training_data import TrainingData, checkpoint_extras
 from training_loop import Evaluation, LoopSettings, TrainingLoop
+from training_update import build_optimizer, build_updater, checkpoint_bytes
 
 logger = logging.getLogger(__name__)
-
-ALGORITHMS: dict[str, type[Algorithm]] = {"adam": Adam, "8bit-adam": Adam8bit}
-MOMENT_BYTES = {"adam": 8.0, "8bit-adam": 2.1}  # of one parameter, in a checkpoint
 
 
 def train(
@@ -117,8 +110,9 @@ class Run:
         self._model = self._build_model()
         self._check_disk()
         self._load_weights()
-        self._optimizer = self._build_optimizer()
-        self._updater = self._build_updater()
+        self._optimizer = build_optimizer(self._args, self._model, self._fabric.replicas)
+        nominal = self._settings().nominal_tokens(self._topology.num_replicas)
+        self._updater = build_updater(self._args, self._optimizer, nominal_tokens=nominal)
         self._load_state()
 
     def describe(self) -> str:
@@ -150,9 +144,7 @@ class Run:
         saves = -(-(self._args.total_steps - self.start) // every)
         parameters = sum(p.numel() for p in self._model.parameters())
         writes = self._topology.replica == 0
-        weight = self._dtype.itemsize + (0 if self._dtype == torch.float32 else 4)
-        size = parameters * (weight + MOMENT_BYTES[self._args.optimizer])
-        needed = int(saves * size) if writes else 0
+        needed = saves * checkpoint_bytes(self._args, parameters) if writes else 0
         check_disk(self._fabric.control, self._args.checkpoint_path, needed=needed)
 
     # ---- weights and state ----
@@ -210,44 +202,6 @@ class Run:
         share_from_first(self._model.parameters(), self._fabric.replicas)
         if resume.meta is None:
             logger.info("weights from %s alone: step 0, fresh optimizer", resume.folder)
-
-    def _build_optimizer(self) -> MixedPrecisionOptimizer:
-        args = self._args
-        return MixedPrecisionOptimizer(
-            dict(self._model.named_parameters()),
-            ALGORITHMS[args.optimizer](),
-            dtype=self._dtype,
-            weight_decay=args.weight_decay,
-            offload=args.use_offload,
-            sharded=args.zero_stage == 1,
-            replicas=self._fabric.replicas,
-        )
-
-    def _build_updater(self) -> Updater:
-        args = self._args
-        schedule = partial(
-            learning_rate,
-            kind=args.lr_schedule,
-            warmup=args.warmup_steps,
-            total=args.total_steps // args.gradient_accumulate_step,
-            peak=args.lr,
-            lowest=args.min_lr,
-        )
-        return Updater(
-            self._optimizer,
-            make_scaler(
-                args.precision,
-                constant=args.loss_scale,
-                initial=args.initial_loss_scale,
-                minimum=args.min_loss_scale,
-                window=args.loss_scale_window,
-                hysteresis=args.hysteresis,
-            ),
-            schedule=schedule,
-            nominal_tokens=self._settings().nominal_tokens(self._topology.num_replicas),
-            max_grad_norm=args.max_grad_norm,
-            max_skipped=args.max_skipped_updates,
-        )
 
     def _load_state(self) -> None:
         resume = self._resume
@@ -368,21 +322,17 @@ class Run:
             self._fabric.control,
             self._topology,
             norm_slots=len(self._parameter_names()),
-            first_slot=sum(len(self._names_in(index)) for index in before),
+            first_slot=sum(len(parameter_names(self._family, self._config, i)) for i in before),
         )
 
     def _parameter_names(self) -> list[str]:
         """Of all stages, in the order of the layers."""
-        last, names = self._config.num_hidden_layers + 1, []
-        for stage in range(self._topology.num_stages):
-            for index in self._modules_of(stage):
-                place = {0: "embedding", last: "head"}.get(index, f"layer {index - 1}")
-                names += [f"stage {stage}, {place}, {name}" for name in self._names_in(index)]
-        return names
-
-    def _names_in(self, index: int) -> list[str]:
-        layer = make_layer(self._family, self._config, index, "meta")
-        return [name for name, _ in layer.named_parameters()]
+        return [
+            f"stage {stage}, {name}"
+            for stage in range(self._topology.num_stages)
+            for index in self._modules_of(stage)
+            for name in parameter_names(self._family, self._config, index)
+        ]
 
     def _save(self, recorder: Recorder, step: int, data: dict[str, Any]) -> None:
         weights = {key: value.cpu() for key, value in self._model.state_dict().items()}

@@ -69,7 +69,7 @@ class Agreement:
 
 
 def squared_norms(gradients: Sequence[Tensor]) -> list[float]:
-    """Each gradient's sum of squares: its norm in fp32, squared in fp64, where none overflows."""
+    """Each gradient's sum of squares, from its norm in fp32."""
     if not gradients:
         return []
     norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients])
