@@ -20,8 +20,8 @@ from checkpoint.convert_from_hf import convert_from_hf
 from modules.registry import MODELS
 from tasks.build import open_training_stream
 from tasks.registry import SourceSpec
-from tests.dist import free_port, run_ranks
-from tests.runs import curve, run_folder, train_cases
+from tests.dist import run_ranks
+from tests.runs import Case, curve, meet_at, run_folder, train_cases
 from tests.tasks.material import make_texts, tokenizer, write_jsonl
 from tests.tiny import make_hf
 
@@ -123,18 +123,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("parity")
     write_jsonl(folder / "a.jsonl", make_texts(60, seed=1))
     write_jsonl(folder / "b.jsonl", make_texts(60, seed=2))
-    references, cases = {}, []
+    references: dict[str, Any] = {}
+    cases: list[Case] = []
     for name, (family, changes) in MODELS_TRIED.items():
         for accumulate in (1, 2):
             key = f"{name}-{accumulate}"
             model = make_shards(folder, key, family, changes)
             references[key] = reference(model, folder, accumulate)
-            cases.append((key, flags(folder, key, family, accumulate)))
+            cases.append(Case(key, flags(folder, key, family, accumulate)))
     make_shards(folder, "dropout", *DROPOUT)
-    cases.append(("dropout", flags(folder, "dropout", DROPOUT[0], 2)))
+    cases.append(Case("dropout", flags(folder, "dropout", DROPOUT[0], 2)))
     for world_size, shapes in SHAPES.items():
-        met = [(*shape, f"tcp://127.0.0.1:{free_port()}") for shape in shapes]
-        run_ranks(world_size, train_cases, met, cases, folder, deadline=400.0)
+        run_ranks(world_size, train_cases, meet_at(shapes), cases, folder, deadline=400.0)
     return {"folder": folder, "references": references}
 
 
