@@ -121,7 +121,7 @@ class TrainingLoop:
         self._optimizer, self._updater, self._agreement = optimizer, updater, agreement
         self._names = parameter_names
         self._evaluation, self._recorder, self._save = evaluation, recorder, save
-        self._tokens_in_update = 0
+        self._tokens_in_update, self._losses_are_finite = 0, True
 
     def run(self, start: int) -> None:
         """Runs iterations `start` + 1 to the last; `start` is 0 or the step resumed from."""
@@ -176,6 +176,7 @@ class TrainingLoop:
         if not self._updater.may_skip:
             self._check_finite(step, totals, batch, losses)
         self._tokens_in_update += totals.tokens
+        self._losses_are_finite &= math.isfinite(totals.loss)
         return totals
 
     def _squared_norms(self) -> list[float]:
@@ -188,13 +189,17 @@ class TrainingLoop:
         """The update that an iteration ends, if it ends one."""
         if totals.squared_norm is None:
             return None
-        outcome = self._updater.apply(totals, tokens=self._tokens_in_update)
-        self._tokens_in_update = 0
-        if totals.first_bad is not None:
+        outcome = self._updater.apply(
+            totals, tokens=self._tokens_in_update, losses_are_finite=self._losses_are_finite
+        )
+        self._tokens_in_update, self._losses_are_finite = 0, True
+        if outcome.grad_norm is None:
+            what = "the loss is not finite"
+            if totals.first_bad is not None:
+                what = f"{self._names[totals.first_bad]} has a gradient that is not finite"
             logger.info(
-                "step %d: update skipped at loss scale %g: %s has a gradient that is not finite",
-                step, outcome.loss_scale, self._names[totals.first_bad],
-            )  # fmt: skip
+                "step %d: update skipped at loss scale %g: %s", step, outcome.loss_scale, what
+            )
         return outcome
 
     def _shown_scale(self, outcome: Outcome | None) -> float | None:

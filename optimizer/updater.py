@@ -62,11 +62,14 @@ class Updater:
         """Whether `max_skipped` updates in a row have been skipped."""
         return self.skipped_in_a_row >= self._max_skipped
 
-    def apply(self, totals: Totals, *, tokens: int) -> Outcome:
-        """Ends an update over `tokens` trained tokens, whose gradients have been summed."""
+    def apply(self, totals: Totals, *, tokens: int, losses_are_finite: bool) -> Outcome:
+        """Ends an update over `tokens` trained tokens, whose gradients have been summed.
+
+        A logit of -inf makes an infinite loss whose gradients are finite, so losses count too.
+        """
         assert totals.squared_norm is not None
         scale, lr = self._scaler.scale, self._schedule(self._optimizer.updates)
-        overflow = not math.isfinite(totals.squared_norm)
+        overflow = not (losses_are_finite and math.isfinite(totals.squared_norm))
         self._scaler.update(overflow=overflow)
         if overflow:
             self._optimizer.drop_gradients()

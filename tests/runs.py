@@ -98,9 +98,10 @@ def _train_case(case: Case, path: Path, topology: Topology, fabric: Fabric, nonc
     }
     flags = _at(case.flags, topology.num_stages, topology.num_replicas)
     args = parse_train(to_argv({**flags, **own}), {})
-    if case.after is not None and topology.rank == 0:
+    if topology.rank == 0 and case.after is not None:
         _copy_run(path.parent / case.after[0], path, step=case.after[1])
-    path.mkdir(parents=True, exist_ok=True)
+    elif topology.rank == 0:
+        path.mkdir(parents=True, exist_ok=True)
     gather_json(fabric.control, None)  # the folder is there for all
     hook = nullcontext() if case.hook is None else case.hook(topology)
     with hook, _Listener() as listener, patch("monitor.recorder.draw_loss"):  # a second each time

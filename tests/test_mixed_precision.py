@@ -58,8 +58,8 @@ RECIPES = {
     "clipped": Recipe(max_norm=0.5, poisoned=(5,)),
     "huge": Recipe(scale=HUGE, hysteresis=2, updates=26),
 }
-# Losses: the same bits when measured, clipped or not. One rounding of the clipping factor more could
-# round a half-precision weight the other way, so that is not promised.
+# Losses: the same bits when measured, clipped or not. One rounding more in the clipping of the twin
+# could round a half-precision weight the other way, so that is not promised.
 LOSS_TOLERANCE = 1e-5
 NORM_TOLERANCE = 1e-6  # torch sums the squares in fp32, we in double: 7e-8 measured
 # R=2 adds up (a + b) + (c + d), R=1 ((a + b) + c) + d. In fp32 both are exact for the few short
@@ -305,12 +305,14 @@ def test_more_replicas_add_the_same_gradients_in_another_order(
     assert one[-1]["loss"] < one[0]["loss"] - 0.2
 
 
-def weights_of(folder: Path, name: str, stages: int, replicas: int) -> list[bytes]:
-    """All weights of the last checkpoint, in the order of the layers, as bytes."""
+def weights_of(
+    folder: Path, name: str, stages: int, replicas: int, step: int | None = None
+) -> list[bytes]:
+    """All weights of a checkpoint, by default the last, in the order of the layers, as bytes."""
     path = run_folder(folder, name, stages, replicas)
-    step = path / (path / "latest").read_text()
+    saved = path / ((path / "latest").read_text() if step is None else str(step))
     return [
         tensor.contiguous().view(torch.uint8).numpy().tobytes()
         for stage in range(stages)
-        for tensor in torch.load(step / f"prank_{stage}_checkpoint.pt", weights_only=True).values()
+        for tensor in torch.load(saved / f"prank_{stage}_checkpoint.pt", weights_only=True).values()
     ]
