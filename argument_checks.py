@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -255,6 +256,15 @@ def check_model(args: argparse.Namespace) -> None:
     if args.seq_length > positions:
         raise ValueError(f"--seq-length {args.seq_length}: {path} allows at most {positions}")
     check_split(args.num_layers, args.pipeline_group_size, layers)
+
+
+def check_optimizer(args: argparse.Namespace) -> None:
+    """Raises ValueError where this machine lacks what --optimizer needs."""
+    if args.optimizer == "8bit-adam" and find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "--optimizer 8bit-adam needs bitsandbytes, which is not installed: "
+            "`pip install bitsandbytes`"
+        )
 
 
 def _config_number(config: Mapping[str, Any], path: Path, key: str) -> int:
