@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,17 +20,6 @@ NOT_BUILT = "is not built yet"
 
 # Flags that are parsed and refused until the part they belong to is built.
 NOT_BUILT_FLAGS: dict[str, str] = {
-    "--fp16": "fp16 mixed precision",
-    "--bf16": "bf16 mixed precision",
-    "--loss-scale": "fp16: a constant loss scale, 0 for a dynamic one",
-    "--initial-loss-scale": "fp16: the first dynamic scale",
-    "--min-loss-scale": "fp16: the smallest dynamic scale",
-    "--loss-scale-window": "fp16: clean updates before the scale grows",
-    "--hysteresis": "fp16: overflows before the scale shrinks",
-    "--use-offload": "optimizer state on the CPU",
-    "--zero-stage": "optimizer state sharded over the replicas",
-    "--lr-schedule": "another schedule than linear",
-    "--min-lr": "where the schedule ends",
     "--compile": "blocks through torch.compile",
     "--cpu-matmul": "which library multiplies matrices on a CPU",
     "--pack": "how documents share a block",
@@ -45,7 +35,6 @@ NOT_BUILT_FLAGS: dict[str, str] = {
 
 # Values of built flags that are refused until then.
 NOT_BUILT_VALUES: dict[str, tuple[str, ...]] = {
-    "--optimizer": ("8bit-adam",),
     "--pp-mode": ("1f1b", "zb-h1"),
     "--dist-backend": ("nccl",),
     "--profiling": ("tidy_profiling",),
@@ -96,6 +85,23 @@ FREE = (
     "evaluation_steps",
     "evaluation_num_batch",
     "recompute",
+    "tokenizer_name",
+    "project_name",
+    "net_interface",
+    "dist_backend",
+    "dp_backend",
+    "join_timeout",
+    "dist_timeout",
+    "use_offload",
+    "zero_stage",
+    "lr_schedule",
+    "min_lr",
+    "loss_scale",
+    "initial_loss_scale",
+    "min_loss_scale",
+    "loss_scale_window",
+    "hysteresis",
+    "max_skipped_updates",
 )
 
 
@@ -105,7 +111,7 @@ def fixed_flags(args: argparse.Namespace) -> dict[str, Any]:
         **{_flag(name): getattr(args, name) for name in FIXED},
         "the global batch (--batch-size x --data-group-size)": args.batch_size
         * args.data_group_size,
-        "the precision": "fp32",
+        "the precision": args.precision,
     }
 
 
@@ -172,6 +178,7 @@ def check_flags(args: argparse.Namespace) -> None:
     updates = args.total_steps // args.gradient_accumulate_step
     if args.warmup_steps > updates:
         raise ValueError(f"--warmup-steps {args.warmup_steps}: the run has only {updates} updates")
+    _check_precision(args)
     if args.rank == 0 or args.world_size == 1:
         args.sources = parse_task_name(args.task_name)
 
@@ -189,6 +196,21 @@ def _check_built(args: argparse.Namespace) -> None:
     if not args.num_layers.isdecimal() or int(args.num_layers) < 1:
         raise ValueError(f"--num-layers {args.num_layers}: expected a whole number of at least 1")
     args.num_layers = int(args.num_layers)
+
+
+def _check_precision(args: argparse.Namespace) -> None:
+    if args.fp16 and args.bf16:
+        raise ValueError("--fp16 and --bf16 are both given: expected at most one of them")
+    args.precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
+    if args.min_loss_scale > args.initial_loss_scale:
+        raise ValueError(
+            f"--min-loss-scale {args.min_loss_scale:g}: expected at most --initial-loss-scale "
+            f"{args.initial_loss_scale:g}"
+        )
+    if args.min_lr > args.lr:
+        raise ValueError(f"--min-lr {args.min_lr:g}: expected at most --lr {args.lr:g}")
+    if args.min_lr and args.lr_schedule == "constant":
+        raise ValueError(f"--min-lr {args.min_lr:g}: --lr-schedule constant falls to nothing lower")
 
 
 def _check_shape(args: argparse.Namespace) -> None:
@@ -241,6 +263,15 @@ def check_model(args: argparse.Namespace) -> None:
     if args.seq_length > positions:
         raise ValueError(f"--seq-length {args.seq_length}: {path} allows at most {positions}")
     check_split(args.num_layers, args.pipeline_group_size, layers)
+
+
+def check_optimizer(args: argparse.Namespace) -> None:
+    """Raises ValueError where this machine lacks what --optimizer needs."""
+    if args.optimizer == "8bit-adam" and find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "--optimizer 8bit-adam needs bitsandbytes, which is not installed: "
+            "`pip install bitsandbytes`"
+        )
 
 
 def _config_number(config: Mapping[str, Any], path: Path, key: str) -> int:

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from argument_checks import NOT_BUILT_FLAGS, NOT_BUILT_VALUES, check_flags, fill_defaults
 from modules.registry import MODELS
 
+MAX_RATE = 1e6  # beyond it a weight is no fp32 number after one step
 MAX_SECONDS = 1e9  # what the system's clocks and locks can wait for
 
 
@@ -109,6 +110,7 @@ def train_parser() -> argparse.ArgumentParser:
     _add_model_flags(parser.add_argument_group("model"))
     _add_process_flags(parser.add_argument_group("processes and network"))
     _add_training_flags(parser.add_argument_group("training"))
+    _add_precision_flags(parser.add_argument_group("precision and memory"))
     _add_data_flags(parser.add_argument_group("data"))
     _add_output_flags(parser.add_argument_group("checkpoints and logging"))
     later = parser.add_argument_group("not built yet", "Parsed, and refused until they are built.")
@@ -155,13 +157,22 @@ def _add_process_flags(group: Any) -> None:
 
 def _add_training_flags(group: Any) -> None:
     add = group.add_argument
-    add("--optimizer", choices=("adam", *NOT_BUILT_VALUES["--optimizer"]), default="adam",
-        help="adam is AdamW (8bit-adam is not built yet)")  # fmt: skip
+    add("--optimizer", choices=("adam", "8bit-adam"), default="adam",
+        help="adam is AdamW; 8bit-adam needs bitsandbytes")  # fmt: skip
     add("--total-steps", required=True, type=whole(1),
         help="iterations; --gradient-accumulate-step of them make one update")  # fmt: skip
     add("--warmup-steps", type=whole(0), default=0, help="updates of linear warm-up")
-    add("--lr", type=real(), default=1e-5, help="learning rate at the end of the warm-up")
-    add("--weight-decay", type=real(), default=0.01, help="of matrices; biases and norms have none")
+    add(
+        "--lr",
+        type=real(at_most=MAX_RATE),
+        default=1e-5,
+        help="learning rate at the end of the warm-up",
+    )
+    add("--lr-schedule", choices=("linear", "cosine", "constant"), default="linear",
+        help="after the warm-up")  # fmt: skip
+    add("--min-lr", type=real(), default=0.0, help="where the schedule ends")
+    add("--weight-decay", type=real(at_most=MAX_RATE), default=0.01,
+        help="of matrices; biases and norms have none")  # fmt: skip
     add("--max-grad-norm", type=real(positive=True, finite=False), default=1.0,
         help="gradient norm to clip to; inf: never")  # fmt: skip
     add("--batch-size", type=whole(1), default=8, help="sequences per pipeline and iteration")
@@ -175,6 +186,25 @@ def _add_training_flags(group: Any) -> None:
     add("--train-warmup-steps", type=whole(0), help="accepted from old scripts; does nothing")
 
 
+def _add_precision_flags(group: Any) -> None:
+    add = group.add_argument
+    _add_switch(group, "--fp16", "compute in fp16, weights and moments in fp32", False)
+    _add_switch(group, "--bf16", "compute in bf16, weights and moments in fp32", False)
+    add("--loss-scale", type=real(), default=0.0, help="fp16: a constant loss scale; 0: dynamic")
+    add("--initial-loss-scale", type=real(positive=True), default=32768.0,
+        help="fp16: the first dynamic scale")  # fmt: skip
+    add("--min-loss-scale", type=real(positive=True), default=1.0,
+        help="fp16: the smallest dynamic scale")  # fmt: skip
+    add("--loss-scale-window", type=whole(1), default=1000,
+        help="fp16: clean updates in a row before the scale doubles")  # fmt: skip
+    add("--hysteresis", type=whole(1), default=2, help="fp16: overflows before the scale halves")
+    add("--max-skipped-updates", type=whole(1), default=50,
+        help="fp16: overflows in a row that end the run, with a checkpoint")  # fmt: skip
+    _add_switch(group, "--use-offload", "master weights and moments in host memory", False)
+    add("--zero-stage", type=int, choices=(0, 1), default=0,
+        help="1: each replica keeps its share of master weights and moments")  # fmt: skip
+
+
 def _add_data_flags(group: Any) -> None:
     add = group.add_argument
     add("--task-name", required=True,
@@ -183,7 +213,7 @@ def _add_data_flags(group: Any) -> None:
         "0 needs the files")  # fmt: skip
     add("--seq-length", type=whole(2), default=2048, help="tokens of a block")
     add("--doc-separator", help="text put before each document, instead of an end-of-text token "
-        "after it")  # fmt: skip
+        "after it; a newline is written $'\\n' in bash")  # fmt: skip
     add("--evaluation-data", help="file, folder or task to measure the held-out loss on")
     add(
         "--evaluation-steps",

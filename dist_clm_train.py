@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
-from argument_checks import OWN_FLAGS, check_model, split_dist_url
+from argument_checks import OWN_FLAGS, check_model, check_optimizer, split_dist_url
 from arguments import one_line, parse_train, refuse, train_parser
 from checkpoint.lock import lock_folder, make_folder
 from comm.interface import Interface, choose_interface, export
@@ -68,6 +68,7 @@ def look_around(args: argparse.Namespace) -> Machine:
         if args.world_size > 1 or args.net_interface is not None:
             machine.interface = _interface(args, args.net_interface)
         check_model(args)
+        check_optimizer(args)
         if args.rank < args.pipeline_group_size:  # replica 0 writes the checkpoints
             make_folder(args.checkpoint_path)
         if args.rank == 0:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from comm.communicator import Communicator
+from comm.messages import broadcast_json, gather_json
 from comm.topology import Topology
-from data_parallel.flat_gradients import FlatGradients
 from modules.dropout import derive_seed
 from monitor.metrics import IterationMetrics
 from monitor.recorder import Recorder
-from optimizer.adam import Adam
-from optimizer.agreement import Agreement, Totals, clip_factor, squared_norms
-from optimizer.lr_schedule import linear_schedule
-from pipeline_parallel.engine import Engine, PipelineBatch
+from monitor.stopwatch import Stopwatch
+from optimizer.agreement import Agreement, Totals, squared_norms
+from optimizer.mixed_precision import MixedPrecisionOptimizer
+from optimizer.updater import Outcome, Updater
+from pipeline_parallel.engine import Engine, Losses, PipelineBatch
 from pipeline_parallel.feed import HostBatch, Rows, Scatter, TrainingFeed, evaluation_feed
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingStoppedError(RuntimeError):
@@ -37,9 +40,6 @@ class LoopSettings:
     rows: int
     micro_rows: int
     tokens: int
-    lr: float
-    warmup_updates: int
-    max_grad_norm: float
     checkpoint_steps: int
     evaluation_steps: int
     seed: int
@@ -95,88 +95,117 @@ class Evaluation:
 
 
 class TrainingLoop:
-    """Trains from one step to the last; `save` writes a checkpoint, given step and data state."""
+    """Trains from one step to the last; `save` writes a checkpoint, given step and data state.
+
+    `parameter_names` are those of all stages, in the order of the agreement's slots, for messages.
+    """
 
     def __init__(
         self,
         settings: LoopSettings,
         *,
         topology: Topology,
-        replicas: Communicator,
+        control: Communicator,
         engine: Engine,
         feed: TrainingFeed,
-        gradients: FlatGradients,
-        optimizer: Adam,
+        optimizer: MixedPrecisionOptimizer,
+        updater: Updater,
         agreement: Agreement,
+        parameter_names: Sequence[str],
         evaluation: Evaluation | None,
         recorder: Recorder,
         save: Callable[[int, dict[str, Any]], None],
     ) -> None:
-        self._settings, self._topology, self._replicas = settings, topology, replicas
-        self._engine, self._feed, self._gradients = engine, feed, gradients
-        self._optimizer, self._agreement = optimizer, agreement
+        self._settings, self._topology, self._control = settings, topology, control
+        self._engine, self._feed = engine, feed
+        self._optimizer, self._updater, self._agreement = optimizer, updater, agreement
+        self._names = parameter_names
         self._evaluation, self._recorder, self._save = evaluation, recorder, save
-        self._nominal = settings.nominal_tokens(topology.num_replicas)
-        self._tokens_in_update = 0
+        self._tokens_in_update, self._losses_are_finite = 0, True
 
     def run(self, start: int) -> None:
         """Runs iterations `start` + 1 to the last; `start` is 0 or the step resumed from."""
         before = self._evaluate(start) if start == 0 else None
         if before is not None:
             self._recorder.evaluated(0, before)
+        clock = Stopwatch()
         for step in range(start + 1, self._settings.total_steps + 1):
-            began = time.perf_counter()
             totals = self._iterate(step)
-            lr, norm = self._update(step, totals)
-            seconds = time.perf_counter() - began
+            outcome = self._update(step, totals)
+            seconds = clock.lap()
             due = self._settings.evaluates_after(step)
+            with clock.paused():
+                held_out = self._evaluate(step) if due else None
             metrics = IterationMetrics(
                 step=step,
                 loss=totals.loss / totals.tokens,
-                lr=lr,
-                grad_norm=norm,
+                lr=None if outcome is None else outcome.lr,
+                grad_norm=None if outcome is None else outcome.grad_norm,
                 tokens=totals.tokens,
                 step_seconds=seconds,
-                eval_loss=self._evaluate(step) if due else None,
+                loss_scale=self._shown_scale(outcome),
+                eval_loss=held_out,
                 eval_loss_before=before if step == 1 else None,
                 resumed=step == start + 1 and start > 0,
             )
             self._recorder.iteration(metrics)
-            if self._settings.saves_after(step):
-                self._save(step, self._feed.state)
-                self._recorder.saved()
+            with clock.paused():
+                self._save_if_due(step)
+
+    def _save_if_due(self, step: int) -> None:
+        given_up = self._settings.ends_update(step) and self._updater.has_given_up
+        if self._settings.saves_after(step) or given_up:
+            self._save(step, self._feed.state)
+            self._recorder.saved()
+        if given_up:
+            raise TrainingStoppedError(
+                f"step {step}: {self._updater.skipped_in_a_row} updates in a row were skipped, "
+                "since gradients were not finite (--max-skipped-updates); the weights are those "
+                "before them, and saved; a lower --lr, --bf16 or cleaner data may help"
+            )
 
     def _iterate(self, step: int) -> Totals:
         """Forward and backward of one iteration, and what all ranks agree on after it."""
         batch = self._batch(step, self._feed.take())
-        loss = self._engine.train(batch)
+        losses = self._engine.train(batch, loss_scale=self._updater.loss_scale)
         norms = None
         if self._settings.ends_update(step):
-            self._gradients.all_reduce(self._replicas)
-            norms = squared_norms(self._gradients.views)
-        totals = self._agreement.agree(loss=loss.total, tokens=loss.tokens, squared_norms=norms)
-        self._check_finite(step, totals)
+            self._optimizer.reduce_gradients()
+            norms = self._squared_norms()
+        totals = self._agreement.agree(loss=losses.total, tokens=losses.tokens, squared_norms=norms)
+        if not self._updater.may_skip:
+            self._check_finite(step, totals, batch, losses)
         self._tokens_in_update += totals.tokens
+        self._losses_are_finite &= math.isfinite(totals.loss)
         return totals
 
-    def _update(self, step: int, totals: Totals) -> tuple[float | None, float | None]:
-        """The update that an iteration ends: its learning rate and gradient norm, or None, None."""
+    def _squared_norms(self) -> list[float]:
+        """Of all this stage's gradients, 0 where another replica speaks for them."""
+        mine = dict(self._optimizer.gradients())
+        norms = dict(zip(mine, squared_norms(list(mine.values())), strict=True))
+        return [norms.get(name, 0.0) for name in self._optimizer.names]
+
+    def _update(self, step: int, totals: Totals) -> Outcome | None:
+        """The update that an iteration ends, if it ends one."""
         if totals.squared_norm is None:
-            return None, None
-        settings, optimizer = self._settings, self._optimizer
-        correction = self._nominal / self._tokens_in_update
-        norm = math.sqrt(totals.squared_norm) * correction
-        self._gradients.scale_(correction * clip_factor(norm, settings.max_grad_norm))
-        lr = linear_schedule(
-            optimizer.updates,
-            warmup=settings.warmup_updates,
-            total=settings.total_updates,
-            peak=settings.lr,
+            return None
+        outcome = self._updater.apply(
+            totals, tokens=self._tokens_in_update, losses_are_finite=self._losses_are_finite
         )
-        optimizer.step(lr)
-        self._gradients.zero_()
-        self._tokens_in_update = 0
-        return lr, norm
+        self._tokens_in_update, self._losses_are_finite = 0, True
+        if outcome.grad_norm is None:
+            what = "the loss is not finite"
+            if totals.first_bad is not None:
+                what = f"{self._names[totals.first_bad]} has a gradient that is not finite"
+            logger.info(
+                "step %d: update skipped at loss scale %g: %s", step, outcome.loss_scale, what
+            )
+        return outcome
+
+    def _shown_scale(self, outcome: Outcome | None) -> float | None:
+        if not self._updater.may_skip:
+            return None
+        return self._updater.scale if outcome is None else outcome.loss_scale
 
     def _batch(self, step: int, rows: Rows) -> PipelineBatch:
         settings, topology = self._settings, self._topology
@@ -188,16 +217,41 @@ class TrainingLoop:
         ]
         return PipelineBatch(rows.tokens, rows.labels, keys, settings.micro_rows)
 
-    def _check_finite(self, step: int, totals: Totals) -> None:
-        values = (
-            [totals.loss] if totals.squared_norm is None else [totals.loss, totals.squared_norm]
+    def _check_finite(
+        self, step: int, totals: Totals, batch: PipelineBatch, losses: Losses
+    ) -> None:
+        """Stops every rank with the same words: nothing is ever trained on such numbers."""
+        if math.isfinite(totals.loss) and totals.first_bad is None:
+            return
+        if math.isfinite(totals.loss):
+            assert totals.first_bad is not None
+            what = f"the gradient of {self._names[totals.first_bad]} is not finite"
+        else:
+            what = self._explain_loss(batch, losses)
+        raise TrainingStoppedError(
+            f"step {step}: {what}; nothing was updated, and the last checkpoint is whole; a lower "
+            "--lr or cleaner data may help"
         )
-        if not all(map(math.isfinite, values)):
-            what = "loss" if not math.isfinite(totals.loss) else "gradient norm"
-            raise TrainingStoppedError(
-                f"step {step}: the {what} is not finite, so nothing was updated; the last "
-                "checkpoint is whole; a lower --lr or cleaner data may help"
-            )
+
+    def _explain_loss(self, batch: PipelineBatch, losses: Losses) -> str:
+        """Which stage turned which text into a loss that is not finite."""
+        topology, settings = self._topology, self._settings
+        bad = [i for i, loss in enumerate(losses.of_microbatches) if not math.isfinite(loss)]
+        found = gather_json(self._control, [bad, self._engine.find_not_finite(batch)])
+        stages = sorted(
+            {rank % topology.num_stages for rank, (_, here) in enumerate(found) if here}
+        )
+        rows = [
+            rank // topology.num_stages * settings.rows + microbatch * settings.micro_rows + row
+            for rank, (microbatches, _) in enumerate(found)
+            for microbatch in microbatches
+            for row in range(settings.micro_rows)
+        ]
+        text = self._feed.documents
+        blocks = "; ".join(", ".join(text[row]) for row in rows) if text else ""
+        blocks = broadcast_json(self._control, blocks)
+        place = f"in stage {stages[0]}" if stages else "with dropout alone"
+        return f"the loss is not finite, first {place}, on the blocks from {blocks}"
 
     def _evaluate(self, step: int) -> float | None:
         if self._evaluation is None:

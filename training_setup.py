@@ -22,15 +22,16 @@ from checkpoint.training_state import CheckpointStore, ResumePoint, read_part
 from comm.fabric import Fabric
 from comm.messages import gather_json
 from comm.topology import Topology
-from data_parallel.flat_gradients import FlatGradients, same_on_all
+from data_parallel.flat_gradients import same_on_all
 from modules.family import Family
-from modules.layers import make_layer
+from modules.layers import parameter_names
 from modules.registry import MODELS
 from modules.stage_model import StageModel, stage_modules
 from monitor.console import Console
 from monitor.recorder import Recorder, SilentRecorder, open_recorder
-from optimizer.adam import Adam
 from optimizer.agreement import Agreement
+from optimizer.mixed_precision import DTYPES
+from optimizer.state import collect_state, restore_state
 from pipeline_parallel.channel import PipelineChannel
 from pipeline_parallel.engine import Engine
 from pipeline_parallel.feed import Scatter, TrainingFeed
@@ -39,10 +40,9 @@ from pipeline_parallel.stage import Stage
 from tasks.loader import BatchLoader
 from training_data import TrainingData, checkpoint_extras
 from training_loop import Evaluation, LoopSettings, TrainingLoop
+from training_update import build_optimizer, build_updater, checkpoint_bytes
 
 logger = logging.getLogger(__name__)
-
-MOMENTS_AND_WEIGHTS = 3  # fp32 numbers that a checkpoint keeps of each parameter
 
 
 def train(
@@ -57,7 +57,9 @@ def train(
     """Trains as the flags say. ValueError for a user's mistake."""
     run = Run(args, topology=topology, fabric=fabric, device=device, nonce=nonce)
     if run.start >= args.total_steps:
-        logger.info("%d of %d steps are done: nothing to do", run.start, args.total_steps)
+        logger.info(
+            "step %d of --total-steps %d is done: nothing to do", run.start, args.total_steps
+        )
         return
     run.prepare()
     logger.info(run.describe())
@@ -100,6 +102,7 @@ class Run:
                 None if self._data is None else self._data.tokenizer,
             ),
         )
+        self._dtype = DTYPES[args.precision]
         self._resume = self._find_resume()
         self.start = 0 if self._resume is None else self._resume.step
         self._loader: BatchLoader | None = None
@@ -107,21 +110,22 @@ class Run:
     def prepare(self) -> None:
         """Reads weights and state, and checks that the checkpoints to come will fit."""
         self._model = self._build_model()
-        self._optimizer = Adam(
-            dict(self._model.named_parameters()), weight_decay=self._args.weight_decay
-        )
         self._check_disk()
-        self._load()
-        self._gradients = FlatGradients(self._model.parameters())
+        self._load_weights()
+        self._optimizer = build_optimizer(self._args, self._model, self._fabric.replicas)
+        nominal = self._settings().nominal_tokens(self._topology.num_replicas)
+        self._updater = build_updater(self._args, self._optimizer, nominal_tokens=nominal)
+        self._load_state()
 
     def describe(self) -> str:
         """The run in one line."""
         topology, model = self._topology, self._model
         own = sum(p.numel() for p in model.parameters())
+        where = f"{self._device.type}, {self._args.precision}"
         return (
             f"{self._args.model_type}, {self._config.num_hidden_layers} layers in "
             f"{topology.num_stages} stages x {topology.num_replicas} pipelines on "
-            f"{self._device.type}, fp32; {own / 1e6:,.1f} M parameters in stage {topology.stage}"
+            f"{where}; {own / 1e6:,.1f} M parameters in stage {topology.stage}"
         )
 
     # ---- what the machine and the other ranks have ----
@@ -139,10 +143,11 @@ class Run:
 
     def _check_disk(self) -> None:
         every = self._args.checkpoint_steps or self._args.total_steps
+        every = max(every, self._args.gradient_accumulate_step)  # saves wait for an update's end
         saves = -(-(self._args.total_steps - self.start) // every)
         parameters = sum(p.numel() for p in self._model.parameters())
         writes = self._topology.replica == 0
-        needed = saves * parameters * MOMENTS_AND_WEIGHTS * 4 if writes else 0
+        needed = saves * checkpoint_bytes(self._args, parameters) if writes else 0
         check_disk(self._fabric.control, self._args.checkpoint_path, needed=needed)
 
     # ---- weights and state ----
@@ -172,16 +177,19 @@ class Run:
         return StageModel(
             self._family,
             self._config,
-            stage_modules(
-                self._topology.stage,
-                num_stages=self._topology.num_stages,
-                num_layers=self._args.num_layers,
-                model_layers=self._config.num_hidden_layers,
-            ),
+            self._modules_of(self._topology.stage),
             device=self._device,
         )
 
-    def _load(self) -> None:
+    def _modules_of(self, stage: int) -> range:
+        return stage_modules(
+            stage,
+            num_stages=self._topology.num_stages,
+            num_layers=self._args.num_layers,
+            model_layers=self._config.num_hidden_layers,
+        )
+
+    def _load_weights(self) -> None:
         args, resume = self._args, self._resume
         if resume is None:
             if args.load_pretrained_model:
@@ -197,13 +205,23 @@ class Run:
         share_from_first(self._model.parameters(), self._fabric.replicas)
         if resume.meta is None:
             logger.info("weights from %s alone: step 0, fresh optimizer", resume.folder)
+
+    def _load_state(self) -> None:
+        resume = self._resume
+        if resume is None or resume.meta is None:
             return
+        state = None
         if self._topology.replica == 0:
             state = read_part(resume.folder, self._topology.stage, "optimizer")
-            self._optimizer.load_state(state)
-        share_from_first(self._optimizer.tensors(), self._fabric.replicas)
-        self._optimizer.set_updates(resume.meta["updates"])
-        logger.info("resumed from step %d of %s", resume.step, args.checkpoint_path)
+        restore_state(
+            self._optimizer,
+            state,
+            self._fabric.control,
+            self._topology,
+            updates=resume.meta["updates"],
+        )
+        self._updater.load_state(resume.meta["updater"])
+        logger.info("resumed from step %d of %s", resume.step, self._args.checkpoint_path)
 
     def _check_same_weights(self) -> None:
         if not same_on_all(self._model.parameters(), self._fabric.replicas):
@@ -239,14 +257,15 @@ class Run:
         return TrainingLoop(
             settings,
             topology=topology,
-            replicas=fabric.replicas,
+            control=fabric.control,
             engine=engine,
             feed=TrainingFeed(
                 self._scatter(settings), self._loader, num_batches=args.total_steps - self.start
             ),
-            gradients=self._gradients,
             optimizer=self._optimizer,
+            updater=self._updater,
             agreement=agreement,
+            parameter_names=self._parameter_names(),
             evaluation=None
             if args.evaluation_data is None
             else Evaluation(
@@ -269,9 +288,6 @@ class Run:
             rows=args.batch_size,
             micro_rows=args.micro_batch_size,
             tokens=args.seq_length,
-            lr=args.lr,
-            warmup_updates=args.warmup_steps,
-            max_grad_norm=args.max_grad_norm,
             checkpoint_steps=args.checkpoint_steps,
             evaluation_steps=args.evaluation_steps,
             seed=args.seed,
@@ -287,15 +303,11 @@ class Run:
         )
 
     def _engine(self, settings: LoopSettings) -> Engine:
-        stage = Stage(
-            self._model,
-            recompute=self._args.recompute,
-            loss_scale=1.0 / settings.nominal_tokens(self._topology.num_replicas),
-        )
+        stage = Stage(self._model, recompute=self._args.recompute)
         channel = PipelineChannel(
             self._fabric.pipeline,
             shape=(settings.micro_rows, settings.tokens, self._config.hidden_size),
-            dtype=torch.float32,
+            dtype=self._dtype,
             device=self._device,
         )
         return Engine(
@@ -308,23 +320,30 @@ class Run:
         )
 
     def _agreement(self) -> Agreement:
-        counts = [
-            len(list(make_layer(self._family, self._config, index, "meta").parameters()))
-            for index in range(self._config.num_hidden_layers + 2)
-        ]
+        before = range(self._model.indices.start)
         return Agreement(
             self._fabric.control,
             self._topology,
-            norm_slots=sum(counts),
-            first_slot=sum(counts[: self._model.indices.start]),
+            norm_slots=len(self._parameter_names()),
+            first_slot=sum(len(parameter_names(self._family, self._config, i)) for i in before),
         )
+
+    def _parameter_names(self) -> list[str]:
+        """Of all stages, in the order of the layers."""
+        return [
+            f"stage {stage}, {name}"
+            for stage in range(self._topology.num_stages)
+            for index in self._modules_of(stage)
+            for name in parameter_names(self._family, self._config, index)
+        ]
 
     def _save(self, recorder: Recorder, step: int, data: dict[str, Any]) -> None:
         weights = {key: value.cpu() for key, value in self._model.state_dict().items()}
-        updates = self._optimizer.updates
+        updates, updater = self._optimizer.updates, self._updater.state()
         meta = {
             "step": step,
             "updates": updates,
+            "updater": updater,
             "model_type": self._args.model_type,
             "num_stages": self._topology.num_stages,
             "num_layers": self._layers_per_stage(),
@@ -335,8 +354,13 @@ class Run:
         }
         parts = {
             "checkpoint": weights,
-            "optimizer": self._optimizer.state(),
-            "scheduler": {"kind": "linear", "step": step, "updates": updates},
+            "optimizer": collect_state(self._optimizer, self._fabric.control, self._topology),
+            "scheduler": {
+                "kind": self._args.lr_schedule,
+                "step": step,
+                "updates": updates,
+                **updater,
+            },
         }
         self._store.save(step, parts=parts, meta=meta)
         logger.info("saved step %d in %s", step, self._args.checkpoint_path)

@@ -36,7 +36,11 @@ def changes(meta: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
     """One line for each setting that is not what the checkpoint was made with."""
     kept = meta.get("settings", {})
     return [
-        f"{flag} is now {value}, it was {kept.get(flag)}"
+        f"{flag} is now {_shown(value)}, it was {_shown(kept.get(flag))}"
         for flag, value in settings.items()
         if kept.get(flag) != value
     ]
+
+
+def _shown(value: object) -> str:
+    return "not given" if value is None else str(value)

@@ -43,6 +43,9 @@ class Communicator(Protocol):
     def all_reduce(self, tensor: Tensor) -> None:
         """Sums `tensor` over the members in place, adding in the order of the members on CPU."""
 
+    def reduce(self, tensor: Tensor, *, root: int) -> None:
+        """As `all_reduce`, to the same bits, but only member `root` gets the sum."""
+
     def broadcast(self, tensor: Tensor, *, root: int) -> None:
         """Fills `tensor` on every member with that of member `root`."""
 

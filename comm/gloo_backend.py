@@ -88,6 +88,15 @@ class GlooCommunicator:
             for part in torch.split(flat, _SLICE_BYTES // flat.element_size()):
                 self._reduce_and_share(part)
 
+    def reduce(self, tensor: Tensor, *, root: int) -> None:
+        """Adds in the order of the members, on `root`, a slice at a time."""
+        flat = tensor.view(-1)
+        for part in torch.split(flat, max(1, _SLICE_BYTES // flat.element_size())):
+            if self._rank == root:
+                self._sum_from_others(part)
+            else:
+                self.send(part, to=root).wait()
+
     def broadcast(self, tensor: Tensor, *, root: int) -> None:
         self._broadcast(tensor, root, what="broadcast").wait()
 
@@ -118,6 +127,15 @@ class GlooCommunicator:
         self._start(f"all-reduce with {self._others}", post).wait()
         mine.copy_(_ordered_sum(copies))
         self._share(shares, what="all-reduce")
+
+    def _sum_from_others(self, part: Tensor) -> None:
+        rows = part.new_empty((self.size, part.numel()))
+        others = [member for member in range(self.size) if member != self._rank]
+        works = [self.receive(rows[member], source=member) for member in others]
+        rows[self._rank] = part
+        for work in works:
+            work.wait()
+        part.copy_(_ordered_sum(rows))
 
     def _gather(self, tensor: Tensor, *, what: str) -> Tensor:
         gathered = tensor.new_empty((self.size, *tensor.shape))

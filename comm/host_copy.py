@@ -35,6 +35,12 @@ class HostCopyCommunicator:
         self._host.all_reduce(copy)
         tensor.copy_(copy)
 
+    def reduce(self, tensor: Tensor, *, root: int) -> None:
+        copy = _to_host(tensor)
+        self._host.reduce(copy, root=root)
+        if self.rank == root:
+            tensor.copy_(copy)
+
     def broadcast(self, tensor: Tensor, *, root: int) -> None:
         copy = _to_host(tensor)
         self._host.broadcast(copy, root=root)

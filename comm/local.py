@@ -29,6 +29,9 @@ class LocalCommunicator:
     def all_reduce(self, tensor: Tensor) -> None:
         """The sum over one member is there already."""
 
+    def reduce(self, tensor: Tensor, *, root: int) -> None:
+        assert root == 0
+
     def broadcast(self, tensor: Tensor, *, root: int) -> None:
         assert root == 0
 

@@ -124,6 +124,16 @@ class NcclCommunicator:
             lambda data, *kind: nccl.allReduce(data, data, *kind, _SUM, stream),
         ).wait()
 
+    def reduce(self, tensor: Tensor, *, root: int) -> None:
+        """NCCL chooses the order of the sum."""
+        nccl, stream = self._all.nccl, self._all.lane.pointer
+        self._run(
+            f"reduce to {self._peers[root]}",
+            self._all,
+            tensor,
+            lambda data, *kind: nccl.reduce(data, data, *kind, _SUM, root, stream),
+        ).wait()
+
     def broadcast(self, tensor: Tensor, *, root: int) -> None:
         nccl, stream = self._all.nccl, self._all.lane.pointer
         self._run(

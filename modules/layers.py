@@ -30,6 +30,14 @@ def make_layer(family: Family, config: Any, index: int, device: torch.device | s
     return module if torch.device(device).type == "meta" else module.to_empty(device=device)
 
 
+def parameter_names(family: Family, config: Any, index: int) -> list[str]:
+    """The parameters of module `index`, as a person would name them."""
+    last = config.num_hidden_layers + 1
+    place = {0: "embedding", last: "head"}.get(index, f"layer {index - 1}")
+    module = make_layer(family, config, index, "meta")
+    return [f"{place}, {name}" for name, _ in module.named_parameters()]
+
+
 @torch.no_grad()
 def initialise_(module: nn.Module, *, std: float, seed: int, index: int) -> None:
     """Random weights as transformers gives them, from (seed, index) alone.

@@ -22,12 +22,14 @@ class Totals(NamedTuple):
     """What all processes agree on.
 
     `loss` is the sum of token losses over `tokens` trained tokens; `squared_norm` that of the
-    gradients over all stages, or None where none was asked for.
+    gradients over all stages, or None where none was asked for; `first_bad` the number of the first
+    parameter, over all stages, whose gradient is not finite.
     """
 
     loss: float
     tokens: int
     squared_norm: float | None
+    first_bad: int | None
 
 
 class Agreement:
@@ -42,31 +44,36 @@ class Agreement:
     def agree(self, *, loss: float, tokens: int, squared_norms: Sequence[float] | None) -> Totals:
         """Sums over all processes; every one calls it alike, those without a loss give 0 and 0.
 
-        `squared_norms` are those of this stage's parameters, in order, after the replicas' sum.
+        `squared_norms` are those of this stage's parameters, in order, after the replicas' sum; 0
+        for those that another replica speaks for.
         """
         replicas, replica = self._topology.num_replicas, self._topology.replica
         norm_slots = 0 if squared_norms is None else self._norm_slots
         slots = torch.zeros(2 * replicas + norm_slots, dtype=torch.float64)
         if self._topology.is_last:
             slots[2 * replica], slots[2 * replica + 1] = loss, tokens
-        if squared_norms is not None and replica == 0:
+        if squared_norms is not None:
             start = 2 * replicas + self._first_slot
             slots[start : start + len(squared_norms)] = torch.tensor(
                 squared_norms, dtype=torch.float64
             )
         self._control.all_reduce(slots)
         values = slots.tolist()
+        norms = values[2 * replicas :]
         return Totals(
             loss=sum(values[0 : 2 * replicas : 2]),
             tokens=round(sum(values[1 : 2 * replicas : 2])),
-            squared_norm=None if squared_norms is None else sum(values[2 * replicas :]),
+            squared_norm=None if squared_norms is None else sum(norms),
+            first_bad=next((i for i, n in enumerate(norms) if not math.isfinite(n)), None),
         )
 
 
 def squared_norms(gradients: Sequence[Tensor]) -> list[float]:
-    """Each gradient's sum of squares, in fp32."""
+    """Each gradient's sum of squares, from its norm in fp32."""
+    if not gradients:
+        return []
     norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients])
-    values: list[float] = norms.square().tolist()
+    values: list[float] = norms.double().square().tolist()
     return values
 
 

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
 from modules.dropout import Keys
 from pipeline_parallel.channel import PipelineChannel
 from pipeline_parallel.schedule import Action, Kind, Schedule, forward_only
-from pipeline_parallel.stage import IGNORED, Stage, TokenLoss
+from pipeline_parallel.stage import IGNORED, Stage
+
+
+class Losses(NamedTuple):
+    """The sum of token losses of each microbatch, and over how many tokens all are.
+
+    Only the last stage has any: elsewhere there are none, over 0 tokens.
+    """
+
+    of_microbatches: list[float]
+    tokens: int
+
+    @property
+    def total(self) -> float:
+        return sum(self.of_microbatches)
 
 
 class StageError(RuntimeError):
@@ -61,24 +76,35 @@ class Engine:
         self._stage, self._channel, self._index = stage, channel, stage_index
         self._train = list(schedule(stage_index, num_stages, num_microbatches))
         self._evaluate = list(forward_only(stage_index, num_stages, num_microbatches))
+        self._not_finite: list[int] | None = None
 
-    def train(self, batch: PipelineBatch) -> TokenLoss:
-        """Adds the batch's gradients to the parameters'; the loss is the last stage's alone."""
-        return self._run(self._train, batch, training=True)
+    def train(self, batch: PipelineBatch, *, loss_scale: float) -> Losses:
+        """Adds the gradients of the batch's token losses times `loss_scale` to the parameters'."""
+        return self._run(self._train, batch, loss_scale=loss_scale)
 
-    def evaluate(self, batch: PipelineBatch) -> TokenLoss:
-        """The batch's loss, on the last stage; 0 over 0 tokens elsewhere."""
-        return self._run(self._evaluate, batch, training=False)
+    def evaluate(self, batch: PipelineBatch) -> Losses:
+        """The batch's losses."""
+        return self._run(self._evaluate, batch, loss_scale=None)
 
-    def _run(self, actions: Iterable[Action], batch: PipelineBatch, *, training: bool) -> TokenLoss:
+    def find_not_finite(self, batch: PipelineBatch) -> list[int]:
+        """The microbatches whose numbers stop being finite in this very stage."""
+        self._not_finite = []
+        self.evaluate(batch)
+        found, self._not_finite = self._not_finite, None
+        return found
+
+    def _run(
+        self, actions: Iterable[Action], batch: PipelineBatch, *, loss_scale: float | None
+    ) -> Losses:
         losses: list[Tensor] = []
         for action in actions:
             if action.kind is Kind.FORWARD:
-                self._forward(action, batch, losses, training=training)
+                self._forward(action, batch, losses, training=loss_scale is not None)
             else:
-                self._backward(action)
+                assert loss_scale is not None
+                self._backward(action, loss_scale)
         self._channel.flush()
-        return TokenLoss(sum(loss.item() for loss in losses), batch.num_trained())
+        return Losses([loss.item() for loss in losses], batch.num_trained())
 
     def _forward(
         self, action: Action, batch: PipelineBatch, losses: list[Tensor], *, training: bool
@@ -93,6 +119,7 @@ class Engine:
                 out = self._stage.forward(action.microbatch, x, labels, keys)
             else:
                 out = self._stage.evaluate(x, labels)
+                self._note(action.microbatch, x, out)
         except Exception as error:
             raise self._failure(action, x) from error
         if labels is None:
@@ -100,10 +127,14 @@ class Engine:
         else:
             losses.append(out)
 
-    def _backward(self, action: Action) -> None:
+    def _note(self, microbatch: int, x: Tensor, out: Tensor) -> None:
+        if self._not_finite is not None and x.isfinite().all() and not out.isfinite().all():
+            self._not_finite.append(microbatch)
+
+    def _backward(self, action: Action, loss_scale: float) -> None:
         gradient = self._channel.receive_gradient()
         try:
-            out = self._stage.backward(action.microbatch, gradient)
+            out = self._stage.backward(action.microbatch, gradient, loss_scale=loss_scale)
         except Exception as error:
             raise self._failure(action, gradient) from error
         self._channel.send_gradient(out)

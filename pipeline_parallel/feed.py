@@ -6,7 +6,7 @@ is computed, so that no stage waits for text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -92,7 +92,7 @@ class Scatter:
 
 
 class TrainingBatch(Protocol):
-    """A batch with the state of the data right after it."""
+    """A batch with the state of the data right after it, and where each row's text is from."""
 
     @property
     def tokens(self) -> Ids: ...
@@ -102,6 +102,9 @@ class TrainingBatch(Protocol):
 
     @property
     def state(self) -> dict[str, Any]: ...
+
+    @property
+    def documents(self) -> Sequence[Sequence[str]]: ...
 
 
 class Loader(Protocol):
@@ -113,20 +116,22 @@ class Loader(Protocol):
 class TrainingFeed:
     """`num_batches` training batches, each on its way one iteration before it is taken.
 
-    `loader` is rank 0's, None elsewhere. `state` is, on rank 0, where the data stands after
-    the batch taken last.
+    `loader` is rank 0's, None elsewhere. On rank 0, `state` is where the data stands after the
+    batch taken last, and `documents` where that batch's rows are from.
     """
 
     def __init__(self, scatter: Scatter, loader: Loader | None, *, num_batches: int) -> None:
         self._scatter, self._loader, self._left = scatter, loader, num_batches
         self.state: dict[str, Any] = {}
-        self._next_state: dict[str, Any] = {}
+        self.documents: Sequence[Sequence[str]] = ()
+        self._ahead: TrainingBatch | None = None
         self._start()
 
     def take(self) -> Rows:
         """The next batch's rows."""
         rows = self._scatter.finish()
-        self.state = self._next_state
+        if self._ahead is not None:
+            self.state, self.documents = self._ahead.state, self._ahead.documents
         self._start()
         return rows
 
@@ -134,9 +139,8 @@ class TrainingFeed:
         if self._left == 0:
             return
         self._left -= 1
-        batch = None if self._loader is None else self._loader.next()
-        self._next_state = {} if batch is None else batch.state
-        self._scatter.start(batch)
+        self._ahead = None if self._loader is None else self._loader.next()
+        self._scatter.start(self._ahead)
 
 
 def evaluation_feed(

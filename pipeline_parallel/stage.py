@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -12,13 +10,6 @@ from modules.dropout import Keys
 from modules.stage_model import StageModel
 
 IGNORED = -100
-
-
-class TokenLoss(NamedTuple):
-    """The sum of token losses, and over how many tokens."""
-
-    total: float
-    tokens: int
 
 
 def token_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
@@ -30,16 +21,11 @@ def token_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class Stage:
-    """Forward and backward of one stage; first, middle and last stages are this one class.
+    """Forward and backward of one stage; first, middle and last stages are this one class."""
 
-    `loss_scale` is what the sum of token losses is multiplied by before backward: one over the
-    update's nominal number of tokens.
-    """
-
-    def __init__(self, model: StageModel, *, recompute: bool, loss_scale: float) -> None:
+    def __init__(self, model: StageModel, *, recompute: bool) -> None:
         self.model = model
         self._recompute = recompute
-        self._loss_scale = loss_scale
         self._live: dict[int, tuple[Tensor, Tensor]] = {}
 
     def forward(self, microbatch: int, x: Tensor, labels: Tensor | None, keys: Keys) -> Tensor:
@@ -53,14 +39,17 @@ class Stage:
         self._live[microbatch] = (x, out)
         return out.detach()
 
-    def backward(self, microbatch: int, gradient: Tensor | None) -> Tensor | None:
+    def backward(
+        self, microbatch: int, gradient: Tensor | None, *, loss_scale: float
+    ) -> Tensor | None:
         """Adds to the parameters' gradients; returns that of the stage's input, if it has one.
 
-        `gradient` is that of the output, or None where the output was a loss.
+        `gradient` is that of the output, or None where the output was a loss, which is then
+        multiplied by `loss_scale`.
         """
         x, out = self._live.pop(microbatch)
         if gradient is None:
-            out = out * self._loss_scale
+            out = out * loss_scale
         torch.autograd.backward(out, gradient)
         return x.grad
 

@@ -20,12 +20,13 @@ class Batch:
 
     `labels[r, t]` is the token that position t must predict, `tokens[r, t + 1]` where that is
     trained, else IGNORED; the last position's always is. `state` is the stream's after these
-    blocks (empty for evaluation).
+    blocks (empty for evaluation). `documents` says, for each row, where its text is from.
     """
 
     tokens: NDArray[np.int64]
     labels: NDArray[np.int64]
     state: State = field(default_factory=dict)
+    documents: tuple[tuple[str, ...], ...] = ()
 
 
 def make_batch(blocks: Sequence[Block], state: State | None = None) -> Batch:
@@ -34,4 +35,5 @@ def make_batch(blocks: Sequence[Block], state: State | None = None) -> Batch:
     trained = np.stack([block.trained for block in blocks])
     labels = np.full_like(tokens, IGNORED)
     labels[:, :-1] = np.where(trained[:, 1:], tokens[:, 1:], IGNORED)
-    return Batch(tokens, labels, state or {})
+    documents = tuple(block.documents for block in blocks)
+    return Batch(tokens, labels, state or {}, documents)

@@ -19,11 +19,13 @@ from tasks.documents import Documents, State
 class Block:
     """`tokens` is int64 (seq_length,); `trained[t]`, bool, says whether token t is to be predicted.
 
-    The first token of a block is never predicted, whatever `trained` says.
+    The first token of a block is never predicted, whatever `trained` says. `documents` is where its
+    text is from ("file:line"), in order; evaluation leaves it out.
     """
 
     tokens: NDArray[np.int64]
     trained: NDArray[np.bool_]
+    documents: tuple[str, ...] = ()
 
 
 class Encoder:
@@ -68,6 +70,7 @@ class PackedSource:
         self._seq_length = seq_length
         self._before = documents.state()
         self._tokens = np.empty(0, dtype=np.int64)
+        self._where = ""
         self._used = 0
         self._last_fruitful_epoch = -1
         self._num_documents = 0
@@ -80,21 +83,25 @@ class PackedSource:
             ValueError: A line is no document, or a whole epoch yields no token.
         """
         tokens = np.empty(self._seq_length, dtype=np.int64)
+        documents: list[str] = []
         filled = 0
         while filled < self._seq_length:
             if self._used == len(self._tokens):
                 self._next_document()
+            if not documents or documents[-1] != self._where:
+                documents.append(self._where)
             piece = self._tokens[self._used : self._used + self._seq_length - filled]
             tokens[filled : filled + len(piece)] = piece
             filled += len(piece)
             self._used += len(piece)
         self._num_blocks += 1
-        return Block(tokens, np.ones(self._seq_length, dtype=np.bool_))
+        return Block(tokens, np.ones(self._seq_length, dtype=np.bool_), tuple(documents))
 
     def _next_document(self) -> None:
         self._before = self._documents.state()
         document = self._documents.next()
         self._tokens, self._used = self._encoder.encode(document.text), 0
+        self._where = document.where
         self._num_documents += 1
         if len(self._tokens):
             self._last_fruitful_epoch = self._documents.epoch

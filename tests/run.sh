@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=../example_scripts/venv.sh
-source example_scripts/venv.sh ruff mypy pytest hypothesis
+source example_scripts/venv.sh ruff mypy pytest hypothesis bitsandbytes
 ruff check .
 mypy --strict .
 exec pytest "$@"

@@ -3,21 +3,52 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import logging
+import shutil
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 
 from arguments import parse_train
-from comm.fabric import connect
+from comm.fabric import Fabric, connect
 from comm.interface import Interface
+from comm.messages import gather_json
 from comm.rendezvous import Rendezvous, join
 from comm.topology import Topology
 from comm.watch import Watch
 from monitor.console import Console
 from monitor.metrics import read_metrics
+from tests.dist import free_port
+from training_loop import TrainingStoppedError
 from training_setup import train
+
+
+class Case(NamedTuple):
+    """One run: its name, and flags without dashes, which may be functions of (P, R).
+
+    hook: entered around the run in every process, to make something go wrong there.
+    after: another run's folder and a step: this run goes on from a copy of it at that step.
+    stops: the run ends with a TrainingStoppedError.
+    shapes: the only (P, R) to run in.
+    """
+
+    name: str
+    flags: dict[str, Any]
+    hook: Callable[[Topology], AbstractContextManager[object]] | None = None
+    after: tuple[str, int] | None = None
+    stops: bool = False
+    shapes: Collection[tuple[int, int]] | None = None
+
+
+class Told(NamedTuple):
+    """What one process logged in a run, and why it stopped."""
+
+    lines: list[str]
+    stopped: str | None
 
 
 def train_cases(
@@ -25,14 +56,15 @@ def train_cases(
     world_size: int,
     _url: str,
     shapes: Sequence[tuple[int, int, str]],
-    cases: Sequence[tuple[str, dict[str, Any]]],
+    cases: Sequence[Case],
     folder: Path,
-) -> None:
-    """For every shape (P, R, url) of this world, trains every case (name, flags without dashes).
+) -> dict[str, Told]:
+    """For every shape (P, R, url) of this world, trains every case.
 
-    The ranks meet at each shape's url; flags may be functions of (P, R). Checkpoints go to
-    `folder`/<name>-<P>-<R>.
+    The ranks meet at each shape's url. Checkpoints go to `folder`/<name>-<P>-<R>; what this process
+    told is by that name.
     """
+    told: dict[str, Told] = {}
     torch.set_num_threads(1)
     for stages, replicas, shape_url in shapes:
         topology = Topology(rank, stages, replicas)
@@ -47,26 +79,76 @@ def train_cases(
             dist_timeout=60.0,
             watch=watch,
         )
-        for name, flags in cases:
-            own = {
-                "checkpoint-path": run_folder(folder, name, stages, replicas),
-                "pipeline-group-size": stages,
-                "data-group-size": replicas,
-                "world-size": world_size,
-                "rank": rank,
-            }
-            args = parse_train(to_argv({**_at(flags, stages, replicas), **own}), {})
-            args.checkpoint_path.mkdir(parents=True, exist_ok=True)
+        for case in cases:
+            if case.shapes is None or (stages, replicas) in case.shapes:
+                path = run_folder(folder, case.name, stages, replicas)
+                told[path.name] = _train_case(case, path, topology, fabric, rendezvous.nonce)
+        fabric.close()
+        watch.close()
+    return told
+
+
+def _train_case(case: Case, path: Path, topology: Topology, fabric: Fabric, nonce: str) -> Told:
+    own = {
+        "checkpoint-path": path,
+        "pipeline-group-size": topology.num_stages,
+        "data-group-size": topology.num_replicas,
+        "world-size": topology.num_stages * topology.num_replicas,
+        "rank": topology.rank,
+    }
+    flags = _at(case.flags, topology.num_stages, topology.num_replicas)
+    args = parse_train(to_argv({**flags, **own}), {})
+    if topology.rank == 0 and case.after is not None:
+        _copy_run(path.parent / case.after[0], path, step=case.after[1])
+    elif topology.rank == 0:
+        path.mkdir(parents=True, exist_ok=True)
+    gather_json(fabric.control, None)  # the folder is there for all
+    hook = nullcontext() if case.hook is None else case.hook(topology)
+    with hook, _Listener() as listener, patch("monitor.recorder.draw_loss"):  # a second each time
+        stopped = None
+        try:
             train(
                 args,
                 topology=topology,
                 fabric=fabric,
                 device=torch.device("cpu"),
-                nonce=rendezvous.nonce,
+                nonce=nonce,
                 console=Console(io.StringIO()),
             )
-        fabric.close()
-        watch.close()
+        except TrainingStoppedError as error:
+            if not case.stops:
+                raise
+            stopped = str(error)
+    return Told(listener.lines, stopped)
+
+
+class _Listener(logging.Handler):
+    """Keeps what is logged while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+    def __enter__(self) -> _Listener:
+        root = logging.getLogger()
+        root.setLevel(logging.INFO)
+        root.addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger().removeHandler(self)
+
+
+def _copy_run(source: Path, target: Path, *, step: int) -> None:
+    """The folder as it was when `step` had been saved; what came later in the metrics stays."""
+    shutil.copytree(source, target)
+    for entry in target.iterdir():
+        if entry.name.isdecimal() and int(entry.name) > step:
+            shutil.rmtree(entry)
+    (target / "latest").write_text(str(step))
 
 
 def run_folder(folder: Path, name: str, stages: int, replicas: int) -> Path:
@@ -81,6 +163,11 @@ def curve(folder: Path, name: str, stages: int, replicas: int, key: str = "loss"
 
 def to_argv(flags: dict[str, Any]) -> list[str]:
     return [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
+
+
+def meet_at(shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int, str]]:
+    """Each shape (P, R) with a url of its own."""
+    return [(*shape, f"tcp://127.0.0.1:{free_port()}") for shape in shapes]
 
 
 def _at(flags: dict[str, Any], stages: int, replicas: int) -> dict[str, Any]:

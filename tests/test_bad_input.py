@@ -118,17 +118,24 @@ def number_cases() -> dict[str, Case]:
         "evaluation-num-batch": ("0",),
         "seed": ("-1", "0x10"),
         "train-warmup-steps": ("-1",),
+        "loss-scale-window": ("0",),
+        "hysteresis": ("0",),
+        "max-skipped-updates": ("0",),
     }
     cases = {
         f"{flag} {value}": Case({flag: value}, [f"--{flag}: {whole}", repr(value)])
         for flag, values in wrong.items()
         for value in values
     }
-    for flag, value in (("lr", "-1"), ("lr", "nan"), ("lr", "fast"), ("weight-decay", "-0.1")):
+    for flag, value in (
+        ("lr", "-1"), ("lr", "nan"), ("lr", "fast"), ("weight-decay", "-0.1"), ("min-lr", "-1"),
+        ("loss-scale", "-1"),
+    ):  # fmt: skip
         words = [f"--{flag}: expected a number of at least 0", repr(value)]
         cases[f"{flag} {value}"] = Case({flag: value}, words)
     for flag, value in (
         ("max-grad-norm", "0"), ("join-timeout", "0"), ("dist-timeout", "-3"),
+        ("initial-loss-scale", "0"), ("min-loss-scale", "0"),
     ):  # fmt: skip
         words = [f"--{flag}: expected a number above 0", repr(value)]
         cases[f"{flag} {value}"] = Case({flag: value}, words)
@@ -156,6 +163,20 @@ FLAG_CASES: dict[str, Case] = {
     "another schedule": Case({"pp-mode": "interleaved"}, ["--pp-mode", "'interleaved'", "gpipe"]),
     "another dp mode": Case({"dp-mode": "zero"}, ["--dp-mode", "'zero'", "allreduce"]),
     "another optimizer": Case({"optimizer": "sgd"}, ["--optimizer", "'sgd'", "adam"]),
+    "two precisions": Case({"fp16": "true", "bf16": "true"}, ["--fp16", "--bf16", "at most one"]),
+    "fp16 what": Case({"fp16": "yes"}, ["--fp16", "true or false", "'yes'"]),
+    "a lowest rate above the highest": Case(
+        {"min-lr": "2e-5", "lr": "1e-5"}, ["--min-lr 2e-05", "at most --lr 1e-05"]
+    ),
+    "a lowest rate that is never met": Case(
+        {"min-lr": "1e-6", "lr-schedule": "constant"}, ["--min-lr 1e-06", "--lr-schedule constant"]
+    ),
+    "a smallest scale above the first": Case(
+        {"min-loss-scale": 4, "initial-loss-scale": 2},
+        ["--min-loss-scale 4", "at most --initial-loss-scale 2"],
+    ),
+    "more of zero": Case({"zero-stage": 2}, ["--zero-stage", "2", "0, 1"]),
+    "schedule by steps": Case({"lr-schedule": "step"}, ["--lr-schedule", "'step'", "cosine"]),
     "another dp backend": Case({"dp-backend": "mpi"}, ["--dp-backend", "'mpi'", "nccl", "gloo"]),
     "another backend": Case({"dist-backend": "mpi"}, ["--dist-backend", "'mpi'", "cupy_nccl"]),
     "another profiler": Case({"profiling": "yes"}, ["--profiling", "'yes'", "no-profiling"]),
@@ -283,6 +304,16 @@ def test_a_flag(
     flags = right(home) | {flag: _at(home, value) for flag, value in case.flags.items()}
     line = refusal(argv(flags), case.environ, monkeypatch, capsys)
     assert all(_at(home, word) in line for word in case.words), line
+
+
+def test_a_missing_bitsandbytes(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Seen before torch is imported, and not looked for where it is not needed."""
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    line = refusal(argv(right(home) | {"optimizer": "8bit-adam"}), {}, monkeypatch, capsys)
+    assert line.startswith("--optimizer 8bit-adam needs bitsandbytes")
+    assert "pip install bitsandbytes" in line
 
 
 def _at(home: Path, value: Any) -> Any:

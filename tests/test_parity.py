@@ -20,12 +20,13 @@ from checkpoint.convert_from_hf import convert_from_hf
 from modules.registry import MODELS
 from tasks.build import open_training_stream
 from tasks.registry import SourceSpec
-from tests.dist import free_port, run_ranks
-from tests.runs import curve, run_folder, train_cases
+from tests.dist import run_ranks
+from tests.runs import Case, curve, meet_at, run_folder, train_cases
 from tests.tasks.material import make_texts, tokenizer, write_jsonl
 from tests.tiny import make_hf
 
 TOLERANCE = 1e-5  # relative, what the project promises in fp32 on CPU
+CLIPPED = 0.1  # a gradient norm that every update exceeds
 UPDATES, ROWS, TOKENS, LAYERS, LR, WARMUP = 20, 4, 24, 7, 1e-3, 3
 SHAPES = {1: [(1, 1)], 2: [(2, 1), (1, 2)], 4: [(4, 1), (2, 2)], 8: [(4, 2)]}
 ALL_SHAPES = [shape for shapes in SHAPES.values() for shape in shapes]
@@ -94,7 +95,9 @@ def blocks(folder: Path) -> Any:
     return (stream.next_block().tokens for _ in count())
 
 
-def reference(model: Any, folder: Path, accumulate: int) -> tuple[list[float], list[float]]:
+def reference(
+    model: Any, folder: Path, accumulate: int, max_norm: float = 1.0
+) -> tuple[list[float], list[float]]:
     """Losses of the iterations and gradient norms of the updates, in one process."""
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
@@ -110,7 +113,7 @@ def reference(model: Any, folder: Path, accumulate: int) -> tuple[list[float], l
             loss: Tensor = model(tokens, labels=tokens).loss
             torch.autograd.backward(loss / accumulate)
             losses.append(loss.item())
-        norms.append(nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), max_norm).item())
         adamw.step()
         schedule.step()
         adamw.zero_grad()
@@ -123,18 +126,23 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("parity")
     write_jsonl(folder / "a.jsonl", make_texts(60, seed=1))
     write_jsonl(folder / "b.jsonl", make_texts(60, seed=2))
-    references, cases = {}, []
+    references: dict[str, Any] = {}
+    cases: list[Case] = []
     for name, (family, changes) in MODELS_TRIED.items():
         for accumulate in (1, 2):
             key = f"{name}-{accumulate}"
             model = make_shards(folder, key, family, changes)
             references[key] = reference(model, folder, accumulate)
-            cases.append((key, flags(folder, key, family, accumulate)))
+            cases.append(Case(key, flags(folder, key, family, accumulate)))
+    model = make_shards(folder, "clipped", *MODELS_TRIED["neox"])
+    references["clipped"] = reference(model, folder, 1, CLIPPED)
+    cases.append(
+        Case("clipped", flags(folder, "clipped", "gptneox", 1) | {"max-grad-norm": CLIPPED})
+    )
     make_shards(folder, "dropout", *DROPOUT)
-    cases.append(("dropout", flags(folder, "dropout", DROPOUT[0], 2)))
+    cases.append(Case("dropout", flags(folder, "dropout", DROPOUT[0], 2)))
     for world_size, shapes in SHAPES.items():
-        met = [(*shape, f"tcp://127.0.0.1:{free_port()}") for shape in shapes]
-        run_ranks(world_size, train_cases, met, cases, folder, deadline=400.0)
+        run_ranks(world_size, train_cases, meet_at(shapes), cases, folder, deadline=400.0)
     return {"folder": folder, "references": references}
 
 
@@ -156,8 +164,24 @@ def test_losses_are_those_of_one_process(
     print(f"{name}, accumulation {accumulate}, P={shape[0]} R={shape[1]}: {error:.1e}")
     assert error < TOLERANCE
     found = [n for n in curve(trained["folder"], key, *shape, key="grad_norm") if n is not None]
-    assert worst(found, norms) < TOLERANCE * 10  # a norm's own rounding, and that of its gradients
+    error = worst(found, norms)
+    print(f"{name}, accumulation {accumulate}, P={shape[0]} R={shape[1]}, norms: {error:.1e}")
+    assert error < TOLERANCE
     assert max(norms) > 1.0, "clipping bites"
+
+
+@pytest.mark.parametrize("shape", ALL_SHAPES)
+def test_clipping_that_always_bites_is_that_of_one_process(
+    shape: tuple[int, int], trained: dict[str, Any]
+) -> None:
+    losses, norms = trained["references"]["clipped"]
+    assert min(norms) > CLIPPED
+    for key, expected in (("loss", losses), ("grad_norm", norms)):
+        error = worst(curve(trained["folder"], "clipped", *shape, key=key), expected)
+        print(f"clipped, P={shape[0]} R={shape[1]}, {key}: {error:.1e}")
+        assert error < TOLERANCE
+    unclipped, _ = trained["references"]["neox-1"]
+    assert worst(losses, unclipped) > 10 * TOLERANCE, "clipping shows"
 
 
 @pytest.mark.parametrize("replicas", [1, 2])

@@ -1,0 +1,125 @@
+"""Bytes per parameter that training keeps between updates: measured, beside the arithmetic.
+
+    python benchmarks/memory.py
+
+One stage of a GPT-NeoX (hidden 256, 8 layers) is built for every combination of precision,
+algorithm, offload and sharding over two replicas, and makes one update. Measured is the size of
+all tensor storages that are alive after it, over the number of parameters: what lies with the model
+("device") and what --use-offload moves to the host. On a machine without a GPU both are host
+memory; which tensors lie where is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import sys
+from itertools import product
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from transformers import GPTNeoXConfig
+
+from comm.local import LocalCommunicator
+from modules.layers import initialise_
+from modules.registry import MODELS
+from modules.stage_model import StageModel
+from optimizer.mixed_precision import DTYPES, MixedPrecisionOptimizer
+from training_update import ALGORITHMS
+
+MOMENTS = {"adam": 8.0, "8bit-adam": 2.0 + 8 / 256}  # two codes, and two fp32 maxima a block of 256
+
+
+class OneOfTwo(LocalCommunicator):
+    """The first of two replicas, of which the second never speaks: enough to see what one keeps."""
+
+    @property
+    def size(self) -> int:
+        return 2
+
+    def reduce(self, tensor: torch.Tensor, *, root: int) -> None: ...
+
+    def broadcast(self, tensor: torch.Tensor, *, root: int) -> None: ...
+
+
+def build_model() -> StageModel:
+    config = GPTNeoXConfig(
+        hidden_size=256, num_hidden_layers=8, num_attention_heads=4, intermediate_size=1024,
+        vocab_size=8192, max_position_embeddings=256,
+    )  # fmt: skip
+    model = StageModel(MODELS["gptneox"].load(), config, range(10), device="cpu")
+    for index, module in zip(model.indices, model, strict=True):
+        initialise_(module, std=0.02, seed=0, index=index)
+    return model
+
+
+def live_bytes() -> int:
+    """The storages of all tensors that are alive, each counted once."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor):
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def measure(precision: str, algorithm: str, *, offload: bool, sharded: bool) -> tuple[float, float]:
+    """Bytes per parameter with the model and on the host, after one update."""
+    before = live_bytes()
+    model = build_model()
+    parameters = dict(model.named_parameters())
+    optimizer = MixedPrecisionOptimizer(
+        parameters, ALGORITHMS[algorithm](), dtype=DTYPES[precision], weight_decay=0.01,
+        offload=offload, sharded=sharded, replicas=OneOfTwo() if sharded else LocalCommunicator(),
+    )  # fmt: skip
+    optimizer.step(lr=0.0, factor=1.0)
+    count = sum(p.numel() for p in parameters.values())
+    host = 0
+    if offload:
+        tensors = [*optimizer.masters.values()]
+        tensors += [t for moments in optimizer.moments.values() for t in moments.values()]
+        host = sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+        staging = 2 * 4 * max(p.numel() for p in parameters.values())
+    total = live_bytes() - before - (staging if offload else 0)
+    return (total - host) / count, host / count
+
+
+def expected(
+    precision: str, algorithm: str, *, offload: bool, sharded: bool
+) -> tuple[float, float]:
+    """The same by arithmetic: compute weights, fp32 gradients, and masters and moments."""
+    weight = DTYPES[precision].itemsize
+    kept = MOMENTS[algorithm] + (4 if weight < 4 or offload else 0)
+    kept /= 2 if sharded else 1
+    device = weight + 4 + (0 if offload else kept)
+    return device, kept if offload else 0.0
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    torch.set_num_threads(1)
+    print(f"processor: {processor()}; bytes per parameter, measured (arithmetic)")
+    print(f"{'':24s}{'offload':>9s}{'zero':>6s}{'device':>18s}{'host':>18s}")
+    for precision, algorithm, offload, sharded in product(
+        DTYPES, ALGORITHMS, (False, True), (False, True)
+    ):
+        found = measure(precision, algorithm, offload=offload, sharded=sharded)
+        right = expected(precision, algorithm, offload=offload, sharded=sharded)
+        cells = "".join(f"{f:9.2f} ({r:6.2f})" for f, r in zip(found, right, strict=True))
+        name = f"{precision} {algorithm}"
+        print(f"{name:24s}{'yes' if offload else '':>9s}{'1' if sharded else '':>6s}{cells}")
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
+    return "unknown"
+
+
+if __name__ == "__main__":
+    main()

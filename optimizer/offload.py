@@ -1,0 +1,51 @@
+"""Gradients on their way from the device to the host, one ahead of the one in use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class _Copy(NamedTuple):
+    tensor: Tensor
+    arrived: torch.cuda.Event | None
+
+
+class HostCopies:
+    """Two host buffers, pinned where there is a GPU, each as large as the largest gradient."""
+
+    def __init__(self, largest: int, device: torch.device) -> None:
+        cuda = device.type == "cuda"
+        self._buffers = [torch.empty(largest, pin_memory=cuda) for _ in range(2)]
+        self._stream = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
+        self._device = device
+
+    def of(self, gradients: Sequence[Tensor]) -> Iterator[Tensor]:
+        """A host copy of each gradient in turn; the next is copied while one is in use."""
+        ahead = self._start(gradients[0], 0) if gradients else None
+        for index in range(len(gradients)):
+            current = ahead
+            assert current is not None
+            if index + 1 < len(gradients):
+                ahead = self._start(gradients[index + 1], (index + 1) % 2)
+            if current.arrived is not None:
+                current.arrived.synchronize()
+            yield current.tensor
+
+    def _start(self, gradient: Tensor, buffer: int) -> _Copy:
+        target = self._buffers[buffer][: gradient.numel()].view_as(gradient)
+        if self._stream is None:
+            return _Copy(target.copy_(gradient), None)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            target.copy_(gradient, non_blocking=True)
+        return _Copy(target, self._stream.record_event())
+
+
+def to_host(weight: Tensor) -> Tensor:
+    """A copy in host memory, pinned where the weight is on a GPU."""
+    copy = torch.empty(weight.shape, dtype=weight.dtype, pin_memory=weight.is_cuda)
+    return copy.copy_(weight)

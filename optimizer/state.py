@@ -1,0 +1,119 @@
+"""Optimizer state to and from a checkpoint, which does not depend on how many replicas there are.
+
+Replica 0 writes and reads all of it. What other replicas hold comes to it and goes from it over the
+control channel, as plain tensors whose shapes both sides know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from comm.communicator import Communicator
+from comm.topology import Topology
+from optimizer.mixed_precision import MixedPrecisionOptimizer
+
+MASTERS = "masters"
+
+
+def collect_state(
+    optimizer: MixedPrecisionOptimizer, control: Communicator, topology: Topology
+) -> dict[str, Any]:
+    """The whole state of the stage, on replica 0; other replicas get what they own alone."""
+    state: dict[str, Any] = {"kind": optimizer.algorithm.kind, "updates": optimizer.updates}
+    for name in optimizer.names:
+        holder = optimizer.owners[name] if optimizer.sharded else topology.replica
+        if holder == topology.replica:
+            tensors = _tensors(optimizer, name)
+            if optimizer.sharded and topology.replica != 0:
+                _send(tensors, control, topology.rank_of(stage=topology.stage, replica=0))
+        elif topology.replica == 0:
+            tensors = _like(optimizer, name)
+            _receive(tensors, control, topology.rank_of(stage=topology.stage, replica=holder))
+        else:
+            continue
+        for part, tensor in tensors.items():
+            state.setdefault(part, {})[name] = tensor.cpu()
+    return state
+
+
+def restore_state(
+    optimizer: MixedPrecisionOptimizer,
+    state: Mapping[str, Any] | None,
+    control: Communicator,
+    topology: Topology,
+    *,
+    updates: int,
+) -> None:
+    """Fills the optimizer from `collect_state`'s result, which replica 0 alone gives.
+
+    ValueError names what is missing, extra or misshapen.
+    """
+    optimizer.updates = updates
+    for name in optimizer.names:
+        if state is not None:
+            kept = _kept(optimizer, name, state)
+            for replica in range(topology.num_replicas):
+                holds = not optimizer.sharded or optimizer.owners[name] == replica
+                if replica == 0 and holds:
+                    _fill(_tensors(optimizer, name), kept)
+                elif holds:
+                    _send(kept, control, topology.rank_of(stage=topology.stage, replica=replica))
+        elif name in optimizer.masters:
+            received = _like(optimizer, name)
+            _receive(received, control, topology.rank_of(stage=topology.stage, replica=0))
+            _fill(_tensors(optimizer, name), received)
+    optimizer.refresh_weights()
+
+
+def _tensors(optimizer: MixedPrecisionOptimizer, name: str) -> dict[str, Tensor]:
+    """What a checkpoint keeps of one weight that this process steps."""
+    kept = dict(optimizer.moments[name])
+    if optimizer.has_own_masters:
+        kept[MASTERS] = optimizer.masters[name]
+    return kept
+
+
+def _like(optimizer: MixedPrecisionOptimizer, name: str) -> dict[str, Tensor]:
+    """Host tensors of the shapes and types that `_tensors` has on the process that steps it."""
+    master = torch.empty(optimizer.shape_of(name), dtype=torch.float32)
+    kept = dict(optimizer.algorithm.empty_state(master))
+    if optimizer.has_own_masters:
+        kept[MASTERS] = master
+    return kept
+
+
+def _kept(
+    optimizer: MixedPrecisionOptimizer, name: str, state: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    kept = {}
+    for part, like in _like(optimizer, name).items():
+        found = state.get(part, {}).get(name)
+        if not isinstance(found, Tensor):
+            raise ValueError(f"optimizer state {part}: {name} is missing")
+        if found.shape != like.shape or found.dtype != like.dtype:
+            raise ValueError(
+                f"optimizer state {part}.{name} is {tuple(found.shape)} {found.dtype}, expected "
+                f"{tuple(like.shape)} {like.dtype}"
+            )
+        kept[part] = found
+    return kept
+
+
+@torch.no_grad()
+def _fill(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for part, target in targets.items():
+        target.copy_(values[part])
+
+
+def _send(tensors: Mapping[str, Tensor], control: Communicator, rank: int) -> None:
+    for part in sorted(tensors):
+        control.send(tensors[part].detach().cpu().contiguous(), to=rank).wait()
+
+
+def _receive(tensors: Mapping[str, Tensor], control: Communicator, rank: int) -> None:
+    for part in sorted(tensors):
+        control.receive(tensors[part], source=rank).wait()
