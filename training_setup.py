@@ -57,9 +57,7 @@ def train(
     """Trains as the flags say. ValueError for a user's mistake."""
     run = Run(args, topology=topology, fabric=fabric, device=device, nonce=nonce)
     if run.start >= args.total_steps:
-        logger.info(
-            "step %d of --total-steps %d is done: nothing to do", run.start, args.total_steps
-        )
+        logger.info("%d of %d steps are done: nothing to do", run.start, args.total_steps)
         return
     run.prepare()
     logger.info(run.describe())
