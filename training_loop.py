@@ -229,7 +229,7 @@ class TrainingLoop:
         else:
             what = self._explain_loss(batch, losses)
         raise TrainingStoppedError(
-            f"step {step}: {what}; nothing was updated, and the last checkpoint is whole; a lower "
+            f"step {step}: {what}; nothing was updated, and checkpoints are as they were; a lower "
             "--lr or cleaner data may help"
         )
 

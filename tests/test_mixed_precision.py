@@ -76,13 +76,20 @@ def rows_of_a_replica(stages: int, replicas: int) -> int:
     return ROWS // replicas
 
 
-def flags(folder: Path, recipe: Recipe) -> dict[str, Any]:
+def model_flags(folder: Path) -> dict[str, Any]:
+    """The model and the data that all runs in mixed precision train on."""
     return {
         "model-name": folder / "shards" / "model",
         "model-type": "gptneox",
         "num-layers": layers_of_a_stage,
         "embedding-dim": 32,
         "task-name": folder / "a.jsonl",
+    }
+
+
+def flags(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    return {
+        **model_flags(folder),
         "seq-length": TOKENS,
         "batch-size": rows_of_a_replica,
         "gradient-accumulate-step": recipe.accumulate,

@@ -20,7 +20,7 @@ from tests.dist import run_ranks
 from tests.poison import Overflow
 from tests.runs import Case, meet_at, run_folder, train_cases
 from tests.tasks.material import make_texts, write_jsonl
-from tests.test_mixed_precision import layers_of_a_stage, rows_of_a_replica, worst
+from tests.test_mixed_precision import model_flags, rows_of_a_replica, worst
 from tests.test_parity import make_shards
 
 LAYERS, STEPS, SAVED = 4, 6, 3
@@ -38,11 +38,7 @@ def flags(
     folder: Path, precision: str, optimizer: str, offload: bool, sharded: bool
 ) -> dict[str, Any]:
     return {
-        "model-name": folder / "shards" / "model",
-        "model-type": "gptneox",
-        "num-layers": layers_of_a_stage,
-        "embedding-dim": 32,
-        "task-name": folder / "a.jsonl",
+        **model_flags(folder),
         "seq-length": 16,
         "batch-size": rows_of_a_replica,
         "recompute": "false",

@@ -17,7 +17,7 @@ from tests.dist import run_ranks
 from tests.poison import BadOutput, Overflow
 from tests.runs import Case, Told, meet_at, run_folder, train_cases
 from tests.tasks.material import make_texts, tokenizer, write_jsonl
-from tests.test_mixed_precision import layers_of_a_stage, lines_of, weights_of
+from tests.test_mixed_precision import lines_of, model_flags, weights_of
 from tests.test_parity import make_shards
 
 LAYERS, TOKENS, STEPS, BAD_STEP, MAX_SKIPPED = 4, 16, 5, 3, 3
@@ -28,11 +28,7 @@ PLACES = {"first-stage": BadOutput(2, BAD_STEP, 0), "last-stage": BadOutput(1, B
 
 def flags(folder: Path) -> dict[str, Any]:
     return {
-        "model-name": folder / "shards" / "model",
-        "model-type": "gptneox",
-        "num-layers": layers_of_a_stage,
-        "embedding-dim": 32,
-        "task-name": folder / "a.jsonl",
+        **model_flags(folder),
         "seq-length": TOKENS,
         "batch-size": ROWS_OF_A_REPLICA,
         "micro-batch-size": 2,
