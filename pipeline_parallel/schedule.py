@@ -42,11 +42,14 @@ class Action(NamedTuple):
 Schedule = Callable[[int, int, int], Iterator[Action]]
 
 
-# GPipe (Huang et al., arXiv 1811.06965), 3 stages, 3 microbatches; time runs to the right:
+# Timetables: time runs to the right in slots; F, I and W take one slot each, B two ("B0 ==").
+
+
+# GPipe (Huang et al., arXiv 1811.06965), 3 stages, 3 microbatches:
 #
-#   stage 0   F0 F1 F2 .  .  .  .  B0 B1 B2
-#   stage 1   .  F0 F1 F2 .  .  B0 B1 B2 .
-#   stage 2   .  .  F0 F1 F2 B0 B1 B2 .  .
+#   stage 0   F0 F1 F2 .  .  .  .  .  .  B0 == B1 == B2 ==
+#   stage 1   .  F0 F1 F2 .  .  .  B0 == B1 == B2 == .  .
+#   stage 2   .  .  F0 F1 F2 B0 == B1 == B2 == .  .  .  .
 def gpipe(stage: int, num_stages: int, num_microbatches: int) -> Iterator[Action]:
     """All forwards, then all backwards; every microbatch's activations live at once."""
     for microbatch in range(num_microbatches):
@@ -57,9 +60,9 @@ def gpipe(stage: int, num_stages: int, num_microbatches: int) -> Iterator[Action
 
 # One forward, one backward (Narayanan et al., arXiv 2104.04473), 3 stages, 4 microbatches:
 #
-#   stage 0   F0 F1 F2 .  .  B0 F3 B1 .  B2 .  B3
-#   stage 1   .  F0 F1 .  B0 F2 B1 F3 B2 .  B3 .
-#   stage 2   .  .  F0 B0 F1 B1 F2 B2 F3 B3 .  .
+#   stage 0   F0 F1 F2 .  .  .  .  B0 == F3 B1 == .  B2 == .  B3 ==
+#   stage 1   .  F0 F1 .  .  B0 == F2 B1 == F3 B2 == .  B3 == .  .
+#   stage 2   .  .  F0 B0 == F1 B1 == F2 B2 == F3 B3 == .  .  .  .
 def one_forward_one_backward(
     stage: int, num_stages: int, num_microbatches: int
 ) -> Iterator[Action]:
@@ -75,13 +78,15 @@ def one_forward_one_backward(
 
 # ZB-H1 (Qi et al., arXiv 2401.10241), 3 stages, 4 microbatches; backward in its two parts:
 #
-#   stage 0   F0 F1 F2 .  .  I0 W0 F3 I1 W1 .  I2 W2 I3 W3
+#   stage 0   F0 F1 F2 .  .  I0 W0 F3 I1 W1 I2 W2 I3 W3
 #   stage 1   .  F0 F1 .  I0 F2 I1 W0 F3 I2 W1 I3 W2 W3
 #   stage 2   .  .  F0 I0 F1 I1 F2 I2 W0 F3 I3 W1 W2 W3
 def zero_bubble_h1(stage: int, num_stages: int, num_microbatches: int) -> Iterator[Action]:
     """As 1f1b, with `stage` weight gradients put off to where the stage would else wait.
 
-    From forward to weight gradient at most num_stages microbatches are live.
+    From forward to weight gradient at most num_stages microbatches are live. Where all stages cost
+    the same and num_microbatches is at least num_stages, each stage idles (num_stages - 1) times
+    F + I - min(F, I, W): the paper's F + I - W, which takes W for the shortest (1f1b: F + I + W).
     """
     ahead = min(num_stages - stage - 1, num_microbatches)
     for microbatch in range(ahead):
@@ -107,3 +112,9 @@ SCHEDULES: dict[str, Schedule] = {
     "1f1b": one_forward_one_backward,
     "zb-h1": zero_bubble_h1,
 }
+
+if __name__ == "__main__":
+    # This file is then `__main__`, not pipeline_parallel.schedule: the classes made here go unused.
+    from pipeline_parallel.timetable import main
+
+    main()
