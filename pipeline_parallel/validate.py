@@ -51,8 +51,8 @@ def peak_live(schedule: Schedule, stage: int, num_stages: int, num_microbatches:
 def peak_recomputed(schedule: Schedule, stage: int, num_stages: int, num_microbatches: int) -> int:
     """The most microbatches whose recomputed activations `stage` holds at once.
 
-    With recompute a backward pass makes them anew: B drops them as it ends, but between I and W
-    they stay.
+    With recompute a backward pass makes them anew. B drops each block's at once; I makes those of
+    all the stage's blocks, and they stay until W has run.
     """
     return _peak(schedule(stage, num_stages, num_microbatches), BACKWARD_BEGINS)
 
