@@ -12,18 +12,32 @@ class PeerLostError(RuntimeError):
 
 
 class Work(Protocol):
-    """An operation under way. Its tensor must stay untouched until `wait` returns."""
+    """An operation under way. Its tensor must stay untouched until `wait` returns.
+
+    A Work that nobody waits for may never end, and not for the others either.
+    """
 
     def wait(self) -> None:
-        """Returns when the tensor may be read and written; raises PeerLostError."""
+        """Returns when the tensor may be read and written; raises PeerLostError. Called once."""
+
+
+class Done:
+    """The Work of an operation that ended where it began: nothing travels."""
+
+    def wait(self) -> None:
+        """Returns at once."""
 
 
 class Communicator(Protocol):
     """A group of processes, addressed by their index in it (not by global rank).
 
-    Messages between two members arrive in the order in which they were sent. Every tensor is
-    contiguous, on the backend's device. All operations raise PeerLostError, which names the
-    operation, the peers by global rank and how long it waited.
+    Messages between two members arrive in the order in which they were sent; a send does not wait
+    for its receiver, and several operations may be under way. Every tensor is contiguous, on the
+    backend's device. All operations raise PeerLostError, which names the operation, the peers by
+    global rank and how long it waited.
+
+    Operations of the whole group (all but send and receive) are started in the same order by all
+    its members.
     """
 
     @property
@@ -40,11 +54,14 @@ class Communicator(Protocol):
     def receive(self, tensor: Tensor, *, source: int) -> Work:
         """Starts receiving into `tensor` what member `source` sends."""
 
-    def all_reduce(self, tensor: Tensor) -> None:
-        """Sums `tensor` over the members in place, adding in the order of the members on CPU."""
+    def all_reduce(self, tensor: Tensor) -> Work:
+        """Starts summing `tensor` over the members in place, in their order on CPU."""
 
-    def reduce(self, tensor: Tensor, *, root: int) -> None:
-        """As `all_reduce`, to the same bits, but only member `root` gets the sum."""
+    def reduce(self, tensor: Tensor, *, root: int) -> Work:
+        """As `all_reduce`, to the same bits on CPU, but only member `root` gets the sum.
+
+        What the tensor holds then is undefined on the others.
+        """
 
     def broadcast(self, tensor: Tensor, *, root: int) -> None:
         """Fills `tensor` on every member with that of member `root`."""

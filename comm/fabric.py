@@ -17,6 +17,7 @@ from comm.local import LocalCommunicator
 from comm.nccl_backend import NcclCommunicator
 from comm.rendezvous import Rendezvous
 from comm.topology import Topology
+from comm.torch_nccl import TorchNcclCommunicator, make_groups
 from comm.watch import Watch
 
 
@@ -51,8 +52,9 @@ def connect(
 ) -> Fabric:
     """Makes the groups; every rank calls it, after the liveness link stands.
 
-    dist_backend: `cupy_nccl` or `gloo`, for the pipeline on CUDA; on CPU always gloo.
-    dp_backend: `nccl` or `gloo`, for the replicas on CUDA; on CPU always gloo.
+    dist_backend: `cupy_nccl`, `nccl` (torch's own) or `gloo`, for the pipeline.
+    dp_backend: `nccl` or `gloo`, for the replicas; `nccl` is CuPy's, or torch's where dist_backend
+        is `nccl`. On a CPU only gloo works, unless a test puts doubles in the place of NCCL.
     dist_timeout: seconds that one operation may wait for a peer.
     watch: is told what this process waits for, and ends it when a CUDA channel hangs.
 
@@ -65,9 +67,10 @@ def connect(
     maker = _Maker(topology, rendezvous.store, device, dist_timeout, watch)
     try:
         maker.open_world(timeout=max(dist_timeout, rendezvous.watchdog.left))
+        cupy_or_torch = "nccl" if dist_backend == "nccl" else "cupy_nccl"
         fabric = maker.make(
-            pipeline_on_nccl=dist_backend == "cupy_nccl" and device.type == "cuda",
-            replicas_on_nccl=dp_backend == "nccl" and device.type == "cuda",
+            pipeline=dist_backend,
+            replicas=cupy_or_torch if dp_backend == "nccl" else "gloo",
         )
     except RuntimeError as error:  # gloo's and the store's
         raise PeerLostError(f"the ranks could not connect to each other: {error}") from error
@@ -100,30 +103,48 @@ class _Maker:
             timeout=timedelta(seconds=timeout),
         )
 
-    def make(self, *, pipeline_on_nccl: bool, replicas_on_nccl: bool) -> Fabric:
+    def make(self, *, pipeline: str, replicas: str) -> Fabric:
+        """Each over `cupy_nccl`, `nccl` or `gloo`."""
         topology = self._topology
         pipelines = [topology.pipeline_ranks(r) for r in range(topology.num_replicas)]
-        replicas = [topology.replica_ranks(s) for s in range(topology.num_stages)]
+        stages = [topology.replica_ranks(s) for s in range(topology.num_stages)]
         world = dist.group.WORLD
         assert world is not None
         return Fabric(
             control=self._gloo("control", world, range(topology.world_size)),
-            pipeline=self._one_of("pipeline", pipelines, nccl=pipeline_on_nccl),
-            replicas=self._one_of("replicas", replicas, nccl=replicas_on_nccl),
+            pipeline=self._one_of("pipeline", pipelines, pipeline),
+            replicas=self._one_of("replicas", stages, replicas),
         )
 
-    def _one_of(self, name: str, groups: Sequence[tuple[int, ...]], *, nccl: bool) -> Communicator:
-        """This process's group among `groups`; all ranks make all of gloo's, in this order."""
+    def _one_of(self, name: str, groups: Sequence[tuple[int, ...]], backend: str) -> Communicator:
+        """This process's group among `groups`; all ranks make all of torch's, in this order."""
         if len(groups[0]) == 1:
             return LocalCommunicator()
         mine = next(members for members in groups if self._topology.rank in members)
-        if nccl:
-            return self._nccl(name, mine)
+        if backend == "cupy_nccl":
+            return self._cupy_nccl(name, mine)
+        if backend == "nccl":
+            return self._torch_nccl(name, groups, mine)
         made = {members: dist.new_group(list(members)) for members in groups}
         gloo = self._gloo(name, made[mine], mine)
         return gloo if self._device.type == "cpu" else HostCopyCommunicator(gloo)
 
-    def _nccl(self, name: str, members: Sequence[int]) -> Communicator:
+    def _torch_nccl(
+        self, name: str, groups: Sequence[tuple[int, ...]], members: Sequence[int]
+    ) -> Communicator:
+        made = {each: make_groups(each, dist_timeout=self._dist_timeout) for each in groups}
+        return TorchNcclCommunicator(
+            made[tuple(members)],
+            name=name,
+            members=members,
+            topology=self._topology,
+            device=self._device,
+            activity=self._watch.activity,
+            dist_timeout=self._dist_timeout,
+            on_hang=self._watch.explain,
+        )
+
+    def _cupy_nccl(self, name: str, members: Sequence[int]) -> Communicator:
         return NcclCommunicator(
             name=name,
             members=members,

@@ -1,13 +1,14 @@
 """Channels over torch.distributed's gloo groups: tensors in host memory, TCP between hosts.
 
-Messages and broadcasts carry bytes, so that every dtype works. Sums of more than two are added
-here, since the order in which gloo adds depends on where in the buffer an element is.
+Messages and broadcasts carry bytes, so that every dtype works. Sums of more than two are added in
+the order of the members (comm.ordered_sum), since gloo's order depends on the place in the buffer.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 
@@ -16,11 +17,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from comm.activity import Activity
-from comm.communicator import PeerLostError, Work
+from comm.communicator import Done, Work
+from comm.ordered_sum import GatheredSum, InTurn, SentToRoot, SharedSum, SumAtRoot
 from comm.topology import Topology
+from comm.torch_work import as_bytes, lost
 
-_SLICE_BYTES = 16 * 2**20  # long buffers go in slices: bounded copies, and fewer fresh pages
+_SLICE_BYTES = 8 * 2**20  # long buffers go in slices, two at once: bounded copies
 _SMALL_BYTES = 32 * 2**10  # below this, one round of larger messages beats two
+_MESSAGE_TAG = 0  # of send and receive; each sum has a tag of its own
+_NUM_SUM_TAGS = 2**30  # gloo's tags are positive ints; nobody has so many sums under way
 _GLOO_SUMS = frozenset(
     (
         torch.float32,
@@ -61,6 +66,8 @@ class GlooCommunicator:
         self._peers = [topology.describe(rank) for rank in self._members]
         self._activity = activity
         self._timeout = timedelta(seconds=dist_timeout)
+        self._num_sums = 0
+        self._sums = InTurn()
 
     @property
     def rank(self) -> int:
@@ -71,31 +78,43 @@ class GlooCommunicator:
         return len(self._members)
 
     def send(self, tensor: Tensor, *, to: int) -> Work:
-        return self._message(dist.isend, "send to", tensor, to)
+        return self.send_tagged(tensor, to, what="", tag=_MESSAGE_TAG)
 
     def receive(self, tensor: Tensor, *, source: int) -> Work:
-        return self._message(dist.irecv, "receive from", tensor, source)
+        return self.receive_tagged(tensor, source, what="", tag=_MESSAGE_TAG)
 
-    def all_reduce(self, tensor: Tensor) -> None:
-        """Adds in the order of the members: the bits depend on neither length nor place."""
+    def send_tagged(self, tensor: Tensor, to: int, *, what: str, tag: int) -> Work:
+        """As `send`; a message meets only the receive of its tag. `what` begins the error."""
+        return self._message(dist.isend, f"{what}send to", tensor, to, tag)
+
+    def receive_tagged(self, tensor: Tensor, source: int, *, what: str, tag: int) -> Work:
+        """As `receive`, for `send_tagged`."""
+        return self._message(dist.irecv, f"{what}receive from", tensor, source, tag)
+
+    def all_reduce(self, tensor: Tensor) -> Work:
+        """Adds in the order of the members: the bits depend on neither length nor place.
+
+        Of two members' sum, gloo's threads do all. Of more, the first messages travel from this
+        call on; additions and the other messages follow in `wait`.
+        """
+        if tensor.numel() == 0:
+            return Done()
         if self.size == 2 and tensor.dtype in _GLOO_SUMS:  # a + b == b + a
             post = partial(dist.all_reduce, tensor, group=self._group, async_op=True)
-            self._start(f"all-reduce with {self._others}", post).wait()
-        elif tensor.nbytes <= _SMALL_BYTES:
-            tensor.copy_(_ordered_sum(self._gather(tensor, what="all-reduce")))
-        else:
-            flat = tensor.view(-1)
-            for part in torch.split(flat, _SLICE_BYTES // flat.element_size()):
-                self._reduce_and_share(part)
+            return self._start(f"all-reduce with {self._others}", post)
+        messages = self._own_messages("all-reduce")
+        if tensor.nbytes <= _SMALL_BYTES:
+            return self._sums.add(GatheredSum(tensor.view(-1), messages))
+        return self._sums.add(SharedSum(tensor.view(-1), messages, slice_bytes=_SLICE_BYTES))
 
-    def reduce(self, tensor: Tensor, *, root: int) -> None:
-        """Adds in the order of the members, on `root`, a slice at a time."""
-        flat = tensor.view(-1)
-        for part in torch.split(flat, max(1, _SLICE_BYTES // flat.element_size())):
-            if self._rank == root:
-                self._sum_from_others(part)
-            else:
-                self.send(part, to=root).wait()
+    def reduce(self, tensor: Tensor, *, root: int) -> Work:
+        """Adds in the order of the members, on `root`, in `wait`; the first slice travels now."""
+        if tensor.numel() == 0:
+            return Done()
+        flat, messages = tensor.view(-1), self._own_messages("reduce")
+        if self._rank == root:
+            return self._sums.add(SumAtRoot(flat, messages, slice_bytes=_SLICE_BYTES))
+        return self._sums.add(SentToRoot(flat, messages, root=root, slice_bytes=_SLICE_BYTES))
 
     def broadcast(self, tensor: Tensor, *, root: int) -> None:
         self._broadcast(tensor, root, what="broadcast").wait()
@@ -110,32 +129,10 @@ class GlooCommunicator:
     def _others(self) -> str:
         return ", ".join(f"rank {rank}" for rank in self._members if rank != self._global_rank)
 
-    def _reduce_and_share(self, flat: Tensor) -> None:
-        """Each member sums its share of a buffer, then gives the sum to all."""
-        shares = list(flat.tensor_split(self.size))
-        mine = shares[self._rank]
-        copies = mine.new_empty((self.size, mine.numel()))
-        post = partial(
-            dist.all_to_all_single,
-            _bytes(copies),
-            _bytes(flat),
-            [mine.nbytes] * self.size,
-            [share.nbytes for share in shares],
-            group=self._group,
-            async_op=True,
-        )
-        self._start(f"all-reduce with {self._others}", post).wait()
-        mine.copy_(_ordered_sum(copies))
-        self._share(shares, what="all-reduce")
-
-    def _sum_from_others(self, part: Tensor) -> None:
-        rows = part.new_empty((self.size, part.numel()))
-        others = [member for member in range(self.size) if member != self._rank]
-        works = [self.receive(rows[member], source=member) for member in others]
-        rows[self._rank] = part
-        for work in works:
-            work.wait()
-        part.copy_(_ordered_sum(rows))
+    def _own_messages(self, what: str) -> _TaggedMessages:
+        """Those of the next sum; sums are started in one order, so all members number it alike."""
+        self._num_sums += 1
+        return _TaggedMessages(self, f"{what}, ", 1 + self._num_sums % _NUM_SUM_TAGS)
 
     def _gather(self, tensor: Tensor, *, what: str) -> Tensor:
         gathered = tensor.new_empty((self.size, *tensor.shape))
@@ -151,10 +148,10 @@ class GlooCommunicator:
 
     def _broadcast(self, tensor: Tensor, root: int, *, what: str) -> Work:
         if tensor.numel() == 0:
-            return _Done()
+            return Done()
         post = partial(
             dist.broadcast,
-            _bytes(tensor),
+            as_bytes(tensor),
             self._members[root],
             group=self._group,
             async_op=True,
@@ -164,11 +161,16 @@ class GlooCommunicator:
         return self._start(f"{what}, receive from {self._peers[root]}", post)
 
     def _message(
-        self, post: Callable[..., dist.Work | None], what: str, tensor: Tensor, peer: int
+        self,
+        post: Callable[..., dist.Work | None],
+        what: str,
+        tensor: Tensor,
+        peer: int,
+        tag: int,
     ) -> Work:
         if tensor.numel() == 0:
-            return _Done()
-        call = partial(post, _bytes(tensor), self._members[peer], group=self._group)
+            return Done()
+        call = partial(post, as_bytes(tensor), self._members[peer], group=self._group, tag=tag)
         return self._start(f"{what} {self._peers[peer]}", call)
 
     def _start(self, what: str, post: Callable[[], dist.Work | None]) -> Work:
@@ -176,7 +178,7 @@ class GlooCommunicator:
         try:
             work = post()
         except RuntimeError as error:
-            raise _lost(what, error, waited=0.0) from error
+            raise lost(what, error, waited=0.0) from error
         assert work is not None  # torch's answer to a process outside the group
         return _Pending(what, work, self._timeout, self._activity)
 
@@ -196,28 +198,27 @@ class _Pending:
             try:
                 self._work.wait(self._timeout)
             except RuntimeError as error:
-                raise _lost(self._what, error, waited=time.monotonic() - started) from error
+                raise lost(self._what, error, waited=time.monotonic() - started) from error
 
 
-class _Done:
-    """An empty tensor: nothing travels."""
+@dataclass(frozen=True)
+class _TaggedMessages:
+    """The messages of one sum."""
 
-    def wait(self) -> None:
-        """Returns at once."""
+    _channel: GlooCommunicator
+    _what: str
+    _tag: int
 
+    @property
+    def rank(self) -> int:
+        return self._channel.rank
 
-def _ordered_sum(rows: Tensor) -> Tensor:
-    """The sum over the first dimension, in its order."""
-    total = rows[0]
-    for row in rows[1:]:
-        total += row
-    return total
+    @property
+    def size(self) -> int:
+        return self._channel.size
 
+    def send(self, tensor: Tensor, *, to: int) -> Work:
+        return self._channel.send_tagged(tensor, to, what=self._what, tag=self._tag)
 
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().view(-1).view(torch.uint8)
-
-
-def _lost(what: str, error: RuntimeError, *, waited: float) -> PeerLostError:
-    reason = str(error).splitlines()[0].rpartition("] ")[2].rstrip(".")
-    return PeerLostError(f"{what} failed after {waited:.1f} s (--dist-timeout): {reason}.")
+    def receive(self, tensor: Tensor, *, source: int) -> Work:
+        return self._channel.receive_tagged(tensor, source, what=self._what, tag=self._tag)

@@ -18,13 +18,13 @@ class _Message:
     what: str
     mark: Mark
     check: Callable[[], None]
-    queued: float
+    since: float
 
 
 class HangMonitor:
     """Watches queued messages from a thread of its own.
 
-    limit: seconds that a message may take from being queued.
+    limit: seconds that a message may take from being waited for: it may be queued ahead of need.
     on_hang: called, in that thread, for the first message that takes longer or fails.
     """
 
@@ -37,7 +37,10 @@ class HangMonitor:
         threading.Thread(target=self._watch, name="hang-monitor", daemon=True).start()
 
     def add(self, what: str, mark: Mark, check: Callable[[], None]) -> None:
-        """`check` raises RuntimeError where the library knows of a failure."""
+        """The message is waited for from now on.
+
+        `check` raises RuntimeError where the library knows of a failure.
+        """
         with self._lock:
             self._messages.append(_Message(what, mark, check, time.monotonic()))
 
@@ -56,7 +59,7 @@ class HangMonitor:
         with self._lock:
             messages = list(self._messages)
         for message in messages:
-            waited = time.monotonic() - message.queued
+            waited = time.monotonic() - message.since
             try:
                 if message.mark.reached():
                     self._forget(message)

@@ -30,16 +30,14 @@ class HostCopyCommunicator:
         copy = torch.empty_like(tensor, device="cpu")
         return _CopyWork(self._host.receive(copy, source=source), copy, target=tensor)
 
-    def all_reduce(self, tensor: Tensor) -> None:
+    def all_reduce(self, tensor: Tensor) -> Work:
         copy = _to_host(tensor)
-        self._host.all_reduce(copy)
-        tensor.copy_(copy)
+        return _CopyWork(self._host.all_reduce(copy), copy, target=tensor)
 
-    def reduce(self, tensor: Tensor, *, root: int) -> None:
+    def reduce(self, tensor: Tensor, *, root: int) -> Work:
         copy = _to_host(tensor)
-        self._host.reduce(copy, root=root)
-        if self.rank == root:
-            tensor.copy_(copy)
+        target = tensor if self.rank == root else None
+        return _CopyWork(self._host.reduce(copy, root=root), copy, target=target)
 
     def broadcast(self, tensor: Tensor, *, root: int) -> None:
         copy = _to_host(tensor)

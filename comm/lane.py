@@ -1,7 +1,10 @@
-"""A side stream for messages: CUDA's where there is one, a no-op for tensors in host memory."""
+"""A side lane for messages: a CUDA stream, or a worker thread for tensors in host memory."""
 
 from __future__ import annotations
 
+import queue
+import threading
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -12,14 +15,17 @@ class Mark(Protocol):
     """A point in a lane."""
 
     def reached(self) -> bool:
-        """Whether all before it is done; does not wait."""
+        """Whether nothing before it is left to be done (it may have failed); does not wait."""
 
     def hold_compute(self) -> None:
-        """Lets nothing queued from now on run before it; the host goes on."""
+        """Lets no computation queued from now on run before it.
+
+        Raises what a call before it raised, where the lane knows of it.
+        """
 
 
 class Lane(Protocol):
-    """Messages of one lane run in their order, beside the computation."""
+    """Calls of one lane run in their order, beside the computation."""
 
     @property
     def pointer(self) -> int:
@@ -28,8 +34,14 @@ class Lane(Protocol):
     def enter(self, tensor: Tensor) -> None:
         """What is queued next sees `tensor` as the computation queued so far leaves it."""
 
+    def queue(self, call: Callable[[], None]) -> None:
+        """Runs `call`, which works on `pointer`'s stream, after all that is queued."""
+
     def mark(self) -> Mark:
         """The point after all that is queued."""
+
+    def close(self) -> None:
+        """Returns when all that is queued is done; nothing more can be queued."""
 
 
 def lane_on(device: torch.device) -> Lane:
@@ -38,11 +50,11 @@ def lane_on(device: torch.device) -> Lane:
 
 
 class CudaLane:
-    """A CUDA stream."""
+    """A CUDA stream. The host only queues: `hold_compute` holds the current stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device)
 
     @property
     def pointer(self) -> int:
@@ -52,8 +64,14 @@ class CudaLane:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         tensor.record_stream(self._stream)  # its memory is not reused while a message needs it
 
+    def queue(self, call: Callable[[], None]) -> None:
+        call()
+
     def mark(self) -> Mark:
         return _CudaMark(self._stream.record_event(), self._device)
+
+    def close(self) -> None:
+        self._stream.synchronize()
 
 
 class _CudaMark:
@@ -62,29 +80,74 @@ class _CudaMark:
         self._device = device
 
     def reached(self) -> bool:
-        return bool(self._event.query())  # type: ignore[no-untyped-call]
+        return bool(self._event.query())
 
     def hold_compute(self) -> None:
         torch.cuda.current_stream(self._device).wait_event(self._event)
 
 
 class HostLane:
-    """Host memory: a call is done when it returns."""
+    """One worker thread. `hold_compute` holds the thread that calls it, which is what computes.
+
+    Once a call has failed no later one is run: every later point fails alike.
+    """
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[Callable[[], None] | _HostMark | None] = queue.SimpleQueue()
+        self._worker = threading.Thread(target=self._work, name="host-lane", daemon=True)
+        self._worker.start()
 
     @property
     def pointer(self) -> int:
         return 0
 
     def enter(self, tensor: Tensor) -> None:
-        """Nothing is queued."""
+        """The host computes at once: nothing is left to wait for."""
+
+    def queue(self, call: Callable[[], None]) -> None:
+        self._queue.put(call)
 
     def mark(self) -> Mark:
-        return _HostMark()
+        mark = _HostMark()
+        self._queue.put(mark)
+        return mark
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._worker.join()
+
+    def _work(self) -> None:
+        failure: Exception | None = None
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, _HostMark):
+                item.reach(failure)
+            elif failure is None:
+                failure = _failure_of(item)
+            del item  # and with it the tensor, while the next one is awaited
+
+
+def _failure_of(call: Callable[[], None]) -> Exception | None:
+    try:
+        call()
+    except Exception as error:
+        return error
+    return None
 
 
 class _HostMark:
+    def __init__(self) -> None:
+        self._reached = threading.Event()
+        self._failure: Exception | None = None
+
+    def reach(self, failure: Exception | None) -> None:
+        """All before it is done, or has failed."""
+        self._failure = failure
+        self._reached.set()
+
     def reached(self) -> bool:
-        return True
+        return self._reached.is_set()
 
     def hold_compute(self) -> None:
-        """Nothing is queued."""
+        self._reached.wait()
+        if self._failure is not None:
+            raise self._failure

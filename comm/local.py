@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from torch import Tensor
 
-from comm.communicator import Work
+from comm.communicator import Done, Work
 
 
 class LocalCommunicator:
@@ -26,11 +26,13 @@ class LocalCommunicator:
     def receive(self, tensor: Tensor, *, source: int) -> Work:
         self._no_peer(source)
 
-    def all_reduce(self, tensor: Tensor) -> None:
+    def all_reduce(self, tensor: Tensor) -> Work:
         """The sum over one member is there already."""
+        return Done()
 
-    def reduce(self, tensor: Tensor, *, root: int) -> None:
+    def reduce(self, tensor: Tensor, *, root: int) -> Work:
         assert root == 0
+        return Done()
 
     def broadcast(self, tensor: Tensor, *, root: int) -> None:
         assert root == 0

@@ -1,15 +1,19 @@
 """Channels over NCCL, reached through CuPy: tensors go from GPU to GPU. (Not yet run on a GPU.)
 
+On tensors in host memory all but NCCL's own communicator runs as it does on a GPU, in threads
+instead of streams: tests put a double in place of that one class.
+
 A pipeline stage's activation and its neighbour's gradient travel at the same time. On one NCCL
 communicator each would wait for the other's end, so every direction between two neighbours has
 a communicator of two and a stream of its own; then no grouped calls are needed. Other pairs get
-theirs at their first message, which then waits for both ends.
+theirs at their first message, which then holds the host until the other end has its first, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +22,7 @@ from torch.distributed import DistError
 from torch.distributed.distributed_c10d import Store
 
 from comm.activity import Activity
-from comm.communicator import PeerLostError, Work
+from comm.communicator import Done, PeerLostError, Work
 from comm.hang_monitor import HangMonitor
 from comm.lane import Lane, Mark, lane_on
 from comm.topology import Topology
@@ -52,7 +56,7 @@ class NcclCommunicator:
     name: what the group is, for messages: `pipeline` or `replicas`.
     members: the global ranks, in the order of the group; this process is one of them.
     store: where the first member of a channel leaves NCCL's unique id for the others.
-    dist_timeout, on_hang: a message that takes longer than so many seconds is reported there.
+    dist_timeout, on_hang: a message waited for longer than so many seconds is reported there.
 
     Raises:
         ValueError: CuPy or its NCCL is not installed.
@@ -81,11 +85,10 @@ class NcclCommunicator:
         self._activity = activity
         self._monitor = HangMonitor(limit=dist_timeout, on_hang=on_hang)
         self._edges: dict[tuple[int, int], _Channel] = {}
-        self._all = self._open(range(self.size))
+        self._all = self._open("all", range(self.size))
         for left in range(self.size - 1):  # one order for all members, so that none waits in a ring
-            for edge in ((left, left + 1), (left + 1, left)):
-                if self._rank in edge:
-                    self._edge(*edge)
+            if self._rank in (left, left + 1):
+                self._open_pair(left, left + 1)
 
     @property
     def rank(self) -> int:
@@ -113,26 +116,27 @@ class NcclCommunicator:
             lambda *message: channel.nccl.recv(*message, 0, channel.lane.pointer),
         )
 
-    def all_reduce(self, tensor: Tensor) -> None:
+    def all_reduce(self, tensor: Tensor) -> Work:
         """NCCL chooses the order of the sum."""
         assert tensor.dtype != torch.bool
         nccl, stream = self._all.nccl, self._all.lane.pointer
-        self._run(
-            f"all-reduce with {', '.join(self._peers)}",
+        return self._run(
+            f"all-reduce with {self._others}",
             self._all,
             tensor,
             lambda data, *kind: nccl.allReduce(data, data, *kind, _SUM, stream),
-        ).wait()
+        )
 
-    def reduce(self, tensor: Tensor, *, root: int) -> None:
+    def reduce(self, tensor: Tensor, *, root: int) -> Work:
         """NCCL chooses the order of the sum."""
+        assert tensor.dtype != torch.bool
         nccl, stream = self._all.nccl, self._all.lane.pointer
-        self._run(
-            f"reduce to {self._peers[root]}",
+        return self._run(
+            f"reduce to {self._peers[root]} with {self._others}",
             self._all,
             tensor,
             lambda data, *kind: nccl.reduce(data, data, *kind, _SUM, root, stream),
-        ).wait()
+        )
 
     def broadcast(self, tensor: Tensor, *, root: int) -> None:
         nccl, stream = self._all.nccl, self._all.lane.pointer
@@ -148,7 +152,7 @@ class NcclCommunicator:
         self._all.lane.enter(gathered)
         nccl, stream = self._all.nccl, self._all.lane.pointer
         self._run(
-            f"all-gather with {', '.join(self._peers)}",
+            f"all-gather with {self._others}",
             self._all,
             tensor,
             lambda data, *kind: nccl.allGather(data, gathered.data_ptr(), *kind, stream),
@@ -156,42 +160,61 @@ class NcclCommunicator:
         return gathered
 
     def close(self) -> None:
+        channels = (*self._edges.values(), self._all)
+        for channel in channels:  # still watched
+            channel.lane.close()
         self._monitor.close()
-        for channel in (*self._edges.values(), self._all):
+        for channel in channels:
             channel.nccl.destroy()
+
+    @property
+    def _others(self) -> str:
+        return ", ".join(peer for member, peer in enumerate(self._peers) if member != self._rank)
 
     def _run(self, what: str, channel: _Channel, tensor: Tensor, call: Callable[..., None]) -> Work:
         """Queues `call(pointer, count, dtype code)` in the channel's lane."""
         assert tensor.is_contiguous()
+        if tensor.numel() == 0:
+            return Done()
         what = f"{self._name} {what}"
-        channel.lane.enter(tensor)
-        with self._activity.during(what):
+
+        def guarded() -> None:
             try:
                 call(tensor.data_ptr(), tensor.numel(), DTYPE_CODES[tensor.dtype])
             except self._library.NcclError as error:
                 raise PeerLostError(f"{what} failed: {error}.") from error
+
+        channel.lane.enter(tensor)
+        with self._activity.during(what):
+            channel.lane.queue(guarded)
         mark = channel.lane.mark()
-        self._monitor.add(what, mark, channel.nccl.check_async_error)
-        return _Queued(mark)
+        watch = partial(self._monitor.add, what, mark, channel.nccl.check_async_error)
+        return _Queued(what, mark, watch, self._activity)
 
     def _edge(self, source: int, to: int) -> _Channel:
         """The channel of messages from one member to another."""
         if (source, to) not in self._edges:
-            self._edges[source, to] = self._open((source, to))
+            self._open_pair(min(source, to), max(source, to))
         return self._edges[source, to]
 
-    def _open(self, members: Sequence[int]) -> _Channel:
-        """A communicator of `members` (indices in the group), who all call this."""
+    def _open_pair(self, left: int, right: int) -> None:
+        """Both directions between two members, whichever is wanted first at either end."""
+        for edge in ((left, right), (right, left)):
+            self._edges[edge] = self._open("edge", edge)
+
+    def _open(self, kind: str, members: Sequence[int]) -> _Channel:
+        """A communicator of `members` (indices in the group), who all call this.
+
+        `kind` tells the group from an edge between the same two.
+        """
         ranks = [self._members[member] for member in members]
-        key = f"nccl/{self._name}/{'-'.join(map(str, ranks))}"
+        key = f"nccl/{self._name}/{kind}/{'-'.join(map(str, ranks))}"
         try:
             if members[0] == self._rank:
                 made = self._library.get_unique_id()
                 self._store.set(key, bytes(number & 255 for number in made).hex())
-            unique_id = self._unique_id(bytes.fromhex(self._store.get(key).decode()))
-            nccl = self._library.NcclCommunicator(
-                len(ranks), unique_id, list(members).index(self._rank)
-            )
+            unique_id = bytes.fromhex(self._store.get(key).decode())
+            nccl = self._new(len(ranks), unique_id, list(members).index(self._rank))
         except (self._library.NcclError, DistError) as error:
             peers = ", ".join(self._peers[member] for member in members)
             raise PeerLostError(
@@ -199,21 +222,29 @@ class NcclCommunicator:
             ) from error
         return _Channel(nccl, lane_on(self._device))
 
-    def _unique_id(self, raw: bytes) -> bytes | tuple[int, ...]:
-        """In the form that this CuPy wants: bytes since 14, a tuple of signed numbers before."""
-        if isinstance(self._library.get_unique_id(), bytes):
-            return raw
-        return tuple(number - 256 if number > 127 else number for number in raw)
+    def _new(self, size: int, unique_id: bytes, rank: int) -> Any:
+        try:
+            return self._library.NcclCommunicator(size, unique_id, rank)
+        except TypeError:  # CuPy before 14 wants a tuple of signed numbers
+            numbers = tuple(number - 256 if number > 127 else number for number in unique_id)
+            return self._library.NcclCommunicator(size, numbers, rank)
 
 
 class _Queued:
-    """A message in its lane: waiting holds back what the device computes next, not the host."""
+    """A message in its lane: on a GPU, waiting holds what it computes next, not the host."""
 
-    def __init__(self, mark: Mark) -> None:
+    def __init__(
+        self, what: str, mark: Mark, watch: Callable[[], None], activity: Activity
+    ) -> None:
+        self._what = what
         self._mark = mark
+        self._watch = watch
+        self._activity = activity
 
     def wait(self) -> None:
-        self._mark.hold_compute()
+        self._watch()
+        with self._activity.during(self._what):
+            self._mark.hold_compute()
 
 
 def load_library() -> Any:
@@ -228,7 +259,8 @@ def load_library() -> Any:
         raise ValueError(
             f"--dist-backend cupy_nccl: {error}; install CuPy and NCCL for your CUDA version: "
             "`pip install cupy-cuda12x nvidia-nccl-cu12` or `pip install cupy-cuda13x "
-            "nvidia-nccl-cu13`, or use --dist-backend gloo with --dp-backend gloo"
+            "nvidia-nccl-cu13`, or use --dist-backend nccl (torch's own), or gloo for it and for "
+            "--dp-backend"
         ) from None
     if not nccl.available:
         raise ValueError(

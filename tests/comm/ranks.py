@@ -39,6 +39,7 @@ def enter(
     join_timeout: float = 30.0,
     dist_timeout: float = 30.0,
     facts: dict[str, Fact] | None = None,
+    dist_backend: str = "gloo",
 ) -> Rank:
     topology = Topology(rank=rank, num_stages=num_stages, num_replicas=num_replicas)
     interface = choose_interface(flag=None, master_host=parse_url(url)[0], environ=os.environ)
@@ -56,8 +57,8 @@ def enter(
     fabric = connect(
         topology,
         rendezvous,
-        dist_backend="gloo",
-        dp_backend="gloo",
+        dist_backend=dist_backend,
+        dp_backend="gloo" if dist_backend == "gloo" else "nccl",
         device=torch.device("cpu"),
         dist_timeout=dist_timeout,
         watch=watch,

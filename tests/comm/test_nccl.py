@@ -1,68 +1,186 @@
-"""The CuPy/NCCL channel without a GPU: what it asks of the library, and what it says without it."""
+"""The CuPy/NCCL channel without a GPU: the real module, but for its communicator (nccl_double).
+
+What is left for a GPU to show is that class, and comm.lane's streams.
+"""
 
 from __future__ import annotations
 
+import inspect
+import os
+import queue
+import re
 import sys
 import threading
-from types import ModuleType
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 import torch
-from torch.distributed import HashStore  # type: ignore[attr-defined]
+from cupy.cuda import nccl
+from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import Store
 
-from comm import nccl_backend
 from comm.activity import Activity
-from comm.communicator import PeerLostError
+from comm.communicator import PeerLostError, Work
 from comm.hang_monitor import HangMonitor
-from comm.lane import HostLane
 from comm.nccl_backend import DTYPE_CODES, NcclCommunicator, load_library
 from comm.topology import Topology
+from tests.comm.checks import NUMBERS, check_group
+from tests.comm.nccl_double import NcclDouble, nccl_double
+from tests.comm.ranks import enter
+from tests.dist import free_port, run_ranks
 
-CALLS: list[tuple[object, ...]] = []
-
-
-class RecordingNccl:
-    """In place of cupy.cuda.nccl.NcclCommunicator: writes down what is called with what."""
-
-    def __init__(self, size: int, unique_id: object, rank: int) -> None:
-        assert unique_id == bytes(range(128, 256))
-        self._name = f"{rank} of {size}"
-
-    def check_async_error(self) -> None:
-        """All is well."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *arguments: CALLS.append((self._name, name, *arguments))
+Told = queue.SimpleQueue[PeerLostError]
 
 
-@pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    module = ModuleType("cupy.cuda.nccl")
-    module.available = True  # type: ignore[attr-defined]
-    module.NcclError = RuntimeError  # type: ignore[attr-defined]
-    module.get_unique_id = lambda: bytes(range(128, 256))  # type: ignore[attr-defined]
-    module.NcclCommunicator = RecordingNccl  # type: ignore[attr-defined]
-    monkeypatch.setattr(nccl_backend, "load_library", lambda: module)
-    CALLS.clear()
-    return module
-
-
-def middle_of_three() -> NcclCommunicator:
-    """Rank 1; the ids that rank 0 and rank 2 would leave are in the store."""
-    store = HashStore()
-    for key in ("0-1-2", "0-1", "2-1"):
-        store.set(f"nccl/pipeline/{key}", bytes(range(128, 256)).hex())
-    return NcclCommunicator(
-        name="pipeline",
-        members=(0, 1, 2),
-        topology=Topology(rank=1, num_stages=3, num_replicas=1),
+def open_channel(
+    store: Store, *, rank: int, size: int, name: str = "pipeline", dist_timeout: float = 30.0
+) -> tuple[NcclCommunicator, Told]:
+    """A pipeline of `size` on the CPU, and what its monitor tells."""
+    told: Told = queue.SimpleQueue()
+    channel = NcclCommunicator(
+        name=name,
+        members=range(size),
+        topology=Topology(rank=rank, num_stages=size, num_replicas=1),
         device=torch.device("cpu"),
         store=store,
         activity=Activity(),
-        dist_timeout=5.0,
-        on_hang=lambda error: None,
+        dist_timeout=dist_timeout,
+        on_hang=told.put,
     )
+    return channel, told
+
+
+# --- every operation, and errors, between processes over the double ---
+
+
+def all_checks(rank: int, world_size: int, _url: str, shapes: list[tuple[int, int, str]]) -> int:
+    carried = 0
+    for stages, replicas, url in shapes:
+        with nccl_double() as traffic:
+            entered = enter(
+                rank, url, num_stages=stages, num_replicas=replicas, dist_backend="cupy_nccl"
+            )
+            for group in (entered.fabric.pipeline, entered.fabric.replicas):
+                if group.size > 1:
+                    assert isinstance(group, NcclCommunicator)
+                    check_group(group, sums=NUMBERS)
+            entered.close()
+        kinds = {call for call, _ in traffic}
+        assert kinds == {"send", "broadcast", "allReduce", "reduce", "allGather"}
+        codes = {code for call, code in traffic if call == "send"}
+        assert codes == {DTYPE_CODES[dtype] for dtype in (*NUMBERS, torch.bool)}
+        carried += sum(traffic.values())
+    return carried
+
+
+def test_four_ranks_over_the_double() -> None:
+    """P=2 R=2, and P=4."""
+    shapes = [(p, r, f"tcp://127.0.0.1:{free_port()}") for p, r in ((2, 2), (4, 1))]
+    assert all(run_ranks(4, all_checks, shapes, deadline=120.0))
+
+
+Ends = tuple[Callable[[NcclCommunicator], object], Callable[[NcclCommunicator], object], list[str]]
+
+# what rank 1 does, what rank 0 does, and the words of rank 0's error
+MISMATCHES: dict[str, Ends] = {
+    "count of a message": (
+        lambda channel: channel.send(torch.zeros(6), to=0).wait(),
+        lambda channel: channel.receive(torch.zeros(5), source=1).wait(),
+        ["receive from rank 1 (stage 1, replica 0)", "elements=6", "elements=5"],
+    ),
+    "dtype of a message": (
+        lambda channel: channel.send(torch.zeros(6), to=0).wait(),
+        lambda channel: channel.receive(torch.zeros(6).bfloat16(), source=1).wait(),
+        ["receive from rank 1 (stage 1, replica 0)", "datatype=7", "datatype=9"],
+    ),
+    "count of a sum": (
+        lambda channel: channel.all_reduce(torch.zeros(6)).wait(),
+        lambda channel: channel.all_reduce(torch.zeros(5)).wait(),
+        ["all-reduce with rank 1 (stage 1, replica 0)", "elements=6", "elements=5"],
+    ),
+    "dtype of a sum": (
+        lambda channel: channel.reduce(torch.zeros(6), root=0).wait(),
+        lambda channel: channel.reduce(torch.zeros(6).half(), root=0).wait(),
+        ["reduce to rank 0 (stage 0, replica 0) with rank 1", "datatype=7", "datatype=6"],
+    ),
+    "another operation": (
+        lambda channel: channel.broadcast(torch.zeros(6), root=1),
+        lambda channel: channel.all_reduce(torch.zeros(6)).wait(),
+        ["all-reduce with rank 1 (stage 1, replica 0)", "'broadcast'", "'allReduce'"],
+    ),
+    "another root": (
+        lambda channel: channel.reduce(torch.zeros(6), root=0).wait(),
+        lambda channel: (
+            channel.reduce(torch.zeros(6), root=1),
+            channel.all_gather(torch.zeros(6)),
+        ),
+        [
+            "all-gather with rank 1 (stage 1, replica 0)",
+            "call='reduce', root=0",
+            "call='allGather', root=-1",
+        ],
+    ),
+    "a peer that dies": (
+        lambda channel: os._exit(0),
+        lambda channel: channel.receive(torch.zeros(6), source=1).wait(),
+        ["receive from rank 1 (stage 1, replica 0)", "the peer is gone"],
+    ),
+}
+
+
+def mismatch_each(rank: int, world_size: int, url: str) -> None:
+    host, port = url.removeprefix("tcp://").split(":")
+    store = TCPStore(host, int(port), world_size, is_master=rank == 0)
+    for name, (theirs, ours, words) in MISMATCHES.items():
+        with nccl_double():
+            channel, _ = open_channel(store, rank=rank, size=2, name=name)
+            if rank == 1:
+                with suppress(PeerLostError):  # a sender may have ended before its receiver fails
+                    theirs(channel)
+                continue
+            with pytest.raises(PeerLostError) as caught:
+                ours(channel)
+            text = str(caught.value)
+            assert text.startswith(f"{name} {words[0]}"), text
+            assert " failed: NCCL_ERROR_" in text, text
+            assert all(word in text for word in words), text
+    raise AssertionError("all as it should be")
+
+
+def test_what_does_not_fit_is_an_error_that_names_the_peer() -> None:
+    """Rank 1 dies in the last case, and rank 0 says that it came to the end."""
+    with pytest.raises(RuntimeError) as caught:
+        run_ranks(2, mismatch_each)
+    text = str(caught.value)
+    assert "AssertionError: all as it should be" in text, text
+    assert "rank 1: ended without a result, exit status 0" in text, text
+
+
+# --- in this process ---
+
+
+def test_a_message_that_nobody_sends_is_reported_with_its_peer() -> None:
+    """Rank 1 of three waits for rank 2, but it is rank 0 that sends to it."""
+    store = HashStore()
+    with nccl_double(), ThreadPoolExecutor(3) as pool:
+        opened = list(
+            pool.map(
+                lambda rank: open_channel(store, rank=rank, size=3, dist_timeout=1.0), range(3)
+            )
+        )
+    (first, _), (middle, told), _ = opened
+    first.send(torch.zeros(1), to=1).wait()
+    wrong = middle.receive(torch.zeros(1), source=2)
+    threading.Thread(target=_wait_in_vain, args=(wrong,), daemon=True).start()
+    text = str(told.get(timeout=20.0))
+    assert text.startswith("pipeline receive from rank 2 (stage 2, replica 0) took more than 1 s")
+
+
+def _wait_in_vain(work: Work) -> None:
+    with suppress(PeerLostError):  # when the test ends and the members go
+        work.wait()
 
 
 def test_dtype_codes_are_those_of_nccl_h() -> None:
@@ -80,39 +198,32 @@ def test_dtype_codes_are_those_of_nccl_h() -> None:
     assert dict(DTYPE_CODES) == expected
 
 
-def test_calls(library: ModuleType) -> None:
-    channel = middle_of_three()
-    tensor = torch.zeros(6, dtype=torch.bfloat16)
-    data = tensor.data_ptr()
-    channel.send(tensor, to=2).wait()
-    channel.receive(tensor, source=0).wait()
-    channel.send(tensor, to=0).wait()
-    channel.all_reduce(tensor)
-    channel.broadcast(tensor, root=2)
-    gathered = channel.all_gather(tensor)
-    channel.close()
-    assert gathered.shape == (3, 6)
-    assert CALLS[:6] == [
-        ("0 of 2", "send", data, 6, 9, 1, 0),
-        ("1 of 2", "recv", data, 6, 9, 0, 0),
-        ("0 of 2", "send", data, 6, 9, 1, 0),
-        ("1 of 3", "allReduce", data, data, 6, 9, 0, 0),
-        ("1 of 3", "broadcast", data, data, 6, 9, 2, 0),
-        ("1 of 3", "allGather", data, gathered.data_ptr(), 6, 9, 0),
-    ]
-    assert sorted(CALLS[6:]) == [("0 of 2", "destroy")] * 2 + [("1 of 2", "destroy")] * 2 + [
-        ("1 of 3", "destroy")
-    ]
+@pytest.mark.parametrize(
+    "call", ["send", "recv", "broadcast", "allReduce", "reduce", "allGather", "destroy",
+             "check_async_error"],
+)  # fmt: skip
+def test_the_double_is_called_as_the_real_one(call: str) -> None:
+    """CuPy's compiled methods have their parameters in the first line of their docstrings."""
+    line = getattr(nccl.NcclCommunicator, call).__doc__.splitlines()[0]
+    real = re.fullmatch(rf"NcclCommunicator\.{call}\((.*)\)", line)
+    assert real is not None
+    names = [parameter.split()[-1] for parameter in real[1].split(", ")]
+    assert list(inspect.signature(getattr(NcclDouble, call)).parameters) == names
 
 
-def test_an_error_names_the_peer(library: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise RuntimeError("NCCL_ERROR_SYSTEM_ERROR")
+def test_an_old_cupy_gets_the_unique_id_as_signed_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    got: list[tuple[int, ...]] = []
 
-    monkeypatch.setattr(RecordingNccl, "send", fail, raising=False)
-    message = r"pipeline send to rank 2 \(stage 2, replica 0\) failed: NCCL_ERROR_SYSTEM_ERROR"
-    with pytest.raises(PeerLostError, match=message):
-        middle_of_three().send(torch.zeros(1), to=2)
+    def old(ndev: int, commId: tuple[int, ...], rank: int) -> object:
+        if not isinstance(commId, tuple):
+            raise TypeError("Argument 'commId' has incorrect type (expected tuple, got bytes)")
+        got.append(commId)
+        return object()
+
+    monkeypatch.setattr(nccl, "NcclCommunicator", old)
+    monkeypatch.setattr(nccl, "get_unique_id", lambda: tuple(range(-64, 64)))
+    open_channel(HashStore(), rank=0, size=1)
+    assert got == [tuple(range(-64, 64))]
 
 
 def test_without_cupy_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,23 +233,25 @@ def test_without_cupy_the_error_says_what_to_install(monkeypatch: pytest.MonkeyP
         load_library()
 
 
+def test_a_cupy_without_nccl_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nccl, "available", False)
+    with pytest.raises(ValueError, match="this CuPy has no NCCL"):
+        load_library()
+
+
 def test_a_message_that_never_ends_is_reported() -> None:
-    class Never:
+    class Point:
+        def __init__(self, reached: bool) -> None:
+            self._reached = reached
+
         def reached(self) -> bool:
-            return False
+            return self._reached
 
         def hold_compute(self) -> None:
-            """Never."""
+            """Nobody asks."""
 
-    told: list[PeerLostError] = []
-    heard = threading.Event()
-
-    def hear(error: PeerLostError) -> None:
-        told.append(error)
-        heard.set()
-
-    monitor = HangMonitor(limit=0.1, on_hang=hear)
-    monitor.add("pipeline receive from rank 1", HostLane().mark(), lambda: None)
-    monitor.add("pipeline receive from rank 2", Never(), lambda: None)
-    assert heard.wait(5.0)
-    assert str(told[0]).startswith("pipeline receive from rank 2 took more than")
+    told: Told = queue.SimpleQueue()
+    monitor = HangMonitor(limit=0.1, on_hang=told.put)
+    monitor.add("pipeline receive from rank 1", Point(reached=True), lambda: None)
+    monitor.add("pipeline receive from rank 2", Point(reached=False), lambda: None)
+    assert str(told.get(timeout=5.0)).startswith("pipeline receive from rank 2 took more than")

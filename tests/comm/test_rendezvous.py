@@ -197,7 +197,7 @@ def test_a_world_of_one_opens_no_socket(monkeypatch: pytest.MonkeyPatch) -> None
         watch=watch,
     )
     tensor = torch.ones(2)
-    fabric.replicas.all_reduce(tensor)
+    fabric.replicas.all_reduce(tensor).wait()
     fabric.control.broadcast(tensor, root=0)
     assert fabric.control.all_gather(tensor).tolist() == [[1.0, 1.0]]
     with pytest.raises(AssertionError, match="no member 1"):

@@ -19,7 +19,7 @@ from tests.dist import free_port, process_context
 
 def work_for_ever(rank: Rank) -> None:
     while True:
-        rank.fabric.control.all_reduce(torch.ones(4))
+        rank.fabric.control.all_reduce(torch.ones(4)).wait()
         time.sleep(0.005)
 
 

@@ -1,0 +1,194 @@
+"""What every Communicator promises, whatever moves the bytes: run in each member of a group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from comm.communicator import Communicator, Work
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+NUMBERS = (*FLOATS, torch.int64, torch.uint8)
+DTYPES = (*NUMBERS, torch.bool)
+LENGTHS = (0, 1, 3, 4, 1001, 40_003)
+BIG = 2**18  # elements: more than sockets hold by themselves
+
+
+def values(member: int, length: int, dtype: torch.dtype) -> Tensor:
+    """What `member` holds, known to every process."""
+    generator = torch.Generator().manual_seed(100 * length + member)
+    if dtype.is_floating_point:
+        return (torch.randn(length, generator=generator) * 10.0**member).to(dtype)
+    return torch.randint(0, 2 if dtype == torch.bool else 50, (length,), generator=generator).to(
+        dtype
+    )
+
+
+def bits(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def ordered_sum(size: int, length: int, dtype: torch.dtype) -> Tensor:
+    """Of what all members hold, added in their order."""
+    total = values(0, length, dtype)
+    for member in range(1, size):
+        total = total + values(member, length, dtype)
+    return total
+
+
+def check_group(group: Communicator, *, sums: Sequence[torch.dtype]) -> None:
+    """All of it; `sums`: the dtypes that are summed exactly or in the order of the members."""
+    check_sums(group, sums)
+    check_sums_at_root(group, sums)
+    check_sums_under_way(group, sums[0])
+    check_broadcast_and_gather(group)
+    check_messages(group)
+    check_order(group)
+    check_sum_beside_messages(group)
+    check_posted_ahead(group)
+
+
+def check_sums(group: Communicator, dtypes: Sequence[torch.dtype]) -> None:
+    for dtype in dtypes:
+        for length in LENGTHS:
+            tensor = values(group.rank, length, dtype)
+            group.all_reduce(tensor).wait()
+            assert bits(tensor) == bits(ordered_sum(group.size, length, dtype)), (dtype, length)
+
+
+def check_sums_at_root(group: Communicator, dtypes: Sequence[torch.dtype]) -> None:
+    for dtype in dtypes:
+        for root in range(group.size):
+            for length in LENGTHS:
+                tensor = values(group.rank, length, dtype)
+                group.reduce(tensor, root=root).wait()
+                if group.rank == root:
+                    expected = ordered_sum(group.size, length, dtype)
+                    assert bits(tensor) == bits(expected), (dtype, length)
+
+
+def check_sums_under_way(group: Communicator, dtype: torch.dtype) -> None:
+    """Many sums at once, of all lengths, waited for in an order of each member's own."""
+    lengths = [LENGTHS[1 + i % (len(LENGTHS) - 1)] for i in range(20)]
+    tensors = [values(group.rank, n, dtype) + i for i, n in enumerate(lengths)]
+    works = []
+    for i, tensor in enumerate(tensors):
+        root = i % group.size
+        works.append(group.reduce(tensor, root=root) if i % 3 == 0 else group.all_reduce(tensor))
+    gathered = group.all_gather(torch.tensor(group.rank))  # another operation between
+    assert gathered.tolist() == list(range(group.size))
+    for i in (range(20), reversed(range(20)))[group.rank % 2]:
+        works[i].wait()
+    for i, (tensor, n) in enumerate(zip(tensors, lengths, strict=True)):
+        if i % 3 or i % group.size == group.rank:
+            expected = values(0, n, dtype) + i
+            for member in range(1, group.size):
+                expected = expected + (values(member, n, dtype) + i)
+            assert bits(tensor) == bits(expected), (i, n)
+
+
+def check_broadcast_and_gather(group: Communicator) -> None:
+    for dtype in DTYPES:
+        for root in range(group.size):
+            tensor = values(group.rank, 7, dtype)
+            group.broadcast(tensor, root=root)
+            assert bits(tensor) == bits(values(root, 7, dtype)), (dtype, root)
+        gathered = group.all_gather(values(group.rank, 6, dtype).view(2, 3))
+        assert gathered.shape == (group.size, 2, 3)
+        for member in range(group.size):
+            assert bits(gathered[member]) == bits(values(member, 6, dtype)), (dtype, member)
+    assert group.all_gather(torch.tensor(group.rank)).tolist() == list(range(group.size))
+
+
+def check_messages(group: Communicator) -> None:
+    """One of each length and dtype, each way between all pairs, one pair after the other."""
+    for left in range(group.size):
+        for right in range(left + 1, group.size):
+            if group.rank in (left, right):
+                _exchange(group, left + right - group.rank)
+
+
+def _exchange(group: Communicator, peer: int) -> None:
+    for dtype in DTYPES:
+        for length in LENGTHS:
+            received = torch.empty(length, dtype=dtype)
+            works = [
+                group.receive(received, source=peer),
+                group.send(values(group.rank, length, dtype), to=peer),
+            ]
+            for work in works:
+                work.wait()
+            assert bits(received) == bits(values(peer, length, dtype)), (dtype, length)
+
+
+def check_order(group: Communicator) -> None:
+    """Fifty messages of different lengths each way between two members, all under way at once."""
+    if group.rank >= 2:
+        return
+    peer = 1 - group.rank
+    lengths = [1 + 37 * i % 4096 for i in range(50)]
+    received = [torch.empty(length) for length in lengths]
+    works = [group.receive(tensor, source=peer) for tensor in received]
+    works += [group.send(torch.full((n,), float(i)), to=peer) for i, n in enumerate(lengths)]
+    for work in reversed(works):
+        work.wait()
+    assert all((tensor == i).all() for i, tensor in enumerate(received))
+
+
+def check_sum_beside_messages(group: Communicator) -> None:
+    """A sum does not meet the messages that are under way."""
+    neighbours = [peer for peer in (group.rank - 1, group.rank + 1) if 0 <= peer < group.size]
+    received = {peer: torch.empty(5) for peer in neighbours}
+    works = [group.receive(tensor, source=peer) for peer, tensor in received.items()]
+    total = torch.ones(3)
+    group.all_reduce(total).wait()
+    assert total.tolist() == [group.size] * 3
+    mine = torch.full((5,), float(group.rank))
+    works += [group.send(mine, to=peer) for peer in received]
+    for work in works:
+        work.wait()
+    assert all((tensor == peer).all() for peer, tensor in received.items())
+
+
+def check_posted_ahead(group: Communicator) -> None:
+    """A pipeline whose stages post every receive of a step first, and whose sends do not block.
+
+    Every stage posts all it will receive from both sides; the first starts all its sends before it
+    waits for anything, the others pass on what they get, and the last turns it round. Messages are
+    longer than any buffer between the processes.
+    """
+    count, last = 6, group.size - 1
+    prev = group.rank - 1 if group.rank > 0 else None
+    following = group.rank + 1 if group.rank < last else None
+    forward, forward_works = _post(group, prev, count)
+    backward, backward_works = _post(group, following, count)
+    sends: list[Work] = []
+    for i in range(count):
+        x = torch.full((BIG,), float(i))
+        if prev is not None:
+            forward_works[i].wait()
+            x = forward[i] + 1
+        if following is not None:
+            sends.append(group.send(x, to=following))
+        elif prev is not None:
+            sends.append(group.send(x * 100, to=prev))
+    for i in range(count):
+        if following is not None:
+            backward_works[i].wait()
+            if prev is not None:
+                sends.append(group.send(backward[i] + 1, to=prev))
+    for work in sends:
+        work.wait()
+    if prev is None and following is not None:
+        expected = [(i + last) * 100.0 + last - 1 for i in range(count)]
+        assert [tensor[-1].item() for tensor in backward] == expected
+        assert all((tensor == tensor[0]).all() for tensor in backward)
+
+
+def _post(group: Communicator, source: int | None, count: int) -> tuple[list[Tensor], list[Work]]:
+    if source is None:
+        return [], []
+    tensors = [torch.empty(BIG) for _ in range(count)]
+    return tensors, [group.receive(tensor, source=source) for tensor in tensors]
