@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from comm.communicator import PeerLostError
 from modules.dropout import Keys
+from modules.head import IGNORED
+from monitor.trace import NO_TRACER, Tracer, Track
 from pipeline_parallel.channel import PipelineChannel
 from pipeline_parallel.schedule import Action, Kind, Schedule, forward_only
-from pipeline_parallel.stage import IGNORED, Stage
+from pipeline_parallel.stage import Stage
+from pipeline_parallel.validate import BACKWARD_BEGINS, check_schedule
+
+NAMES = {
+    Kind.FORWARD: "forward",
+    Kind.BACKWARD: "backward",
+    Kind.INPUT_GRADIENT: "input gradient",
+    Kind.WEIGHT_GRADIENT: "weight gradient",
+}
+
+
+FORWARDS = (Kind.FORWARD,)
 
 
 class Losses(NamedTuple):
@@ -61,7 +76,10 @@ class PipelineBatch:
 
 
 class Engine:
-    """Runs batches of `num_microbatches` through this process's stage."""
+    """Runs batches of `num_microbatches` through this process's stage.
+
+    Raises ValueError where the schedule cannot run.
+    """
 
     def __init__(
         self,
@@ -72,19 +90,42 @@ class Engine:
         stage_index: int,
         num_stages: int,
         num_microbatches: int,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
+        check_schedule(schedule, num_stages, num_microbatches)
         self._stage, self._channel, self._index = stage, channel, stage_index
+        self._num_microbatches, self._tracer = num_microbatches, tracer
         self._train = list(schedule(stage_index, num_stages, num_microbatches))
         self._evaluate = list(forward_only(stage_index, num_stages, num_microbatches))
+        prev, following = max(0, stage_index - 1), min(stage_index + 1, num_stages - 1)
+        before, after = (list(schedule(s, num_stages, num_microbatches)) for s in (prev, following))
+        self._gradients_arrived = _arrived(before, BACKWARD_BEGINS, with_=FORWARDS)
+        self._activations_arrived = _arrived(after, FORWARDS, with_=BACKWARD_BEGINS)
         self._not_finite: list[int] | None = None
+        self._runs: dict[Kind, Callable[[int, PipelineBatch], None]] = {
+            Kind.FORWARD: self._forward,
+            Kind.BACKWARD: self._backward,
+            Kind.INPUT_GRADIENT: self._backward,
+            Kind.WEIGHT_GRADIENT: self._weight_gradient,
+        }
+        self._losses: list[Tensor] = []
+        self._loss_scale = 1.0
+        self._last_given = torch.Size(), torch.float32
 
     def train(self, batch: PipelineBatch, *, loss_scale: float) -> Losses:
         """Adds the gradients of the batch's token losses times `loss_scale` to the parameters'."""
-        return self._run(self._train, batch, loss_scale=loss_scale)
+        self._loss_scale = loss_scale
+        self._channel.expect(activations=self._num_microbatches, gradients=self._num_microbatches)
+        for action in self._train:
+            self._run(action, self._runs[action.kind], batch)
+        return self._finish(batch)
 
     def evaluate(self, batch: PipelineBatch) -> Losses:
         """The batch's losses."""
-        return self._run(self._evaluate, batch, loss_scale=None)
+        self._channel.expect(activations=self._num_microbatches, gradients=0)
+        for action in self._evaluate:
+            self._run(action, self._evaluate_one, batch)
+        return self._finish(batch)
 
     def find_not_finite(self, batch: PipelineBatch) -> list[int]:
         """The microbatches whose numbers stop being finite in this very stage."""
@@ -93,55 +134,80 @@ class Engine:
         found, self._not_finite = self._not_finite, None
         return found
 
-    def _run(
-        self, actions: Iterable[Action], batch: PipelineBatch, *, loss_scale: float | None
-    ) -> Losses:
-        losses: list[Tensor] = []
-        for action in actions:
-            if action.kind is Kind.FORWARD:
-                self._forward(action, batch, losses, training=loss_scale is not None)
-            else:
-                assert loss_scale is not None
-                self._backward(action, loss_scale)
+    def _finish(self, batch: PipelineBatch) -> Losses:
         self._channel.flush()
-        return Losses([loss.item() for loss in losses], batch.num_trained())
+        losses = torch.stack(self._losses).tolist() if self._losses else []
+        self._losses.clear()
+        return Losses(losses, batch.num_trained())
 
-    def _forward(
-        self, action: Action, batch: PipelineBatch, losses: list[Tensor], *, training: bool
+    def _run(
+        self, action: Action, run: Callable[[int, PipelineBatch], None], batch: PipelineBatch
     ) -> None:
-        received = self._channel.receive_activation()
-        x = batch.tokens(action.microbatch) if received is None else received
-        assert x is not None, "the first stage has token ids"
-        labels = batch.labels(action.microbatch)
         try:
-            if training:
-                keys = batch.keys(action.microbatch)
-                out = self._stage.forward(action.microbatch, x, labels, keys)
-            else:
-                out = self._stage.evaluate(x, labels)
-                self._note(action.microbatch, x, out)
+            run(action.microbatch, batch)
+        except PeerLostError:
+            raise
         except Exception as error:
-            raise self._failure(action, x) from error
-        if labels is None:
-            self._channel.send_activation(out)
-        else:
-            losses.append(out)
+            shape, dtype = self._last_given
+            raise StageError(
+                f"stage {self._index}, {NAMES[action.kind]} of microbatch {action.microbatch}; "
+                f"what came in last: {tuple(shape)} {dtype}"
+            ) from error
 
-    def _note(self, microbatch: int, x: Tensor, out: Tensor) -> None:
+    def _forward(self, microbatch: int, batch: PipelineBatch) -> None:
+        labels = batch.labels(microbatch)
+        x = self._input(microbatch, batch)
+        self._channel.settle(gradients=self._gradients_arrived[microbatch])
+        keys = batch.keys(microbatch)
+        with self._tracer.span(Track.FORWARD_COMPUTE, microbatch=microbatch):
+            out = self._stage.forward(microbatch, x, labels, keys, loss_scale=self._loss_scale)
+        self._give(out, is_loss=labels is not None)
+
+    def _evaluate_one(self, microbatch: int, batch: PipelineBatch) -> None:
+        labels = batch.labels(microbatch)
+        x = self._input(microbatch, batch)
+        out = self._stage.evaluate(x, labels)
         if self._not_finite is not None and x.isfinite().all() and not out.isfinite().all():
             self._not_finite.append(microbatch)
+        self._give(out, is_loss=labels is not None)
 
-    def _backward(self, action: Action, loss_scale: float) -> None:
+    def _input(self, microbatch: int, batch: PipelineBatch) -> Tensor:
+        received = self._channel.receive_activation()
+        x = batch.tokens(microbatch) if received is None else received
+        assert x is not None, "the first stage has token ids"
+        self._last_given = x.shape, x.dtype
+        return x
+
+    def _give(self, out: Tensor, *, is_loss: bool) -> None:
+        if is_loss:
+            self._losses.append(out)
+        else:
+            self._channel.send_activation(out)
+
+    def _backward(self, microbatch: int, batch: PipelineBatch) -> None:
         gradient = self._channel.receive_gradient()
-        try:
-            out = self._stage.backward(action.microbatch, gradient, loss_scale=loss_scale)
-        except Exception as error:
-            raise self._failure(action, gradient) from error
-        self._channel.send_gradient(out)
+        if gradient is not None:
+            self._last_given = gradient.shape, gradient.dtype
+            self._channel.settle(activations=self._activations_arrived[microbatch])
+        with self._tracer.span(Track.BACKWARD_COMPUTE, microbatch=microbatch):
+            of_input = self._stage.backward(microbatch, gradient)
+        self._channel.send_gradient(of_input)
 
-    def _failure(self, action: Action, x: Tensor | None) -> StageError:
-        given = "a loss" if x is None else f"{tuple(x.shape)} {x.dtype}"
-        what = "forward" if action.kind is Kind.FORWARD else "backward"
-        return StageError(
-            f"stage {self._index}, {what} of microbatch {action.microbatch}, given {given}"
-        )
+    def _weight_gradient(self, microbatch: int, batch: PipelineBatch) -> None:
+        with self._tracer.span(Track.WEIGHT_GRADIENT, microbatch=microbatch):
+            self._stage.weight_gradient(microbatch)
+
+
+def _arrived(
+    neighbour: Sequence[Action], receiving: Collection[Kind], *, with_: Collection[Kind]
+) -> dict[int, int]:
+    """How many messages a neighbour had when it sent each microbatch's of the other direction.
+
+    It receives one before each of its actions of `receiving`, and sends one after those of `with_`.
+    """
+    arrived, count = {}, 0
+    for action in neighbour:
+        count += action.kind in receiving
+        if action.kind in with_:
+            arrived[action.microbatch] = count
+    return arrived

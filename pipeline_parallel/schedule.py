@@ -107,6 +107,11 @@ def forward_only(stage: int, num_stages: int, num_microbatches: int) -> Iterator
         yield Action(Kind.FORWARD, microbatch)
 
 
+def splits_backward(schedule: Schedule) -> bool:
+    """Whether backward comes in two parts."""
+    return any(action.kind is Kind.WEIGHT_GRADIENT for action in schedule(0, 1, 1))
+
+
 SCHEDULES: dict[str, Schedule] = {
     "gpipe": gpipe,
     "1f1b": one_forward_one_backward,

@@ -1,63 +1,81 @@
-"""How a stage runs one microbatch forward and one backward, and what it keeps in between."""
+"""How a stage runs one microbatch forward and backward, and what it keeps in between."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from modules.dropout import Keys
+from modules.linear import Deferred, GradientSink, attach_sink
 from modules.stage_model import StageModel
 
-IGNORED = -100
 
+class _Live(NamedTuple):
+    """A microbatch between forward and backward: the stage's input and output."""
 
-def token_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """The sum of the cross entropies, in fp32, of logits (rows, tokens, vocabulary) against labels
-    (rows, tokens), where labels are not IGNORED."""
-    return functional.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    x: Tensor
+    out: Tensor
 
 
 class Stage:
-    """Forward and backward of one stage; first, middle and last stages are this one class."""
+    """Forward and backward of one stage; first, middle and last stages are this one class.
 
-    def __init__(self, model: StageModel, *, recompute: bool) -> None:
-        self.model = model
-        self._recompute = recompute
-        self._live: dict[int, tuple[Tensor, Tensor]] = {}
+    gradients: where the gradients of large weights go.
+    splits: backward comes in two parts, `input_gradient` and `weight_gradient`.
+    """
 
-    def forward(self, microbatch: int, x: Tensor, labels: Tensor | None, keys: Keys) -> Tensor:
+    def __init__(
+        self, model: StageModel, *, recompute: bool, gradients: GradientSink, splits: bool
+    ) -> None:
+        self._model, self._recompute, self._splits = model, recompute, splits
+        self._gradients = gradients
+        self._live: dict[int, _Live] = {}
+        self._deferred: dict[int, Deferred] = {}
+        attach_sink(model, gradients)
+
+    def forward(
+        self, microbatch: int, x: Tensor, labels: Tensor | None, keys: Keys, *, loss_scale: float
+    ) -> Tensor:
         """Runs `x` (activations, or token ids) and keeps what backward needs.
 
-        Returns activations to send on or, given `labels` (rows, tokens), the sum of token losses.
+        Returns activations to send on or, given `labels` (rows, tokens), the sum of token losses,
+        whose gradients will be those of the sum times `loss_scale`.
         """
         if x.is_floating_point():
             x.requires_grad_()
-        out = self._run(x, labels, keys, recompute=self._recompute)
-        self._live[microbatch] = (x, out)
+        with self._gradients.deferring(self._deferred_of(microbatch)):
+            if labels is None:
+                out: Tensor = self._model(x, keys, recompute=self._recompute)
+            else:
+                out = self._model.loss(x, labels, keys, scale=loss_scale, recompute=self._recompute)
+        self._live[microbatch] = _Live(x, out)
         return out.detach()
 
-    def backward(
-        self, microbatch: int, gradient: Tensor | None, *, loss_scale: float
-    ) -> Tensor | None:
+    def backward(self, microbatch: int, gradient: Tensor | None) -> Tensor | None:
         """Adds to the parameters' gradients; returns that of the stage's input, if it has one.
 
-        `gradient` is that of the output, or None where the output was a loss, which is then
-        multiplied by `loss_scale`.
+        `gradient` is that of the output, or None where the output was a loss.
         """
         x, out = self._live.pop(microbatch)
-        if gradient is None:
-            out = out * loss_scale
-        torch.autograd.backward(out, gradient)
+        with self._gradients.deferring(self._deferred_of(microbatch)):
+            torch.autograd.backward(out, gradient)
         return x.grad
+
+    def weight_gradient(self, microbatch: int) -> None:
+        """The second part of a backward that is split: adds the gradients of large weights."""
+        for add in self._deferred.pop(microbatch):
+            add()
 
     @torch.no_grad()
     def evaluate(self, x: Tensor, labels: Tensor | None) -> Tensor:
         """As `forward`, without dropout, keeping nothing."""
-        return self._run(x, labels, None, recompute=False)
+        if labels is None:
+            out: Tensor = self._model(x, None)
+            return out
+        return self._model.loss(x, labels, None, scale=1.0)
 
-    def _run(self, x: Tensor, labels: Tensor | None, keys: Keys, *, recompute: bool) -> Tensor:
-        out: Tensor = self.model(x, keys, recompute=recompute)
-        return out if labels is None else token_loss_sum(out, labels[:, :-1])
+    def _deferred_of(self, microbatch: int) -> Deferred | None:
+        """Where a microbatch's products are put off to; None where nothing is."""
+        return self._deferred.setdefault(microbatch, []) if self._splits else None

@@ -1,0 +1,68 @@
+"""A communicator that nobody is behind: it notes what is asked of it, and answers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from comm.communicator import Work
+
+
+class NotedWork:
+    """An operation that notes when it is waited for, and then does `at_wait`."""
+
+    def __init__(self, events: list[str], what: str, at_wait: Callable[[], object]) -> None:
+        self._events, self._what, self._at_wait = events, what, at_wait
+
+    def wait(self) -> None:
+        self._events.append(f"wait for {self._what}")
+        self._at_wait()
+
+
+class NotedCommunicator:
+    """Member `rank` of `size`; `events` has each call's beginning and each wait, in order.
+
+    Received tensors are random; a group's sums are what this member gave.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+        self.events: list[str] = []
+        self.last_sent = torch.empty(0)
+        self.at_receive: Callable[[], object] = lambda: None
+        self.summed: list[tuple[Tensor, int | None]] = []  # and the root, where there is one
+
+    def send(self, tensor: Tensor, *, to: int) -> Work:
+        assert tensor.is_contiguous()
+        self.last_sent = tensor
+        return self._begin(f"send to {to}", lambda: None)
+
+    def receive(self, tensor: Tensor, *, source: int) -> Work:
+        def arrive() -> None:
+            self.at_receive()
+            tensor.normal_()
+
+        return self._begin(f"receive from {source}", arrive)
+
+    def all_reduce(self, tensor: Tensor) -> Work:
+        self.summed.append((tensor, None))
+        return self._begin("all-reduce", lambda: None)
+
+    def reduce(self, tensor: Tensor, *, root: int) -> Work:
+        self.summed.append((tensor, root))
+        return self._begin(f"reduce to {root}", lambda: None)
+
+    def broadcast(self, tensor: Tensor, *, root: int) -> None:
+        raise AssertionError("not asked for here")
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        return torch.stack([tensor] * self.size)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _begin(self, what: str, at_wait: Callable[[], object]) -> Work:
+        self.events.append(what)
+        return NotedWork(self.events, what, at_wait)
