@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 Keys = Sequence[int] | None
 
@@ -41,25 +40,3 @@ class KeyedDropout(nn.Module):
             generator.manual_seed(derive_seed(key, self.site))
             mask[row].bernoulli_(1.0 - self.p, generator=generator)
         return x * mask / (1.0 - self.p) if self.p < 1.0 else x * 0.0
-
-
-def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, dropout: float, site: str, keys: Keys
-) -> Tensor:
-    """Causal softmax attention, scaled by the root of the head's size.
-
-    Tensors are (rows, heads, tokens, head size). torch's kernel takes its dropout mask from the
-    device's default generator, which nothing else here draws from: it is seeded for each row.
-    """
-    if keys is None or dropout == 0.0:
-        return functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-    rows = []
-    for row, sequence_key in enumerate(keys):
-        torch.manual_seed(derive_seed(sequence_key, site))
-        one = slice(row, row + 1)
-        rows.append(
-            functional.scaled_dot_product_attention(
-                query[one], key[one], value[one], is_causal=True, dropout_p=dropout
-            )
-        )
-    return torch.cat(rows)

@@ -9,9 +9,12 @@ from torch import Tensor, nn
 from transformers import GPTJConfig
 from transformers.activations import ACT2FN
 
-from modules.dropout import KeyedDropout, Keys, causal_attention
+from modules.attention import causal_attention
+from modules.dropout import KeyedDropout, Keys
 from modules.family import Family, check_activation, check_heads
-from modules.rotary import rotary_angles, rotate_pairs
+from modules.head import Head
+from modules.linear import Linear, Lookup
+from modules.rotary import rotate, rotation
 
 ROTARY_BASE = 10000.0
 
@@ -21,7 +24,7 @@ class Embedding(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wte = Lookup(config.vocab_size, config.n_embd)
         self.dropout = KeyedDropout(config.embd_pdrop, "embedding")
 
     def forward(self, tokens: Tensor, keys: Keys = None) -> Tensor:
@@ -39,10 +42,10 @@ class Attention(nn.Module):
         self.rotary_dim = config.rotary_dim
         self.dropout = float(config.attn_pdrop)
         self.site = f"{layer}.attn.scores"
-        self.q_proj = nn.Linear(hidden, hidden, bias=False)
-        self.k_proj = nn.Linear(hidden, hidden, bias=False)
-        self.v_proj = nn.Linear(hidden, hidden, bias=False)
-        self.out_proj = nn.Linear(hidden, hidden, bias=False)
+        self.q_proj = Linear(hidden, hidden, bias=False)
+        self.k_proj = Linear(hidden, hidden, bias=False)
+        self.v_proj = Linear(hidden, hidden, bias=False)
+        self.out_proj = Linear(hidden, hidden, bias=False)
         self.resid_dropout = KeyedDropout(config.resid_pdrop, f"{layer}.attn")
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -51,10 +54,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, keys: Keys) -> Tensor:
         rows, tokens, _ = x.shape
-        angles = rotary_angles(tokens, self.rotary_dim, ROTARY_BASE, x.device)
+        turn = rotation(
+            tokens, self.rotary_dim, ROTARY_BASE, pairs=True, dtype=x.dtype, device=x.device
+        )
         mixed = causal_attention(
-            rotate_pairs(self._heads(self.q_proj(x)), angles),
-            rotate_pairs(self._heads(self.k_proj(x)), angles),
+            rotate(self._heads(self.q_proj(x)), turn),
+            rotate(self._heads(self.k_proj(x)), turn),
             self._heads(self.v_proj(x)),
             dropout=self.dropout,
             site=self.site,
@@ -71,8 +76,8 @@ class MLP(nn.Module):
     def __init__(self, config: Any, layer: int) -> None:
         super().__init__()
         inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
-        self.fc_in = nn.Linear(config.n_embd, inner)
-        self.fc_out = nn.Linear(inner, config.n_embd)
+        self.fc_in = Linear(config.n_embd, inner)
+        self.fc_out = Linear(inner, config.n_embd)
         self.act = ACT2FN[config.activation_function]
         self.dropout = KeyedDropout(config.resid_pdrop, f"{layer}.mlp")
 
@@ -96,17 +101,21 @@ class Block(nn.Module):
         return out
 
 
-class Head(nn.Module):
-    """Final norm and projection: (rows, tokens, hidden) to logits (rows, tokens, vocabulary)."""
+class GPTJHead(Head):
+    """The head under the names that GPT-J's files have."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size)
+        self.lm_head = Linear(config.n_embd, config.vocab_size)
 
-    def forward(self, x: Tensor, keys: Keys = None) -> Tensor:
-        logits: Tensor = self.lm_head(self.ln_f(x))
-        return logits
+    @property
+    def norm(self) -> nn.LayerNorm:
+        return self.ln_f
+
+    @property
+    def projection(self) -> Linear:
+        return self.lm_head
 
 
 def check_config(config: Any) -> None:
@@ -141,7 +150,7 @@ FAMILY = Family(
     config_class=GPTJConfig,
     make_embedding=Embedding,
     make_block=Block,
-    make_head=Head,
+    make_head=GPTJHead,
     hf_embedding={"wte.weight": "transformer.wte.weight"},
     hf_block={key: f"transformer.h.{{layer}}.{key}" for key in _BLOCK_KEYS},
     hf_head={

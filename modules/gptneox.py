@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from transformers import GPTNeoXConfig
 from transformers.activations import ACT2FN
 
-from modules.dropout import KeyedDropout, Keys, causal_attention
+from modules.attention import causal_attention
+from modules.dropout import KeyedDropout, Keys
 from modules.family import Family, check_activation, check_heads
-from modules.rotary import rotary_angles, rotate_halves
+from modules.head import Head
+from modules.linear import Linear, Lookup
+from modules.rotary import rotation, split_and_rotate
 
 
 class Embedding(nn.Module):
@@ -20,7 +23,7 @@ class Embedding(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        self.embed_in = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_in = Lookup(config.vocab_size, config.hidden_size)
         self.dropout = KeyedDropout(config.hidden_dropout, "embedding")
 
     def forward(self, tokens: Tensor, keys: Keys = None) -> Tensor:
@@ -39,15 +42,16 @@ class Attention(nn.Module):
         self.rotary_base = float(config.rope_parameters["rope_theta"])
         self.dropout = float(config.attention_dropout)
         self.site = f"{layer}.attention.scores"
-        self.query_key_value = nn.Linear(hidden, 3 * hidden, bias=bias)
-        self.dense = nn.Linear(hidden, hidden, bias=bias)
+        self.query_key_value = Linear(hidden, 3 * hidden, bias=bias)
+        self.dense = Linear(hidden, hidden, bias=bias)
 
     def forward(self, x: Tensor, keys: Keys) -> Tensor:
         rows, tokens, _ = x.shape
         heads = self.query_key_value(x).view(rows, tokens, -1, 3 * self.head_size).transpose(1, 2)
-        query, key, value = heads.chunk(3, dim=-1)
-        angles = rotary_angles(tokens, self.rotary_dim, self.rotary_base, x.device)
-        query, key = rotate_halves(query, angles), rotate_halves(key, angles)
+        turn = rotation(
+            tokens, self.rotary_dim, self.rotary_base, pairs=False, dtype=x.dtype, device=x.device
+        )
+        query, key, value = split_and_rotate(heads, turn)
         mixed = causal_attention(query, key, value, dropout=self.dropout, site=self.site, keys=keys)
         out: Tensor = self.dense(mixed.transpose(1, 2).reshape(rows, tokens, -1))
         return out
@@ -58,8 +62,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dense_h_to_4h = Linear(config.hidden_size, config.intermediate_size)
+        self.dense_4h_to_h = Linear(config.intermediate_size, config.hidden_size)
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,17 +94,21 @@ class Block(nn.Module):
         return fed + attended + x if self.parallel else fed + residual
 
 
-class Head(nn.Module):
-    """Final norm and projection: (rows, tokens, hidden) to logits (rows, tokens, vocabulary)."""
+class GPTNeoXHead(Head):
+    """The head under the names that GPT-NeoX's files have."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.embed_out = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.embed_out = Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, x: Tensor, keys: Keys = None) -> Tensor:
-        logits: Tensor = self.embed_out(self.final_layer_norm(x))
-        return logits
+    @property
+    def norm(self) -> nn.LayerNorm:
+        return self.final_layer_norm
+
+    @property
+    def projection(self) -> Linear:
+        return self.embed_out
 
 
 def check_config(config: Any) -> None:
@@ -132,7 +140,7 @@ FAMILY = Family(
     config_class=GPTNeoXConfig,
     make_embedding=Embedding,
     make_block=Block,
-    make_head=Head,
+    make_head=GPTNeoXHead,
     hf_embedding={"embed_in.weight": "gpt_neox.embed_in.weight"},
     hf_block={key: f"gpt_neox.layers.{{layer}}.{key}" for key in _BLOCK_KEYS},
     hf_head={

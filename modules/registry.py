@@ -15,13 +15,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """Where a family is implemented, and how its config.json spells what flags are checked with."""
+    """Where a family is implemented, and how its config.json spells what flags are checked with.
+
+    `inner_size` is the width of the feed-forward part: 4 times the hidden size where it is null.
+    """
 
     module: str
     hf_model_type: str
     hidden_size: str
     num_layers: str
     max_positions: str
+    inner_size: str
+    vocab_size: str = "vocab_size"
 
     def load(self) -> Family:
         """Imports the implementation (torch and transformers with it)."""
@@ -30,12 +35,13 @@ class ModelEntry:
 
 
 MODELS: dict[str, ModelEntry] = {
-    "gptj": ModelEntry("modules.gptj", "gptj", "n_embd", "n_layer", "n_positions"),
+    "gptj": ModelEntry("modules.gptj", "gptj", "n_embd", "n_layer", "n_positions", "n_inner"),
     "gptneox": ModelEntry(
         "modules.gptneox",
         "gpt_neox",
         "hidden_size",
         "num_hidden_layers",
         "max_position_embeddings",
+        "intermediate_size",
     ),
 }

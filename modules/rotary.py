@@ -1,41 +1,108 @@
 """Rotary position embeddings (Su et al., arXiv 2104.09864), in the two layouts in use.
 
 NeoX turns the first half of the rotated dimensions against the second; GPT-J turns neighbours.
+Turning back is turning by the opposite angle, so backward needs nothing that forward had.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Rotation:
+    """Tables made once: cosines and sines (tokens, pairs), and where in a head each pair lies."""
+
+    cos: Tensor
+    sin: Tensor
+    first: slice
+    second: slice
+    width: int
+
+    def turn(self, x: Tensor, out: Tensor, *, back: bool = False) -> None:
+        """Writes `x` (rows, heads, tokens, head size), turned, into `out` of that shape."""
+        sign = -1.0 if back else 1.0
+        first, second = x[..., self.first], x[..., self.second]
+        out[..., self.width :] = x[..., self.width :]
+        out[..., self.first] = (first * self.cos).addcmul_(second, self.sin, value=-sign)
+        out[..., self.second] = (second * self.cos).addcmul_(first, self.sin, value=sign)
+
+
 @lru_cache(maxsize=16)
-def rotary_angles(num_tokens: int, dim: int, base: float, device: torch.device) -> Tensor:
-    """Angles in fp32, (num_tokens, ceil(dim / 2)): position t turns pair i by t / base^(2i/dim)."""
+def rotation(
+    num_tokens: int,
+    dim: int,
+    base: float,
+    *,
+    pairs: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Rotation:
+    """Position t turns pair i by t / base^(2i/dim), computed in fp32; tables in `dtype`.
+
+    `pairs`: the GPT-J layout, else NeoX's.
+    """
     inverse = 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim))
     positions = torch.arange(num_tokens, dtype=torch.float32, device=device)
-    return positions[:, None] * inverse
+    angles = positions[:, None] * inverse
+    count = angles.shape[1]
+    width = 2 * count
+    first, second = slice(0, count), slice(count, width)
+    if pairs:
+        first, second = slice(0, width, 2), slice(1, width, 2)
+    return Rotation(angles.cos().to(dtype), angles.sin().to(dtype), first, second, width)
 
 
-def rotate_halves(x: Tensor, angles: Tensor) -> Tensor:
-    """NeoX layout. `x` is (..., tokens, head size); its first 2 * angles.shape[1] entries turn."""
-    width = 2 * angles.shape[1]
-    turned, rest = x[..., :width], x[..., width:]
-    cos = angles.cos().repeat(1, 2).to(x.dtype)
-    sin = angles.sin().repeat(1, 2).to(x.dtype)
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((turned, rest), dim=-1)
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """`x` (rows, heads, tokens, head size), turned."""
+    out: Tensor = _Rotate.apply(x, rotation)  # type: ignore[no-untyped-call]
+    return out
 
 
-def rotate_pairs(x: Tensor, angles: Tensor) -> Tensor:
-    """GPT-J layout. `x` is (..., tokens, head size); its first 2 * angles.shape[1] entries turn."""
-    width = 2 * angles.shape[1]
-    turned, rest = x[..., :width], x[..., width:]
-    cos = angles.cos().repeat_interleave(2, dim=1).to(x.dtype)
-    sin = angles.sin().repeat_interleave(2, dim=1).to(x.dtype)
-    even, odd = turned[..., ::2], turned[..., 1::2]
-    turned = turned * cos + torch.stack((-odd, even), dim=-1).flatten(-2) * sin
-    return torch.cat((turned, rest), dim=-1)
+def split_and_rotate(fused: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys, turned, and values, out of `fused` (rows, heads, tokens, 3 * head size)."""
+    query, key, value = _SplitAndRotate.apply(fused, rotation)  # type: ignore[no-untyped-call]
+    return query, key, value
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rotation: Rotation) -> Tensor:
+        ctx.rotation = rotation
+        out = torch.empty_like(x)
+        rotation.turn(x, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        out = torch.empty_like(gradient)
+        ctx.rotation.turn(gradient, out, back=True)
+        return out, None
+
+
+class _SplitAndRotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, fused: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.rotation = rotation
+        query, key, value = fused.chunk(3, dim=-1)
+        turned = [
+            torch.empty_like(part, memory_format=torch.contiguous_format) for part in (query, key)
+        ]
+        rotation.turn(query, turned[0])
+        rotation.turn(key, turned[1])
+        return turned[0], turned[1], value.contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None]:
+        rows, heads, tokens, size = query.shape
+        whole = query.new_empty((rows, tokens, heads, 3 * size)).transpose(1, 2)
+        to_query, to_key, to_value = whole.chunk(3, dim=-1)
+        ctx.rotation.turn(query, to_query, back=True)
+        ctx.rotation.turn(key, to_key, back=True)
+        to_value.copy_(value)
+        return whole, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -11,19 +11,19 @@ from torch.utils.checkpoint import checkpoint
 
 from modules.dropout import Keys
 from modules.family import Family
+from modules.head import Head
 from modules.layers import make_layer
 
 
-def stage_modules(stage: int, *, num_stages: int, num_layers: int, model_layers: int) -> range:
+def stage_modules(stage: int, split: Sequence[int]) -> range:
     """Which of the model's modules (0 the embedding, 1..L the blocks, L + 1 the head) a stage has.
 
-    Stage i holds blocks [i * num_layers, min((i + 1) * num_layers, L)), the first stage the
-    embedding too, the last the head.
+    `split` has the number of blocks of each stage; the first stage has the embedding too, the last
+    the head.
     """
-    start = stage * num_layers
-    stop = min(start + num_layers, model_layers)
+    start = sum(split[:stage])
     first = 0 if stage == 0 else start + 1
-    last = model_layers + 1 if stage == num_stages - 1 else stop
+    last = start + split[stage] + (1 if stage == len(split) - 1 else 0)
     return range(first, last + 1)
 
 
@@ -44,14 +44,29 @@ class StageModel(nn.ModuleList):
 
         `recompute` keeps a block's input alone and computes the rest again in backward.
         """
+        x = self._up_to_head(x, keys, recompute=recompute)
+        return self.head(x[:, :-1], keys) if self.has_head else x
+
+    def loss(
+        self, x: Tensor, labels: Tensor, keys: Keys, *, scale: float, recompute: bool = False
+    ) -> Tensor:
+        """The last stage's sum of token losses; labels (rows, tokens), of which the last position's
+        are not used. Backward gives the gradients of it times `scale` (`modules.head`)."""
+        x = self._up_to_head(x, keys, recompute=recompute)
+        return self.head.loss(x[:, :-1], labels[:, :-1], scale=scale)
+
+    @property
+    def head(self) -> Head:
+        head = self[-1]
+        assert isinstance(head, Head)
+        return head
+
+    def _up_to_head(self, x: Tensor, keys: Keys, *, recompute: bool) -> Tensor:
         for index, module in zip(self.indices, self, strict=True):
-            is_end = (self.has_embedding and index == 0) or (
-                self.has_head and index == self.indices.stop - 1
-            )
-            if is_end and index > 0:
-                x = x[:, :-1]
+            if self.has_head and index == self.indices.stop - 1:
+                break
             run = cast(Callable[..., Tensor], module)
-            if recompute and not is_end and torch.is_grad_enabled():
+            if recompute and index > 0 and torch.is_grad_enabled():
                 x = checkpoint(run, x, keys, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = run(x, keys)
