@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from checkpoint.model_folder import read_json_object
+from checkpoint.stage_split import told_split
+from modules.split import AUTO, Asked, Split
 
 
 def check_same_run(meta: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
@@ -18,6 +20,24 @@ def check_same_run(meta: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
                 f"{flag} is {value}, but the checkpoint of step {meta['step']} was made with "
                 f"{kept.get(flag)}"
             )
+
+
+def continued_split(path: Path, meta: Mapping[str, Any], asked: Asked, chosen: Split) -> Split:
+    """The split that a run goes on with: that of its checkpoint, whose meta.json is `path`.
+
+    `chosen` is what --num-layers `asked` for comes to now. For auto the checkpoint's counts, since
+    another version may weigh otherwise; ValueError names both where a number or list is another.
+    """
+    kept = told_split(path, meta, sum(chosen))
+    if kept is None:
+        raise ValueError(f"{path}: num_layers is missing, expected the layers of each stage")
+    if asked != AUTO and chosen != kept:
+        meaning = "" if asked == chosen else f", which is {chosen}"
+        raise ValueError(
+            f"--num-layers is {asked}{meaning}, but the checkpoint of step {meta['step']} was made "
+            f"with {kept}"
+        )
+    return kept
 
 
 def check_same_config(folder: Path, model_folder: Path) -> None:
@@ -32,11 +52,17 @@ def check_same_config(folder: Path, model_folder: Path) -> None:
             )
 
 
-def changes(meta: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
-    """One line for each setting that is not what the checkpoint was made with."""
+def changes(
+    meta: Mapping[str, Any], settings: Mapping[str, Any], *, idle: Collection[str] = ()
+) -> list[str]:
+    """One line for each setting that is not what the checkpoint was made with.
+
+    `idle` are flags that do nothing in this run, whatever they are now.
+    """
     kept = meta.get("settings", {})
     return [
         f"{flag} is now {_shown(value)}, it was {_shown(kept.get(flag))}"
+        + (", which has no effect here" if flag in idle else "")
         for flag, value in settings.items()
         if kept.get(flag) != value
     ]

@@ -15,10 +15,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from checkpoint.hf_files import Source, hf_names, read_module, write_model
 from checkpoint.model_folder import copy_companions, find_model, write_config
 from checkpoint.output_folder import new_folder
-from checkpoint.stage_files import open_checkpoint, read_split, resolve_checkpoint
+from checkpoint.stage_files import open_checkpoint, resolve_checkpoint
+from checkpoint.stage_split import read_split
 from checkpoint.tensor_files import DTYPES
 from checkpoint.verify import verify as verify_logits
 from modules.family import Family
+from modules.split import Layers
 
 LOGGER = logging.getLogger(__name__)
 
@@ -29,7 +31,7 @@ def convert_to_hf(
     ckpt_path: Path,
     save_path: Path,
     n_stages: int | None,
-    n_layer_per_stage: int | None,
+    n_layer_per_stage: Layers | None,
     config_name: str | None,
     fp16: bool,
     verify: bool,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from checkpoint.shards import load_layer_shard, shard_name
 from checkpoint.stage_files import read_stage_module, stage_file
+from checkpoint.strict import check_fits
 from checkpoint.tensor_files import require_file
 from comm.communicator import Communicator
 from modules.family import Family
@@ -18,24 +19,43 @@ from modules.layers import initialise_
 from modules.stage_model import StageModel
 
 
-def load_shards_(model: StageModel, folder: Path, family: Family, config: Any) -> None:
+def load_shards_(
+    model: StageModel,
+    folder: Path,
+    family: Family,
+    config: Any,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Fills a stage from its layer shards, one layer at a time; ValueError names file and key.
 
-    All files are there before the first is read.
+    All files are there before the first is read. What they hold must fit `dtype`, in which training
+    will compute.
     """
     for index in model.indices:
         require_file(folder / shard_name(index, config.num_hidden_layers))
     for index, module in zip(model.indices, model, strict=True):
-        _fill(module, load_layer_shard(folder, family, config, index))
+        weights = load_layer_shard(folder, family, config, index)
+        path = folder / shard_name(index, config.num_hidden_layers)
+        check_fits(path, weights, dtype)
+        _fill(module, weights)
 
 
 def load_checkpoint_(
-    model: StageModel, folder: Path, stage: int, family: Family, config: Any
+    model: StageModel,
+    folder: Path,
+    stage: int,
+    family: Family,
+    config: Any,
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Fills a stage from a training checkpoint, ours or a predecessor's; ValueError as above."""
     path = stage_file(folder, stage)
     for j, module in enumerate(model):
-        _fill(module, read_stage_module(path, family, config, model.indices, j))
+        weights = read_stage_module(path, family, config, model.indices, j)
+        check_fits(path, {f"{j}.{key}": weight for key, weight in weights.items()}, dtype)
+        _fill(module, weights)
 
 
 def initialise_model_(model: StageModel, config: Any, *, seed: int) -> None:

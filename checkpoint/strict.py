@@ -18,6 +18,13 @@ from modules.layers import make_layer
 
 _FINITE_CHUNK = 1 << 22  # elements looked at together, so that the check needs little memory
 
+# The types that training computes in, and what to do about weights that do not fit.
+_FITTING = {
+    torch.float32: ("fp32", ""),
+    torch.float16: ("fp16", ": use --bf16"),
+    torch.bfloat16: ("bf16", ": train in fp32"),
+}
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -66,6 +73,20 @@ def _checked(path: Path, key: str, tensor: Tensor, dtype: torch.dtype | None) ->
             f"value {torch.finfo(dtype).max:g}: choose a wider type"
         )
     return cast
+
+
+def check_fits(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Raises ValueError for a finite weight that is infinite in fp32, or in `dtype` after that."""
+    for key, tensor in weights.items():
+        low, high = tensor.aminmax()
+        largest = high if high >= -low else low
+        for wanted in (torch.float32, dtype):
+            if not largest.float().to(wanted).isfinite():
+                name, advice = _FITTING[wanted]
+                raise ValueError(
+                    f"{path}: {key} holds {largest.item():g}, which does not fit {name} (largest "
+                    f"{torch.finfo(wanted).max:g}){advice}"
+                )
 
 
 def is_finite(tensor: Tensor) -> bool:

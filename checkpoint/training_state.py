@@ -152,7 +152,7 @@ class CheckpointStore:
         step_folder.sync_folder(self.path)
 
     def _all_here(self) -> None:
-        self._control.all_reduce(torch.zeros(1))
+        self._control.all_reduce(torch.zeros(1)).wait()
 
 
 def _disagreement(found: list[dict[str, Any]]) -> str:
@@ -182,9 +182,14 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
+def part_file(folder: Path, stage: int, part: str) -> Path:
+    """Where `save` keeps one part of a stage."""
+    return folder / f"prank_{stage}_{part}.pt"
+
+
 def read_part(folder: Path, stage: int, part: str) -> dict[str, Any]:
     """What `save` kept of one part; ValueError names the file where it cannot be read."""
-    path = folder / f"prank_{stage}_{part}.pt"
+    path = part_file(folder, stage, part)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises its own, pickle's, zip's and the system's

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from optimizer.adam import BETAS, EPS
@@ -12,8 +13,9 @@ from optimizer.adam import BETAS, EPS
 class Adam8bit:
     """bitsandbytes' AdamW8bit, one weight at a time.
 
-    Weights of fewer than 4096 numbers keep fp32 moments, as bitsandbytes has it. ValueError where
-    bitsandbytes is not installed.
+    One optimizer of theirs steps every weight, which is put into it with its state: making one
+    takes longer than its step. Weights of fewer than 4096 numbers keep fp32 moments, as
+    bitsandbytes has it. ValueError where bitsandbytes is not installed.
     """
 
     kind = "8bit-adam"
@@ -25,14 +27,14 @@ class Adam8bit:
             raise ValueError(
                 f"--optimizer 8bit-adam: {error}; install it with `pip install bitsandbytes`"
             ) from None
-        self._make: Any = optim.AdamW8bit
+        self._adam: Any = optim.AdamW8bit([nn.Parameter(torch.empty(0))], betas=BETAS, eps=EPS)
 
     def empty_state(self, weight: Tensor) -> dict[str, Tensor]:
         """The state of a weight before its first update: codes, their tables and block maxima."""
         parameter = nn.Parameter(weight, requires_grad=False)
-        adam = self._make([parameter], betas=BETAS, eps=EPS)
-        adam.init_state(adam.param_groups[0], parameter, 0, 0)
-        state = adam.state[parameter]
+        self._put_in(parameter, {})
+        self._adam.init_state(self._adam.param_groups[0], parameter, 0, 0)
+        state = self._take_out(parameter)
         return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
     def step(
@@ -41,13 +43,25 @@ class Adam8bit:
         gradient: Tensor,
         state: dict[str, Tensor],
         *,
+        factor: float,
         lr: float,
         weight_decay: float,
         update: int,
     ) -> None:
-        """Steps `weight` and `state` in place; `update` counts the updates before this one."""
+        """Steps `weight` and `state` in place by `gradient` times `factor`; `update` counts the
+        updates before this one. The gradient may be overwritten."""
         parameter = nn.Parameter(weight)
-        parameter.grad = gradient
-        adam = self._make([parameter], lr=lr, betas=BETAS, eps=EPS, weight_decay=weight_decay)
-        adam.state[parameter] = {**state, "step": update}
-        adam.step()
+        parameter.grad = gradient.mul_(factor)
+        self._put_in(parameter, {**state, "step": update}, lr=lr, weight_decay=weight_decay)
+        self._adam.step()
+        self._take_out(parameter)
+
+    def _put_in(self, parameter: nn.Parameter, state: dict[str, Any], **options: float) -> None:
+        self._adam.param_groups[0].update(params=[parameter], **options)
+        self._adam.state[parameter] = state
+
+    def _take_out(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """Its state; nothing keeps the weight alive."""
+        self._adam.param_groups[0]["params"] = []
+        state: dict[str, Any] = self._adam.state.pop(parameter)
+        return state

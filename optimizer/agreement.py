@@ -1,8 +1,8 @@
-"""One small reduction over all processes that ends an iteration.
+"""One small reduction over all processes that ends an iteration, and one before a save.
 
-It brings every process the loss over all replicas and, where an update is due, the gradient norm
-over all stages. Each number has a slot of its own that one process fills and all others leave zero,
-so the sums are exact; the slots are then added in one order, so nothing depends on P.
+The first brings every process the loss over all replicas and, where an update is due, the gradient
+norm over all stages. Each number has a slot of its own that one process fills and all others leave
+zero, so the sums are exact; the slots are then added in one order, so nothing depends on P.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from comm.communicator import Communicator
 from comm.topology import Topology
+from monitor.trace import NO_TRACER, Tracer, Track
 
 
 class Totals(NamedTuple):
@@ -36,9 +37,15 @@ class Agreement:
     """`norm_slots` counts the parameters of all stages; this stage's begin at `first_slot`."""
 
     def __init__(
-        self, control: Communicator, topology: Topology, *, norm_slots: int, first_slot: int
+        self,
+        control: Communicator,
+        topology: Topology,
+        *,
+        norm_slots: int,
+        first_slot: int,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
-        self._control, self._topology = control, topology
+        self._control, self._topology, self._tracer = control, topology, tracer
         self._norm_slots, self._first_slot = norm_slots, first_slot
 
     def agree(self, *, loss: float, tokens: int, squared_norms: Sequence[float] | None) -> Totals:
@@ -57,7 +64,8 @@ class Agreement:
             slots[start : start + len(squared_norms)] = torch.tensor(
                 squared_norms, dtype=torch.float64
             )
-        self._control.all_reduce(slots)
+        with self._tracer.span(Track.OPTIMIZER_COMM, size=slots.numel()):
+            self._control.all_reduce(slots).wait()
         values = slots.tolist()
         norms = values[2 * replicas :]
         return Totals(
@@ -66,6 +74,17 @@ class Agreement:
             squared_norm=None if squared_norms is None else sum(norms),
             first_bad=next((i for i, n in enumerate(norms) if not math.isfinite(n)), None),
         )
+
+    def first_bad(self, finite: Sequence[bool]) -> int | None:
+        """The number of the first parameter, over all stages, that any process finds not finite.
+
+        `finite` are this stage's parameters, in order; every process calls it.
+        """
+        slots = torch.zeros(self._norm_slots)
+        slots[self._first_slot : self._first_slot + len(finite)] = ~torch.tensor(finite)
+        self._control.all_reduce(slots).wait()
+        bad = slots.nonzero().flatten().tolist()
+        return bad[0] if bad else None
 
 
 def squared_norms(gradients: Sequence[Tensor]) -> list[float]:

@@ -6,8 +6,13 @@ of its own and feeds it the same verdicts, so that all move alike.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any, Protocol
+
+logger = logging.getLogger(__name__)
+
+CONSTANT, DYNAMIC = "constant", "dynamic"  # the kinds that a state names
 
 
 class LossScaler(Protocol):
@@ -24,10 +29,10 @@ class LossScaler(Protocol):
         """Takes note of how an update went."""
 
     def state(self) -> dict[str, Any]:
-        """What `load_state` restores."""
+        """What `load_state` restores, with its kind."""
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restores `state()`."""
+        """Restores what `state()` of either kind gave, as far as the flags of now allow."""
 
 
 class ConstantScale:
@@ -40,7 +45,7 @@ class ConstantScale:
         """Nothing moves."""
 
     def state(self) -> dict[str, Any]:
-        return {"scale": self.scale}
+        return {"kind": CONSTANT, "scale": self.scale}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """The flag alone says what a constant scale is."""
@@ -68,16 +73,37 @@ class DynamicScale:
                 self.scale = max(self.scale / 2, self._minimum)
             return
         self._clean += 1
-        if self._clean == self._window:
+        if self._clean >= self._window:  # above it where a resumed run has a shorter one
             self._clean, self._left = 0, self._hysteresis
             self.scale *= 2
 
     def state(self) -> dict[str, Any]:
-        return {"scale": self.scale, "hysteresis_left": self._left, "clean": self._clean}
+        return {
+            "kind": DYNAMIC,
+            "scale": self.scale,
+            "hysteresis_left": self._left,
+            "clean": self._clean,
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self.scale = float(state["scale"])
-        self._left, self._clean = int(state["hysteresis_left"]), int(state["clean"])
+        kept = float(state["scale"])
+        if kind_of(state) != DYNAMIC:
+            logger.info(
+                "the loss scale was constant, %g: a dynamic one starts at --initial-loss-scale %g",
+                kept,
+                self.scale,
+            )
+            return
+        if kept < self._minimum:
+            logger.info("the loss scale, %g, rises to --min-loss-scale %g", kept, self._minimum)
+        self.scale = max(kept, self._minimum)
+        self._left = min(int(state["hysteresis_left"]), self._hysteresis)
+        self._clean = int(state["clean"])
+
+
+def kind_of(state: Mapping[str, Any]) -> str:
+    """Whose `state()` it is; the first checkpoints did not name it."""
+    return str(state.get("kind", DYNAMIC if "clean" in state else CONSTANT))
 
 
 def make_scaler(

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from comm.communicator import Communicator
-from data_parallel.flat_gradients import FlatGradients
+from data_parallel.flat_gradients import BUCKET_BYTES, FlatGradients
+from data_parallel.pieces import broadcast_pieces
+from monitor.trace import NO_TRACER, Tracer, Track
 from optimizer.offload import HostCopies, to_host
 from optimizer.ownership import deal_out
 
@@ -30,8 +32,8 @@ class Algorithm(Protocol):
     def empty_state(self, weight: Tensor) -> dict[str, Tensor]: ...
 
     def step(
-        self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], *, lr: float,
-        weight_decay: float, update: int,
+        self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], *, factor: float,
+        lr: float, weight_decay: float, update: int,
     ) -> None: ...  # fmt: skip
 
 
@@ -54,14 +56,16 @@ class MixedPrecisionOptimizer:
         offload: bool,
         sharded: bool,
         replicas: Communicator,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         self.names = list(parameters)
         self.algorithm = algorithm
         self.updates = 0
         self.sharded = sharded
         self._parameters, self._replicas = dict(parameters), replicas
-        self._dtype, self._weight_decay = dtype, weight_decay
+        self._dtype, self._weight_decay, self._tracer = dtype, weight_decay, tracer
         sizes = [parameter.numel() for parameter in parameters.values()]
+        self._num_elements = sum(sizes)
         dealt = deal_out(sizes, replicas.size) if sharded else [replicas.rank] * len(sizes)
         self.owners = dict(zip(self.names, dealt, strict=True))
         device = next(iter(parameters.values())).device
@@ -70,7 +74,7 @@ class MixedPrecisionOptimizer:
         for parameter in parameters.values():
             parameter.data = parameter.data.to(dtype)
         self.moments = {name: algorithm.empty_state(m) for name, m in self.masters.items()}
-        self._gradients = FlatGradients(parameters, dealt)
+        self.flat_gradients = FlatGradients(parameters, dealt, replicas=replicas, sharded=sharded)
 
     @property
     def owned(self) -> list[str]:
@@ -82,25 +86,34 @@ class MixedPrecisionOptimizer:
         """Whether masters hold more than the compute weights do."""
         return self._dtype != torch.float32
 
+    def begin_update(self, num_microbatches: int) -> None:
+        """An update of so many microbatches begins; its gradients are zero by now."""
+        self.flat_gradients.begin(num_microbatches)
+
     def reduce_gradients(self) -> None:
-        """Sums the gradients over the replicas, where they are to be stepped."""
-        if self.sharded:
-            self._gradients.reduce_to_owners(self._replicas)
-        else:
-            self._gradients.all_reduce(self._replicas)
+        """Waits until the replicas' gradients are summed, where they are to be stepped."""
+        with self._tracer.span(Track.OPTIMIZER_COMM, size=self._num_elements):
+            self.flat_gradients.finish()
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """The summed gradients that this process speaks for; each has one replica that does."""
         for name in self.names:
             speaks = self.owners[name] if self.sharded else 0
             if speaks == self._replicas.rank:
-                yield name, self._gradients.views[name]
+                yield name, self.flat_gradients.views[name]
 
     @torch.no_grad()
     def step(self, *, lr: float, factor: float) -> None:
         """One update from the gradients times `factor`, which are gone after it."""
-        self._gradients.scale_(factor)
-        gradients = [self._gradients.views[name] for name in self.owned]
+        owned = sum(master.numel() for master in self.masters.values())
+        with self._tracer.span(Track.OPTIMIZER_COMP, size=owned):
+            self._step_owned(lr=lr, factor=factor)
+            self.flat_gradients.zero_()
+        self.updates += 1
+        self.share_weights()
+
+    def _step_owned(self, *, lr: float, factor: float) -> None:
+        gradients = [self.flat_gradients.views[name] for name in self.owned]
         copies = gradients if self._copies is None else self._copies.of(gradients)
         for name, gradient in zip(self.owned, copies, strict=True):
             master = self.masters[name]
@@ -108,18 +121,16 @@ class MixedPrecisionOptimizer:
                 master,
                 gradient,
                 self.moments[name],
+                factor=factor,
                 lr=lr,
                 weight_decay=self._weight_decay if master.dim() >= 2 else 0.0,
                 update=self.updates,
             )
             self._give_weight(name)
-        self.updates += 1
-        self.share_weights()
-        self._gradients.zero_()
 
     def drop_gradients(self) -> None:
         """Forgets the gradients: the update is skipped."""
-        self._gradients.zero_()
+        self.flat_gradients.zero_()
 
     @torch.no_grad()
     def refresh_weights(self) -> None:
@@ -131,16 +142,20 @@ class MixedPrecisionOptimizer:
     @torch.no_grad()
     def share_weights(self) -> None:
         """Gives every replica the compute weights that the others have stepped."""
-        if not self.sharded:
+        if not self.sharded or self._replicas.size == 1:
             return
+        with self._tracer.span(Track.OPTIMIZER_COMM, size=self._num_elements):
+            self._share_owned()
+
+    def _share_owned(self) -> None:
         for owner in range(self._replicas.size):
-            weights = [self._parameters[n].data for n in self.names if self.owners[n] == owner]
-            if weights:
-                flat = torch.cat([weight.flatten() for weight in weights])
-                self._replicas.broadcast(flat, root=owner)
-                parts = torch.split(flat, [weight.numel() for weight in weights])
-                for weight, part in zip(weights, parts, strict=True):
-                    weight.copy_(part.view_as(weight))
+            names = [name for name in self.names if self.owners[name] == owner]
+            weights = [self._parameters[name].data for name in names]
+            broadcast_pieces(weights, self._replicas, root=owner, limit=BUCKET_BYTES)
+
+    def weight_of(self, name: str) -> Tensor:
+        """The compute weight, which every replica has."""
+        return self._parameters[name].data
 
     def shape_of(self, name: str) -> torch.Size:
         return self._parameters[name].shape

@@ -20,7 +20,7 @@ class HostCopies:
     def __init__(self, largest: int, device: torch.device) -> None:
         cuda = device.type == "cuda"
         self._buffers = [torch.empty(largest, pin_memory=cuda) for _ in range(2)]
-        self._stream = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device) if cuda else None
         self._device = device
 
     def of(self, gradients: Sequence[Tensor]) -> Iterator[Tensor]:

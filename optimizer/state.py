@@ -7,14 +7,17 @@ control channel, as plain tensors whose shapes both sides know.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from checkpoint.strict import is_finite
 from comm.communicator import Communicator
 from comm.topology import Topology
 from optimizer.mixed_precision import MixedPrecisionOptimizer
+from optimizer.state_check import check_head, take_weight
 
 MASTERS = "masters"
 
@@ -47,15 +50,20 @@ def restore_state(
     topology: Topology,
     *,
     updates: int,
+    source: Path,
 ) -> None:
     """Fills the optimizer from `collect_state`'s result, which replica 0 alone gives.
 
-    ValueError names what is missing, extra or misshapen.
+    ValueError names `source`, the file that it is from, and what in it is missing, extra,
+    misshapen, not finite, or of another algorithm or number of updates.
     """
     optimizer.updates = updates
+    if state is not None:
+        kind, names = optimizer.algorithm.kind, optimizer.names
+        check_head(source, state, kind=kind, updates=updates, names=names)
     for name in optimizer.names:
         if state is not None:
-            kept = _kept(optimizer, name, state)
+            kept = take_weight(source, state, name, _like(optimizer, name))
             for replica in range(topology.num_replicas):
                 holds = not optimizer.sharded or optimizer.owners[name] == replica
                 if replica == 0 and holds:
@@ -69,10 +77,18 @@ def restore_state(
     optimizer.refresh_weights()
 
 
+def finite_weights(optimizer: MixedPrecisionOptimizer) -> list[bool]:
+    """For each weight, whether all that a checkpoint would keep of it here is finite."""
+    return [
+        all(map(is_finite, (optimizer.weight_of(name), *_tensors(optimizer, name).values())))
+        for name in optimizer.names
+    ]
+
+
 def _tensors(optimizer: MixedPrecisionOptimizer, name: str) -> dict[str, Tensor]:
-    """What a checkpoint keeps of one weight that this process steps."""
-    kept = dict(optimizer.moments[name])
-    if optimizer.has_own_masters:
+    """What a checkpoint keeps of one weight; nothing where another process steps it."""
+    kept = dict(optimizer.moments.get(name, {}))
+    if optimizer.has_own_masters and name in optimizer.masters:
         kept[MASTERS] = optimizer.masters[name]
     return kept
 
@@ -83,23 +99,6 @@ def _like(optimizer: MixedPrecisionOptimizer, name: str) -> dict[str, Tensor]:
     kept = dict(optimizer.algorithm.empty_state(master))
     if optimizer.has_own_masters:
         kept[MASTERS] = master
-    return kept
-
-
-def _kept(
-    optimizer: MixedPrecisionOptimizer, name: str, state: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    kept = {}
-    for part, like in _like(optimizer, name).items():
-        found = state.get(part, {}).get(name)
-        if not isinstance(found, Tensor):
-            raise ValueError(f"optimizer state {part}: {name} is missing")
-        if found.shape != like.shape or found.dtype != like.dtype:
-            raise ValueError(
-                f"optimizer state {part}.{name} is {tuple(found.shape)} {found.dtype}, expected "
-                f"{tuple(like.shape)} {like.dtype}"
-            )
-        kept[part] = found
     return kept
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,17 +106,20 @@ def hf_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def make_checkpoint(
-    shards: Path, folder: Path, *, per_stage: int, meta: Mapping[str, Any] | None
+    shards: Path, folder: Path, *, counts: Sequence[int], meta: Mapping[str, Any] | None
 ) -> Path:
-    """A step's folder from layer shards, as training lays it out, by plain torch.save."""
+    """A step's folder from layer shards, as training lays it out, by plain torch.save.
+
+    `counts` are the layers of each stage.
+    """
     names = ["pytorch_embs.pt", *(f"pytorch_{i}.pt" for i in range(NUM_LAYERS))]
     modules = [torch.load(shards / name, weights_only=True) for name in names]
-    cuts = list(range(0, NUM_LAYERS, per_stage))
     folder.mkdir(parents=True)
-    for stage, start in enumerate(cuts):
-        part = modules[1 + start : 1 + start + per_stage]
+    for stage, count in enumerate(counts):
+        start = 1 + sum(counts[:stage])
+        part = modules[start : start + count]
         part = [modules[0], *part] if stage == 0 else part
-        if stage == len(cuts) - 1:
+        if stage == len(counts) - 1:
             part.append(torch.load(shards / "pytorch_lm_head.pt", weights_only=True))
         state = {
             f"{j}.{key}": value for j, module in enumerate(part) for key, value in module.items()

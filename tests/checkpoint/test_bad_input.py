@@ -18,6 +18,7 @@ import torch
 from checkpoint.convert_from_hf import convert_from_hf
 from checkpoint.convert_to_hf import convert_to_hf
 from checkpoint.shards import load_layer_shard
+from modules.split import Split
 from tests.checkpoint.models import (
     copy_config,
     edit_json,
@@ -51,7 +52,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     made.rename(base / "shards")
     meta = {"step": 7, "model_type": "gptneox", "num_stages": 2, "num_layers": [2, 1]}
-    make_checkpoint(base / "shards", base / "ck", per_stage=2, meta=meta)
+    make_checkpoint(base / "shards", base / "ck", counts=(2, 1), meta=meta)
     copy_config(base / "shards", base / "ck")
     return base
 
@@ -210,6 +211,16 @@ TO_HF = {
     "other layers": Case(
         {"n_layer_per_stage": 3}, lambda d: None, ["--n-layer-per-stage is 3", "meta.json says 2"]
     ),
+    "other layers by list": Case(
+        {"n_layer_per_stage": Split((1, 2))},
+        lambda d: None,
+        ["--n-layer-per-stage is 1,2", "meta.json says 2,1"],
+    ),
+    "layers of more stages": Case(
+        {"n_layer_per_stage": Split((1, 1, 1))},
+        lambda d: None,
+        ["--n-layer-per-stage is 1,1,1", "meta.json says 2,1"],
+    ),
     "stages unknown": Case({}, lambda d: (d / "meta.json").unlink(), ["--n-stages", "missing"]),
     "layers unknown": Case(
         {"n_stages": 2}, lambda d: (d / "meta.json").unlink(), ["--n-layer-per-stage", "missing"]
@@ -229,8 +240,27 @@ TO_HF = {
         lambda d: (d / "meta.json").unlink(),
         ["--n-stages 2", "--n-layer-per-stage 3", "3"],
     ),
+    "a list of other stages": Case(
+        {"n_stages": 3, "n_layer_per_stage": Split((2, 1))},
+        lambda d: (d / "meta.json").unlink(),
+        ["--n-stages 3", "--n-layer-per-stage 2,1", "2 stages", "3 layers"],
+    ),
+    "a list of other layers": Case(
+        {"n_layer_per_stage": Split((2, 2))},
+        lambda d: (d / "meta.json").unlink(),
+        ["--n-layer-per-stage 2,2", "4 layers", "3 layers"],
+    ),
+    "a list in another order": Case(
+        {"n_layer_per_stage": Split((1, 2))},
+        lambda d: (d / "meta.json").unlink(),
+        ["prank_0_checkpoint.pt", "2.attention", "unexpected"],
+    ),
     "another model's": Case({}, lambda d: meta(d, model_type="gptj"), ["'gptj'", "'gptneox'"]),
-    "another depth's": Case({}, lambda d: meta(d, num_layers=[2, 2]), ["[2, 2]", "[2, 1]"]),
+    "another depth's": Case({}, lambda d: meta(d, num_layers=[2, 2]), ["[2, 2]", "4 in all", "3"]),
+    "an empty stage in meta": Case(
+        {}, lambda d: meta(d, num_layers=[3, 0]), ["meta.json", "[3, 0]"]
+    ),
+    "fewer stages in meta": Case({}, lambda d: meta(d, num_layers=[3]), ["meta.json", "[3]", "2"]),
     "meta of no sense": Case({}, lambda d: meta(d, num_layers=3), ["meta.json", "num_layers 3"]),
     "broken meta": Case({}, lambda d: (d / "meta.json").write_text("{"), ["meta.json", "JSON"]),
     "no config": Case({}, lambda d: (d / "config.json").unlink(), ["--config-name is missing"]),

@@ -51,8 +51,7 @@ def build(form, layers, folder):
     config.save_pretrained(folder)
     if form == "checkpoint":
         for stage in (0, 1):
-            indices = stage_modules(
-                stage, num_stages=2, num_layers=layers // 2, model_layers=layers)
+            indices = stage_modules(stage, (layers // 2, layers // 2))
             state = StageModel(FAMILY, config, indices, device="meta").state_dict()
             state = {key: torch.full(value.shape, 0.01) for key, value in state.items()}
             torch.save(state, folder / f"prank_{stage}_checkpoint.pt")

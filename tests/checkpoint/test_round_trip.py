@@ -15,6 +15,7 @@ from checkpoint import hf_files
 from checkpoint.convert_from_hf import convert_from_hf
 from checkpoint.convert_to_hf import convert_to_hf
 from checkpoint.shards import load_layer_shard
+from modules.split import Split
 from tests.checkpoint.models import (
     NUM_LAYERS,
     TOKENIZER_FILES,
@@ -49,11 +50,10 @@ def to_hf(name: str, checkpoint: Path, tmp_path: Path, **options: Any) -> Path:
     )
 
 
-def ours(name: str, shards: Path, folder: Path, per_stage: int) -> Path:
+def ours(name: str, shards: Path, folder: Path, *counts: int) -> Path:
     """A checkpoint as our training leaves it: with config, tokenizer and meta.json."""
-    counts = [min(per_stage, NUM_LAYERS - i) for i in range(0, NUM_LAYERS, per_stage)]
-    meta = {"step": 7, "model_type": name, "num_stages": len(counts), "num_layers": counts}
-    make_checkpoint(shards, folder / "7", per_stage=per_stage, meta=meta)
+    meta = {"step": 7, "model_type": name, "num_stages": len(counts), "num_layers": list(counts)}
+    make_checkpoint(shards, folder / "7", counts=counts, meta=meta)
     (folder / "latest").write_text("7")
     copy_config(shards, folder / "7")
     return folder
@@ -73,17 +73,42 @@ def logits(model: Any) -> Tensor:
     return result
 
 
-@pytest.mark.parametrize("per_stage", [1, 2, 3])
+@pytest.mark.parametrize("counts", [(1, 1, 1), (2, 1), (1, 2), (3,)])
 @pytest.mark.parametrize("name", ["gptj", "gptneox"])
-def test_logits_come_back_to_the_bit(name: str, per_stage: int, tmp_path: Path) -> None:
+def test_logits_come_back_to_the_bit(name: str, counts: tuple[int, ...], tmp_path: Path) -> None:
     model = make_model(name)
     shards = to_shards(name, save_model(model, tmp_path / "in"), tmp_path)
-    result = to_hf(name, ours(name, shards, tmp_path / "run", per_stage), tmp_path)
+    result = to_hf(name, ours(name, shards, tmp_path / "run", *counts), tmp_path)
     assert torch.equal(logits(load_back(result)), logits(model))
     written, original = hf_weights(result), hf_weights(tmp_path / "in")
     assert written.keys() == original.keys()
     assert all(torch.equal(written[key], original[key]) for key in original)
     assert all((result / file).read_text() == text for file, text in TOKENIZER_FILES.items())
+
+
+# layers of the stages, and flags that say the same
+SAID: list[tuple[tuple[int, ...], dict[str, Any]]] = [
+    ((2, 1), {"n_stages": 2, "n_layer_per_stage": 2}),
+    ((2, 1), {"n_layer_per_stage": Split((2, 1))}),
+    ((1, 2), {"n_stages": 2, "n_layer_per_stage": Split((1, 2))}),
+]
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize(("counts", "said"), SAID)
+def test_flags_say_what_meta_json_tells_or_stand_in_for_it(
+    counts: tuple[int, ...], said: dict[str, Any], told: bool, tmp_path: Path
+) -> None:
+    shards = to_shards("gptj", save_model(make_model("gptj"), tmp_path / "in"), tmp_path)
+    run = ours("gptj", shards, tmp_path / "run", *counts)
+    if not told:
+        (run / "7" / "meta.json").unlink()
+    written, original = (
+        hf_weights(to_hf("gptj", run, tmp_path, **said)),
+        hf_weights(tmp_path / "in"),
+    )
+    assert written.keys() == original.keys()
+    assert all(torch.equal(written[key], original[key]) for key in original)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -112,7 +137,7 @@ def test_dtype_is_that_asked_for(
     source = save_model(model, tmp_path / "in")
     shards = to_shards("gptneox", source, tmp_path, dtype)
     assert json.loads((shards / "config.json").read_text())["dtype"] == f"{torch_dtype}"[6:]
-    result = to_hf("gptneox", ours("gptneox", shards, tmp_path / "run", 2), tmp_path)
+    result = to_hf("gptneox", ours("gptneox", shards, tmp_path / "run", 2, 1), tmp_path)
     back = load_back(result)
     assert back.dtype == torch_dtype
     original = hf_weights(source)
@@ -123,7 +148,7 @@ def test_fp16_flag_and_kept_bf16(tmp_path: Path) -> None:
     shards = to_shards(
         "gptj", save_model(make_model("gptj", dtype=torch.bfloat16), tmp_path / "in"), tmp_path
     )
-    run = ours("gptj", shards, tmp_path / "run", 2)
+    run = ours("gptj", shards, tmp_path / "run", 2, 1)
     edit_json(run / "7" / "config.json", torch_dtype="float32")
     kept = to_hf("gptj", run, tmp_path / "kept")
     assert load_back(kept).dtype == torch.bfloat16
@@ -138,7 +163,7 @@ def test_fp16_flag_and_kept_bf16(tmp_path: Path) -> None:
 def test_neox_without_attention_bias_and_in_series(tmp_path: Path) -> None:
     model = make_model("gptneox", attention_bias=False, use_parallel_residual=False)
     shards = to_shards("gptneox", save_model(model, tmp_path / "in"), tmp_path)
-    result = to_hf("gptneox", ours("gptneox", shards, tmp_path / "run", 2), tmp_path)
+    result = to_hf("gptneox", ours("gptneox", shards, tmp_path / "run", 2, 1), tmp_path)
     assert torch.equal(logits(load_back(result)), logits(model))
 
 
@@ -165,7 +190,7 @@ def test_buffers_of_old_hugging_face_files_are_ignored(tmp_path: Path) -> None:
 def test_output_shards_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = to_shards("gptj", save_model(make_model("gptj"), tmp_path / "in"), tmp_path)
     monkeypatch.setattr(hf_files, "SHARD_BYTES", 70_000)  # a block has 50,816 bytes, an end 13,000
-    result = to_hf("gptj", ours("gptj", shards, tmp_path / "run", 2), tmp_path)
+    result = to_hf("gptj", ours("gptj", shards, tmp_path / "run", 2, 1), tmp_path)
     names = sorted(path.name for path in result.glob("*.safetensors"))
     assert names == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     load_back(result)
@@ -186,7 +211,7 @@ def test_the_empty_folder_of_that_name_is_filled(tmp_path: Path) -> None:
 def test_verify_rejects_other_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tensor written under another's name: here query and key swapped."""
     shards = to_shards("gptj", save_model(make_model("gptj"), tmp_path / "in"), tmp_path)
-    run = ours("gptj", shards, tmp_path / "run", 2)
+    run = ours("gptj", shards, tmp_path / "run", 2, 1)
 
     def swap(key: str) -> str:
         return key.translate(str.maketrans("qk", "kq")) if "_proj" in key else key

@@ -1,0 +1,112 @@
+"""What an update makes of its gradients, and when a run gives up."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from comm.local import LocalCommunicator
+from optimizer.agreement import Totals
+from optimizer.loss_scaler import ConstantScale
+from optimizer.mixed_precision import MixedPrecisionOptimizer
+from optimizer.updater import Outcome, Updater
+
+NOMINAL, SCALE, GRADIENT = 40, 8.0, 3.0
+
+
+class Descent:
+    """weight - lr * factor * gradient, so that a test can tell what an update was given."""
+
+    kind = "descent"
+
+    def empty_state(self, weight: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    def step(
+        self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], *, factor: float,
+        lr: float, weight_decay: float, update: int,
+    ) -> None:  # fmt: skip
+        weight.sub_(gradient, alpha=lr * factor)
+
+
+def make_updater(
+    weight: nn.Parameter, *, max_norm: float = math.inf, max_skipped: int = 3
+) -> Updater:
+    optimizer = MixedPrecisionOptimizer(
+        {"weight": weight}, Descent(), dtype=torch.float32, weight_decay=0.0, offload=False,
+        sharded=False, replicas=LocalCommunicator(),
+    )  # fmt: skip
+    optimizer.flat_gradients.views["weight"].fill_(GRADIENT)
+    return Updater(
+        optimizer,
+        ConstantScale(SCALE, may_skip=True),
+        schedule=lambda update: 1.0,
+        nominal_tokens=NOMINAL,
+        max_grad_norm=max_norm,
+        max_skipped=max_skipped,
+    )
+
+
+def apply(updater: Updater, *, tokens: int = NOMINAL, bad: str = "") -> Outcome:
+    """An update whose loss or gradient is not finite where `bad` says so."""
+    norm = math.inf if bad == "gradient" else GRADIENT**2
+    totals = Totals(loss=1.0, tokens=tokens, squared_norm=norm, first_bad=None)
+    return updater.apply(totals, tokens=tokens, losses_are_finite=bad != "loss")
+
+
+@pytest.mark.parametrize("tokens", [NOMINAL, 10])
+def test_gradients_are_over_the_tokens_that_were_trained(tokens: int) -> None:
+    """Backward divided by 40; where 10 were trained, the gradient is four times as large."""
+    weight = nn.Parameter(torch.zeros(1))
+    outcome = apply(make_updater(weight), tokens=tokens)
+    expected = GRADIENT / SCALE * 40 / tokens
+    assert outcome.grad_norm == pytest.approx(expected, rel=1e-6)
+    assert weight.item() == pytest.approx(-expected, rel=1e-6)
+
+
+def test_clipping_is_of_the_exact_gradient() -> None:
+    """Its norm, 1.5, is above the limit; over 40 tokens it would have been below."""
+    weight = nn.Parameter(torch.zeros(1))
+    outcome = apply(make_updater(weight, max_norm=0.5), tokens=10)
+    assert outcome.grad_norm == pytest.approx(1.5, rel=1e-6)
+    assert weight.item() == pytest.approx(-0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_a_skip_changes_nothing(bad: str) -> None:
+    weight = nn.Parameter(torch.zeros(1))
+    assert apply(make_updater(weight), bad=bad) == Outcome(1.0, None, SCALE)
+    assert weight.item() == 0.0
+
+
+def test_skips_count_in_a_row() -> None:
+    updater = make_updater(nn.Parameter(torch.zeros(1)), max_skipped=2)
+    for bad in ("loss", "", "gradient"):
+        apply(updater, bad=bad)
+        assert not updater.has_given_up
+    apply(updater, bad="loss")
+    assert updater.has_given_up
+
+
+def test_skips_count_on_after_a_resume() -> None:
+    before, after = (make_updater(nn.Parameter(torch.zeros(1))) for _ in range(2))
+    for _ in range(2):
+        apply(before, bad="gradient")
+    after.load_state(before.state())
+    assert not after.has_given_up
+    apply(after, bad="gradient")
+    assert after.has_given_up
+
+
+def test_a_run_that_gave_up_counts_anew() -> None:
+    before, after = (make_updater(nn.Parameter(torch.zeros(1))) for _ in range(2))
+    for _ in range(3):
+        apply(before, bad="gradient")
+    assert before.has_given_up
+    after.load_state(before.state())
+    for _ in range(2):
+        apply(after, bad="gradient")
+    assert not after.has_given_up
