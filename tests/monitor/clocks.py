@@ -1,0 +1,66 @@
+"""Clocks and groups that do what a test says, in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from monitor.run_clock import RunClock, Work
+
+
+class Alone:
+    """The group of a run of one process: nobody to talk to."""
+
+    rank, size = 0, 1
+
+    def send(self, tensor: Tensor, *, to: int) -> Work:
+        raise AssertionError("a world of one sends nothing")
+
+    def receive(self, tensor: Tensor, *, source: int) -> Work:
+        raise AssertionError("a world of one receives nothing")
+
+
+class Wire(Alone):
+    """Rank 1's side of round trips of (there, back) nanoseconds.
+
+    `now` is rank 1's clock; rank 0's is `ahead` of it.
+    """
+
+    rank, size = 1, 2
+
+    def __init__(self, trips: Sequence[tuple[int, int]], *, now: int, ahead: int) -> None:
+        self._trips, self.now, self.ahead = list(trips), now, ahead
+
+    def clock(self) -> int:
+        return self.now
+
+    def send(self, tensor: Tensor, *, to: int) -> Work:
+        assert to == 0
+        return _Arrival(self, None)
+
+    def receive(self, tensor: Tensor, *, source: int) -> Work:
+        assert source == 0
+        return _Arrival(self, tensor)
+
+    def arrive(self, tensor: Tensor) -> None:
+        there, back = self._trips.pop(0)
+        tensor.copy_(torch.tensor([self.now + there + self.ahead]))
+        self.now += there + back
+
+
+class _Arrival:
+    def __init__(self, wire: Wire, tensor: Tensor | None) -> None:
+        self._wire, self._tensor = wire, tensor
+
+    def wait(self) -> None:
+        if self._tensor is not None:
+            self._wire.arrive(self._tensor)
+
+
+def clock_from(origin: int) -> RunClock:
+    """Rank 0's clock in a run that began at `origin`."""
+    clock = RunClock(lambda: origin)
+    clock.measure(Alone())
+    return clock

@@ -1,0 +1,177 @@
+"""Tracers against clocks that tick as the test says."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from monitor.cuda_trace import CudaTracer
+from monitor.trace import NO_SPAN, HostTracer, NoTracer, Span, StepLog, StepTrace, Track
+
+TRACKS = (
+    "1. forward-recv",
+    "2. forward-compute",
+    "3. forward-send",
+    "4. backward-recv",
+    "5. backward-compute",
+    "6. backward-send",
+    "7. optimizer-comm",
+    "8. optimizer-comp",
+    "9. weight-gradient",
+)
+
+
+class Written:
+    """The steps that each write was given."""
+
+    def __init__(self) -> None:
+        self.writes: list[list[int]] = []
+
+    def __call__(self, steps: Sequence[StepTrace]) -> None:
+        self.writes.append([step.step for step in steps])
+
+
+def host_tracer(ticks: Sequence[int]) -> HostTracer:
+    times = iter(ticks)
+    return HostTracer(StepLog(Written()), clock=lambda: next(times))
+
+
+def test_the_tracks_have_the_names_that_scripts_look_for() -> None:
+    assert tuple(track.value for track in Track) == TRACKS
+
+
+def test_no_tracer_gives_one_object_for_every_block() -> None:
+    tracer = NoTracer()
+    blocks = {
+        id(tracer.span(Track.FORWARD_COMPUTE, microbatch=3)),
+        id(tracer.span(Track.OPTIMIZER_COMP, size=7)),
+        id(tracer.step(1)),
+    }
+    assert blocks == {id(NO_SPAN)}
+    assert not hasattr(NO_SPAN, "__dict__")
+    with tracer.step(1), tracer.span(Track.FORWARD_SEND):
+        pass
+    tracer.close()
+    assert tracer.steps == ()
+
+
+def test_no_tracer_swallows_no_error() -> None:
+    with pytest.raises(KeyError), NoTracer().span(Track.FORWARD_SEND):
+        raise KeyError
+
+
+def test_host_tracer_keeps_spans_in_the_order_in_which_they_end() -> None:
+    tracer = host_tracer([100, 110, 120, 135, 140, 150, 180, 190])
+    with tracer.step(7):
+        with tracer.span(Track.FORWARD_RECV, microbatch=3):
+            pass
+        with tracer.span(Track.OPTIMIZER_COMM), tracer.span(Track.OPTIMIZER_COMP, size=12):
+            pass
+    assert list(tracer.steps) == [
+        StepTrace(
+            7,
+            100,
+            190,
+            [
+                Span(Track.FORWARD_RECV, 110, 120, microbatch=3),
+                Span(Track.OPTIMIZER_COMP, 140, 150, size=12),
+                Span(Track.OPTIMIZER_COMM, 135, 180),
+            ],
+        )
+    ]
+
+
+def test_what_is_outside_a_step_is_dropped() -> None:
+    tracer = HostTracer(StepLog(Written()))
+    assert tracer.span(Track.FORWARD_COMPUTE, microbatch=0) is NO_SPAN
+    with tracer.step(1):
+        assert tracer.span(Track.FORWARD_COMPUTE, microbatch=0) is not NO_SPAN
+    assert tracer.span(Track.FORWARD_COMPUTE, microbatch=0) is NO_SPAN
+
+
+def test_a_step_that_fails_is_kept() -> None:
+    tracer = HostTracer(StepLog(Written()))
+    with pytest.raises(KeyError), tracer.step(4), tracer.span(Track.FORWARD_COMPUTE):
+        raise KeyError
+    assert [(trace.step, len(trace.spans)) for trace in tracer.steps] == [(4, 1)]
+
+
+def test_the_last_steps_are_written_whenever_so_many_are_new_and_at_the_end() -> None:
+    written = Written()
+    tracer = HostTracer(StepLog(written, keep=3))
+    for step in range(1, 8):
+        with tracer.step(step):
+            pass
+    assert written.writes == [[1, 2, 3], [4, 5, 6]]
+    tracer.close()
+    tracer.close()
+    assert written.writes == [[1, 2, 3], [4, 5, 6], [5, 6, 7]]
+
+
+class Device:
+    """A GPU whose clock ticks in milliseconds, and reads `ticks` one after the other."""
+
+    def __init__(self, ticks: Sequence[float]) -> None:
+        self._ticks: Iterator[float] = iter(ticks)
+        self.events: list[FakeEvent] = []
+
+    def make_event(self) -> FakeEvent:
+        self.events.append(FakeEvent(self))
+        return self.events[-1]
+
+    def now(self) -> float:
+        return next(self._ticks)
+
+
+class FakeEvent:
+    def __init__(self, device: Device) -> None:
+        self._device, self._time, self._waited_for = device, 0.0, False
+
+    def record(self) -> None:
+        self._time, self._waited_for = self._device.now(), False
+
+    def synchronize(self) -> None:
+        self._waited_for = True
+
+    def elapsed_time(self, end_event: FakeEvent) -> float:
+        assert end_event._waited_for, "this event may not have happened"
+        return end_event._time - self._time
+
+
+def run_on(device: Device, host_ticks: Sequence[int]) -> CudaTracer:
+    times = iter(host_ticks)
+    log = StepLog(Written())
+    tracer = CudaTracer(log, make_event=device.make_event, clock=lambda: next(times))
+    for step in (1, 2):
+        with tracer.step(step), tracer.span(Track.FORWARD_COMPUTE, microbatch=step):
+            pass
+    return tracer
+
+
+def test_cuda_spans_are_told_in_host_times_anew_at_each_step() -> None:
+    device = Device([50.0, 50.5, 52.0, 53.0, 90.0, 90.25, 91.0, 92.0])
+    steps = run_on(device, [1_000_000, 41_500_000]).steps
+    assert list(steps) == [
+        StepTrace(1, 1_000_000, 4_000_000, [Span(Track.FORWARD_COMPUTE, 1_500_000, 3_000_000, 1)]),
+        StepTrace(
+            2, 41_500_000, 43_500_000, [Span(Track.FORWARD_COMPUTE, 41_750_000, 42_500_000, 2)]
+        ),
+    ]
+
+
+def test_cuda_events_are_used_again() -> None:
+    device = Device([float(tick) for tick in range(400)])
+    tracer = CudaTracer(
+        StepLog(Written()), make_event=device.make_event, clock=time.perf_counter_ns
+    )
+    for step in range(50):
+        with tracer.step(step):
+            for _ in range(3):
+                with tracer.span(Track.FORWARD_COMPUTE):
+                    pass
+    tracer.close()
+    assert len(device.events) == 9  # a step's 8, and the next one's anchor
+    assert tracer.span(Track.FORWARD_COMPUTE) is NO_SPAN
+    assert len(tracer.steps) == 50
