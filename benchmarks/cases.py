@@ -1,0 +1,143 @@
+"""Which contenders `pipeline.py` runs side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from benchmarks.ours import Ours
+from benchmarks.peer import TorchDataParallel, TorchPipeline
+from benchmarks.work import Contender, Work
+from comm.fabric import Fabric
+from comm.topology import Topology
+from modules.balance import balanced_split, module_work
+from modules.registry import MODELS
+
+WORK = Work()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contender: its name in the table, and how a process makes its part."""
+
+    name: str
+    make: Callable[[Topology, Fabric], Contender]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A table: `ratios` are pairs of (ours, theirs). `shape` is (P, R)."""
+
+    name: str
+    title: str
+    work: Work
+    entries: list[Entry]
+    ratios: list[tuple[str, str]]
+    shape: tuple[int, int] = (2, 1)
+
+
+def auto(work: Work) -> Work:
+    """The same with the split of --num-layers auto."""
+    weights = module_work(MODELS["gptneox"], work.config.to_dict(), tokens=work.tokens)
+    split = balanced_split(weights, num_stages=len(work.split), model_layers=work.layers)
+    return work.on(split=tuple(split))
+
+
+def ours(work: Work, pp_mode: str) -> Entry:
+    name = f"{pp_mode} {'-'.join(map(str, work.split))}"
+    return Entry(name, lambda topology, fabric: Ours(work, pp_mode, topology, fabric))
+
+
+def theirs(work: Work, schedule: str, *, fused: bool = True) -> Entry:
+    name = f"torch {schedule} {'-'.join(map(str, work.split))}"
+    return Entry(
+        name, lambda topology, fabric: TorchPipeline(work, schedule, topology, fused=fused)
+    )
+
+
+def _fp32() -> Case:
+    best = auto(WORK)
+    other = WORK.on(split=(5, 3))
+    return Case(
+        "fp32",
+        "fp32, 8 microbatches",
+        WORK,
+        [
+            *(ours(work, mode) for work in (WORK, best) for mode in ("gpipe", "1f1b", "zb-h1")),
+            *(theirs(work, name) for work in (WORK, other) for name in ("GPipe", "1F1B")),
+        ],
+        [
+            ("gpipe 4-4", "torch GPipe 4-4"),
+            ("zb-h1 5-3", "torch GPipe 4-4"),
+            ("zb-h1 5-3", "torch 1F1B 4-4"),
+            ("zb-h1 5-3", "torch GPipe 5-3"),
+            ("zb-h1 5-3", "torch 1F1B 5-3"),
+            ("1f1b 4-4", "gpipe 4-4"),
+            ("zb-h1 4-4", "gpipe 4-4"),
+            ("zb-h1 4-4", "1f1b 4-4"),
+            ("zb-h1 5-3", "gpipe 5-3"),
+            ("zb-h1 5-3", "1f1b 5-3"),
+        ],
+    )
+
+
+def _data_parallel() -> Case:
+    work = WORK.on(split=(8,))
+    name = "torch DDP"
+    return Case(
+        "data",
+        "fp32, two replicas of one stage, 8 microbatches each",
+        work,
+        [
+            ours(work, "gpipe"),
+            Entry(name, lambda topology, _: TorchDataParallel(work, topology, fused=True)),
+        ],
+        [("gpipe 8", name)],
+        shape=(1, 2),
+    )
+
+
+def _gpipes(name: str, title: str, work: Work) -> Case:
+    return Case(
+        name, title, work, [ours(work, "gpipe"), theirs(work, "GPipe")],
+        [("gpipe 4-4", "torch GPipe 4-4")],
+    )  # fmt: skip
+
+
+def _short(batch: int) -> Case:
+    work = WORK.on(batch=batch)
+    return Case(
+        f"m{batch}",
+        f"fp32, {batch} microbatches",
+        work,
+        [ours(auto(work), "zb-h1"), ours(work, "zb-h1"), theirs(work, "GPipe"),
+         theirs(work.on(split=(5, 3)), "GPipe")],
+        [("zb-h1 5-3", "torch GPipe 4-4"), ("zb-h1 5-3", "torch GPipe 5-3")],
+    )  # fmt: skip
+
+
+def _many() -> Case:
+    work = WORK.on(batch=32)
+    return Case(
+        "m32",
+        "fp32, 32 microbatches",
+        work,
+        [*(ours(work, mode) for mode in ("gpipe", "1f1b", "zb-h1")),
+         *(theirs(work, name) for name in ("GPipe", "1F1B"))],
+        [("zb-h1 4-4", "torch 1F1B 4-4")],
+    )  # fmt: skip
+
+
+def _all() -> list[Case]:
+    return [
+        _fp32(),
+        _data_parallel(),
+        _gpipes("recompute", "fp32, recomputed activations", WORK.on(recompute=True)),
+        _gpipes("bf16", "bf16 compute copies of fp32 masters", WORK.on(precision="bf16")),
+        _short(4),
+        _short(2),
+        _many(),
+    ]
+
+
+CASES = {case.name: case for case in _all()}

@@ -1,0 +1,67 @@
+"""What the machine of a benchmark is, and what one process of it can do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+
+from benchmarks.work import Work
+from comm.local import LocalCommunicator
+from data_parallel.flat_gradients import FlatGradients
+from modules.layers import initialise_
+from modules.processor import Processor
+from modules.registry import MODELS
+from modules.stage_model import StageModel
+from optimizer.mixed_precision import DTYPES
+from pipeline_parallel.stage import Stage
+
+
+def describe_machine() -> str:
+    """The processor, and its peaks in products of matrices on one thread."""
+    torch.set_num_threads(1)
+    peaks = ", ".join(f"{name} {peak(dtype):.0f}" for name, dtype in DTYPES.items())
+    return (
+        f"{Processor.of_this_machine().name}; torch {torch.__version__}; products on one thread, "
+        f"GFLOP/s: {peaks}"
+    )
+
+
+def peak(dtype: torch.dtype) -> float:
+    """GFLOP/s of (1024, 1024) products."""
+    size = 1024 if dtype == torch.float32 else 384
+    a = torch.ones(size, size, dtype=dtype)
+    seconds = median(_seconds(lambda: a @ a) for _ in range(5))
+    return 2 * size**3 / seconds / 1e9
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def one_process_seconds(work: Work) -> float:
+    """Forward and backward of one microbatch through the whole model in one process."""
+    whole = work.on(split=(work.layers,))
+    model = StageModel(
+        MODELS["gptneox"].load(), whole.config, range(whole.layers + 2), device="cpu"
+    )
+    for index, module in zip(model.indices, model, strict=True):
+        initialise_(module, std=0.02, seed=0, index=index)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(DTYPES[work.precision])
+    parameters = dict(model.named_parameters())
+    gradients = FlatGradients(
+        parameters, [0] * len(parameters), replicas=LocalCommunicator(), sharded=False
+    )
+    stage = Stage(model, recompute=work.recompute, gradients=gradients, splits=False)
+    tokens = whole.rows()[:1]
+
+    def once() -> None:
+        stage.forward(0, tokens, tokens, None, loss_scale=1e-3)
+        stage.backward(0, None)
+
+    return median(_seconds(once) for _ in range(5))

@@ -1,0 +1,42 @@
+"""How the two processes of a benchmark meet: as those of a run do, over loopback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from comm.fabric import Fabric, connect
+from comm.interface import Interface
+from comm.rendezvous import join
+from comm.topology import Topology
+from comm.watch import Watch
+
+
+def meet(topology: Topology, port: int) -> tuple[Fabric, Callable[[], None]]:
+    """The groups of a run, and what closes them."""
+    rendezvous = join(
+        url=f"tcp://127.0.0.1:{port}",
+        rank=topology.rank,
+        world_size=topology.world_size,
+        interface=Interface("lo", "127.0.0.1"),
+        facts={},
+        prefix="benchmark",
+        join_timeout=120.0,
+    )
+    watch = Watch.connect(rendezvous, topology)
+    fabric = connect(
+        topology,
+        rendezvous,
+        dist_backend="gloo",
+        dp_backend="gloo",
+        device=torch.device("cpu"),
+        dist_timeout=600.0,
+        watch=watch,
+    )
+
+    def close() -> None:
+        fabric.close()
+        watch.close()
+
+    return fabric, close

@@ -1,0 +1,33 @@
+"""A contender's measured steps over what the simulator makes of the costs measured in them."""
+
+from __future__ import annotations
+
+from comm.communicator import Communicator
+from comm.messages import gather_json
+from monitor.run_clock import RunClock
+from monitor.trace import Tracer
+from monitor.traced_step import TracedStep, join_step, step_rows, step_times
+from training_profile import measured_over_simulated
+
+
+def engine_overhead(
+    tracer: Tracer, control: Communicator, *, pp_mode: str, num_stages: int, num_microbatches: int
+) -> float:
+    """The ratio over all steps but the first, which warms up; every rank calls it."""
+    return measured_over_simulated(
+        _steps(tracer, control)[1:],
+        schedule=pp_mode,
+        num_stages=num_stages,
+        num_microbatches=num_microbatches,
+    )
+
+
+def _steps(tracer: Tracer, control: Communicator) -> list[TracedStep]:
+    clock = RunClock()
+    clock.measure(control)
+    times = gather_json(control, step_times(tracer.steps, clock))
+    joined = []
+    for step in [trace.step for trace in tracer.steps]:
+        rows = step_rows(tracer.steps, step, rank=control.rank, clock=clock)
+        joined.append(join_step(step, times, gather_json(control, rows)))
+    return joined
