@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from modules.registry import MODELS
+from modules.split import Split, check_length, check_split
 from tasks.registry import parse_task_name
 
 NOT_BUILT = "is not built yet"
@@ -21,7 +22,6 @@ NOT_BUILT = "is not built yet"
 # Flags that are parsed and refused until the part they belong to is built.
 NOT_BUILT_FLAGS: dict[str, str] = {
     "--compile": "blocks through torch.compile",
-    "--cpu-matmul": "which library multiplies matrices on a CPU",
     "--pack": "how documents share a block",
     "--train-on": "train on the completions alone",
     "--preview-data": "show the blocks that training would see",
@@ -31,13 +31,6 @@ NOT_BUILT_FLAGS: dict[str, str] = {
     "--check-cluster": "measure the machines and links",
     "--plan": "print what each stage will need",
     "--device-memory": "what --plan compares with",
-}
-
-# Values of built flags that are refused until then.
-NOT_BUILT_VALUES: dict[str, tuple[str, ...]] = {
-    "--pp-mode": ("1f1b", "zb-h1"),
-    "--dist-backend": ("nccl",),
-    "--profiling": ("tidy_profiling",),
 }
 
 # May differ from rank to rank: they name what one machine has, or what rank 0 alone reads.
@@ -58,11 +51,11 @@ OWN_FLAGS = frozenset(
 )
 
 
-# Flags that a resumed run must share with its checkpoint.
+# Flags that a resumed run must share with its checkpoint. So must the split, however --num-layers
+# spells it: see checkpoint/continuity.py.
 FIXED = (
     "model_type",
     "pipeline_group_size",
-    "num_layers",
     "seq_length",
     "micro_batch_size",
     "gradient_accumulate_step",
@@ -188,21 +181,13 @@ def _check_built(args: argparse.Namespace) -> None:
         value = getattr(args, _dest(flag), "false")
         if str(value).lower() != "false":
             raise ValueError(f"{flag} {NOT_BUILT}")
-    for flag, values in NOT_BUILT_VALUES.items():
-        if getattr(args, _dest(flag)) in values:
-            raise ValueError(f"{flag} {getattr(args, _dest(flag))} {NOT_BUILT}")
-    if args.num_layers == "auto" or "," in args.num_layers:
-        raise ValueError(f"--num-layers {args.num_layers} {NOT_BUILT}: give one whole number")
-    if not args.num_layers.isdecimal() or int(args.num_layers) < 1:
-        raise ValueError(f"--num-layers {args.num_layers}: expected a whole number of at least 1")
-    args.num_layers = int(args.num_layers)
 
 
 def _check_precision(args: argparse.Namespace) -> None:
     if args.fp16 and args.bf16:
         raise ValueError("--fp16 and --bf16 are both given: expected at most one of them")
     args.precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
-    if args.min_loss_scale > args.initial_loss_scale:
+    if _scales_dynamically(args) and args.min_loss_scale > args.initial_loss_scale:
         raise ValueError(
             f"--min-loss-scale {args.min_loss_scale:g}: expected at most --initial-loss-scale "
             f"{args.initial_loss_scale:g}"
@@ -211,6 +196,27 @@ def _check_precision(args: argparse.Namespace) -> None:
         raise ValueError(f"--min-lr {args.min_lr:g}: expected at most --lr {args.lr:g}")
     if args.min_lr and args.lr_schedule == "constant":
         raise ValueError(f"--min-lr {args.min_lr:g}: --lr-schedule constant falls to nothing lower")
+
+
+def _scales_dynamically(args: argparse.Namespace) -> bool:
+    return bool(args.fp16 and args.loss_scale == 0)
+
+
+def doubts(args: argparse.Namespace) -> list[str]:
+    """What is allowed and hardly meant, in a line each."""
+    found = []
+    if args.train_warmup_steps is not None:
+        found.append("--train-warmup-steps does nothing; --warmup-steps sets the warm-up")
+    if args.evaluation_steps and args.evaluation_data is None:
+        found.append(
+            f"--evaluation-steps {args.evaluation_steps} does nothing without --evaluation-data"
+        )
+    if _scales_dynamically(args) and args.max_skipped_updates <= args.hysteresis:
+        found.append(
+            f"--max-skipped-updates {args.max_skipped_updates} ends the run before a lower loss "
+            f"scale has been tried, which --hysteresis {args.hysteresis} overflows bring"
+        )
+    return found
 
 
 def _check_shape(args: argparse.Namespace) -> None:
@@ -222,6 +228,8 @@ def _check_shape(args: argparse.Namespace) -> None:
         )
     if args.rank >= args.world_size:
         raise ValueError(f"--rank {args.rank}: expected less than --world-size {args.world_size}")
+    if isinstance(args.num_layers, Split):
+        check_length(args.num_layers, stages)
     split_dist_url(args.dist_url)
 
 
@@ -262,7 +270,7 @@ def check_model(args: argparse.Namespace) -> None:
         raise ValueError(f"--embedding-dim {args.embedding_dim}, but {path} has {hidden}")
     if args.seq_length > positions:
         raise ValueError(f"--seq-length {args.seq_length}: {path} allows at most {positions}")
-    check_split(args.num_layers, args.pipeline_group_size, layers)
+    check_split(args.num_layers, num_stages=args.pipeline_group_size, model_layers=layers)
 
 
 def check_optimizer(args: argparse.Namespace) -> None:
@@ -279,14 +287,3 @@ def _config_number(config: Mapping[str, Any], path: Path, key: str) -> int:
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"{path}: {key} is {value!r}, expected a whole number above 0")
     return value
-
-
-def check_split(num_layers: int, num_stages: int, model_layers: int) -> None:
-    """Raises ValueError where the stages hold too few layers in all, or one would hold none."""
-    split = f"--num-layers {num_layers} on {num_stages} stages"
-    if num_layers * num_stages < model_layers:
-        raise ValueError(
-            f"{split} holds {num_layers * num_stages} layers, but the model has {model_layers}"
-        )
-    if num_layers * (num_stages - 1) >= model_layers:
-        raise ValueError(f"{split} leaves stage {num_stages - 1} none of the {model_layers} layers")

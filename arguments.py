@@ -9,13 +9,16 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from argument_checks import NOT_BUILT_FLAGS, NOT_BUILT_VALUES, check_flags, fill_defaults
+from argument_checks import NOT_BUILT_FLAGS, check_flags, fill_defaults
 from modules.registry import MODELS
+from modules.split import AUTO, Asked, parse_layers
+from pipeline_parallel.schedule import SCHEDULES
 
 MAX_RATE = 1e6  # beyond it a weight is no fp32 number after one step
 MAX_SECONDS = 1e9  # what the system's clocks and locks can wait for
@@ -37,6 +40,8 @@ class OneLineParser(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=DefaultsFormatter,
         )
+        # What begins like a negative number is a value, and so refused with its flag: no flag does.
+        self._negative_number_matcher = re.compile(r"-[0-9.]")
 
     def error(self, message: str) -> NoReturn:
         hint = "; --help lists the flags" if message.startswith("unrecognized") else ""
@@ -71,6 +76,19 @@ def whole(at_least: int) -> Callable[[str], int]:
                 f"expected a whole number of at least {at_least}, got {text!r}"
             )
         return value
+
+    return parse
+
+
+def layers(*, auto: bool) -> Callable[[str], Asked]:
+    def parse(text: str) -> Asked:
+        try:
+            return AUTO if auto and text == AUTO else parse_layers(text)
+        except ValueError:
+            forms = "one for each stage as in 5,3" + (", or auto" if auto else "")
+            raise argparse.ArgumentTypeError(
+                f"expected a whole number of at least 1, or {forms}, got {text!r}"
+            ) from None
 
     return parse
 
@@ -126,7 +144,9 @@ def _add_model_flags(group: Any) -> None:
     )
     add("--tokenizer-name", help="folder or hub name; default: --model-name")
     add("--model-type", required=True, choices=sorted(MODELS), help="model family")
-    add("--num-layers", required=True, help="layers per stage; the last may have fewer")
+    add("--num-layers", required=True, type=layers(auto=True),
+        help="layers per stage, of which the last may have fewer; or a list of each stage's, as "
+        "5,3; or auto: the split whose slowest stage has the fewest multiply-adds")  # fmt: skip
     add("--embedding-dim", required=True, type=whole(1), help="hidden size, as config.json has it")
     _add_switch(
         group, "--load-pretrained-model", "false: random weights from config.json and --seed", True
@@ -143,11 +163,12 @@ def _add_process_flags(group: Any) -> None:
     add("--net-interface", help="network interface; default: the one that leads to rank 0")
     add("--cuda-id", type=whole(0), help="this process's GPU; default: 0")
     _add_switch(group, "--use-cuda", "default: true where there is a GPU", None)
-    add("--dist-backend", choices=("cupy_nccl", "gloo", *NOT_BUILT_VALUES["--dist-backend"]),
-        help="activations and gradients between stages; default: cupy_nccl, on CPU gloo "
-        "(nccl is not built yet)")  # fmt: skip
+    add("--dist-backend", choices=("cupy_nccl", "nccl", "gloo"),
+        help="activations and gradients between stages; nccl is torch's own, without CuPy; "
+        "default: cupy_nccl, on CPU gloo")  # fmt: skip
     add("--dp-backend", choices=("nccl", "gloo"),
-        help="gradients between replicas; default: nccl, on CPU gloo")  # fmt: skip
+        help="gradients between replicas; nccl is torch's own where --dist-backend is nccl, else "
+        "CuPy's; default: nccl, on CPU gloo")  # fmt: skip
     add("--job-id", default="0", help="tells this job from others at the same --dist-url")
     add("--join-timeout", type=real(positive=True, at_most=MAX_SECONDS), default=300.0,
         help="seconds for all ranks to meet")  # fmt: skip
@@ -179,8 +200,7 @@ def _add_training_flags(group: Any) -> None:
     add("--micro-batch-size", type=whole(1), default=1, help="sequences per microbatch")
     add("--gradient-accumulate-step", type=whole(1), default=1, help="iterations per update")
     add("--dp-mode", choices=("allreduce",), default="allreduce", help="how replicas agree")
-    add("--pp-mode", choices=("gpipe", *NOT_BUILT_VALUES["--pp-mode"]), default="gpipe",
-        help="pipeline schedule (1f1b and zb-h1 are not built yet)")  # fmt: skip
+    add("--pp-mode", choices=tuple(SCHEDULES), default="gpipe", help="pipeline schedule")
     _add_switch(group, "--recompute", "recompute a block's activations in backward", True)
     add("--seed", type=whole(0), default=42, help="of data order, dropout and random weights")
     add("--train-warmup-steps", type=whole(0), help="accepted from old scripts; does nothing")
@@ -190,6 +210,9 @@ def _add_precision_flags(group: Any) -> None:
     add = group.add_argument
     _add_switch(group, "--fp16", "compute in fp16, weights and moments in fp32", False)
     _add_switch(group, "--bf16", "compute in bf16, weights and moments in fp32", False)
+    add("--cpu-matmul", choices=("auto", "default", "onednn"), default="auto",
+        help="what multiplies fp32 matrices on a CPU: torch's default (MKL) or oneDNN; auto: what "
+        "the checkpoint was made with, else oneDNN on AMD processors with AVX-512")  # fmt: skip
     add("--loss-scale", type=real(), default=0.0, help="fp16: a constant loss scale; 0: dynamic")
     add("--initial-loss-scale", type=real(positive=True), default=32768.0,
         help="fp16: the first dynamic scale")  # fmt: skip
@@ -231,9 +254,9 @@ def _add_output_flags(group: Any) -> None:
         help="save every so many iterations; 0: only at the end")  # fmt: skip
     _add_switch(group, "--load-checkpoint", "resume from --checkpoint-path if it has one", True)
     add("--project-name", default="dist-clm-train", help="Weights & Biases project")
-    add("--profiling", choices=("no-profiling", *NOT_BUILT_VALUES["--profiling"]),
-        default="no-profiling", help="traces of every rank (tidy_profiling is not built yet)",
-    )  # fmt: skip
+    add("--profiling", choices=("no-profiling", "tidy_profiling"), default="no-profiling",
+        help="tidy_profiling: a trace of every rank, and timeline.png of one step of all, in "
+        "trace_json under the working directory")  # fmt: skip
 
 
 def parse_train(
@@ -268,7 +291,8 @@ def parse_convert_to_hf(family: str, argv: Sequence[str] | None = None) -> argpa
         help="a step's folder, or the --checkpoint-path of training for the latest")  # fmt: skip
     add("--save-path", required=True, type=Path, help="the folder to write")
     add("--n-stages", type=whole(1), help="stages of the run; needed where no meta.json tells")
-    add("--n-layer-per-stage", type=whole(1), help="layers per stage; needed likewise")
+    add("--n-layer-per-stage", type=layers(auto=False),
+        help="layers per stage, or a list of each stage's; needed likewise")  # fmt: skip
     add("--config-name", help="folder or hub name of config and tokenizer, for checkpoints without")
     _add_switch(parser, "--fp16", "write fp16, whatever the checkpoint holds", False)
     _add_switch(parser, "--verify", "compare the result's logits with the stages', layer by layer",

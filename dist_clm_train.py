@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
-from argument_checks import OWN_FLAGS, check_model, check_optimizer, split_dist_url
+from argument_checks import OWN_FLAGS, check_model, check_optimizer, doubts, split_dist_url
 from arguments import one_line, parse_train, refuse, train_parser
 from checkpoint.lock import lock_folder, make_folder
 from comm.interface import Interface, choose_interface, export
@@ -58,12 +58,8 @@ def look_around(args: argparse.Namespace) -> Machine:
     What this rank alone can see is kept: it joins, reports it, and all end.
     """
     machine = Machine()
-    if args.train_warmup_steps is not None and args.rank == 0:
-        logger.warning("--train-warmup-steps does nothing; --warmup-steps sets the warm-up")
-    if args.evaluation_steps and args.evaluation_data is None and args.rank == 0:
-        logger.warning(
-            "--evaluation-steps %d does nothing without --evaluation-data", args.evaluation_steps
-        )
+    for doubt in doubts(args) if args.rank == 0 else []:
+        logger.warning("%s", doubt)
     try:
         if args.world_size > 1 or args.net_interface is not None:
             machine.interface = _interface(args, args.net_interface)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,17 +15,20 @@ from modules.dropout import derive_seed
 from monitor.metrics import IterationMetrics
 from monitor.recorder import Recorder
 from monitor.stopwatch import Stopwatch
+from monitor.trace import Tracer, Track
 from optimizer.agreement import Agreement, Totals, squared_norms
 from optimizer.mixed_precision import MixedPrecisionOptimizer
+from optimizer.state import finite_weights
 from optimizer.updater import Outcome, Updater
 from pipeline_parallel.engine import Engine, Losses, PipelineBatch
-from pipeline_parallel.feed import HostBatch, Rows, Scatter, TrainingFeed, evaluation_feed
+from pipeline_parallel.feed import Rows, TrainingFeed
+from training_evaluation import Evaluation
 
 logger = logging.getLogger(__name__)
 
 
 class TrainingStoppedError(RuntimeError):
-    """Training cannot go on: the loss is no longer a finite number."""
+    """Training cannot go on: numbers are no longer finite."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,13 @@ class LoopSettings:
         """Predicted tokens of an update whose every token is trained."""
         return self.accumulate * num_replicas * self.rows * (self.tokens - 1)
 
+    @property
+    def num_microbatches(self) -> int:
+        return self.rows // self.micro_rows
+
+    def begins_update(self, step: int) -> bool:
+        return (step - 1) % self.accumulate == 0
+
     def ends_update(self, step: int) -> bool:
         return step % self.accumulate == 0
 
@@ -66,32 +76,6 @@ class LoopSettings:
     def evaluates_after(self, step: int) -> bool:
         every = self.evaluation_steps
         return step == self.total_steps or (every > 0 and step % every == 0)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The held-out loss of the whole evaluation data.
-
-    `open_batches` opens them anew on rank 0, and is None elsewhere.
-    """
-
-    scatter: Scatter
-    control: Communicator
-    engine: Engine
-    agreement: Agreement
-    micro_rows: int
-    open_batches: Callable[[], Iterator[HostBatch]] | None
-
-    def run(self) -> float:
-        """The mean loss of a trained token; every rank calls it and gets the same."""
-        batches = None if self.open_batches is None else self.open_batches()
-        loss, tokens = 0.0, 0
-        for rows in evaluation_feed(self.scatter, self.control, batches):
-            batch = PipelineBatch(rows.tokens, rows.labels, (), self.micro_rows)
-            one = self.engine.evaluate(batch)
-            loss, tokens = loss + one.total, tokens + one.tokens
-        totals = self.agreement.agree(loss=loss, tokens=tokens, squared_norms=None)
-        return totals.loss / totals.tokens
 
 
 class TrainingLoop:
@@ -114,6 +98,7 @@ class TrainingLoop:
         parameter_names: Sequence[str],
         evaluation: Evaluation | None,
         recorder: Recorder,
+        tracer: Tracer,
         save: Callable[[int, dict[str, Any]], None],
     ) -> None:
         self._settings, self._topology, self._control = settings, topology, control
@@ -121,21 +106,23 @@ class TrainingLoop:
         self._optimizer, self._updater, self._agreement = optimizer, updater, agreement
         self._names = parameter_names
         self._evaluation, self._recorder, self._save = evaluation, recorder, save
+        self._tracer = tracer
         self._tokens_in_update, self._losses_are_finite = 0, True
+        self._skipped_since = ""  # why the last skipped update was
+        self._bad: tuple[PipelineBatch, Losses] | None = None  # the iteration's, if not finite
 
     def run(self, start: int) -> None:
         """Runs iterations `start` + 1 to the last; `start` is 0 or the step resumed from."""
-        before = self._evaluate(start) if start == 0 else None
+        before = self._evaluate() if start == 0 else None
         if before is not None:
             self._recorder.evaluated(0, before)
         clock = Stopwatch()
         for step in range(start + 1, self._settings.total_steps + 1):
-            totals = self._iterate(step)
-            outcome = self._update(step, totals)
+            totals, outcome = self.advance(step)
             seconds = clock.lap()
             due = self._settings.evaluates_after(step)
             with clock.paused():
-                held_out = self._evaluate(step) if due else None
+                held_out = self._evaluate() if due else None
             metrics = IterationMetrics(
                 step=step,
                 loss=totals.loss / totals.tokens,
@@ -152,29 +139,51 @@ class TrainingLoop:
             with clock.paused():
                 self._save_if_due(step)
 
+    def advance(self, step: int) -> tuple[Totals, Outcome | None]:
+        """One iteration, and the update that it ends, if it ends one."""
+        with self._tracer.step(step):
+            totals = self._iterate(step)
+            return totals, self._update(step, totals)
+
     def _save_if_due(self, step: int) -> None:
         given_up = self._settings.ends_update(step) and self._updater.has_given_up
         if self._settings.saves_after(step) or given_up:
+            self._check_weights(step)
             self._save(step, self._feed.state)
             self._recorder.saved()
         if given_up:
+            why = self._skipped_since if self._bad is None else self._explain_loss(*self._bad)
             raise TrainingStoppedError(
-                f"step {step}: {self._updater.skipped_in_a_row} updates in a row were skipped, "
-                "since gradients were not finite (--max-skipped-updates); the weights are those "
-                "before them, and saved; a lower --lr, --bf16 or cleaner data may help"
+                f"step {step}: {self._updater.skipped_in_a_row} updates in a row were skipped "
+                f"(--max-skipped-updates), the last since {why}; the weights are those before them,"
+                f" and saved; --bf16 or a loss scale below {self._updater.scale:g} may help"
+            )
+
+    def _check_weights(self, step: int) -> None:
+        """Stops every rank where a checkpoint would hold numbers that no start accepts."""
+        bad = self._agreement.first_bad(finite_weights(self._optimizer))
+        if bad is not None:
+            raise TrainingStoppedError(
+                f"step {step}: {self._names[bad]} is not finite any more, or its optimizer state "
+                "is not: this step is not saved, and checkpoints are as they were; a lower --lr "
+                "may help, or --bf16 in place of --fp16"
             )
 
     def _iterate(self, step: int) -> Totals:
         """Forward and backward of one iteration, and what all ranks agree on after it."""
-        batch = self._batch(step, self._feed.take())
+        settings, rows = self._settings, self._feed.take()
+        if settings.begins_update(step):
+            self._optimizer.begin_update(settings.accumulate * settings.num_microbatches)
+        batch = self._batch(step, rows)
         losses = self._engine.train(batch, loss_scale=self._updater.loss_scale)
         norms = None
-        if self._settings.ends_update(step):
+        if settings.ends_update(step):
             self._optimizer.reduce_gradients()
             norms = self._squared_norms()
         totals = self._agreement.agree(loss=losses.total, tokens=losses.tokens, squared_norms=norms)
         if not self._updater.may_skip:
             self._check_finite(step, totals, batch, losses)
+        self._bad = None if math.isfinite(totals.loss) else (batch, losses)
         self._tokens_in_update += totals.tokens
         self._losses_are_finite &= math.isfinite(totals.loss)
         return totals
@@ -182,25 +191,32 @@ class TrainingLoop:
     def _squared_norms(self) -> list[float]:
         """Of all this stage's gradients, 0 where another replica speaks for them."""
         mine = dict(self._optimizer.gradients())
-        norms = dict(zip(mine, squared_norms(list(mine.values())), strict=True))
+        size = sum(gradient.numel() for gradient in mine.values())
+        with self._tracer.span(Track.OPTIMIZER_COMP, size=size):
+            norms = dict(zip(mine, squared_norms(list(mine.values())), strict=True))
         return [norms.get(name, 0.0) for name in self._optimizer.names]
 
     def _update(self, step: int, totals: Totals) -> Outcome | None:
         """The update that an iteration ends, if it ends one."""
         if totals.squared_norm is None:
             return None
+        finite = self._losses_are_finite
         outcome = self._updater.apply(
-            totals, tokens=self._tokens_in_update, losses_are_finite=self._losses_are_finite
+            totals, tokens=self._tokens_in_update, losses_are_finite=finite
         )
         self._tokens_in_update, self._losses_are_finite = 0, True
         if outcome.grad_norm is None:
-            what = "the loss is not finite"
-            if totals.first_bad is not None:
-                what = f"{self._names[totals.first_bad]} has a gradient that is not finite"
+            self._skipped_since = self._name_bad(totals) if finite else "the loss is not finite"
             logger.info(
-                "step %d: update skipped at loss scale %g: %s", step, outcome.loss_scale, what
-            )
+                "step %d: update skipped at loss scale %g: %s",
+                step, outcome.loss_scale, self._skipped_since,
+            )  # fmt: skip
         return outcome
+
+    def _name_bad(self, totals: Totals) -> str:
+        if totals.first_bad is None:  # each is finite, and their sum is not
+            return "the gradient norm is not finite"
+        return f"{self._names[totals.first_bad]} has a gradient that is not finite"
 
     def _shown_scale(self, outcome: Outcome | None) -> float | None:
         if not self._updater.may_skip:
@@ -253,10 +269,5 @@ class TrainingLoop:
         place = f"in stage {stages[0]}" if stages else "with dropout alone"
         return f"the loss is not finite, first {place}, on the blocks from {blocks}"
 
-    def _evaluate(self, step: int) -> float | None:
-        if self._evaluation is None:
-            return None
-        loss = self._evaluation.run()
-        if not math.isfinite(loss):
-            raise TrainingStoppedError(f"step {step}: the held-out loss is not finite")
-        return loss
+    def _evaluate(self) -> float | None:
+        return None if self._evaluation is None else self._evaluation.run()

@@ -14,33 +14,33 @@ from typing import Any
 
 import torch
 
-from argument_checks import check_split, fixed_flags, free_flags
+from argument_checks import fixed_flags, free_flags
 from checkpoint.continuity import changes, check_same_config, check_same_run
 from checkpoint.disk import check_disk
 from checkpoint.loading import initialise_model_, load_checkpoint_, load_shards_, share_from_first
-from checkpoint.training_state import CheckpointStore, ResumePoint, read_part
+from checkpoint.training_state import CheckpointStore, ResumePoint, part_file, read_part
 from comm.fabric import Fabric
 from comm.messages import gather_json
 from comm.topology import Topology
 from data_parallel.flat_gradients import same_on_all
 from modules.family import Family
-from modules.layers import parameter_names
+from modules.products import Matmul
 from modules.registry import MODELS
 from modules.stage_model import StageModel, stage_modules
 from monitor.console import Console
 from monitor.recorder import Recorder, SilentRecorder, open_recorder
-from optimizer.agreement import Agreement
 from optimizer.mixed_precision import DTYPES
 from optimizer.state import collect_state, restore_state
-from pipeline_parallel.channel import PipelineChannel
-from pipeline_parallel.engine import Engine
 from pipeline_parallel.feed import Scatter, TrainingFeed
-from pipeline_parallel.schedule import SCHEDULES
-from pipeline_parallel.stage import Stage
 from tasks.loader import BatchLoader
 from training_data import TrainingData, checkpoint_extras
-from training_loop import Evaluation, LoopSettings, TrainingLoop
-from training_update import build_optimizer, build_updater, checkpoint_bytes
+from training_evaluation import Evaluation
+from training_loop import TrainingLoop, TrainingStoppedError
+from training_pipeline import build_agreement, build_engine, loop_settings, names_by_stage
+from training_products import settle_products
+from training_profile import TrainingProfile
+from training_split import StageSplit
+from training_update import build_optimizer, build_updater, checkpoint_bytes, idle_flags
 
 logger = logging.getLogger(__name__)
 
@@ -57,13 +57,16 @@ def train(
     """Trains as the flags say. ValueError for a user's mistake."""
     run = Run(args, topology=topology, fabric=fabric, device=device, nonce=nonce)
     if run.start >= args.total_steps:
+        run.check_success()
         logger.info("%d of %d steps are done: nothing to do", run.start, args.total_steps)
         return
     run.prepare()
     logger.info(run.describe())
+    logger.info(run.describe_split())
     recorder = run.open_recorder(console)
     try:
         run.loop(recorder).run(run.start)
+        run.profile.finish()
     finally:
         recorder.close()
         run.close()
@@ -84,7 +87,10 @@ class Run:
         self._args, self._topology, self._fabric, self._device = args, topology, fabric, device
         self._family: Family = MODELS[args.model_type].load()
         self._config = self._family.load_config(args.model_name)
-        check_split(args.num_layers, topology.num_stages, self._config.num_hidden_layers)
+        self._split = StageSplit(
+            args.num_layers, args.model_type, self._config,
+            num_stages=topology.num_stages, tokens=args.seq_length,
+        )  # fmt: skip
         self._check_same_config()
         self._data = (
             TrainingData(args, vocab_size=self._config.vocab_size) if topology.rank == 0 else None
@@ -100,20 +106,32 @@ class Run:
                 None if self._data is None else self._data.tokenizer,
             ),
         )
-        self._dtype = DTYPES[args.precision]
+        self._settings = loop_settings(args)
         self._resume = self._find_resume()
         self.start = 0 if self._resume is None else self._resume.step
         self._loader: BatchLoader | None = None
 
     def prepare(self) -> None:
         """Reads weights and state, and checks that the checkpoints to come will fit."""
+        self._cpu_matmul = self._settle_products()
         self._model = self._build_model()
         self._check_disk()
         self._load_weights()
-        self._optimizer = build_optimizer(self._args, self._model, self._fabric.replicas)
-        nominal = self._settings().nominal_tokens(self._topology.num_replicas)
+        self.profile = self._open_profile()
+        self._optimizer = build_optimizer(
+            self._args, self._model, self._fabric.replicas, self.profile.tracer
+        )
+        nominal = self._settings.nominal_tokens(self._topology.num_replicas)
         self._updater = build_updater(self._args, self._optimizer, nominal_tokens=nominal)
         self._load_state()
+
+    def check_success(self) -> None:
+        """TrainingStoppedError where the run came to its last step by giving up."""
+        if self._resume is not None and (self._resume.meta or {}).get("gave_up"):
+            raise TrainingStoppedError(
+                f"the run gave up at its last step, {self.start}: too many updates in a row were "
+                "skipped; a larger --total-steps lets it go on"
+            )
 
     def describe(self) -> str:
         """The run in one line."""
@@ -124,6 +142,14 @@ class Run:
             f"{self._args.model_type}, {self._config.num_hidden_layers} layers in "
             f"{topology.num_stages} stages x {topology.num_replicas} pipelines on "
             f"{where}; {own / 1e6:,.1f} M parameters in stage {topology.stage}"
+        )
+
+    def describe_split(self) -> str:
+        """How even the stages are, and how idle the schedule leaves them, in one line."""
+        return self._split.describe(
+            schedule=self._args.pp_mode,
+            num_microbatches=self._settings.num_microbatches,
+            recompute=self._args.recompute,
         )
 
     # ---- what the machine and the other ranks have ----
@@ -148,6 +174,17 @@ class Run:
         needed = saves * checkpoint_bytes(self._args, parameters) if writes else 0
         check_disk(self._fabric.control, self._args.checkpoint_path, needed=needed)
 
+    def _settle_products(self) -> list[Matmul] | None:
+        """By rank, what multiplies matrices on a CPU."""
+        if self._device.type != "cpu":
+            return None
+        return settle_products(
+            self._args.cpu_matmul,
+            precision=self._args.precision,
+            meta=None if self._resume is None else self._resume.meta,
+            control=self._fabric.control,
+        )
+
     # ---- weights and state ----
 
     def _find_resume(self) -> ResumePoint | None:
@@ -166,7 +203,9 @@ class Run:
             check_same_run(point.meta, fixed_flags(self._args))
         if self._topology.replica == 0:
             check_same_config(point.folder, self._args.model_name)
-        for line in changes(point.meta, free_flags(self._args)):
+        self._split.go_on(point.folder, point.meta, self._fabric.control)
+        idle = idle_flags(self._args, point.meta)
+        for line in changes(point.meta, free_flags(self._args), idle=idle):
             logger.info("%s", line)
         self._store.continue_from(point.step)
         return point
@@ -175,31 +214,30 @@ class Run:
         return StageModel(
             self._family,
             self._config,
-            self._modules_of(self._topology.stage),
+            stage_modules(self._topology.stage, self._split.layers),
             device=self._device,
         )
 
-    def _modules_of(self, stage: int) -> range:
-        return stage_modules(
-            stage,
-            num_stages=self._topology.num_stages,
-            num_layers=self._args.num_layers,
-            model_layers=self._config.num_hidden_layers,
-        )
-
     def _load_weights(self) -> None:
-        args, resume = self._args, self._resume
+        args, resume, dtype = self._args, self._resume, DTYPES[self._args.precision]
         if resume is None:
             if args.load_pretrained_model:
-                load_shards_(self._model, args.model_name, self._family, self._config)
+                load_shards_(
+                    self._model,
+                    args.model_name,
+                    self._family,
+                    self._config,
+                    dtype=dtype,
+                )
             else:
                 initialise_model_(self._model, self._config, seed=args.seed)
             self._check_same_weights()
             return
         if self._topology.replica == 0:
             load_checkpoint_(
-                self._model, resume.folder, self._topology.stage, self._family, self._config
-            )
+                self._model, resume.folder, self._topology.stage, self._family, self._config,
+                dtype=dtype,
+            )  # fmt: skip
         share_from_first(self._model.parameters(), self._fabric.replicas)
         if resume.meta is None:
             logger.info("weights from %s alone: step 0, fresh optimizer", resume.folder)
@@ -208,15 +246,16 @@ class Run:
         resume = self._resume
         if resume is None or resume.meta is None:
             return
-        state = None
+        state, stage = None, self._topology.stage
         if self._topology.replica == 0:
-            state = read_part(resume.folder, self._topology.stage, "optimizer")
+            state = read_part(resume.folder, stage, "optimizer")
         restore_state(
             self._optimizer,
             state,
             self._fabric.control,
             self._topology,
             updates=resume.meta["updates"],
+            source=part_file(resume.folder, stage, "optimizer"),
         )
         self._updater.load_state(resume.meta["updater"])
         logger.info("resumed from step %d of %s", resume.step, self._args.checkpoint_path)
@@ -240,15 +279,24 @@ class Run:
             total_steps=args.total_steps,
             resumed_step=self.start or None,
             project=args.project_name,
-            config={**fixed_flags(self._args), **free_flags(self._args)},
+            config={
+                "--num-layers": str(self._split.layers),
+                **fixed_flags(self._args),
+                **free_flags(self._args),
+            },
             run_id=None if meta is None else meta.get("wandb_id"),
         )
 
     def loop(self, recorder: Recorder) -> TrainingLoop:
         args, topology, fabric = self._args, self._topology, self._fabric
-        settings = self._settings()
-        engine = self._engine(settings)
-        agreement = self._agreement()
+        settings, tracer = self._settings, self.profile.tracer
+        engine = build_engine(
+            args, self._model, topology=topology, pipeline=fabric.pipeline,
+            gradients=self._optimizer.flat_gradients, hidden_size=self._config.hidden_size,
+            device=self._device, tracer=tracer,
+        )  # fmt: skip
+        names = names_by_stage(self._family, self._config, self._split.layers)
+        agreement = build_agreement(names, fabric.control, topology, tracer)
         if self._data is not None:
             meta = None if self._resume is None else self._resume.meta
             self._loader = self._data.open_loader(None if meta is None else meta["data"])
@@ -258,82 +306,48 @@ class Run:
             control=fabric.control,
             engine=engine,
             feed=TrainingFeed(
-                self._scatter(settings), self._loader, num_batches=args.total_steps - self.start
+                self._scatter(), self._loader, num_batches=args.total_steps - self.start
             ),
             optimizer=self._optimizer,
             updater=self._updater,
             agreement=agreement,
-            parameter_names=self._parameter_names(),
+            parameter_names=[name for of_stage in names for name in of_stage],
             evaluation=None
             if args.evaluation_data is None
             else Evaluation(
-                self._scatter(settings), fabric.control, engine, agreement, settings.micro_rows,
+                topology, self._scatter(), fabric.control, engine, agreement,
+                settings.rows, settings.micro_rows,
                 None if self._data is None else self._data.open_evaluation,
             ),
             recorder=recorder,
+            tracer=tracer,
             save=partial(self._save, recorder),
         )  # fmt: skip
 
     def close(self) -> None:
+        self.profile.close()
         if self._loader is not None:
             self._loader.close()
 
-    def _settings(self) -> LoopSettings:
-        args = self._args
-        return LoopSettings(
-            total_steps=args.total_steps,
-            accumulate=args.gradient_accumulate_step,
-            rows=args.batch_size,
-            micro_rows=args.micro_batch_size,
-            tokens=args.seq_length,
-            checkpoint_steps=args.checkpoint_steps,
-            evaluation_steps=args.evaluation_steps,
-            seed=args.seed,
+    def _open_profile(self) -> TrainingProfile:
+        return TrainingProfile(
+            self._args.profiling == "tidy_profiling",
+            run=self._args.checkpoint_path.resolve().name,
+            control=self._fabric.control,
+            topology=self._topology,
+            cuda=self._device.type == "cuda",
+            schedule=self._args.pp_mode,
+            num_microbatches=self._settings.num_microbatches,
         )
 
-    def _scatter(self, settings: LoopSettings) -> Scatter:
+    def _scatter(self) -> Scatter:
         return Scatter(
             self._fabric.control,
             self._topology,
-            rows=settings.rows,
-            tokens=settings.tokens,
+            rows=self._settings.rows,
+            tokens=self._settings.tokens,
             device=self._device,
         )
-
-    def _engine(self, settings: LoopSettings) -> Engine:
-        stage = Stage(self._model, recompute=self._args.recompute)
-        channel = PipelineChannel(
-            self._fabric.pipeline,
-            shape=(settings.micro_rows, settings.tokens, self._config.hidden_size),
-            dtype=self._dtype,
-            device=self._device,
-        )
-        return Engine(
-            stage,
-            channel,
-            schedule=SCHEDULES[self._args.pp_mode],
-            stage_index=self._topology.stage,
-            num_stages=self._topology.num_stages,
-            num_microbatches=settings.rows // settings.micro_rows,
-        )
-
-    def _agreement(self) -> Agreement:
-        before = range(self._model.indices.start)
-        return Agreement(
-            self._fabric.control,
-            self._topology,
-            norm_slots=len(self._parameter_names()),
-            first_slot=sum(len(parameter_names(self._family, self._config, i)) for i in before),
-        )
-
-    def _parameter_names(self) -> list[str]:
-        """Of all stages, in the order of the layers."""
-        return [
-            f"stage {stage}, {name}"
-            for stage in range(self._topology.num_stages)
-            for index in self._modules_of(stage)
-            for name in parameter_names(self._family, self._config, index)
-        ]
 
     def _save(self, recorder: Recorder, step: int, data: dict[str, Any]) -> None:
         weights = {key: value.cpu() for key, value in self._model.state_dict().items()}
@@ -342,11 +356,13 @@ class Run:
             "step": step,
             "updates": updates,
             "updater": updater,
+            "gave_up": self._updater.has_given_up,
             "model_type": self._args.model_type,
             "num_stages": self._topology.num_stages,
-            "num_layers": self._layers_per_stage(),
+            "num_layers": self._split.layers,
             "flags": fixed_flags(self._args),
             "settings": free_flags(self._args),
+            "cpu_matmul": self._cpu_matmul,
             "data": data,
             "wandb_id": recorder.run_id,
         }
@@ -362,7 +378,3 @@ class Run:
         }
         self._store.save(step, parts=parts, meta=meta)
         logger.info("saved step %d in %s", step, self._args.checkpoint_path)
-
-    def _layers_per_stage(self) -> list[int]:
-        n, layers = self._args.num_layers, self._config.num_hidden_layers
-        return [min(n, layers - stage * n) for stage in range(self._topology.num_stages)]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 
 from comm.communicator import Communicator
 from modules.stage_model import StageModel
+from monitor.trace import Tracer
 from optimizer.adam import Adam
 from optimizer.adam_8bit import Adam8bit
-from optimizer.loss_scaler import make_scaler
+from optimizer.loss_scaler import DYNAMIC, kind_of, make_scaler
 from optimizer.lr_schedule import learning_rate
 from optimizer.mixed_precision import DTYPES, Algorithm, MixedPrecisionOptimizer
 from optimizer.updater import Updater
@@ -21,7 +24,7 @@ MOMENT_BYTES = {"adam": 8.0, "8bit-adam": 2.1}  # of one parameter
 
 
 def build_optimizer(
-    args: argparse.Namespace, model: StageModel, replicas: Communicator
+    args: argparse.Namespace, model: StageModel, replicas: Communicator, tracer: Tracer
 ) -> MixedPrecisionOptimizer:
     """Takes the model in fp32, and leaves its weights in the compute type."""
     return MixedPrecisionOptimizer(
@@ -32,6 +35,7 @@ def build_optimizer(
         offload=args.use_offload,
         sharded=args.zero_stage == 1,
         replicas=replicas,
+        tracer=tracer,
     )
 
 
@@ -63,6 +67,17 @@ def build_updater(
         max_grad_norm=args.max_grad_norm,
         max_skipped=args.max_skipped_updates,
     )
+
+
+def idle_flags(args: argparse.Namespace, meta: Mapping[str, Any]) -> set[str]:
+    """The flags of loss scales that do nothing in a run that goes on from a checkpoint."""
+    dynamic = {"--initial-loss-scale", "--min-loss-scale", "--loss-scale-window", "--hysteresis"}
+    if args.precision != "fp16":
+        return dynamic | {"--loss-scale", "--max-skipped-updates"}
+    if args.loss_scale > 0:
+        return dynamic
+    goes_on = kind_of(meta["updater"]["scaler"]) == DYNAMIC
+    return {"--initial-loss-scale"} if goes_on else set()
 
 
 def checkpoint_bytes(args: argparse.Namespace, num_parameters: int) -> int:

@@ -12,8 +12,10 @@ from unittest.mock import patch
 import torch
 
 from comm.topology import Topology
+from modules import head
+from modules.stage_model import StageModel
 from optimizer.mixed_precision import MixedPrecisionOptimizer
-from pipeline_parallel.stage import Stage
+from pipeline_parallel.engine import Engine, Losses
 from training_loop import TrainingLoop
 
 PARAMETER = 3  # of its stage: whose gradient is poisoned
@@ -21,25 +23,23 @@ PARAMETER = 3  # of its stage: whose gradient is poisoned
 
 @dataclass(frozen=True)
 class Overflow:
-    """On `rank`, at each of `steps` (None: at all), a gradient holds inf before it is reduced."""
+    """On `rank`, at each of `steps` (None: at all), a gradient begins with inf."""
 
     rank: int
     steps: Collection[int] | None
 
     @contextmanager
     def __call__(self, topology: Topology) -> Iterator[None]:
-        reduce = MixedPrecisionOptimizer.reduce_gradients
+        train = Engine.train
 
-        def poisoned(optimizer: MixedPrecisionOptimizer) -> None:
+        def poisoned(engine: Engine, *args: Any, **options: Any) -> Losses:
             if topology.rank == self.rank and (self.steps is None or now[0] in self.steps):
+                optimizer = begun[0]
                 name = optimizer.names[PARAMETER]
-                optimizer._gradients.views[name].view(-1)[1] = math.inf
-            reduce(optimizer)
+                optimizer.flat_gradients.views[name].view(-1)[1] = math.inf
+            return train(engine, *args, **options)
 
-        with (
-            _step_noted() as now,
-            patch.object(MixedPrecisionOptimizer, "reduce_gradients", poisoned),
-        ):
+        with _step_noted() as now, _begun() as begun, patch.object(Engine, "train", poisoned):
             yield
 
 
@@ -56,10 +56,12 @@ class BadOutput:
 
     @contextmanager
     def __call__(self, topology: Topology) -> Iterator[None]:
-        run, seen = Stage._run, [0, 0]  # the last step, and its microbatches so far
+        run, seen = StageModel._up_to_head, [0, 0]  # the last step, and its microbatches so far
 
-        def poisoned(stage: Stage, x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-            out = run(stage, x, *args, **options)
+        def poisoned(
+            model: StageModel, x: torch.Tensor, *args: Any, **options: Any
+        ) -> torch.Tensor:
+            out = run(model, x, *args, **options)
             seen[:] = [now[0], 0 if seen[0] != now[0] else seen[1]]
             here = seen[1] % NUM_MICROBATCHES == self.microbatch and now[0] == self.step
             seen[1] += 1
@@ -67,11 +69,80 @@ class BadOutput:
                 out = out + math.inf
             return out
 
-        with _step_noted() as now, patch.object(Stage, "_run", poisoned):
+        with _step_noted() as now, patch.object(StageModel, "_up_to_head", poisoned):
+            yield
+
+
+@dataclass(frozen=True)
+class InfiniteLoss:
+    """On `rank`, a last stage, one loss is inf though its gradients are finite.
+
+    That is so where a logit is -inf. step: of training; calls: those of evaluations, from 0.
+    """
+
+    rank: int
+    step: int | None = None
+    calls: Collection[int] = ()
+
+    @contextmanager
+    def __call__(self, topology: Topology) -> Iterator[None]:
+        train, evaluate, seen = Engine.train, Engine.evaluate, [0]
+
+        def with_inf(losses: Losses, due: bool) -> Losses:
+            if not due or topology.rank != self.rank:
+                return losses
+            return losses._replace(of_microbatches=[*losses.of_microbatches[:-1], math.inf])
+
+        def trained(engine: Engine, *args: Any, **options: Any) -> Losses:
+            return with_inf(train(engine, *args, **options), now[0] == self.step)
+
+        def evaluated(engine: Engine, *args: Any, **options: Any) -> Losses:
+            seen[0] += 1
+            return with_inf(evaluate(engine, *args, **options), seen[0] - 1 in self.calls)
+
+        with (
+            _step_noted() as now,
+            patch.object(Engine, "train", trained),
+            patch.object(Engine, "evaluate", evaluated),
+        ):
+            yield
+
+
+@dataclass(frozen=True)
+class BadLogit:
+    """On `rank`, in `step`, the logit of the first label is -inf: the loss is infinite, and its
+    gradients are finite."""
+
+    rank: int
+    step: int
+
+    @contextmanager
+    def __call__(self, topology: Topology) -> Iterator[None]:
+        losses_of = head.token_losses_
+
+        def poisoned(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            if topology.rank == self.rank and now[0] == self.step:
+                logits[0, labels[0]] = -math.inf
+            return losses_of(logits, labels)
+
+        with _step_noted() as now, patch.object(head, "token_losses_", poisoned):
             yield
 
 
 NUM_MICROBATCHES = 2  # of a pipeline's batch, which BadOutput counts on
+
+
+@contextmanager
+def _begun() -> Iterator[list[MixedPrecisionOptimizer]]:
+    """The optimizer whose update began last, in a list of one."""
+    begin, begun = MixedPrecisionOptimizer.begin_update, list[MixedPrecisionOptimizer]()
+
+    def noted(optimizer: MixedPrecisionOptimizer, num_microbatches: int) -> None:
+        begun[:] = [optimizer]
+        begin(optimizer, num_microbatches)
+
+    with patch.object(MixedPrecisionOptimizer, "begin_update", noted):
+        yield begun
 
 
 @contextmanager

@@ -58,6 +58,7 @@ def train_cases(
     shapes: Sequence[tuple[int, int, str]],
     cases: Sequence[Case],
     folder: Path,
+    dist_backend: str = "gloo",
 ) -> dict[str, Told]:
     """For every shape (P, R, url) of this world, trains every case.
 
@@ -73,8 +74,8 @@ def train_cases(
         fabric = connect(
             topology,
             rendezvous,
-            dist_backend="gloo",
-            dp_backend="gloo",
+            dist_backend=dist_backend,
+            dp_backend="gloo" if dist_backend == "gloo" else "nccl",
             device=torch.device("cpu"),
             dist_timeout=60.0,
             watch=watch,

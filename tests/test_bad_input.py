@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import arguments
-from argument_checks import NOT_BUILT_FLAGS, NOT_BUILT_VALUES
+from argument_checks import NOT_BUILT_FLAGS, doubts
 from checkpoint.disk import check_disk
 from comm.local import LocalCommunicator
 from dist_clm_train import look_around
@@ -78,6 +78,12 @@ def number_cases() -> dict[str, Case]:
     ):  # fmt: skip
         words = [f"--{flag}: expected a number above 0", repr(value)]
         cases[f"{flag} {value}"] = Case({flag: value}, words)
+    for value in (
+        "2.0", "0", "-2", "5,,3", ",", "2,", ",2", "", " ", "2, 1", "2;1", "2,0", "3,-1", "-1,3",
+        "1e0", "2,auto", "auto ", "Auto", "auto,auto", "\u0662", "9" * 50,
+    ):  # fmt: skip
+        words = ["--num-layers: expected a whole number", "as in 5,3, or auto", repr(value)]
+        cases[f"num-layers {value[:9]}"] = Case({"num-layers": value}, words)
     for flag in ("lr", "weight-decay", "join-timeout", "dist-timeout"):
         words = [f"--{flag}: expected a ", "'inf'"]
         cases[f"{flag} infinite"] = Case({flag: "inf"}, words)
@@ -111,7 +117,7 @@ FLAG_CASES: dict[str, Case] = {
         {"min-lr": "1e-6", "lr-schedule": "constant"}, ["--min-lr 1e-06", "--lr-schedule constant"]
     ),
     "a smallest scale above the first": Case(
-        {"min-loss-scale": 4, "initial-loss-scale": 2},
+        {"fp16": "true", "min-loss-scale": 4, "initial-loss-scale": 2},
         ["--min-loss-scale 4", "at most --initial-loss-scale 2"],
     ),
     "more of zero": Case({"zero-stage": 2}, ["--zero-stage", "2", "0, 1"]),
@@ -125,11 +131,23 @@ FLAG_CASES: dict[str, Case] = {
     "load nothing": Case(
         {"load-pretrained-model": "0"}, ["--load-pretrained-model", "true or false", "'0'"]
     ),
-    "no whole layers": Case({"num-layers": "2.0"}, ["--num-layers 2.0", "whole number"]),
-    "no layers at all": Case({"num-layers": "0"}, ["--num-layers 0", "at least 1"]),
-    "negative layers": Case({"num-layers": "-2"}, ["--num-layers", "-2", "at least 1"]),
-    "layers by list": Case({"num-layers": "2,1"}, ["--num-layers 2,1", "is not built yet"]),
-    "layers by themselves": Case({"num-layers": "auto"}, ["--num-layers auto", "not built yet"]),
+    "layers for too few stages": Case(
+        {"num-layers": "1,1,1"}, ["--num-layers 1,1,1", "3 stages", "--pipeline-group-size is 2"]
+    ),
+    "layers for too many stages": Case(
+        {"num-layers": "2,1", "pipeline-group-size": 4, "data-group-size": 1},
+        ["--num-layers 2,1", "2 stages", "--pipeline-group-size is 4"],
+    ),
+    "a list of too few layers": Case(
+        {"num-layers": "1,1"}, ["--num-layers 1,1", "holds 2 layers", "the model has 3"]
+    ),
+    "a list of too many layers": Case(
+        {"num-layers": "2,2"}, ["--num-layers 2,2", "holds 4 layers", "the model has 3"]
+    ),
+    "more stages than layers, by themselves": Case(
+        {"num-layers": "auto", "pipeline-group-size": 4, "data-group-size": 1},
+        ["--num-layers auto", "4 stages", "none of the 3 layers"],
+    ),
     "too few layers": Case({"num-layers": "1"}, ["--num-layers 1", "2 stages", "2 layers", "3"]),
     "an empty stage": Case({"num-layers": "3"}, ["--num-layers 3", "2 stages", "stage 1 none"]),
     "world of another size": Case(
@@ -245,6 +263,56 @@ def test_a_flag(
     assert all(at(home, word) in line for word in case.words), line
 
 
+DOUBTS: dict[str, tuple[Flags, list[str]]] = {
+    "nothing": ({"fp16": "true"}, []),
+    "an old warm-up": ({"train-warmup-steps": 3}, ["--train-warmup-steps does nothing"]),
+    "no held-out data": ({"evaluation-steps": 3}, ["--evaluation-steps 3 does nothing"]),
+    "giving up before the scale moves": (
+        {"fp16": "true", "hysteresis": 10, "max-skipped-updates": 4},
+        ["--max-skipped-updates 4 ends the run before"],
+    ),
+    "giving up as the scale moves": (
+        {"fp16": "true", "hysteresis": 4, "max-skipped-updates": 4},
+        ["--max-skipped-updates 4 ends the run before"],
+    ),
+    "one update at a lower scale": (
+        {"fp16": "true", "hysteresis": 4, "max-skipped-updates": 5}, [],
+    ),
+    "a constant scale": (
+        {"fp16": "true", "loss-scale": 8, "hysteresis": 10, "max-skipped-updates": 4}, [],
+    ),
+    "no scale": ({"hysteresis": 10, "max-skipped-updates": 4}, []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DOUBTS)
+def test_what_is_hardly_meant_is_told(name: str, home: Path) -> None:
+    flags, begins = DOUBTS[name]
+    told = doubts(arguments.parse_train(argv(right(home) | flags), {}))
+    assert [line.startswith(begin) for line, begin in zip(told, begins, strict=True)] == [
+        True
+    ] * len(begins)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_0_alone_tells_it(
+    rank: int, home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    flags = right(home) | {"evaluation-steps": 3, "rank": rank, "checkpoint-path": tmp_path / "c"}
+    machine = look_around(arguments.parse_train(argv(flags), {}))
+    assert machine.problem is None
+    if machine.lock is not None:
+        machine.lock.close()
+    assert ("--evaluation-steps 3 does nothing" in caplog.text) == (rank == 0)
+
+
+def test_scale_flags_that_are_not_in_use_are_not_compared(home: Path) -> None:
+    """A constant scale has no smallest, nor has fp32."""
+    for flags in ({"fp16": "true", "loss-scale": 64}, {}):
+        args = arguments.parse_train(argv(right(home) | flags | {"min-loss-scale": 65536}), {})
+        assert args.min_loss_scale == 65536.0
+
+
 def test_a_missing_bitsandbytes(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -289,15 +357,6 @@ def test_a_flag_that_is_not_built(
     assert flag in arguments.train_parser().format_help()
 
 
-@pytest.mark.parametrize("flag", NOT_BUILT_VALUES)
-def test_a_value_that_is_not_built(
-    flag: str, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for value in NOT_BUILT_VALUES[flag]:
-        line = refusal([*argv(right(home)), flag, value], {}, monkeypatch, capsys)
-        assert line == f"{flag} {value} is not built yet"
-
-
 CONVERTERS: dict[str, tuple[Callable[..., object], list[str], list[str]]] = {
     "from: no model": (
         arguments.parse_convert_from_hf, ["--save-dir", "a"], ["--model-name", "required"],
@@ -330,6 +389,26 @@ CONVERTERS: dict[str, tuple[Callable[..., object], list[str], list[str]]] = {
         arguments.parse_convert_to_hf,
         ["--ckpt-path", "a", "--save-path", "b", "--n-layer-per-stage", "few"],
         ["--n-layer-per-stage", "whole number of at least 1", "'few'"],
+    ),
+    "to: a layer less than none": (
+        arguments.parse_convert_to_hf,
+        ["--ckpt-path", "a", "--save-path", "b", "--n-layer-per-stage", "-1"],
+        ["--n-layer-per-stage", "whole number of at least 1", "'-1'"],
+    ),
+    "to: no list": (
+        arguments.parse_convert_to_hf,
+        ["--ckpt-path", "a", "--save-path", "b", "--n-layer-per-stage", "2,,1"],
+        ["--n-layer-per-stage", "as in 5,3", "'2,,1'"],
+    ),
+    "to: an empty stage": (
+        arguments.parse_convert_to_hf,
+        ["--ckpt-path", "a", "--save-path", "b", "--n-layer-per-stage", "2,0"],
+        ["--n-layer-per-stage", "at least 1", "'2,0'"],
+    ),
+    "to: by themselves": (
+        arguments.parse_convert_to_hf,
+        ["--ckpt-path", "a", "--save-path", "b", "--n-layer-per-stage", "auto"],
+        ["--n-layer-per-stage", "as in 5,3", "'auto'"],
     ),
     "to: no switch": (
         arguments.parse_convert_to_hf,

@@ -221,6 +221,10 @@ FLAGS: dict[str, tuple[dict[int, Flags], list[str]]] = {
         {0: {"tokenizer-name": "no-such/tokenizer"}},
         ["--tokenizer-name no-such/tokenizer", "expected a folder"],
     ),
+    "a weight beyond fp16": (
+        on_all({"fp16": "true", "model-name": "{home}/large"}),
+        [LAST, QKV, "holds -100000, which does not fit fp16 (largest 65504): use --bf16"],
+    ),
     "a longer tokenizer": (
         {0: {"tokenizer-name": "{home}/longer"}},
         ["--tokenizer-name", "{home}/longer", "401", "vocabulary of 400"],
@@ -245,6 +249,12 @@ STATES: dict[str, tuple[Spoil, list[str]]] = {
     "optimizer of nonsense": (
         lambda d: torch.save([1], d / "2" / "prank_1_optimizer.pt"),
         ["prank_1_optimizer.pt", "list"],
+    ),
+    "optimizer with NaN": (
+        lambda d: edit(
+            d / "2" / "prank_1_optimizer.pt", lambda s: s["exp_avg"][f"0.{QKV}"].fill_(float("nan"))
+        ),
+        ["2/prank_1_optimizer.pt: exp_avg: 0.", QKV, "not finite"],
     ),
     "weights with NaN": (
         lambda d: edit(
@@ -326,6 +336,8 @@ def ended(home: Path) -> dict[str, list[Outcome]]:
     content = json.loads(path.read_text())
     content["model"]["vocab"]["unheard-of"] = VOCAB
     path.write_text(json.dumps(content))
+    shutil.copytree(home / "m", home / "large")
+    edit(home / "large" / LAST, lambda s: s[QKV][0].fill_(-1e5))
     lock = lock_folder(home / "locked")
     with lock, socket.create_server(("127.0.0.1", 0)) as busy:
         url = f"tcp://127.0.0.1:{busy.getsockname()[1]}"

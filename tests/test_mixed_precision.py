@@ -1,56 +1,29 @@
-"""fp16 and bf16 training over stages and replicas against one process that does the same.
-
-The twin of fp16 is plain torch: our modules in half precision on one process, AdamW on fp32
-masters, torch.amp.GradScaler whose scale the rule moves. What it shares with the code under test is
-the forward pass alone, which tests/modules hold against transformers.
-"""
+"""fp16 and bf16 training over stages and replicas against one process that does the same."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-from torch.nn import functional
-from torch.nn.utils import clip_grad_norm_
-from transformers import get_linear_schedule_with_warmup
 
-from checkpoint.loading import load_shards_
-from modules.registry import MODELS
-from modules.stage_model import StageModel
 from monitor.metrics import read_metrics
-from tasks.build import open_training_stream
-from tasks.registry import SourceSpec
 from tests.dist import run_ranks
+from tests.fp16_twin import LAYERS, LR, ROWS, TOKENS, WARMUP, Recipe, twin
 from tests.poison import Overflow
-from tests.runs import Case, meet_at, run_folder, train_cases
-from tests.tasks.material import make_texts, tokenizer, write_jsonl
+from tests.runs import Case, Told, meet_at, run_folder, train_cases
+from tests.tasks.material import make_texts, write_jsonl
 from tests.test_parity import make_shards
 
-LAYERS, ROWS, TOKENS, UPDATES, WARMUP, LR = 4, 4, 16, 10, 2, 2e-3
-REPLICAS = 2  # of the runs that have a twin
 SHAPES = {1: [(1, 1)], 2: [(2, 1), (1, 2)], 4: [(4, 1), (2, 2)]}
 ALL_SHAPES = [shape for shapes in SHAPES.values() for shape in shapes]
 KEYS = ("loss", "lr", "grad_norm", "loss_scale")
 HUGE = 2.0**36
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a run with a twin does: `poisoned` updates, counted from 1, overflow."""
-
-    updates: int = UPDATES
-    accumulate: int = 1
-    scale: float = 1024.0
-    hysteresis: int = 1
-    window: int = 3
-    max_norm: float = float("inf")
-    poisoned: Collection[int] = ()
-
-
+SCHEDULES = [("1f1b", "false"), ("zb-h1", "true")]  # and whether to recompute: gpipe does not
+SCHEDULED = [(2, 1), (2, 2), (4, 1)]
 RECIPES = {
     "hysteresis-1": Recipe(hysteresis=1, poisoned=(2, 7)),
     "hysteresis-2": Recipe(hysteresis=2, poisoned=(2, 3, 8)),
@@ -58,13 +31,12 @@ RECIPES = {
     "clipped": Recipe(max_norm=0.5, poisoned=(5,)),
     "huge": Recipe(scale=HUGE, hysteresis=2, updates=26),
 }
-# Losses: the same bits when measured, clipped or not. One rounding more in the clipping of the twin
-# could round a half-precision weight the other way, so that is not promised.
+# 1e-7 measured, the sums of token losses alone: gradients are the same (see tests.fp16_twin). One
+# rounding more in the clipping makes 9e-6.
 LOSS_TOLERANCE = 1e-5
-NORM_TOLERANCE = 1e-6  # torch sums the squares in fp32, we in double: 7e-8 measured
-# R=2 adds up (a + b) + (c + d), R=1 ((a + b) + c) + d. In fp32 both are exact for the few short
-# numbers of a half-precision gradient here, so no difference was measured; with more of them, or
-# farther apart, sums are rounded, and then a weight may round the other way.
+NORM_TOLERANCE = 1e-6  # 2e-16 measured
+# R=2 adds up (a + b) + (c + d), R=1 ((a + b) + c) + d, in fp32. The norms show it (6e-8 measured);
+# losses would where a weight rounds the other way.
 REPLICAS_TOLERANCE = 1e-4
 
 
@@ -105,82 +77,10 @@ def flags(folder: Path, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def moved(scale: float, left: int, clean: int, overflow: bool, recipe: Recipe) -> tuple[
-    float, int, int
-]:  # fmt: skip
-    """The rule: the scale, what is left of the hysteresis, and clean updates in a row, after."""
-    if overflow:
-        left = max(left - 1, 0)
-        return (scale / 2 if left == 0 else scale), left, 0
-    if clean + 1 == recipe.window:
-        return scale * 2, recipe.hysteresis, 0
-    return scale, left, clean + 1
-
-
-def twin(folder: Path, recipe: Recipe) -> list[dict[str, Any]]:
-    """The lines that a run's metrics should have, from one process."""
-    model = load_model(folder).half()
-    compute = list(model.parameters())
-    masters = [p for module in load_model(folder) for p in module.parameters()]
-    adamw = torch.optim.AdamW(
-        [{"params": [p for p in masters if p.dim() >= 2], "weight_decay": 0.1},
-         {"params": [p for p in masters if p.dim() < 2], "weight_decay": 0.0}],
-        lr=LR, eps=1e-6,
-    )  # fmt: skip
-    schedule = get_linear_schedule_with_warmup(adamw, WARMUP, recipe.updates)
-    scaler = torch.amp.GradScaler("cpu", init_scale=recipe.scale)
-    scale, left, clean, lines = recipe.scale, recipe.hysteresis, 0, []
-    blocks = open_training_stream(
-        [SourceSpec(str(folder / "a.jsonl"))], tokenizer(), seq_length=TOKENS, seed=42
-    )
-    nominal = recipe.accumulate * ROWS * (TOKENS - 1)
-    for update in range(1, recipe.updates + 1):
-        sums = [[torch.zeros_like(p) for p in masters] for _ in range(REPLICAS)]
-        for _ in range(recipe.accumulate):
-            loss = 0.0
-            for replica in sums:
-                of_replica = 0.0
-                for _ in range(ROWS // REPLICAS):
-                    tokens = torch.from_numpy(blocks.next_block().tokens)[None]
-                    token_loss = functional.cross_entropy(
-                        model(tokens, None).float()[0], tokens[0, 1:], reduction="sum"
-                    )
-                    made = torch.autograd.grad(scaler.scale(token_loss / nominal), compute)
-                    for total, gradient in zip(replica, made, strict=True):
-                        total += gradient
-                    of_replica += token_loss.item()
-                loss += of_replica
-            lines.append({"loss": loss / (ROWS * (TOKENS - 1)), "lr": None, "grad_norm": None,
-                          "loss_scale": scale})  # fmt: skip
-        for master, *of_replicas in zip(masters, *sums, strict=True):
-            master.grad = sum(of_replicas[1:], of_replicas[0])
-        if update in recipe.poisoned:
-            assert masters[0].grad is not None
-            masters[0].grad[0, 0] = float("inf")
-        scaler.unscale_(adamw)
-        norm = clip_grad_norm_(masters, recipe.max_norm)
-        overflow = not norm.isfinite().item()
-        lines[-1] |= {
-            "lr": schedule.get_last_lr()[0],
-            "grad_norm": None if overflow else norm.item(),
-        }
-        scaler.step(adamw)
-        if not overflow:
-            schedule.step()
-        scale, left, clean = moved(scale, left, clean, overflow, recipe)
-        scaler.update(new_scale=scale)
-        with torch.no_grad():
-            for half, master in zip(compute, masters, strict=True):
-                half.copy_(master)
-    return lines
-
-
-def load_model(folder: Path) -> StageModel:
-    shards, family = folder / "shards" / "model", MODELS["gptneox"].load()
-    config = family.load_config(shards)
-    model = StageModel(family, config, range(LAYERS + 2), device="cpu")
-    load_shards_(model, shards, family, config)
-    return model
+def train_with_products_in_fp32(*args: Any) -> dict[str, Told]:
+    """As the twin has them, also on a processor that has products of fp16."""
+    with patch("modules.rounded_products.rounds_products", return_value=True):
+        return train_cases(*args)
 
 
 def lines_of(folder: Path, name: str, stages: int, replicas: int) -> list[dict[str, Any]]:
@@ -201,13 +101,22 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         Case("bf16", flags(folder, Recipe(max_norm=1.0)) | {"bf16": "true"}),
     ]
     cases += [
+        Case(
+            f"{case.name}-{mode}",
+            case.flags | {"pp-mode": mode, "recompute": recompute},
+            shapes=SCHEDULED,
+        )
+        for case in cases[:2]
+        for mode, recompute in SCHEDULES
+    ]
+    cases += [
         Case(f"{name}-on-{rank}", of_fp16[name], hook=poison(recipe, rank), shapes=[(2, 2)])
         for name, recipe in RECIPES.items() if recipe.poisoned
         for rank in (range(4) if name == "hysteresis-1" else (3,))
     ]  # fmt: skip
     told = {
         world_size: run_ranks(
-            world_size, train_cases, meet_at(shapes), cases, folder, deadline=300.0
+            world_size, train_with_products_in_fp32, meet_at(shapes), cases, folder, deadline=300.0
         )
         for world_size, shapes in SHAPES.items()
     }
@@ -298,6 +207,17 @@ def test_bits_do_not_depend_on_the_number_of_stages(
     for shape in shapes[1:]:
         assert lines_of(folder, name, *shape) == lines_of(folder, name, *shapes[0])
         assert weights_of(folder, name, *shape) == weights_of(folder, name, *shapes[0])
+
+
+@pytest.mark.parametrize("shape", SCHEDULED)
+@pytest.mark.parametrize("mode", [mode for mode, _ in SCHEDULES])
+@pytest.mark.parametrize("name", ["bf16", "huge"])
+def test_bits_do_not_depend_on_the_schedule(
+    name: str, mode: str, shape: tuple[int, int], trained: dict[str, Any]
+) -> None:
+    folder = trained["folder"]
+    assert lines_of(folder, f"{name}-{mode}", *shape) == lines_of(folder, name, *shape)
+    assert weights_of(folder, f"{name}-{mode}", *shape) == weights_of(folder, name, *shape)
 
 
 @pytest.mark.parametrize("name", ["bf16", "huge"])

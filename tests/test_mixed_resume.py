@@ -95,7 +95,6 @@ def cases_of_one_stage(folder: Path) -> list[Case]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All runs."""
-    pytest.importorskip("bitsandbytes")
     path = tmp_path_factory.mktemp("mixed-resume")
     write_jsonl(path / "a.jsonl", make_texts(60, seed=1))
     changes = {"num_hidden_layers": LAYERS, "intermediate_size": 128}  # 8-bit from 4096 numbers on

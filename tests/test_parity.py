@@ -6,6 +6,7 @@ what reads the blocks. 20 updates, at a rate where the loss moves.
 
 from __future__ import annotations
 
+import json
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from transformers import get_linear_schedule_with_warmup
 
 from checkpoint.convert_from_hf import convert_from_hf
 from modules.registry import MODELS
+from pipeline_parallel.schedule import SCHEDULES
 from tasks.build import open_training_stream
 from tasks.registry import SourceSpec
 from tests.dist import run_ranks
 from tests.runs import Case, curve, meet_at, run_folder, train_cases
+from tests.schedule_cases import SCHEDULED, schedule_cases
 from tests.tasks.material import make_texts, tokenizer, write_jsonl
 from tests.tiny import make_hf
 
@@ -42,8 +45,18 @@ DROPOUT = ("gptneox", {"num_hidden_layers": LAYERS, "hidden_dropout": 0.1,
                        "attention_dropout": 0.1})  # fmt: skip
 
 
+# A head as heavy as three and a half of the blocks: two stages that are even have 5 and 2 of them.
+HEAVY_HEAD = ("gptneox", {"num_hidden_layers": LAYERS, "vocab_size": 1000})
+LISTED = {2: "1,6", 4: "1,3,1,2"}
+LISTED_SHAPES = [(2, 1), (2, 2), (4, 1)]
+
+
+def listed_layers(stages: int, replicas: int) -> str:
+    return LISTED[stages]
+
+
 def make_shards(folder: Path, name: str, family: str, changes: dict[str, Any]) -> Any:
-    model = make_hf(family, vocab_size=400, **changes)
+    model = make_hf(family, **{"vocab_size": 400, **changes})
     model.save_pretrained(folder / "hf" / name)
     tokenizer().save_pretrained(folder / "hf" / name)
     convert_from_hf(
@@ -141,6 +154,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     )
     make_shards(folder, "dropout", *DROPOUT)
     cases.append(Case("dropout", flags(folder, "dropout", DROPOUT[0], 2)))
+    listed = flags(folder, "gptj-1", "gptj", 1) | {"num-layers": listed_layers}
+    cases.append(Case("listed", listed, shapes=LISTED_SHAPES))
+    make_shards(folder, "heavy-head", *HEAVY_HEAD)
+    weighed = flags(folder, "heavy-head", HEAVY_HEAD[0], 1) | {"num-layers": "auto"}
+    cases.append(Case("weighed", weighed, shapes=[(1, 1), (2, 1)]))
+    cases += schedule_cases(flags(folder, "neox-1", "gptneox", 1))
     for world_size, shapes in SHAPES.items():
         run_ranks(world_size, train_cases, meet_at(shapes), cases, folder, deadline=400.0)
     return {"folder": folder, "references": references}
@@ -205,16 +224,88 @@ def test_dropout_is_the_same_in_every_shape(
     assert worst(curve(folder, "dropout", 1, 1), curve(folder, "neox-2", 1, 1)) > 1e-4
 
 
+@pytest.mark.parametrize("shape", SCHEDULED)
+@pytest.mark.parametrize("recompute", ["true", "false"])
+@pytest.mark.parametrize("mode", SCHEDULES)
+def test_every_schedule_has_the_losses_of_one_process(
+    mode: str, recompute: str, shape: tuple[int, int], trained: dict[str, Any]
+) -> None:
+    losses, norms = trained["references"]["neox-1"]
+    for key, expected in (("loss", losses), ("grad_norm", norms)):
+        error = worst(curve(trained["folder"], f"{mode}-{recompute}", *shape, key=key), expected)
+        print(f"{mode}, recompute {recompute}, P={shape[0]} R={shape[1]}, {key}: {error:.1e}")
+        assert error < TOLERANCE
+
+
+@pytest.mark.parametrize("shape", SCHEDULED)
+@pytest.mark.parametrize("recompute", ["true", "false"])
+@pytest.mark.parametrize("mode", SCHEDULES)
+def test_bits_do_not_depend_on_the_schedule_nor_on_recompute(
+    mode: str, recompute: str, shape: tuple[int, int], trained: dict[str, Any]
+) -> None:
+    """Of P neither: the other runs with as many replicas are all one."""
+    folder, (stages, replicas) = trained["folder"], shape
+    for key in ("loss", "grad_norm"):
+        found = curve(folder, f"{mode}-{recompute}", *shape, key=key)
+        assert found == curve(folder, "gpipe-true", 2, replicas, key)
+    _assert_same(
+        _weights(folder, f"{mode}-{recompute}", stages, replicas),
+        _weights(folder, "gpipe-true", 2, replicas),
+    )
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_bits_do_not_depend_on_the_buckets(zero_stage: int, trained: dict[str, Any]) -> None:
+    folder, name = trained["folder"], f"buckets-{zero_stage}"
+    one = _weights(folder, "one-row", 1, 2)
+    for stages in (1, 2):
+        for key in ("loss", "grad_norm"):
+            assert curve(folder, name, stages, 2, key) == curve(folder, "one-row", 1, 2, key)
+        _assert_same(_weights(folder, name, stages, 2), one)
+
+
 def test_weights_after_training_are_the_same_in_every_shape(trained: dict[str, Any]) -> None:
     """All stages' weights, put together, of P = 4 against P = 1: the same bits."""
-    one = _weights(trained["folder"], "gptj-1", 1)
-    four = _weights(trained["folder"], "gptj-1", 4)
-    assert len(one) == len(four) > 0
-    assert all(torch.equal(a, b) for a, b in zip(one, four, strict=True))
+    _assert_same(_weights(trained["folder"], "gptj-1", 1), _weights(trained["folder"], "gptj-1", 4))
 
 
-def _weights(folder: Path, name: str, stages: int) -> list[Tensor]:
-    step = run_folder(folder, name, stages, 1) / str(UPDATES)
+@pytest.mark.parametrize("shape", LISTED_SHAPES)
+def test_bits_do_not_depend_on_how_layers_are_listed(
+    shape: tuple[int, int], trained: dict[str, Any]
+) -> None:
+    folder, (stages, replicas) = trained["folder"], shape
+    assert _split(folder, "listed", *shape) == list(map(int, LISTED[stages].split(",")))
+    for key in ("loss", "grad_norm"):
+        found = curve(folder, "listed", *shape, key=key)
+        assert found == curve(folder, "gptj-1", 1, replicas, key)
+    if replicas == 1:
+        _assert_same(_weights(folder, "listed", stages), _weights(folder, "gptj-1", 1))
+
+
+def test_bits_do_not_depend_on_what_auto_chooses(trained: dict[str, Any]) -> None:
+    folder = trained["folder"]
+    splits = [_split(folder, "weighed", stages, 1) for stages in (1, 2)]
+    assert splits == [[LAYERS], [5, 2]]
+    for key in ("loss", "grad_norm"):
+        one, two = (curve(folder, "weighed", stages, 1, key) for stages in (1, 2))
+        assert one == two
+    _assert_same(_weights(folder, "weighed", 2), _weights(folder, "weighed", 1))
+
+
+def _split(folder: Path, name: str, stages: int, replicas: int) -> list[int]:
+    """As the checkpoint tells it."""
+    meta = run_folder(folder, name, stages, replicas) / str(UPDATES) / "meta.json"
+    counts: list[int] = json.loads(meta.read_text())["num_layers"]
+    return counts
+
+
+def _assert_same(some: list[Tensor], others: list[Tensor]) -> None:
+    assert len(some) == len(others) > 0
+    assert all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+
+def _weights(folder: Path, name: str, stages: int, replicas: int = 1) -> list[Tensor]:
+    step = run_folder(folder, name, stages, replicas) / str(UPDATES)
     parts = [
         torch.load(step / f"prank_{stage}_checkpoint.pt", weights_only=True)
         for stage in range(stages)

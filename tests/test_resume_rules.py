@@ -76,7 +76,6 @@ REFUSED: list[tuple[str, Any, tuple[str, ...]]] = [
     ("micro-batch-size", 2, ("--micro-batch-size is 2", "with 1")),
     ("batch-size", 2, ("global batch (--batch-size x --data-group-size) is 2", "with 4")),
     ("gradient-accumulate-step", 1, ("--gradient-accumulate-step is 1", "with 2")),
-    ("num-layers", 4, ("--num-layers is 4", "with 3")),
     ("doc-separator", ";", ("--doc-separator is ;", "with None")),
     ("task-name", "{folder}/a.jsonl:0.5,{folder}/b.jsonl:0.5", ("--task-name is", "0.5", "0.3")),
     ("model-name", "{folder}/shards/other", ("--model-name", "0.5", "0.25")),

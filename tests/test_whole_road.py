@@ -41,8 +41,12 @@ from tests.tiny import make_hf
 
 ROOT = Path(__file__).parents[1]
 FAMILIES = ("gptneox", "gptj")
-LAYERS = 7  # as 7; 4, 3; 2, 2, 2, 1
+LAYERS = 7
 STAGES = (1, 2, 4)
+SPELLED: dict[str, dict[int, Any]] = {  # --num-layers, by the number of stages
+    "gptneox": {1: 7, 2: 4, 4: 2},
+    "gptj": {1: "auto", 2: "auto", 4: "1,3,1,2"},
+}
 TOKENS, ROWS = 24, 2
 TOLERANCE = 1e-5  # relative, of a loss in fp32
 
@@ -74,7 +78,7 @@ def road(base: Path, family: str, stages: int) -> Run:
     flags = {
         "model-name": base / "shards" / family,
         "model-type": family,
-        "num-layers": -(-LAYERS // stages),
+        "num-layers": SPELLED[family][stages],
         "embedding-dim": 32,
         "total-steps": 1,
         "lr": 0,
@@ -218,6 +222,21 @@ def test_an_iteration_at_rate_0_changes_no_bit(
     assert torch.equal(logits(model), logits(load(base / "hf" / family)))
     (line,) = read_metrics(base / f"road-{family}-{stages}" / "run" / "metrics.jsonl")
     assert line["grad_norm"] > 0.0
+
+
+def test_the_split_is_told_once(ended: dict[str, list[Outcome]]) -> None:
+    """Blocks of 32 x (4 x 32 + 2 x 128 + 25) multiply-adds, and a head of 32 x 400."""
+    told = [rank.stdout.splitlines() for rank in ended["road-gptj-4"]]
+    lines = [line for rank in told for line in rank if "layers of the stages" in line]
+    assert lines == [
+        "layers of the stages: 1,3,1,2; shares of the multiply-adds: 12.5%, 37.6%, 12.5%, 37.3%; "
+        "the slowest stage has 50.4% more than the mean; gpipe of 2 microbatches: expected bubble "
+        "65.5%"
+    ]
+    assert lines[0] in told[0]
+    assert any(
+        "layers of the stages: 4,3;" in line for line in ended["road-gptj-2"][0].stdout.splitlines()
+    )
 
 
 def old_hf(family: str, folder: Path) -> Any:

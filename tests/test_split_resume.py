@@ -1,0 +1,175 @@
+"""A resumed run keeps the split of its checkpoint, however --num-layers spells it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from comm.topology import Topology
+from tests.dist import run_ranks
+from tests.runs import Case, Told, curve, meet_at, run_folder, train_cases
+from tests.tasks.material import make_texts, write_jsonl
+from tests.test_parity import make_shards
+from tests.test_resume_rules import run_parts
+from training_setup import Run
+
+STEPS, SAVED = 4, 2
+LAYERS = 4  # 3,1 by auto: the head is as much as 1.4 blocks
+KEPT = "--num-layers auto would be 3,1 now: the checkpoint's 1,3 is kept"
+
+
+def flags(folder: Path, num_layers: str) -> dict[str, Any]:
+    return {
+        "model-name": folder / "shards" / "model",
+        "model-type": "gptneox",
+        "num-layers": num_layers,
+        "embedding-dim": 32,
+        "task-name": folder / "a.jsonl",
+        "seq-length": 16,
+        "batch-size": 2,
+        "total-steps": STEPS,
+        "checkpoint-steps": SAVED,
+        "lr": 1e-3,
+    }
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Told]]:
+    """Runs of two stages, 1,3, 2,2 and 3,1; three that go on from their middle; rank 0's words."""
+    folder = tmp_path_factory.mktemp("split-resume")
+    write_jsonl(folder / "a.jsonl", make_texts(20, seed=1))
+    make_shards(folder, "model", "gptneox", {"num_hidden_layers": LAYERS})
+    cases = [
+        Case("listed", flags(folder, "1,3")),
+        Case("even", flags(folder, "2")),
+        Case("auto", flags(folder, "auto")),
+        Case("listed-auto", flags(folder, "auto"), after=("listed-2-1", SAVED)),
+        Case("even-listed", flags(folder, "2,2"), after=("even-2-1", SAVED)),
+        Case("auto-even", flags(folder, "3"), after=("auto-2-1", SAVED)),
+    ]
+    told = run_ranks(2, train_cases, meet_at([(2, 1)]), cases, folder, deadline=200.0)
+    return folder, told[0]
+
+
+def state(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    step = run_folder(folder, name, 2, 1) / str(STEPS)
+    parts = [torch.load(step / f"prank_{i}_checkpoint.pt", weights_only=True) for i in range(2)]
+    return {f"{i}.{key}": value for i, part in enumerate(parts) for key, value in part.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "resumed", "split"),
+    [
+        ("listed", "listed-auto", "1,3"),
+        ("even", "even-listed", "2,2"),
+        ("auto", "auto-even", "3,1"),
+    ],
+)
+def test_a_run_goes_on_with_its_split(
+    name: str, resumed: str, split: str, ended: tuple[Path, dict[str, Told]]
+) -> None:
+    folder, told = ended
+    assert curve(folder, resumed, 2, 1) == curve(folder, name, 2, 1)
+    before, after = state(folder, name), state(folder, resumed)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    meta = json.loads((run_folder(folder, resumed, 2, 1) / str(STEPS) / "meta.json").read_text())
+    assert meta["num_layers"] == list(map(int, split.split(",")))
+    for run in (name, resumed):
+        (line,) = [one for one in told[f"{run}-2-1"].lines if "layers of the stages" in one]
+        assert line.startswith(f"layers of the stages: {split}; ")
+    kept = [line for line in told[f"{resumed}-2-1"].lines if "--num-layers" in line]
+    assert kept == ([KEPT] if name == "listed" else [])
+
+
+def first_rank(folder: Path, run: Path, num_layers: str) -> Run:
+    """Stage 0 of a resume, up to where it would read weights; the other stage is not needed."""
+    own = flags(folder, num_layers) | {
+        "checkpoint-path": run,
+        "use-cuda": "false",
+        "pipeline-group-size": 2,
+        "world-size": 2,
+    }
+    return Run(**run_parts(own) | {"topology": Topology(0, 2, 1)})
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("listed", "1,3"), ("listed", "01,3"), ("even", "2"), ("even", "2,2"),
+        ("auto", "auto"), ("auto", "3"), ("auto", "3,1"),
+    ],
+)  # fmt: skip
+def test_another_spelling_of_the_same_split_is_no_change(
+    name: str,
+    asked: str,
+    ended: tuple[Path, dict[str, Told]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO):
+        assert first_rank(ended[0], run_folder(ended[0], name, 2, 1), asked).start == STEPS
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "words"),
+    [
+        ("listed", "3,1", ("--num-layers is 3,1,", "made with 1,3")),
+        ("listed", "2", ("--num-layers is 2, which is 2,2,", "made with 1,3")),
+        ("even", "3", ("--num-layers is 3, which is 3,1,", "made with 2,2")),
+        ("auto", "2,2", ("--num-layers is 2,2,", "made with 3,1")),
+    ],
+)
+def test_another_split_is_an_error_that_names_both(
+    name: str, asked: str, words: tuple[str, ...], ended: tuple[Path, dict[str, Told]]
+) -> None:
+    with pytest.raises(ValueError) as error:
+        first_rank(ended[0], run_folder(ended[0], name, 2, 1), asked)
+    assert all(word in str(error.value) for word in words), error.value
+    assert "\n" not in str(error.value)
+
+
+def edited(run: Path, target: Path, **changes: Any) -> Path:
+    """A copy of a run whose meta.json says something else, or (None) does not say it."""
+    shutil.copytree(run, target)
+    for path in target.glob("*/meta.json"):
+        meta = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({k: v for k, v in meta.items() if v is not None}))
+    return target
+
+
+def test_a_checkpoint_whose_flags_hold_a_number_goes_on(
+    ended: tuple[Path, dict[str, Told]], tmp_path: Path
+) -> None:
+    """As they did when --num-layers could be nothing else."""
+    run = run_folder(ended[0], "even", 2, 1)
+    kept = json.loads((run / str(STEPS) / "meta.json").read_text())["flags"]
+    old = edited(run, tmp_path / "old", flags=kept | {"--num-layers": 2})
+    for asked in ("2", "2,2", "auto"):
+        assert first_rank(ended[0], old, asked).start == STEPS
+
+
+@pytest.mark.parametrize(
+    ("counts", "stages", "word"),
+    [
+        ([2, 1], 2, "[2, 1], 3 in all"),
+        ([4], 2, "[4]"),
+        (2, 2, "num_layers 2"),
+        (None, None, "missing"),
+    ],
+)
+def test_a_meta_json_that_tells_no_split_of_the_model_is_named(
+    counts: Any, stages: Any, word: str, ended: tuple[Path, dict[str, Told]], tmp_path: Path
+) -> None:
+    run = run_folder(ended[0], "even", 2, 1)
+    spoilt = edited(run, tmp_path / "spoilt", num_layers=counts, num_stages=stages)
+    with pytest.raises(ValueError) as error:
+        first_rank(ended[0], spoilt, "2")
+    assert str(spoilt / str(STEPS) / "meta.json") in str(error.value)
+    assert word in str(error.value)

@@ -1,0 +1,52 @@
+"""The line at the start that tells a split and the bubble to expect of it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from modules.split import Split
+from training_split import StageSplit
+
+# A block has 2 x (4 x 2 + 2 x 4 + 8) = 48 multiply-adds per token, and the head 2 x 24 as many.
+CONFIG = {
+    "hidden_size": 2, "intermediate_size": 4, "vocab_size": 24, "num_hidden_layers": 3,
+}  # fmt: skip
+TOKENS = 7
+
+
+def describe(layers: Split, schedule: str, num_microbatches: int, *, recompute: bool) -> str:
+    config = SimpleNamespace(**CONFIG, to_dict=lambda: CONFIG)
+    split = StageSplit(layers, "gptneox", config, num_stages=len(layers), tokens=TOKENS)
+    return split.describe(schedule=schedule, num_microbatches=num_microbatches, recompute=recompute)
+
+
+# Stage 0 has two blocks, stage 1 one and the head; a block's F, I and W are 1 each. The head does
+# its input's gradient in F, and its weights' there too (gpipe, 1f1b) or in W (zb-h1).
+@pytest.mark.parametrize(
+    ("schedule", "recompute", "bubble"),
+    [
+        # F 2, B 4 and F 4, B 2: stage 0 waits from 4 to 12, its B1 ends at 20; each works for 12.
+        ("gpipe", False, "40.0%"),
+        # Stage 1 does F0 B0 F1 B1 from 2 to 14, stage 0 B0 from 8 and B1 from 14 to 18.
+        ("1f1b", False, "33.3%"),
+        # B 6 and 3: stage 1 from 2 to 16, stage 0 B0 from 9, B1 to 22; they work for 16 and 14.
+        ("1f1b", True, "31.8%"),
+        # F 2, I 2, W 2 and F 3, I 1, W 2: stage 1 works from 2 to 14, stage 0 but from 4 to 6.
+        ("zb-h1", False, "14.3%"),
+    ],
+)
+def test_the_bubble_to_expect_is_that_of_the_schedule(
+    schedule: str, recompute: bool, bubble: str
+) -> None:
+    line = describe(Split((2, 1)), schedule, 2, recompute=recompute)
+    assert line == (
+        "layers of the stages: 2,1; shares of the multiply-adds: 50.0%, 50.0%; the slowest stage "
+        f"has 0.0% more than the mean; {schedule} of 2 microbatches: expected bubble {bubble}"
+    )
+
+
+def test_one_stage_never_idles() -> None:
+    line = describe(Split((3,)), "1f1b", 5, recompute=True)
+    assert line.endswith("1f1b of 5 microbatches: expected bubble 0.0%")
