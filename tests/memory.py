@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile  # torch.profiler's parses every event: slow
 
 Result = TypeVar("Result")
 
@@ -16,16 +16,12 @@ def peak_bytes(call: Callable[[], Result]) -> tuple[Result, int]:
     What kernels allocate for themselves counts, and what was there before does not. Memory that
     was there before and is freed meanwhile makes room, as it does on the machine.
     """
-    with profile(
-        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as recorded:
+    with profile(use_cpu=True, use_kineto=True, profile_memory=True) as recorded:
         result = call()
-    kineto = recorded.profiler
-    assert kineto is not None
-    assert kineto.kineto_results is not None
-    events = [e for e in kineto.kineto_results.events() if e.name() == "[memory]"]
+    assert recorded.kineto_results is not None
+    events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
+    for event in sorted(events, key=lambda one: one.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
     return result, peak

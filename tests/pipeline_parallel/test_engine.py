@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from unittest.mock import patch
 
@@ -248,6 +248,7 @@ class NotedStage:
         return noted
 
 
+@cache
 def peak_of(mode: str, stage_index: int, num_microbatches: int, *, recompute: bool) -> int:
     communicator = NotedCommunicator(stage_index, P)
     engine = make_engine(
