@@ -17,20 +17,17 @@ import torch
 from argument_checks import fixed_flags, free_flags
 from checkpoint.continuity import changes, check_same_config, check_same_run
 from checkpoint.disk import check_disk
-from checkpoint.loading import initialise_model_, load_checkpoint_, load_shards_, share_from_first
-from checkpoint.training_state import CheckpointStore, ResumePoint, part_file, read_part
+from checkpoint.training_state import CheckpointStore, ResumePoint
 from comm.fabric import Fabric
 from comm.messages import gather_json
 from comm.topology import Topology
-from data_parallel.flat_gradients import same_on_all
 from modules.family import Family
 from modules.products import Matmul
 from modules.registry import MODELS
 from modules.stage_model import StageModel, stage_modules
 from monitor.console import Console
 from monitor.recorder import Recorder, SilentRecorder, open_recorder
-from optimizer.mixed_precision import DTYPES
-from optimizer.state import collect_state, restore_state
+from optimizer.state import collect_state
 from pipeline_parallel.feed import Scatter, TrainingFeed
 from tasks.loader import BatchLoader
 from training_data import TrainingData, checkpoint_extras
@@ -41,6 +38,7 @@ from training_products import settle_products
 from training_profile import TrainingProfile
 from training_split import StageSplit
 from training_update import build_optimizer, build_updater, checkpoint_bytes, idle_flags
+from training_weights import load_state_, load_weights_
 
 logger = logging.getLogger(__name__)
 
@@ -116,14 +114,20 @@ class Run:
         self._cpu_matmul = self._settle_products()
         self._model = self._build_model()
         self._check_disk()
-        self._load_weights()
+        load_weights_(
+            self._model, self._args, self._resume, family=self._family, config=self._config,
+            topology=self._topology, replicas=self._fabric.replicas,
+        )  # fmt: skip
         self.profile = self._open_profile()
         self._optimizer = build_optimizer(
             self._args, self._model, self._fabric.replicas, self.profile.tracer
         )
         nominal = self._settings.nominal_tokens(self._topology.num_replicas)
         self._updater = build_updater(self._args, self._optimizer, nominal_tokens=nominal)
-        self._load_state()
+        load_state_(
+            self._optimizer, self._updater, self._resume,
+            topology=self._topology, control=self._fabric.control,
+        )  # fmt: skip
 
     def check_success(self) -> None:
         """TrainingStoppedError where the run came to its last step by giving up."""
@@ -185,8 +189,6 @@ class Run:
             control=self._fabric.control,
         )
 
-    # ---- weights and state ----
-
     def _find_resume(self) -> ResumePoint | None:
         path = self._args.checkpoint_path
         if not self._args.load_checkpoint:
@@ -217,55 +219,6 @@ class Run:
             stage_modules(self._topology.stage, self._split.layers),
             device=self._device,
         )
-
-    def _load_weights(self) -> None:
-        args, resume, dtype = self._args, self._resume, DTYPES[self._args.precision]
-        if resume is None:
-            if args.load_pretrained_model:
-                load_shards_(
-                    self._model,
-                    args.model_name,
-                    self._family,
-                    self._config,
-                    dtype=dtype,
-                )
-            else:
-                initialise_model_(self._model, self._config, seed=args.seed)
-            self._check_same_weights()
-            return
-        if self._topology.replica == 0:
-            load_checkpoint_(
-                self._model, resume.folder, self._topology.stage, self._family, self._config,
-                dtype=dtype,
-            )  # fmt: skip
-        share_from_first(self._model.parameters(), self._fabric.replicas)
-        if resume.meta is None:
-            logger.info("weights from %s alone: step 0, fresh optimizer", resume.folder)
-
-    def _load_state(self) -> None:
-        resume = self._resume
-        if resume is None or resume.meta is None:
-            return
-        state, stage = None, self._topology.stage
-        if self._topology.replica == 0:
-            state = read_part(resume.folder, stage, "optimizer")
-        restore_state(
-            self._optimizer,
-            state,
-            self._fabric.control,
-            self._topology,
-            updates=resume.meta["updates"],
-            source=part_file(resume.folder, stage, "optimizer"),
-        )
-        self._updater.load_state(resume.meta["updater"])
-        logger.info("resumed from step %d of %s", resume.step, self._args.checkpoint_path)
-
-    def _check_same_weights(self) -> None:
-        if not same_on_all(self._model.parameters(), self._fabric.replicas):
-            raise ValueError(
-                f"--model-name {self._args.model_name}: the shards of stage "
-                f"{self._topology.stage} are not the same for all replicas"
-            )
 
     # ---- the parts of the loop ----
 

@@ -28,16 +28,10 @@ class Done:
         """Returns at once."""
 
 
-class Communicator(Protocol):
-    """A group of processes, addressed by their index in it (not by global rank).
+class Messages(Protocol):
+    """Messages between the members of a group, which are addressed by their index in it.
 
-    Messages between two members arrive in the order in which they were sent; a send does not wait
-    for its receiver, and several operations may be under way. Every tensor is contiguous, on the
-    backend's device. All operations raise PeerLostError, which names the operation, the peers by
-    global rank and how long it waited.
-
-    Operations of the whole group (all but send and receive) are started in the same order by all
-    its members.
+    Those between two members arrive in the order in which they were sent.
     """
 
     @property
@@ -53,6 +47,18 @@ class Communicator(Protocol):
 
     def receive(self, tensor: Tensor, *, source: int) -> Work:
         """Starts receiving into `tensor` what member `source` sends."""
+
+
+class Communicator(Messages, Protocol):
+    """A group of processes, addressed by their index in it (not by global rank).
+
+    A send does not wait for its receiver, and several operations may be under way. Every tensor is
+    contiguous, on the backend's device. All operations raise PeerLostError, which names the
+    operation, the peers by global rank and how long it waited.
+
+    Operations of the whole group (all but send and receive) are started in the same order by all
+    its members.
+    """
 
     def all_reduce(self, tensor: Tensor) -> Work:
         """Starts summing `tensor` over the members in place, in their order on CPU."""

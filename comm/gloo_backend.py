@@ -18,6 +18,7 @@ from torch import Tensor
 
 from comm.activity import Activity
 from comm.communicator import Done, Work
+from comm.membership import Membership
 from comm.ordered_sum import GatheredSum, InTurn, SentToRoot, SharedSum, SumAtRoot
 from comm.topology import Topology
 from comm.torch_work import as_bytes, lost
@@ -40,11 +41,10 @@ _GLOO_SUMS = frozenset(
 )
 
 
-class GlooCommunicator:
+class GlooCommunicator(Membership):
     """A Communicator over one gloo group.
 
-    name: what the group is, for messages: `pipeline`, `replicas`, `control`.
-    members: the global ranks, in the order of the group; this process is one of them.
+    name, members: see Membership.
     dist_timeout: seconds that one operation may wait for a peer.
     """
 
@@ -59,23 +59,11 @@ class GlooCommunicator:
         dist_timeout: float,
     ) -> None:
         self._group = group
-        self._name = name
-        self._members = tuple(members)
-        self._global_rank = topology.rank
-        self._rank = self._members.index(topology.rank)
-        self._peers = [topology.describe(rank) for rank in self._members]
+        super().__init__(name=name, members=members, topology=topology)
         self._activity = activity
         self._timeout = timedelta(seconds=dist_timeout)
         self._num_sums = 0
         self._sums = InTurn()
-
-    @property
-    def rank(self) -> int:
-        return self._rank
-
-    @property
-    def size(self) -> int:
-        return len(self._members)
 
     def send(self, tensor: Tensor, *, to: int) -> Work:
         return self.send_tagged(tensor, to, what="", tag=_MESSAGE_TAG)
@@ -124,10 +112,6 @@ class GlooCommunicator:
 
     def close(self) -> None:
         dist.destroy_process_group(self._group)
-
-    @property
-    def _others(self) -> str:
-        return ", ".join(f"rank {rank}" for rank in self._members if rank != self._global_rank)
 
     def _own_messages(self, what: str) -> _TaggedMessages:
         """Those of the next sum; sums are started in one order, so all members number it alike."""

@@ -25,6 +25,7 @@ from comm.activity import Activity
 from comm.communicator import Done, PeerLostError, Work
 from comm.hang_monitor import HangMonitor
 from comm.lane import Lane, Mark, lane_on
+from comm.membership import Membership
 from comm.topology import Topology
 
 # ncclDataType_t of nccl.h; bool travels as its byte
@@ -50,11 +51,10 @@ class _Channel:
     lane: Lane
 
 
-class NcclCommunicator:
+class NcclCommunicator(Membership):
     """A Communicator over NCCL.
 
-    name: what the group is, for messages: `pipeline` or `replicas`.
-    members: the global ranks, in the order of the group; this process is one of them.
+    name, members: see Membership.
     store: where the first member of a channel leaves NCCL's unique id for the others.
     dist_timeout, on_hang: a message waited for longer than so many seconds is reported there.
 
@@ -76,10 +76,7 @@ class NcclCommunicator:
         on_hang: Callable[[PeerLostError], object],
     ) -> None:
         self._library = load_library()
-        self._name = name
-        self._members = tuple(members)
-        self._rank = self._members.index(topology.rank)
-        self._peers = [topology.describe(rank) for rank in self._members]
+        super().__init__(name=name, members=members, topology=topology)
         self._device = device
         self._store = store
         self._activity = activity
@@ -89,14 +86,6 @@ class NcclCommunicator:
         for left in range(self.size - 1):  # one order for all members, so that none waits in a ring
             if self._rank in (left, left + 1):
                 self._open_pair(left, left + 1)
-
-    @property
-    def rank(self) -> int:
-        return self._rank
-
-    @property
-    def size(self) -> int:
-        return len(self._members)
 
     def send(self, tensor: Tensor, *, to: int) -> Work:
         channel = self._edge(self._rank, to)
@@ -166,10 +155,6 @@ class NcclCommunicator:
         self._monitor.close()
         for channel in channels:
             channel.nccl.destroy()
-
-    @property
-    def _others(self) -> str:
-        return ", ".join(peer for member, peer in enumerate(self._peers) if member != self._rank)
 
     def _run(self, what: str, channel: _Channel, tensor: Tensor, call: Callable[..., None]) -> Work:
         """Queues `call(pointer, count, dtype code)` in the channel's lane."""

@@ -1,39 +1,21 @@
 """Sums over the members of a group, added in the order of the members.
 
 Libraries add in an order that depends on where in the buffer an element is, and on how long the
-buffer is. These add on the host, out of messages between pairs. All are Works: the first messages
-travel from the making of the object, while the caller computes; `wait` does the rest. Long buffers
-go in slices, of which two are under way: what a sum needs beside its buffer is bounded.
+buffer is. These add on the host, out of messages between pairs that meet no other sum's. All are
+Works: the first messages travel from the making of the object, while the caller computes; `wait`
+does the rest. Long buffers go in slices, of which two are under way: what a sum needs beside its
+buffer is bounded.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from comm.communicator import Work
-
-
-class Messages(Protocol):
-    """Messages of one operation, which meet no other's; those to one member keep their order."""
-
-    @property
-    def rank(self) -> int:
-        """This process's index in the group."""
-
-    @property
-    def size(self) -> int:
-        """The number of members."""
-
-    def send(self, tensor: Tensor, *, to: int) -> Work:
-        """Starts sending to member `to`."""
-
-    def receive(self, tensor: Tensor, *, source: int) -> Work:
-        """Starts receiving from member `source`."""
+from comm.communicator import Messages, Work
 
 
 class InTurn:

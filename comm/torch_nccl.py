@@ -21,6 +21,7 @@ from torch import Tensor
 from comm.activity import Activity
 from comm.communicator import Done, PeerLostError, Work
 from comm.hang_monitor import HangMonitor
+from comm.membership import Membership
 from comm.topology import Topology
 from comm.torch_work import as_bytes, lost
 
@@ -60,11 +61,10 @@ def new_group(ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:
     return group
 
 
-class TorchNcclCommunicator:
+class TorchNcclCommunicator(Membership):
     """A Communicator over torch's NCCL groups.
 
-    name: what the group is, for messages: `pipeline` or `replicas`.
-    members: the global ranks, in the order of the group; this process is one of them.
+    name, members: see Membership.
     dist_timeout, on_hang: a message waited for longer than so many seconds is reported there.
 
     Raises:
@@ -84,21 +84,10 @@ class TorchNcclCommunicator:
         on_hang: Callable[[PeerLostError], object],
     ) -> None:
         self._groups = groups
-        self._name = name
-        self._members = tuple(members)
-        self._rank = self._members.index(topology.rank)
-        self._peers = [topology.describe(rank) for rank in self._members]
+        super().__init__(name=name, members=members, topology=topology)
         self._activity = activity
         self._monitor = HangMonitor(limit=dist_timeout, on_hang=on_hang)
         self._open(torch.zeros(1, device=device))
-
-    @property
-    def rank(self) -> int:
-        return self._rank
-
-    @property
-    def size(self) -> int:
-        return len(self._members)
 
     def send(self, tensor: Tensor, *, to: int) -> Work:
         group = self._groups.edges.get((self._rank, to), self._groups.everyone)
@@ -144,10 +133,6 @@ class TorchNcclCommunicator:
             if self._rank in edge:
                 dist.destroy_process_group(group)
         dist.destroy_process_group(self._groups.everyone)
-
-    @property
-    def _others(self) -> str:
-        return ", ".join(peer for member, peer in enumerate(self._peers) if member != self._rank)
 
     def _open(self, scratch: Tensor) -> None:
         """Has torch make every communicator, in one order for all members: none waits in a ring."""

@@ -102,8 +102,7 @@ class FlatGradients:
     def add_product(
         self, weight: Tensor, bias: Tensor | None, gradient: Tensor, x: Tensor, *, last: bool
     ) -> None:
-        for parameter in (weight, bias):
-            self._handed_over.add(self._names.get(id(parameter), ""))
+        self._handed_over.update(self._names[id(p)] for p in (weight, bias) if p is not None)
         call = partial(self._add_product, weight, bias, gradient, x, last)
         if self._deferred is None:
             call()

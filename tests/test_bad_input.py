@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections import namedtuple
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -355,82 +355,6 @@ def test_a_flag_that_is_not_built(
         line = refusal([*argv(right(home)), *given], {}, monkeypatch, capsys)
         assert line == f"{flag} is not built yet"
     assert flag in arguments.train_parser().format_help()
-
-
-CONVERTERS: dict[str, tuple[Callable[..., object], list[str], list[str]]] = {
-    "from: no model": (
-        arguments.parse_convert_from_hf, ["--save-dir", "a"], ["--model-name", "required"],
-    ),
-    "from: no place": (
-        arguments.parse_convert_from_hf, ["--model-name", "a"], ["--save-dir", "required"],
-    ),
-    "from: another type": (
-        arguments.parse_convert_from_hf,
-        ["--model-name", "a", "--save-dir", "b", "--dtype", "int8"],
-        ["--dtype", "'int8'", "keep", "fp16", "bf16", "fp32"],
-    ),
-    "from: an unknown flag": (
-        arguments.parse_convert_from_hf,
-        ["--model-name", "a", "--save-dir", "b", "--offload"],
-        ["--offload", "unrecognized"],
-    ),
-    "to: no checkpoint": (
-        arguments.parse_convert_to_hf, ["--save-path", "a"], ["--ckpt-path", "required"],
-    ),
-    "to: no place": (
-        arguments.parse_convert_to_hf, ["--ckpt-path", "a"], ["--save-path", "required"],
-    ),
-    "to: no stages": (
-        arguments.parse_convert_to_hf,
-        ["--ckpt-path", "a", "--save-path", "b", "--n-stages", "0"],
-        ["--n-stages", "whole number of at least 1", "'0'"],
-    ),
-    "to: no layers": (
-        arguments.parse_convert_to_hf,
-        ["--ckpt-path", "a", "--save-path", "b", "--n-layer-per-stage", "few"],
-        ["--n-layer-per-stage", "whole number of at least 1", "'few'"],
-    ),
-    "to: a layer less than none": (
-        arguments.parse_convert_to_hf,
-        ["--ckpt-path", "a", "--save-path", "b", "--n-layer-per-stage", "-1"],
-        ["--n-layer-per-stage", "whole number of at least 1", "'-1'"],
-    ),
-    "to: no list": (
-        arguments.parse_convert_to_hf,
-        ["--ckpt-path", "a", "--save-path", "b", "--n-layer-per-stage", "2,,1"],
-        ["--n-layer-per-stage", "as in 5,3", "'2,,1'"],
-    ),
-    "to: an empty stage": (
-        arguments.parse_convert_to_hf,
-        ["--ckpt-path", "a", "--save-path", "b", "--n-layer-per-stage", "2,0"],
-        ["--n-layer-per-stage", "at least 1", "'2,0'"],
-    ),
-    "to: by themselves": (
-        arguments.parse_convert_to_hf,
-        ["--ckpt-path", "a", "--save-path", "b", "--n-layer-per-stage", "auto"],
-        ["--n-layer-per-stage", "as in 5,3", "'auto'"],
-    ),
-    "to: no switch": (
-        arguments.parse_convert_to_hf,
-        ["--ckpt-path", "a", "--save-path", "b", "--fp16", "yes"],
-        ["--fp16", "true or false", "'yes'"],
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", CONVERTERS.values(), ids=CONVERTERS.keys())
-@pytest.mark.parametrize("family", ["gptj", "gptneox"])
-def test_a_converters_flag(
-    family: str,
-    case: tuple[Callable[..., object], list[str], list[str]],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    parse, given, words = case
-    with pytest.raises(SystemExit) as ended:
-        parse(family, given)
-    assert ended.value.code == 2
-    line = the_line(capsys.readouterr().err)
-    assert all(word in line for word in words), line
 
 
 def test_right_flags_are_right(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

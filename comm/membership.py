@@ -1,0 +1,35 @@
+"""A process's place in a group, and how messages call the other members."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from comm.topology import Topology
+
+
+class Membership:
+    """What every Communicator between processes is to its group.
+
+    name: what the group is, for messages: `pipeline`, `replicas`, `control`.
+    members: the global ranks, in the order of the group; this process is one of them.
+    """
+
+    def __init__(self, *, name: str, members: Sequence[int], topology: Topology) -> None:
+        self._name = name
+        self._members = tuple(members)
+        self._rank = self._members.index(topology.rank)
+        self._peers = [topology.describe(rank) for rank in self._members]
+
+    @property
+    def rank(self) -> int:
+        """This process's index in the group."""
+        return self._rank
+
+    @property
+    def size(self) -> int:
+        """The number of members."""
+        return len(self._members)
+
+    @property
+    def _others(self) -> str:
+        return ", ".join(peer for member, peer in enumerate(self._peers) if member != self._rank)

@@ -1,0 +1,79 @@
+"""Where a run's weights and optimizer state come from: layer shards, a seed, or a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from typing import Any
+
+from checkpoint.loading import initialise_model_, load_checkpoint_, load_shards_, share_from_first
+from checkpoint.training_state import ResumePoint, part_file, read_part
+from comm.communicator import Communicator
+from comm.topology import Topology
+from data_parallel.flat_gradients import same_on_all
+from modules.family import Family
+from modules.stage_model import StageModel
+from optimizer.mixed_precision import DTYPES, MixedPrecisionOptimizer
+from optimizer.state import restore_state
+from optimizer.updater import Updater
+
+logger = logging.getLogger(__name__)
+
+
+def load_weights_(
+    model: StageModel,
+    args: argparse.Namespace,
+    resume: ResumePoint | None,
+    *,
+    family: Family,
+    config: Any,
+    topology: Topology,
+    replicas: Communicator,
+) -> None:
+    """Fills the stage's model, which is in fp32; all replicas then hold the same.
+
+    ValueError for files that cannot be used, or that differ between replicas.
+    """
+    dtype = DTYPES[args.precision]
+    if resume is None:
+        if args.load_pretrained_model:
+            load_shards_(model, args.model_name, family, config, dtype=dtype)
+        else:
+            initialise_model_(model, config, seed=args.seed)
+        if not same_on_all(model.parameters(), replicas):
+            raise ValueError(
+                f"--model-name {args.model_name}: the shards of stage {topology.stage} are not the "
+                "same for all replicas"
+            )
+        return
+    if topology.replica == 0:
+        load_checkpoint_(model, resume.folder, topology.stage, family, config, dtype=dtype)
+    share_from_first(model.parameters(), replicas)
+    if resume.meta is None:
+        logger.info("weights from %s alone: step 0, fresh optimizer", resume.folder)
+
+
+def load_state_(
+    optimizer: MixedPrecisionOptimizer,
+    updater: Updater,
+    resume: ResumePoint | None,
+    *,
+    topology: Topology,
+    control: Communicator,
+) -> None:
+    """Fills optimizer and updater from a checkpoint of ours; else leaves them as they are."""
+    if resume is None or resume.meta is None:
+        return
+    state = None
+    if topology.replica == 0:
+        state = read_part(resume.folder, topology.stage, "optimizer")
+    restore_state(
+        optimizer,
+        state,
+        control,
+        topology,
+        updates=resume.meta["updates"],
+        source=part_file(resume.folder, topology.stage, "optimizer"),
+    )
+    updater.load_state(resume.meta["updater"])
+    logger.info("resumed from step %d of %s", resume.step, resume.folder.parent)
