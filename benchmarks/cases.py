@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.ours import Ours
 from benchmarks.peer import TorchDataParallel, TorchPipeline
@@ -11,6 +11,8 @@ from benchmarks.work import Contender, Work
 from comm.fabric import Fabric
 from comm.topology import Topology
 from modules.balance import balanced_split, module_work
+from modules.processor import Processor
+from modules.products import Matmul, choose_matmul
 from modules.registry import MODELS
 
 WORK = Work()
@@ -18,10 +20,14 @@ WORK = Work()
 
 @dataclass(frozen=True)
 class Entry:
-    """A contender: its name in the table, and how a process makes its part."""
+    """A contender: its name in the table, and how a process makes its part.
+
+    matmul: what multiplies fp32 matrices while it runs; None: what the run was given.
+    """
 
     name: str
     make: Callable[[Topology, Fabric], Contender]
+    matmul: Matmul | None = None
 
 
 @dataclass(frozen=True)
@@ -128,9 +134,24 @@ def _many() -> Case:
     )  # fmt: skip
 
 
+def _defaults() -> Case:
+    """Each side as a user meets it: what multiplies, and AdamW, are each side's default."""
+    matmul = choose_matmul(Processor.of_this_machine())
+    mine = replace(ours(WORK, "gpipe"), matmul=matmul)
+    other = replace(theirs(WORK, "GPipe", fused=False), matmul="default")
+    return Case(
+        "defaults",
+        f"fp32, 8 microbatches, each side with its defaults (ours multiplies with {matmul})",
+        WORK,
+        [mine, other],
+        [(mine.name, other.name)],
+    )
+
+
 def _all() -> list[Case]:
     return [
         _fp32(),
+        _defaults(),
         _data_parallel(),
         _gpipes("recompute", "fp32, recomputed activations", WORK.on(recompute=True)),
         _gpipes("bf16", "bf16 compute copies of fp32 masters", WORK.on(precision="bf16")),

@@ -13,6 +13,7 @@ from comm.local import LocalCommunicator
 from data_parallel.flat_gradients import FlatGradients
 from modules.layers import initialise_
 from modules.processor import Processor
+from modules.products import MATMULS, can_use_onednn, use_matmul
 from modules.registry import MODELS
 from modules.stage_model import StageModel
 from optimizer.mixed_precision import DTYPES
@@ -22,10 +23,16 @@ from pipeline_parallel.stage import Stage
 def describe_machine() -> str:
     """The processor, and its peaks in products of matrices on one thread."""
     torch.set_num_threads(1)
-    peaks = ", ".join(f"{name} {peak(dtype):.0f}" for name, dtype in DTYPES.items())
+    processor, peaks = Processor.of_this_machine(), []
+    for matmul in MATMULS if can_use_onednn(processor) else MATMULS[:1]:
+        use_matmul(matmul)
+        peaks.append(f"fp32 {peak(torch.float32):.0f} ({matmul})")
+    use_matmul("default")
+    halves = (name for name, dtype in DTYPES.items() if dtype != torch.float32)
+    peaks += [f"{name} {peak(DTYPES[name]):.0f}" for name in halves]
     return (
-        f"{Processor.of_this_machine().name}; torch {torch.__version__}; products on one thread, "
-        f"GFLOP/s: {peaks}"
+        f"{processor.name}; torch {torch.__version__}; products on one thread, "
+        f"GFLOP/s: {', '.join(peaks)}"
     )
 
 

@@ -35,6 +35,8 @@ from benchmarks.ours import Ours
 from benchmarks.work import Contender
 from comm.fabric import Fabric
 from comm.topology import Topology
+from modules.processor import Processor
+from modules.products import Matmul, choose_matmul, use_matmul
 
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # bf16: two sides round at other places
 
@@ -53,14 +55,19 @@ class Result:
     overhead: float
 
 
-def run_case(case: Case, rounds: int, *, only: str | None = None) -> tuple[list[Result], float]:
+def run_case(
+    case: Case, rounds: int, matmul: Matmul, *, only: str | None = None
+) -> tuple[list[Result], float]:
     """The contenders (or `only` one) over `rounds` rounds, after one that warms up, and one
-    process's seconds for forward and backward of a microbatch through the whole model."""
+    process's seconds for forward and backward of a microbatch through the whole model.
+
+    `matmul` multiplies for all that do not name their own.
+    """
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
         probe.close()
-        arguments = [(rank, port, case.name, rounds, only, folder) for rank in range(2)]
+        arguments = [(rank, port, case.name, rounds, matmul, only, folder) for rank in range(2)]
         processes = [context.Process(target=_process, args=each) for each in arguments]
         for process in processes:
             process.start()
@@ -73,21 +80,28 @@ def run_case(case: Case, rounds: int, *, only: str | None = None) -> tuple[list[
 
 
 def _process(
-    rank: int, port: int, case_name: str, rounds: int, only: str | None, folder: str
+    rank: int,
+    port: int,
+    case_name: str,
+    rounds: int,
+    matmul: Matmul,
+    only: str | None,
+    folder: str,
 ) -> None:
     torch.set_num_threads(1)
+    use_matmul(matmul)
     case = CASES[case_name]
     topology = Topology(rank, *case.shape)
     fabric, close = meet(topology, port)
     alone = 0.0 if only else one_process_seconds(case.work)
     entries = [entry for entry in case.entries if only in (None, entry.name)]
     contenders = {entry.name: entry.make(topology, fabric) for entry in entries}
-    measured = {name: [_timed(one, fabric)] for name, one in contenders.items()}
-    names = list(contenders)
-    for turn in range(rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            measured[name].append(_timed(contenders[name], fabric))
+    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+    for turn in range(1 + rounds):
+        first = turn % len(entries)
+        for entry in entries[first:] + entries[:first]:
+            use_matmul(entry.matmul or matmul)
+            measured[entry.name].append(_timed(contenders[entry.name], fabric))
     overheads = {n: one.overhead() for n, one in contenders.items() if isinstance(one, Ours)}
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     result = {"alone": alone, "measured": measured, "peak": peak, "overheads": overheads}
@@ -143,11 +157,11 @@ def report(case: Case, results: list[Result], alone: float) -> None:
     _check_losses(case, results)
 
 
-def report_memory(case: Case) -> None:
+def report_memory(case: Case, matmul: Matmul) -> None:
     """The peak memory of each process when a contender runs alone."""
     print(f"\npeak memory (VmHWM, MB) of each process: {case.title}")
     for entry in case.entries:
-        results, _ = run_case(case, 1, only=entry.name)
+        results, _ = run_case(case, 1, matmul, only=entry.name)
         peaks = "".join(f"{peak / 2**20:8.0f}" for peak in results[0].peak_bytes)
         print(f"  {entry.name:22s}{peaks}", flush=True)
 
@@ -170,14 +184,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--case", choices=list(CASES), action="append", help="default: all")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--cpu-matmul", choices=("auto", "default", "onednn"), default="auto",
+                        help="what multiplies fp32 matrices on both sides")  # fmt: skip
     parser.add_argument("--memory", action="store_true", help="peak memory instead of speed")
     args = parser.parse_args()
-    print(describe_machine())
+    auto = choose_matmul(Processor.of_this_machine())
+    matmul = auto if args.cpu_matmul == "auto" else args.cpu_matmul
+    print(f"{describe_machine()}\nfp32 products of both sides: {matmul}")
     for name in args.case or list(CASES):
         if args.memory:
-            report_memory(CASES[name])
+            report_memory(CASES[name], matmul)
             continue
-        report(CASES[name], *run_case(CASES[name], args.rounds))
+        report(CASES[name], *run_case(CASES[name], args.rounds, matmul))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from torch import Tensor
 from modules.processor import AMD, Processor
 
 Matmul = Literal["default", "onednn"]
+MATMULS: tuple[Matmul, ...] = ("default", "onednn")
 
 _PRECISION: dict[Matmul, str] = {"default": "ieee", "onednn": "bf16"}
 _UNIT = 2.0**-24  # half the distance from 1 to the next fp32 number

@@ -44,7 +44,7 @@ FIRST = (
     Moment("first step: the update's second half", _TRAIN, nth=2),
 )
 ANY_STEP = (
-    Moment("resume: before the weights", "training_setup:share_from_first"),
+    Moment("resume: before the weights", "training_weights:share_from_first"),
     Moment("resume: metrics cut", "monitor.metrics:MetricsFile.cut_after", "after", ranks=(0,)),
     Moment("step", _TRAIN, nth=3),
     Moment("step: updated", "optimizer.adam:Adam.step", "after"),

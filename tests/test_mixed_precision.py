@@ -71,6 +71,7 @@ def flags(folder: Path, recipe: Recipe) -> dict[str, Any]:
         "weight-decay": 0.1,
         "recompute": "false",
         "max-grad-norm": recipe.max_norm,
+        "cpu-matmul": "default",  # the twin's
         "initial-loss-scale": recipe.scale,
         "loss-scale-window": recipe.window,
         "hysteresis": recipe.hysteresis,

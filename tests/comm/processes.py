@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import torch
+
 from comm.communicator import PeerLostError
 from tests.comm.ranks import Rank, enter
 from tests.dist import process_context
@@ -80,10 +82,12 @@ def member(
     program: RankProgram,
     dist_timeout: float,
 ) -> None:
-    """Enters a run, says so, and does what `program` says, as the entry script would."""
+    """Enters a run, says so once all have spoken, and does what `program` says, as the entry script
+    would."""
     entered = enter(
         rank, url, num_stages=shape[0], num_replicas=shape[1], dist_timeout=dist_timeout
     )
+    entered.fabric.control.all_reduce(torch.ones(1)).wait()
     ready.touch()
     try:
         program(entered)
