@@ -56,7 +56,7 @@ def build_engine(
             model,
             recompute=args.recompute,
             gradients=gradients,
-            splits=splits_backward(schedule),
+            splits=splits_backward(schedule, topology.stage, topology.num_stages),
         ),
         PipelineChannel(
             pipeline,

@@ -62,13 +62,19 @@ class StageSplit:
     def _bubble(self, schedule: str, num_microbatches: int, recompute: bool) -> float:
         """The idle share of all stages, where time is multiply-adds: the gradients of the input and
         those of the weights take as many as forward does."""
-        splits = splits_backward(SCHEDULES[schedule])
+        num_stages = len(self.layers)
         of_blocks = stage_work(self.layers, replace(self._work, head=0))
         costs = [
-            _costs(blocks, work - blocks, splits=splits, recompute=recompute)
-            for blocks, work in zip(of_blocks, stage_work(self.layers, self._work), strict=True)
+            _costs(
+                blocks,
+                work - blocks,
+                splits=splits_backward(SCHEDULES[schedule], stage, num_stages),
+                recompute=recompute,
+            )
+            for stage, (blocks, work) in enumerate(
+                zip(of_blocks, stage_work(self.layers, self._work), strict=True)
+            )
         ]
-        num_stages = len(self.layers)
         return simulate(SCHEDULES[schedule], num_stages, num_microbatches, Costs(costs)).bubble
 
 

@@ -156,7 +156,7 @@ def _engine(
         model,
         recompute=work.recompute,
         gradients=optimizer.flat_gradients,
-        splits=splits_backward(schedule),
+        splits=splits_backward(schedule, topology.stage, topology.num_stages),
     )
     channel = PipelineChannel(
         fabric.pipeline,

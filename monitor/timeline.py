@@ -230,7 +230,11 @@ def _draw_legend(figure: Any, timeline: Timeline) -> None:
     splits = Track.WEIGHT_GRADIENT in tracks
     entries = []
     for track, style in _STYLES.items():
-        label = "input gradient" if splits and style.label == "backward" else style.label
+        label = (
+            "backward, or its input gradient"
+            if splits and style.label == "backward"
+            else style.label
+        )
         if track in tracks:
             entries.append(Patch(color=style.colour, label=label))
     entries.append(Patch(color=_COMMUNICATION, label="exposed communication"))

@@ -78,16 +78,21 @@ def one_forward_one_backward(
 
 # ZB-H1 (Qi et al., arXiv 2401.10241), 3 stages, 4 microbatches; backward in its two parts:
 #
-#   stage 0   F0 F1 F2 .  .  I0 W0 F3 I1 W1 I2 W2 I3 W3
+#   stage 0   F0 F1 F2 .  .  B0 == F3 B1 == B2 == B3 ==
 #   stage 1   .  F0 F1 .  I0 F2 I1 W0 F3 I2 W1 I3 W2 W3
 #   stage 2   .  .  F0 I0 F1 I1 F2 I2 W0 F3 I3 W1 W2 W3
 def zero_bubble_h1(stage: int, num_stages: int, num_microbatches: int) -> Iterator[Action]:
     """As 1f1b, with `stage` weight gradients put off to where the stage would else wait.
 
+    Nobody waits for a gradient of the first stage, and it puts none off: its backward stays whole.
+
     From forward to weight gradient at most num_stages microbatches are live. Where all stages cost
     the same and num_microbatches is at least num_stages, each stage idles (num_stages - 1) times
     F + I - min(F, I, W): the paper's F + I - W, which takes W for the shortest (1f1b: F + I + W).
     """
+    if stage == 0:
+        yield from one_forward_one_backward(stage, num_stages, num_microbatches)
+        return
     ahead = min(num_stages - stage - 1, num_microbatches)
     for microbatch in range(ahead):
         yield Action(Kind.FORWARD, microbatch)
@@ -107,9 +112,9 @@ def forward_only(stage: int, num_stages: int, num_microbatches: int) -> Iterator
         yield Action(Kind.FORWARD, microbatch)
 
 
-def splits_backward(schedule: Schedule) -> bool:
-    """Whether backward comes in two parts."""
-    return any(action.kind is Kind.WEIGHT_GRADIENT for action in schedule(0, 1, 1))
+def splits_backward(schedule: Schedule, stage: int, num_stages: int) -> bool:
+    """Whether backward comes in two parts on this stage."""
+    return any(action.kind is Kind.WEIGHT_GRADIENT for action in schedule(stage, num_stages, 1))
 
 
 SCHEDULES: dict[str, Schedule] = {

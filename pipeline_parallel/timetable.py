@@ -16,7 +16,7 @@ LARGEST = 1000  # beyond it nobody reads a timetable
 
 RECOMPUTE_NOTE = """\
 With --recompute true, a stage holds the recomputed activations of a microbatch from its
-input-gradient action (I) to its weight-gradient action (W); at the most, stage by stage:
+input-gradient action (I) to its weight-gradient action (W), or within B; at the most, by stage:
 {} microbatches.
 """
 

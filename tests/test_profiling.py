@@ -34,11 +34,12 @@ TRACKS = (
     "9. weight-gradient",
 )  # fmt: skip
 LETTERS = {"2. forward-compute": "F", "5. backward-compute": "B", "9. weight-gradient": "W"}
-# What each stage computes in a step, in order; under zb-h1 B is the gradient of the input.
+# What each stage computes in a step, in order; under zb-h1 the last one's B is the
+# gradient of the input.
 ORDERS = {
     "gpipe": ["F0 F1 F2 F3 B0 B1 B2 B3"] * 2,
     "1f1b": ["F0 F1 B0 F2 B1 F3 B2 B3", "F0 B0 F1 B1 F2 B2 F3 B3"],
-    "zb-h1": ["F0 F1 B0 W0 F2 B1 W1 F3 B2 W2 B3 W3", "F0 B0 F1 B1 W0 F2 B2 W1 F3 B3 W2 W3"],
+    "zb-h1": ["F0 F1 B0 F2 B1 F3 B2 B3", "F0 B0 F1 B1 W0 F2 B2 W1 F3 B3 W2 W3"],
 }
 ALONE = "F0 B0 F1 B1 F2 B2 F3 B3"  # 1f1b on one stage
 # The messages that a stage waits for and sends: the first receives no activation, the last no

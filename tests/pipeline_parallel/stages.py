@@ -46,7 +46,8 @@ def make_stage(
     flat = FlatGradients(
         parameters, [0] * len(parameters), replicas=LocalCommunicator(), sharded=False
     )
-    return Stage(model, recompute=recompute, gradients=flat, splits=splits_backward(schedule))
+    splits = splits_backward(schedule, pipeline.rank, pipeline.size)
+    return Stage(model, recompute=recompute, gradients=flat, splits=splits)
 
 
 def make_engine(

@@ -170,14 +170,14 @@ def test_a_failure_in_backward_names_stage_microbatch_action_and_shape(mode: str
 
 
 def test_a_failure_of_a_weight_gradient_is_named() -> None:
-    communicator = NotedCommunicator(0, 2)
+    communicator = NotedCommunicator(1, 2)
     stage = make_stage(communicator, schedule=zero_bubble_h1, recompute=False)
     engine = make_engine(zero_bubble_h1, communicator, num_microbatches=3, stage=stage)
     with (
         patch.object(stage, "weight_gradient", side_effect=MemoryError),
-        pytest.raises(StageError, match="stage 0, weight gradient of microbatch 0") as caught,
+        pytest.raises(StageError, match="stage 1, weight gradient of microbatch 0") as caught,
     ):
-        engine.train(batch(3, first=True, last=False), loss_scale=1.0)
+        engine.train(batch(3, first=False, last=True), loss_scale=1.0)
     assert isinstance(caught.value.__cause__, MemoryError)
 
 

@@ -15,7 +15,7 @@ from pipeline_parallel.timetable import main, timetable
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 ZB_H1 = """\
-stage 0   F0 F1 F2 F3 .  .  .  I0 W0 F4 I1 W1 F5 I2 W2 F6 I3 W3 F7 I4 W4 I5 W5 I6 W6 I7 W7
+stage 0   F0 F1 F2 F3 .  .  .  B0 == F4 B1 == F5 B2 == F6 B3 == F7 B4 == B5 == B6 == B7 ==
 stage 1   .  F0 F1 F2 .  .  I0 F3 I1 W0 F4 I2 W1 F5 I3 W2 F6 I4 W3 F7 I5 W4 I6 W5 I7 W6 W7
 stage 2   .  .  F0 F1 .  I0 F2 I1 F3 I2 W0 F4 I3 W1 F5 I4 W2 F6 I5 W3 F7 I6 W4 I7 W5 W6 W7
 stage 3   .  .  .  F0 I0 F1 I1 F2 I2 F3 I3 W0 F4 I4 W1 F5 I5 W2 F6 I6 W3 F7 I7 W4 W5 W6 W7
@@ -25,7 +25,7 @@ bubble      11.1 %
 peak live   4 4 4 4 microbatches, stage by stage
 
 With --recompute true, a stage holds the recomputed activations of a microbatch from its
-input-gradient action (I) to its weight-gradient action (W); at the most, stage by stage:
+input-gradient action (I) to its weight-gradient action (W), or within B; at the most, by stage:
 1 2 3 4 microbatches.
 """
 
