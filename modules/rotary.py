@@ -29,8 +29,9 @@ class Rotation:
         sign = -1.0 if back else 1.0
         first, second = x[..., self.first], x[..., self.second]
         out[..., self.width :] = x[..., self.width :]
-        out[..., self.first] = (first * self.cos).addcmul_(second, self.sin, value=-sign)
-        out[..., self.second] = (second * self.cos).addcmul_(first, self.sin, value=sign)
+        for here, other, towards in ((self.first, second, -sign), (self.second, first, sign)):
+            turned = torch.mul(x[..., here], self.cos, out=out[..., here])
+            turned.addcmul_(other, self.sin, value=towards)
 
 
 @lru_cache(maxsize=16)
