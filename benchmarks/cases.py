@@ -95,10 +95,10 @@ def _data_parallel() -> Case:
         "fp32, two replicas of one stage, 8 microbatches each",
         work,
         [
-            ours(work, "gpipe"),
+            ours(work, "1f1b"),
             Entry(name, lambda topology, _: TorchDataParallel(work, topology, fused=True)),
         ],
-        [("gpipe 8", name)],
+        [("1f1b 8", name)],
         shape=(1, 2),
     )
 

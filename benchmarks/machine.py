@@ -19,6 +19,8 @@ from modules.stage_model import StageModel
 from optimizer.mixed_precision import DTYPES
 from pipeline_parallel.stage import Stage
 
+WARM_UP = 3
+
 
 def describe_machine() -> str:
     """The processor, and its peaks in products of matrices on one thread."""
@@ -71,4 +73,6 @@ def one_process_seconds(work: Work) -> float:
         stage.forward(0, tokens, tokens, None, loss_scale=1e-3)
         stage.backward(0, None)
 
-    return median(_seconds(once) for _ in range(5))
+    for _ in range(WARM_UP):
+        once()
+    return median(_seconds(once) for _ in range(9))

@@ -15,10 +15,10 @@ import os
 import resource
 import socket
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -55,57 +55,81 @@ class Result:
     overhead: float
 
 
-def run_case(
-    case: Case, rounds: int, matmul: Matmul, *, only: str | None = None
-) -> tuple[list[Result], float]:
-    """The contenders (or `only` one) over `rounds` rounds, after one that warms up, and one
-    process's seconds for forward and backward of a microbatch through the whole model.
+class Pair:
+    """The two processes that do one thing for the benchmark, each at the other end of a pipe."""
+
+    def __init__(self, main: Callable[..., None], *arguments: object) -> None:
+        context = multiprocessing.get_context("spawn")
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        self._pipes = []
+        for rank in range(2):
+            ours, theirs = context.Pipe()
+            context.Process(target=main, args=(theirs, rank, port, *arguments), daemon=True).start()
+            theirs.close()
+            self._pipes.append(ours)
+
+    def ask(self, question: str) -> list[Any]:
+        """Both processes' answers; where one has died, it has told why."""
+        for pipe in self._pipes:
+            pipe.send(question)
+        return self.answers()
+
+    def answers(self) -> list[Any]:
+        try:
+            return [pipe.recv() for pipe in self._pipes]
+        except EOFError:
+            raise SystemExit(1) from None
+
+
+def run_case(case: Case, rounds: int, matmul: Matmul) -> tuple[list[Result], float]:
+    """The contenders over `rounds` rounds, after one that warms up, and one process's seconds for
+    forward and backward of a microbatch through the whole model.
 
     `matmul` multiplies for all that do not name their own.
     """
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-        probe.close()
-        arguments = [(rank, port, case.name, rounds, matmul, only, folder) for rank in range(2)]
-        processes = [context.Process(target=_process, args=each) for each in arguments]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        if any(process.exitcode for process in processes):
-            raise SystemExit(1)
-        parts = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
-    return _join(parts), max(part["alone"] for part in parts)
+    alone = max(Pair(_measure_alone, case.name, matmul).answers())
+    pairs = {
+        entry.name: Pair(_contend, case.name, entry.name, entry.matmul or matmul)
+        for entry in case.entries
+    }
+    for pair in pairs.values():
+        pair.answers()  # it is ready, and does nothing until its turn
+    measured: dict[str, list[list[Any]]] = {name: [] for name in pairs}
+    names = list(pairs)
+    for turn in range(1 + rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            measured[name].append(pairs[name].ask("step"))
+    return [_result(name, measured[name], pair.ask("end")) for name, pair in pairs.items()], alone
 
 
-def _process(
-    rank: int,
-    port: int,
-    case_name: str,
-    rounds: int,
-    matmul: Matmul,
-    only: str | None,
-    folder: str,
+def _measure_alone(pipe: Connection, rank: int, port: int, case_name: str, matmul: Matmul) -> None:
+    """What one process takes while its neighbour does the same."""
+    torch.set_num_threads(1)
+    use_matmul(matmul)
+    fabric, close = meet(Topology(rank, 1, 2), port)
+    fabric.control.all_gather(torch.zeros(1))
+    pipe.send(one_process_seconds(CASES[case_name].work))
+    close()
+
+
+def _contend(
+    pipe: Connection, rank: int, port: int, case_name: str, name: str, matmul: Matmul
 ) -> None:
+    """One process of a contender: a step whenever it is its turn, its peak memory at the end."""
     torch.set_num_threads(1)
     use_matmul(matmul)
     case = CASES[case_name]
     topology = Topology(rank, *case.shape)
     fabric, close = meet(topology, port)
-    alone = 0.0 if only else one_process_seconds(case.work)
-    entries = [entry for entry in case.entries if only in (None, entry.name)]
-    contenders = {entry.name: entry.make(topology, fabric) for entry in entries}
-    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
-    for turn in range(1 + rounds):
-        first = turn % len(entries)
-        for entry in entries[first:] + entries[:first]:
-            use_matmul(entry.matmul or matmul)
-            measured[entry.name].append(_timed(contenders[entry.name], fabric))
-    overheads = {n: one.overhead() for n, one in contenders.items() if isinstance(one, Ours)}
+    (entry,) = (entry for entry in case.entries if entry.name == name)
+    contender = entry.make(topology, fabric)
+    pipe.send("ready")
+    while pipe.recv() == "step":
+        pipe.send(_timed(contender, fabric))
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    result = {"alone": alone, "measured": measured, "peak": peak, "overheads": overheads}
-    torch.save(result, Path(folder) / f"{rank}.pt")
+    pipe.send((peak, contender.overhead() if isinstance(contender, Ours) else math.nan))
     close()
 
 
@@ -116,21 +140,15 @@ def _timed(contender: Contender, fabric: Fabric) -> tuple[float, float]:
     return time.perf_counter() - start, loss
 
 
-def _join(parts: Sequence[dict[str, Any]]) -> list[Result]:
+def _result(name: str, steps: Sequence[Sequence[Any]], end: Sequence[Any]) -> Result:
     """A step lasts as long as on the slower process; the loss is known to the last one."""
-    results = []
-    for name in parts[0]["measured"]:
-        pairs = list(zip(*(part["measured"][name] for part in parts), strict=True))
-        results.append(
-            Result(
-                name,
-                [max(seconds for seconds, _ in pair) for pair in pairs][1:],
-                [pair[-1][1] for pair in pairs],
-                [part["peak"] for part in parts],
-                parts[0]["overheads"].get(name, math.nan),
-            )
-        )
-    return results
+    return Result(
+        name,
+        [max(seconds for seconds, _ in pair) for pair in steps][1:],
+        [pair[-1][1] for pair in steps],
+        [peak for peak, _ in end],
+        end[0][1],
+    )
 
 
 def report(case: Case, results: list[Result], alone: float) -> None:
@@ -140,14 +158,16 @@ def report(case: Case, results: list[Result], alone: float) -> None:
     tokens = m * case.work.tokens * replicas
     bound = alone * (m + stages - 1) / stages
     print(f"\n{case.title}")
-    columns = f"{'s/step':>8s}{'tokens/s':>10s}{'spread':>8s}{'of bound':>10s}{'/ simulated':>13s}"
-    print(f"  {'':22s}{columns}")
+    columns = {"s/step": 8, "tokens/s": 10, "spread": 8, "of bound": 10, "/ simulated": 13,
+               "peak MB": 12}  # fmt: skip
+    print(f"  {'':22s}" + "".join(f"{name:>{width}s}" for name, width in columns.items()))
     for result in results:
         middle = median(result.seconds)
         spread = (max(result.seconds) - min(result.seconds)) / middle
         print(
             f"  {result.name:22s}{middle:8.3f}{tokens / middle:10.0f}{spread:8.1%}"
             f"{bound / middle:10.1%}{result.overhead:13.3f}".replace("nan", "   ")
+            + f"{'  '.join(f'{peak / 2**20:.0f}' for peak in result.peak_bytes):>12s}"
         )
     for ours, theirs in case.ratios:
         pairs = zip(by_name[ours].seconds, by_name[theirs].seconds, strict=True)
@@ -155,15 +175,6 @@ def report(case: Case, results: list[Result], alone: float) -> None:
         ratio = median(by_name[theirs].seconds) / median(by_name[ours].seconds)
         print(f"  {ours} / {theirs}: {ratio:.3f} ({min(each):.3f} to {max(each):.3f})")
     _check_losses(case, results)
-
-
-def report_memory(case: Case, matmul: Matmul) -> None:
-    """The peak memory of each process when a contender runs alone."""
-    print(f"\npeak memory (VmHWM, MB) of each process: {case.title}")
-    for entry in case.entries:
-        results, _ = run_case(case, 1, matmul, only=entry.name)
-        peaks = "".join(f"{peak / 2**20:8.0f}" for peak in results[0].peak_bytes)
-        print(f"  {entry.name:22s}{peaks}", flush=True)
 
 
 def _check_losses(case: Case, results: list[Result]) -> None:
@@ -186,15 +197,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--cpu-matmul", choices=("auto", "default", "onednn"), default="auto",
                         help="what multiplies fp32 matrices on both sides")  # fmt: skip
-    parser.add_argument("--memory", action="store_true", help="peak memory instead of speed")
     args = parser.parse_args()
     auto = choose_matmul(Processor.of_this_machine())
     matmul = auto if args.cpu_matmul == "auto" else args.cpu_matmul
     print(f"{describe_machine()}\nfp32 products of both sides: {matmul}")
     for name in args.case or list(CASES):
-        if args.memory:
-            report_memory(CASES[name], matmul)
-            continue
         report(CASES[name], *run_case(CASES[name], args.rounds, matmul))
 
 
