@@ -14,6 +14,7 @@ from modules.balance import balanced_split, module_work
 from modules.processor import Processor
 from modules.products import Matmul, choose_matmul
 from modules.registry import MODELS
+from pipeline_parallel.schedule import SCHEDULES
 
 WORK = Work()
 
@@ -49,9 +50,11 @@ def auto(work: Work) -> Work:
     return work.on(split=tuple(split))
 
 
-def ours(work: Work, pp_mode: str) -> Entry:
-    name = f"{pp_mode} {'-'.join(map(str, work.split))}"
-    return Entry(name, lambda topology, fabric: Ours(work, pp_mode, topology, fabric))
+def ours(work: Work, pp_mode: str, *, traced: bool = True) -> Entry:
+    name = f"{pp_mode} {'-'.join(map(str, work.split))}{'' if traced else ' untraced'}"
+    return Entry(
+        name, lambda topology, fabric: Ours(work, pp_mode, topology, fabric, traced=traced)
+    )
 
 
 def theirs(work: Work, schedule: str, *, fused: bool = True) -> Entry:
@@ -69,7 +72,7 @@ def _fp32() -> Case:
         "fp32, 8 microbatches",
         WORK,
         [
-            *(ours(work, mode) for work in (WORK, best) for mode in ("gpipe", "1f1b", "zb-h1")),
+            *(ours(work, mode) for work in (WORK, best) for mode in SCHEDULES),
             *(theirs(work, name) for work in (WORK, other) for name in ("GPipe", "1F1B")),
         ],
         [
@@ -116,8 +119,8 @@ def _short(batch: int) -> Case:
         f"m{batch}",
         f"fp32, {batch} microbatches",
         work,
-        [ours(auto(work), "zb-h1"), ours(work, "zb-h1"), theirs(work, "GPipe"),
-         theirs(work.on(split=(5, 3)), "GPipe")],
+        [ours(auto(work), "zb-h1"), *(ours(work, mode) for mode in SCHEDULES),
+         theirs(work, "GPipe"), theirs(work.on(split=(5, 3)), "GPipe")],
         [("zb-h1 5-3", "torch GPipe 4-4"), ("zb-h1 5-3", "torch GPipe 5-3")],
     )  # fmt: skip
 
@@ -128,7 +131,7 @@ def _many() -> Case:
         "m32",
         "fp32, 32 microbatches",
         work,
-        [*(ours(work, mode) for mode in ("gpipe", "1f1b", "zb-h1")),
+        [*(ours(work, mode) for mode in SCHEDULES),
          *(theirs(work, name) for name in ("GPipe", "1F1B"))],
         [("zb-h1 4-4", "torch 1F1B 4-4")],
     )  # fmt: skip
@@ -148,6 +151,16 @@ def _defaults() -> Case:
     )
 
 
+def _profiling() -> Case:
+    return Case(
+        "profiling",
+        "fp32, 8 microbatches, without and with --profiling",
+        WORK,
+        [ours(WORK, "zb-h1", traced=False), ours(WORK, "zb-h1")],
+        [("zb-h1 4-4 untraced", "zb-h1 4-4")],
+    )
+
+
 def _all() -> list[Case]:
     return [
         _fp32(),
@@ -158,6 +171,7 @@ def _all() -> list[Case]:
         _short(4),
         _short(2),
         _many(),
+        _profiling(),
     ]
 
 

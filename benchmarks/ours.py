@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from modules.layers import parameter_names
 from modules.registry import MODELS
 from modules.stage_model import StageModel, stage_modules
 from monitor.recorder import SilentRecorder
-from monitor.trace import HostTracer, StepLog, Tracer
+from monitor.trace import NO_TRACER, HostTracer, StepLog, Tracer
 from optimizer.adam import Adam
 from optimizer.agreement import Agreement
 from optimizer.loss_scaler import make_scaler
@@ -32,12 +33,18 @@ FAMILY = MODELS["gptneox"].load()
 
 
 class Ours:
-    """One stage of our pipeline under the schedule named `pp_mode`."""
+    """One stage of our pipeline under the schedule named `pp_mode`.
 
-    def __init__(self, work: Work, pp_mode: str, topology: Topology, fabric: Fabric) -> None:
+    traced: as --profiling does.
+    """
+
+    def __init__(
+        self, work: Work, pp_mode: str, topology: Topology, fabric: Fabric, *, traced: bool
+    ) -> None:
         self._steps, self._work = 0, work
         self._pp_mode, self._topology, self._control = pp_mode, topology, fabric.control
-        self._tracer = HostTracer(StepLog(lambda steps: None))
+        self._traced = traced
+        self._tracer: Tracer = HostTracer(StepLog(lambda steps: None)) if traced else NO_TRACER
         optimizer = MixedPrecisionOptimizer(
             dict((model := _stage_model(work, topology)).named_parameters()),
             Adam(),
@@ -81,7 +88,9 @@ class Ours:
         return totals.loss / totals.tokens
 
     def overhead(self) -> float:
-        """Measured steps over simulated ones; every process calls it."""
+        """Measured steps over simulated ones (NaN if nothing is traced); every process calls it."""
+        if not self._traced:
+            return math.nan
         return engine_overhead(
             self._tracer,
             self._control,
