@@ -231,12 +231,15 @@ def _add_precision_flags(group: Any) -> None:
 def _add_data_flags(group: Any) -> None:
     add = group.add_argument
     add("--task-name", required=True,
-        help="a[:weight],b[:weight],...: each a .jsonl or .jsonl.zst file, a folder of them, or a "
-        "registered task (cot; natural_instructions, ni, p3 and pile are not built yet); only rank "
-        "0 needs the files")  # fmt: skip
+        help="a[:weight],b[:weight],...: each a .jsonl, .jsonl.zst, .jsonl.gz or .parquet file, a "
+        "folder of them, or a registered task (cot; natural_instructions, ni, p3 and pile are not "
+        "built yet); only rank 0 needs the files")  # fmt: skip
     add("--seq-length", type=whole(2), default=2048, help="tokens of a block")
     add("--doc-separator", help="text put before each document, instead of an end-of-text token "
         "after it; a newline is written $'\\n' in bash")  # fmt: skip
+    add("--train-on", choices=("all", "completion"), default="all",
+        help="completion: the loss is over completions and what the assistant or bot says alone; "
+        "texts that are no conversation are trained whole")  # fmt: skip
     add("--evaluation-data", help="file, folder or task to measure the held-out loss on")
     add(
         "--evaluation-steps",

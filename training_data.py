@@ -34,6 +34,7 @@ class TrainingData:
             seq_length=args.seq_length,
             seed=args.seed,
             separator=args.doc_separator,
+            train_on=args.train_on,
         )
         if state is not None:
             stream.restore(state)
@@ -48,6 +49,7 @@ class TrainingData:
             seq_length=args.seq_length,
             rows=self._rows,
             separator=args.doc_separator,
+            train_on=args.train_on,
             max_batches=args.evaluation_num_batch,
         )
 

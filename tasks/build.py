@@ -8,7 +8,7 @@ from typing import Any
 from tasks.documents import CHUNK_BYTES, CHUNK_DOCUMENTS, Documents
 from tasks.mixture import BlockStream, StreamIdentity
 from tasks.opening import open_source
-from tasks.packing import Encoder, PackedSource
+from tasks.packing import Encoder, PackedSource, TrainOn
 from tasks.registry import TASK_FLAG, SourceSpec
 from tasks.seeds import derive_seed
 
@@ -20,6 +20,7 @@ def open_training_stream(
     seq_length: int,
     seed: int,
     separator: str | None = None,
+    train_on: TrainOn = "all",
     chunk_documents: int = CHUNK_DOCUMENTS,
     chunk_bytes: int = CHUNK_BYTES,
     flag: str = TASK_FLAG,
@@ -29,7 +30,7 @@ def open_training_stream(
     Raises:
         ValueError: A source is not there, or there is neither eos_token nor `separator`.
     """
-    encoder = Encoder(tokenizer, separator)
+    encoder = Encoder(tokenizer, separator, train_on)
     sources = []
     for position, spec in enumerate(specs):
         documents = Documents(
@@ -39,4 +40,4 @@ def open_training_stream(
             chunk_bytes=chunk_bytes,
         )
         sources.append(PackedSource(documents, encoder, seq_length))
-    return BlockStream(sources, StreamIdentity(tuple(specs), seq_length, separator, seed))
+    return BlockStream(sources, StreamIdentity(tuple(specs), seq_length, separator, train_on, seed))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.jsonl import check_text
+from tasks.lines import check_text
 from tasks.registry import shown
 from tasks.source import Document, Record, SourceFile
 
@@ -41,7 +41,7 @@ class CotFile:
         for index, (key, value) in enumerate(self._load().items()):
             if index >= offset:
                 where = f"{self.path}:{shown(key)}"
-                text = check_text(value, where)
+                text = check_text(value, where, "text")
                 yield Record(Document(text, where), len(text), index + 1, index + 1)
 
     def _load(self) -> dict[str, Any]:

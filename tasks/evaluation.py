@@ -10,8 +10,8 @@ import numpy as np
 
 from tasks.batch import Batch, make_batch
 from tasks.opening import open_source
-from tasks.packing import Block, Encoder, pack_once
-from tasks.source import Source
+from tasks.packing import Block, Encoder, TrainOn, pack_once
+from tasks.source import Document, Source
 
 EVALUATION_FLAG = "--evaluation-data"
 
@@ -23,6 +23,7 @@ def evaluation_batches(
     seq_length: int,
     rows: int,
     separator: str | None = None,
+    train_on: TrainOn = "all",
     max_batches: int | None = None,
     flag: str = EVALUATION_FLAG,
 ) -> Iterator[Batch]:
@@ -34,15 +35,15 @@ def evaluation_batches(
         ValueError: There is no such source, it yields nothing to predict, or a line is bad.
     """
     source = open_source(name, flag=flag)
-    encoder = Encoder(tokenizer, separator)
-    blocks = pack_once(_texts(source), encoder, seq_length)
+    encoder = Encoder(tokenizer, separator, train_on)
+    blocks = pack_once(_documents(source), encoder, seq_length)
     return itertools.islice(_batches(source, blocks, rows), max_batches)
 
 
-def _texts(source: Source) -> Iterator[str]:
+def _documents(source: Source) -> Iterator[Document]:
     for file in source.files:
         for record in file.read():
-            yield record.document.text
+            yield record.document
 
 
 def _batches(source: Source, blocks: Iterator[Block], rows: int) -> Iterator[Batch]:

@@ -1,16 +1,16 @@
-"""Files of one JSON object a line, {"text": "..."}, plain or compressed with zstd, streamed."""
+"""Files of one JSON object a line (see `tasks.lines`), plain or compressed, streamed."""
 
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
+from tasks.compression import DamagedStream, decompressed
+from tasks.lines import parse_line
 from tasks.registry import shown
-from tasks.source import Document, Record
-from tasks.zst import DamagedStream, open_zst
+from tasks.source import Record
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 READ_BYTES = 1 << 20
@@ -18,7 +18,9 @@ READ_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class JsonlFile:
-    """A .jsonl or .jsonl.zst file. Blank lines, CRLF and a byte order mark at its start are fine.
+    """A .jsonl, .jsonl.zst or .jsonl.gz file.
+
+    Blank lines, CRLF and a byte order mark at its start are fine.
 
     A record's offset counts bytes of the text: in a compressed file, reading on from one
     decompresses what lies before it.
@@ -35,15 +37,14 @@ class JsonlFile:
                 if line == 1:
                     raw = raw.removeprefix(BYTE_ORDER_MARK)
                 if raw.strip():
-                    where = self._where(line)
-                    yield Record(Document(parse_line(raw, where), where), len(raw), offset, line)
+                    yield Record(parse_line(raw, self._where(line)), len(raw), offset, line)
 
     def _open(self) -> BinaryIO:
         try:
             file = io.BufferedReader(io.FileIO(self.path), READ_BYTES)
         except OSError as error:
             raise ValueError(f"{shown(self.path)}: {error.strerror}") from error
-        return open_zst(file) if self.path.endswith(".zst") else file
+        return decompressed(file, self.path)
 
     def _skip(self, stream: BinaryIO, offset: int) -> None:
         if stream.seekable():
@@ -63,46 +64,3 @@ class JsonlFile:
 
     def _where(self, line: int) -> str:
         return f"{shown(self.path)}:{line}"
-
-
-def parse_line(raw: bytes, where: str) -> str:
-    """The text of a line.
-
-    Raises:
-        ValueError: It is not {"text": "..."} in UTF-8.
-    """
-    value = _parse_json(raw, where)
-    if not isinstance(value, dict):
-        raise ValueError(f'{where}: expected an object {{"text": "..."}}, got {_kind(value)}')
-    if "text" not in value:
-        raise ValueError(f'{where}: the object has no "text"')
-    return check_text(value["text"], where)
-
-
-def _parse_json(raw: bytes, where: str) -> Any:
-    try:
-        return json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON: {error}") from error
-
-
-def check_text(value: Any, where: str) -> str:
-    """A document's text, as JSON gave it.
-
-    Raises:
-        ValueError: It is no string, or one that holds half a character.
-    """
-    if not isinstance(value, str):
-        raise ValueError(f'{where}: expected a string as "text", got {_kind(value)}')
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f'{where}: "text" holds a lone surrogate') from error
-    return value
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
-    return "null" if value is None else names.get(type(value), "a number")

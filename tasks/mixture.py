@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tasks.documents import State
-from tasks.packing import Block, PackedSource
+from tasks.packing import Block, PackedSource, TrainOn
 from tasks.registry import TASK_FLAG, SourceSpec
 from tasks.seeds import derive_seed
 
 STRATUM = 64
+TRAIN_ON_FLAG = "--train-on"  # checkpoints from before it was there trained on all
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class StreamIdentity:
     sources: Sequence[SourceSpec]
     seq_length: int
     separator: str | None
+    train_on: TrainOn
     seed: int
 
     def weights(self) -> list[float]:
@@ -43,6 +45,7 @@ class StreamIdentity:
             TASK_FLAG: ",".join(f"{spec.name}:{weight:.6g}" for spec, weight in pairs),
             "--seq-length": str(self.seq_length),
             "--doc-separator": "(none)" if self.separator is None else ascii(self.separator),
+            TRAIN_ON_FLAG: self.train_on,
             "--seed": str(self.seed),
         }
 
@@ -92,10 +95,9 @@ class BlockStream:
             ValueError: The state is of another mixture, or its files changed.
         """
         for flag, value in self._identity.flags().items():
-            if state["flags"][flag] != value:
-                raise ValueError(
-                    f"{flag} {value}: the checkpoint was written with {state['flags'][flag]}"
-                )
+            written = state["flags"].get(flag, "all" if flag == TRAIN_ON_FLAG else None)
+            if written != value:
+                raise ValueError(f"{flag} {value}: the checkpoint was written with {written}")
         for source, source_state in zip(self._sources, state["sources"], strict=True):
             source.restore(source_state)
         self._num_blocks = state["num_blocks"]

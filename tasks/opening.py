@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from tasks.jsonl import JsonlFile
+from tasks.parquet import ParquetFile
 from tasks.registry import TASK_FLAG, TASKS, check_task, find_paths
-from tasks.source import Source
+from tasks.source import Source, SourceFile
 
 
 def open_source(name: str, *, flag: str = TASK_FLAG) -> Source:
@@ -15,4 +16,8 @@ def open_source(name: str, *, flag: str = TASK_FLAG) -> Source:
     """
     if name in TASKS:
         return Source(name, check_task(name, flag=flag).open_files())
-    return Source(name, [JsonlFile(path) for path in find_paths(name, flag=flag)])
+    return Source(name, [_file(path) for path in find_paths(name, flag=flag)])
+
+
+def _file(path: str) -> SourceFile:
+    return ParquetFile(path) if path.endswith(".parquet") else JsonlFile(path)

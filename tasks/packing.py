@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.chat import ChatFormat, Spans, bot_turns
 from tasks.documents import Documents, State
+from tasks.source import Document
+
+TrainOn = Literal["all", "completion"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,34 +32,81 @@ class Block:
     documents: tuple[str, ...] = ()
 
 
+class Encoded(NamedTuple):
+    """A document's `tokens`, int64 (n,), and which of them are `trained`, bool (n,)."""
+
+    tokens: NDArray[np.int64]
+    trained: NDArray[np.bool_]
+
+
+NOTHING = Encoded(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.bool_))
+
+
 class Encoder:
     """A document's tokens: its own and the end-of-text token, or a separator's text before it.
 
     No special tokens are added otherwise. With a separator nothing is appended, and separator and
     text are tokenized together (predecessors did so with a newline).
+
+    train_on: "all", or "completion": the answers alone, and the end of text after one. A text is
+    tokenized as a whole either way; a token is trained if any of its characters is an answer's.
     """
 
-    def __init__(self, tokenizer: Any, separator: str | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, separator: str | None = None, train_on: TrainOn = "all"
+    ) -> None:
         if separator is None and tokenizer.eos_token_id is None:
             raise ValueError(
                 "--tokenizer-name: the tokenizer has no eos_token to end documents with: expected"
                 " one, or a --doc-separator"
             )
-        self.separator = separator
-        self._tokenizer = tokenizer
+        if train_on == "completion" and not tokenizer.is_fast:
+            raise ValueError(
+                "--train-on completion: expected a tokenizer that tells which characters a token "
+                "is made of (a fast one of transformers)"
+            )
+        self.separator, self.train_on = separator, train_on
+        self._tokenizer, self._chat = tokenizer, ChatFormat(tokenizer)
         self._end = [tokenizer.eos_token_id] if separator is None else []
 
-    def encode(self, text: str) -> NDArray[np.int64]:
-        """The tokens of one document, (tokens,); may be none where a separator is given."""
+    def encode(self, document: Document) -> Encoded:
+        """The tokens of one document; may be none where a separator is given.
+
+        Raises:
+            ValueError: It is a conversation that cannot be made a text.
+        """
+        text = document.text if document.messages is None else self._chat.text(document)
+        before = self.separator or ""
+        spans = self._answers(document, text) if self.train_on == "completion" else None
         # verbose=False: a document may well be longer than the model's context, no warning.
         encoded = self._tokenizer(
-            (self.separator or "") + text,
+            before + text,
             add_special_tokens=False,
             return_attention_mask=False,
             return_token_type_ids=False,
+            return_offsets_mapping=spans is not None,
             verbose=False,
         )
-        return np.array(encoded["input_ids"] + self._end, dtype=np.int64)
+        tokens = np.array(encoded["input_ids"] + self._end, dtype=np.int64)
+        trained = np.ones(len(tokens), dtype=np.bool_)
+        if spans is not None:
+            offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+            trained[: len(offsets)] = _touch(offsets - len(before), spans)
+            trained[len(offsets) :] = bool(spans) and spans[-1][1] == len(text)
+        return Encoded(tokens, trained)
+
+    def _answers(self, document: Document, text: str) -> Spans | None:
+        if document.messages is not None:
+            return self._chat.completions(document, text)
+        return bot_turns(text) if document.completions is None else document.completions
+
+
+def _touch(tokens: NDArray[np.int64], spans: Spans) -> NDArray[np.bool_]:
+    """Which of `tokens` (n, 2), each from a character to before another, share one with a span."""
+    trained = np.zeros(len(tokens), dtype=np.bool_)
+    for start, end in spans:
+        trained |= np.maximum(tokens[:, 0], start) < np.minimum(tokens[:, 1], end)
+    return trained
 
 
 class PackedSource:
@@ -69,7 +120,7 @@ class PackedSource:
         self._encoder = encoder
         self._seq_length = seq_length
         self._before = documents.state()
-        self._tokens = np.empty(0, dtype=np.int64)
+        self._encoded = NOTHING
         self._where = ""
         self._used = 0
         self._last_fruitful_epoch = -1
@@ -77,33 +128,45 @@ class PackedSource:
         self._num_blocks = 0
 
     def next_block(self) -> Block:
-        """The next block, all of it trained.
+        """The next block that trains any token; those that train none are passed over.
 
         Raises:
-            ValueError: A line is no document, or a whole epoch yields no token.
+            ValueError: A line is no document, or a whole epoch yields no token to train.
         """
+        passed_over_in: int | None = None
+        while not (block := self._pack()).trained[1:].any():
+            epoch = self._documents.epoch
+            passed_over_in = epoch if passed_over_in is None else passed_over_in
+            if epoch > passed_over_in + 1:
+                raise self._documents.source.empty_error(
+                    f"yields no token to train (--train-on {self._encoder.train_on})"
+                )
+        self._num_blocks += 1
+        return block
+
+    def _pack(self) -> Block:
         tokens = np.empty(self._seq_length, dtype=np.int64)
+        trained = np.empty(self._seq_length, dtype=np.bool_)
         documents: list[str] = []
         filled = 0
         while filled < self._seq_length:
-            if self._used == len(self._tokens):
+            if self._used == len(self._encoded.tokens):
                 self._next_document()
             if not documents or documents[-1] != self._where:
                 documents.append(self._where)
-            piece = self._tokens[self._used : self._used + self._seq_length - filled]
-            tokens[filled : filled + len(piece)] = piece
-            filled += len(piece)
-            self._used += len(piece)
-        self._num_blocks += 1
-        return Block(tokens, np.ones(self._seq_length, dtype=np.bool_), tuple(documents))
+            end = min(len(self._encoded.tokens), self._used + self._seq_length - filled)
+            here = slice(filled, filled + end - self._used)
+            tokens[here], trained[here] = (part[self._used : end] for part in self._encoded)
+            filled, self._used = here.stop, end
+        return Block(tokens, trained, tuple(documents))
 
     def _next_document(self) -> None:
         self._before = self._documents.state()
         document = self._documents.next()
-        self._tokens, self._used = self._encoder.encode(document.text), 0
+        self._encoded, self._used = self._encoder.encode(document), 0
         self._where = document.where
         self._num_documents += 1
-        if len(self._tokens):
+        if len(self._encoded.tokens):
             self._last_fruitful_epoch = self._documents.epoch
         elif self._documents.epoch > self._last_fruitful_epoch + 1:
             raise self._documents.source.empty_error("yields no token")
@@ -126,27 +189,40 @@ class PackedSource:
         """
         self._documents.restore(state["documents"])
         self._last_fruitful_epoch = self._documents.epoch
-        self._tokens, self._used = np.empty(0, dtype=np.int64), 0
+        self._encoded, self._used = NOTHING, 0
         if state["used"]:
             self._next_document()
         self._num_documents, self._num_blocks = state["num_documents"], state["num_blocks"]
         self._used = state["used"]
-        if self._used > len(self._tokens):
+        if self._used > len(self._encoded.tokens):
             raise self._documents.source.empty_error("changed since the checkpoint")
 
 
-def pack_once(texts: Iterable[str], encoder: Encoder, seq_length: int) -> Iterator[Block]:
-    """Packs in order, once. What the last block lacks is token 0 and not trained."""
-    tokens = np.zeros(seq_length, dtype=np.int64)
-    filled = 0
-    for text in texts:
-        rest = encoder.encode(text)
-        while len(rest):
-            piece, rest = rest[: seq_length - filled], rest[seq_length - filled :]
-            tokens[filled : filled + len(piece)] = piece
-            filled += len(piece)
+def pack_once(documents: Iterable[Document], encoder: Encoder, seq_length: int) -> Iterator[Block]:
+    """Packs in order, once. What the last block lacks is token 0 and not trained.
+
+    Blocks that train no token are left out.
+    """
+    for block in _pack_all(documents, encoder, seq_length):
+        if block.trained[1:].any():
+            yield block
+
+
+def _pack_all(documents: Iterable[Document], encoder: Encoder, seq_length: int) -> Iterator[Block]:
+    block, filled = _empty_block(seq_length), 0
+    for document in documents:
+        encoded, used = encoder.encode(document), 0
+        while used < len(encoded.tokens):
+            end = min(len(encoded.tokens), used + seq_length - filled)
+            here = slice(filled, filled + end - used)
+            block.tokens[here], block.trained[here] = (part[used:end] for part in encoded)
+            used = end
+            filled = here.stop
             if filled == seq_length:
-                yield Block(tokens, np.ones(seq_length, dtype=np.bool_))
-                tokens, filled = np.zeros(seq_length, dtype=np.int64), 0
-    if filled > 1:  # a block of one token predicts nothing
-        yield Block(tokens, np.arange(seq_length) < filled)
+                yield block
+                block, filled = _empty_block(seq_length), 0
+    yield block
+
+
+def _empty_block(seq_length: int) -> Block:
+    return Block(np.zeros(seq_length, dtype=np.int64), np.zeros(seq_length, dtype=np.bool_))

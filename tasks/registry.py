@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from tasks.source import SourceFile
 
 TASK_FLAG = "--task-name"
-SUFFIXES = (".jsonl", ".jsonl.zst")
-LATER_SUFFIXES = (".jsonl.gz", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,6 @@ def find_paths(name: str, *, flag: str) -> list[str]:
     """
     if os.path.isdir(name):
         return _find_in_folder(name, flag)
-    _refuse_later(name, name, flag)
     if not name.endswith(SUFFIXES):
         raise ValueError(f"{flag} {shown(name)}: expected {supported()}")
     if not os.path.isfile(name):
@@ -125,27 +123,21 @@ def _find_in_folder(folder: str, flag: str) -> list[str]:
         entries = sorted(entry for entry in os.listdir(folder) if not entry.startswith("."))
     except OSError as error:
         raise ValueError(f"{flag} {shown(folder)}: {error.strerror}") from error
-    for entry in entries:
-        _refuse_later(entry, os.path.join(folder, entry), flag)
     paths = [os.path.join(folder, entry) for entry in entries if entry.endswith(SUFFIXES)]
     files = [path for path in paths if os.path.isfile(path)]
     if not files:
-        raise ValueError(
-            f"{flag} {shown(folder)}: the folder holds no {' or '.join(SUFFIXES)} file"
-        )
+        raise ValueError(f"{flag} {shown(folder)}: the folder holds no {_suffixes()} file")
     return files
-
-
-def _refuse_later(name: str, path: str, flag: str) -> None:
-    for suffix in LATER_SUFFIXES:
-        if name.endswith(suffix):
-            raise ValueError(f"{flag} {shown(path)}: reading {suffix} is not built yet")
 
 
 def supported() -> str:
     """What a source may be, for messages and --help."""
     tasks = ", ".join(name for name, entry in TASKS.items() if entry.module is not None)
-    return f"a registered task ({tasks}), a {' or '.join(SUFFIXES)} file, or a folder of such files"
+    return f"a registered task ({tasks}), a {_suffixes()} file, or a folder of such files"
+
+
+def _suffixes() -> str:
+    return f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 
 
 def shown(value: str) -> str:

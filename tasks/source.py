@@ -4,17 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from tasks.registry import shown
 
 
+class Message(NamedTuple):
+    """What one side says in a conversation; `role` is user, assistant or system."""
+
+    role: str
+    content: str
+
+
 @dataclass(frozen=True)
 class Document:
-    """A text, and where it stands ("file:line"), for messages."""
+    """A text, and where it stands ("file:line"), for messages.
+
+    completions: which characters of the text answer the others, as (start, end); None: not said.
+    messages: a conversation in place of the text, which the tokenizer's chat template is to make.
+    """
 
     text: str
     where: str
+    completions: tuple[tuple[int, int], ...] | None = None
+    messages: tuple[Message, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -232,7 +232,7 @@ FLAG_CASES: dict[str, Case] = {
         {"task-name": "{home}/no.jsonl"}, ["--task-name", "{home}/no.jsonl", "no such file"]
     ),
     "an unknown task": Case({"task-name": "books"}, ["--task-name", "books", "cot", ".jsonl"]),
-    "data of a later kind": Case({"task-name": "a.parquet"}, ["--task-name", "parquet", "not bui"]),
+    "data of an unknown kind": Case({"task-name": "a.csv"}, ["--task-name", "a.csv", ".parquet"]),
     "a later task": Case({"task-name": "pile"}, ["--task-name pile is not built yet"]),
     "an empty data folder": Case(
         {"task-name": "{home}/empty"}, ["--task-name", "{home}/empty", ".jsonl"]

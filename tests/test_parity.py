@@ -7,6 +7,7 @@ what reads the blocks. 20 updates, at a rate where the loss moves.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -109,9 +110,16 @@ def blocks(folder: Path) -> Any:
 
 
 def reference(
-    model: Any, folder: Path, accumulate: int, max_norm: float = 1.0
+    model: Any,
+    stream: Iterator[Any],
+    accumulate: int,
+    max_norm: float = 1.0,
+    labels_of: Callable[[Tensor], Tensor] = torch.clone,
 ) -> tuple[list[float], list[float]]:
-    """Losses of the iterations and gradient norms of the updates, in one process."""
+    """Losses of the iterations and gradient norms of the updates, in one process.
+
+    `stream` has a block's tokens each; `labels_of` makes the labels of some of them.
+    """
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     adamw = torch.optim.AdamW(
@@ -119,11 +127,11 @@ def reference(
         lr=LR, betas=(0.9, 0.999), eps=1e-6,
     )  # fmt: skip
     schedule = get_linear_schedule_with_warmup(adamw, WARMUP, UPDATES)
-    stream, losses, norms = blocks(folder), [], []
+    losses, norms = [], []
     for _ in range(UPDATES):
         for _ in range(accumulate):
             tokens = torch.from_numpy(np.stack(list(islice(stream, ROWS))))
-            loss: Tensor = model(tokens, labels=tokens).loss
+            loss: Tensor = model(tokens, labels=labels_of(tokens)).loss
             torch.autograd.backward(loss / accumulate)
             losses.append(loss.item())
         norms.append(nn.utils.clip_grad_norm_(model.parameters(), max_norm).item())
@@ -145,10 +153,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         for accumulate in (1, 2):
             key = f"{name}-{accumulate}"
             model = make_shards(folder, key, family, changes)
-            references[key] = reference(model, folder, accumulate)
+            references[key] = reference(model, blocks(folder), accumulate)
             cases.append(Case(key, flags(folder, key, family, accumulate)))
     model = make_shards(folder, "clipped", *MODELS_TRIED["neox"])
-    references["clipped"] = reference(model, folder, 1, CLIPPED)
+    references["clipped"] = reference(model, blocks(folder), 1, CLIPPED)
     cases.append(
         Case("clipped", flags(folder, "clipped", "gptneox", 1) | {"max-grad-norm": CLIPPED})
     )

@@ -20,7 +20,7 @@ BAD_LINES = [
     (b'{"text": "a"} {"text": "b"}', "not JSON: Extra data"),
     (b'{"text": "\xff"}', "not UTF-8: invalid start byte at byte 10"),
     ('{"text": "utf-16"}'.encode("utf-16"), "not UTF-8"),
-    (b'["text"]', 'expected an object {"text": "..."}, got a list'),
+    (b'["text"]', '{"messages": [...]}, got a list'),
     (b'"text"', "got a string"),
     (b"null", "got null"),
     (b"12", "got a number"),

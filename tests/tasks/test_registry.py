@@ -44,14 +44,15 @@ def test_refused(value: str) -> None:
     [
         ("p3", "--task-name p3 is not built yet"),
         ("ni", "--task-name ni is not built yet"),
-        ("x.parquet", "reading .parquet is not built yet"),
-        ("x.jsonl.gz", "reading .jsonl.gz is not built yet"),
-        ("with_gz", "with_gz/x.jsonl.gz: reading .jsonl.gz is not built yet"),
+        ("x.csv.gz", "--task-name x.csv.gz: expected a registered task (cot), a .jsonl"),
         ("missing.jsonl", "--task-name missing.jsonl: there is no such file"),
         ("text.txt", "--task-name text.txt: expected a registered task (cot), a .jsonl"),
         ("nonsense", "--task-name nonsense: expected a registered task (cot), a .jsonl"),
         ("two\nlines", "--task-name 'two\\nlines': expected a registered task"),
-        ("empty", "--task-name empty: the folder holds no .jsonl or .jsonl.zst file"),
+        (
+            "empty",
+            "--task-name empty: the folder holds no .jsonl, .jsonl.zst, .jsonl.gz or .parq",
+        ),
         ("cot", "data/mmlu-cot.json: put there the chain-of-thought prompts of MMLU"),
     ],
 )
@@ -60,9 +61,6 @@ def test_source_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
-    Path("with_gz").mkdir()
-    write_jsonl(Path("with_gz/a.jsonl"), ["a"])
-    Path("with_gz/x.jsonl.gz").touch()
     Path("text.txt").touch()
     with pytest.raises(ValueError) as caught:
         check_source(SourceSpec(name))
