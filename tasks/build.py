@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
-from tasks.documents import CHUNK_BYTES, CHUNK_DOCUMENTS, Documents
+from tasks.documents import CHUNK_DOCUMENTS, Documents
+from tasks.indexed_documents import IndexedDocuments
 from tasks.mixture import BlockStream, StreamIdentity
 from tasks.opening import open_source
-from tasks.packing import Encoder, PackedSource, TrainOn
-from tasks.registry import TASK_FLAG, SourceSpec
+from tasks.packing import Encoder, PackedSource, Shuffled, TrainOn
+from tasks.registry import TASK_FLAG, SourceSpec, shown
 from tasks.seeds import derive_seed
+from tasks.source import Source
+
+logger = logging.getLogger(__name__)
 
 
 def open_training_stream(
@@ -22,7 +27,6 @@ def open_training_stream(
     separator: str | None = None,
     train_on: TrainOn = "all",
     chunk_documents: int = CHUNK_DOCUMENTS,
-    chunk_bytes: int = CHUNK_BYTES,
     flag: str = TASK_FLAG,
 ) -> BlockStream:
     """Opens the sources that `specs` name (see `tasks.registry.parse_task_name`).
@@ -33,11 +37,21 @@ def open_training_stream(
     encoder = Encoder(tokenizer, separator, train_on)
     sources = []
     for position, spec in enumerate(specs):
-        documents = Documents(
+        documents = _open_documents(
             open_source(spec.name, flag=flag),
             seed=derive_seed(seed, "source", position),  # one path given twice: two orders
             chunk_documents=chunk_documents,
-            chunk_bytes=chunk_bytes,
         )
         sources.append(PackedSource(documents, encoder, seq_length))
     return BlockStream(sources, StreamIdentity(tuple(specs), seq_length, separator, train_on, seed))
+
+
+def _open_documents(source: Source, *, seed: int, chunk_documents: int) -> Shuffled:
+    """In a true shuffle where every file's lines can be reached at once, else in a buffered one."""
+    if all(file.path.endswith(".jsonl") for file in source.files):
+        return IndexedDocuments(source, seed=seed)
+    logger.info(
+        "%s: shuffled in chunks of up to %d documents, for not all of it is plain .jsonl",
+        shown(source.name), chunk_documents,
+    )  # fmt: skip
+    return Documents(source, seed=seed, chunk_documents=chunk_documents)

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tasks.chat import ChatFormat, Spans, bot_turns
-from tasks.documents import Documents, State
-from tasks.source import Document
+from tasks.documents import State
+from tasks.source import Document, Source
 
 TrainOn = Literal["all", "completion"]
 
@@ -109,13 +109,26 @@ def _touch(tokens: NDArray[np.int64], spans: Spans) -> NDArray[np.bool_]:
     return trained
 
 
+class Shuffled(Protocol):
+    """The documents of a source, without end: `tasks.documents`, `tasks.indexed_documents`."""
+
+    source: Source
+    epoch: int
+
+    def next(self) -> Document: ...
+
+    def state(self) -> State: ...
+
+    def restore(self, state: State) -> None: ...
+
+
 class PackedSource:
     """The blocks of one source, without end.
 
     The state is the documents' before the one that is part-used, and how much of that is used.
     """
 
-    def __init__(self, documents: Documents, encoder: Encoder, seq_length: int) -> None:
+    def __init__(self, documents: Shuffled, encoder: Encoder, seq_length: int) -> None:
         self._documents = documents
         self._encoder = encoder
         self._seq_length = seq_length

@@ -1,0 +1,119 @@
+"""Where each line of a file ends, found once and kept beside the file.
+
+The index of `a.jsonl` is `.a.jsonl.lines`: what it was made from (size and time of change), then
+the ends as 64-bit numbers, which are mapped, not read. It is made anew when the file has changed.
+Where it cannot be written it is held in memory, and made again by the next run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import struct
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks.registry import shown
+
+logger = logging.getLogger(__name__)
+
+READ_BYTES = 1 << 23
+_HEADER = struct.Struct("<8sQQQ")  # magic; size and time of change of the file; number of lines
+_MAGIC = b"lines 1\n"
+_NEWLINE = ord("\n")
+
+
+@dataclass(frozen=True, eq=False)
+class LineIndex:
+    """`ends[i]` is the byte after line i, uint64 (lines,)."""
+
+    ends: NDArray[np.uint64]
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def span(self, line: int) -> tuple[int, int]:
+        """The first byte of a line, counted from 0, and the one after it."""
+        return (int(self.ends[line - 1]) if line else 0), int(self.ends[line])
+
+
+def line_index(path: str) -> LineIndex:
+    """The index of a file's lines: the one kept beside it, or a new one.
+
+    Raises:
+        ValueError: The file cannot be read, or changes meanwhile.
+    """
+    try:
+        stat = os.stat(path)
+        kept = Path(path).parent / f".{Path(path).name}.lines"
+        index = _load(kept, stat)
+        return _make(path, kept, stat) if index is None else index
+    except OSError as error:
+        raise ValueError(f"{shown(path)}: {error.strerror}") from error
+
+
+def _load(kept: Path, stat: os.stat_result) -> LineIndex | None:
+    """The index that is kept, if it is one of the file as it is now, and whole."""
+    try:
+        with kept.open("rb") as file:
+            magic, size, changed, lines = _HEADER.unpack(file.read(_HEADER.size))
+        whole = kept.stat().st_size == _HEADER.size + 8 * lines
+    except (OSError, struct.error):
+        return None
+    if not whole or (magic, size, changed) != (_MAGIC, stat.st_size, stat.st_mtime_ns):
+        return None
+    return _mapped(kept, lines)
+
+
+def _mapped(kept: Path, lines: int) -> LineIndex:
+    if lines == 0:  # nothing cannot be mapped
+        return LineIndex(np.empty(0, dtype=np.uint64))
+    return LineIndex(np.memmap(kept, np.uint64, "r", offset=_HEADER.size, shape=(lines,)))
+
+
+def _make(path: str, kept: Path, stat: os.stat_result) -> LineIndex:
+    with open(path, "rb", buffering=0) as file:
+        try:
+            written = tempfile.NamedTemporaryFile(dir=kept.parent, prefix=f"{kept.name}.")  # noqa: SIM115
+        except OSError as error:
+            logger.warning(
+                "%s: the index of its lines cannot be kept (%s): each run makes it anew",
+                shown(path), error.strerror,
+            )  # fmt: skip
+            return LineIndex(np.concatenate(list(_line_ends(file, path, stat))))
+        with written:
+            written.write(_HEADER.pack(_MAGIC, 0, 0, 0))
+            lines = 0
+            for ends in _line_ends(file, path, stat):
+                written.write(ends.tobytes())
+                lines += len(ends)
+            written.seek(0)
+            written.write(_HEADER.pack(_MAGIC, stat.st_size, stat.st_mtime_ns, lines))
+            written.flush()
+            os.chmod(written.name, 0o644)
+            os.replace(written.name, kept)
+            with contextlib.suppress(FileNotFoundError):  # it has its name now
+                written.close()
+    return _mapped(kept, lines)
+
+
+def _line_ends(file: BinaryIO, path: str, stat: os.stat_result) -> Iterator[NDArray[np.uint64]]:
+    """The ends of all lines, part by part; the last line may lack its newline."""
+    offset, ends_with_newline = 0, True
+    while raw := file.read(READ_BYTES):
+        found = np.flatnonzero(np.frombuffer(raw, dtype=np.uint8) == _NEWLINE)
+        yield (found + (offset + 1)).astype(np.uint64)
+        offset, ends_with_newline = offset + len(raw), raw[-1] == _NEWLINE
+    if not ends_with_newline:
+        yield np.array([offset], dtype=np.uint64)
+    elif offset == 0:
+        yield np.empty(0, dtype=np.uint64)
+    if offset != stat.st_size:
+        raise ValueError(f"{shown(path)}: the file changes while it is read")
