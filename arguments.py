@@ -240,6 +240,9 @@ def _add_data_flags(group: Any) -> None:
     add("--train-on", choices=("all", "completion"), default="all",
         help="completion: the loss is over completions and what the assistant or bot says alone; "
         "texts that are no conversation are trained whole")  # fmt: skip
+    add("--preview-data", type=whole(1), metavar="N",
+        help="print the first N blocks as text, what is trained in green, and the mixture in "
+        "numbers, and end; needs no weights and no other rank")  # fmt: skip
     add("--evaluation-data", help="file, folder or task to measure the held-out loss on")
     add(
         "--evaluation-steps",

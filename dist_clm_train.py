@@ -45,11 +45,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs one rank; a user's mistake ends it with one line on stderr and exit status 2."""
     args = parse_train(argv)
     console = setup_logging(args.rank, sys.stdout)
+    if args.preview_data is not None:
+        preview(args)
+        return
     machine = look_around(args)
     if machine.problem is not None and args.world_size == 1:
         refuse(machine.problem)
     rendezvous = meet(args, machine)
     run(args, machine, rendezvous, console)
+
+
+def preview(args: argparse.Namespace) -> None:
+    """Prints what the run would train on; the ranks that read no data have nothing to print."""
+    if args.rank != 0:
+        return
+    from training_data import preview_data
+
+    try:
+        for part in preview_data(args, colour=sys.stdout.isatty()):
+            sys.stdout.write(f"{part}\n")
+            sys.stdout.flush()
+    except (ValueError, OSError) as error:
+        refuse(ValueError(one_line(error)))
 
 
 def look_around(args: argparse.Namespace) -> Machine:

@@ -10,9 +10,12 @@ from typing import Any
 
 from checkpoint.model_folder import companion_files
 from pipeline_parallel.feed import HostBatch
-from tasks.build import open_training_stream
+from tasks.build import open_documents, open_training_stream
 from tasks.evaluation import evaluation_batches
 from tasks.loader import BatchLoader
+from tasks.opening import open_source
+from tasks.packing import Encoder
+from tasks.preview import describe_mixture, look_at, preview_blocks
 from tasks.tokenizer import check_vocabulary, load_tokenizer
 
 
@@ -52,6 +55,22 @@ class TrainingData:
             train_on=args.train_on,
             max_batches=args.evaluation_num_batch,
         )
+
+
+def preview_data(args: argparse.Namespace, *, colour: bool) -> Iterator[str]:
+    """What --preview-data prints: the first blocks, and the mixture in numbers."""
+    tokenizer = load_tokenizer(args.tokenizer_name)
+    options = {"seq_length": args.seq_length, "seed": args.seed,
+               "separator": args.doc_separator, "train_on": args.train_on}  # fmt: skip
+    stream = open_training_stream(args.sources, tokenizer, **options)
+    yield from preview_blocks(stream, tokenizer, args.preview_data, colour=colour)
+    encoder = Encoder(tokenizer, args.doc_separator, args.train_on)
+    found = [
+        look_at(open_documents(open_source(spec.name), seed=args.seed), encoder)
+        for spec in args.sources
+    ]
+    rows = args.total_steps * args.batch_size * args.data_group_size
+    yield describe_mixture(found, stream.weights(), run_tokens=rows * args.seq_length)
 
 
 def checkpoint_extras(model_folder: Path, name: str, tokenizer: Any | None) -> dict[str, bytes]:

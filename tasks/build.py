@@ -37,7 +37,7 @@ def open_training_stream(
     encoder = Encoder(tokenizer, separator, train_on)
     sources = []
     for position, spec in enumerate(specs):
-        documents = _open_documents(
+        documents = open_documents(
             open_source(spec.name, flag=flag),
             seed=derive_seed(seed, "source", position),  # one path given twice: two orders
             chunk_documents=chunk_documents,
@@ -46,7 +46,9 @@ def open_training_stream(
     return BlockStream(sources, StreamIdentity(tuple(specs), seq_length, separator, train_on, seed))
 
 
-def _open_documents(source: Source, *, seed: int, chunk_documents: int) -> Shuffled:
+def open_documents(
+    source: Source, *, seed: int, chunk_documents: int = CHUNK_DOCUMENTS
+) -> Shuffled:
     """In a true shuffle where every file's lines can be reached at once, else in a buffered one."""
     if all(file.path.endswith(".jsonl") for file in source.files):
         return IndexedDocuments(source, seed=seed)

@@ -52,6 +52,11 @@ class Documents:
         self._chunk_bytes = chunk_bytes
         self._begin_epoch(0)
 
+    @property
+    def num_lines(self) -> None:
+        """Not known without reading all."""
+        return None
+
     def _begin_epoch(self, epoch: int) -> None:
         self.epoch = epoch
         self._files = _shuffled(self.source.files, self._seed, "files", epoch)

@@ -65,6 +65,11 @@ class IndexedDocuments:
                 self._found_any = True
                 return document
 
+    @property
+    def num_lines(self) -> int:
+        """Of all files, blank ones included."""
+        return self._files.num_lines
+
     @cached_property
     def _files(self) -> _Files:
         return _Files([file.path for file in self.source.files])

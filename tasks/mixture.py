@@ -80,6 +80,10 @@ class BlockStream:
         self._num_blocks += 1
         return block
 
+    def weights(self) -> list[float]:
+        """The sources' shares of the blocks."""
+        return self._identity.weights()
+
     def state(self) -> State:
         """What `restore` needs to go on with the next block: serialisable as JSON."""
         return {

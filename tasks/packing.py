@@ -115,6 +115,10 @@ class Shuffled(Protocol):
     source: Source
     epoch: int
 
+    @property
+    def num_lines(self) -> int | None:
+        """How many lines there are, blank ones included; None where nothing tells but reading."""
+
     def next(self) -> Document: ...
 
     def state(self) -> State: ...

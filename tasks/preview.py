@@ -1,0 +1,112 @@
+"""What a run will train on, for a person to read: blocks as text, and the mixture in numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from tasks.mixture import BlockStream
+from tasks.packing import Block, Encoded, Encoder, Shuffled
+from tasks.registry import shown
+
+SAMPLE = 2000  # documents of a source that are tokenized for the numbers
+GREEN, GREY, PLAIN = "\x1b[32m", "\x1b[90m", "\x1b[0m"
+
+
+def preview_blocks(
+    stream: BlockStream, tokenizer: Any, count: int, *, colour: bool
+) -> Iterator[str]:
+    """The first `count` blocks: where each document is from, and the text.
+
+    What is trained is green and the rest grey; without `colour` the rest stands in [- -].
+    """
+    for number in range(1, count + 1):
+        block = stream.next_block()
+        trained = int(block.trained[1:].sum())
+        yield (
+            f"block {number}: {len(block.tokens)} tokens, {trained} trained; "
+            f"from {', '.join(block.documents)}"
+        )
+        yield _text(block, tokenizer, colour)
+
+
+def _text(block: Block, tokenizer: Any, colour: bool) -> str:
+    trained = block.trained.copy()
+    trained[0] = False  # nothing predicts it
+    pairs = zip(trained.tolist(), block.tokens.tolist(), strict=True)
+    return "".join(
+        _marked(tokenizer.decode([token for _, token in run]), is_trained, colour)
+        for is_trained, run in groupby(pairs, key=lambda pair: pair[0])
+    )
+
+
+def _marked(text: str, is_trained: bool, colour: bool) -> str:
+    if colour:
+        return f"{GREEN if is_trained else GREY}{text}{PLAIN}"
+    return text if is_trained else f"[-{text}-]"
+
+
+@dataclass(frozen=True)
+class SourceNumbers:
+    """A source as far as it was looked at: `documents` of it, with so many tokens.
+
+    is_all: these are all that it has; else `lines` says how many there are (None: not known).
+    """
+
+    name: str
+    documents: int
+    tokens: int
+    trained: int
+    is_all: bool
+    lines: int | None
+
+    @property
+    def of_all(self) -> float | None:
+        """By how much the whole is larger than what was looked at."""
+        if self.is_all:
+            return 1.0
+        return None if self.lines is None else self.lines / self.documents
+
+
+def look_at(documents: Shuffled, encoder: Encoder, *, sample: int = SAMPLE) -> SourceNumbers:
+    """Tokenizes up to `sample` documents of a source that nothing was taken from."""
+    encoded: list[Encoded] = []
+    document = documents.next()
+    while documents.epoch == 0 and len(encoded) < sample:
+        encoded.append(encoder.encode(document))
+        document = documents.next()
+    return SourceNumbers(
+        name=documents.source.name,
+        documents=len(encoded),
+        tokens=sum(len(one.tokens) for one in encoded),
+        trained=sum(int(np.count_nonzero(one.trained)) for one in encoded),
+        is_all=documents.epoch > 0,
+        lines=documents.num_lines,
+    )
+
+
+def describe_mixture(
+    sources: Sequence[SourceNumbers], weights: Sequence[float], *, run_tokens: int
+) -> str:
+    """A line for each source; `run_tokens` are those of all blocks of the run.
+
+    What a sample says of the whole is marked with ~, and what nothing tells with ?.
+    """
+    columns = {"share": 7, "documents": 13, "tokens": 15, "trained": 15, "epochs": 9}
+    lines = ["".join(f"{name:>{width}s}" for name, width in columns.items()) + "  source"]
+    for source, weight in zip(sources, weights, strict=True):
+        scale, mark = source.of_all, "" if source.is_all else "~"
+        numbers = (source.documents, source.tokens, source.trained)
+        cells = ["?" if scale is None else f"{mark}{scale * number:,.0f}" for number in numbers]
+        epochs = "?"
+        if scale is not None and source.tokens:
+            epochs = f"{mark}{weight * run_tokens / (scale * source.tokens):.2f}"
+        lines.append(
+            f"{weight:7.1%}{cells[0]:>13s}{cells[1]:>15s}{cells[2]:>15s}{epochs:>9s}"
+            f"  {shown(source.name)}"
+        )
+    return "\n".join(lines)

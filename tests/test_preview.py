@@ -1,0 +1,110 @@
+"""--preview-data: the blocks that training sees, and numbers counted by hand."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from dist_clm_train import main
+from tasks.build import open_training_stream
+from tasks.preview import GREEN, GREY, PLAIN, SourceNumbers, describe_mixture, preview_blocks
+from tasks.registry import SourceSpec
+from tests.tasks.material import make_texts, tokenizer, write_jsonl
+
+PAIRS = [{"prompt": f"fox {i}:", "completion": " dog"} for i in range(10)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
+    write_jsonl(tmp_path / "text.jsonl.zst", make_texts(30, seed=1))
+    tokenizer().save_pretrained(tmp_path / "tokenizer")
+    return tmp_path
+
+
+def run(folder: Path, capsys: pytest.CaptureFixture[str], *more: str) -> str:
+    argv = [
+        "--model-name", "no/such/model", "--model-type", "gptneox", "--num-layers", "2",
+        "--embedding-dim", "32", "--tokenizer-name", str(folder / "tokenizer"),
+        "--task-name", f"{folder / 'pairs.jsonl'}:1,{folder / 'text.jsonl.zst'}:3",
+        "--seq-length", "16", "--batch-size", "4", "--total-steps", "10",
+        "--preview-data", "3", *more,
+    ]  # fmt: skip
+    main(argv)
+    return capsys.readouterr().out
+
+
+def test_the_blocks_are_those_of_training(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With no weights at all; text and places are those of the stream that a run opens."""
+    out = run(folder, capsys)
+    specs = [
+        SourceSpec(str(folder / "pairs.jsonl"), 1),
+        SourceSpec(str(folder / "text.jsonl.zst"), 3),
+    ]
+    stream = open_training_stream(specs, tokenizer(), seq_length=16, seed=42)
+    for number in range(1, 4):
+        block = stream.next_block()
+        first = tokenizer().decode(block.tokens[:1])
+        rest = tokenizer().decode(block.tokens[1:])
+        assert f"block {number}: 16 tokens, 15 trained; from {', '.join(block.documents)}\n" in out
+        assert f"[-{first}-]{rest}\n" in out
+
+
+def test_what_is_not_trained_is_marked(folder: Path) -> None:
+    stream = open_training_stream(
+        [SourceSpec(str(folder / "pairs.jsonl"))], tokenizer(), seq_length=64, seed=1,
+        train_on="completion",
+    )  # fmt: skip
+    state = stream.state()
+    _, plain = preview_blocks(stream, tokenizer(), 1, colour=False)
+    assert re.match(r"\[-fox \d:-\] dog<eos>\[-fox \d:-\] dog<eos>", plain)
+    stream.restore(state)
+    _, colour = preview_blocks(stream, tokenizer(), 1, colour=True)
+    assert f"{GREEN} dog<eos>{PLAIN}{GREY}fox" in colour
+    for mark in (GREEN, GREY, PLAIN):
+        colour = colour.replace(mark, "")
+    assert colour == plain.replace("[-", "").replace("-]", "")
+
+
+def test_the_mixture_is_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """10 steps of 4 blocks of 16 tokens, a quarter of them from the pairs."""
+    lines = run(folder, capsys, "--train-on", "completion").splitlines()
+    heading, pairs, text = lines[-3:]
+    assert heading.split() == ["share", "documents", "tokens", "trained", "epochs", "source"]
+    answer = len(tokenizer()(" dog")["input_ids"]) + 1
+    tokens = sum(
+        len(tokenizer()(pair["prompt"] + pair["completion"])["input_ids"]) + 1 for pair in PAIRS
+    )
+    epochs = f"{0.25 * 640 / tokens:.2f}"
+    assert pairs.split()[:5] == ["25.0%", "10", str(tokens), str(10 * answer), epochs]
+    share, documents, all_tokens, trained, _, name = text.split()
+    assert (share, documents, name) == ("75.0%", "30", str(folder / "text.jsonl.zst"))
+    assert all_tokens == trained
+
+
+def test_a_sample_is_told_from_the_whole() -> None:
+    numbers = [
+        SourceNumbers("a", documents=10, tokens=100, trained=50, is_all=False, lines=1000),
+        SourceNumbers("b", documents=10, tokens=100, trained=50, is_all=False, lines=None),
+    ]
+    _, first, second = describe_mixture(numbers, [0.5, 0.5], run_tokens=40_000).splitlines()
+    assert first.split() == ["50.0%", "~1,000", "~10,000", "~5,000", "~2.00", "a"]
+    assert second.split() == ["50.0%", "?", "?", "?", "?", "b"]
+
+
+def test_a_mistake_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "pairs.jsonl").write_text("{}\n")
+    with pytest.raises(SystemExit) as caught:
+        run(folder, capsys)
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "pairs.jsonl:1: the object has no" in line
+
+
+def test_other_ranks_print_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ("--rank", "1", "--world-size", "2", "--pipeline-group-size", "2",
+            "--dist-url", "tcp://127.0.0.1:1")  # fmt: skip
+    assert run(folder, capsys, *more) == ""
