@@ -23,7 +23,6 @@ NOT_BUILT = "is not built yet"
 NOT_BUILT_FLAGS: dict[str, str] = {
     "--compile": "blocks through torch.compile",
     "--pack": "how documents share a block",
-    "--bad-lines": "skip lines that cannot be read",
     "--keep-checkpoints": "how many checkpoints stay",
     "--async-checkpoint": "write checkpoints in the background",
     "--check-cluster": "measure the machines and links",

@@ -240,6 +240,12 @@ def _add_data_flags(group: Any) -> None:
     add("--train-on", choices=("all", "completion"), default="all",
         help="completion: the loss is over completions and what the assistant or bot says alone; "
         "texts that are no conversation are trained whole")  # fmt: skip
+    add("--bad-lines", choices=("error", "skip"), default="error",
+        help="what a line does that is no document: end the run, or be left out and named in "
+        "bad_lines.txt in --checkpoint-path")  # fmt: skip
+    add("--max-bad-share", type=real(at_most=1.0), default=0.01,
+        help="with --bad-lines skip: so many bad lines end the run, as a share of the lines read "
+        "(at least of 1000)")  # fmt: skip
     add("--preview-data", type=whole(1), metavar="N",
         help="print the first N blocks as text, what is trained in green, and the mixture in "
         "numbers, and end; needs no weights and no other rank")  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 
 from checkpoint.model_folder import companion_files
 from pipeline_parallel.feed import HostBatch
+from tasks.bad_lines import BadLines
 from tasks.build import open_documents, open_training_stream
 from tasks.evaluation import evaluation_batches
 from tasks.loader import BatchLoader
@@ -38,6 +39,7 @@ class TrainingData:
             seed=args.seed,
             separator=args.doc_separator,
             train_on=args.train_on,
+            bad_lines=_bad_lines(args),
         )
         if state is not None:
             stream.restore(state)
@@ -53,6 +55,7 @@ class TrainingData:
             rows=self._rows,
             separator=args.doc_separator,
             train_on=args.train_on,
+            bad_lines=_bad_lines(args),
             max_batches=args.evaluation_num_batch,
         )
 
@@ -61,16 +64,27 @@ def preview_data(args: argparse.Namespace, *, colour: bool) -> Iterator[str]:
     """What --preview-data prints: the first blocks, and the mixture in numbers."""
     tokenizer = load_tokenizer(args.tokenizer_name)
     options = {"seq_length": args.seq_length, "seed": args.seed,
-               "separator": args.doc_separator, "train_on": args.train_on}  # fmt: skip
+               "separator": args.doc_separator, "train_on": args.train_on,
+               "bad_lines": _bad_lines(args)}  # fmt: skip
     stream = open_training_stream(args.sources, tokenizer, **options)
     yield from preview_blocks(stream, tokenizer, args.preview_data, colour=colour)
     encoder = Encoder(tokenizer, args.doc_separator, args.train_on)
     found = [
-        look_at(open_documents(open_source(spec.name), seed=args.seed), encoder)
+        look_at(
+            open_documents(open_source(spec.name), seed=args.seed, bad_lines=_bad_lines(args)),
+            encoder,
+        )
         for spec in args.sources
     ]
     rows = args.total_steps * args.batch_size * args.data_group_size
     yield describe_mixture(found, stream.weights(), run_tokens=rows * args.seq_length)
+
+
+def _bad_lines(args: argparse.Namespace) -> BadLines:
+    """What --bad-lines asks for; all that are skipped in a run are named in one file."""
+    if args.bad_lines == "error":
+        return BadLines()
+    return BadLines(args.checkpoint_path / "bad_lines.txt", max_share=args.max_bad_share)
 
 
 def checkpoint_extras(model_folder: Path, name: str, tokenizer: Any | None) -> dict[str, bytes]:

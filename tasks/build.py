@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from tasks.bad_lines import BadLines
 from tasks.documents import CHUNK_DOCUMENTS, Documents
 from tasks.indexed_documents import IndexedDocuments
 from tasks.mixture import BlockStream, StreamIdentity
@@ -26,6 +27,7 @@ def open_training_stream(
     seed: int,
     separator: str | None = None,
     train_on: TrainOn = "all",
+    bad_lines: BadLines | None = None,
     chunk_documents: int = CHUNK_DOCUMENTS,
     flag: str = TASK_FLAG,
 ) -> BlockStream:
@@ -41,19 +43,24 @@ def open_training_stream(
             open_source(spec.name, flag=flag),
             seed=derive_seed(seed, "source", position),  # one path given twice: two orders
             chunk_documents=chunk_documents,
+            bad_lines=bad_lines,
         )
         sources.append(PackedSource(documents, encoder, seq_length))
     return BlockStream(sources, StreamIdentity(tuple(specs), seq_length, separator, train_on, seed))
 
 
 def open_documents(
-    source: Source, *, seed: int, chunk_documents: int = CHUNK_DOCUMENTS
+    source: Source,
+    *,
+    seed: int,
+    chunk_documents: int = CHUNK_DOCUMENTS,
+    bad_lines: BadLines | None = None,
 ) -> Shuffled:
     """In a true shuffle where every file's lines can be reached at once, else in a buffered one."""
     if all(file.path.endswith(".jsonl") for file in source.files):
-        return IndexedDocuments(source, seed=seed)
+        return IndexedDocuments(source, seed=seed, bad_lines=bad_lines)
     logger.info(
         "%s: shuffled in chunks of up to %d documents, for not all of it is plain .jsonl",
         shown(source.name), chunk_documents,
     )  # fmt: skip
-    return Documents(source, seed=seed, chunk_documents=chunk_documents)
+    return Documents(source, seed=seed, chunk_documents=chunk_documents, bad_lines=bad_lines)

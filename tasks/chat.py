@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from tasks.source import Document, Message
+from tasks.source import BadLineError, Document, Message
 
 Spans = tuple[tuple[int, int], ...]
 
@@ -38,7 +38,7 @@ class ChatFormat:
         """The text of a document's messages.
 
         Raises:
-            ValueError: A role is unknown, or the template refuses the conversation.
+            BadLineError: A role is unknown, or the template refuses the conversation.
         """
         assert document.messages is not None
         if self._has_template:
@@ -49,7 +49,7 @@ class ChatFormat:
         """Where in `text`, which `text` made, the assistant speaks.
 
         Raises:
-            ValueError: The template does not write a conversation turn by turn.
+            BadLineError: The template does not write a conversation turn by turn.
         """
         assert document.messages is not None
         if self._has_template:
@@ -71,7 +71,7 @@ class ChatFormat:
             before = self._render(messages[:index], where, is_next=True) if index else ""
             until = self._render(messages[: index + 1], where)
             if not (until.startswith(before) and text.startswith(until)):
-                raise ValueError(
+                raise BadLineError(
                     f"{where}: the tokenizer's chat template does not write this conversation turn "
                     "by turn, so that what the assistant says cannot be told from the rest: "
                     "--train-on all can"
@@ -88,13 +88,13 @@ class ChatFormat:
             )
         except Exception as error:  # a template raises what it likes
             why = " ".join(str(error).split())
-            raise ValueError(f"{where}: the tokenizer's chat template: {why}") from error
+            raise BadLineError(f"{where}: the tokenizer's chat template: {why}") from error
         return text
 
 
 def _marked(message: Message, where: str) -> str:
     if message.role not in _MARKS:
-        raise ValueError(
+        raise BadLineError(
             f"{where}: expected a role of {', '.join(_MARKS)} (the tokenizer has no chat template),"
             f" got {message.role!a}"
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 from tasks.lines import check_text
 from tasks.registry import shown
-from tasks.source import Document, Record, SourceFile
+from tasks.source import BadLineError, Document, Record, SourceFile
 
 PATH = os.path.join("data", "mmlu-cot.json")
 
@@ -41,8 +41,7 @@ class CotFile:
         for index, (key, value) in enumerate(self._load().items()):
             if index >= offset:
                 where = f"{self.path}:{shown(key)}"
-                text = check_text(value, where, "text")
-                yield Record(Document(text, where), len(text), index + 1, index + 1)
+                yield Record(_parse(value, where), len(str(value)), index + 1, index + 1)
 
     def _load(self) -> dict[str, Any]:
         try:
@@ -55,3 +54,10 @@ class CotFile:
         if not isinstance(value, dict):
             raise ValueError(f"{self.path}: expected one object {{key: text}}")
         return value
+
+
+def _parse(value: Any, where: str) -> Document | BadLineError:
+    try:
+        return Document(check_text(value, where, "text"), where)
+    except BadLineError as error:
+        return error

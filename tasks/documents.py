@@ -13,9 +13,10 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+from tasks.bad_lines import BadLines
 from tasks.registry import shown
 from tasks.seeds import derive_seed
-from tasks.source import Document, Record, Source
+from tasks.source import BadLineError, Document, Record, Source
 
 CHUNK_DOCUMENTS = 4096
 CHUNK_BYTES = 64 << 20
@@ -45,8 +46,10 @@ class Documents:
         seed: int,
         chunk_documents: int = CHUNK_DOCUMENTS,
         chunk_bytes: int = CHUNK_BYTES,
+        bad_lines: BadLines | None = None,
     ) -> None:
         self.source = source
+        self.bad_lines = bad_lines or BadLines()
         self._seed = seed
         self._chunk_documents = chunk_documents
         self._chunk_bytes = chunk_bytes
@@ -74,7 +77,7 @@ class Documents:
         """The next document; after the last, the first of another order.
 
         Raises:
-            ValueError: A line is no document, or the source holds none.
+            ValueError: A line is no document (see `tasks.bad_lines`), or the source holds none.
         """
         while self._index == len(self._chunk):
             self._advance()
@@ -97,6 +100,10 @@ class Documents:
         size = 0
         for cursor, record in self._reader:
             self._end = cursor
+            if isinstance(record.document, BadLineError):
+                self.bad_lines.take(record.document)
+                continue
+            self.bad_lines.note_good()
             documents.append(record.document)
             size += record.size
             if len(documents) >= self._chunk_documents or size >= self._chunk_bytes:

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from tasks.bad_lines import BadLines
 from tasks.batch import Batch, make_batch
 from tasks.opening import open_source
-from tasks.packing import Block, Encoder, TrainOn, pack_once
-from tasks.source import Document, Source
+from tasks.packing import Block, Encoded, Encoder, TrainOn, pack_once
+from tasks.source import BadLineError, Source
 
 EVALUATION_FLAG = "--evaluation-data"
 
@@ -24,6 +25,7 @@ def evaluation_batches(
     rows: int,
     separator: str | None = None,
     train_on: TrainOn = "all",
+    bad_lines: BadLines | None = None,
     max_batches: int | None = None,
     flag: str = EVALUATION_FLAG,
 ) -> Iterator[Batch]:
@@ -36,14 +38,20 @@ def evaluation_batches(
     """
     source = open_source(name, flag=flag)
     encoder = Encoder(tokenizer, separator, train_on)
-    blocks = pack_once(_documents(source), encoder, seq_length)
+    blocks = pack_once(_encode_all(source, encoder, bad_lines or BadLines()), seq_length)
     return itertools.islice(_batches(source, blocks, rows), max_batches)
 
 
-def _documents(source: Source) -> Iterator[Document]:
+def _encode_all(source: Source, encoder: Encoder, bad_lines: BadLines) -> Iterator[Encoded]:
     for file in source.files:
         for record in file.read():
-            yield record.document
+            try:
+                if isinstance(record.document, BadLineError):
+                    raise record.document
+                yield encoder.encode(record.document)
+                bad_lines.note_good()
+            except BadLineError as error:
+                bad_lines.take(error)
 
 
 def _batches(source: Source, blocks: Iterator[Block], rows: int) -> Iterator[Batch]:

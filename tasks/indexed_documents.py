@@ -14,6 +14,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import BinaryIO
 
+from tasks.bad_lines import BadLines
 from tasks.documents import State
 from tasks.jsonl import BYTE_ORDER_MARK
 from tasks.line_index import LineIndex, line_index
@@ -21,7 +22,7 @@ from tasks.lines import parse_line
 from tasks.permutation import Permutation
 from tasks.registry import shown
 from tasks.seeds import derive_seed
-from tasks.source import Document, Source
+from tasks.source import BadLineError, Document, Source
 
 SAMPLE_BYTES = 1 << 16  # of each end of a file: an edit that keeps the size is most likely seen
 
@@ -33,8 +34,9 @@ class IndexedDocuments:
     are indexed (`tasks.line_index`) when the first document is asked for.
     """
 
-    def __init__(self, source: Source, *, seed: int) -> None:
+    def __init__(self, source: Source, *, seed: int, bad_lines: BadLines | None = None) -> None:
         self.source = source
+        self.bad_lines = bad_lines or BadLines()
         self._seed = seed
         self._go_to(0, 0)
 
@@ -47,7 +49,7 @@ class IndexedDocuments:
         """The next document; after the last, the first of another order.
 
         Raises:
-            ValueError: A line is no document, or the source holds none.
+            ValueError: A line is no document (see `tasks.bad_lines`), or the source holds none.
         """
         while True:
             if self._position == self._files.num_lines:
@@ -61,7 +63,10 @@ class IndexedDocuments:
             line = self._order[self._position]
             self._position += 1
             document = self._files.read(line)
-            if document is not None:
+            if isinstance(document, BadLineError):
+                self.bad_lines.take(document)
+            elif document is not None:
+                self.bad_lines.note_good()
                 self._found_any = True
                 return document
 
@@ -115,8 +120,8 @@ class _Files:
             found.update(_what(path, index))
         return found.hexdigest()
 
-    def read(self, number: int) -> Document | None:
-        """The document of a line; None where it is blank."""
+    def read(self, number: int) -> Document | BadLineError | None:
+        """The document of a line, or what is wrong with it; None where it is blank."""
         file = bisect_right(self._starts, number) - 1
         line = number - self._starts[file]
         start, end = self._indices[file].span(line)

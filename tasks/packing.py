@@ -12,9 +12,10 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.bad_lines import BadLines
 from tasks.chat import ChatFormat, Spans, bot_turns
 from tasks.documents import State
-from tasks.source import Document, Source
+from tasks.source import BadLineError, Document, Source
 
 TrainOn = Literal["all", "completion"]
 
@@ -73,7 +74,7 @@ class Encoder:
         """The tokens of one document; may be none where a separator is given.
 
         Raises:
-            ValueError: It is a conversation that cannot be made a text.
+            BadLineError: It is a conversation that cannot be made a text.
         """
         text = document.text if document.messages is None else self._chat.text(document)
         before = self.separator or ""
@@ -114,6 +115,7 @@ class Shuffled(Protocol):
 
     source: Source
     epoch: int
+    bad_lines: BadLines
 
     @property
     def num_lines(self) -> int | None:
@@ -180,13 +182,20 @@ class PackedSource:
     def _next_document(self) -> None:
         self._before = self._documents.state()
         document = self._documents.next()
-        self._encoded, self._used = self._encoder.encode(document), 0
+        self._encoded, self._used = self._encode(document), 0
         self._where = document.where
         self._num_documents += 1
         if len(self._encoded.tokens):
             self._last_fruitful_epoch = self._documents.epoch
         elif self._documents.epoch > self._last_fruitful_epoch + 1:
             raise self._documents.source.empty_error("yields no token")
+
+    def _encode(self, document: Document) -> Encoded:
+        try:
+            return self._encoder.encode(document)
+        except BadLineError as error:
+            self._documents.bad_lines.take(error)
+            return NOTHING
 
     def state(self) -> State:
         """What `restore` needs to go on with the next block."""
@@ -215,20 +224,20 @@ class PackedSource:
             raise self._documents.source.empty_error("changed since the checkpoint")
 
 
-def pack_once(documents: Iterable[Document], encoder: Encoder, seq_length: int) -> Iterator[Block]:
-    """Packs in order, once. What the last block lacks is token 0 and not trained.
+def pack_once(encoded: Iterable[Encoded], seq_length: int) -> Iterator[Block]:
+    """Packs documents in order, once. What the last block lacks is token 0 and not trained.
 
     Blocks that train no token are left out.
     """
-    for block in _pack_all(documents, encoder, seq_length):
+    for block in _pack_all(encoded, seq_length):
         if block.trained[1:].any():
             yield block
 
 
-def _pack_all(documents: Iterable[Document], encoder: Encoder, seq_length: int) -> Iterator[Block]:
+def _pack_all(documents: Iterable[Encoded], seq_length: int) -> Iterator[Block]:
     block, filled = _empty_block(seq_length), 0
-    for document in documents:
-        encoded, used = encoder.encode(document), 0
+    for encoded in documents:
+        used = 0
         while used < len(encoded.tokens):
             end = min(len(encoded.tokens), used + seq_length - filled)
             here = slice(filled, filled + end - used)

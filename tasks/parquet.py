@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow
 from pyarrow import parquet
 
-from tasks.lines import parse_value
+from tasks.lines import parse_row
 from tasks.registry import shown
 from tasks.source import Record
 
@@ -32,9 +32,7 @@ class ParquetFile:
             with parquet.ParquetFile(self.path) as file:
                 for row, value in self._rows(file, offset):
                     where = f"{shown(self.path)}:{row + 1}"
-                    document = parse_value(value, where)
-                    size = len(document.text) + sum(len(m.content) for m in document.messages or ())
-                    yield Record(document, size, row + 1, row + 1)
+                    yield Record(parse_row(value, where), _size(value), row + 1, row + 1)
         except OSError as error:
             why = error.strerror or _one_line(error)
             raise ValueError(f"{shown(self.path)}: {why}") from error
@@ -57,6 +55,15 @@ class ParquetFile:
                     if row >= offset:
                         yield row, value
             first = after
+
+
+def _size(value: Any) -> int:
+    """About its bytes in memory."""
+    if isinstance(value, dict):
+        return sum(_size(one) for one in value.values())
+    if isinstance(value, list):
+        return sum(_size(one) for one in value)
+    return len(value) if isinstance(value, str) else 0
 
 
 def _one_line(error: Exception) -> str:

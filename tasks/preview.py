@@ -12,6 +12,7 @@ import numpy as np
 from tasks.mixture import BlockStream
 from tasks.packing import Block, Encoded, Encoder, Shuffled
 from tasks.registry import shown
+from tasks.source import BadLineError
 
 SAMPLE = 2000  # documents of a source that are tokenized for the numbers
 GREEN, GREY, PLAIN = "\x1b[32m", "\x1b[90m", "\x1b[0m"
@@ -77,7 +78,10 @@ def look_at(documents: Shuffled, encoder: Encoder, *, sample: int = SAMPLE) -> S
     encoded: list[Encoded] = []
     document = documents.next()
     while documents.epoch == 0 and len(encoded) < sample:
-        encoded.append(encoder.encode(document))
+        try:
+            encoded.append(encoder.encode(document))
+        except BadLineError as error:
+            documents.bad_lines.take(error)
         document = documents.next()
     return SourceNumbers(
         name=documents.source.name,

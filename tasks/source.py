@@ -30,14 +30,19 @@ class Document:
     messages: tuple[Message, ...] | None = None
 
 
+class BadLineError(ValueError):
+    """A line that is no document; the text is one line that names file, line and reason."""
+
+
 @dataclass(frozen=True)
 class Record:
-    """A document as a file yields it, with the place right after it, from where to read on.
+    """A document, or a bad line, as a file yields it, with the place right after it, from where to
+    read on.
 
     `offset` and `line` mean something to the file alone; `size` is about its bytes in memory.
     """
 
-    document: Document
+    document: Document | BadLineError
     size: int
     offset: int
     line: int
@@ -54,7 +59,7 @@ class SourceFile(Protocol):
         """The records from a place on; the default is the beginning.
 
         Raises:
-            ValueError: A line is no document; the text names file, line and reason.
+            ValueError: The file cannot be read on; the text names it, and the line.
         """
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tasks.documents import Documents
 from tasks.opening import open_source
+from tasks.source import BadLineError
 
 GOOD = b'{"text": "good"}\n'
 BAD_LINES = [
@@ -119,11 +120,15 @@ _LINES = st.one_of(
 
 
 def _texts_or_error(path: Path) -> tuple[list[str], str | None]:
+    texts = []
     try:
-        records = open_source(str(path)).files[0].read()
-        return [record.document.text for record in records], None
+        for record in open_source(str(path)).files[0].read():
+            if isinstance(record.document, BadLineError):
+                raise record.document
+            texts.append(record.document.text)
     except ValueError as error:
         return [], str(error)
+    return texts, None
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst"])

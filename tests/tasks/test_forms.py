@@ -15,7 +15,7 @@ from pyarrow import parquet
 from tasks.documents import Documents
 from tasks.opening import open_source
 from tasks.packing import Encoder, PackedSource, pack_once
-from tasks.source import Document, Message
+from tasks.source import BadLineError, Document, Message
 from tests.tasks.material import make_texts, through_json, tokenizer
 
 ROWS: list[dict[str, Any]] = [
@@ -42,7 +42,12 @@ def write_all(folder: Path) -> dict[str, Path]:
 
 def read(path: Path, *place: int) -> list[Document]:
     (file,) = open_source(str(path)).files
-    return [record.document for record in file.read(*place)]
+    documents = []
+    for record in file.read(*place):
+        if isinstance(record.document, BadLineError):
+            raise record.document
+        documents.append(record.document)
+    return documents
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"])
@@ -95,7 +100,7 @@ def test_blocks_that_train_nothing_are_passed_over(tmp_path: Path) -> None:
     assert all(stream.next_block().trained[1:].any() for _ in range(5))
     assert stream.state()["num_blocks"] == 5
     encoder = Encoder(tokenizer(), train_on="completion")
-    assert 1 <= len(list(pack_once(read(path), encoder, 16))) <= 2
+    assert 1 <= len(list(pack_once(map(encoder.encode, read(path)), 16))) <= 2
 
 
 def test_a_source_that_trains_nothing_is_an_error(tmp_path: Path) -> None:
