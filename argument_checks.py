@@ -69,6 +69,7 @@ FREE = (
     "weight_decay",
     "max_grad_norm",
     "batch_size",
+    "pp_mode",
     "data_group_size",
     "checkpoint_steps",
     "evaluation_data",

@@ -111,7 +111,9 @@ class TorchPipeline:
     def __init__(self, work: Work, schedule: str, topology: Topology, *, fused: bool) -> None:
         module = HuggingFaceStage(work, topology.stage)
         if work.precision == "bf16":
+            frequencies = module.rotary.inv_freq.clone()
             module = module.bfloat16()
+            module.rotary.inv_freq = frequencies  # as transformers keeps them
         stage = PipelineStage(module, topology.stage, topology.num_stages, CPU)
         make: Any = SCHEDULES[schedule]
         self._schedule = make(stage, n_microbatches=work.batch, loss_fn=mean_loss)
@@ -122,9 +124,9 @@ class TorchPipeline:
         losses: list[Tensor] = []
         given = (self._rows,) if self._topology.is_first else ()
         if self._topology.is_last:
-            self._schedule.step(*given, target=self._rows, losses=losses)
+            self._schedule.step(*given, target=self._rows, losses=losses, return_outputs=False)
         else:
-            self._schedule.step(*given)
+            self._schedule.step(*given, return_outputs=False)
         self._update.step()
         return float(torch.stack(losses).detach().mean()) if losses else math.nan
 
@@ -134,7 +136,9 @@ class TorchDataParallel:
 
     def __init__(self, work: Work, topology: Topology, *, fused: bool) -> None:
         whole = work.on(split=(work.layers,))
-        self._module = DistributedDataParallel(HuggingFaceStage(whole, 0))
+        self._module = DistributedDataParallel(
+            HuggingFaceStage(whole, 0), gradient_as_bucket_view=True, broadcast_buffers=False
+        )
         self._rows = work.rows(topology.replica).split(1)
         self._update = Update(self._module, fused=fused, stages=False)
 

@@ -12,7 +12,6 @@ import argparse
 import math
 import multiprocessing
 import os
-import resource
 import socket
 import sys
 import time
@@ -128,9 +127,15 @@ def _contend(
     pipe.send("ready")
     while pipe.recv() == "step":
         pipe.send(_timed(contender, fabric))
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    pipe.send((peak, contender.overhead() if isinstance(contender, Ours) else math.nan))
+    pipe.send((_peak_bytes(), contender.overhead() if isinstance(contender, Ours) else math.nan))
     close()
+
+
+def _peak_bytes() -> int:
+    """VmHWM: what getrusage tells begins with the memory of the process that made this one."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (one for one in lines if one.startswith("VmHWM:"))
+    return 1024 * int(line.split()[1])
 
 
 def _timed(contender: Contender, fabric: Fabric) -> tuple[float, float]:
@@ -179,10 +184,15 @@ def report(case: Case, results: list[Result], alone: float) -> None:
 
 def _check_losses(case: Case, results: list[Result]) -> None:
     first = results[0]
-    worst = max(
-        abs(a - b) / abs(b)
-        for result in results[1:]
-        for a, b in zip(result.losses, first.losses, strict=True)
+    finite = all(math.isfinite(loss) for result in results for loss in result.losses)
+    worst = (
+        math.inf
+        if not finite
+        else max(
+            abs(a - b) / abs(b)
+            for result in results[1:]
+            for a, b in zip(result.losses, first.losses, strict=True)
+        )
     )
     verdict = "agree" if worst < LOSS_TOLERANCE[case.work.precision] else "DO NOT AGREE"
     print(f"  losses {verdict}: {worst:.1e} apart over {len(first.losses)} updates "

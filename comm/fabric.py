@@ -154,6 +154,7 @@ class _Maker:
             activity=self._watch.activity,
             dist_timeout=self._dist_timeout,
             on_hang=self._watch.explain,
+            is_chain=name == "pipeline",
         )
 
     def _gloo(self, name: str, group: dist.ProcessGroup, members: Sequence[int]) -> Communicator:

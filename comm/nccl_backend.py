@@ -5,8 +5,10 @@ instead of streams: tests put a double in place of that one class.
 
 A pipeline stage's activation and its neighbour's gradient travel at the same time. On one NCCL
 communicator each would wait for the other's end, so every direction between two neighbours has
-a communicator of two and a stream of its own; then no grouped calls are needed. Other pairs get
-theirs at their first message, which then holds the host until the other end has its first, too.
+a communicator of two and a stream of its own. NCCL connects two members at the first message
+between them, which holds the host until the other end has called, too: a receive posted ahead would
+wait for ever for a sender that waits likewise. So every communicator carries one message as it is
+opened, in one order for all members. Pairs that are no neighbours are opened at their first.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ class NcclCommunicator(Membership):
     name, members: see Membership.
     store: where the first member of a channel leaves NCCL's unique id for the others.
     dist_timeout, on_hang: a message waited for longer than so many seconds is reported there.
+    is_chain: neighbours will exchange messages, so that their channels are opened at once.
 
     Raises:
         ValueError: CuPy or its NCCL is not installed.
@@ -74,6 +77,7 @@ class NcclCommunicator(Membership):
         activity: Activity,
         dist_timeout: float,
         on_hang: Callable[[PeerLostError], object],
+        is_chain: bool,
     ) -> None:
         self._library = load_library()
         super().__init__(name=name, members=members, topology=topology)
@@ -83,7 +87,9 @@ class NcclCommunicator(Membership):
         self._monitor = HangMonitor(limit=dist_timeout, on_hang=on_hang)
         self._edges: dict[tuple[int, int], _Channel] = {}
         self._all = self._open("all", range(self.size))
-        for left in range(self.size - 1):  # one order for all members, so that none waits in a ring
+        if self.size > 1:
+            self.all_reduce(self._scratch()).wait()
+        for left in range(self.size - 1 if is_chain else 0):  # one order: none waits in a ring
             if self._rank in (left, left + 1):
                 self._open_pair(left, left + 1)
 
@@ -184,8 +190,15 @@ class NcclCommunicator(Membership):
 
     def _open_pair(self, left: int, right: int) -> None:
         """Both directions between two members, whichever is wanted first at either end."""
-        for edge in ((left, right), (right, left)):
-            self._edges[edge] = self._open("edge", edge)
+        for source, to in ((left, right), (right, left)):
+            self._edges[source, to] = self._open("edge", (source, to))
+            if self._rank == source:
+                self.send(self._scratch(), to=to).wait()
+            else:
+                self.receive(self._scratch(), source=source).wait()
+
+    def _scratch(self) -> Tensor:
+        return torch.zeros(1, device=self._device)
 
     def _open(self, kind: str, members: Sequence[int]) -> _Channel:
         """A communicator of `members` (indices in the group), who all call this.

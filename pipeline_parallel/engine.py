@@ -12,7 +12,7 @@ from comm.communicator import PeerLostError
 from modules.dropout import Keys
 from modules.head import IGNORED
 from monitor.trace import NO_TRACER, Tracer, Track
-from pipeline_parallel.channel import PipelineChannel
+from pipeline_parallel.channel import AHEAD, PipelineChannel
 from pipeline_parallel.schedule import Action, Kind, Schedule, forward_only
 from pipeline_parallel.stage import Stage
 from pipeline_parallel.validate import BACKWARD_BEGINS, check_schedule
@@ -166,6 +166,7 @@ class Engine:
     def _evaluate_one(self, microbatch: int, batch: PipelineBatch) -> None:
         labels = batch.labels(microbatch)
         x = self._input(microbatch, batch)
+        self._channel.settle(activations=microbatch - AHEAD)
         out = self._stage.evaluate(x, labels)
         if self._not_finite is not None and x.isfinite().all() and not out.isfinite().all():
             self._not_finite.append(microbatch)

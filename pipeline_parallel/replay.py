@@ -57,7 +57,8 @@ def replay(orders: Sequence[Sequence[Action]]) -> Iterator[tuple[int, Action]]:
     while moved:
         moved = False
         for stage, actions in enumerate(orders):
-            for action in actions[position[stage] :]:
+            while position[stage] < len(actions):
+                action = actions[position[stage]]
                 if needs(stage, action, num_stages) not in sent:
                     break
                 yield stage, action

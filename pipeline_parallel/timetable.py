@@ -12,7 +12,7 @@ from pipeline_parallel.simulator import Costs, StageCosts, Timeline, simulate
 from pipeline_parallel.validate import check_schedule, peak_recomputed
 
 IDLE, GOES_ON = ".", "=="
-LARGEST = 1000  # beyond it nobody reads a timetable
+LARGEST = 250  # beyond it nobody reads a timetable
 
 RECOMPUTE_NOTE = """\
 With --recompute true, a stage holds the recomputed activations of a microbatch from its

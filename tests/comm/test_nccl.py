@@ -11,9 +11,12 @@ import queue
 import re
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -35,7 +38,13 @@ Told = queue.SimpleQueue[PeerLostError]
 
 
 def open_channel(
-    store: Store, *, rank: int, size: int, name: str = "pipeline", dist_timeout: float = 30.0
+    store: Store,
+    *,
+    rank: int,
+    size: int,
+    name: str = "pipeline",
+    dist_timeout: float = 30.0,
+    is_chain: bool = True,
 ) -> tuple[NcclCommunicator, Told]:
     """A pipeline of `size` on the CPU, and what its monitor tells."""
     told: Told = queue.SimpleQueue()
@@ -48,6 +57,7 @@ def open_channel(
         activity=Activity(),
         dist_timeout=dist_timeout,
         on_hang=told.put,
+        is_chain=is_chain,
     )
     return channel, told
 
@@ -159,6 +169,36 @@ def test_what_does_not_fit_is_an_error_that_names_the_peer() -> None:
 
 
 # --- in this process ---
+
+
+@pytest.mark.parametrize(("is_chain", "pairs"), [(True, [(0, 1), (1, 2)]), (False, [])])
+def test_every_communicator_has_carried_a_message_before_it_is_used(
+    is_chain: bool, pairs: list[tuple[int, int]]
+) -> None:
+    """NCCL connects at the first, which holds the host until both ends have called."""
+    store, used = HashStore(), queue.SimpleQueue[tuple[str, bytes]]()
+
+    class Noting(NcclDouble):
+        def __init__(self, ndev: int, commId: bytes, rank: int) -> None:
+            super().__init__(ndev, commId, rank, traffic=Counter())
+            self._name = commId
+            made.append(commId)
+
+        def _give(self, *args: Any) -> None:
+            used.put(("give", self._name))
+            super()._give(*args)
+
+        def _take(self, *args: Any) -> None:
+            used.put(("take", self._name))
+            super()._take(*args)
+
+    made: list[bytes] = []
+    with patch.object(nccl, "NcclCommunicator", Noting), ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda r: open_channel(store, rank=r, size=3, is_chain=is_chain), range(3)))
+    calls = [used.get_nowait() for _ in range(used.qsize())]
+    assert len(made) == 3 + 2 * 2 * len(pairs), "one of all, and two of each pair, at each end"
+    for name in set(made):
+        assert {call for call, one in calls if one == name} == {"give", "take"}
 
 
 def test_a_message_that_nobody_sends_is_reported_with_its_peer() -> None:

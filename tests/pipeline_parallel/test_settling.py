@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline_parallel.channel import AHEAD
 from pipeline_parallel.engine import Engine, PipelineBatch
 from pipeline_parallel.schedule import SCHEDULES, Schedule
 from tests.pipeline_parallel.orders import schedule_of
@@ -51,6 +52,9 @@ class IdleStage:
     def forward(self, microbatch: int, x: Tensor, *args: object, **options: object) -> Tensor:
         return torch.zeros(())
 
+    def evaluate(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        return torch.zeros(())
+
     def backward(self, microbatch: int, gradient: Tensor | None) -> Tensor:
         return torch.zeros(())
 
@@ -73,6 +77,23 @@ def calls_of(schedule: Schedule, num_stages: int, num_microbatches: int) -> list
         engine.train(PipelineBatch(rows, labels, range(num_microbatches), 1), loss_scale=1.0)
         found.append(channel.calls)
     return found
+
+
+def test_an_evaluation_holds_few_sends() -> None:
+    """However many microbatches: a stage waits for what it sent a few microbatches ago."""
+    channel: Any = NotedChannel(0, 2)
+    idle: Any = IdleStage()
+    engine = Engine(
+        idle, channel, schedule=SCHEDULES["1f1b"], stage_index=0, num_stages=2, num_microbatches=20
+    )
+    engine.evaluate(PipelineBatch(torch.zeros(20, 2, dtype=torch.int64), None, (), 1))
+    sent = settled = 0
+    for what, activations, _ in channel.calls:
+        if what == "send":
+            sent += activations
+        if what == "settle":
+            settled = max(settled, activations)
+        assert sent - settled <= AHEAD + 1
 
 
 class Knowledge:

@@ -39,14 +39,14 @@ peak live   2 1 microbatches, stage by stage
 """
 
 MISTAKES = {
-    "--stages 0": "--stages: expected a whole number from 1 to 1000, got '0'",
+    "--stages 0": "--stages: expected a whole number from 1 to 250, got '0'",
     "--stages": "--stages: expected one argument",
-    "--microbatches -3": "--microbatches: expected a whole number from 1 to 1000, got '-3'",
-    "--microbatches 1.5": "--microbatches: expected a whole number from 1 to 1000, got '1.5'",
-    "--microbatches 1001": "--microbatches: expected a whole number from 1 to 1000, got '1001'",
-    "--forward 0": "--forward: expected a whole number from 1 to 1000, got '0'",
-    "--input-gradient x": "--input-gradient: expected a whole number from 1 to 1000, got 'x'",
-    "--weight-gradient inf": "--weight-gradient: expected a whole number from 1 to 1000, got 'inf'",
+    "--microbatches -3": "--microbatches: expected a whole number from 1 to 250, got '-3'",
+    "--microbatches 1.5": "--microbatches: expected a whole number from 1 to 250, got '1.5'",
+    "--microbatches 251": "--microbatches: expected a whole number from 1 to 250, got '251'",
+    "--forward 0": "--forward: expected a whole number from 1 to 250, got '0'",
+    "--input-gradient x": "--input-gradient: expected a whole number from 1 to 250, got 'x'",
+    "--weight-gradient inf": "--weight-gradient: expected a whole number from 1 to 250, got 'inf'",
     "--pp-mode zb-h2": "--pp-mode: expected one of gpipe, 1f1b, zb-h1, got 'zb-h2'",
     "--stage 4": "unrecognized arguments: --stage 4",
     "two words": "unrecognized arguments: two words",

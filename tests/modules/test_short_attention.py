@@ -1,0 +1,59 @@
+"""Attention over short sequences against torch's own, in double precision, over several blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from modules.short_attention import KEPT_TOKENS, QUERIES, is_short, short_attention
+
+ROWS, HEADS, SIZE = 2, 3, 64
+
+
+def inputs(tokens: int, dtype: torch.dtype) -> list[Tensor]:
+    """Query, key, value and the gradient of what comes out."""
+    generator = torch.Generator().manual_seed(tokens)
+    shape = (ROWS, HEADS, tokens, SIZE)
+    return [torch.randn(shape, generator=generator, dtype=dtype) for _ in range(4)]
+
+
+def run(attend: Callable[..., Tensor], qkv: list[Tensor], gradient: Tensor) -> list[Tensor]:
+    """What comes out, and the gradients of query, key and value."""
+    given = [tensor.clone().requires_grad_() for tensor in qkv]
+    out = attend(*given)
+    torch.autograd.backward(out, gradient)
+    grads = [tensor.grad for tensor in given if tensor.grad is not None]
+    return [out.detach(), *grads]
+
+
+@pytest.mark.parametrize("tokens", [1, QUERIES - 1, QUERIES, QUERIES + 1, 2 * QUERIES + 1, 200,
+                                    KEPT_TOKENS * SIZE])  # fmt: skip
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_it_is_torchs_attention(tokens: int, dtype: torch.dtype, allowed: float) -> None:
+    """To rounding: sums of up to 256 products of numbers about 1, in another order."""
+    *qkv, gradient = inputs(tokens, dtype)
+    found = run(short_attention, qkv, gradient)
+    expected = run(partial(scaled_dot_product_attention, is_causal=True), qkv, gradient)
+    assert is_short(qkv[0])
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).abs().max() < allowed * max(1.0, theirs.abs().max().item())
+
+
+def test_the_future_is_not_seen() -> None:
+    """Changing what comes after a position changes no bit before it."""
+    query, key, value, _ = inputs(200, torch.float32)
+    before = short_attention(query, key, value)
+    for tensor in (query, key, value):
+        tensor[:, :, 130:] = 1e4
+    after = short_attention(query, key, value)
+    assert torch.equal(before[:, :, :130], after[:, :, :130])
+    assert not torch.equal(before[:, :, 130:], after[:, :, 130:])
+
+
+def test_long_sequences_are_left_to_torch() -> None:
+    assert not is_short(torch.empty(1, 1, KEPT_TOKENS * SIZE + 1, SIZE))
