@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
 
-from comm.lane import HostLane, lane_on
+from comm.lane import CudaLane, HostLane, lane_on
 
 
 def test_calls_run_in_order_beside_the_computation() -> None:
@@ -92,3 +93,24 @@ def _wait(event: threading.Event) -> None:
 
 def _fail(text: str) -> None:
     raise LookupError(text)
+
+
+# --- streams, without a GPU ---
+
+
+def test_a_stream_waits_for_what_made_a_tensor_and_keeps_its_memory() -> None:
+    """Else the message would read what is not written yet, or what is written anew."""
+    device, tensor = torch.device("cuda", 0), Mock(spec=torch.Tensor)
+    with (
+        patch("torch.cuda.Stream") as make,
+        patch("torch.cuda.current_stream") as current,
+    ):
+        stream, lane = make.return_value, CudaLane(device)
+        lane.enter(tensor)
+        stream.wait_stream.assert_called_once_with(current.return_value)
+        tensor.record_stream.assert_called_once_with(stream)
+        mark = lane.mark()
+        mark.hold_compute()
+        current.return_value.wait_event.assert_called_once_with(stream.record_event.return_value)
+        lane.close()
+        stream.synchronize.assert_called_once_with()

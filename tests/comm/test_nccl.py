@@ -21,12 +21,14 @@ from unittest.mock import patch
 import pytest
 import torch
 from cupy.cuda import nccl
+from torch import Tensor
 from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 
 from comm.activity import Activity
 from comm.communicator import PeerLostError, Work
 from comm.hang_monitor import HangMonitor
+from comm.lane import HostLane, Mark
 from comm.nccl_backend import DTYPE_CODES, NcclCommunicator, load_library
 from comm.topology import Topology
 from tests.comm.checks import NUMBERS, check_group
@@ -221,6 +223,69 @@ def test_a_message_that_nobody_sends_is_reported_with_its_peer() -> None:
 def _wait_in_vain(work: Work) -> None:
     with suppress(PeerLostError):  # when the test ends and the members go
         work.wait()
+
+
+def test_a_failure_that_nccl_knows_of_ends_a_message_that_never_ends() -> None:
+    """The lane still waits: it is the library that is asked."""
+    store = HashStore()
+    with nccl_double(), ThreadPoolExecutor(2) as pool:
+        (_, _), (channel, told) = pool.map(
+            lambda rank: open_channel(store, rank=rank, size=2), range(2)
+        )
+    waiting = channel.receive(torch.zeros(1), source=0)
+    channel._edges[0, 1].nccl._failed = True
+    threading.Thread(target=_wait_in_vain, args=(waiting,), daemon=True).start()
+    text = str(told.get(timeout=20.0))
+    assert text.startswith("pipeline receive from rank 0 (stage 0, replica 0) failed after")
+    assert "the communicator has failed" in text
+
+
+class NotingLane(HostLane):
+    """Notes in which order what is asked of it."""
+
+    def __init__(self, calls: list[tuple[str, int]]) -> None:
+        super().__init__()
+        self._calls = calls
+
+    def enter(self, tensor: Tensor) -> None:
+        self._calls.append(("enter", tensor.data_ptr()))
+        super().enter(tensor)
+
+    def queue(self, call: Callable[[], None]) -> None:
+        self._calls.append(("queue", 0))
+        super().queue(call)
+
+    def mark(self) -> Mark:
+        self._calls.append(("mark", 0))
+        return super().mark()
+
+
+def test_a_tensor_enters_the_lane_before_the_call_that_uses_it() -> None:
+    """On a GPU nothing else orders the stream after what made the tensor."""
+    calls: list[tuple[str, int]] = []
+    store, tensor = HashStore(), torch.zeros(3)
+    with (
+        nccl_double(),
+        patch("comm.nccl_backend.lane_on", lambda device: NotingLane(calls)),
+        ThreadPoolExecutor(2) as pool,
+    ):
+        (sender, _), (receiver, _) = pool.map(
+            lambda rank: open_channel(store, rank=rank, size=2), range(2)
+        )
+        order = [("enter", tensor.data_ptr()), ("queue", 0), ("mark", 0)]
+        calls.clear()
+        sent = sender.send(tensor, to=1)
+        assert calls == order
+        calls.clear()
+        received = receiver.receive(tensor, source=0)
+        assert calls == order
+        received.wait()
+        sent.wait()
+        calls.clear()
+        ours, theirs = pool.map(lambda one: one.all_gather(tensor), (sender, receiver))
+    first = [calls.index(("enter", gathered.data_ptr())) for gathered in (ours, theirs)]
+    assert max(first) < len(calls) - 2
+    assert calls.count(("enter", tensor.data_ptr())) == 2
 
 
 def test_dtype_codes_are_those_of_nccl_h() -> None:

@@ -46,10 +46,17 @@ def all_checks(
 ) -> list[list[tuple[int, ...]]]:
     groups = []
     for stages, replicas, url in shapes:
-        with gloo_for_nccl() as made:
+        with (
+            gloo_for_nccl() as made,
+            patch("comm.torch_nccl.dist.isend", wraps=dist.isend) as sends,
+            patch("comm.torch_nccl.dist.irecv", wraps=dist.irecv) as receives,
+        ):
             entered = enter(
                 rank, url, num_stages=stages, num_replicas=replicas, dist_backend="nccl"
             )
+        groups_here = (entered.fabric.pipeline, entered.fabric.replicas)
+        neighbours = sum((g.rank > 0) + (g.rank + 1 < g.size) for g in groups_here)
+        assert sends.call_count == receives.call_count == neighbours, "each edge has carried one"
         for group in (entered.fabric.pipeline, entered.fabric.replicas):
             if group.size > 1:
                 assert isinstance(group, TorchNcclCommunicator)

@@ -204,3 +204,16 @@ def test_a_lost_peer_is_not_the_stages_failure() -> None:
     assert caught.value is lost
     assert caught.value.__cause__ is None
     assert not isinstance(caught.value, StageError)
+
+
+def test_the_last_stage_puts_off_the_weight_gradients_of_its_head_too() -> None:
+    """zb-h1: forward makes the gradients of the logits, and W what they give the projection."""
+    stage: Any = make_stage(NotedCommunicator(1, 2), schedule=zero_bubble_h1, recompute=False)
+    (name,) = (n for n in stage._gradients.views if n.endswith("embed_out.weight"))
+    gradient = stage._gradients.views[name]
+    labels = torch.ones(ROWS, TOKENS, dtype=torch.int64)
+    stage.forward(0, torch.randn(ROWS, TOKENS, HIDDEN), labels, None, loss_scale=1.0)
+    stage.backward(0, None)
+    assert not gradient.any()
+    stage.weight_gradient(0)
+    assert gradient.any()
