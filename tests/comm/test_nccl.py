@@ -229,9 +229,8 @@ def test_a_failure_that_nccl_knows_of_ends_a_message_that_never_ends() -> None:
     """The lane still waits: it is the library that is asked."""
     store = HashStore()
     with nccl_double(), ThreadPoolExecutor(2) as pool:
-        (_, _), (channel, told) = pool.map(
-            lambda rank: open_channel(store, rank=rank, size=2), range(2)
-        )
+        opened = list(pool.map(lambda rank: open_channel(store, rank=rank, size=2), range(2)))
+    channel, told = opened[1]  # the other lives on: if it went, so would the message
     waiting = channel.receive(torch.zeros(1), source=0)
     channel._edges[0, 1].nccl._failed = True
     threading.Thread(target=_wait_in_vain, args=(waiting,), daemon=True).start()
