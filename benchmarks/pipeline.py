@@ -184,17 +184,13 @@ def report(case: Case, results: list[Result], alone: float) -> None:
 
 def _check_losses(case: Case, results: list[Result]) -> None:
     first = results[0]
-    finite = all(math.isfinite(loss) for result in results for loss in result.losses)
-    worst = (
-        math.inf
-        if not finite
-        else max(
-            abs(a - b) / abs(b)
-            for result in results[1:]
-            for a, b in zip(result.losses, first.losses, strict=True)
-        )
-    )
-    verdict = "agree" if worst < LOSS_TOLERANCE[case.work.precision] else "DO NOT AGREE"
+    apart = [
+        abs(a - b) / abs(b)
+        for result in results[1:]
+        for a, b in zip(result.losses, first.losses, strict=True)
+    ]
+    worst, allowed = max(apart), LOSS_TOLERANCE[case.work.precision]
+    verdict = "agree" if all(each < allowed for each in apart) else "DO NOT AGREE"  # NaN is not
     print(f"  losses {verdict}: {worst:.1e} apart over {len(first.losses)} updates "
           f"({first.losses[0]:.4f} to {first.losses[-1]:.4f})")  # fmt: skip
     if verdict != "agree":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,13 @@ import pytest
 
 from tasks.documents import Documents
 from tasks.opening import open_source
-from tests.tasks.material import make_texts, through_json, write_folder, write_jsonl
+from tests.tasks.material import (
+    check_restored_anywhere,
+    make_texts,
+    through_json,
+    write_folder,
+    write_jsonl,
+)
 
 TEXTS = make_texts(103, seed=1)
 WRITERS: dict[str, Callable[[Path, list[str]], Path]] = {
@@ -54,15 +59,7 @@ def test_order_depends_on_the_seed_alone(path: Path) -> None:
 
 
 def test_restored_at_every_point(path: Path) -> None:
-    documents = _open(path)
-    states, expected = [], []
-    for _ in range(250):
-        states.append(through_json(documents.state()))
-        expected.append(documents.next())
-    resumed = _open(path)
-    for i in random.Random(0).sample(range(250), 80):
-        resumed.restore(states[i])
-        assert [resumed.next() for _ in range(30)][: 250 - i] == expected[i : i + 30]
+    check_restored_anywhere(_open(path), _open(path))
 
 
 def test_a_shuffle_reaches_as_far_as_its_chunk(tmp_path: Path) -> None:

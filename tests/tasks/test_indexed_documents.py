@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from tasks.indexed_documents import IndexedDocuments
 from tasks.line_index import line_index
 from tasks.opening import open_source
 from tasks.permutation import Permutation
-from tests.tasks.material import make_texts, through_json, write_jsonl
+from tests.tasks.material import check_restored_anywhere, make_texts, write_jsonl
 
 TEXTS = make_texts(103, seed=1)
 
@@ -70,16 +69,7 @@ def test_the_shuffle_reaches_over_the_whole_source(path: Path) -> None:
 
 
 def test_restored_at_every_point(path: Path) -> None:
-    documents = opened(path)
-    states, expected = [], []
-    for _ in range(250):
-        states.append(through_json(documents.state()))
-        expected.append(documents.next())
-    resumed = opened(path)
-    for i in random.Random(0).sample(range(250), 80):
-        resumed.restore(states[i])
-        assert resumed.epoch == states[i]["epoch"]
-        assert [resumed.next() for _ in range(30)][: 250 - i] == expected[i : i + 30]
+    check_restored_anywhere(opened(path), opened(path))
 
 
 def test_where_names_file_and_line(tmp_path: Path) -> None:
