@@ -10,25 +10,17 @@ import os
 import queue
 import re
 import sys
-import threading
-from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 from cupy.cuda import nccl
-from torch import Tensor
 from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 
 from comm.activity import Activity
-from comm.communicator import PeerLostError, Work
-from comm.hang_monitor import HangMonitor
-from comm.lane import HostLane, Mark
+from comm.communicator import PeerLostError
 from comm.nccl_backend import DTYPE_CODES, NcclCommunicator, load_library
 from comm.topology import Topology
 from tests.comm.checks import NUMBERS, check_group
@@ -170,121 +162,7 @@ def test_what_does_not_fit_is_an_error_that_names_the_peer() -> None:
     assert "rank 1: ended without a result, exit status 0" in text, text
 
 
-# --- in this process ---
-
-
-@pytest.mark.parametrize(("is_chain", "pairs"), [(True, [(0, 1), (1, 2)]), (False, [])])
-def test_every_communicator_has_carried_a_message_before_it_is_used(
-    is_chain: bool, pairs: list[tuple[int, int]]
-) -> None:
-    """NCCL connects at the first, which holds the host until both ends have called."""
-    store, used = HashStore(), queue.SimpleQueue[tuple[str, bytes]]()
-
-    class Noting(NcclDouble):
-        def __init__(self, ndev: int, commId: bytes, rank: int) -> None:
-            super().__init__(ndev, commId, rank, traffic=Counter())
-            self._name = commId
-            made.append(commId)
-
-        def _give(self, *args: Any) -> None:
-            used.put(("give", self._name))
-            super()._give(*args)
-
-        def _take(self, *args: Any) -> None:
-            used.put(("take", self._name))
-            super()._take(*args)
-
-    made: list[bytes] = []
-    with patch.object(nccl, "NcclCommunicator", Noting), ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda r: open_channel(store, rank=r, size=3, is_chain=is_chain), range(3)))
-    calls = [used.get_nowait() for _ in range(used.qsize())]
-    assert len(made) == 3 + 2 * 2 * len(pairs), "one of all, and two of each pair, at each end"
-    for name in set(made):
-        assert {call for call, one in calls if one == name} == {"give", "take"}
-
-
-def test_a_message_that_nobody_sends_is_reported_with_its_peer() -> None:
-    """Rank 1 of three waits for rank 2, but it is rank 0 that sends to it."""
-    store = HashStore()
-    with nccl_double(), ThreadPoolExecutor(3) as pool:
-        opened = list(
-            pool.map(
-                lambda rank: open_channel(store, rank=rank, size=3, dist_timeout=1.0), range(3)
-            )
-        )
-    (first, _), (middle, told), _ = opened
-    first.send(torch.zeros(1), to=1).wait()
-    wrong = middle.receive(torch.zeros(1), source=2)
-    threading.Thread(target=_wait_in_vain, args=(wrong,), daemon=True).start()
-    text = str(told.get(timeout=20.0))
-    assert text.startswith("pipeline receive from rank 2 (stage 2, replica 0) took more than 1 s")
-
-
-def _wait_in_vain(work: Work) -> None:
-    with suppress(PeerLostError):  # when the test ends and the members go
-        work.wait()
-
-
-def test_a_failure_that_nccl_knows_of_ends_a_message_that_never_ends() -> None:
-    """The lane still waits: it is the library that is asked."""
-    store = HashStore()
-    with nccl_double(), ThreadPoolExecutor(2) as pool:
-        opened = list(pool.map(lambda rank: open_channel(store, rank=rank, size=2), range(2)))
-    channel, told = opened[1]  # the other lives on: if it went, so would the message
-    waiting = channel.receive(torch.zeros(1), source=0)
-    channel._edges[0, 1].nccl._failed = True
-    threading.Thread(target=_wait_in_vain, args=(waiting,), daemon=True).start()
-    text = str(told.get(timeout=20.0))
-    assert text.startswith("pipeline receive from rank 0 (stage 0, replica 0) failed after")
-    assert "the communicator has failed" in text
-
-
-class NotingLane(HostLane):
-    """Notes in which order what is asked of it."""
-
-    def __init__(self, calls: list[tuple[str, int]]) -> None:
-        super().__init__()
-        self._calls = calls
-
-    def enter(self, tensor: Tensor) -> None:
-        self._calls.append(("enter", tensor.data_ptr()))
-        super().enter(tensor)
-
-    def queue(self, call: Callable[[], None]) -> None:
-        self._calls.append(("queue", 0))
-        super().queue(call)
-
-    def mark(self) -> Mark:
-        self._calls.append(("mark", 0))
-        return super().mark()
-
-
-def test_a_tensor_enters_the_lane_before_the_call_that_uses_it() -> None:
-    """On a GPU nothing else orders the stream after what made the tensor."""
-    calls: list[tuple[str, int]] = []
-    store, tensor = HashStore(), torch.zeros(3)
-    with (
-        nccl_double(),
-        patch("comm.nccl_backend.lane_on", lambda device: NotingLane(calls)),
-        ThreadPoolExecutor(2) as pool,
-    ):
-        (sender, _), (receiver, _) = pool.map(
-            lambda rank: open_channel(store, rank=rank, size=2), range(2)
-        )
-        order = [("enter", tensor.data_ptr()), ("queue", 0), ("mark", 0)]
-        calls.clear()
-        sent = sender.send(tensor, to=1)
-        assert calls == order
-        calls.clear()
-        received = receiver.receive(tensor, source=0)
-        assert calls == order
-        received.wait()
-        sent.wait()
-        calls.clear()
-        ours, theirs = pool.map(lambda one: one.all_gather(tensor), (sender, receiver))
-    first = [calls.index(("enter", gathered.data_ptr())) for gathered in (ours, theirs)]
-    assert max(first) < len(calls) - 2
-    assert calls.count(("enter", tensor.data_ptr())) == 2
+# --- against the real module ---
 
 
 def test_dtype_codes_are_those_of_nccl_h() -> None:
@@ -341,21 +219,3 @@ def test_a_cupy_without_nccl_is_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(nccl, "available", False)
     with pytest.raises(ValueError, match="this CuPy has no NCCL"):
         load_library()
-
-
-def test_a_message_that_never_ends_is_reported() -> None:
-    class Point:
-        def __init__(self, reached: bool) -> None:
-            self._reached = reached
-
-        def reached(self) -> bool:
-            return self._reached
-
-        def hold_compute(self) -> None:
-            """Nobody asks."""
-
-    told: Told = queue.SimpleQueue()
-    monitor = HangMonitor(limit=0.1, on_hang=told.put)
-    monitor.add("pipeline receive from rank 1", Point(reached=True), lambda: None)
-    monitor.add("pipeline receive from rank 2", Point(reached=False), lambda: None)
-    assert str(told.get(timeout=5.0)).startswith("pipeline receive from rank 2 took more than")
