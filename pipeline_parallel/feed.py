@@ -21,13 +21,17 @@ Ids = NDArray[np.int64]
 
 
 class HostBatch(Protocol):
-    """Rows of all replicas, replica after replica: tokens and labels (rows, tokens)."""
+    """Rows of all replicas, replica after replica: tokens and labels (rows, tokens), and where
+    documents are kept apart, for each token where in its row its document begins."""
 
     @property
     def tokens(self) -> Ids: ...
 
     @property
     def labels(self) -> Ids: ...
+
+    @property
+    def begins(self) -> Ids | None: ...
 
 
 class Rows(NamedTuple):
@@ -99,6 +103,9 @@ class TrainingBatch(Protocol):
 
     @property
     def labels(self) -> Ids: ...
+
+    @property
+    def begins(self) -> Ids | None: ...
 
     @property
     def state(self) -> dict[str, Any]: ...

@@ -26,11 +26,21 @@ class Block:
 
     The first token of a block is never predicted, whatever `trained` says. `documents` is where its
     text is from ("file:line"), in order; evaluation leaves it out.
+
+    begins: int64 (seq_length,), the place in the block of the first token of token t's document,
+    where documents are kept apart: that first token is not predicted either. None: they are not.
     """
 
     tokens: NDArray[np.int64]
     trained: NDArray[np.bool_]
     documents: tuple[str, ...] = ()
+    begins: NDArray[np.int64] | None = None
+
+    @property
+    def predicted(self) -> NDArray[np.bool_]:
+        """bool (seq_length,): which tokens are trained and follow one of their document."""
+        places = np.arange(len(self.tokens))
+        return self.trained & (places > (0 if self.begins is None else self.begins))
 
 
 class Encoded(NamedTuple):
@@ -153,7 +163,7 @@ class PackedSource:
             ValueError: A line is no document, or a whole epoch yields no token to train.
         """
         passed_over_in: int | None = None
-        while not (block := self._pack()).trained[1:].any():
+        while not (block := self._pack()).predicted.any():
             epoch = self._documents.epoch
             passed_over_in = epoch if passed_over_in is None else passed_over_in
             if epoch > passed_over_in + 1:
@@ -230,7 +240,7 @@ def pack_once(encoded: Iterable[Encoded], seq_length: int) -> Iterator[Block]:
     Blocks that train no token are left out.
     """
     for block in _pack_all(encoded, seq_length):
-        if block.trained[1:].any():
+        if block.predicted.any():
             yield block
 
 

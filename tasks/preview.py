@@ -27,7 +27,7 @@ def preview_blocks(
     """
     for number in range(1, count + 1):
         block = stream.next_block()
-        trained = int(block.trained[1:].sum())
+        trained = int(block.predicted.sum())
         yield (
             f"block {number}: {len(block.tokens)} tokens, {trained} trained; "
             f"from {', '.join(block.documents)}"
@@ -36,9 +36,7 @@ def preview_blocks(
 
 
 def _text(block: Block, tokenizer: Any, colour: bool) -> str:
-    trained = block.trained.copy()
-    trained[0] = False  # nothing predicts it
-    pairs = zip(trained.tolist(), block.tokens.tolist(), strict=True)
+    pairs = zip(block.predicted.tolist(), block.tokens.tolist(), strict=True)
     return "".join(
         _marked(tokenizer.decode([token for _, token in run]), is_trained, colour)
         for is_trained, run in groupby(pairs, key=lambda pair: pair[0])
