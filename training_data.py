@@ -12,10 +12,10 @@ from checkpoint.model_folder import companion_files
 from pipeline_parallel.feed import HostBatch
 from tasks.bad_lines import BadLines
 from tasks.build import open_documents, open_training_stream
+from tasks.encoding import Encoder
 from tasks.evaluation import evaluation_batches
 from tasks.loader import BatchLoader
 from tasks.opening import open_source
-from tasks.packing import Encoder
 from tasks.preview import describe_mixture, look_at, preview_blocks
 from tasks.tokenizer import check_vocabulary, load_tokenizer
 

@@ -7,16 +7,26 @@ from collections.abc import Sequence
 from typing import Any
 
 from tasks.bad_lines import BadLines
+from tasks.document_packing import DocumentSource
 from tasks.documents import CHUNK_DOCUMENTS, Documents
+from tasks.encoded_documents import EncodedDocuments
+from tasks.encoding import Encoder, TrainOn
 from tasks.indexed_documents import IndexedDocuments
-from tasks.mixture import BlockStream, StreamIdentity
+from tasks.mixture import BlockStream, Pack, StreamIdentity
 from tasks.opening import open_source
-from tasks.packing import Encoder, PackedSource, Shuffled, TrainOn
+from tasks.packing import ConcatenatedSource, PackedSource
 from tasks.registry import TASK_FLAG, SourceSpec, shown
 from tasks.seeds import derive_seed
+from tasks.shuffled import Shuffled
 from tasks.source import Source
+from tasks.workers import Workers
 
 logger = logging.getLogger(__name__)
+
+PACKING: dict[Pack, type[PackedSource]] = {
+    "concat": ConcatenatedSource,
+    "document": DocumentSource,
+}
 
 
 def open_training_stream(
@@ -27,16 +37,20 @@ def open_training_stream(
     seed: int,
     separator: str | None = None,
     train_on: TrainOn = "all",
+    pack: Pack = "concat",
     bad_lines: BadLines | None = None,
+    num_workers: int = 0,
     chunk_documents: int = CHUNK_DOCUMENTS,
     flag: str = TASK_FLAG,
 ) -> BlockStream:
     """Opens the sources that `specs` name (see `tasks.registry.parse_task_name`).
 
+    num_workers: processes that tokenize (see `tasks.workers`); the blocks do not depend on it.
+
     Raises:
         ValueError: A source is not there, or there is neither eos_token nor `separator`.
     """
-    encoder = Encoder(tokenizer, separator, train_on)
+    workers = Workers(Encoder(tokenizer, separator, train_on), num_workers)
     sources = []
     for position, spec in enumerate(specs):
         documents = open_documents(
@@ -45,8 +59,10 @@ def open_training_stream(
             chunk_documents=chunk_documents,
             bad_lines=bad_lines,
         )
-        sources.append(PackedSource(documents, encoder, seq_length))
-    return BlockStream(sources, StreamIdentity(tuple(specs), seq_length, separator, train_on, seed))
+        encoded = EncodedDocuments(documents, workers, train_on)
+        sources.append(PACKING[pack](encoded, seq_length))
+    identity = StreamIdentity(tuple(specs), seq_length, separator, train_on, pack, seed)
+    return BlockStream(sources, identity, on_close=workers.close)
 
 
 def open_documents(

@@ -31,8 +31,8 @@ class ChatFormat:
     """Makes texts of messages: by the tokenizer's chat template, or in OIG's form without one."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._has_template = bool(getattr(tokenizer, "chat_template", None))
+        has_template = bool(getattr(tokenizer, "chat_template", None))
+        self._tokenizer = tokenizer if has_template else None
 
     def text(self, document: Document) -> str:
         """The text of a document's messages.
@@ -41,7 +41,7 @@ class ChatFormat:
             BadLineError: A role is unknown, or the template refuses the conversation.
         """
         assert document.messages is not None
-        if self._has_template:
+        if self._tokenizer is not None:
             return self._render(document.messages, document.where)
         return "\n".join(_marked(message, document.where) for message in document.messages)
 
@@ -52,7 +52,7 @@ class ChatFormat:
             BadLineError: The template does not write a conversation turn by turn.
         """
         assert document.messages is not None
-        if self._has_template:
+        if self._tokenizer is not None:
             return tuple(self._spans(document.messages, text, document.where))
         spans, start = [], 0
         for message in document.messages:
@@ -80,6 +80,7 @@ class ChatFormat:
         return spans
 
     def _render(self, messages: Sequence[Message], where: str, *, is_next: bool = False) -> str:
+        assert self._tokenizer is not None
         try:
             text: str = self._tokenizer.apply_chat_template(
                 [message._asdict() for message in messages],

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from tasks.bad_lines import BadLines
 from tasks.batch import Batch, make_batch
+from tasks.block import Block, empty_block
+from tasks.document_packing import pack_apart_once
+from tasks.encoding import Encoded, Encoder, TrainOn
+from tasks.mixture import Pack
 from tasks.opening import open_source
-from tasks.packing import Block, Encoded, Encoder, TrainOn, pack_once
+from tasks.packing import pack_once
 from tasks.source import BadLineError, Source
 
 EVALUATION_FLAG = "--evaluation-data"
@@ -25,6 +30,7 @@ def evaluation_batches(
     rows: int,
     separator: str | None = None,
     train_on: TrainOn = "all",
+    pack: Pack = "concat",
     bad_lines: BadLines | None = None,
     max_batches: int | None = None,
     flag: str = EVALUATION_FLAG,
@@ -38,7 +44,8 @@ def evaluation_batches(
     """
     source = open_source(name, flag=flag)
     encoder = Encoder(tokenizer, separator, train_on)
-    blocks = pack_once(_encode_all(source, encoder, bad_lines or BadLines()), seq_length)
+    packing = pack_apart_once if pack == "document" else pack_once
+    blocks = packing(_encode_all(source, encoder, bad_lines or BadLines()), seq_length)
     return itertools.islice(_batches(source, blocks, rows), max_batches)
 
 
@@ -64,4 +71,5 @@ def _batches(source: Source, blocks: Iterator[Block], rows: int) -> Iterator[Bat
 
 
 def _untrained(like: Block) -> Block:
-    return Block(np.zeros_like(like.tokens), np.zeros_like(like.trained))
+    block = empty_block(len(like.tokens))
+    return block if like.begins is None else replace(block, begins=np.zeros_like(like.begins))

@@ -43,12 +43,13 @@ class BatchLoader:
         raise self._error
 
     def close(self) -> None:
-        """Ends the thread, after the batch that it is making; may be called twice."""
+        """Ends the thread, after its batch, and closes the stream; may be called twice."""
         self._stopped.set()
         with contextlib.suppress(queue.Empty):
             while True:
                 self._ready.get_nowait()
         self._thread.join()
+        self._stream.close()
 
     def _run(self) -> None:
         while not self._stopped.is_set():

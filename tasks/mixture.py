@@ -10,16 +10,21 @@ from __future__ import annotations
 import bisect
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+from tasks.block import Block
 from tasks.documents import State
-from tasks.packing import Block, PackedSource, TrainOn
+from tasks.encoding import TrainOn
+from tasks.packing import PackedSource
 from tasks.registry import TASK_FLAG, SourceSpec
 from tasks.seeds import derive_seed
 
 STRATUM = 64
-TRAIN_ON_FLAG = "--train-on"  # checkpoints from before it was there trained on all
+BEFORE = {"--train-on": "all", "--pack": "concat"}  # of checkpoints that do not say
+
+Pack = Literal["concat", "document"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class StreamIdentity:
     seq_length: int
     separator: str | None
     train_on: TrainOn
+    pack: Pack
     seed: int
 
     def weights(self) -> list[float]:
@@ -45,7 +51,8 @@ class StreamIdentity:
             TASK_FLAG: ",".join(f"{spec.name}:{weight:.6g}" for spec, weight in pairs),
             "--seq-length": str(self.seq_length),
             "--doc-separator": "(none)" if self.separator is None else ascii(self.separator),
-            TRAIN_ON_FLAG: self.train_on,
+            "--train-on": self.train_on,
+            "--pack": self.pack,
             "--seed": str(self.seed),
         }
 
@@ -61,11 +68,20 @@ class SourceCounts:
 
 
 class BlockStream:
-    """The blocks of a mixture, without end; `sources[i]` packs `identity.sources[i]`."""
+    """The blocks of a mixture, without end; `sources[i]` packs `identity.sources[i]`.
 
-    def __init__(self, sources: Sequence[PackedSource], identity: StreamIdentity) -> None:
-        self._sources = sources
-        self._identity = identity
+    `on_close` is called by `close`.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[PackedSource],
+        identity: StreamIdentity,
+        *,
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._sources, self._identity = sources, identity
+        self.close = on_close
         self._bounds = list(itertools.accumulate(identity.weights()))[:-1]
         self._num_blocks = 0
 
@@ -99,7 +115,7 @@ class BlockStream:
             ValueError: The state is of another mixture, or its files changed.
         """
         for flag, value in self._identity.flags().items():
-            written = state["flags"].get(flag, "all" if flag == TRAIN_ON_FLAG else None)
+            written = state["flags"].get(flag, BEFORE.get(flag))
             if written != value:
                 raise ValueError(f"{flag} {value}: the checkpoint was written with {written}")
         for source, source_state in zip(self._sources, state["sources"], strict=True):

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from tasks.block import Block
+from tasks.encoding import Encoded, Encoder
 from tasks.mixture import BlockStream
-from tasks.packing import Block, Encoded, Encoder, Shuffled
 from tasks.registry import shown
+from tasks.shuffled import Shuffled
 from tasks.source import BadLineError
 
 SAMPLE = 2000  # documents of a source that are tokenized for the numbers

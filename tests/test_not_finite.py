@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from monitor.metrics import read_metrics
+from tasks.block import Block
 from tasks.build import open_training_stream
-from tasks.packing import Block
 from tasks.registry import SourceSpec
 from tests.dist import run_ranks
 from tests.poison import BadLogit, BadOutput, InfiniteLoss, Overflow

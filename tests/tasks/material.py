@@ -13,7 +13,13 @@ import zstandard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tasks.packing import Shuffled
+from tasks.build import PACKING
+from tasks.encoded_documents import EncodedDocuments
+from tasks.encoding import Encoder
+from tasks.mixture import Pack
+from tasks.packing import PackedSource
+from tasks.shuffled import Shuffled
+from tasks.workers import Workers
 
 TEXT = "the quick brown fox jumps over a lazy dog while seven wizards brew potions é ü 漢字"
 WORDS = TEXT.split()
@@ -62,6 +68,14 @@ def write_folder(path: Path, texts: list[str]) -> Path:
     (path / "README.md").write_text("not data")
     (path / "._part0.jsonl").write_bytes(b"\x00")
     return path
+
+
+def packed(
+    documents: Shuffled, encoder: Encoder, seq_length: int, pack: Pack = "concat"
+) -> PackedSource:
+    """The blocks of one source, tokenized in this process."""
+    encoded = EncodedDocuments(documents, Workers(encoder, 0), encoder.train_on)
+    return PACKING[pack](encoded, seq_length)
 
 
 def through_json(state: dict[str, Any]) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from tasks.build import open_documents, open_training_stream
 from tasks.evaluation import evaluation_batches
 from tasks.mixture import BlockStream
 from tasks.opening import open_source
-from tasks.packing import Shuffled
 from tasks.registry import SourceSpec
+from tasks.shuffled import Shuffled
 from tests.tasks.material import make_texts, through_json, tokenizer
 
 TEXTS = make_texts(40, seed=1)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tasks.chat import ChatFormat, bot_turns
-from tasks.packing import Encoder
+from tasks.encoding import Encoder
 from tasks.source import Document, Message
 from tests.tasks.material import tokenizer
 

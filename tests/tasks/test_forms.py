@@ -13,10 +13,11 @@ import zstandard
 from pyarrow import parquet
 
 from tasks.documents import Documents
+from tasks.encoding import Encoder
 from tasks.opening import open_source
-from tasks.packing import Encoder, PackedSource, pack_once
+from tasks.packing import PackedSource, pack_once
 from tasks.source import BadLineError, Document, Message
-from tests.tasks.material import make_texts, through_json, tokenizer
+from tests.tasks.material import make_texts, packed, through_json, tokenizer
 
 ROWS: list[dict[str, Any]] = [
     *({"text": text} for text in make_texts(20, seed=4)),
@@ -72,7 +73,7 @@ def test_a_file_is_read_on_from_any_record(kind: str, tmp_path: Path) -> None:
 
 def stream_of(path: str, train_on: Any) -> PackedSource:
     documents = Documents(open_source(path), seed=1, chunk_documents=5)
-    return PackedSource(documents, Encoder(tokenizer(), train_on=train_on), 12)
+    return packed(documents, Encoder(tokenizer(), train_on=train_on), 12)
 
 
 @pytest.mark.parametrize("train_on", ["all", "completion"])
@@ -94,7 +95,7 @@ def test_a_stream_of_any_kind_resumes_anywhere(train_on: Any, tmp_path: Path) ->
 def test_blocks_that_train_nothing_are_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"prompt": "fox " * 200, "completion": "dog"}) + "\n")
-    stream = PackedSource(
+    stream = packed(
         Documents(open_source(str(path)), seed=1), Encoder(tokenizer(), train_on="completion"), 16
     )
     assert all(stream.next_block().trained[1:].any() for _ in range(5))
@@ -106,7 +107,7 @@ def test_blocks_that_train_nothing_are_passed_over(tmp_path: Path) -> None:
 def test_a_source_that_trains_nothing_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "asked.jsonl"
     path.write_text(json.dumps({"text": "<human>: fox?\n" * 9}) + "\n")
-    stream = PackedSource(
+    stream = packed(
         Documents(open_source(str(path)), seed=1), Encoder(tokenizer(), train_on="completion"), 16
     )
     with pytest.raises(

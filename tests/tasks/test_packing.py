@@ -12,9 +12,17 @@ import numpy as np
 import pytest
 
 from tasks.documents import Documents
+from tasks.encoding import Encoder
 from tasks.opening import open_source
-from tasks.packing import Encoder, PackedSource
-from tests.tasks.material import make_texts, through_json, tokenizer, write_folder, write_jsonl
+from tasks.packing import PackedSource
+from tests.tasks.material import (
+    make_texts,
+    packed,
+    through_json,
+    tokenizer,
+    write_folder,
+    write_jsonl,
+)
 
 TEXTS = make_texts(60, seed=2)
 
@@ -24,7 +32,7 @@ def _documents(path: Path) -> Documents:
 
 
 def _pack(path: Path, seq_length: int, separator: str | None = None) -> PackedSource:
-    return PackedSource(_documents(path), Encoder(tokenizer(), separator), seq_length)
+    return packed(_documents(path), Encoder(tokenizer(), separator), seq_length)
 
 
 def _texts(path: Path) -> Iterator[str]:
@@ -101,7 +109,7 @@ def test_a_source_without_tokens_is_an_error(tmp_path: Path) -> None:
 
 def test_documents_need_an_end(tmp_path: Path) -> None:
     class NoEnd:
-        eos_token_id = None
+        eos_token_id, is_fast = None, False
 
     with pytest.raises(ValueError, match=r"no eos_token .* --doc-separator"):
         Encoder(NoEnd())

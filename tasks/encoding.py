@@ -1,0 +1,195 @@
+"""Documents become tokens, and which of them are trained."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks.chat import ChatFormat, Spans, bot_turns
+from tasks.pieces import cut, in_batches
+from tasks.source import BadLineError, Document
+
+TrainOn = Literal["all", "completion"]
+
+
+class Encoded(NamedTuple):
+    """A document's `tokens`, int32 (n,), and which of them are `trained`, bool (n,)."""
+
+    tokens: NDArray[np.int32]
+    trained: NDArray[np.bool_]
+
+
+NOTHING = Encoded(np.empty(0, dtype=np.int32), np.empty(0, dtype=np.bool_))
+
+
+class _Text(NamedTuple):
+    """What of a document is tokenized; `answers` are the characters to train on, None: all."""
+
+    text: str
+    answers: Spans | None
+
+
+class _Tokens(NamedTuple):
+    """A text's tokens, and from which character to before which each is; None: not asked for."""
+
+    ids: NDArray[np.int32]
+    offsets: NDArray[np.int64] | None
+
+
+class Encoder:
+    """A document's tokens: its own and the end-of-text token, or a separator's text before it.
+
+    No special tokens are added otherwise. With a separator nothing is appended, and separator and
+    text are tokenized together (predecessors did so with a newline).
+
+    train_on: "all", or "completion": the answers alone, and the end of text after one. A text is
+    tokenized as a whole either way; a token is trained if any of its characters is an answer's.
+    """
+
+    def __init__(
+        self, tokenizer: Any, separator: str | None = None, train_on: TrainOn = "all"
+    ) -> None:
+        if separator is None and tokenizer.eos_token_id is None:
+            raise ValueError(
+                "--tokenizer-name: the tokenizer has no eos_token to end documents with: expected"
+                " one, or a --doc-separator"
+            )
+        if train_on == "completion" and not tokenizer.is_fast:
+            raise ValueError(
+                "--train-on completion: expected a tokenizer that tells which characters a token "
+                "is made of (a fast one of transformers)"
+            )
+        self.separator, self.train_on = separator, train_on
+        self._tokenize = _Fast(tokenizer) if tokenizer.is_fast else _Slow(tokenizer)
+        self._chat = ChatFormat(tokenizer)
+        self._end = [] if separator is not None else [tokenizer.eos_token_id]
+
+    def encode(self, document: Document) -> Encoded:
+        """The tokens of one document; may be none where a separator is given.
+
+        Raises:
+            BadLineError: It is a conversation that cannot be made a text.
+        """
+        (encoded,) = self.encode_all([document])
+        if isinstance(encoded, BadLineError):
+            raise encoded
+        return encoded
+
+    def encode_all(self, documents: Sequence[Document]) -> list[Encoded | BadLineError]:
+        """The tokens of several, or what is wrong with them (see `encode`)."""
+        texts = [self._text(document) for document in documents]
+        good = [text for text in texts if isinstance(text, _Text)]
+        before = self.separator or ""
+        found = iter(
+            self._tokenize([before + text.text for text in good], self.train_on == "completion")
+        )
+        return [
+            self._finish(next(found), text) if isinstance(text, _Text) else text for text in texts
+        ]
+
+    def _text(self, document: Document) -> _Text | BadLineError:
+        try:
+            text = document.text if document.messages is None else self._chat.text(document)
+            whole = self.train_on == "all"
+            return _Text(text, None if whole else self._answers(document, text))
+        except BadLineError as error:
+            return error
+
+    def _answers(self, document: Document, text: str) -> Spans | None:
+        if document.messages is not None:
+            return self._chat.completions(document, text)
+        return bot_turns(text) if document.completions is None else document.completions
+
+    def _finish(self, found: _Tokens, text: _Text) -> Encoded:
+        tokens = np.concatenate([found.ids, np.array(self._end, dtype=np.int32)])
+        trained = np.ones(len(tokens), dtype=np.bool_)
+        if text.answers is not None:
+            assert found.offsets is not None
+            own = len(found.ids)
+            trained[:own] = _touch(found.offsets - len(self.separator or ""), text.answers)
+            trained[own:] = bool(text.answers) and text.answers[-1][1] == len(text.text)
+        return Encoded(tokens, trained)
+
+
+def _touch(tokens: NDArray[np.int64], spans: Spans) -> NDArray[np.bool_]:
+    """Which of `tokens` (n, 2), each from a character to before another, share one with a span."""
+    trained = np.zeros(len(tokens), dtype=np.bool_)
+    for start, end in spans:
+        trained |= np.maximum(tokens[:, 0], start) < np.minimum(tokens[:, 1], end)
+    return trained
+
+
+class _Fast:
+    """The tokenizers library without what transformers builds around each text.
+
+    It can be pickled to a process that has no need to import transformers.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        backend = tokenizer.backend_tokenizer
+        split = bool(getattr(tokenizer, "split_special_tokens", False))
+        if backend.truncation or backend.padding or backend.encode_special_tokens != split:
+            backend = copy.deepcopy(backend)
+            backend.no_truncation()
+            backend.no_padding()
+            backend.encode_special_tokens = split
+        self._backend = backend
+
+    def __call__(self, texts: Sequence[str], wants_offsets: bool) -> list[_Tokens]:
+        """The tokens of each text; long ones go through in pieces, so that memory is bounded."""
+        pieces = [cut(text) for text in texts]
+        flat = itertools.chain.from_iterable(pieces)
+        encoded = itertools.chain.from_iterable(
+            self._encode(batch, wants_offsets) for batch in in_batches(flat)
+        )
+        return [_joined(of_text, encoded) for of_text in pieces]
+
+    def _encode(self, texts: Sequence[str], wants_offsets: bool) -> list[_Tokens]:
+        if not wants_offsets:
+            found = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+            return [_Tokens(np.array(one.ids, dtype=np.int32), None) for one in found]
+        found = self._backend.encode_batch(texts, add_special_tokens=False)
+        return [
+            _Tokens(
+                np.array(one.ids, dtype=np.int32),
+                np.array(one.offsets, dtype=np.int64).reshape(-1, 2),
+            )
+            for one in found
+        ]
+
+
+def _joined(pieces: Sequence[str], encoded: Iterator[_Tokens]) -> _Tokens:
+    """The tokens of a text, which are those of its `pieces`, the next of `encoded`."""
+    found = list(itertools.islice(encoded, len(pieces)))
+    if len(found) == 1:
+        return found[0]
+    ids = np.concatenate([one.ids for one in found])
+    starts = itertools.accumulate(map(len, pieces[:-1]), initial=0)
+    pairs = zip(found, starts, strict=True)
+    shifted = [one.offsets + start for one, start in pairs if one.offsets is not None]
+    return _Tokens(ids, np.concatenate(shifted) if shifted else None)
+
+
+class _Slow:
+    """A tokenizer that is written in Python, which tells no characters."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, texts: Sequence[str], _wants_offsets: bool) -> list[_Tokens]:
+        return [
+            # verbose=False: a document may well be longer than the model's context, no warning.
+            _Tokens(
+                np.array(
+                    self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
+                    dtype=np.int32,
+                ),
+                None,
+            )
+            for text in texts
+        ]

@@ -1,0 +1,27 @@
+"""What a source's documents are to whoever takes them, however they are shuffled."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from tasks.bad_lines import BadLines
+from tasks.documents import State
+from tasks.source import Document, Source
+
+
+class Shuffled(Protocol):
+    """The documents of a source, without end: `tasks.documents`, `tasks.indexed_documents`."""
+
+    source: Source
+    epoch: int
+    bad_lines: BadLines
+
+    @property
+    def num_lines(self) -> int | None:
+        """How many lines there are, blank ones included; None where nothing tells but reading."""
+
+    def next(self) -> Document: ...
+
+    def state(self) -> State: ...
+
+    def restore(self, state: State) -> None: ...
