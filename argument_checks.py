@@ -22,7 +22,6 @@ NOT_BUILT = "is not built yet"
 # Flags that are parsed and refused until the part they belong to is built.
 NOT_BUILT_FLAGS: dict[str, str] = {
     "--compile": "blocks through torch.compile",
-    "--pack": "how documents share a block",
     "--keep-checkpoints": "how many checkpoints stay",
     "--async-checkpoint": "write checkpoints in the background",
     "--check-cluster": "measure the machines and links",

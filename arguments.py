@@ -240,6 +240,12 @@ def _add_data_flags(group: Any) -> None:
     add("--train-on", choices=("all", "completion"), default="all",
         help="completion: the loss is over completions and what the assistant or bot says alone; "
         "texts that are no conversation are trained whole")  # fmt: skip
+    add("--pack", choices=("concat", "document"), default="concat",
+        help="concat: documents end to end, and a token sees all before it in its block; document: "
+        "attention and positions stay inside a document, and none is cut that fits into a block",
+    )
+    add("--data-workers", type=whole(0), default=1,
+        help="processes that tokenize ahead of training, on rank 0; 0: training's own")  # fmt: skip
     add("--bad-lines", choices=("error", "skip"), default="error",
         help="what a line does that is no document: end the run, or be left out and named in "
         "bad_lines.txt in --checkpoint-path")  # fmt: skip

@@ -39,7 +39,9 @@ class TrainingData:
             seed=args.seed,
             separator=args.doc_separator,
             train_on=args.train_on,
+            pack=args.pack,
             bad_lines=_bad_lines(args),
+            num_workers=args.data_workers,
         )
         if state is not None:
             stream.restore(state)
@@ -55,6 +57,7 @@ class TrainingData:
             rows=self._rows,
             separator=args.doc_separator,
             train_on=args.train_on,
+            pack=args.pack,
             bad_lines=_bad_lines(args),
             max_batches=args.evaluation_num_batch,
         )
@@ -64,7 +67,7 @@ def preview_data(args: argparse.Namespace, *, colour: bool) -> Iterator[str]:
     """What --preview-data prints: the first blocks, and the mixture in numbers."""
     tokenizer = load_tokenizer(args.tokenizer_name)
     options = {"seq_length": args.seq_length, "seed": args.seed,
-               "separator": args.doc_separator, "train_on": args.train_on,
+               "separator": args.doc_separator, "train_on": args.train_on, "pack": args.pack,
                "bad_lines": _bad_lines(args)}  # fmt: skip
     stream = open_training_stream(args.sources, tokenizer, **options)
     yield from preview_blocks(stream, tokenizer, args.preview_data, colour=colour)
@@ -73,6 +76,8 @@ def preview_data(args: argparse.Namespace, *, colour: bool) -> Iterator[str]:
         look_at(
             open_documents(open_source(spec.name), seed=args.seed, bad_lines=_bad_lines(args)),
             encoder,
+            seq_length=args.seq_length,
+            pack=args.pack,
         )
         for spec in args.sources
     ]

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from tasks.block import Block
+from tasks.document_packing import filled_share
 from tasks.encoding import Encoded, Encoder
-from tasks.mixture import BlockStream
+from tasks.mixture import BlockStream, Pack
 from tasks.registry import shown
 from tasks.shuffled import Shuffled
 from tasks.source import BadLineError
@@ -29,16 +30,17 @@ def preview_blocks(
     """
     for number in range(1, count + 1):
         block = stream.next_block()
-        trained = int(block.predicted.sum())
+        padding = f", {block.padding} of padding" if block.padding else ""
         yield (
-            f"block {number}: {len(block.tokens)} tokens, {trained} trained; "
-            f"from {', '.join(block.documents)}"
+            f"block {number}: {len(block.tokens)} tokens, {int(block.predicted.sum())} trained"
+            f"{padding}; from {', '.join(block.documents)}"
         )
         yield _text(block, tokenizer, colour)
 
 
 def _text(block: Block, tokenizer: Any, colour: bool) -> str:
-    pairs = zip(block.predicted.tolist(), block.tokens.tolist(), strict=True)
+    text = slice(0, len(block.tokens) - block.padding)
+    pairs = zip(block.predicted[text].tolist(), block.tokens[text].tolist(), strict=True)
     return "".join(
         _marked(tokenizer.decode([token for _, token in run]), is_trained, colour)
         for is_trained, run in groupby(pairs, key=lambda pair: pair[0])
@@ -56,6 +58,7 @@ class SourceNumbers:
     """A source as far as it was looked at: `documents` of it, with so many tokens.
 
     is_all: these are all that it has; else `lines` says how many there are (None: not known).
+    filled: the share of its blocks' tokens that are documents', the rest being padding.
     """
 
     name: str
@@ -64,6 +67,7 @@ class SourceNumbers:
     trained: int
     is_all: bool
     lines: int | None
+    filled: float = 1.0
 
     @property
     def of_all(self) -> float | None:
@@ -73,7 +77,14 @@ class SourceNumbers:
         return None if self.lines is None else self.lines / self.documents
 
 
-def look_at(documents: Shuffled, encoder: Encoder, *, sample: int = SAMPLE) -> SourceNumbers:
+def look_at(
+    documents: Shuffled,
+    encoder: Encoder,
+    *,
+    seq_length: int,
+    pack: Pack = "concat",
+    sample: int = SAMPLE,
+) -> SourceNumbers:
     """Tokenizes up to `sample` documents of a source that nothing was taken from."""
     encoded: list[Encoded] = []
     document = documents.next()
@@ -83,13 +94,15 @@ def look_at(documents: Shuffled, encoder: Encoder, *, sample: int = SAMPLE) -> S
         except BadLineError as error:
             documents.bad_lines.take(error)
         document = documents.next()
+    lengths = [len(one.tokens) for one in encoded]
     return SourceNumbers(
         name=documents.source.name,
         documents=len(encoded),
-        tokens=sum(len(one.tokens) for one in encoded),
+        tokens=sum(lengths),
         trained=sum(int(np.count_nonzero(one.trained)) for one in encoded),
         is_all=documents.epoch > 0,
         lines=documents.num_lines,
+        filled=filled_share(lengths, seq_length) if pack == "document" else 1.0,
     )
 
 
@@ -108,7 +121,7 @@ def describe_mixture(
         cells = ["?" if scale is None else f"{mark}{scale * number:,.0f}" for number in numbers]
         epochs = "?"
         if scale is not None and source.tokens:
-            epochs = f"{mark}{weight * run_tokens / (scale * source.tokens):.2f}"
+            epochs = f"{mark}{weight * run_tokens * source.filled / (scale * source.tokens):.2f}"
         lines.append(
             f"{weight:7.1%}{cells[0]:>13s}{cells[1]:>15s}{cells[2]:>15s}{epochs:>9s}"
             f"  {shown(source.name)}"

@@ -33,7 +33,7 @@ def tokenizer() -> Any:
     tok.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<eos>"], initial_alphabet=alphabet
+        vocab_size=400, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
     )
     tok.train_from_iterator(make_texts(200, seed=0), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<eos>", model_max_length=16)

@@ -1,0 +1,83 @@
+"""The processes that tokenize: what ends them, and what does not."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from subprocess import PIPE, Popen
+
+import pytest
+
+from tasks.encoding import Encoder
+from tasks.source import Document
+from tasks.workers import Workers
+from tests.tasks.material import tokenizer
+
+DOCUMENTS = [Document("the quick brown fox", "a:1")] * 3
+SECONDS = 20.0
+
+
+def is_there(pid: int) -> bool:
+    """Whether a process lives; one that nobody waited for yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_signals_to_all_processes_are_not_for_workers() -> None:
+    """Ctrl-C and a job's SIGTERM reach them too: the rank decides when they end."""
+    workers = Workers(Encoder(tokenizer()), 1)
+    expected = [one.tokens.tolist() for one in Encoder(tokenizer()).encode_all(DOCUMENTS)]  # type: ignore[union-attr]
+    workers.encode(DOCUMENTS)()
+    (child,) = multiprocessing.active_children()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(child.pid or 0, number)
+    found = workers.encode(DOCUMENTS)()
+    assert [one.tokens.tolist() for one in found] == expected  # type: ignore[union-attr]
+    workers.close()
+    assert not child.is_alive()
+
+
+def test_one_that_dies_is_told() -> None:
+    workers = Workers(Encoder(tokenizer()), 2)
+    workers.encode(DOCUMENTS)()
+    for child in multiprocessing.active_children():
+        child.kill()
+    with pytest.raises(RuntimeError, match=r"a process that tokenizes died.*--data-workers 0"):
+        workers.encode(DOCUMENTS)()
+    workers.close()
+
+
+PARENT = """
+import multiprocessing, sys, time
+from tasks.encoding import Encoder
+from tasks.workers import Workers
+from tests.tasks.test_workers import DOCUMENTS, tokenizer
+
+if __name__ == "__main__":
+    workers = Workers(Encoder(tokenizer()), 2)
+    for result in [workers.encode(DOCUMENTS) for _ in range(20)]:
+        result()
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    time.sleep(60)
+"""
+
+
+def test_they_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "parent.py").write_text(PARENT)
+    environ = {**os.environ, "PYTHONPATH": os.getcwd()}
+    with Popen([sys.executable, tmp_path / "parent.py"], stdout=PIPE, env=environ) as parent:
+        assert parent.stdout is not None
+        children = [int(pid) for pid in parent.stdout.readline().split()]
+        assert 1 <= len(children) <= 2
+        assert all(map(is_there, children))
+        parent.kill()
+    end = time.monotonic() + SECONDS
+    while any(map(is_there, children)):
+        assert time.monotonic() < end, "a worker outlives its parent"
+        time.sleep(0.05)
