@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tasks.seeds import derive_seed
 
 _ROUNDS = 8
-_MASK64 = (1 << 64) - 1
+_CHUNK = 1024  # positions that are looked up at once
 
 
 class Permutation:
@@ -17,26 +20,34 @@ class Permutation:
 
     def __init__(self, size: int, seed: int) -> None:
         self._size = size
-        self._half = max(1, ((size - 1).bit_length() + 1) // 2)
-        self._keys = [derive_seed(seed, "round", number) for number in range(_ROUNDS)]
+        half = max(1, ((size - 1).bit_length() + 1) // 2)
+        self._half, self._mask = np.uint64(half), np.uint64((1 << half) - 1)
+        keys = [derive_seed(seed, "round", number) for number in range(_ROUNDS)]
+        self._keys = np.array(keys, dtype=np.uint64)
+        self._start, self._found = 0, list[int]()
 
     def __getitem__(self, position: int) -> int:
-        """Which number stands at `position`."""
-        number = self._walk(position)
-        while number >= self._size:
-            number = self._walk(number)
-        return number
+        """Which number stands at `position`; those after it are then at hand."""
+        if not 0 <= position - self._start < len(self._found):
+            self._start = position
+            self._found = self._look_up(position, min(position + _CHUNK, self._size)).tolist()
+        return self._found[position - self._start]
 
-    def _walk(self, number: int) -> int:
-        mask = (1 << self._half) - 1
-        left, right = number >> self._half, number & mask
+    def _look_up(self, start: int, stop: int) -> NDArray[np.uint64]:
+        numbers = self._walk(np.arange(start, stop, dtype=np.uint64))
+        while (outside := numbers >= self._size).any():
+            numbers[outside] = self._walk(numbers[outside])
+        return numbers
+
+    def _walk(self, numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        left, right = numbers >> self._half, numbers & self._mask
         for key in self._keys:
-            left, right = right, left ^ (_mixed(right ^ key) & mask)
+            left, right = right, left ^ (_mixed(right ^ key) & self._mask)
         return left << self._half | right
 
 
-def _mixed(value: int) -> int:
+def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """splitmix64's finaliser (Steele, Lea and Flood, 2014)."""
-    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _MASK64
-    value = (value ^ value >> 27) * 0x94D049BB133111EB & _MASK64
-    return value ^ value >> 31
+    values = (values ^ values >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ values >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return values ^ values >> np.uint64(31)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import itertools
 import multiprocessing
 import os
 import signal
@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from typing import NamedTuple
 
-from tasks.encoding import Encoded, Encoder
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks.encoding import NOTHING, Encoded, Encoder
 from tasks.source import BadLineError, Document
-
-logger = logging.getLogger(__name__)
 
 Results = list[Encoded | BadLineError]
 
@@ -48,7 +50,7 @@ class Workers:
 
         def result() -> Results:
             try:
-                return future.result()
+                return future.result().results()
             except BrokenProcessPool as error:
                 raise RuntimeError(
                     "a process that tokenizes died, killed perhaps for want of memory; "
@@ -72,6 +74,33 @@ class Workers:
             self._pool = None
 
 
+class _Sent(NamedTuple):
+    """Results on their way between processes: one array of all documents' tokens, not one each."""
+
+    ends: list[int]
+    tokens: NDArray[np.int32]
+    trained: NDArray[np.bool_]
+    bad: dict[int, BadLineError]
+
+    @classmethod
+    def of(cls, results: Results) -> _Sent:
+        """`results`, put together."""
+        bad = {i: one for i, one in enumerate(results) if isinstance(one, BadLineError)}
+        good = [NOTHING if isinstance(one, BadLineError) else one for one in results]
+        ends = list(itertools.accumulate(len(one.tokens) for one in good))
+        tokens = np.concatenate([one.tokens for one in good]) if good else NOTHING.tokens
+        trained = np.concatenate([one.trained for one in good]) if good else NOTHING.trained
+        return cls(ends, tokens, trained, bad)
+
+    def results(self) -> Results:
+        """What was put together."""
+        spans = map(slice, [0, *self.ends[:-1]], self.ends)
+        return [
+            self.bad.get(i) or Encoded(self.tokens[span], self.trained[span])
+            for i, span in enumerate(spans)
+        ]
+
+
 _encoder: Encoder  # of a worker process, which has one for all its life
 
 
@@ -92,5 +121,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode(documents: Sequence[Document]) -> Results:
-    return _encoder.encode_all(documents)
+def _encode(documents: Sequence[Document]) -> _Sent:
+    return _Sent.of(_encoder.encode_all(documents))
