@@ -10,11 +10,10 @@ import numpy as np
 
 from tasks.bad_lines import BadLines
 from tasks.batch import Batch, make_batch
+from tasks.evaluation_sets import EVALUATION_FLAG
 from tasks.opening import open_source
 from tasks.packing import Block, Encoded, Encoder, TrainOn, pack_once
 from tasks.source import BadLineError, Source
-
-EVALUATION_FLAG = "--evaluation-data"
 
 
 def evaluation_batches(

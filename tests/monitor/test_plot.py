@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from monitor.plot import draw_loss, held_out_points, restarts, smooth
+from monitor.plot import draw_loss, held_out_curves, restarts, smooth
 
 PNG = b"\x89PNG"
 CASES: dict[str, list[dict[str, Any]]] = {
@@ -21,7 +21,17 @@ CASES: dict[str, list[dict[str, Any]]] = {
         *({"step": step, "loss": 5 / step, "lr": 1e-3} for step in range(2, 30)),
         {"step": 30, "loss": 0.1, "lr": 0.0, "eval_loss": 0.2, "resumed": True},
     ],
-}
+    "sets that came later": [
+        {"step": 1, "loss": 5.0, "lr": 0.1, "eval_loss_before": 6.0, "eval_loss": 5.0},
+        {"step": 2, "loss": 5.0, "lr": 0.1, "eval_loss": 3.0, "eval_sets": {
+            "wiki": {"loss": 4.0}, "a $ and a name that is much too long to be shown": {"loss": 2.0}
+        }},
+        {"step": 3, "loss": 5.0, "lr": 0.1, "eval_loss": None, "eval_sets": {
+            "wiki": {"loss": 3.0},
+            "a $ and a name that is much too long to be shown": {"loss": None},
+        }},
+    ],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("lines", CASES.values(), ids=CASES.keys())
@@ -48,7 +58,12 @@ def test_no_metrics_no_picture(tmp_path: Path) -> None:
 
 
 def test_the_points() -> None:
-    assert held_out_points(CASES["everything"]) == [(0, 6.0), (30, 0.2)]
+    assert held_out_curves(CASES["everything"]) == {"": [(0, 6.0), (30, 0.2)]}
+    assert held_out_curves(CASES["sets that came later"]) == {
+        "": [(0, 6.0), (1, 5.0)],
+        "wiki": [(2, 4.0), (3, 3.0)],
+        "a $ and a name that is much too long to be shown": [(2, 2.0)],
+    }
     assert restarts(CASES["everything"]) == [30]
 
 
