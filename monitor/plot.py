@@ -18,10 +18,10 @@ from monitor.metrics import read_metrics
 
 logger = logging.getLogger(__name__)
 
-_RAW, _SMOOTH, _LR, _RESTART = "#b5cde6", "#1f5fa8", "#3f8f4f", "#999999"
-_HELD_OUT = ("#d1495b", "#e39a2d", "#7b4fa3", "#2a9d9d", "#8c5a3c", "#d16ba5")  # a set each
-_MARKERS = "osD^vP"
-_LONGEST_NAME = 24  # characters of a set's name in the legend
+_RAW, _SMOOTH, _HELD_OUT, _LR, _RESTART = "#b5cde6", "#1f5fa8", "#d1495b", "#3f8f4f", "#999999"
+_SETS = (_HELD_OUT, "#e39a2d", "#7b4fa3", "#2a9d9d", "#8c5a3c", "#d16ba5")
+_MARKERS = "osD^vP"  # a set has a colour and a marker of its own
+_LONGEST_NAME = 20  # characters of a set's name in the legend
 
 Points = list[tuple[int, float]]  # (step, value)
 
@@ -83,11 +83,13 @@ def _render(lines: Sequence[dict[str, Any]]) -> bytes:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
+    curves = held_out_curves(lines)
+    width = 11.5 if any(curves) else 9  # the sets' legend stands beside the axes
+    figure = Figure(figsize=(width, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     handles = [
         *_draw_training(axes, loss_points(lines)),
-        *_draw_held_out(axes, held_out_curves(lines)),
+        *_draw_held_out(axes, curves.get("", [])),
         *_draw_lr(axes.twinx(), _points(lines, "lr")),
         *_draw_restarts(axes, restarts(lines)),
     ]
@@ -96,6 +98,9 @@ def _render(lines: Sequence[dict[str, Any]]) -> bytes:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(color="#eeeeee")
     figure.legend(handles=handles, loc="outside upper center", ncols=5, frameon=False)
+    if sets := _draw_sets(axes, {name: points for name, points in curves.items() if name}):
+        title = "held-out loss, last"
+        figure.legend(handles=sets, title=title, loc="outside right center", frameon=False)
     picture = io.BytesIO()
     figure.savefig(picture, format="png")  # a bare Figure renders with Agg
     return picture.getvalue()
@@ -110,11 +115,16 @@ def _draw_training(axes: Any, points: Points) -> list[Any]:
     return raw + _draw(axes, smoothed, color=_SMOOTH, linewidth=1.8, label="smoothed")
 
 
-def _draw_held_out(axes: Any, curves: Mapping[str, Points]) -> list[Any]:
+def _draw_held_out(axes: Any, points: Points) -> list[Any]:
+    label = f"held-out loss, last {points[-1][1]:.3f}" if points else ""
+    return _draw(axes, points, color=_HELD_OUT, marker="o", markersize=5, label=label)
+
+
+def _draw_sets(axes: Any, curves: Mapping[str, Points]) -> list[Any]:
     handles = []
-    looks = itertools.cycle(zip(_HELD_OUT, _MARKERS, strict=True))
+    looks = itertools.cycle(zip(_SETS, _MARKERS, strict=True))
     for (name, points), (color, marker) in zip(curves.items(), looks, strict=False):
-        label = f"held-out {_short(name) or 'loss'}, last {points[-1][1]:.3f}"
+        label = f"{points[-1][1]:.3f} {_short(name)}"
         handles += _draw(axes, points, color=color, marker=marker, markersize=5, label=label)
     return handles
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from monitor.plot import draw_loss, held_out_curves, restarts, smooth
 
@@ -65,6 +66,23 @@ def test_the_points() -> None:
         "a $ and a name that is much too long to be shown": [(2, 2.0)],
     }
     assert restarts(CASES["everything"]) == [30]
+
+
+def test_each_set_has_a_line_and_an_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    metrics = tmp_path / "metrics.jsonl"
+    lines = CASES["sets that came later"]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    draw_loss(metrics, tmp_path / "loss.png")
+    (figure,) = drawn
+    entries = [[text.get_text() for text in legend.get_texts()] for legend in figure.legends]
+    assert entries == [
+        ["training loss", "held-out loss, last 5.000", "learning rate"],
+        ["3.000 wiki", r"2.000 a \$ and a name that…"],
+    ]
+    curves = [line.get_ydata().tolist() for line in figure.axes[0].get_lines()]
+    assert curves == [[5.0] * 3, [6.0, 5.0], [4.0, 3.0], [2.0]]
 
 
 def test_smoothing_keeps_a_constant_and_calms_the_rest() -> None:
