@@ -255,14 +255,17 @@ def _add_data_flags(group: Any) -> None:
     add("--preview-data", type=whole(1), metavar="N",
         help="print the first N blocks as text, what is trained in green, and the mixture in "
         "numbers, and end; needs no weights and no other rank")  # fmt: skip
-    add("--evaluation-data", help="file, folder or task to measure the held-out loss on")
+    add("--evaluation-data",
+        help="[name=]source,[name=]source,...: each a file, folder or task, as of --task-name, to "
+        "measure the held-out loss on; a set's name is that of its file, folder or task where none "
+        "is given")  # fmt: skip
     add(
         "--evaluation-steps",
         type=whole(0),
         default=0,
         help="evaluate every so many iterations; 0: only before the first and after the last",
     )
-    add("--evaluation-num-batch", type=whole(1), help="batches of an evaluation; default: all")
+    add("--evaluation-num-batch", type=whole(1), help="batches of each set; default: all")
 
 
 def _add_output_flags(group: Any) -> None:

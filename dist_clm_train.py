@@ -20,7 +20,8 @@ from checkpoint.lock import lock_folder, make_folder
 from comm.interface import Interface, choose_interface, export
 from monitor.console import Console
 from monitor.logs import setup_logging
-from tasks.registry import SourceSpec, check_source
+from tasks.evaluation_sets import check_evaluation_data
+from tasks.registry import check_source
 
 if TYPE_CHECKING:
     import torch
@@ -103,7 +104,7 @@ def _check_data(args: argparse.Namespace) -> None:
     for spec in args.sources:
         check_source(spec)
     if args.evaluation_data is not None:
-        check_source(SourceSpec(args.evaluation_data), flag="--evaluation-data")
+        check_evaluation_data(args.evaluation_data)
 
 
 def meet(args: argparse.Namespace, machine: Machine) -> Rendezvous:

@@ -14,6 +14,7 @@ from tasks.bad_lines import BadLines
 from tasks.build import open_documents, open_training_stream
 from tasks.encoding import Encoder
 from tasks.evaluation import evaluation_batches
+from tasks.evaluation_sets import parse_evaluation_data
 from tasks.loader import BatchLoader
 from tasks.opening import open_source
 from tasks.preview import describe_mixture, look_at, preview_blocks
@@ -47,11 +48,21 @@ class TrainingData:
             stream.restore(state)
         return BatchLoader(stream, rows=self._rows)
 
-    def open_evaluation(self) -> Iterator[HostBatch]:
-        """The held-out text from its beginning."""
+    def open_evaluation(self) -> dict[str, Iterator[HostBatch]]:
+        """Each set of held-out text from its beginning, by name; none where none is asked for."""
+        given = self._args.evaluation_data
+        sets = [] if given is None else parse_evaluation_data(given)
+        return {one.name: self._batches_of(one.source) for one in sets}
+
+    def check_evaluation(self) -> None:
+        """Raises ValueError for a set that yields nothing to predict, or is bad up to there."""
+        for batches in self.open_evaluation().values():
+            next(batches)
+
+    def _batches_of(self, source: str) -> Iterator[HostBatch]:
         args = self._args
         return evaluation_batches(
-            args.evaluation_data,
+            source,
             self.tokenizer,
             seq_length=args.seq_length,
             rows=self._rows,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from comm.communicator import Communicator
-from comm.messages import gather_json
+from comm.messages import broadcast_json, gather_json
 from comm.topology import Topology
-from optimizer.agreement import Agreement
+from monitor.held_out import HeldOut, SetLoss
+from optimizer.agreement import Agreement, Totals
 from pipeline_parallel.engine import Engine, PipelineBatch
 from pipeline_parallel.feed import HostBatch, Scatter, evaluation_feed
 
@@ -19,10 +20,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The held-out loss of the whole evaluation data.
+    """The held-out loss of the whole evaluation data, and of each set of it.
 
     `rows` and `micro_rows` are the sequences of one pipeline's batch and of a microbatch;
-    `open_batches` opens the data anew on rank 0, and is None elsewhere.
+    `open_sets` opens the sets anew on rank 0, by name, and is None elsewhere. The other ranks hear
+    from rank 0 what sets there are.
     """
 
     topology: Topology
@@ -32,14 +34,26 @@ class Evaluation:
     agreement: Agreement
     rows: int
     micro_rows: int
-    open_batches: Callable[[], Iterator[HostBatch]] | None
+    open_sets: Callable[[], Mapping[str, Iterator[HostBatch]]] | None
 
-    def run(self) -> float:
+    def run(self) -> HeldOut:
         """The mean loss of a trained token; every rank calls it and gets the same.
 
         It may be no finite number, which is told and no reason to stop: nothing is trained on it.
         """
-        batches = None if self.open_batches is None else self.open_batches()
+        sets = {} if self.open_sets is None else self.open_sets()
+        names: list[str] = broadcast_json(self.control, list(sets))
+        found = {name: self._run_set(name, sets.get(name)) for name in names}
+        loss = sum(one.loss for one in found.values())
+        tokens = sum(one.tokens for one in found.values())
+        named = {name: one for name, one in found.items() if name}
+        return HeldOut(
+            loss / tokens,
+            {name: SetLoss(one.loss / one.tokens, one.tokens) for name, one in named.items()},
+        )
+
+    def _run_set(self, name: str, batches: Iterator[HostBatch] | None) -> Totals:
+        """The sums over one set; rank 0 has its batches."""
         loss, tokens, bad = 0.0, 0, list[tuple[int, int]]()
         for number, rows in enumerate(evaluation_feed(self.scatter, self.control, batches)):
             batch = PipelineBatch(rows.tokens, rows.labels, (), self.micro_rows)
@@ -50,10 +64,10 @@ class Evaluation:
             ]
         totals = self.agreement.agree(loss=loss, tokens=tokens, squared_norms=None)
         if not math.isfinite(totals.loss):
-            self._warn(gather_json(self.control, bad))
-        return totals.loss / totals.tokens
+            self._warn(name, gather_json(self.control, bad))
+        return totals
 
-    def _warn(self, found: Sequence[Sequence[tuple[int, int]]]) -> None:
+    def _warn(self, name: str, found: Sequence[Sequence[tuple[int, int]]]) -> None:
         """`found` has for each rank the numbers of a batch and a microbatch in it, from 0."""
         blocks = [
             (number * self.topology.num_replicas + rank // self.topology.num_stages) * self.rows
@@ -63,10 +77,10 @@ class Evaluation:
             for row in range(self.micro_rows)
         ]  # fmt: skip
         logger.warning(
-            "the held-out loss is not finite: it is null in the metrics; the blocks of "
-            "--evaluation-data behind it are, from 1 on: %s",
-            _listed(sorted(blocks)),
-        )
+            "the held-out loss%s is not finite: it is null in the metrics; the blocks of "
+            "--evaluation-data%s behind it are, from 1 on: %s",
+            f" of {name}" if name else "", f", {name}," if name else "", _listed(sorted(blocks)),
+        )  # fmt: skip
 
 
 def _listed(blocks: Sequence[int], most: int = 20) -> str:

@@ -12,6 +12,7 @@ from comm.communicator import Communicator
 from comm.messages import broadcast_json, gather_json
 from comm.topology import Topology
 from modules.dropout import derive_seed
+from monitor.held_out import HeldOut
 from monitor.metrics import IterationMetrics
 from monitor.recorder import Recorder
 from monitor.stopwatch import Stopwatch
@@ -131,8 +132,8 @@ class TrainingLoop:
                 tokens=totals.tokens,
                 step_seconds=seconds,
                 loss_scale=self._shown_scale(outcome),
-                eval_loss=held_out,
-                eval_loss_before=before if step == 1 else None,
+                held_out=held_out,
+                held_out_before=before if step == 1 else None,
                 resumed=step == start + 1 and start > 0,
             )
             self._recorder.iteration(metrics)
@@ -269,5 +270,5 @@ class TrainingLoop:
         place = f"in stage {stages[0]}" if stages else "with dropout alone"
         return f"the loss is not finite, first {place}, on the blocks from {blocks}"
 
-    def _evaluate(self) -> float | None:
+    def _evaluate(self) -> HeldOut | None:
         return None if self._evaluation is None else self._evaluation.run()

@@ -111,6 +111,8 @@ class Run:
 
     def prepare(self) -> None:
         """Reads weights and state, and checks that the checkpoints to come will fit."""
+        if self._data is not None:
+            self._data.check_evaluation()
         self._cpu_matmul = self._settle_products()
         self._model = self._build_model()
         self._check_disk()

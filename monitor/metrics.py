@@ -7,12 +7,12 @@ continues it as if it had never stopped.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from monitor.atomic import replace_file
+from monitor.held_out import HeldOut, finite_or_none, perplexity
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,9 @@ class IterationMetrics:
 
     `loss` is over all replicas and microbatches. `lr` and `grad_norm` are those of the update that
     this iteration ended, None where it ended none; `grad_norm` is None where it was skipped too.
-    `step_seconds` leaves saves and evaluations out. What is None from `loss_scale` on has no key.
+    `step_seconds` leaves saves and evaluations out. `held_out` is of the evaluation after this
+    iteration, `held_out_before` of that before the first. What is None from `loss_scale` on has no
+    key.
     """
 
     step: int
@@ -31,8 +33,8 @@ class IterationMetrics:
     tokens: int
     step_seconds: float
     loss_scale: float | None = None
-    eval_loss: float | None = None
-    eval_loss_before: float | None = None
+    held_out: HeldOut | None = None
+    held_out_before: HeldOut | None = None
     resumed: bool = False
 
     @property
@@ -40,31 +42,31 @@ class IterationMetrics:
         """None where no time passed."""
         return self.tokens / self.step_seconds if self.step_seconds > 0 else None
 
-    @property
-    def eval_perplexity(self) -> float | None:
-        """The exponential of `eval_loss`; infinite where that is too large for a float."""
-        return None if self.eval_loss is None else perplexity(self.eval_loss)
-
     def to_json(self) -> dict[str, Any]:
         """The line's keys and values, all of which JSON can hold: what is not finite is None."""
-        optional: dict[str, float | bool | None] = {
-            "loss_scale": self.loss_scale,
-            "eval_loss": self.eval_loss,
-            "eval_perplexity": self.eval_perplexity,
-            "eval_loss_before": self.eval_loss_before,
-            "resumed": self.resumed or None,
-        }
-        line: dict[str, float | bool | None] = {
+        line: dict[str, Any] = {
             "step": self.step,
-            "loss": self.loss,
-            "lr": self.lr,
-            "grad_norm": self.grad_norm,
+            "loss": finite_or_none(self.loss),
+            "lr": finite_or_none(self.lr),
+            "grad_norm": finite_or_none(self.grad_norm),
             "tokens": self.tokens,
             "step_seconds": self.step_seconds,
-            "tokens_per_second": self.tokens_per_second,
-            **{key: value for key, value in optional.items() if value is not None},
+            "tokens_per_second": finite_or_none(self.tokens_per_second),
         }
-        return {key: _finite_or_none(value) for key, value in line.items()}
+        if self.loss_scale is not None:
+            line["loss_scale"] = finite_or_none(self.loss_scale)
+        return line | self._held_out_to_json() | ({"resumed": True} if self.resumed else {})
+
+    def _held_out_to_json(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if (after := self.held_out) is not None:
+            found["eval_loss"] = finite_or_none(after.loss)
+            found["eval_perplexity"] = finite_or_none(perplexity(after.loss))
+            found |= _keyed("eval_sets", after)
+        if (before := self.held_out_before) is not None:
+            found["eval_loss_before"] = finite_or_none(before.loss)
+            found |= _keyed("eval_sets_before", before)
+        return found
 
 
 class MetricsFile:
@@ -101,16 +103,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [line for line in decoded if line is not None]
 
 
-def perplexity(loss: float) -> float:
-    """The exponential of a token-averaged loss in nats; infinite where a float cannot hold it."""
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
-
-
-def _finite_or_none(value: float | bool | None) -> float | bool | None:
-    return value if value is not None and math.isfinite(value) else None
+def _keyed(key: str, held_out: HeldOut) -> dict[str, Any]:
+    sets = held_out.sets_to_json()
+    return {} if sets is None else {key: sets}
 
 
 def _encode(line: dict[str, Any]) -> bytes:

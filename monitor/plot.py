@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ from monitor.metrics import read_metrics
 logger = logging.getLogger(__name__)
 
 _RAW, _SMOOTH, _HELD_OUT, _LR, _RESTART = "#b5cde6", "#1f5fa8", "#d1495b", "#3f8f4f", "#999999"
+_SETS = (_HELD_OUT, "#e39a2d", "#7b4fa3", "#2a9d9d", "#8c5a3c", "#d16ba5")
+_MARKERS = "osD^vP"  # a set has a colour and a marker of its own
+_LONGEST_NAME = 20  # characters of a set's name in the legend
 
 Points = list[tuple[int, float]]  # (step, value)
 
@@ -38,10 +41,19 @@ def loss_points(lines: Iterable[dict[str, Any]]) -> Points:
     return _points(lines, "loss")
 
 
-def held_out_points(lines: Sequence[dict[str, Any]]) -> Points:
-    """The held-out losses, the one before the first iteration being that of step 0."""
-    before = [(step - 1, value) for step, value in _points(lines, "eval_loss_before")]
-    return before + _points(lines, "eval_loss")
+def held_out_curves(lines: Iterable[dict[str, Any]]) -> dict[str, Points]:
+    """Each set's held-out losses by its name, which is empty where there was one without a name.
+
+    The evaluation before the first iteration is that of step 0.
+    """
+    curves: dict[str, Points] = {}
+    for line in lines:
+        for suffix, step in (("_before", line["step"] - 1), ("", line["step"])):
+            alone = {"": {"loss": line.get(f"eval_loss{suffix}")}}
+            for name, one in line.get(f"eval_sets{suffix}", alone).items():
+                if one["loss"] is not None:
+                    curves.setdefault(name, []).append((step, one["loss"]))
+    return curves
 
 
 def restarts(lines: Iterable[dict[str, Any]]) -> list[int]:
@@ -71,11 +83,13 @@ def _render(lines: Sequence[dict[str, Any]]) -> bytes:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
+    curves = held_out_curves(lines)
+    width = 11.5 if any(curves) else 9  # the sets' legend stands beside the axes
+    figure = Figure(figsize=(width, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     handles = [
         *_draw_training(axes, loss_points(lines)),
-        *_draw_held_out(axes, held_out_points(lines)),
+        *_draw_held_out(axes, curves.get("", [])),
         *_draw_lr(axes.twinx(), _points(lines, "lr")),
         *_draw_restarts(axes, restarts(lines)),
     ]
@@ -84,6 +98,9 @@ def _render(lines: Sequence[dict[str, Any]]) -> bytes:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(color="#eeeeee")
     figure.legend(handles=handles, loc="outside upper center", ncols=5, frameon=False)
+    if sets := _draw_sets(axes, {name: points for name, points in curves.items() if name}):
+        title = "held-out loss, last"
+        figure.legend(handles=sets, title=title, loc="outside right center", frameon=False)
     picture = io.BytesIO()
     figure.savefig(picture, format="png")  # a bare Figure renders with Agg
     return picture.getvalue()
@@ -101,6 +118,21 @@ def _draw_training(axes: Any, points: Points) -> list[Any]:
 def _draw_held_out(axes: Any, points: Points) -> list[Any]:
     label = f"held-out loss, last {points[-1][1]:.3f}" if points else ""
     return _draw(axes, points, color=_HELD_OUT, marker="o", markersize=5, label=label)
+
+
+def _draw_sets(axes: Any, curves: Mapping[str, Points]) -> list[Any]:
+    handles = []
+    looks = itertools.cycle(zip(_SETS, _MARKERS, strict=True))
+    for (name, points), (color, marker) in zip(curves.items(), looks, strict=False):
+        label = f"{points[-1][1]:.3f} {_short(name)}"
+        handles += _draw(axes, points, color=color, marker=marker, markersize=5, label=label)
+    return handles
+
+
+def _short(name: str) -> str:
+    """As the legend has it, where a $ would begin a formula."""
+    cut = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
+    return cut.replace("$", r"\$")
 
 
 def _draw_lr(axes: Any, points: Points) -> list[Any]:

@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from monitor.console import Console
-from monitor.metrics import IterationMetrics, perplexity
+from monitor.held_out import HeldOut, perplexity
+from monitor.metrics import IterationMetrics
 
 _PLAIN_INTERVAL = 10.0  # seconds between plain lines
 _LIVE_INTERVAL = 0.1  # seconds between two states of the live line
@@ -36,18 +37,17 @@ class Progress:
         """Takes note of an iteration that ended, and of its evaluation if there was one."""
         self._recent.append(metrics.step_seconds)
         self._lr = self._lr if metrics.lr is None else metrics.lr
-        if metrics.eval_loss is not None:
-            self.evaluated(metrics.step, metrics.eval_loss)
+        if metrics.held_out is not None:
+            self.evaluated(metrics.step, metrics.held_out)
         if metrics.step >= self._total_steps or self._is_due():
             self._shown_at = self._clock()
             self._show(self._line(metrics))
 
-    def evaluated(self, step: int, loss: float) -> None:
-        """Prints a held-out loss; step 0 is before the first iteration."""
-        self._eval_loss = loss
-        self._console.print(
-            f"step {step}: held-out loss {loss:.4f}, perplexity {perplexity(loss):.4g}"
-        )
+    def evaluated(self, step: int, held_out: HeldOut) -> None:
+        """Prints the held-out loss and each set's; step 0 is before the first iteration."""
+        self._eval_loss = held_out.loss
+        sets = "".join(f"; {name}: {_told(one.loss)}" for name, one in held_out.sets.items())
+        self._console.print(f"step {step}: held-out {_told(held_out.loss)}{sets}")
 
     def close(self) -> None:
         """Leaves the last state on the terminal, and what comes after it on lines of its own."""
@@ -74,6 +74,10 @@ class Progress:
         if self._eval_loss is not None:
             parts.append(f"held-out {self._eval_loss:.4f}")
         return " | ".join(parts)
+
+
+def _told(loss: float) -> str:
+    return f"loss {loss:.4f}, perplexity {perplexity(loss):.4g}"
 
 
 def recent_average(seconds: Sequence[float]) -> float:

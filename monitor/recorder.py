@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from monitor.console import Console
+from monitor.held_out import HeldOut
 from monitor.metrics import IterationMetrics, MetricsFile
 from monitor.plot import draw_loss
 from monitor.progress import Progress
@@ -24,8 +25,8 @@ class Recorder(Protocol):
     def run_id(self) -> str | None:
         """The wandb run's id, to be kept in checkpoints."""
 
-    def evaluated(self, step: int, loss: float) -> None:
-        """A held-out loss before the first iteration."""
+    def evaluated(self, step: int, held_out: HeldOut) -> None:
+        """An evaluation before the first iteration."""
 
     def iteration(self, metrics: IterationMetrics) -> None:
         """An iteration has ended, and its evaluation where one was due."""
@@ -42,7 +43,7 @@ class SilentRecorder:
 
     run_id: str | None = None
 
-    def evaluated(self, step: int, loss: float) -> None: ...
+    def evaluated(self, step: int, held_out: HeldOut) -> None: ...
 
     def iteration(self, metrics: IterationMetrics) -> None: ...
 
@@ -64,8 +65,8 @@ class FileRecorder:
     def run_id(self) -> str | None:
         return self.wandb.run_id
 
-    def evaluated(self, step: int, loss: float) -> None:
-        self.progress.evaluated(step, loss)
+    def evaluated(self, step: int, held_out: HeldOut) -> None:
+        self.progress.evaluated(step, held_out)
 
     def iteration(self, metrics: IterationMetrics) -> None:
         self.metrics.append(metrics)

@@ -29,7 +29,10 @@ class Run(Protocol):
         """What to keep in a checkpoint, for a resumed run to continue this one."""
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Logs the values that iteration `step` has; those that are None are left out."""
+        """Logs the values that iteration `step` has; those that are None are left out.
+
+        A set's held-out loss is `eval_loss/<name>`, so that sets share a section of the charts.
+        """
 
     def close(self) -> None:
         """Waits, not for ever, for what is on its way to the server."""
@@ -58,7 +61,7 @@ class WandbRun:
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Hands the values over; wandb sends them from a process of its own."""
-        values = {key: value for key, value in metrics.items() if value is not None}
+        values = {key: value for key, value in _flat(metrics).items() if value is not None}
         self._try(lambda: self._run.log(values, step=step))
 
     def close(self) -> None:
@@ -119,6 +122,14 @@ def _init(project: str | None, config: Mapping[str, Any], run_id: str | None, fo
         dir=str(folder),
         settings=settings,
     )
+
+
+def _flat(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    values = dict(metrics)
+    for key, loss_key in (("eval_sets", "eval_loss"), ("eval_sets_before", "eval_loss_before")):
+        sets: Mapping[str, Any] = values.pop(key, {})
+        values |= {f"{loss_key}/{name}": one["loss"] for name, one in sets.items()}
+    return values
 
 
 def _one_line(error: BaseException) -> str:

@@ -4,6 +4,6 @@ The way of the data: `registry` (what --task-name may say), `opening` (its files
 `parquet`, `cot`), `lines` (what a line says), `indexed_documents` and `documents` (a source
 shuffled truly, or buffered), `chat` (conversations as text, and what answers in them), `packing`
 (blocks of tokens), `mixture` (one stream of several sources), `loader` (batches made ahead),
-`build` (these put together); `evaluation` packs a file in order, `preview` shows what training
-would see.
+`build` (these put together); `evaluation_sets` (what --evaluation-data may say), `evaluation` packs
+a file in order, `preview` shows what training would see.
 """

@@ -14,12 +14,11 @@ from tasks.batch import Batch, make_batch
 from tasks.block import Block, empty_block
 from tasks.document_packing import pack_apart_once
 from tasks.encoding import Encoded, Encoder, TrainOn
+from tasks.evaluation_sets import EVALUATION_FLAG
 from tasks.mixture import Pack
 from tasks.opening import open_source
 from tasks.packing import pack_once
 from tasks.source import BadLineError, Source
-
-EVALUATION_FLAG = "--evaluation-data"
 
 
 def evaluation_batches(

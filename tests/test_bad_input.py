@@ -242,6 +242,22 @@ FLAG_CASES: dict[str, Case] = {
         {"evaluation-data": "{home}/no.jsonl"},
         ["--evaluation-data", "{home}/no.jsonl", "no such file"],
     ),
+    "no second evaluation data": Case(
+        {"evaluation-data": "{home}/data.jsonl,late={home}/no.jsonl"},
+        ["--evaluation-data {home}/no.jsonl: there is no such file"],
+    ),
+    "two sets of one name": Case(
+        {"evaluation-data": "{home}/data.jsonl,{home}/m/data.jsonl"},
+        ["--evaluation-data", "{home}/data.jsonl", "{home}/m/data.jsonl", "named data", "name="],
+    ),
+    "a set of no name": Case(
+        {"evaluation-data": "{home}/data.jsonl,={home}/data.jsonl"},
+        ["--evaluation-data", "a name or a source is empty", "[name=]source"],
+    ),
+    "a set with a weight": Case(
+        {"evaluation-data": "{home}/data.jsonl:0.3"},
+        ["--evaluation-data {home}/data.jsonl:0.3", "takes no weight"],
+    ),
     "checkpoints in a file": Case(
         {"checkpoint-path": "{home}/file"},
         ["--checkpoint-path", "{home}/file", "cannot be written"],

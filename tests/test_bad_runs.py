@@ -202,8 +202,9 @@ FLAGS: dict[str, tuple[dict[int, Flags], list[str]]] = {
         ),
         ["{home}/broken.jsonl:4201", '"text"'],
     ),
-    "a bad line of held-out data": (
-        on_all({"evaluation-data": "{home}/broken-at-once.jsonl"}),
+    "a bad line of held-out data": (  # of which the other ranks have nothing
+        on_all({"evaluation-data": "x"})
+        | {0: {"evaluation-data": "{home}/data.jsonl,late={home}/broken-at-once.jsonl"}},
         ["{home}/broken-at-once.jsonl:1", "not JSON"],
     ),
     "a GPU that is not there": (

@@ -72,6 +72,7 @@ HELD_OUT_BATCHES = 2
 def more_cases(folder: Path, own: dict[str, Any], fp16: dict[str, Any]) -> list[Case]:
     """Scales, and ends that are worth a checkpoint or are not."""
     held_out = {"evaluation-data": folder / "a.jsonl", "evaluation-num-batch": HELD_OUT_BATCHES}
+    of_sets = held_out | {"evaluation-data": f"one={folder / 'a.jsonl'},two={folder / 'a.jsonl'}"}
     halves = {"gradient-accumulate-step": 2, "total-steps": 6}
     constant = {"loss-scale": 64, "min-loss-scale": 65536}
     at_end = Overflow(1, range(STEPS + 1 - MAX_SKIPPED, STEPS + 1))
@@ -82,6 +83,7 @@ def more_cases(folder: Path, own: dict[str, Any], fp16: dict[str, Any]) -> list[
         Case("floor", fp16 | {"min-loss-scale": 16384}, Overflow(1, [2, 3])),
         Case("blown-up", fp16 | {"lr": "1e5"}, stops=True),
         Case("held-out", own | held_out, InfiniteLoss(3, calls=[2 * HELD_OUT_BATCHES - 1])),
+        Case("held-out-sets", own | of_sets, InfiniteLoss(3, calls=[3 * HELD_OUT_BATCHES + 1])),
         Case("bad-loss", fp16 | {"max-skipped-updates": 1}, PLACES["last-stage"], stops=True),
         Case("at-end", fp16, at_end, stops=True),
         Case("at-end-again", fp16, after=("at-end-2-2", STEPS), stops=True),
@@ -262,6 +264,25 @@ def test_a_held_out_loss_that_is_not_finite_loses_nothing(
     said = [line for line in told[0]["held-out-2-2"].lines if "held-out loss is not" in line]
     assert len(said) == 1
     assert said[0].endswith(": 15, 16")
+
+
+def test_a_set_whose_loss_is_not_finite_is_named(
+    trained: tuple[Path, list[dict[str, Told]]],
+) -> None:
+    """The other set has its loss; what is over both has none."""
+    folder, told = trained
+    path = run_folder(folder, "held-out-sets", 2, 2)
+    first, *_, last = read_metrics(path / "metrics.jsonl")
+    assert first["eval_sets_before"]["one"] == first["eval_sets_before"]["two"]
+    assert last["eval_loss"] is None
+    one, two = last["eval_sets"]["one"], last["eval_sets"]["two"]
+    assert 0 < one["loss"] < first["eval_sets_before"]["one"]["loss"]
+    assert two == {"loss": None, "perplexity": None, "tokens": one["tokens"]}
+    for rank in told:  # those that have no data hear what the sets are
+        (said,) = [line for line in rank["held-out-sets-2-2"].lines if "held-out loss" in line]
+        assert said.startswith("the held-out loss of two is not finite")
+        assert "--evaluation-data, two, behind it" in said
+        assert said.endswith(": 15, 16")
 
 
 def test_giving_up_names_the_blocks_of_a_bad_loss(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,24 @@ def test_more_steps_go_on_with_the_schedule_computed_anew(
     assert [line["step"] for line in lines] == list(range(1, 9))
     rates = [line["lr"] for line in lines if line["lr"] is not None]
     assert rates == pytest.approx([1e-3, 0.5e-3, 0.5e-3, 0.25e-3])
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_held_out_text_that_predicts_nothing_is_told_before_training(
+    resumed: bool, flags: dict[str, Any], tmp_path: Path
+) -> None:
+    """Also of a set that would be evaluated only after the last iteration."""
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text('{"text": ""}\n')
+    run = tmp_path / "run"
+    if resumed:
+        shutil.copytree(flags["checkpoint-path"], run)
+    given = f"{flags['checkpoint-path'].parent / 'a.jsonl'},{empty}"
+    again = {**flags, "checkpoint-path": run, "total-steps": 8, "evaluation-data": given}
+    with pytest.raises(ValueError, match=f"^{empty}: the source yields nothing to evaluate$"):
+        train_alone(again)
+    assert len(read_metrics(run / "metrics.jsonl")) == (STEPS if resumed else 0)
+    assert (run / "metrics.jsonl").exists() == resumed
 
 
 def test_the_same_step_is_saved_over_one_that_is_not_whole(

@@ -3,17 +3,21 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from monitor.held_out import HeldOut, SetLoss
 from monitor.metrics import IterationMetrics, MetricsFile, read_metrics
 
 REQUIRED = ["step", "loss", "lr", "grad_norm", "tokens", "step_seconds", "tokens_per_second"]
 
 
-def line(step: int, **changes: float | bool | None) -> IterationMetrics:
-    values = {"loss": 2.0, "lr": 1e-3, "grad_norm": 0.5, "tokens": 100, "step_seconds": 0.5}
-    return IterationMetrics(step=step, **{**values, **changes})  # type: ignore[arg-type]
+def line(step: int, **changes: float | bool | HeldOut | None) -> IterationMetrics:
+    values: dict[str, Any] = {
+        "loss": 2.0, "lr": 1e-3, "grad_norm": 0.5, "tokens": 100, "step_seconds": 0.5,
+    }  # fmt: skip
+    return IterationMetrics(step=step, **{**values, **changes})
 
 
 @pytest.fixture
@@ -34,7 +38,9 @@ def test_an_iteration_that_ended_no_update_has_nulls() -> None:
 
 
 def test_optional_keys_appear_where_they_say_something() -> None:
-    full = line(1, loss_scale=8.0, eval_loss=math.log(7), eval_loss_before=3.0, resumed=True)
+    full = line(
+        1, loss_scale=8.0, held_out=HeldOut(math.log(7)), held_out_before=HeldOut(3.0), resumed=True
+    )
     written = full.to_json()
     optional = ["loss_scale", "eval_loss", "eval_perplexity", "eval_loss_before", "resumed"]
     assert list(written) == REQUIRED + optional
@@ -42,9 +48,37 @@ def test_optional_keys_appear_where_they_say_something() -> None:
     assert written["resumed"] is True
 
 
+def test_each_set_of_an_evaluation_has_its_numbers(metrics_file: MetricsFile) -> None:
+    """What is not finite is null, and JSON has no NaN."""
+    before = HeldOut(2.5, {"wiki": SetLoss(3.0, 10), "a/b c": SetLoss(2.0, 10)})
+    after = HeldOut(math.nan, {"wiki": SetLoss(0.0, 10), "a/b c": SetLoss(math.nan, 5)})
+    metrics_file.append(line(1, held_out=after, held_out_before=before))
+    text = metrics_file.path.read_text()
+    assert "NaN" not in text
+    written = json.loads(text)
+    assert {key: value for key, value in written.items() if key.startswith("eval")} == {
+        "eval_loss": None,
+        "eval_perplexity": None,
+        "eval_sets": {
+            "wiki": {"loss": 0.0, "perplexity": 1.0, "tokens": 10},
+            "a/b c": {"loss": None, "perplexity": None, "tokens": 5},
+        },
+        "eval_loss_before": 2.5,
+        "eval_sets_before": {
+            "wiki": {"loss": 3.0, "perplexity": math.exp(3.0), "tokens": 10},
+            "a/b c": {"loss": 2.0, "perplexity": math.exp(2.0), "tokens": 10},
+        },
+    }
+
+
+def test_a_perplexity_beyond_all_floats_is_null() -> None:
+    sets = line(1, held_out=HeldOut(1e6, {"a": SetLoss(1e6, 2)})).to_json()["eval_sets"]
+    assert sets == {"a": {"loss": 1e6, "perplexity": None, "tokens": 2}}
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_written_as_null(metrics_file: MetricsFile, value: float) -> None:
-    metrics_file.append(line(1, loss=value, grad_norm=value, eval_loss=1e6))
+    metrics_file.append(line(1, loss=value, grad_norm=value, held_out=HeldOut(1e6)))
     text = metrics_file.path.read_text()
     assert json.loads(text)["loss"] is None
     assert json.loads(text)["eval_perplexity"] is None

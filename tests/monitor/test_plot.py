@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
-from monitor.plot import draw_loss, held_out_points, restarts, smooth
+from monitor.plot import draw_loss, held_out_curves, restarts, smooth
 
 PNG = b"\x89PNG"
 CASES: dict[str, list[dict[str, Any]]] = {
@@ -21,7 +22,17 @@ CASES: dict[str, list[dict[str, Any]]] = {
         *({"step": step, "loss": 5 / step, "lr": 1e-3} for step in range(2, 30)),
         {"step": 30, "loss": 0.1, "lr": 0.0, "eval_loss": 0.2, "resumed": True},
     ],
-}
+    "sets that came later": [
+        {"step": 1, "loss": 5.0, "lr": 0.1, "eval_loss_before": 6.0, "eval_loss": 5.0},
+        {"step": 2, "loss": 5.0, "lr": 0.1, "eval_loss": 3.0, "eval_sets": {
+            "wiki": {"loss": 4.0}, "a $ and a name that is much too long to be shown": {"loss": 2.0}
+        }},
+        {"step": 3, "loss": 5.0, "lr": 0.1, "eval_loss": None, "eval_sets": {
+            "wiki": {"loss": 3.0},
+            "a $ and a name that is much too long to be shown": {"loss": None},
+        }},
+    ],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("lines", CASES.values(), ids=CASES.keys())
@@ -48,8 +59,30 @@ def test_no_metrics_no_picture(tmp_path: Path) -> None:
 
 
 def test_the_points() -> None:
-    assert held_out_points(CASES["everything"]) == [(0, 6.0), (30, 0.2)]
+    assert held_out_curves(CASES["everything"]) == {"": [(0, 6.0), (30, 0.2)]}
+    assert held_out_curves(CASES["sets that came later"]) == {
+        "": [(0, 6.0), (1, 5.0)],
+        "wiki": [(2, 4.0), (3, 3.0)],
+        "a $ and a name that is much too long to be shown": [(2, 2.0)],
+    }
     assert restarts(CASES["everything"]) == [30]
+
+
+def test_each_set_has_a_line_and_an_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    metrics = tmp_path / "metrics.jsonl"
+    lines = CASES["sets that came later"]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    draw_loss(metrics, tmp_path / "loss.png")
+    (figure,) = drawn
+    entries = [[text.get_text() for text in legend.get_texts()] for legend in figure.legends]
+    assert entries == [
+        ["training loss", "held-out loss, last 5.000", "learning rate"],
+        ["3.000 wiki", r"2.000 a \$ and a name that…"],
+    ]
+    curves = [line.get_ydata().tolist() for line in figure.axes[0].get_lines()]
+    assert curves == [[5.0] * 3, [6.0, 5.0], [4.0, 3.0], [2.0]]
 
 
 def test_smoothing_keeps_a_constant_and_calms_the_rest() -> None:

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import re
 from collections.abc import Iterator
 
 import pytest
 
 from monitor.console import Console
+from monitor.held_out import HeldOut, SetLoss
 from monitor.logs import setup_logging
 from monitor.metrics import IterationMetrics
 from monitor.progress import Progress, format_duration, recent_average
@@ -26,10 +28,10 @@ class Clock:
 
 
 def iteration(
-    step: int, *, lr: float | None = 1e-3, eval_loss: float | None = None
+    step: int, *, lr: float | None = 1e-3, held_out: HeldOut | None = None
 ) -> IterationMetrics:
     return IterationMetrics(
-        step=step, loss=2.5, lr=lr, grad_norm=1.0, tokens=500, step_seconds=0.5, eval_loss=eval_loss
+        step=step, loss=2.5, lr=lr, grad_norm=1.0, tokens=500, step_seconds=0.5, held_out=held_out
     )
 
 
@@ -77,13 +79,24 @@ def test_a_terminal_has_one_line_rewritten_in_place() -> None:
 def test_evaluations_always_have_a_line() -> None:
     stream = io.StringIO()
     progress = Progress(100, Console(stream), clock=Clock())
-    progress.evaluated(0, 7.0)
+    progress.evaluated(0, HeldOut(7.0))
     for step in range(1, 4):
-        progress.update(iteration(step, eval_loss=2.0 if step == 3 else None))
+        progress.update(iteration(step, held_out=HeldOut(2.0) if step == 3 else None))
     lines = stream.getvalue().splitlines()
     assert lines[0] == "step 0: held-out loss 7.0000, perplexity 1097"
     assert lines[1].endswith("| held-out 7.0000")
     assert lines[2:] == ["step 3: held-out loss 2.0000, perplexity 7.389"]
+
+
+def test_each_set_of_an_evaluation_is_named() -> None:
+    stream = io.StringIO()
+    progress = Progress(100, Console(stream), clock=Clock())
+    sets = {"wiki": SetLoss(2.0, 10), "chat": SetLoss(math.nan, 3)}
+    progress.evaluated(0, HeldOut(math.nan, sets))
+    assert stream.getvalue() == (
+        "step 0: held-out loss nan, perplexity nan; wiki: loss 2.0000, perplexity 7.389; "
+        "chat: loss nan, perplexity nan\n"
+    )
 
 
 def test_the_last_learning_rate_stands_where_no_update_ended() -> None:

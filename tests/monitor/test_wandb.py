@@ -74,6 +74,19 @@ def test_a_server_out_of_reach_is_one_warning(
     assert fake_wandb[0]["resume"] == "allow"
 
 
+def test_each_set_of_an_evaluation_has_a_chart() -> None:
+    logged: list[tuple[dict[str, Any], int]] = []
+    log = SimpleNamespace(id="abc", log=lambda values, step: logged.append((values, step)))
+    run = WandbRun(log)
+    wiki, chat = {"loss": 2.0, "perplexity": 7.4, "tokens": 3}, {"loss": None}
+    run.log({"eval_loss": 3.0, "eval_sets": {"wiki": wiki, "chat": chat},
+             "eval_loss_before": 4.0, "eval_sets_before": {"wiki": {"loss": 5.0}}}, 7)  # fmt: skip
+    assert logged == [
+        ({"eval_loss": 3.0, "eval_loss/wiki": 2.0, "eval_loss_before": 4.0,
+          "eval_loss_before/wiki": 5.0}, 7)
+    ]  # fmt: skip
+
+
 def test_a_run_that_fails_later_warns_once(caplog: Any) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("gone")
