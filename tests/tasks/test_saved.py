@@ -110,6 +110,18 @@ def test_a_data_set_that_changed_is_not_resumed(tmp_path: Path) -> None:
         open_documents(open_source(str(tmp_path / "a.jsonl.gz")), seed=7).restore(state)
 
 
+def test_a_change_far_from_a_file_s_ends_is_seen(tmp_path: Path) -> None:
+    """Of large files the ends alone are read: datasets' own fingerprint tells the rest."""
+    digests = []
+    for middle in ("b", "c", "b"):
+        data = datasets.Dataset.from_dict({"text": ["a" * 200_000, middle, "a" * 200_000]})
+        data.save_to_disk(str(tmp_path / "saved"))
+        open_items = open_source(str(tmp_path / "saved")).open_items
+        assert open_items is not None
+        digests.append(open_items().digest)
+    assert digests[0] == digests[2] != digests[1]
+
+
 def test_of_several_splits_the_one_to_train_on(tmp_path: Path) -> None:
     data = datasets.Dataset.from_dict({"text": TEXTS})
     datasets.DatasetDict({"test": data, "train": data}).save_to_disk(str(tmp_path / "both"))
