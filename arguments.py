@@ -232,8 +232,9 @@ def _add_data_flags(group: Any) -> None:
     add = group.add_argument
     add("--task-name", required=True,
         help="a[:weight],b[:weight],...: each a .jsonl, .jsonl.zst, .jsonl.gz or .parquet file, a "
-        "folder of them, or a registered task (cot; natural_instructions, ni, p3 and pile are not "
-        "built yet); only rank 0 needs the files")  # fmt: skip
+        "folder of them, a data set saved to disk by datasets, a hub name (org/name or org/name/"
+        "configuration), or a registered task (cot, natural_instructions or ni, p3, pile); only "
+        "rank 0 needs the files")  # fmt: skip
     add("--seq-length", type=whole(2), default=2048, help="tokens of a block")
     add("--doc-separator", help="text put before each document, instead of an end-of-text token "
         "after it; a newline is written $'\\n' in bash")  # fmt: skip

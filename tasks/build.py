@@ -72,11 +72,11 @@ def open_documents(
     chunk_documents: int = CHUNK_DOCUMENTS,
     bad_lines: BadLines | None = None,
 ) -> Shuffled:
-    """In a true shuffle where every file's lines can be reached at once, else in a buffered one."""
-    if all(file.path.endswith(".jsonl") for file in source.files):
+    """In a true shuffle where the source can be read at any place, else in a buffered one."""
+    if source.open_items is not None:
         return IndexedDocuments(source, seed=seed, bad_lines=bad_lines)
     logger.info(
-        "%s: shuffled in chunks of up to %d documents, for not all of it is plain .jsonl",
+        "%s: shuffled in chunks of up to %d documents, for it can be read in order alone",
         shown(source.name), chunk_documents,
     )  # fmt: skip
     return Documents(source, seed=seed, chunk_documents=chunk_documents, bad_lines=bad_lines)

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.lines import check_text
+from tasks.lines import LINES, check_text
 from tasks.registry import shown
-from tasks.source import BadLineError, Document, Record, SourceFile
+from tasks.source import BadLineError, Document, Record, Source
 
-PATH = os.path.join("data", "mmlu-cot.json")
+FORM = LINES
 
 
-def open_files() -> list[SourceFile]:
-    """The task's one file.
-
-    Raises:
-        ValueError: It is not there.
-    """
-    if not os.path.isfile(PATH):
-        raise ValueError(
-            f"cot: there is no {shown(os.path.abspath(PATH))}: put there the chain-of-thought"
-            " prompts of MMLU as one JSON object {key: text}, the file mmlu-cot.json that was"
-            " published with the training data of GPT-JT"
-        )
-    return [CotFile(PATH)]
+def open_local(name: str, path: str) -> Source:
+    """The task's one file, that `tasks.registry` names."""
+    return Source(name, [CotFile(path)])
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,8 @@ class Documents:
         Raises:
             ValueError: The files are not those that the state was taken from.
         """
+        if "chunk" not in state:
+            raise self._changed("it could be read at any place, and now it is read in order")
         self._begin_epoch(state["epoch"])
         names = [os.path.basename(file.path) for file in self._files]
         if len(names) != state["files"] or state["file"] not in names:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from tasks.compression import DamagedStream, decompressed
-from tasks.lines import parse_line
+from tasks.lines import LINES, Form, parse_line
 from tasks.registry import shown
 from tasks.source import Record
 
@@ -27,6 +27,7 @@ class JsonlFile:
     """
 
     path: str
+    form: Form = LINES
 
     def read(self, offset: int = 0, line: int = 0) -> Iterator[Record]:
         """See `tasks.source.SourceFile.read`."""
@@ -37,7 +38,8 @@ class JsonlFile:
                 if line == 1:
                     raw = raw.removeprefix(BYTE_ORDER_MARK)
                 if raw.strip():
-                    yield Record(parse_line(raw, self._where(line)), len(raw), offset, line)
+                    document = parse_line(raw, self._where(line), self.form)
+                    yield Record(document, len(raw), offset, line)
 
     def _open(self) -> BinaryIO:
         try:

@@ -2,20 +2,22 @@
 
 The index of `a.jsonl` is `.a.jsonl.lines`: what it was made from (size and time of change), then
 the ends as 64-bit numbers, which are mapped, not read. It is made anew when the file has changed.
-Where it cannot be written it is held in memory, and made again by the next run.
+Where it cannot be written, it is in CACHE under a name that the file's path says; where neither can
+be, it is held in memory, and made again by the next run.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +26,7 @@ from tasks.registry import shown
 
 logger = logging.getLogger(__name__)
 
+CACHE = os.path.join("~", ".cache", "dist-clm-train")
 READ_BYTES = 1 << 23
 _HEADER = struct.Struct("<8sQQQ")  # magic; size and time of change of the file; number of lines
 _MAGIC = b"lines 1\n"
@@ -45,18 +48,27 @@ class LineIndex:
 
 
 def line_index(path: str) -> LineIndex:
-    """The index of a file's lines: the one kept beside it, or a new one.
+    """The index of a file's lines: the one that is kept, or a new one.
 
     Raises:
         ValueError: The file cannot be read, or changes meanwhile.
     """
     try:
         stat = os.stat(path)
-        kept = Path(path).parent / f".{Path(path).name}.lines"
-        index = _load(kept, stat)
-        return _make(path, kept, stat) if index is None else index
+        places = _places(path)
+        found = (_load(kept, stat) for kept in places)
+        index = next((one for one in found if one is not None), None)
+        return _make(path, places, stat) if index is None else index
     except OSError as error:
         raise ValueError(f"{shown(path)}: {error.strerror}") from error
+
+
+def _places(path: str) -> list[Path]:
+    """Where an index may be kept, the better place first."""
+    name = hashlib.blake2b(os.fsencode(os.path.abspath(path)), digest_size=16).hexdigest()
+    cache = Path(os.path.expanduser(CACHE))
+    beside = Path(path).parent / f".{Path(path).name}.lines"
+    return [beside, cache / f"{name}.lines"] if cache.is_absolute() else [beside]
 
 
 def _load(kept: Path, stat: os.stat_result) -> LineIndex | None:
@@ -78,16 +90,12 @@ def _mapped(kept: Path, lines: int) -> LineIndex:
     return LineIndex(np.memmap(kept, np.uint64, "r", offset=_HEADER.size, shape=(lines,)))
 
 
-def _make(path: str, kept: Path, stat: os.stat_result) -> LineIndex:
+def _make(path: str, places: Sequence[Path], stat: os.stat_result) -> LineIndex:
     with open(path, "rb", buffering=0) as file:
-        try:
-            written = tempfile.NamedTemporaryFile(dir=kept.parent, prefix=f"{kept.name}.")  # noqa: SIM115
-        except OSError as error:
-            logger.warning(
-                "%s: the index of its lines cannot be kept (%s): each run makes it anew",
-                shown(path), error.strerror,
-            )  # fmt: skip
+        opened = _open_new(path, places)
+        if opened is None:
             return LineIndex(np.concatenate(list(_line_ends(file, path, stat))))
+        kept, written = opened
         with written:
             written.write(_HEADER.pack(_MAGIC, 0, 0, 0))
             lines = 0
@@ -102,6 +110,25 @@ def _make(path: str, kept: Path, stat: os.stat_result) -> LineIndex:
             with contextlib.suppress(FileNotFoundError):  # it has its name now
                 written.close()
     return _mapped(kept, lines)
+
+
+def _open_new(path: str, places: Sequence[Path]) -> tuple[Path, Any] | None:
+    """The first place that can be written, and a file that is to stand there; None: no place."""
+    refused = ""
+    for kept in places:
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            written = tempfile.NamedTemporaryFile(dir=kept.parent, prefix=f"{kept.name}.")  # noqa: SIM115
+        except OSError as error:
+            refused = refused or str(error.strerror)
+            continue
+        if refused:
+            logger.info("%s: the index of its lines is %s (beside it: %s)",
+                        shown(path), kept, refused)  # fmt: skip
+        return kept, written
+    logger.warning("%s: the index of its lines cannot be kept (%s): each run makes it anew",
+                   shown(path), refused)  # fmt: skip
+    return None
 
 
 def _line_ends(file: BinaryIO, path: str, stat: os.stat_result) -> Iterator[NDArray[np.uint64]]:

@@ -1,47 +1,117 @@
 """What --task-name and --evaluation-data may say, checked with the standard library alone.
 
-Adding a registered task is one file that defines `open_files() -> list[SourceFile]` (see
-`tasks.source`) and a line in TASKS.
+Adding a registered task is one file with a FORM, how its rows are read (see `tasks.lines`), and a
+line in TASKS.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import os
+import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from tasks.source import SourceFile
+    from tasks.lines import Form
+    from tasks.source import Source
 
 TASK_FLAG = "--task-name"
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet")
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(?:/\w[\w.-]*)?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a source's documents are: a file or folder of a kind, or a name on the hub.
+
+    task: of a layout of its own, which the task's module opens. missing: what is not there, where
+    the hub takes its place.
+    """
+
+    path: str
+    kind: Literal["files", "saved", "hub", "task"]
+    missing: str = ""
 
 
 @dataclass(frozen=True)
 class TaskEntry:
-    """Where a registered task is implemented; None: known, not built yet."""
+    """A registered task: it lies at `path`, else on the hub as `hub`; None: nowhere else.
 
-    module: str | None
+    what: that it is to be put at `path`. opens_itself: `module` has `open_local(name, path)`, which
+    makes a source of the path; else that holds files of FORM, or is a data set saved to disk.
+    """
 
-    def open_files(self) -> list[SourceFile]:
-        """The task's files.
+    module: str
+    path: str
+    what: str
+    hub: str | None = None
+    opens_itself: bool = False
+
+    @property
+    def form(self) -> Form:
+        """How its rows are read."""
+        form: Form = importlib.import_module(self.module).FORM
+        return form
+
+    def find(self, name: str, *, flag: str) -> Place:
+        """Where it is.
 
         Raises:
-            ValueError: They are not there; the text says where to get them.
+            ValueError: It is not there, nor can it be on the hub; the text says where to get it.
         """
-        assert self.module is not None
-        files: list[SourceFile] = importlib.import_module(self.module).open_files()
-        return files
+        if os.path.exists(self.path):
+            return Place(self.path, "task") if self.opens_itself else _local(self.path, flag)
+        where = shown(os.path.abspath(self.path))
+        missing = f"{flag} {name}: there is no {where}: put there {self.what}"
+        if self.hub is None:
+            raise ValueError(missing)
+        return Place(self.hub, "hub", missing)
 
+    def open_local(self, name: str, path: str) -> Source:
+        """The source that its own layout is.
+
+        Raises:
+            ValueError: The layout is another.
+        """
+        source: Source = importlib.import_module(self.module).open_local(name, path)
+        return source
+
+
+_NATURAL_INSTRUCTIONS = TaskEntry(
+    "tasks.natural_instructions",
+    os.path.join("data", "natural-instructions"),
+    "the repository github.com/allenai/natural-instructions",
+    hub="Muennighoff/natural-instructions",
+    opens_itself=True,
+)
 
 TASKS: dict[str, TaskEntry] = {
-    "cot": TaskEntry("tasks.cot"),
-    "natural_instructions": TaskEntry(None),
-    "ni": TaskEntry(None),
-    "p3": TaskEntry(None),
-    "pile": TaskEntry(None),
+    "cot": TaskEntry(
+        "tasks.cot",
+        os.path.join("data", "mmlu-cot.json"),
+        "the chain-of-thought prompts of MMLU as one JSON object {key: text}, the file"
+        " mmlu-cot.json that was published with the training data of GPT-JT",
+        opens_itself=True,
+    ),
+    "natural_instructions": _NATURAL_INSTRUCTIONS,
+    "ni": _NATURAL_INSTRUCTIONS,
+    "p3": TaskEntry(
+        "tasks.p3",
+        os.path.join("data", "p3"),
+        "files of the Public Pool of Prompts with inputs and targets, as huggingface.co/datasets/"
+        "Muennighoff/P3 has them",
+        hub="Muennighoff/P3",
+    ),
+    "pile": TaskEntry(
+        "tasks.pile",
+        os.path.join("data", "pile"),
+        "files of the Pile (NN.jsonl.zst), as huggingface.co/datasets/monology/pile-uncopyrighted"
+        " has them",
+        hub="monology/pile-uncopyrighted",
+    ),
 }
 
 
@@ -81,26 +151,66 @@ def _split_weight(item: str) -> tuple[str, float]:
 
 
 def check_source(spec: SourceSpec, *, flag: str = TASK_FLAG) -> None:
-    """Says early what opening the source would: reads no document.
+    """Says early what opening the source would: reads no document, but asks the hub for a name.
 
     Raises:
-        ValueError: It is neither a registered task, nor a file or folder that is supported.
+        ValueError: It is nothing that --task-name takes, or not there.
     """
-    if spec.name in TASKS:
-        check_task(spec.name, flag=flag).open_files()
-    else:
-        find_paths(spec.name, flag=flag)
+    place = find_place(spec.name, flag=flag)
+    if place.kind == "files":
+        find_paths(place.path, flag=flag)
+    elif place.kind == "task":
+        TASKS[spec.name].open_local(spec.name, place.path)
+    else:  # both of these import this file
+        module = importlib.import_module("tasks.saved" if place.kind == "saved" else "tasks.hub")
+        module.check(place, form_of(spec.name))
 
 
-def check_task(name: str, *, flag: str) -> TaskEntry:
-    """The entry of a registered task.
+def form_of(name: str) -> Form:
+    """How the rows of a source are read: a registered task's own way, or what README says."""
+    from tasks.lines import LINES  # it imports this file
+
+    return TASKS[name].form if name in TASKS else LINES
+
+
+def find_place(name: str, *, flag: str = TASK_FLAG) -> Place:
+    """Where a source is; what is on disk goes before the hub.
 
     Raises:
-        ValueError: It is not built yet.
+        ValueError: A registered task is not there, or a saved data set has no split to train on.
     """
-    if TASKS[name].module is None:
-        raise ValueError(f"{flag} {name} is not built yet")
-    return TASKS[name]
+    if name in TASKS:
+        return TASKS[name].find(name, flag=flag)
+    is_file_name = os.path.exists(name) or name.endswith(SUFFIXES)
+    if not is_file_name and _HUB_NAME.fullmatch(name):
+        return Place(name, "hub", f"{flag} {shown(name)}: there is no such file or folder")
+    return _local(name, flag)
+
+
+def _local(path: str, flag: str) -> Place:
+    if os.path.isfile(os.path.join(path, "dataset_dict.json")):
+        return Place(os.path.join(path, _training_split(path, flag)), "saved")
+    is_saved = all(
+        os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_info.json")
+    )
+    return Place(path, "saved" if is_saved else "files")
+
+
+def _training_split(folder: str, flag: str) -> str:
+    """The split `train` of several that `datasets` saved in one folder."""
+    where = f"{flag} {shown(folder)}"
+    try:
+        with open(os.path.join(folder, "dataset_dict.json"), encoding="utf-8") as file:
+            splits = [str(split) for split in json.load(file)["splits"]]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"{where}: dataset_dict.json does not list the splits") from error
+    if "train" not in splits:
+        named = shown(", ".join(splits))
+        raise ValueError(
+            f"{where}: the splits saved there are {named}, and none is train: name the folder of "
+            f"one, as {shown(os.path.join(folder, splits[0] if splits else '...'))}"
+        )
+    return "train"
 
 
 def find_paths(name: str, *, flag: str) -> list[str]:
@@ -109,12 +219,15 @@ def find_paths(name: str, *, flag: str) -> list[str]:
     Raises:
         ValueError: There is none, or one of a kind that is not supported.
     """
+    where = f"{flag} {shown(name)}"
     if os.path.isdir(name):
         return _find_in_folder(name, flag)
     if not name.endswith(SUFFIXES):
-        raise ValueError(f"{flag} {shown(name)}: expected {supported()}")
+        is_there = os.path.exists(name) or os.sep not in name
+        what = "" if is_there else "there is no such file or folder, "
+        raise ValueError(f"{where}: {what}expected {supported()}")
     if not os.path.isfile(name):
-        raise ValueError(f"{flag} {shown(name)}: there is no such file")
+        raise ValueError(f"{where}: there is no such file")
     return [name]
 
 
@@ -132,8 +245,10 @@ def _find_in_folder(folder: str, flag: str) -> list[str]:
 
 def supported() -> str:
     """What a source may be, for messages and --help."""
-    tasks = ", ".join(name for name, entry in TASKS.items() if entry.module is not None)
-    return f"a registered task ({tasks}), a {_suffixes()} file, or a folder of such files"
+    return (
+        f"a registered task ({', '.join(TASKS)}), a {_suffixes()} file, a folder of such files, "
+        "a data set saved to disk by datasets, or a hub name (org/name)"
+    )
 
 
 def _suffixes() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -34,6 +34,11 @@ class BadLineError(ValueError):
     """A line that is no document; the text is one line that names file, line and reason."""
 
 
+def one_line(error: Exception) -> str:
+    """What a library says, as it may stand in a message."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 @dataclass(frozen=True)
 class Record:
     """A document, or a bad line, as a file yields it, with the place right after it, from where to
@@ -63,12 +68,35 @@ class SourceFile(Protocol):
         """
 
 
+class Items(Protocol):
+    """What can be read at any place: lines of files, or rows of a table, counted through from 0."""
+
+    @property
+    def num_items(self) -> int:
+        """How many there are, blank ones included."""
+
+    @property
+    def digest(self) -> str:
+        """Says which data it is: another where that has changed."""
+
+    def read(self, number: int) -> Document | BadLineError | None:
+        """The document of an item, or what is wrong with it; None where it is blank.
+
+        Raises:
+            ValueError: The data cannot be read, or is not what it was.
+        """
+
+
 @dataclass(frozen=True)
 class Source:
-    """A registered task, a file or a folder: its name and its files, sorted."""
+    """What --task-name names: its name and its files, sorted.
+
+    open_items: makes of all files what can be read at any place; None: they are read in order.
+    """
 
     name: str
     files: Sequence[SourceFile]
+    open_items: Callable[[], Items] | None = None
 
     def empty_error(self, what: str = "holds no document") -> ValueError:
         """The error for a source that nothing can be made of."""

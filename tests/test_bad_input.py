@@ -233,7 +233,9 @@ FLAG_CASES: dict[str, Case] = {
     ),
     "an unknown task": Case({"task-name": "books"}, ["--task-name", "books", "cot", ".jsonl"]),
     "data of an unknown kind": Case({"task-name": "a.csv"}, ["--task-name", "a.csv", ".parquet"]),
-    "a later task": Case({"task-name": "pile"}, ["--task-name pile is not built yet"]),
+    "no data folder": Case(
+        {"task-name": "{home}/nowhere"}, ["--task-name", "{home}/nowhere", "no such file or folder"]
+    ),
     "an empty data folder": Case(
         {"task-name": "{home}/empty"}, ["--task-name", "{home}/empty", ".jsonl"]
     ),

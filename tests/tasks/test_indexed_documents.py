@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -180,6 +182,34 @@ def test_where_the_index_cannot_be_kept_it_is_made_and_told(
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     assert line_index(str(path)).ends.tolist() == naive(path.read_bytes())
     assert "cannot be kept (Permission denied)" in caplog.text
+
+
+def test_where_its_folder_cannot_be_written_the_index_is_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = tempfile.NamedTemporaryFile
+
+    def refuse(**options: Any) -> Any:
+        if options["dir"] == tmp_path:
+            raise OSError(30, "Read-only file system")
+        return real(**options)
+
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", refuse)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.INFO)
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    other = write_jsonl(tmp_path / "b.jsonl", TEXTS[:9])
+    for name in (str(path), "a.jsonl", str(other)):
+        assert line_index(name).ends.tolist() == naive(Path(name).read_bytes())
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2  # made once for each file, whatever its path is called
+    kept = sorted((tmp_path / "home" / ".cache" / "dist-clm-train").iterdir())
+    assert sorted(line.split(" is ")[1] for line in told) == [
+        f"{one} (beside it: Read-only file system)" for one in kept
+    ]
+    path.write_bytes(path.read_bytes() + b"{}\n")
+    assert line_index(str(path)).ends.tolist() == naive(path.read_bytes())
 
 
 # ---- the order ----

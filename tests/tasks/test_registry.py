@@ -42,12 +42,14 @@ def test_refused(value: str) -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("p3", "--task-name p3 is not built yet"),
-        ("ni", "--task-name ni is not built yet"),
-        ("x.csv.gz", "--task-name x.csv.gz: expected a registered task (cot), a .jsonl"),
+        ("x.csv.gz", "--task-name x.csv.gz: expected a registered task (cot, natural_instruc"),
         ("missing.jsonl", "--task-name missing.jsonl: there is no such file"),
-        ("text.txt", "--task-name text.txt: expected a registered task (cot), a .jsonl"),
-        ("nonsense", "--task-name nonsense: expected a registered task (cot), a .jsonl"),
+        ("./text.txt", "--task-name ./text.txt: expected a registered task"),
+        ("nonsense", "--task-name nonsense: expected a registered task"),
+        ("/data/a.txt", "--task-name /data/a.txt: there is no such file or folder, expected a reg"),
+        ("data/train/", "--task-name data/train/: there is no such file or folder, expected a reg"),
+        ("../other/data", "../other/data: there is no such file or folder, expected a registered"),
+        ("~/data", "--task-name ~/data: there is no such file or folder, expected a registered"),
         ("two\nlines", "--task-name 'two\\nlines': expected a registered task"),
         (
             "empty",

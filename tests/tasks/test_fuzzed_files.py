@@ -1,0 +1,262 @@
+"""Any bytes as a file of any kind: each document is read, or a line says what is wrong."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow
+import pytest
+import zstandard
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from tasks.bad_lines import BadLines
+from tasks.build import open_documents
+from tasks.documents import Documents
+from tasks.jsonl_items import JsonlItems
+from tasks.opening import open_source
+from tasks.packing import Shuffled
+from tasks.source import BadLineError, Document
+
+fuzzed = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+TEXTS = ["good", "good", "", "é 漢字", "long " * 50]
+LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    "jsonl": bytes,
+    "jsonl.gz": lambda raw: gzip.compress(raw, mtime=0),
+    "jsonl.zst": zstandard.compress,
+}
+
+
+def an_epoch(documents: Shuffled) -> Iterator[str]:
+    document = documents.next()
+    while documents.epoch == 0:
+        yield document.text
+        document = documents.next()
+
+
+def read_all(path: Path, *, is_buffered: bool = False) -> tuple[list[str], int, str | None]:
+    """The texts of an epoch, how many lines were skipped, and what ended it sooner."""
+    told = path.parent / "told"
+    told.unlink(missing_ok=True)
+    bad = BadLines(told, max_share=1.0)
+    source = open_source(str(path))
+    if is_buffered:
+        documents: Shuffled = Documents(source, seed=1, chunk_documents=3, bad_lines=bad)
+    else:
+        documents = open_documents(source, seed=1, bad_lines=bad)
+    texts: list[str] = []
+    error = None
+    try:
+        texts.extend(an_epoch(documents))
+    except ValueError as caught:
+        error = str(caught)
+    return texts, len(told.read_text().splitlines()) if told.is_file() else 0, error
+
+
+# ---- lines ----
+
+NO_JSON = st.sampled_from([b"[]", b"null", b'{"text": 1}', b"nul", b'{"text": "a"', b'{"x": "a"}'])
+NO_UTF8 = st.binary(max_size=9).map(lambda raw: b"\xff" + raw.replace(b"\n", b""))
+NO_OBJECT = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3), max_leaves=5,
+).map(lambda value: json.dumps(value).encode())  # fmt: skip
+GOOD = st.tuples(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=5) | st.just("twice"), st.booleans()
+).map(lambda one: (json.dumps({"text": one[0]}, ensure_ascii=one[1]).encode(), one[0]))
+LINE = (
+    GOOD
+    | (NO_JSON | NO_UTF8 | NO_OBJECT).map(lambda raw: (raw, None))
+    | st.sampled_from([b"", b" ", b"\t", b"\r", b" \x0b\x0c "]).map(lambda raw: (raw, ...))
+)
+
+
+@pytest.mark.parametrize("kind", PACK)
+@pytest.mark.parametrize("is_buffered", [False, True])
+@fuzzed
+@given(
+    lines=st.lists(st.tuples(LINE, st.sampled_from([b"\n", b"\r\n"])), max_size=12),
+    is_marked=st.booleans(), is_ended=st.booleans(),
+)  # fmt: skip
+def test_no_line_is_dropped(
+    kind: str, is_buffered: bool, lines: list[tuple[tuple[bytes, object], bytes]],
+    is_marked: bool, is_ended: bool, tmp_path: Path,
+) -> None:  # fmt: skip
+    """Equal lines are as many documents; what is not blank is a document, or skipped and named."""
+    raw = b"".join(line + end for (line, _), end in lines)
+    raw = raw if is_ended or not lines else raw.removesuffix(lines[-1][1])
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(PACK[kind]((b"\xef\xbb\xbf" if is_marked else b"") + raw))
+    good = Counter(text for (_, text), _ in lines if isinstance(text, str))
+    num_bad = sum(text is None for (_, text), _ in lines)
+    texts, num_skipped, error = read_all(path, is_buffered=is_buffered)
+    assert (Counter(texts), num_skipped) == (good, num_bad)
+    assert error == (None if good else f"{path}: the source holds no document")
+
+
+# ---- files ----
+
+
+def table() -> bytes:
+    """A small file of parquet, in two row groups."""
+    file = io.BytesIO()
+    texts = [{"text": text, "messages": None} for text in TEXTS]
+    messages = [{"text": None, "messages": [{"role": "user", "content": "a"}]}]
+    parquet.write_table(pyarrow.Table.from_pylist([*texts, *messages]), file, row_group_size=3)
+    return file.getvalue()
+
+
+WHOLE = {kind: pack(LINES) for kind, pack in PACK.items()} | {"parquet": table()}
+
+
+def check_told(path: Path) -> None:
+    """All of it is read, or one line names the file."""
+    *_, error = read_all(path)
+    assert error is None or (str(path) in error and "\n" not in error), error
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+@fuzzed
+@given(raw=st.binary(max_size=200))
+@example(raw=b"PAR1")
+@example(raw=b"PAR1" * 3)
+@example(raw=b"PAR1\xff\xff\xff\x7fPAR1")
+def test_noise(kind: str, raw: bytes, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(raw)
+    check_told(path)
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_a_file_with_bytes_that_are_others(kind: str, tmp_path: Path) -> None:
+    path, whole = tmp_path / f"a.{kind}", WHOLE[kind]
+    draw = random.Random(1)
+    for _ in range(300):
+        raw = bytearray(whole)
+        for _ in range(draw.randint(1, 4)):
+            raw[draw.randrange(len(raw))] = draw.randrange(256)
+        path.write_bytes(raw)
+        check_told(path)
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "parquet"])
+def test_a_file_that_was_cut_at_any_byte(kind: str, tmp_path: Path) -> None:
+    """It is never taken for a whole one, nor is a part of a line for a document."""
+    path, whole = tmp_path / f"a.{kind}", WHOLE[kind]
+    for cut in range(0, len(whole), 11 if kind == "parquet" else 1):
+        path.write_bytes(whole[:cut])
+        texts, num_skipped, error = read_all(path)
+        assert error is not None
+        assert str(path) in error
+        assert "\n" not in error
+        assert num_skipped == 0
+        assert set(texts) <= set(TEXTS)
+
+
+def test_texts_of_a_table_that_are_no_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    texts = pyarrow.array([b"a", b"\xff", b"b", b"\xc3"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": texts}), path)
+    texts_read, num_skipped, error = read_all(path)
+    assert (sorted(texts_read), num_skipped, error) == (["a", "b"], 2, None)
+
+
+@pytest.mark.parametrize("kind", [*PACK, "parquet"])
+def test_a_huge_line(kind: str, tmp_path: Path) -> None:
+    path, huge = tmp_path / f"a.{kind}", "漢 12" * 4_000_000
+    if kind == "parquet":
+        parquet.write_table(pyarrow.table({"text": ["before", huge, "after"]}), path)
+    else:
+        rows = [{"text": text} for text in ("before", huge, "after")]
+        raw = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        path.write_bytes(PACK[kind](raw.encode()))
+    texts, _, error = read_all(path)
+    assert sorted(texts) == ["after", "before", huge]
+    assert error is None
+
+
+# ---- a file that is edited while it is read ----
+
+
+def content(lengths: list[int]) -> bytes:
+    return b"".join(b'{"text": "%s"}\n' % (b"a" * length) for length in lengths)
+
+
+ONE_LINE = len(content([0]))
+
+
+@fuzzed
+@given(
+    lengths=st.lists(st.integers(0, 30), min_size=2, max_size=6),
+    moved=st.integers(0, 30), is_joined=st.booleans(), is_ended=st.booleans(), data=st.data(),
+)  # fmt: skip
+def test_an_edit_that_keeps_the_size_is_seen_or_read_as_it_is(
+    lengths: list[int], moved: int, is_joined: bool, is_ended: bool, data: st.DataObject,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """A line is one of the file as it is now, or an error; never a part of one, nor two."""
+    edited = list(lengths)
+    place = data.draw(st.integers(0, len(lengths) - 2))
+    if is_joined:
+        edited[place : place + 2] = [sum(edited[place : place + 2]) + ONE_LINE]
+    else:
+        moved = min(moved, edited[place])
+        edited[place], edited[place + 1] = edited[place] - moved, edited[place + 1] + moved
+    before, after = (content(one) if is_ended else content(one)[:-1] for one in (lengths, edited))
+    assert len(before) == len(after)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(before)
+    items = JsonlItems([str(path)])
+    path.write_bytes(after)
+    is_now = [sum(lengths[:n]) + n * ONE_LINE for n in range(len(lengths))]
+    of_now = {sum(edited[:n]) + n * ONE_LINE: n for n in range(len(edited))}
+    for number in range(items.num_items):
+        line = of_now.get(is_now[number])
+        is_whole = line is not None and edited[line] == lengths[number]
+        if is_whole:
+            assert items.read(number) == Document("a" * lengths[number], f"{path}:{number + 1}")
+        else:
+            with pytest.raises(ValueError, match="changed after its lines had been found") as told:
+                items.read(number)
+            assert str(told.value).startswith(f"{path}:{number + 1}: ")
+            assert not isinstance(told.value, BadLineError)  # which might be skipped
+
+
+@pytest.mark.parametrize("more", [b"tail", b'\n{"text": "a"}\n', b"\n"])
+def test_a_last_line_without_an_end_that_grows(more: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content([1, 2])[:-1])
+    items = JsonlItems([str(path)])
+    with path.open("ab") as file:
+        file.write(more)
+    assert items.read(0) == Document("a", f"{path}:1")
+    with pytest.raises(ValueError, match=r"a.jsonl:2: the file changed after its lines"):
+        items.read(1)
+
+
+def test_an_edit_within_a_line_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content([3, 3]))
+    items = JsonlItems([str(path)])
+    path.write_bytes(content([3, 3]).replace(b"aaa", b"bbb"))
+    assert items.read(1) == Document("bbb", f"{path}:2")
+
+
+def test_a_file_that_goes_away_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content([3]))
+    items = JsonlItems([str(path)])
+    path.unlink()
+    for ask in (lambda: items.read(0), lambda: items.digest):
+        with pytest.raises(ValueError, match=r"a\.jsonl.*: No such file"):
+            ask()
