@@ -59,8 +59,12 @@ class Alone(nn.Module):
         self.model, self._find = model, find
 
     def forward(self, tokens: Tensor, labels: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(loss=self.token_losses(tokens, labels).mean())
+
+    def token_losses(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Of all that are predicted."""
         losses = [
             losses_alone(self.model, tokens[row, here])[labels[row, here][1:] != IGNORED]
             for row, here in documents_in(self._find(tokens))
         ]
-        return SimpleNamespace(loss=torch.cat(losses).mean())
+        return torch.cat(losses)
