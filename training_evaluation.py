@@ -56,7 +56,7 @@ class Evaluation:
         """The sums over one set; rank 0 has its batches."""
         loss, tokens, bad = 0.0, 0, list[tuple[int, int]]()
         for number, rows in enumerate(evaluation_feed(self.scatter, self.control, batches)):
-            batch = PipelineBatch(rows.tokens, rows.labels, (), self.micro_rows)
+            batch = PipelineBatch(rows.tokens, rows.labels, (), self.micro_rows, rows.begins)
             one = self.engine.evaluate(batch)
             loss, tokens = loss + one.total, tokens + one.tokens
             bad += [

@@ -232,7 +232,7 @@ class TrainingLoop:
             derive_seed(settings.seed, "dropout", update, sequence)
             for sequence in range(first, first + settings.rows)
         ]
-        return PipelineBatch(rows.tokens, rows.labels, keys, settings.micro_rows)
+        return PipelineBatch(rows.tokens, rows.labels, keys, settings.micro_rows, rows.begins)
 
     def _check_finite(
         self, step: int, totals: Totals, batch: PipelineBatch, losses: Losses

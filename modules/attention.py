@@ -2,40 +2,71 @@
 sequences (`modules.short_attention`).
 
 Dropout masks depend on the sequence alone (`modules.dropout`), so each row is then run by itself.
+Where documents are kept apart, each of them is: its mask depends on the sequence and on its number
+there.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from modules.document_attention import document_attention
+from modules.documents import Documents
 from modules.dropout import Keys, derive_seed
 from modules.rounded_products import product_type
-from modules.short_attention import is_short, short_attention
+from modules.short_attention import row_attention
 
 
 def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, dropout: float, site: str, keys: Keys
-) -> Tensor:
-    """Causal softmax attention, scaled by the root of the head's size.
+    query: Tensor, key: Tensor, value: Tensor, *, dropout: float, site: str, keys: Keys,
+    documents: Documents | None,
+) -> Tensor:  # fmt: skip
+    """Causal softmax attention, scaled by the root of the head's size; inside `documents`.
 
-    Tensors are (rows, heads, tokens, head size). torch's kernel takes its dropout mask from the
-    device's default generator, which nothing else here draws from: it is seeded for each row.
+    Tensors are (rows, heads, tokens, head size).
     """
     kind = product_type(query)
     query_, key, value = query.to(kind), key.to(kind), value.to(kind)
-    if keys is None or dropout == 0.0:
-        if is_short(query):
-            return short_attention(query_, key, value).to(query.dtype)
-        return scaled_dot_product_attention(query_, key, value, is_causal=True).to(query.dtype)
+    if keys is not None and dropout > 0.0:
+        out = _with_dropout(
+            query_, key, value, dropout=dropout, site=site, keys=keys, documents=documents
+        )
+    elif documents is not None:
+        out = document_attention(query_, key, value, documents)
+    else:
+        out = row_attention(query_, key, value)
+    return out.to(query.dtype)
+
+
+def _with_dropout(
+    query: Tensor, key: Tensor, value: Tensor, *, dropout: float, site: str, keys: Sequence[int],
+    documents: Documents | None,
+) -> Tensor:  # fmt: skip
+    """torch's kernel takes its mask from the device's default generator, which nothing else here
+    draws from: it is seeded for each row or document."""
     rows = []
     for row, sequence_key in enumerate(keys):
-        torch.manual_seed(derive_seed(sequence_key, site))
-        one = slice(row, row + 1)
-        rows.append(
-            scaled_dot_product_attention(
-                query_[one], key[one], value[one], is_causal=True, dropout_p=dropout
+        lengths, sites = _pieces(row, query.shape[2], site, documents)
+        pieces = (tensor[row : row + 1].split(lengths, dim=2) for tensor in (query, key, value))
+        attended = []
+        for place, q, k, v in zip(sites, *pieces, strict=True):
+            torch.manual_seed(derive_seed(sequence_key, place))
+            attended.append(
+                scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
             )
-        )
-    return torch.cat(rows).to(query.dtype)
+        rows.append(torch.cat(attended, dim=2))
+    return torch.cat(rows)
+
+
+def _pieces(
+    row: int, tokens: int, site: str, documents: Documents | None
+) -> tuple[list[int], list[str]]:
+    """What of a row is attended to by itself: how many tokens each, and where its mask is drawn."""
+    if documents is None:
+        return [tokens], [site]
+    lengths = documents.lengths_of_rows[row]
+    return lengths, [f"{site}.{number}" for number in range(len(lengths))]

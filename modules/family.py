@@ -1,8 +1,9 @@
 """What a model family is: three kinds of module, their names in Hugging Face files, its config.
 
 A family's file (`modules/gptneox.py`, say) defines `FAMILY`. A model is an embedding, then blocks,
-then a head. Each is one layer shard, and all are called alike: `module(x, keys)`, where `keys` are
-the dropout keys of the rows of `x` (`modules.dropout`), or None for no dropout.
+then a head. Each is one layer shard, and all are called alike: `module(x, keys, documents)`, where
+`keys` are the dropout keys of the rows of `x` (`modules.dropout`), or None for no dropout, and
+`documents` those of the rows (`modules.documents`), or None where attention goes over whole rows.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from transformers import GPTJConfig
 from transformers.activations import ACT2FN
 
 from modules.attention import causal_attention
+from modules.documents import Documents
 from modules.dropout import KeyedDropout, Keys
 from modules.family import Family, check_activation, check_heads
 from modules.head import Head
@@ -27,7 +28,7 @@ class Embedding(nn.Module):
         self.wte = Lookup(config.vocab_size, config.n_embd)
         self.dropout = KeyedDropout(config.embd_pdrop, "embedding")
 
-    def forward(self, tokens: Tensor, keys: Keys = None) -> Tensor:
+    def forward(self, tokens: Tensor, keys: Keys = None, documents: object = None) -> Tensor:
         out: Tensor = self.dropout(self.wte(tokens), keys)
         return out
 
@@ -52,11 +53,13 @@ class Attention(nn.Module):
         rows, tokens, _ = x.shape
         return x.view(rows, tokens, -1, self.head_size).transpose(1, 2)
 
-    def forward(self, x: Tensor, keys: Keys) -> Tensor:
+    def forward(self, x: Tensor, keys: Keys, documents: Documents | None) -> Tensor:
         rows, tokens, _ = x.shape
         turn = rotation(
             tokens, self.rotary_dim, ROTARY_BASE, pairs=True, dtype=x.dtype, device=x.device
         )
+        if documents is not None:
+            turn = turn.at(documents.positions)
         mixed = causal_attention(
             rotate(self._heads(self.q_proj(x)), turn),
             rotate(self._heads(self.k_proj(x)), turn),
@@ -64,6 +67,7 @@ class Attention(nn.Module):
             dropout=self.dropout,
             site=self.site,
             keys=keys,
+            documents=documents,
         )
         out: Tensor = self.out_proj(mixed.transpose(1, 2).reshape(rows, tokens, -1))
         out = self.resid_dropout(out, keys)
@@ -95,9 +99,11 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config, layer)
 
-    def forward(self, x: Tensor, keys: Keys = None) -> Tensor:
+    def forward(
+        self, x: Tensor, keys: Keys = None, documents: Documents | None = None
+    ) -> Tensor:
         normed = self.ln_1(x)
-        out: Tensor = self.attn(normed, keys) + self.mlp(normed, keys) + x
+        out: Tensor = self.attn(normed, keys, documents) + self.mlp(normed, keys) + x
         return out
 
 

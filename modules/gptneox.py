@@ -11,6 +11,7 @@ from transformers import GPTNeoXConfig
 from transformers.activations import ACT2FN
 
 from modules.attention import causal_attention
+from modules.documents import Documents
 from modules.dropout import KeyedDropout, Keys
 from modules.family import Family, check_activation, check_heads
 from modules.head import Head
@@ -26,7 +27,7 @@ class Embedding(nn.Module):
         self.embed_in = Lookup(config.vocab_size, config.hidden_size)
         self.dropout = KeyedDropout(config.hidden_dropout, "embedding")
 
-    def forward(self, tokens: Tensor, keys: Keys = None) -> Tensor:
+    def forward(self, tokens: Tensor, keys: Keys = None, documents: object = None) -> Tensor:
         out: Tensor = self.dropout(self.embed_in(tokens), keys)
         return out
 
@@ -45,14 +46,18 @@ class Attention(nn.Module):
         self.query_key_value = Linear(hidden, 3 * hidden, bias=bias)
         self.dense = Linear(hidden, hidden, bias=bias)
 
-    def forward(self, x: Tensor, keys: Keys) -> Tensor:
+    def forward(self, x: Tensor, keys: Keys, documents: Documents | None) -> Tensor:
         rows, tokens, _ = x.shape
         heads = self.query_key_value(x).view(rows, tokens, -1, 3 * self.head_size).transpose(1, 2)
         turn = rotation(
             tokens, self.rotary_dim, self.rotary_base, pairs=False, dtype=x.dtype, device=x.device
         )
+        if documents is not None:
+            turn = turn.at(documents.positions)
         query, key, value = split_and_rotate(heads, turn)
-        mixed = causal_attention(query, key, value, dropout=self.dropout, site=self.site, keys=keys)
+        mixed = causal_attention(
+            query, key, value, dropout=self.dropout, site=self.site, keys=keys, documents=documents
+        )
         out: Tensor = self.dense(mixed.transpose(1, 2).reshape(rows, tokens, -1))
         return out
 
@@ -85,8 +90,10 @@ class Block(nn.Module):
         self.attention_dropout = KeyedDropout(config.hidden_dropout, f"{layer}.attention")
         self.mlp_dropout = KeyedDropout(config.hidden_dropout, f"{layer}.mlp")
 
-    def forward(self, x: Tensor, keys: Keys = None) -> Tensor:
-        attended: Tensor = self.attention(self.input_layernorm(x), keys)
+    def forward(
+        self, x: Tensor, keys: Keys = None, documents: Documents | None = None
+    ) -> Tensor:
+        attended: Tensor = self.attention(self.input_layernorm(x), keys, documents)
         attended = self.attention_dropout(attended, keys)
         residual = x if self.parallel else attended + x
         fed: Tensor = self.mlp(self.post_attention_layernorm(residual))

@@ -30,7 +30,7 @@ class Head(nn.Module):
     def projection(self) -> Linear:
         raise NotImplementedError
 
-    def forward(self, x: Tensor, keys: object = None) -> Tensor:
+    def forward(self, x: Tensor, keys: object = None, documents: object = None) -> Tensor:
         """(rows, tokens, hidden) to logits (rows, tokens, vocabulary)."""
         logits: Tensor = self.projection(self.norm(x))
         return logits

@@ -6,7 +6,7 @@ Turning back is turning by the opposite angle, so backward needs nothing that fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,13 +16,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rotation:
-    """Tables made once: cosines and sines (tokens, pairs), and where in a head each pair lies."""
+    """Tables made once: cosines and sines (tokens, pairs), and where in a head each pair lies.
+
+    Of `at`, they are (rows, 1, tokens, pairs), for all heads of each row.
+    """
 
     cos: Tensor
     sin: Tensor
     first: slice
     second: slice
     width: int
+
+    def at(self, positions: Tensor) -> Rotation:
+        """For tokens at other positions than theirs in the row: int64 (rows, tokens)."""
+        cos, sin = (table[positions].unsqueeze(1) for table in (self.cos, self.sin))
+        return replace(self, cos=cos, sin=sin)
 
     def turn(self, x: Tensor, out: Tensor, *, back: bool = False) -> None:
         """Writes `x` (rows, heads, tokens, head size), turned, into `out` of that shape."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 QUERIES = 64  # of a block
 KEPT_TOKENS = 4  # times the head size: then the probabilities are an eighth of the activations
@@ -21,6 +22,13 @@ KEPT_TOKENS = 4  # times the head size: then the probabilities are an eighth of 
 def is_short(query: Tensor) -> bool:
     """Whether to attend here: `query` is (rows, heads, tokens, head size)."""
     return query.device.type == "cpu" and query.shape[2] <= KEPT_TOKENS * query.shape[3]
+
+
+def row_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal softmax attention, as `short_attention`: here or, where that is better, by torch."""
+    if is_short(query):
+        return short_attention(query, key, value)
+    return scaled_dot_product_attention(query, key, value, is_causal=True)
 
 
 def short_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from modules.documents import Documents
 from modules.dropout import Keys
 from modules.family import Family
 from modules.head import Head
@@ -38,21 +39,25 @@ class StageModel(nn.ModuleList):
         self.has_embedding = indices.start == 0
         self.has_head = indices.stop == config.num_hidden_layers + 2
 
-    def forward(self, x: Tensor, keys: Keys, *, recompute: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, keys: Keys, *, documents: Documents | None = None, recompute: bool = False
+    ) -> Tensor:
         """Activations (rows, tokens, hidden) or, on the first stage, token ids (rows, tokens) to
         activations or, on the last stage, logits of all but the last position.
 
+        `documents` of the rows: attention and positions stay inside each; None: they go over rows.
         `recompute` keeps a block's input alone and computes the rest again in backward.
         """
-        x = self._up_to_head(x, keys, recompute=recompute)
-        return self.head(x[:, :-1], keys) if self.has_head else x
+        x = self._up_to_head(x, keys, documents, recompute=recompute)
+        return self.head(x[:, :-1], keys, documents) if self.has_head else x
 
     def loss(
-        self, x: Tensor, labels: Tensor, keys: Keys, *, scale: float, recompute: bool = False
-    ) -> Tensor:
+        self, x: Tensor, labels: Tensor, keys: Keys, *, scale: float,
+        documents: Documents | None = None, recompute: bool = False,
+    ) -> Tensor:  # fmt: skip
         """The last stage's sum of token losses; labels (rows, tokens), of which the last position's
         are not used. Backward gives the gradients of it times `scale` (`modules.head`)."""
-        x = self._up_to_head(x, keys, recompute=recompute)
+        x = self._up_to_head(x, keys, documents, recompute=recompute)
         return self.head.loss(x[:, :-1], labels[:, :-1], scale=scale)
 
     @property
@@ -61,13 +66,17 @@ class StageModel(nn.ModuleList):
         assert isinstance(head, Head)
         return head
 
-    def _up_to_head(self, x: Tensor, keys: Keys, *, recompute: bool) -> Tensor:
+    def _up_to_head(
+        self, x: Tensor, keys: Keys, documents: Documents | None, *, recompute: bool
+    ) -> Tensor:
         for index, module in zip(self.indices, self, strict=True):
             if self.has_head and index == self.indices.stop - 1:
                 break
             run = cast(Callable[..., Tensor], module)
             if recompute and index > 0 and torch.is_grad_enabled():
-                x = checkpoint(run, x, keys, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(
+                    run, x, keys, documents, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                x = run(x, keys)
+                x = run(x, keys, documents)
         return x

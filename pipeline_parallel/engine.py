@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from comm.communicator import PeerLostError
+from modules.documents import Documents
 from modules.dropout import Keys
 from modules.head import IGNORED
 from monitor.trace import NO_TRACER, Tracer, Track
@@ -50,13 +51,17 @@ class PipelineBatch:
     """One pipeline's rows of one iteration, cut into microbatches.
 
     `tokens` (rows, tokens) is there on the first stage, `labels` (rows, tokens) on the last;
-    `keys` are the dropout keys of the rows.
+    `keys` are the dropout keys of the rows, and `rows` how many a microbatch has. `begins` (rows,
+    tokens), on the host and on every stage, is where in its row each token's document begins; None
+    where documents are not kept apart.
     """
 
     def __init__(
-        self, tokens: Tensor | None, labels: Tensor | None, keys: Sequence[int], rows: int
-    ) -> None:
+        self, tokens: Tensor | None, labels: Tensor | None, keys: Sequence[int], rows: int,
+        begins: Tensor | None = None,
+    ) -> None:  # fmt: skip
         self._tokens, self._labels, self._keys, self._rows = tokens, labels, keys, rows
+        self._begins = begins
 
     def tokens(self, microbatch: int) -> Tensor | None:
         return None if self._tokens is None else self._tokens[self._span(microbatch)]
@@ -66,6 +71,11 @@ class PipelineBatch:
 
     def keys(self, microbatch: int) -> Keys:
         return self._keys[self._span(microbatch)]
+
+    def documents(self, microbatch: int, device: torch.device) -> Documents | None:
+        if self._begins is None:
+            return None
+        return Documents(self._begins[self._span(microbatch)], device)
 
     def num_trained(self) -> int:
         """Tokens that are predicted, as the last stage sees them; 0 elsewhere."""
@@ -158,16 +168,19 @@ class Engine:
         labels = batch.labels(microbatch)
         x = self._input(microbatch, batch)
         self._channel.settle(gradients=self._gradients_arrived[microbatch])
-        keys = batch.keys(microbatch)
+        keys, documents = batch.keys(microbatch), batch.documents(microbatch, x.device)
         with self._tracer.span(Track.FORWARD_COMPUTE, microbatch=microbatch):
-            out = self._stage.forward(microbatch, x, labels, keys, loss_scale=self._loss_scale)
+            out = self._stage.forward(
+                microbatch, x, labels, keys, loss_scale=self._loss_scale, documents=documents
+            )
         self._give(out, is_loss=labels is not None)
 
     def _evaluate_one(self, microbatch: int, batch: PipelineBatch) -> None:
         labels = batch.labels(microbatch)
         x = self._input(microbatch, batch)
         self._channel.settle(activations=microbatch - AHEAD)
-        out = self._stage.evaluate(x, labels)
+        documents = batch.documents(microbatch, x.device)
+        out = self._stage.evaluate(x, labels, documents=documents)
         if self._not_finite is not None and x.isfinite().all() and not out.isfinite().all():
             self._not_finite.append(microbatch)
         self._give(out, is_loss=labels is not None)

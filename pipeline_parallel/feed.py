@@ -1,5 +1,7 @@
 """Token blocks on their way from global rank 0 to every pipeline's first and last stage.
 
+Where documents are kept apart, every stage attends inside them: where they begin goes to all.
+
 Token ids are small, so rank 0 alone reads data. It sends an iteration's rows while the one before
 is computed, so that no stage waits for text.
 """
@@ -35,23 +37,29 @@ class HostBatch(Protocol):
 
 
 class Rows(NamedTuple):
-    """This process's rows on its device: tokens on a first stage, labels on a last one."""
+    """This process's rows on its device: tokens on a first stage, labels on a last one.
+
+    begins: on the host, on every stage, where documents are kept apart.
+    """
 
     tokens: Tensor | None
     labels: Tensor | None
+    begins: Tensor | None = None
 
 
 class Scatter:
     """Sends rank 0's batches out; every rank takes part, with what its stage needs.
 
-    `rows` is the number of rows of one pipeline, `tokens` their length.
+    `rows` is the number of rows of one pipeline, `tokens` their length. keeps_apart: the batches
+    say where documents begin.
     """
 
     def __init__(
         self, control: Communicator, topology: Topology, *, rows: int, tokens: int,
-        device: torch.device,
+        keeps_apart: bool, device: torch.device,
     ) -> None:  # fmt: skip
         self._control, self._topology, self._device = control, topology, device
+        self._keeps_apart = keeps_apart
         self._rows, self._shape = rows, (rows, tokens)
         self._works: list[Work] = []
         self._buffers: dict[str, Tensor] = {}
@@ -73,20 +81,24 @@ class Scatter:
         for work in self._works:
             work.wait()
         self._works.clear()
+        begins = self._buffers.pop("begins", None)
         placed = {name: ids.to(self._device) for name, ids in self._buffers.items()}
-        return Rows(placed.get("tokens"), placed.get("labels"))
+        return Rows(placed.get("tokens"), placed.get("labels"), begins)
 
     def _needs(self, stage: int) -> dict[str, bool]:
-        return {"tokens": stage == 0, "labels": stage == self._topology.num_stages - 1}
+        last = self._topology.num_stages - 1
+        return {"tokens": stage == 0, "labels": stage == last, "begins": self._keeps_apart}
 
     def _send_replica(self, batch: HostBatch, replica: int) -> None:
         span = slice(replica * self._rows, (replica + 1) * self._rows)
-        arrays = {"tokens": batch.tokens, "labels": batch.labels}
-        for stage in sorted({0, self._topology.num_stages - 1}):
+        arrays = {"tokens": batch.tokens, "labels": batch.labels, "begins": batch.begins}
+        for stage in range(self._topology.num_stages):
             rank = self._topology.rank_of(stage=stage, replica=replica)
             for name, needed in self._needs(stage).items():
                 if needed:
-                    self._place(name, torch.from_numpy(arrays[name][span].copy()), rank)
+                    ids = arrays[name]
+                    assert ids is not None, "batches say where documents begin, as was promised"
+                    self._place(name, torch.from_numpy(ids[span].copy()), rank)
 
     def _place(self, name: str, ids: Tensor, rank: int) -> None:
         if rank == 0:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from modules.documents import Documents
 from modules.dropout import Keys
 from modules.linear import Deferred, GradientSink, attach_sink
 from modules.stage_model import StageModel
@@ -36,20 +37,27 @@ class Stage:
         attach_sink(model, gradients)
 
     def forward(
-        self, microbatch: int, x: Tensor, labels: Tensor | None, keys: Keys, *, loss_scale: float
-    ) -> Tensor:
+        self, microbatch: int, x: Tensor, labels: Tensor | None, keys: Keys, *, loss_scale: float,
+        documents: Documents | None = None,
+    ) -> Tensor:  # fmt: skip
         """Runs `x` (activations, or token ids) and keeps what backward needs.
 
         Returns activations to send on or, given `labels` (rows, tokens), the sum of token losses,
-        whose gradients will be those of the sum times `loss_scale`.
+        whose gradients will be those of the sum times `loss_scale`. `documents` of the rows are
+        kept apart.
         """
         if x.is_floating_point():
             x.requires_grad_()
         with self._gradients.deferring(self._deferred_of(microbatch)):
             if labels is None:
-                out: Tensor = self._model(x, keys, recompute=self._recompute)
+                out: Tensor = self._model(
+                    x, keys, documents=documents, recompute=self._recompute
+                )
             else:
-                out = self._model.loss(x, labels, keys, scale=loss_scale, recompute=self._recompute)
+                out = self._model.loss(
+                    x, labels, keys, scale=loss_scale, documents=documents,
+                    recompute=self._recompute,
+                )  # fmt: skip
         self._live[microbatch] = _Live(x, out)
         return out.detach()
 
@@ -69,12 +77,14 @@ class Stage:
             add()
 
     @torch.no_grad()
-    def evaluate(self, x: Tensor, labels: Tensor | None) -> Tensor:
+    def evaluate(
+        self, x: Tensor, labels: Tensor | None, *, documents: Documents | None = None
+    ) -> Tensor:
         """As `forward`, without dropout, keeping nothing."""
         if labels is None:
-            out: Tensor = self._model(x, None)
+            out: Tensor = self._model(x, None, documents=documents)
             return out
-        return self._model.loss(x, labels, None, scale=1.0)
+        return self._model.loss(x, labels, None, scale=1.0, documents=documents)
 
     def _deferred_of(self, microbatch: int) -> Deferred | None:
         """Where a microbatch's products are put off to; None where nothing is."""

@@ -52,7 +52,7 @@ class IdleStage:
     def forward(self, microbatch: int, x: Tensor, *args: object, **options: object) -> Tensor:
         return torch.zeros(())
 
-    def evaluate(self, x: Tensor, labels: Tensor | None) -> Tensor:
+    def evaluate(self, x: Tensor, labels: Tensor | None, **options: object) -> Tensor:
         return torch.zeros(())
 
     def backward(self, microbatch: int, gradient: Tensor | None) -> Tensor:
