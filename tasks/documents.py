@@ -8,12 +8,15 @@ one chunk.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 from tasks.bad_lines import BadLines
+from tasks.file_digest import describe_file
 from tasks.registry import shown
 from tasks.seeds import derive_seed
 from tasks.source import BadLineError, Document, Record, Source
@@ -127,7 +130,16 @@ class Documents:
             "offset": self._start.offset,
             "line": self._start.line,
             "index": self._index,
+            "digest": self._digest,
         }
+
+    @cached_property
+    def _digest(self) -> str:
+        """What the files are; those that are not on a disk have their names alone."""
+        found = hashlib.blake2b(digest_size=16)
+        for path in sorted(file.path for file in self.source.files):
+            found.update(describe_file(path, 0) if os.path.isfile(path) else path.encode())
+        return found.hexdigest()
 
     def restore(self, state: State) -> None:
         """Goes to where `state` was taken, reading one chunk.
@@ -141,6 +153,8 @@ class Documents:
         names = [os.path.basename(file.path) for file in self._files]
         if len(names) != state["files"] or state["file"] not in names:
             raise self._changed(f"{len(names)} files, not {state['files']} with {state['file']}")
+        if state.get("digest", self._digest) != self._digest:  # older checkpoints have none
+            raise self._changed("its files have other sizes or contents")
         start = _Cursor(names.index(state["file"]), state["offset"], state["line"])
         self._go_to(state["chunk"], start)
         if state["index"]:

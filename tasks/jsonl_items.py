@@ -34,10 +34,11 @@ class JsonlItems:
 
     @cached_property
     def digest(self) -> str:
-        """What the files are: names, sizes, numbers of lines, and both ends of each."""
+        """What the files are: names, sizes, both ends of each, and where all lines end."""
         found = hashlib.blake2b(digest_size=16)
         for path, index in zip(self._paths, self._indices, strict=True):
             found.update(describe_file(path, len(index)))
+            found.update(index.digest)
         return found.hexdigest()
 
     def read(self, number: int) -> Document | BadLineError | None:

@@ -120,3 +120,13 @@ def test_goes_on_from_any_block(tmp_path: Path, kind: str) -> None:
     for _ in range(200):
         resumed.next_block()
     assert through_json(resumed.state()) == counts
+
+
+def test_a_document_that_shrank_is_not_resumed(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl.zst", make_texts(40, seed=3))
+    source = source_of(path)
+    for _ in range(20):
+        source.next_block()
+    write_jsonl(path, ["short"] * 40)
+    with pytest.raises(ValueError, match=r"a\.jsonl\.zst: the source changed since the checkpoint"):
+        source_of(path).restore(source.state())

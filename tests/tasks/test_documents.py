@@ -88,6 +88,9 @@ def test_changed_files_are_not_resumed(tmp_path: Path) -> None:
     (path / state["file"]).write_bytes(b"")
     with pytest.raises(ValueError, match="folder: the source changed since the checkpoint"):
         _open(path).restore(state | {"offset": 10**6, "index": 99})
+    file = write_folder(tmp_path / "edited", [*TEXTS[:-1], TEXTS[-1].upper()]) / state["file"]
+    with pytest.raises(ValueError, match=r"edited: .* its files have other sizes or contents$"):
+        _open(file.parent).restore(state)
     write_jsonl(path / "more.jsonl", ["more"])
     with pytest.raises(ValueError, match="changed since the checkpoint: 6 files, not 5"):
         _open(path).restore(state)

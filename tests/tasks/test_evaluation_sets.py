@@ -89,8 +89,8 @@ def test_every_source_is_looked_for() -> None:
     check_evaluation_data("plain,b.jsonl,a.jsonl=plain/a.jsonl")
     with pytest.raises(ValueError, match=r"^--evaluation-data no\.jsonl: there is no such file$"):
         check_evaluation_data("b.jsonl,x=no.jsonl")
-    with pytest.raises(ValueError, match=r"^--evaluation-data p3 is not built yet$"):
-        check_evaluation_data("b.jsonl,p3")
+    with pytest.raises(ValueError, match=r"^--evaluation-data cot: there is no .*mmlu-cot"):
+        check_evaluation_data("b.jsonl,cot")
 
 
 def test_it_is_read_without_torch() -> None:

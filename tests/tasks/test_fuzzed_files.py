@@ -22,7 +22,7 @@ from tasks.build import open_documents
 from tasks.documents import Documents
 from tasks.jsonl_items import JsonlItems
 from tasks.opening import open_source
-from tasks.packing import Shuffled
+from tasks.shuffled import Shuffled
 from tasks.source import BadLineError, Document
 
 fuzzed = settings(

@@ -109,6 +109,17 @@ def test_a_source_that_changed_is_not_resumed(path: Path) -> None:
             opened(path).restore(state)
 
 
+def test_lines_that_moved_in_the_middle_are_seen(tmp_path: Path) -> None:
+    """The same size and the same ends: a word went from one line to another."""
+    texts = ["a" * 100_000, "word", "", "b" * 100_000]
+    documents = opened(write_jsonl(tmp_path / "a.jsonl", texts))
+    state = documents.state()
+    opened(tmp_path / "a.jsonl").restore(state)
+    write_jsonl(tmp_path / "a.jsonl", [texts[0], "", "word", texts[3]])
+    with pytest.raises(ValueError, match="the source changed since the checkpoint"):
+        opened(tmp_path / "a.jsonl").restore(state)
+
+
 def test_a_buffered_shuffle_is_not_taken_for_this_one(tmp_path: Path) -> None:
     documents = opened(write_jsonl(tmp_path / "a.jsonl", TEXTS))
     with pytest.raises(ValueError, match=r"a.jsonl: the checkpoint was written when"):
