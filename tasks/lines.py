@@ -54,7 +54,7 @@ def parse_row(value: Any, where: str, form: Form | None = None) -> Document | Ba
     form = form or LINES
     try:
         if not isinstance(value, Mapping):
-            what = FORMS if form is LINES else " or ".join(f'"{key}"' for key in form.columns)
+            what = FORMS if form == LINES else " or ".join(f'"{key}"' for key in form.columns)
             raise BadLineError(f"{where}: expected an object, {what}, got {_kind(value)}")
         return form.parse(value, where)
     except BadLineError as error:

@@ -171,6 +171,15 @@ def test_texts_of_a_table_that_are_no_utf8(tmp_path: Path) -> None:
     assert (sorted(texts_read), num_skipped, error) == (["a", "b"], 2, None)
 
 
+def test_columns_of_a_table_that_are_no_utf8(tmp_path: Path) -> None:
+    path, file = tmp_path / "a.parquet", io.BytesIO()
+    parquet.write_table(pyarrow.table({"text": ["a"], "other": [1]}), file, store_schema=False)
+    path.write_bytes(file.getvalue().replace(b"other", b"\xffther"))
+    *_, error = read_all(path)
+    assert error is not None
+    assert error.startswith(f"{path}: not valid parquet: ")
+
+
 @pytest.mark.parametrize("kind", [*PACK, "parquet"])
 def test_a_huge_line(kind: str, tmp_path: Path) -> None:
     path, huge = tmp_path / f"a.{kind}", "漢 12" * 4_000_000
@@ -198,20 +207,23 @@ ONE_LINE = len(content([0]))
 @fuzzed
 @given(
     lengths=st.lists(st.integers(0, 30), min_size=2, max_size=6),
-    moved=st.integers(0, 30), is_joined=st.booleans(), is_ended=st.booleans(), data=st.data(),
+    moved=st.integers(0, 30), kind=st.sampled_from(["moved", "joined", "split"]),
+    is_ended=st.booleans(), data=st.data(),
 )  # fmt: skip
 def test_an_edit_that_keeps_the_size_is_seen_or_read_as_it_is(
-    lengths: list[int], moved: int, is_joined: bool, is_ended: bool, data: st.DataObject,
+    lengths: list[int], moved: int, kind: str, is_ended: bool, data: st.DataObject,
     tmp_path: Path,
 ) -> None:  # fmt: skip
     """A line is one of the file as it is now, or an error; never a part of one, nor two."""
     edited = list(lengths)
     place = data.draw(st.integers(0, len(lengths) - 2))
-    if is_joined:
-        edited[place : place + 2] = [sum(edited[place : place + 2]) + ONE_LINE]
-    else:
+    if kind == "moved":
         moved = min(moved, edited[place])
         edited[place], edited[place + 1] = edited[place] - moved, edited[place + 1] + moved
+    else:
+        edited[place : place + 2] = [sum(edited[place : place + 2]) + ONE_LINE]
+    if kind == "split":
+        lengths, edited = edited, lengths
     before, after = (content(one) if is_ended else content(one)[:-1] for one in (lengths, edited))
     assert len(before) == len(after)
     path = tmp_path / "a.jsonl"

@@ -201,7 +201,7 @@ def test_where_its_folder_cannot_be_written_the_index_is_in_the_cache(
     real = tempfile.NamedTemporaryFile
 
     def refuse(**options: Any) -> Any:
-        if options["dir"] == tmp_path:
+        if options["dir"].resolve() == tmp_path:
             raise OSError(30, "Read-only file system")
         return real(**options)
 

@@ -76,7 +76,9 @@ def test_source_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     Path("data/mmlu-cot.json").write_text(json.dumps({"k": "text"}))
     write_jsonl(Path("data/a.jsonl"), ["a"])
     write_jsonl(Path("b.jsonl.zst"), ["b"])
-    for name in ("cot", "data", "data/a.jsonl", "b.jsonl.zst"):
+    Path("data/train").mkdir()  # what is on disk is not looked for on the hub
+    write_jsonl(Path("data/train/a.jsonl"), ["a"])
+    for name in ("cot", "data", "data/a.jsonl", "b.jsonl.zst", "data/train"):
         check_source(SourceSpec(name))
 
 

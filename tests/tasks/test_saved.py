@@ -70,7 +70,8 @@ def test_rows_of_every_form(tmp_path: Path) -> None:
         {"text": None, "prompt": None, "completion": None,
          "messages": [{"role": "user", "content": "d"}]},
     ]  # fmt: skip
-    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    data = datasets.Dataset.from_list(rows).with_format("numpy")
+    data.save_to_disk(str(tmp_path / "saved"))
     (file,) = open_source(str(tmp_path / "saved")).files
     found = [record.document for record in file.read()]
     assert found == [
