@@ -301,7 +301,7 @@ class Run:
             self._topology,
             rows=self._settings.rows,
             tokens=self._settings.tokens,
-            keeps_apart=getattr(self._args, "pack", "concat") == "document",
+            keeps_apart=self._args.pack == "document",
             device=self._device,
         )
 

@@ -98,7 +98,8 @@ def _train_case(case: Case, path: Path, topology: Topology, fabric: Fabric, nonc
         "rank": topology.rank,
     }
     flags = _at(case.flags, topology.num_stages, topology.num_replicas)
-    args = parse_train(to_argv({**flags, **own}), {})
+    # Starting a process to tokenize takes longer than these texts do.
+    args = parse_train(to_argv({"data-workers": 0, **flags, **own}), {})
     if topology.rank == 0 and case.after is not None:
         _copy_run(path.parent / case.after[0], path, step=case.after[1])
     elif topology.rank == 0:

@@ -1,38 +1,27 @@
-"""Training on documents that share rows and are kept apart, over stages and replicas, against the
-Hugging Face model that is given each document by itself.
-
-Runs are on rows that tell where documents begin, as the data would: here `Apart` tells it, by the
-end-of-text tokens.
+"""--pack document over stages and replicas, against the Hugging Face model that is given each
+document by itself, as its end-of-text token tells where it ends.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import json
 from copy import deepcopy
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple
-from unittest.mock import patch
+from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from comm.topology import Topology
 from monitor.metrics import read_metrics
-from pipeline_parallel.feed import HostBatch, Scatter
 from pipeline_parallel.schedule import SCHEDULES
-from tasks.evaluation import evaluation_batches
 from tests.dist import run_ranks
-from tests.documents import IGNORED, Alone, begins_after
+from tests.documents import Alone, begins_after, losses_alone
 from tests.runs import Case, curve, meet_at, run_folder, train_cases
 from tests.tasks.material import make_texts, tokenizer, write_jsonl
 from tests.test_parity import (
     DROPOUT,
     MODELS_TRIED,
-    ROWS,
-    TOKENS,
     TOLERANCE,
     blocks,
     flags,
@@ -46,25 +35,7 @@ SHAPES = [(2, 2), MIDDLE]
 END = 0  # the tokenizer's end of text
 
 
-class Apart(Scatter):
-    """Sends where documents begin, which its batches do not say."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **{**options, "keeps_apart": True})
-
-    def start(self, batch: HostBatch | None) -> None:
-        if batch is None:
-            super().start(None)
-            return
-        begins = begins_after(torch.from_numpy(batch.tokens), END).numpy()
-        labels = batch.labels.copy()
-        labels[:, :-1][begins[:, 1:] == np.arange(1, begins.shape[1])] = IGNORED
-        told: Any = SimpleNamespace(tokens=batch.tokens, labels=labels, begins=begins)
-        super().start(told)
-
-
-def kept_apart(topology: Topology) -> AbstractContextManager[object]:
-    return patch("training_setup.Scatter", Apart)
+APART = {"pack": "document"}
 
 
 class Reference(NamedTuple):
@@ -90,15 +61,13 @@ def find(tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def held_out_loss(model: Alone, path: Path) -> float:
-    """Of the tokens that are trained, of which padding is none."""
-    total, count = 0.0, 0
-    for batch in evaluation_batches(str(path), tokenizer(), seq_length=TOKENS, rows=ROWS):
-        tokens, labels = torch.from_numpy(batch.tokens), torch.from_numpy(batch.labels)
-        for row in range(ROWS):  # Hugging Face's labels are those of the token itself
-            shifted = labels[row].roll(1)
-            losses = model.token_losses(tokens[row : row + 1], shifted.unsqueeze(0))
-            total, count = total + losses.sum().item(), count + len(losses)
-    return total / count
+    """Of all tokens but each document's first, the documents as the file has them."""
+    texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    found = [
+        losses_alone(model.model, torch.tensor([*tokenizer()(text)["input_ids"], END]))
+        for text in texts
+    ]
+    return torch.cat(found).mean().item()
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +83,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     for name, model in models.items():
         alone = Alone(model, find)
         before = held_out_loss(alone, held_out)
-        references[name] = Reference(*reference(alone, blocks(folder), 1), before)
+        references[name] = Reference(*reference(alone, blocks(folder, "document"), 1), before)
     cases = cases_of(folder, held_out)
     run_ranks(4, train_cases, meet_at(SHAPES), cases, folder, deadline=400.0)
     return Trained(folder, references, together)
@@ -123,16 +92,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 def cases_of(folder: Path, held_out: Path) -> list[Case]:
     """Each model, every schedule with and without recompute, and dropout."""
     models = [
-        Case(name, flags(folder, name, family, 1) | {"evaluation-data": held_out}, kept_apart)
+        Case(name, flags(folder, name, family, 1) | APART | {"evaluation-data": held_out})
         for name, (family, _) in MODELS_TRIED.items()
     ]
-    own = flags(folder, "neox", "gptneox", 1) | {"micro-batch-size": 1}
+    own = flags(folder, "neox", "gptneox", 1) | APART | {"micro-batch-size": 1}
     schedules = [
-        Case(f"{mode}-{recompute}", own | {"pp-mode": mode, "recompute": recompute}, kept_apart,
+        Case(f"{mode}-{recompute}", own | {"pp-mode": mode, "recompute": recompute},
              shapes=[MIDDLE])
         for mode in SCHEDULES for recompute in ("true", "false")
     ]  # fmt: skip
-    dropout = Case("dropout", flags(folder, "dropout", DROPOUT[0], 1), kept_apart)
+    dropout = Case("dropout", flags(folder, "dropout", DROPOUT[0], 1) | APART)
     return [*models, *schedules, dropout]
 
 

@@ -22,6 +22,7 @@ from checkpoint.convert_from_hf import convert_from_hf
 from modules.registry import MODELS
 from pipeline_parallel.schedule import SCHEDULES
 from tasks.build import open_training_stream
+from tasks.mixture import Pack
 from tasks.registry import SourceSpec
 from tests.dist import run_ranks
 from tests.runs import Case, curve, meet_at, run_folder, train_cases
@@ -103,9 +104,9 @@ def flags(folder: Path, name: str, family: str, accumulate: int) -> dict[str, An
     }
 
 
-def blocks(folder: Path) -> Any:
+def blocks(folder: Path, pack: Pack = "concat") -> Any:
     specs = [SourceSpec(str(folder / "a.jsonl"), 0.3), SourceSpec(str(folder / "b.jsonl"), 0.7)]
-    stream = open_training_stream(specs, tokenizer(), seq_length=TOKENS, seed=42)
+    stream = open_training_stream(specs, tokenizer(), seq_length=TOKENS, seed=42, pack=pack)
     return (stream.next_block().tokens for _ in count())
 
 
