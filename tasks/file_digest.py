@@ -24,4 +24,4 @@ def describe_file(path: str, num_items: int) -> bytes:
             ends = hashlib.blake2b(first + file.read(SAMPLE_BYTES)).hexdigest()
     except OSError as error:
         raise ValueError(f"{shown(path)}: {error.strerror}") from error
-    return f"{os.path.basename(path)}\0{size}\0{num_items}\0{ends}\0".encode()
+    return os.fsencode(f"{os.path.basename(path)}\0{size}\0{num_items}\0{ends}\0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,9 @@ class ParquetFile:
     def read(self, offset: int = 0, line: int = 0) -> Iterator[Record]:
         """See `tasks.source.SourceFile.read`."""
         try:
-            with parquet.ParquetFile(self.path) as file:
+            # As bytes: a name may be no UTF-8.
+            with pyarrow.OSFile(os.fsencode(self.path)) as opened:
+                file = parquet.ParquetFile(opened)
                 for row, value in self._rows(file, offset):
                     where = f"{shown(self.path)}:{row + 1}"
                     yield Record(self._parse(value, where), _size(value), row + 1, row + 1)

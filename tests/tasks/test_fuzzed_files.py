@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -262,6 +263,16 @@ def test_an_edit_within_a_line_is_read(tmp_path: Path) -> None:
     items = JsonlItems([str(path)])
     path.write_bytes(content([3, 3]).replace(b"aaa", b"bbb"))
     assert items.read(1) == Document("bbb", f"{path}:2")
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_a_file_whose_name_is_no_utf8(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"\xff." + kind.encode())
+    path.write_bytes(WHOLE[kind] if kind == "parquet" else PACK[kind](b"nonsense\n" + LINES))
+    texts, num_skipped, error = read_all(path)
+    assert (len(texts), num_skipped, error) == ((6, 0, None) if kind == "parquet" else (5, 1, None))
+    documents = open_documents(open_source(str(path)), seed=1, bad_lines=BadLines(tmp_path / "x"))
+    json.dumps(documents.state())
 
 
 def test_a_file_that_goes_away_is_named(tmp_path: Path) -> None:
