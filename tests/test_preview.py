@@ -9,8 +9,18 @@ from pathlib import Path
 import pytest
 
 from dist_clm_train import main
-from tasks.build import open_training_stream
-from tasks.preview import GREEN, GREY, PLAIN, SourceNumbers, describe_mixture, preview_blocks
+from tasks.build import open_documents, open_training_stream
+from tasks.encoding import Encoder
+from tasks.opening import open_source
+from tasks.preview import (
+    GREEN,
+    GREY,
+    PLAIN,
+    SourceNumbers,
+    describe_mixture,
+    look_at,
+    preview_blocks,
+)
 from tasks.registry import SourceSpec
 from tests.tasks.material import make_texts, tokenizer, write_jsonl
 
@@ -88,11 +98,38 @@ def test_the_mixture_is_counted(folder: Path, capsys: pytest.CaptureFixture[str]
 def test_a_sample_is_told_from_the_whole() -> None:
     numbers = [
         SourceNumbers("a", documents=10, tokens=100, trained=50, is_all=False, lines=1000),
-        SourceNumbers("b", documents=10, tokens=100, trained=50, is_all=False, lines=None),
+        SourceNumbers(
+            "b", documents=10, tokens=100, trained=50, is_all=False, lines=500, is_least=True
+        ),
     ]
     _, first, second = describe_mixture(numbers, [0.5, 0.5], run_tokens=40_000).splitlines()
     assert first.split() == ["50.0%", "~1,000", "~10,000", "~5,000", "~2.00", "a"]
-    assert second.split() == ["50.0%", "?", "?", "?", "?", "b"]
+    assert second.split() == ["50.0%", ">500", ">5,000", ">2,500", "<4.00", "b"]
+
+
+def test_what_is_read_in_order_is_counted(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl.zst", ["fox dog"] * 70)
+    encoder = Encoder(tokenizer())
+    for seconds, lines, is_least in ((10.0, 70, False), (-1.0, 1, True)):
+        documents = open_documents(open_source(str(path)), seed=1)
+        numbers = look_at(documents, encoder, seq_length=16, sample=20, count_seconds=seconds)
+        assert (numbers.documents, numbers.lines, numbers.is_least) == (20, lines, is_least)
+
+
+def test_padding_is_counted_in_the_epochs(tmp_path: Path) -> None:
+    """Documents of 9 tokens, of which one fits into a block of 16."""
+    path = write_jsonl(tmp_path / "a.jsonl", [" fox" * 8] * 40)
+    documents = open_documents(open_source(str(path)), seed=1)
+    numbers = look_at(documents, Encoder(tokenizer()), seq_length=16, pack="document")
+    assert numbers.tokens == 40 * 9
+    row = describe_mixture([numbers], [1.0], run_tokens=80 * 16).splitlines()[1]
+    assert row.split()[4] == "2.00"
+    stream = open_training_stream(
+        [SourceSpec(str(path))], tokenizer(), seq_length=16, seed=1, pack="document"
+    )
+    heading, text = preview_blocks(stream, tokenizer(), 1, colour=False)
+    assert heading.startswith("block 1: 16 tokens, 8 trained, 7 of padding; from ")
+    assert text.count("<eos>") == 1
 
 
 def test_a_mistake_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
