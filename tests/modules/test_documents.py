@@ -195,6 +195,16 @@ def test_a_document_is_the_same_wherever_it_lies(
     assert not torch.allclose(whole[:, :16], whole[:, 32:], atol=1e-3)
 
 
+def test_documents_that_are_whole_rows_are_rows(tmp_path: Path) -> None:
+    """To the bit, and without the kernel."""
+    ours = from_hf("gptneox", make_hf("gptneox"), tmp_path)
+    tokens = torch.randint(0, 97, (2, TOKENS))
+    with with_kernel() as kernel:
+        found = ours(tokens, None, documents=packed([[TOKENS], [TOKENS]]))
+    assert not kernel.called
+    assert torch.equal(found, ours(tokens, None))
+
+
 # ---- the kernel, as far as it goes without a GPU ----
 
 
