@@ -2,7 +2,7 @@
 
 On GPUs with flash attention, in half precision, one kernel goes over all documents. Elsewhere those
 of one length are attended to together, as if they were rows: sorting documents by their length puts
-them side by side.
+them side by side. Documents that are whole rows are rows.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ def document_attention(query: Tensor, key: Tensor, value: Tensor, documents: Doc
 
     Tensors are (rows, heads, tokens, head size).
     """
+    rows, _, tokens, _ = query.shape
+    if documents.groups == [(rows, tokens)]:
+        return row_attention(query, key, value)
     packed = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]
     attend = _attend_at_once if has_kernel(query, key, value) else _attend_by_length
-    rows, _, tokens, _ = query.shape
     return attend(packed, documents).view(rows, tokens, *packed[0].shape[1:]).transpose(1, 2)
 
 

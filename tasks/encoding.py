@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.chat import ChatFormat, Spans, bot_turns
-from tasks.pieces import cut, in_batches
+from tasks.pieces import are_short, cut, in_batches
 from tasks.source import BadLineError, Document
 
 TrainOn = Literal["all", "completion"]
@@ -35,7 +35,8 @@ class _Text(NamedTuple):
 
 
 class _Tokens(NamedTuple):
-    """A text's tokens, and from which character to before which each is; None: not asked for."""
+    """A text's tokens, the end of text with them, and from which character to before which each of
+    the text's own is; None: not asked for."""
 
     ids: NDArray[np.int32]
     offsets: NDArray[np.int64] | None
@@ -65,9 +66,9 @@ class Encoder:
                 "is made of (a fast one of transformers)"
             )
         self.separator, self.train_on = separator, train_on
-        self._tokenize = _Fast(tokenizer) if tokenizer.is_fast else _Slow(tokenizer)
+        end = [] if separator is not None else [tokenizer.eos_token_id]
+        self._tokenize = _Fast(tokenizer, end) if tokenizer.is_fast else _Slow(tokenizer, end)
         self._chat = ChatFormat(tokenizer)
-        self._end = [] if separator is not None else [tokenizer.eos_token_id]
 
     def encode(self, document: Document) -> Encoded:
         """The tokens of one document; may be none where a separator is given.
@@ -106,14 +107,13 @@ class Encoder:
         return bot_turns(text) if document.completions is None else document.completions
 
     def _finish(self, found: _Tokens, text: _Text) -> Encoded:
-        tokens = np.concatenate([found.ids, np.array(self._end, dtype=np.int32)])
-        trained = np.ones(len(tokens), dtype=np.bool_)
+        trained = np.ones(len(found.ids), dtype=np.bool_)
         if text.answers is not None:
             assert found.offsets is not None
-            own = len(found.ids)
+            own = len(found.offsets)
             trained[:own] = _touch(found.offsets - len(self.separator or ""), text.answers)
             trained[own:] = bool(text.answers) and text.answers[-1][1] == len(text.text)
-        return Encoded(tokens, trained)
+        return Encoded(found.ids, trained)
 
 
 def _touch(tokens: NDArray[np.int64], spans: Spans) -> NDArray[np.bool_]:
@@ -130,7 +130,7 @@ class _Fast:
     It can be pickled to a process that has no need to import transformers.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, end: list[int]) -> None:
         backend = tokenizer.backend_tokenizer
         split = bool(getattr(tokenizer, "split_special_tokens", False))
         if backend.truncation or backend.padding or backend.encode_special_tokens != split:
@@ -138,37 +138,40 @@ class _Fast:
             backend.no_truncation()
             backend.no_padding()
             backend.encode_special_tokens = split
-        self._backend = backend
+        self._backend, self._end = backend, end
 
     def __call__(self, texts: Sequence[str], wants_offsets: bool) -> list[_Tokens]:
         """The tokens of each text; long ones go through in pieces, so that memory is bounded."""
+        if are_short(texts):
+            return self._encode(texts, wants_offsets, self._end)
         pieces = [cut(text) for text in texts]
         flat = itertools.chain.from_iterable(pieces)
         encoded = itertools.chain.from_iterable(
-            self._encode(batch, wants_offsets) for batch in in_batches(flat)
+            self._encode(batch, wants_offsets, []) for batch in in_batches(flat)
         )
-        return [_joined(of_text, encoded) for of_text in pieces]
+        return [_joined(of_text, encoded, self._end) for of_text in pieces]
 
-    def _encode(self, texts: Sequence[str], wants_offsets: bool) -> list[_Tokens]:
+    def _encode(
+        self, texts: Sequence[str], wants_offsets: bool, end: list[int]
+    ) -> list[_Tokens]:
+        """The tokens of each text, and `end`."""
         if not wants_offsets:
             found = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-            return [_Tokens(np.array(one.ids, dtype=np.int32), None) for one in found]
+            return [_Tokens(np.array(one.ids + end, dtype=np.int32), None) for one in found]
         found = self._backend.encode_batch(texts, add_special_tokens=False)
         return [
             _Tokens(
-                np.array(one.ids, dtype=np.int32),
+                np.array(one.ids + end, dtype=np.int32),
                 np.array(one.offsets, dtype=np.int64).reshape(-1, 2),
             )
             for one in found
         ]
 
 
-def _joined(pieces: Sequence[str], encoded: Iterator[_Tokens]) -> _Tokens:
-    """The tokens of a text, which are those of its `pieces`, the next of `encoded`."""
+def _joined(pieces: Sequence[str], encoded: Iterator[_Tokens], end: list[int]) -> _Tokens:
+    """The tokens of a text, which are those of its `pieces`, the next of `encoded`, and `end`."""
     found = list(itertools.islice(encoded, len(pieces)))
-    if len(found) == 1:
-        return found[0]
-    ids = np.concatenate([one.ids for one in found])
+    ids = np.concatenate([*(one.ids for one in found), np.array(end, dtype=np.int32)])
     starts = itertools.accumulate(map(len, pieces[:-1]), initial=0)
     pairs = zip(found, starts, strict=True)
     shifted = [one.offsets + start for one, start in pairs if one.offsets is not None]
@@ -178,18 +181,14 @@ def _joined(pieces: Sequence[str], encoded: Iterator[_Tokens]) -> _Tokens:
 class _Slow:
     """A tokenizer that is written in Python, which tells no characters."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, end: list[int]) -> None:
+        self._tokenizer, self._end = tokenizer, end
 
     def __call__(self, texts: Sequence[str], _wants_offsets: bool) -> list[_Tokens]:
-        return [
-            # verbose=False: a document may well be longer than the model's context, no warning.
-            _Tokens(
-                np.array(
-                    self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
-                    dtype=np.int32,
-                ),
-                None,
-            )
-            for text in texts
-        ]
+        return [_Tokens(np.array(self._ids(text) + self._end, dtype=np.int32), None)
+                for text in texts]  # fmt: skip
+
+    def _ids(self, text: str) -> list[int]:
+        # verbose=False: a document may well be longer than the model's context, no warning.
+        encoded = self._tokenizer(text, add_special_tokens=False, verbose=False)
+        return list(encoded["input_ids"])

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 PIECE = 1 << 20  # characters
 BATCH = 1 << 22  # characters that are tokenized at once
 _GAP = re.compile(r"(?<=\S) (?=[^\W\d_])")  # one space between a word and a letter
 _SEARCH = 1 << 14
+
+
+def are_short(texts: Sequence[str]) -> bool:
+    """Whether all of them together are no more than a piece."""
+    return sum(map(len, texts)) <= PIECE
 
 
 def cut(text: str) -> list[str]:

@@ -195,13 +195,24 @@ def test_a_document_is_the_same_wherever_it_lies(
     assert not torch.allclose(whole[:, :16], whole[:, 32:], atol=1e-3)
 
 
+def test_documents_that_are_whole_rows_are_rows(tmp_path: Path) -> None:
+    """To the bit, and without the kernel."""
+    ours = from_hf("gptneox", make_hf("gptneox"), tmp_path)
+    tokens = torch.randint(0, 97, (2, TOKENS))
+    with with_kernel() as kernel:
+        found = ours(tokens, None, documents=packed([[TOKENS], [TOKENS]]))
+    assert not kernel.called
+    assert torch.equal(found, ours(tokens, None))
+
+
 # ---- the kernel, as far as it goes without a GPU ----
 
 
 def test_the_kernel_takes_what_it_is_given() -> None:
     """torch's own operator, on tensors without numbers: its arguments and shapes, both ways."""
     documents, shape = packed(), (len(ROWS), 4, TOKENS, 8)
-    assert (documents.longest, len(documents.bounds)) == (33, 13)  # numbers, made before
+    numbers = documents.groups, documents.longest, len(documents.bounds)  # made where there are any
+    assert numbers == ([(2, 1), (1, 5), (1, 7), (1, 8), (3, 11), (1, 12), (2, 16), (1, 33)], 33, 13)
     with FakeTensorMode(allow_non_fake_inputs=True):
         query, key, value = (
             torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
