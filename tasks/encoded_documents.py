@@ -12,8 +12,8 @@ from tasks.shuffled import Shuffled
 from tasks.source import BadLineError, Document, Source
 from tasks.workers import Results, Workers
 
-BATCH_CHARACTERS = 1 << 17  # of the documents that are tokenized at once, or one more document
-BATCH_DOCUMENTS = 256
+BATCH_CHARACTERS = 1 << 19  # of the documents that are tokenized at once, or one more document
+BATCH_DOCUMENTS = 1024
 
 
 class EncodedDocument(NamedTuple):
@@ -117,4 +117,6 @@ class EncodedDocuments:
 
 
 def _characters(document: Document) -> int:
-    return len(document.text) + sum(len(message.content) for message in document.messages or ())
+    if document.messages is None:
+        return len(document.text)
+    return sum(len(message.content) for message in document.messages)

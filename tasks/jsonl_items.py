@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
-from typing import BinaryIO
 
 from tasks.file_digest import describe_file
 from tasks.jsonl import BYTE_ORDER_MARK
@@ -27,10 +28,11 @@ class JsonlItems:
 
     def __init__(self, paths: Sequence[str], form: Form = LINES) -> None:
         self._paths, self._form = paths, form
+        self._shown = [shown(path) for path in paths]
         self._indices = [line_index(path) for path in paths]
         self._starts = [0, *accumulate(len(index) for index in self._indices)]
         self.num_items = self._starts[-1]
-        self._open: tuple[int, BinaryIO] | None = None
+        self._open: tuple[int, io.FileIO] | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -45,7 +47,7 @@ class JsonlItems:
         """See `tasks.source.Items.read`."""
         file = bisect_right(self._starts, number) - 1
         line = number - self._starts[file]
-        where = f"{shown(self._paths[file])}:{line + 1}"
+        where = f"{self._shown[file]}:{line + 1}"
         raw = self._read_line(file, line, where)
         if line == 0:
             raw = raw.removeprefix(BYTE_ORDER_MARK)
@@ -54,25 +56,24 @@ class JsonlItems:
     def _read_line(self, file: int, line: int, where: str) -> bytes:
         start, end = self._indices[file].span(line)
         before = min(start, 1)  # the end of the line before
+        size = before + end - start
         try:
-            stream = self._stream(file)
-            stream.seek(start - before)
-            raw = stream.read(before + end - start)
-            is_last = line + 1 == len(self._indices[file])
-            is_whole = raw.endswith(NEWLINE) or (is_last and not stream.read(1))
+            found = os.pread(self._descriptor(file), size + 1, start - before)
         except OSError as error:
             raise ValueError(f"{where}: {error.strerror}") from error
-        if len(raw) < before + end - start:
+        raw, after = found[:size], found[size:]
+        if len(raw) < size:
             raise ValueError(f"{where}: the file is shorter than it was")
+        is_last = line + 1 == len(self._indices[file])
+        is_whole = raw.endswith(NEWLINE) or (is_last and not after)
         if not is_whole or raw[:before] not in (b"", NEWLINE) or NEWLINE in raw[before:-1]:
             raise ValueError(f"{where}: the file changed after its lines had been found")
         return raw[before:]
 
-    def _stream(self, file: int) -> BinaryIO:
-        if self._open is not None and self._open[0] == file:
-            return self._open[1]
-        if self._open is not None:
-            self._open[1].close()
-            self._open = None
-        self._open = file, open(self._paths[file], "rb")  # noqa: SIM115
-        return self._open[1]
+    def _descriptor(self, file: int) -> int:
+        if self._open is None or self._open[0] != file:
+            if self._open is not None:
+                self._open[1].close()
+                self._open = None
+            self._open = file, io.FileIO(self._paths[file])
+        return self._open[1].fileno()

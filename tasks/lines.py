@@ -15,6 +15,7 @@ from tasks.source import BadLineError, Document, Message
 
 FORMS = '{"text": "..."}, {"prompt": "...", "completion": "..."} or {"messages": [...]}'
 
+_DECODER = json.JSONDecoder()
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def _parse_messages(value: Any, where: str) -> tuple[Message, ...]:
 
 def _parse_json(raw: bytes, where: str) -> Any:
     try:
-        return json.loads(raw.decode("utf-8"))
+        return _DECODER.decode(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadLineError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from error
     except (ValueError, RecursionError) as error:

@@ -16,8 +16,7 @@ class Message(NamedTuple):
     content: str
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """A text, and where it stands ("file:line"), for messages.
 
     completions: which characters of the text answer the others, as (start, end); None: not said.
@@ -39,8 +38,7 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """A document, or a bad line, as a file yields it, with the place right after it, from where to
     read on.
 
