@@ -27,15 +27,15 @@ class BadLines:
         """A line was a document."""
         self._read += 1
 
-    def take(self, error: BadLineError) -> None:
-        """A line was none.
+    def take(self, error: BadLineError, *, noted: bool = False) -> None:
+        """A line was none; `noted`: it had looked good, and was noted so.
 
         Raises:
             ValueError: Lines are not skipped, or too many were.
         """
         if self._file is None:
             raise error
-        self._read, self._skipped = self._read + 1, self._skipped + 1
+        self._read, self._skipped = self._read + (not noted), self._skipped + 1
         self._write(self._file, str(error))
         if self._skipped == 1:
             logger.warning("skipped: %s; all that are skipped are named in %s", error, self._file)

@@ -95,7 +95,7 @@ class EncodedDocuments:
             batch = self._ahead.popleft()
             for read, encoded in zip(batch.documents, batch.results(), strict=True):
                 if isinstance(encoded, BadLineError):
-                    self._documents.bad_lines.take(encoded)
+                    self._documents.bad_lines.take(encoded, noted=True)
                     encoded = NOTHING
                 yield EncodedDocument(encoded, read.document.where, read.before, read.epoch)
             if batch.error is not None:

@@ -97,7 +97,7 @@ def look_at(
         try:
             encoded.append(encoder.encode(document))
         except BadLineError as error:
-            documents.bad_lines.take(error)
+            documents.bad_lines.take(error, noted=True)
         document = documents.next()
     lengths = [len(one.tokens) for one in encoded]
     is_all, lines, is_counted = documents.epoch > 0, documents.num_lines, True

@@ -85,7 +85,7 @@ def test_a_stream_resumes_over_bad_lines(tmp_path: Path) -> None:
     spec = SourceSpec(str(write(tmp_path / "a.jsonl", {**BAD, 20: ODD_ROLE})))
 
     def opened() -> BlockStream:
-        bad = BadLines(tmp_path / "bad", max_share=0.05)
+        bad = BadLines(tmp_path / "bad", max_share=0.2)
         return open_training_stream([spec], tokenizer(), seq_length=24, seed=1, bad_lines=bad)
 
     stream = opened()
