@@ -87,21 +87,19 @@ def _bad_lines(args: argparse.Namespace) -> BadLines:
     return BadLines(args.checkpoint_path / "bad_lines.txt", max_share=args.max_bad_share)
 
 
-def checkpoint_extras(model_folder: Path, name: str, tokenizer: Any | None) -> dict[str, bytes]:
+def checkpoint_extras(model_folder: Path, name: str, tokenizer: Any) -> dict[str, bytes]:
     """The small files that every checkpoint holds: config.json and tokenizer, by name.
 
-    `name` is --tokenizer-name. Where it is no folder, only the rank that has loaded `tokenizer` can
-    keep it.
+    `name` is --tokenizer-name, from which `tokenizer` was loaded; where it is no folder, that is
+    what is kept.
     """
     folder = Path(name)
     if folder.is_dir():
         files = _read(folder)
-    elif tokenizer is not None:
+    else:
         with tempfile.TemporaryDirectory() as saved:
             tokenizer.save_pretrained(saved)
             files = _read(Path(saved))
-    else:
-        files = {}
     return {**files, "config.json": (model_folder / "config.json").read_bytes()}
 
 

@@ -9,10 +9,12 @@ import argparse
 import hashlib
 import json
 import logging
+import platform
 from functools import partial
 from typing import Any
 
 import torch
+import transformers
 
 from argument_checks import fixed_flags, free_flags
 from checkpoint.continuity import changes, check_same_config, check_same_run
@@ -98,11 +100,9 @@ class Run:
             control=fabric.control,
             topology=topology,
             nonce=nonce,
-            extras=checkpoint_extras(
-                args.model_name,
-                args.tokenizer_name,
-                None if self._data is None else self._data.tokenizer,
-            ),
+            extras={}
+            if self._data is None
+            else checkpoint_extras(args.model_name, args.tokenizer_name, self._data.tokenizer),
         )
         self._settings = loop_settings(args)
         self._resume = self._find_resume()
@@ -312,9 +312,15 @@ class Run:
             "gave_up": self._updater.has_given_up,
             "model_type": self._args.model_type,
             "num_stages": self._topology.num_stages,
+            "num_replicas": self._topology.num_replicas,
             "num_layers": self._split.layers,
             "flags": fixed_flags(self._args),
             "settings": free_flags(self._args),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
             "cpu_matmul": self._cpu_matmul,
             "data": data,
             "wandb_id": recorder.run_id,

@@ -56,7 +56,7 @@ SAVING = (
     Moment("save: half a file", "torch:save", "half", ranks=WRITERS, nth=2),
     Moment("save: one file", "torch:save", "after", ranks=WRITERS),
     Moment("save: all tensors", _FILES, "after", ranks=WRITERS),
-    Moment("save: as a replica", "checkpoint.training_state:CheckpointStore._all_here",
+    Moment("save: as a replica", "checkpoint.training_state:CheckpointStore._attempt",
            ranks=OTHERS, nth=2),
 )  # fmt: skip
 RENAMING = (
