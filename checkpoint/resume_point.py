@@ -85,7 +85,10 @@ class Search:
     def _check_latest(self) -> None:
         for rank, view in enumerate(self._views):
             if view.problem is not None:
-                raise ValueError(f"rank {rank}: {view.problem}")
+                raise ValueError(self._at(rank, view.problem))
+
+    def _at(self, rank: int, problem: str) -> str:
+        return f"rank {rank}: {problem}" if self._control.size > 1 else problem
 
     def _common(self) -> list[int]:
         """The steps that every stage has had whole, not of different saves."""
@@ -99,8 +102,8 @@ class Search:
     def _problem(self, step: int) -> str | None:
         """What is wrong with a step, in words: by its sizes, or else by reading all its files."""
         for rank, view in enumerate(self._views):
-            if view.steps[step].problem is not None:
-                return f"rank {rank}: {view.steps[step].problem}"
+            if (problem := view.steps[step].problem) is not None:
+                return self._at(rank, problem)
         if not self._views[0].steps[step].checked:
             return None
         folder, stage = self._path / str(step), self._topology.stage

@@ -64,7 +64,8 @@ def do_together(
             done = task is None or task.done(TELL_SECONDS)
         except expected as error:
             task, done = None, True
-            failure = f"rank {control.rank} on {socket.gethostname()}: {error}"
+            where = f"rank {control.rank} on {socket.gethostname()}: " if control.size > 1 else ""
+            failure = f"{where}{error}"
         states = gather_json(control, [done, failure])
         waiting = [rank for rank, (is_done, _) in enumerate(states) if not is_done]
         if not waiting:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import logging
 import shutil
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -69,24 +69,33 @@ def train_cases(
     torch.set_num_threads(1)
     for stages, replicas, shape_url in shapes:
         topology = Topology(rank, stages, replicas)
-        rendezvous = _meet(rank, world_size, shape_url)
-        watch = Watch.connect(rendezvous, topology)
-        fabric = connect(
-            topology,
-            rendezvous,
-            dist_backend=dist_backend,
-            dp_backend="gloo" if dist_backend == "gloo" else "nccl",
-            device=torch.device("cpu"),
-            dist_timeout=60.0,
-            watch=watch,
-        )
-        for case in cases:
-            if case.shapes is None or (stages, replicas) in case.shapes:
-                path = run_folder(folder, case.name, stages, replicas)
-                told[path.name] = _train_case(case, path, topology, fabric, rendezvous.nonce)
-        fabric.close()
-        watch.close()
+        with connected(topology, shape_url, dist_backend) as (fabric, nonce):
+            for case in cases:
+                if case.shapes is None or (stages, replicas) in case.shapes:
+                    path = run_folder(folder, case.name, stages, replicas)
+                    told[path.name] = _train_case(case, path, topology, fabric, nonce)
     return told
+
+
+@contextmanager
+def connected(
+    topology: Topology, url: str, dist_backend: str = "gloo"
+) -> Iterator[tuple[Fabric, str]]:
+    """All channels of one process of a shape whose ranks meet at `url`, and the start's nonce."""
+    rendezvous = _meet(topology.rank, topology.world_size, url)
+    watch = Watch.connect(rendezvous, topology)
+    fabric = connect(
+        topology,
+        rendezvous,
+        dist_backend=dist_backend,
+        dp_backend="gloo" if dist_backend == "gloo" else "nccl",
+        device=torch.device("cpu"),
+        dist_timeout=60.0,
+        watch=watch,
+    )
+    yield fabric, rendezvous.nonce
+    fabric.close()
+    watch.close()
 
 
 def _train_case(case: Case, path: Path, topology: Topology, fabric: Fabric, nonce: str) -> Told:

@@ -23,6 +23,7 @@ import torch
 
 from checkpoint.lock import lock_folder
 from tests.bad_input import LAYERS, ROOT, VOCAB, Flags, argv, at, make_home, right, the_line
+from tests.checkpoint.models import forget_manifests
 from tests.entry import Outcome, Rank, Run, quiet_port, run_all
 from tests.tasks.material import tokenizer
 
@@ -235,6 +236,16 @@ FLAGS: dict[str, tuple[dict[int, Flags], list[str]]] = {
     ),
 }  # fmt: skip
 
+def unchecked(spoil: Spoil) -> Spoil:
+    """A checkpoint of a time without manifests, and what is wrong in it."""
+
+    def spoil_unchecked(folder: Path) -> None:
+        forget_manifests(folder)
+        spoil(folder)
+
+    return spoil_unchecked
+
+
 # Flags of a second start on a checkpoint of the first, and the words of the line.
 RESUMES: dict[str, tuple[Flags, list[str]]] = {
     "another seed": ({"seed": 7}, ["--seed is 7", "made with 42"]),
@@ -247,35 +258,46 @@ RESUMES: dict[str, tuple[Flags, list[str]]] = {
 }  # fmt: skip
 STATES: dict[str, tuple[Spoil, list[str]]] = {
     "optimizer of nonsense": (
-        lambda d: torch.save([1], d / "2" / "prank_1_optimizer.pt"),
+        unchecked(lambda d: torch.save([1], d / "2" / "prank_1_optimizer.pt")),
         ["prank_1_optimizer.pt", "list"],
     ),
     "optimizer with NaN": (
-        lambda d: edit(
-            d / "2" / "prank_1_optimizer.pt", lambda s: s["exp_avg"][f"0.{QKV}"].fill_(float("nan"))
+        unchecked(
+            lambda d: edit(
+                d / "2" / "prank_1_optimizer.pt",
+                lambda s: s["exp_avg"][f"0.{QKV}"].fill_(float("nan")),
+            )
         ),
         ["2/prank_1_optimizer.pt: exp_avg: 0.", QKV, "not finite"],
     ),
     "weights with NaN": (
-        lambda d: edit(
-            d / "2" / "prank_1_checkpoint.pt", lambda s: s[f"0.{QKV}"].fill_(float("nan"))
+        unchecked(
+            lambda d: edit(
+                d / "2" / "prank_1_checkpoint.pt", lambda s: s[f"0.{QKV}"].fill_(float("nan"))
+            )
         ),
         ["prank_1_checkpoint.pt", QKV, "not finite"],
     ),
     "weights of a stage missing": (
-        lambda d: (d / "2" / "prank_1_checkpoint.pt").unlink(),
+        unchecked(lambda d: (d / "2" / "prank_1_checkpoint.pt").unlink()),
         ["--checkpoint-path", "no step is whole", "stage 0 has 2", "stage 1 has none"],
     ),
-    "meta broken": (lambda d: cut(d / "2" / "meta.json"), ["meta.json", "not readable"]),
+    "meta broken": (
+        unchecked(lambda d: cut(d / "2" / "meta.json")), ["meta.json", "not readable"],
+    ),
     "config of the checkpoint broken": (
-        lambda d: cut(d / "2" / "config.json"),
+        unchecked(lambda d: cut(d / "2" / "config.json")),
         ["2/config.json", "not readable"],
     ),
     "config of the checkpoint missing": (
-        lambda d: (d / "2" / "config.json").unlink(),
+        unchecked(lambda d: (d / "2" / "config.json").unlink()),
         ["--checkpoint-path"],
     ),
-}
+    "weights that are not as saved": (
+        lambda d: edit(d / "2" / "prank_1_checkpoint.pt", lambda s: s[f"0.{QKV}"].neg_()),
+        ["2/prank_1_checkpoint.pt: damaged: its checksum is", "no whole checkpoint before it"],
+    ),
+}  # fmt: skip
 
 
 def ranks_of(home: Path, name: str, changes: Mapping[int, Flags]) -> list[Rank]:
