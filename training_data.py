@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.model_folder import companion_files
+from checkpoint.shard_manifest import check_companions
 from pipeline_parallel.feed import HostBatch
 from tasks.bad_lines import BadLines
 from tasks.build import open_documents, open_training_stream
@@ -26,6 +27,8 @@ class TrainingData:
     def __init__(self, args: argparse.Namespace, *, vocab_size: int) -> None:
         self._args = args
         self._rows = args.batch_size * args.data_group_size
+        if Path(args.tokenizer_name).resolve() == args.model_name.resolve():
+            check_companions(args.model_name)
         self.tokenizer = load_tokenizer(args.tokenizer_name)
         check_vocabulary(self.tokenizer, vocab_size)
 

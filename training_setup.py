@@ -19,6 +19,7 @@ import transformers
 from argument_checks import fixed_flags, free_flags
 from checkpoint.continuity import changes, check_same_config, check_same_run
 from checkpoint.disk import check_disk
+from checkpoint.shard_manifest import check_shard
 from checkpoint.training_state import CheckpointStore, ResumePoint
 from comm.fabric import Fabric
 from comm.messages import gather_json
@@ -85,6 +86,7 @@ class Run:
         nonce: str,
     ) -> None:
         self._args, self._topology, self._fabric, self._device = args, topology, fabric, device
+        check_shard(args.model_name / "config.json")
         self._family: Family = MODELS[args.model_type].load()
         self._config = self._family.load_config(args.model_name)
         self._split = StageSplit(

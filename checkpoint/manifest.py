@@ -12,7 +12,9 @@ import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple, cast
+
+import torch
 
 FORMAT = 1
 _CHUNK = 1 << 22  # bytes of a file that are held together while it is summed
@@ -56,6 +58,23 @@ class SummingFile:
     @property
     def sum(self) -> FileSum:
         return FileSum(self._size, f"{self._crc:08x}")
+
+
+def save_summed(state: Any, path: Path) -> FileSum:
+    """torch.save, flushed to disk; returns the sum of what was written, not of what the disk made
+    of it. OSError names the file."""
+    try:
+        with path.open("wb") as file:
+            summing = SummingFile(file)
+            try:
+                torch.save(state, cast(IO[bytes], summing))
+            except RuntimeError as error:  # torch's own, also where it was the disk
+                raise summing.error or error from error
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise named(error, path) from error
+    return summing.sum
 
 
 def sum_bytes(content: bytes) -> FileSum:
@@ -132,18 +151,6 @@ def encode_sums(sums: Mapping[str, FileSum]) -> dict[str, dict[str, Any]]:
 def decode_sums(body: Mapping[str, Any]) -> dict[str, FileSum]:
     """The sums of a manifest by file name."""
     return {name: FileSum(**one) for name, one in body["files"].items()}
-
-
-def write_synced(path: Path, content: bytes) -> FileSum:
-    """Writes a new file and flushes it to disk; OSError names the file."""
-    try:
-        with path.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise named(error, path) from error
-    return sum_bytes(content)
 
 
 def named(error: OSError, path: Path) -> OSError:

@@ -16,12 +16,10 @@ import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, cast
-
-import torch
+from typing import Any
 
 from checkpoint.latest import latest_text
-from checkpoint.manifest import FileSum, SummingFile, named
+from checkpoint.manifest import FileSum, save_summed
 from checkpoint.step_manifest import PARTS, part_name
 from monitor.atomic import leftover_files
 
@@ -52,25 +50,9 @@ def write_stage_files(folder: Path, stage: int, parts: Mapping[str, Any]) -> dic
     """
     folder.mkdir(parents=True, exist_ok=True)
     return {
-        part_name(stage, part): _write_part(folder / part_name(stage, part), state)
+        part_name(stage, part): save_summed(state, folder / part_name(stage, part))
         for part, state in parts.items()
     }
-
-
-def _write_part(path: Path, state: Any) -> FileSum:
-    """Summed as it is written, so that what the disk makes of it later does not count."""
-    try:
-        with path.open("wb") as file:
-            summing = SummingFile(file)
-            try:
-                torch.save(state, cast(IO[bytes], summing))
-            except RuntimeError as error:  # torch's own, also where it was the disk
-                raise summing.error or error from error
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise named(error, path) from error
-    return summing.sum
 
 
 def make_way(final: Path, nonce: str) -> None:

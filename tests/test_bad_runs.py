@@ -77,7 +77,10 @@ def test_flags_are_refused_before_torch_is_imported() -> None:
 
 
 def copy_of(home: Path, name: str) -> Path:
-    return Path(shutil.copytree(home / "m", home / "copies" / name))
+    """A model as it is published, without a manifest: what is wrong in it is seen for itself."""
+    copied = Path(shutil.copytree(home / "m", home / "copies" / name))
+    (copied / "manifest.json").unlink()
+    return copied
 
 
 QKV, LAST = "attention.query_key_value.weight", "pytorch_2.pt"  # of stage 1
@@ -116,6 +119,12 @@ def drop_tokenizer(folder: Path) -> None:
         path.unlink()
 
 
+def negate_converted(path: Path) -> None:
+    """A weight of another sign in a shard whose manifest knows better."""
+    shutil.copy(path.parents[2] / "m" / "manifest.json", path.parent)
+    edit(path, lambda state: state[QKV].neg_())
+
+
 Spoil = Callable[[Path], object]
 
 # What is wrong with the model folder of one rank, and the words of the line.
@@ -148,6 +157,10 @@ FOLDERS: dict[str, tuple[int, Spoil, list[str]]] = {
         3,
         lambda d: edit(d / LAST, lambda s: s[QKV][0].add_(1e-7)),
         ["--model-name", "stage 1", "not the same for all replicas"],
+    ),
+    "another shard than was converted": (
+        3, lambda d: negate_converted(d / LAST),
+        [LAST, "damaged: its checksum is", "remove manifest.json to load the folder unverified"],
     ),
     "another config": (
         3, lambda d: edit_config(d, layer_norm_eps=1e-6),
@@ -359,6 +372,7 @@ def ended(home: Path) -> dict[str, list[Outcome]]:
     content["model"]["vocab"]["unheard-of"] = VOCAB
     path.write_text(json.dumps(content))
     shutil.copytree(home / "m", home / "large")
+    (home / "large" / "manifest.json").unlink()
     edit(home / "large" / LAST, lambda s: s[QKV][0].fill_(-1e5))
     lock = lock_folder(home / "locked")
     with lock, socket.create_server(("127.0.0.1", 0)) as busy:
