@@ -72,6 +72,7 @@ FREE = (
     "pp_mode",
     "data_group_size",
     "checkpoint_steps",
+    "checkpoint_failure",
     "evaluation_data",
     "evaluation_steps",
     "evaluation_num_batch",

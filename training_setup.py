@@ -20,7 +20,7 @@ from argument_checks import fixed_flags, free_flags
 from checkpoint.continuity import changes, check_same_config, check_same_run
 from checkpoint.disk import check_disk
 from checkpoint.shard_manifest import check_shard
-from checkpoint.training_state import CheckpointStore, ResumePoint
+from checkpoint.training_state import CheckpointStore, ResumePoint, SaveFailedError
 from comm.fabric import Fabric
 from comm.messages import gather_json
 from comm.topology import Topology
@@ -304,7 +304,8 @@ class Run:
             device=self._device,
         )
 
-    def _save(self, recorder: Recorder, step: int, data: dict[str, Any]) -> None:
+    def _save(self, recorder: Recorder, step: int, data: dict[str, Any]) -> bool:
+        """Whether the step is saved now; SaveFailedError where the run is not to go on without."""
         weights = {key: value.cpu() for key, value in self._model.state_dict().items()}
         updates, updater = self._optimizer.updates, self._updater.state()
         meta = {
@@ -337,5 +338,14 @@ class Run:
                 **updater,
             },
         }
-        self._store.save(step, parts=parts, meta=meta)
+        try:
+            self._store.save(step, parts=parts, meta=meta)
+        except SaveFailedError as error:
+            is_last = step == self._args.total_steps or self._updater.has_given_up
+            if is_last or self._args.checkpoint_failure == "fatal":
+                raise
+            if self._topology.rank == 0:
+                logger.warning("%s; training goes on, and checkpoints are as they were", error)
+            return False
         logger.info("saved step %d in %s", step, self._args.checkpoint_path)
+        return True

@@ -83,31 +83,30 @@ class CheckpointStore:
             drop()
             step_folder.withdraw(final, self._nonce)
 
-        self._attempt(
-            lambda: self._write(partial, step, parts, meta), f"saving step {step}", undo=drop
-        )
-        self._attempt(lambda: self._prepare(final), f"making way for step {step}", undo=drop)
-        self._attempt(
-            lambda: step_folder.publish(partial, final),
-            f"renaming step {step}",
-            undo=withdraw,
-        )
-        self._attempt(lambda: write_latest(self.path, step), f"naming step {step} in latest")
+        self._attempt(lambda: self._write(partial, step, parts, meta), step, undo=drop)
+        self._attempt(lambda: self._prepare(final), step, undo=drop)
+        self._attempt(lambda: step_folder.publish(partial, final), step, undo=withdraw)
+        self._attempt(lambda: write_latest(self.path, step), step)
         if self._writes:
             step_folder.drop_replaced(final, self._nonce)
         self._all_here()  # exit status 0 is to mean that every stage came to its end
 
     def _attempt(
-        self, work: Callable[[], None], what: str, *, undo: Callable[[], None] | None = None
+        self, work: Callable[[], None], step: int, *, undo: Callable[[], None] | None = None
     ) -> None:
-        """One part of a save, by every writer; where it fails for one of them, all undo it."""
-        failure = do_together(self._control, work if self._writes else None, what)
+        """One part of a save, by every writer; where it fails for one of them, all undo it.
+
+        Without `undo` the step stays, whole, and it is `latest` that does not name it.
+        """
+        work_here = work if self._writes else None
+        failure = do_together(self._control, work_here, f"saving step {step}")
         if failure is None:
             return
         if self._writes and undo is not None:
             undo()
         self._all_here()
-        raise SaveFailedError(f"{what}: {failure}")
+        what = "is not saved" if undo is not None else "is saved, but latest does not name it"
+        raise SaveFailedError(f"step {step} {what}: {failure}")
 
     def _write(
         self, partial: Path, step: int, parts: Mapping[str, Any], meta: Mapping[str, Any]

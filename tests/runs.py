@@ -14,6 +14,7 @@ from unittest.mock import patch
 import torch
 
 from arguments import parse_train
+from checkpoint.training_state import SaveFailedError
 from comm.fabric import Fabric, connect
 from comm.interface import Interface
 from comm.messages import gather_json
@@ -32,7 +33,7 @@ class Case(NamedTuple):
 
     hook: entered around the run in every process, to make something go wrong there.
     after: another run's folder and a step: this run goes on from a copy of it at that step.
-    stops: the run ends with a TrainingStoppedError.
+    stops: the run ends with a TrainingStoppedError, or a SaveFailedError.
     shapes: the only (P, R) to run in.
     """
 
@@ -125,7 +126,7 @@ def _train_case(case: Case, path: Path, topology: Topology, fabric: Fabric, nonc
                 nonce=nonce,
                 console=Console(io.StringIO()),
             )
-        except TrainingStoppedError as error:
+        except (TrainingStoppedError, SaveFailedError) as error:
             if not case.stops:
                 raise
             stopped = str(error)
