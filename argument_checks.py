@@ -23,7 +23,6 @@ NOT_BUILT = "is not built yet"
 NOT_BUILT_FLAGS: dict[str, str] = {
     "--compile": "blocks through torch.compile",
     "--pack": "how documents share a block",
-    "--keep-checkpoints": "how many checkpoints stay",
     "--async-checkpoint": "write checkpoints in the background",
     "--check-cluster": "measure the machines and links",
     "--plan": "print what each stage will need",
@@ -73,6 +72,8 @@ FREE = (
     "data_group_size",
     "checkpoint_steps",
     "checkpoint_failure",
+    "keep_checkpoints",
+    "keep_optimizer_states",
     "evaluation_data",
     "evaluation_steps",
     "evaluation_num_batch",

@@ -19,6 +19,7 @@ import transformers
 from argument_checks import fixed_flags, free_flags
 from checkpoint.continuity import changes, check_same_config, check_same_run
 from checkpoint.disk import check_disk
+from checkpoint.pruning import Keep
 from checkpoint.shard_manifest import check_shard
 from checkpoint.training_state import CheckpointStore, ResumePoint, SaveFailedError
 from comm.fabric import Fabric
@@ -105,6 +106,7 @@ class Run:
             extras={}
             if self._data is None
             else checkpoint_extras(args.model_name, args.tokenizer_name, self._data.tokenizer),
+            keep=Keep(args.keep_checkpoints, args.keep_optimizer_states),
         )
         self._settings = loop_settings(args)
         self._resume = self._find_resume()
@@ -176,8 +178,8 @@ class Run:
         every = max(every, self._args.gradient_accumulate_step)  # saves wait for an update's end
         saves = -(-(self._args.total_steps - self.start) // every)
         parameters = sum(p.numel() for p in self._model.parameters())
-        writes = self._topology.replica == 0
-        needed = saves * checkpoint_bytes(self._args, parameters) if writes else 0
+        weights, state = checkpoint_bytes(self._args, parameters)
+        needed = self._store.bytes_to_come(saves, weights=weights, state=state)
         check_disk(self._fabric.control, self._args.checkpoint_path, needed=needed)
 
     def _settle_products(self) -> list[Matmul] | None:

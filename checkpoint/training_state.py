@@ -7,6 +7,7 @@ machine; the other replicas get weights and state from it over the network.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from checkpoint import step_folder
 from checkpoint.latest import expect_latest, latest_text, write_latest
 from checkpoint.manifest import FORMAT, named, sum_bytes
+from checkpoint.pruning import Keep, prune
 from checkpoint.resume_point import Search
 from checkpoint.step_manifest import StageManifest, part_name
 from checkpoint.together import do_together
@@ -24,6 +26,8 @@ from comm.communicator import Communicator
 from comm.messages import broadcast_bytes, broadcast_json, gather_json
 from comm.topology import Topology
 from monitor.atomic import replace_file
+
+logger = logging.getLogger(__name__)
 
 
 class SaveFailedError(OSError):
@@ -45,7 +49,7 @@ class CheckpointStore:
     """The checkpoints under one --checkpoint-path, as all processes of a run see them.
 
     `nonce` names this start of the run; `extras` are rank 0's small files (config.json, tokenizer)
-    by name, which every step's folder holds.
+    by name, which every step's folder holds; `keep` is what stays of older steps.
     """
 
     def __init__(
@@ -56,8 +60,9 @@ class CheckpointStore:
         topology: Topology,
         nonce: str,
         extras: Mapping[str, bytes],
+        keep: Keep,
     ) -> None:
-        self.path = path
+        self.path, self._keep = path, keep
         self._control, self._topology, self._nonce = control, topology, nonce
         names = broadcast_json(control, list(extras))
         self._extras = {name: broadcast_bytes(control, extras.get(name, b"")) for name in names}
@@ -87,8 +92,7 @@ class CheckpointStore:
         self._attempt(lambda: self._prepare(final), step, undo=drop)
         self._attempt(lambda: step_folder.publish(partial, final), step, undo=withdraw)
         self._attempt(lambda: write_latest(self.path, step), step)
-        if self._writes:
-            step_folder.drop_replaced(final, self._nonce)
+        self._tidy(step, final)
         self._all_here()  # exit status 0 is to mean that every stage came to its end
 
     def _attempt(
@@ -128,6 +132,26 @@ class CheckpointStore:
     def _prepare(self, final: Path) -> None:
         step_folder.make_way(final, self._nonce)
         expect_latest(self.path)
+
+    def _tidy(self, step: int, final: Path) -> None:
+        if not self._writes:
+            return
+        step_folder.drop_replaced(final, self._nonce)
+        try:
+            prune(self.path, step, self._keep, stage=self._topology.stage, nonce=self._nonce)
+        except OSError as error:
+            logger.warning("older checkpoints could not be removed: %s", error)
+
+    def bytes_to_come(self, saves: int, *, weights: int, state: int) -> int:
+        """What so many saves will take here at most; `weights` and `state` are those of one."""
+        if not self._writes:
+            return 0
+        folders = [self.path / str(step) for step in step_folder.step_folders(self.path)]
+        name = part_name(self._topology.stage, "optimizer")
+        states = sum((folder / name).exists() for folder in folders)
+        return self._keep.added_bytes(
+            saves, kept=(len(folders), states), weights=weights, state=state
+        )
 
     def find(self) -> ResumePoint | None:
         """The newest step that every stage has whole; None where no stage has any checkpoint.

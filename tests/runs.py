@@ -80,7 +80,7 @@ def train_cases(
 
 @contextmanager
 def connected(
-    topology: Topology, url: str, dist_backend: str = "gloo"
+    topology: Topology, url: str, dist_backend: str = "gloo", *, dist_timeout: float = 60.0
 ) -> Iterator[tuple[Fabric, str]]:
     """All channels of one process of a shape whose ranks meet at `url`, and the start's nonce."""
     rendezvous = _meet(topology.rank, topology.world_size, url)
@@ -91,7 +91,7 @@ def connected(
         dist_backend=dist_backend,
         dp_backend="gloo" if dist_backend == "gloo" else "nccl",
         device=torch.device("cpu"),
-        dist_timeout=60.0,
+        dist_timeout=dist_timeout,
         watch=watch,
     )
     yield fabric, rendezvous.nonce
