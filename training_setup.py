@@ -213,6 +213,7 @@ class Run:
         idle = idle_flags(self._args, point.meta)
         for line in changes(point.meta, free_flags(self._args), idle=idle):
             logger.info("%s", line)
+        self._store.verify(point)
         self._store.continue_from(point.step)
         return point
 

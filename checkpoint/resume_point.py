@@ -50,29 +50,40 @@ class Search:
     def newest(self) -> int | None:
         """The step of ours to go on from; None where there is none.
 
-        ValueError, the same on all ranks, names the file that is damaged or missing, and what each
-        stage has where they have no step in common.
+        Its meta.json, config and tokenizer have been read and compared, not yet its weights and
+        state. ValueError, the same on all ranks, names the file that is damaged or missing, or says
+        what each stage has where they have no step in common.
         """
         self._check_latest()
-        damage: tuple[int, str] | None = None
-        for step in sorted(self._common(), reverse=True):
-            problem = self._problem(step)
-            if problem is None and damage is None:
-                self._tell_going_back(step)
-                return step
-            if problem is None:
-                assert damage is not None
-                raise ValueError(
-                    f"{damage[1]}; the newest whole checkpoint before it is step {step}: to go on "
-                    f"from that, move {self._path / str(damage[0])} away"
-                )
-            damage = damage or (step, problem)
-        if damage is not None:
-            raise ValueError(f"{damage[1]}; no whole checkpoint before it is there")
+        common = self._common()
+        if common:
+            self._refuse_damaged(max(common), small=True)
+            self._tell_going_back(max(common))
+            return max(common)
         # `latest` is written when all stages are whole: without it no save ever ended.
         if self.predecessor is None and any(view.latest is not None for view in self._views):
             raise ValueError(f"--checkpoint-path {self._path}: {self._disagreement()}")
         return None
+
+    def verify(self, step: int) -> None:
+        """Reads and compares all files of a step; ValueError as above."""
+        self._refuse_damaged(step, small=False)
+        if self._topology.rank == 0 and not self._views[0].steps[step].checked:
+            logger.info("step %d is of a time without manifests: not verified", step)
+
+    def _refuse_damaged(self, step: int, *, small: bool) -> None:
+        """ValueError where a step is damaged; it names the newest whole one before it."""
+        problem = self._problem(step, small=small)
+        if problem is None:
+            return
+        older = sorted((other for other in self._common() if other < step), reverse=True)
+        whole = next((other for other in older if self._problem(other, small=False) is None), None)
+        if whole is None:
+            raise ValueError(f"{problem}; no whole checkpoint before it is there")
+        raise ValueError(
+            f"{problem}; the newest whole checkpoint before it is step {whole}: to go on from "
+            f"that, move {self._path / str(step)} away"
+        )
 
     @property
     def predecessor(self) -> int | None:
@@ -99,20 +110,23 @@ class Search:
             and len({view.steps[step].save for view in self._views} - {None}) <= 1
         ]
 
-    def _problem(self, step: int) -> str | None:
-        """What is wrong with a step, in words: by its sizes, or else by reading all its files."""
+    def _problem(self, step: int, *, small: bool) -> str | None:
+        """What is wrong with a step, in words: by its sizes, or else by reading its files, of which
+        those that all stages have are `small`."""
         for rank, view in enumerate(self._views):
             if (problem := view.steps[step].problem) is not None:
                 return self._at(rank, problem)
         if not self._views[0].steps[step].checked:
             return None
         folder, stage = self._path / str(step), self._topology.stage
-        work = None
-        if self._topology.replica == 0:
-            work = lambda: read_manifest(folder, stage).check(folder)  # noqa: E731
-        return do_together(
-            self._control, work, f"reading step {step} to check it", expected=ValueError
-        )
+
+        def read() -> None:
+            manifest = read_manifest(folder, stage)
+            manifest.check(folder, manifest.common_files if small else None)
+
+        work = read if self._topology.replica == 0 else None
+        what = f"reading step {step} to check it"
+        return do_together(self._control, work, what, expected=ValueError)
 
     def _tell_going_back(self, step: int) -> None:
         if self._topology.rank != 0:
@@ -129,8 +143,6 @@ class Search:
                 ", ".join(map(str, sorted(newer))),
                 step,
             )
-        if not self._views[0].steps[step].checked:
-            logger.info("step %d is of a time without manifests: not verified", step)
 
     def _disagreement(self) -> str:
         have = "; ".join(

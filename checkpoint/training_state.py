@@ -66,6 +66,7 @@ class CheckpointStore:
         self._control, self._topology, self._nonce = control, topology, nonce
         names = broadcast_json(control, list(extras))
         self._extras = {name: broadcast_bytes(control, extras.get(name, b"")) for name in names}
+        self._search: Search | None = None
         self._writes = topology.replica == 0
         if self._writes:
             step_folder.clear_leftovers(path, nonce)
@@ -156,11 +157,13 @@ class CheckpointStore:
     def find(self) -> ResumePoint | None:
         """The newest step that every stage has whole; None where no stage has any checkpoint.
 
-        Files that stages have of different saves are not one step. Every process calls it.
-        ValueError, the same on all, names a file of the newest step that is damaged or missing, or
-        says what each stage has where they have none in common.
+        Files that stages have of different saves are not one step. Every process calls it, and
+        `verify` before it uses what the step holds beside meta.json and config. ValueError, the
+        same on all, names a file of the newest step that is damaged or missing, or says what each
+        stage has where they have none in common.
         """
         search = Search(self.path, control=self._control, topology=self._topology)
+        self._search = search
         step = search.newest()
         if step is not None:
             folder = self.path / str(step)
@@ -170,6 +173,15 @@ class CheckpointStore:
         if old is None:
             return None
         return ResumePoint(0, step_folder.predecessor_folder(self.path, old), None)
+
+    def verify(self, point: ResumePoint) -> None:
+        """Reads and compares all files of what `find` found; ValueError as there.
+
+        A predecessor's checkpoint has nothing to compare with. Every process calls it.
+        """
+        if point.meta is not None:
+            assert self._search is not None
+            self._search.verify(point.step)
 
     def continue_from(self, step: int) -> None:
         """Lets `latest` name the step that the run goes on from, where it does not.

@@ -65,7 +65,9 @@ RENAMING = (
     Moment("save: renamed", PUBLISH, "after", ranks=WRITERS),
     Moment("save: half of latest", "os:replace", ranks=WRITERS, about=".latest."),
     Moment("save: latest", "os:replace", "after", ranks=WRITERS, about=".latest."),
-)
+    Moment("save: latest's manifest", "os:replace", "after", ranks=WRITERS,
+           about=".latest_manifest."),
+)  # fmt: skip
 MOMENTS = (*JOINING, *FIRST, *ANY_STEP, *SAVING, *RENAMING)
 
 
