@@ -99,7 +99,7 @@ class Search:
                 raise ValueError(self._at(rank, view.problem))
 
     def _at(self, rank: int, problem: str) -> str:
-        return f"rank {rank}: {problem}" if self._control.size > 1 else problem
+        return f"on rank {rank}: {problem}" if self._control.size > 1 else problem
 
     def _common(self) -> list[int]:
         """The steps that every stage has had whole, not of different saves."""
