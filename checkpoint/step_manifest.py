@@ -97,7 +97,8 @@ def _told_stages(path: Path) -> int | None:
         meta = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
-    return int(meta["num_stages"]) if isinstance(meta, dict) and "format" in meta else None
+    stages = meta.get("num_stages") if isinstance(meta, dict) and "format" in meta else None
+    return stages if isinstance(stages, int) else None
 
 
 def check_weights(folder: Path, *, companions: bool) -> bool:

@@ -14,6 +14,7 @@ from unittest.mock import patch
 import torch
 
 from arguments import parse_train
+from checkpoint.latest import write_latest
 from checkpoint.training_state import SaveFailedError
 from comm.fabric import Fabric, connect
 from comm.interface import Interface
@@ -159,7 +160,7 @@ def _copy_run(source: Path, target: Path, *, step: int) -> None:
     for entry in target.iterdir():
         if entry.name.isdecimal() and int(entry.name) > step:
             shutil.rmtree(entry)
-    (target / "latest").write_text(str(step))
+    write_latest(target, step)
 
 
 def run_folder(folder: Path, name: str, stages: int, replicas: int) -> Path:
