@@ -9,19 +9,17 @@ import argparse
 import hashlib
 import json
 import logging
-import platform
 from functools import partial
 from typing import Any
 
 import torch
-import transformers
 
 from argument_checks import fixed_flags, free_flags
 from checkpoint.continuity import changes, check_same_config, check_same_run
 from checkpoint.disk import check_disk
 from checkpoint.pruning import Keep
 from checkpoint.shard_manifest import check_shard
-from checkpoint.training_state import CheckpointStore, ResumePoint, SaveFailedError
+from checkpoint.training_state import CheckpointStore, ResumePoint
 from comm.fabric import Fabric
 from comm.messages import gather_json
 from comm.topology import Topology
@@ -31,7 +29,6 @@ from modules.registry import MODELS
 from modules.stage_model import StageModel, stage_modules
 from monitor.console import Console
 from monitor.recorder import Recorder, SilentRecorder, open_recorder
-from optimizer.state import collect_state
 from pipeline_parallel.feed import Scatter, TrainingFeed
 from tasks.loader import BatchLoader
 from training_data import TrainingData, checkpoint_extras
@@ -40,6 +37,7 @@ from training_loop import TrainingLoop, TrainingStoppedError
 from training_pipeline import build_agreement, build_engine, loop_settings, names_by_stage
 from training_products import settle_products
 from training_profile import TrainingProfile
+from training_save import save_step
 from training_split import StageSplit
 from training_update import build_optimizer, build_updater, checkpoint_bytes, idle_flags
 from training_weights import load_state_, load_weights_
@@ -308,47 +306,14 @@ class Run:
         )
 
     def _save(self, recorder: Recorder, step: int, data: dict[str, Any]) -> bool:
-        """Whether the step is saved now; SaveFailedError where the run is not to go on without."""
-        weights = {key: value.cpu() for key, value in self._model.state_dict().items()}
-        updates, updater = self._optimizer.updates, self._updater.state()
-        meta = {
-            "step": step,
-            "updates": updates,
-            "updater": updater,
-            "gave_up": self._updater.has_given_up,
-            "model_type": self._args.model_type,
-            "num_stages": self._topology.num_stages,
-            "num_replicas": self._topology.num_replicas,
-            "num_layers": self._split.layers,
-            "flags": fixed_flags(self._args),
-            "settings": free_flags(self._args),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
+        return save_step(
+            self._args, step, store=self._store, topology=self._topology,
+            control=self._fabric.control, model=self._model, optimizer=self._optimizer,
+            updater=self._updater,
+            kept={
+                "num_layers": self._split.layers,
+                "cpu_matmul": self._cpu_matmul,
+                "data": data,
+                "wandb_id": recorder.run_id,
             },
-            "cpu_matmul": self._cpu_matmul,
-            "data": data,
-            "wandb_id": recorder.run_id,
-        }
-        parts = {
-            "checkpoint": weights,
-            "optimizer": collect_state(self._optimizer, self._fabric.control, self._topology),
-            "scheduler": {
-                "kind": self._args.lr_schedule,
-                "step": step,
-                "updates": updates,
-                **updater,
-            },
-        }
-        try:
-            self._store.save(step, parts=parts, meta=meta)
-        except SaveFailedError as error:
-            is_last = step == self._args.total_steps or self._updater.has_given_up
-            if is_last or self._args.checkpoint_failure == "fatal":
-                raise
-            if self._topology.rank == 0:
-                logger.warning("%s; training goes on, and checkpoints are as they were", error)
-            return False
-        logger.info("saved step %d in %s", step, self._args.checkpoint_path)
-        return True
+        )  # fmt: skip

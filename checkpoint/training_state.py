@@ -10,6 +10,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,7 +109,8 @@ class CheckpointStore:
         if failure is None:
             return
         if self._writes and undo is not None:
-            undo()
+            with suppress(OSError):  # the disk fails already; a later start clears what is left
+                undo()
         self._all_here()
         what = "is not saved" if undo is not None else "is saved, but latest does not name it"
         raise SaveFailedError(f"step {step} {what}: {failure}")

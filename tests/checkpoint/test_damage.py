@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from arguments import parse_train
 from checkpoint.convert_to_hf import convert_to_hf
-from checkpoint.latest import check_latest
+from checkpoint.latest import check_latest, write_latest
 from checkpoint.manifest import seal, unseal
 from comm.messages import gather_json
 from comm.topology import Topology
 from modules.registry import MODELS
+from monitor.atomic import replace_file
 from tests.checkpoint.models import forget_manifests, hf_weights
 from tests.dist import run_ranks
 from tests.runs import Case, connected, meet_at, run_folder, to_argv, train_cases
@@ -242,3 +245,24 @@ def test_every_bit_of_latest_counts(made: Made, tmp_path: Path) -> None:
             continue
         with pytest.raises(ValueError, match="/latest: damaged"):
             check_latest(run, has_manifests=True)
+
+
+@pytest.mark.parametrize("step", [FIRST, LAST + 2])
+@pytest.mark.parametrize("written", [0, 1, 2])
+def test_a_crash_while_latest_moves_is_no_damage(
+    step: int, written: int, made: Made, tmp_path: Path
+) -> None:
+    """Down, as where a run goes back, and up; after so many of the files that it writes."""
+    run = Path(shutil.copytree(made.run, tmp_path / "run"))
+    (run / str(LAST + 2)).mkdir()
+    left = [replace_file] * written
+
+    def dying(path: Path, content: bytes) -> None:
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()(path, content)
+
+    with patch("checkpoint.latest.replace_file", dying), suppress(KeyboardInterrupt):
+        write_latest(run, step)
+    check_latest(run, has_manifests=True)
+    assert (run / "latest").read_text() == str(step if written > (step < LAST) else LAST)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from checkpoint.pruning import Keep
+from checkpoint.step_manifest import read_manifest
 from monitor.console import Console
 from tests.checkpoint.models import hf_weights
 from tests.checkpoint.test_damage import to_hf
@@ -134,6 +135,9 @@ def test_a_crash_while_old_steps_go_costs_nothing(
     with killed_at(target, nth, after=after), pytest.raises(Killed):
         train_alone(again)
     assert (tmp_path / "run" / "latest").read_text() == ("4" if "replace" in target else "8")
+    for step in steps_of(tmp_path / "run"):
+        folder = tmp_path / "run" / step
+        read_manifest(folder, 0).check(folder)
     assert Run(**run_parts(again)).start > 0
     train(**{**run_parts(again), "nonce": "another"}, console=Console(io.StringIO()))
     assert steps_of(tmp_path / "run") == KEPT
