@@ -22,7 +22,6 @@ NOT_BUILT = "is not built yet"
 # Flags that are parsed and refused until the part they belong to is built.
 NOT_BUILT_FLAGS: dict[str, str] = {
     "--compile": "blocks through torch.compile",
-    "--keep-checkpoints": "how many checkpoints stay",
     "--async-checkpoint": "write checkpoints in the background",
     "--check-cluster": "measure the machines and links",
     "--plan": "print what each stage will need",
@@ -71,6 +70,9 @@ FREE = (
     "pp_mode",
     "data_group_size",
     "checkpoint_steps",
+    "checkpoint_failure",
+    "keep_checkpoints",
+    "keep_optimizer_states",
     "evaluation_data",
     "evaluation_steps",
     "evaluation_num_batch",

@@ -274,6 +274,14 @@ def _add_output_flags(group: Any) -> None:
     add("--checkpoint-path", type=Path, help="default: model_checkpoints/<model folder's name>")
     add("--checkpoint-steps", type=whole(0), default=0,
         help="save every so many iterations; 0: only at the end")  # fmt: skip
+    add("--keep-checkpoints", type=whole(1), metavar="N",
+        help="only the newest N stay, once a newer one is whole; default: all")  # fmt: skip
+    add("--keep-optimizer-states", type=whole(1), metavar="N",
+        help="only the newest N checkpoints keep their optimizer state; older ones can be "
+        "converted, but training cannot go on from them; default: all")  # fmt: skip
+    add("--checkpoint-failure", choices=("warn", "fatal"), default="warn",
+        help="what a save does that fails, of a full disk for example: warn, and training goes on, "
+        "or end the run; the last save's failure always ends it")  # fmt: skip
     _add_switch(group, "--load-checkpoint", "resume from --checkpoint-path if it has one", True)
     add("--project-name", default="dist-clm-train", help="Weights & Biases project")
     add("--profiling", choices=("no-profiling", "tidy_profiling"), default="no-profiling",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.model_folder import companion_files
+from checkpoint.shard_manifest import check_companions
 from pipeline_parallel.feed import HostBatch
 from tasks.bad_lines import BadLines
 from tasks.build import open_documents, open_training_stream
@@ -27,6 +28,8 @@ class TrainingData:
     def __init__(self, args: argparse.Namespace, *, vocab_size: int) -> None:
         self._args = args
         self._rows = args.batch_size * args.data_group_size
+        if Path(args.tokenizer_name).resolve() == args.model_name.resolve():
+            check_companions(args.model_name)
         self.tokenizer = load_tokenizer(args.tokenizer_name)
         check_vocabulary(self.tokenizer, vocab_size)
 
@@ -103,21 +106,19 @@ def _bad_lines(args: argparse.Namespace) -> BadLines:
     return BadLines(args.checkpoint_path / "bad_lines.txt", max_share=args.max_bad_share)
 
 
-def checkpoint_extras(model_folder: Path, name: str, tokenizer: Any | None) -> dict[str, bytes]:
+def checkpoint_extras(model_folder: Path, name: str, tokenizer: Any) -> dict[str, bytes]:
     """The small files that every checkpoint holds: config.json and tokenizer, by name.
 
-    `name` is --tokenizer-name. Where it is no folder, only the rank that has loaded `tokenizer` can
-    keep it.
+    `name` is --tokenizer-name, from which `tokenizer` was loaded; where it is no folder, that is
+    what is kept.
     """
     folder = Path(name)
     if folder.is_dir():
         files = _read(folder)
-    elif tokenizer is not None:
+    else:
         with tempfile.TemporaryDirectory() as saved:
             tokenizer.save_pretrained(saved)
             files = _read(Path(saved))
-    else:
-        files = {}
     return {**files, "config.json": (model_folder / "config.json").read_bytes()}
 
 

@@ -80,7 +80,8 @@ class LoopSettings:
 
 
 class TrainingLoop:
-    """Trains from one step to the last; `save` writes a checkpoint, given step and data state.
+    """Trains from one step to the last; `save` writes a checkpoint, given step and data state, and
+    tells whether it could.
 
     `parameter_names` are those of all stages, in the order of the agreement's slots, for messages.
     """
@@ -100,7 +101,7 @@ class TrainingLoop:
         evaluation: Evaluation | None,
         recorder: Recorder,
         tracer: Tracer,
-        save: Callable[[int, dict[str, Any]], None],
+        save: Callable[[int, dict[str, Any]], bool],
     ) -> None:
         self._settings, self._topology, self._control = settings, topology, control
         self._engine, self._feed = engine, feed
@@ -150,8 +151,8 @@ class TrainingLoop:
         given_up = self._settings.ends_update(step) and self._updater.has_given_up
         if self._settings.saves_after(step) or given_up:
             self._check_weights(step)
-            self._save(step, self._feed.state)
-            self._recorder.saved()
+            if self._save(step, self._feed.state):
+                self._recorder.saved()
         if given_up:
             why = self._skipped_since if self._bad is None else self._explain_loss(*self._bad)
             raise TrainingStoppedError(

@@ -17,6 +17,8 @@ import torch
 from argument_checks import fixed_flags, free_flags
 from checkpoint.continuity import changes, check_same_config, check_same_run
 from checkpoint.disk import check_disk
+from checkpoint.pruning import Keep
+from checkpoint.shard_manifest import check_shard
 from checkpoint.training_state import CheckpointStore, ResumePoint
 from comm.fabric import Fabric
 from comm.messages import gather_json
@@ -27,7 +29,6 @@ from modules.registry import MODELS
 from modules.stage_model import StageModel, stage_modules
 from monitor.console import Console
 from monitor.recorder import Recorder, SilentRecorder, open_recorder
-from optimizer.state import collect_state
 from pipeline_parallel.feed import Scatter, TrainingFeed
 from tasks.loader import BatchLoader
 from training_data import TrainingData, checkpoint_extras
@@ -36,6 +37,7 @@ from training_loop import TrainingLoop, TrainingStoppedError
 from training_pipeline import build_agreement, build_engine, loop_settings, names_by_stage
 from training_products import settle_products
 from training_profile import TrainingProfile
+from training_save import save_step
 from training_split import StageSplit
 from training_update import build_optimizer, build_updater, checkpoint_bytes, idle_flags
 from training_weights import load_state_, load_weights_
@@ -83,6 +85,7 @@ class Run:
         nonce: str,
     ) -> None:
         self._args, self._topology, self._fabric, self._device = args, topology, fabric, device
+        check_shard(args.model_name / "config.json")
         self._family: Family = MODELS[args.model_type].load()
         self._config = self._family.load_config(args.model_name)
         self._split = StageSplit(
@@ -98,11 +101,10 @@ class Run:
             control=fabric.control,
             topology=topology,
             nonce=nonce,
-            extras=checkpoint_extras(
-                args.model_name,
-                args.tokenizer_name,
-                None if self._data is None else self._data.tokenizer,
-            ),
+            extras={}
+            if self._data is None
+            else checkpoint_extras(args.model_name, args.tokenizer_name, self._data.tokenizer),
+            keep=Keep(args.keep_checkpoints, args.keep_optimizer_states),
         )
         self._settings = loop_settings(args)
         self._resume = self._find_resume()
@@ -176,8 +178,8 @@ class Run:
         every = max(every, self._args.gradient_accumulate_step)  # saves wait for an update's end
         saves = -(-(self._args.total_steps - self.start) // every)
         parameters = sum(p.numel() for p in self._model.parameters())
-        writes = self._topology.replica == 0
-        needed = saves * checkpoint_bytes(self._args, parameters) if writes else 0
+        weights, state = checkpoint_bytes(self._args, parameters)
+        needed = self._store.bytes_to_come(saves, weights=weights, state=state)
         check_disk(self._fabric.control, self._args.checkpoint_path, needed=needed)
 
     def _settle_products(self) -> list[Matmul] | None:
@@ -211,6 +213,7 @@ class Run:
         idle = idle_flags(self._args, point.meta)
         for line in changes(point.meta, free_flags(self._args), idle=idle):
             logger.info("%s", line)
+        self._store.verify(point)
         self._store.continue_from(point.step)
         return point
 
@@ -305,32 +308,15 @@ class Run:
             device=self._device,
         )
 
-    def _save(self, recorder: Recorder, step: int, data: dict[str, Any]) -> None:
-        weights = {key: value.cpu() for key, value in self._model.state_dict().items()}
-        updates, updater = self._optimizer.updates, self._updater.state()
-        meta = {
-            "step": step,
-            "updates": updates,
-            "updater": updater,
-            "gave_up": self._updater.has_given_up,
-            "model_type": self._args.model_type,
-            "num_stages": self._topology.num_stages,
-            "num_layers": self._split.layers,
-            "flags": fixed_flags(self._args),
-            "settings": free_flags(self._args),
-            "cpu_matmul": self._cpu_matmul,
-            "data": data,
-            "wandb_id": recorder.run_id,
-        }
-        parts = {
-            "checkpoint": weights,
-            "optimizer": collect_state(self._optimizer, self._fabric.control, self._topology),
-            "scheduler": {
-                "kind": self._args.lr_schedule,
-                "step": step,
-                "updates": updates,
-                **updater,
+    def _save(self, recorder: Recorder, step: int, data: dict[str, Any]) -> bool:
+        return save_step(
+            self._args, step, store=self._store, topology=self._topology,
+            control=self._fabric.control, model=self._model, optimizer=self._optimizer,
+            updater=self._updater,
+            kept={
+                "num_layers": self._split.layers,
+                "cpu_matmul": self._cpu_matmul,
+                "data": data,
+                "wandb_id": recorder.run_id,
             },
-        }
-        self._store.save(step, parts=parts, meta=meta)
-        logger.info("saved step %d in %s", step, self._args.checkpoint_path)
+        )  # fmt: skip

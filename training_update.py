@@ -80,8 +80,9 @@ def idle_flags(args: argparse.Namespace, meta: Mapping[str, Any]) -> set[str]:
     return {"--initial-loss-scale"} if goes_on else set()
 
 
-def checkpoint_bytes(args: argparse.Namespace, num_parameters: int) -> int:
-    """What a checkpoint of so many parameters takes: weights, masters, moments."""
+def checkpoint_bytes(args: argparse.Namespace, num_parameters: int) -> tuple[int, int]:
+    """What a checkpoint of so many parameters takes: weights; masters and moments."""
     dtype = DTYPES[args.precision]
     masters = 0 if dtype == torch.float32 else 4
-    return int(num_parameters * (dtype.itemsize + masters + MOMENT_BYTES[args.optimizer]))
+    state = num_parameters * (masters + MOMENT_BYTES[args.optimizer])
+    return num_parameters * dtype.itemsize, int(state)

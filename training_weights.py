@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 from checkpoint.loading import initialise_model_, load_checkpoint_, load_shards_, share_from_first
+from checkpoint.shard_manifest import has_manifest
 from checkpoint.training_state import ResumePoint, part_file, read_part
 from comm.communicator import Communicator
 from comm.topology import Topology
@@ -37,6 +38,8 @@ def load_weights_(
     dtype = DTYPES[args.precision]
     if resume is None:
         if args.load_pretrained_model:
+            if topology.rank == 0 and not has_manifest(args.model_name):
+                logger.info("%s has no manifest.json: not verified", args.model_name)
             load_shards_(model, args.model_name, family, config, dtype=dtype)
         else:
             initialise_model_(model, config, seed=args.seed)

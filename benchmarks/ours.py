@@ -79,7 +79,7 @@ class Ours:
             evaluation=None,
             recorder=SilentRecorder(),
             tracer=self._tracer,
-            save=lambda step, data: None,
+            save=lambda step, data: False,
         )
 
     def step(self) -> float:

@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 
 from checkpoint.hf_files import open_model, read_module
+from checkpoint.manifest import FileSum, save_summed, sum_file
 from checkpoint.model_folder import copy_companions, find_model, folder_name, write_config
 from checkpoint.output_folder import new_folder
+from checkpoint.shard_manifest import write_shard_manifest
 from checkpoint.shards import shard_name
 from modules.family import Family
 
@@ -20,7 +22,8 @@ CHOSEN = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
 def convert_from_hf(family: Family, *, model_name: str, save_dir: Path, dtype: str) -> Path:
-    """Writes the layer shards of `model_name`, a folder or a hub name; returns their folder.
+    """Writes the layer shards of `model_name`, a folder or a hub name, and a manifest of all that
+    it writes; returns their folder.
 
     It is `save_dir`/<model name with / as _>, for a local folder its base name. `dtype` is "keep",
     or the type to write: "fp16", "bf16" or "fp32". Raises ValueError, one line that names the flag
@@ -32,15 +35,18 @@ def convert_from_hf(family: Family, *, model_name: str, save_dir: Path, dtype: s
     modules = open_model(source, family, config)
     target = getattr(torch, CHOSEN[dtype]) if dtype != "keep" else None
     needed = sum(weight.num_bytes(target) for module in modules for weight in module.values())
+    sums: dict[str, FileSum] = {}
     with new_folder(final, needed=needed) as folder:
         for index, module in enumerate(modules):
             name = shard_name(index, config.num_hidden_layers)
             LOGGER.info("%s (%d of %d)", name, index + 1, len(modules))
-            torch.save(read_module(module, target), folder / name)
+            sums[name] = save_summed(read_module(module, target), folder / name)
         copy_companions(source, folder)
         if target is None:
             shutil.copyfile(source / "config.json", folder / "config.json")
         else:
             write_config(source, folder, dtype=CHOSEN[dtype])
+        small = [path for path in folder.iterdir() if path.name not in sums]
+        write_shard_manifest(folder, sums | {path.name: sum_file(path) for path in small})
     LOGGER.info("%s: done", final)
     return final

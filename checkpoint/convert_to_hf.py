@@ -17,6 +17,7 @@ from checkpoint.model_folder import copy_companions, find_model, write_config
 from checkpoint.output_folder import new_folder
 from checkpoint.stage_files import open_checkpoint, resolve_checkpoint
 from checkpoint.stage_split import read_split
+from checkpoint.step_manifest import check_weights
 from checkpoint.tensor_files import DTYPES
 from checkpoint.verify import verify as verify_logits
 from modules.family import Family
@@ -41,10 +42,12 @@ def convert_to_hf(
     The split is checked against the step's meta.json, and needed where that does not tell it;
     `config_name` is a folder or hub name of config and tokenizer, by default the step's folder.
     Weights keep their type (the widest, where there are several) unless `fp16`. Raises ValueError,
-    one line that names the flag or file, for input that is wrong, and RuntimeError where `verify`
-    finds other logits; nothing is left then.
+    one line that names the flag or file, for input that is wrong or not as its manifest says, and
+    RuntimeError where `verify` finds other logits; nothing is left then.
     """
     step = resolve_checkpoint(ckpt_path)
+    if not check_weights(step, companions=config_name is None):
+        LOGGER.info("%s: no manifest: its files are not verified", step)
     source = _config_folder(step, config_name)
     config = family.load_config(source)
     split = read_split(

@@ -24,5 +24,6 @@ def check_disk(control: Communicator, path: Path, *, needed: int) -> None:
     if needed and total > free:
         raise ValueError(
             f"--checkpoint-path {path}: the checkpoints of this run need {format_bytes(total)} on "
-            f"this machine, {format_bytes(free)} is free; save less often or make room"
+            f"this machine, {format_bytes(free)} is free; save less often, keep fewer "
+            "(--keep-checkpoints) or make room"
         )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from checkpoint.shard_manifest import check_shard
 from checkpoint.shards import load_layer_shard, shard_name
 from checkpoint.stage_files import read_stage_module, stage_file
 from checkpoint.strict import check_fits
@@ -29,14 +30,16 @@ def load_shards_(
 ) -> None:
     """Fills a stage from its layer shards, one layer at a time; ValueError names file and key.
 
-    All files are there before the first is read. What they hold must fit `dtype`, in which training
+    All files are there before the first is read, and each is as the folder's manifest says, where
+    it has one. What they hold must fit `dtype`, in which training
     will compute.
     """
     for index in model.indices:
         require_file(folder / shard_name(index, config.num_hidden_layers))
     for index, module in zip(model.indices, model, strict=True):
-        weights = load_layer_shard(folder, family, config, index)
         path = folder / shard_name(index, config.num_hidden_layers)
+        check_shard(path)
+        weights = load_layer_shard(folder, family, config, index)
         check_fits(path, weights, dtype)
         _fill(module, weights)
 

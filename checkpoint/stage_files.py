@@ -14,6 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from checkpoint.hf_files import Source, read_module
+from checkpoint.latest import CHECK, check_latest
+from checkpoint.step_manifest import manifest_name
 from checkpoint.strict import check_entry, check_keys, module_shapes
 from checkpoint.tensor_files import TorchFile
 from modules.family import Family
@@ -30,11 +32,14 @@ def resolve_checkpoint(path: Path) -> Path:
     """The folder of a step: `path` itself, or the one that `path`/latest names.
 
     `latest` holds a bare number N, which means `N` where there is such a folder, else
-    `checkpoint_N`. Raises ValueError, naming the file or folder, where there is none.
+    `checkpoint_N`. Raises ValueError, naming the file or folder, where there is none, or where
+    `latest` is damaged.
     """
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder, expected a training checkpoint")
     latest = path / "latest"
+    if latest.is_file() or (path / CHECK).is_file():
+        check_latest(path, has_manifests=any(path.glob(f"*/{manifest_name('*')}")))
     if not latest.is_file():
         return path
     text = latest.read_text(encoding="utf-8", errors="replace").strip()

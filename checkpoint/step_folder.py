@@ -8,6 +8,7 @@ same, so each is written to be harmless when another process has done it already
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -17,13 +18,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from checkpoint.latest import latest_text
+from checkpoint.manifest import FileSum, save_summed
+from checkpoint.step_manifest import PARTS, part_name
 from monitor.atomic import leftover_files
 
-STAGE_FILES = ("prank_{}_checkpoint.pt", "prank_{}_optimizer.pt", "prank_{}_scheduler.pt")
 _PARTIAL = ".partial-"
 _REPLACED = ".replaced-"
+_WITHDRAWN = ".withdrawn-"
 
 
 def partial_folder(path: Path, step: int, nonce: str) -> Path:
@@ -33,22 +35,24 @@ def partial_folder(path: Path, step: int, nonce: str) -> Path:
 
 def clear_leftovers(path: Path, nonce: str) -> None:
     """Removes what crashed saves of earlier starts left under `path`."""
-    for folder in [*path.glob(f"{_PARTIAL}*"), *path.glob(f"{_REPLACED}*")]:
+    kinds = (_PARTIAL, _REPLACED, _WITHDRAWN)
+    for folder in [folder for kind in kinds for folder in path.glob(f"{kind}*")]:
         if not folder.name.endswith(nonce):
             shutil.rmtree(folder, ignore_errors=True)
     for file in leftover_files(path):
         file.unlink(missing_ok=True)
 
 
-def write_stage_files(folder: Path, stage: int, parts: Mapping[str, Any]) -> None:
-    """Saves each part as `prank_<stage>_<part>.pt`, flushed to disk."""
+def write_stage_files(folder: Path, stage: int, parts: Mapping[str, Any]) -> dict[str, FileSum]:
+    """Saves each part as `prank_<stage>_<part>.pt`, flushed to disk; returns their sums by name.
+
+    OSError names the file that could not be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for part, state in parts.items():
-        target = folder / f"prank_{stage}_{part}.pt"
-        with target.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+    return {
+        part_name(stage, part): save_summed(state, folder / part_name(stage, part))
+        for part, state in parts.items()
+    }
 
 
 def make_way(final: Path, nonce: str) -> None:
@@ -65,12 +69,20 @@ def _replaced_folder(final: Path, nonce: str) -> Path:
     return final.with_name(f"{_REPLACED}{final.name}-{nonce}")
 
 
+def withdraw(folder: Path, nonce: str) -> None:
+    """Removes a step's folder so that a crash at any moment leaves it whole or gone."""
+    aside = folder.with_name(f"{_WITHDRAWN}{folder.name}-{nonce}")
+    _rename_if_there(folder, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def publish(partial: Path, final: Path) -> None:
     """Renames a step's folder to its final name; several processes may do so at once."""
     _rename_if_there(partial, final)
     sync_folder(final.parent)  # opening it also makes a network disk's client look anew
     if not final.is_dir():
-        raise FileNotFoundError(f"{final}: its parts were written, but it is not there")
+        text = "its parts were written, but it is not there"
+        raise FileNotFoundError(errno.ENOENT, text, str(final))
 
 
 def _rename_if_there(source: Path, target: Path) -> None:
@@ -98,31 +110,24 @@ def step_folders(path: Path) -> list[int]:
 
 
 def save_of(folder: Path) -> str:
-    """What tells saves apart: all stages write the same meta.json, and no two saves do."""
+    """What tells saves without manifests apart: all stages write the same meta.json, and no two
+    saves do."""
     return hashlib.sha256((folder / "meta.json").read_bytes()).hexdigest()
 
 
 def is_whole(folder: Path, stage: int) -> bool:
-    """Whether a step's folder has meta.json, config.json and all of a stage's files.
+    """Whether a step's folder without manifests has meta.json, config.json and a stage's files.
 
     torch's files are zip archives, whose directory is written last: a cut one has none.
     """
-    needed = [folder / name.format(stage) for name in STAGE_FILES]
+    needed = [folder / part_name(stage, part) for part in PARTS]
     has_both = all((folder / name).is_file() for name in ("meta.json", "config.json"))
     return has_both and all(map(zipfile.is_zipfile, needed))
 
 
-def latest_step(path: Path) -> str | None:
-    """What `latest` holds; None where there is none."""
-    try:
-        return (path / "latest").read_text(encoding="utf-8", errors="replace").strip()
-    except FileNotFoundError:
-        return None
-
-
 def predecessor_step(path: Path) -> int | None:
     """The N of `latest` where it means a predecessor's `checkpoint_N`, else None."""
-    text = latest_step(path)
+    text = latest_text(path)
     if text is None or not re.fullmatch(r"[0-9]+", text):
         return None
     step = int(text)

@@ -8,19 +8,31 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from checkpoint import step_folder
+from checkpoint.latest import expect_latest, latest_text, write_latest
+from checkpoint.manifest import FORMAT, named, sum_bytes
+from checkpoint.pruning import Keep, prune
+from checkpoint.resume_point import Search
+from checkpoint.step_manifest import StageManifest, part_name
+from checkpoint.together import do_together
 from comm.communicator import Communicator
-from comm.messages import broadcast_json, gather_json
+from comm.messages import broadcast_bytes, broadcast_json, gather_json
 from comm.topology import Topology
 from monitor.atomic import replace_file
 
 logger = logging.getLogger(__name__)
+
+
+class SaveFailedError(OSError):
+    """A step could not be saved; the checkpoints before it are as they were."""
 
 
 class ResumePoint(NamedTuple):
@@ -37,8 +49,8 @@ class ResumePoint(NamedTuple):
 class CheckpointStore:
     """The checkpoints under one --checkpoint-path, as all processes of a run see them.
 
-    `nonce` names this start of the run; `extras` are small files (config.json, tokenizer) by name
-    that every step's folder holds.
+    `nonce` names this start of the run; `extras` are rank 0's small files (config.json, tokenizer)
+    by name, which every step's folder holds; `keep` is what stays of older steps.
     """
 
     def __init__(
@@ -49,10 +61,13 @@ class CheckpointStore:
         topology: Topology,
         nonce: str,
         extras: Mapping[str, bytes],
+        keep: Keep,
     ) -> None:
-        self.path = path
+        self.path, self._keep = path, keep
         self._control, self._topology, self._nonce = control, topology, nonce
-        self._extras = dict(extras)
+        names = broadcast_json(control, list(extras))
+        self._extras = {name: broadcast_bytes(control, extras.get(name, b"")) for name in names}
+        self._search: Search | None = None
         self._writes = topology.replica == 0
         if self._writes:
             step_folder.clear_leftovers(path, nonce)
@@ -60,114 +75,132 @@ class CheckpointStore:
     def save(self, step: int, *, parts: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         """Saves `parts` (checkpoint, optimizer, scheduler) of this stage as step `step`.
 
-        Every process calls it; `meta` is rank 0's. OSError where the disk fails.
+        Every process calls it; `meta` is rank 0's. SaveFailedError, the same on all of them, where
+        a disk fails: it says on which rank and at which file, and no step was added, or `latest`
+        alone could not be moved.
         """
-        meta = broadcast_json(self._control, {**meta, "start": self._nonce})
+        meta = broadcast_json(self._control, {**meta, "format": FORMAT, "start": self._nonce})
         partial = step_folder.partial_folder(self.path, step, self._nonce)
         final = self.path / str(step)
-        if self._writes:
-            step_folder.make_way(final, self._nonce)
-        self._all_here()
-        if self._writes:
-            step_folder.write_stage_files(partial, self._topology.stage, parts)
-            for name, data in self._extras.items():
-                replace_file(partial / name, data)
-            text = json.dumps(meta, indent=1, sort_keys=True)
-            replace_file(partial / "meta.json", text.encode())
-            step_folder.sync_folder(partial)
-        self._all_here()
-        if self._writes:
-            step_folder.publish(partial, final)
-        self._all_here()
-        if self._writes:
-            self._name_latest(step)
-            step_folder.drop_replaced(final, self._nonce)
+
+        def drop() -> None:
+            shutil.rmtree(partial, ignore_errors=True)
+
+        def withdraw() -> None:
+            drop()
+            step_folder.withdraw(final, self._nonce)
+
+        self._attempt(lambda: self._write(partial, step, parts, meta), step, undo=drop)
+        self._attempt(lambda: self._prepare(final), step, undo=drop)
+        self._attempt(lambda: step_folder.publish(partial, final), step, undo=withdraw)
+        self._attempt(lambda: write_latest(self.path, step), step)
+        self._tidy(step, final)
         self._all_here()  # exit status 0 is to mean that every stage came to its end
+
+    def _attempt(
+        self, work: Callable[[], None], step: int, *, undo: Callable[[], None] | None = None
+    ) -> None:
+        """One part of a save, by every writer; where it fails for one of them, all undo it.
+
+        Without `undo` the step stays, whole, and it is `latest` that does not name it.
+        """
+        work_here = work if self._writes else None
+        failure = do_together(self._control, work_here, f"saving step {step}")
+        if failure is None:
+            return
+        if self._writes and undo is not None:
+            with suppress(OSError):  # the disk fails already; a later start clears what is left
+                undo()
+        self._all_here()
+        what = "is not saved" if undo is not None else "is saved, but latest does not name it"
+        raise SaveFailedError(f"step {step} {what}: {failure}")
+
+    def _write(
+        self, partial: Path, step: int, parts: Mapping[str, Any], meta: Mapping[str, Any]
+    ) -> None:
+        """This stage's files, those that every stage writes, and last the manifest of them all."""
+        topology = self._topology
+        sums = step_folder.write_stage_files(partial, topology.stage, parts)
+        text = json.dumps(meta, indent=1, sort_keys=True).encode()
+        common = {**self._extras, "meta.json": text}
+        sums |= {name: sum_bytes(content) for name, content in common.items()}
+        manifest = StageManifest(step, topology.stage, topology.num_stages, self._nonce, sums)
+        for name, content in {**common, manifest.name: manifest.encode()}.items():
+            try:
+                replace_file(partial / name, content)
+            except OSError as error:
+                raise named(error, partial / name) from error
+        step_folder.sync_folder(partial)
+
+    def _prepare(self, final: Path) -> None:
+        step_folder.make_way(final, self._nonce)
+        expect_latest(self.path)
+
+    def _tidy(self, step: int, final: Path) -> None:
+        if not self._writes:
+            return
+        step_folder.drop_replaced(final, self._nonce)
+        try:
+            prune(self.path, step, self._keep, stage=self._topology.stage, nonce=self._nonce)
+        except OSError as error:
+            logger.warning("older checkpoints could not be removed: %s", error)
+
+    def bytes_to_come(self, saves: int, *, weights: int, state: int) -> int:
+        """What so many saves will take here at most; `weights` and `state` are those of one."""
+        if not self._writes:
+            return 0
+        folders = [self.path / str(step) for step in step_folder.step_folders(self.path)]
+        name = part_name(self._topology.stage, "optimizer")
+        states = sum((folder / name).exists() for folder in folders)
+        return self._keep.added_bytes(
+            saves, kept=(len(folders), states), weights=weights, state=state
+        )
 
     def find(self) -> ResumePoint | None:
         """The newest step that every stage has whole; None where no stage has any checkpoint.
 
-        Files that stages have of different saves are not one step. Every process calls it.
-        ValueError says what each stage has where they have none in common.
+        Files that stages have of different saves are not one step. Every process calls it, and
+        `verify` before it uses what the step holds beside meta.json and config. ValueError, the
+        same on all, names a file of the newest step that is damaged or missing, or says what each
+        stage has where they have none in common.
         """
-        found = gather_json(self._control, self._mine())[: self._topology.num_stages]
-        common = set.intersection(*({(step, save) for step, save in one["whole"]} for one in found))
-        if common:
-            step, _ = max(common)
-            return self._ours(step, found)
-        old = {one["old"] for one in found}
-        if old == {None}:
-            # `latest` is written when all stages are whole: without it no save ever ended.
-            if any(one["latest"] for one in found):
-                raise ValueError(f"--checkpoint-path {self.path}: {_disagreement(found)}")
+        search = Search(self.path, control=self._control, topology=self._topology)
+        self._search = search
+        step = search.newest()
+        if step is not None:
+            folder = self.path / str(step)
+            meta = read_meta(folder) if self._topology.rank == 0 else None
+            return ResumePoint(step, folder, broadcast_json(self._control, meta))
+        old = search.predecessor
+        if old is None:
             return None
-        if len(old) > 1:
-            raise ValueError(f"--checkpoint-path {self.path}: {_disagreement(found)}")
-        return ResumePoint(0, step_folder.predecessor_folder(self.path, old.pop()), None)
+        return ResumePoint(0, step_folder.predecessor_folder(self.path, old), None)
 
-    def _mine(self) -> dict[str, Any]:
-        """What this stage has here: steps, which are whole and of which save, and `latest`."""
-        path, stage = self.path, self._topology.stage
-        steps = step_folder.step_folders(path) if self._writes else []
-        folders = {step: path / str(step) for step in steps}
-        return {
-            "steps": steps,
-            "whole": [
-                (step, step_folder.save_of(folder))
-                for step, folder in folders.items()
-                if step_folder.is_whole(folder, stage)
-            ],
-            "old": step_folder.predecessor_step(path) if self._writes else None,
-            "latest": self._writes and (path / "latest").exists(),
-        }
+    def verify(self, point: ResumePoint) -> None:
+        """Reads and compares all files of what `find` found; ValueError as there.
+
+        A predecessor's checkpoint has nothing to compare with. Every process calls it.
+        """
+        if point.meta is not None:
+            assert self._search is not None
+            self._search.verify(point.step)
 
     def continue_from(self, step: int) -> None:
         """Lets `latest` name the step that the run goes on from, where it does not.
 
         It may lag behind, after a crash between a folder's rename and its own; and it may be ahead,
-        where the step that it names is not whole any more.
+        where the step that it names has been moved away.
         """
-        if self._writes and step_folder.latest_step(self.path) != str(step):
-            self._name_latest(step)
+        if self._writes and latest_text(self.path) != str(step):
+            write_latest(self.path, step)
 
     def exists(self) -> bool:
         """Whether any stage has any checkpoint, whole or not; every process calls it."""
         mine = self._writes and step_folder.any_steps(self.path)
         return any(gather_json(self._control, mine))
 
-    def _ours(self, step: int, found: list[dict[str, Any]]) -> ResumePoint:
-        newer = sorted({s for one in found for s in one["steps"] if s > step})
-        if newer and self._topology.rank == 0:
-            logger.warning(
-                "step %s is not whole on every stage, or not of one save: going back to %d",
-                ", ".join(map(str, newer)),
-                step,
-            )
-        folder = self.path / str(step)
-        meta = read_meta(folder) if self._topology.rank == 0 else None
-        return ResumePoint(step, folder, broadcast_json(self._control, meta))
-
-    def _name_latest(self, step: int) -> None:
-        replace_file(self.path / "latest", str(step).encode())
-        step_folder.sync_folder(self.path)
-
     def _all_here(self) -> None:
         self._control.all_reduce(torch.zeros(1)).wait()
-
-
-def _disagreement(found: list[dict[str, Any]]) -> str:
-    have = "; ".join(f"stage {stage} has {_steps(one)}" for stage, one in enumerate(found))
-    return (
-        f"no step is whole on every stage and of one save ({have}); bring the missing files to "
-        "their machines, or name another folder"
-    )
-
-
-def _steps(one: dict[str, Any]) -> str:
-    steps = [str(step) for step, _ in one["whole"]]
-    if one["old"] is not None:
-        steps.append(f"checkpoint_{one['old']}")
-    return ", ".join(steps) or "none"
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -184,7 +217,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 def part_file(folder: Path, stage: int, part: str) -> Path:
     """Where `save` keeps one part of a stage."""
-    return folder / f"prank_{stage}_{part}.pt"
+    return folder / part_name(stage, part)
 
 
 def read_part(folder: Path, stage: int, part: str) -> dict[str, Any]:

@@ -19,15 +19,24 @@ def _decode(data: Tensor) -> Any:
     return json.loads(bytes(data.tolist()))
 
 
+def broadcast_bytes(group: Communicator, value: bytes, *, root: int = 0) -> bytes:
+    """Member `root`'s value, on every member."""
+    mine = group.rank == root
+    size = torch.tensor([len(value) if mine else 0])
+    group.broadcast(size, root=root)
+    if not size.item():
+        return b""
+    data = torch.empty(int(size.item()), dtype=torch.uint8)
+    if mine:
+        data = torch.frombuffer(bytearray(value), dtype=torch.uint8)
+    group.broadcast(data, root=root)
+    return data.numpy().tobytes()
+
+
 def broadcast_json(group: Communicator, value: Any, *, root: int = 0) -> Any:
     """Member `root`'s value, on every member."""
-    data = _encode(value) if group.rank == root else torch.empty(0, dtype=torch.uint8)
-    size = torch.tensor([data.numel()])
-    group.broadcast(size, root=root)
-    if group.rank != root:
-        data = torch.empty(int(size.item()), dtype=torch.uint8)
-    group.broadcast(data, root=root)
-    return _decode(data)
+    mine = json.dumps(value).encode() if group.rank == root else b""
+    return json.loads(broadcast_bytes(group, mine, root=root))
 
 
 def gather_json(group: Communicator, value: Any) -> list[Any]:

@@ -6,7 +6,9 @@ continues it as if it had never stopped.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,10 +86,14 @@ class MetricsFile:
         kept = [line for line in read_metrics(self.path) if line["step"] <= step]
         replace_file(self.path, b"".join(map(_encode, kept)))
 
-    def append(self, metrics: IterationMetrics) -> None:
-        """Adds one line in one write."""
+    def append(self, *metrics: IterationMetrics) -> None:
+        """Adds lines in one write: all, or, where it raises OSError, none."""
+        content = b"".join(_encode(one.to_json()) for one in metrics)
         with self.path.open("ab", buffering=0) as file:
-            file.write(_encode(metrics.to_json()))
+            end = file.seek(0, os.SEEK_END)
+            if file.write(content) != len(content):  # the disk has become full in the middle
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,8 @@ from monitor.metrics import IterationMetrics, MetricsFile
 from monitor.plot import draw_loss
 from monitor.progress import Progress
 from monitor.wandb_run import Run, open_wandb
+
+logger = logging.getLogger(__name__)
 
 METRICS_NAME = "metrics.jsonl"
 PLOT_NAME = "loss.png"
@@ -54,12 +57,16 @@ class SilentRecorder:
 
 @dataclass(frozen=True)
 class FileRecorder:
-    """metrics.jsonl and loss.png under `folder`, the progress line, and wandb."""
+    """metrics.jsonl and loss.png under `folder`, the progress line, and wandb.
+
+    Lines that the disk does not take wait in `unwritten` until it does.
+    """
 
     folder: Path
     metrics: MetricsFile
     progress: Progress
     wandb: Run
+    unwritten: list[IterationMetrics] = field(default_factory=list)
 
     @property
     def run_id(self) -> str | None:
@@ -69,7 +76,7 @@ class FileRecorder:
         self.progress.evaluated(step, held_out)
 
     def iteration(self, metrics: IterationMetrics) -> None:
-        self.metrics.append(metrics)
+        self._write(metrics)
         self.progress.update(metrics)
         self.wandb.log(metrics.to_json(), metrics.step)
 
@@ -77,8 +84,21 @@ class FileRecorder:
         draw_loss(self.folder / METRICS_NAME, self.folder / PLOT_NAME)
 
     def close(self) -> None:
+        if self.unwritten:
+            logger.warning("%s lacks the last %d lines", self.metrics.path, len(self.unwritten))
         self.progress.close()
         self.wandb.close()
+
+    def _write(self, metrics: IterationMetrics) -> None:
+        """A full disk costs no training: it is told once, and again if it comes back."""
+        self.unwritten.append(metrics)
+        try:
+            self.metrics.append(*self.unwritten)
+        except OSError as error:
+            if len(self.unwritten) == 1:
+                logger.warning("%s cannot be written: %s; its lines wait", self.metrics.path, error)
+            return
+        self.unwritten.clear()
 
 
 def open_recorder(

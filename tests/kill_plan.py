@@ -56,7 +56,7 @@ SAVING = (
     Moment("save: half a file", "torch:save", "half", ranks=WRITERS, nth=2),
     Moment("save: one file", "torch:save", "after", ranks=WRITERS),
     Moment("save: all tensors", _FILES, "after", ranks=WRITERS),
-    Moment("save: as a replica", "checkpoint.training_state:CheckpointStore._all_here",
+    Moment("save: as a replica", "checkpoint.training_state:CheckpointStore._attempt",
            ranks=OTHERS, nth=2),
 )  # fmt: skip
 RENAMING = (
@@ -65,7 +65,9 @@ RENAMING = (
     Moment("save: renamed", PUBLISH, "after", ranks=WRITERS),
     Moment("save: half of latest", "os:replace", ranks=WRITERS, about=".latest."),
     Moment("save: latest", "os:replace", "after", ranks=WRITERS, about=".latest."),
-)
+    Moment("save: latest's manifest", "os:replace", "after", ranks=WRITERS,
+           about=".latest_manifest."),
+)  # fmt: skip
 MOMENTS = (*JOINING, *FIRST, *ANY_STEP, *SAVING, *RENAMING)
 
 

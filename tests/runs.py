@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import logging
 import shutil
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -14,6 +14,8 @@ from unittest.mock import patch
 import torch
 
 from arguments import parse_train
+from checkpoint.latest import write_latest
+from checkpoint.training_state import SaveFailedError
 from comm.fabric import Fabric, connect
 from comm.interface import Interface
 from comm.messages import gather_json
@@ -32,7 +34,7 @@ class Case(NamedTuple):
 
     hook: entered around the run in every process, to make something go wrong there.
     after: another run's folder and a step: this run goes on from a copy of it at that step.
-    stops: the run ends with a TrainingStoppedError.
+    stops: the run ends with a TrainingStoppedError, or a SaveFailedError.
     shapes: the only (P, R) to run in.
     """
 
@@ -69,24 +71,33 @@ def train_cases(
     torch.set_num_threads(1)
     for stages, replicas, shape_url in shapes:
         topology = Topology(rank, stages, replicas)
-        rendezvous = _meet(rank, world_size, shape_url)
-        watch = Watch.connect(rendezvous, topology)
-        fabric = connect(
-            topology,
-            rendezvous,
-            dist_backend=dist_backend,
-            dp_backend="gloo" if dist_backend == "gloo" else "nccl",
-            device=torch.device("cpu"),
-            dist_timeout=60.0,
-            watch=watch,
-        )
-        for case in cases:
-            if case.shapes is None or (stages, replicas) in case.shapes:
-                path = run_folder(folder, case.name, stages, replicas)
-                told[path.name] = _train_case(case, path, topology, fabric, rendezvous.nonce)
-        fabric.close()
-        watch.close()
+        with connected(topology, shape_url, dist_backend) as (fabric, nonce):
+            for case in cases:
+                if case.shapes is None or (stages, replicas) in case.shapes:
+                    path = run_folder(folder, case.name, stages, replicas)
+                    told[path.name] = _train_case(case, path, topology, fabric, nonce)
     return told
+
+
+@contextmanager
+def connected(
+    topology: Topology, url: str, dist_backend: str = "gloo", *, dist_timeout: float = 60.0
+) -> Iterator[tuple[Fabric, str]]:
+    """All channels of one process of a shape whose ranks meet at `url`, and the start's nonce."""
+    rendezvous = _meet(topology.rank, topology.world_size, url)
+    watch = Watch.connect(rendezvous, topology)
+    fabric = connect(
+        topology,
+        rendezvous,
+        dist_backend=dist_backend,
+        dp_backend="gloo" if dist_backend == "gloo" else "nccl",
+        device=torch.device("cpu"),
+        dist_timeout=dist_timeout,
+        watch=watch,
+    )
+    yield fabric, rendezvous.nonce
+    fabric.close()
+    watch.close()
 
 
 def _train_case(case: Case, path: Path, topology: Topology, fabric: Fabric, nonce: str) -> Told:
@@ -117,7 +128,7 @@ def _train_case(case: Case, path: Path, topology: Topology, fabric: Fabric, nonc
                 nonce=nonce,
                 console=Console(io.StringIO()),
             )
-        except TrainingStoppedError as error:
+        except (TrainingStoppedError, SaveFailedError) as error:
             if not case.stops:
                 raise
             stopped = str(error)
@@ -150,7 +161,7 @@ def _copy_run(source: Path, target: Path, *, step: int) -> None:
     for entry in target.iterdir():
         if entry.name.isdecimal() and int(entry.name) > step:
             shutil.rmtree(entry)
-    (target / "latest").write_text(str(step))
+    write_latest(target, step)
 
 
 def run_folder(folder: Path, name: str, stages: int, replicas: int) -> Path:

@@ -23,6 +23,7 @@ import torch
 
 from checkpoint.lock import lock_folder
 from tests.bad_input import LAYERS, ROOT, VOCAB, Flags, argv, at, make_home, right, the_line
+from tests.checkpoint.models import forget_manifests
 from tests.entry import Outcome, Rank, Run, quiet_port, run_all
 from tests.tasks.material import tokenizer
 
@@ -76,7 +77,10 @@ def test_flags_are_refused_before_torch_is_imported() -> None:
 
 
 def copy_of(home: Path, name: str) -> Path:
-    return Path(shutil.copytree(home / "m", home / "copies" / name))
+    """A model as it is published, without a manifest: what is wrong in it is seen for itself."""
+    copied = Path(shutil.copytree(home / "m", home / "copies" / name))
+    (copied / "manifest.json").unlink()
+    return copied
 
 
 QKV, LAST = "attention.query_key_value.weight", "pytorch_2.pt"  # of stage 1
@@ -115,6 +119,12 @@ def drop_tokenizer(folder: Path) -> None:
         path.unlink()
 
 
+def negate_converted(path: Path) -> None:
+    """A weight of another sign in a shard whose manifest knows better."""
+    shutil.copy(path.parents[2] / "m" / "manifest.json", path.parent)
+    edit(path, lambda state: state[QKV].neg_())
+
+
 Spoil = Callable[[Path], object]
 
 # What is wrong with the model folder of one rank, and the words of the line.
@@ -147,6 +157,10 @@ FOLDERS: dict[str, tuple[int, Spoil, list[str]]] = {
         3,
         lambda d: edit(d / LAST, lambda s: s[QKV][0].add_(1e-7)),
         ["--model-name", "stage 1", "not the same for all replicas"],
+    ),
+    "another shard than was converted": (
+        3, lambda d: negate_converted(d / LAST),
+        [LAST, "damaged: ", "remove manifest.json to load the folder unverified"],
     ),
     "another config": (
         3, lambda d: edit_config(d, layer_norm_eps=1e-6),
@@ -236,6 +250,16 @@ FLAGS: dict[str, tuple[dict[int, Flags], list[str]]] = {
     ),
 }  # fmt: skip
 
+def unchecked(spoil: Spoil) -> Spoil:
+    """A checkpoint of a time without manifests, and what is wrong in it."""
+
+    def spoil_unchecked(folder: Path) -> None:
+        forget_manifests(folder)
+        spoil(folder)
+
+    return spoil_unchecked
+
+
 # Flags of a second start on a checkpoint of the first, and the words of the line.
 RESUMES: dict[str, tuple[Flags, list[str]]] = {
     "another seed": ({"seed": 7}, ["--seed is 7", "made with 42"]),
@@ -248,35 +272,46 @@ RESUMES: dict[str, tuple[Flags, list[str]]] = {
 }  # fmt: skip
 STATES: dict[str, tuple[Spoil, list[str]]] = {
     "optimizer of nonsense": (
-        lambda d: torch.save([1], d / "2" / "prank_1_optimizer.pt"),
+        unchecked(lambda d: torch.save([1], d / "2" / "prank_1_optimizer.pt")),
         ["prank_1_optimizer.pt", "list"],
     ),
     "optimizer with NaN": (
-        lambda d: edit(
-            d / "2" / "prank_1_optimizer.pt", lambda s: s["exp_avg"][f"0.{QKV}"].fill_(float("nan"))
+        unchecked(
+            lambda d: edit(
+                d / "2" / "prank_1_optimizer.pt",
+                lambda s: s["exp_avg"][f"0.{QKV}"].fill_(float("nan")),
+            )
         ),
         ["2/prank_1_optimizer.pt: exp_avg: 0.", QKV, "not finite"],
     ),
     "weights with NaN": (
-        lambda d: edit(
-            d / "2" / "prank_1_checkpoint.pt", lambda s: s[f"0.{QKV}"].fill_(float("nan"))
+        unchecked(
+            lambda d: edit(
+                d / "2" / "prank_1_checkpoint.pt", lambda s: s[f"0.{QKV}"].fill_(float("nan"))
+            )
         ),
         ["prank_1_checkpoint.pt", QKV, "not finite"],
     ),
     "weights of a stage missing": (
-        lambda d: (d / "2" / "prank_1_checkpoint.pt").unlink(),
+        unchecked(lambda d: (d / "2" / "prank_1_checkpoint.pt").unlink()),
         ["--checkpoint-path", "no step is whole", "stage 0 has 2", "stage 1 has none"],
     ),
-    "meta broken": (lambda d: cut(d / "2" / "meta.json"), ["meta.json", "not readable"]),
+    "meta broken": (
+        unchecked(lambda d: cut(d / "2" / "meta.json")), ["meta.json", "not readable"],
+    ),
     "config of the checkpoint broken": (
-        lambda d: cut(d / "2" / "config.json"),
+        unchecked(lambda d: cut(d / "2" / "config.json")),
         ["2/config.json", "not readable"],
     ),
     "config of the checkpoint missing": (
-        lambda d: (d / "2" / "config.json").unlink(),
+        unchecked(lambda d: (d / "2" / "config.json").unlink()),
         ["--checkpoint-path"],
     ),
-}
+    "weights that are not as saved": (
+        lambda d: edit(d / "2" / "prank_1_checkpoint.pt", lambda s: s[f"0.{QKV}"].neg_()),
+        ["2/prank_1_checkpoint.pt: damaged: ", "prank_1_manifest.json says", "no whole checkpoint"],
+    ),
+}  # fmt: skip
 
 
 def ranks_of(home: Path, name: str, changes: Mapping[int, Flags]) -> list[Rank]:
@@ -338,6 +373,7 @@ def ended(home: Path) -> dict[str, list[Outcome]]:
     content["model"]["vocab"]["unheard-of"] = VOCAB
     path.write_text(json.dumps(content))
     shutil.copytree(home / "m", home / "large")
+    (home / "large" / "manifest.json").unlink()
     edit(home / "large" / LAST, lambda s: s[QKV][0].fill_(-1e5))
     lock = lock_folder(home / "locked")
     with lock, socket.create_server(("127.0.0.1", 0)) as busy:

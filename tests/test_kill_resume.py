@@ -73,6 +73,8 @@ def live_apart(lab: Lab) -> list[Start]:
     starts = [lab.start("apart", kill, own_disks=True) for kill in (one_renamed, last_latest, None)]
     cut(disks[1] / str(STEPS) / "prank_1_optimizer.pt")
     starts.append(lab.start("apart", own_disks=True))
+    shutil.rmtree(disks[1] / str(STEPS))  # as the line says
+    starts.append(lab.start("apart", own_disks=True))
     shutil.rmtree(disks[1] / str(STEPS))
     shutil.copytree(lab.disk("killed") / str(STEPS), disks[1] / str(STEPS))
     starts.append(lab.start("apart", own_disks=True))
@@ -237,12 +239,21 @@ def test_latest_of_a_complete_run_catches_up(starts: dict[str, list[Start]]) -> 
     assert third.damage == []
 
 
-def test_a_cut_file_of_one_stage_sends_all_back_to_the_step_before(
+def test_a_cut_file_of_one_stage_is_an_error_that_offers_the_step_before(
+    starts: dict[str, list[Start]],
+) -> None:
+    outcome = starts["apart"][3].outcome
+    assert outcome.statuses == [2] * WORLD
+    for (line,) in outcome.lines:
+        assert f"disk1/{STEPS}/prank_1_optimizer.pt: damaged" in line
+        assert f"whole checkpoint before it is step {STEPS - SAVE}" in line
+
+
+def test_once_it_is_moved_away_all_go_back_to_the_step_before(
     lab: Lab, starts: dict[str, list[Start]]
 ) -> None:
-    """With a warning; and the end is the same again, nothing of the cut folder left."""
-    start = starts["apart"][3]
-    assert_went_back(start)
+    """With a warning; and the end is the same again, nothing of the old folder left."""
+    assert_went_back(starts["apart"][4])
     assert numbers(lab.disk("apart", 0)) == numbers(lab.disk("whole"))
     assert same(state(lab.disk("apart", 1), 1), state(lab.disk("whole"), 1))
     assert leftovers(lab.disk("apart", 0)) == leftovers(lab.disk("apart", 1)) == []
@@ -250,7 +261,7 @@ def test_a_cut_file_of_one_stage_sends_all_back_to_the_step_before(
 
 def test_a_step_of_another_run_on_one_stage_is_not_mixed_in(starts: dict[str, list[Start]]) -> None:
     """As where a machine takes part again that still has the files of an earlier run."""
-    assert_went_back(starts["apart"][4])
+    assert_went_back(starts["apart"][5])
 
 
 def assert_went_back(start: Start) -> None:
@@ -259,14 +270,12 @@ def assert_went_back(start: Start) -> None:
     assert start.outcome.statuses == [0] * WORLD
 
 
-def test_no_step_whole_on_all_stages_is_an_error(starts: dict[str, list[Start]]) -> None:
-    outcome = starts["apart"][5].outcome
+def test_no_whole_step_is_an_error(starts: dict[str, list[Start]]) -> None:
+    outcome = starts["apart"][6].outcome
     assert outcome.statuses == [2] * WORLD
     for (line,) in outcome.lines:
-        assert (
-            "no step is whole on every stage and of one save (stage 0 has none; stage 1 has 4"
-            in line
-        )
+        assert f"disk0/{STEPS}/prank_0_checkpoint.pt: damaged" in line
+        assert line.endswith("no whole checkpoint before it is there")
 
 
 def test_a_complete_run_does_nothing_more(lab: Lab, starts: dict[str, list[Start]]) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from comm.topology import Topology
+from tests.checkpoint.models import forget_manifests
 from tests.dist import run_ranks
 from tests.runs import Case, Told, curve, meet_at, run_folder, train_cases
 from tests.tasks.material import make_texts, write_jsonl
@@ -136,8 +137,12 @@ def test_another_split_is_an_error_that_names_both(
 
 
 def edited(run: Path, target: Path, **changes: Any) -> Path:
-    """A copy of a run whose meta.json says something else, or (None) does not say it."""
+    """A copy of a run whose meta.json says something else, or (None) does not say it.
+
+    It is of a time without manifests, which would not have it.
+    """
     shutil.copytree(run, target)
+    forget_manifests(target)
     for path in target.glob("*/meta.json"):
         meta = json.loads(path.read_text()) | changes
         path.write_text(json.dumps({k: v for k, v in meta.items() if v is not None}))

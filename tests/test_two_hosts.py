@@ -220,7 +220,8 @@ def test_each_host_keeps_its_own_stage(base: Path, ended: dict[str, list[Outcome
         step = home / "run" / str(STEPS)
         parts = sorted(path.name for path in step.glob("prank_*"))
         assert parts == [
-            f"prank_{stage}_{part}.pt" for part in ("checkpoint", "optimizer", "scheduler")
+            f"prank_{stage}_{part}"
+            for part in ("checkpoint.pt", "manifest.json", "optimizer.pt", "scheduler.pt")
         ]
         assert (step / "meta.json").exists()
         assert (step / "config.json").exists()
@@ -231,10 +232,11 @@ def test_each_host_keeps_its_own_stage(base: Path, ended: dict[str, list[Outcome
 def test_gathered_files_become_one_model(
     base: Path, tmp_path: Path, ended: dict[str, list[Outcome]]
 ) -> None:
-    """The far host's stage file, put beside the near one's, is all that conversion needs."""
+    """The far host's weights and their manifest, put beside the near one's, are all it takes."""
     near, far = (base / "one pipeline" / host.name / "run" / str(STEPS) for host in HOSTS)
     shutil.copytree(near, tmp_path / "gathered")
-    shutil.copy(far / "prank_1_checkpoint.pt", tmp_path / "gathered")
+    for name in ("prank_1_checkpoint.pt", "prank_1_manifest.json"):
+        shutil.copy(far / name, tmp_path / "gathered")
     found = [
         _to_hf(folder, tmp_path / name)
         for name, folder in (

@@ -1,0 +1,73 @@
+"""Which checkpoints stay: older steps go, and optimizer state goes from those that stay.
+
+Only what came before the step that was just saved is touched, once every stage has it whole and
+`latest` names it. A step is renamed aside before it is removed, and a manifest says what is gone
+before it goes: a crash at any moment leaves a step whole, or gone, or saying what it lacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from checkpoint.step_folder import step_folders, withdraw
+from checkpoint.step_manifest import part_name, read_manifest
+from monitor.atomic import replace_file
+
+
+@dataclass(frozen=True)
+class Keep:
+    """How many of the newest steps stay, and how many with optimizer state; None is all."""
+
+    steps: int | None = None
+    optimizer_states: int | None = None
+
+    def added_bytes(self, saves: int, *, kept: tuple[int, int], weights: int, state: int) -> int:
+        """The most that `saves` further checkpoints take at one time.
+
+        `kept` are the steps that are there, and those of them with optimizer state; `weights` and
+        `state` are the bytes of one. A new step is written before an old one goes.
+        """
+        limits = [most for most in (self.steps, self.optimizer_states) if most is not None]
+        steps, states = (
+            saves if most is None else min(saves, max(1, most + 1 - there))
+            for most, there in ((self.steps, kept[0]), (min(limits, default=None), kept[1]))
+        )
+        return steps * weights + states * state
+
+
+def prune(path: Path, step: int, keep: Keep, *, stage: int, nonce: str) -> None:
+    """Removes under `path`, where this stage saved `step`, what `keep` does not ask for.
+
+    The stages of one folder may do so at once. OSError where the disk fails.
+    """
+    steps = [one for one in step_folders(path) if one <= step and _is_ours(path / str(one))]
+    for old in _older(steps, keep.steps):
+        withdraw(path / str(old), nonce)
+    for old in _older(steps, keep.optimizer_states):
+        if (path / str(old)).is_dir():
+            _drop_optimizer(path / str(old), stage)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Nothing else that is called by a number is ever removed."""
+    return any(folder.glob("prank_*"))
+
+
+def _older(steps: Sequence[int], most: int | None) -> Sequence[int]:
+    return [] if most is None else steps[: max(0, len(steps) - most)]
+
+
+def _drop_optimizer(folder: Path, stage: int) -> None:
+    """Leaves alone what has no manifest to say so, or a damaged one."""
+    name = part_name(stage, "optimizer")
+    try:
+        manifest = read_manifest(folder, stage)
+    except ValueError:
+        return
+    if name not in manifest.dropped:
+        files = {file: one for file, one in manifest.files.items() if file != name}
+        told = replace(manifest, files=files, dropped=[*manifest.dropped, name])
+        replace_file(folder / manifest.name, told.encode())
+    (folder / name).unlink(missing_ok=True)

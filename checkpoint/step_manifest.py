@@ -1,0 +1,119 @@
+"""What the manifests of a step's folder say: each stage has one, of all that it wrote there.
+
+All stages of a save write the same meta.json, config and tokenizer, so each manifest holds for a
+folder of its own as for one that the stages share.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from checkpoint import manifest
+from checkpoint.manifest import FORMAT, FileSum, check_file, check_size, seal, unseal
+
+PARTS = ("checkpoint", "optimizer", "scheduler")
+
+
+@dataclass(frozen=True)
+class StageManifest:
+    """What one stage wrote in one save.
+
+    save: the same for all stages of a save, and no two saves share it.
+    files: sums by name, of the stage's own files and of those that every stage writes.
+    dropped: files that were there and have been removed to make room.
+    """
+
+    step: int
+    stage: int
+    num_stages: int
+    save: str
+    files: Mapping[str, FileSum]
+    dropped: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return manifest_name(self.stage)
+
+    @property
+    def common_files(self) -> list[str]:
+        """Those that every stage writes: meta.json, config, tokenizer."""
+        return [name for name in self.files if not name.startswith("prank_")]
+
+    def encode(self) -> bytes:
+        """The file's content."""
+        files = manifest.encode_sums(self.files)
+        return seal({**vars(self), "files": files, "format": FORMAT})
+
+    def check_sizes(self, folder: Path) -> None:
+        """ValueError names the first file of `folder` that is missing or of another size."""
+        for name, expected in self.files.items():
+            check_size(folder / name, expected, manifest=self.name)
+
+    def check(self, folder: Path, names: Iterable[str] | None = None) -> None:
+        """Reads all files, or those `names`; ValueError names the first that is not as written."""
+        for name in self.files if names is None else names:
+            check_file(folder / name, self.files[name], manifest=self.name)
+
+
+def part_name(stage: int, part: str) -> str:
+    """The file of one part of a stage."""
+    return f"prank_{stage}_{part}.pt"
+
+
+def manifest_name(stage: int | str) -> str:
+    """The file of a stage's manifest; of "*", a pattern of all."""
+    return f"prank_{stage}_manifest.json"
+
+
+def read_manifest(folder: Path, stage: int) -> StageManifest:
+    """A stage's manifest in a step's folder; ValueError names it where it is not as written."""
+    body = unseal(folder / manifest_name(stage))
+    return StageManifest(
+        step=body["step"],
+        stage=body["stage"],
+        num_stages=body["num_stages"],
+        save=body["save"],
+        files=manifest.decode_sums(body),
+        dropped=body["dropped"],
+    )
+
+
+def num_stages(folder: Path) -> int | None:
+    """How many stages saved `folder`, by any of its manifests or by meta.json.
+
+    None where it is of a time without manifests. ValueError names a manifest that is damaged.
+    """
+    if found := sorted(folder.glob(manifest_name("*"))):
+        return int(unseal(found[0])["num_stages"])
+    return _told_stages(folder / "meta.json")
+
+
+def _told_stages(path: Path) -> int | None:
+    """What a meta.json of a save with manifests tells, else None."""
+    try:
+        meta = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    stages = meta.get("num_stages") if isinstance(meta, dict) and "format" in meta else None
+    return stages if isinstance(stages, int) else None
+
+
+def check_weights(folder: Path, *, companions: bool) -> bool:
+    """Reads all that a conversion of the step in `folder` will: False where it has no manifests.
+
+    That is the weights of all stages, meta.json, and, with `companions`, config and tokenizer.
+    ValueError names the first file that is missing or not as it was written, or of another save.
+    """
+    stages = num_stages(folder)
+    if stages is None:
+        return False
+    manifests = [read_manifest(folder, stage) for stage in range(stages)]
+    for one in manifests:
+        if one.save != manifests[0].save:
+            raise ValueError(f"{folder / one.name}: of another save than {manifests[0].name}")
+        one.check(folder, [part_name(one.stage, "checkpoint")])
+    manifests[0].check(folder, manifests[0].common_files if companions else ["meta.json"])
+    return True

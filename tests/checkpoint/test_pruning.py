@@ -1,0 +1,174 @@
+"""Older checkpoints go, or lose their optimizer state, and what a crash leaves of that is whole."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import itertools
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from checkpoint.pruning import Keep
+from checkpoint.step_manifest import read_manifest
+from monitor.console import Console
+from tests.checkpoint.models import hf_weights
+from tests.checkpoint.test_damage import to_hf
+from tests.kill_lab import leftovers, same, state
+from tests.tasks.material import make_texts, write_jsonl
+from tests.test_parity import make_shards
+from tests.test_resume_rules import run_parts, train_alone
+from training_setup import Run, train
+
+STEPS = 10
+KEPT, KEEP = ["6", "8", "10"], {"keep-checkpoints": 3, "keep-optimizer-states": 1}
+
+
+class Killed(BaseException):
+    """The end of a process, as far as its files show it."""
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Of a run that keeps all it saves, in `all`, and one that does not, in `few`."""
+    folder = tmp_path_factory.mktemp("pruning")
+    write_jsonl(folder / "a.jsonl", make_texts(20, seed=1))
+    make_shards(folder, "model", "gptneox", {"num_hidden_layers": 2})
+    common = {
+        "model-name": folder / "shards" / "model", "model-type": "gptneox", "num-layers": 2,
+        "embedding-dim": 32, "task-name": folder / "a.jsonl", "seq-length": 16, "batch-size": 2,
+        "total-steps": STEPS, "checkpoint-steps": 2, "lr": 1e-3, "use-cuda": "false",
+    }  # fmt: skip
+    (folder / "few" / "7").mkdir(parents=True)  # a user's, who calls things by numbers
+    train_alone({**common, "checkpoint-path": folder / "all"})
+    train_alone({**common, **KEEP, "checkpoint-path": folder / "few"})
+    return {**common, **KEEP, "checkpoint-path": folder / "few"}
+
+
+def steps_of(run: Path) -> list[str]:
+    return sorted((path.name for path in run.glob("[0-9]*")), key=int)
+
+
+def states_of(run: Path) -> list[str]:
+    return [path.parent.name for path in run.glob("*/prank_0_optimizer.pt")]
+
+
+def test_the_newest_steps_stay(flags: dict[str, Any]) -> None:
+    run = flags["checkpoint-path"]
+    assert steps_of(run) == ["6", "7", "8", "10"]
+    assert not any((run / "7").iterdir())
+    assert (run / "latest").read_text() == str(STEPS)
+    assert leftovers(run) == []
+
+
+def test_the_newest_of_them_alone_has_optimizer_state(flags: dict[str, Any]) -> None:
+    run = flags["checkpoint-path"]
+    assert states_of(run) == [str(STEPS)]
+    assert same(state(run, 0, STEPS), state(run.parent / "all", 0, STEPS))
+
+
+@pytest.mark.parametrize("step", KEPT)
+def test_every_step_that_stays_can_be_converted(
+    step: str, flags: dict[str, Any], tmp_path: Path
+) -> None:
+    run = flags["checkpoint-path"]
+    few = hf_weights(to_hf(run / step, tmp_path / "few"))
+    whole = hf_weights(to_hf(run.parent / "all" / step, tmp_path / "all"))
+    assert few.keys() == whole.keys()
+    assert all(torch.equal(few[key], whole[key]) for key in whole)
+
+
+def test_training_does_not_go_on_without_optimizer_state(
+    flags: dict[str, Any], tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(flags["checkpoint-path"], tmp_path / "run"))
+    shutil.rmtree(run / str(STEPS))
+    with pytest.raises(ValueError, match=r"/8/prank_0_optimizer\.pt: dropped") as caught:
+        Run(**run_parts({**flags, "checkpoint-path": run}))
+    assert "--keep-optimizer-states" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_gone_is_not_taken_for_dropped(
+    flags: dict[str, Any], tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(flags["checkpoint-path"], tmp_path / "run"))
+    (run / str(STEPS) / "prank_0_optimizer.pt").unlink()
+    with pytest.raises(ValueError, match=r"prank_0_optimizer\.pt: no such file"):
+        Run(**run_parts({**flags, "checkpoint-path": run}))
+
+
+@contextmanager
+def killed_at(target: str, nth: int, *, after: bool) -> Iterator[None]:
+    """The process ends before or after that call of a function of a module."""
+    module, _, name = target.rpartition(".")
+    original, calls = getattr(importlib.import_module(module), name), itertools.count(1)
+
+    def dying(*args: Any, **options: Any) -> Any:
+        is_last = next(calls) == nth
+        result = None if is_last and not after else original(*args, **options)
+        if is_last:
+            raise Killed
+        return result
+
+    with patch(target, dying):
+        yield
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize(
+    "target", ["checkpoint.pruning.withdraw", "checkpoint.pruning.replace_file",
+               "checkpoint.step_folder._rename_if_there"],
+)  # fmt: skip
+def test_a_crash_while_old_steps_go_costs_nothing(
+    target: str, after: bool, flags: dict[str, Any], tmp_path: Path
+) -> None:
+    """A save renames twice, and then once for each step that goes: the ninth is the first such."""
+    again = {**flags, "checkpoint-path": tmp_path / "run"}
+    nth = 9 if target.endswith("_rename_if_there") else 1
+    with killed_at(target, nth, after=after), pytest.raises(Killed):
+        train_alone(again)
+    assert (tmp_path / "run" / "latest").read_text() == ("4" if "replace" in target else "8")
+    for step in steps_of(tmp_path / "run"):
+        folder = tmp_path / "run" / step
+        read_manifest(folder, 0).check(folder)
+    assert Run(**run_parts(again)).start > 0
+    train(**{**run_parts(again), "nonce": "another"}, console=Console(io.StringIO()))
+    assert steps_of(tmp_path / "run") == KEPT
+    assert states_of(tmp_path / "run") == [str(STEPS)]
+    assert same(state(tmp_path / "run", 0, STEPS), state(flags["checkpoint-path"], 0, STEPS))
+    assert leftovers(tmp_path / "run") == []
+
+
+def peak(saves: int, keep: Keep, kept: tuple[int, int], weights: int, states: int) -> int:
+    """What such saves add at most, by writing and removing them one after the other."""
+    there = [index >= kept[0] - kept[1] for index in range(kept[0])]  # whether each has its state
+    sizes = [_size(there, weights, states)]
+    for _ in range(saves):
+        there.append(True)
+        sizes.append(_size(there, weights, states))
+        there = there[-keep.steps :] if keep.steps else there
+        if keep.optimizer_states:
+            last = len(there) - keep.optimizer_states
+            there = [has and index >= last for index, has in enumerate(there)]
+    return max(sizes) - sizes[0]
+
+
+def _size(there: list[bool], weights: int, states: int) -> int:
+    return len(there) * weights + sum(there) * states
+
+
+@pytest.mark.parametrize("steps", [None, 1, 2, 4])
+@pytest.mark.parametrize("states", [None, 1, 2, 3])
+def test_the_disk_that_a_run_needs_is_foreseen(steps: int | None, states: int | None) -> None:
+    keep = Keep(steps, states)
+    for saves, kept in itertools.product(range(7), ((0, 0), (1, 1), (3, 1), (3, 3), (6, 2))):
+        foreseen = keep.added_bytes(saves, kept=kept, weights=4, state=8)
+        needed = peak(saves, keep, kept, 4, 8)
+        assert foreseen == needed if kept == (0, 0) else foreseen >= needed
