@@ -18,6 +18,7 @@ from comm.fabric import Fabric, connect
 from comm.interface import Interface
 from comm.messages import gather_json
 from comm.rendezvous import Rendezvous, join
+from comm.stopping import StopRequest
 from comm.topology import Topology
 from comm.watch import Watch
 from monitor.console import Console
@@ -115,6 +116,7 @@ def _train_case(case: Case, path: Path, topology: Topology, fabric: Fabric, nonc
                 device=torch.device("cpu"),
                 nonce=nonce,
                 console=Console(io.StringIO()),
+                stop=StopRequest(),
             )
         except TrainingStoppedError as error:
             if not case.stops:
