@@ -32,6 +32,7 @@ _POLL_SECONDS = 0.1
 _REPORT_SECONDS = 10.0
 _ACKNOWLEDGE_SECONDS = 3.0
 _LATE_SECONDS = 5.0
+_ERRORS = {1: TimeoutError, 2: ValueError, STOPPED: StopAskedError}  # by a verdict's status
 
 
 @dataclass(frozen=True)
@@ -153,11 +154,9 @@ class _Meeting:
         self._await_verdict(store)
         verdict = json.loads(store.get("verdict"))
         if "error" in verdict:
-            mistake = verdict["status"] == 2
-            self._part(store, late_seconds=_LATE_SECONDS if mistake else 0.0)
-            if verdict["status"] == STOPPED:
-                raise StopAskedError(verdict["error"])
-            raise (ValueError if mistake else TimeoutError)(verdict["error"])
+            too_late = verdict["status"] == 1
+            self._part(store, late_seconds=0.0 if too_late else _LATE_SECONDS)
+            raise _ERRORS[verdict["status"]](verdict["error"])
         self._watchdog.expect(status=1, line=self._unconnected())
         roster = tuple(self._arrival(store, rank) for rank in range(self._world_size))
         return Rendezvous(self._here.rank, roster, verdict["nonce"], store, self._watchdog)
