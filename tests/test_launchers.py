@@ -24,7 +24,7 @@ from tests.test_parity import make_shards
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "example_scripts"
-STEPS, SAVE, DEADLINE = 200, 20, 90.0
+STEPS, SAVE, DEADLINE = 60, 10, 90.0
 # Two stages and one replica, with the batch of make_lab's two.
 TWO_RANKS = {
     "world-size": 2, "data-group-size": 1, "batch-size": 4, "total-steps": STEPS,
@@ -52,7 +52,9 @@ def environ(**more: str) -> dict[str, str]:
 
 
 @contextmanager
-def started(command: list[Any], log: Path, env: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+def started(
+    command: list[Any], log: Path, env: dict[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
     """A process in a session of its own, of which nothing is left at the end."""
     with log.open("ab") as file:
         process = subprocess.Popen(

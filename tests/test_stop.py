@@ -101,7 +101,7 @@ PLAN = {
         75, "SIGTERM on rank 3", saved(12), 12,
     ),
     "twice": Stop(
-        [Kill("", 3, _TRAIN, signals=(*TERM, *TERM), wait=2.5)],
+        [Kill("", 3, _TRAIN, signals=(*TERM, *TERM), wait=2.2)],
         1, "SIGTERM on rank 3", AGAIN, 12,
     ),
     "a rank that hangs": Stop(
