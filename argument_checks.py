@@ -84,6 +84,7 @@ FREE = (
     "dp_backend",
     "join_timeout",
     "dist_timeout",
+    "grace_seconds",
     "use_offload",
     "zero_stage",
     "lr_schedule",

@@ -283,6 +283,9 @@ def _add_output_flags(group: Any) -> None:
         help="what a save does that fails, of a full disk for example: warn, and training goes on, "
         "or end the run; the last save's failure always ends it")  # fmt: skip
     _add_switch(group, "--load-checkpoint", "resume from --checkpoint-path if it has one", True)
+    add("--grace-seconds", type=real(positive=True, at_most=MAX_SECONDS), default=300.0,
+        help="seconds after SIGTERM, SIGINT or SIGUSR1 for the update to end and be saved, before "
+        "exit status 75; later, 1")  # fmt: skip
     add("--project-name", default="dist-clm-train", help="Weights & Biases project")
     add("--profiling", choices=("no-profiling", "tidy_profiling"), default="no-profiling",
         help="tidy_profiling: a trace of every rank, and timeline.png of one step of all, in "

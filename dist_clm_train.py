@@ -1,6 +1,8 @@
 """Trains one rank of a run: parse, check, meet the other ranks, build, train, save.
 
-Exit status: 0 the run is complete; 2 a user's mistake; 1 anything else.
+Exit status: 0 the run is complete; 2 a user's mistake; 75 asked to stop by SIGTERM, SIGINT or
+SIGUSR1: what there was to save is saved, the run is not finished, the same command goes on; 1
+anything else, among it a stop that was not done within --grace-seconds, or was asked for again.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 from argument_checks import OWN_FLAGS, check_model, check_optimizer, doubts, split_dist_url
 from arguments import one_line, parse_train, refuse, train_parser
 from checkpoint.lock import lock_folder, make_folder
+from comm.ending import say
 from comm.interface import Interface, choose_interface, export
+from comm.stopping import CLOSING, LOADING, STOPPED, StopAskedError, StopListener, StopRequest
 from monitor.console import Console
 from monitor.logs import setup_logging
 from tasks.evaluation_sets import check_evaluation_data
@@ -49,11 +53,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.preview_data is not None:
         preview(args)
         return
+    stop = StopRequest()
+    listener = StopListener(stop, rank=args.rank, alone=args.world_size == 1)
     machine = look_around(args)
     if machine.problem is not None and args.world_size == 1:
         refuse(machine.problem)
-    rendezvous = meet(args, machine)
-    run(args, machine, rendezvous, console)
+    rendezvous = meet(args, machine, stop)
+    run(args, machine, rendezvous, console, stop, listener)
 
 
 def preview(args: argparse.Namespace) -> None:
@@ -107,7 +113,7 @@ def _check_data(args: argparse.Namespace) -> None:
         check_evaluation_data(args.evaluation_data)
 
 
-def meet(args: argparse.Namespace, machine: Machine) -> Rendezvous:
+def meet(args: argparse.Namespace, machine: Machine, stop: StopRequest) -> Rendezvous:
     """Meets the other ranks, also to report a problem; a world of one opens no socket."""
     from comm.rendezvous import Rendezvous, join
 
@@ -127,9 +133,13 @@ def meet(args: argparse.Namespace, machine: Machine) -> Rendezvous:
             prefix=args.run_id,
             join_timeout=args.join_timeout,
             host=False if args.agent_store else None,
+            stop=stop,
         )
     except ValueError as error:
         refuse(machine.problem or error)
+    except StopAskedError as error:
+        say(f"rank {args.rank}: {error}")
+        sys.exit(STOPPED)
     except (TimeoutError, ConnectionError) as error:
         sys.stderr.write(f"rank {args.rank}: {one_line(error)}\n")
         sys.exit(1)
@@ -150,7 +160,12 @@ def _facts(args: argparse.Namespace) -> dict[str, str | int | float | bool | Non
 
 
 def run(
-    args: argparse.Namespace, machine: Machine, rendezvous: Rendezvous, console: Console
+    args: argparse.Namespace,
+    machine: Machine,
+    rendezvous: Rendezvous,
+    console: Console,
+    stop: StopRequest,
+    listener: StopListener,
 ) -> None:
     """Trains among ranks that have met; however it ends, all of them end, each with one line."""
     from comm.communicator import PeerLostError
@@ -160,25 +175,29 @@ def run(
 
     topology = Topology(args.rank, args.pipeline_group_size, args.data_group_size)
     try:
-        watch = Watch.connect(rendezvous, topology)
+        watch = Watch.connect(rendezvous, topology, stop=stop)
     except (TimeoutError, ConnectionError) as error:
         sys.stderr.write(f"rank {args.rank}: {one_line(error)}\n")
         sys.exit(1)
+    listener.link(end=watch.fail, pass_on=watch.pass_on)
+    stop.phase = LOADING
+    stopped = None
     try:
         if machine.problem is not None:
             raise machine.problem
-        _train(args, topology, rendezvous, watch, console)
+        stopped = _train(args, topology, rendezvous, watch, console, stop)
     except PeerLostError as error:
         watch.explain(error)
     except (TrainingStoppedError, OSError) as error:
         watch.fail(1, one_line(error))
     except ValueError as error:
         watch.fail(2, one_line(error))
-    except KeyboardInterrupt:
-        watch.fail(1, "interrupted")
     except Exception as error:
         _fail_with_traceback(watch, error)
     watch.close()
+    if stopped is not None:
+        say(stopped if args.world_size == 1 else f"rank {args.rank}: {stopped}")
+        sys.exit(STOPPED)
 
 
 def _train(
@@ -187,7 +206,8 @@ def _train(
     rendezvous: Rendezvous,
     watch: Watch,
     console: Console,
-) -> None:
+    stop: StopRequest,
+) -> str | None:
     from transformers.utils import logging as transformers_logging
 
     from comm.fabric import connect
@@ -204,15 +224,18 @@ def _train(
         dist_timeout=args.dist_timeout,
         watch=watch,
     )
-    train(
+    stopped = train(
         args,
         topology=topology,
         fabric=fabric,
         device=device,
         nonce=rendezvous.nonce,
         console=console,
+        stop=stop,
     )
+    stop.phase = CLOSING
     fabric.close()
+    return stopped
 
 
 def choose_device(args: argparse.Namespace, *, ranks_here: int) -> torch.device:

@@ -6,9 +6,11 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from comm.communicator import Communicator
 from comm.messages import broadcast_json, gather_json
+from comm.stopping import Asked, StopRequest
 from comm.topology import Topology
 from monitor.held_out import HeldOut, SetLoss
 from optimizer.agreement import Agreement, Totals
@@ -24,7 +26,8 @@ class Evaluation:
 
     `rows` and `micro_rows` are the sequences of one pipeline's batch and of a microbatch;
     `open_sets` opens the sets anew on rank 0, by name, and is None elsewhere. The other ranks hear
-    from rank 0 what sets there are.
+    from rank 0 what sets there are. `stop` is the request to stop that this process knows of: rank
+    0 hears of every rank's.
     """
 
     topology: Topology
@@ -35,15 +38,21 @@ class Evaluation:
     rows: int
     micro_rows: int
     open_sets: Callable[[], Mapping[str, Iterator[HostBatch]]] | None
+    stop: StopRequest
 
-    def run(self) -> HeldOut:
+    def run(self, *, may_stop: bool) -> HeldOut | Asked:
         """The mean loss of a trained token; every rank calls it and gets the same.
 
         It may be no finite number, which is told and no reason to stop: nothing is trained on it.
+        With `may_stop`, a request to stop ends the evaluation after a batch and is returned.
         """
         sets = {} if self.open_sets is None else self.open_sets()
-        names: list[str] = broadcast_json(self.control, list(sets))
-        found = {name: self._run_set(name, sets.get(name)) for name in names}
+        found: dict[str, Totals] = {}
+        for name in broadcast_json(self.control, list(sets)):
+            totals = self._run_set(name, sets.get(name), may_stop=may_stop)
+            if may_stop and totals.asked is not None:
+                return totals.asked
+            found[name] = totals
         loss = sum(one.loss for one in found.values())
         tokens = sum(one.tokens for one in found.values())
         named = {name: one for name, one in found.items() if name}
@@ -52,8 +61,13 @@ class Evaluation:
             {name: SetLoss(one.loss / one.tokens, one.tokens) for name, one in named.items()},
         )
 
-    def _run_set(self, name: str, batches: Iterator[HostBatch] | None) -> Totals:
-        """The sums over one set; rank 0 has its batches."""
+    def _run_set(
+        self, name: str, batches: Iterator[HostBatch] | None, *, may_stop: bool
+    ) -> Totals:
+        """The sums over one set, or over what of it came before a request to stop; rank 0 has its
+        batches."""
+        if batches is not None and may_stop:  # the others end where rank 0's batches end
+            batches = takewhile(lambda _: self.stop.asked is None, batches)
         loss, tokens, bad = 0.0, 0, list[tuple[int, int]]()
         for number, rows in enumerate(evaluation_feed(self.scatter, self.control, batches)):
             batch = PipelineBatch(rows.tokens, rows.labels, (), self.micro_rows, rows.begins)
@@ -62,7 +76,9 @@ class Evaluation:
             bad += [
                 (number, i) for i, of in enumerate(one.of_microbatches) if not math.isfinite(of)
             ]
-        totals = self.agreement.agree(loss=loss, tokens=tokens, squared_norms=None)
+        totals = self.agreement.agree(
+            loss=loss, tokens=tokens, squared_norms=None, asked=self.stop.asked
+        )
         if not math.isfinite(totals.loss):
             self._warn(name, gather_json(self.control, bad))
         return totals

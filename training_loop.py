@@ -10,6 +10,7 @@ from typing import Any
 
 from comm.communicator import Communicator
 from comm.messages import broadcast_json, gather_json
+from comm.stopping import NOT_BEGUN, Asked, StopRequest
 from comm.topology import Topology
 from modules.dropout import derive_seed
 from monitor.held_out import HeldOut
@@ -101,6 +102,7 @@ class TrainingLoop:
         evaluation: Evaluation | None,
         recorder: Recorder,
         tracer: Tracer,
+        stop: StopRequest,
         save: Callable[[int, dict[str, Any]], bool],
     ) -> None:
         self._settings, self._topology, self._control = settings, topology, control
@@ -108,14 +110,21 @@ class TrainingLoop:
         self._optimizer, self._updater, self._agreement = optimizer, updater, agreement
         self._names = parameter_names
         self._evaluation, self._recorder, self._save = evaluation, recorder, save
-        self._tracer = tracer
+        self._tracer, self._stop = tracer, stop
+        self._asked: Asked | None = None  # to stop, as all ranks have agreed
         self._tokens_in_update, self._losses_are_finite = 0, True
         self._skipped_since = ""  # why the last skipped update was
         self._bad: tuple[PipelineBatch, Losses] | None = None  # the iteration's, if not finite
 
-    def run(self, start: int) -> None:
-        """Runs iterations `start` + 1 to the last; `start` is 0 or the step resumed from."""
-        before = self._evaluate() if start == 0 else None
+    def run(self, start: int) -> str | None:
+        """Runs iterations `start` + 1 to the last; `start` is 0 or the step resumed from.
+
+        Where a rank is asked to stop before, all save at the next update's end; returns a line that
+        says so, None where the run is complete.
+        """
+        before = self._evaluate(0) if start == 0 else None
+        if self._asked is not None:
+            return f"{self._asked} {NOT_BEGUN}"
         if before is not None:
             self._recorder.evaluated(0, before)
         clock = Stopwatch()
@@ -124,7 +133,7 @@ class TrainingLoop:
             seconds = clock.lap()
             due = self._settings.evaluates_after(step)
             with clock.paused():
-                held_out = self._evaluate() if due else None
+                held_out = self._evaluate(step) if due else None
             metrics = IterationMetrics(
                 step=step,
                 loss=totals.loss / totals.tokens,
@@ -140,6 +149,10 @@ class TrainingLoop:
             self._recorder.iteration(metrics)
             with clock.paused():
                 self._save_if_due(step)
+            if self._stops_after(step):
+                done = f"step {step} is saved, not finished"
+                return f"{self._asked}: {done}; the same command goes on"
+        return None
 
     def advance(self, step: int) -> tuple[Totals, Outcome | None]:
         """One iteration, and the update that it ends, if it ends one."""
@@ -147,12 +160,22 @@ class TrainingLoop:
             totals = self._iterate(step)
             return totals, self._update(step, totals)
 
+    def _stops_after(self, step: int) -> bool:
+        """Not after the last step: the run is complete."""
+        if self._asked is None or step == self._settings.total_steps:
+            return False
+        return self._settings.ends_update(step)
+
     def _save_if_due(self, step: int) -> None:
         given_up = self._settings.ends_update(step) and self._updater.has_given_up
-        if self._settings.saves_after(step) or given_up:
+        if self._settings.saves_after(step) or self._stops_after(step) or given_up:
             self._check_weights(step)
             if self._save(step, self._feed.state):
                 self._recorder.saved()
+            elif self._stops_after(step):
+                raise TrainingStoppedError(
+                    f"{self._asked}: step {step} could not be saved; checkpoints are as they were"
+                )
         if given_up:
             why = self._skipped_since if self._bad is None else self._explain_loss(*self._bad)
             raise TrainingStoppedError(
@@ -182,7 +205,10 @@ class TrainingLoop:
         if settings.ends_update(step):
             self._optimizer.reduce_gradients()
             norms = self._squared_norms()
-        totals = self._agreement.agree(loss=losses.total, tokens=losses.tokens, squared_norms=norms)
+        totals = self._agreement.agree(
+            loss=losses.total, tokens=losses.tokens, squared_norms=norms, asked=self._stop.asked
+        )
+        self._asked = self._asked or totals.asked
         if not self._updater.may_skip:
             self._check_finite(step, totals, batch, losses)
         self._bad = None if math.isfinite(totals.loss) else (batch, losses)
@@ -271,5 +297,16 @@ class TrainingLoop:
         place = f"in stage {stages[0]}" if stages else "with dropout alone"
         return f"the loss is not finite, first {place}, on the blocks from {blocks}"
 
-    def _evaluate(self) -> HeldOut | None:
-        return None if self._evaluation is None else self._evaluation.run()
+    def _evaluate(self, step: int) -> HeldOut | None:
+        """None where there is no evaluation, or the run stops before it is done.
+
+        The one after the last step is always done, as the run is complete with it.
+        """
+        may_stop = step < self._settings.total_steps
+        if self._evaluation is None or (self._asked is not None and may_stop):
+            return None
+        found = self._evaluation.run(may_stop=may_stop)
+        if not isinstance(found, Asked):
+            return found
+        self._asked = found
+        return None

@@ -22,6 +22,7 @@ from checkpoint.shard_manifest import check_shard
 from checkpoint.training_state import CheckpointStore, ResumePoint
 from comm.fabric import Fabric
 from comm.messages import gather_json
+from comm.stopping import CLOSING, StopRequest, training
 from comm.topology import Topology
 from modules.family import Family
 from modules.products import Matmul
@@ -53,23 +54,31 @@ def train(
     device: torch.device,
     nonce: str,
     console: Console,
-) -> None:
-    """Trains as the flags say. ValueError for a user's mistake."""
+    stop: StopRequest,
+) -> str | None:
+    """Trains as the flags say. ValueError for a user's mistake.
+
+    Returns a line that says so where `stop` ended it early; None where the run is complete.
+    """
     run = Run(args, topology=topology, fabric=fabric, device=device, nonce=nonce)
     if run.start >= args.total_steps:
         run.check_success()
         logger.info("%d of %d steps are done: nothing to do", run.start, args.total_steps)
-        return
+        return None
     run.prepare()
     logger.info(run.describe())
     logger.info(run.describe_split())
+    stop.phase = training(args.grace_seconds)
     recorder = run.open_recorder(console)
     try:
-        run.loop(recorder).run(run.start)
-        run.profile.finish()
+        stopped = run.loop(recorder, stop).run(run.start)
+        stop.phase = CLOSING
+        if stopped is None:
+            run.profile.finish()
     finally:
         recorder.close()
         run.close()
+    return stopped
 
 
 class Run:
@@ -245,7 +254,7 @@ class Run:
             run_id=None if meta is None else meta.get("wandb_id"),
         )
 
-    def loop(self, recorder: Recorder) -> TrainingLoop:
+    def loop(self, recorder: Recorder, stop: StopRequest) -> TrainingLoop:
         args, topology, fabric = self._args, self._topology, self._fabric
         settings, tracer = self._settings, self.profile.tracer
         engine = build_engine(
@@ -275,10 +284,11 @@ class Run:
             else Evaluation(
                 topology, self._scatter(), fabric.control, engine, agreement,
                 settings.rows, settings.micro_rows,
-                None if self._data is None else self._data.open_evaluation,
+                None if self._data is None else self._data.open_evaluation, stop,
             ),
             recorder=recorder,
             tracer=tracer,
+            stop=stop,
             save=partial(self._save, recorder),
         )  # fmt: skip
 

@@ -10,6 +10,7 @@ import torch
 from benchmarks.overhead import engine_overhead
 from benchmarks.work import LR, MAX_NORM, WEIGHT_DECAY, Work
 from comm.fabric import Fabric
+from comm.stopping import StopRequest
 from comm.topology import Topology
 from modules.layers import parameter_names
 from modules.registry import MODELS
@@ -79,6 +80,7 @@ class Ours:
             evaluation=None,
             recorder=SilentRecorder(),
             tracer=self._tracer,
+            stop=StopRequest(),
             save=lambda step, data: False,
         )
 

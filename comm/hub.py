@@ -2,6 +2,7 @@
 
 Messages are JSON objects, one a line. A rank opens with {"nonce", "rank"}; then
     to the hub:   {"failed": status, "line"} | {"check": true} | {"alive": true} | {"bye": true}
+                  | {"stop": signal}: the rank was asked to, which rank 0 alone is told
     to the ranks: {"lost": rank} | {"silent": rank} | {"failed": status, "line", "rank"}
                   | {"check": true} | {"all_alive": true} | {"bye": true}
 """
@@ -191,6 +192,8 @@ class Hub:
             self._checked[1].discard(peer.rank)
         elif "bye" in message:
             self._gone.add(peer.rank)
+        elif "stop" in message:
+            self._on_event({**message, "rank": peer.rank})
 
     def _greet(self, peer: _Peer, message: dict[str, Any]) -> None:
         rank = message.get("rank")

@@ -22,6 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from comm.interface import Interface
 from comm.roster import Arrival, Fact, misfit
+from comm.stopping import NOT_BEGUN, STOPPED, StopAskedError, StopRequest
 from comm.store import host_store, reach_store
 from comm.watchdog import Watchdog
 
@@ -31,6 +32,7 @@ _POLL_SECONDS = 0.1
 _REPORT_SECONDS = 10.0
 _ACKNOWLEDGE_SECONDS = 3.0
 _LATE_SECONDS = 5.0
+_ERRORS = {1: TimeoutError, 2: ValueError, STOPPED: StopAskedError}  # by a verdict's status
 
 
 @dataclass(frozen=True)
@@ -73,18 +75,21 @@ def join(
     prefix: str,
     join_timeout: float,
     host: bool | None = None,
+    stop: StopRequest | None = None,
 ) -> Rendezvous:
     """Meets the other ranks at `url`; `join_timeout` seconds are a hard deadline for all of it.
 
     `facts` (flag -> value) must be the same on all ranks; the world size is always one of them.
     `prefix` separates runs (and restarts) on one store. `host` says whether this process holds
-    the store; left out, rank 0 does (under torchrun its agent does, so it is False there).
+    the store; left out, rank 0 does (under torchrun its agent does, so it is False there). A
+    request to `stop` ends the meeting for all that have come.
 
     Raises:
         ValueError: a user's mistake: the master is not there, its port is taken, facts differ, a
             rank is given twice.
         TimeoutError: ranks are missing at the deadline; the text names them.
         ConnectionError: the master went away while the ranks gathered.
+        StopAskedError: a rank was asked to stop.
     """
     here = Arrival(
         rank=rank,
@@ -95,7 +100,7 @@ def join(
         facts={"--world-size": world_size, **facts},
     )
     watchdog = Watchdog(join_timeout)
-    meeting = _Meeting(url, here, world_size, watchdog)
+    meeting = _Meeting(url, here, world_size, watchdog, stop or StopRequest())
     try:
         return meeting.gather(meeting.open(host=rank == 0 if host is None else host), prefix)
     except DistError as error:
@@ -103,7 +108,7 @@ def join(
         raise ConnectionError(
             f"the master at {url} went away while the ranks were joining; see rank 0's message"
         ) from error
-    except (ValueError, OSError):
+    except (ValueError, OSError, StopAskedError):
         watchdog.cancel()
         raise
 
@@ -111,8 +116,16 @@ def join(
 class _Meeting:
     """One rank's part in the gathering."""
 
-    def __init__(self, url: str, here: Arrival, world_size: int, watchdog: Watchdog) -> None:
+    def __init__(
+        self,
+        url: str,
+        here: Arrival,
+        world_size: int,
+        watchdog: Watchdog,
+        stop: StopRequest,
+    ) -> None:
         self._url = url
+        self._stop = stop
         self._here = here
         self._world_size = world_size
         self._watchdog = watchdog
@@ -126,8 +139,13 @@ class _Meeting:
         return reach_store(
             self._url,
             watchdog=self._watchdog,
-            waiting=lambda: self._report(f"waiting for {self._master}"),
+            waiting=self._await_master,
         )
+
+    def _await_master(self) -> None:
+        if self._stop.asked is not None:
+            raise StopAskedError(f"{self._stop.asked} {NOT_BEGUN}")
+        self._report(f"waiting for {self._master}")
 
     def gather(self, plain: Store, prefix: str) -> Rendezvous:
         """Arrives, waits for the verdict, and takes it."""
@@ -136,9 +154,9 @@ class _Meeting:
         self._await_verdict(store)
         verdict = json.loads(store.get("verdict"))
         if "error" in verdict:
-            mistake = verdict["status"] == 2
-            self._part(store, late_seconds=_LATE_SECONDS if mistake else 0.0)
-            raise (ValueError if mistake else TimeoutError)(verdict["error"])
+            too_late = verdict["status"] == 1
+            self._part(store, late_seconds=0.0 if too_late else _LATE_SECONDS)
+            raise _ERRORS[verdict["status"]](verdict["error"])
         self._watchdog.expect(status=1, line=self._unconnected())
         roster = tuple(self._arrival(store, rank) for rank in range(self._world_size))
         return Rendezvous(self._here.rank, roster, verdict["nonce"], store, self._watchdog)
@@ -158,6 +176,9 @@ class _Meeting:
     def _await_verdict(self, store: Store) -> None:
         fits = False
         while not store.check(["verdict"]):
+            if self._stop.asked is not None:
+                _conclude(store, error=f"{self._stop.asked} {NOT_BEGUN}", status=STOPPED)
+                return
             missing = self._missing(store)
             if not fits and 0 not in missing:
                 fits = self._compare(store, [0, self._here.rank])

@@ -19,6 +19,7 @@ from comm.activity import Activity
 from comm.ending import leave, say
 from comm.hub import MAX_LINE, PING_SECONDS, Hub, Message, decode, encode, keep_alive
 from comm.rendezvous import Rendezvous
+from comm.stopping import Asked, StopRequest
 from comm.topology import Topology
 
 _LINGER_SECONDS = 5.0
@@ -30,8 +31,11 @@ _RESUME = "Start all ranks again to resume from the latest checkpoint."
 class Watch:
     """This rank's end of the link. All methods may be called from any thread."""
 
-    def __init__(self, *, rank: int, describe: list[str]) -> None:
+    def __init__(
+        self, *, rank: int, describe: list[str], stop: StopRequest | None = None
+    ) -> None:
         self.activity = Activity()
+        self._stop = stop or StopRequest()
         self._rank = rank
         self._describe = describe
         self._hub: Hub | None = None
@@ -47,10 +51,13 @@ class Watch:
         return cls(rank=0, describe=["rank 0"])
 
     @classmethod
-    def connect(cls, rendezvous: Rendezvous, topology: Topology) -> Watch:
+    def connect(
+        cls, rendezvous: Rendezvous, topology: Topology, *, stop: StopRequest | None = None
+    ) -> Watch:
         """Links this rank with the others; in a world of one, with nobody.
 
-        A rank that has joined but does not link before the join deadline ends all.
+        A rank that has joined but does not link before the join deadline ends all. On rank 0,
+        `stop` gets what other ranks pass on.
 
         Raises:
             ConnectionError: rank 0 has gone, or cannot be reached at its interface's address.
@@ -61,12 +68,18 @@ class Watch:
             f"{topology.describe(arrival.rank)[:-1]}, host {arrival.host})"
             for arrival in rendezvous.roster
         ]
-        watch = cls(rank=rendezvous.rank, describe=describe)
+        watch = cls(rank=rendezvous.rank, describe=describe, stop=stop)
         if rendezvous.rank == 0:
             watch._open_hub(rendezvous)
         else:
             watch._open_link(rendezvous)
         return watch
+
+    def pass_on(self, number: int) -> None:
+        """Tells rank 0 that the signal of that number asked this rank to stop."""
+        if self._link is not None:
+            with contextlib.suppress(OSError):
+                self._link.sendall(encode({"stop": number}))
 
     def fail(self, status: int, line: str) -> NoReturn:
         """Says `line`, tells all other ranks, and ends this process with `status`."""
@@ -164,6 +177,8 @@ class Watch:
             self._end(1, self._gone(message["lost"], reason))
         elif "silent" in message:
             self._end(1, self._gone(message["silent"], "it does not answer"))
+        elif "stop" in message:
+            self._stop.ask(Asked(int(message["rank"]), int(message["stop"])))
         elif "failed" in message:
             self._heard.set()
             self._end(int(message["failed"]), f"rank {message['rank']}: {message['line']}")

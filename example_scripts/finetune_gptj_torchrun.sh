@@ -46,4 +46,5 @@ flags=(
   --profiling no-profiling
 )
 
-exec torchrun --nproc-per-node 2 dist_clm_train.py "${flags[@]}" "$@"
+# Asked to stop, torchrun passes it on and gives the ranks these seconds to save, then ends with 1.
+exec torchrun --nproc-per-node 2 --shutdown-timeout 300 dist_clm_train.py "${flags[@]}" "$@"

@@ -67,15 +67,15 @@ class Lab:
     def start(
         self,
         name: str,
-        kill: Kill | None = None,
-        *,
+        *kills: Kill | None,
         own_disks: bool = False,
         changes: Mapping[str, Any] | None = None,
     ) -> Start:
-        """One start to its end, in forked ranks."""
+        """One start to its end, in forked ranks; it is told of the first of `kills`."""
         argvs = self.argvs(name, own_disks=own_disks, changes=changes)
-        outcome = fork_ranks(argvs, self.folder, kill=kill)
-        return self._look(name, kill, outcome, own_disks=own_disks)
+        given = [kill for kill in kills if kill is not None]
+        outcome = fork_ranks(argvs, self.folder, kills=given)
+        return self._look(name, given[0] if given else None, outcome, own_disks=own_disks)
 
     def start_python(
         self, name: str, kill: Kill | None = None, *, changes: Mapping[str, Any] | None = None

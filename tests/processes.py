@@ -1,4 +1,4 @@
-"""Ranks of dist_clm_train.py that die at a chosen moment, and how the others end.
+"""Ranks of dist_clm_train.py that get a signal at a chosen moment, and how all end.
 
 Importing torch and transformers takes seconds. So a process that has imported all forks the ranks,
 which do what `python dist_clm_train.py` would; where the import itself is the moment, or for the
@@ -30,16 +30,19 @@ _PRELOADED = (
     "matplotlib.backends.backend_agg", "transformers.tokenization_utils_tokenizers",
 )  # fmt: skip
 _PR_SET_PDEATHSIG = 1
+_HEARD_SECONDS = 0.3  # until a signal that does not kill has been heard
 
 
 @dataclass(frozen=True)
 class Kill:
-    """SIGKILL of one rank at its `nth` call of `module:function` or `module:Class.method`.
+    """A signal to one rank at its `nth` call of `module:function` or `module:Class.method`.
 
     when: `before` or `after` the call; `half`, of torch.save alone: with half of the file written.
     about: only calls count whose first two arguments have this text in them.
     wait: seconds that the rank rests before it dies, for the others to go on meanwhile.
     seen: instead of all that, for a kill from outside: whether the process (pid) is there yet.
+    signals: what it gets, one `wait` after the other; it goes on after those that it survives.
+    to_all: every rank gets them, as where a terminal sends them.
     """
 
     moment: str
@@ -50,9 +53,11 @@ class Kill:
     about: str = ""
     wait: float = 0.0
     seen: Callable[[int], bool] | None = None
+    signals: Sequence[int] = (signal.SIGKILL,)
+    to_all: bool = False
 
     def arm(self) -> None:
-        """From here on this process dies at the moment."""
+        """From here on this process gets the signals at the moment."""
         module, _, path = self.target.partition(":")
         *outer, name = path.split(".")
         owner: Any = importlib.import_module(module)
@@ -65,18 +70,19 @@ class Kill:
             if hit and self.when == "half":
                 _write_half(original, *args)
             if hit and self.when != "after":
-                self._die()
+                self._strike()
             result = original(*args, **kwargs)
-            if hit:
-                self._die()
+            if hit and self.when == "after":
+                self._strike()
             return result
 
         setattr(owner, name, armed)
 
-    def _die(self) -> NoReturn:
-        time.sleep(self.wait)
-        os.kill(os.getpid(), signal.SIGKILL)
-        raise AssertionError
+    def _strike(self) -> None:
+        for number in self.signals:
+            time.sleep(self.wait)
+            (os.killpg if self.to_all else os.kill)(0 if self.to_all else os.getpid(), number)
+        time.sleep(_HEARD_SECONDS)
 
 
 def _write_half(save: Callable[[Any, Any], None], state: Any, file: Any) -> None:
@@ -108,14 +114,19 @@ def import_all() -> None:
 
 
 def fork_ranks(
-    argvs: Sequence[Sequence[str]], folder: Path, *, kill: Kill | None = None, seconds: float = 90.0
-) -> Outcome:
-    """Runs all ranks to their ends, one of which `kill` may bring about."""
+    argvs: Sequence[Sequence[str]], folder: Path, *, kills: Sequence[Kill] = (),
+    seconds: float = 90.0,
+) -> Outcome:  # fmt: skip
+    """Runs all ranks to their ends, which `kills` may bring about."""
+
+    group: list[int] = []  # a process group of their own, for `to_all`
 
     def start(rank: int) -> int:
         pid = os.fork()
         if pid == 0:
-            _be_rank(argvs[rank], folder / f"rank{rank}", kill if _is_for(kill, rank) else None)
+            _be_rank(argvs[rank], folder / f"rank{rank}", [k for k in kills if k.rank == rank])
+        group.append(pid)
+        os.setpgid(pid, group[0])
         return pid
 
     return _await_all(start, len(argvs), folder, seconds=seconds)
@@ -150,10 +161,6 @@ def imports_torch(pid: int) -> bool:
         return False
 
 
-def _is_for(kill: Kill | None, rank: int) -> bool:
-    return kill is not None and kill.rank == rank
-
-
 def _await_all(
     start: Callable[[int], int],
     count: int,
@@ -171,6 +178,8 @@ def _await_all(
             if kill and kill.seen and kill.rank not in ends and kill.seen(pids[kill.rank]):
                 os.kill(pids[kill.rank], signal.SIGKILL)
             _reap(pids, ends, os.WNOHANG)
+            if len(ends) == count - 1:
+                _let_go(pids, ends)
             time.sleep(0.01)
     finally:
         for rank in set(range(len(pids))) - ends.keys():
@@ -194,7 +203,13 @@ def _reap(pids: list[int], ends: dict[int, tuple[int | None, float]], options: i
             ends[rank] = (os.waitstatus_to_exitcode(status), time.monotonic())
 
 
-def _be_rank(argv: Sequence[str], place: Path, kill: Kill | None) -> NoReturn:
+def _let_go(pids: list[int], ends: dict[int, tuple[int | None, float]]) -> None:
+    """A rank that was stopped (SIGSTOP) goes on once all others have ended."""
+    for rank in set(range(len(pids))) - ends.keys():
+        os.kill(pids[rank], signal.SIGCONT)
+
+
+def _be_rank(argv: Sequence[str], place: Path, kills: Sequence[Kill]) -> NoReturn:
     """The forked process's whole life; it does not outlive the one that forked it."""
     status = 1
     try:
@@ -206,7 +221,7 @@ def _be_rank(argv: Sequence[str], place: Path, kill: Kill | None) -> NoReturn:
         os.environ.clear()
         os.environ.update(_environ())
         torch.set_num_threads(1)
-        if kill is not None:
+        for kill in kills:
             kill.arm()
         status = _status_of(lambda: importlib.import_module("dist_clm_train").main(argv))
     finally:

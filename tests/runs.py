@@ -20,6 +20,7 @@ from comm.fabric import Fabric, connect
 from comm.interface import Interface
 from comm.messages import gather_json
 from comm.rendezvous import Rendezvous, join
+from comm.stopping import StopRequest
 from comm.topology import Topology
 from comm.watch import Watch
 from monitor.console import Console
@@ -127,6 +128,7 @@ def _train_case(case: Case, path: Path, topology: Topology, fabric: Fabric, nonc
                 device=torch.device("cpu"),
                 nonce=nonce,
                 console=Console(io.StringIO()),
+                stop=StopRequest(),
             )
         except (TrainingStoppedError, SaveFailedError) as error:
             if not case.stops:

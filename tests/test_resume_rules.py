@@ -16,6 +16,7 @@ from arguments import parse_train
 from checkpoint.training_state import CheckpointStore
 from comm.fabric import Fabric
 from comm.local import LocalCommunicator
+from comm.stopping import StopRequest
 from comm.topology import Topology
 from monitor.console import Console
 from monitor.metrics import read_metrics
@@ -41,7 +42,7 @@ def run_parts(flags: dict[str, Any]) -> dict[str, Any]:
 def train_alone(flags: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     Path(flags["checkpoint-path"]).mkdir(exist_ok=True)
-    train(**run_parts(flags), console=Console(io.StringIO()))
+    train(**run_parts(flags), console=Console(io.StringIO()), stop=StopRequest())
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ def test_signals_to_all_processes_are_not_for_workers() -> None:
     expected = [one.tokens.tolist() for one in Encoder(tokenizer()).encode_all(DOCUMENTS)]  # type: ignore[union-attr]
     workers.encode(DOCUMENTS)()
     (child,) = multiprocessing.active_children()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         os.kill(child.pid or 0, number)
     found = workers.encode(DOCUMENTS)()
     assert [one.tokens.tolist() for one in found] == expected  # type: ignore[union-attr]
