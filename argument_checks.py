@@ -22,7 +22,6 @@ NOT_BUILT = "is not built yet"
 # Flags that are parsed and refused until the part they belong to is built.
 NOT_BUILT_FLAGS: dict[str, str] = {
     "--compile": "blocks through torch.compile",
-    "--async-checkpoint": "write checkpoints in the background",
     "--check-cluster": "measure the machines and links",
     "--plan": "print what each stage will need",
     "--device-memory": "what --plan compares with",
@@ -71,6 +70,7 @@ FREE = (
     "data_group_size",
     "checkpoint_steps",
     "checkpoint_failure",
+    "async_checkpoint",
     "keep_checkpoints",
     "keep_optimizer_states",
     "evaluation_data",

@@ -279,6 +279,11 @@ def _add_output_flags(group: Any) -> None:
     add("--keep-optimizer-states", type=whole(1), metavar="N",
         help="only the newest N checkpoints keep their optimizer state; older ones can be "
         "converted, but training cannot go on from them; default: all")  # fmt: skip
+    _add_switch(
+        group, "--async-checkpoint",
+        "training stops for a copy of its state in host memory alone, which is written beside it",
+        False,
+    )  # fmt: skip
     add("--checkpoint-failure", choices=("warn", "fatal"), default="warn",
         help="what a save does that fails, of a full disk for example: warn, and training goes on, "
         "or end the run; the last save's failure always ends it")  # fmt: skip

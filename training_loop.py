@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from comm.communicator import Communicator
 from comm.messages import broadcast_json, gather_json
@@ -80,9 +80,26 @@ class LoopSettings:
         return step == self.total_steps or (every > 0 and step % every == 0)
 
 
+class Saves(Protocol):
+    """Saves steps; every process calls all of it alike (see `training_save.Saver`)."""
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a step was begun and is not saved yet."""
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this process still writes what is pending."""
+
+    def save(self, step: int, data: Mapping[str, Any], *, is_last: bool) -> bool:
+        """Whether the step is saved now: it failed, or is pending, else."""
+
+    def finish(self) -> bool:
+        """Whether what was pending is saved now; waits for it."""
+
+
 class TrainingLoop:
-    """Trains from one step to the last; `save` writes a checkpoint, given step and data state, and
-    tells whether it could.
+    """Trains from one step to the last, and saves through `saves`.
 
     `parameter_names` are those of all stages, in the order of the agreement's slots, for messages.
     """
@@ -103,15 +120,16 @@ class TrainingLoop:
         recorder: Recorder,
         tracer: Tracer,
         stop: StopRequest,
-        save: Callable[[int, dict[str, Any]], bool],
+        saves: Saves,
     ) -> None:
         self._settings, self._topology, self._control = settings, topology, control
         self._engine, self._feed = engine, feed
         self._optimizer, self._updater, self._agreement = optimizer, updater, agreement
         self._names = parameter_names
-        self._evaluation, self._recorder, self._save = evaluation, recorder, save
+        self._evaluation, self._recorder, self._saves = evaluation, recorder, saves
         self._tracer, self._stop = tracer, stop
         self._asked: Asked | None = None  # to stop, as all ranks have agreed
+        self._is_written = True  # all that any rank writes beside training, as they have agreed
         self._tokens_in_update, self._losses_are_finite = 0, True
         self._skipped_since = ""  # why the last skipped update was
         self._bad: tuple[PipelineBatch, Losses] | None = None  # the iteration's, if not finite
@@ -122,6 +140,13 @@ class TrainingLoop:
         Where a rank is asked to stop before, all save at the next update's end; returns a line that
         says so, None where the run is complete.
         """
+        try:
+            return self._run(start)
+        except TrainingStoppedError:  # on every rank: what was saved before is still to be whole
+            self._finish_save()
+            raise
+
+    def _run(self, start: int) -> str | None:
         before = self._evaluate(0) if start == 0 else None
         if self._asked is not None:
             return f"{self._asked} {NOT_BEGUN}"
@@ -148,6 +173,8 @@ class TrainingLoop:
             )
             self._recorder.iteration(metrics)
             with clock.paused():
+                if self._is_written:
+                    self._finish_save()
                 self._save_if_due(step)
             if self._stops_after(step):
                 done = f"step {step} is saved, not finished"
@@ -170,7 +197,9 @@ class TrainingLoop:
         given_up = self._settings.ends_update(step) and self._updater.has_given_up
         if self._settings.saves_after(step) or self._stops_after(step) or given_up:
             self._check_weights(step)
-            if self._save(step, self._feed.state):
+            self._finish_save()
+            is_last = given_up or self._stops_after(step) or step == self._settings.total_steps
+            if self._saves.save(step, self._feed.state, is_last=is_last):
                 self._recorder.saved()
             elif self._stops_after(step):
                 raise TrainingStoppedError(
@@ -183,6 +212,10 @@ class TrainingLoop:
                 f"(--max-skipped-updates), the last since {why}; the weights are those before them,"
                 f" and saved; --bf16 or a loss scale below {self._updater.scale:g} may help"
             )
+
+    def _finish_save(self) -> None:
+        if self._saves.is_pending and self._saves.finish():
+            self._recorder.saved()
 
     def _check_weights(self, step: int) -> None:
         """Stops every rank where a checkpoint would hold numbers that no start accepts."""
@@ -206,8 +239,10 @@ class TrainingLoop:
             self._optimizer.reduce_gradients()
             norms = self._squared_norms()
         totals = self._agreement.agree(
-            loss=losses.total, tokens=losses.tokens, squared_norms=norms, asked=self._stop.asked
-        )
+            loss=losses.total, tokens=losses.tokens, squared_norms=norms,
+            asked=self._stop.asked, writing=self._saves.is_writing,
+        )  # fmt: skip
+        self._is_written = not totals.writing
         self._asked = self._asked or totals.asked
         if not self._updater.may_skip:
             self._check_finite(step, totals, batch, losses)

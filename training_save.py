@@ -1,17 +1,19 @@
-"""Saving a step of a run: what a checkpoint holds, and whether a run goes on without it."""
+"""Saving a run's steps: what a checkpoint holds, when it is written, and whether a run goes on
+without it."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import transformers
 
 from argument_checks import fixed_flags, free_flags
+from checkpoint.snapshot import Snapshot, on_host
 from checkpoint.training_state import CheckpointStore, SaveFailedError
 from comm.communicator import Communicator
 from comm.topology import Topology
@@ -23,52 +25,97 @@ from optimizer.updater import Updater
 logger = logging.getLogger(__name__)
 
 
-def save_step(
-    args: argparse.Namespace,
-    step: int,
-    *,
-    store: CheckpointStore,
-    topology: Topology,
-    control: Communicator,
-    model: StageModel,
-    optimizer: MixedPrecisionOptimizer,
-    updater: Updater,
-    kept: Mapping[str, Any],
-) -> bool:
-    """Whether the step is saved now; every process calls it. `kept` goes to meta.json too.
+class Saver:
+    """Saves steps; every process calls all of it alike.
 
-    SaveFailedError, the same on all, where the run is not to go on after a save that failed: it is
-    the run's last, or --checkpoint-failure says so.
+    With --async-checkpoint a step is copied to host memory and written beside training; that memory
+    is made here. `kept` gives what else goes to meta.json.
     """
-    numbers = {"step": step, "updates": optimizer.updates}
-    meta = {
-        **numbers,
-        "updater": updater.state(),
-        "gave_up": updater.has_given_up,
-        "model_type": args.model_type,
-        "num_stages": topology.num_stages,
-        "num_replicas": topology.num_replicas,
-        "flags": fixed_flags(args),
-        "settings": free_flags(args),
-        "versions": _versions(),
-        **kept,
-    }
-    parts = {
-        "checkpoint": {key: value.cpu() for key, value in model.state_dict().items()},
-        "optimizer": collect_state(optimizer, control, topology),
-        "scheduler": {"kind": args.lr_schedule, **numbers, **updater.state()},
-    }
-    try:
-        store.save(step, parts=parts, meta=meta)
-    except SaveFailedError as error:
-        is_last = step == args.total_steps or updater.has_given_up
-        if is_last or args.checkpoint_failure == "fatal":
-            raise
-        if topology.rank == 0:
-            logger.warning("%s; training goes on, and checkpoints are as they were", error)
-        return False
-    logger.info("saved step %d in %s", step, args.checkpoint_path)
-    return True
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        *,
+        store: CheckpointStore,
+        topology: Topology,
+        control: Communicator,
+        model: StageModel,
+        optimizer: MixedPrecisionOptimizer,
+        updater: Updater,
+        kept: Callable[[], Mapping[str, Any]],
+    ) -> None:
+        self._args, self._store, self._topology, self._control = args, store, topology, control
+        self._model, self._optimizer, self._updater = model, optimizer, updater
+        self._kept = kept
+        self._snapshot = Snapshot() if args.async_checkpoint else None
+        if self._snapshot is not None:
+            self._parts(0)
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a step was begun and is not saved yet."""
+        return self._store.pending is not None
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this process still writes what is pending."""
+        return self._store.is_writing
+
+    def save(self, step: int, data: Mapping[str, Any], *, is_last: bool) -> bool:
+        """Whether the step is saved now; it may be pending instead, unless the run ends with it.
+
+        Nothing is pending before. SaveFailedError, the same on all, where the run is not to go on
+        after a save that failed: it is the run's last, or --checkpoint-failure says so.
+        """
+        self._store.begin(step, parts=self._parts(step), meta=self._meta(step, data))
+        if self._snapshot is not None and not is_last:
+            return False
+        return self.finish(is_last=is_last)
+
+    def finish(self, *, is_last: bool = False) -> bool:
+        """Whether what is pending is saved now; waits for it. SaveFailedError as in `save`."""
+        step = self._store.pending
+        try:
+            self._store.finish()
+        except SaveFailedError as error:
+            if is_last or self._args.checkpoint_failure == "fatal":
+                raise
+            if self._topology.rank == 0:
+                logger.warning("%s; training goes on, and checkpoints are as they were", error)
+            return False
+        logger.info("saved step %s in %s", step, self._args.checkpoint_path)
+        return True
+
+    def _parts(self, step: int) -> dict[str, Any]:
+        """This stage's state in host memory; a process that writes none leaves it where it is."""
+        parts = {
+            "checkpoint": self._model.state_dict(),
+            "optimizer": collect_state(self._optimizer, self._control, self._topology),
+            "scheduler": {
+                "kind": self._args.lr_schedule, **self._numbers(step), **self._updater.state(),
+            },
+        }  # fmt: skip
+        if self._topology.replica != 0:
+            return parts
+        return on_host(parts) if self._snapshot is None else self._snapshot.take(parts)
+
+    def _numbers(self, step: int) -> dict[str, int]:
+        return {"step": step, "updates": self._optimizer.updates}
+
+    def _meta(self, step: int, data: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            **self._numbers(step),
+            "updater": self._updater.state(),
+            "gave_up": self._updater.has_given_up,
+            "model_type": self._args.model_type,
+            "num_stages": self._topology.num_stages,
+            "num_replicas": self._topology.num_replicas,
+            "flags": fixed_flags(self._args),
+            "settings": free_flags(self._args),
+            "versions": _versions(),
+            "data": data,
+            **self._kept(),
+        }
 
 
 def _versions() -> dict[str, str]:

@@ -9,8 +9,6 @@ import argparse
 import hashlib
 import json
 import logging
-from functools import partial
-from typing import Any
 
 import torch
 
@@ -38,7 +36,7 @@ from training_loop import TrainingLoop, TrainingStoppedError
 from training_pipeline import build_agreement, build_engine, loop_settings, names_by_stage
 from training_products import settle_products
 from training_profile import TrainingProfile
-from training_save import save_step
+from training_save import Saver
 from training_split import StageSplit
 from training_update import build_optimizer, build_updater, checkpoint_bytes, idle_flags
 from training_weights import load_state_, load_weights_
@@ -289,7 +287,7 @@ class Run:
             recorder=recorder,
             tracer=tracer,
             stop=stop,
-            save=partial(self._save, recorder),
+            saves=self._saver(recorder),
         )  # fmt: skip
 
     def close(self) -> None:
@@ -318,15 +316,18 @@ class Run:
             device=self._device,
         )
 
-    def _save(self, recorder: Recorder, step: int, data: dict[str, Any]) -> bool:
-        return save_step(
-            self._args, step, store=self._store, topology=self._topology,
-            control=self._fabric.control, model=self._model, optimizer=self._optimizer,
+    def _saver(self, recorder: Recorder) -> Saver:
+        return Saver(
+            self._args,
+            store=self._store,
+            topology=self._topology,
+            control=self._fabric.control,
+            model=self._model,
+            optimizer=self._optimizer,
             updater=self._updater,
-            kept={
+            kept=lambda: {
                 "num_layers": self._split.layers,
                 "cpu_matmul": self._cpu_matmul,
-                "data": data,
                 "wandb_id": recorder.run_id,
             },
-        )  # fmt: skip
+        )

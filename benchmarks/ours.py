@@ -81,7 +81,7 @@ class Ours:
             recorder=SilentRecorder(),
             tracer=self._tracer,
             stop=StopRequest(),
-            save=lambda step, data: False,
+            saves=_NoSaves(),
         )
 
     def step(self) -> float:
@@ -131,6 +131,18 @@ def _stage_model(work: Work, topology: Topology) -> StageModel:
             names = {k: v.format(layer=index - 1) for k, v in FAMILY.hf_block.items()}
         module.load_state_dict({ours: state[theirs] for ours, theirs in names.items()})
     return model
+
+
+class _NoSaves:
+    """Steps are measured, not kept."""
+
+    is_pending = is_writing = False
+
+    def save(self, step: int, data: object, *, is_last: bool) -> bool:
+        return False
+
+    def finish(self) -> bool:
+        return False
 
 
 def _settings(work: Work) -> LoopSettings:

@@ -30,6 +30,11 @@ class Background:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is done, or has failed."""
+        return not self._thread.is_alive()
+
     def done(self, timeout: float) -> bool:
         """Whether it has ended within `timeout` seconds; raises what it raised."""
         self._thread.join(timeout)
@@ -46,18 +51,19 @@ class Background:
 
 def do_together(
     control: Communicator,
-    work: Callable[[], None] | None,
+    work: Callable[[], None] | Background | None,
     what: str,
     *,
     expected: type[Exception] = OSError,
 ) -> str | None:
-    """Does `work`, and returns once every process has done its own; None is nothing to do.
+    """Does `work`, or waits for it where it goes on already, and returns once every process has
+    done its own; None is nothing to do.
 
     Every process calls it. Where `work` raised `expected` anywhere, all get the first such failure
     in words: which rank, on which host, and what. Another error is raised where it happened. Where
     it takes long, the log says at which ranks: `what` are the words for the work.
     """
-    task = None if work is None else Background(work)
+    task = work if work is None or isinstance(work, Background) else Background(work)
     done, failure, slow = task is None, None, _Slowness(what)
     while True:
         try:

@@ -11,6 +11,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from checkpoint.manifest import FORMAT, named, sum_bytes
 from checkpoint.pruning import Keep, prune
 from checkpoint.resume_point import Search
 from checkpoint.step_manifest import StageManifest, part_name
-from checkpoint.together import do_together
+from checkpoint.together import Background, do_together
 from comm.communicator import Communicator
 from comm.messages import broadcast_bytes, broadcast_json, gather_json
 from comm.topology import Topology
@@ -44,6 +45,14 @@ class ResumePoint(NamedTuple):
     step: int
     folder: Path
     meta: dict[str, Any] | None
+
+
+class _Pending(NamedTuple):
+    """A step that is being written: where, and by what, on a process that writes."""
+
+    step: int
+    folder: Path
+    task: Background | None
 
 
 class CheckpointStore:
@@ -68,37 +77,65 @@ class CheckpointStore:
         names = broadcast_json(control, list(extras))
         self._extras = {name: broadcast_bytes(control, extras.get(name, b"")) for name in names}
         self._search: Search | None = None
+        self._pending: _Pending | None = None
         self._writes = topology.replica == 0
         if self._writes:
             step_folder.clear_leftovers(path, nonce)
 
-    def save(self, step: int, *, parts: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-        """Saves `parts` (checkpoint, optimizer, scheduler) of this stage as step `step`.
+    def begin(self, step: int, *, parts: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+        """Starts writing `parts` (checkpoint, optimizer, scheduler) of this stage as step `step`.
 
-        Every process calls it; `meta` is rank 0's. SaveFailedError, the same on all of them, where
-        a disk fails: it says on which rank and at which file, and no step was added, or `latest`
-        alone could not be moved.
+        Every process calls it, and `finish` before it begins another; `meta` is rank 0's. What is
+        written is not to change until it is.
         """
+        assert self._pending is None, "one step is saved at a time"
         meta = broadcast_json(self._control, {**meta, "format": FORMAT, "start": self._nonce})
-        partial = step_folder.partial_folder(self.path, step, self._nonce)
+        folder = step_folder.partial_folder(self.path, step, self._nonce)
+        write = partial(self._write, folder, step, parts, meta)
+        self._pending = _Pending(step, folder, Background(write) if self._writes else None)
+
+    @property
+    def pending(self) -> int | None:
+        """The step that was begun and is not finished; the same for every process."""
+        return None if self._pending is None else self._pending.step
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this process still writes: if none does, `finish` is a matter of renaming."""
+        task = None if self._pending is None else self._pending.task
+        return task is not None and not task.has_ended
+
+    def finish(self) -> None:
+        """Lets the step that was begun be one, once all of it is written.
+
+        Every process calls it. SaveFailedError, the same on all of them, where a disk fails: it
+        says on which rank and at which file, and no step was added, or `latest` alone could not be
+        moved.
+        """
+        assert self._pending is not None, "a step was begun"
+        (step, folder, task), self._pending = self._pending, None
         final = self.path / str(step)
 
         def drop() -> None:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
         def withdraw() -> None:
             drop()
             step_folder.withdraw(final, self._nonce)
 
-        self._attempt(lambda: self._write(partial, step, parts, meta), step, undo=drop)
+        self._attempt(task, step, undo=drop)
         self._attempt(lambda: self._prepare(final), step, undo=drop)
-        self._attempt(lambda: step_folder.publish(partial, final), step, undo=withdraw)
+        self._attempt(lambda: step_folder.publish(folder, final), step, undo=withdraw)
         self._attempt(lambda: write_latest(self.path, step), step)
         self._tidy(step, final)
         self._all_here()  # exit status 0 is to mean that every stage came to its end
 
     def _attempt(
-        self, work: Callable[[], None], step: int, *, undo: Callable[[], None] | None = None
+        self,
+        work: Callable[[], None] | Background | None,
+        step: int,
+        *,
+        undo: Callable[[], None] | None = None,
     ) -> None:
         """One part of a save, by every writer; where it fails for one of them, all undo it.
 

@@ -29,7 +29,8 @@ class Totals(NamedTuple):
     `loss` is the sum of token losses over `tokens` trained tokens; `squared_norm` that of the
     gradients over all stages, or None where none was asked for; `first_bad` the number of the first
     parameter, over all stages, whose gradient is not finite; `asked` what the first of the ranks
-    that know of a request to stop knows of it.
+    that know of a request to stop knows of it; `writing` whether any process still writes a
+    checkpoint.
     """
 
     loss: float
@@ -37,6 +38,7 @@ class Totals(NamedTuple):
     squared_norm: float | None
     first_bad: int | None
     asked: Asked | None = None
+    writing: bool = False
 
 
 class Agreement:
@@ -61,18 +63,20 @@ class Agreement:
         tokens: int,
         squared_norms: Sequence[float] | None,
         asked: Asked | None = None,
+        writing: bool = False,
     ) -> Totals:
         """Sums over all processes; every one calls it alike, those without a loss give 0 and 0.
 
         `squared_norms` are those of this stage's parameters, in order, after the replicas' sum; 0
         for those that another replica speaks for. `asked` is the request to stop that this process
-        knows of.
+        knows of; `writing` whether it still writes a checkpoint.
         """
         replicas, replica = self._topology.num_replicas, self._topology.replica
         norm_slots = 0 if squared_norms is None else self._norm_slots
-        before_norms = 2 * replicas + self._topology.world_size
+        before_norms = 2 * replicas + self._topology.world_size + 1
         slots = torch.zeros(before_norms + norm_slots, dtype=torch.float64)
         slots[2 * replicas + self._topology.rank] = _code(asked)
+        slots[before_norms - 1] = writing
         if self._topology.is_last:
             slots[2 * replica], slots[2 * replica + 1] = loss, tokens
         if squared_norms is not None:
@@ -89,7 +93,8 @@ class Agreement:
             tokens=round(sum(values[1 : 2 * replicas : 2])),
             squared_norm=None if squared_norms is None else sum(norms),
             first_bad=next((i for i, n in enumerate(norms) if not math.isfinite(n)), None),
-            asked=_first_asked(values[2 * replicas : before_norms]),
+            asked=_first_asked(values[2 * replicas : before_norms - 1]),
+            writing=values[before_norms - 1] > 0,
         )
 
     def first_bad(self, finite: Sequence[bool]) -> int | None:

@@ -25,7 +25,10 @@ MASTERS = "masters"
 def collect_state(
     optimizer: MixedPrecisionOptimizer, control: Communicator, topology: Topology
 ) -> dict[str, Any]:
-    """The whole state of the stage, on replica 0; other replicas get what they own alone."""
+    """The whole state of the stage, on replica 0; other replicas get what they own alone.
+
+    Tensors are the optimizer's own, where they are, unless another replica sent them.
+    """
     state: dict[str, Any] = {"kind": optimizer.algorithm.kind, "updates": optimizer.updates}
     for name in optimizer.names:
         holder = optimizer.owners[name] if optimizer.sharded else topology.replica
@@ -39,7 +42,7 @@ def collect_state(
         else:
             continue
         for part, tensor in tensors.items():
-            state.setdefault(part, {})[name] = tensor.cpu()
+            state.setdefault(part, {})[name] = tensor
     return state
 
 

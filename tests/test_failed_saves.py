@@ -7,6 +7,7 @@ where the test may mount one, the disk is a small one that fills up.
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import resource
 import shutil
@@ -78,6 +79,20 @@ def files_no_larger_than(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@contextmanager
+def slow_disk(topology: Topology) -> Iterator[None]:
+    """A stage's files take longer to write than the steps until the next save."""
+    module = importlib.import_module(FOLDER)
+    original = module.write_stage_files
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.5)
+        return original(*args)
+
+    with patch.object(module, "write_stage_files", slow):
+        yield
+
+
 def full_disk(rank: int, *nth: int) -> Fails:
     return Fails(rank, FOLDER, "write_stage_files", nth, limit=SMALL_FILES)
 
@@ -108,6 +123,13 @@ STORIES = {
     ),
     "the last save": Story(
         full_disk(1, 4), [6], "step 8 is not saved: rank 1 on", ONE, stops=True, latest=6
+    ),
+    "a full disk beside training": Story(
+        full_disk(1, 1, 3), [4, 8], "is not saved: rank 1 on", {**LATE, "async-checkpoint": "true"}
+    ),
+    "no renaming beside training": Story(
+        Fails(0, FOLDER, "publish", (2,)), [2, 6, 8], "is not saved: rank 0 on",
+        {**LATE, "async-checkpoint": "true"},
     ),
     "fatal": Story(
         full_disk(1, 2), [2], "step 4 is not saved: rank 1 on",
@@ -144,6 +166,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
         for name, story in STORIES.items()
     ]
     cases.append(Case("whole", {**flags, **LATE}))
+    cases.append(Case("beside", {**flags, **LATE, "async-checkpoint": "true"}, slow_disk))
     return Ended(folder, run_ranks(2, train_cases, meet_at([(2, 1)]), cases, folder))
 
 
@@ -174,6 +197,21 @@ def test_the_curve_and_the_weights_are_those_of_an_undisturbed_run(name: str, en
         assert curve(ended.folder, name, 2, 1, key) == curve(ended.folder, "whole", 2, 1, key)
     for stage in range(2):
         assert same(state(ended.run(name), stage, STEPS), state(ended.run("whole"), stage, STEPS))
+
+
+def test_what_is_written_beside_training_is_what_training_had(ended: Ended) -> None:
+    """Every file of every step, though the weights went on while it was written."""
+    for step in range(EVERY, STEPS + 1, EVERY):
+        for stage in range(2):
+            beside, whole = (state(ended.run(name), stage, step) for name in ("beside", "whole"))
+            assert same(beside, whole)
+    metas = [json.loads((ended.run(name) / str(EVERY) / "meta.json").read_text())
+             for name in ("beside", "whole")]  # fmt: skip
+    assert metas[0]["data"] == metas[1]["data"]
+    assert curve(ended.folder, "beside", 2, 1) == curve(ended.folder, "whole", 2, 1)
+    told = [told[ended.run("beside").name].lines for told in ended.told]
+    saved = [line.split()[2] for line in told[0] if line.startswith("saved step")]
+    assert saved == ["2", "4", "6", "8"]
 
 
 def test_a_refused_write_names_the_file(ended: Ended) -> None:
