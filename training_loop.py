@@ -79,8 +79,8 @@ class LoopSettings:
 
 
 class TrainingLoop:
-    """Trains from one step to the last; `save` writes a checkpoint, given step and data state, and
-    tells whether it could.
+    """Trains from one step to the last; `save` writes a checkpoint, given step, data state and
+    whether the run ends with it, and tells whether it could; it raises where the run may not go on.
 
     `parameter_names` are those of all stages, in the order of the agreement's slots, for messages.
     """
@@ -100,7 +100,7 @@ class TrainingLoop:
         evaluation: Evaluation | None,
         recorder: Recorder,
         tracer: Tracer,
-        save: Callable[[int, dict[str, Any]], bool],
+        save: Callable[[int, dict[str, Any], bool], bool],
     ) -> None:
         self._settings, self._topology, self._control = settings, topology, control
         self._engine, self._feed = engine, feed
@@ -150,7 +150,8 @@ class TrainingLoop:
         given_up = self._settings.ends_update(step) and self._updater.has_given_up
         if self._settings.saves_after(step) or given_up:
             self._check_weights(step)
-            if self._save(step, self._feed.state):
+            ends = given_up or step == self._settings.total_steps
+            if self._save(step, self._feed.state, ends):
                 self._recorder.saved()
         if given_up:
             why = self._skipped_since if self._bad is None else self._explain_loss(*self._bad)

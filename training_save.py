@@ -27,6 +27,7 @@ def save_step(
     args: argparse.Namespace,
     step: int,
     *,
+    is_last: bool,
     store: CheckpointStore,
     topology: Topology,
     control: Communicator,
@@ -37,8 +38,8 @@ def save_step(
 ) -> bool:
     """Whether the step is saved now; every process calls it. `kept` goes to meta.json too.
 
-    SaveFailedError, the same on all, where the run is not to go on after a save that failed: it is
-    the run's last, or --checkpoint-failure says so.
+    SaveFailedError, the same on all, where the run is not to go on after a save that failed: it
+    ends with this one (`is_last`), or --checkpoint-failure says so.
     """
     numbers = {"step": step, "updates": optimizer.updates}
     meta = {
@@ -61,7 +62,6 @@ def save_step(
     try:
         store.save(step, parts=parts, meta=meta)
     except SaveFailedError as error:
-        is_last = step == args.total_steps or updater.has_given_up
         if is_last or args.checkpoint_failure == "fatal":
             raise
         if topology.rank == 0:

@@ -305,9 +305,9 @@ class Run:
             device=self._device,
         )
 
-    def _save(self, recorder: Recorder, step: int, data: dict[str, Any]) -> bool:
+    def _save(self, recorder: Recorder, step: int, data: dict[str, Any], is_last: bool) -> bool:
         return save_step(
-            self._args, step, store=self._store, topology=self._topology,
+            self._args, step, is_last=is_last, store=self._store, topology=self._topology,
             control=self._fabric.control, model=self._model, optimizer=self._optimizer,
             updater=self._updater,
             kept={

@@ -79,7 +79,7 @@ class Ours:
             evaluation=None,
             recorder=SilentRecorder(),
             tracer=self._tracer,
-            save=lambda step, data: False,
+            save=lambda step, data, is_last: False,
         )
 
     def step(self) -> float:
