@@ -201,10 +201,6 @@ class TrainingLoop:
             is_last = given_up or self._stops_after(step) or step == self._settings.total_steps
             if self._saves.save(step, self._feed.state, is_last=is_last):
                 self._recorder.saved()
-            elif self._stops_after(step):
-                raise TrainingStoppedError(
-                    f"{self._asked}: step {step} could not be saved; checkpoints are as they were"
-                )
         if given_up:
             why = self._skipped_since if self._bad is None else self._explain_loss(*self._bad)
             raise TrainingStoppedError(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -7,8 +8,13 @@ from typing import Any
 
 import pytest
 
+from monitor.console import Console
 from monitor.held_out import HeldOut, SetLoss
 from monitor.metrics import IterationMetrics, MetricsFile, read_metrics
+from monitor.progress import Progress
+from monitor.recorder import FileRecorder
+from monitor.wandb_run import NullRun
+from tests.full_disk import files_no_larger_than
 
 REQUIRED = ["step", "loss", "lr", "grad_norm", "tokens", "step_seconds", "tokens_per_second"]
 
@@ -123,3 +129,32 @@ def test_numbers_come_back_as_they_were(metrics_file: MetricsFile) -> None:
     metrics_file.cut_after(1)
     assert read_metrics(metrics_file.path)[0]["loss"] == 1 / 3
     assert [path.name for path in metrics_file.path.parent.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_line_that_the_disk_takes_half_of_is_not_there(metrics_file: MetricsFile) -> None:
+    """And the lines after it stand for themselves. The system cuts the write at the limit."""
+    metrics_file.append(line(1))
+    size = metrics_file.path.stat().st_size
+    with files_no_larger_than(size + 20), pytest.raises(OSError, match=r"metrics\.jsonl"):
+        metrics_file.append(line(2))
+    assert metrics_file.path.stat().st_size == size
+    metrics_file.append(line(2), line(3))
+    assert [one["step"] for one in read_metrics(metrics_file.path)] == [1, 2, 3]
+
+
+def test_lines_that_the_disk_does_not_take_wait_for_it(
+    metrics_file: MetricsFile, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A full disk is told once, and no line is lost once it has room again."""
+    folder = metrics_file.path.parent
+    progress = Progress(9, Console(io.StringIO()))
+    recorder = FileRecorder(folder, metrics_file, progress, NullRun(None))
+    recorder.iteration(line(1))
+    with files_no_larger_than(metrics_file.path.stat().st_size):
+        recorder.iteration(line(2))
+        recorder.iteration(line(3))
+    assert [one["step"] for one in read_metrics(metrics_file.path)] == [1]
+    recorder.iteration(line(4))
+    assert [one["step"] for one in read_metrics(metrics_file.path)] == [1, 2, 3, 4]
+    (warning,) = [record.message for record in caplog.records]
+    assert "cannot be written" in warning
