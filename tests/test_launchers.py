@@ -89,7 +89,7 @@ def steps_done(disk: Path) -> int:
 
 
 def test_a_launch_script_passes_the_signal_on_and_returns_75(lab: Lab) -> None:
-    """Of two ranks, each a background job; the rest is as a user's."""
+    """Ctrl-C: the terminal sends SIGINT to all, which background jobs of a script ignore."""
     make_shards(lab.folder, "gptj", "gptj", {"n_layer": 3})
     own = ("num-layers", "task-name", "seq-length", "batch-size", "embedding-dim", "use-cuda")
     disk, log = lab.disk("script"), lab.folder / "script.log"
@@ -104,7 +104,7 @@ def test_a_launch_script_passes_the_signal_on_and_returns_75(lab: Lab) -> None:
     command = ["bash", SCRIPTS / "finetune_gptj.sh", *to_argv(flags)]
     with started(command, log, environ()) as script:
         await_true(lambda: steps_done(disk) >= 2, log)
-        script.send_signal(signal.SIGTERM)
+        os.killpg(script.pid, signal.SIGINT)
         assert script.wait(DEADLINE) == 75
     step = steps_done(disk)
     assert (disk / "latest").read_text() == str(step)
