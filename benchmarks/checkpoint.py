@@ -1,0 +1,145 @@
+"""How long training stands still for a checkpoint: saved at once, and beside training.
+
+    python benchmarks/checkpoint.py [--megabytes 1000] [--rounds 7] [--folder DIR]
+
+One process saves a state of that size (weights, and AdamW's moments in fp32), with checksums and
+flushed to disk, in both ways in turn; between saves it multiplies matrices, as training would, for
+as long as saving takes. Beside training, the stall is the copy to host memory and, once all is
+written, the renames. The first save of each way is not counted: it is the one that makes memory.
+The peer is torch.save of the same state, flushed to disk, without checksums.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+from checkpoint.pruning import Keep
+from checkpoint.snapshot import Snapshot, on_host
+from checkpoint.training_state import CheckpointStore
+from comm.local import LocalCommunicator
+from comm.topology import Topology
+from modules.processor import Processor
+
+WEIGHTS = 24  # of the state, all of one size
+SIZE = 1024  # of the matrices that are multiplied meanwhile
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--megabytes", type=int, default=1000, help="size of the state, of 1e6 bytes")
+    add("--rounds", type=int, default=7)
+    add("--folder", type=Path, help="on the disk to write to; default: the system's for such files")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"{Processor.of_this_machine().name}, {os.cpu_count()} cores; "
+          f"a state of {args.megabytes} MB")  # fmt: skip
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        measure(Path(folder), make_state(args.megabytes * 1e6), args.rounds)
+
+
+def make_state(num_bytes: float) -> dict[str, Any]:
+    """The parts of a stage: weights and two moments, 12 bytes a parameter."""
+    count = int(num_bytes / 12 / WEIGHTS)
+    weights, *moments = (
+        {f"{i}.weight": torch.randn(count) for i in range(WEIGHTS)} for _ in range(3)
+    )
+    return {
+        "checkpoint": weights,
+        "optimizer": {"kind": "adam", "exp_avg": moments[0], "exp_avg_sq": moments[1]},
+        "scheduler": {"step": 1},
+    }  # fmt: skip
+
+
+def measure(folder: Path, state: dict[str, Any], rounds: int) -> None:
+    store = CheckpointStore(
+        folder, control=LocalCommunicator(), topology=Topology(0, 1, 1), nonce="benchmark",
+        extras={}, keep=Keep(1, None),
+    )  # fmt: skip
+    snapshot, step = Snapshot(), 0
+    stalls: dict[str, list[float]] = {"at once": [], "beside training": [], "torch.save": []}
+    speeds: dict[str, list[float]] = {"alone": [], "beside a save": []}
+    for number in range(rounds + 1):
+        step += 1
+        at_once = timed(partial(save, store, step, state))
+        alone = train(until(time.perf_counter() + at_once))
+        step += 1
+        copied = timed(partial(begin_beside, store, step, state, snapshot))
+        beside = train(lambda: not store.is_writing)
+        renamed = timed(store.finish)
+        peer = timed(partial(save_plainly, state, folder / "peer.pt"))
+        if number > 0:
+            for name, seconds in zip(stalls, (at_once, copied + renamed, peer), strict=True):
+                stalls[name].append(seconds)
+            for name, speed in zip(speeds, (alone, beside), strict=True):
+                speeds[name].append(speed)
+    show(stalls, speeds)
+
+
+def save(store: CheckpointStore, step: int, state: dict[str, Any]) -> None:
+    store.begin(step, parts=on_host(state), meta={"step": step})
+    store.finish()
+
+
+def begin_beside(
+    store: CheckpointStore, step: int, state: dict[str, Any], snapshot: Snapshot
+) -> None:
+    store.begin(step, parts=snapshot.take(state), meta={"step": step})
+
+
+def save_plainly(state: dict[str, Any], path: Path) -> None:
+    with path.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def until(end: float) -> Callable[[], bool]:
+    return lambda: time.perf_counter() > end
+
+
+def train(is_over: Callable[[], bool]) -> float:
+    """Products a second until `is_over`; one at least."""
+    a = torch.ones(SIZE, SIZE)
+    start, count = time.perf_counter(), 0
+    while count == 0 or not is_over():
+        a @ a
+        count += 1
+    return count / (time.perf_counter() - start)
+
+
+def show(stalls: dict[str, list[float]], speeds: dict[str, list[float]]) -> None:
+    for name, seconds in stalls.items():
+        print(f"{name:>16s}: {median(seconds):.3f} s ({min(seconds):.3f} to {max(seconds):.3f})")
+    pairs = zip(stalls["beside training"], stalls["at once"], strict=True)
+    ratios = [beside / at_once for beside, at_once in pairs]
+    ratio = median(stalls["beside training"]) / median(stalls["at once"])
+    print(f"stall beside training / at once: {ratio:.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+    ratio = median(stalls["at once"]) / median(stalls["torch.save"])
+    print(f"at once / torch.save: {ratio:.2f}")
+    slower = median(speeds["beside a save"]) / median(speeds["alone"])
+    print(f"speed of training beside a save / alone: {slower:.2f}")
+
+
+if __name__ == "__main__":
+    main()
