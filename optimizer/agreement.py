@@ -1,9 +1,9 @@
 """One small reduction over all processes that ends an iteration, and one before a save.
 
 The first brings every process the loss over all replicas and, where an update is due, the gradient
-norm over all stages; and whether a rank was asked to stop, so that all stop after the same
-iteration. Each number has a slot of its own that one process fills and all others leave
-zero, so the sums are exact; the slots are then added in one order, so nothing depends on P.
+norm over all stages; and whether a rank was asked to stop, so that all stop after one iteration.
+Each number has a slot of its own that one process fills and all others leave zero, so the sums are
+exact; the slots are then added in one order, so nothing depends on P.
 """
 
 from __future__ import annotations

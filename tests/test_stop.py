@@ -113,8 +113,15 @@ PLAN = {
 LEFT_OUT = {3, 6, 9, 12}  # evaluations that were due when a stop was under way
 
 
-def live(_rank: int, _world: int, _url: str, lab: Lab) -> tuple[dict[str, Start], Outcome]:
-    """By name what the starts left, and a process of its own that is stopped."""
+class Lived(NamedTuple):
+    """By name what the starts left; a world of one, and a rank 1 that found no rank 0, stopped."""
+
+    starts: dict[str, Start]
+    alone: Outcome
+    early: Outcome
+
+
+def live(_rank: int, _world: int, _url: str, lab: Lab) -> Lived:
     import_all()
     os.chdir(lab.folder)  # where traces go
     found = {"whole": lab.start("whole")}
@@ -123,7 +130,10 @@ def live(_rank: int, _world: int, _url: str, lab: Lab) -> tuple[dict[str, Start]
     one = {"world-size": 1, "pipeline-group-size": 1, "data-group-size": 1, "num-layers": 3}
     argvs = lab.argvs("alone", changes={**one, "checkpoint-steps": 0})[:1]
     struck = Kill("", 0, _TRAIN, nth=2, signals=(signal.SIGINT,))
-    return found, fork_ranks(argvs, lab.folder, kills=[struck])
+    alone = fork_ranks(argvs, lab.folder, kills=[struck])
+    waits = Kill("", 0, "comm.rendezvous:_Meeting._report", signals=TERM)
+    early = fork_ranks(lab.argvs("early")[1:2], lab.folder, kills=[waits])
+    return Lived(found, alone, early)
 
 
 @pytest.fixture(scope="module")
@@ -132,14 +142,14 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 
 @pytest.fixture(scope="module")
-def lived(lab: Lab) -> tuple[dict[str, Start], Outcome]:
+def lived(lab: Lab) -> Lived:
     (found,) = run_ranks(1, live, lab, deadline=400.0)
     return found
 
 
 @pytest.fixture(scope="module")
-def starts(lived: tuple[dict[str, Start], Outcome]) -> dict[str, Start]:
-    return lived[0]
+def starts(lived: Lived) -> dict[str, Start]:
+    return lived.starts
 
 
 @pytest.mark.parametrize("name", PLAN)
@@ -195,9 +205,13 @@ def test_the_traces_are_written(lab: Lab, starts: dict[str, Start], rank: int) -
     assert {event["args"]["step"] for event in events} == {1, 2, 3, 4}
 
 
-def test_a_world_of_one_stops_too(lab: Lab, lived: tuple[dict[str, Start], Outcome]) -> None:
+def test_a_rank_that_finds_no_rank_0_stops_alone(lived: Lived) -> None:
+    assert lived.early.statuses == [75]
+    assert lived.early.lines == [[f"rank 1: asked to stop (SIGTERM on rank 1) {NOT_BEGUN}"]]
+
+
+def test_a_world_of_one_stops_too(lab: Lab, lived: Lived) -> None:
     """Its line needs no rank's number in front."""
-    alone = lived[1]
-    assert alone.statuses == [75]
-    assert alone.lines == [[f"asked to stop (SIGINT on rank 0): {saved(2)}"]]
+    assert lived.alone.statuses == [75]
+    assert lived.alone.lines == [[f"asked to stop (SIGINT on rank 0): {saved(2)}"]]
     assert Path(lab.disk("alone"), "latest").read_text() == "2"
