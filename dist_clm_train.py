@@ -14,10 +14,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
-from argument_checks import OWN_FLAGS, check_model, check_optimizer, doubts, split_dist_url
+from argument_checks import (
+    OWN_FLAGS,
+    PROVEN_FLAGS,
+    check_model,
+    check_optimizer,
+    doubts,
+    split_dist_url,
+)
 from arguments import one_line, parse_train, refuse, train_parser
 from checkpoint.lock import lock_folder, make_folder
 from comm.interface import Interface, choose_interface, export
+from comm.job_key import JobKey, is_readable_by_others, read_job_key
 from monitor.console import Console
 from monitor.logs import setup_logging
 from tasks.evaluation_sets import check_evaluation_data
@@ -114,6 +122,10 @@ def meet(args: argparse.Namespace, machine: Machine) -> Rendezvous:
     if args.world_size == 1:
         return Rendezvous.alone()
     try:
+        key = _job_key(args)
+    except ValueError as error:
+        refuse(error)  # without it this rank cannot even tell the others
+    try:
         interface = machine.interface
         if interface is None:  # the flag is wrong, and the others are to be told
             host, _ = split_dist_url(args.dist_url)
@@ -124,7 +136,8 @@ def meet(args: argparse.Namespace, machine: Machine) -> Rendezvous:
             world_size=args.world_size,
             interface=interface,
             facts=_facts(args),
-            prefix=args.run_id,
+            key=key,
+            start=args.start_id,
             join_timeout=args.join_timeout,
             host=False if args.agent_store else None,
         )
@@ -135,14 +148,23 @@ def meet(args: argparse.Namespace, machine: Machine) -> Rendezvous:
         sys.exit(1)
 
 
+def _job_key(args: argparse.Namespace) -> JobKey:
+    path = args.job_token_file
+    key = read_job_key(args.job_id, path)
+    if path is not None and is_readable_by_others(path):
+        logger.warning("--job-token-file %s: other users may read it: `chmod 600` it", path)
+    return key
+
+
 def _facts(args: argparse.Namespace) -> dict[str, str | int | float | bool | None]:
     """The flags that must be the same on all ranks."""
     facts: dict[str, str | int | float | bool | None] = {
         "giving --evaluation-data": args.evaluation_data is not None  # its value is rank 0's alone
     }
+    apart = OWN_FLAGS | PROVEN_FLAGS
     for action in train_parser()._actions:
         flag = action.option_strings[0] if action.option_strings else ""
-        if flag.startswith("--") and flag not in OWN_FLAGS and hasattr(args, action.dest):
+        if flag.startswith("--") and flag not in apart and hasattr(args, action.dest):
             value = getattr(args, action.dest)
             plain = value is None or isinstance(value, (bool, int, float))
             facts[flag] = value if plain else str(value)

@@ -16,6 +16,7 @@ import torch
 from arguments import parse_train
 from comm.fabric import Fabric, connect
 from comm.interface import Interface
+from comm.job_key import JobKey
 from comm.messages import gather_json
 from comm.rendezvous import Rendezvous, join
 from comm.topology import Topology
@@ -185,6 +186,7 @@ def _meet(rank: int, world_size: int, url: str) -> Rendezvous:
         world_size=world_size,
         interface=Interface("lo", "127.0.0.1"),
         facts={},
-        prefix="test",
+        key=JobKey("test"),
+        start="",
         join_timeout=60.0,
     )
