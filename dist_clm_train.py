@@ -89,6 +89,8 @@ def look_around(args: argparse.Namespace) -> Machine:
     try:
         if args.world_size > 1 or args.net_interface is not None:
             machine.interface = _interface(args, args.net_interface)
+        if args.check_cluster:
+            return machine  # what else is wrong is told with all that differs
         check_model(args)
         check_optimizer(args)
         if args.rank < args.pipeline_group_size:  # replica 0 writes the checkpoints
@@ -189,7 +191,7 @@ def run(
     try:
         if machine.problem is not None:
             raise machine.problem
-        _train(args, topology, rendezvous, watch, console)
+        status = _train(args, topology, rendezvous, watch, console)
     except PeerLostError as error:
         watch.explain(error)
     except (TrainingStoppedError, OSError) as error:
@@ -201,6 +203,8 @@ def run(
     except Exception as error:
         _fail_with_traceback(watch, error)
     watch.close()
+    if status:
+        sys.exit(status)
 
 
 def _train(
@@ -209,7 +213,8 @@ def _train(
     rendezvous: Rendezvous,
     watch: Watch,
     console: Console,
-) -> None:
+) -> int:
+    """The exit status where nothing went wrong: 1 of a cluster that is not ready."""
     from transformers.utils import logging as transformers_logging
 
     from comm.fabric import connect
@@ -226,15 +231,24 @@ def _train(
         dist_timeout=args.dist_timeout,
         watch=watch,
     )
-    train(
-        args,
-        topology=topology,
-        fabric=fabric,
-        device=device,
-        nonce=rendezvous.nonce,
-        console=console,
-    )
+    status = 0
+    if args.check_cluster:
+        from training_cluster import check_cluster
+
+        status = check_cluster(
+            args, topology=topology, rendezvous=rendezvous, fabric=fabric, device=device
+        )
+    else:
+        train(
+            args,
+            topology=topology,
+            fabric=fabric,
+            device=device,
+            nonce=rendezvous.nonce,
+            console=console,
+        )
     fabric.close()
+    return status
 
 
 def choose_device(args: argparse.Namespace, *, ranks_here: int) -> torch.device:
