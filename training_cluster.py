@@ -186,6 +186,7 @@ def _tell(
     logger.info("%s", rank_table(topology, roster, machines, clocks, rates, plan))
     if speeds:
         logger.info("%s", link_table(roster, speeds, wanted))
+    logger.info("- versions: %s", ", ".join(map(" ".join, machines[0].versions.items())))
     for line in about_clocks(roster, clocks):
         logger.info("- %s", line)
     if plan is None:

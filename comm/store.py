@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import logging
 import socket
 import time
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
 from comm.interface import resolve
 from comm.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
 
 _RETRY_SECONDS = 0.25
 _PROBE_SECONDS = 5.0
@@ -46,6 +49,11 @@ def host_store(url: str, *, address: str, watchdog: Watchdog) -> TCPStore:
     host, port = parse_url(url)
     family, place = _place(host, address)
     listener = _listen(url, family, place, port)
+    if host not in (place, "localhost") and ipaddress.ip_address(place).is_loopback:
+        logger.warning(
+            "--dist-url %s: %s is a loopback address here, so that no other machine can join: is "
+            "--net-interface right on rank 0?", url, host,
+        )  # fmt: skip
     return TCPStore(
         place,
         port,

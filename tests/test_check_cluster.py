@@ -108,6 +108,7 @@ def test_ranks_that_agree(home: Path, outcomes: dict[str, list[Outcome]]) -> Non
         ("0", "2", "replicas"), ("2", "0", "replicas"),
         ("1", "3", "replicas"), ("3", "1", "replicas"),
     ]  # fmt: skip
+    assert any(f", torch {torch.__version__}, " in line for line in lines)
     assert "check passed: all ranks agree" in lines[-1]
     assert any("2 microbatches per pipeline, gpipe, --num-layers 4,4" in line for line in lines)
     assert not (home / "none").exists(), "nothing is written"

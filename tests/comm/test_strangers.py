@@ -263,9 +263,10 @@ def test_a_token_file(tmp_path: Path) -> None:
 
 
 def test_a_name_of_this_machine_itself_stands_for_its_interface(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Hosts files often give it a loopback address; the store listens where others can reach it."""
+    """Hosts files often give it a loopback address; the store listens where others can reach it,
+    and where that is a loopback address too, rank 0 tells."""
     monkeypatch.setattr(
         "comm.store.resolve",
         lambda host: (socket.AF_INET, {"node7": "127.0.1.1"}.get(host, host)),
@@ -274,6 +275,7 @@ def test_a_name_of_this_machine_itself_stands_for_its_interface(
     store = host_store(f"tcp://node7:{port}", address="127.0.0.5", watchdog=_no_deadline())
     found = [listener for listener in listeners(os.getpid()) if listener.port == port]
     assert found == [("127.0.0.5", port)]
+    assert "node7 is a loopback address here, so that no other machine can join" in caplog.text
     del store
 
 
