@@ -231,24 +231,24 @@ def _train(
         dist_timeout=args.dist_timeout,
         watch=watch,
     )
-    status = 0
     if args.check_cluster:
         from training_cluster import check_cluster
 
         status = check_cluster(
             args, topology=topology, rendezvous=rendezvous, fabric=fabric, device=device
         )
-    else:
-        train(
-            args,
-            topology=topology,
-            fabric=fabric,
-            device=device,
-            nonce=rendezvous.nonce,
-            console=console,
-        )
+        fabric.close()
+        return status
+    train(
+        args,
+        topology=topology,
+        fabric=fabric,
+        device=device,
+        nonce=rendezvous.nonce,
+        console=console,
+    )
     fabric.close()
-    return status
+    return 0
 
 
 def choose_device(args: argparse.Namespace, *, ranks_here: int) -> torch.device:

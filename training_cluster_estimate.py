@@ -109,16 +109,15 @@ class Estimate:
         )
 
     def exchange(self, stage: int) -> tuple[float, Link] | None:
-        """Seconds that summing a stage's gradients takes at the rate of its replicas' slowest link,
-        and that link. Each replica sends 2 (R - 1) / R of them."""
+        """Seconds that summing a stage's gradients takes over its replicas' slowest link, and that
+        link. Each replica sends 2 (R - 1) / R of them."""
         ranks = set(self._topology.replica_ranks(stage))
         mine = [k for k in self._links if k.group == "replicas" and k.source in ranks]
         if not mine:
             return None
-        link = min(mine, key=lambda one: self._links[one].bytes_per_second)
         replicas = self._topology.num_replicas
         nbytes = 2 * (replicas - 1) * self._plan.gradient_bytes(stage) // replicas
-        return self._links[link].message_seconds(nbytes), link
+        return max((self._links[link].message_seconds(nbytes), link) for link in mine)
 
     def _pipeline(self, replica: int, *, free: bool) -> float:
         plan, num_stages = self._plan, self._topology.num_stages

@@ -37,7 +37,7 @@ def rank_table(
         rank = arrival.rank
         place = [rank % topology.num_stages, rank // topology.num_stages]
         rows.append([
-            str(rank), *map(str, place), arrival.host, f"{arrival.interface} ({arrival.address})",
+            str(rank), *map(str, place), arrival.host, _place(arrival),
             machine.device, f"{1e3 * ahead:+.2f} ms +- {1e3 * error:.2f}" if rank else "0",
             f"{2e-9 * rate:.4g} GFLOP/s",
         ])  # fmt: skip
@@ -188,6 +188,10 @@ def _ends(roster: Sequence[Arrival], link: Link) -> str:
 
 def _end(arrival: Arrival) -> str:
     return f"rank {arrival.rank} ({arrival.host})"
+
+
+def _place(arrival: Arrival) -> str:
+    return f"{arrival.interface} ({arrival.address})" if arrival.interface else "none"
 
 
 def _rate(speed: LinkSpeed) -> str:

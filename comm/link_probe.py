@@ -1,8 +1,8 @@
 """What messages take from one member of a group to another, over the very channel that trains.
 
 The sender's clock alone measures: from the start of a message until a short answer comes back, less
-half a round trip of two short ones. The receiver is ready before, as in training, where receives
-are posted ahead of need.
+half a round trip of two short ones: a delay of one direction alone counts half in each, a low rate
+where it is. The receiver is ready before, as in training, where receives are posted ahead of need.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from comm.communicator import Messages
 
 _SHORT = 8  # bytes
 _FIRST = 4096  # bytes of the first message that tells a rate
-_GROWTH = 8
+_GROWTH = 16
 _ROUNDS = 20
 _REPEATS = 5
 
@@ -60,12 +60,13 @@ def probe(
         return budget - (time.monotonic() - began)
 
     prober.round(_SHORT)  # wakes what sleeps
-    latency = _median(lambda: prober.round(_SHORT), _ROUNDS, lambda: left() > budget / 2) / 2
-    size, seconds = min(_FIRST, nbytes), 0.0
+    latency = _median(lambda: prober.round(_SHORT), _ROUNDS, lambda: left() > 3 * budget / 4) / 2
+    size = min(_FIRST, nbytes)
     while True:
-        seconds = max(prober.round(size) - latency, seconds)
+        seconds = max(prober.round(size) - latency, latency)
         following = min(size * _GROWTH, nbytes)
-        if size == nbytes or seconds * following / size > left():
+        expected = LinkSpeed(latency, size, seconds).message_seconds(following)
+        if size == nbytes or expected > left():
             break
         size = following
     again = [seconds]

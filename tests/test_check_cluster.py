@@ -57,6 +57,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     other = make_model(folder / "other", layer_norm_eps=0.125)
     (other / "pytorch_7.pt").unlink()
     (other / "pytorch_6.pt").write_text("longer")
+    for name in ("token", "other token"):
+        (folder / name).write_text(f"a secret that is long: {name}")
+    (folder / "token").chmod(0o600)
     return folder
 
 
@@ -68,24 +71,27 @@ def flags(home: Path, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def ranks(home: Path, *, of: int = 4, odd: dict[str, Any], **more: Any) -> list[Rank]:
-    """The first `of` ranks of a run, with `odd` flags on the last of four."""
+def ranks(home: Path, odd: dict[str, Any], **more: Any) -> list[Rank]:
+    """The four of a run, with `odd` flags on the last."""
     common = flags(home, **{"dist-url": f"tcp://127.0.0.1:{quiet_port()}", **more})
     return [
         Rank(argv({**common, "rank": rank, **(odd if rank == 3 else {})}), home)
-        for rank in range(of)
+        for rank in range(4)
     ]
 
 
 @pytest.fixture(scope="module")
 def outcomes(home: Path) -> dict[str, list[Outcome]]:
     runs = [
-        Run("missing", ranks(home, of=3, odd={}, **{"join-timeout": 12})),
-        Run("fine", ranks(home, odd={})),
-        Run("another model", ranks(home, odd={"model-name": home / "other"})),
-        Run("another flag", ranks(home, odd={"seq-length": 16})),
-        Run("no model", ranks(home, odd={"model-name": home / "nowhere"})),
-    ]
+        Run("missing", ranks(
+            home, {"job-token-file": home / "other token"},
+            **{"job-token-file": home / "token", "join-timeout": 12},
+        )),
+        Run("fine", ranks(home, {})),
+        Run("another model", ranks(home, {"model-name": home / "other"})),
+        Run("another flag", ranks(home, {"seq-length": 16})),
+        Run("no model", ranks(home, {"model-name": home / "nowhere"})),
+    ]  # fmt: skip
     return run_all([[run] for run in runs], at_once=3, deadline=200.0)
 
 
@@ -144,10 +150,20 @@ def test_another_flag_on_one_rank(outcomes: dict[str, list[Outcome]]) -> None:
 def test_a_missing_rank_is_named_while_the_others_wait(
     outcomes: dict[str, list[Outcome]],
 ) -> None:
-    for one in outcomes["missing"]:
+    """The last rank has another job's token: it goes, and counts as missing."""
+    *waiting, other = outcomes["missing"]
+    for one in waiting:
         assert one.status == 1
         assert "waiting for rank 3 (10 s of 12 s)" in one.stdout
         assert "rank 3 did not join" in one.stderr
+    who = f"rank 3 (host {HOST})"
+    assert f"{who} came with another --job-id or --job-token-file" in waiting[0].stdout
+    assert other.status == 2
+    assert f"is not that of {who}" in other.stderr
+    assert other.seconds < waiting[0].seconds
+    assert "other token: other users may read it" in other.stdout
+    for one in outcomes["missing"]:
+        assert "a secret" not in one.stdout + one.stderr
 
 
 def test_what_a_rank_tells_of_its_flags_names_no_job(home: Path) -> None:
@@ -161,7 +177,7 @@ def test_what_a_rank_tells_of_its_flags_names_no_job(home: Path) -> None:
 
 
 class Throttled:
-    """A channel in which each message to one member takes longer."""
+    """A channel in which long messages to one member take longer."""
 
     def __init__(self, group: Communicator, *, to: int) -> None:
         self._group, self._to = group, to
@@ -170,7 +186,7 @@ class Throttled:
         return getattr(self._group, name)
 
     def send(self, tensor: Tensor, *, to: int) -> Work:
-        if to == self._to:
+        if to == self._to and tensor.nbytes > 1000:
             time.sleep(SLEEP)
         return self._group.send(tensor, to=to)
 
