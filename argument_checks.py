@@ -22,7 +22,6 @@ NOT_BUILT = "is not built yet"
 # Flags that are parsed and refused until the part they belong to is built.
 NOT_BUILT_FLAGS: dict[str, str] = {
     "--compile": "blocks through torch.compile",
-    "--check-cluster": "measure the machines and links",
     "--plan": "print what each stage will need",
     "--device-memory": "what --plan compares with",
 }
@@ -43,6 +42,8 @@ OWN_FLAGS = frozenset(
         "--project-name",
     }
 )
+# Must be the same on all ranks, which prove it (comm/job_key.py) and never tell it.
+PROVEN_FLAGS = frozenset({"--job-id", "--job-token-file"})
 
 
 # Flags that a resumed run must share with its checkpoint. So must the split, however --num-layers
@@ -124,8 +125,8 @@ def _dest(flag: str) -> str:
 def fill_defaults(args: argparse.Namespace, environ: Mapping[str, str]) -> None:
     """Fills what was left out, from torchrun's variables where it launched this process.
 
-    Adds `run_id`, which names this start of the job to the rendezvous, and `agent_store`, whether
-    torchrun's agent hosts the store.
+    Adds `start_id`, by which torchrun tells starts of the job from each other, and `agent_store`,
+    whether torchrun's agent hosts the store.
     """
     launched = "TORCHELASTIC_RUN_ID" in environ
     given = environ if launched else {}
@@ -147,10 +148,10 @@ def fill_defaults(args: argparse.Namespace, environ: Mapping[str, str]) -> None:
     if args.dist_url is None:
         host, port = given.get("MASTER_ADDR", "127.0.0.1"), given.get("MASTER_PORT", "7033")
         args.dist_url = f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
-    args.run_id = args.job_id
+    args.start_id = ""
     if launched:
         restart = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        args.run_id += f"/{environ['TORCHELASTIC_RUN_ID']}/{restart}"
+        args.start_id = f"{environ['TORCHELASTIC_RUN_ID']}/{restart}"
     if args.tokenizer_name is None:
         args.tokenizer_name = str(args.model_name)
     if args.checkpoint_path is None:

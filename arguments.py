@@ -170,10 +170,15 @@ def _add_process_flags(group: Any) -> None:
         help="gradients between replicas; nccl is torch's own where --dist-backend is nccl, else "
         "CuPy's; default: nccl, on CPU gloo")  # fmt: skip
     add("--job-id", default="0", help="tells this job from others at the same --dist-url")
+    add("--job-token-file", type=Path,
+        help="file with a secret that only this job's ranks have, each on its own disk: without it "
+        "who knows --job-id can join")  # fmt: skip
     add("--join-timeout", type=real(positive=True, at_most=MAX_SECONDS), default=300.0,
         help="seconds for all ranks to meet")  # fmt: skip
     add("--dist-timeout", type=real(positive=True, at_most=MAX_SECONDS), default=300.0,
         help="seconds that one operation may wait for a peer")  # fmt: skip
+    _add_switch(group, "--check-cluster", "meet, compare the machines, measure devices and links, "
+                "print what to expect, and end; reads no weights and no data", False)  # fmt: skip
 
 
 def _add_training_flags(group: Any) -> None:

@@ -14,13 +14,21 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, TextIO
 
-from argument_checks import OWN_FLAGS, check_model, check_optimizer, doubts, split_dist_url
+from argument_checks import (
+    OWN_FLAGS,
+    PROVEN_FLAGS,
+    check_model,
+    check_optimizer,
+    doubts,
+    split_dist_url,
+)
 from arguments import one_line, parse_train, refuse, train_parser
 from checkpoint.lock import lock_folder, make_folder
 from comm.ending import say
 from comm.interface import Interface, choose_interface, export
+from comm.job_key import JobKey, is_readable_by_others, read_job_key
 from comm.stopping import CLOSING, LOADING, STOPPED, StopAskedError, StopListener, StopRequest
 from monitor.console import Console
 from monitor.logs import setup_logging
@@ -35,6 +43,13 @@ if TYPE_CHECKING:
     from comm.watch import Watch
 
 logger = logging.getLogger(__name__)
+
+
+class End(NamedTuple):
+    """How a run came to its end by itself: the exit status, and what to say."""
+
+    status: int
+    line: str | None = None
 
 
 @dataclass
@@ -87,6 +102,8 @@ def look_around(args: argparse.Namespace) -> Machine:
     try:
         if args.world_size > 1 or args.net_interface is not None:
             machine.interface = _interface(args, args.net_interface)
+        if args.check_cluster:
+            return machine  # what else is wrong is told with all that differs
         check_model(args)
         check_optimizer(args)
         if args.rank < args.pipeline_group_size:  # replica 0 writes the checkpoints
@@ -120,6 +137,10 @@ def meet(args: argparse.Namespace, machine: Machine, stop: StopRequest) -> Rende
     if args.world_size == 1:
         return Rendezvous.alone()
     try:
+        key = _job_key(args)
+    except ValueError as error:
+        refuse(error)  # without it this rank cannot even tell the others
+    try:
         interface = machine.interface
         if interface is None:  # the flag is wrong, and the others are to be told
             host, _ = split_dist_url(args.dist_url)
@@ -130,7 +151,8 @@ def meet(args: argparse.Namespace, machine: Machine, stop: StopRequest) -> Rende
             world_size=args.world_size,
             interface=interface,
             facts=_facts(args),
-            prefix=args.run_id,
+            key=key,
+            start=args.start_id,
             join_timeout=args.join_timeout,
             host=False if args.agent_store else None,
             stop=stop,
@@ -145,14 +167,23 @@ def meet(args: argparse.Namespace, machine: Machine, stop: StopRequest) -> Rende
         sys.exit(1)
 
 
+def _job_key(args: argparse.Namespace) -> JobKey:
+    path = args.job_token_file
+    key = read_job_key(args.job_id, path)
+    if path is not None and is_readable_by_others(path):
+        logger.warning("--job-token-file %s: other users may read it: `chmod 600` it", path)
+    return key
+
+
 def _facts(args: argparse.Namespace) -> dict[str, str | int | float | bool | None]:
     """The flags that must be the same on all ranks."""
     facts: dict[str, str | int | float | bool | None] = {
         "giving --evaluation-data": args.evaluation_data is not None  # its value is rank 0's alone
     }
+    apart = OWN_FLAGS | PROVEN_FLAGS
     for action in train_parser()._actions:
         flag = action.option_strings[0] if action.option_strings else ""
-        if flag.startswith("--") and flag not in OWN_FLAGS and hasattr(args, action.dest):
+        if flag.startswith("--") and flag not in apart and hasattr(args, action.dest):
             value = getattr(args, action.dest)
             plain = value is None or isinstance(value, (bool, int, float))
             facts[flag] = value if plain else str(value)
@@ -181,11 +212,10 @@ def run(
         sys.exit(1)
     listener.link(end=watch.fail, pass_on=watch.pass_on)
     stop.phase = LOADING
-    stopped = None
     try:
         if machine.problem is not None:
             raise machine.problem
-        stopped = _train(args, topology, rendezvous, watch, console, stop)
+        end = _train(args, topology, rendezvous, watch, console, stop)
     except PeerLostError as error:
         watch.explain(error)
     except (TrainingStoppedError, OSError) as error:
@@ -195,9 +225,10 @@ def run(
     except Exception as error:
         _fail_with_traceback(watch, error)
     watch.close()
-    if stopped is not None:
-        say(stopped if args.world_size == 1 else f"rank {args.rank}: {stopped}")
-        sys.exit(STOPPED)
+    if end.line is not None:
+        say(end.line if args.world_size == 1 else f"rank {args.rank}: {end.line}")
+    if end.status:
+        sys.exit(end.status)
 
 
 def _train(
@@ -207,7 +238,7 @@ def _train(
     watch: Watch,
     console: Console,
     stop: StopRequest,
-) -> str | None:
+) -> End:
     from transformers.utils import logging as transformers_logging
 
     from comm.fabric import connect
@@ -224,6 +255,14 @@ def _train(
         dist_timeout=args.dist_timeout,
         watch=watch,
     )
+    if args.check_cluster:
+        from training_cluster import check_cluster
+
+        status = check_cluster(
+            args, topology=topology, rendezvous=rendezvous, fabric=fabric, device=device
+        )
+        fabric.close()
+        return End(status)
     stopped = train(
         args,
         topology=topology,
@@ -235,7 +274,7 @@ def _train(
     )
     stop.phase = CLOSING
     fabric.close()
-    return stopped
+    return End(0) if stopped is None else End(STOPPED, stopped)
 
 
 def choose_device(args: argparse.Namespace, *, ranks_here: int) -> torch.device:

@@ -63,19 +63,26 @@ class StageSplit:
         """The idle share of all stages, where time is multiply-adds: the gradients of the input and
         those of the weights take as many as forward does."""
         num_stages = len(self.layers)
-        of_blocks = stage_work(self.layers, replace(self._work, head=0))
-        costs = [
-            _costs(
-                blocks,
-                work - blocks,
-                splits=splits_backward(SCHEDULES[schedule], stage, num_stages),
-                recompute=recompute,
-            )
-            for stage, (blocks, work) in enumerate(
-                zip(of_blocks, stage_work(self.layers, self._work), strict=True)
-            )
-        ]
+        costs = split_costs(self.layers, self._work, schedule=schedule, recompute=recompute)
         return simulate(SCHEDULES[schedule], num_stages, num_microbatches, Costs(costs)).bubble
+
+
+def split_costs(
+    layers: Split, work: ModuleWork, *, schedule: str, recompute: bool
+) -> list[StageCosts]:
+    """What a microbatch is to each stage, in multiply-adds per token instead of seconds."""
+    of_blocks, num_stages = stage_work(layers, replace(work, head=0)), len(layers)
+    return [
+        _costs(
+            blocks,
+            of_stage - blocks,
+            splits=splits_backward(SCHEDULES[schedule], stage, num_stages),
+            recompute=recompute,
+        )
+        for stage, (blocks, of_stage) in enumerate(
+            zip(of_blocks, stage_work(layers, work), strict=True)
+        )
+    ]
 
 
 def _costs(blocks: int, head: int, *, splits: bool, recompute: bool) -> StageCosts:

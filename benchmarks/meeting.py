@@ -8,6 +8,7 @@ import torch
 
 from comm.fabric import Fabric, connect
 from comm.interface import Interface
+from comm.job_key import JobKey
 from comm.rendezvous import join
 from comm.topology import Topology
 from comm.watch import Watch
@@ -21,7 +22,8 @@ def meet(topology: Topology, port: int) -> tuple[Fabric, Callable[[], None]]:
         world_size=topology.world_size,
         interface=Interface("lo", "127.0.0.1"),
         facts={},
-        prefix="benchmark",
+        key=JobKey("benchmark"),
+        start="",
         join_timeout=120.0,
     )
     watch = Watch.connect(rendezvous, topology)

@@ -1,6 +1,7 @@
 """Rank 0's end of the liveness link: it hears of every failure and tells all ranks.
 
-Messages are JSON objects, one a line. A rank opens with {"nonce", "rank"}; then
+Messages are JSON objects, one a line. The hub opens with {"challenge"}; a rank answers with
+{"rank", "challenge", "proof"}, the hub with {"proof"} (comm.greeting); then
     to the hub:   {"failed": status, "line"} | {"check": true} | {"alive": true} | {"bye": true}
                   | {"stop": signal}: the rank was asked to, which rank 0 alone is told
     to the ranks: {"lost": rank} | {"silent": rank} | {"failed": status, "line", "rank"}
@@ -10,8 +11,8 @@ Messages are JSON objects, one a line. A rank opens with {"nonce", "rank"}; then
 from __future__ import annotations
 
 import contextlib
-import hmac
 import json
+import secrets
 import selectors
 import socket
 import threading
@@ -19,9 +20,13 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+from comm.greeting import Greeting
+
 Message: TypeAlias = Mapping[str, Any]
 
 MAX_LINE = 64 * 1024
+_MAX_HELLO = 1024  # bytes that a stranger may send
+_MAX_STRANGERS = 64  # at once; beyond, the one that has been there longest goes
 _HELLO_SECONDS = 10.0
 _TICK_SECONDS = 0.2
 _SEND_SECONDS = 2.0
@@ -50,10 +55,11 @@ def decode(line: bytes) -> dict[str, Any]:
 
 
 class _Peer:
-    """One connection; `rank` is None until it has shown the nonce."""
+    """One connection; `rank` is None until it has proved to be of this start."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
+        self.challenge = secrets.token_hex(16)
         self.rank: int | None = None
         self.opened = time.monotonic()
         self._buffer = b""
@@ -68,7 +74,8 @@ class _Peer:
             data = self.connection.recv(MAX_LINE)
         except OSError as error:
             raise EOFError from error
-        if not data or len(self._buffer) + len(data) > 2 * MAX_LINE:
+        most = _MAX_HELLO if self.rank is None else 2 * MAX_LINE
+        if not data or len(self._buffer) + len(data) > most:
             raise EOFError
         *whole, self._buffer = (self._buffer + data).split(b"\n")
         return whole
@@ -82,9 +89,14 @@ class Hub:
     """Listens on `address`, in a thread of its own; tells rank 0 through `on_event`."""
 
     def __init__(
-        self, *, address: str, nonce: str, world_size: int, on_event: Callable[[Message], None]
+        self,
+        *,
+        address: str,
+        greeting: Greeting,
+        world_size: int,
+        on_event: Callable[[Message], None],
     ) -> None:
-        self._nonce = nonce
+        self._greeting = greeting
         self._world_size = world_size
         self._on_event = on_event
         self._listener = socket.create_server(
@@ -173,6 +185,7 @@ class Hub:
             peer = _Peer(connection)
             self._peers.append(peer)
             self._selector.register(connection, selectors.EVENT_READ, peer)
+            peer.tell(encode({"challenge": peer.challenge}))
 
     def _read(self, peer: _Peer) -> None:
         try:
@@ -196,14 +209,13 @@ class Hub:
             self._on_event({**message, "rank": peer.rank})
 
     def _greet(self, peer: _Peer, message: dict[str, Any]) -> None:
-        rank = message.get("rank")
-        known = hmac.compare_digest(str(message.get("nonce")).encode(), self._nonce.encode())
-        free = isinstance(rank, int) and 0 < rank < self._world_size and rank not in self._present()
-        if not known or not free:
-            raise ValueError("not a rank of this run")
+        rank, answer = self._greeting.check(peer.challenge, message)
+        if not 0 < rank < self._world_size or rank in self._present():
+            raise ValueError("no rank that is missing")
+        peer.tell(encode(answer))
         with self._changed:
             peer.rank = rank
-            self._seen.add(message["rank"])
+            self._seen.add(rank)
             self._changed.notify_all()
         if self._event is not None:
             peer.tell(encode(self._event))
@@ -219,8 +231,10 @@ class Hub:
 
     def _drop_strangers(self) -> None:
         now = time.monotonic()
-        for peer in list(self._peers):
-            if peer.rank is None and now - peer.opened > _HELLO_SECONDS:
+        strangers = [peer for peer in self._peers if peer.rank is None]
+        too_many = len(strangers) - _MAX_STRANGERS
+        for place, peer in enumerate(strangers):
+            if place < too_many or now - peer.opened > _HELLO_SECONDS:
                 self._drop(peer)
 
     def _conclude_check(self) -> None:

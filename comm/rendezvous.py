@@ -2,7 +2,8 @@
 
 Every rank posts its arrival in a shared store. Whoever sees first how the meeting ends (rank 0
 when all are there; any rank that sees a mistake or runs out of time) writes the verdict, once;
-all ranks read that one verdict, so that they say the same and end alike.
+all ranks read that one verdict, so that they say the same and end alike. Each of these values
+carries a proof that a rank of this job wrote it; ranks of other jobs are sent away at the door.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch.distributed import DistError
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import Store
 
+from comm.door import FLAGS, Door
 from comm.interface import Interface
+from comm.job_key import JobKey
 from comm.roster import Arrival, Fact, misfit
+from comm.sealed_store import SealedStore
 from comm.stopping import NOT_BEGUN, STOPPED, StopAskedError, StopRequest
 from comm.store import host_store, reach_store
 from comm.watchdog import Watchdog
@@ -41,22 +45,29 @@ class Rendezvous:
 
     rank: this process's.
     roster: every rank's arrival, by rank.
-    nonce: random hex that only the ranks of this run know.
-    store: keys shared by this run alone (None in a world of one).
+    nonce: random hex that names this start.
+    key: what all ranks of the job know, to prove who they are on connections of their own.
+    sealed: values of this start, each with its proof (None in a world of one).
     watchdog: still ticking; `comm.fabric.connect` cancels it once the groups stand.
     """
 
     rank: int
     roster: tuple[Arrival, ...]
     nonce: str
-    store: Store | None
+    key: JobKey
+    sealed: SealedStore | None
     watchdog: Watchdog | None
 
     @classmethod
     def alone(cls) -> Rendezvous:
         """A world of one: no socket, no store."""
         here = Arrival(0, socket.gethostname(), "", "", os.getpid(), {})
-        return cls(0, (here,), secrets.token_hex(16), None, None)
+        return cls(0, (here,), secrets.token_hex(16), JobKey(""), None, None)
+
+    @property
+    def store(self) -> Store | None:
+        """torch's store, under names that only this start's ranks can tell."""
+        return None if self.sealed is None else self.sealed.store
 
     @property
     def ranks_on_this_host(self) -> tuple[int, ...]:
@@ -72,7 +83,8 @@ def join(
     world_size: int,
     interface: Interface,
     facts: Mapping[str, Fact],
-    prefix: str,
+    key: JobKey,
+    start: str,
     join_timeout: float,
     host: bool | None = None,
     stop: StopRequest | None = None,
@@ -80,15 +92,17 @@ def join(
     """Meets the other ranks at `url`; `join_timeout` seconds are a hard deadline for all of it.
 
     `facts` (flag -> value) must be the same on all ranks; the world size is always one of them.
-    `prefix` separates runs (and restarts) on one store. `host` says whether this process holds
-    the store; left out, rank 0 does (under torchrun its agent does, so it is False there). A
-    request to `stop` ends the meeting for all that have come.
+    Ranks with another `key` are of another job. `start` tells the job's starts on one store from
+    each other (torchrun's restarts). `host` says whether this process holds the store; left out,
+    rank 0 does (under torchrun its agent does, so it is False there). A request to `stop` ends the
+    meeting for all that have come.
 
     Raises:
-        ValueError: a user's mistake: the master is not there, its port is taken, facts differ, a
-            rank is given twice.
+        ValueError: a user's mistake: the master is not there or of another job, its port is taken,
+            facts differ, a rank is given twice.
         TimeoutError: ranks are missing at the deadline; the text names them.
-        ConnectionError: the master went away while the ranks gathered.
+        ConnectionError: the master went away while the ranks gathered, or something else writes to
+            its store.
         StopAskedError: a rank was asked to stop.
     """
     here = Arrival(
@@ -102,7 +116,8 @@ def join(
     watchdog = Watchdog(join_timeout)
     meeting = _Meeting(url, here, world_size, watchdog, stop or StopRequest())
     try:
-        return meeting.gather(meeting.open(host=rank == 0 if host is None else host), prefix)
+        store = meeting.open(host=rank == 0 if host is None else host)
+        return meeting.gather(store, key, start)
     except DistError as error:
         watchdog.cancel()
         raise ConnectionError(
@@ -135,9 +150,11 @@ class _Meeting:
     def open(self, *, host: bool) -> Store:
         """The store at the master, hosted here or elsewhere."""
         if host:
-            return host_store(self._url, watchdog=self._watchdog)
+            address = self._here.address
+            return host_store(self._url, address=address, watchdog=self._watchdog)
         return reach_store(
             self._url,
+            address=self._here.address,
             watchdog=self._watchdog,
             waiting=self._await_master,
         )
@@ -147,11 +164,15 @@ class _Meeting:
             raise StopAskedError(f"{self._stop.asked} {NOT_BEGUN}")
         self._report(f"waiting for {self._master}")
 
-    def gather(self, plain: Store, prefix: str) -> Rendezvous:
+    def gather(self, plain: Store, key: JobKey, start: str) -> Rendezvous:
         """Arrives, waits for the verdict, and takes it."""
-        store = PrefixStore(prefix, plain)
+        store = SealedStore(plain, key, start=start)
+        door = Door(plain, key, here=self._here, url=self._url)
+        if self._here.rank == 0:
+            door.open()
+        door.check()
         self._arrive(store)
-        self._await_verdict(store)
+        self._await_verdict(store, door)
         verdict = json.loads(store.get("verdict"))
         if "error" in verdict:
             too_late = verdict["status"] == 1
@@ -159,11 +180,11 @@ class _Meeting:
             raise _ERRORS[verdict["status"]](verdict["error"])
         self._watchdog.expect(status=1, line=self._unconnected())
         roster = tuple(self._arrival(store, rank) for rank in range(self._world_size))
-        return Rendezvous(self._here.rank, roster, verdict["nonce"], store, self._watchdog)
+        return Rendezvous(self._here.rank, roster, verdict["nonce"], key, store, self._watchdog)
 
-    def _arrive(self, store: Store) -> None:
+    def _arrive(self, store: SealedStore) -> None:
         mine = self._here.to_json()
-        there = store.compare_set(_key(self._here.rank), "", mine).decode()
+        there = store.set_first(_name(self._here.rank), mine)
         if there != mine:
             other = Arrival.from_json(there)
             problem = (
@@ -173,12 +194,13 @@ class _Meeting:
             _conclude(store, error=problem, status=2)
             raise ValueError(problem)
 
-    def _await_verdict(self, store: Store) -> None:
+    def _await_verdict(self, store: SealedStore, door: Door) -> None:
         fits = False
-        while not store.check(["verdict"]):
+        while not store.has("verdict"):
             if self._stop.asked is not None:
                 _conclude(store, error=f"{self._stop.asked} {NOT_BEGUN}", status=STOPPED)
                 return
+            door.check()
             missing = self._missing(store)
             if not fits and 0 not in missing:
                 fits = self._compare(store, [0, self._here.rank])
@@ -186,20 +208,23 @@ class _Meeting:
                 if self._compare(store, range(self._world_size)):
                     _conclude(store, nonce=secrets.token_hex(16))
                 return
-            self._wait(store, missing)
+            door.look()
+            self._wait(store, missing, door.strangers)
 
-    def _compare(self, store: Store, ranks: list[int] | range) -> bool:
+    def _compare(self, store: SealedStore, ranks: list[int] | range) -> bool:
         problem = misfit([self._arrival(store, rank) for rank in ranks])
         if problem:
             _conclude(store, error=problem, status=2)
         return problem is None
 
-    def _wait(self, store: Store, missing: list[int]) -> None:
+    def _wait(self, store: SealedStore, missing: list[int], strangers: list[str]) -> None:
         names = ", ".join(f"rank {rank}" for rank in missing) or "rank 0's answer"
         problem = (
             f"{names} did not join at {self._url} within {self._watchdog.seconds:g} s "
             "(--join-timeout): start every rank, and see the messages of those that ended"
         )
+        if strangers:
+            problem += f"; {', '.join(strangers)} came with another {FLAGS}"
         self._watchdog.expect(status=1, line=f"rank {self._here.rank}: {problem}")
         if self._watchdog.left <= 0:
             _conclude(store, error=problem, status=1)
@@ -208,13 +233,13 @@ class _Meeting:
         self._report(f"{joined}waiting for {names}")
         time.sleep(_POLL_SECONDS)
 
-    def _missing(self, store: Store) -> list[int]:
+    def _missing(self, store: SealedStore) -> list[int]:
         ranks = range(self._world_size)
-        if store.check([_key(rank) for rank in ranks]):
+        if store.has(*map(_name, ranks)):
             return []
-        return [rank for rank in ranks if not store.check([_key(rank)])]
+        return [rank for rank in ranks if not store.has(_name(rank))]
 
-    def _part(self, store: Store, *, late_seconds: float) -> None:
+    def _part(self, store: SealedStore, *, late_seconds: float) -> None:
         """The host of the store stays until the others have read the verdict.
 
         For ranks that have not arrived yet it stays `late_seconds`.
@@ -230,8 +255,8 @@ class _Meeting:
                     return
                 time.sleep(_POLL_SECONDS)
 
-    def _arrival(self, store: Store, rank: int) -> Arrival:
-        return Arrival.from_json(store.get(_key(rank)))
+    def _arrival(self, store: SealedStore, rank: int) -> Arrival:
+        return Arrival.from_json(store.get(_name(rank)))
 
     def _unconnected(self) -> str:
         return (
@@ -246,10 +271,10 @@ class _Meeting:
             logger.warning("%s (%s)", what, self._watchdog.progress)
 
 
-def _key(rank: int) -> str:
+def _name(rank: int) -> str:
     return f"arrival/{rank}"
 
 
-def _conclude(store: Store, **verdict: str | int) -> None:
+def _conclude(store: SealedStore, **verdict: str | int) -> None:
     """Writes the verdict unless there is one."""
-    store.compare_set("verdict", "", json.dumps(verdict))
+    store.set_first("verdict", json.dumps(verdict))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import logging
 import socket
 import time
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
 from comm.interface import resolve
 from comm.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
 
 _RETRY_SECONDS = 0.25
 _PROBE_SECONDS = 5.0
@@ -35,16 +38,24 @@ def parse_url(url: str) -> tuple[str, int]:
     return host, port
 
 
-def host_store(url: str, *, watchdog: Watchdog) -> TCPStore:
-    """Opens the store on this machine, on the address that `url` names.
+def host_store(url: str, *, address: str, watchdog: Watchdog) -> TCPStore:
+    """Opens the store on this machine, on the address that `url` names, and on no other.
+
+    `address`, this machine's, takes the place of one that says nothing to others: see `_place`.
 
     Raises:
         ValueError: the port is in use, or the address is not this machine's.
     """
     host, port = parse_url(url)
-    listener = _listen(url, host, port)
+    family, place = _place(host, address)
+    listener = _listen(url, family, place, port)
+    if host not in (place, "localhost") and ipaddress.ip_address(place).is_loopback:
+        logger.warning(
+            "--dist-url %s: %s is a loopback address here, so that no other machine can join: is "
+            "--net-interface right on rank 0?", url, host,
+        )  # fmt: skip
     return TCPStore(
-        host,
+        place,
         port,
         is_master=True,
         timeout=timedelta(seconds=watchdog.seconds),
@@ -53,17 +64,19 @@ def host_store(url: str, *, watchdog: Watchdog) -> TCPStore:
     )
 
 
-def reach_store(url: str, *, watchdog: Watchdog, waiting: Callable[[], None]) -> TCPStore:
+def reach_store(
+    url: str, *, address: str, watchdog: Watchdog, waiting: Callable[[], None]
+) -> TCPStore:
     """Connects to the store of the master, trying until the watchdog's deadline.
 
-    `waiting` is called between attempts. Plain connections are tried first: torch's client writes
-    a stack trace for each failed attempt.
+    `address` is as of `host_store`; `waiting` is called between attempts. Plain connections are
+    tried first: torch's client writes a stack trace for each failed attempt.
 
     Raises:
         ValueError: no master there within the time; naming --dist-url and the reason.
     """
     host, port = parse_url(url)
-    resolve(host)
+    _, host = _place(host, address)
     _await_listener(url, host, port, watchdog, waiting)
     line = (
         f"--dist-url {url}: something accepts connections there but does not answer as the "
@@ -96,10 +109,19 @@ def _await_listener(
         time.sleep(_RETRY_SECONDS)
 
 
-def _listen(url: str, host: str, port: int) -> socket.socket:
-    family, address = resolve(host)
-    if host not in (address, "localhost") and ipaddress.ip_address(address).is_loopback:
-        address = ""  # hosts files often give a machine's own name a loopback address
+def _place(host: str, address: str) -> tuple[socket.AddressFamily, str]:
+    """Where the store of `host` is.
+
+    Hosts files often give a machine's own name a loopback address, which the others do not reach:
+    there, and where `host` is no address of any one machine, it is at this machine's `address`.
+    """
+    family, place = resolve(host)
+    found = ipaddress.ip_address(place)
+    names_itself = found.is_loopback and host not in (place, "localhost")
+    return resolve(address) if names_itself or found.is_unspecified else (family, place)
+
+
+def _listen(url: str, family: socket.AddressFamily, address: str, port: int) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -11,12 +11,13 @@ import contextlib
 import socket
 import threading
 import time
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 from torch.distributed import DistError
 
 from comm.activity import Activity
 from comm.ending import leave, say
+from comm.greeting import Greeting
 from comm.hub import MAX_LINE, PING_SECONDS, Hub, Message, decode, encode, keep_alive
 from comm.rendezvous import Rendezvous
 from comm.stopping import Asked, StopRequest
@@ -60,9 +61,10 @@ class Watch:
         `stop` gets what other ranks pass on.
 
         Raises:
-            ConnectionError: rank 0 has gone, or cannot be reached at its interface's address.
+            ConnectionError: rank 0 has gone, cannot be reached at its interface's address, or is
+                another there.
         """
-        if rendezvous.store is None:
+        if rendezvous.sealed is None:
             return cls.alone()
         describe = [
             f"{topology.describe(arrival.rank)[:-1]}, host {arrival.host})"
@@ -120,26 +122,26 @@ class Watch:
         return self._hub is None and self._link is None
 
     def _open_hub(self, rendezvous: Rendezvous) -> None:
-        assert rendezvous.store is not None
+        assert rendezvous.sealed is not None
         assert rendezvous.watchdog is not None
         address = rendezvous.roster[0].address
         self._hub = Hub(
             address=address,
-            nonce=rendezvous.nonce,
+            greeting=Greeting(rendezvous.key, rendezvous.nonce),
             world_size=len(rendezvous.roster),
             on_event=self._on_message,
         )
-        rendezvous.store.set("watch", f"{address} {self._hub.port}")
+        rendezvous.sealed.set("watch", f"{address} {self._hub.port}")
         missing = self._hub.await_all(seconds=rendezvous.watchdog.left)
         if missing:
             names = ", ".join(self._describe[rank] for rank in missing)
             self.fail(1, f"{names} joined but did not link with rank 0 at {address} in time")
 
     def _open_link(self, rendezvous: Rendezvous) -> None:
-        assert rendezvous.store is not None
+        assert rendezvous.sealed is not None
         assert rendezvous.watchdog is not None
         try:
-            address, port = rendezvous.store.get("watch").decode().split()
+            address, port = rendezvous.sealed.get("watch").split()
         except DistError as error:
             raise ConnectionError(f"{self._describe[0]} is gone: {error}") from error
         seconds = max(rendezvous.watchdog.left, 1.0)
@@ -151,14 +153,29 @@ class Watch:
                 f"over {rendezvous.roster[self._rank].interface}: {error.strerror or error}; is "
                 "--net-interface right on rank 0, and does a firewall let the port through?"
             ) from error
+        lines = self._link.makefile("rb")
+        try:
+            self._greet(Greeting(rendezvous.key, rendezvous.nonce), self._link, lines)
+        except (OSError, ValueError) as error:
+            raise ConnectionError(
+                f"what listens at {address} port {port} does not prove to be rank 0 (host "
+                f"{rendezvous.roster[0].host}) of this job: {error}"
+            ) from error
         self._link.settimeout(None)
         keep_alive(self._link)
-        self._link.sendall(encode({"nonce": rendezvous.nonce, "rank": self._rank}))
-        threading.Thread(target=self._listen, name="watch-link", daemon=True).start()
+        threading.Thread(target=self._listen, args=(lines,), name="watch-link", daemon=True).start()
 
-    def _listen(self) -> None:
-        assert self._link is not None
-        with contextlib.suppress(OSError, ValueError), self._link.makefile("rb") as lines:
+    def _greet(self, greeting: Greeting, link: socket.socket, lines: BinaryIO) -> None:
+        """Proves this rank to rank 0, and has it prove itself."""
+        challenge = decode(lines.readline(MAX_LINE)).get("challenge")
+        reply = greeting.reply(challenge, rank=self._rank)
+        link.sendall(encode(reply))
+        answer = decode(lines.readline(MAX_LINE))
+        if not greeting.is_answer(answer, challenge=challenge, reply=reply):
+            raise ValueError("it does not know this job's key")
+
+    def _listen(self, lines: BinaryIO) -> None:
+        with contextlib.suppress(OSError, ValueError), lines:
             for line in iter(lambda: lines.readline(MAX_LINE), b""):
                 self._on_message(decode(line))
         self._heard.set()

@@ -7,7 +7,7 @@ pass multiplies all parts alike. Needs no torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,22 +64,28 @@ def choose_split(asked: Asked, work: ModuleWork, *, num_stages: int, model_layer
     return fit_split(asked, num_stages=num_stages, model_layers=model_layers)
 
 
-def balanced_split(work: ModuleWork, *, num_stages: int, model_layers: int) -> Split:
+def balanced_split(
+    work: ModuleWork, *, num_stages: int, model_layers: int, speeds: Sequence[float] | None = None
+) -> Split:
     """The split whose slowest stage has the least work, every stage having a block at least.
+
+    `speeds`: multiply-adds of each stage's device in a second, where they differ: then the measure
+    is seconds.
 
     Of several, the one whose second-slowest stage has the least, and so on; of those that differ in
     their order alone, the one with the fewest blocks on the first stages, where schedules keep the
     most activations. Exact: the best of each number of blocks on the first stages, a stage at a
     time (adding one stage to two splits does not change which of them is better).
     """
-    best: dict[int, tuple[tuple[int, ...], Split]] = {0: ((), Split())}
+    best: dict[int, tuple[tuple[float, ...], Split]] = {0: ((), Split())}
     for stage in range(num_stages):
         rest = num_stages - 1 - stage
         totals = range(stage + 1, model_layers - rest + 1) if rest else (model_layers,)
         head = 0 if rest else work.head
+        speed = None if speeds is None else speeds[stage]
         best = {
             total: min(
-                (_slowest_first((*costs, (total - held) * work.block + head)),
+                (_slowest_first((*costs, _over((total - held) * work.block + head, speed))),
                  Split((*split, total - held)))
                 for held, (costs, split) in best.items()
                 if held < total
@@ -89,5 +95,9 @@ def balanced_split(work: ModuleWork, *, num_stages: int, model_layers: int) -> S
     return best[model_layers][1]
 
 
-def _slowest_first(costs: tuple[int, ...]) -> tuple[int, ...]:
+def _over(work: int, speed: float | None) -> float:
+    return work if speed is None else work / speed  # whole numbers of any size stay exact
+
+
+def _slowest_first(costs: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(sorted(costs, reverse=True))

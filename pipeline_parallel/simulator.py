@@ -37,19 +37,34 @@ class StageCosts:
 class Costs:
     """What each stage's actions take, and a message between two neighbours, in seconds.
 
-    Raises ValueError for what is negative or not finite.
+    Messages take the same on all links, or, in a list, on link i between the stages i and i + 1
+    what stands there. Raises ValueError for what is negative or not finite, and for a list of
+    another length.
     """
 
     stages: Sequence[StageCosts]
-    activation_seconds: float = 0.0
-    gradient_seconds: float = 0.0
+    activation_seconds: float | Sequence[float] = 0.0
+    gradient_seconds: float | Sequence[float] = 0.0
 
     def __post_init__(self) -> None:
         for stage, costs in enumerate(self.stages):
             for kind in Kind:
                 _check_seconds(f"stage {stage}, {kind.name.lower()}", costs[kind])
-        _check_seconds("activation_seconds", self.activation_seconds)
-        _check_seconds("gradient_seconds", self.gradient_seconds)
+        for name in ("activation_seconds", "gradient_seconds"):
+            given = getattr(self, name)
+            if isinstance(given, Sequence) and len(given) != len(self.stages) - 1:
+                raise ValueError(
+                    f"{name}: expected {len(self.stages) - 1}, one for each link, got {len(given)}"
+                )
+            for seconds in given if isinstance(given, Sequence) else (given,):
+                _check_seconds(name, seconds)
+
+    def message_seconds(self, message: Message) -> float:
+        """What `message` takes on its link."""
+        given = self.gradient_seconds if message.is_gradient else self.activation_seconds
+        if not isinstance(given, Sequence):
+            return given
+        return given[message.source - 1 if message.is_gradient else message.source]
 
 
 class Span(NamedTuple):
@@ -138,9 +153,8 @@ class _Clock:
             self._send(message, end)
 
     def _send(self, message: Message, made: float) -> None:
-        costs, link = self._costs, (message.source, message.is_gradient)
-        seconds = costs.gradient_seconds if message.is_gradient else costs.activation_seconds
-        arrived = max(made, self._link_free.get(link, 0.0)) + seconds
+        link = (message.source, message.is_gradient)
+        arrived = max(made, self._link_free.get(link, 0.0)) + self._costs.message_seconds(message)
         self._link_free[link] = arrived
         self._arrivals[message] = _Arrival(made, arrived)
 

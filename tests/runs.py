@@ -18,6 +18,7 @@ from checkpoint.latest import write_latest
 from checkpoint.training_state import SaveFailedError
 from comm.fabric import Fabric, connect
 from comm.interface import Interface
+from comm.job_key import JobKey
 from comm.messages import gather_json
 from comm.rendezvous import Rendezvous, join
 from comm.stopping import StopRequest
@@ -198,6 +199,7 @@ def _meet(rank: int, world_size: int, url: str) -> Rendezvous:
         world_size=world_size,
         interface=Interface("lo", "127.0.0.1"),
         facts={},
-        prefix="test",
+        key=JobKey("test"),
+        start="",
         join_timeout=60.0,
     )

@@ -10,6 +10,7 @@ import torch
 
 from comm.fabric import connect
 from comm.interface import Interface
+from comm.job_key import JobKey
 from comm.rendezvous import join
 from comm.topology import Topology
 from comm.watch import Watch
@@ -45,7 +46,7 @@ def take(
 def _take(topology: Topology, world: int, url: str, path: Path) -> Taken:
     rendezvous = join(
         url=url, rank=topology.rank, world_size=world, interface=Interface("lo", "127.0.0.1"),
-        facts={}, prefix="stream", join_timeout=60.0,
+        facts={}, key=JobKey("stream"), start="", join_timeout=60.0,
     )  # fmt: skip
     watch = Watch.connect(rendezvous, topology)
     device = torch.device("cpu")

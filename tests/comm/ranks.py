@@ -9,6 +9,7 @@ import torch
 
 from comm.fabric import Fabric, connect
 from comm.interface import choose_interface, export
+from comm.job_key import JobKey
 from comm.rendezvous import Rendezvous, join
 from comm.roster import Fact
 from comm.store import parse_url
@@ -50,7 +51,8 @@ def enter(
         world_size=topology.world_size,
         interface=interface,
         facts=facts or {},
-        prefix="test",
+        key=JobKey("test"),
+        start="",
         join_timeout=join_timeout,
     )
     watch = Watch.connect(rendezvous, topology)

@@ -9,9 +9,13 @@ from collections.abc import Iterator
 
 import pytest
 
+from comm.greeting import Greeting
 from comm.hub import Hub, Message, decode, encode
+from comm.job_key import JobKey
 
-NONCE = "6e6f6e6365"
+GREETING = Greeting(JobKey("a job"), "6e6f6e6365")
+OTHER_JOB = Greeting(JobKey("another"), GREETING.nonce)
+OLDER_START = Greeting(GREETING.key, "0123")
 
 
 class Link:
@@ -20,6 +24,18 @@ class Link:
     def __init__(self, hub: Hub) -> None:
         self._socket = socket.create_connection(("127.0.0.1", hub.port), timeout=5.0)
         self._lines = self._socket.makefile("rb")
+        self.challenge = decode(self._lines.readline())["challenge"]
+
+    def greet(self, rank: int, greeting: Greeting = GREETING) -> Link:
+        """Does what a rank of `greeting`'s start does."""
+        self.reply = greeting.reply(self.challenge, rank=rank)
+        return self.send(encode(self.reply))
+
+    def enter(self, rank: int) -> Link:
+        """As `greet`; the hub proves itself."""
+        answer = decode(self.greet(rank).read())
+        assert GREETING.is_answer(answer, challenge=self.challenge, reply=self.reply)
+        return self
 
     def send(self, data: bytes) -> Link:
         self._socket.sendall(data)
@@ -44,23 +60,18 @@ def events() -> queue.Queue[Message]:
 
 @pytest.fixture
 def hub(events: queue.Queue[Message]) -> Iterator[Hub]:
-    hub = Hub(address="127.0.0.1", nonce=NONCE, world_size=3, on_event=events.put)
+    hub = Hub(address="127.0.0.1", greeting=GREETING, world_size=3, on_event=events.put)
     yield hub
     hub.close()
-
-
-def hello(rank: object, nonce: object = NONCE) -> bytes:
-    return encode({"nonce": nonce, "rank": rank})
 
 
 @pytest.mark.parametrize(
     "data",
     [
-        hello(1, "wrong"),
-        hello(1, None),
-        hello(0),
-        hello(3),
-        hello("1"),
+        b'{"rank": 1, "challenge": "00", "proof": null}\n',
+        b'{"rank": 1, "proof": "00"}\n',
+        b'{"rank": [1], "challenge": "00", "proof": "00"}\n',
+        b'{"nonce": "6e6f6e6365", "rank": 1}\n',
         b'{"failed": 2, "line": "no hello"}\n',
         b"GET / HTTP/1.1\r\n\r\n",
         b"[" * 60_000 + b"\n",
@@ -74,24 +85,59 @@ def test_strangers_are_dropped(hub: Hub, events: queue.Queue[Message], data: byt
     with contextlib.suppress(ConnectionError):  # dropped before it had said all
         stranger.send(data)
     assert stranger.read() == b""
-    ranks = [Link(hub).send(hello(rank)) for rank in (1, 2)]
+    ranks = [Link(hub).enter(rank) for rank in (1, 2)]
     assert hub.await_all(seconds=5.0) == []
     assert events.empty()
     for rank in ranks:
         rank.send(encode({"bye": True})).close()
 
 
+@pytest.mark.parametrize("rank", [-1, 0, 3])
+def test_a_rank_that_the_run_has_not_is_dropped(hub: Hub, rank: int) -> None:
+    assert Link(hub).greet(rank).read() == b""
+
+
+@pytest.mark.parametrize("greeting", [OTHER_JOB, OLDER_START])
+def test_a_rank_of_another_job_or_start_is_dropped(
+    hub: Hub, events: queue.Queue[Message], greeting: Greeting
+) -> None:
+    assert Link(hub).greet(1, greeting).read() == b""
+    assert hub.await_all(seconds=0.1) == [1, 2]
+    assert events.empty()
+
+
+def test_what_a_rank_said_once_is_of_no_use_again(hub: Hub) -> None:
+    """Nor is it to a rank that would pass for another."""
+    first = Link(hub).enter(1)
+    played_back = Link(hub).send(encode(first.reply))
+    assert played_back.read() == b""
+    other = Link(hub)
+    reply = GREETING.reply(other.challenge, rank=1)
+    assert other.send(encode({**reply, "rank": 2})).read() == b""
+
+
+def test_strangers_that_hang_on_keep_no_rank_out(hub: Hub, events: queue.Queue[Message]) -> None:
+    """Of any number the hub keeps 64; the first to go is the one that has been there longest."""
+    strangers = [Link(hub).send(b'{"rank": 1, "chal') for _ in range(70)]
+    assert strangers[0].read() == b""
+    ranks = [Link(hub).enter(rank) for rank in (1, 2)]
+    assert hub.await_all(seconds=5.0) == []
+    assert events.empty()
+    for link in (*strangers, *ranks):
+        link.close()
+
+
 def test_a_second_connection_of_a_rank_is_dropped(hub: Hub, events: queue.Queue[Message]) -> None:
-    first = Link(hub).send(hello(1))
+    first = Link(hub).enter(1)
     assert hub.await_all(seconds=0.5) == [2]
-    assert Link(hub).send(hello(1)).read() == b""
+    assert Link(hub).greet(1).read() == b""
     assert events.empty()
     first.close()
     assert events.get(timeout=5.0) == {"lost": 1}
 
 
 def test_only_the_first_failure_is_told(hub: Hub, events: queue.Queue[Message]) -> None:
-    one, two = (Link(hub).send(hello(rank)) for rank in (1, 2))
+    one, two = (Link(hub).enter(rank) for rank in (1, 2))
     assert hub.await_all(seconds=5.0) == []
     one.send(encode({"failed": 2, "line": "the cause"}))
     assert decode(two.read()) == {"failed": 2, "line": "the cause", "rank": 1}

@@ -15,6 +15,7 @@ import torch
 from comm import rendezvous, watchdog
 from comm.fabric import connect
 from comm.interface import Interface
+from comm.job_key import JobKey
 from comm.rendezvous import Rendezvous, join
 from comm.roster import Arrival, Fact, misfit
 from comm.store import parse_url
@@ -35,7 +36,8 @@ def joins(
         world_size=world_size,
         interface=LOOPBACK,
         facts=facts,
-        prefix="test",
+        key=JobKey("test"),
+        start="",
         join_timeout=timeout,
     )
     ready.touch()

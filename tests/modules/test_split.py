@@ -73,6 +73,21 @@ def test_auto_is_the_best_of_all_splits(block: int, head: int) -> None:
             )
 
 
+@pytest.mark.parametrize("speeds", [(1, 1, 1), (3, 1, 2), (1, 10, 1), (0.5, 4, 1e3)])
+def test_a_slower_device_gets_fewer_blocks(speeds: tuple[float, ...]) -> None:
+    """No split has a slowest stage that takes less time."""
+    for layers in range(3, 12):
+        found = balanced_split(
+            ModuleWork(2, 3), num_stages=3, model_layers=layers, speeds=speeds
+        )
+
+        def seconds(split: tuple[int, ...]) -> float:
+            work = stage_work(Split(split), ModuleWork(2, 3))
+            return max(one / speed for one, speed in zip(work, speeds, strict=True))
+
+        assert seconds(found) == min(map(seconds, all_splits(3, layers)))
+
+
 NEOX = {
     "hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 2048, "vocab_size": 8192,
 }  # fmt: skip

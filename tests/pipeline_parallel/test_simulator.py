@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -93,6 +94,13 @@ def test_messages_that_hide_behind_compute_cost_nothing_more() -> None:
     assert timeline.total == (8 + 2 - 1) * 3 + 0.75
 
 
+def test_each_link_may_take_its_own_time() -> None:
+    """One microbatch there and back over two links: 2 s and 3 s onwards, 5 s and 7 s back."""
+    costs = Costs([StageCosts(1, 1, 1)] * 3, activation_seconds=(2, 3), gradient_seconds=(5, 7))
+    there, back = 1 + 2 + 1 + 3 + 1, 2 + 7 + 2 + 5 + 2
+    assert simulate(SCHEDULES["gpipe"], 3, 1, costs).total == there + back
+
+
 def test_a_slow_link_carries_one_message_at_a_time() -> None:
     costs = Costs([StageCosts(1, 1, 1)] * 2, activation_seconds=3)
     timeline = simulate(forward_only, 2, 4, costs)
@@ -116,7 +124,8 @@ def longest_path(schedule: Schedule, num_stages: int, microbatches: int, costs: 
             starts = [n for n in nodes if n[1] in kinds]
             sends = [(stage, link, n[2]) for n in starts]
             takes = costs.activation_seconds if link == "f" else costs.gradient_seconds
-            seconds |= dict.fromkeys(sends, takes)
+            of_link = takes[min(stage, to)] if isinstance(takes, Sequence) else takes
+            seconds |= dict.fromkeys(sends, of_link)
             edges += [*zip(starts, sends, strict=True), *pairwise(sends)]
             edges += [(send, (to, kind, send[2])) for send in sends for kind in kinds]
     edges = [(a, b) for a, b in edges if b in seconds]
@@ -133,10 +142,11 @@ def test_any_costs_end_at_the_longest_path(
     mode: str, stages: int, microbatches: int, data: st.DataObject
 ) -> None:
     some = st.integers(0, 9)
+    messages = some | st.lists(some, min_size=stages - 1, max_size=stages - 1)
     costs = Costs(
         [StageCosts(*data.draw(st.tuples(some, some, some))) for _ in range(stages)],
-        activation_seconds=data.draw(some),
-        gradient_seconds=data.draw(some),
+        activation_seconds=data.draw(messages),
+        gradient_seconds=data.draw(messages),
     )
     timeline = simulate(SCHEDULES[mode], stages, microbatches, costs)
     assert timeline.total == longest_path(SCHEDULES[mode], stages, microbatches, costs)
@@ -172,10 +182,12 @@ def test_costs_are_looked_up_by_kind() -> None:
         ([StageCosts(1, 1, 1, math.inf)], (0, 0), "stage 0, backward: .* got inf"),
         ([StageCosts(1, 1, 1)], (-1, 0), "activation_seconds: .* got -1"),
         ([StageCosts(1, 1, 1)], (0, -1), "gradient_seconds: .* got -1"),
+        ([StageCosts(1, 1, 1)] * 3, (0, (1, -1)), "gradient_seconds: .* got -1"),
+        ([StageCosts(1, 1, 1)] * 3, ((1,), 0), "activation_seconds: expected 2, .* got 1"),
     ],
 )
 def test_costs_that_are_no_times_are_refused(
-    stages: list[StageCosts], messages: tuple[float, float], says: str
+    stages: list[StageCosts], messages: tuple[Any, Any], says: str
 ) -> None:
     with pytest.raises(ValueError, match=says):
         Costs(stages, *messages)

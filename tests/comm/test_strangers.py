@@ -1,0 +1,285 @@
+"""Whatever else connects, only this job's ranks are in it, and the job goes on.
+
+Strangers come to every port that a run of four processes listens on; ranks of other jobs come to
+its --dist-url; what a store holds is believed only with its proof.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
+
+from comm.greeting import Greeting
+from comm.hub import decode, encode
+from comm.interface import Interface
+from comm.job_key import MIN_TOKEN, JobKey, read_job_key
+from comm.rendezvous import Rendezvous, join
+from comm.roster import Arrival
+from comm.sealed_store import SealedStore
+from comm.store import host_store, parse_url
+from comm.topology import Topology
+from comm.watch import Watch
+from comm.watchdog import Watchdog
+from tests.comm.processes import Process, await_ready, member, start
+from tests.comm.ranks import Rank
+from tests.comm.sockets import Listener, listeners
+from tests.dist import free_port
+
+LOOPBACK = Interface("lo", "127.0.0.1")
+SECRET = "a secret that nobody can guess"
+KEY, OTHER_KEY = JobKey("job", SECRET.encode()), JobKey("job", b"something else altogether")
+GARBAGE = {
+    "nothing": b"",
+    "half a greeting": b'{"rank": 1, "chal',
+    "a line": b"GET / HTTP/1.1\r\n\r\n",
+    "a wrong proof": encode({"rank": 1, "challenge": "00", "proof": "00" * 32}),
+    "numbers": bytes(range(256)) * 4,
+    "a pickle": b"\x80\x04\x95" + b"\xff" * 64,
+    "too much": b"\xff" * 1_000_000,
+}
+
+
+def meet(ready: Path, rank: int, world_size: int, url: str, key: JobKey, timeout: float) -> None:
+    """Joins and parts: rank 0, which holds the store, last."""
+    met = join(
+        url=url, rank=rank, world_size=world_size, interface=LOOPBACK, facts={}, key=key,
+        start="", join_timeout=timeout,
+    )  # fmt: skip
+    Watch.connect(met, Topology(rank, world_size, 1)).close()
+    ready.touch()
+
+
+def add_until_told(stop_file: Path, rank: Rank) -> None:
+    """Sums over all channels, each of which must be right, until the file is there."""
+    going = True
+    while going:
+        for group in (rank.fabric.control, rank.fabric.pipeline, rank.fabric.replicas):
+            total = torch.full((1000,), float(group.rank + 1))
+            group.all_reduce(total).wait()
+            assert total.tolist() == [group.size * (group.size + 1) / 2] * 1000
+        stop = torch.tensor(float(stop_file.exists()))
+        rank.fabric.control.all_reduce(stop).wait()
+        going = stop.item() == 0
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def ended(*processes: Process) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.process.kill()
+            process.process.join()
+
+
+def bother(listener: Listener) -> list[socket.socket]:
+    """Says everything of GARBAGE, on a connection each, and hangs on to all that are left."""
+    links = []
+    for data in GARBAGE.values():
+        link = socket.create_connection(listener, timeout=5.0)
+        links.append(link)
+        link.settimeout(1.0)
+        with contextlib.suppress(OSError):  # who is sent away early need not hear all of it
+            link.sendall(data)
+    return links
+
+
+def test_strangers_at_every_port_of_a_run(tmp_path: Path) -> None:
+    """Nothing listens but on the interface's address; the sums go on, right, and all end well."""
+    url = f"tcp://127.0.0.1:{free_port()}"
+    program = partial(add_until_told, tmp_path / "stop")
+    ranks = [start(tmp_path, str(r), member, r, url, (2, 2), program, 20.0) for r in range(4)]
+    with ended(*ranks):
+        await_ready(ranks)
+        found = [listeners(rank.pid) for rank in ranks]
+        assert {listener.address for of_rank in found for listener in of_rank} == {"127.0.0.1"}
+        assert parse_url(url)[1] in [listener.port for listener in found[0]]
+        assert len(found[0]) >= 3, "the store, the liveness link, and gloo"
+        assert all(found), "gloo listens on every rank"
+        links = [link for of_rank in found for one in of_rank for link in bother(one)]
+        other = start(tmp_path, "other", meet, 1, 4, url, OTHER_KEY, 20.0)
+        with ended(other):
+            assert other.status(within=20.0) == 2
+        assert f"is not that of rank 1 (host {socket.gethostname()})" in other.lines[0]
+        time.sleep(1.0)  # sums among strangers
+        (tmp_path / "stop").touch()
+        for rank in ranks:
+            assert rank.status(within=20.0) == 0, rank.lines
+            assert rank.lines == []
+        for link in links:
+            link.close()
+
+
+def test_a_rank_of_another_job_is_sent_away_and_named(tmp_path: Path) -> None:
+    """And what connects meanwhile does not keep the right one out."""
+    url = f"tcp://127.0.0.1:{free_port()}"
+    ranks = [start(tmp_path, str(r), meet, r, 3, url, KEY, 30.0) for r in (0, 1)]
+    with ended(*ranks):
+        other = start(tmp_path, "other", meet, 2, 3, url, OTHER_KEY, 20.0)
+        with ended(other):
+            assert other.status(within=20.0) == 2
+        host = socket.gethostname()
+        (line,) = other.lines
+        assert line.startswith(f"--dist-url {url}: rank 0 there (host {host}) is of another job: ")
+        assert f"its --job-id or --job-token-file is not that of rank 2 (host {host});" in line
+        links = bother(Listener(*parse_url(url)))
+        right = start(tmp_path, "right", meet, 2, 3, url, KEY, 20.0)
+        with ended(right):
+            for rank in (*ranks, right):
+                assert rank.status(within=20.0) == 0, rank.lines
+        assert ranks[0].lines == [
+            f"rank 2 (host {host}) came with another --job-id or --job-token-file: not of this job"
+        ]
+        for link in links:
+            link.close()
+
+
+def test_who_waits_in_vain_is_told_of_the_other_job(tmp_path: Path) -> None:
+    url = f"tcp://127.0.0.1:{free_port()}"
+    ranks = [start(tmp_path, str(r), meet, r, 2, url, key, 4.0) for r, key in enumerate(
+        (KEY, OTHER_KEY))]  # fmt: skip
+    with ended(*ranks):
+        assert ranks[1].status(within=15.0) == 2
+        assert ranks[0].status(within=15.0) == 1
+    assert "rank 1 did not join" in ranks[0].lines[-1]
+    assert ranks[0].lines[-1].endswith("came with another --job-id or --job-token-file")
+
+
+def test_the_store_tells_a_stranger_no_secret_and_believes_none(tmp_path: Path) -> None:
+    """A stranger may list all keys of torch's store, read and write: what he writes ends the
+    meeting by name."""
+    port = free_port()
+    url = f"tcp://127.0.0.1:{port}"
+    rank = start(tmp_path, "0", meet, 0, 2, url, KEY, 20.0)
+    with ended(rank):
+        store = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+        deadline = time.monotonic() + 10.0
+        while not any("arrival/0" in key for key in store.list_keys()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        told = "".join(f"{key} {store.get(key)!r}" for key in store.list_keys())
+        assert SECRET not in told
+        (arrival,) = [key for key in store.list_keys() if key.endswith("arrival/0")]
+        store.set(arrival.replace("arrival/0", "arrival/1"), store.get(arrival).decode())
+        assert rank.status(within=10.0) == 1
+    (line,) = rank.lines
+    assert "holds arrival/1, which no rank of this job wrote" in line
+
+
+def test_a_value_is_good_for_its_name_start_and_job_alone() -> None:
+    plain = HashStore()
+    mine = SealedStore(plain, KEY, start="run/0")
+    mine.set("a", "one two")
+    assert mine.get("a") == "one two"
+    assert mine.set_first("a", "three") == "one two"
+    sealed = mine.store.get("a").decode()
+    for other, name in (
+        (mine, "b"),
+        (SealedStore(plain, KEY, start="run/1"), "a"),
+        (SealedStore(plain, OTHER_KEY, start="run/0"), "a"),
+    ):
+        other.store.set(name, sealed)
+        with pytest.raises(ConnectionError, match="which no rank of this job wrote"):
+            other.get(name)
+    assert SECRET not in sealed
+
+
+def silence(link: socket.socket) -> None:
+    link.recv(1)
+
+
+def nonsense(link: socket.socket) -> None:
+    link.sendall(b"220 mail.example.org ESMTP\r\n")
+    link.recv(1)
+
+
+def another_jobs_hub(link: socket.socket) -> None:
+    link.sendall(encode({"challenge": "0123"}))
+    reply = decode(link.makefile("rb").readline())
+    answer = OTHER_KEY.prove("rank 0", "nonce", 1, "0123", reply["challenge"])
+    link.sendall(encode({"proof": answer}))
+
+
+def mirror(link: socket.socket) -> None:
+    """Hands a rank's own proof back to it."""
+    link.sendall(encode({"challenge": "0123"}))
+    link.sendall(link.makefile("rb").readline())
+
+
+@pytest.mark.parametrize("stranger", [silence, nonsense, another_jobs_hub, mirror])
+def test_a_rank_links_with_no_stranger(stranger: Callable[[socket.socket], None]) -> None:
+    """Where something else listens at the address of rank 0's hub."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        sealed = SealedStore(HashStore(), KEY, start="")
+        sealed.set("watch", f"127.0.0.1 {listener.getsockname()[1]}")
+        roster = tuple(Arrival(r, f"host{r}", "127.0.0.1", "lo", 1, {}) for r in range(2))
+        watchdog = Watchdog(1.0)
+        watchdog.cancel()
+        serving = threading.Thread(target=lambda: stranger(listener.accept()[0]))
+        serving.start()
+        with pytest.raises(ConnectionError, match=r"does not prove to be rank 0 \(host host0\)"):
+            Watch.connect(Rendezvous(1, roster, "nonce", KEY, sealed, watchdog), Topology(1, 2, 1))
+        serving.join(5.0)
+
+
+def test_a_greeting_proves_both_sides() -> None:
+    greeting = Greeting(KEY, "nonce")
+    reply = greeting.reply("0123", rank=3)
+    rank, answer = greeting.check("0123", reply)
+    assert rank == 3
+    assert greeting.is_answer(answer, challenge="0123", reply=reply)
+    assert not greeting.is_answer(answer, challenge="4567", reply=reply)
+    for other in (Greeting(OTHER_KEY, "nonce"), Greeting(KEY, "older")):
+        with pytest.raises(ValueError, match="not of this start"):
+            other.check("0123", reply)
+
+
+def test_a_token_file(tmp_path: Path) -> None:
+    """The key is that of its contents, without the line's end; too little is refused unquoted."""
+    path = tmp_path / "token"
+    path.write_text(f"{SECRET}\n")
+    key = read_job_key("job", path)
+    assert KEY.is_proof(key.prove("x"), "x")
+    assert not KEY.is_proof(read_job_key("other", path).prove("x"), "x")
+    assert not KEY.is_proof(read_job_key("job", None).prove("x"), "x")
+    assert SECRET not in repr(key)
+    path.write_text("short")
+    with pytest.raises(ValueError, match=f"holds 5 bytes, expected at least {MIN_TOKEN}") as error:
+        read_job_key("job", path)
+    assert "short" not in str(error.value).replace(str(path), "")
+    with pytest.raises(ValueError, match=r"--job-token-file .*missing: No such file"):
+        read_job_key("job", tmp_path / "missing")
+
+
+def test_a_name_of_this_machine_itself_stands_for_its_interface(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Hosts files often give it a loopback address; the store listens where others can reach it,
+    and where that is a loopback address too, rank 0 tells."""
+    monkeypatch.setattr(
+        "comm.store.resolve",
+        lambda host: (socket.AF_INET, {"node7": "127.0.1.1"}.get(host, host)),
+    )
+    port = free_port()
+    store = host_store(f"tcp://node7:{port}", address="127.0.0.5", watchdog=_no_deadline())
+    found = [listener for listener in listeners(os.getpid()) if listener.port == port]
+    assert found == [("127.0.0.5", port)]
+    assert "node7 is a loopback address here, so that no other machine can join" in caplog.text
+    del store
+
+
+def _no_deadline() -> Watchdog:
+    watchdog = Watchdog(5.0)
+    watchdog.cancel()
+    return watchdog

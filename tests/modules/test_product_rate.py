@@ -1,0 +1,67 @@
+"""The rate of products, against a device whose rate is known: by a clock made up for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from modules.product_rate import product_rate
+
+CPU = torch.device("cpu")
+
+
+class KnownDevice:
+    """Multiplies and adds a thousand times a second."""
+
+    def __init__(self) -> None:
+        self.now, self.rows = 0.0, [0]
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        assert bias is None
+        assert x.dtype == weight.dtype == torch.bfloat16
+        self.rows.append(x.shape[0])
+        self.now += x.shape[0] * weight.numel() / 1e3
+        return x
+
+
+@pytest.fixture
+def device() -> Iterator[KnownDevice]:
+    device = KnownDevice()
+    clock = SimpleNamespace(monotonic=lambda: device.now, perf_counter=lambda: device.now)
+    with (
+        patch("modules.product_rate.time", clock),
+        patch("modules.product_rate.linear", device.linear),
+    ):
+        yield device
+
+
+def rate(rows: int, budget: float) -> float:
+    return product_rate(
+        rows=rows, inputs=2, outputs=5, dtype=torch.bfloat16, device=CPU, budget=budget
+    )
+
+
+def test_all_rows_where_there_is_time(device: KnownDevice) -> None:
+    assert rate(100, 1000.0) == pytest.approx(1e3)
+    assert max(device.rows) == 100
+
+
+def test_fewer_rows_on_a_slow_device(device: KnownDevice) -> None:
+    """All would take 100 s."""
+    assert rate(10_000, 10.0) == pytest.approx(1e3)
+    assert max(device.rows) < 1000
+    assert device.now < 12.0
+
+
+def test_a_real_device() -> None:
+    """In each type, as the layers multiply it."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        found = product_rate(
+            rows=32, inputs=64, outputs=128, dtype=dtype, device=CPU, budget=0.1
+        )
+        assert 1e5 < found < 1e15
