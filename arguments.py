@@ -226,6 +226,8 @@ def _add_precision_flags(group: Any) -> None:
     _add_switch(group, "--use-offload", "master weights and moments in host memory", False)
     add("--zero-stage", type=int, choices=(0, 1), default=0,
         help="1: each replica keeps its share of master weights and moments")  # fmt: skip
+    _add_switch(group, "--measure-memory", "tell at the end the most that tensors took on each rank,"
+                " beside what --plan says; on a CPU the run takes longer", False)  # fmt: skip
 
 
 def _add_data_flags(group: Any) -> None:

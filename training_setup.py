@@ -33,6 +33,7 @@ from tasks.loader import BatchLoader
 from training_data import TrainingData, checkpoint_extras
 from training_evaluation import Evaluation
 from training_loop import TrainingLoop, TrainingStoppedError
+from training_memory import MemoryMeasure
 from training_pipeline import build_agreement, build_engine, loop_settings, names_by_stage
 from training_products import settle_products
 from training_profile import TrainingProfile
@@ -58,16 +59,9 @@ def train(
         run.check_success()
         logger.info("%d of %d steps are done: nothing to do", run.start, args.total_steps)
         return
-    run.prepare()
-    logger.info(run.describe())
-    logger.info(run.describe_split())
-    recorder = run.open_recorder(console)
-    try:
-        run.loop(recorder).run(run.start)
-        run.profile.finish()
-    finally:
-        recorder.close()
-        run.close()
+    with run.memory.measuring():
+        run.train(console)
+    run.tell_memory()
 
 
 class Run:
@@ -108,6 +102,7 @@ class Run:
         self._resume = self._find_resume()
         self.start = 0 if self._resume is None else self._resume.step
         self._loader: BatchLoader | None = None
+        self.memory = MemoryMeasure(wanted=args.measure_memory, device=device)
 
     def prepare(self) -> None:
         """Reads weights and state, and checks that the checkpoints to come will fit."""
@@ -157,6 +152,26 @@ class Run:
             num_microbatches=self._settings.num_microbatches,
             recompute=self._args.recompute,
         )
+
+    def train(self, console: Console) -> None:
+        """From the step it starts at to the last."""
+        self.prepare()
+        logger.info(self.describe())
+        logger.info(self.describe_split())
+        recorder = self.open_recorder(console)
+        try:
+            self.loop(recorder).run(self.start)
+            self.profile.finish()
+        finally:
+            recorder.close()
+            self.close()
+
+    def tell_memory(self) -> None:
+        """Where --measure-memory asks for it; every rank calls it."""
+        self.memory.tell(
+            self._args, self._family, self._config, self._split.layers,
+            control=self._fabric.control, topology=self._topology,
+        )  # fmt: skip
 
     # ---- what the machine and the other ranks have ----
 
