@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from checkpoint.strict import finite_parts
 from comm.communicator import Communicator
 from comm.rehearsed import RehearsedAlone, RehearsedGloo, RehearsedNccl
 from comm.topology import Topology
@@ -105,10 +106,16 @@ class Rehearsal:
         trained = self._train(model, optimizer, topology, documents, live)
         live.reset_peak()
         optimizer.step(lr=0.0, factor=1.0)
+        self._save(optimizer, topology)
+        return self._memory(model, optimizer, topology, host, max(built, trained, live.peak[kind]))
+
+    def _save(self, optimizer: MixedPrecisionOptimizer, topology: Topology) -> None:
+        for tensor in (*map(optimizer.weight_of, optimizer.names), *_kept(optimizer)):
+            for _ in finite_parts(tensor):
+                pass
         if topology.replica == 0:
             control = self._gloo("control", tuple(range(topology.world_size)), topology)
             collect_state(optimizer, control, topology)
-        return self._memory(model, optimizer, topology, host, max(built, trained, live.peak[kind]))
 
     def _train(
         self, model: StageModel, optimizer: MixedPrecisionOptimizer, topology: Topology,
@@ -174,10 +181,7 @@ class Rehearsal:
         peak: int,
     ) -> StageMemory:  # fmt: skip
         weights = _storages(model.parameters())
-        kept = _storages(
-            [*optimizer.masters.values()]
-            + [one for moments in optimizer.moments.values() for one in moments.values()]
-        )
+        kept = _storages(_kept(optimizer))
         count = sum(p.numel() for p in model.parameters())
         own = {key: size for key, size in kept.items() if key not in weights}
         return StageMemory(
@@ -209,6 +213,12 @@ class Rehearsal:
 
     def _gloo(self, name: str, members: tuple[int, ...], topology: Topology) -> RehearsedGloo:
         return RehearsedGloo(name=name, members=members, topology=topology)
+
+
+def _kept(optimizer: MixedPrecisionOptimizer) -> list[Tensor]:
+    """Masters and moments."""
+    of_weights = optimizer.moments.values()
+    return [*optimizer.masters.values(), *(one for kept in of_weights for one in kept.values())]
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:

@@ -26,7 +26,7 @@ GPTJ = {"vocab_size": 2048, "n_embd": 128, "n_layer": 6, "n_positions": 256, "n_
 MODELS = {
     "neox": GPTNeoXConfig(**NEOX),  # heads of 32: up to 128 tokens keep their probabilities
     "dropout": GPTNeoXConfig(**NEOX, hidden_dropout=0.1, attention_dropout=0.1),
-    "wide": GPTNeoXConfig(**{**NEOX, "num_attention_heads": 1, "vocab_size": 30_000}),
+    "wide": GPTNeoXConfig(**{**NEOX, "num_attention_heads": 1, "vocab_size": 6000}),
     "gptj": GPTJConfig(**GPTJ),
 }
 
