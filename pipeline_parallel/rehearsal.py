@@ -94,10 +94,11 @@ def peak_of_more(watched: list[Watched], more: int, *, sent: int) -> int:
 
     For schedules that hold them all from forward on (gpipe): each then adds what a forward leaves
     behind, until the backwards have begun; after that, the `sent` bytes of the gradient that waits
-    to be known to have arrived.
+    to be known to have arrived. The first forward makes tables, and the last ones wait for nothing:
+    it is the third that shows it.
     """
     forwards = [one for one in watched if one.action.kind is Kind.FORWARD]
     first, rest = watched[: len(forwards) + 2], watched[len(forwards) + 2 :]
-    held = forwards[-1].after - forwards[-2].after if more else 0
+    held = forwards[2].after - forwards[1].after if more else 0
     peaks = [one.peak + more * held for one in first] + [one.peak + more * sent for one in rest]
     return max(peaks)
