@@ -11,13 +11,13 @@ import torch
 from argument_checks import check_model, check_optimizer
 from modules.family import Family
 from modules.registry import MODELS
+from optimizer.mixed_precision import DTYPES
 from training_advice import Change, helpful_changes
 from training_memory import in_units
 from training_pipeline import loop_settings
 from training_rehearsal import Rehearsal, StageMemory
 from training_split import StageSplit
 
-HALF = ("fp16", "bf16")
 COLUMNS = ("stage", "layers", "parameters", "weights", "gradients", "optimizer", "activations",
            "peak", "held", "checkpoint")  # fmt: skip
 EXPLAINED = """\
@@ -92,11 +92,11 @@ class Plan:
 
     def _links(self) -> Iterator[str]:
         args, settings, last = self._args, self._settings, len(self._stages) - 1
-        size = 2 if args.precision in HALF else 4
+        size = DTYPES[args.precision].itemsize
         activations = size * settings.rows * settings.tokens * self._config.hidden_size
-        for stage in range(last):
+        for index in range(last):
             yield (
-                f"stage {stage} to {stage + 1}: {in_units(activations)} an iteration, and as much "
+                f"stage {index} to {index + 1}: {in_units(activations)} an iteration, and as much "
                 "back"
             )
         others = (args.data_group_size - 1) / args.data_group_size
@@ -115,7 +115,7 @@ class Plan:
             (stage == 0) + (stage == stages - 1) + documents for stage in range(stages)
         ]
         sent = args.data_group_size * sum(needs) - needs[0]
-        return 8 * self._settings.rows * self._settings.tokens * sent
+        return int(8 * self._settings.rows * self._settings.tokens * sent)
 
     def _advice(self) -> Iterator[str]:
         limit, peaks = self._args.device_memory, [stage.peak for stage in self._stages]
@@ -142,7 +142,7 @@ def plans_for_gpus(args: argparse.Namespace) -> bool:
 
 
 def _cells(*stages: StageMemory) -> list[str]:
-    """From `parameters` on; of several stages, what they come to together, and no peak of theirs."""
+    """From `parameters` on; of several stages, what they come to together."""
     names = ("weights", "gradients", "optimizer", "activations", "peak", "held", "checkpoint")
     cells = [f"{sum(stage.parameters for stage in stages) / 1e6:,.1f} M"]
     for name in names:

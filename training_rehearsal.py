@@ -1,8 +1,8 @@
 """What a process of a run will hold in memory: an iteration and an update with fake tensors.
 
-No weights, no data, no other process: torch's FakeTensorMode gives tensors that have a shape, a type
-and a device, and no memory. The run's own model, optimizer, schedule and engine work on them, and
-what is alive is counted as a run counts it (`monitor.live_memory`).
+No weights, no data, no other process: torch's FakeTensorMode gives tensors that have a shape, a
+type and a device, and no memory. The run's own model, optimizer, schedule and engine work on them,
+and what is alive is counted as a run counts it (`monitor.live_memory`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from modules.stage_model import StageModel, stage_modules
 from modules.tables import forget_tables
 from monitor.live_memory import LiveBytes
 from monitor.trace import NO_TRACER
-from optimizer.mixed_precision import Algorithm, MixedPrecisionOptimizer
+from optimizer.mixed_precision import DTYPES, Algorithm, MixedPrecisionOptimizer
 from optimizer.state import collect_state
 from pipeline_parallel.rehearsal import RehearsedBatch, RehearsedEngine, peak_of_more
 from pipeline_parallel.schedule import SCHEDULES
@@ -146,8 +146,8 @@ class Rehearsal:
     def _boundary_bytes(self) -> int:
         """Of a microbatch's activations between two stages."""
         settings = self._settings
-        numbers = settings.micro_rows * settings.tokens * self._config.hidden_size
-        return numbers * (4 if self._args.precision == "fp32" else 2)
+        hidden: int = self._config.hidden_size
+        return settings.micro_rows * settings.tokens * hidden * DTYPES[self._args.precision].itemsize
 
     def _batch(self, topology: Topology, documents: Documents | None) -> RehearsedBatch:
         rows = self._settings.rows

@@ -24,7 +24,8 @@ def kernel_attention(query: Tensor, key: Tensor, value: Tensor, *, dropout: floa
 
 def _as_on_gpus(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
     """By flash attention, which takes half precision alone; else by the memory-efficient kernel."""
-    ops, out = torch.ops.aten, query
+    ops = torch.ops.aten
+    out: Tensor
     if query.dtype == torch.float32:
         out, *_ = ops._scaled_dot_product_efficient_attention(
             query, key, value, None, True, dropout, True

@@ -1,4 +1,4 @@
-"""One iteration of a stage with tensors that hold nothing: how much would be alive, action by action.
+"""One iteration of a stage with tensors that hold nothing: how much would be alive, and when.
 
 The engine's own code runs, in the schedule's order, so that what is held when is no second account
 of it.

@@ -5,7 +5,6 @@ Live bytes of tensors do not depend on the machine's speed or load, so this is n
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
