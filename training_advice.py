@@ -35,7 +35,7 @@ def helpful_changes(
         if changed.pipeline_group_size != args.pipeline_group_size:
             if changed.pipeline_group_size > config.num_hidden_layers:
                 continue
-            split, ranks = _even(changed, config), list(range(changed.pipeline_group_size))
+            split, ranks = _even(changed, config), _largest(changed.pipeline_group_size)
         rehearsal = Rehearsal(changed, family, config, split, cuda=cuda)
         left = max(rehearsal.of_rank(one).peak for one in ranks)
         found.append(Change(flags, peak - left, left))
@@ -70,6 +70,12 @@ def _with(args: argparse.Namespace, **changes: Any) -> argparse.Namespace:
     changed = copy(args)
     vars(changed).update(changes)
     return changed
+
+
+def _largest(num_stages: int) -> list[int]:
+    """The stages one of which needs most: at the ends, where embedding and head are and where
+    schedules hold most, and beside them."""
+    return sorted({0, 1, num_stages - 2, num_stages - 1})
 
 
 def _even(args: argparse.Namespace, config: Any) -> Split:

@@ -146,8 +146,8 @@ class Rehearsal:
     def _boundary_bytes(self) -> int:
         """Of a microbatch's activations between two stages."""
         settings = self._settings
-        hidden: int = self._config.hidden_size
-        return settings.micro_rows * settings.tokens * hidden * DTYPES[self._args.precision].itemsize
+        numbers: int = settings.micro_rows * settings.tokens * self._config.hidden_size
+        return numbers * DTYPES[self._args.precision].itemsize
 
     def _batch(self, topology: Topology, documents: Documents | None) -> RehearsedBatch:
         rows = self._settings.rows

@@ -9,6 +9,8 @@ import argparse
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -26,8 +28,10 @@ from modules.products import Matmul
 from modules.registry import MODELS
 from modules.stage_model import StageModel, stage_modules
 from monitor.console import Console
+from monitor.out_of_memory import is_out_of_memory
 from monitor.recorder import Recorder, SilentRecorder, open_recorder
 from optimizer.state import collect_state
+from pipeline_parallel.engine import StageMemoryError
 from pipeline_parallel.feed import Scatter, TrainingFeed
 from tasks.loader import BatchLoader
 from training_data import TrainingData, checkpoint_extras
@@ -37,6 +41,7 @@ from training_memory import MemoryMeasure
 from training_pipeline import build_agreement, build_engine, loop_settings, names_by_stage
 from training_products import settle_products
 from training_profile import TrainingProfile
+from training_shortage import explain_shortage
 from training_split import StageSplit
 from training_update import build_optimizer, build_updater, checkpoint_bytes, idle_flags
 from training_weights import load_state_, load_weights_
@@ -59,7 +64,7 @@ def train(
         run.check_success()
         logger.info("%d of %d steps are done: nothing to do", run.start, args.total_steps)
         return
-    with run.memory.measuring():
+    with run.explaining_shortage(), run.memory.measuring():
         run.train(console)
     run.tell_memory()
 
@@ -102,6 +107,7 @@ class Run:
         self._resume = self._find_resume()
         self.start = 0 if self._resume is None else self._resume.step
         self._loader: BatchLoader | None = None
+        self._doing = "the start"
         self.memory = MemoryMeasure(wanted=args.measure_memory, device=device)
 
     def prepare(self) -> None:
@@ -109,13 +115,16 @@ class Run:
         if self._data is not None:
             self._data.check_evaluation()
         self._cpu_matmul = self._settle_products()
+        self._doing = "making the weights"
         self._model = self._build_model()
         self._check_disk()
+        self._doing = "reading the weights"
         load_weights_(
             self._model, self._args, self._resume, family=self._family, config=self._config,
             topology=self._topology, replicas=self._fabric.replicas,
         )  # fmt: skip
         self.profile = self._open_profile()
+        self._doing = "making gradients, masters and moments"
         self._optimizer = build_optimizer(
             self._args, self._model, self._fabric.replicas, self.profile.tracer
         )
@@ -156,6 +165,7 @@ class Run:
     def train(self, console: Console) -> None:
         """From the step it starts at to the last."""
         self.prepare()
+        self._doing = "between microbatches"
         logger.info(self.describe())
         logger.info(self.describe_split())
         recorder = self.open_recorder(console)
@@ -165,6 +175,23 @@ class Run:
         finally:
             recorder.close()
             self.close()
+
+    @contextmanager
+    def explaining_shortage(self) -> Iterator[None]:
+        """OutOfMemoryError, with what was held and which flags help, where memory runs out."""
+        try:
+            yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            is_known = isinstance(error, StageMemoryError)
+            where = str(error) if is_known else f"stage {self._topology.stage}, {self._doing}"
+            for name in ("_model", "_optimizer", "_updater"):  # to tell takes some memory too
+                vars(self).pop(name, None)
+            raise explain_shortage(
+                where, error, self._args, self._family, self._config, self._split.layers,
+                topology=self._topology, cuda=self._device.type == "cuda",
+            ) from error  # fmt: skip
 
     def tell_memory(self) -> None:
         """Where --measure-memory asks for it; every rank calls it."""
