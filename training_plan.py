@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -40,10 +41,13 @@ class Plan:
             args.num_layers, args.model_type, self._config,
             num_stages=args.pipeline_group_size, tokens=args.seq_length,
         )  # fmt: skip
+
+    @cached_property
+    def _stages(self) -> list[StageMemory]:
         rehearsal = Rehearsal(
-            args, self._family, self._config, self._split.layers, cuda=self._cuda
+            self._args, self._family, self._config, self._split.layers, cuda=self._cuda
         )
-        self._stages = [rehearsal.of_rank(stage) for stage in range(args.pipeline_group_size)]
+        return [rehearsal.of_rank(stage) for stage in range(self._args.pipeline_group_size)]
 
     @property
     def fits(self) -> bool:

@@ -38,7 +38,7 @@ from pipeline_parallel.validate import peak_live
 from training_pipeline import build_engine, loop_settings
 from training_update import ALGORITHMS, build_optimizer, checkpoint_bytes
 
-ALL_AT_ONCE = 5  # microbatches that show what one more costs where a stage holds all of them
+ENOUGH = 5  # microbatches that show what more of them cost, beside those that a schedule holds
 SMALLEST_IN_8_BITS = 4096  # numbers of a weight, below which bitsandbytes keeps fp32 moments
 GPU = "meta"  # torch's device without memory stands for a GPU, which need not be there
 
@@ -123,7 +123,7 @@ class Rehearsal:
     ) -> int:  # fmt: skip
         """The most bytes that are alive in an iteration that ends an update."""
         args, settings, all_held = self._args, self._settings, self._args.pp_mode == "gpipe"
-        enough = ALL_AT_ONCE if all_held else 2 * topology.num_stages + ALL_AT_ONCE
+        enough = ENOUGH if all_held else topology.num_stages + ENOUGH
         count = min(settings.num_microbatches, enough)
         engine = build_engine(
             args, model, topology=topology,
