@@ -22,8 +22,6 @@ NOT_BUILT = "is not built yet"
 # Flags that are parsed and refused until the part they belong to is built.
 NOT_BUILT_FLAGS: dict[str, str] = {
     "--compile": "blocks through torch.compile",
-    "--plan": "print what each stage will need",
-    "--device-memory": "what --plan compares with",
 }
 
 # May differ from rank to rank: they name what one machine has, or what rank 0 alone reads.
@@ -212,6 +210,8 @@ def doubts(args: argparse.Namespace) -> list[str]:
         found.append(
             f"--evaluation-steps {args.evaluation_steps} does nothing without --evaluation-data"
         )
+    if args.device_memory is not None and not args.plan:
+        found.append("--device-memory does nothing without --plan")
     if _scales_dynamically(args) and args.max_skipped_updates <= args.hysteresis:
         found.append(
             f"--max-skipped-updates {args.max_skipped_updates} ends the run before a lower loss "

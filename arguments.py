@@ -113,6 +113,17 @@ def real(
     return parse
 
 
+def size(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?)(i?)B", text)
+    if found is None or float(found[1]) == 0:
+        raise argparse.ArgumentTypeError(
+            f"expected a size above 0 with its unit, as 24GB or 24GiB, got {text!r}"
+        )
+    power = " kMGT".index(found[2] or " ")
+    unit: int = (1024 if found[3] else 1000) ** power
+    return round(float(found[1]) * unit)
+
+
 def _add_switch(group: Any, flag: str, help_text: str, default: bool | None) -> None:
     group.add_argument(
         flag, type=switch, nargs="?", const=True, default=default, metavar="true|false",
@@ -231,6 +242,17 @@ def _add_precision_flags(group: Any) -> None:
     _add_switch(group, "--use-offload", "master weights and moments in host memory", False)
     add("--zero-stage", type=int, choices=(0, 1), default=0,
         help="1: each replica keeps its share of master weights and moments")  # fmt: skip
+    _add_switch(
+        group, "--plan", "print what each stage will need, and end; needs config.json alone: no "
+        "weights, no data, no other rank, and with --use-cuda true no GPU", False,
+    )  # fmt: skip
+    add("--device-memory", type=size, metavar="SIZE",
+        help="with --plan: what a device has, as 24GB (10^9 bytes) or 24GiB (2^30); where a stage "
+        "needs more, the flags that help are told, and the exit status is 1")  # fmt: skip
+    _add_switch(
+        group, "--measure-memory", "tell at the end the most that tensors took on each rank, "
+        "beside what --plan says; on a CPU the run takes longer", False,
+    )  # fmt: skip
 
 
 def _add_data_flags(group: Any) -> None:

@@ -68,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.preview_data is not None:
         preview(args)
         return
+    if args.plan:
+        plan(args)
+        return
     stop = StopRequest()
     listener = StopListener(stop, rank=args.rank, alone=args.world_size == 1)
     machine = look_around(args)
@@ -89,6 +92,23 @@ def preview(args: argparse.Namespace) -> None:
             sys.stdout.flush()
     except (ValueError, OSError) as error:
         refuse(ValueError(one_line(error)))
+
+
+def plan(args: argparse.Namespace) -> None:
+    """Prints what each stage will need; exit status 1 where that is more than --device-memory."""
+    if args.rank != 0:
+        return
+    from training_plan import Plan
+
+    try:
+        found = Plan(args)
+        for part in found.parts():
+            sys.stdout.write(part)
+            sys.stdout.flush()
+    except ValueError as error:
+        refuse(error)
+    if not found.fits:
+        sys.exit(1)
 
 
 def look_around(args: argparse.Namespace) -> Machine:

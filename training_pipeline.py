@@ -48,10 +48,15 @@ def build_engine(
     hidden_size: int,
     device: torch.device,
     tracer: Tracer,
+    kind: type[Engine] = Engine,
+    num_microbatches: int | None = None,
 ) -> Engine:
-    """Every stage calls it; ValueError where neighbours would send each other different things."""
+    """Every stage calls it; ValueError where neighbours would send each other different things.
+
+    `num_microbatches` are those of the flags where it is None.
+    """
     settings, schedule = loop_settings(args), SCHEDULES[args.pp_mode]
-    return Engine(
+    return kind(
         Stage(
             model,
             recompute=args.recompute,
@@ -68,7 +73,7 @@ def build_engine(
         schedule=schedule,
         stage_index=topology.stage,
         num_stages=topology.num_stages,
-        num_microbatches=settings.num_microbatches,
+        num_microbatches=num_microbatches or settings.num_microbatches,
         tracer=tracer,
     )
 

@@ -9,6 +9,8 @@ import argparse
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -27,16 +29,20 @@ from modules.products import Matmul
 from modules.registry import MODELS
 from modules.stage_model import StageModel, stage_modules
 from monitor.console import Console
+from monitor.out_of_memory import is_out_of_memory
 from monitor.recorder import Recorder, SilentRecorder, open_recorder
+from pipeline_parallel.engine import StageMemoryError
 from pipeline_parallel.feed import Scatter, TrainingFeed
 from tasks.loader import BatchLoader
 from training_data import TrainingData, checkpoint_extras
 from training_evaluation import Evaluation
 from training_loop import TrainingLoop, TrainingStoppedError
+from training_memory import MemoryMeasure
 from training_pipeline import build_agreement, build_engine, loop_settings, names_by_stage
 from training_products import settle_products
 from training_profile import TrainingProfile
 from training_save import Saver
+from training_shortage import explain_shortage
 from training_split import StageSplit
 from training_update import build_optimizer, build_updater, checkpoint_bytes, idle_flags
 from training_weights import load_state_, load_weights_
@@ -63,19 +69,9 @@ def train(
         run.check_success()
         logger.info("%d of %d steps are done: nothing to do", run.start, args.total_steps)
         return None
-    run.prepare()
-    logger.info(run.describe())
-    logger.info(run.describe_split())
-    stop.phase = training(args.grace_seconds)
-    recorder = run.open_recorder(console)
-    try:
-        stopped = run.loop(recorder, stop).run(run.start)
-        stop.phase = CLOSING
-        if stopped is None:
-            run.profile.finish()
-    finally:
-        recorder.close()
-        run.close()
+    with run.explaining_shortage(), run.memory.measuring():
+        stopped = run.train(console, stop)
+    run.tell_memory()
     return stopped
 
 
@@ -117,19 +113,24 @@ class Run:
         self._resume = self._find_resume()
         self.start = 0 if self._resume is None else self._resume.step
         self._loader: BatchLoader | None = None
+        self._doing = "the start"
+        self.memory = MemoryMeasure(wanted=args.measure_memory, device=device)
 
     def prepare(self) -> None:
         """Reads weights and state, and checks that the checkpoints to come will fit."""
         if self._data is not None:
             self._data.check_evaluation()
         self._cpu_matmul = self._settle_products()
+        self._doing = "making the weights"
         self._model = self._build_model()
         self._check_disk()
+        self._doing = "reading the weights"
         load_weights_(
             self._model, self._args, self._resume, family=self._family, config=self._config,
             topology=self._topology, replicas=self._fabric.replicas,
         )  # fmt: skip
         self.profile = self._open_profile()
+        self._doing = "making gradients, masters and moments"
         self._optimizer = build_optimizer(
             self._args, self._model, self._fabric.replicas, self.profile.tracer
         )
@@ -166,6 +167,48 @@ class Run:
             num_microbatches=self._settings.num_microbatches,
             recompute=self._args.recompute,
         )
+
+    def train(self, console: Console, stop: StopRequest) -> str | None:
+        """From the step it starts at to the last; returns a line where `stop` ended it early."""
+        self.prepare()
+        self._doing = "between microbatches"
+        logger.info(self.describe())
+        logger.info(self.describe_split())
+        stop.phase = training(self._args.grace_seconds)
+        recorder = self.open_recorder(console)
+        try:
+            stopped = self.loop(recorder, stop).run(self.start)
+            stop.phase = CLOSING
+            if stopped is None:
+                self.profile.finish()
+        finally:
+            recorder.close()
+            self.close()
+        return stopped
+
+    @contextmanager
+    def explaining_shortage(self) -> Iterator[None]:
+        """OutOfMemoryError, with what was held and which flags help, where memory runs out."""
+        try:
+            yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            is_known = isinstance(error, StageMemoryError)
+            where = str(error) if is_known else f"stage {self._topology.stage}, {self._doing}"
+            for name in ("_model", "_optimizer", "_updater"):  # to tell takes some memory too
+                vars(self).pop(name, None)
+            raise explain_shortage(
+                where, error, self._args, self._family, self._config, self._split.layers,
+                topology=self._topology, cuda=self._device.type == "cuda",
+            ) from error  # fmt: skip
+
+    def tell_memory(self) -> None:
+        """Where --measure-memory asks for it; every rank calls it."""
+        self.memory.tell(
+            self._args, self._family, self._config, self._split.layers,
+            control=self._fabric.control, topology=self._topology,
+        )  # fmt: skip
 
     # ---- what the machine and the other ranks have ----
 

@@ -24,12 +24,19 @@ MOMENT_BYTES = {"adam": 8.0, "8bit-adam": 2.1}  # of one parameter
 
 
 def build_optimizer(
-    args: argparse.Namespace, model: StageModel, replicas: Communicator, tracer: Tracer
+    args: argparse.Namespace,
+    model: StageModel,
+    replicas: Communicator,
+    tracer: Tracer,
+    algorithm: Algorithm | None = None,
 ) -> MixedPrecisionOptimizer:
-    """Takes the model in fp32, and leaves its weights in the compute type."""
+    """Takes the model in fp32, and leaves its weights in the compute type.
+
+    `algorithm` is that of the flags where it is None.
+    """
     return MixedPrecisionOptimizer(
         dict(model.named_parameters()),
-        ALGORITHMS[args.optimizer](),
+        algorithm or ALGORITHMS[args.optimizer](),
         dtype=DTYPES[args.precision],
         weight_decay=args.weight_decay,
         offload=args.use_offload,

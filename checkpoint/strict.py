@@ -5,7 +5,7 @@ An error is one line that names file and key, and shows what was found beside wh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +91,13 @@ def check_fits(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) ->
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or infinite."""
-    parts = torch.split(tensor.flatten(), _FINITE_CHUNK)
-    return all(bool(torch.isfinite(part).all()) for part in parts)
+    return all(map(bool, finite_parts(tensor)))
+
+
+def finite_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """For each part of `tensor` in turn, whether it is finite: bool ()."""
+    for part in torch.split(tensor.flatten(), _FINITE_CHUNK):
+        yield torch.isfinite(part).all()
 
 
 def _listed(keys: list[str]) -> str:

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from modules.document_attention import document_attention
 from modules.documents import Documents
 from modules.dropout import Keys, derive_seed
+from modules.kernel_attention import kernel_attention
 from modules.rounded_products import product_type
 from modules.short_attention import row_attention
 
@@ -55,9 +55,7 @@ def _with_dropout(
         attended = []
         for place, q, k, v in zip(sites, *pieces, strict=True):
             torch.manual_seed(derive_seed(sequence_key, place))
-            attended.append(
-                scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-            )
+            attended.append(kernel_attention(q, k, v, dropout=dropout))
         rows.append(torch.cat(attended, dim=2))
     return torch.cat(rows)
 

@@ -35,8 +35,12 @@ class KeyedDropout(nn.Module):
         if keys is None or self.p == 0.0:
             return x
         mask = torch.empty_like(x)
-        generator = torch.Generator(device=x.device)
+        self.draw_(mask, keys)
+        return x * mask / (1.0 - self.p) if self.p < 1.0 else x * 0.0
+
+    def draw_(self, mask: Tensor, keys: Sequence[int]) -> None:
+        """Fills each row of `mask` from its key."""
+        generator = torch.Generator(device=mask.device)
         for row, key in enumerate(keys):
             generator.manual_seed(derive_seed(key, self.site))
             mask[row].bernoulli_(1.0 - self.p, generator=generator)
-        return x * mask / (1.0 - self.p) if self.p < 1.0 else x * 0.0

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+
+from modules.kernel_attention import kernel_attention
 
 QUERIES = 64  # of a block
 KEPT_TOKENS = 4  # times the head size: then the probabilities are an eighth of the activations
@@ -28,7 +29,7 @@ def row_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Causal softmax attention, as `short_attention`: here or, where that is better, by torch."""
     if is_short(query):
         return short_attention(query, key, value)
-    return scaled_dot_product_attention(query, key, value, is_causal=True)
+    return kernel_attention(query, key, value)
 
 
 def short_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ class _Attention(torch.autograd.Function):
         kept = []
         for here, seen in _blocks(q.shape[1]):
             scores = torch.bmm(q[:, here], k[:, seen].transpose(1, 2))
-            scores[:, :, here].add_(_future(here.stop - here.start, q.dtype))
+            scores[:, :, here].add_(future(here.stop - here.start, q.dtype))
             kept.append(torch.softmax(scores, -1, out=scores))
             out[:, :, here] = torch.bmm(kept[-1], v[:, seen]).view(rows, heads, -1, size)
         ctx.save_for_backward(q, k, v, out, *kept)
@@ -83,6 +84,6 @@ def _blocks(tokens: int) -> Iterator[tuple[slice, slice]]:
 
 
 @lru_cache(maxsize=4)
-def _future(queries: int, dtype: torch.dtype) -> Tensor:
+def future(queries: int, dtype: torch.dtype) -> Tensor:
     """-inf where a key comes after its query, for a block's own keys."""
     return torch.full((queries, queries), -torch.inf, dtype=dtype).triu(1)

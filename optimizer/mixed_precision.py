@@ -169,6 +169,5 @@ class MixedPrecisionOptimizer:
         return weight if self._copies is None else to_host(weight)
 
     def _give_weight(self, name: str) -> None:
-        weight, master = self._parameters[name].data, self.masters[name]
-        if weight.data_ptr() != master.data_ptr():
-            weight.copy_(master, non_blocking=True)
+        if self.has_own_masters or self._copies is not None:
+            self._parameters[name].data.copy_(self.masters[name], non_blocking=True)

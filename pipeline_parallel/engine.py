@@ -12,6 +12,7 @@ from comm.communicator import PeerLostError
 from modules.documents import Documents
 from modules.dropout import Keys
 from modules.head import IGNORED
+from monitor.out_of_memory import is_out_of_memory
 from monitor.trace import NO_TRACER, Tracer, Track
 from pipeline_parallel.channel import AHEAD, PipelineChannel
 from pipeline_parallel.schedule import Action, Kind, Schedule, forward_only
@@ -45,6 +46,10 @@ class Losses(NamedTuple):
 
 class StageError(RuntimeError):
     """A microbatch failed in a stage; the text has the stage, the microbatch and the shapes."""
+
+
+class StageMemoryError(StageError):
+    """It failed for want of memory; the text also has how many other microbatches were held."""
 
 
 class PipelineBatch:
@@ -159,10 +164,12 @@ class Engine:
             raise
         except Exception as error:
             shape, dtype = self._last_given
-            raise StageError(
-                f"stage {self._index}, {NAMES[action.kind]} of microbatch {action.microbatch}; "
-                f"what came in last: {tuple(shape)} {dtype}"
-            ) from error
+            place = f"stage {self._index}, {NAMES[action.kind]} of microbatch {action.microbatch}"
+            given = f"what came in last: {tuple(shape)} {dtype}"
+            if is_out_of_memory(error):
+                held = len(self._stage.held - {action.microbatch})
+                raise StageMemoryError(f"{place}, with {held} others held; {given}") from error
+            raise StageError(f"{place}; {given}") from error
 
     def _forward(self, microbatch: int, batch: PipelineBatch) -> None:
         labels = batch.labels(microbatch)

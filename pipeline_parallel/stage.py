@@ -36,6 +36,11 @@ class Stage:
         self._deferred: dict[int, Deferred] = {}
         attach_sink(model, gradients)
 
+    @property
+    def held(self) -> set[int]:
+        """The microbatches between forward and the end of backward."""
+        return self._live.keys() | self._deferred.keys()
+
     def forward(
         self, microbatch: int, x: Tensor, labels: Tensor | None, keys: Keys, *, loss_scale: float,
         documents: Documents | None = None,

@@ -1,0 +1,104 @@
+"""--plan against what a run then measures, in shapes that differ in all that a plan depends on.
+
+Live bytes of tensors do not depend on the machine's speed or load, so this is no timed test.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from transformers import GPTJConfig, GPTNeoXConfig
+
+from tests.dist import run_ranks
+from tests.runs import Case, meet_at, run_folder, train_cases
+from tests.tasks.material import make_texts, tokenizer, write_jsonl
+
+WITHIN = 0.05
+NEOX = {"vocab_size": 2048, "hidden_size": 128, "num_hidden_layers": 6, "intermediate_size": 512,
+        "max_position_embeddings": 256, "num_attention_heads": 4}  # fmt: skip
+GPTJ = {"vocab_size": 2048, "n_embd": 128, "n_layer": 6, "n_positions": 256, "n_head": 8,
+        "rotary_dim": 8}  # fmt: skip
+MODELS = {
+    "neox": GPTNeoXConfig(**NEOX),  # heads of 32: up to 128 tokens keep their probabilities
+    "dropout": GPTNeoXConfig(**NEOX, hidden_dropout=0.1, attention_dropout=0.1),
+    "wide": GPTNeoXConfig(**{**NEOX, "num_attention_heads": 1, "vocab_size": 6000}),
+    "gptj": GPTJConfig(**GPTJ),
+}
+
+
+class Shape(NamedTuple):
+    """A run: stages and replicas, the model, and its flags."""
+
+    name: str
+    stages: int
+    replicas: int
+    model: str
+    flags: dict[str, Any]
+
+
+SHAPES = [
+    Shape("plain", 1, 1, "neox", {"seq-length": 128}),
+    Shape("offload", 1, 1, "gptj", {
+        "bf16": True, "recompute": False, "use-offload": True, "micro-batch-size": 2}),
+    Shape("long", 1, 1, "gptj", {"seq-length": 256, "recompute": False, "batch-size": 12}),
+    Shape("dropout", 1, 1, "dropout", {"recompute": False, "gradient-accumulate-step": 2}),
+    Shape("many", 2, 1, "neox", {"batch-size": 32, "fp16": True}),
+    Shape("zb", 2, 1, "wide", {"pp-mode": "zb-h1", "recompute": False}),
+    Shape("zb-recompute", 2, 1, "neox", {
+        "pp-mode": "zb-h1", "bf16": True, "optimizer": "8bit-adam", "seq-length": 256}),
+    Shape("documents", 2, 1, "neox", {
+        "pp-mode": "1f1b", "pack": "document", "recompute": False, "micro-batch-size": 2}),
+    Shape("8bit", 1, 2, "gptj", {"fp16": True, "optimizer": "8bit-adam", "zero-stage": 1}),
+    Shape("three", 1, 3, "neox", {"zero-stage": 1, "use-offload": True}),
+    Shape("four", 4, 1, "wide", {"pp-mode": "1f1b", "recompute": False, "batch-size": 16}),
+]  # fmt: skip
+LINE = re.compile(r"memory of (rank \d+) .*: peak of live tensors (\S+ \S+), planned (\S+ \S+) "
+                  r"\((\S+)%\); peak RSS (\S+ \S+)")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plan")
+    for name, config in MODELS.items():
+        config.save_pretrained(folder / name)
+        tokenizer().save_pretrained(folder / name)
+    write_jsonl(folder / "a.jsonl", make_texts(60, seed=1))
+    return folder
+
+
+def flags(folder: Path, shape: Shape) -> dict[str, Any]:
+    return {
+        "model-name": folder / shape.model, "load-pretrained-model": False,
+        "model-type": "gptj" if shape.model == "gptj" else "gptneox",
+        "num-layers": "auto", "embedding-dim": 128, "task-name": folder / "a.jsonl",
+        "evaluation-data": folder / "a.jsonl", "evaluation-num-batch": 1,
+        "seq-length": 64, "total-steps": 2, "measure-memory": True, **shape.flags,
+    }  # fmt: skip
+
+
+def ratios(told: Sequence[str], name: str) -> Iterator[float]:
+    for line in told:
+        found = LINE.search(line)
+        if found is not None:
+            rank, measured, planned, ratio, resident = found.groups()
+            print(f"{name:14s}{rank:8s}{planned:>10s}{measured:>10s}{ratio:>8s}%{resident:>11s}")
+            yield float(ratio) / 100
+
+
+@pytest.mark.parametrize("world", sorted({one.stages * one.replicas for one in SHAPES}))
+def test_the_plan_is_what_a_run_measures(world: int, folder: Path) -> None:
+    shapes = [one for one in SHAPES if one.stages * one.replicas == world]
+    places = sorted({(one.stages, one.replicas) for one in shapes})
+    cases = [
+        Case(one.name, flags(folder, one), shapes=[(one.stages, one.replicas)]) for one in shapes
+    ]
+    told, *_ = run_ranks(world, train_cases, meet_at(places), cases, folder, deadline=200.0)
+    for one in shapes:
+        run = run_folder(folder, one.name, one.stages, one.replicas)
+        found = list(ratios(told[run.name].lines, one.name))
+        assert len(found) == world
+        assert all(abs(ratio - 1) <= WITHIN for ratio in found)
