@@ -21,7 +21,7 @@ from pipeline_parallel.channel import PipelineChannel
 from pipeline_parallel.engine import Engine
 from pipeline_parallel.schedule import SCHEDULES, splits_backward
 from pipeline_parallel.stage import Stage
-from training_loop import LoopSettings
+from training_steps import LoopSettings
 
 
 def loop_settings(args: argparse.Namespace) -> LoopSettings:

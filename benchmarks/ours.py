@@ -27,7 +27,8 @@ from pipeline_parallel.engine import Engine
 from pipeline_parallel.feed import Rows
 from pipeline_parallel.schedule import SCHEDULES, splits_backward
 from pipeline_parallel.stage import Stage
-from training_loop import LoopSettings, TrainingLoop
+from training_loop import TrainingLoop
+from training_steps import LoopSettings
 
 CPU = torch.device("cpu")
 FAMILY = MODELS["gptneox"].load()
