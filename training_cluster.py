@@ -30,7 +30,7 @@ from training_products import settle_products
 logger = logging.getLogger(__name__)
 
 _LINK_SECONDS = 1.0  # each direction of each link, one after the other
-_PRODUCT_SECONDS = 2.0  # all devices at once, as in training
+_PRODUCT_SECONDS = 1.0  # all devices at once, as in training
 
 
 def check_cluster(

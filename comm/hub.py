@@ -26,7 +26,7 @@ Message: TypeAlias = Mapping[str, Any]
 
 MAX_LINE = 64 * 1024
 _MAX_HELLO = 1024  # bytes that a stranger may send
-_MAX_STRANGERS = 64  # at once; beyond, the one that has been there longest goes
+_MAX_STRANGERS = 64  # at once, beside as many as there are ranks; the oldest go first
 _HELLO_SECONDS = 10.0
 _TICK_SECONDS = 0.2
 _SEND_SECONDS = 2.0
@@ -232,7 +232,7 @@ class Hub:
     def _drop_strangers(self) -> None:
         now = time.monotonic()
         strangers = [peer for peer in self._peers if peer.rank is None]
-        too_many = len(strangers) - _MAX_STRANGERS
+        too_many = len(strangers) - _MAX_STRANGERS - self._world_size
         for place, peer in enumerate(strangers):
             if place < too_many or now - peer.opened > _HELLO_SECONDS:
                 self._drop(peer)

@@ -12,7 +12,6 @@ from modules.rounded_products import linear
 
 _FIRST_ROWS = 16
 _GROWTH = 4
-_REPEATS = 5
 
 
 @torch.no_grad()
@@ -27,8 +26,9 @@ def product_rate(
 ) -> float:
     """Multiply-adds per second of (rows, inputs) through a layer of `outputs`, in the compute type.
 
-    Of fewer rows where all would take longer than about `budget` seconds. It keeps the layer's
-    weight for as long: inputs x outputs numbers.
+    Measured for about `budget` seconds, so that processes that share a device and begin together
+    share it to the end; of fewer rows where all would take longer. It keeps the layer's weight for
+    as long: inputs x outputs numbers.
     """
     began = time.monotonic()
     weight = torch.ones(outputs, inputs, dtype=dtype, device=device)
@@ -42,7 +42,7 @@ def product_rate(
             break
         count = min(count * _GROWTH, rows)
     found = [seconds]
-    while len(found) < _REPEATS and budget - (time.monotonic() - began) > found[-1]:
+    while budget - (time.monotonic() - began) > found[-1]:
         found.append(_seconds(x, weight))
     return count * inputs * outputs / statistics.median(found)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.bad_input import argv
+from tests.cluster import make_model
 from tests.entry import Rank, Run, run_all
-from tests.test_check_cluster import make_model
 from tests.test_two_hosts import HOSTS, wire
 
 RATE = 40e6 / 8  # bytes per second, of the first machine's sends, headers included

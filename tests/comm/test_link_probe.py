@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -11,11 +12,14 @@ import torch
 from torch import Tensor
 
 from comm.communicator import Done, Work
-from comm.link_probe import LinkSpeed, answer, probe
+from comm.link_probe import LinkSpeed, probe
 from comm.links import Link, links
 from comm.topology import Topology
+from tests.comm.nccl_double import nccl_double
 from tests.comm.ranks import enter
-from tests.dist import run_ranks
+from tests.comm.test_torch_nccl import gloo_for_nccl
+from tests.dist import free_port, run_ranks
+from training_cluster import measure_links
 
 CPU = torch.device("cpu")
 WORDS = 8  # bytes of the probe's short messages
@@ -96,26 +100,41 @@ def test_the_links_of_a_run() -> None:
     ]  # fmt: skip
 
 
-def probe_real(rank: int, world_size: int, url: str) -> tuple[LinkSpeed | None, int]:
-    """Both ways over a real channel, and what the channel then carries next."""
-    entered = enter(rank, url, num_stages=2, num_replicas=1)
-    group, mine = entered.fabric.pipeline, None
-    for source in range(world_size):
-        if rank == source:
-            mine = probe(group, to=1 - rank, nbytes=300_000, device=CPU, budget=5.0)
-        else:
-            answer(group, source=source, device=CPU)
-    total = torch.tensor(rank + 1)
-    group.all_reduce(total).wait()
-    entered.fabric.close()
-    entered.watch.close()
-    return mine, int(total.item())
+def measure_all(
+    rank: int, world_size: int, _: str, urls: dict[str, str]
+) -> list[dict[Link, LinkSpeed]]:
+    """Over each kind of channel, between three replicas; and what the channel carries then."""
+    found = []
+    for backend, url in urls.items():
+        with ExitStack() as doubles:
+            if backend == "cupy_nccl":
+                doubles.enter_context(nccl_double())
+            if backend == "nccl":
+                doubles.enter_context(gloo_for_nccl())
+            entered = enter(
+                rank, url, num_stages=1, num_replicas=world_size, dist_backend=backend
+            )
+            wanted = dict.fromkeys(links(entered.topology), 300_000)
+            speeds = measure_links(
+                entered.topology, entered.fabric, wanted, CPU, dist_timeout=30.0
+            )
+            total = torch.tensor(rank + 1)
+            entered.fabric.replicas.all_reduce(total).wait()
+            assert total.item() == 6, "the probe leaves nothing behind"
+            entered.close()
+        found.append(speeds)
+    return found
 
 
-def test_a_real_channel() -> None:
-    """The probe leaves nothing behind in it."""
-    for speed, total in run_ranks(2, probe_real):
-        assert speed is not None
-        assert speed.nbytes == 300_000
-        assert 0 < speed.latency <= speed.seconds < 5.0
-        assert total == 3
+def test_real_channels() -> None:
+    """All pairs, both ways, whichever channel carries them; every rank knows all results."""
+    urls = {
+        backend: f"tcp://127.0.0.1:{free_port()}" for backend in ("gloo", "cupy_nccl", "nccl")
+    }
+    by_rank = run_ranks(3, measure_all, urls)
+    assert by_rank[0] == by_rank[1] == by_rank[2]
+    for speeds in by_rank[0]:
+        assert list(speeds) == links(Topology(0, 1, 3))
+        for speed in speeds.values():
+            assert speed.nbytes == 300_000
+            assert 0 < speed.latency <= speed.seconds < 5.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ import pytest
 import torch
 from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 
+from comm.ending import say
 from comm.greeting import Greeting
 from comm.hub import decode, encode
 from comm.interface import Interface
@@ -59,6 +61,19 @@ def meet(ready: Path, rank: int, world_size: int, url: str, key: JobKey, timeout
     ready.touch()
 
 
+def tell_of_pickles(
+    ready: Path, rank: int, url: str, program: Callable[[Rank], None]
+) -> None:
+    """A rank of four that says so on stderr where anything is unpickled in it."""
+
+    def tell(event: str, found: tuple[object, ...]) -> None:
+        if event == "pickle.find_class":
+            say(f"unpickled: {found}")
+
+    sys.addaudithook(tell)
+    member(ready, rank, url, (2, 2), program, 20.0)
+
+
 def add_until_told(stop_file: Path, rank: Rank) -> None:
     """Sums over all channels, each of which must be right, until the file is there."""
     going = True
@@ -96,10 +111,11 @@ def bother(listener: Listener) -> list[socket.socket]:
 
 
 def test_strangers_at_every_port_of_a_run(tmp_path: Path) -> None:
-    """Nothing listens but on the interface's address; the sums go on, right, and all end well."""
+    """Nothing listens but on the interface's address, and nothing is unpickled; the sums go on,
+    right, and all end well."""
     url = f"tcp://127.0.0.1:{free_port()}"
     program = partial(add_until_told, tmp_path / "stop")
-    ranks = [start(tmp_path, str(r), member, r, url, (2, 2), program, 20.0) for r in range(4)]
+    ranks = [start(tmp_path, str(r), tell_of_pickles, r, url, program) for r in range(4)]
     with ended(*ranks):
         await_ready(ranks)
         found = [listeners(rank.pid) for rank in ranks]
