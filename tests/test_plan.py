@@ -92,7 +92,7 @@ def test_a_few_microbatches_tell_of_many(
     mode: str, recompute: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All but the losses of a stage's microbatches, 4 bytes each."""
-    flags = {"pp_mode": mode, "recompute": recompute, "pipeline_group_size": 2}
+    flags: dict[str, Any] = {"pp_mode": mode, "recompute": recompute, "pipeline_group_size": 2}
     few = [rehearse(folder, stage, **flags) for stage in range(2)]
     monkeypatch.setattr(training_rehearsal, "ENOUGH", ROWS)
     for stage, found in enumerate(few):
@@ -103,7 +103,7 @@ def test_a_few_microbatches_tell_of_many(
 
 def test_on_gpus_scores_are_never_held(folder: Path) -> None:
     """Twice the tokens in half the microbatches are as many activations, but for scores."""
-    flags = {"recompute": False, "bf16": True, "pp_mode": "1f1b"}
+    flags: dict[str, Any] = {"recompute": False, "bf16": True, "pp_mode": "1f1b"}
     short = rehearse(folder, 0, cuda=True, seq_length=32, micro_batch_size=4, **flags)
     long = rehearse(folder, 0, cuda=True, seq_length=64, micro_batch_size=2, **flags)
     assert long.activations == pytest.approx(short.activations, rel=0.02)
@@ -156,7 +156,7 @@ def test_what_does_not_fit_is_told_with_what_helps(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each change is what the plan with it says, and the first saves most."""
-    flags = {"recompute": False, "micro_batch_size": 2}
+    flags: dict[str, Any] = {"recompute": False, "micro_batch_size": 2}
     peak = rehearse(folder, 0, **flags).peak
     assert plan(folder, capsys, **flags, device_memory=f"{peak}B")[0] == 0
     limit = peak - 1
@@ -169,7 +169,7 @@ def test_what_does_not_fit_is_told_with_what_helps(
     assert len(found) >= 4
     saved = [parsed_size(one[2].replace(" ", "")) for one in found if one]
     assert saved == sorted(saved, reverse=True)
-    changes = {
+    changes: dict[str, dict[str, Any]] = {
         "--recompute true": {"recompute": True},
         "--pp-mode 1f1b": {"pp_mode": "1f1b"},
         "--micro-batch-size 1": {"micro_batch_size": 1},

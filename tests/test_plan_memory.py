@@ -17,7 +17,8 @@ from tests.dist import run_ranks
 from tests.runs import Case, meet_at, run_folder, train_cases
 from tests.tasks.material import make_texts, tokenizer, write_jsonl
 
-WITHIN = 0.05
+WITHIN = 0.01
+WITHIN_DOCUMENTS = 0.05  # whose lengths no plan knows
 NEOX = {"vocab_size": 2048, "hidden_size": 128, "num_hidden_layers": 6, "intermediate_size": 512,
         "max_position_embeddings": 256, "num_attention_heads": 4}  # fmt: skip
 GPTJ = {"vocab_size": 2048, "n_embd": 128, "n_layer": 6, "n_positions": 256, "n_head": 8,
@@ -44,9 +45,9 @@ SHAPES = [
     Shape("plain", 1, 1, "neox", {"seq-length": 128}),
     Shape("offload", 1, 1, "gptj", {
         "bf16": True, "recompute": False, "use-offload": True, "micro-batch-size": 2}),
-    Shape("long", 1, 1, "gptj", {"seq-length": 256, "recompute": False, "batch-size": 12}),
+    Shape("long", 1, 1, "gptj", {"seq-length": 256, "recompute": False, "batch-size": 7}),
     Shape("dropout", 1, 1, "dropout", {"recompute": False, "gradient-accumulate-step": 2}),
-    Shape("many", 2, 1, "neox", {"batch-size": 32, "fp16": True}),
+    Shape("many", 2, 1, "neox", {"batch-size": 16, "fp16": True}),
     Shape("zb", 2, 1, "wide", {"pp-mode": "zb-h1", "recompute": False}),
     Shape("zb-recompute", 2, 1, "neox", {
         "pp-mode": "zb-h1", "bf16": True, "optimizer": "8bit-adam", "seq-length": 256}),
@@ -71,12 +72,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flags(folder: Path, shape: Shape) -> dict[str, Any]:
+    held_out = {"evaluation-data": folder / "a.jsonl", "evaluation-num-batch": 1}
+    if shape.name not in ("plain", "zb"):
+        held_out = {}
     return {
         "model-name": folder / shape.model, "load-pretrained-model": False,
         "model-type": "gptj" if shape.model == "gptj" else "gptneox",
         "num-layers": "auto", "embedding-dim": 128, "task-name": folder / "a.jsonl",
-        "evaluation-data": folder / "a.jsonl", "evaluation-num-batch": 1,
-        "seq-length": 64, "total-steps": 2, "measure-memory": True, **shape.flags,
+        "seq-length": 64, "total-steps": 2, "measure-memory": True, **shape.flags, **held_out,
     }  # fmt: skip
 
 
@@ -89,7 +92,10 @@ def ratios(told: Sequence[str], name: str) -> Iterator[float]:
             yield float(ratio) / 100
 
 
-@pytest.mark.parametrize("world", sorted({one.stages * one.replicas for one in SHAPES}))
+SLOW = [pytest.param(world, marks=pytest.mark.slow) for world in (3, 4)]
+
+
+@pytest.mark.parametrize("world", [1, 2, *SLOW])
 def test_the_plan_is_what_a_run_measures(world: int, folder: Path) -> None:
     shapes = [one for one in SHAPES if one.stages * one.replicas == world]
     places = sorted({(one.stages, one.replicas) for one in shapes})
@@ -101,4 +107,5 @@ def test_the_plan_is_what_a_run_measures(world: int, folder: Path) -> None:
         run = run_folder(folder, one.name, one.stages, one.replicas)
         found = list(ratios(told[run.name].lines, one.name))
         assert len(found) == world
-        assert all(abs(ratio - 1) <= WITHIN for ratio in found)
+        within = WITHIN_DOCUMENTS if one.name == "documents" else WITHIN
+        assert all(abs(ratio - 1) <= within for ratio in found)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from monitor.live_memory import LiveBytes, peak_resident
+from optimizer.adam_8bit import Adam8bit
 
 
 def test_storages_count_once_and_until_they_are_freed() -> None:
@@ -77,6 +78,28 @@ def test_the_peak_of_training_is_that_of_the_allocator(dtype: torch.dtype) -> No
         before = live.current["cpu"]
         run()
     assert live.peak["cpu"] - before == pytest.approx(allocated_peak(run), rel=0.02)
+
+
+def test_what_bitsandbytes_makes_on_the_way_is_counted() -> None:
+    """Its step of a large weight on a CPU takes five times the weight; torch sees one operator."""
+    weight, algorithm = torch.zeros(2**20), Adam8bit()
+    state = algorithm.empty_state(weight)
+    gradient = torch.ones_like(weight)
+
+    def run() -> None:
+        with torch.no_grad():
+            algorithm.step(
+                weight, gradient, state, factor=1.0, lr=0.1, weight_decay=0.0, update=0
+            )
+
+    run()
+    with LiveBytes() as live:
+        live.see([weight, gradient, *state.values()])
+        before = live.current["cpu"]
+        run()
+    found = live.peak["cpu"] - before
+    assert found == pytest.approx(allocated_peak(run), rel=0.02)
+    assert found >= 4 * weight.nbytes
 
 
 def test_the_resident_peak_only_rises() -> None:
