@@ -26,6 +26,12 @@ SAMPLE_TOKENS = 1 << 23  # fewer documents where they have more tokens than that
 COUNTED_BLOCKS = 1024  # so many at least, for documents fall into blocks now thus and now so
 COUNT_SECONDS = 30.0
 GREEN, GREY, PLAIN = "\x1b[32m", "\x1b[90m", "\x1b[0m"
+# What would move a terminal's cursor, or colour what is not trained, is shown as it is written.
+_CONTROLS = {
+    code: ascii(chr(code))[1:-1]
+    for code in (*range(0x20), *range(0x7F, 0xA0))
+    if chr(code) not in "\t\n"
+}
 
 
 def preview_blocks(
@@ -55,6 +61,7 @@ def _text(block: Block, tokenizer: Any, colour: bool) -> str:
 
 
 def _marked(text: str, is_trained: bool, colour: bool) -> str:
+    text = text.translate(_CONTROLS)
     if colour:
         return f"{GREEN if is_trained else GREY}{text}{PLAIN}"
     return text if is_trained else f"[-{text}-]"

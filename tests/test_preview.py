@@ -81,6 +81,16 @@ def test_what_is_not_trained_is_marked(folder: Path) -> None:
     assert colour == plain.replace("[-", "").replace("-]", "")
 
 
+def test_text_does_not_command_the_terminal(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["fox\x1b[90m\r\x07\x9b\tdog\né"])
+    for colour in (False, True):
+        stream = open_training_stream([SourceSpec(str(path))], tokenizer(), seq_length=64, seed=1)
+        text = list(preview_blocks(stream, tokenizer(), 1, colour=colour))[1]
+        assert "\\x1b[90m\\r\\x07\\x9b\tdog\né<eos>" in text
+        controls = {char for char in text if ord(char) < 32 or 127 <= ord(char) < 160}
+        assert controls == {"\t", "\n"} | ({"\x1b"} if colour else set())
+
+
 def test_the_mixture_is_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """10 steps of 4 blocks of 16 tokens, a quarter of them from the pairs."""
     lines = run(folder, capsys, "--train-on", "completion").splitlines()
