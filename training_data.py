@@ -96,7 +96,7 @@ def preview_data(args: argparse.Namespace, *, colour: bool) -> Iterator[str]:
         for spec in args.sources
     ]
     rows = args.total_steps * args.batch_size * args.data_group_size
-    yield describe_mixture(found, stream.weights(), run_tokens=rows * args.seq_length)
+    yield describe_mixture(found, stream.weights(), run_blocks=rows)
 
 
 def _bad_lines(args: argparse.Namespace) -> BadLines:

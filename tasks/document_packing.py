@@ -126,16 +126,6 @@ def fit(lengths: Sequence[int], room: int) -> list[list[int]]:
     return sorted(sorted(indices) for indices in bins)
 
 
-def filled_share(lengths: Iterable[int], seq_length: int) -> float:
-    """How much of the blocks is documents, where those of `lengths` tokens fill a group."""
-    cut = [
-        min(seq_length, length - start)
-        for length in lengths
-        for start in range(0, length, seq_length)
-    ]
-    return sum(cut) / (seq_length * len(fit(cut, seq_length))) if cut else 1.0
-
-
 def _block(pieces: Sequence[_Piece], seq_length: int) -> tuple[Block, int]:
     block, begins = empty_block(seq_length), np.empty(seq_length, dtype=np.int64)
     filled = 0

@@ -127,17 +127,19 @@ def _touch(tokens: NDArray[np.int64], spans: Spans) -> NDArray[np.bool_]:
 class _Fast:
     """The tokenizers library without what transformers builds around each text.
 
-    It can be pickled to a process that has no need to import transformers.
+    It can be pickled to a process that has no need to import transformers. The tokenizer's last
+    step is left out: it adds special tokens, which are not wanted, and takes white space out of
+    the characters that a token is said to be made of (GPT-NeoX's does), so that spaces in an answer
+    would be no one's.
     """
 
     def __init__(self, tokenizer: Any, end: list[int]) -> None:
-        backend = tokenizer.backend_tokenizer
         split = bool(getattr(tokenizer, "split_special_tokens", False))
-        if backend.truncation or backend.padding or backend.encode_special_tokens != split:
-            backend = copy.deepcopy(backend)
-            backend.no_truncation()
-            backend.no_padding()
-            backend.encode_special_tokens = split
+        backend = copy.deepcopy(tokenizer.backend_tokenizer)
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = split
+        backend.post_processor = None
         self._backend, self._end = backend, end
 
     def __call__(self, texts: Sequence[str], wants_offsets: bool) -> list[_Tokens]:

@@ -16,6 +16,7 @@ import os
 import struct
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 CACHE = os.path.join("~", ".cache", "dist-clm-train")
 READ_BYTES = 1 << 23
+MAPPED = 64  # indices that are mapped at once, for each takes a file descriptor
 LOOKUPS = 4096  # after so many, the pages that they brought into memory are let go
 # Magic; size and time of change of the file; number of lines; digest of the ends.
 _HEADER = struct.Struct("<8sQQQ16s")
@@ -36,26 +38,59 @@ _NEWLINE = ord("\n")
 
 
 class LineIndex:
-    """`ends[i]` is the byte after line i, uint64 (lines,); `digest` is of all of them.
+    """Where the lines of a file end; `digest` is of all ends.
 
-    mapped: what `ends` lies in, where that is a file.
+    kept: where they are kept, or, where they are not, the ends themselves.
     """
 
-    def __init__(
-        self, ends: NDArray[np.uint64], digest: bytes, mapped: mmap.mmap | None = None
-    ) -> None:
-        self.ends, self.digest = ends, digest
-        self._mapped, self._lookups = mapped, 0
+    def __init__(self, kept: Path | NDArray[np.uint64], num_lines: int, digest: bytes) -> None:
+        self._kept, self._num_lines, self.digest = kept, num_lines, digest
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return self._num_lines
+
+    @property
+    def ends(self) -> NDArray[np.uint64]:
+        """`ends[i]` is the byte after line i, uint64 (lines,).
+
+        Raises:
+            ValueError: The file that they are kept in has gone, or is another.
+        """
+        if isinstance(self._kept, Path):
+            return _mapped(self._kept, self.digest).ends()
+        return self._kept
 
     def span(self, line: int) -> tuple[int, int]:
-        """The first byte of a line, counted from 0, and the one after it."""
+        """The first byte of a line, counted from 0, and the one after it; raises as `ends`."""
+        ends = self.ends
+        return (int(ends[line - 1]) if line else 0), int(ends[line])
+
+
+class _Mapped:
+    """Ends that lie in a file."""
+
+    def __init__(self, file: mmap.mmap) -> None:
+        self._file, self._lookups = file, 0
+        self._ends = np.frombuffer(file, np.uint64, offset=_HEADER.size)
+
+    def ends(self) -> NDArray[np.uint64]:
+        """See `LineIndex.ends`; not to be held, so that pages may go."""
         self._lookups += 1
-        if self._mapped is not None and self._lookups % LOOKUPS == 0:
-            self._mapped.madvise(mmap.MADV_DONTNEED)
-        return (int(self.ends[line - 1]) if line else 0), int(self.ends[line])
+        if self._lookups % LOOKUPS == 0:
+            self._file.madvise(mmap.MADV_DONTNEED)
+        return self._ends
+
+
+@lru_cache(maxsize=MAPPED)
+def _mapped(kept: Path, digest: bytes) -> _Mapped:
+    try:
+        with kept.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:  # the latter: it is empty
+        raise ValueError(f"{shown(str(kept))}: cannot be read any more: {error}") from error
+    if not mapped[: _HEADER.size].endswith(digest):
+        raise ValueError(f"{shown(str(kept))}: another process made it anew, of another file")
+    return _Mapped(mapped)
 
 
 def line_index(path: str) -> LineIndex:
@@ -86,20 +121,13 @@ def _load(kept: Path, stat: os.stat_result) -> LineIndex | None:
     """The index that is kept, if it is one of the file as it is now, and whole."""
     try:
         with kept.open("rb") as file:
-            magic, size, changed, lines, _ = _HEADER.unpack(file.read(_HEADER.size))
+            magic, size, changed, lines, digest = _HEADER.unpack(file.read(_HEADER.size))
         whole = kept.stat().st_size == _HEADER.size + 8 * lines
     except (OSError, struct.error):
         return None
     if not whole or (magic, size, changed) != (_MAGIC, stat.st_size, stat.st_mtime_ns):
         return None
-    return _mapped(kept)
-
-
-def _mapped(kept: Path) -> LineIndex:
-    with kept.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    *_, digest = _HEADER.unpack(mapped[: _HEADER.size])
-    return LineIndex(np.frombuffer(mapped, np.uint64, offset=_HEADER.size), digest, mapped)
+    return LineIndex(kept, lines, digest)
 
 
 def _make(path: str, places: Sequence[Path], stat: os.stat_result) -> LineIndex:
@@ -107,7 +135,8 @@ def _make(path: str, places: Sequence[Path], stat: os.stat_result) -> LineIndex:
         opened = _open_new(path, places)
         if opened is None:
             ends = np.concatenate(list(_line_ends(file, path, stat)))
-            return LineIndex(ends, hashlib.blake2b(ends.tobytes(), digest_size=16).digest())
+            digest = hashlib.blake2b(ends.tobytes(), digest_size=16)
+            return LineIndex(ends, len(ends), digest.digest())
         kept, written = opened
         with written:
             written.write(bytes(_HEADER.size))
@@ -124,7 +153,7 @@ def _make(path: str, places: Sequence[Path], stat: os.stat_result) -> LineIndex:
             os.replace(written.name, kept)
             with contextlib.suppress(FileNotFoundError):  # it has its name now
                 written.close()
-    return _mapped(kept)
+    return LineIndex(kept, lines, digest.digest())
 
 
 def _open_new(path: str, places: Sequence[Path]) -> tuple[Path, Any] | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -40,24 +41,38 @@ class Workers:
     def encode(self, documents: Sequence[Document]) -> Callable[[], Results]:
         """Has `documents` encoded; the function that is returned waits for the results.
 
-        It raises RuntimeError where a process died.
+        Both raise ChildProcessError where a process died; the others are of no use then, and end.
         """
         if self._num_workers == 0:
             return partial(self._encoder.encode_all, documents)
         if self._pool is None:
             self._pool = self._open()
-        future = self._pool.submit(_encode, documents)
+        with self._pool_may_break():
+            future = self._pool.submit(_encode, documents)
 
         def result() -> Results:
-            try:
+            with self._pool_may_break():
                 return future.result().results()
-            except BrokenProcessPool as error:
-                raise RuntimeError(
-                    "a process that tokenizes died, killed perhaps for want of memory; "
-                    "--data-workers 0 does without"
-                ) from error
 
         return result
+
+    @contextlib.contextmanager
+    def _pool_may_break(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenProcessPool as error:
+            self._kill()
+            raise ChildProcessError(
+                "a process that tokenizes died, killed perhaps for want of memory; "
+                "--data-workers 0 does without"
+            ) from error
+
+    def _kill(self) -> None:
+        """The pool sends SIGTERM, which they ignore, and waits for them, perhaps for ever: for a
+        lock of a queue that the dead one held."""
+        processes = {} if self._pool is None else self._pool._processes or {}
+        for process in list(processes.values()):
+            process.kill()
 
     def _open(self) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from dist_clm_train import main
+from tasks import preview
 from tasks.build import open_documents, open_training_stream
 from tasks.encoding import Encoder
+from tasks.mixture import Pack
 from tasks.opening import open_source
 from tasks.preview import (
     GREEN,
@@ -79,6 +81,16 @@ def test_what_is_not_trained_is_marked(folder: Path) -> None:
     assert colour == plain.replace("[-", "").replace("-]", "")
 
 
+def test_text_does_not_command_the_terminal(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["fox\x1b[90m\r\x07\x9b\tdog\né"])
+    for colour in (False, True):
+        stream = open_training_stream([SourceSpec(str(path))], tokenizer(), seq_length=64, seed=1)
+        text = list(preview_blocks(stream, tokenizer(), 1, colour=colour))[1]
+        assert "\\x1b[90m\\r\\x07\\x9b\tdog\né<eos>" in text
+        controls = {char for char in text if ord(char) < 32 or 127 <= ord(char) < 160}
+        assert controls == {"\t", "\n"} | ({"\x1b"} if colour else set())
+
+
 def test_the_mixture_is_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """10 steps of 4 blocks of 16 tokens, a quarter of them from the pairs."""
     lines = run(folder, capsys, "--train-on", "completion").splitlines()
@@ -97,12 +109,13 @@ def test_the_mixture_is_counted(folder: Path, capsys: pytest.CaptureFixture[str]
 
 def test_a_sample_is_told_from_the_whole() -> None:
     numbers = [
-        SourceNumbers("a", documents=10, tokens=100, trained=50, is_all=False, lines=1000),
         SourceNumbers(
-            "b", documents=10, tokens=100, trained=50, is_all=False, lines=500, is_least=True
-        ),
-    ]
-    _, first, second = describe_mixture(numbers, [0.5, 0.5], run_tokens=40_000).splitlines()
+            name, documents=10, tokens=100, trained=50, is_all=False, lines=lines, blocks=10,
+            is_least=is_least,
+        )
+        for name, lines, is_least in (("a", 1000, False), ("b", 500, True))
+    ]  # fmt: skip
+    _, first, second = describe_mixture(numbers, [0.5, 0.5], run_blocks=4000).splitlines()
     assert first.split() == ["50.0%", "~1,000", "~10,000", "~5,000", "~2.00", "a"]
     assert second.split() == ["50.0%", ">500", ">5,000", ">2,500", "<4.00", "b"]
 
@@ -122,7 +135,7 @@ def test_padding_is_counted_in_the_epochs(tmp_path: Path) -> None:
     documents = open_documents(open_source(str(path)), seed=1)
     numbers = look_at(documents, Encoder(tokenizer()), seq_length=16, pack="document")
     assert numbers.tokens == 40 * 9
-    row = describe_mixture([numbers], [1.0], run_tokens=80 * 16).splitlines()[1]
+    row = describe_mixture([numbers], [1.0], run_blocks=80).splitlines()[1]
     assert row.split()[4] == "2.00"
     stream = open_training_stream(
         [SourceSpec(str(path))], tokenizer(), seq_length=16, seed=1, pack="document"
@@ -130,6 +143,39 @@ def test_padding_is_counted_in_the_epochs(tmp_path: Path) -> None:
     heading, text = preview_blocks(stream, tokenizer(), 1, colour=False)
     assert heading.startswith("block 1: 16 tokens, 8 trained, 7 of padding; from ")
     assert text.count("<eos>") == 1
+
+
+@pytest.mark.parametrize("pack", ["concat", "document"])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_epochs_are_those_that_a_run_makes(tmp_path: Path, pack: Pack, rows: int) -> None:
+    """Most blocks of long prompts train nothing and are passed over; one document alone is
+    packed many times into a group."""
+    pairs = [{"prompt": "fox " * (i % 7 * 20), "completion": " dog" * 3} for i in range(rows)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    encoder = Encoder(tokenizer(), train_on="completion")
+    stream = open_training_stream(
+        [SourceSpec(str(path))], tokenizer(), seq_length=16, seed=1, train_on="completion",
+        pack=pack,
+    )  # fmt: skip
+    blocks = 1000
+    for _ in range(blocks):
+        stream.next_block()
+    (read,) = stream.counts()
+    documents = open_documents(open_source(str(path)), seed=1)
+    numbers = look_at(documents, encoder, seq_length=16, pack=pack)
+    told = describe_mixture([numbers], [1.0], run_blocks=blocks).splitlines()[1].split()[4]
+    assert float(told) == pytest.approx(read.documents / rows, rel=0.03)
+
+
+def test_a_sample_of_huge_documents_is_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preview, "SAMPLE_TOKENS", 100)
+    path = write_jsonl(tmp_path / "a.jsonl", [" fox" * 39] * 10)
+    documents = open_documents(open_source(str(path)), seed=1)
+    numbers = look_at(documents, Encoder(tokenizer()), seq_length=16)
+    assert (numbers.documents, numbers.tokens, numbers.is_all) == (3, 120, False)
 
 
 def test_a_mistake_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
+from tokenizers import processors
 
 from tasks.chat import ChatFormat, bot_turns
 from tasks.encoding import Encoder
@@ -126,6 +128,19 @@ def test_answers_are_trained_and_what_ends_them() -> None:
     assert learned(PAIR, **only) == ". brown fox<eos>"
     assert learned(PAIR, **only, separator="\n") == ". brown fox"
     assert learned(Document("quick", "a:1", completions=((5, 5),)), **only) == ".<eos>"
+
+
+def test_spaces_in_an_answer_are_trained() -> None:
+    """GPT-NeoX's tokenizers take them out of the characters that a token says it is made of."""
+    trimming = copy.deepcopy(tokenizer())
+    trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    code = Document("code:  if x:\n    go   ", "a:1", completions=((5, 22),))
+    offsets = trimming(code.text, add_special_tokens=False, return_offsets_mapping=True)
+    assert any(start == end for start, end in offsets["offset_mapping"])
+    tokens, trained = Encoder(trimming, train_on="completion").encode(code)
+    answer = tokenizer().decode(tokens[trained].tolist())
+    assert answer == "  if x:\n    go   <eos>"
+    assert trimming.backend_tokenizer.post_processor is not None, "the caller's is as it was"
 
 
 def test_a_text_that_is_no_conversation_is_trained_whole() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tasks.batch import IGNORED, make_batch
 from tasks.block import Block
 from tasks.build import open_documents
-from tasks.document_packing import filled_share, fit, pack_apart_once
+from tasks.document_packing import fit, pack_apart_once
 from tasks.encoding import Encoded, Encoder
 from tasks.opening import open_source
 from tasks.packing import PackedSource
@@ -47,7 +47,6 @@ def test_a_literal_group() -> None:
         [0, 1, 1, 1, 1, 5, 5, 5],
     ]
     assert [block.padding for block in blocks] == [0, 0, 0, 3]
-    assert filled_share([3, 5, 2, 6, 9, 4], 8) == 29 / 32
     labels = make_batch(blocks).labels
     none = IGNORED
     assert labels.tolist() == [

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tasks import line_index as module
+from tasks.build import open_documents
 from tasks.indexed_documents import IndexedDocuments
 from tasks.line_index import line_index
 from tasks.opening import open_source
@@ -221,6 +222,28 @@ def test_where_its_folder_cannot_be_written_the_index_is_in_the_cache(
     ]
     path.write_bytes(path.read_bytes() + b"{}\n")
     assert line_index(str(path)).ends.tolist() == naive(path.read_bytes())
+
+
+def test_a_folder_of_many_files_takes_few_descriptors(tmp_path: Path) -> None:
+    for number in range(300):
+        write_jsonl(tmp_path / f"{number}.jsonl", [f"{number}-{line}" for line in range(3)])
+    documents = open_documents(open_source(str(tmp_path)), seed=1)
+    before = len(os.listdir("/proc/self/fd"))
+    found = {documents.next().text for _ in range(900)}
+    assert found == {f"{number}-{line}" for number in range(300) for line in range(3)}
+    assert len(os.listdir("/proc/self/fd")) <= before + module.MAPPED + 1
+
+
+def test_an_index_that_another_process_made_anew_is_not_taken_for_the_old(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    index = line_index(str(path))
+    write_jsonl(path, TEXTS[:9])
+    line_index(str(path))
+    with pytest.raises(ValueError, match=r"\.a\.jsonl\.lines: another process made it anew"):
+        index.span(0)
+    (tmp_path / ".a.jsonl.lines").unlink()
+    with pytest.raises(ValueError, match=r"\.a\.jsonl\.lines: cannot be read any more"):
+        index.span(0)
 
 
 # ---- the order ----

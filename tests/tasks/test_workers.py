@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from subprocess import PIPE, Popen
@@ -43,14 +44,31 @@ def test_signals_to_all_processes_are_not_for_workers() -> None:
     assert not child.is_alive()
 
 
-def test_one_that_dies_is_told() -> None:
-    workers = Workers(Encoder(tokenizer()), 2)
-    workers.encode(DOCUMENTS)()
-    for child in multiprocessing.active_children():
-        child.kill()
-    with pytest.raises(RuntimeError, match=r"a process that tokenizes died.*--data-workers 0"):
+def encode_until_it_fails(workers: Workers) -> None:
+    """A pool sees a moment later that a process died, and what is left of it works meanwhile."""
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
         workers.encode(DOCUMENTS)()
-    workers.close()
+
+
+def test_one_that_dies_is_told_and_the_others_end() -> None:
+    """Whichever it is: one of them holds the lock of the queue that the others wait for."""
+    for victim in range(2):
+        workers = Workers(Encoder(tokenizer()), 2)
+        results = [workers.encode(DOCUMENTS * 500) for _ in range(20)]
+        for result in results:
+            result()
+        children = sorted(multiprocessing.active_children(), key=lambda child: child.pid or 0)
+        assert len(children) == 2
+        children[victim].kill()
+        for _ in range(2):  # as it breaks, and once it is broken
+            with pytest.raises(ChildProcessError, match=r"that tokenizes died.*--data-workers 0"):
+                encode_until_it_fails(workers)
+        closing = threading.Thread(target=workers.close, daemon=True)
+        closing.start()
+        closing.join(SECONDS)
+        assert not closing.is_alive()
+        assert not any(child.is_alive() for child in children)
 
 
 PARENT = """
