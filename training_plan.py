@@ -81,15 +81,19 @@ class Plan:
     def _rows(self) -> Iterator[list[str]]:
         limit, host = self._args.device_memory, any(stage.host for stage in self._stages)
         fits = [] if limit is None else [f"fits {in_units(limit)}"]
-        yield [*COLUMNS, *(["on host"] if host else []), *fits]
+        copied = any(stage.copied for stage in self._stages)
+        more = [*(["copy to save"] if copied else []), *(["on host"] if host else [])]
+        yield [*COLUMNS, *more, *fits]
         for index, stage in enumerate(self._stages):
             yield [
                 str(index), str(self._split.layers[index]), *_cells(stage),
+                *([in_units(stage.copied)] if copied else []),
                 *([in_units(stage.host)] if host else []),
                 *([] if limit is None else ["yes" if stage.peak <= limit else "NO"]),
             ]  # fmt: skip
         yield [
             "all", str(sum(self._split.layers)), *_cells(*self._stages),
+            *([in_units(sum(stage.copied for stage in self._stages))] if copied else []),
             *([in_units(sum(stage.host for stage in self._stages))] if host else []),
             *([] if limit is None else ["yes" if self.fits else "NO"]),
         ]  # fmt: skip

@@ -31,7 +31,7 @@ from modules.tables import forget_tables
 from monitor.live_memory import LiveBytes
 from monitor.trace import NO_TRACER
 from optimizer.mixed_precision import DTYPES, Algorithm, MixedPrecisionOptimizer
-from optimizer.state import collect_state
+from optimizer.state import collect_state, like_state
 from pipeline_parallel.rehearsal import RehearsedBatch, RehearsedEngine, peak_of_more
 from pipeline_parallel.schedule import SCHEDULES
 from pipeline_parallel.validate import peak_live
@@ -48,8 +48,9 @@ class StageMemory:
     """Bytes of one process; `peak` is of its device and the most that is alive at once.
 
     `weights`, `gradients` and `optimizer` (masters and moments) lie on the device all the time;
-    `host` is what --use-offload keeps in the host's memory instead. `held` is how many microbatches
-    are between forward and the end of backward at once.
+    `host` is what --use-offload keeps in the host's memory instead, and --async-checkpoint's copy,
+    which is `copied` where host and device are one. `held` is how many microbatches are between
+    forward and the end of backward at once; `checkpoint` is on disk.
     """
 
     parameters: int
@@ -57,6 +58,7 @@ class StageMemory:
     gradients: int
     optimizer: int
     host: int
+    copied: int
     peak: int
     held: int
     checkpoint: int
@@ -64,7 +66,7 @@ class StageMemory:
     @property
     def activations(self) -> int:
         """What comes on top at the peak: activations, messages, and what is made on the way."""
-        return self.peak - self.weights - self.gradients - self.optimizer
+        return self.peak - self.weights - self.gradients - self.optimizer - self.copied
 
 
 class Rehearsal:
@@ -103,11 +105,26 @@ class Rehearsal:
         replicas = self._group("replicas", topology.replica_ranks(topology.stage), topology)
         optimizer = build_optimizer(self._args, model, replicas, NO_TRACER, algorithm)
         built, host = live.peak[kind], live.current["cpu"] if self._cuda else 0
+        copy = self._copy(model, optimizer, topology)
+        copied = sum(_storages(copy).values())
         trained = self._train(model, optimizer, topology, documents, live)
         live.reset_peak()
         optimizer.step(lr=0.0, factor=1.0)
         self._save(optimizer, topology)
-        return self._memory(model, optimizer, topology, host, max(built, trained, live.peak[kind]))
+        peak = max(built, trained, live.peak[kind])
+        return self._memory(model, optimizer, topology, host=host, copied=copied, peak=peak)
+
+    def _copy(
+        self, model: StageModel, optimizer: MixedPrecisionOptimizer, topology: Topology
+    ) -> list[Tensor]:
+        """What --async-checkpoint keeps in host memory."""
+        if not self._args.async_checkpoint or topology.replica != 0:
+            return []
+        names = optimizer.names
+        state = [
+            part for name in names for part in like_state(optimizer, name).values()
+        ]
+        return [*state, *(torch.empty_like(p, device="cpu") for p in model.parameters())]
 
     def _save(self, optimizer: MixedPrecisionOptimizer, topology: Topology) -> None:
         for tensor in (*map(optimizer.weight_of, optimizer.names), *_kept(optimizer)):
@@ -177,8 +194,8 @@ class Rehearsal:
         return RehearsedBatch.documents_of(begins.repeat(self._settings.micro_rows, 1))
 
     def _memory(
-        self, model: StageModel, optimizer: MixedPrecisionOptimizer, topology: Topology, host: int,
-        peak: int,
+        self, model: StageModel, optimizer: MixedPrecisionOptimizer, topology: Topology, *,
+        host: int, copied: int, peak: int,
     ) -> StageMemory:  # fmt: skip
         weights = _storages(model.parameters())
         kept = _storages(_kept(optimizer))
@@ -189,13 +206,14 @@ class Rehearsal:
             weights=sum(weights.values()),
             gradients=optimizer.flat_gradients.buffer.nbytes,
             optimizer=0 if host else sum(own.values()),
-            host=host,
+            host=host + (copied if self._cuda else 0),
+            copied=0 if self._cuda else copied,
             peak=peak,
             held=peak_live(
                 SCHEDULES[self._args.pp_mode], topology.stage, topology.num_stages,
                 self._settings.num_microbatches,
             ),
-            checkpoint=checkpoint_bytes(self._args, count),
+            checkpoint=sum(checkpoint_bytes(self._args, count)),
         )  # fmt: skip
 
     def _algorithm(self) -> Algorithm:

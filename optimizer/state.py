@@ -37,7 +37,7 @@ def collect_state(
             if optimizer.sharded and topology.replica != 0:
                 _send(tensors, control, topology.rank_of(stage=topology.stage, replica=0))
         elif topology.replica == 0:
-            tensors = _like(optimizer, name)
+            tensors = like_state(optimizer, name)
             _receive(tensors, control, topology.rank_of(stage=topology.stage, replica=holder))
         else:
             continue
@@ -66,7 +66,7 @@ def restore_state(
         check_head(source, state, kind=kind, updates=updates, names=names)
     for name in optimizer.names:
         if state is not None:
-            kept = take_weight(source, state, name, _like(optimizer, name))
+            kept = take_weight(source, state, name, like_state(optimizer, name))
             for replica in range(topology.num_replicas):
                 holds = not optimizer.sharded or optimizer.owners[name] == replica
                 if replica == 0 and holds:
@@ -74,7 +74,7 @@ def restore_state(
                 elif holds:
                     _send(kept, control, topology.rank_of(stage=topology.stage, replica=replica))
         elif name in optimizer.masters:
-            received = _like(optimizer, name)
+            received = like_state(optimizer, name)
             _receive(received, control, topology.rank_of(stage=topology.stage, replica=0))
             _fill(_tensors(optimizer, name), received)
     optimizer.refresh_weights()
@@ -96,8 +96,8 @@ def _tensors(optimizer: MixedPrecisionOptimizer, name: str) -> dict[str, Tensor]
     return kept
 
 
-def _like(optimizer: MixedPrecisionOptimizer, name: str) -> dict[str, Tensor]:
-    """Host tensors of the shapes and types that `_tensors` has on the process that steps it."""
+def like_state(optimizer: MixedPrecisionOptimizer, name: str) -> dict[str, Tensor]:
+    """Host tensors of the shapes and types of what a checkpoint keeps of one weight's state."""
     master = torch.empty(optimizer.shape_of(name), dtype=torch.float32)
     kept = dict(optimizer.algorithm.empty_state(master))
     if optimizer.has_own_masters:

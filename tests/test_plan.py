@@ -85,6 +85,19 @@ def test_bytes_of_a_parameter_are_those_of_the_readme(
         assert kept == pytest.approx(device + on_host, rel=0.04)
 
 
+@pytest.mark.parametrize("cuda", [False, True])
+def test_the_copy_that_is_saved_is_in_host_memory(cuda: bool, folder: Path) -> None:
+    """Weights, masters and moments; of the replica that saves."""
+    flags: dict[str, Any] = {"bf16": True, "data_group_size": 2}
+    for rank, size in ((0, 14), (1, 0)):
+        found = rehearse(folder, rank, cuda=cuda, async_checkpoint=True, **flags)
+        plain = rehearse(folder, rank, cuda=cuda, **flags)
+        added = size * found.parameters
+        assert (found.host, found.copied) == ((added, 0) if cuda else (0, added))
+        assert found.peak == plain.peak + found.copied
+        assert found.activations == plain.activations
+
+
 @pytest.mark.parametrize(
     ("mode", "recompute"), [("gpipe", True), ("gpipe", False), ("1f1b", False), ("zb-h1", True)]
 )

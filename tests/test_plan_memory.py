@@ -53,6 +53,8 @@ SHAPES = [
         "pp-mode": "zb-h1", "bf16": True, "optimizer": "8bit-adam", "seq-length": 256}),
     Shape("documents", 2, 1, "neox", {
         "pp-mode": "1f1b", "pack": "document", "recompute": False, "micro-batch-size": 2}),
+    Shape("copied", 2, 1, "neox", {
+        "async-checkpoint": True, "bf16": True, "checkpoint-steps": 1}),
     Shape("8bit", 1, 2, "gptj", {"fp16": True, "optimizer": "8bit-adam", "zero-stage": 1}),
     Shape("three", 1, 3, "neox", {"zero-stage": 1, "use-offload": True}),
     Shape("four", 4, 1, "wide", {"pp-mode": "1f1b", "recompute": False, "batch-size": 16}),
