@@ -24,6 +24,7 @@ class Encoded(NamedTuple):
     trained: NDArray[np.bool_]
 
 
+_BEFORE_ALL = np.iinfo(np.int64).min
 NOTHING = Encoded(np.empty(0, dtype=np.int32), np.empty(0, dtype=np.bool_))
 
 
@@ -117,11 +118,15 @@ class Encoder:
 
 
 def _touch(tokens: NDArray[np.int64], spans: Spans) -> NDArray[np.bool_]:
-    """Which of `tokens` (n, 2), each from a character to before another, share one with a span."""
-    trained = np.zeros(len(tokens), dtype=np.bool_)
-    for start, end in spans:
-        trained |= np.maximum(tokens[:, 0], start) < np.minimum(tokens[:, 1], end)
-    return trained
+    """Which of `tokens` (n, 2), each from a character to before another, share one with a span.
+
+    Spans are in order and do not overlap; a conversation may have very many.
+    """
+    held = np.array([span for span in spans if span[0] < span[1]], dtype=np.int64).reshape(-1, 2)
+    begun = np.searchsorted(held[:, 0], tokens[:, 1])  # spans that begin before a token's end
+    end_of_last = np.concatenate(([_BEFORE_ALL], held[:, 1]))[begun]
+    touches: NDArray[np.bool_] = end_of_last > tokens[:, 0]
+    return touches & (tokens[:, 0] < tokens[:, 1])
 
 
 class _Fast:

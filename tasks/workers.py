@@ -22,6 +22,9 @@ from tasks.source import BadLineError, Document
 
 Results = list[Encoded | BadLineError]
 
+# What is sent to all processes of a terminal or a job is for the rank: it ends its workers.
+FOR_THE_RANK = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
 
 class Workers:
     """`num_workers` processes that run `encoder`; with 0 the caller's own does, when asked.
@@ -47,7 +50,7 @@ class Workers:
             return partial(self._encoder.encode_all, documents)
         if self._pool is None:
             self._pool = self._open()
-        with self._pool_may_break():
+        with self._pool_may_break(), _signals_blocked():  # a process is started here
             future = self._pool.submit(_encode, documents)
 
         def result() -> Results:
@@ -89,6 +92,16 @@ class Workers:
             self._pool = None
 
 
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """In this thread, and so in processes that it starts, from their first moment on."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_RANK)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _Sent(NamedTuple):
     """Results on their way between processes: one array of all documents' tokens, not one each."""
 
@@ -123,8 +136,7 @@ def _begin(encoder: Encoder) -> None:
     global _encoder
     _encoder = encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process, one core
-    # What is sent to all processes of a terminal or a job is for the rank: it ends its workers.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in FOR_THE_RANK:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

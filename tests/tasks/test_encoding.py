@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from tasks import pieces
-from tasks.encoding import Encoder
+from tasks.encoding import Encoder, _touch
 from tasks.pieces import cut, in_batches
 from tasks.source import BadLineError, Document, Message
 from tests.tasks.material import make_texts, tokenizer
@@ -98,3 +100,22 @@ def test_batches_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "BATCH", 10)
     assert list(in_batches(["abcd"] * 7)) == [["abcd"] * 3, ["abcd"] * 3, ["abcd"]]
     assert list(in_batches([])) == []
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=6),
+    st.lists(st.tuples(st.integers(-3, 30), st.integers(0, 4)), max_size=6),
+)
+def test_tokens_are_trained_that_share_a_character_with_an_answer(
+    gaps: list[tuple[int, int]], tokens: list[tuple[int, int]]
+) -> None:
+    """Answers by the gap before each and its length, tokens by their start (before the text it is a
+    separator's) and length."""
+    spans, end = [], 0
+    for gap, length in gaps:
+        spans.append((end + gap, end + gap + length))
+        end = spans[-1][1]
+    answers = {place for span in spans for place in range(*span)}
+    places = np.array([(start, start + length) for start, length in tokens]).reshape(-1, 2)
+    expected = [not answers.isdisjoint(range(*place)) for place in places.tolist()]
+    assert _touch(places, tuple(spans)).tolist() == expected
