@@ -72,6 +72,8 @@ FREE = (
     "async_checkpoint",
     "keep_checkpoints",
     "keep_optimizer_states",
+    "bad_lines",
+    "max_bad_share",
     "evaluation_data",
     "evaluation_steps",
     "evaluation_num_batch",

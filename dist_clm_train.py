@@ -90,6 +90,8 @@ def preview(args: argparse.Namespace) -> None:
         for part in preview_data(args, colour=sys.stdout.isatty()):
             sys.stdout.write(f"{part}\n")
             sys.stdout.flush()
+    except BrokenPipeError:  # who reads it has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         refuse(ValueError(one_line(error)))
 

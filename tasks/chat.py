@@ -45,6 +45,12 @@ class ChatFormat:
             return self._render(document.messages, document.where)
         return "\n".join(_marked(message, document.where) for message in document.messages)
 
+    def ends(self, text: str) -> bool:
+        """Whether a template wrote an end of text after the last turn, and nothing after it."""
+        if self._tokenizer is None or not self._tokenizer.eos_token:
+            return False
+        return text.endswith(self._tokenizer.eos_token)
+
     def completions(self, document: Document, text: str) -> Spans:
         """Where in `text`, which `text` made, the assistant speaks.
 
@@ -68,7 +74,10 @@ class ChatFormat:
         for index, message in enumerate(messages):
             if message.role != "assistant":
                 continue
-            before = self._render(messages[:index], where, is_next=True) if index else ""
+            before = (
+                self._render(messages[:index], where, is_next=True) if index
+                else self._before_first(message, where)
+            )  # fmt: skip
             until = self._render(messages[: index + 1], where)
             if not (until.startswith(before) and text.startswith(until)):
                 raise BadLineError(
@@ -78,6 +87,14 @@ class ChatFormat:
                 )
             spans.append((len(before), len(until)))
         return spans
+
+    def _before_first(self, message: Message, where: str) -> str:
+        """What is written until an assistant speaks that speaks first: no template takes an empty
+        conversation, but what asks for its turn after this one is there before it, too."""
+        alone = self._render([message], where)
+        asked = self._render([message], where, is_next=True)
+        header = asked[len(alone) :] if asked.startswith(alone) else ""
+        return alone[: alone.find(header) + len(header)] if header in alone else ""
 
     def _render(self, messages: Sequence[Message], where: str, *, is_next: bool = False) -> str:
         assert self._tokenizer is not None

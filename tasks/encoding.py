@@ -29,10 +29,14 @@ NOTHING = Encoded(np.empty(0, dtype=np.int32), np.empty(0, dtype=np.bool_))
 
 
 class _Text(NamedTuple):
-    """What of a document is tokenized; `answers` are the characters to train on, None: all."""
+    """What of a document is tokenized; `answers` are the characters to train on, None: all.
+
+    ends: whether it has an end of text of its own, which a chat template wrote.
+    """
 
     text: str
     answers: Spans | None
+    ends: bool
 
 
 class _Tokens(NamedTuple):
@@ -98,7 +102,9 @@ class Encoder:
         try:
             text = document.text if document.messages is None else self._chat.text(document)
             whole = self.train_on == "all"
-            return _Text(text, None if whole else self._answers(document, text))
+            answers = None if whole else self._answers(document, text)
+            ends = document.messages is not None and self._chat.ends(text)
+            return _Text(text, answers, ends)
         except BadLineError as error:
             return error
 
@@ -114,6 +120,8 @@ class Encoder:
             own = len(found.offsets)
             trained[:own] = _touch(found.offsets - len(self.separator or ""), text.answers)
             trained[own:] = bool(text.answers) and text.answers[-1][1] == len(text.text)
+        if text.ends and self.separator is None:
+            return Encoded(found.ids[:-1], trained[:-1])
         return Encoded(found.ids, trained)
 
 

@@ -20,6 +20,8 @@ from tasks.opening import open_source
 from tasks.packing import pack_once
 from tasks.source import BadLineError, Source
 
+AT_ONCE = 64  # documents that are tokenized together
+
 
 def evaluation_batches(
     name: str,
@@ -49,15 +51,17 @@ def evaluation_batches(
 
 
 def _encode_all(source: Source, encoder: Encoder, bad_lines: BadLines) -> Iterator[Encoded]:
-    for file in source.files:
-        for record in file.read():
-            try:
-                if isinstance(record.document, BadLineError):
-                    raise record.document
-                yield encoder.encode(record.document)
+    records = (record.document for file in source.files for record in file.read())
+    while some := list(itertools.islice(records, AT_ONCE)):
+        good = [one for one in some if not isinstance(one, BadLineError)]
+        encoded = iter(encoder.encode_all(good))
+        for one in some:
+            found = one if isinstance(one, BadLineError) else next(encoded)
+            if isinstance(found, BadLineError):
+                bad_lines.take(found)
+            else:
                 bad_lines.note_good()
-            except BadLineError as error:
-                bad_lines.take(error)
+                yield found
 
 
 def _batches(source: Source, blocks: Iterator[Block], rows: int) -> Iterator[Batch]:

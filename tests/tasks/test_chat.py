@@ -164,3 +164,30 @@ def test_a_tokenizer_that_knows_no_characters_is_refused() -> None:
     with pytest.raises(ValueError, match="--train-on completion: expected a tokenizer"):
         Encoder(Slow(), train_on="completion")
     Encoder(Slow())
+
+
+def test_an_assistant_that_speaks_first_does_not_learn_its_header() -> None:
+    talk = (Message("assistant", "hello"), Message("user", "fox"), Message("assistant", "dog"))
+    document = Document("", "a:1", messages=talk)
+    template = (
+        "start{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    chat = ChatFormat(Templated(template))
+    text = chat.text(document)
+    assert parts(text, chat.completions(document, text)) == ["hello;", "dog;"]
+
+
+def test_a_template_that_ends_the_text_does_so_once() -> None:
+    ending = Templated(
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<eos>"
+        "{% else %}: {% endif %}{% endfor %}"
+    )
+    talk = (Message("user", "fox"), Message("assistant", "dog"))
+    document = Document("", "a:1", messages=talk)
+    assert ChatFormat(ending).text(document) == "fox: dog<eos>"
+    for train_on in ("all", "completion"):
+        tokens, trained = Encoder(ending, train_on=train_on).encode(document)
+        assert tokens.tolist() == tokenizer()("fox: dog")["input_ids"] + [0]
+        assert trained[-1]
+    assert Encoder(ending, "\n").encode(document).tokens[-1] == 0
