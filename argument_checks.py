@@ -44,11 +44,9 @@ OWN_FLAGS = frozenset(
 PROVEN_FLAGS = frozenset({"--job-id", "--job-token-file"})
 
 
-# Flags that a resumed run must share with its checkpoint. So must the split, however --num-layers
-# spells it: see checkpoint/continuity.py.
+# Flags that a resumed run must share with its checkpoint.
 FIXED = (
     "model_type",
-    "pipeline_group_size",
     "seq_length",
     "micro_batch_size",
     "gradient_accumulate_step",
@@ -57,7 +55,8 @@ FIXED = (
     "doc_separator",
     "seed",
 )
-# Flags that may change on resume, which is told in one line each.
+# Flags that may change on resume, which is told in one line each. So may --pipeline-group-size and
+# --num-layers, of which training_split.py tells.
 FREE = (
     "total_steps",
     "lr",

@@ -19,6 +19,7 @@ from checkpoint.continuity import changes, check_same_config, check_same_run
 from checkpoint.disk import check_disk
 from checkpoint.pruning import Keep
 from checkpoint.shard_manifest import check_shard
+from checkpoint.strict import module_shapes
 from checkpoint.training_state import CheckpointStore, ResumePoint
 from comm.fabric import Fabric
 from comm.messages import gather_json
@@ -127,7 +128,7 @@ class Run:
         self._doing = "reading the weights"
         load_weights_(
             self._model, self._args, self._resume, family=self._family, config=self._config,
-            topology=self._topology, replicas=self._fabric.replicas,
+            topology=self._topology, replicas=self._fabric.replicas, source=self._split.source,
         )  # fmt: skip
         self.profile = self._open_profile()
         self._doing = "making gradients, masters and moments"
@@ -138,7 +139,9 @@ class Run:
         self._updater = build_updater(self._args, self._optimizer, nominal_tokens=nominal)
         load_state_(
             self._optimizer, self._updater, self._resume,
-            topology=self._topology, control=self._fabric.control,
+            topology=self._topology, control=self._fabric.control, indices=self._model.indices,
+            keys=lambda index: module_shapes(self._family, self._config, index),
+            source=self._split.source,
         )  # fmt: skip
 
     def check_success(self) -> None:
@@ -252,7 +255,7 @@ class Run:
                     "another folder, or move it away"
                 )
             return None
-        point = self._store.find()
+        point = self._store.find(self._split.continuation)
         if point is None or point.meta is None:
             return point
         if self._topology.rank == 0:  # --task-name may be another on the other ranks' machines
@@ -288,6 +291,7 @@ class Run:
             resumed_step=self.start or None,
             project=args.project_name,
             config={
+                "--pipeline-group-size": args.pipeline_group_size,
                 "--num-layers": str(self._split.layers),
                 **fixed_flags(self._args),
                 **free_flags(self._args),

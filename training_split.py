@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from checkpoint.continuity import continued_split
+from checkpoint.resharding import Continuation, describe_change
+from checkpoint.stage_split import kept_split
 from comm.communicator import Communicator
 from comm.messages import broadcast_json
 from modules.balance import ModuleWork, choose_split, module_work, stage_work
@@ -22,29 +23,40 @@ logger = logging.getLogger(__name__)
 
 class StageSplit:
     """The split of a run, from what --num-layers `asked` for, a model's config and the sequences'
-    length. ValueError, naming the flag, where the model cannot be split so."""
+    length. ValueError, naming the flag, where the model cannot be split so.
+
+    `source` is the split of the checkpoint that the run goes on from; a predecessor's must be the
+    run's own.
+    """
 
     def __init__(
         self, asked: Asked, model_type: str, config: Any, *, num_stages: int, tokens: int
     ) -> None:
-        self._asked = asked
         self._work: ModuleWork = module_work(MODELS[model_type], config.to_dict(), tokens=tokens)
         self.layers: Split = choose_split(
             asked, self._work, num_stages=num_stages, model_layers=config.num_hidden_layers
         )
+        self.continuation = Continuation(asked, self.layers)
+        self.source = self.layers
 
     def go_on(self, folder: Path, meta: Mapping[str, Any], control: Communicator) -> None:
-        """Takes the split of the step in `folder`, whose meta.json is `meta`; told where it is not
-        the one chosen now. Every process calls it; ValueError on rank 0 where it may not be."""
-        kept = None
+        """Goes on from the step in `folder`, whose meta.json is `meta`, and whose split becomes
+        `source`; told where that is not the one chosen now.
+
+        Every process calls it; ValueError on rank 0 where meta.json tells no split of this model.
+        """
+        chosen, kept = self.layers, None
         if control.rank == 0:
-            kept = continued_split(folder / "meta.json", meta, self._asked, self.layers)
-            if kept != self.layers:
-                logger.info(
-                    "--num-layers %s would be %s now: the checkpoint's %s is kept",
-                    self._asked, self.layers, kept,
-                )  # fmt: skip
-        self.layers = Split(broadcast_json(control, kept))
+            kept = kept_split(folder / "meta.json", meta, sum(chosen))
+        self.source = Split(broadcast_json(control, kept))
+        self.layers = self.continuation.split_after(self.source)
+        if control.rank == 0 and self.layers != self.source:
+            logger.info("%s", describe_change(self.source, self.layers))
+        elif control.rank == 0 and self.layers != chosen:
+            logger.info(
+                "--num-layers %s would be %s now: the checkpoint's %s is kept",
+                self.continuation.asked, chosen, self.source,
+            )  # fmt: skip
 
     def describe(self, *, schedule: str, num_microbatches: int, recompute: bool) -> str:
         """The split, each stage's share of the work, the imbalance, and the bubble to expect, in

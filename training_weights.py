@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from checkpoint.loading import initialise_model_, load_checkpoint_, load_shards_, share_from_first
+from checkpoint.resharding import names_in, stages_holding
 from checkpoint.shard_manifest import has_manifest
 from checkpoint.training_state import ResumePoint, part_file, read_part
 from comm.communicator import Communicator
 from comm.topology import Topology
 from data_parallel.flat_gradients import same_on_all
 from modules.family import Family
-from modules.stage_model import StageModel
+from modules.split import Split
+from modules.stage_model import StageModel, stage_modules
 from optimizer.mixed_precision import DTYPES, MixedPrecisionOptimizer
 from optimizer.state import restore_state
+from optimizer.state_check import KeptState
 from optimizer.updater import Updater
 
 logger = logging.getLogger(__name__)
@@ -30,8 +35,10 @@ def load_weights_(
     config: Any,
     topology: Topology,
     replicas: Communicator,
+    source: Split,
 ) -> None:
-    """Fills the stage's model, which is in fp32; all replicas then hold the same.
+    """Fills the stage's model, which is in fp32; all replicas then hold the same. `source` is how a
+    checkpoint is split.
 
     ValueError for files that cannot be used, or that differ between replicas.
     """
@@ -50,7 +57,7 @@ def load_weights_(
             )
         return
     if topology.replica == 0:
-        load_checkpoint_(model, resume.folder, topology.stage, family, config, dtype=dtype)
+        load_checkpoint_(model, resume.folder, source, family, config, dtype=dtype)
     share_from_first(model.parameters(), replicas)
     if resume.meta is None:
         logger.info("weights from %s alone: step 0, fresh optimizer", resume.folder)
@@ -63,20 +70,35 @@ def load_state_(
     *,
     topology: Topology,
     control: Communicator,
+    indices: range,
+    keys: Callable[[int], Iterable[str]],
+    source: Split,
 ) -> None:
-    """Fills optimizer and updater from a checkpoint of ours; else leaves them as they are."""
+    """Fills optimizer and updater from a checkpoint of ours, which is split as `source`; else
+    leaves them as they are.
+
+    The stage has the model's modules `indices`; `keys` names the weights of a module.
+    """
     if resume is None or resume.meta is None:
         return
-    state = None
+    states = None
     if topology.replica == 0:
-        state = read_part(resume.folder, topology.stage, "optimizer")
-    restore_state(
-        optimizer,
-        state,
-        control,
-        topology,
-        updates=resume.meta["updates"],
-        source=part_file(resume.folder, topology.stage, "optimizer"),
-    )
+        states = [
+            _read_state(resume.folder, stage, stage_modules(stage, source), indices, keys)
+            for stage in stages_holding(indices, source)
+        ]
+    restore_state(optimizer, states, control, topology, updates=resume.meta["updates"])
     updater.load_state(resume.meta["updater"])
     logger.info("resumed from step %d of %s", resume.step, resume.folder.parent)
+
+
+def _read_state(
+    folder: Path, stage: int, held: range, indices: range, keys: Callable[[int], Iterable[str]]
+) -> KeptState:
+    """What a checkpoint's stage, which has the modules `held`, kept for one that has `indices`."""
+    return KeptState(
+        part_file(folder, stage, "optimizer"),
+        read_part(folder, stage, "optimizer"),
+        names=names_in(held, held, keys).keys(),
+        taken=names_in(held, indices, keys),
+    )

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.model_folder import read_json_object
-from checkpoint.stage_split import told_split
-from modules.split import AUTO, Asked, Split
 
 
 def check_same_run(meta: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
@@ -20,24 +18,6 @@ def check_same_run(meta: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
                 f"{flag} is {value}, but the checkpoint of step {meta['step']} was made with "
                 f"{kept.get(flag)}"
             )
-
-
-def continued_split(path: Path, meta: Mapping[str, Any], asked: Asked, chosen: Split) -> Split:
-    """The split that a run goes on with: that of its checkpoint, whose meta.json is `path`.
-
-    `chosen` is what --num-layers `asked` for comes to now. For auto the checkpoint's counts, since
-    another version may weigh otherwise; ValueError names both where a number or list is another.
-    """
-    kept = told_split(path, meta, sum(chosen))
-    if kept is None:
-        raise ValueError(f"{path}: num_layers is missing, expected the layers of each stage")
-    if asked != AUTO and chosen != kept:
-        meaning = "" if asked == chosen else f", which is {chosen}"
-        raise ValueError(
-            f"--num-layers is {asked}{meaning}, but the checkpoint of step {meta['step']} was made "
-            f"with {kept}"
-        )
-    return kept
 
 
 def check_same_config(folder: Path, model_folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from checkpoint.resharding import find_module
 from checkpoint.shard_manifest import check_shard
 from checkpoint.shards import load_layer_shard, shard_name
 from checkpoint.stage_files import read_stage_module, stage_file
@@ -17,7 +18,8 @@ from checkpoint.tensor_files import require_file
 from comm.communicator import Communicator
 from modules.family import Family
 from modules.layers import initialise_
-from modules.stage_model import StageModel
+from modules.split import Split
+from modules.stage_model import StageModel, stage_modules
 
 
 def load_shards_(
@@ -47,16 +49,18 @@ def load_shards_(
 def load_checkpoint_(
     model: StageModel,
     folder: Path,
-    stage: int,
+    split: Split,
     family: Family,
     config: Any,
     *,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Fills a stage from a training checkpoint, ours or a predecessor's; ValueError as above."""
-    path = stage_file(folder, stage)
-    for j, module in enumerate(model):
-        weights = read_stage_module(path, family, config, model.indices, j)
+    """Fills a stage from a training checkpoint of that split, ours or a predecessor's, of which it
+    reads the modules that it needs; ValueError as above."""
+    for index, module in zip(model.indices, model, strict=True):
+        stage, j = find_module(index, split)
+        path = stage_file(folder, stage)
+        weights = read_stage_module(path, family, config, stage_modules(stage, split), j)
         check_fits(path, {f"{j}.{key}": weight for key, weight in weights.items()}, dtype)
         _fill(module, weights)
 

@@ -8,11 +8,12 @@ before it goes: a crash at any moment leaves a step whole, or gone, or saying wh
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from checkpoint.step_folder import step_folders, withdraw
-from checkpoint.step_manifest import part_name, read_manifest
+from checkpoint.step_manifest import StageManifest, manifest_stages, part_name, read_manifest
 from monitor.atomic import replace_file
 
 
@@ -37,17 +38,18 @@ class Keep:
         return steps * weights + states * state
 
 
-def prune(path: Path, step: int, keep: Keep, *, stage: int, nonce: str) -> None:
-    """Removes under `path`, where this stage saved `step`, what `keep` does not ask for.
+def prune(path: Path, step: int, keep: Keep, *, nonce: str) -> None:
+    """Removes under `path`, where `step` was saved, what `keep` does not ask for.
 
-    The stages of one folder may do so at once. OSError where the disk fails.
+    That is all of a step that is there, by whichever stages it was saved: the run may have had
+    others. The stages of one folder may do so at once. OSError where the disk fails.
     """
     steps = [one for one in step_folders(path) if one <= step and _is_ours(path / str(one))]
     for old in _older(steps, keep.steps):
         withdraw(path / str(old), nonce)
     for old in _older(steps, keep.optimizer_states):
         if (path / str(old)).is_dir():
-            _drop_optimizer(path / str(old), stage)
+            _drop_optimizers(path / str(old))
 
 
 def _is_ours(folder: Path) -> bool:
@@ -59,13 +61,15 @@ def _older(steps: Sequence[int], most: int | None) -> Sequence[int]:
     return [] if most is None else steps[: max(0, len(steps) - most)]
 
 
-def _drop_optimizer(folder: Path, stage: int) -> None:
+def _drop_optimizers(folder: Path) -> None:
     """Leaves alone what has no manifest to say so, or a damaged one."""
-    name = part_name(stage, "optimizer")
-    try:
-        manifest = read_manifest(folder, stage)
-    except ValueError:
-        return
+    for stage in manifest_stages(folder):
+        with suppress(ValueError):
+            _drop_optimizer(folder, read_manifest(folder, stage))
+
+
+def _drop_optimizer(folder: Path, manifest: StageManifest) -> None:
+    name = part_name(manifest.stage, "optimizer")
     if name not in manifest.dropped:
         files = {file: one for file, one in manifest.files.items() if file != name}
         told = replace(manifest, files=files, dropped=[*manifest.dropped, name])

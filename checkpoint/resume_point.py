@@ -3,22 +3,28 @@
 A save that a crash cut short leaves a step on some machines and not on others: the stages go back
 to the step before, with a warning. A step that all had, of which a file is damaged or missing now,
 is nothing that a crash does: it is an error, which offers the step before.
+
+A step may have been saved by other stages than a run has: each stage then needs the files of those
+that hold its modules, on its own machine.
 """
 
 from __future__ import annotations
 
 import logging
+import socket
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from checkpoint import step_folder
 from checkpoint.latest import check_latest, latest_text
-from checkpoint.stage_record import StageRecord, look_at
+from checkpoint.resharding import Continuation
+from checkpoint.stage_record import StageRecord, file_names, look_at
 from checkpoint.step_manifest import manifest_name, read_manifest
 from checkpoint.together import do_together
 from comm.communicator import Communicator
 from comm.messages import gather_json
 from comm.topology import Topology
+from modules.split import Split
 
 logger = logging.getLogger(__name__)
 
@@ -30,20 +36,31 @@ class StageView(NamedTuple):
     predecessor: the step of a predecessor's checkpoint that `latest` names.
     latest: what `latest` holds.
     problem: what is wrong with `latest`.
+    host, path: the machine, and its --checkpoint-path.
     """
 
     steps: dict[int, StageRecord]
     predecessor: int | None
     latest: str | None
     problem: str | None
+    host: str
+    path: str
 
 
 class Search:
     """Looks for the step to go on from, under one --checkpoint-path. Every process makes one."""
 
-    def __init__(self, path: Path, *, control: Communicator, topology: Topology) -> None:
+    def __init__(
+        self,
+        path: Path,
+        continuation: Continuation,
+        *,
+        control: Communicator,
+        topology: Topology,
+    ) -> None:
         self._path, self._control, self._topology = path, control, topology
-        own = _look(path, topology.stage) if topology.replica == 0 else None
+        self._continuation = continuation
+        own = _look(path, topology.stage, continuation) if topology.replica == 0 else None
         views = gather_json(control, None if own is None else _encode(own))
         self._views = [_decode(view) for view in views[: topology.num_stages]]
 
@@ -60,8 +77,10 @@ class Search:
             self._refuse_damaged(max(common), small=True)
             self._tell_going_back(max(common))
             return max(common)
-        # `latest` is written when all stages are whole: without it no save ever ended.
-        if self.predecessor is None and any(view.latest is not None for view in self._views):
+        # `latest` is written when all stages are whole: without it no save ever ended. Where the
+        # files come from other stages, though, they may have been brought here without it.
+        saved = any(view.latest is not None for view in self._views)
+        if self.predecessor is None and (saved or any(map(self._is_of_others, self._steps()))):
             raise ValueError(f"--checkpoint-path {self._path}: {self._disagreement()}")
         return None
 
@@ -118,11 +137,12 @@ class Search:
                 return self._at(rank, problem)
         if not self._views[0].steps[step].checked:
             return None
-        folder, stage = self._path / str(step), self._topology.stage
+        folder, own = self._path / str(step), self._views[self._topology.stage]
 
         def read() -> None:
-            manifest = read_manifest(folder, stage)
-            manifest.check(folder, manifest.common_files if small else None)
+            for stage in own.steps[step].sources:
+                manifest = read_manifest(folder, stage)
+                manifest.check(folder, manifest.common_files if small else None)
 
         work = read if self._topology.replica == 0 else None
         what = f"reading step {step} to check it"
@@ -131,7 +151,7 @@ class Search:
     def _tell_going_back(self, step: int) -> None:
         if self._topology.rank != 0:
             return
-        newer = {s for view in self._views for s in view.steps if s > step}
+        newer = {s for s in self._steps() if s > step}
         newer |= {
             int(view.latest)
             for view in self._views
@@ -143,27 +163,65 @@ class Search:
                 ", ".join(map(str, sorted(newer))),
                 step,
             )
+        for other in sorted(filter(self._is_of_others, newer)):
+            logger.warning("step %d: %s", other, self._lacks(other))
+
+    def _steps(self) -> list[int]:
+        """All that have a folder anywhere."""
+        return sorted({step for view in self._views for step in view.steps})
+
+    def _told(self, step: int) -> StageRecord | None:
+        """A record of the step that tells its split."""
+        records = (view.steps.get(step) for view in self._views)
+        return next((one for one in records if one is not None and one.split is not None), None)
+
+    def _is_of_others(self, step: int) -> bool:
+        """Whether the step is split otherwise than this run."""
+        told = self._told(step)
+        split = None if told is None else told.split
+        return split is not None and self._continuation.is_change(split)
+
+    def _lacks(self, step: int) -> str:
+        """Which files of a step are to be brought where."""
+        told, lacks = self._told(step), []
+        for rank, view in enumerate(self._views):
+            lack = view.steps[step].lack if step in view.steps else None
+            if step not in view.steps and told is not None and told.split is not None:
+                names = file_names(
+                    self._continuation.sources(rank, told.split), checked=told.checked
+                )
+                lack = f"{names}, and with them config.json, meta.json and the tokenizer's files"
+            if lack is not None:
+                lacks.append(
+                    f"rank {rank} on {view.host} needs in {Path(view.path) / str(step)} {lack}"
+                )
+        return "; ".join(lacks)
 
     def _disagreement(self) -> str:
         have = "; ".join(
             f"stage {stage} has {_steps(view)}" for stage, view in enumerate(self._views)
         )
+        step = max(self._steps(), default=None)
+        lacks = "" if step is None else self._lacks(step)
+        needs = f"step {step}: {lacks}; " if lacks else ""
         return (
-            f"no step is whole on every stage and of one save ({have}); bring the missing files to "
-            "their machines, or name another folder"
+            f"no step is whole on every stage and of one save ({have}); {needs}bring the missing "
+            "files to their machines, or name another folder"
         )
 
 
-def _look(path: Path, stage: int) -> StageView:
+def _look(path: Path, stage: int, continuation: Continuation) -> StageView:
     steps = step_folder.step_folders(path)
-    has_manifests = any((path / str(step) / manifest_name(stage)).exists() for step in steps)
+    has_manifests = any(any((path / str(step)).glob(manifest_name("*"))) for step in steps)
     problem = None
     try:
         check_latest(path, has_manifests=has_manifests)
     except ValueError as error:
         problem = str(error)
-    records = {step: look_at(path / str(step), stage) for step in steps}
-    return StageView(records, step_folder.predecessor_step(path), latest_text(path), problem)
+    records = {step: look_at(path / str(step), stage, continuation) for step in steps}
+    predecessor = step_folder.predecessor_step(path)
+    host = socket.gethostname()
+    return StageView(records, predecessor, latest_text(path), problem, host, str(path))
 
 
 def _steps(view: StageView) -> str:
@@ -178,4 +236,8 @@ def _encode(view: StageView) -> list[Any]:
 
 
 def _decode(view: list[Any]) -> StageView:
-    return StageView({step: StageRecord(*record) for step, record in view[0]}, *view[1:])
+    records = {step: StageRecord(*record) for step, record in view[0]}
+    for step, record in records.items():
+        if record.split is not None:
+            records[step] = record._replace(split=Split(record.split))
+    return StageView(records, *view[1:])

@@ -1,12 +1,25 @@
-"""What one stage has of a step: all of a save, a damaged one, or not all of any."""
+"""What one stage has of a step: all that it needs of a save, a damaged one, or not all of any."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from checkpoint.model_folder import read_json_object
+from checkpoint.resharding import Continuation
+from checkpoint.stage_split import told_split
 from checkpoint.step_folder import is_whole, save_of
-from checkpoint.step_manifest import num_stages, part_name, read_manifest
+from checkpoint.step_manifest import (
+    PARTS,
+    StageManifest,
+    any_manifest,
+    manifest_name,
+    num_stages,
+    part_name,
+    read_manifest,
+)
+from modules.split import Split
 
 
 class StageRecord(NamedTuple):
@@ -16,6 +29,9 @@ class StageRecord(NamedTuple):
         be told.
     problem: names the first file that is not as it was written, or that has been dropped.
     checked: whether there is a manifest to hold the files against.
+    split: how the save is split; None where that cannot be told.
+    sources: the save's stages whose files this stage needs.
+    lack: what of these is not here, in words.
 
     A folder with neither save nor problem never was whole here.
     """
@@ -23,32 +39,85 @@ class StageRecord(NamedTuple):
     save: str | None = None
     problem: str | None = None
     checked: bool = True
+    split: Split | None = None
+    sources: Sequence[int] = ()
+    lack: str | None = None
 
     @property
     def is_candidate(self) -> bool:
-        """Whether the step was whole here once."""
+        """Whether all that this stage needs of the step was whole here once."""
         return self.save is not None or self.problem is not None
 
 
-def look_at(folder: Path, stage: int) -> StageRecord:
-    """The record of one step's folder."""
+def look_at(folder: Path, stage: int, continuation: Continuation) -> StageRecord:
+    """The record of one step's folder, for a run that is split as `continuation` says."""
     try:
         stages = num_stages(folder)
+        split = _split_of(folder, sum(continuation.chosen))
+        sources = [stage] if split is None else continuation.sources(stage, split)
+        found = StageRecord(checked=stages is not None, split=split, sources=sources)
         if stages is None:
-            return StageRecord(save_of(folder) if is_whole(folder, stage) else None, checked=False)
-        if stage >= stages:
-            return StageRecord()
-        manifest = read_manifest(folder, stage)
+            return _look_unchecked(folder, found)
+        if split is None and stage >= stages:
+            return found
+        # What another stage wrote may never have been brought here; what this one wrote was here.
+        is_change = split is not None and continuation.is_change(split)
+        absent = [one for one in sources if is_change and not any(folder.glob(f"prank_{one}_*"))]
+        if absent:
+            return found._replace(lack=file_names(absent))
+        return _look_checked(folder, found, [read_manifest(folder, one) for one in sources])
     except ValueError as error:
         return StageRecord(problem=str(error))
-    if part_name(stage, "optimizer") in manifest.dropped:
-        return StageRecord(
-            manifest.save,
-            f"{folder / part_name(stage, 'optimizer')}: dropped (--keep-optimizer-states): the "
-            "step can be converted, but training cannot go on from it",
-        )
+
+
+def file_names(stages: Sequence[int], *, checked: bool = True) -> str:
+    """The files that stages write for themselves."""
+    names = [
+        name
+        for one in stages
+        for name in (*(part_name(one, part) for part in PARTS), manifest_name(one))
+        if checked or name != manifest_name(one)
+    ]
+    return ", ".join(names)
+
+
+def _split_of(folder: Path, model_layers: int) -> Split | None:
+    """ValueError where meta.json is not as it was written; None where it tells no split of the
+    model, which is told once it is known to be of the step to go on from."""
+    path, manifest = folder / "meta.json", any_manifest(folder)
+    if manifest is not None:
+        manifest.check(folder, [path.name])
     try:
-        manifest.check_sizes(folder)
-    except ValueError as error:
-        return StageRecord(manifest.save, str(error))
-    return StageRecord(manifest.save)
+        return told_split(path, read_json_object(path), model_layers)
+    except ValueError:
+        return None
+
+
+def _look_unchecked(folder: Path, found: StageRecord) -> StageRecord:
+    absent = [one for one in found.sources if not is_whole(folder, one)]
+    if absent:
+        return found._replace(lack=file_names(absent, checked=False))
+    return found._replace(save=save_of(folder))
+
+
+def _look_checked(
+    folder: Path, found: StageRecord, manifests: Sequence[StageManifest]
+) -> StageRecord:
+    first = manifests[0]
+    for one in manifests:
+        if one.save != first.save:
+            names = file_names([one.stage])
+            return found._replace(lack=f"{names} of the same save as {first.name}")
+    found = found._replace(save=first.save)
+    for one in manifests:
+        dropped = part_name(one.stage, "optimizer")
+        if dropped in one.dropped:
+            return found._replace(
+                problem=f"{folder / dropped}: dropped (--keep-optimizer-states): the step can be "
+                "converted, but training cannot go on from it"
+            )
+        try:
+            one.check_sizes(folder)
+        except ValueError as error:
+            return found._replace(problem=str(error))
+    return found

@@ -59,6 +59,14 @@ def told_split(path: Path, meta: Mapping[str, Any], model_layers: int) -> Split 
     return Split(counts)
 
 
+def kept_split(path: Path, meta: Mapping[str, Any], model_layers: int) -> Split:
+    """As `told_split`, of a checkpoint that has to tell it; ValueError names the file else."""
+    told = told_split(path, meta, model_layers)
+    if told is None:
+        raise ValueError(f"{path}: num_layers is missing, expected the layers of each stage")
+    return told
+
+
 def _check_given(path: Path, told: Split, stages: int | None, layers: Layers | None) -> None:
     """Flags need not be given where meta.json tells, but what is given must be the same."""
     if stages not in (None, len(told)):

@@ -7,6 +7,7 @@ folder of its own as for one that the stages share.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,8 +59,8 @@ class StageManifest:
             check_file(folder / name, self.files[name], manifest=self.name)
 
 
-def part_name(stage: int, part: str) -> str:
-    """The file of one part of a stage."""
+def part_name(stage: int | str, part: str) -> str:
+    """The file of one part of a stage; of "*", a pattern of all."""
     return f"prank_{stage}_{part}.pt"
 
 
@@ -70,7 +71,11 @@ def manifest_name(stage: int | str) -> str:
 
 def read_manifest(folder: Path, stage: int) -> StageManifest:
     """A stage's manifest in a step's folder; ValueError names it where it is not as written."""
-    body = unseal(folder / manifest_name(stage))
+    return _open(folder / manifest_name(stage))
+
+
+def _open(path: Path) -> StageManifest:
+    body = unseal(path)
     return StageManifest(
         step=body["step"],
         stage=body["stage"],
@@ -86,9 +91,21 @@ def num_stages(folder: Path) -> int | None:
 
     None where it is of a time without manifests. ValueError names a manifest that is damaged.
     """
-    if found := sorted(folder.glob(manifest_name("*"))):
-        return int(unseal(found[0])["num_stages"])
-    return _told_stages(folder / "meta.json")
+    found = any_manifest(folder)
+    return _told_stages(folder / "meta.json") if found is None else found.num_stages
+
+
+def manifest_stages(folder: Path) -> list[int]:
+    """The stages that have a manifest in a step's folder."""
+    names = (path.name for path in folder.glob(manifest_name("*")))
+    found = (re.fullmatch(manifest_name("([0-9]+)"), name) for name in names)
+    return sorted(int(one[1]) for one in found if one)
+
+
+def any_manifest(folder: Path) -> StageManifest | None:
+    """The first of those in a step's folder; ValueError names it where it is damaged."""
+    found = sorted(folder.glob(manifest_name("*")))
+    return _open(found[0]) if found else None
 
 
 def _told_stages(path: Path) -> int | None:

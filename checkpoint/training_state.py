@@ -21,6 +21,7 @@ from checkpoint import step_folder
 from checkpoint.latest import expect_latest, latest_text, write_latest
 from checkpoint.manifest import FORMAT, named, sum_bytes
 from checkpoint.pruning import Keep, prune
+from checkpoint.resharding import Continuation
 from checkpoint.resume_point import Search
 from checkpoint.step_manifest import StageManifest, part_name
 from checkpoint.together import Background, do_together
@@ -178,7 +179,7 @@ class CheckpointStore:
             return
         step_folder.drop_replaced(final, self._nonce)
         try:
-            prune(self.path, step, self._keep, stage=self._topology.stage, nonce=self._nonce)
+            prune(self.path, step, self._keep, nonce=self._nonce)
         except OSError as error:
             logger.warning("older checkpoints could not be removed: %s", error)
 
@@ -187,21 +188,24 @@ class CheckpointStore:
         if not self._writes:
             return 0
         folders = [self.path / str(step) for step in step_folder.step_folders(self.path)]
-        name = part_name(self._topology.stage, "optimizer")
-        states = sum((folder / name).exists() for folder in folders)
+        states = sum(any(folder.glob(part_name("*", "optimizer"))) for folder in folders)
         return self._keep.added_bytes(
             saves, kept=(len(folders), states), weights=weights, state=state
         )
 
-    def find(self) -> ResumePoint | None:
-        """The newest step that every stage has whole; None where no stage has any checkpoint.
+    def find(self, continuation: Continuation) -> ResumePoint | None:
+        """The newest step of which every stage has all that it needs; None where no stage has any
+        checkpoint.
 
+        `continuation` tells the run's split after the checkpoint's, which may be of other stages.
         Files that stages have of different saves are not one step. Every process calls it, and
         `verify` before it uses what the step holds beside meta.json and config. ValueError, the
         same on all, names a file of the newest step that is damaged or missing, or says what each
-        stage has where they have none in common.
+        stage has, and lacks, where they have none in common.
         """
-        search = Search(self.path, control=self._control, topology=self._topology)
+        search = Search(
+            self.path, continuation, control=self._control, topology=self._topology
+        )
         self._search = search
         step = search.newest()
         if step is not None:
@@ -258,10 +262,11 @@ def part_file(folder: Path, stage: int, part: str) -> Path:
 
 
 def read_part(folder: Path, stage: int, part: str) -> dict[str, Any]:
-    """What `save` kept of one part; ValueError names the file where it cannot be read."""
+    """What `save` kept of one part, its tensors mapped from the file, of which only those are read
+    that are used; ValueError names the file where it cannot be read."""
     path = part_file(folder, stage, part)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch raises its own, pickle's, zip's and the system's
         raise ValueError(f"{path}: not readable: {error}") from error
     if not isinstance(state, dict):

@@ -6,8 +6,7 @@ control channel, as plain tensors whose shapes both sides know.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from checkpoint.strict import is_finite
 from comm.communicator import Communicator
 from comm.topology import Topology
 from optimizer.mixed_precision import MixedPrecisionOptimizer
-from optimizer.state_check import check_head, take_weight
+from optimizer.state_check import KeptState
 
 MASTERS = "masters"
 
@@ -48,25 +47,25 @@ def collect_state(
 
 def restore_state(
     optimizer: MixedPrecisionOptimizer,
-    state: Mapping[str, Any] | None,
+    states: Sequence[KeptState] | None,
     control: Communicator,
     topology: Topology,
     *,
     updates: int,
-    source: Path,
 ) -> None:
-    """Fills the optimizer from `collect_state`'s result, which replica 0 alone gives.
+    """Fills the optimizer from `collect_state`'s results, which replica 0 alone gives: together
+    they have all its weights.
 
-    ValueError names `source`, the file that it is from, and what in it is missing, extra,
-    misshapen, not finite, or of another algorithm or number of updates.
+    ValueError names the file that a state is from, and what in it is missing, extra, misshapen, not
+    finite, or of another algorithm or number of updates.
     """
     optimizer.updates = updates
-    if state is not None:
-        kind, names = optimizer.algorithm.kind, optimizer.names
-        check_head(source, state, kind=kind, updates=updates, names=names)
+    for one in states or ():
+        one.check(kind=optimizer.algorithm.kind, updates=updates)
+    holding = {name: one for one in states or () for name in one.taken}
     for name in optimizer.names:
-        if state is not None:
-            kept = take_weight(source, state, name, like_state(optimizer, name))
+        if states is not None:
+            kept = holding[name].take(name, like_state(optimizer, name))
             for replica in range(topology.num_replicas):
                 holds = not optimizer.sharded or optimizer.owners[name] == replica
                 if replica == 0 and holds:

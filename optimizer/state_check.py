@@ -1,4 +1,4 @@
-"""Whether optimizer state that was read from a file is that of this run: strictly, and all finite.
+"""Optimizer state that was read from a file: whether it is this run's, strictly, and all finite.
 
 An error is one line that names the file and what in it is not as expected.
 """
@@ -6,6 +6,7 @@ An error is one line that names the file and what in it is not as expected.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,28 @@ from torch import Tensor
 from checkpoint.strict import is_finite
 
 HEAD = ("kind", "updates")  # what a state holds beside its parts, which are dicts by weight
+
+
+@dataclass(frozen=True)
+class KeptState:
+    """What one stage of a checkpoint kept in the file `source`.
+
+    names: of all weights that the stage had.
+    taken: what it called those that are taken from it, by what this run calls them.
+    """
+
+    source: Path
+    state: Mapping[str, Any]
+    names: Collection[str]
+    taken: Mapping[str, str]
+
+    def check(self, *, kind: str, updates: int) -> None:
+        """As `check_head`."""
+        check_head(self.source, self.state, kind=kind, updates=updates, names=self.names)
+
+    def take(self, name: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As `take_weight`, of a weight of `taken`."""
+        return take_weight(self.source, self.state, self.taken[name], like)
 
 
 def check_head(

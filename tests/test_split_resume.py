@@ -1,4 +1,4 @@
-"""A resumed run keeps the split of its checkpoint, however --num-layers spells it."""
+"""Whether a resumed run keeps the split of its checkpoint, as --num-layers says it."""
 
 from __future__ import annotations
 
@@ -89,15 +89,15 @@ def test_a_run_goes_on_with_its_split(
     assert kept == ([KEPT] if name == "listed" else [])
 
 
-def first_rank(folder: Path, run: Path, num_layers: str) -> Run:
-    """Stage 0 of a resume, up to where it would read weights; the other stage is not needed."""
+def first_rank(folder: Path, run: Path, num_layers: str, stages: int = 2) -> Run:
+    """Stage 0 of a resume, up to where it would read weights; the other stages are not needed."""
     own = flags(folder, num_layers) | {
         "checkpoint-path": run,
         "use-cuda": "false",
-        "pipeline-group-size": 2,
-        "world-size": 2,
+        "pipeline-group-size": stages,
+        "world-size": stages,
     }
-    return Run(**run_parts(own) | {"topology": Topology(0, 2, 1)})
+    return Run(**run_parts(own) | {"topology": Topology(0, stages, 1)})
 
 
 @pytest.mark.parametrize(
@@ -119,21 +119,25 @@ def test_another_spelling_of_the_same_split_is_no_change(
 
 
 @pytest.mark.parametrize(
-    ("name", "asked", "words"),
+    ("name", "asked", "stages", "line"),
     [
-        ("listed", "3,1", ("--num-layers is 3,1,", "made with 1,3")),
-        ("listed", "2", ("--num-layers is 2, which is 2,2,", "made with 1,3")),
-        ("even", "3", ("--num-layers is 3, which is 3,1,", "made with 2,2")),
-        ("auto", "2,2", ("--num-layers is 2,2,", "made with 3,1")),
+        ("listed", "3,1", 2, "the checkpoint's 2 stages of 1,3 layers become 2 of 3,1"),
+        ("listed", "2", 2, "the checkpoint's 2 stages of 1,3 layers become 2 of 2,2"),
+        ("even", "3", 2, "the checkpoint's 2 stages of 2,2 layers become 2 of 3,1"),
+        ("auto", "2,2", 2, "the checkpoint's 2 stages of 3,1 layers become 2 of 2,2"),
+        ("auto", "auto", 1, "the checkpoint's 2 stages of 3,1 layers become 1 of 4"),
+        ("listed", "auto", 3, "the checkpoint's 2 stages of 1,3 layers become 3 of 1,2,1"),
     ],
 )
-def test_another_split_is_an_error_that_names_both(
-    name: str, asked: str, words: tuple[str, ...], ended: tuple[Path, dict[str, Told]]
-) -> None:
-    with pytest.raises(ValueError) as error:
-        first_rank(ended[0], run_folder(ended[0], name, 2, 1), asked)
-    assert all(word in str(error.value) for word in words), error.value
-    assert "\n" not in str(error.value)
+def test_another_split_is_told_in_one_line(
+    name: str, asked: str, stages: int, line: str, ended: tuple[Path, dict[str, Told]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """auto keeps the checkpoint's split on as many stages, and chooses anew on others."""
+    run = run_folder(ended[0], name, 2, 1)
+    with caplog.at_level(logging.INFO):
+        assert first_rank(ended[0], run, asked, stages).start == STEPS
+    assert [record.message for record in caplog.records] == [line]
 
 
 def edited(run: Path, target: Path, **changes: Any) -> Path:

@@ -11,6 +11,7 @@ import torch
 
 from checkpoint.loading import load_checkpoint_, load_shards_
 from modules.registry import MODELS
+from modules.split import Split
 from modules.stage_model import StageModel
 from tests.tiny import from_hf, make_hf
 
@@ -24,7 +25,8 @@ def load_shards(model: StageModel, folder: Path, dtype: torch.dtype) -> None:
 
 
 def load_stage(model: StageModel, folder: Path, dtype: torch.dtype) -> None:
-    load_checkpoint_(model, folder, 0, FAMILY, FAMILY.load_config(folder), dtype=dtype)
+    config, split = FAMILY.load_config(folder), Split((LAYERS,))
+    load_checkpoint_(model, folder, split, FAMILY, config, dtype=dtype)
 
 
 LOADS: dict[str, tuple[Load, str, str]] = {

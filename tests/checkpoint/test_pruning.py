@@ -17,6 +17,7 @@ import torch
 
 from checkpoint.pruning import Keep
 from checkpoint.step_manifest import read_manifest
+from comm.stopping import StopRequest
 from monitor.console import Console
 from tests.checkpoint.models import hf_weights
 from tests.checkpoint.test_damage import to_hf
@@ -139,7 +140,11 @@ def test_a_crash_while_old_steps_go_costs_nothing(
         folder = tmp_path / "run" / step
         read_manifest(folder, 0).check(folder)
     assert Run(**run_parts(again)).start > 0
-    train(**{**run_parts(again), "nonce": "another"}, console=Console(io.StringIO()))
+    train(
+        **{**run_parts(again), "nonce": "another"},
+        console=Console(io.StringIO()),
+        stop=StopRequest(),
+    )
     assert steps_of(tmp_path / "run") == KEPT
     assert states_of(tmp_path / "run") == [str(STEPS)]
     assert same(state(tmp_path / "run", 0, STEPS), state(flags["checkpoint-path"], 0, STEPS))

@@ -27,6 +27,7 @@ from optimizer.lr_schedule import learning_rate
 from optimizer.mixed_precision import Algorithm, MixedPrecisionOptimizer
 from optimizer.ownership import deal_out
 from optimizer.state import collect_state, restore_state
+from optimizer.state_check import KeptState
 
 ALONE = Topology(0, 1, 1)
 SCHEDULES = {
@@ -273,7 +274,9 @@ def test_state_restores_to_the_bit(dtype: torch.dtype, algorithm: type[Algorithm
     state = collect_state(two, LocalCommunicator(), ALONE)
     kept = {name: nn.Parameter(p.detach().float()) for name, p in parted.items()}
     resumed = make_optimizer(kept, algorithm=algorithm(), dtype=dtype)
-    restore_state(resumed, state, LocalCommunicator(), ALONE, updates=3, source=Path("state"))
+    same = {name: name for name in resumed.names}
+    states = [KeptState(Path("state"), state, names=same, taken=same)]
+    restore_state(resumed, states, LocalCommunicator(), ALONE, updates=3)
     for optimizer in (one, resumed):
         set_gradients(optimizer, 9)
         optimizer.step(lr=0.01, factor=1.0)

@@ -15,6 +15,7 @@ from comm.topology import Topology
 from optimizer.adam_8bit import Adam8bit
 from optimizer.mixed_precision import MixedPrecisionOptimizer
 from optimizer.state import collect_state, finite_weights, restore_state
+from optimizer.state_check import KeptState
 from tests.optimizer.test_optimizer import make_optimizer, make_parameters
 
 ALONE, FILE, UPDATES = Topology(0, 1, 1), Path("7/prank_3_optimizer.pt"), 5
@@ -55,7 +56,9 @@ WRONG: dict[str, tuple[Callable[[State], object], str]] = {
 
 
 def restore(optimizer: MixedPrecisionOptimizer, state: State) -> None:
-    restore_state(optimizer, state, LocalCommunicator(), ALONE, updates=UPDATES, source=FILE)
+    names = {name: name for name in optimizer.names}
+    kept = KeptState(FILE, state, names=names, taken=names)
+    restore_state(optimizer, [kept], LocalCommunicator(), ALONE, updates=UPDATES)
 
 
 def good_state(optimizer: MixedPrecisionOptimizer) -> State:

@@ -1,0 +1,72 @@
+"""Where the modules of a stage are in a checkpoint of other stages, against tables made by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from checkpoint.resharding import Continuation, describe_change, find_module, names_in
+from modules.split import AUTO, Asked, Split
+
+# Seven blocks, which are 1 to 7; 0 is the embedding and 8 the head. By split, each stage's modules.
+HELD = {
+    (7,): [[0, 1, 2, 3, 4, 5, 6, 7, 8]],
+    (5, 2): [[0, 1, 2, 3, 4, 5], [6, 7, 8]],
+    (3, 4): [[0, 1, 2, 3], [4, 5, 6, 7, 8]],
+    (1, 3, 2, 1): [[0, 1], [2, 3, 4], [5, 6], [7, 8]],
+}
+# The run's split and the checkpoint's, and of which stages of that each of the run's needs files.
+SOURCES = [
+    ((5, 2), (1, 3, 2, 1), [[0, 1, 2], [2, 3]]),
+    ((1, 3, 2, 1), (5, 2), [[0], [0], [0, 1], [1]]),
+    ((3, 4), (5, 2), [[0], [0, 1]]),
+    ((5, 2), (7,), [[0], [0]]),
+    ((7,), (1, 3, 2, 1), [[0, 1, 2, 3]]),
+    ((5, 2), (5, 2), [[0], [1]]),
+]
+
+
+@pytest.mark.parametrize("split", HELD)
+def test_each_module_is_found_where_it_was_saved(split: tuple[int, ...]) -> None:
+    expected = [(stage, j) for stage, held in enumerate(HELD[split]) for j, _ in enumerate(held)]
+    assert [find_module(index, Split(split)) for index in range(9)] == expected
+
+
+@pytest.mark.parametrize(("now", "kept", "expected"), SOURCES)
+def test_a_stage_needs_the_files_of_those_that_had_its_modules(
+    now: tuple[int, ...], kept: tuple[int, ...], expected: list[list[int]]
+) -> None:
+    continuation = Continuation(Split(now), Split(now))
+    found = [continuation.sources(stage, Split(kept)) for stage in range(len(now))]
+    assert found == expected
+
+
+def test_names_are_those_of_the_stage_that_saved_them() -> None:
+    """Stage 1 of 1,3,2,1, modules 2 to 4, for stage 1 of 3,4, which has 4 to 8."""
+    keys = {index: [f"w{index}", "bias"] for index in range(9)}
+    assert names_in(range(2, 5), range(4, 9), lambda index: keys[index]) == {
+        "0.w4": "2.w4", "0.bias": "2.bias",
+    }  # fmt: skip
+    assert names_in(range(0, 2), range(4, 9), lambda index: keys[index]) == {}
+
+
+@pytest.mark.parametrize(
+    ("asked", "chosen", "kept", "now"),
+    [
+        (AUTO, "4,3", "5,2", "5,2"),
+        (AUTO, "2,3,2", "5,2", "2,3,2"),
+        (Split((4, 3)), "4,3", "5,2", "4,3"),
+        (4, "4,3", "1,3,2,1", "4,3"),
+    ],
+)
+def test_auto_keeps_the_split_on_as_many_stages(
+    asked: Asked, chosen: str, kept: str, now: str
+) -> None:
+    splits = {text: Split(map(int, text.split(","))) for text in (chosen, kept, now)}
+    continuation = Continuation(asked, splits[chosen])
+    assert continuation.split_after(splits[kept]) == splits[now]
+    assert continuation.is_change(splits[kept]) == (kept != now)
+
+
+def test_the_line_that_tells_it() -> None:
+    line = describe_change(Split((2, 2, 2, 2)), Split((4, 4)))
+    assert line == "the checkpoint's 4 stages of 2,2,2,2 layers become 2 of 4,4"
