@@ -6,8 +6,6 @@ Imported only after the flags have been checked, since it brings torch with it.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,14 +13,12 @@ from contextlib import contextmanager
 import torch
 
 from argument_checks import fixed_flags, free_flags
-from checkpoint.continuity import changes, check_same_config, check_same_run
 from checkpoint.disk import check_disk
 from checkpoint.pruning import Keep
 from checkpoint.shard_manifest import check_shard
 from checkpoint.strict import module_shapes
-from checkpoint.training_state import CheckpointStore, ResumePoint
+from checkpoint.training_state import CheckpointStore
 from comm.fabric import Fabric
-from comm.messages import gather_json
 from comm.stopping import CLOSING, StopRequest, training
 from comm.topology import Topology
 from modules.family import Family
@@ -42,10 +38,11 @@ from training_memory import MemoryMeasure
 from training_pipeline import build_agreement, build_engine, loop_settings, names_by_stage
 from training_products import settle_products
 from training_profile import TrainingProfile
+from training_resume import check_same_on_all, find_resume
 from training_save import Saver
 from training_shortage import explain_shortage
 from training_split import StageSplit
-from training_update import build_optimizer, build_updater, checkpoint_bytes, idle_flags
+from training_update import build_optimizer, build_updater, checkpoint_bytes
 from training_weights import load_state_, load_weights_
 
 logger = logging.getLogger(__name__)
@@ -96,7 +93,7 @@ class Run:
             args.num_layers, args.model_type, self._config,
             num_stages=topology.num_stages, tokens=args.seq_length,
         )  # fmt: skip
-        self._check_same_config()
+        check_same_on_all(args.model_name, fabric.control)
         self._data = (
             TrainingData(args, vocab_size=self._config.vocab_size) if topology.rank == 0 else None
         )
@@ -111,7 +108,9 @@ class Run:
             keep=Keep(args.keep_checkpoints, args.keep_optimizer_states),
         )
         self._settings = loop_settings(args)
-        self._resume = self._find_resume()
+        self._resume = find_resume(
+            args, store=self._store, split=self._split, topology=topology, control=fabric.control
+        )
         self.start = 0 if self._resume is None else self._resume.step
         self._loader: BatchLoader | None = None
         self._doing = "the start"
@@ -215,17 +214,6 @@ class Run:
 
     # ---- what the machine and the other ranks have ----
 
-    def _check_same_config(self) -> None:
-        raw = json.loads((self._args.model_name / "config.json").read_text(encoding="utf-8"))
-        digest = hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
-        found = gather_json(self._fabric.control, digest)
-        other = next((rank for rank, one in enumerate(found) if one != found[0]), None)
-        if other is not None:
-            raise ValueError(
-                f"--model-name {self._args.model_name}: config.json is not the same on rank 0 and "
-                f"rank {other}"
-            )
-
     def _check_disk(self) -> None:
         every = self._args.checkpoint_steps or self._args.total_steps
         every = max(every, self._args.gradient_accumulate_step)  # saves wait for an update's end
@@ -245,30 +233,6 @@ class Run:
             meta=None if self._resume is None else self._resume.meta,
             control=self._fabric.control,
         )
-
-    def _find_resume(self) -> ResumePoint | None:
-        path = self._args.checkpoint_path
-        if not self._args.load_checkpoint:
-            if self._store.exists():
-                raise ValueError(
-                    f"--load-checkpoint false, but --checkpoint-path {path} has a checkpoint: name "
-                    "another folder, or move it away"
-                )
-            return None
-        point = self._store.find(self._split.continuation)
-        if point is None or point.meta is None:
-            return point
-        if self._topology.rank == 0:  # --task-name may be another on the other ranks' machines
-            check_same_run(point.meta, fixed_flags(self._args))
-        if self._topology.replica == 0:
-            check_same_config(point.folder, self._args.model_name)
-        self._split.go_on(point.folder, point.meta, self._fabric.control)
-        idle = idle_flags(self._args, point.meta)
-        for line in changes(point.meta, free_flags(self._args), idle=idle):
-            logger.info("%s", line)
-        self._store.verify(point)
-        self._store.continue_from(point.step)
-        return point
 
     def _build_model(self) -> StageModel:
         return StageModel(
