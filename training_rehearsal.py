@@ -104,7 +104,8 @@ class Rehearsal:
             _draw_nothing(model)
         replicas = self._group("replicas", topology.replica_ranks(topology.stage), topology)
         optimizer = build_optimizer(self._args, model, replicas, NO_TRACER, algorithm)
-        built, host = live.peak[kind], live.current["cpu"] if self._cuda else 0
+        offloads = self._cuda and self._args.use_offload
+        built, host = live.peak[kind], live.current["cpu"] if offloads else 0
         copy = self._copy(model, optimizer, topology)
         copied = sum(_storages(copy).values())
         trained = self._train(model, optimizer, topology, documents, live)

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from tests.bad_input import ROOT
 from tests.dist import free_port, run_ranks
 from tests.runs import Case, Told, meet_at, to_argv, train_cases
 from tests.tasks.material import make_texts, tokenizer, write_jsonl
+from training_shortage import explain_shortage
 
 HIDDEN, LAYERS = 128, 2
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 3 GiB."
@@ -146,6 +148,28 @@ def test_where_even_the_advice_needs_too_much_the_plan_is_named(told: dict[str, 
     line = told["tight-1-1"].stopped
     assert line is not None
     assert line.endswith("; the same command with --plan tells which flags help")
+
+
+def test_what_failed_is_let_go_of_before_advice_is_sought() -> None:
+    def work() -> None:
+        held = torch.zeros(10)
+        seen.append(weakref.ref(held))
+        raise MemoryError
+
+    def rehearse(*_: object, **__: object) -> None:
+        assert seen[0]() is None
+        raise MemoryError
+
+    seen: list[weakref.ref[torch.Tensor]] = []
+    nothing: Any = None
+    try:
+        work()
+    except MemoryError as error:
+        with patch("training_shortage.Rehearsal", rehearse):
+            explained = explain_shortage(
+                "here", error, nothing, nothing, nothing, nothing, topology=nothing, cuda=False
+            )
+    assert str(explained).startswith("here: out of memory; the same command")
 
 
 def test_memory_that_truly_runs_out_ends_every_rank(folder: Path) -> None:
