@@ -15,8 +15,9 @@ from tasks.indexed_documents import IndexedDocuments
 from tasks.mixture import BlockStream, Pack, StreamIdentity
 from tasks.opening import open_source
 from tasks.packing import ConcatenatedSource, PackedSource
-from tasks.registry import TASK_FLAG, SourceSpec, shown
+from tasks.registry import TASK_FLAG, SourceSpec
 from tasks.seeds import derive_seed
+from tasks.shown import shown
 from tasks.shuffled import Shuffled
 from tasks.source import Source
 from tasks.workers import Workers

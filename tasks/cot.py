@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tasks.lines import LINES, check_text
-from tasks.registry import shown
+from tasks.shown import shown
 from tasks.source import BadLineError, Document, Record, Source
 
 FORM = LINES

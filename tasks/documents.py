@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from tasks.bad_lines import BadLines
 from tasks.file_digest import describe_file
-from tasks.registry import shown
 from tasks.seeds import derive_seed
+from tasks.shown import shown
 from tasks.source import BadLineError, Document, Record, Source
 
 CHUNK_DOCUMENTS = 4096

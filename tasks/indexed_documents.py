@@ -11,8 +11,8 @@ from functools import cached_property
 from tasks.bad_lines import BadLines
 from tasks.documents import State
 from tasks.permutation import Permutation
-from tasks.registry import shown
 from tasks.seeds import derive_seed
+from tasks.shown import shown
 from tasks.source import BadLineError, Document, Items, Source
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from tasks.file_digest import describe_file
 from tasks.lines import Form, parse_row
-from tasks.registry import shown
+from tasks.shown import shown
 from tasks.source import BadLineError, Document
 
 _SPACE = re.compile(r"[ \t\n\r]*")

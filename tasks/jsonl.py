@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from tasks.compression import DamagedStream, decompressed
 from tasks.lines import LINES, Form, parse_line
-from tasks.registry import shown
+from tasks.shown import shown
 from tasks.source import Record
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"

@@ -14,7 +14,7 @@ from tasks.file_digest import describe_file
 from tasks.jsonl import BYTE_ORDER_MARK
 from tasks.line_index import line_index
 from tasks.lines import LINES, Form, parse_line
-from tasks.registry import shown
+from tasks.shown import shown
 from tasks.source import BadLineError, Document
 
 NEWLINE = b"\n"

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.registry import shown
+from tasks.shown import shown
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from typing import Any
 from tasks.instruction_items import InstructionItems
 from tasks.items_file import ItemsFile
 from tasks.lines import Form, answered, check_text
-from tasks.registry import shown
+from tasks.shown import shown
 from tasks.source import Document, Source
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import pyarrow
 from pyarrow import parquet
 
 from tasks.lines import LINES, Form, parse_row
-from tasks.registry import shown
+from tasks.shown import shown
 from tasks.source import BadLineError, Document, Record, one_line
 
 BATCH_ROWS = 256

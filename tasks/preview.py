@@ -17,7 +17,7 @@ from tasks.document_packing import pack_apart_once
 from tasks.encoding import Encoded, Encoder
 from tasks.mixture import BlockStream, Pack
 from tasks.packing import pack_once
-from tasks.registry import shown
+from tasks.shown import shown
 from tasks.shuffled import Shuffled
 from tasks.source import BadLineError, Source
 

@@ -14,6 +14,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from tasks.shown import shown
+
 if TYPE_CHECKING:
     from tasks.lines import Form
     from tasks.source import Source
@@ -253,8 +255,3 @@ def supported() -> str:
 
 def _suffixes() -> str:
     return f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
-
-
-def shown(value: str) -> str:
-    """`value` as it may stand in a message of one line."""
-    return value if value.isprintable() else ascii(value)

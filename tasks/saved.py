@@ -8,7 +8,8 @@ from functools import partial
 
 from tasks.items_file import ItemsFile
 from tasks.lines import Form
-from tasks.registry import Place, shown
+from tasks.registry import Place
+from tasks.shown import shown
 from tasks.source import Source
 
 

@@ -11,7 +11,7 @@ import pyarrow
 
 from tasks.file_digest import describe_file
 from tasks.lines import Form, parse_row
-from tasks.registry import shown
+from tasks.shown import shown
 from tasks.source import BadLineError, Document, one_line
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from tasks.registry import shown
+from tasks.shown import shown
 
 
 class Message(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from transformers import AutoTokenizer
 
-from tasks.registry import shown
+from tasks.shown import shown
 
 TOKENIZER_FLAG = "--tokenizer-name"
 HUB_TIMEOUT_SECONDS = 10.0
