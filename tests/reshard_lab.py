@@ -32,6 +32,7 @@ def layers_of(stages: int, _replicas: int) -> str:
 
 
 def flags(folder: Path, kind: tuple[str, str], **changes: object) -> dict[str, Any]:
+    """Of a run in that precision with that optimizer, at any shape."""
     precision, optimizer = kind
     return {
         "model-name": folder / "shards" / "model",

@@ -42,14 +42,14 @@ from training_setup import Run
 FEW: list[tuple[Shape, Shape]] = [((1, 2), (2, 1)), ((4, 1), (1, 2))]
 FEW_KINDS = [*KINDS[1:], ("fp16", "adam")]
 LONG = 12  # steps after the save in the long form
-# Relative. In fp32 what the project promises; in half precision a weight's last bit is 4e-3 (bf16)
-# or 5e-4 (fp16) of it, and some round the other way where sums do.
+# Relative, of losses. In fp32 what the project promises: 1e-7 measured over the long form. In half
+# precision losses differ where a weight rounds the other way, which none did: 0 measured.
 TOLERANCES = {
     ("fp32", "adam"): 1e-5,
     ("fp32", "8bit-adam"): 1e-4,
-    ("bf16", "adam"): 1e-3,
-    ("bf16", "8bit-adam"): 1e-3,
-    ("fp16", "adam"): 1e-3,
+    ("bf16", "adam"): 1e-4,
+    ("bf16", "8bit-adam"): 1e-4,
+    ("fp16", "adam"): 1e-4,
 }
 Spoil = Callable[[Path], object]
 
@@ -231,7 +231,7 @@ def test_a_step_without_manifests_goes_on_too(
 
 @pytest.mark.slow
 def test_the_whole_matrix(tmp_path: Path) -> None:
-    """Every pair of shapes in every precision and with every optimizer, three times as long."""
+    """Every pair of shapes in fp32 and bf16 with either optimizer, and for longer."""
     longer = {"total-steps": SAVED + LONG}
     whole = [Case("-".join(kind), flags(tmp_path, kind, **longer)) for kind in KINDS]
     others = [case for kind in KINDS for case in resumed(tmp_path, kind, PAIRS, **longer)]
