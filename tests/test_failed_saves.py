@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ from comm.topology import Topology
 from monitor.metrics import read_metrics
 from tests.bad_input import ROOT
 from tests.dist import run_ranks
-from tests.full_disk import files_no_larger_than
+from tests.full_disk import files_no_larger_than, fill, small_disk
 from tests.kill_lab import leftovers, same, state
 from tests.runs import Case, Told, curve, meet_at, run_folder, to_argv, train_cases
 from tests.tasks.material import make_texts, write_jsonl
@@ -211,35 +210,12 @@ def test_a_refused_write_names_the_file(ended: Ended) -> None:
     assert "prank_1_checkpoint.pt" in line
 
 
-@contextmanager
-def small_disk(place: Path, size: str) -> Iterator[None]:
-    """A disk of its own, which takes a privilege that not every machine of tests gives."""
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(place)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("a small disk cannot be mounted here")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
-
-
 def start(flags: dict[str, Any]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(ROOT / "dist_clm_train.py"), *to_argv(flags)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-
-
-def fill(path: Path) -> None:
-    """Takes all that is free on the disk."""
-    with path.open("wb", buffering=0) as file:
-        try:
-            while file.write(b"0" * 4096):
-                pass
-        except OSError:
-            return
 
 
 def test_a_disk_that_is_full_for_the_rest_of_the_run(tmp_path: Path) -> None:
