@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +54,15 @@ class FaultLab:
         disks = self.disks(name)
         return disks[stage % len(disks)]
 
-    def start(self, name: str, changes: dict[str, Any], injector: Injector | None) -> Outcome:
+    def start(self, name: str, changes: dict[str, Any], injector: Injector) -> Outcome:
         if self.hosts:
             changes = {**changes, "dist-url": f"tcp://{self.hosts[0].address}:{free_port()}"}
         return fork_ranks(
             self.lab.argvs(name, own_disks=bool(self.hosts), changes=changes),
             self.lab.folder,
-            kills=[] if injector is None else injector.armed(),
+            kills=injector.armed(),
             seconds=_LONGEST,
-            attend=None if injector is None else injector.attend,
+            attend=injector.attend,
             hosts=[self.hosts[rank % STAGES].name for rank in range(WORLD)] if self.hosts else None,
         )
 
@@ -111,9 +112,13 @@ def live(
 
 def _undisturbed(lab: FaultLab) -> float:
     """The run to compare with, all of whose steps are saved, and the seconds of an ordinary one."""
-    whole = lab.start("whole", {"checkpoint-steps": 2}, None)
+    no_faults = partial(
+        Injector, [], life=0.0, phases=Phases(WORLD), disks=SmallDisks([], mounted=False),
+        hosts=lab.hosts,
+    )  # fmt: skip
+    whole = lab.start("whole", {"checkpoint-steps": 2}, no_faults())
     began = time.monotonic()
-    again = lab.start("again", {}, None)
+    again = lab.start("again", {}, no_faults())
     assert whole.statuses == again.statuses == [0] * WORLD, (whole, again)
     return time.monotonic() - began
 

@@ -54,7 +54,7 @@ class RunPlan:
 
 
 def draw_runs(seed: int, count: int, kinds: Sequence[str] = ALONE) -> list[RunPlan]:
-    """Runs of 1 to 3 faults; every second saves beside training, every third tokenizes beside it."""
+    """Runs of 1 to 3 faults; every second saves, every third tokenizes beside training."""
     draw = random.Random(seed)
     deck = _shuffled_for_ever(draw, kinds)
     return [

@@ -163,7 +163,8 @@ def fork_ranks(
         pid = os.fork()
         if pid == 0:
             mine = [kill for kill in kills if kill.rank == rank]
-            _be_rank(argvs[rank], folder / f"rank{rank}", mine, None if hosts is None else hosts[rank])
+            host = None if hosts is None else hosts[rank]
+            _be_rank(argvs[rank], folder / f"rank{rank}", mine, host)
         group.append(pid)
         os.setpgid(pid, group[0])
         return pid
