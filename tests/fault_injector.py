@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from monitor.metrics import read_metrics
 from tests.connections import Cutter, between
 from tests.fault_plan import CUT, FULL, KILL, STOP, TERM, UNPLUGGED, Fault
 from tests.full_disk import fill
 from tests.hosts import Host, plug
-from tests.kill_lab import WORLD, WRITERS
+from tests.kill_lab import STEPS, WORLD, WRITERS
 from tests.phases import PhaseMarks, Phases
 from tests.processes import Armed, Kill
 
@@ -101,8 +102,8 @@ class SmallDisks:
 class Injector:
     """Attends the ranks of one start.
 
-    `life` is how many seconds what is left of the run takes undisturbed; `hosts` are the machines
-    of the stages, none where all ranks share one.
+    `life` is how many seconds the whole run takes undisturbed, `metrics` its record; `hosts` are
+    the machines of the stages, none where all ranks share one.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class Injector:
         faults: Sequence[Fault],
         *,
         life: float,
+        metrics: Path,
         phases: Phases,
         disks: SmallDisks,
         hosts: Sequence[Host],
@@ -118,7 +120,9 @@ class Injector:
         self._waiting = {fault: point(fault) if fault.moment else None for fault in faults}
         self._cutters = [Cutter(rank) for rank in range(WORLD)]
         self._points = [one for one in self._waiting.values() if one is not None]
-        self._life, self._phases, self._disks, self._hosts = life, phases, disks, hosts
+        self._phases, self._disks, self._hosts = phases, disks, hosts
+        self._metrics, self._done = metrics, len(read_metrics(metrics))
+        self._life = life * (1 - self._done / (STEPS + 1))
         self._began: float | None = None
         self._room: dict[Fault, float] = {}  # when a full disk has room again
 
@@ -132,7 +136,7 @@ class Injector:
         now = time.monotonic()
         self._began = self._began or now
         for fault, one in list(self._waiting.items()):
-            due = one.is_reached() if one else now > self._began + fault.share * self._life
+            due = one.is_reached() if one else fault.share < self._share(now)
             if due and fault.rank not in ended:
                 del self._waiting[fault]
                 self.hits.append(Hit(fault, self._phases.of(fault.rank), now))
@@ -156,6 +160,16 @@ class Injector:
             cutter.close()
         for one in self._points:
             one.close()
+
+    def _share(self, now: float) -> float:
+        """How much of what was left of the run is done: by the clock, or by what the metrics say.
+
+        The clock counts before the first step, and where a full disk keeps the metrics back; but it
+        may lag, where the machine has less to do than it had in the undisturbed run.
+        """
+        assert self._began is not None
+        begun, steps = self._done, len(read_metrics(self._metrics))
+        return max((now - self._began) / self._life, (steps - begun) / max(STEPS - begun, 1))
 
     def _strike(self, fault: Fault, pids: Sequence[int], ended: Mapping[int, int | None]) -> None:
         if fault.kind == FULL:

@@ -13,14 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from monitor.metrics import read_metrics
 from tests.dist import free_port
 from tests.fault_checks import damage, differences, misbehaviour
 from tests.fault_injector import Hit, Injector, SmallDisks
 from tests.fault_plan import Fault, RunPlan
 from tests.full_disk import mount_disk, unmount_disk
 from tests.hosts import Host
-from tests.kill_lab import STAGES, STEPS, WORLD, WRITERS, Lab, make_lab
+from tests.kill_lab import STAGES, WORLD, WRITERS, Lab, make_lab
 from tests.phases import Phases
 from tests.processes import Outcome, fork_ranks, import_all
 
@@ -113,8 +112,8 @@ def live(
 def _undisturbed(lab: FaultLab) -> float:
     """The run to compare with, all of whose steps are saved, and the seconds of an ordinary one."""
     no_faults = partial(
-        Injector, [], life=0.0, phases=Phases(WORLD), disks=SmallDisks([], mounted=False),
-        hosts=lab.hosts,
+        Injector, [], life=1.0, metrics=lab.lab.folder / "none", phases=Phases(WORLD),
+        disks=SmallDisks([], mounted=False), hosts=lab.hosts,
     )  # fmt: skip
     whole = lab.start("whole", {"checkpoint-steps": 2}, no_faults())
     began = time.monotonic()
@@ -164,10 +163,10 @@ def _start(
     disks: SmallDisks,
     life: float,
 ) -> Start:
-    done = len(read_metrics(lab.disks(name)[0] / "metrics.jsonl"))
     injector = Injector(
-        faults, life=life * (1 - done / STEPS), phases=Phases(WORLD), disks=disks, hosts=lab.hosts
-    )
+        faults, life=life, metrics=lab.disks(name)[0] / "metrics.jsonl", phases=Phases(WORLD),
+        disks=disks, hosts=lab.hosts,
+    )  # fmt: skip
     try:
         outcome = lab.start(name, dict(plan.changes), injector)
         ended = time.monotonic()
