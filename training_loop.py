@@ -151,6 +151,7 @@ class TrainingLoop:
         if self._settings.saves_after(step) or self._stops_after(step) or given_up:
             self._check_weights(step)
             self._finish_save()
+            self._recorder.saving()
             is_last = given_up or self._stops_after(step) or step == self._settings.total_steps
             if self._saves.save(step, self._feed.state, is_last=is_last):
                 self._recorder.saved()
@@ -163,7 +164,10 @@ class TrainingLoop:
             )
 
     def _finish_save(self) -> None:
-        if self._saves.is_pending and self._saves.finish():
+        if not self._saves.is_pending:
+            return
+        self._recorder.saving()
+        if self._saves.finish():
             self._recorder.saved()
 
     def _check_weights(self, step: int) -> None:

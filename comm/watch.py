@@ -22,6 +22,7 @@ from comm.hub import MAX_LINE, PING_SECONDS, Hub, Message, decode, encode, keep_
 from comm.rendezvous import Rendezvous
 from comm.stopping import Asked, StopRequest
 from comm.topology import Topology
+from comm.watchdog import Watchdog
 
 _LINGER_SECONDS = 5.0
 _GOODBYE_SECONDS = 60.0
@@ -41,6 +42,7 @@ class Watch:
         self._describe = describe
         self._hub: Hub | None = None
         self._link: socket.socket | None = None
+        self._watchdog: Watchdog | None = None  # of the meeting
         self._first = threading.Lock()
         self._heard = threading.Event()
         self._all_alive = threading.Event()
@@ -71,10 +73,13 @@ class Watch:
             for arrival in rendezvous.roster
         ]
         watch = cls(rank=rendezvous.rank, describe=describe, stop=stop)
+        watch._watchdog = rendezvous.watchdog
+        assert watch._watchdog is not None
         if rendezvous.rank == 0:
             watch._open_hub(rendezvous)
         else:
             watch._open_link(rendezvous)
+        watch._watchdog.hand_over(watch._unconnected)
         return watch
 
     def pass_on(self, number: int) -> None:
@@ -105,6 +110,12 @@ class Watch:
         if self._all_answer():
             self.fail(1, f"{error} {_RESUME}")
         self._end(1, self._gone(0, "it does not answer"))
+
+    def _unconnected(self, status: int, line: str) -> NoReturn:
+        """The groups did not stand in time: ends this process, naming a rank that hangs."""
+        if self._all_answer():
+            self.fail(status, line.removeprefix(f"rank {self._rank}: "))
+        self._end(status, self._gone(0, "it does not answer"))
 
     def close(self) -> None:
         """Says goodbye; rank 0 waits (a minute at most) until all others have."""
@@ -220,6 +231,8 @@ class Watch:
         if not self._first.acquire(blocking=False):
             time.sleep(2 * _LINGER_SECONDS)
             leave(1)
+        if self._watchdog is not None:
+            self._watchdog.cancel()  # it would say another line while this process waits for others
 
     def _end(self, status: int, line: str) -> NoReturn:
         """Ends this process for what happened elsewhere, unless it is ending already."""

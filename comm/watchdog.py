@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 from comm.ending import leave, say
 
@@ -21,6 +22,7 @@ class Watchdog:
         self.seconds = seconds
         self._started = time.monotonic()
         self._verdict = (1, "")
+        self._end: Callable[[int, str], object] = _say_and_leave
         self._cancelled = threading.Event()
         threading.Thread(target=self._watch, name="join-watchdog", daemon=True).start()
 
@@ -43,12 +45,19 @@ class Watchdog:
         """Sets what is said, and the exit status, should the deadline pass from here on."""
         self._verdict = (status, line)
 
+    def hand_over(self, end: Callable[[int, str], object]) -> None:
+        """From here on it is `end` that is called with exit status and line, to end the process."""
+        self._end = end
+
     def cancel(self) -> None:
         """What the deadline was for is done."""
         self._cancelled.set()
 
     def _watch(self) -> None:
         if not self._cancelled.wait(self.seconds + GRACE_SECONDS):
-            status, line = self._verdict
-            say(line)
-            leave(status)
+            self._end(*self._verdict)
+
+
+def _say_and_leave(status: int, line: str) -> None:
+    say(line)
+    leave(status)

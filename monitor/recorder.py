@@ -34,6 +34,9 @@ class Recorder(Protocol):
     def iteration(self, metrics: IterationMetrics) -> None:
         """An iteration has ended, and its evaluation where one was due."""
 
+    def saving(self) -> None:
+        """A checkpoint is about to be written."""
+
     def saved(self) -> None:
         """A checkpoint has been written."""
 
@@ -49,6 +52,8 @@ class SilentRecorder:
     def evaluated(self, step: int, held_out: HeldOut) -> None: ...
 
     def iteration(self, metrics: IterationMetrics) -> None: ...
+
+    def saving(self) -> None: ...
 
     def saved(self) -> None: ...
 
@@ -76,9 +81,16 @@ class FileRecorder:
         self.progress.evaluated(step, held_out)
 
     def iteration(self, metrics: IterationMetrics) -> None:
-        self._write(metrics)
+        self.unwritten.append(metrics)
+        self._write(tell=len(self.unwritten) == 1)
         self.progress.update(metrics)
         self.wandb.log(metrics.to_json(), metrics.step)
+
+    def saving(self) -> None:
+        """Where the disk has room again, lines that waited are written: a start that goes on from
+        the checkpoint does not have them."""
+        if self.unwritten:
+            self._write(tell=False)
 
     def saved(self) -> None:
         draw_loss(self.folder / METRICS_NAME, self.folder / PLOT_NAME)
@@ -89,13 +101,12 @@ class FileRecorder:
         self.progress.close()
         self.wandb.close()
 
-    def _write(self, metrics: IterationMetrics) -> None:
+    def _write(self, *, tell: bool) -> None:
         """A full disk costs no training: it is told once, and again if it comes back."""
-        self.unwritten.append(metrics)
         try:
             self.metrics.append(*self.unwritten)
         except OSError as error:
-            if len(self.unwritten) == 1:
+            if tell:
                 logger.warning("%s cannot be written: %s; its lines wait", self.metrics.path, error)
             return
         self.unwritten.clear()

@@ -7,7 +7,6 @@ run is a fork of it that does what `python dist_clm_train.py` would.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import itertools
 import os
@@ -21,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.dist import run_ranks
+from tests.hosts import enter_host
 
 _PRELOADED = (
     "dist_clm_train", "training_setup", "checkpoint.convert_to_hf", "comm.fabric", "monitor.plot",
@@ -29,7 +29,6 @@ _PRELOADED = (
 )  # fmt: skip
 # Below the ephemeral ports (32768 on); by process, so that two test runs do not meet.
 _PORTS = itertools.cycle(range(20_000 + os.getpid() % 100 * 100, 30_100))
-_CLONE_NEWUTS, _CLONE_NEWNET = 0x04000000, 0x40000000
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,7 @@ def _fork(rank: Rank, place: Path) -> int:
     try:
         _redirect(place)
         if rank.host is not None:
-            _enter_host(rank.host)
+            enter_host(rank.host)
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.pop(variable, None)
         os.environ.update(rank.environ)
@@ -181,12 +180,3 @@ def _redirect(place: Path) -> None:
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-
-
-def _enter_host(name: str) -> None:
-    """This process moves to a host of its own: that network, and a host name nobody else sees."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    with Path("/var/run/netns", name).open("rb") as namespace:
-        if libc.setns(namespace.fileno(), _CLONE_NEWNET) or libc.unshare(_CLONE_NEWUTS):
-            raise OSError(ctypes.get_errno(), f"cannot move to the namespace {name}")
-    socket.sethostname(name)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import resource
+import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
 
 
 @contextmanager
@@ -16,3 +21,38 @@ def files_no_larger_than(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def mount_disk(place: Path, size: str) -> bool:
+    """Makes the folder `place` a disk of that size, which takes a privilege that not every machine
+    of tests gives: False where it may not."""
+    place.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(place)]
+    return shutil.which("mount") is not None and not subprocess.run(
+        mount, capture_output=True
+    ).returncode
+
+
+def unmount_disk(place: Path) -> None:
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@contextmanager
+def small_disk(place: Path, size: str) -> Iterator[None]:
+    """A disk of its own, until the end of it."""
+    if not mount_disk(place, size):
+        pytest.skip("a small disk cannot be mounted here")
+    try:
+        yield
+    finally:
+        unmount_disk(place)
+
+
+def fill(path: Path) -> None:
+    """Takes all that is free on the disk."""
+    with path.open("wb", buffering=0) as file:
+        try:
+            while file.write(b"0" * 4096):
+                pass
+        except OSError:
+            return

@@ -16,12 +16,14 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
+
+from tests.hosts import enter_host
 
 _SCRIPT = Path(__file__).parents[1] / "dist_clm_train.py"
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
@@ -31,6 +33,31 @@ _PRELOADED = (
 )  # fmt: skip
 _PR_SET_PDEATHSIG = 1
 _HEARD_SECONDS = 0.3  # until a signal that does not kill has been heard
+
+
+# Called all the time, with the ranks' process ids and the statuses of those that have ended.
+Attendant = Callable[[Sequence[int], Mapping[int, "int | None"]], None]
+
+
+class Armed(Protocol):
+    """What a rank's process does to itself before it begins."""
+
+    @property
+    def rank(self) -> int:
+        """Whose process it is for."""
+
+    def arm(self) -> None:
+        """Called once, in that process."""
+
+
+def find(target: str) -> tuple[Any, str]:
+    """What has `module:function` or `module:Class.method` as an attribute, and its name."""
+    module, _, path = target.partition(":")
+    *outer, name = path.split(".")
+    owner: Any = importlib.import_module(module)
+    for part in outer:
+        owner = getattr(owner, part)
+    return owner, name
 
 
 @dataclass(frozen=True)
@@ -58,11 +85,7 @@ class Kill:
 
     def arm(self) -> None:
         """From here on this process gets the signals at the moment."""
-        module, _, path = self.target.partition(":")
-        *outer, name = path.split(".")
-        owner: Any = importlib.import_module(module)
-        for part in outer:
-            owner = getattr(owner, part)
+        owner, name = find(self.target)
         original, calls = getattr(owner, name), itertools.count(1)
 
         def armed(*args: Any, **kwargs: Any) -> Any:
@@ -113,23 +136,40 @@ def import_all() -> None:
         importlib.import_module(name)
 
 
+def _let_go(pids: Sequence[int], ended: Mapping[int, int | None]) -> None:
+    """A rank that was stopped (SIGSTOP) goes on once all others have ended."""
+    left = set(range(len(pids))) - ended.keys()
+    if len(left) == 1:
+        os.kill(pids[left.pop()], signal.SIGCONT)
+
+
 def fork_ranks(
-    argvs: Sequence[Sequence[str]], folder: Path, *, kills: Sequence[Kill] = (),
+    argvs: Sequence[Sequence[str]],
+    folder: Path,
+    *,
+    kills: Sequence[Armed] = (),
     seconds: float = 90.0,
-) -> Outcome:  # fmt: skip
-    """Runs all ranks to their ends, which `kills` may bring about."""
+    attend: Attendant = _let_go,
+    hosts: Sequence[str] | None = None,
+) -> Outcome:
+    """Runs all ranks to their ends, which `kills` or `attend` may bring about.
+
+    `hosts` are the names of the made-up machines (tests.hosts) that the ranks are on.
+    """
 
     group: list[int] = []  # a process group of their own, for `to_all`
 
     def start(rank: int) -> int:
         pid = os.fork()
         if pid == 0:
-            _be_rank(argvs[rank], folder / f"rank{rank}", [k for k in kills if k.rank == rank])
+            mine = [kill for kill in kills if kill.rank == rank]
+            host = None if hosts is None else hosts[rank]
+            _be_rank(argvs[rank], folder / f"rank{rank}", mine, host)
         group.append(pid)
         os.setpgid(pid, group[0])
         return pid
 
-    return _await_all(start, len(argvs), folder, seconds=seconds)
+    return _await_all(start, len(argvs), folder, seconds=seconds, attend=attend)
 
 
 def spawn_ranks(
@@ -141,6 +181,10 @@ def spawn_ranks(
 ) -> Outcome:
     """As `fork_ranks`, of `python dist_clm_train.py`; the kill comes from outside."""
 
+    def attend(pids: Sequence[int], ended: Mapping[int, int | None]) -> None:
+        if kill and kill.seen and kill.rank not in ended and kill.seen(pids[kill.rank]):
+            os.kill(pids[kill.rank], signal.SIGKILL)
+
     def start(rank: int) -> int:
         place = folder / f"rank{rank}"
         files = [
@@ -150,7 +194,7 @@ def spawn_ranks(
         command = [sys.executable, str(_SCRIPT), *argvs[rank]]
         return os.posix_spawn(sys.executable, command, _environ(), file_actions=files)
 
-    return _await_all(start, len(argvs), folder, seconds=seconds, kill=kill)
+    return _await_all(start, len(argvs), folder, seconds=seconds, attend=attend)
 
 
 def imports_torch(pid: int) -> bool:
@@ -167,7 +211,7 @@ def _await_all(
     folder: Path,
     *,
     seconds: float,
-    kill: Kill | None = None,
+    attend: Attendant,
 ) -> Outcome:
     pids: list[int] = []
     ends: dict[int, tuple[int | None, float]] = {}
@@ -175,11 +219,8 @@ def _await_all(
         pids += map(start, range(count))
         deadline = time.monotonic() + seconds
         while len(ends) < count and time.monotonic() < deadline:
-            if kill and kill.seen and kill.rank not in ends and kill.seen(pids[kill.rank]):
-                os.kill(pids[kill.rank], signal.SIGKILL)
+            attend(pids, {rank: status for rank, (status, _) in ends.items()})
             _reap(pids, ends, os.WNOHANG)
-            if len(ends) == count - 1:
-                _let_go(pids, ends)
             time.sleep(0.01)
     finally:
         for rank in set(range(len(pids))) - ends.keys():
@@ -203,13 +244,9 @@ def _reap(pids: list[int], ends: dict[int, tuple[int | None, float]], options: i
             ends[rank] = (os.waitstatus_to_exitcode(status), time.monotonic())
 
 
-def _let_go(pids: list[int], ends: dict[int, tuple[int | None, float]]) -> None:
-    """A rank that was stopped (SIGSTOP) goes on once all others have ended."""
-    for rank in set(range(len(pids))) - ends.keys():
-        os.kill(pids[rank], signal.SIGCONT)
-
-
-def _be_rank(argv: Sequence[str], place: Path, kills: Sequence[Kill]) -> NoReturn:
+def _be_rank(
+    argv: Sequence[str], place: Path, kills: Sequence[Armed], host: str | None
+) -> NoReturn:
     """The forked process's whole life; it does not outlive the one that forked it."""
     status = 1
     try:
@@ -221,6 +258,8 @@ def _be_rank(argv: Sequence[str], place: Path, kills: Sequence[Kill]) -> NoRetur
         os.environ.clear()
         os.environ.update(_environ())
         torch.set_num_threads(1)
+        if host is not None:
+            enter_host(host)
         for kill in kills:
             kill.arm()
         status = _status_of(lambda: importlib.import_module("dist_clm_train").main(argv))

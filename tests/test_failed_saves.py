@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -23,10 +22,10 @@ from unittest.mock import patch
 import pytest
 
 from comm.topology import Topology
-from monitor.metrics import read_metrics
+from monitor.metrics import IterationMetrics, MetricsFile, read_metrics
 from tests.bad_input import ROOT
 from tests.dist import run_ranks
-from tests.full_disk import files_no_larger_than
+from tests.full_disk import files_no_larger_than, fill, small_disk
 from tests.kill_lab import leftovers, same, state
 from tests.runs import Case, Told, curve, meet_at, run_folder, to_argv, train_cases
 from tests.tasks.material import make_texts, write_jsonl
@@ -80,6 +79,31 @@ def slow_disk(topology: Topology) -> Iterator[None]:
         return original(*args)
 
     with patch.object(module, "write_stage_files", slow):
+        yield
+
+
+SEEN = "seen.json"
+
+
+@contextmanager
+def no_room_for_a_line(_topology: Topology) -> Iterator[None]:
+    """The disk has room again when the line of step 2, which ends with a save, was refused; and
+    each save notes, before its folder gets its name, which steps the metrics have."""
+    append, publish = MetricsFile.append, importlib.import_module(FOLDER).publish
+    refused: list[int] = []
+
+    def append_later(file: MetricsFile, *lines: IterationMetrics) -> None:
+        if not refused and lines[-1].step == EVERY:
+            refused.append(EVERY)
+            raise OSError(28, "No space left on device")
+        append(file, *lines)
+
+    def note(partial: Path, final: Path) -> None:
+        seen = [line["step"] for line in read_metrics(final.parent / "metrics.jsonl")]
+        (final.parent / SEEN).open("a").write(f"{json.dumps([int(final.name), seen])}\n")
+        publish(partial, final)
+
+    with patch.object(MetricsFile, "append", append_later), patch(f"{FOLDER}.publish", note):
         yield
 
 
@@ -157,6 +181,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
     ]
     cases.append(Case("whole", {**flags, **LATE}))
     cases.append(Case("beside", {**flags, **LATE, "async-checkpoint": "true"}, slow_disk))
+    cases.append(Case("a line", {**flags, **LATE}, no_room_for_a_line))
     return Ended(folder, run_ranks(2, train_cases, meet_at([(2, 1)]), cases, folder))
 
 
@@ -211,17 +236,12 @@ def test_a_refused_write_names_the_file(ended: Ended) -> None:
     assert "prank_1_checkpoint.pt" in line
 
 
-@contextmanager
-def small_disk(place: Path, size: str) -> Iterator[None]:
-    """A disk of its own, which takes a privilege that not every machine of tests gives."""
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(place)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("a small disk cannot be mounted here")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
+def test_a_step_is_not_saved_before_its_line_is_written(ended: Ended) -> None:
+    """Killed after the save, the run goes on from it, and would lack the line for ever."""
+    notes = [json.loads(line) for line in (ended.run("a line") / SEEN).read_text().splitlines()]
+    assert {step for step, _ in notes} == set(range(EVERY, STEPS + 1, EVERY))
+    for step, seen in notes:
+        assert seen[:step] == list(range(1, step + 1))
 
 
 def start(flags: dict[str, Any]) -> subprocess.Popen[str]:
@@ -230,16 +250,6 @@ def start(flags: dict[str, Any]) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-
-
-def fill(path: Path) -> None:
-    """Takes all that is free on the disk."""
-    with path.open("wb", buffering=0) as file:
-        try:
-            while file.write(b"0" * 4096):
-                pass
-        except OSError:
-            return
 
 
 def test_a_disk_that_is_full_for_the_rest_of_the_run(tmp_path: Path) -> None:

@@ -6,11 +6,8 @@ are those of one machine, to the bit, also after one of them has died and both w
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from checkpoint.convert_to_hf import convert_to_hf
 from modules.registry import MODELS
 from monitor.metrics import read_metrics
 from tests.entry import Outcome, Rank, Run, run_all
+from tests.hosts import HOSTS, wired
 from tests.runs import to_argv
 from tests.tasks.material import make_texts, tokenizer, write_jsonl
 from tests.tiny import make_hf
@@ -32,50 +30,11 @@ LAYOUTS = {"one pipeline": (2, 1), "one replica in each": (1, 2)}
 LAYERS = 3
 
 
-@dataclass(frozen=True)
-class Host:
-    """A made-up machine: its name (also of its namespace), interface and address."""
-
-    name: str
-    interface: str
-    address: str
-
-
-HOSTS = (
-    Host(f"near-{os.getpid()}", "wan0", "10.77.0.1"),
-    Host(f"far-{os.getpid()}", "eth-lab", "10.77.0.2"),
-)
-
-
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, text=True, timeout=20)
-
-
-def make_wire() -> None:
-    for host in HOSTS:
-        ip("netns", "add", host.name)
-    near, far = HOSTS
-    ends = ("link", "add", near.interface, "netns", near.name, "type", "veth", "peer", "name")
-    ip(*ends, far.interface, "netns", far.name)
-    for host in HOSTS:
-        ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", host.interface)
-        for interface in ("lo", host.interface):
-            ip("-n", host.name, "link", "set", interface, "up")
-
-
 @pytest.fixture(scope="module")
 def wire() -> Iterator[None]:
     """The two hosts, as long as the tests run."""
-    if shutil.which("ip") is None:
-        pytest.skip("needs the command ip (Debian's package iproute2)")
-    try:
-        make_wire()
+    with wired():
         yield
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"may not make network namespaces here: {error.stderr.strip()}")
-    finally:
-        for host in HOSTS:
-            subprocess.run(["ip", "netns", "delete", host.name], capture_output=True, check=False)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from comm.store import parse_url
 from comm.topology import Topology
 from comm.watch import Watch
 from tests.comm.processes import Process, start
+from tests.comm.ranks import enter
 from tests.dist import free_port
 
 LOOPBACK = Interface("lo", "127.0.0.1")
@@ -48,6 +50,23 @@ def arrives_and_dies(ready: Path, rank: int, world_size: int, url: str, timeout:
     """Killed between its arrival and the link: here, as soon as the ranks have met."""
     joins(ready, rank, world_size, url, {}, timeout)
     os._exit(9)
+
+
+def links_and_hangs(ready: Path, rank: int, world_size: int, url: str, timeout: float) -> None:
+    met = joins(ready, rank, world_size, url, {}, timeout)
+    Watch.connect(met, Topology(rank, world_size, 1))
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def connects(_ready: Path, rank: int, url: str, timeout: float) -> None:
+    enter(rank, url, num_stages=3, num_replicas=1, join_timeout=timeout)
+
+
+def links_with_little_grace(
+    ready: Path, rank: int, world_size: int, url: str, timeout: float
+) -> None:
+    watchdog.GRACE_SECONDS = 1.0
+    links(ready, rank, world_size, url, timeout)
 
 
 def links(ready: Path, rank: int, world_size: int, url: str, timeout: float) -> None:
@@ -179,6 +198,27 @@ def test_a_rank_that_dies_before_the_groups_stand(tmp_path: Path) -> None:
     with running(*ranks, dying):
         for rank in ranks:
             expect(rank, 1, "rank 2 (stage 2, replica 0, host ", within=10.0)
+
+
+def test_who_waits_for_goodbyes_past_the_deadline_has_said_its_line(tmp_path: Path) -> None:
+    """As where the wire to other machines is cut while the ranks link."""
+    url = url_here()
+    hanging = start(tmp_path, "1", links_and_hangs, 1, 3, url, 3.0)
+    dying = start(tmp_path, "2", arrives_and_dies, 2, 3, url, 3.0)
+    rank = start(tmp_path, "0", links_with_little_grace, 0, 3, url, 3.0)
+    with running(rank, hanging, dying):
+        expect(rank, 1, "rank 2 (stage 2, replica 0, host ", within=20.0)
+
+
+def test_a_rank_that_hangs_before_the_groups_stand(tmp_path: Path) -> None:
+    """The others name it, and not whom their own deadline ended first."""
+    url = url_here()
+    ranks = [start(tmp_path, str(r), connects, r, url, 2.0) for r in (0, 1)]
+    hanging = start(tmp_path, "2", links_and_hangs, 2, 3, url, 2.0)
+    with running(*ranks, hanging):
+        for rank in ranks:
+            expect(rank, 1, "rank 2 (stage 2, replica 0, host ", within=20.0)
+            assert "is gone: it does not answer" in rank.lines[-1]
 
 
 def test_a_world_of_one_opens_no_socket(monkeypatch: pytest.MonkeyPatch) -> None:

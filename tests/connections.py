@@ -1,0 +1,92 @@
+"""Connections between two ranks, cut as where a router forgets them: both ends see them closed.
+
+It takes no privilege: a thread in one of the ranks shuts its ends down.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_ESTABLISHED = "01"
+_ANSWER_SECONDS = 3.0
+
+Ports = tuple[int, int]  # of this end and of the other
+
+
+def between(pid: int, other: int) -> list[Ports]:
+    """The established connections between two processes, by the ports of `pid`'s end first."""
+    theirs = {(remote, local) for local, remote in _connections(other)}
+    return sorted(_connections(pid) & theirs)
+
+
+def _connections(pid: int) -> set[Ports]:
+    """Of a process, which may be in a network of its own."""
+    own, found = _sockets(pid), set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            _, local, remote, state, *_, inode = line.split()[:10]
+            if state == _ESTABLISHED and inode in own:
+                found.add((int(local.split(":")[1], 16), int(remote.split(":")[1], 16)))
+    return found
+
+
+def _sockets(pid: int | str) -> dict[str, int]:
+    """A process's descriptors of sockets by inode."""
+    found = {}
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed in the meantime
+            name = os.readlink(entry)
+            if name.startswith("socket:"):
+                found[name[8:-1]] = int(entry.name)
+    return found
+
+
+@dataclass(frozen=True)
+class Cutter:
+    """Cuts connections of one rank when its parent asks for it."""
+
+    rank: int
+    _asked: tuple[int, int] = field(default_factory=os.pipe)
+    _done: tuple[int, int] = field(default_factory=os.pipe)
+
+    def arm(self) -> None:
+        threading.Thread(target=self._serve, name="cutter", daemon=True).start()
+
+    def cut(self, connections: Sequence[Ports]) -> None:
+        """By the parent: returns when they are cut, or the rank does not answer."""
+        for local, remote in connections:
+            os.write(self._asked[1], f"{local} {remote}\n".encode())
+        done = 0
+        while done < len(connections):
+            if not select.select([self._done[0]], [], [], _ANSWER_SECONDS)[0]:
+                return  # the process is stuck, or ending
+            done += len(os.read(self._done[0], len(connections)))
+
+    def close(self) -> None:
+        for descriptor in (*self._asked, *self._done):
+            os.close(descriptor)
+
+    def _serve(self) -> None:
+        with os.fdopen(self._asked[0]) as requests:
+            for request in requests:
+                local, remote = map(int, request.split())
+                for end in _ends(local, remote):
+                    with contextlib.suppress(OSError):  # closed in the meantime
+                        end.shutdown(socket.SHUT_RDWR)
+                os.write(self._done[1], b".")
+
+
+def _ends(local: int, remote: int) -> Iterator[socket.socket]:
+    """This process's ends of the connection between those ports."""
+    for descriptor in _sockets("self").values():
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as end:
+            is_ip = end.family in (socket.AF_INET, socket.AF_INET6)
+            if is_ip and (end.getsockname()[1], end.getpeername()[1]) == (local, remote):
+                yield end
