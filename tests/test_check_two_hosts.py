@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,16 @@ import pytest
 from tests.bad_input import argv
 from tests.cluster import make_model
 from tests.entry import Rank, Run, run_all
-from tests.test_two_hosts import HOSTS, wire
+from tests.hosts import HOSTS, wired
 
 RATE = 40e6 / 8  # bytes per second, of the first machine's sends, headers included
-__all__ = ["wire"]
+
+
+@pytest.fixture(scope="module")
+def wire() -> Iterator[None]:
+    """The two hosts, as long as the test runs."""
+    with wired():
+        yield
 
 
 @pytest.mark.usefixtures("wire")
