@@ -9,12 +9,10 @@ from typing import NamedTuple
 from checkpoint.model_folder import read_json_object
 from checkpoint.resharding import Continuation
 from checkpoint.stage_split import told_split
-from checkpoint.step_folder import is_whole, save_of
+from checkpoint.step_folder import not_whole, save_of
 from checkpoint.step_manifest import (
-    PARTS,
     StageManifest,
     any_manifest,
-    manifest_name,
     num_stages,
     part_name,
     read_manifest,
@@ -71,14 +69,9 @@ def look_at(folder: Path, stage: int, continuation: Continuation) -> StageRecord
 
 
 def file_names(stages: Sequence[int], *, checked: bool = True) -> str:
-    """The files that stages write for themselves."""
-    names = [
-        name
-        for one in stages
-        for name in (*(part_name(one, part) for part in PARTS), manifest_name(one))
-        if checked or name != manifest_name(one)
-    ]
-    return ", ".join(names)
+    """The files that stages write for themselves, as a shell spells them too, in one word each."""
+    ends = ["checkpoint.pt", "optimizer.pt", "scheduler.pt", *["manifest.json"] * checked]
+    return ", ".join(f"prank_{one}_{{{','.join(ends)}}}" for one in stages)
 
 
 def _split_of(folder: Path, model_layers: int) -> Split | None:
@@ -94,9 +87,8 @@ def _split_of(folder: Path, model_layers: int) -> Split | None:
 
 
 def _look_unchecked(folder: Path, found: StageRecord) -> StageRecord:
-    absent = [one for one in found.sources if not is_whole(folder, one)]
-    if absent:
-        return found._replace(lack=file_names(absent, checked=False))
+    if absent := not_whole(folder, found.sources):
+        return found._replace(lack=", ".join(absent))
     return found._replace(save=save_of(folder))
 
 

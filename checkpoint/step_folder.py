@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,14 +115,15 @@ def save_of(folder: Path) -> str:
     return hashlib.sha256((folder / "meta.json").read_bytes()).hexdigest()
 
 
-def is_whole(folder: Path, stage: int) -> bool:
-    """Whether a step's folder without manifests has meta.json, config.json and a stage's files.
+def not_whole(folder: Path, stages: Sequence[int]) -> list[str]:
+    """Which of meta.json, config.json and those stages' files a step's folder without manifests has
+    not, or not whole.
 
     torch's files are zip archives, whose directory is written last: a cut one has none.
     """
-    needed = [folder / part_name(stage, part) for part in PARTS]
-    has_both = all((folder / name).is_file() for name in ("meta.json", "config.json"))
-    return has_both and all(map(zipfile.is_zipfile, needed))
+    common = [name for name in ("meta.json", "config.json") if not (folder / name).is_file()]
+    parts = [part_name(stage, part) for stage in stages for part in PARTS]
+    return common + [name for name in parts if not zipfile.is_zipfile(folder / name)]
 
 
 def predecessor_step(path: Path) -> int | None:

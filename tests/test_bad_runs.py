@@ -305,7 +305,7 @@ STATES: dict[str, tuple[Spoil, list[str]]] = {
     ),
     "config of the checkpoint missing": (
         unchecked(lambda d: (d / "2" / "config.json").unlink()),
-        ["--checkpoint-path"],
+        ["--checkpoint-path", "needs in", "checkpoints/2 config.json; "],
     ),
     "weights that are not as saved": (
         lambda d: edit(d / "2" / "prank_1_checkpoint.pt", lambda s: s[f"0.{QKV}"].neg_()),
