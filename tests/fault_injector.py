@@ -80,8 +80,9 @@ class SmallDisks:
         self._limit(self._writers(rank), pids, SMALL_FILES)
 
     def make_room(self, rank: int, pids: Sequence[int]) -> None:
+        """`pids` are none where the processes have ended, and with them what limits them."""
         self._filler(rank).unlink(missing_ok=True)
-        if not self._mounted:
+        if not self._mounted and pids:
             self._limit(self._writers(rank), pids, resource.RLIM_INFINITY)
 
     def _filler(self, rank: int) -> Path:
@@ -149,11 +150,11 @@ class Injector:
                 del self._room[fault]
         self._end_stopped(pids, ended)
 
-    def close(self, pids: Sequence[int] = ()) -> None:
+    def close(self) -> None:
         """As the machine is before the next start."""
         for hit in self.hits:
             if hit.fault.kind == FULL:
-                self._disks.make_room(hit.fault.rank, pids)
+                self._disks.make_room(hit.fault.rank, ())
             if hit.fault.kind == UNPLUGGED:
                 plug(self._hosts[0], up=True)
         for cutter in self._cutters:
