@@ -1,6 +1,13 @@
-"""One thread for each process: tests run several at once, and threads that wait for each other's
-core are far slower than none."""
+"""What every process of the tests begins with.
+
+One thread each: tests run several at once, and threads that wait for each other's core are far
+slower than none. And SIGINT as a terminal's process has it: a shell's background job ignores it,
+and so would all that the tests start and interrupt.
+"""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
