@@ -61,6 +61,7 @@ def test_drawn_faults(tmp_path: Path) -> None:
     check(lead(tmp_path, SEED, RUNS), ALONE)
 
 
+@pytest.mark.slow
 def test_drawn_faults_of_two_hosts_that_share_no_disk(wire: None, tmp_path: Path) -> None:
     """A stage's ranks on each; and the wire between them is pulled."""
     check(lead(tmp_path, SEED_APART, RUNS_APART, HOSTS), APART)
