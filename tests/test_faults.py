@@ -57,6 +57,7 @@ def wire() -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 def test_drawn_faults(tmp_path: Path) -> None:
     check(lead(tmp_path, SEED, RUNS), ALONE)
 
