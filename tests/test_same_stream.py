@@ -8,19 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from comm.fabric import connect
-from comm.interface import Interface
-from comm.job_key import JobKey
-from comm.rendezvous import join
 from comm.topology import Topology
-from comm.watch import Watch
 from pipeline_parallel.feed import Scatter, TrainingFeed
 from tasks.build import open_training_stream
 from tasks.loader import BatchLoader
 from tasks.mixture import BlockStream
 from tasks.registry import SourceSpec
 from tests.dist import run_ranks
-from tests.runs import meet_at
+from tests.runs import connected, meet_at
 from tests.tasks.material import make_texts, tokenizer, write_jsonl
 
 SHAPES = [(2, 2), (1, 4), (4, 1)]
@@ -37,45 +32,34 @@ def stream_of(path: Path, workers: int) -> BlockStream:
 
 
 def take(
-    rank: int, world: int, _: str, shapes: list[tuple[int, int, str]], path: Path
+    rank: int, _world: int, _url: str, shapes: list[tuple[int, int, str]], path: Path
 ) -> list[Taken]:
     """What this rank is fed in each shape, the data resumed in the middle of it."""
-    return [_take(Topology(rank, *shape), world, url, path) for *shape, url in shapes]
+    return [_take(Topology(rank, *shape), url, path) for *shape, url in shapes]
 
 
-def _take(topology: Topology, world: int, url: str, path: Path) -> Taken:
-    rendezvous = join(
-        url=url, rank=topology.rank, world_size=world, interface=Interface("lo", "127.0.0.1"),
-        facts={}, key=JobKey("stream"), start="", join_timeout=60.0,
-    )  # fmt: skip
-    watch = Watch.connect(rendezvous, topology)
-    device = torch.device("cpu")
-    fabric = connect(
-        topology, rendezvous, dist_backend="gloo", dp_backend="gloo", device=device,
-        dist_timeout=60.0, watch=watch,
-    )  # fmt: skip
-    taken: Taken = []
-    state = None
-    for _ in range(2):
-        loader = None
-        if topology.rank == 0:
-            stream = stream_of(path, workers=topology.num_stages - 1)
-            if state is not None:
-                stream.restore(state)
-            loader = BatchLoader(stream, rows=ROWS)
-        scatter = Scatter(
-            fabric.control, topology, rows=ROWS // topology.num_replicas, tokens=TOKENS,
-            keeps_apart=True, device=device,
-        )  # fmt: skip
-        feed = TrainingFeed(scatter, loader, num_batches=BATCHES // 2)
-        for _ in range(BATCHES // 2):
-            rows = feed.take()
-            taken.append({k: v.numpy() for k, v in rows._asdict().items() if v is not None})
-        state = feed.state
-        if loader is not None:
-            loader.close()
-    fabric.close()
-    watch.close()
+def _take(topology: Topology, url: str, path: Path) -> Taken:
+    with connected(topology, url) as (fabric, _):
+        taken: Taken = []
+        state = None
+        for _ in range(2):
+            loader = None
+            if topology.rank == 0:
+                stream = stream_of(path, workers=topology.num_stages - 1)
+                if state is not None:
+                    stream.restore(state)
+                loader = BatchLoader(stream, rows=ROWS)
+            scatter = Scatter(
+                fabric.control, topology, rows=ROWS // topology.num_replicas, tokens=TOKENS,
+                keeps_apart=True, device=torch.device("cpu"),
+            )  # fmt: skip
+            feed = TrainingFeed(scatter, loader, num_batches=BATCHES // 2)
+            for _ in range(BATCHES // 2):
+                rows = feed.take()
+                taken.append({k: v.numpy() for k, v in rows._asdict().items() if v is not None})
+            state = feed.state
+            if loader is not None:
+                loader.close()
     return taken
 
 
