@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from arguments import parse_convert_from_hf, refuse
+from argument_parsing import refuse
+from arguments import parse_convert_from_hf
 from modules.registry import MODELS
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from arguments import parse_convert_to_hf, refuse
+from argument_parsing import refuse
+from arguments import parse_convert_to_hf
 from modules.registry import MODELS
 
 

@@ -24,7 +24,8 @@ from argument_checks import (
     doubts,
     split_dist_url,
 )
-from arguments import one_line, parse_train, refuse, train_parser
+from argument_parsing import one_line, refuse
+from arguments import parse_train, train_parser
 from checkpoint.lock import lock_folder, make_folder
 from comm.ending import say
 from comm.interface import Interface, choose_interface, export

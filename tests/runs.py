@@ -16,16 +16,16 @@ import torch
 from arguments import parse_train
 from checkpoint.latest import write_latest
 from checkpoint.training_state import SaveFailedError
-from comm.fabric import Fabric, connect
+from comm.fabric import Fabric
 from comm.interface import Interface
 from comm.job_key import JobKey
 from comm.messages import gather_json
 from comm.rendezvous import Rendezvous, join
 from comm.stopping import StopRequest
 from comm.topology import Topology
-from comm.watch import Watch
 from monitor.console import Console
 from monitor.metrics import read_metrics
+from tests.comm.ranks import link
 from tests.dist import free_port
 from training_loop import TrainingStoppedError
 from training_setup import train
@@ -87,19 +87,9 @@ def connected(
 ) -> Iterator[tuple[Fabric, str]]:
     """All channels of one process of a shape whose ranks meet at `url`, and the start's nonce."""
     rendezvous = _meet(topology.rank, topology.world_size, url)
-    watch = Watch.connect(rendezvous, topology)
-    fabric = connect(
-        topology,
-        rendezvous,
-        dist_backend=dist_backend,
-        dp_backend="gloo" if dist_backend == "gloo" else "nccl",
-        device=torch.device("cpu"),
-        dist_timeout=dist_timeout,
-        watch=watch,
-    )
-    yield fabric, rendezvous.nonce
-    fabric.close()
-    watch.close()
+    entered = link(topology, rendezvous, dist_backend=dist_backend, dist_timeout=dist_timeout)
+    yield entered.fabric, rendezvous.nonce
+    entered.close()
 
 
 def _train_case(case: Case, path: Path, topology: Topology, fabric: Fabric, nonce: str) -> Told:

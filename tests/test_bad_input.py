@@ -17,6 +17,7 @@ import pytest
 
 import arguments
 from argument_checks import NOT_BUILT_FLAGS, doubts
+from argument_parsing import refuse
 from checkpoint.disk import check_disk
 from comm.local import LocalCommunicator
 from dist_clm_train import look_around
@@ -362,7 +363,7 @@ def start_alone(arguments_given: list[str], environ: Mapping[str, str]) -> None:
     if machine.lock is not None:
         machine.lock.close()
     assert machine.problem is not None, "the mistake was not seen"
-    arguments.refuse(machine.problem)
+    refuse(machine.problem)
 
 
 @pytest.mark.parametrize("flag", NOT_BUILT_FLAGS)

@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import training_rehearsal
+from argument_parsing import size as parsed_size
 from arguments import parse_train
-from arguments import size as parsed_size
 from dist_clm_train import main
 from modules.registry import MODELS
 from modules.rotary import rotation

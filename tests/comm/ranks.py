@@ -55,6 +55,13 @@ def enter(
         start="",
         join_timeout=join_timeout,
     )
+    return link(topology, rendezvous, dist_backend=dist_backend, dist_timeout=dist_timeout)
+
+
+def link(
+    topology: Topology, rendezvous: Rendezvous, *, dist_backend: str, dist_timeout: float
+) -> Rank:
+    """All channels of a process that has met the others."""
     watch = Watch.connect(rendezvous, topology)
     fabric = connect(
         topology,
