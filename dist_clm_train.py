@@ -284,6 +284,7 @@ def _train(
         status = check_cluster(
             args, topology=topology, rendezvous=rendezvous, fabric=fabric, device=device
         )
+        stop.phase = CLOSING
         fabric.close()
         return End(status)
     stopped = train(

@@ -95,8 +95,11 @@ class TrainingLoop:
         """
         try:
             return self._run(start)
-        except TrainingStoppedError:  # on every rank: what was saved before is still to be whole
-            self._finish_save()
+        except TrainingStoppedError as stopped:  # on every rank: what was begun is to be whole
+            try:
+                self._finish_save()
+            except OSError as error:
+                raise TrainingStoppedError(f"{stopped}; and {error}") from error
             raise
 
     def _run(self, start: int) -> str | None:

@@ -81,7 +81,7 @@ class Saver:
             if is_last or self._args.checkpoint_failure == "fatal":
                 raise
             if self._topology.rank == 0:
-                logger.warning("%s; training goes on, and checkpoints are as they were", error)
+                logger.warning("%s; training goes on", error)
             return False
         logger.info("saved step %s in %s", step, self._args.checkpoint_path)
         return True

@@ -10,7 +10,6 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,8 +127,7 @@ class CheckpointStore:
         self._attempt(lambda: self._prepare(final), step, undo=drop)
         self._attempt(lambda: step_folder.publish(folder, final), step, undo=withdraw)
         self._attempt(lambda: write_latest(self.path, step), step)
-        self._tidy(step, final)
-        self._all_here()  # exit status 0 is to mean that every stage came to its end
+        self._tidy(step, final)  # where all meet: status 0 means that every stage came to its end
 
     def _attempt(
         self,
@@ -146,10 +144,8 @@ class CheckpointStore:
         failure = do_together(self._control, work_here, f"saving step {step}")
         if failure is None:
             return
-        if self._writes and undo is not None:
-            with suppress(OSError):  # the disk fails already; a later start clears what is left
-                undo()
-        self._all_here()
+        if undo is not None:  # what the failing disk keeps all the same, a later start clears
+            do_together(self._control, undo if self._writes else None, f"undoing step {step}")
         what = "is not saved" if undo is not None else "is saved, but latest does not name it"
         raise SaveFailedError(f"step {step} {what}: {failure}")
 
@@ -175,13 +171,14 @@ class CheckpointStore:
         expect_latest(self.path)
 
     def _tidy(self, step: int, final: Path) -> None:
-        if not self._writes:
-            return
-        step_folder.drop_replaced(final, self._nonce)
-        try:
+        def remove() -> None:
+            step_folder.drop_replaced(final, self._nonce)
             prune(self.path, step, self._keep, nonce=self._nonce)
-        except OSError as error:
-            logger.warning("older checkpoints could not be removed: %s", error)
+
+        work = remove if self._writes else None
+        failure = do_together(self._control, work, "removing older checkpoints")
+        if failure is not None and self._topology.rank == 0:
+            logger.warning("older checkpoints could not be removed: %s", failure)
 
     def bytes_to_come(self, saves: int, *, weights: int, state: int) -> int:
         """What so many saves will take here at most; `weights` and `state` are those of one."""
@@ -239,9 +236,6 @@ class CheckpointStore:
         """Whether any stage has any checkpoint, whole or not; every process calls it."""
         mine = self._writes and step_folder.any_steps(self.path)
         return any(gather_json(self._control, mine))
-
-    def _all_here(self) -> None:
-        self._control.all_reduce(torch.zeros(1)).wait()
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import pytest
 
 from comm.topology import Topology
 from monitor.metrics import IterationMetrics, MetricsFile, read_metrics
+from monitor.recorder import SilentRecorder
 from tests.bad_input import ROOT
 from tests.dist import run_ranks
 from tests.full_disk import files_no_larger_than, fill, small_disk
@@ -30,6 +31,7 @@ from tests.kill_lab import leftovers, same, state
 from tests.runs import Case, Told, curve, meet_at, run_folder, to_argv, train_cases
 from tests.tasks.material import make_texts, write_jsonl
 from tests.test_parity import make_shards
+from training_loop import TrainingLoop, TrainingStoppedError
 
 STEPS, EVERY = 8, 2
 FOLDER = "checkpoint.step_folder"
@@ -242,6 +244,37 @@ def test_a_step_is_not_saved_before_its_line_is_written(ended: Ended) -> None:
     assert {step for step, _ in notes} == set(range(EVERY, STEPS + 1, EVERY))
     for step, seen in notes:
         assert seen[:step] == list(range(1, step + 1))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_save_that_fails_does_not_hide_why_training_stopped(fails: bool) -> None:
+    """What was being written when it stopped is finished first; if that fails, both are told."""
+
+    class Pending:
+        is_pending, is_writing = True, True
+
+        def save(self, step: int, data: object, *, is_last: bool) -> bool:
+            raise AssertionError("nothing is saved any more")
+
+        def finish(self) -> bool:
+            self.is_pending = False
+            if fails:
+                raise OSError("step 2 is not saved: the disk is full")
+            return True
+
+    class Stopping(TrainingLoop):
+        def __init__(self, saves: Pending) -> None:
+            self._saves, self._recorder = saves, SilentRecorder()
+
+        def _run(self, start: int) -> str | None:
+            raise TrainingStoppedError("step 3: the loss is not finite")
+
+    saves = Pending()
+    with pytest.raises(TrainingStoppedError) as caught:
+        Stopping(saves).run(0)
+    more = "; and step 2 is not saved: the disk is full" if fails else ""
+    assert str(caught.value) == f"step 3: the loss is not finite{more}"
+    assert not saves.is_pending
 
 
 def start(flags: dict[str, Any]) -> subprocess.Popen[str]:
