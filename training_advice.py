@@ -43,7 +43,7 @@ def helpful_changes(
 
 
 def _variants(args: argparse.Namespace) -> Iterator[tuple[str, argparse.Namespace]]:
-    """Each flag that may help and is not given yet, and the flags with it."""
+    """Each change of a flag that may help, and the flags with it."""
     if not args.recompute:
         yield "--recompute true", _with(args, recompute=True)
     if args.pp_mode != "1f1b":
@@ -58,6 +58,8 @@ def _variants(args: argparse.Namespace) -> Iterator[tuple[str, argparse.Namespac
         yield "--optimizer 8bit-adam", _with(args, optimizer="8bit-adam")
     if args.precision == "fp32":
         yield "--bf16", _with(args, bf16=True, precision="bf16")
+    if args.async_checkpoint:
+        yield "no --async-checkpoint", _with(args, async_checkpoint=False)
     stages = 2 * args.pipeline_group_size
     yield (
         f"--pipeline-group-size {stages} --num-layers auto",

@@ -47,7 +47,7 @@ class Saves(Protocol):
     def save(self, step: int, data: Mapping[str, Any], *, is_last: bool) -> bool:
         """Whether the step is saved now: it failed, or is pending, else."""
 
-    def finish(self) -> bool:
+    def finish(self, *, is_last: bool = False) -> bool:
         """Whether what was pending is saved now; waits for it."""
 
 
@@ -97,7 +97,7 @@ class TrainingLoop:
             return self._run(start)
         except TrainingStoppedError as stopped:  # on every rank: what was begun is to be whole
             try:
-                self._finish_save()
+                self._finish_save(is_last=True)
             except OSError as error:
                 raise TrainingStoppedError(f"{stopped}; and {error}") from error
             raise
@@ -166,11 +166,11 @@ class TrainingLoop:
                 f" and saved; --bf16 or a loss scale below {self._updater.scale:g} may help"
             )
 
-    def _finish_save(self) -> None:
+    def _finish_save(self, *, is_last: bool = False) -> None:
         if not self._saves.is_pending:
             return
         self._recorder.saving()
-        if self._saves.finish():
+        if self._saves.finish(is_last=is_last):
             self._recorder.saved()
 
     def _check_weights(self, step: int) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from checkpoint.strict import finite_parts
+from checkpoint.strict import part_sums
 from comm.communicator import Communicator
 from comm.rehearsed import RehearsedAlone, RehearsedGloo, RehearsedNccl
 from comm.topology import Topology
@@ -129,7 +129,7 @@ class Rehearsal:
 
     def _save(self, optimizer: MixedPrecisionOptimizer, topology: Topology) -> None:
         for tensor in (*map(optimizer.weight_of, optimizer.names), *_kept(optimizer)):
-            for _ in finite_parts(tensor):
+            for _ in part_sums(tensor):
                 pass
         if topology.replica == 0:
             control = self._gloo("control", tuple(range(topology.world_size)), topology)

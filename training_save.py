@@ -83,6 +83,8 @@ class Saver:
             if self._topology.rank == 0:
                 logger.warning("%s; training goes on", error)
             return False
+        if is_last:
+            self._store.tidy()
         logger.info("saved step %s in %s", step, self._args.checkpoint_path)
         return True
 

@@ -173,13 +173,15 @@ class Run:
     def train(self, console: Console, stop: StopRequest) -> str | None:
         """From the step it starts at to the last; returns a line where `stop` ended it early."""
         self.prepare()
-        self._doing = "between microbatches"
         logger.info(self.describe())
         logger.info(self.describe_split())
         stop.phase = training(self._args.grace_seconds)
         recorder = self.open_recorder(console)
         try:
-            stopped = self.loop(recorder, stop).run(self.start)
+            self._doing = "making the engine and the copy of --async-checkpoint"
+            loop = self.loop(recorder, stop)
+            self._doing = "between microbatches"
+            stopped = loop.run(self.start)
             stop.phase = CLOSING
             if stopped is None:
                 self.profile.finish()

@@ -53,11 +53,12 @@ def _let_go(error: BaseException) -> None:
 
 
 def _held(stage: StageMemory) -> str:
+    copied = f"{in_units(stage.copied)} of --async-checkpoint's copy, " if stage.copied else ""
     return (
         f"by --plan this rank holds {in_units(stage.weights)} of weights, "
         f"{in_units(stage.gradients)} of gradients, {in_units(stage.optimizer)} of masters and "
-        f"moments, and up to {in_units(stage.activations)} of activations and what is made on the "
-        f"way ({stage.held} microbatches): {in_units(stage.peak)}"
+        f"moments, {copied}and up to {in_units(stage.activations)} of activations and what is "
+        f"made on the way ({stage.held} microbatches): {in_units(stage.peak)}"
     )
 
 

@@ -4,9 +4,10 @@
 
 One process saves a state of that size (weights, and AdamW's moments in fp32), with checksums and
 flushed to disk, in both ways in turn; between saves it multiplies matrices, as training would, for
-as long as saving takes. Beside training, the stall is the copy to host memory and, once all is
-written, the renames. The first save of each way is not counted: it is the one that makes memory.
-The peer is torch.save of the same state, flushed to disk, without checksums.
+as long as saving takes. Beside training, the stall is the look whether all is finite, the copy to
+host memory and, once all is written, the renames. The step before is removed beside training either
+way (--keep-checkpoints 1). The first save of each way is not counted: it is the one that makes
+memory. The peer is torch.save of the same state, flushed to disk, without checksums.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -29,6 +30,7 @@ import torch
 
 from checkpoint.pruning import Keep
 from checkpoint.snapshot import Snapshot, on_host
+from checkpoint.strict import is_finite
 from checkpoint.training_state import CheckpointStore
 from comm.local import LocalCommunicator
 from comm.topology import Topology
@@ -81,6 +83,7 @@ def measure(folder: Path, state: dict[str, Any], rounds: int) -> None:
         copied = timed(partial(begin_beside, store, step, state, snapshot))
         beside = train(lambda: not store.is_writing)
         renamed = timed(store.finish)
+        store.tidy()
         peer = timed(partial(save_plainly, state, folder / "peer.pt"))
         if number > 0:
             for name, seconds in zip(stalls, (at_once, copied + renamed, peer), strict=True):
@@ -91,6 +94,7 @@ def measure(folder: Path, state: dict[str, Any], rounds: int) -> None:
 
 
 def save(store: CheckpointStore, step: int, state: dict[str, Any]) -> None:
+    check(state)
     store.begin(step, parts=on_host(state), meta={"step": step})
     store.finish()
 
@@ -98,7 +102,17 @@ def save(store: CheckpointStore, step: int, state: dict[str, Any]) -> None:
 def begin_beside(
     store: CheckpointStore, step: int, state: dict[str, Any], snapshot: Snapshot
 ) -> None:
+    check(state)
     store.begin(step, parts=snapshot.take(state), meta={"step": step})
+
+
+def check(state: Mapping[str, Any]) -> None:
+    """As training does before it saves."""
+    for value in state.values():
+        if isinstance(value, Mapping):
+            check(value)
+        elif isinstance(value, torch.Tensor):
+            assert is_finite(value)
 
 
 def save_plainly(state: dict[str, Any], path: Path) -> None:

@@ -142,7 +142,7 @@ class _NoSaves:
     def save(self, step: int, data: object, *, is_last: bool) -> bool:
         return False
 
-    def finish(self) -> bool:
+    def finish(self, *, is_last: bool = False) -> bool:
         return False
 
 

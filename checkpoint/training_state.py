@@ -55,6 +55,13 @@ class _Pending(NamedTuple):
     task: Background | None
 
 
+class _Removal(NamedTuple):
+    """What older steps are losing after a save, and by what, on a process that writes."""
+
+    step: int
+    task: Background | None
+
+
 class CheckpointStore:
     """The checkpoints under one --checkpoint-path, as all processes of a run see them.
 
@@ -78,6 +85,7 @@ class CheckpointStore:
         self._extras = {name: broadcast_bytes(control, extras.get(name, b"")) for name in names}
         self._search: Search | None = None
         self._pending: _Pending | None = None
+        self._removal: _Removal | None = None
         self._writes = topology.replica == 0
         if self._writes:
             step_folder.clear_leftovers(path, nonce)
@@ -89,6 +97,7 @@ class CheckpointStore:
         written is not to change until it is.
         """
         assert self._pending is None, "one step is saved at a time"
+        self.tidy()
         meta = broadcast_json(self._control, {**meta, "format": FORMAT, "start": self._nonce})
         folder = step_folder.partial_folder(self.path, step, self._nonce)
         write = partial(self._write, folder, step, parts, meta)
@@ -108,9 +117,9 @@ class CheckpointStore:
     def finish(self) -> None:
         """Lets the step that was begun be one, once all of it is written.
 
-        Every process calls it. SaveFailedError, the same on all of them, where a disk fails: it
-        says on which rank and at which file, and no step was added, or `latest` alone could not be
-        moved.
+        Every process calls it. What --keep-checkpoints drops is removed beside training, until
+        `tidy`. SaveFailedError, the same on all of them, where a disk fails: it says on which rank
+        and at which file, and no step was added, or `latest` alone could not be moved.
         """
         assert self._pending is not None, "a step was begun"
         (step, folder, task), self._pending = self._pending, None
@@ -127,7 +136,18 @@ class CheckpointStore:
         self._attempt(lambda: self._prepare(final), step, undo=drop)
         self._attempt(lambda: step_folder.publish(folder, final), step, undo=withdraw)
         self._attempt(lambda: write_latest(self.path, step), step)
-        self._tidy(step, final)  # where all meet: status 0 means that every stage came to its end
+        remove = partial(self._remove_older, step, final)
+        self._removal = _Removal(step, Background(remove) if self._writes else None)
+
+    def tidy(self) -> None:
+        """Waits until what the last save dropped is removed, which the next save and the run's end
+        do; every process calls it, so that it is also where all meet."""
+        if self._removal is None:
+            return
+        (step, task), self._removal = self._removal, None
+        failure = do_together(self._control, task, f"removing what is older than step {step}")
+        if failure is not None and self._topology.rank == 0:
+            logger.warning("older checkpoints could not be removed: %s", failure)
 
     def _attempt(
         self,
@@ -170,15 +190,9 @@ class CheckpointStore:
         step_folder.make_way(final, self._nonce)
         expect_latest(self.path)
 
-    def _tidy(self, step: int, final: Path) -> None:
-        def remove() -> None:
-            step_folder.drop_replaced(final, self._nonce)
-            prune(self.path, step, self._keep, nonce=self._nonce)
-
-        work = remove if self._writes else None
-        failure = do_together(self._control, work, "removing older checkpoints")
-        if failure is not None and self._topology.rank == 0:
-            logger.warning("older checkpoints could not be removed: %s", failure)
+    def _remove_older(self, step: int, final: Path) -> None:
+        step_folder.drop_replaced(final, self._nonce)
+        prune(self.path, step, self._keep, nonce=self._nonce)
 
     def bytes_to_come(self, saves: int, *, weights: int, state: int) -> int:
         """What so many saves will take here at most; `weights` and `state` are those of one."""

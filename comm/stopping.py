@@ -60,8 +60,8 @@ CLOSING = Phase(math.inf, STOPPED, "")
 def training(grace_seconds: float) -> Phase:
     """The loop looks at the request itself, and has `grace_seconds` for it."""
     line = (
-        f"{grace_seconds:g} s ago (--grace-seconds), and no update has ended and been saved since; "
-        "the same command goes on from the checkpoint before"
+        f"{grace_seconds:g} s ago (--grace-seconds), and what was trained since the last "
+        "checkpoint is not saved yet; the same command goes on from that one"
     )
     return Phase(grace_seconds, 1, line)
 

@@ -256,7 +256,8 @@ def test_a_save_that_fails_does_not_hide_why_training_stopped(fails: bool) -> No
         def save(self, step: int, data: object, *, is_last: bool) -> bool:
             raise AssertionError("nothing is saved any more")
 
-        def finish(self) -> bool:
+        def finish(self, *, is_last: bool = False) -> bool:
+            assert is_last, "training does not go on"
             self.is_pending = False
             if fails:
                 raise OSError("step 2 is not saved: the disk is full")

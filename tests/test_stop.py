@@ -38,8 +38,8 @@ TERM = (signal.SIGTERM,)
 NOT_BEGUN = "before training began: there is nothing to save, and the same command goes on"
 AGAIN = "and again (SIGTERM): ended at once"
 LATE = (
-    "2 s ago (--grace-seconds), and no update has ended and been saved since; the same command "
-    "goes on from the checkpoint before"
+    "2 s ago (--grace-seconds), and what was trained since the last checkpoint is not saved yet; "
+    "the same command goes on from that one"
 )
 
 

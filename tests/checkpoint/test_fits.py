@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from checkpoint.loading import load_checkpoint_, load_shards_
+from checkpoint.strict import is_finite
 from modules.registry import MODELS
 from modules.split import Split
 from modules.stage_model import StageModel
@@ -71,3 +73,23 @@ def test_what_does_not_fit_is_named(
         return
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path / file}: {key} holds {words}")):
         run(model, tmp_path, dtype)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "finite"),
+    [
+        ([6e4, 6e4, 6e4], torch.float16, True),  # whose sum is not
+        ([3e38, 3e38, -1.0], torch.float32, True),
+        ([3e38, 3e38, math.inf], torch.float32, False),
+        ([math.inf, -math.inf, 0.0], torch.float32, False),
+        ([-math.inf, 0.0, 1.0], torch.bfloat16, False),
+        ([math.nan, 0.0, 1.0], torch.bfloat16, False),
+        ([0, 1, 255], torch.uint8, True),
+        ([], torch.float32, True),
+    ],
+)
+def test_what_is_finite(values: list[float], kind: torch.dtype, finite: bool) -> None:
+    """Also where it is in the last of the parts that are looked at."""
+    tensor = torch.tensor(values, dtype=kind)
+    assert is_finite(tensor) == finite
+    assert is_finite(torch.cat([torch.zeros(2 * (1 << 22), dtype=kind), tensor])) == finite

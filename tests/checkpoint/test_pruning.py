@@ -6,6 +6,7 @@ import importlib
 import io
 import itertools
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +16,12 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from checkpoint.pruning import Keep
+from checkpoint.pruning import Keep, prune
 from checkpoint.step_manifest import read_manifest
+from checkpoint.training_state import CheckpointStore
+from comm.local import LocalCommunicator
 from comm.stopping import StopRequest
+from comm.topology import Topology
 from monitor.console import Console
 from tests.checkpoint.models import hf_weights
 from tests.checkpoint.test_damage import to_hf
@@ -149,6 +153,34 @@ def test_a_crash_while_old_steps_go_costs_nothing(
     assert states_of(tmp_path / "run") == [str(STEPS)]
     assert same(state(tmp_path / "run", 0, STEPS), state(flags["checkpoint-path"], 0, STEPS))
     assert leftovers(tmp_path / "run") == []
+
+
+def test_old_steps_go_beside_training_and_before_the_next_is_written(tmp_path: Path) -> None:
+    store = CheckpointStore(
+        tmp_path, control=LocalCommunicator(), topology=Topology(0, 1, 1), nonce="n", extras={},
+        keep=Keep(1),
+    )  # fmt: skip
+    trained = threading.Event()
+
+    def save(step: int) -> None:
+        store.begin(step, parts={"checkpoint": {}}, meta={"step": step})
+        store.finish()
+
+    def prune_slowly(*args: Any, **options: Any) -> None:
+        assert trained.wait(30.0)
+        prune(*args, **options)
+
+    save(1)
+    with patch("checkpoint.training_state.prune", prune_slowly):
+        save(2)
+        assert steps_of(tmp_path) == ["1", "2"]
+        trained.set()
+    store.begin(3, parts={"checkpoint": {}}, meta={"step": 3})
+    assert steps_of(tmp_path) == ["2"]
+    store.finish()
+    store.tidy()
+    assert steps_of(tmp_path) == ["3"]
+    assert leftovers(tmp_path) == []
 
 
 def peak(saves: int, keep: Keep, kept: tuple[int, int], weights: int, states: int) -> int:
