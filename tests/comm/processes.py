@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 
 from comm.communicator import PeerLostError
+from comm.watch import Watch
 from tests.comm.ranks import Rank, enter
 from tests.dist import process_context
 
@@ -82,15 +84,22 @@ def member(
     program: RankProgram,
     dist_timeout: float,
 ) -> None:
-    """Enters a run, says so once all have spoken, and does what `program` says, as the entry script
-    would."""
+    """Enters a run and does what `program` says, as the entry script would; ready is who waits for
+    another in it."""
     entered = enter(
         rank, url, num_stages=shape[0], num_replicas=shape[1], dist_timeout=dist_timeout
     )
     entered.fabric.control.all_reduce(torch.ones(1)).wait()
-    ready.touch()
+    threading.Thread(target=_await_waiting, args=(entered.watch, ready), daemon=True).start()
     try:
         program(entered)
     except PeerLostError as error:
         entered.watch.explain(error)
     entered.close()
+
+
+def _await_waiting(watch: Watch, ready: Path) -> None:
+    before = watch.activity.text
+    while watch.activity.text == before:
+        time.sleep(0.001)
+    ready.touch()

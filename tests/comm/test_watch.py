@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,13 @@ def work_for_ever(rank: Rank) -> None:
     while True:
         rank.fabric.control.all_reduce(torch.ones(4)).wait()
         time.sleep(0.005)
+
+
+def wait_for(victim: int, rank: Rank) -> None:
+    """All are in a sum but that rank, which does not join it."""
+    while rank.topology.rank == victim:
+        time.sleep(1.0)
+    rank.fabric.control.all_reduce(torch.ones(4)).wait()
 
 
 def fail_as_rank_two(rank: Rank) -> None:
@@ -48,8 +56,8 @@ class Run:
             for rank in range(4)
         ]
 
-    def await_ready(self) -> None:
-        await_ready(self.ranks)
+    def await_ready(self, *, but_for: int) -> None:
+        await_ready([rank for number, rank in enumerate(self.ranks) if number != but_for])
 
     def kill(self) -> None:
         for rank in self.ranks:
@@ -66,8 +74,8 @@ def run(tmp_path: Path) -> Iterator[Run]:
 
 @pytest.mark.parametrize("victim", [3, 0])
 def test_a_killed_rank_is_named_at_once(run: Run, victim: int) -> None:
-    run.start(work_for_ever)
-    run.await_ready()
+    run.start(partial(wait_for, victim))
+    run.await_ready(but_for=victim)
     os.kill(run.ranks[victim].pid, signal.SIGKILL)
     for number, rank in enumerate(run.ranks):
         if number != victim:
@@ -90,7 +98,7 @@ def test_a_mistake_that_one_rank_sees_ends_all_with_status_2(run: Run) -> None:
 @pytest.mark.parametrize("victim", [3, 0])
 def test_a_hung_rank_is_named_after_the_timeout(run: Run, victim: int) -> None:
     run.start(work_for_ever, dist_timeout=2.0)
-    run.await_ready()
+    run.await_ready(but_for=victim)
     os.kill(run.ranks[victim].pid, signal.SIGSTOP)
     for number, rank in enumerate(run.ranks):
         if number != victim:
