@@ -27,11 +27,11 @@ def free_port() -> int:
 
 
 def process_context() -> multiprocessing.context.ForkServerContext:
-    """Where processes come from: one server imports torch once, and every rank is its fork."""
+    """Where processes come from: one server imports all once, and every rank is its fork."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # read when torch is imported
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed"])
+    context.set_forkserver_preload(["tests.preloaded"])
     return context
 
 

@@ -1,7 +1,7 @@
 """dist_clm_train.py as processes whose exit status and output a test looks at.
 
-Importing torch and transformers takes seconds. So one process imports all, and every rank of every
-run is a fork of it that does what `python dist_clm_train.py` would.
+Every rank of every run is a fork of one process that has imported all (tests.preloaded), and does
+what `python dist_clm_train.py` would.
 """
 
 from __future__ import annotations
@@ -22,11 +22,6 @@ from pathlib import Path
 from tests.dist import run_ranks
 from tests.hosts import enter_host
 
-_PRELOADED = (
-    "dist_clm_train", "training_setup", "checkpoint.convert_to_hf", "comm.fabric", "monitor.plot",
-    "modules.gptj", "modules.gptneox", "transformers.models.auto.tokenization_auto",
-    "transformers.tokenization_utils_tokenizers", "torch.distributed",
-)  # fmt: skip
 # Below the ephemeral ports (32768 on); by process, so that two test runs do not meet.
 _PORTS = itertools.cycle(range(20_000 + os.getpid() % 100 * 100, 30_100))
 
@@ -93,9 +88,6 @@ def run_all(
 def _serve(
     _rank: int, _world_size: int, _url: str, chains: Sequence[Sequence[Run]], at_once: int
 ) -> dict[str, list[Outcome]]:
-    os.environ["HF_HUB_OFFLINE"] = "1"  # read at the import
-    for name in _PRELOADED:
-        importlib.import_module(name)
     ended: dict[str, list[Outcome]] = {}
     waiting = [_run_chain(chain, ended) for chain in chains]
     running: list[Iterator[None]] = []

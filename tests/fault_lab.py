@@ -21,7 +21,7 @@ from tests.full_disk import mount_disk, unmount_disk
 from tests.hosts import Host
 from tests.kill_lab import STAGES, WORLD, WRITERS, Lab, make_lab
 from tests.phases import Phases
-from tests.processes import Outcome, fork_ranks, import_all
+from tests.processes import Outcome, fork_ranks
 
 JOIN, HANG, GRACE = 12.0, 8.0, 20.0  # seconds: --join-timeout, --dist-timeout, --grace-seconds
 _DISK = "48m"
@@ -98,7 +98,6 @@ def live(
     _rank: int, _world: int, _url: str, lab: FaultLab, plans: Sequence[RunPlan], log: Path
 ) -> list[Lived]:
     """All runs, one after another, compared with one that nobody disturbed; told in `log`."""
-    import_all()
     lab = replace(lab, mounts=_private_mounts())
     life = _undisturbed(lab)
     lived = []

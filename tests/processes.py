@@ -1,8 +1,8 @@
 """Ranks of dist_clm_train.py that get a signal at a chosen moment, and how all end.
 
-Importing torch and transformers takes seconds. So a process that has imported all forks the ranks,
-which do what `python dist_clm_train.py` would; where the import itself is the moment, or for the
-proof that it is the same, the ranks are started as a user starts them.
+A process that has imported all (tests.preloaded) forks the ranks, which do what
+`python dist_clm_train.py` would; where the import itself is the moment, or for the proof that it is
+the same, the ranks are started as a user starts them.
 """
 
 from __future__ import annotations
@@ -27,10 +27,6 @@ from tests.hosts import enter_host
 
 _SCRIPT = Path(__file__).parents[1] / "dist_clm_train.py"
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-_PRELOADED = (
-    "dist_clm_train", "training_setup", "comm.fabric", "monitor.plot", "modules.gptneox",
-    "matplotlib.backends.backend_agg", "transformers.tokenization_utils_tokenizers",
-)  # fmt: skip
 _PR_SET_PDEATHSIG = 1
 _HEARD_SECONDS = 0.3  # until a signal that does not kill has been heard
 
@@ -128,12 +124,6 @@ class Outcome:
     lines: list[list[str]]
     told: list[list[str]]
     seconds: float
-
-
-def import_all() -> None:
-    """What a process does once that is to fork ranks."""
-    for name in _PRELOADED:
-        importlib.import_module(name)
 
 
 def _let_go(pids: Sequence[int], ended: Mapping[int, int | None]) -> None:

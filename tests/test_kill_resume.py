@@ -36,7 +36,7 @@ from tests.kill_lab import (
     state,
 )
 from tests.kill_plan import PUBLISH, draw_plan, import_kill
-from tests.processes import Kill, import_all
+from tests.processes import Kill
 
 SEED = 7
 SHORT_JOIN = 8.0  # seconds, where a rank that never comes is waited for
@@ -53,7 +53,6 @@ def join_timeout(kill: Kill) -> dict[str, float]:
 
 def live(_rank: int, _world: int, _url: str, lab: Lab, seed: int) -> dict[str, list[Start]]:
     """The reference; the plan's starts, and one more to the end; the run without a shared disk."""
-    import_all()
     whole = [lab.start("whole")]
     changes = {"join-timeout": IMPORT_JOIN}
     killed = [lab.start_python("killed", import_kill(seed), changes=changes)]

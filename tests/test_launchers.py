@@ -18,7 +18,6 @@ import pytest
 from monitor.metrics import read_metrics
 from tests.dist import free_port, run_ranks
 from tests.kill_lab import Lab, Start, make_lab, marked, numbers, same, state
-from tests.processes import import_all
 from tests.runs import to_argv
 from tests.test_parity import make_shards
 
@@ -149,7 +148,6 @@ def test_the_sbatch_script_requeues_what_stopped_as_asked(
 
 
 def whole(_rank: int, _world: int, _url: str, lab: Lab) -> Start:
-    import_all()
     return lab.start("whole", changes=TWO_RANKS)
 
 

@@ -19,7 +19,7 @@ from checkpoint.step_manifest import read_manifest
 from tests.dist import run_ranks
 from tests.kill_lab import STEPS, WORLD, Lab, leftovers, make_lab, numbers
 from tests.kill_plan import PUBLISH
-from tests.processes import Kill, Outcome, fork_ranks, import_all
+from tests.processes import Kill, Outcome, fork_ranks
 from tests.test_mixed_precision import worst
 
 _TRAIN = "pipeline_parallel.engine:Engine.train"
@@ -60,7 +60,6 @@ def start(
 
 
 def live(_rank: int, _world: int, _url: str, lab: Lab) -> dict[str, Seen]:
-    import_all()
     found = {"whole": start(lab, "whole", changes={})}
     found["kept, two stages"] = start(lab, "kept", stop_after(1, STOPPED), changes=KEEP)
     again = KEEP | FOUR_PIPELINES

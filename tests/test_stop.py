@@ -30,7 +30,7 @@ from tests.kill_lab import (
     same,
     state,
 )
-from tests.processes import Kill, Outcome, fork_ranks, import_all
+from tests.processes import Kill, Outcome, fork_ranks
 
 _ENGINE = "pipeline_parallel.engine:Engine"
 _TRAIN, _EVALUATE = f"{_ENGINE}.train", f"{_ENGINE}.evaluate"
@@ -131,7 +131,6 @@ class Lived(NamedTuple):
 
 
 def live(_rank: int, _world: int, _url: str, lab: Lab) -> Lived:
-    import_all()
     os.chdir(lab.folder)  # where traces go
     found = {"whole": lab.start("whole")}
     for name, (kills, *_, changes) in PLAN.items():

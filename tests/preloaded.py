@@ -1,0 +1,18 @@
+"""What a process has imported when it is forked for a test, where each would take seconds for it.
+
+It is imported for that alone: by the server that processes are forked from (tests.dist), and so by
+all of them.
+"""
+
+import importlib
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read at the import
+
+for name in (
+    "torch", "torch.distributed", "pytest", "dist_clm_train", "training_setup", "tests.runs",
+    "checkpoint.convert_to_hf", "comm.fabric", "monitor.plot", "modules.gptj", "modules.gptneox",
+    "matplotlib.backends.backend_agg", "transformers.models.auto.tokenization_auto",
+    "transformers.tokenization_utils_tokenizers",
+):  # fmt: skip
+    importlib.import_module(name)
