@@ -6,6 +6,7 @@ Messages are JSON objects, one a line. The hub opens with {"challenge"}; a rank 
                   | {"stop": signal}: the rank was asked to, which rank 0 alone is told
     to the ranks: {"lost": rank} | {"silent": rank} | {"failed": status, "line", "rank"}
                   | {"check": true} | {"all_alive": true} | {"bye": true}
+All ranks are checked from time to time (comm.pulse), and whenever one asks.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from comm.greeting import Greeting
+from comm.pulse import Pulse
 
 Message: TypeAlias = Mapping[str, Any]
 
@@ -109,6 +111,7 @@ class Hub:
         self._seen: set[int] = set()
         self._event: Message | None = None
         self._checked: tuple[float, set[int]] | None = None
+        self._pulse = Pulse()
         self._changed = threading.Condition()
         self._ending = False
         threading.Thread(target=self._serve, name="watch-hub", daemon=True).start()
@@ -176,6 +179,7 @@ class Hub:
                     self._read(key.data)
             self._drop_strangers()
             self._conclude_check()
+            self._take_pulse()
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):  # it may have gone again
@@ -191,6 +195,8 @@ class Hub:
         try:
             for line in peer.lines():
                 self._handle(peer, decode(line))
+                if peer.rank is not None:
+                    self._pulse.heard(peer.rank)
         except (EOFError, ValueError):
             self._drop(peer)
 
@@ -253,6 +259,12 @@ class Hub:
         else:
             self.broadcast({"all_alive": True})
             self._on_event({"all_alive": True})
+
+    def _take_pulse(self) -> None:
+        if self._pulse.is_due():
+            self.broadcast({"check": True})
+        for rank, is_quiet in self._pulse.changes(self._present()):
+            self._on_event({"quiet": is_quiet, "rank": rank})
 
 
 def keep_alive(connection: socket.socket) -> None:

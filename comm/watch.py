@@ -8,6 +8,7 @@ of their own, since the main thread may be stuck in a library that waits for the
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 import threading
 import time
@@ -15,16 +16,21 @@ from typing import BinaryIO, NoReturn
 
 from torch.distributed import DistError
 
+from comm import pulse
 from comm.activity import Activity
 from comm.ending import leave, say
 from comm.greeting import Greeting
 from comm.hub import MAX_LINE, PING_SECONDS, Hub, Message, decode, encode, keep_alive
+from comm.pulse import Pulse
 from comm.rendezvous import Rendezvous
 from comm.stopping import Asked, StopRequest
 from comm.topology import Topology
 from comm.watchdog import Watchdog
 
+logger = logging.getLogger(__name__)
+
 _LINGER_SECONDS = 5.0
+_TICK_SECONDS = 0.5
 _GOODBYE_SECONDS = 60.0
 _VERDICT_SECONDS = PING_SECONDS + 2.0
 _RESUME = "Start all ranks again to resume from the latest checkpoint."
@@ -47,6 +53,7 @@ class Watch:
         self._heard = threading.Event()
         self._all_alive = threading.Event()
         self._closing = False
+        self._pulse = Pulse()  # of rank 0, which knows of the others
 
     @classmethod
     def alone(cls) -> Watch:
@@ -175,6 +182,7 @@ class Watch:
         self._link.settimeout(None)
         keep_alive(self._link)
         threading.Thread(target=self._listen, args=(lines,), name="watch-link", daemon=True).start()
+        threading.Thread(target=self._mind_rank_0, name="watch-pulse", daemon=True).start()
 
     def _greet(self, greeting: Greeting, link: socket.socket, lines: BinaryIO) -> None:
         """Proves this rank to rank 0, and has it prove itself."""
@@ -188,16 +196,35 @@ class Watch:
     def _listen(self, lines: BinaryIO) -> None:
         with contextlib.suppress(OSError, ValueError), lines:
             for line in iter(lambda: lines.readline(MAX_LINE), b""):
+                self._pulse.heard(0)
                 self._on_message(decode(line))
         self._heard.set()
         if not self._closing:
             self._end(1, self._gone(0, "the connection to it closed"))
+
+    def _mind_rank_0(self) -> None:
+        while not self._closing:
+            for rank, is_quiet in self._pulse.changes([0]):
+                self._tell_quiet(rank, is_quiet)
+            time.sleep(_TICK_SECONDS)
+
+    def _tell_quiet(self, rank: int, is_quiet: bool) -> None:
+        if is_quiet:
+            logger.warning(
+                "%s has not been heard for %g s: its process is stopped or starved, or its link is "
+                "cut; who waits for it longer than --dist-timeout ends all",
+                self._describe[rank], pulse.QUIET_SECONDS,
+            )  # fmt: skip
+        else:
+            logger.warning("%s is heard again", self._describe[rank])
 
     def _on_message(self, message: Message) -> None:
         if "check" in message and self._link is not None:
             self._link.sendall(encode({"alive": True}))
         elif "all_alive" in message:
             self._all_alive.set()
+        elif "quiet" in message:
+            self._tell_quiet(message["rank"], message["quiet"])
         elif "bye" in message:
             self._closing = True
         elif "lost" in message:

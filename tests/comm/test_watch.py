@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from comm import pulse
 from comm.watch import Watch
 from tests.comm.processes import Process, RankProgram, await_ready, member, start
 from tests.comm.ranks import Rank
@@ -29,6 +30,11 @@ def wait_for(victim: int, rank: Rank) -> None:
     while rank.topology.rank == victim:
         time.sleep(1.0)
     rank.fabric.control.all_reduce(torch.ones(4)).wait()
+
+
+def work_for_ever_and_ask_often(rank: Rank) -> None:
+    pulse.ASK_SECONDS, pulse.QUIET_SECONDS = 0.2, 2.0
+    work_for_ever(rank)
 
 
 def fail_as_rank_two(rank: Rank) -> None:
@@ -93,6 +99,29 @@ def test_a_mistake_that_one_rank_sees_ends_all_with_status_2(run: Run) -> None:
         assert rank.status(within=30.0) == 2
         prefix = "" if number == 2 else f"rank {number}: "
         assert rank.lines == [f"{prefix}rank 2: --x 3: must be less than 3"]
+
+
+@pytest.mark.parametrize("victim", [3, 0])
+def test_a_hung_rank_is_told_of_before_anybody_gives_up(run: Run, victim: int) -> None:
+    """By rank 0, which knows of all; and by all where it is that one."""
+    run.start(work_for_ever_and_ask_often)
+    run.await_ready(but_for=victim)
+    tellers = [0] if victim else [1, 2, 3]
+    told = {signal.SIGSTOP: " has not been heard for 2 s: ", signal.SIGCONT: " is heard again"}
+    for sent, words in told.items():
+        os.kill(run.ranks[victim].pid, sent)
+        for teller in tellers:
+            await_line(run.ranks[teller], f"rank {victim} (stage {victim % 2}, replica ", words)
+    for number, rank in enumerate(run.ranks):
+        assert rank.process.is_alive()
+        assert len(rank.lines) == (2 if number in tellers else 0)
+
+
+def await_line(process: Process, start: str, words: str) -> None:
+    deadline = time.monotonic() + 20.0
+    while not any(line.startswith(start) and words in line for line in process.lines):
+        assert time.monotonic() < deadline, process.lines
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("victim", [3, 0])

@@ -160,7 +160,7 @@ FILE = st.lists(
 
 @given(parts=FILE, marked=st.booleans(), train_on=st.sampled_from(["all", "completion"]))
 @settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_any_bytes_are_documents_or_named(
     parts: list[tuple[bytes, bytes]], marked: bool, train_on: str, tmp_path: Path
