@@ -7,7 +7,19 @@ and so would all that the tests start and interrupt.
 
 import os
 import signal
+from collections.abc import Iterator
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def products_of_its_own() -> Iterator[None]:
+    """A run in the tests' own process chooses what multiplies its matrices, for that alone."""
+    yield
+    from modules.products import use_matmul  # which imports torch
+
+    use_matmul("default")
