@@ -75,6 +75,8 @@ def _names(hit: Hit, rank: int, lines: Sequence[str]) -> bool:
     fault, text = hit.fault, lines[0].removeprefix(f"rank {rank}: ")
     if hit.phase in JOINING and "could not all connect" in text:
         return "this one over" in text  # nobody can tell it more than its own interface
+    if fault.kind == FULL and hit.phase in JOINING and "the checkpoints of this run need" in text:
+        return True  # it is foreseen, before anything is trained
     if fault.kind == FULL:
         return "is not saved" in text or "latest does not name it" in text
     if fault.kind == TERM and fault.to_all:

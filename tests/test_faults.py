@@ -22,9 +22,9 @@ from tests.fault_lab import Lived, live, make_fault_lab, problems, report, tell
 from tests.fault_plan import ALONE, APART, draw_runs
 from tests.hosts import HOSTS, Host, wired
 
-# Few runs that have every kind of fault.
-SEED, RUNS = 23, 6
-SEED_APART, RUNS_APART = 259, 4
+# Few runs that have every kind of fault, most at named moments, which all machines reach.
+SEED, RUNS = 1588, 5
+SEED_APART, RUNS_APART = 1324, 4
 
 
 def lead(folder: Path, seed: int, runs: int, hosts: Sequence[Host] = ()) -> list[Lived]:
@@ -57,12 +57,10 @@ def wire() -> Iterator[None]:
         yield
 
 
-@pytest.mark.slow
 def test_drawn_faults(tmp_path: Path) -> None:
     check(lead(tmp_path, SEED, RUNS), ALONE)
 
 
-@pytest.mark.slow
 def test_drawn_faults_of_two_hosts_that_share_no_disk(wire: None, tmp_path: Path) -> None:
     """A stage's ranks on each; and the wire between them is pulled."""
     check(lead(tmp_path, SEED_APART, RUNS_APART, HOSTS), APART)
