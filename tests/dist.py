@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -19,11 +21,18 @@ Result = TypeVar("Result")
 _AFTER_FAILURE_SECONDS = 5.0  # how long the others may take to end once a rank has failed
 
 
+# Below the ephemeral ports (32768 on); by process, so that two test runs do not meet.
+_PORTS = itertools.cycle(range(20_000 + os.getpid() % 100 * 100, 30_100))
+
+
 def free_port() -> int:
-    """A port on loopback that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port on loopback that is free, and that the system gives nobody who asks for just any: it
+    is still free for those who meet there later."""
+    while True:
+        port = next(_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def process_context() -> multiprocessing.context.ForkServerContext:

@@ -6,12 +6,9 @@ what `python dist_clm_train.py` would.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import itertools
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -21,9 +18,6 @@ from pathlib import Path
 
 from tests.dist import run_ranks
 from tests.hosts import enter_host
-
-# Below the ephemeral ports (32768 on); by process, so that two test runs do not meet.
-_PORTS = itertools.cycle(range(20_000 + os.getpid() % 100 * 100, 30_100))
 
 
 @dataclass(frozen=True)
@@ -63,18 +57,6 @@ class Outcome:
     @property
     def lines(self) -> list[str]:
         return self.stderr.splitlines()
-
-
-def quiet_port() -> int:
-    """A loopback port that is free, and that the system gives nobody who asks for just any.
-
-    Runs that wait for their turn need one that is still free then.
-    """
-    while True:
-        port = next(_PORTS)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def run_all(

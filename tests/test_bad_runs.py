@@ -24,7 +24,8 @@ import torch
 from checkpoint.lock import lock_folder
 from tests.bad_input import LAYERS, ROOT, VOCAB, Flags, argv, at, make_home, right, the_line
 from tests.checkpoint.models import forget_manifests
-from tests.entry import Outcome, Rank, Run, quiet_port, run_all
+from tests.dist import free_port
+from tests.entry import Outcome, Rank, Run, run_all
 from tests.tasks.material import tokenizer
 
 
@@ -59,7 +60,7 @@ def test_a_command_with_a_shard_that_one_rank_lacks(home: Path) -> None:
     """Nothing but our line on stderr, of torch's C++ side either."""
     model = copy_of(home, "command")
     (model / "pytorch_lm_head.pt").unlink()
-    flags = right(home) | {"dist-url": f"tcp://127.0.0.1:{quiet_port()}"}
+    flags = right(home) | {"dist-url": f"tcp://127.0.0.1:{free_port()}"}
     flags["checkpoint-path"] = home / "runs" / "command"
     ranks = [flags | {"rank": rank} for rank in range(4)]
     ranks[3]["model-name"] = model
@@ -319,7 +320,7 @@ def ranks_of(home: Path, name: str, changes: Mapping[int, Flags]) -> list[Rank]:
     folder = home / "work" / _slug(name)
     folder.mkdir(parents=True)
     flags = right(home) | {
-        "dist-url": f"tcp://127.0.0.1:{quiet_port()}",
+        "dist-url": f"tcp://127.0.0.1:{free_port()}",
         "checkpoint-path": folder / "checkpoints",
     }
     own = [
@@ -350,7 +351,7 @@ def first_runs(home: Path, busy: str) -> list[list[Run]]:
     alone: dict[str, Flags] = {
         "a port in use": {"dist-url": busy},
         "a master that does not listen": {
-            "rank": 1, "dist-url": f"tcp://127.0.0.1:{quiet_port()}", "join-timeout": 2,
+            "rank": 1, "dist-url": f"tcp://127.0.0.1:{free_port()}", "join-timeout": 2,
         },
         "a master that another program is": {"rank": 1, "dist-url": busy, "join-timeout": 2},
         "a GPU that one process lacks": {

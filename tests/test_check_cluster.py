@@ -14,7 +14,8 @@ from arguments import parse_train
 from dist_clm_train import _facts
 from tests.bad_input import argv
 from tests.cluster import flags, make_model
-from tests.entry import Outcome, Rank, Run, quiet_port, run_all
+from tests.dist import free_port
+from tests.entry import Outcome, Rank, Run, run_all
 
 HOST = socket.gethostname()
 
@@ -34,7 +35,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def ranks(home: Path, odd: dict[str, Any], **more: Any) -> list[Rank]:
     """The four of a run, with `odd` flags on the last."""
-    common = flags(home, **{"dist-url": f"tcp://127.0.0.1:{quiet_port()}", **more})
+    common = flags(home, **{"dist-url": f"tcp://127.0.0.1:{free_port()}", **more})
     return [
         Rank(argv({**common, "rank": rank, **(odd if rank == 3 else {})}), home)
         for rank in range(4)

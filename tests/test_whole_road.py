@@ -34,7 +34,8 @@ from tests.checkpoint.test_predecessors import (
     make_checkpoint,
     make_modules,
 )
-from tests.entry import Outcome, Rank, Run, quiet_port, run_all
+from tests.dist import free_port
+from tests.entry import Outcome, Rank, Run, run_all
 from tests.runs import to_argv
 from tests.tasks.material import WORDS, make_texts, tokenizer, write_jsonl
 from tests.tiny import make_hf
@@ -53,7 +54,7 @@ TOLERANCE = 1e-5  # relative, of a loss in fp32
 
 def run_of(name: str, folder: Path, stages: int, flags: Mapping[str, Any]) -> Run:
     """Ranks of one pipeline that work in `folder`."""
-    port = quiet_port()
+    port = free_port()
     common = {
         "task-name": "data.jsonl",
         "seq-length": TOKENS,
@@ -329,7 +330,7 @@ def test_torchrun(how: str, base: Path) -> None:
     folder.mkdir(exist_ok=True)
     shutil.copy(base / "data.jsonl", folder)
     steps = 2 if how == "--master-port" else 3
-    launch = [how, str(quiet_port())] if how == "--master-port" else [how]
+    launch = [how, str(free_port())] if how == "--master-port" else [how]
     flags = {
         "model-name": base / "shards" / "gptneox",
         "model-type": "gptneox",
