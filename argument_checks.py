@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+from comm.dist_url import parse_dist_url
 from modules.registry import MODELS
 from modules.split import Split, check_length, check_split
 from tasks.registry import parse_task_name
@@ -232,19 +232,7 @@ def _check_shape(args: argparse.Namespace) -> None:
         raise ValueError(f"--rank {args.rank}: expected less than --world-size {args.world_size}")
     if isinstance(args.num_layers, Split):
         check_length(args.num_layers, stages)
-    split_dist_url(args.dist_url)
-
-
-def split_dist_url(url: str) -> tuple[str, int]:
-    """Host and port of tcp://host:port; ValueError for anything else."""
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host, port = None, None
-    if not host or not port or parts.scheme != "tcp" or parts.path not in ("", "/"):
-        raise ValueError(f"--dist-url {url}: expected tcp://host:port, the port from 1 to 65535")
-    return host, port
+    parse_dist_url(args.dist_url)
 
 
 def check_model(args: argparse.Namespace) -> None:

@@ -22,11 +22,11 @@ from argument_checks import (
     check_model,
     check_optimizer,
     doubts,
-    split_dist_url,
 )
 from argument_parsing import one_line, refuse
 from arguments import parse_train, train_parser
 from checkpoint.lock import lock_folder, make_folder
+from comm.dist_url import parse_dist_url
 from comm.ending import say
 from comm.interface import Interface, choose_interface, export
 from comm.job_key import JobKey, is_readable_by_others, read_job_key
@@ -140,7 +140,7 @@ def look_around(args: argparse.Namespace) -> Machine:
 
 
 def _interface(args: argparse.Namespace, flag: str | None) -> Interface:
-    host, _ = split_dist_url(args.dist_url)
+    host, _ = parse_dist_url(args.dist_url)
     interface = choose_interface(flag=flag, master_host=host, environ=os.environ)
     export(interface, os.environ)
     return interface
@@ -166,7 +166,7 @@ def meet(args: argparse.Namespace, machine: Machine, stop: StopRequest) -> Rende
     try:
         interface = machine.interface
         if interface is None:  # the flag is wrong, and the others are to be told
-            host, _ = split_dist_url(args.dist_url)
+            host, _ = parse_dist_url(args.dist_url)
             interface = choose_interface(flag=None, master_host=host, environ={})
         return join(
             url=args.dist_url,

@@ -201,6 +201,7 @@ class _Meeting:
                 _conclude(store, error=f"{self._stop.asked} {NOT_BEGUN}", status=STOPPED)
                 return
             door.check()
+            door.look()
             missing = self._missing(store)
             if not fits and 0 not in missing:
                 fits = self._compare(store, [0, self._here.rank])
@@ -208,7 +209,6 @@ class _Meeting:
                 if self._compare(store, range(self._world_size)):
                     _conclude(store, nonce=secrets.token_hex(16))
                 return
-            door.look()
             self._wait(store, missing, door.strangers)
 
     def _compare(self, store: SealedStore, ranks: list[int] | range) -> bool:

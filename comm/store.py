@@ -9,10 +9,10 @@ import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from urllib.parse import urlsplit
 
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
+from comm.dist_url import parse_dist_url
 from comm.interface import resolve
 from comm.watchdog import Watchdog
 
@@ -20,22 +20,6 @@ logger = logging.getLogger(__name__)
 
 _RETRY_SECONDS = 0.25
 _PROBE_SECONDS = 5.0
-
-
-def parse_url(url: str) -> tuple[str, int]:
-    """Host and port of `tcp://host:port`.
-
-    Raises:
-        ValueError: it is not of that form.
-    """
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError as error:
-        raise ValueError(f"--dist-url {url}: {error}; expected tcp://host:port") from None
-    if parts.scheme != "tcp" or not host or not port:
-        raise ValueError(f"--dist-url {url}: expected tcp://host:port")
-    return host, port
 
 
 def host_store(url: str, *, address: str, watchdog: Watchdog) -> TCPStore:
@@ -46,7 +30,7 @@ def host_store(url: str, *, address: str, watchdog: Watchdog) -> TCPStore:
     Raises:
         ValueError: the port is in use, or the address is not this machine's.
     """
-    host, port = parse_url(url)
+    host, port = parse_dist_url(url)
     family, place = _place(host, address)
     listener = _listen(url, family, place, port)
     if host not in (place, "localhost") and ipaddress.ip_address(place).is_loopback:
@@ -75,7 +59,7 @@ def reach_store(
     Raises:
         ValueError: no master there within the time; naming --dist-url and the reason.
     """
-    host, port = parse_url(url)
+    host, port = parse_dist_url(url)
     _, host = _place(host, address)
     _await_listener(url, host, port, watchdog, waiting)
     line = (

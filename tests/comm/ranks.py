@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
+from comm.dist_url import parse_dist_url
 from comm.fabric import Fabric, connect
 from comm.interface import choose_interface, export
 from comm.job_key import JobKey
 from comm.rendezvous import Rendezvous, join
 from comm.roster import Fact
-from comm.store import parse_url
 from comm.topology import Topology
 from comm.watch import Watch
 
@@ -43,7 +43,7 @@ def enter(
     dist_backend: str = "gloo",
 ) -> Rank:
     topology = Topology(rank=rank, num_stages=num_stages, num_replicas=num_replicas)
-    interface = choose_interface(flag=None, master_host=parse_url(url)[0], environ=os.environ)
+    interface = choose_interface(flag=None, master_host=parse_dist_url(url)[0], environ=os.environ)
     export(interface, os.environ)
     rendezvous = join(
         url=url,

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from comm import rendezvous, watchdog
+from comm.dist_url import parse_dist_url
 from comm.fabric import connect
 from comm.interface import Interface
 from comm.job_key import JobKey
 from comm.rendezvous import Rendezvous, join
 from comm.roster import Arrival, Fact, misfit
-from comm.store import parse_url
 from comm.topology import Topology
 from comm.watch import Watch
 from tests.comm.processes import Process, start
@@ -255,11 +255,11 @@ def test_a_world_of_one_opens_no_socket(monkeypatch: pytest.MonkeyPatch) -> None
 )
 def test_a_malformed_url(url: str) -> None:
     with pytest.raises(ValueError, match=f"--dist-url {url}: .*expected tcp://host:port"):
-        parse_url(url)
+        parse_dist_url(url)
 
 
 def test_ipv6_url() -> None:
-    assert parse_url("tcp://[::1]:7033") == ("::1", 7033)
+    assert parse_dist_url("tcp://[::1]:7033") == ("::1", 7033)
 
 
 def test_a_loopback_address_among_others_is_a_mistake() -> None:

@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 
+from comm.dist_url import parse_dist_url
 from comm.ending import say
 from comm.greeting import Greeting
 from comm.hub import decode, encode
@@ -28,7 +29,7 @@ from comm.job_key import MIN_TOKEN, JobKey, read_job_key
 from comm.rendezvous import Rendezvous, join
 from comm.roster import Arrival
 from comm.sealed_store import SealedStore
-from comm.store import host_store, parse_url
+from comm.store import host_store
 from comm.topology import Topology
 from comm.watch import Watch
 from comm.watchdog import Watchdog
@@ -120,7 +121,7 @@ def test_strangers_at_every_port_of_a_run(tmp_path: Path) -> None:
         await_ready(ranks)
         found = [listeners(rank.pid) for rank in ranks]
         assert {listener.address for of_rank in found for listener in of_rank} == {"127.0.0.1"}
-        assert parse_url(url)[1] in [listener.port for listener in found[0]]
+        assert parse_dist_url(url)[1] in [listener.port for listener in found[0]]
         assert len(found[0]) >= 3, "the store, the liveness link, and gloo"
         assert all(found), "gloo listens on every rank"
         links = [link for of_rank in found for one in of_rank for link in bother(one)]
@@ -149,7 +150,7 @@ def test_a_rank_of_another_job_is_sent_away_and_named(tmp_path: Path) -> None:
         (line,) = other.lines
         assert line.startswith(f"--dist-url {url}: rank 0 there (host {host}) is of another job: ")
         assert f"its --job-id or --job-token-file is not that of rank 2 (host {host});" in line
-        links = bother(Listener(*parse_url(url)))
+        links = bother(Listener(*parse_dist_url(url)))
         right = start(tmp_path, "right", meet, 2, 3, url, KEY, 20.0)
         with ended(right):
             for rank in (*ranks, right):
