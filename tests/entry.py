@@ -11,12 +11,12 @@ import os
 import signal
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.dist import run_ranks
+from tests.forked import output, redirect, status_of
 from tests.hosts import enter_host
 
 
@@ -111,7 +111,7 @@ def _await(
 
 
 def _outcome(place: Path, status: int | None, seconds: float) -> Outcome:
-    stderr, stdout = (place.with_name(place.name + end).read_text() for end in (".err", ".out"))
+    stderr, stdout = (output(place, end).read_text() for end in (".err", ".out"))
     return Outcome(status, stderr, stdout, seconds)
 
 
@@ -120,7 +120,7 @@ def _fork(rank: Rank, place: Path) -> int:
     if pid:
         return pid
     try:
-        _redirect(place)
+        redirect(place)
         if rank.host is not None:
             enter_host(rank.host)
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
@@ -128,29 +128,9 @@ def _fork(rank: Rank, place: Path) -> int:
         os.environ.update(rank.environ)
         os.chdir(rank.folder)
         time.sleep(rank.late)
-        status = _status_of(lambda: importlib.import_module("dist_clm_train").main(rank.argv))
+        status = status_of(lambda: importlib.import_module("dist_clm_train").main(rank.argv))
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     finally:
         os._exit(1)
-
-
-def _status_of(main: Callable[[], None]) -> int:
-    """As the interpreter would end."""
-    try:
-        main()
-    except SystemExit as error:
-        return error.code if isinstance(error.code, int) else 0 if error.code is None else 1
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    return 0
-
-
-def _redirect(place: Path) -> None:
-    for descriptor, end in ((1, ".out"), (2, ".err")):
-        path = place.with_name(place.name + end)
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
-    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)

@@ -15,7 +15,6 @@ import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +22,10 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
+from tests.forked import WRITE, output, redirect, status_of
 from tests.hosts import enter_host
 
 _SCRIPT = Path(__file__).parents[1] / "dist_clm_train.py"
-_WRITE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 _PR_SET_PDEATHSIG = 1
 _HEARD_SECONDS = 0.3  # until a signal that does not kill has been heard
 
@@ -178,7 +177,7 @@ def spawn_ranks(
     def start(rank: int) -> int:
         place = folder / f"rank{rank}"
         files = [
-            (os.POSIX_SPAWN_OPEN, descriptor, str(_output(place, end)), _WRITE, 0o644)
+            (os.POSIX_SPAWN_OPEN, descriptor, str(output(place, end)), WRITE, 0o644)
             for descriptor, end in ((1, ".out"), (2, ".err"))
         ]
         command = [sys.executable, str(_SCRIPT), *argvs[rank]]
@@ -221,8 +220,8 @@ def _await_all(
     places = [folder / f"rank{rank}" for rank in range(count)]
     return Outcome(
         [ends[rank][0] for rank in range(count)],
-        [_output(place, ".err").read_text().splitlines() for place in places],
-        [_output(place, ".out").read_text().splitlines() for place in places],
+        [output(place, ".err").read_text().splitlines() for place in places],
+        [output(place, ".out").read_text().splitlines() for place in places],
         max(times) - min(times),
     )
 
@@ -241,10 +240,7 @@ def _be_rank(
     status = 1
     try:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        for descriptor, end in ((1, ".out"), (2, ".err")):
-            os.dup2(os.open(_output(place, end), _WRITE, 0o644), descriptor)
-        sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
-        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+        redirect(place)
         os.environ.clear()
         os.environ.update(_environ())
         torch.set_num_threads(1)
@@ -252,28 +248,12 @@ def _be_rank(
             enter_host(host)
         for kill in kills:
             kill.arm()
-        status = _status_of(lambda: importlib.import_module("dist_clm_train").main(argv))
+        status = status_of(lambda: importlib.import_module("dist_clm_train").main(argv))
     finally:
         os._exit(status)
-
-
-def _status_of(main: Callable[[], None]) -> int:
-    """As the interpreter would end."""
-    try:
-        main()
-    except SystemExit as error:
-        return error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    return 0
 
 
 def _environ() -> dict[str, str]:
     ours = ("GLOO_", "NCCL_", "WANDB_", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_RANK")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-def _output(place: Path, end: str) -> Path:
-    return place.with_name(place.name + end)
