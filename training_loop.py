@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from comm.communicator import Communicator
 from comm.messages import broadcast_json, gather_json
@@ -156,15 +156,23 @@ class TrainingLoop:
             self._finish_save()
             self._recorder.saving()
             is_last = given_up or self._stops_after(step) or step == self._settings.total_steps
-            if self._saves.save(step, self._feed.state, is_last=is_last):
-                self._recorder.saved()
+            try:
+                if self._saves.save(step, self._feed.state, is_last=is_last):
+                    self._recorder.saved()
+            except OSError as error:  # the same on every rank
+                if given_up:
+                    self._give_up(step, f"but {error}")
+                raise
         if given_up:
-            why = self._skipped_since if self._bad is None else self._explain_loss(*self._bad)
-            raise TrainingStoppedError(
-                f"step {step}: {self._updater.skipped_in_a_row} updates in a row were skipped "
-                f"(--max-skipped-updates), the last since {why}; the weights are those before them,"
-                f" and saved; --bf16 or a loss scale below {self._updater.scale:g} may help"
-            )
+            self._give_up(step, "and saved")
+
+    def _give_up(self, step: int, saved: str) -> NoReturn:
+        why = self._skipped_since if self._bad is None else self._explain_loss(*self._bad)
+        raise TrainingStoppedError(
+            f"step {step}: {self._updater.skipped_in_a_row} updates in a row were skipped "
+            f"(--max-skipped-updates), the last since {why}; the weights are those before them, "
+            f"{saved}; --bf16 or a loss scale below {self._updater.scale:g} may help"
+        )
 
     def _finish_save(self, *, is_last: bool = False) -> None:
         if not self._saves.is_pending:

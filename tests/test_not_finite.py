@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
+from comm.topology import Topology
 from monitor.metrics import read_metrics
 from tasks.block import Block
 from tasks.build import open_training_stream
@@ -25,7 +28,15 @@ from tests.test_parity import make_shards
 LAYERS, TOKENS, STEPS, BAD_STEP, MAX_SKIPPED = 4, 16, 5, 3, 3
 ROWS_OF_A_REPLICA = 4  # in two microbatches
 # The ranks of P=2 R=2 by number: stage 0 and 1 of replica 0, stage 0 and 1 of replica 1.
+FOLDER = "checkpoint.step_folder"
 PLACES = {"first-stage": BadOutput(2, BAD_STEP, 0), "last-stage": BadOutput(1, BAD_STEP, 1)}
+
+
+@contextmanager
+def gives_up_on_a_full_disk(topology: Topology) -> Iterator[None]:
+    full = OSError(28, "No space left on device")
+    with Overflow(1, range(3, 9))(topology), patch(f"{FOLDER}.write_stage_files", side_effect=full):
+        yield
 
 
 def flags(folder: Path) -> dict[str, Any]:
@@ -60,6 +71,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[s
     cases.append(Case("fp16-all", fp16, PLACES["last-stage"]))
     lazy = fp16 | {"checkpoint-steps": 0, "total-steps": 8}
     cases.append(Case("given-up", lazy, Overflow(1, range(3, 9)), stops=True))
+    cases.append(Case("given-up-unsaved", lazy, gives_up_on_a_full_disk, stops=True))
     cases.append(Case("goes-on", lazy, after=("given-up-2-2", 5)))
     cases += more_cases(folder, own, fp16)
     told = run_ranks(4, train_cases, meet_at([(2, 2)]), cases, folder, deadline=300.0)
@@ -184,6 +196,20 @@ def test_too_many_skips_in_a_row_end_the_run_with_a_checkpoint(
         assert f"the last since {why}; the weights" in stopped
     assert (run_folder(folder, "given-up", 2, 2) / "latest").read_text() == str(last)
     assert weights_of(folder, "given-up", 2, 2) == weights_of(folder, "fp16-loss", 2, 2, step=2)
+
+
+def test_a_failing_save_does_not_hide_that_the_run_gave_up(
+    trained: tuple[Path, list[dict[str, Told]]],
+) -> None:
+    folder, told = trained
+    last = 2 + MAX_SKIPPED
+    for one in told:
+        stopped = one["given-up-unsaved-2-2"].stopped
+        assert stopped is not None
+        assert stopped.startswith(f"step {last}: {MAX_SKIPPED} updates in a row were skipped")
+        assert f"but step {last} is not saved: rank 0 on " in stopped
+        assert "No space left on device" in stopped
+    assert not (run_folder(folder, "given-up-unsaved", 2, 2) / "latest").exists()
 
 
 def test_a_run_that_gave_up_goes_on(trained: tuple[Path, list[dict[str, Told]]]) -> None:
