@@ -107,7 +107,7 @@ class Rehearsal:
         offloads = self._cuda and self._args.use_offload
         built, host = live.peak[kind], live.current["cpu"] if offloads else 0
         copy = self._copy(model, optimizer, topology)
-        copied = sum(_storages(copy).values())
+        copied = sum(map(_pinned if self._cuda else int, _storages(copy).values()))
         trained = self._train(model, optimizer, topology, documents, live)
         live.reset_peak()
         optimizer.step(lr=0.0, factor=1.0)
@@ -244,6 +244,11 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     """The bytes of all storages, each once."""
     storages = (tensor.untyped_storage() for tensor in tensors)
     return {storage._cdata: storage.nbytes() for storage in storages}
+
+
+def _pinned(size: int) -> int:
+    """The bytes of a pinned buffer: torch's CachingHostAllocator takes powers of two."""
+    return 1 << max(size - 1, 0).bit_length()
 
 
 class _Unstepped:
