@@ -50,6 +50,9 @@ class Saves(Protocol):
     def finish(self, *, is_last: bool = False) -> bool:
         """Whether what was pending is saved now; waits for it."""
 
+    def close(self) -> None:
+        """Waits until what saves have dropped is removed."""
+
 
 class TrainingLoop:
     """Trains from one step to the last, and saves through `saves`.
@@ -98,6 +101,7 @@ class TrainingLoop:
         except TrainingStoppedError as stopped:  # on every rank: what was begun is to be whole
             try:
                 self._finish_save(is_last=True)
+                self._saves.close()
             except OSError as error:
                 raise TrainingStoppedError(f"{stopped}; and {error}") from error
             raise

@@ -67,7 +67,7 @@ class Saver:
         Nothing is pending before. SaveFailedError, the same on all, where the run is not to go on
         after a save that failed: it is the run's last, or --checkpoint-failure says so.
         """
-        self._store.begin(step, parts=self._parts(step), meta=self._meta(step, data))
+        self._store.begin(step, parts=self._parts(step), meta=self._meta(step, data), hurry=is_last)
         if self._snapshot is not None and not is_last:
             return False
         return self.finish(is_last=is_last)
@@ -76,17 +76,19 @@ class Saver:
         """Whether what is pending is saved now; waits for it. SaveFailedError as in `save`."""
         step = self._store.pending
         try:
-            self._store.finish()
+            self._store.finish(hurry=is_last)
         except SaveFailedError as error:
             if is_last or self._args.checkpoint_failure == "fatal":
                 raise
             if self._topology.rank == 0:
                 logger.warning("%s; training goes on", error)
             return False
-        if is_last:
-            self._store.tidy()
         logger.info("saved step %s in %s", step, self._args.checkpoint_path)
         return True
+
+    def close(self) -> None:
+        """Waits until what saves have dropped is removed; every process calls it."""
+        self._store.tidy()
 
     def _parts(self, step: int) -> dict[str, Any]:
         """This stage's state in host memory; a process that writes none leaves it where it is."""

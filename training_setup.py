@@ -179,11 +179,13 @@ class Run:
         recorder = self.open_recorder(console)
         try:
             self._doing = "making the engine and the copy of --async-checkpoint"
-            loop = self.loop(recorder, stop)
+            saves = self._saver(recorder)
+            loop = self.loop(recorder, stop, saves)
             self._doing = "between microbatches"
             stopped = loop.run(self.start)
             stop.phase = CLOSING
             if stopped is None:
+                saves.close()
                 self.profile.finish()
         finally:
             recorder.close()
@@ -265,7 +267,7 @@ class Run:
             run_id=None if meta is None else meta.get("wandb_id"),
         )
 
-    def loop(self, recorder: Recorder, stop: StopRequest) -> TrainingLoop:
+    def loop(self, recorder: Recorder, stop: StopRequest, saves: Saver) -> TrainingLoop:
         args, topology, fabric = self._args, self._topology, self._fabric
         settings, tracer = self._settings, self.profile.tracer
         engine = build_engine(
@@ -300,7 +302,7 @@ class Run:
             recorder=recorder,
             tracer=tracer,
             stop=stop,
-            saves=self._saver(recorder),
+            saves=saves,
         )  # fmt: skip
 
     def close(self) -> None:

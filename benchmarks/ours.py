@@ -145,6 +145,9 @@ class _NoSaves:
     def finish(self, *, is_last: bool = False) -> bool:
         return False
 
+    def close(self) -> None:
+        """Nothing is dropped."""
+
 
 def _settings(work: Work) -> LoopSettings:
     return LoopSettings(

@@ -62,7 +62,7 @@ def make_way(final: Path, nonce: str) -> None:
 
 def drop_replaced(final: Path, nonce: str) -> None:
     """Removes what `make_way` moved aside, once a whole folder has the final name."""
-    shutil.rmtree(_replaced_folder(final, nonce), ignore_errors=True)
+    _remove_tree(_replaced_folder(final, nonce))
 
 
 def _replaced_folder(final: Path, nonce: str) -> Path:
@@ -70,10 +70,21 @@ def _replaced_folder(final: Path, nonce: str) -> Path:
 
 
 def withdraw(folder: Path, nonce: str) -> None:
-    """Removes a step's folder so that a crash at any moment leaves it whole or gone."""
+    """Removes a step's folder so that a crash at any moment leaves it whole or gone.
+
+    Several processes may do so at once. OSError names what cannot be removed.
+    """
     aside = folder.with_name(f"{_WITHDRAWN}{folder.name}-{nonce}")
     _rename_if_there(folder, aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    _remove_tree(aside)
+
+
+def _remove_tree(folder: Path) -> None:
+    def unless_gone(_call: object, _path: str, raised: tuple[type, BaseException, object]) -> None:
+        if not isinstance(raised[1], FileNotFoundError):
+            raise raised[1]
+
+    shutil.rmtree(folder, onerror=unless_gone)
 
 
 def publish(partial: Path, final: Path) -> None:

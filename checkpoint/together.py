@@ -35,8 +35,12 @@ class Background:
         """Whether it is done, or has failed."""
         return not self._thread.is_alive()
 
-    def done(self, timeout: float) -> bool:
-        """Whether it has ended within `timeout` seconds; raises what it raised."""
+    def wait(self) -> None:
+        """Until it has ended, well or not."""
+        self._thread.join()
+
+    def done(self, timeout: float | None = None) -> bool:
+        """Whether it has ended within `timeout` seconds, None is any; raises what it raised."""
         self._thread.join(timeout)
         if self._error is not None:
             raise self._error

@@ -90,17 +90,22 @@ class CheckpointStore:
         if self._writes:
             step_folder.clear_leftovers(path, nonce)
 
-    def begin(self, step: int, *, parts: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+    def begin(
+        self, step: int, *, parts: Mapping[str, Any], meta: Mapping[str, Any], hurry: bool = False
+    ) -> None:
         """Starts writing `parts` (checkpoint, optimizer, scheduler) of this stage as step `step`.
 
         Every process calls it, and `finish` before it begins another; `meta` is rank 0's. What is
-        written is not to change until it is.
+        written is not to change until it is. What the last save dropped makes room first; with
+        `hurry`, only where there is none.
         """
         assert self._pending is None, "one step is saved at a time"
-        self.tidy()
         meta = broadcast_json(self._control, {**meta, "format": FORMAT, "start": self._nonce})
         folder = step_folder.partial_folder(self.path, step, self._nonce)
         write = partial(self._write, folder, step, parts, meta)
+        removal = None if self._removal is None else self._removal.task
+        if removal is not None:
+            write = partial(_write_beside, removal, write, hurry=hurry)
         self._pending = _Pending(step, folder, Background(write) if self._writes else None)
 
     @property
@@ -114,12 +119,13 @@ class CheckpointStore:
         task = None if self._pending is None else self._pending.task
         return task is not None and not task.has_ended
 
-    def finish(self) -> None:
+    def finish(self, *, hurry: bool = False) -> None:
         """Lets the step that was begun be one, once all of it is written.
 
         Every process calls it. What --keep-checkpoints drops is removed beside training, until
-        `tidy`. SaveFailedError, the same on all of them, where a disk fails: it says on which rank
-        and at which file, and no step was added, or `latest` alone could not be moved.
+        `tidy`; with `hurry`, nothing waits for what was dropped before. SaveFailedError, the same
+        on all of them, where a disk fails: it says on which rank and at which file, and no step was
+        added, or `latest` alone could not be moved.
         """
         assert self._pending is not None, "a step was begun"
         (step, folder, task), self._pending = self._pending, None
@@ -136,12 +142,14 @@ class CheckpointStore:
         self._attempt(lambda: self._prepare(final), step, undo=drop)
         self._attempt(lambda: step_folder.publish(folder, final), step, undo=withdraw)
         self._attempt(lambda: write_latest(self.path, step), step)
-        remove = partial(self._remove_older, step, final)
+        before = None if self._removal is None else self._removal.task
+        if not hurry:  # the write has waited for it
+            self.tidy()
+        remove = partial(self._remove_older, step, final, before)
         self._removal = _Removal(step, Background(remove) if self._writes else None)
 
     def tidy(self) -> None:
-        """Waits until what the last save dropped is removed, which the next save and the run's end
-        do; every process calls it, so that it is also where all meet."""
+        """Waits until what the last save dropped is removed; every process calls it."""
         if self._removal is None:
             return
         (step, task), self._removal = self._removal, None
@@ -190,9 +198,13 @@ class CheckpointStore:
         step_folder.make_way(final, self._nonce)
         expect_latest(self.path)
 
-    def _remove_older(self, step: int, final: Path) -> None:
-        step_folder.drop_replaced(final, self._nonce)
-        prune(self.path, step, self._keep, nonce=self._nonce)
+    def _remove_older(self, step: int, final: Path, before: Background | None) -> None:
+        try:
+            if before is not None:
+                before.done()
+        finally:
+            step_folder.drop_replaced(final, self._nonce)
+            prune(self.path, step, self._keep, nonce=self._nonce)
 
     def bytes_to_come(self, saves: int, *, weights: int, state: int) -> int:
         """What so many saves will take here at most; `weights` and `state` are those of one."""
@@ -250,6 +262,19 @@ class CheckpointStore:
         """Whether any stage has any checkpoint, whole or not; every process calls it."""
         mine = self._writes and step_folder.any_steps(self.path)
         return any(gather_json(self._control, mine))
+
+
+def _write_beside(removal: Background, write: Callable[[], None], *, hurry: bool) -> None:
+    """Writes once the removal has ended; or at once, and again where the disk had no room."""
+    if hurry:
+        try:
+            write()
+            return
+        except OSError:
+            if removal.has_ended:
+                raise
+    removal.wait()
+    write()
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

@@ -263,6 +263,9 @@ def test_a_save_that_fails_does_not_hide_why_training_stopped(fails: bool) -> No
                 raise OSError("step 2 is not saved: the disk is full")
             return True
 
+        def close(self) -> None:
+            """Nothing was dropped."""
+
     class Stopping(TrainingLoop):
         def __init__(self, saves: Pending) -> None:
             self._saves, self._recorder = saves, SilentRecorder()

@@ -109,15 +109,23 @@ PLAN = {
         75, "SIGTERM on rank 2", saved(16), 16,
         {"async-checkpoint": True, "zero-stage": 1, "checkpoint-steps": 14, "keep-checkpoints": 2},
     ),
+    "while old steps go": Stop(
+        [
+            Kill("", 2, _TRAIN, nth=3, signals=TERM),
+            Kill("a slow disk", 0, "checkpoint.pruning:withdraw", signals=(0,), wait=9.0),
+        ],
+        75, "SIGTERM on rank 2", saved(20), 20,
+        {"checkpoint-steps": 2, "keep-checkpoints": 1, "grace-seconds": 4},
+    ),
     "twice": Stop(
         [Kill("", 3, _TRAIN, signals=(*TERM, *TERM), wait=2.2)],
-        1, "SIGTERM on rank 3", AGAIN, 16,
+        1, "SIGTERM on rank 3", AGAIN, 20,
     ),
     "a rank that hangs": Stop(
         [Kill("", 2, _TRAIN, signals=TERM), Kill("", 3, _TRAIN, signals=(signal.SIGSTOP,))],
-        1, "SIGTERM on rank 2", LATE, 16, {"grace-seconds": 2},
+        1, "SIGTERM on rank 2", LATE, 20, {"grace-seconds": 2},
     ),
-    "last step": Stop([Kill("", 1, _TRAIN, nth=STEPS - 16, signals=TERM)], 0, latest=STEPS),
+    "last step": Stop([Kill("", 1, _TRAIN, nth=STEPS - 20, signals=TERM)], 0, latest=STEPS),
 }  # fmt: skip
 LEFT_OUT = {3, 6, 9, 12, 15}  # evaluations that were due when a stop was under way
 
@@ -201,9 +209,9 @@ def test_the_run_ends_with_the_bits_of_the_undisturbed_one(
     assert numbers(stopped) == expected
     for stage in range(STAGES):
         assert same(state(stopped, stage), state(whole, stage))
-    assert marked(stopped) == [5, 7, 11, 13, 17]
+    assert marked(stopped) == [5, 7, 11, 13, 17, 21]
     saves = {folder.name for folder in stopped.iterdir() if folder.is_dir()}
-    assert saves == {"14", "16", str(STEPS)}  # and what was before 14 is dropped
+    assert saves == {"20", str(STEPS)}  # and what was before 20 is dropped
     assert leftovers(stopped) == []
 
 

@@ -7,7 +7,8 @@ import io
 import itertools
 import shutil
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from checkpoint import step_folder
 from checkpoint.pruning import Keep, prune
 from checkpoint.step_manifest import read_manifest
+from checkpoint.together import Background
 from checkpoint.training_state import CheckpointStore
 from comm.local import LocalCommunicator
 from comm.stopping import StopRequest
@@ -37,6 +40,14 @@ KEPT, KEEP = ["6", "8", "10"], {"keep-checkpoints": 3, "keep-optimizer-states": 
 
 class Killed(BaseException):
     """The end of a process, as far as its files show it."""
+
+
+class AtOnce(Background):
+    """Work that is done when it is begun: a process that dies in it does nothing more."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        work()
+        super().__init__(lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +148,8 @@ def test_a_crash_while_old_steps_go_costs_nothing(
     """A save renames twice, and then once for each step that goes: the ninth is the first such."""
     again = {**flags, "checkpoint-path": tmp_path / "run"}
     nth = 9 if target.endswith("_rename_if_there") else 1
-    with killed_at(target, nth, after=after), pytest.raises(Killed):
+    at_once = patch("checkpoint.training_state.Background", AtOnce)
+    with killed_at(target, nth, after=after), at_once, pytest.raises(Killed):
         train_alone(again)
     assert (tmp_path / "run" / "latest").read_text() == ("4" if "replace" in target else "8")
     for step in steps_of(tmp_path / "run"):
@@ -162,25 +174,78 @@ def test_old_steps_go_beside_training_and_before_the_next_is_written(tmp_path: P
     )  # fmt: skip
     trained = threading.Event()
 
-    def save(step: int) -> None:
-        store.begin(step, parts={"checkpoint": {}}, meta={"step": step})
-        store.finish()
+    def save(step: int, *, hurry: bool = False) -> None:
+        store.begin(step, parts={"checkpoint": {}}, meta={"step": step}, hurry=hurry)
+        store.finish(hurry=hurry)
 
     def prune_slowly(*args: Any, **options: Any) -> None:
         assert trained.wait(30.0)
         prune(*args, **options)
 
     save(1)
+    store.tidy()
     with patch("checkpoint.training_state.prune", prune_slowly):
         save(2)
-        assert steps_of(tmp_path) == ["1", "2"]
+        save(3, hurry=True)  # as where the run is asked to stop
+        assert steps_of(tmp_path) == ["1", "2", "3"]
+        assert (tmp_path / "latest").read_text() == "3"
         trained.set()
-    store.begin(3, parts={"checkpoint": {}}, meta={"step": 3})
-    assert steps_of(tmp_path) == ["2"]
+        store.tidy()
+    assert steps_of(tmp_path) == ["3"]
+    save(4)
+    store.begin(5, parts={"checkpoint": {}}, meta={"step": 5})
+    while store.is_writing:
+        time.sleep(0.01)
+    assert steps_of(tmp_path) == ["4"]
     store.finish()
     store.tidy()
-    assert steps_of(tmp_path) == ["3"]
+    assert steps_of(tmp_path) == ["5"]
     assert leftovers(tmp_path) == []
+
+
+def test_a_hurried_save_waits_for_room_where_there_is_none(tmp_path: Path) -> None:
+    store = CheckpointStore(
+        tmp_path, control=LocalCommunicator(), topology=Topology(0, 1, 1), nonce="n", extras={},
+        keep=Keep(1),
+    )  # fmt: skip
+    removed, tried = threading.Event(), threading.Event()
+    write = step_folder.write_stage_files
+
+    def write_where_there_is_room(*args: Any) -> Any:
+        if removed.is_set():
+            return write(*args)
+        tried.set()
+        raise OSError(28, "No space left on device")
+
+    def prune_slowly(*args: Any, **options: Any) -> None:
+        assert tried.wait(30.0)
+        prune(*args, **options)
+        removed.set()
+
+    with patch("checkpoint.training_state.prune", prune_slowly):
+        store.begin(1, parts={"checkpoint": {}}, meta={"step": 1})
+        store.finish()
+        with patch("checkpoint.step_folder.write_stage_files", write_where_there_is_room):
+            store.begin(2, parts={"checkpoint": {}}, meta={"step": 2}, hurry=True)
+            store.finish(hurry=True)
+        store.tidy()
+    assert steps_of(tmp_path) == ["2"]
+    assert leftovers(tmp_path) == []
+
+
+def test_what_cannot_be_removed_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = CheckpointStore(
+        tmp_path, control=LocalCommunicator(), topology=Topology(0, 1, 1), nonce="n", extras={},
+        keep=Keep(1),
+    )  # fmt: skip
+    with patch("os.rmdir", side_effect=OSError(5, "Input/output error", "1")):
+        for step in (1, 2):
+            store.begin(step, parts={"checkpoint": {}}, meta={"step": step})
+            store.finish()
+        store.tidy()
+    assert "older checkpoints could not be removed: [Errno 5] Input/output error" in caplog.text
 
 
 def peak(saves: int, keep: Keep, kept: tuple[int, int], weights: int, states: int) -> int:
