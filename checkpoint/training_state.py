@@ -178,7 +178,8 @@ class CheckpointStore:
         text = json.dumps(meta, indent=1, sort_keys=True).encode()
         common = {**self._extras, "meta.json": text}
         sums |= {name: sum_bytes(content) for name, content in common.items()}
-        manifest = StageManifest(step, topology.stage, topology.num_stages, self._nonce, sums)
+        save = f"{self._nonce}-{step}"
+        manifest = StageManifest(step, topology.stage, topology.num_stages, save, sums)
         for name, content in {**common, manifest.name: manifest.encode()}.items():
             try:
                 replace_file(partial / name, content)
