@@ -27,7 +27,7 @@ from checkpoint.together import Background, do_together
 from comm.communicator import Communicator
 from comm.messages import broadcast_bytes, broadcast_json, gather_json
 from comm.topology import Topology
-from monitor.atomic import replace_file
+from monitor.atomic import replace_file, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ class CheckpointStore:
                 replace_file(partial / name, content)
             except OSError as error:
                 raise named(error, partial / name) from error
-        step_folder.sync_folder(partial)
+        sync_folder(partial)
 
     def _prepare(self, final: Path) -> None:
         step_folder.make_way(final, self._nonce)
