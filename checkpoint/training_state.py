@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from checkpoint.resharding import Continuation
 from checkpoint.resume_point import Search
 from checkpoint.step_manifest import StageManifest, part_name
 from checkpoint.together import Background, do_together
+from checkpoint.whole_steps import find_whole_steps
 from comm.communicator import Communicator
 from comm.messages import broadcast_bytes, broadcast_json, gather_json
 from comm.topology import Topology
@@ -136,7 +137,7 @@ class CheckpointStore:
         self._attempt(lambda: self._prepare(final), step, undo=drop)
         self._attempt(lambda: step_folder.publish(folder, final), step, undo=withdraw)
         self._attempt(lambda: write_latest(self.path, step), step)
-        remove = partial(self._remove_older, step, final)
+        remove = partial(self._remove_older, step, final, self._whole_steps(step))
         self._removal = _Removal(step, Background(remove) if self._writes else None)
 
     def tidy(self) -> None:
@@ -191,9 +192,17 @@ class CheckpointStore:
         step_folder.make_way(final, self._nonce)
         expect_latest(self.path)
 
-    def _remove_older(self, step: int, final: Path) -> None:
+    def _whole_steps(self, last: int) -> list[int]:
+        """Those up to `last` that all stages have whole; none where nothing is to be removed."""
+        if self._keep.is_all:
+            return []
+        path = self.path if self._writes else None
+        return find_whole_steps(path, last, control=self._control) or []
+
+    def _remove_older(self, step: int, final: Path, whole: Sequence[int]) -> None:
         step_folder.drop_replaced(final, self._nonce)
-        prune(self.path, step, self._keep, nonce=self._nonce)
+        if step in whole:
+            prune(self.path, step, self._keep, whole=whole, nonce=self._nonce)
 
     def bytes_to_come(self, saves: int, *, weights: int, state: int) -> int:
         """What so many saves will take here at most; `weights` and `state` are those of one."""
