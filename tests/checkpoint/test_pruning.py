@@ -171,6 +171,7 @@ def test_old_steps_go_beside_training_and_before_the_next_is_written(tmp_path: P
         prune(*args, **options)
 
     save(1)
+    store.tidy()
     with patch("checkpoint.training_state.prune", prune_slowly):
         save(2)
         assert steps_of(tmp_path) == ["1", "2"]

@@ -45,9 +45,10 @@ def cut_manifest(disk: Path) -> None:
 
 
 def call_by_another_number(disk: Path) -> None:
-    """A whole step 5, but in a folder of step 8."""
-    shutil.rmtree(disk / "8")
-    shutil.copytree(disk / "5", disk / "8")
+    """Both have a whole step 5, but in a folder of step 8."""
+    for one in (disk, disk.with_name("disk0")):
+        shutil.rmtree(one / "8")
+        shutil.copytree(one / "5", one / "8")
 
 
 def bring(disk: Path) -> None:
