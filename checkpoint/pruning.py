@@ -1,8 +1,9 @@
 """Which checkpoints stay: older steps go, and optimizer state goes from those that stay.
 
 Only what came before the step that was just saved is touched, once every stage has it whole and
-`latest` names it. A step is renamed aside before it is removed, and a manifest says what is gone
-before it goes: a crash at any moment leaves a step whole, or gone, or saying what it lacks.
+`latest` names it. A step that not every stage has whole counts for none, and goes. One is renamed
+aside before it is removed, and a manifest says what is gone before it goes: a crash at any moment
+leaves a step whole, or gone, or saying what it lacks.
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ class Keep:
     steps: int | None = None
     optimizer_states: int | None = None
 
+    @property
+    def is_all(self) -> bool:
+        """Whether nothing is ever removed."""
+        return self.steps is None and self.optimizer_states is None
+
     def added_bytes(self, saves: int, *, kept: tuple[int, int], weights: int, state: int) -> int:
         """The most that `saves` further checkpoints take at one time.
 
@@ -38,16 +44,18 @@ class Keep:
         return steps * weights + states * state
 
 
-def prune(path: Path, step: int, keep: Keep, *, nonce: str) -> None:
+def prune(path: Path, step: int, keep: Keep, *, whole: Sequence[int], nonce: str) -> None:
     """Removes under `path`, where `step` was saved, what `keep` does not ask for.
 
-    That is all of a step that is there, by whichever stages it was saved: the run may have had
-    others. The stages of one folder may do so at once. OSError where the disk fails.
+    `whole` are the steps that count, those that all stages have whole, in order and with `step` the
+    last: others go too. That is all of a step that is there, by whichever stages it was saved: the
+    run may have had others. The stages of one folder may do so at once. OSError where the disk
+    fails.
     """
     steps = [one for one in step_folders(path) if one <= step and _is_ours(path / str(one))]
-    for old in _older(steps, keep.steps):
+    for old in _others(steps, whole, keep.steps):
         withdraw(path / str(old), nonce)
-    for old in _older(steps, keep.optimizer_states):
+    for old in _others(steps, whole, keep.optimizer_states):
         if (path / str(old)).is_dir():
             _drop_optimizers(path / str(old))
 
@@ -57,8 +65,9 @@ def _is_ours(folder: Path) -> bool:
     return any(folder.glob("prank_*"))
 
 
-def _older(steps: Sequence[int], most: int | None) -> Sequence[int]:
-    return [] if most is None else steps[: max(0, len(steps) - most)]
+def _others(steps: Sequence[int], whole: Sequence[int], most: int | None) -> list[int]:
+    """All but the newest `most` of those that are whole."""
+    return [] if most is None else [step for step in steps if step not in whole[-most:]]
 
 
 def _drop_optimizers(folder: Path) -> None:

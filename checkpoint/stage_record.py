@@ -13,6 +13,8 @@ from checkpoint.step_folder import not_whole, save_of
 from checkpoint.step_manifest import (
     StageManifest,
     any_manifest,
+    check_meta_step,
+    check_one_save,
     num_stages,
     part_name,
     read_manifest,
@@ -25,7 +27,8 @@ class StageRecord(NamedTuple):
 
     save: what the step's other stages have too if they are of the same save; None where it cannot
         be told.
-    problem: names the first file that is not as it was written, or that has been dropped.
+    problem: names the first file that is not as it was written, or of another step or save than its
+        folder, or that has been dropped.
     checked: whether there is a manifest to hold the files against.
     split: how the save is split; None where that cannot be told.
     sources: the save's stages whose files this stage needs.
@@ -75,32 +78,43 @@ def file_names(stages: Sequence[int], *, checked: bool = True) -> str:
 
 
 def _split_of(folder: Path, model_layers: int) -> Split | None:
-    """ValueError where meta.json is not as it was written; None where it tells no split of the
-    model, which is told once it is known to be of the step to go on from."""
+    """ValueError where meta.json is not as it was written, or of another step; None where it tells
+    no split of the model, which is told once it is known to be of the step to go on from."""
     path, manifest = folder / "meta.json", any_manifest(folder)
     if manifest is not None:
+        _check_step(folder, manifest)
         manifest.check(folder, [path.name])
+        check_meta_step(folder, int(folder.name), of="its folder")
     try:
         return told_split(path, read_json_object(path), model_layers)
     except ValueError:
         return None
 
 
+def _check_step(folder: Path, manifest: StageManifest) -> None:
+    """ValueError names a manifest that is of another step than its folder's name says."""
+    if manifest.step != int(folder.name):
+        raise ValueError(
+            f"{folder / manifest.name}: of step {manifest.step}, but its folder is of {folder.name}"
+        )
+
+
 def _look_unchecked(folder: Path, found: StageRecord) -> StageRecord:
     if absent := not_whole(folder, found.sources):
         return found._replace(lack=", ".join(absent))
+    check_meta_step(folder, int(folder.name), of="its folder")
     return found._replace(save=save_of(folder))
 
 
 def _look_checked(
     folder: Path, found: StageRecord, manifests: Sequence[StageManifest]
 ) -> StageRecord:
-    first = manifests[0]
     for one in manifests:
-        if one.save != first.save:
-            names = file_names([one.stage])
-            return found._replace(lack=f"{names} of the same save as {first.name}")
-    found = found._replace(save=first.save)
+        _check_step(folder, one)
+    first = any_manifest(folder)
+    assert first is not None, "some have been read"
+    check_one_save(folder, [first, *manifests])
+    found = found._replace(save=manifests[0].save)
     for one in manifests:
         dropped = part_name(one.stage, "optimizer")
         if dropped in one.dropped:

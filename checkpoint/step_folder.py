@@ -21,7 +21,7 @@ from typing import Any
 from checkpoint.latest import latest_text
 from checkpoint.manifest import FileSum, save_summed
 from checkpoint.step_manifest import PARTS, part_name
-from monitor.atomic import leftover_files
+from monitor.atomic import leftover_files, sync_folder
 
 _PARTIAL = ".partial-"
 _REPLACED = ".replaced-"
@@ -102,15 +102,6 @@ def _rename_if_there(source: Path, target: Path) -> None:
     except OSError:
         if source.exists():
             raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Flushes a folder's entries to disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def step_folders(path: Path) -> list[int]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from checkpoint import manifest
 from checkpoint.manifest import FORMAT, FileSum, check_file, check_size, seal, unseal
+from checkpoint.model_folder import read_json_object
 
 PARTS = ("checkpoint", "optimizer", "scheduler")
 
@@ -22,7 +23,8 @@ PARTS = ("checkpoint", "optimizer", "scheduler")
 class StageManifest:
     """What one stage wrote in one save.
 
-    save: the same for all stages of a save, and no two saves share it.
+    save: the same for all stages of a save, and no two saves share it, but for older checkpoints,
+        where it is one for all steps of a start: step and save together tell saves apart.
     files: sums by name, of the stage's own files and of those that every stage writes.
     dropped: files that were there and have been removed to make room.
     """
@@ -70,12 +72,15 @@ def manifest_name(stage: int | str) -> str:
 
 
 def read_manifest(folder: Path, stage: int) -> StageManifest:
-    """A stage's manifest in a step's folder; ValueError names it where it is not as written."""
+    """A stage's manifest in a step's folder; ValueError names it where it is not as written, or of
+    another stage."""
     return _open(folder / manifest_name(stage))
 
 
 def _open(path: Path) -> StageManifest:
     body = unseal(path)
+    if manifest_name(body["stage"]) != path.name:
+        raise ValueError(f"{path}: of stage {body['stage']}, which its name does not say")
     return StageManifest(
         step=body["step"],
         stage=body["stage"],
@@ -108,6 +113,27 @@ def any_manifest(folder: Path) -> StageManifest | None:
     return _open(found[0]) if found else None
 
 
+def check_one_save(folder: Path, manifests: Sequence[StageManifest]) -> None:
+    """ValueError names the first of a folder's manifests that is not of the step and the save of
+    the first."""
+    first = manifests[0]
+    for one in manifests:
+        if one.step != first.step:
+            raise ValueError(
+                f"{folder / one.name}: of step {one.step}, but {first.name} is of {first.step}"
+            )
+        if one.save != first.save:
+            raise ValueError(f"{folder / one.name}: of another save than {first.name}")
+
+
+def check_meta_step(folder: Path, step: int, *, of: str) -> None:
+    """ValueError names a folder's meta.json where it does not tell the step that `of` is of."""
+    path = folder / "meta.json"
+    found = read_json_object(path).get("step")
+    if found != step:
+        raise ValueError(f"{path}: of step {found}, but {of} is of {step}")
+
+
 def _told_stages(path: Path) -> int | None:
     """What a meta.json of a save with manifests tells, else None."""
     try:
@@ -122,15 +148,17 @@ def check_weights(folder: Path, *, companions: bool) -> bool:
     """Reads all that a conversion of the step in `folder` will: False where it has no manifests.
 
     That is the weights of all stages, meta.json, and, with `companions`, config and tokenizer.
-    ValueError names the first file that is missing or not as it was written, or of another save.
+    ValueError names the first file that is missing or not as it was written, or of another step or
+    save: the folder may have any name, but its files agree.
     """
     stages = num_stages(folder)
     if stages is None:
         return False
     manifests = [read_manifest(folder, stage) for stage in range(stages)]
+    check_one_save(folder, manifests)
     for one in manifests:
-        if one.save != manifests[0].save:
-            raise ValueError(f"{folder / one.name}: of another save than {manifests[0].name}")
         one.check(folder, [part_name(one.stage, "checkpoint")])
-    manifests[0].check(folder, manifests[0].common_files if companions else ["meta.json"])
+    first = manifests[0]
+    first.check(folder, first.common_files if companions else ["meta.json"])
+    check_meta_step(folder, first.step, of=first.name)
     return True

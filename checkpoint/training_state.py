@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,10 +24,11 @@ from checkpoint.resharding import Continuation
 from checkpoint.resume_point import Search
 from checkpoint.step_manifest import StageManifest, part_name
 from checkpoint.together import Background, do_together
+from checkpoint.whole_steps import find_whole_steps
 from comm.communicator import Communicator
 from comm.messages import broadcast_bytes, broadcast_json, gather_json
 from comm.topology import Topology
-from monitor.atomic import replace_file
+from monitor.atomic import replace_file, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +146,7 @@ class CheckpointStore:
         before = None if self._removal is None else self._removal.task
         if not hurry:  # the write has waited for it
             self.tidy()
-        remove = partial(self._remove_older, step, final, before)
+        remove = partial(self._remove_older, step, final, self._whole_steps(step), before)
         self._removal = _Removal(step, Background(remove) if self._writes else None)
 
     def tidy(self) -> None:
@@ -186,25 +187,36 @@ class CheckpointStore:
         text = json.dumps(meta, indent=1, sort_keys=True).encode()
         common = {**self._extras, "meta.json": text}
         sums |= {name: sum_bytes(content) for name, content in common.items()}
-        manifest = StageManifest(step, topology.stage, topology.num_stages, self._nonce, sums)
+        save = f"{self._nonce}-{step}"
+        manifest = StageManifest(step, topology.stage, topology.num_stages, save, sums)
         for name, content in {**common, manifest.name: manifest.encode()}.items():
             try:
                 replace_file(partial / name, content)
             except OSError as error:
                 raise named(error, partial / name) from error
-        step_folder.sync_folder(partial)
+        sync_folder(partial)
 
     def _prepare(self, final: Path) -> None:
         step_folder.make_way(final, self._nonce)
         expect_latest(self.path)
 
-    def _remove_older(self, step: int, final: Path, before: Background | None) -> None:
+    def _whole_steps(self, last: int) -> list[int]:
+        """Those up to `last` that all stages have whole; none where nothing is to be removed."""
+        if self._keep.is_all:
+            return []
+        path = self.path if self._writes else None
+        return find_whole_steps(path, last, control=self._control) or []
+
+    def _remove_older(
+        self, step: int, final: Path, whole: Sequence[int], before: Background | None
+    ) -> None:
         try:
             if before is not None:
                 before.done()
         finally:
             step_folder.drop_replaced(final, self._nonce)
-            prune(self.path, step, self._keep, nonce=self._nonce)
+            if step in whole:
+                prune(self.path, step, self._keep, whole=whole, nonce=self._nonce)
 
     def bytes_to_come(self, saves: int, *, weights: int, state: int) -> int:
         """What so many saves will take here at most; `weights` and `state` are those of one."""

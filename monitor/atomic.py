@@ -13,7 +13,8 @@ _TEMPORARY = r"\..+\.[0-9a-f]{32}\.tmp"
 def replace_file(path: Path, content: bytes) -> None:
     """Gives `path` the content at once, also for one who looks after a crash.
 
-    Raises OSError where the folder cannot be written or its disk is full.
+    It is on disk before anything that is written later, also where power is lost. Raises OSError
+    where the folder cannot be written or its disk is full.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -24,6 +25,16 @@ def replace_file(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flushes a folder's entries to disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def leftover_files(folder: Path) -> list[Path]:

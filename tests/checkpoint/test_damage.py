@@ -248,13 +248,16 @@ def test_every_bit_of_latest_counts(made: Made, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [FIRST, LAST + 2])
-@pytest.mark.parametrize("written", [0, 1, 2])
+@pytest.mark.parametrize("written", [0, 1, 2, 3])
 def test_a_crash_while_latest_moves_is_no_damage(
     step: int, written: int, made: Made, tmp_path: Path
 ) -> None:
-    """Down, as where a run goes back, and up; after so many of the files that it writes."""
+    """Down, as where a run goes back since the last step was moved away, and up; after so many of
+    the files that it writes."""
     run = Path(shutil.copytree(made.run, tmp_path / "run"))
     (run / str(LAST + 2)).mkdir()
+    if step < LAST:
+        (run / str(LAST)).rename(run / "aside")
     left = [replace_file] * written
 
     def dying(path: Path, content: bytes) -> None:
@@ -265,4 +268,7 @@ def test_a_crash_while_latest_moves_is_no_damage(
     with patch("checkpoint.latest.replace_file", dying), suppress(KeyboardInterrupt):
         write_latest(run, step)
     check_latest(run, has_manifests=True)
-    assert (run / "latest").read_text() == str(step if written > (step < LAST) else LAST)
+    assert (run / "latest").read_text() == str(step if written > 1 else LAST)
+    write_latest(run, FIRST)
+    check_latest(run, has_manifests=True)
+    assert (run / "latest").read_text() == str(FIRST)

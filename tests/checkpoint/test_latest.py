@@ -1,0 +1,95 @@
+"""What a power loss leaves of `latest` and its manifest, and what older versions' crashes left."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from checkpoint.latest import check_latest, expect_latest, write_latest
+from checkpoint.manifest import FORMAT, seal
+from monitor.atomic import replace_file
+
+
+class Disk:
+    """Renames as a disk has them: each may be lost, whatever else is, until its folder is flushed.
+
+    `look` is called after each rename for each state that a power loss would leave then.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, look: Callable[[], None]) -> None:
+        self.unsure: list[tuple[Path, bytes | None]] = []
+        self._look, self._replace, self._fsync = look, os.replace, os.fsync
+        monkeypatch.setattr(os, "replace", self._on_replace)
+        monkeypatch.setattr(os, "fsync", self._on_fsync)
+
+    def _on_replace(self, source: Path, target: Path) -> None:
+        self.unsure.append((target, target.read_bytes() if target.exists() else None))
+        self._replace(source, target)
+        for count in range(len(self.unsure) + 1):
+            for lost in itertools.combinations(self.unsure, count):
+                self._look_without(lost)
+
+    def _look_without(self, lost: tuple[tuple[Path, bytes | None], ...]) -> None:
+        now = {target: target.read_bytes() for target, _ in lost}
+        for target, before in reversed(lost):
+            target.unlink() if before is None else target.write_bytes(before)
+        self._look()
+        for target, content in now.items():
+            target.write_bytes(content)
+
+    def _on_fsync(self, handle: int) -> None:
+        self._fsync(handle)
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            self.unsure = []
+
+
+def test_a_replaced_file_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch, lambda: None)
+    replace_file(tmp_path / "file", b"content")
+    assert disk.unsure == []
+    assert (tmp_path / "file").read_bytes() == b"content"
+
+
+def test_no_loss_of_power_is_taken_for_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the first save on, up, down past a step that was moved away, and the same again."""
+    seen: set[str | None] = set()
+
+    def look() -> None:
+        check_latest(tmp_path, has_manifests=True)
+        latest = tmp_path / "latest"
+        seen.add(latest.read_text() if latest.exists() else None)
+
+    Disk(monkeypatch, look)
+    expect_latest(tmp_path)
+    for step in (4, 8, 2, 2, 10):
+        write_latest(tmp_path, step)
+        look()
+        assert (tmp_path / "latest").read_text() == str(step)
+    assert seen == {None, "4", "8", "2", "10"}
+
+
+OLDER = [("4", 4, True), ("8", 4, True), ("8", None, True), ("8", 4, False), ("4", 8, True)]
+
+
+@pytest.mark.parametrize(("text", "known", "has_folder"), OLDER)
+def test_what_older_versions_wrote(
+    text: str, known: int | None, has_folder: bool, tmp_path: Path
+) -> None:
+    """They wrote `latest` first where it rises, and named one step alone: the last two states are
+    a crash's too, but might be damage."""
+    (tmp_path / "latest").write_text(text)
+    (tmp_path / "latest_manifest.json").write_bytes(seal({"format": FORMAT, "step": known}))
+    if has_folder:
+        (tmp_path / text).mkdir()
+    if (text, known, has_folder) in OLDER[:3]:
+        check_latest(tmp_path, has_manifests=True)
+        return
+    with pytest.raises(ValueError, match=r"/latest: damaged: .* remove latest and"):
+        check_latest(tmp_path, has_manifests=True)
