@@ -208,6 +208,18 @@ def test_what_does_not_fit_is_told_with_what_helps(
         assert by_flag[flag] == in_units(own / 1e6)
 
 
+def test_what_no_checkpoint_goes_on_with_is_told_so(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "2").mkdir()
+    flags: dict[str, Any] = {"micro_batch_size": 2, "recompute": False, "device_memory": "1kB"}
+    _, lines = plan(folder, capsys, **flags, checkpoint_path=tmp_path)
+    told = {line.split(":")[0].strip(): line for line in lines if line.startswith("  --")}
+    anew = {flag for flag, line in told.items() if line.endswith(" at the peak (a new run only)")}
+    assert anew == {"--micro-batch-size 1", "--optimizer 8bit-adam", "--bf16"}
+    assert {"--recompute true", "--pp-mode 1f1b"} < told.keys()
+
+
 def to_closed_pipe() -> TextIO:
     reader, writer = os.pipe()
     os.close(reader)
