@@ -236,8 +236,8 @@ def _check_shape(args: argparse.Namespace) -> None:
     parse_dist_url(args.dist_url)
     if args.dist_timeout < MIN_DIST_TIMEOUT:
         raise ValueError(
-            f"--dist-timeout {args.dist_timeout:g}: expected at least {MIN_DIST_TIMEOUT:g} seconds: "
-            "ranks that save or load tell each other every second that they are still at it"
+            f"--dist-timeout {args.dist_timeout:g}: expected at least {MIN_DIST_TIMEOUT:g} "
+            "seconds, for ranks that save tell each other every second that they are still at it"
         )
 
 
