@@ -17,6 +17,7 @@ from modules.registry import MODELS
 from modules.split import Split, check_length, check_split
 from tasks.registry import parse_task_name
 
+MIN_DIST_TIMEOUT = 5.0  # seconds; some times checkpoint/together.py's TELL_SECONDS
 NOT_BUILT = "is not built yet"
 
 # Flags that are parsed and refused until the part they belong to is built.
@@ -233,6 +234,11 @@ def _check_shape(args: argparse.Namespace) -> None:
     if isinstance(args.num_layers, Split):
         check_length(args.num_layers, stages)
     parse_dist_url(args.dist_url)
+    if args.dist_timeout < MIN_DIST_TIMEOUT:
+        raise ValueError(
+            f"--dist-timeout {args.dist_timeout:g}: expected at least {MIN_DIST_TIMEOUT:g} "
+            "seconds, for ranks that save tell each other every second that they are still at it"
+        )
 
 
 def check_model(args: argparse.Namespace) -> None:

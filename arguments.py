@@ -84,7 +84,7 @@ def _add_process_flags(group: Any) -> None:
     add("--join-timeout", type=real(positive=True, at_most=MAX_SECONDS), default=300.0,
         help="seconds for all ranks to meet")  # fmt: skip
     add("--dist-timeout", type=real(positive=True, at_most=MAX_SECONDS), default=300.0,
-        help="seconds that one operation may wait for a peer")  # fmt: skip
+        help="seconds that one operation may wait for a peer, at least 5")  # fmt: skip
     _add_switch(group, "--check-cluster", "meet, compare the machines, measure devices and links, "
                 "print what to expect, and end; reads no weights and no data", False)  # fmt: skip
 

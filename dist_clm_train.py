@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, TextIO
 
@@ -88,11 +88,7 @@ def preview(args: argparse.Namespace) -> None:
     from training_data import preview_data
 
     try:
-        for part in preview_data(args, colour=sys.stdout.isatty()):
-            sys.stdout.write(f"{part}\n")
-            sys.stdout.flush()
-    except BrokenPipeError:  # who reads it has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        show(f"{part}\n" for part in preview_data(args, colour=sys.stdout.isatty()))
     except (ValueError, OSError) as error:
         refuse(ValueError(one_line(error)))
 
@@ -105,13 +101,25 @@ def plan(args: argparse.Namespace) -> None:
 
     try:
         found = Plan(args)
-        for part in found.parts():
-            sys.stdout.write(part)
-            sys.stdout.flush()
+        show(found.parts())
+        fits = found.fits
     except ValueError as error:
         refuse(error)
-    if not found.fits:
+    if not fits:
         sys.exit(1)
+
+
+def show(parts: Iterable[str]) -> None:
+    """Prints them one by one, while somebody reads them; ValueError where a disk is full."""
+    for part in parts:
+        try:
+            sys.stdout.write(part)
+            sys.stdout.flush()
+        except OSError as error:  # what is left in the buffer is not to fail again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if isinstance(error, BrokenPipeError):
+                return  # who reads it has seen enough
+            raise ValueError(f"standard output: {error.strerror}") from error
 
 
 def look_around(args: argparse.Namespace) -> Machine:

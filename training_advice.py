@@ -8,6 +8,8 @@ from copy import copy
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
+from argument_checks import fixed_flags
+from checkpoint.step_folder import any_steps
 from modules.balance import choose_split, module_work
 from modules.family import Family
 from modules.registry import MODELS
@@ -16,11 +18,15 @@ from training_rehearsal import Rehearsal
 
 
 class Change(NamedTuple):
-    """Flags as a user would write them; bytes that they save, and the peak that is left."""
+    """Flags as a user would write them; bytes that they save, and the peak that is left.
+
+    starts_anew: the checkpoints in --checkpoint-path are not ones to go on from with these flags.
+    """
 
     flags: str
     saved: int
     peak: int
+    starts_anew: bool
 
 
 def helpful_changes(
@@ -29,7 +35,7 @@ def helpful_changes(
 ) -> list[Change]:  # fmt: skip
     """Each change by itself that lets the process of this rank need less than `peak` bytes, the one
     that saves most first. More stages are taken by their largest."""
-    found = []
+    found, has_steps = [], any_steps(args.checkpoint_path)
     for flags, changed in _variants(args):
         split, ranks = layers, [rank]
         if changed.pipeline_group_size != args.pipeline_group_size:
@@ -38,7 +44,8 @@ def helpful_changes(
             split, ranks = _even(changed, config), _largest(changed.pipeline_group_size)
         rehearsal = Rehearsal(changed, family, config, split, cuda=cuda)
         left = max(rehearsal.of_rank(one).peak for one in ranks)
-        found.append(Change(flags, peak - left, left))
+        starts_anew = has_steps and fixed_flags(changed) != fixed_flags(args)
+        found.append(Change(flags, peak - left, left, starts_anew))
     return sorted((one for one in found if one.saved > 0), key=lambda one: -one.saved)
 
 

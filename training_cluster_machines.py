@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from argument_checks import check_model, check_optimizer
+from checkpoint.shard_manifest import check_shard_size
 from checkpoint.shards import shard_name
 from comm.roster import Arrival
 from comm.topology import Topology
@@ -43,7 +44,8 @@ class Machine(NamedTuple):
     model: None where the rank cannot read a config.json that fits with the flags.
     problems: what would end a run, in a line each.
     versions: by name. config: by key. files: of its stage's shards, by name, their size and, where
-    a manifest tells it, their checksum; None where there is no such file.
+    a manifest tells it, their checksum; None where there is no such file. damage: why a run would
+    not take those that are there, in a line each.
     resumes: its --checkpoint-path has a checkpoint, so that shards are not read.
     """
 
@@ -53,6 +55,7 @@ class Machine(NamedTuple):
     versions: dict[str, str]
     config: dict[str, str]
     files: dict[str, str | None]
+    damage: list[str]
     resumes: bool
 
 
@@ -81,6 +84,7 @@ def look_at_machine(
         versions(args, device),
         _config(args.model_name / "config.json"),
         files,
+        _damage(args.model_name, [name for name, found in files.items() if found is not None]),
         args.load_checkpoint and (args.checkpoint_path / "latest").exists(),
     )
 
@@ -129,6 +133,7 @@ def differences(roster: Sequence[Arrival], machines: Sequence[Machine]) -> list[
             missing = [name for name, found in machine.files.items() if found is None]
             if missing:
                 named.append(f"{_who(arrival)} has no {', '.join(missing)} in --model-name")
+            named += [f"{_who(arrival)}: {problem}" for problem in machine.damage]
     for arrival, machine in zip(roster, machines, strict=True):
         named += [f"{_who(arrival)}: {problem}" for problem in machine.problems]
     return named
@@ -159,6 +164,17 @@ def _identity(path: Path, listed: Any) -> str | None:
     if not path.exists():
         return None
     return f"{path.stat().st_size:,} bytes" + ("" if listed is None else f" ({_short(listed)})")
+
+
+def _damage(folder: Path, names: Sequence[str]) -> list[str]:
+    """What the manifest shows of these shards without reading them; each line once."""
+    found = []
+    for name in names:
+        try:
+            check_shard_size(folder / name)
+        except ValueError as error:
+            found.append(str(error))
+    return list(dict.fromkeys(found))
 
 
 def _manifest(path: Path) -> Mapping[str, Any]:

@@ -141,7 +141,8 @@ class Plan:
 
 def _outcome(change: Change, limit: int) -> str:
     fits = ", which fits" if change.peak <= limit else ""
-    return f"{in_units(change.saved)} less, {in_units(change.peak)} at the peak{fits}"
+    anew = " (a new run only)" if change.starts_anew else ""
+    return f"{in_units(change.saved)} less, {in_units(change.peak)} at the peak{fits}{anew}"
 
 
 def plans_for_gpus(args: argparse.Namespace) -> bool:

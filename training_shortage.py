@@ -65,5 +65,9 @@ def _held(stage: StageMemory) -> str:
 def _help(changes: Sequence[Change]) -> str:
     if not changes:
         return "no flag makes it hold less"
-    listed = ", ".join(f"{change.flags} ({in_units(change.saved)} less)" for change in changes)
+    listed = ", ".join(f"{change.flags} ({_outcome(change)})" for change in changes)
     return f"what helps, most first: {listed}"
+
+
+def _outcome(change: Change) -> str:
+    return f"{in_units(change.saved)} less" + ("; a new run only" if change.starts_anew else "")

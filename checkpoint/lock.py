@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import socket
 from pathlib import Path
 from typing import TextIO
+
+logger = logging.getLogger(__name__)
+
+_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # what flock says of another's lock
 
 
 def make_folder(path: Path) -> None:
@@ -26,8 +31,9 @@ def make_folder(path: Path) -> None:
 def lock_folder(path: Path) -> TextIO:
     """Locks `path` (made where it is missing) until the returned file is closed.
 
-    The system releases the lock of a process that ends in any way. ValueError where another process
-    holds it, or the folder cannot be made or written; the text names the folder.
+    The system releases the lock of a process that ends in any way. A file system that has no locks
+    (Lustre without `-o flock`, some NFS) is told of, and keeps nobody out. ValueError where another
+    process holds it, or the folder cannot be made or written; the text names the folder.
     """
     make_folder(path)
     try:
@@ -37,10 +43,17 @@ def lock_folder(path: Path) -> TextIO:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
-        raise ValueError(f"--checkpoint-path {path}: in use by {holder}") from error
+        if error.errno in _HELD:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise ValueError(f"--checkpoint-path {path}: in use by {holder}") from error
+        logger.warning(
+            "--checkpoint-path %s: its file system cannot lock files (%s): a second run that "
+            "writes there at the same time is not kept out",
+            path,
+            error.strerror,
+        )
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()

@@ -5,10 +5,19 @@ Published shards have none: they load unverified. A user who changes a file on p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from checkpoint.manifest import FORMAT, FileSum, check_file, decode_sums, encode_sums, seal, unseal
+from checkpoint.manifest import (
+    FORMAT,
+    FileSum,
+    check_file,
+    check_size,
+    decode_sums,
+    encode_sums,
+    seal,
+    unseal,
+)
 
 NAME = "manifest.json"
 _REMEDY = f"remove {NAME} to load the folder unverified"
@@ -29,12 +38,12 @@ def check_shard(path: Path) -> None:
 
     Nothing is checked where its folder has no manifest; one that does not list it is an error too.
     """
-    if not has_manifest(path.parent):
-        return
-    sums = _read(path.parent)
-    if path.name not in sums:
-        raise ValueError(f"{path}: not one of the files that {NAME} lists; {_REMEDY}")
-    _check(path, sums[path.name])
+    _check_listed(path, check_file)
+
+
+def check_shard_size(path: Path) -> None:
+    """As `check_shard`, of the size alone, with nothing of the file read."""
+    _check_listed(path, check_size)
 
 
 def check_companions(folder: Path) -> None:
@@ -43,7 +52,16 @@ def check_companions(folder: Path) -> None:
         return
     for name, expected in sorted(_read(folder).items()):
         if not name.startswith("pytorch_") and name != "config.json":
-            _check(folder / name, expected)
+            _check(folder / name, expected, check_file)
+
+
+def _check_listed(path: Path, check: Callable[..., None]) -> None:
+    if not has_manifest(path.parent):
+        return
+    sums = _read(path.parent)
+    if path.name not in sums:
+        raise ValueError(f"{path}: not one of the files that {NAME} lists; {_REMEDY}")
+    _check(path, sums[path.name], check)
 
 
 def _read(folder: Path) -> dict[str, FileSum]:
@@ -53,8 +71,8 @@ def _read(folder: Path) -> dict[str, FileSum]:
         raise ValueError(f"{error}; {_REMEDY}") from error
 
 
-def _check(path: Path, expected: FileSum) -> None:
+def _check(path: Path, expected: FileSum, check: Callable[..., None]) -> None:
     try:
-        check_file(path, expected, manifest=NAME)
+        check(path, expected, manifest=NAME)
     except ValueError as error:
         raise ValueError(f"{error}; convert the model again, or {_REMEDY}") from error

@@ -2,7 +2,9 @@
 
 torch's store lets everybody in. A job's own keys cannot be found by a rank that has another job's
 key, so that it would wait for its deadline. Here, under names that all jobs share, rank 0 proves
-which job it is of; a rank that does not find it proved leaves its name, and goes.
+which job it is of; a rank that does not find it proved leaves its name, and goes. Whatever a
+stranger writes here ends nobody's meeting. So nothing is counted in the store: it breaks the
+connection of a rank that adds to what is no number.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ logger = logging.getLogger(__name__)
 FLAGS = "--job-id or --job-token-file"
 _MAX_STRANGERS = 16  # so many are read and told of; a scanner may leave any number
 _MAX_NAME = 64
+_NOBODY = "nobody"  # what a place that holds nothing is compared with, so that reading never waits
 
 
 class Door:
@@ -47,9 +50,7 @@ class Door:
         if self._key.is_proof(sign.get("proof"), "door", str(sign.get("salt"))):
             self._is_checked = True
             return
-        number = self._store.add("knocks", 1)
-        name = {"rank": self._here.rank, "host": self._here.host}
-        self._store.set(f"knock/{number}", json.dumps(name))
+        self._knock(json.dumps({"rank": self._here.rank, "host": self._here.host}))
         raise ValueError(
             f"--dist-url {self._url}: rank 0 there (host {_plain(sign.get('host'))}) is of another "
             f"job: its {FLAGS} is not that of rank {self._here.rank} (host {self._here.host}); "
@@ -58,16 +59,25 @@ class Door:
 
     def look(self) -> None:
         """Notes who came with another job's key; rank 0 tells of each."""
-        count = min(self._store.add("knocks", 0), _MAX_STRANGERS)
-        while len(self.strangers) < count:
-            key = f"knock/{len(self.strangers) + 1}"
-            if not self._store.check([key]):
-                return  # it is about to be written
-            name = _read(self._store.get(key))
+        while len(self.strangers) < _MAX_STRANGERS:
+            found = self._store.compare_set(_place(len(self.strangers)), _NOBODY, _NOBODY)
+            if found == _NOBODY.encode():
+                return
+            name = _read(found)
             stranger = f"rank {_plain(name.get('rank'))} (host {_plain(name.get('host'))})"
             self.strangers.append(stranger)
             if self._here.rank == 0:
                 logger.warning("%s came with another %s: not of this job", stranger, FLAGS)
+
+    def _knock(self, name: str) -> None:
+        """Leaves `name` in the first place that is free, where there is one."""
+        for number in range(_MAX_STRANGERS):
+            if self._store.compare_set(_place(number), "", name) == name.encode():
+                return
+
+
+def _place(number: int) -> str:
+    return f"knock/{number}"
 
 
 def _read(text: bytes) -> dict[str, object]:

@@ -74,15 +74,20 @@ class Lab:
         """One start to its end, in forked ranks; it is told of the first of `kills`."""
         argvs = self.argvs(name, own_disks=own_disks, changes=changes)
         given = [kill for kill in kills if kill is not None]
-        outcome = fork_ranks(argvs, self.folder, kills=given)
+        outcome = fork_ranks(argvs, self._place(name), kills=given)
         return self._look(name, given[0] if given else None, outcome, own_disks=own_disks)
 
     def start_python(
         self, name: str, kill: Kill | None = None, *, changes: Mapping[str, Any] | None = None
     ) -> Start:
         """As `start`, but of `python dist_clm_train.py`, and the kill comes from outside."""
-        outcome = spawn_ranks(self.argvs(name, changes=changes), self.folder, kill=kill)
+        outcome = spawn_ranks(self.argvs(name, changes=changes), self._place(name), kill=kill)
         return self._look(name, kill, outcome, own_disks=False)
+
+    def _place(self, name: str) -> Path:
+        """Where its ranks write; runs of other names may go on beside it."""
+        (self.folder / name).mkdir(exist_ok=True)
+        return self.folder / name
 
     def _look(self, name: str, kill: Kill | None, outcome: Outcome, *, own_disks: bool) -> Start:
         disks = [self.disk(name, rank if own_disks else None) for rank in WRITERS]

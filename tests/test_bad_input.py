@@ -94,6 +94,9 @@ def number_cases() -> dict[str, Case]:
 FLAG_CASES: dict[str, Case] = {
     **number_cases(),
     "time beyond all clocks": Case({"dist-timeout": "1e300"}, ["--dist-timeout: ", "'1e300'"]),
+    "no time to save in": Case(
+        {"dist-timeout": "4.9"}, ["--dist-timeout 4.9", "at least 5 seconds", "ranks that save"]
+    ),
     "join time beyond all clocks": Case({"join-timeout": "1e10"}, ["--join-timeout: ", "'1e10'"]),
     "an unknown flag": Case(
         {"learning-rate": "1"}, ["--learning-rate 1", "unrecognized", "--help"]

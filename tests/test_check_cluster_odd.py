@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from arguments import parse_train
+from checkpoint.manifest import FileSum
+from checkpoint.shard_manifest import write_shard_manifest
 from comm.communicator import Communicator, Work
 from comm.fabric import Fabric
 from tests.bad_input import argv
-from tests.cluster import flags, make_model
+from tests.cluster import SHARDS, flags, make_model
 from tests.comm.ranks import Rank as Entered
 from tests.comm.ranks import enter
 from tests.dist import run_ranks
@@ -33,6 +35,7 @@ from training_cluster_machines import versions
 
 HOST = socket.gethostname()
 SLEEP = 0.05
+CUT = "pytorch_6.pt"
 
 class Throttled:
     """A channel in which long messages to one member take longer."""
@@ -79,7 +82,9 @@ def check_cases(rank: int, world_size: int, url: str, home: Path) -> dict[str, A
     entered = enter(rank, url, num_stages=2, num_replicas=2)
     found = {}
     for name, odd in CASES.items():
-        more = {"load-pretrained-model": "false", "rank": rank}
+        more: dict[str, Any] = {"load-pretrained-model": "false", "rank": rank}
+        if name == "a cut shard":  # on a disk that all share
+            more |= {"model-name": home / "cut", "load-pretrained-model": "true"}
         args = parse_train(argv(flags(home, **more)), {})
         fabric = entered.fabric
         with ExitStack() as stack, listening() as lines:
@@ -109,6 +114,7 @@ CASES = {
     "a slow device": 3,
     "another version": 2,
     "another clock": 2,
+    "a cut shard": None,
 }
 
 
@@ -132,6 +138,9 @@ def make_odd(name: str, fabric: Fabric, stack: ExitStack) -> Fabric:
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, list[str]]]:
     home = tmp_path_factory.mktemp("cluster")
     make_model(home / "m")
+    cut = make_model(home / "cut")
+    write_shard_manifest(cut, {name: FileSum(6 * (name == CUT), "00000000") for name in SHARDS})
+    (cut / CUT).write_text("short")
     by_rank = run_ranks(4, check_cases, home)
     for name in CASES:
         assert len({found[name][0] for found in by_rank}) == 1, "one status on all ranks"
@@ -199,3 +208,15 @@ def test_another_clock_is_named(found: Found) -> None:
     line = the(lines, "- the clock of")
     assert line.startswith(f"- the clock of rank 2 (host {HOST}) is 100.0 s ahead of rank 0's")
     assert not [line for line in found["nothing"][1] if "the clock of" in line]
+
+
+def test_a_cut_shard_is_named_by_all_whose_stage_reads_it(found: Found) -> None:
+    """They agree with each other, not with the manifest."""
+    status, lines = found["a cut shard"]
+    assert status == 1
+    told = [line for line in lines if CUT in line]
+    assert len(told) == 2
+    for line, rank in zip(told, (1, 3), strict=True):
+        assert line.startswith(f"- rank {rank} (host {HOST}): ")
+        assert f"cut/{CUT}: damaged: 5 bytes, manifest.json says 6; convert" in line
+    assert lines[-1] == "check failed: differing or missing, told above: 2"

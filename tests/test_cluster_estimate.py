@@ -134,7 +134,7 @@ def test_clocks_that_may_be_right_are_not_told_of() -> None:
 def machine(**changes: Any) -> Machine:
     same = Machine(
         device="", model=None, problems=[], versions={"torch": "2"}, config={"a": "1"},
-        files={"x.pt": "5 bytes"}, resumes=False,
+        files={"x.pt": "5 bytes"}, damage=[], resumes=False,
     )  # fmt: skip
     return same._replace(**changes)
 
@@ -156,6 +156,8 @@ def machine(**changes: Any) -> Machine:
             {"files": {"x.pt": "6 bytes"}},
             ["x.pt is 6 bytes on rank 1 (host h0), but 5 bytes on the others"],
         ),
+        ({"damage": ["x.pt: cut"]}, ["rank 1 (host h0): x.pt: cut"]),
+        ({"damage": ["x.pt: cut"], "resumes": True}, []),
         ({"problems": ["--x: no"]}, ["rank 1 (host h0): --x: no"]),
     ],
 )

@@ -45,18 +45,26 @@ CLOCK_KILLS, CLOCK_STEPS = 8, 100
 END_SECONDS = 15.0  # of the others once all ranks have joined
 
 
-def join_timeout(kill: Kill) -> dict[str, float]:
-    """Where rank 0 waits for one that never comes, or never links, it waits to the end of that."""
-    waits = kill.rank != 0 and kill.target.startswith(("comm.rendezvous", "comm.watch"))
-    return {"join-timeout": SHORT_JOIN} if waits else {}
+def waits(kill: Kill) -> bool:
+    """Whether rank 0 waits, to the end of --join-timeout, for one that never comes or links."""
+    return kill.rank != 0 and kill.target.startswith(("comm.rendezvous", "comm.watch"))
 
 
-def live(_rank: int, _world: int, _url: str, lab: Lab, seed: int) -> dict[str, list[Start]]:
-    """The reference; the plan's starts, and one more to the end; the run without a shared disk."""
+def live(rank: int, _world: int, _url: str, lab: Lab, seed: int) -> dict[str, list[Start]]:
+    """The reference; the plan's starts, and one more to the end; the run without a shared disk.
+
+    The starts that do nothing but wait go on beside all that, and are a run of their own.
+    """
+    plan = draw_plan(seed)
+    if rank == 1:
+        changes = {"join-timeout": SHORT_JOIN}
+        return {
+            "waiting": [lab.start("waiting", one, changes=changes) for one in plan if waits(one)]
+        }
     whole = [lab.start("whole")]
     changes = {"join-timeout": IMPORT_JOIN}
     killed = [lab.start_python("killed", import_kill(seed), changes=changes)]
-    killed += [lab.start("killed", kill, changes=join_timeout(kill)) for kill in draw_plan(seed)]
+    killed += [lab.start("killed", kill) for kill in plan if not waits(kill)]
     with (lab.disk("killed") / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step": 99, "lo')
     killed.append(lab.start_python("killed"))
@@ -128,13 +136,22 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 @pytest.fixture(scope="module")
 def starts(lab: Lab) -> dict[str, list[Start]]:
-    (found,) = run_ranks(1, live, lab, SEED, deadline=1800.0)
-    return found
+    return live_twice(lab, SEED)
+
+
+def live_twice(lab: Lab, seed: int) -> dict[str, list[Start]]:
+    found, waiting = run_ranks(2, live, lab, seed, deadline=1800.0)
+    return found | waiting
 
 
 @pytest.fixture(scope="module")
 def deaths(starts: dict[str, list[Start]]) -> list[Start]:
-    return [start for start in (*starts["killed"], *starts["apart"]) if start.kill is not None]
+    return deaths_of(starts)
+
+
+def deaths_of(starts: dict[str, list[Start]]) -> list[Start]:
+    found = (*starts["killed"], *starts["waiting"], *starts["apart"])
+    return [start for start in found if start.kill is not None]
 
 
 def victim(start: Start) -> int:
@@ -304,8 +321,8 @@ def test_a_mistake_at_resume_ends_every_rank_with_one_line(
 @pytest.mark.parametrize("seed", range(3))
 def test_other_plans_end_with_the_same_bits_too(seed: int, tmp_path: Path) -> None:
     lab = make_lab(tmp_path)
-    (starts,) = run_ranks(1, live, lab, seed, deadline=1800.0)
-    dead = [start for start in starts["killed"] if start.kill is not None]
+    starts = live_twice(lab, seed)
+    dead = deaths_of(starts)
     test_the_plan_hits_every_moment(starts, dead)
     test_the_others_end_by_themselves_in_time(dead)
     test_the_others_name_the_lost_rank_in_one_line(dead)

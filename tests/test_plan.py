@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 import torch
@@ -204,6 +206,56 @@ def test_what_does_not_fit_is_told_with_what_helps(
     for flag, change in changes.items():
         own = rehearse(folder, 0, **{**flags, **change}).peak
         assert by_flag[flag] == in_units(own / 1e6)
+
+
+def test_what_no_checkpoint_goes_on_with_is_told_so(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "2").mkdir()
+    flags: dict[str, Any] = {"micro_batch_size": 2, "recompute": False, "device_memory": "1kB"}
+    _, lines = plan(folder, capsys, **flags, checkpoint_path=tmp_path)
+    told = {line.split(":")[0].strip(): line for line in lines if line.startswith("  --")}
+    anew = {flag for flag, line in told.items() if line.endswith(" at the peak (a new run only)")}
+    assert anew == {"--micro-batch-size 1", "--optimizer 8bit-adam", "--bf16"}
+    assert {"--recompute true", "--pp-mode 1f1b"} < told.keys()
+
+
+def to_closed_pipe() -> TextIO:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
+def to_full_disk() -> TextIO:
+    return os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")
+
+
+def plan_to(file: TextIO, folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> int:
+    """The exit status; closing the file fails where it holds what it could not write."""
+    monkeypatch.setattr(sys, "stdout", file)
+    with file:
+        try:
+            main([*argv(folder, **changes), "--plan"])
+        except SystemExit as ended:
+            return int(ended.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize(("memory", "status"), [("1GB", 0), ("1kB", 1)])
+def test_who_stops_reading_still_learns_whether_it_fits(
+    memory: str, status: int, folder: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    found = plan_to(to_closed_pipe(), folder, monkeypatch, device_memory=memory)
+    assert found == status
+    assert capsys.readouterr().err == ""
+
+
+def test_a_full_disk_is_no_plan_that_does_not_fit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan_to(to_full_disk(), folder, monkeypatch) == 2
+    assert capsys.readouterr().err == "standard output: No space left on device\n"
 
 
 def test_the_other_ranks_print_nothing(

@@ -29,7 +29,7 @@ from training_shortage import explain_shortage
 HIDDEN, LAYERS = 128, 2
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 3 GiB."
 CPU = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 512 bytes."
-ADVICE = re.compile(r"(--[^(]+) \((\S+) ([kM])B less\)")
+ADVICE = re.compile(r"(--[^(]+) \((\S+) ([kM])B less(; a new run only)?\)")
 
 # A rank whose address space is bounded once all is built: its next activations do not fit.
 BOUNDED = """
@@ -78,17 +78,24 @@ class Failing:
         return patch(self.target, side_effect=self.error)
 
 
-def third_microbatch(topology: Topology) -> AbstractContextManager[object]:
-    """In the second block of the third microbatch's forward."""
-    calls = iter(range(1000))
-    forward = Block.forward
+@dataclass(frozen=True)
+class FailingBlock:
+    """Memory runs out in this call of a block's forward, of all from the start."""
 
-    def run(self: Block, *given: Any) -> Any:
-        if next(calls) == 2 * LAYERS + 1:
-            raise torch.OutOfMemoryError(CUDA)
-        return forward(self, *given)
+    number: int
 
-    return patch.object(Block, "forward", run)
+    def __call__(self, topology: Topology) -> AbstractContextManager[object]:
+        calls, forward = iter(range(1000)), Block.forward
+
+        def run(block: Block, *given: Any) -> Any:
+            if next(calls) == self.number:
+                raise torch.OutOfMemoryError(CUDA)
+            return forward(block, *given)
+
+        return patch.object(Block, "forward", run)
+
+
+third_microbatch = FailingBlock(2 * LAYERS + 1)  # its second block
 
 
 @contextmanager
@@ -105,7 +112,8 @@ def told(folder: Path) -> dict[str, Told]:
         Case("weights", own, Failing("training_setup.StageModel", MemoryError()), stops=True),
         Case("moments", own, Failing("training_setup.build_optimizer", RuntimeError(CPU)),
              stops=True),
-        Case("microbatch", own, third_microbatch, stops=True),
+        Case("microbatch", own | {"total-steps": 2, "checkpoint-steps": 1},
+             FailingBlock((4 + 2) * LAYERS + 1), stops=True),
         Case("tight", own, even_for_the_advice, stops=True),
     ]  # fmt: skip
     (told,) = run_ranks(1, train_cases, meet_at([(1, 1)]), cases, folder, deadline=120.0)
@@ -142,6 +150,16 @@ def check_numbers(line: str, *, layers: int) -> None:
     assert {"--recompute true", "--pp-mode 1f1b", "--optimizer 8bit-adam"} <= set(names)
     saved = [size for _, size in found]
     assert saved == sorted(saved, reverse=True)
+
+
+def test_what_a_checkpoint_does_not_go_on_with_is_told_so(told: dict[str, Told]) -> None:
+    """The iteration after the first save fails; the other runs came to none."""
+    for name, expected in (("microbatch", {"--optimizer 8bit-adam", "--bf16"}), ("moments", set())):
+        line = told[f"{name}-1-1"].stopped
+        assert line is not None
+        found = {one[1].removeprefix(", "): one[4] for one in ADVICE.finditer(line)}
+        assert {flag for flag, anew in found.items() if anew} == expected
+        assert {"--recompute true", "--optimizer 8bit-adam"} < found.keys()
 
 
 def test_where_even_the_advice_needs_too_much_the_plan_is_named(told: dict[str, Told]) -> None:

@@ -139,10 +139,13 @@ def test_strangers_at_every_port_of_a_run(tmp_path: Path) -> None:
 
 
 def test_a_rank_of_another_job_is_sent_away_and_named(tmp_path: Path) -> None:
-    """And what connects meanwhile does not keep the right one out."""
+    """And what connects meanwhile does not keep the right one out, whatever it writes there."""
     url = f"tcp://127.0.0.1:{free_port()}"
     ranks = [start(tmp_path, str(r), meet, r, 3, url, KEY, 30.0) for r in (0, 1)]
     with ended(*ranks):
+        store = TCPStore(*parse_dist_url(url), is_master=False, wait_for_workers=False)
+        for name, word in (("knocks", "abc"), ("knock/0", "9" * 30), ("knock/1", "[" * 9999)):
+            store.set(f"dist-clm-train/door/{name}", word)
         other = start(tmp_path, "other", meet, 2, 3, url, OTHER_KEY, 20.0)
         with ended(other):
             assert other.status(within=20.0) == 2
@@ -156,7 +159,8 @@ def test_a_rank_of_another_job_is_sent_away_and_named(tmp_path: Path) -> None:
             for rank in (*ranks, right):
                 assert rank.status(within=20.0) == 0, rank.lines
         assert ranks[0].lines == [
-            f"rank 2 (host {host}) came with another --job-id or --job-token-file: not of this job"
+            f"{who} came with another --job-id or --job-token-file: not of this job"
+            for who in ("rank None (host None)", "rank None (host None)", f"rank 2 (host {host})")
         ]
         for link in links:
             link.close()

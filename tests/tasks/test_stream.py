@@ -7,11 +7,13 @@ import json
 import random
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tasks import encoded_documents
 from tasks.build import open_training_stream
 from tasks.loader import BatchLoader
 from tasks.mixture import BlockStream
@@ -20,6 +22,7 @@ from tests.tasks.material import make_texts, through_json, tokenizer, write_fold
 
 WEIGHTS = (0.2, 0.5, 0.3)
 ROWS = 4
+APART = {3, 4, 9, 15}  # which of the parts that a run is cut into a process of its own tokenizes
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +37,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[SourceSpec]:
         folder / "pairs.jsonl",
     ]
     return [SourceSpec(str(p), weight) for p, weight in zip(paths, WEIGHTS, strict=True)]
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what is tokenized at once: streams and their cuts come upon many of their ends."""
+    monkeypatch.setattr(encoded_documents, "BATCH_DOCUMENTS", 16)
 
 
 def stream_of(sources: Sequence[SourceSpec], **options: Any) -> BlockStream:
@@ -71,14 +80,15 @@ def test_workers_change_no_token(sources: list[SourceSpec], way: dict[str, Any])
 def test_cut_at_twenty_steps_it_is_the_same_stream(
     sources: list[SourceSpec], way: dict[str, Any]
 ) -> None:
-    """Batches of 300 steps, against a run that is killed and resumed 20 times, workers changing."""
+    """Batches of 300 steps, against a run that is killed and resumed 20 times, to a process that
+    tokenizes and from one, from one to the next, and where none does."""
     loader = BatchLoader(stream_of(sources, **way), rows=ROWS)
     whole = [loader.next() for _ in range(300)]
     loader.close()
     cuts = sorted(random.Random(1).sample(range(1, 300), 20))
     state: dict[str, Any] | None = None
-    for start, end in zip([0, *cuts], [*cuts, 300], strict=True):
-        stream = stream_of(sources, num_workers=start % 2, **way)
+    for part, (start, end) in enumerate(pairwise([0, *cuts, 300])):
+        stream = stream_of(sources, num_workers=int(part in APART), **way)
         if state is not None:
             stream.restore(through_json(state))
         resumed = BatchLoader(stream, rows=ROWS)
