@@ -39,8 +39,8 @@ class Background:
         """Until it has ended, well or not."""
         self._thread.join()
 
-    def done(self, timeout: float | None = None) -> bool:
-        """Whether it has ended within `timeout` seconds, None is any; raises what it raised."""
+    def done(self, timeout: float) -> bool:
+        """Whether it has ended within `timeout` seconds; raises what it raised."""
         self._thread.join(timeout)
         if self._error is not None:
             raise self._error

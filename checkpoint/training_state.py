@@ -87,6 +87,7 @@ class CheckpointStore:
         self._search: Search | None = None
         self._pending: _Pending | None = None
         self._removal: _Removal | None = None
+        self._unpruned: int | None = None  # the last step saved, if nothing was dropped for it yet
         self._writes = topology.replica == 0
         if self._writes:
             step_folder.clear_leftovers(path, nonce)
@@ -124,9 +125,9 @@ class CheckpointStore:
         """Lets the step that was begun be one, once all of it is written.
 
         Every process calls it. What --keep-checkpoints drops is removed beside training, until
-        `tidy`; with `hurry`, nothing waits for what was dropped before. SaveFailedError, the same
-        on all of them, where a disk fails: it says on which rank and at which file, and no step was
-        added, or `latest` alone could not be moved.
+        `tidy`; with `hurry`, all of that is left to `tidy`. SaveFailedError, the same on all of
+        them, where a disk fails: it says on which rank and at which file, and no step was added, or
+        `latest` alone could not be moved.
         """
         assert self._pending is not None, "a step was begun"
         (step, folder, task), self._pending = self._pending, None
@@ -143,14 +144,26 @@ class CheckpointStore:
         self._attempt(lambda: self._prepare(final), step, undo=drop)
         self._attempt(lambda: step_folder.publish(folder, final), step, undo=withdraw)
         self._attempt(lambda: write_latest(self.path, step), step)
-        before = None if self._removal is None else self._removal.task
-        if not hurry:  # the write has waited for it
-            self.tidy()
-        remove = partial(self._remove_older, step, final, self._whole_steps(step), before)
-        self._removal = _Removal(step, Background(remove) if self._writes else None)
+        self._unpruned = step
+        if not hurry:
+            self._await_removal()  # which the write has waited for
+            self._begin_removal()
 
     def tidy(self) -> None:
         """Waits until what the last save dropped is removed; every process calls it."""
+        self._await_removal()
+        self._begin_removal()
+        self._await_removal()
+
+    def _begin_removal(self) -> None:
+        """Of what is older than the last step that was saved, where that is not done yet."""
+        if self._unpruned is None:
+            return
+        step, self._unpruned = self._unpruned, None
+        remove = partial(self._remove_older, step, self._whole_steps(step))
+        self._removal = _Removal(step, Background(remove) if self._writes else None)
+
+    def _await_removal(self) -> None:
         if self._removal is None:
             return
         (step, task), self._removal = self._removal, None
@@ -207,16 +220,10 @@ class CheckpointStore:
         path = self.path if self._writes else None
         return find_whole_steps(path, last, control=self._control) or []
 
-    def _remove_older(
-        self, step: int, final: Path, whole: Sequence[int], before: Background | None
-    ) -> None:
-        try:
-            if before is not None:
-                before.done()
-        finally:
-            step_folder.drop_replaced(final, self._nonce)
-            if step in whole:
-                prune(self.path, step, self._keep, whole=whole, nonce=self._nonce)
+    def _remove_older(self, step: int, whole: Sequence[int]) -> None:
+        step_folder.drop_replaced(self.path / str(step), self._nonce)
+        if step in whole:
+            prune(self.path, step, self._keep, whole=whole, nonce=self._nonce)
 
     def bytes_to_come(self, saves: int, *, weights: int, state: int) -> int:
         """What so many saves will take here at most; `weights` and `state` are those of one."""
