@@ -6,7 +6,7 @@ import io
 import logging
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -109,7 +109,8 @@ def _train_case(case: Case, path: Path, topology: Topology, fabric: Fabric, nonc
         path.mkdir(parents=True, exist_ok=True)
     gather_json(fabric.control, None)  # the folder is there for all
     hook = nullcontext() if case.hook is None else case.hook(topology)
-    with hook, _Listener() as listener, patch("monitor.recorder.draw_loss"):  # a second each time
+    listener = _Listener()
+    with hook, listener, patch("monitor.recorder.draw_loss"), ExitStack() as closing:
         stopped = None
         try:
             train(
@@ -120,12 +121,18 @@ def _train_case(case: Case, path: Path, topology: Topology, fabric: Fabric, nonc
                 nonce=nonce,
                 console=Console(io.StringIO()),
                 stop=StopRequest(),
+                closing=closing,
+                announce=to_nobody,
             )
         except (TrainingStoppedError, SaveFailedError) as error:
             if not case.stops:
                 raise
             stopped = str(error)
     return Told(listener.lines, stopped)
+
+
+def to_nobody(line: str) -> None:
+    """Where no rank waits to hear of it."""
 
 
 class _Listener(logging.Handler):
