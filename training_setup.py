@@ -131,7 +131,8 @@ class Run:
         self._doing = "reading the weights"
         load_weights_(
             self._model, self._args, self._resume, family=self._family, config=self._config,
-            topology=self._topology, replicas=self._fabric.replicas, source=self._split.source,
+            topology=self._topology, control=self._fabric.control,
+            replicas=self._fabric.replicas, source=self._split.source,
         )  # fmt: skip
         self.profile = self._open_profile()
         self._doing = "making gradients, masters and moments"

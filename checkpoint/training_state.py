@@ -87,8 +87,8 @@ class CheckpointStore:
         self._pending: _Pending | None = None
         self._removal: _Removal | None = None
         self._writes = topology.replica == 0
-        if self._writes:
-            step_folder.clear_leftovers(path, nonce)
+        clear = partial(step_folder.clear_leftovers, path, nonce) if self._writes else None
+        do_together(control, clear, "removing what earlier starts left", expected=())
 
     def begin(self, step: int, *, parts: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         """Starts writing `parts` (checkpoint, optimizer, scheduler) of this stage as step `step`.

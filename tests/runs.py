@@ -63,6 +63,7 @@ def train_cases(
     cases: Sequence[Case],
     folder: Path,
     dist_backend: str = "gloo",
+    dist_timeout: float = 60.0,
 ) -> dict[str, Told]:
     """For every shape (P, R, url) of this world, trains every case.
 
@@ -73,7 +74,8 @@ def train_cases(
     torch.set_num_threads(1)
     for stages, replicas, shape_url in shapes:
         topology = Topology(rank, stages, replicas)
-        with connected(topology, shape_url, dist_backend) as (fabric, nonce):
+        meeting = connected(topology, shape_url, dist_backend, dist_timeout=dist_timeout)
+        with meeting as (fabric, nonce):
             for case in cases:
                 if case.shapes is None or (stages, replicas) in case.shapes:
                     path = run_folder(folder, case.name, stages, replicas)
