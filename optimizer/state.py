@@ -22,6 +22,7 @@ from optimizer.mixed_precision import MixedPrecisionOptimizer
 from optimizer.state_check import KeptState
 
 MASTERS = "masters"
+_AT_ONCE = 2**28  # weights whose state, some 3 GB, a host keeps in memory from reading to sending
 
 
 def collect_state(
@@ -119,13 +120,14 @@ def _batches(
     optimizer: MixedPrecisionOptimizer, control: Communicator, topology: Topology
 ) -> list[list[str]]:
     """The weights, in their order: those of a batch are read before they are shared, which takes
-    no more memory than the largest does. Every process gets as many batches."""
+    no memory but the system's for files, as they are mapped. Every process gets as many batches.
+    """
     sent = {
         name: optimizer.shape_of(name).numel() * (_holders(optimizer, name, topology) != [0])
         for name in optimizer.names
     }
     batches: list[list[str]] = [[]]
-    size, most = 0, max(sent.values())
+    size, most = 0, max(_AT_ONCE, *sent.values())
     for name in optimizer.names:
         if size + sent[name] > most:
             batches.append([])
