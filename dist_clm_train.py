@@ -12,8 +12,10 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, TextIO
 
 from argument_checks import (
@@ -243,18 +245,19 @@ def run(
         sys.exit(1)
     listener.link(end=watch.fail, pass_on=watch.pass_on)
     stop.phase = LOADING
+    closing = ExitStack()  # what may take a minute, so that the others know of a failure before
     try:
         if machine.problem is not None:
             raise machine.problem
-        end = _train(args, topology, rendezvous, watch, console, stop)
+        end = _train(args, topology, rendezvous, watch, console, stop, closing)
     except PeerLostError as error:
-        watch.explain(error)
+        watch.explain(error, last=closing.close)
     except (TrainingStoppedError, OSError) as error:
-        watch.fail(1, one_line(error))
+        watch.fail(1, one_line(error), last=closing.close)
     except ValueError as error:
-        watch.fail(2, one_line(error))
+        watch.fail(2, one_line(error), last=closing.close)
     except Exception as error:
-        _fail_with_traceback(watch, error)
+        _fail_with_traceback(watch, error, last=closing.close)
     watch.close()
     if end.line is not None:
         say(end.line if args.world_size == 1 else f"rank {args.rank}: {end.line}")
@@ -269,6 +272,7 @@ def _train(
     watch: Watch,
     console: Console,
     stop: StopRequest,
+    closing: ExitStack,
 ) -> End:
     from transformers.utils import logging as transformers_logging
 
@@ -303,8 +307,11 @@ def _train(
         nonce=rendezvous.nonce,
         console=console,
         stop=stop,
+        closing=closing,
+        announce=partial(watch.announce, 1),
     )
     stop.phase = CLOSING
+    closing.close()
     fabric.close()
     return End(0) if stopped is None else End(STOPPED, stopped)
 
@@ -337,11 +344,14 @@ def choose_device(args: argparse.Namespace, *, ranks_here: int) -> torch.device:
     return torch.device("cpu")
 
 
-def _fail_with_traceback(watch: Watch, error: Exception) -> NoReturn:
+def _fail_with_traceback(
+    watch: Watch, error: Exception, *, last: Callable[[], object]
+) -> NoReturn:
     """What nobody foresaw: the traceback for us, one line for the others."""
     traceback.print_exc()
     causes = [error, error.__cause__] if error.__cause__ is not None else [error]
-    watch.fail(1, ": ".join(f"{type(one).__name__}: {one_line(one)}" for one in causes))
+    line = ": ".join(f"{type(one).__name__}: {one_line(one)}" for one in causes)
+    watch.fail(1, line, last=last)
 
 
 if __name__ == "__main__":

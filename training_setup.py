@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -57,18 +57,22 @@ def train(
     nonce: str,
     console: Console,
     stop: StopRequest,
+    closing: ExitStack,
+    announce: Callable[[str], object],
 ) -> str | None:
     """Trains as the flags say. ValueError for a user's mistake.
 
-    Returns a line that says so where `stop` ended it early; None where the run is complete.
+    Returns a line that says so where `stop` ended it early; None where the run is complete. What
+    is to be closed then, however it ends, is put on `closing`. `announce` is told where memory
+    ran out, before it takes time to find out what helps.
     """
     run = Run(args, topology=topology, fabric=fabric, device=device, nonce=nonce)
     if run.start >= args.total_steps:
         run.check_success()
         logger.info("%d of %d steps are done: nothing to do", run.start, args.total_steps)
         return None
-    with run.explaining_shortage(), run.memory.measuring():
-        stopped = run.train(console, stop)
+    with run.explaining_shortage(announce), run.memory.measuring():
+        stopped = run.train(console, stop, closing)
     run.tell_memory()
     return stopped
 
@@ -127,7 +131,8 @@ class Run:
         self._doing = "reading the weights"
         load_weights_(
             self._model, self._args, self._resume, family=self._family, config=self._config,
-            topology=self._topology, replicas=self._fabric.replicas, source=self._split.source,
+            topology=self._topology, control=self._fabric.control,
+            replicas=self._fabric.replicas, source=self._split.source,
         )  # fmt: skip
         self.profile = self._open_profile()
         self._doing = "making gradients, masters and moments"
@@ -170,30 +175,28 @@ class Run:
             recompute=self._args.recompute,
         )
 
-    def train(self, console: Console, stop: StopRequest) -> str | None:
+    def train(self, console: Console, stop: StopRequest, closing: ExitStack) -> str | None:
         """From the step it starts at to the last; returns a line where `stop` ended it early."""
         self.prepare()
         logger.info(self.describe())
         logger.info(self.describe_split())
         stop.phase = training(self._args.grace_seconds)
+        closing.callback(self.close)
         recorder = self.open_recorder(console)
-        try:
-            self._doing = "making the engine and the copy of --async-checkpoint"
-            saves = self._saver(recorder)
-            loop = self.loop(recorder, stop, saves)
-            self._doing = "between microbatches"
-            stopped = loop.run(self.start)
-            stop.phase = CLOSING
-            if stopped is None:
-                saves.close()
-                self.profile.finish()
-        finally:
-            recorder.close()
-            self.close()
+        closing.callback(recorder.close)
+        self._doing = "making the engine and the copy of --async-checkpoint"
+        saves = self._saver(recorder)
+        loop = self.loop(recorder, stop, saves)
+        self._doing = "between microbatches"
+        stopped = loop.run(self.start)
+        stop.phase = CLOSING
+        if stopped is None:
+            saves.close()
+            self.profile.finish()
         return stopped
 
     @contextmanager
-    def explaining_shortage(self) -> Iterator[None]:
+    def explaining_shortage(self, announce: Callable[[str], object]) -> Iterator[None]:
         """OutOfMemoryError, with what was held and which flags help, where memory runs out."""
         try:
             yield
@@ -206,7 +209,7 @@ class Run:
                 vars(self).pop(name, None)
             raise explain_shortage(
                 where, error, self._args, self._family, self._config, self._split.layers,
-                topology=self._topology, cuda=self._device.type == "cuda",
+                topology=self._topology, cuda=self._device.type == "cuda", announce=announce,
             ) from error  # fmt: skip
 
     def tell_memory(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from comm.topology import Topology
@@ -24,14 +24,16 @@ class OutOfMemoryError(TrainingStoppedError):
 
 def explain_shortage(
     where: str, error: BaseException, args: argparse.Namespace, family: Family, config: Any,
-    layers: Split, *, topology: Topology, cuda: bool,
+    layers: Split, *, topology: Topology, cuda: bool, announce: Callable[[str], object],
 ) -> OutOfMemoryError:  # fmt: skip
-    """The error to end with: `where` is the stage and what it was doing when `error` came.
+    """The error to end with: `where` is the stage and what it was doing when `error` came, which
+    `announce` is told first, for finding out what helps takes seconds.
 
     What the frames of `error` held is let go of first, for finding out takes some memory too.
     """
     asked = asked_for(error)
     told = f"{where}: out of memory" + (f" (it asked for {asked})" if asked else "")
+    announce(told)
     _let_go(error)
     try:
         rehearsal = Rehearsal(args, family, config, layers, cuda=cuda)

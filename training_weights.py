@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from checkpoint.loading import initialise_model_, load_checkpoint_, load_shards_, share_from_first
 from checkpoint.resharding import names_in, stages_holding
 from checkpoint.shard_manifest import has_manifest
+from checkpoint.together import do_together
 from checkpoint.training_state import ResumePoint, part_file, read_part
 from comm.communicator import Communicator
 from comm.topology import Topology
@@ -34,20 +36,23 @@ def load_weights_(
     family: Family,
     config: Any,
     topology: Topology,
+    control: Communicator,
     replicas: Communicator,
     source: Split,
 ) -> None:
     """Fills the stage's model, which is in fp32; all replicas then hold the same. `source` is how a
     checkpoint is split.
 
-    ValueError for files that cannot be used, or that differ between replicas.
+    ValueError for files that cannot be used, or that differ between replicas. However long a disk
+    takes, the others wait.
     """
     dtype = DTYPES[args.precision]
     if resume is None:
         if args.load_pretrained_model:
             if topology.rank == 0 and not has_manifest(args.model_name):
                 logger.info("%s has no manifest.json: not verified", args.model_name)
-            load_shards_(model, args.model_name, family, config, dtype=dtype)
+            read = partial(load_shards_, model, args.model_name, family, config, dtype=dtype)
+            do_together(control, read, f"reading {args.model_name}", expected=())
         else:
             initialise_model_(model, config, seed=args.seed)
         if not same_on_all(model.parameters(), replicas):
@@ -56,8 +61,9 @@ def load_weights_(
                 "same for all replicas"
             )
         return
-    if topology.replica == 0:
-        load_checkpoint_(model, resume.folder, source, family, config, dtype=dtype)
+    read = partial(load_checkpoint_, model, resume.folder, source, family, config, dtype=dtype)
+    first = topology.replica == 0
+    do_together(control, read if first else None, f"reading {resume.folder}", expected=())
     share_from_first(model.parameters(), replicas)
     if resume.meta is None:
         logger.info("weights from %s alone: step 0, fresh optimizer", resume.folder)
@@ -81,13 +87,17 @@ def load_state_(
     """
     if resume is None or resume.meta is None:
         return
-    states = None
-    if topology.replica == 0:
-        states = [
-            _read_state(resume.folder, stage, stage_modules(stage, source), indices, keys)
-            for stage in stages_holding(indices, source)
-        ]
-    restore_state(optimizer, states, control, topology, updates=resume.meta["updates"])
+    folder, first, states = resume.folder, topology.replica == 0, list[KeptState]()
+
+    def read() -> None:
+        for stage in stages_holding(indices, source):
+            held = stage_modules(stage, source)
+            states.append(_read_state(folder, stage, held, indices, keys))
+
+    do_together(control, read if first else None, f"opening the state in {folder}", expected=())
+    restore_state(
+        optimizer, states if first else None, control, topology, updates=resume.meta["updates"]
+    )
     updater.load_state(resume.meta["updater"])
     logger.info("resumed from step %d of %s", resume.step, resume.folder.parent)
 

@@ -58,7 +58,7 @@ def do_together(
     work: Callable[[], None] | Background | None,
     what: str,
     *,
-    expected: type[Exception] = OSError,
+    expected: type[Exception] | tuple[type[Exception], ...] = OSError,
 ) -> str | None:
     """Does `work`, or waits for it where it goes on already, and returns once every process has
     done its own; None is nothing to do.

@@ -89,8 +89,8 @@ class CheckpointStore:
         self._removal: _Removal | None = None
         self._unpruned: int | None = None  # the last step saved, if nothing was dropped for it yet
         self._writes = topology.replica == 0
-        if self._writes:
-            step_folder.clear_leftovers(path, nonce)
+        clear = partial(step_folder.clear_leftovers, path, nonce) if self._writes else None
+        do_together(control, clear, "removing what earlier starts left", expected=())
 
     def begin(
         self, step: int, *, parts: Mapping[str, Any], meta: Mapping[str, Any], hurry: bool = False

@@ -3,8 +3,10 @@
 Messages are JSON objects, one a line. The hub opens with {"challenge"}; a rank answers with
 {"rank", "challenge", "proof"}, the hub with {"proof"} (comm.greeting); then
     to the hub:   {"failed": status, "line"} | {"check": true} | {"alive": true} | {"bye": true}
+                  | {"failing": status, "line"}: `failed` follows, with a better line
                   | {"stop": signal}: the rank was asked to, which rank 0 alone is told
     to the ranks: {"lost": rank} | {"silent": rank} | {"failed": status, "line", "rank"}
+                  | {"failing": status, "line", "rank"}: the first such
                   | {"check": true} | {"all_alive": true} | {"bye": true}
 All ranks are checked from time to time (comm.pulse), and whenever one asks.
 """
@@ -33,6 +35,7 @@ _HELLO_SECONDS = 10.0
 _TICK_SECONDS = 0.2
 _SEND_SECONDS = 2.0
 PING_SECONDS = 3.0
+FAILING_SECONDS = 20.0  # that a rank which is failing may take for its words
 
 
 def encode(message: Message) -> bytes:
@@ -110,6 +113,7 @@ class Hub:
         self._gone: set[int] = set()
         self._seen: set[int] = set()
         self._event: Message | None = None
+        self._failing: tuple[float, Message] | None = None
         self._checked: tuple[float, set[int]] | None = None
         self._pulse = Pulse()
         self._changed = threading.Condition()
@@ -143,6 +147,16 @@ class Hub:
             self._event = message
         self.broadcast(message)
         threading.Thread(target=self._on_event, args=(message,), daemon=True).start()
+
+    def failing(self, message: Message) -> None:
+        """A rank is failing, and finds words for it: all hear of the first such at once, and that
+        it has failed if nothing else is heard of it in time."""
+        with self._changed:
+            if self._ending or self._failing is not None:
+                return
+            self._failing = time.monotonic() + FAILING_SECONDS, message
+        self.broadcast(message)
+        self._on_event(message)
 
     def broadcast(self, message: Message) -> None:
         line = encode(message)
@@ -179,6 +193,7 @@ class Hub:
                     self._read(key.data)
             self._drop_strangers()
             self._conclude_check()
+            self._conclude_failing()
             self._take_pulse()
 
     def _accept(self) -> None:
@@ -205,6 +220,8 @@ class Hub:
             self._greet(peer, message)
         elif "failed" in message:
             self.event({**message, "rank": peer.rank})
+        elif "failing" in message:
+            self.failing({**message, "rank": peer.rank})
         elif "check" in message:
             self.check()
         elif "alive" in message and self._checked:
@@ -259,6 +276,11 @@ class Hub:
         else:
             self.broadcast({"all_alive": True})
             self._on_event({"all_alive": True})
+
+    def _conclude_failing(self) -> None:
+        if self._failing is not None and time.monotonic() > self._failing[0]:
+            message = dict(self._failing[1])
+            self.event({"failed": message.pop("failing"), **message})
 
     def _take_pulse(self) -> None:
         if self._pulse.is_due():

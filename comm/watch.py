@@ -12,6 +12,7 @@ import logging
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import BinaryIO, NoReturn
 
 from torch.distributed import DistError
@@ -20,7 +21,16 @@ from comm import pulse
 from comm.activity import Activity
 from comm.ending import leave, say
 from comm.greeting import Greeting
-from comm.hub import MAX_LINE, PING_SECONDS, Hub, Message, decode, encode, keep_alive
+from comm.hub import (
+    FAILING_SECONDS,
+    MAX_LINE,
+    PING_SECONDS,
+    Hub,
+    Message,
+    decode,
+    encode,
+    keep_alive,
+)
 from comm.pulse import Pulse
 from comm.rendezvous import Rendezvous
 from comm.stopping import Asked, StopRequest
@@ -30,6 +40,7 @@ from comm.watchdog import Watchdog
 logger = logging.getLogger(__name__)
 
 _LINGER_SECONDS = 5.0
+_LAST_SECONDS = 90.0
 _TICK_SECONDS = 0.5
 _GOODBYE_SECONDS = 60.0
 _VERDICT_SECONDS = PING_SECONDS + 2.0
@@ -49,7 +60,9 @@ class Watch:
         self._hub: Hub | None = None
         self._link: socket.socket | None = None
         self._watchdog: Watchdog | None = None  # of the meeting
+        self._failing: Message | None = None  # the first rank that told of it
         self._first = threading.Lock()
+        self._patience = 2 * _LINGER_SECONDS
         self._heard = threading.Event()
         self._all_alive = threading.Event()
         self._closing = False
@@ -95,9 +108,29 @@ class Watch:
             with contextlib.suppress(OSError):
                 self._link.sendall(encode({"stop": number}))
 
-    def fail(self, status: int, line: str) -> NoReturn:
-        """Says `line`, tells all other ranks, and ends this process with `status`."""
+    def announce(self, status: int, line: str) -> None:
+        """Tells all ranks that this one is about to `fail`, with a line that takes time to find.
+
+        Until it does nobody ends for having waited in vain for it; should it take too long, or
+        die of it, all end with `line` and `status`.
+        """
+        message = {"failing": status, "line": line, "rank": self._rank}
+        if self._hub is not None:
+            self._hub.failing(message)
+        if self._link is not None:
+            self._failing = self._failing or message
+            with contextlib.suppress(OSError):
+                self._link.sendall(encode(message))
+
+    def fail(
+        self, status: int, line: str, *, last: Callable[[], object] | None = None
+    ) -> NoReturn:
+        """Says `line`, tells all other ranks, and ends this process with `status`.
+
+        `last` is called once they know, and may take a minute.
+        """
         self._claim()
+        self._patience = self._patience if last is None else _LAST_SECONDS
         say(line if self._alone else f"rank {self._rank}: {line}")
         message = {"failed": status, "line": line, "rank": self._rank}
         if self._hub is not None:
@@ -105,17 +138,25 @@ class Watch:
         if self._link is not None:
             with contextlib.suppress(OSError):
                 self._link.sendall(encode(message))
-                self._heard.wait(_LINGER_SECONDS)
+        if last is not None:
+            _do_last(last)
+        if self._link is not None:
+            self._heard.wait(_LINGER_SECONDS)
         self._leave(status)
 
-    def explain(self, error: BaseException) -> NoReturn:
+    def explain(
+        self, error: BaseException, *, last: Callable[[], object] | None = None
+    ) -> NoReturn:
         """An operation failed: ends this process, naming the cause if the hub can tell it.
 
         The hub hears of a dead rank by itself, and asks around for one that hangs; only where
-        all ranks are alive does the text of `error`, which is but the symptom, stand.
+        all ranks are alive, and none is failing, does the text of `error`, which is but the
+        symptom, stand. `last` is as for `fail`.
         """
         if self._all_answer():
-            self.fail(1, f"{error} {_RESUME}")
+            if self._failing is not None:
+                time.sleep(FAILING_SECONDS + _LINGER_SECONDS)  # the hub ends this process before
+            self.fail(1, f"{error} {_RESUME}", last=last)
         self._end(1, self._gone(0, "it does not answer"))
 
     def _unconnected(self, status: int, line: str) -> NoReturn:
@@ -200,7 +241,7 @@ class Watch:
                 self._on_message(decode(line))
         self._heard.set()
         if not self._closing:
-            self._end(1, self._gone(0, "the connection to it closed"))
+            self._end_without(0, "the connection to it closed")
 
     def _mind_rank_0(self) -> None:
         while not self._closing:
@@ -228,15 +269,26 @@ class Watch:
         elif "bye" in message:
             self._closing = True
         elif "lost" in message:
-            reason = "its connection closed without a goodbye"
-            self._end(1, self._gone(message["lost"], reason))
+            self._end_without(message["lost"], "its connection closed without a goodbye")
         elif "silent" in message:
-            self._end(1, self._gone(message["silent"], "it does not answer"))
+            self._end_without(message["silent"], "it does not answer")
         elif "stop" in message:
             self._stop.ask(Asked(int(message["rank"]), int(message["stop"])))
+        elif "failing" in message:
+            self._failing = message
         elif "failed" in message:
             self._heard.set()
-            self._end(int(message["failed"]), f"rank {message['rank']}: {message['line']}")
+            self._end_as(message["rank"], int(message["failed"]), message["line"])
+
+    def _end_without(self, rank: int, reason: str) -> NoReturn:
+        """That rank is gone: of what it had said that it is failing of, if it had."""
+        failing = self._failing
+        if failing is not None and failing["rank"] == rank:
+            self._end_as(rank, int(failing["failing"]), failing["line"])
+        self._end(1, self._gone(rank, reason))
+
+    def _end_as(self, rank: int, status: int, line: str) -> NoReturn:
+        self._end(status, line if rank == self._rank else f"rank {rank}: {line}")
 
     def _gone(self, rank: int, reason: str) -> str:
         return (
@@ -256,7 +308,7 @@ class Watch:
     def _claim(self) -> None:
         """Only the first thread goes on from here; another stops until the process ends."""
         if not self._first.acquire(blocking=False):
-            time.sleep(2 * _LINGER_SECONDS)
+            time.sleep(self._patience)
             leave(1)
         if self._watchdog is not None:
             self._watchdog.cancel()  # it would say another line while this process waits for others
@@ -271,3 +323,11 @@ class Watch:
         if self._hub is not None:
             self._hub.await_goodbyes(seconds=_LINGER_SECONDS)
         leave(status)
+
+
+def _do_last(last: Callable[[], object]) -> None:
+    """What goes wrong in it is not what this process ends for."""
+    try:
+        last()
+    except Exception as error:
+        logger.warning("while ending: %s: %s", type(error).__name__, error)

@@ -111,6 +111,25 @@ def _write_half(save: Callable[[Any, Any], None], state: Any, file: Any) -> None
 
 
 @dataclass(frozen=True)
+class Slow:
+    """A rank whose every call of `module:function` or `module:Class.method` takes longer."""
+
+    rank: int
+    target: str
+    seconds: float
+
+    def arm(self) -> None:
+        owner, name = find(self.target)
+        original = getattr(owner, name)
+
+        def armed(*args: Any, **kwargs: Any) -> Any:
+            time.sleep(self.seconds)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, armed)
+
+
+@dataclass(frozen=True)
 class Outcome:
     """How all ranks of one start ended.
 

@@ -6,7 +6,7 @@ import io
 import logging
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -63,6 +63,7 @@ def train_cases(
     cases: Sequence[Case],
     folder: Path,
     dist_backend: str = "gloo",
+    dist_timeout: float = 60.0,
 ) -> dict[str, Told]:
     """For every shape (P, R, url) of this world, trains every case.
 
@@ -73,7 +74,8 @@ def train_cases(
     torch.set_num_threads(1)
     for stages, replicas, shape_url in shapes:
         topology = Topology(rank, stages, replicas)
-        with connected(topology, shape_url, dist_backend) as (fabric, nonce):
+        meeting = connected(topology, shape_url, dist_backend, dist_timeout=dist_timeout)
+        with meeting as (fabric, nonce):
             for case in cases:
                 if case.shapes is None or (stages, replicas) in case.shapes:
                     path = run_folder(folder, case.name, stages, replicas)
@@ -109,7 +111,8 @@ def _train_case(case: Case, path: Path, topology: Topology, fabric: Fabric, nonc
         path.mkdir(parents=True, exist_ok=True)
     gather_json(fabric.control, None)  # the folder is there for all
     hook = nullcontext() if case.hook is None else case.hook(topology)
-    with hook, _Listener() as listener, patch("monitor.recorder.draw_loss"):  # a second each time
+    listener = _Listener()
+    with hook, listener, patch("monitor.recorder.draw_loss"), ExitStack() as closing:
         stopped = None
         try:
             train(
@@ -120,12 +123,18 @@ def _train_case(case: Case, path: Path, topology: Topology, fabric: Fabric, nonc
                 nonce=nonce,
                 console=Console(io.StringIO()),
                 stop=StopRequest(),
+                closing=closing,
+                announce=to_nobody,
             )
         except (TrainingStoppedError, SaveFailedError) as error:
             if not case.stops:
                 raise
             stopped = str(error)
     return Told(listener.lines, stopped)
+
+
+def to_nobody(line: str) -> None:
+    """Where no rank waits to hear of it."""
 
 
 class _Listener(logging.Handler):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,7 +22,7 @@ from comm.topology import Topology
 from monitor.console import Console
 from monitor.metrics import read_metrics
 from tests.checkpoint.models import forget_manifests
-from tests.runs import to_argv
+from tests.runs import to_argv, to_nobody
 from tests.tasks.material import make_texts, write_jsonl
 from tests.test_parity import make_shards
 from training_setup import Run, train
@@ -43,7 +44,15 @@ def run_parts(flags: dict[str, Any]) -> dict[str, Any]:
 def train_alone(flags: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     Path(flags["checkpoint-path"]).mkdir(exist_ok=True)
-    train(**run_parts(flags), console=Console(io.StringIO()), stop=StopRequest())
+    train_with(run_parts(flags))
+
+
+def train_with(parts: dict[str, Any]) -> None:
+    with ExitStack() as closing:
+        train(
+            **parts, console=Console(io.StringIO()), stop=StopRequest(), closing=closing,
+            announce=to_nobody,
+        )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -179,14 +179,17 @@ def test_what_failed_is_let_go_of_before_advice_is_sought() -> None:
         raise MemoryError
 
     seen: list[weakref.ref[torch.Tensor]] = []
+    announced: list[str] = []
     nothing: Any = None
     try:
         work()
     except MemoryError as error:
         with patch("training_shortage.Rehearsal", rehearse):
             explained = explain_shortage(
-                "here", error, nothing, nothing, nothing, nothing, topology=nothing, cuda=False
-            )
+                "here", error, nothing, nothing, nothing, nothing, topology=nothing, cuda=False,
+                announce=announced.append,
+            )  # fmt: skip
+    assert announced == ["here: out of memory"]
     assert str(explained).startswith("here: out of memory; the same command")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import io
 import itertools
 import shutil
 import threading
@@ -23,16 +22,14 @@ from checkpoint.step_manifest import read_manifest
 from checkpoint.together import Background
 from checkpoint.training_state import CheckpointStore
 from comm.local import LocalCommunicator
-from comm.stopping import StopRequest
 from comm.topology import Topology
-from monitor.console import Console
 from tests.checkpoint.models import hf_weights
 from tests.checkpoint.test_damage import to_hf
 from tests.kill_lab import leftovers, same, state
 from tests.tasks.material import make_texts, write_jsonl
 from tests.test_parity import make_shards
-from tests.test_resume_rules import run_parts, train_alone
-from training_setup import Run, train
+from tests.test_resume_rules import run_parts, train_alone, train_with
+from training_setup import Run
 
 STEPS = 10
 KEPT, KEEP = ["6", "8", "10"], {"keep-checkpoints": 3, "keep-optimizer-states": 1}
@@ -156,11 +153,7 @@ def test_a_crash_while_old_steps_go_costs_nothing(
         folder = tmp_path / "run" / step
         read_manifest(folder, 0).check(folder)
     assert Run(**run_parts(again)).start > 0
-    train(
-        **{**run_parts(again), "nonce": "another"},
-        console=Console(io.StringIO()),
-        stop=StopRequest(),
-    )
+    train_with({**run_parts(again), "nonce": "another"})
     assert steps_of(tmp_path / "run") == KEPT
     assert states_of(tmp_path / "run") == [str(STEPS)]
     assert same(state(tmp_path / "run", 0, STEPS), state(flags["checkpoint-path"], 0, STEPS))

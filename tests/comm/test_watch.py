@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from comm import pulse
+from comm import hub, pulse
 from comm.watch import Watch
 from tests.comm.processes import Process, RankProgram, await_ready, member, start
 from tests.comm.ranks import Rank
@@ -40,6 +40,24 @@ def work_for_ever_and_ask_often(rank: Rank) -> None:
 def fail_as_rank_two(rank: Rank) -> None:
     if rank.topology.rank == 2:
         rank.watch.fail(2, "--x 3: must be less\nthan 3")
+    work_for_ever(rank)
+
+
+def find_words_for_it(victim: int, how: str, rank: Rank) -> None:
+    """Longer than the others wait, or than they may, or it dies meanwhile."""
+    hub.FAILING_SECONDS = 30.0 if how == "in time" else 5.0
+    if rank.topology.rank == victim:
+        rank.watch.announce(3, "out of memory")
+        time.sleep(60.0 if how == "late" else 4.0)
+        if how == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        rank.watch.fail(3, "out of memory; less helps")
+    work_for_ever(rank)
+
+
+def close_slowly(rank: Rank) -> None:
+    if rank.topology.rank == 0:
+        rank.watch.fail(2, "--x 3: must be less", last=lambda: time.sleep(12.0))
     work_for_ever(rank)
 
 
@@ -99,6 +117,28 @@ def test_a_mistake_that_one_rank_sees_ends_all_with_status_2(run: Run) -> None:
         assert rank.status(within=30.0) == 2
         prefix = "" if number == 2 else f"rank {number}: "
         assert rank.lines == [f"{prefix}rank 2: --x 3: must be less than 3"]
+
+
+@pytest.mark.parametrize(
+    ("victim", "how"), [(2, "in time"), (0, "in time"), (2, "late"), (2, "dies"), (0, "dies")]
+)
+def test_who_is_failing_has_time_to_say_of_what(run: Run, victim: int, how: str) -> None:
+    """The others wait for longer than --dist-timeout, and nobody blames the waiting."""
+    run.start(partial(find_words_for_it, victim, how), dist_timeout=1.5)
+    words = "out of memory" + ("; less helps" if how == "in time" else "")
+    for number, rank in enumerate(run.ranks):
+        if how != "dies" or number != victim:
+            assert rank.status(within=30.0) == 3
+            prefix = "" if number == victim else f"rank {number}: "
+            assert rank.lines == [f"{prefix}rank {victim}: {words}"]
+
+
+def test_what_takes_long_comes_after_all_have_heard(run: Run) -> None:
+    run.start(close_slowly, dist_timeout=2.0)
+    for number in (1, 2, 3, 0):
+        assert run.ranks[number].status(within=30.0) == 2
+        prefix = f"rank {number}: " if number else ""
+        assert run.ranks[number].lines == [f"{prefix}rank 0: --x 3: must be less"]
 
 
 @pytest.mark.parametrize("victim", [3, 0])
