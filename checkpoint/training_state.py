@@ -7,9 +7,8 @@ machine; the other replicas get weights and state from it over the network.
 from __future__ import annotations
 
 import json
-import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,18 +18,16 @@ import torch
 from checkpoint import step_folder
 from checkpoint.latest import expect_latest, latest_text, write_latest
 from checkpoint.manifest import FORMAT, named, sum_bytes
-from checkpoint.pruning import Keep, prune
+from checkpoint.pruning import Keep
+from checkpoint.removal import Removal
 from checkpoint.resharding import Continuation
 from checkpoint.resume_point import Search
 from checkpoint.step_manifest import StageManifest, part_name
 from checkpoint.together import Background, do_together
-from checkpoint.whole_steps import find_whole_steps
 from comm.communicator import Communicator
 from comm.messages import broadcast_bytes, broadcast_json, gather_json
 from comm.topology import Topology
 from monitor.atomic import replace_file, sync_folder
-
-logger = logging.getLogger(__name__)
 
 
 class SaveFailedError(OSError):
@@ -53,13 +50,6 @@ class _Pending(NamedTuple):
 
     step: int
     folder: Path
-    task: Background | None
-
-
-class _Removal(NamedTuple):
-    """What older steps are losing after a save, and by what, on a process that writes."""
-
-    step: int
     task: Background | None
 
 
@@ -86,9 +76,10 @@ class CheckpointStore:
         self._extras = {name: broadcast_bytes(control, extras.get(name, b"")) for name in names}
         self._search: Search | None = None
         self._pending: _Pending | None = None
-        self._removal: _Removal | None = None
-        self._unpruned: int | None = None  # the last step saved, if nothing was dropped for it yet
         self._writes = topology.replica == 0
+        self._removal = Removal(
+            path if self._writes else None, keep, control=control, nonce=nonce
+        )
         clear = partial(step_folder.clear_leftovers, path, nonce) if self._writes else None
         do_together(control, clear, "removing what earlier starts left", expected=())
 
@@ -105,10 +96,8 @@ class CheckpointStore:
         meta = broadcast_json(self._control, {**meta, "format": FORMAT, "start": self._nonce})
         folder = step_folder.partial_folder(self.path, step, self._nonce)
         write = partial(self._write, folder, step, parts, meta)
-        removal = None if self._removal is None else self._removal.task
-        if removal is not None:
-            write = partial(_write_beside, removal, write, hurry=hurry)
-        self._pending = _Pending(step, folder, Background(write) if self._writes else None)
+        task = Background(self._removal.beside(write, hurry=hurry)) if self._writes else None
+        self._pending = _Pending(step, folder, task)
 
     @property
     def pending(self) -> int | None:
@@ -144,32 +133,16 @@ class CheckpointStore:
         self._attempt(lambda: self._prepare(final), step, undo=drop)
         self._attempt(lambda: step_folder.publish(folder, final), step, undo=withdraw)
         self._attempt(lambda: write_latest(self.path, step), step)
-        self._unpruned = step
+        self._removal.note(step)
         if not hurry:
-            self._await_removal()  # which the write has waited for
-            self._begin_removal()
+            self._removal.wait()  # as the write did
+            self._removal.begin()
 
     def tidy(self) -> None:
         """Waits until what the last save dropped is removed; every process calls it."""
-        self._await_removal()
-        self._begin_removal()
-        self._await_removal()
-
-    def _begin_removal(self) -> None:
-        """Of what is older than the last step that was saved, where that is not done yet."""
-        if self._unpruned is None:
-            return
-        step, self._unpruned = self._unpruned, None
-        remove = partial(self._remove_older, step, self._whole_steps(step))
-        self._removal = _Removal(step, Background(remove) if self._writes else None)
-
-    def _await_removal(self) -> None:
-        if self._removal is None:
-            return
-        (step, task), self._removal = self._removal, None
-        failure = do_together(self._control, task, f"removing what is older than step {step}")
-        if failure is not None and self._topology.rank == 0:
-            logger.warning("older checkpoints could not be removed: %s", failure)
+        self._removal.wait()
+        self._removal.begin()
+        self._removal.wait()
 
     def _attempt(
         self,
@@ -212,18 +185,6 @@ class CheckpointStore:
     def _prepare(self, final: Path) -> None:
         step_folder.make_way(final, self._nonce)
         expect_latest(self.path)
-
-    def _whole_steps(self, last: int) -> list[int]:
-        """Those up to `last` that all stages have whole; none where nothing is to be removed."""
-        if self._keep.is_all:
-            return []
-        path = self.path if self._writes else None
-        return find_whole_steps(path, last, control=self._control) or []
-
-    def _remove_older(self, step: int, whole: Sequence[int]) -> None:
-        step_folder.drop_replaced(self.path / str(step), self._nonce)
-        if step in whole:
-            prune(self.path, step, self._keep, whole=whole, nonce=self._nonce)
 
     def bytes_to_come(self, saves: int, *, weights: int, state: int) -> int:
         """What so many saves will take here at most; `weights` and `state` are those of one."""
@@ -281,19 +242,6 @@ class CheckpointStore:
         """Whether any stage has any checkpoint, whole or not; every process calls it."""
         mine = self._writes and step_folder.any_steps(self.path)
         return any(gather_json(self._control, mine))
-
-
-def _write_beside(removal: Background, write: Callable[[], None], *, hurry: bool) -> None:
-    """Writes once the removal has ended; or at once, and again where the disk had no room."""
-    if hurry:
-        try:
-            write()
-            return
-        except OSError:
-            if removal.has_ended:
-                raise
-    removal.wait()
-    write()
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

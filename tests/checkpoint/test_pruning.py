@@ -145,7 +145,7 @@ def test_a_crash_while_old_steps_go_costs_nothing(
     """A save renames twice, and then once for each step that goes: the ninth is the first such."""
     again = {**flags, "checkpoint-path": tmp_path / "run"}
     nth = 9 if target.endswith("_rename_if_there") else 1
-    at_once = patch("checkpoint.training_state.Background", AtOnce)
+    at_once = patch("checkpoint.removal.Background", AtOnce)
     with killed_at(target, nth, after=after), at_once, pytest.raises(Killed):
         train_alone(again)
     assert (tmp_path / "run" / "latest").read_text() == ("4" if "replace" in target else "8")
@@ -177,7 +177,7 @@ def test_old_steps_go_beside_training_and_before_the_next_is_written(tmp_path: P
 
     save(1)
     store.tidy()
-    with patch("checkpoint.training_state.prune", prune_slowly):
+    with patch("checkpoint.removal.prune", prune_slowly):
         save(2)
         save(3, hurry=True)  # as where the run is asked to stop
         assert steps_of(tmp_path) == ["1", "2", "3"]
@@ -215,7 +215,7 @@ def test_a_hurried_save_waits_for_room_where_there_is_none(tmp_path: Path) -> No
         prune(*args, **options)
         removed.set()
 
-    with patch("checkpoint.training_state.prune", prune_slowly):
+    with patch("checkpoint.removal.prune", prune_slowly):
         store.begin(1, parts={"checkpoint": {}}, meta={"step": 1})
         store.finish()
         with patch("checkpoint.step_folder.write_stage_files", write_where_there_is_room):
