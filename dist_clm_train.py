@@ -14,29 +14,20 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, NoReturn, TextIO
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from argument_checks import (
-    OWN_FLAGS,
-    PROVEN_FLAGS,
-    check_model,
-    check_optimizer,
-    doubts,
-)
+from argument_checks import OWN_FLAGS, PROVEN_FLAGS
 from argument_parsing import one_line, refuse
 from arguments import parse_train, train_parser
-from checkpoint.lock import lock_folder, make_folder
 from comm.dist_url import parse_dist_url
 from comm.ending import say
-from comm.interface import Interface, choose_interface, export
+from comm.interface import choose_interface
 from comm.job_key import JobKey, is_readable_by_others, read_job_key
 from comm.stopping import CLOSING, LOADING, STOPPED, StopAskedError, StopListener, StopRequest
+from machine_checks import Machine, look_around
 from monitor.console import Console
 from monitor.logs import setup_logging
-from tasks.evaluation_sets import check_evaluation_data
-from tasks.registry import check_source
 
 if TYPE_CHECKING:
     import torch
@@ -53,15 +44,6 @@ class End(NamedTuple):
 
     status: int
     line: str | None = None
-
-
-@dataclass
-class Machine:
-    """What this machine has for the run; `problem` is the first thing that it lacks."""
-
-    problem: ValueError | None = None
-    interface: Interface | None = None
-    lock: TextIO | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -122,45 +104,6 @@ def show(parts: Iterable[str]) -> None:
             if isinstance(error, BrokenPipeError):
                 return  # who reads it has seen enough
             raise ValueError(f"standard output: {error.strerror}") from error
-
-
-def look_around(args: argparse.Namespace) -> Machine:
-    """Checks what can be checked without torch and the other ranks.
-
-    What this rank alone can see is kept: it joins, reports it, and all end.
-    """
-    machine = Machine()
-    for doubt in doubts(args) if args.rank == 0 else []:
-        logger.warning("%s", doubt)
-    try:
-        if args.world_size > 1 or args.net_interface is not None:
-            machine.interface = _interface(args, args.net_interface)
-        if args.check_cluster:
-            return machine  # what else is wrong is told with all that differs
-        check_model(args)
-        check_optimizer(args)
-        if args.rank < args.pipeline_group_size:  # replica 0 writes the checkpoints
-            make_folder(args.checkpoint_path)
-        if args.rank == 0:
-            _check_data(args)
-            machine.lock = lock_folder(args.checkpoint_path)
-    except ValueError as error:
-        machine.problem = error
-    return machine
-
-
-def _interface(args: argparse.Namespace, flag: str | None) -> Interface:
-    host, _ = parse_dist_url(args.dist_url)
-    interface = choose_interface(flag=flag, master_host=host, environ=os.environ)
-    export(interface, os.environ)
-    return interface
-
-
-def _check_data(args: argparse.Namespace) -> None:
-    for spec in args.sources:
-        check_source(spec)
-    if args.evaluation_data is not None:
-        check_evaluation_data(args.evaluation_data)
 
 
 def meet(args: argparse.Namespace, machine: Machine, stop: StopRequest) -> Rendezvous:

@@ -20,7 +20,7 @@ from argument_checks import NOT_BUILT_FLAGS, doubts
 from argument_parsing import refuse
 from checkpoint.disk import check_disk
 from comm.local import LocalCommunicator
-from dist_clm_train import look_around
+from machine_checks import look_around
 from tests.bad_input import Flags, argv, at, make_home, right, the_line
 
 
