@@ -15,22 +15,12 @@ import time
 from collections.abc import Callable
 from typing import BinaryIO, NoReturn
 
-from torch.distributed import DistError
-
 from comm import pulse
 from comm.activity import Activity
 from comm.ending import leave, say
 from comm.greeting import Greeting
-from comm.hub import (
-    FAILING_SECONDS,
-    MAX_LINE,
-    PING_SECONDS,
-    Hub,
-    Message,
-    decode,
-    encode,
-    keep_alive,
-)
+from comm.hub import FAILING_SECONDS, MAX_LINE, PING_SECONDS, Hub, Message, decode, encode
+from comm.hub_link import open_link
 from comm.pulse import Pulse
 from comm.rendezvous import Rendezvous
 from comm.stopping import Asked, StopRequest
@@ -197,42 +187,9 @@ class Watch:
             self.fail(1, f"{names} joined but did not link with rank 0 at {address} in time")
 
     def _open_link(self, rendezvous: Rendezvous) -> None:
-        assert rendezvous.sealed is not None
-        assert rendezvous.watchdog is not None
-        try:
-            address, port = rendezvous.sealed.get("watch").split()
-        except DistError as error:
-            raise ConnectionError(f"{self._describe[0]} is gone: {error}") from error
-        seconds = max(rendezvous.watchdog.left, 1.0)
-        try:
-            self._link = socket.create_connection((address, int(port)), timeout=seconds)
-        except OSError as error:
-            raise ConnectionError(
-                f"cannot reach rank 0 (host {rendezvous.roster[0].host}) at {address} port {port} "
-                f"over {rendezvous.roster[self._rank].interface}: {error.strerror or error}; is "
-                "--net-interface right on rank 0, and does a firewall let the port through?"
-            ) from error
-        lines = self._link.makefile("rb")
-        try:
-            self._greet(Greeting(rendezvous.key, rendezvous.nonce), self._link, lines)
-        except (OSError, ValueError) as error:
-            raise ConnectionError(
-                f"what listens at {address} port {port} does not prove to be rank 0 (host "
-                f"{rendezvous.roster[0].host}) of this job: {error}"
-            ) from error
-        self._link.settimeout(None)
-        keep_alive(self._link)
+        self._link, lines = open_link(rendezvous, master=self._describe[0])
         threading.Thread(target=self._listen, args=(lines,), name="watch-link", daemon=True).start()
         threading.Thread(target=self._mind_rank_0, name="watch-pulse", daemon=True).start()
-
-    def _greet(self, greeting: Greeting, link: socket.socket, lines: BinaryIO) -> None:
-        """Proves this rank to rank 0, and has it prove itself."""
-        challenge = decode(lines.readline(MAX_LINE)).get("challenge")
-        reply = greeting.reply(challenge, rank=self._rank)
-        link.sendall(encode(reply))
-        answer = decode(lines.readline(MAX_LINE))
-        if not greeting.is_answer(answer, challenge=challenge, reply=reply):
-            raise ValueError("it does not know this job's key")
 
     def _listen(self, lines: BinaryIO) -> None:
         with contextlib.suppress(OSError, ValueError), lines:
