@@ -19,7 +19,7 @@ from checkpoint.shard_manifest import check_shard
 from checkpoint.strict import module_shapes
 from checkpoint.training_state import CheckpointStore
 from comm.fabric import Fabric
-from comm.stopping import CLOSING, StopRequest, training
+from comm.stopping import CLOSING, StopRequest, tidying, training
 from comm.topology import Topology
 from modules.family import Family
 from modules.products import Matmul
@@ -189,9 +189,10 @@ class Run:
         loop = self.loop(recorder, stop, saves)
         self._doing = "between microbatches"
         stopped = loop.run(self.start)
+        stop.phase = tidying(self._args.grace_seconds)
+        saves.close()
         stop.phase = CLOSING
         if stopped is None:
-            saves.close()
             self.profile.finish()
         return stopped
 

@@ -139,7 +139,7 @@ class CheckpointStore:
             self._removal.begin()
 
     def tidy(self) -> None:
-        """Waits until what the last save dropped is removed; every process calls it."""
+        """Waits until what saves have dropped is removed; every process calls it."""
         self._removal.wait()
         self._removal.begin()
         self._removal.wait()

@@ -66,6 +66,15 @@ def training(grace_seconds: float) -> Phase:
     return Phase(grace_seconds, 1, line)
 
 
+def tidying(grace_seconds: float) -> Phase:
+    """All is saved; what is superfluous is being removed, for as long as `grace_seconds` allow."""
+    line = (
+        "and what there was is saved, but not all that --keep-checkpoints drops is removed yet, "
+        "which a later save does; the same command goes on"
+    )
+    return Phase(grace_seconds, STOPPED, line)
+
+
 class StopRequest:
     """Whether a rank was asked to stop, as far as this process knows; the first request counts."""
 

@@ -11,7 +11,7 @@ import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,15 +21,18 @@ Result = TypeVar("Result")
 _AFTER_FAILURE_SECONDS = 5.0  # how long the others may take to end once a rank has failed
 
 
-# Below the ephemeral ports (32768 on); by process, so that two test runs do not meet.
-_PORTS = itertools.cycle(range(20_000 + os.getpid() % 100 * 100, 30_100))
+_ports: dict[int, Iterator[int]] = {}  # of each process: forks are not to draw the same
 
 
 def free_port() -> int:
     """A port on loopback that is free, and that the system gives nobody who asks for just any: it
-    is still free for those who meet there later."""
+    is still free for those who meet there later.
+
+    That is one below the ephemeral ports (32768 on); by process, so that two do not meet."""
+    pid = os.getpid()
+    ports = _ports.setdefault(pid, itertools.cycle(range(20_000 + pid % 100 * 100, 30_100)))
     while True:
-        port = next(_PORTS)
+        port = next(ports)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
