@@ -7,6 +7,7 @@ machine; the other replicas get weights and state from it over the network.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from checkpoint import step_folder
-from checkpoint.latest import expect_latest, latest_text, write_latest
+from checkpoint.latest import LATEST, expect_latest, latest_text, write_latest
 from checkpoint.manifest import FORMAT, named, sum_bytes
 from checkpoint.pruning import Keep
 from checkpoint.removal import Removal
@@ -28,6 +29,8 @@ from comm.communicator import Communicator
 from comm.messages import broadcast_bytes, broadcast_json, gather_json
 from comm.topology import Topology
 from monitor.atomic import replace_file, sync_folder
+
+logger = logging.getLogger(__name__)
 
 
 class SaveFailedError(OSError):
@@ -233,10 +236,15 @@ class CheckpointStore:
         """Lets `latest` name the step that the run goes on from, where it does not.
 
         It may lag behind, after a crash between a folder's rename and its own; and it may be ahead,
-        where the step that it names has been moved away.
+        where the step that it names has been moved away. No start looks there alone, so that a
+        disk that fails is a warning.
         """
-        if self._writes and latest_text(self.path) != str(step):
+        if not self._writes or latest_text(self.path) == str(step):
+            return
+        try:
             write_latest(self.path, step)
+        except OSError as error:
+            logger.warning("%s does not name step %d yet: %s", self.path / LATEST, step, error)
 
     def exists(self) -> bool:
         """Whether any stage has any checkpoint, whole or not; every process calls it."""

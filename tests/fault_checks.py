@@ -12,7 +12,7 @@ from monitor.metrics import read_metrics
 from tests.fault_injector import Hit
 from tests.fault_plan import CUT, FULL, KILL, STOP, TERM, UNPLUGGED, RunPlan
 from tests.kill_lab import STAGES, STEPS, WORLD, leftovers, numbers, same, state
-from tests.phases import JOINING
+from tests.phases import JOINING, LOADING
 from tests.processes import Outcome
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ def _statuses(hit: Hit) -> tuple[int, ...]:
     joining = hit.phase in JOINING
     if hit.fault.kind == TERM:
         return (75, 1) if joining else (75,)
-    return (1, 2) if joining else (1,)
+    foreseen = hit.fault.kind == FULL and hit.phase == LOADING
+    return (1, 2) if joining or foreseen else (1,)
 
 
 def _names(hit: Hit, rank: int, lines: Sequence[str]) -> bool:
@@ -75,10 +76,9 @@ def _names(hit: Hit, rank: int, lines: Sequence[str]) -> bool:
     fault, text = hit.fault, lines[0].removeprefix(f"rank {rank}: ")
     if hit.phase in JOINING and "could not all connect" in text:
         return "this one over" in text  # nobody can tell it more than its own interface
-    if fault.kind == FULL and hit.phase in JOINING and "the checkpoints of this run need" in text:
-        return True  # it is foreseen, before anything is trained
+    foreseen = hit.phase in (*JOINING, LOADING) and "the checkpoints of this run need" in text
     if fault.kind == FULL:
-        return "is not saved" in text or "latest does not name it" in text
+        return foreseen or "is not saved" in text or "latest does not name it" in text
     if fault.kind == TERM and fault.to_all:
         return "SIGTERM on rank" in text
     if fault.kind in (KILL, STOP, TERM):

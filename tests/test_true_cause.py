@@ -18,7 +18,7 @@ from tests.processes import Armed, Outcome, Slow, find, fork_ranks
 from tests.tasks.material import make_texts, tokenizer, write_jsonl
 from tests.tiny import make_hf
 
-WORLD, TIMEOUT, SLOW = 4, 5, 11.0
+WORLD, TIMEOUT, SLOW = 4, 5, 8.5
 Start = tuple[list[list[str]], Path, list[Armed]]
 
 

@@ -267,3 +267,18 @@ def test_the_disk_that_a_run_needs_is_foreseen(steps: int | None, states: int | 
         foreseen = keep.added_bytes(saves, kept=kept, weights=4, state=8)
         needed = peak(saves, keep, kept, 4, 8)
         assert foreseen == needed if kept == (0, 0) else foreseen >= needed
+
+
+def test_a_disk_that_does_not_let_latest_catch_up_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = CheckpointStore(
+        tmp_path, control=LocalCommunicator(), topology=Topology(0, 1, 1), nonce="n", extras={},
+        keep=Keep(),
+    )  # fmt: skip
+    full = OSError(28, "No space left on device")
+    with patch("checkpoint.training_state.write_latest", side_effect=full):
+        store.continue_from(4)
+    assert f"{tmp_path / 'latest'} does not name step 4 yet: [Errno 28]" in caplog.text
+    store.continue_from(4)
+    assert (tmp_path / "latest").read_text() == "4"
