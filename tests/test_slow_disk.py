@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
+
 from comm.topology import Topology
 from tests.dist import run_ranks
 from tests.kill_lab import same, state
@@ -59,6 +61,7 @@ def slow_checkpoint(topology: Topology) -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 def test_a_slow_disk_ends_no_start(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", make_texts(20, seed=1))
     make_shards(tmp_path, "model", "gptneox", {"num_hidden_layers": 3})

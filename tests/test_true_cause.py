@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tests.bad_input import argv
@@ -60,6 +61,7 @@ def start(home: Path, name: str, changes: dict[str, Any], *armed: Armed) -> Star
     return argvs, folder, list(armed)
 
 
+@pytest.mark.slow
 def test_the_others_end_for_the_reason_of_one_that_is_slow_to_end(tmp_path: Path) -> None:
     make_hf("gptneox", vocab_size=400, num_hidden_layers=2).save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
