@@ -73,7 +73,11 @@ def connect(
             replicas=cupy_or_torch if dp_backend == "nccl" else "gloo",
         )
     except RuntimeError as error:  # gloo's and the store's
-        raise PeerLostError(f"the ranks could not connect to each other: {error}") from error
+        here = rendezvous.roster[topology.rank]
+        raise PeerLostError(
+            f"{topology.describe(topology.rank)[:-1]}, host {here.host}) could not connect to the "
+            f"others over {here.interface}: {str(error).rstrip('.')}."
+        ) from error
     rendezvous.watchdog.cancel()
     return fabric
 
