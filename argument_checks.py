@@ -162,6 +162,7 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raises ValueError for what the flags alone show to be wrong; every rank sees the same."""
     _check_built(args)
     _check_shape(args)
+    _check_meeting(args)
     for flag, value, divides, whole_value in (
         ("--micro-batch-size", args.micro_batch_size, "--batch-size", args.batch_size),
         ("--gradient-accumulate-step", args.gradient_accumulate_step, "--total-steps",
@@ -233,6 +234,9 @@ def _check_shape(args: argparse.Namespace) -> None:
         raise ValueError(f"--rank {args.rank}: expected less than --world-size {args.world_size}")
     if isinstance(args.num_layers, Split):
         check_length(args.num_layers, stages)
+
+
+def _check_meeting(args: argparse.Namespace) -> None:
     parse_dist_url(args.dist_url)
     if args.dist_timeout < MIN_DIST_TIMEOUT:
         raise ValueError(

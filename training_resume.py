@@ -14,6 +14,7 @@ from checkpoint.training_state import CheckpointStore, ResumePoint
 from comm.communicator import Communicator
 from comm.messages import gather_json
 from comm.topology import Topology
+from training_loop import TrainingStoppedError
 from training_split import StageSplit
 from training_update import idle_flags
 
@@ -29,6 +30,15 @@ def check_same_on_all(model_name: Path, control: Communicator) -> None:
     if other is not None:
         raise ValueError(
             f"--model-name {model_name}: config.json is not the same on rank 0 and rank {other}"
+        )
+
+
+def check_success(resume: ResumePoint | None) -> None:
+    """TrainingStoppedError where the run, which is at its last step, came there by giving up."""
+    if resume is not None and (resume.meta or {}).get("gave_up"):
+        raise TrainingStoppedError(
+            f"the run gave up at its last step, {resume.step}: too many updates in a row were "
+            "skipped; a larger --total-steps lets it go on"
         )
 
 

@@ -1,5 +1,5 @@
-"""Saving a run's steps: what a checkpoint holds, when it is written, and whether a run goes on
-without it."""
+"""Saving a run's steps: whether there is room, what a checkpoint holds, when it is written, and
+whether a run goes on without it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from argument_checks import fixed_flags, free_flags
+from checkpoint.disk import check_disk
 from checkpoint.snapshot import Snapshot, on_host
 from checkpoint.training_state import CheckpointStore, SaveFailedError
 from comm.communicator import Communicator
@@ -21,8 +22,27 @@ from modules.stage_model import StageModel
 from optimizer.mixed_precision import MixedPrecisionOptimizer
 from optimizer.state import collect_state
 from optimizer.updater import Updater
+from training_update import checkpoint_bytes
 
 logger = logging.getLogger(__name__)
+
+
+def check_room(
+    args: argparse.Namespace,
+    *,
+    store: CheckpointStore,
+    control: Communicator,
+    model: StageModel,
+    done: int,
+) -> None:
+    """ValueError, on every rank, where a disk has no room for what will be saved of this stage
+    after `done` steps; every process calls it."""
+    every = args.checkpoint_steps or args.total_steps
+    every = max(every, args.gradient_accumulate_step)  # saves wait for an update's end
+    saves = -(-(args.total_steps - done) // every)
+    weights, state = checkpoint_bytes(args, sum(p.numel() for p in model.parameters()))
+    needed = store.bytes_to_come(saves, weights=weights, state=state)
+    check_disk(control, args.checkpoint_path, needed=needed)
 
 
 class Saver:

@@ -12,8 +12,6 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from argument_checks import fixed_flags, free_flags
-from checkpoint.disk import check_disk
 from checkpoint.pruning import Keep
 from checkpoint.shard_manifest import check_shard
 from checkpoint.strict import module_shapes
@@ -27,22 +25,23 @@ from modules.registry import MODELS
 from modules.stage_model import StageModel, stage_modules
 from monitor.console import Console
 from monitor.out_of_memory import is_out_of_memory
-from monitor.recorder import Recorder, SilentRecorder, open_recorder
+from monitor.recorder import Recorder
 from pipeline_parallel.engine import StageMemoryError
 from pipeline_parallel.feed import Scatter, TrainingFeed
 from tasks.loader import BatchLoader
 from training_data import TrainingData, checkpoint_extras
 from training_evaluation import Evaluation
-from training_loop import TrainingLoop, TrainingStoppedError
+from training_loop import TrainingLoop
 from training_memory import MemoryMeasure
 from training_pipeline import build_agreement, build_engine, loop_settings, names_by_stage
 from training_products import settle_products
 from training_profile import TrainingProfile
-from training_resume import check_same_on_all, find_resume
-from training_save import Saver
+from training_record import open_run_recorder
+from training_resume import check_same_on_all, check_success, find_resume
+from training_save import Saver, check_room
 from training_shortage import explain_shortage
 from training_split import StageSplit
-from training_update import build_optimizer, build_updater, checkpoint_bytes
+from training_update import build_optimizer, build_updater
 from training_weights import load_state_, load_weights_
 
 logger = logging.getLogger(__name__)
@@ -68,7 +67,7 @@ def train(
     """
     run = Run(args, topology=topology, fabric=fabric, device=device, nonce=nonce)
     if run.start >= args.total_steps:
-        run.check_success()
+        check_success(run.resume)
         logger.info("%d of %d steps are done: nothing to do", run.start, args.total_steps)
         return None
     with run.explaining_shortage(announce), run.memory.measuring():
@@ -112,10 +111,10 @@ class Run:
             keep=Keep(args.keep_checkpoints, args.keep_optimizer_states),
         )
         self._settings = loop_settings(args)
-        self._resume = find_resume(
+        self.resume = find_resume(
             args, store=self._store, split=self._split, topology=topology, control=fabric.control
         )
-        self.start = 0 if self._resume is None else self._resume.step
+        self.start = 0 if self.resume is None else self.resume.step
         self._loader: BatchLoader | None = None
         self._doing = "the start"
         self.memory = MemoryMeasure(wanted=args.measure_memory, device=device)
@@ -127,10 +126,13 @@ class Run:
         self._cpu_matmul = self._settle_products()
         self._doing = "making the weights"
         self._model = self._build_model()
-        self._check_disk()
+        check_room(
+            self._args, store=self._store, control=self._fabric.control, model=self._model,
+            done=self.start,
+        )  # fmt: skip
         self._doing = "reading the weights"
         load_weights_(
-            self._model, self._args, self._resume, family=self._family, config=self._config,
+            self._model, self._args, self.resume, family=self._family, config=self._config,
             topology=self._topology, control=self._fabric.control,
             replicas=self._fabric.replicas, source=self._split.source,
         )  # fmt: skip
@@ -142,19 +144,11 @@ class Run:
         nominal = self._settings.nominal_tokens(self._topology.num_replicas)
         self._updater = build_updater(self._args, self._optimizer, nominal_tokens=nominal)
         load_state_(
-            self._optimizer, self._updater, self._resume,
+            self._optimizer, self._updater, self.resume,
             topology=self._topology, control=self._fabric.control, indices=self._model.indices,
             keys=lambda index: module_shapes(self._family, self._config, index),
             source=self._split.source,
         )  # fmt: skip
-
-    def check_success(self) -> None:
-        """TrainingStoppedError where the run came to its last step by giving up."""
-        if self._resume is not None and (self._resume.meta or {}).get("gave_up"):
-            raise TrainingStoppedError(
-                f"the run gave up at its last step, {self.start}: too many updates in a row were "
-                "skipped; a larger --total-steps lets it go on"
-            )
 
     def describe(self) -> str:
         """The run in one line."""
@@ -182,7 +176,10 @@ class Run:
         logger.info(self.describe_split())
         stop.phase = training(self._args.grace_seconds)
         closing.callback(self.close)
-        recorder = self.open_recorder(console)
+        recorder = open_run_recorder(
+            self._args, topology=self._topology, layers=self._split.layers, resume=self.resume,
+            console=console,
+        )  # fmt: skip
         closing.callback(recorder.close)
         self._doing = "making the engine and the copy of --async-checkpoint"
         saves = self._saver(recorder)
@@ -220,17 +217,6 @@ class Run:
             control=self._fabric.control, topology=self._topology,
         )  # fmt: skip
 
-    # ---- what the machine and the other ranks have ----
-
-    def _check_disk(self) -> None:
-        every = self._args.checkpoint_steps or self._args.total_steps
-        every = max(every, self._args.gradient_accumulate_step)  # saves wait for an update's end
-        saves = -(-(self._args.total_steps - self.start) // every)
-        parameters = sum(p.numel() for p in self._model.parameters())
-        weights, state = checkpoint_bytes(self._args, parameters)
-        needed = self._store.bytes_to_come(saves, weights=weights, state=state)
-        check_disk(self._fabric.control, self._args.checkpoint_path, needed=needed)
-
     def _settle_products(self) -> list[Matmul] | None:
         """By rank, what multiplies matrices on a CPU."""
         if self._device.type != "cpu":
@@ -238,7 +224,7 @@ class Run:
         return settle_products(
             self._args.cpu_matmul,
             precision=self._args.precision,
-            meta=None if self._resume is None else self._resume.meta,
+            meta=None if self.resume is None else self.resume.meta,
             control=self._fabric.control,
         )
 
@@ -248,27 +234,6 @@ class Run:
             self._config,
             stage_modules(self._topology.stage, self._split.layers),
             device=self._device,
-        )
-
-    # ---- the parts of the loop ----
-
-    def open_recorder(self, console: Console) -> Recorder:
-        if self._topology.rank != 0:
-            return SilentRecorder()
-        args, meta = self._args, None if self._resume is None else self._resume.meta
-        return open_recorder(
-            args.checkpoint_path,
-            console=console,
-            total_steps=args.total_steps,
-            resumed_step=self.start or None,
-            project=args.project_name,
-            config={
-                "--pipeline-group-size": args.pipeline_group_size,
-                "--num-layers": str(self._split.layers),
-                **fixed_flags(self._args),
-                **free_flags(self._args),
-            },
-            run_id=None if meta is None else meta.get("wandb_id"),
         )
 
     def loop(self, recorder: Recorder, stop: StopRequest, saves: Saver) -> TrainingLoop:
@@ -282,7 +247,7 @@ class Run:
         names = names_by_stage(self._family, self._config, self._split.layers)
         agreement = build_agreement(names, fabric.control, topology, tracer)
         if self._data is not None:
-            meta = None if self._resume is None else self._resume.meta
+            meta = None if self.resume is None else self.resume.meta
             self._loader = self._data.open_loader(None if meta is None else meta["data"])
         return TrainingLoop(
             settings,

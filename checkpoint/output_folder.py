@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from checkpoint.tensor_files import format_bytes
+from monitor.atomic import flush
 
 
 @contextmanager
@@ -27,9 +28,9 @@ def new_folder(final: Path, *, needed: int) -> Iterator[Path]:
     try:
         yield partial
         for file in partial.iterdir():
-            _flush(file)
+            flush(file)
         partial.rename(final)
-        _flush(final.parent)
+        flush(final.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -48,12 +49,3 @@ def _check_space(final: Path, needed: int) -> None:
         raise ValueError(
             f"{final}: needs {format_bytes(needed)} of disk, {format_bytes(free)} is free there"
         )
-
-
-def _flush(path: Path) -> None:
-    """A power cut after the rename must not leave files that are only names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

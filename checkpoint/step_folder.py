@@ -21,7 +21,7 @@ from typing import Any
 from checkpoint.latest import latest_text
 from checkpoint.manifest import FileSum, save_summed
 from checkpoint.step_manifest import PARTS, part_name
-from monitor.atomic import leftover_files, sync_folder
+from monitor.atomic import flush, leftover_files
 
 _PARTIAL = ".partial-"
 _REPLACED = ".replaced-"
@@ -90,7 +90,7 @@ def _remove_tree(folder: Path) -> None:
 def publish(partial: Path, final: Path) -> None:
     """Renames a step's folder to its final name; several processes may do so at once."""
     _rename_if_there(partial, final)
-    sync_folder(final.parent)  # opening it also makes a network disk's client look anew
+    flush(final.parent)  # opening it also makes a network disk's client look anew
     if not final.is_dir():
         text = "its parts were written, but it is not there"
         raise FileNotFoundError(errno.ENOENT, text, str(final))

@@ -28,7 +28,7 @@ from checkpoint.together import Background, do_together
 from comm.communicator import Communicator
 from comm.messages import broadcast_bytes, broadcast_json, gather_json
 from comm.topology import Topology
-from monitor.atomic import replace_file, sync_folder
+from monitor.atomic import flush, replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ class CheckpointStore:
                 replace_file(partial / name, content)
             except OSError as error:
                 raise named(error, partial / name) from error
-        sync_folder(partial)
+        flush(partial)
 
     def _prepare(self, final: Path) -> None:
         step_folder.make_way(final, self._nonce)

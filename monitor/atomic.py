@@ -25,12 +25,12 @@ def replace_file(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    flush(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Flushes a folder's entries to disk."""
-    handle = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Lets a file, or a folder's entries, be on disk also where power is lost."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
