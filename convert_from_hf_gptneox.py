@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from argument_parsing import refuse
-from arguments import parse_convert_from_hf
+from arguments.flags import parse_convert_from_hf
+from arguments.parser import refuse
 from modules.registry import MODELS
 
 
 def main() -> None:
     """torch is imported once the flags are right."""
     args = parse_convert_from_hf("gptneox")
-    from checkpoint.convert_from_hf import convert_from_hf
-    from checkpoint.progress_log import log_progress
+    from checkpoint.conversion.command import log_progress
+    from checkpoint.conversion.from_hf import convert_from_hf
 
     log_progress()
     family = MODELS["gptneox"].load()

@@ -17,24 +17,31 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from argument_checks import OWN_FLAGS, PROVEN_FLAGS
-from argument_parsing import one_line, refuse
-from arguments import parse_train, train_parser
-from comm.dist_url import parse_dist_url
-from comm.ending import say
-from comm.interface import choose_interface
-from comm.job_key import JobKey, is_readable_by_others, read_job_key
-from comm.stopping import CLOSING, LOADING, STOPPED, StopAskedError, StopListener, StopRequest
-from machine_checks import Machine, look_around
+from arguments.checks import OWN_FLAGS, PROVEN_FLAGS
+from arguments.flags import parse_train, train_parser
+from arguments.parser import one_line, refuse
+from comm.lifecycle.exit import say
+from comm.lifecycle.stop_signals import (
+    CLOSING,
+    LOADING,
+    STOPPED,
+    StopAskedError,
+    StopListener,
+    StopRequest,
+)
+from comm.rendezvous.dist_url import parse_dist_url
+from comm.rendezvous.interface import choose_interface
+from comm.rendezvous.job_key import JobKey, is_readable_by_others, read_job_key
 from monitor.console import Console
 from monitor.logs import setup_logging
+from training.startup_checks import Machine, look_around
 
 if TYPE_CHECKING:
     import torch
 
-    from comm.rendezvous import Rendezvous
+    from comm.liveness.failure_detector import Watch
+    from comm.rendezvous.join import Rendezvous
     from comm.topology import Topology
-    from comm.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +76,7 @@ def preview(args: argparse.Namespace) -> None:
     """Prints what the run would train on; the ranks that read no data have nothing to print."""
     if args.rank != 0:
         return
-    from training_data import preview_data
+    from training.data import preview_data
 
     try:
         show(f"{part}\n" for part in preview_data(args, colour=sys.stdout.isatty()))
@@ -81,7 +88,7 @@ def plan(args: argparse.Namespace) -> None:
     """Prints what each stage will need; exit status 1 where that is more than --device-memory."""
     if args.rank != 0:
         return
-    from training_plan import Plan
+    from planning.memory.plan import Plan
 
     try:
         found = Plan(args)
@@ -108,7 +115,7 @@ def show(parts: Iterable[str]) -> None:
 
 def meet(args: argparse.Namespace, machine: Machine, stop: StopRequest) -> Rendezvous:
     """Meets the other ranks, also to report a problem; a world of one opens no socket."""
-    from comm.rendezvous import Rendezvous, join
+    from comm.rendezvous.join import Rendezvous, join
 
     if args.world_size == 1:
         return Rendezvous.alone()
@@ -176,9 +183,9 @@ def run(
 ) -> None:
     """Trains among ranks that have met; however it ends, all of them end, each with one line."""
     from comm.communicator import PeerLostError
+    from comm.liveness.failure_detector import Watch
     from comm.topology import Topology
-    from comm.watch import Watch
-    from training_loop import TrainingStoppedError
+    from training.trainer import TrainingStoppedError
 
     topology = Topology(args.rank, args.pipeline_group_size, args.data_group_size)
     try:
@@ -219,8 +226,8 @@ def _train(
 ) -> End:
     from transformers.utils import logging as transformers_logging
 
-    from comm.fabric import connect
-    from training_setup import train
+    from comm.process_groups import connect
+    from training.run import train
 
     transformers_logging.set_verbosity_error()
     device = choose_device(args, ranks_here=len(rendezvous.ranks_on_this_host))
@@ -234,7 +241,7 @@ def _train(
         watch=watch,
     )
     if args.check_cluster:
-        from training_cluster import check_cluster
+        from planning.cluster.check import check_cluster
 
         status = check_cluster(
             args, topology=topology, rendezvous=rendezvous, fabric=fabric, device=device

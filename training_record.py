@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from argument_checks import fixed_flags, free_flags
-from checkpoint.training_state import ResumePoint
+from arguments.checks import fixed_flags, free_flags
+from checkpoint.store import ResumePoint
 from comm.topology import Topology
-from modules.split import Split
 from monitor.console import Console
 from monitor.recorder import Recorder, SilentRecorder, open_recorder
+from pipeline_parallel.partition.split import Split
 
 
 def open_run_recorder(

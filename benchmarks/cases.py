@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from benchmarks.ours import Ours
 from benchmarks.peer import TorchDataParallel, TorchPipeline
 from benchmarks.work import Contender, Work
-from comm.fabric import Fabric
+from comm.process_groups import Fabric
 from comm.topology import Topology
-from modules.balance import balanced_split, module_work
-from modules.processor import Processor
-from modules.products import Matmul, choose_matmul
+from modules.matmul.backend import Matmul, choose_matmul
+from modules.matmul.cpu_info import Processor
 from modules.registry import MODELS
-from pipeline_parallel.schedule import SCHEDULES
+from pipeline_parallel.partition.balance import balanced_split, module_work
+from pipeline_parallel.schedule.schedules import SCHEDULES
 
 WORK = Work()
 

@@ -28,13 +28,13 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from checkpoint.pruning import Keep
+from checkpoint.files.validation import is_finite
+from checkpoint.retention import Keep
 from checkpoint.snapshot import Snapshot, on_host
-from checkpoint.strict import is_finite
-from checkpoint.training_state import CheckpointStore
-from comm.local import LocalCommunicator
+from checkpoint.store import CheckpointStore
+from comm.backends.single_process import LocalCommunicator
 from comm.topology import Topology
-from modules.processor import Processor
+from modules.matmul.cpu_info import Processor
 
 WEIGHTS = 24  # of the state, all of one size
 SIZE = 1024  # of the matrices that are multiplied meanwhile

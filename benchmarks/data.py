@@ -33,11 +33,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from example_scripts.quickstart_model import docstrings, unique
-from modules.processor import Processor
-from tasks.build import open_training_stream
-from tasks.line_index import line_index
+from modules.matmul.cpu_info import Processor
 from tasks.loader import BatchLoader
 from tasks.registry import SourceSpec
+from tasks.sources.line_index import line_index
+from tasks.stream import open_training_stream
 
 VOCAB_SIZE = 16_384
 SEQ_LENGTH, ROWS = 2048, 8

@@ -9,11 +9,11 @@ from statistics import median
 import torch
 
 from benchmarks.work import Work
-from comm.local import LocalCommunicator
-from data_parallel.flat_gradients import FlatGradients
-from modules.layers import initialise_
-from modules.processor import Processor
-from modules.products import MATMULS, can_use_onednn, use_matmul
+from comm.backends.single_process import LocalCommunicator
+from data_parallel.grad_buffer import FlatGradients
+from modules.build import initialise_
+from modules.matmul.backend import MATMULS, can_use_onednn, use_matmul
+from modules.matmul.cpu_info import Processor
 from modules.registry import MODELS
 from modules.stage_model import StageModel
 from optimizer.mixed_precision import DTYPES

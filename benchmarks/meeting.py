@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import torch
 
-from comm.fabric import Fabric, connect
-from comm.interface import Interface
-from comm.job_key import JobKey
-from comm.rendezvous import join
+from comm.liveness.failure_detector import Watch
+from comm.process_groups import Fabric, connect
+from comm.rendezvous.interface import Interface
+from comm.rendezvous.job_key import JobKey
+from comm.rendezvous.join import join
 from comm.topology import Topology
-from comm.watch import Watch
 
 
 def meet(topology: Topology, port: int) -> tuple[Fabric, Callable[[], None]]:

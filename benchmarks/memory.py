@@ -23,13 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from transformers import GPTNeoXConfig
 
+from comm.backends.single_process import LocalCommunicator
 from comm.communicator import Done, Work
-from comm.local import LocalCommunicator
-from modules.layers import initialise_
+from modules.build import initialise_
 from modules.registry import MODELS
 from modules.stage_model import StageModel
+from optimizer.build import ALGORITHMS
 from optimizer.mixed_precision import DTYPES, MixedPrecisionOptimizer
-from training_update import ALGORITHMS
 
 MOMENTS = {"adam": 8.0, "8bit-adam": 2.0 + 8 / 256}  # two codes, and two fp32 maxima a block of 256
 

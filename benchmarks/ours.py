@@ -7,28 +7,28 @@ from typing import Any
 
 import torch
 
+from arguments.settings import LoopSettings
 from benchmarks.overhead import engine_overhead
 from benchmarks.work import LR, MAX_NORM, WEIGHT_DECAY, Work
-from comm.fabric import Fabric
-from comm.stopping import StopRequest
+from comm.lifecycle.stop_signals import StopRequest
+from comm.process_groups import Fabric
 from comm.topology import Topology
-from modules.layers import parameter_names
+from modules.build import parameter_names
 from modules.registry import MODELS
 from modules.stage_model import StageModel, stage_modules
+from monitor.profiling.tracer import NO_TRACER, HostTracer, StepLog, Tracer
 from monitor.recorder import SilentRecorder
-from monitor.trace import NO_TRACER, HostTracer, StepLog, Tracer
 from optimizer.adam import Adam
-from optimizer.agreement import Agreement
+from optimizer.clipping import Agreement
 from optimizer.loss_scaler import make_scaler
 from optimizer.mixed_precision import DTYPES, MixedPrecisionOptimizer
-from optimizer.updater import Updater
-from pipeline_parallel.channel import PipelineChannel
+from optimizer.update import Updater
+from pipeline_parallel.batch_scatter import Rows
 from pipeline_parallel.engine import Engine
-from pipeline_parallel.feed import Rows
-from pipeline_parallel.schedule import SCHEDULES, splits_backward
+from pipeline_parallel.p2p import PipelineChannel
+from pipeline_parallel.schedule.schedules import SCHEDULES, splits_backward
 from pipeline_parallel.stage import Stage
-from training_loop import TrainingLoop
-from training_steps import LoopSettings
+from training.trainer import TrainingLoop
 
 CPU = torch.device("cpu")
 FAMILY = MODELS["gptneox"].load()

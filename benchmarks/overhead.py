@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from comm.communicator import Communicator
-from comm.messages import gather_json
-from monitor.run_clock import RunClock
-from monitor.trace import Tracer
-from monitor.traced_step import TracedStep, join_step, step_rows, step_times
-from training_profile import measured_over_simulated
+from comm.objects import gather_json
+from monitor.profiling.clock_sync import RunClock
+from monitor.profiling.step_trace import TracedStep, join_step, step_rows, step_times
+from monitor.profiling.tracer import Tracer
+from training.profiling import measured_over_simulated
 
 
 def engine_overhead(

@@ -32,10 +32,10 @@ from benchmarks.machine import describe_machine, one_process_seconds
 from benchmarks.meeting import meet
 from benchmarks.ours import Ours
 from benchmarks.work import Contender
-from comm.fabric import Fabric
+from comm.process_groups import Fabric
 from comm.topology import Topology
-from modules.processor import Processor
-from modules.products import Matmul, choose_matmul, use_matmul
+from modules.matmul.backend import Matmul, choose_matmul, use_matmul
+from modules.matmul.cpu_info import Processor
 
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # bf16: two sides round at other places
 

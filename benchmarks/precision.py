@@ -22,7 +22,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from modules.processor import Processor
+from modules.matmul.cpu_info import Processor
 
 
 class Run(NamedTuple):

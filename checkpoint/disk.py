@@ -6,9 +6,9 @@ import shutil
 import socket
 from pathlib import Path
 
-from checkpoint.tensor_files import format_bytes
+from checkpoint.files.tensor_files import format_bytes
 from comm.communicator import Communicator
-from comm.messages import gather_json
+from comm.objects import gather_json
 
 
 def check_disk(control: Communicator, path: Path, *, needed: int) -> None:

@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from checkpoint import step_folder
-from checkpoint.pruning import Keep, prune
-from checkpoint.together import Background, do_together
-from checkpoint.whole_steps import find_whole_steps
+from checkpoint.retention import Keep, prune
+from checkpoint.steps import folder as step_folder
+from checkpoint.steps.complete import find_whole_steps
+from comm.collective_io import Background, do_together
 from comm.communicator import Communicator
 
 logger = logging.getLogger(__name__)

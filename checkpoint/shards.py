@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from checkpoint.strict import check_entry, check_keys, module_shapes, read_weights
-from checkpoint.tensor_files import TorchFile
-from modules.family import Family
+from checkpoint.files.tensor_files import TorchFile
+from checkpoint.files.validation import check_entry, check_keys, module_shapes, read_weights
+from modules.families.base import Family
 
 
 def shard_name(index: int, num_layers: int) -> str:
-    """The file of module `index` of a model of `num_layers` blocks (`modules.layers`).
+    """The file of module `index` of a model of `num_layers` blocks (`modules.build`).
 
     Blocks are numbered from 0 in file names: block i is module i + 1.
     """

@@ -1,6 +1,6 @@
 """The table of model families: plain names, so that flags can be checked without torch.
 
-Adding a family is one line here and one file that defines `FAMILY` (see `modules.family`).
+Adding a family is one line here and one file that defines `FAMILY` (see `modules.families.base`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from modules.family import Family
+    from modules.families.base import Family
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,11 @@ class ModelEntry:
 
 
 MODELS: dict[str, ModelEntry] = {
-    "gptj": ModelEntry("modules.gptj", "gptj", "n_embd", "n_layer", "n_positions", "n_inner"),
+    "gptj": ModelEntry(
+        "modules.families.gptj", "gptj", "n_embd", "n_layer", "n_positions", "n_inner"
+    ),
     "gptneox": ModelEntry(
-        "modules.gptneox",
+        "modules.families.gptneox",
         "gpt_neox",
         "hidden_size",
         "num_hidden_layers",

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from modules.documents import Documents
-from modules.dropout import Keys
-from modules.family import Family
-from modules.head import Head
-from modules.layers import make_layer
+from modules.attention.packed_documents import Documents
+from modules.build import make_layer
+from modules.families.base import Family
+from modules.layers.dropout import Keys
+from modules.layers.lm_head import Head
 
 
 def stage_modules(stage: int, split: Sequence[int]) -> range:
@@ -56,7 +56,9 @@ class StageModel(nn.ModuleList):
         documents: Documents | None = None, recompute: bool = False,
     ) -> Tensor:  # fmt: skip
         """The last stage's sum of token losses; labels (rows, tokens), of which the last position's
-        are not used. Backward gives the gradients of it times `scale` (`modules.head`)."""
+        are not used. Backward gives the gradients of it times `scale`
+        (`modules.layers.lm_head`).
+        """
         x = self._up_to_head(x, keys, documents, recompute=recompute)
         return self.head.loss(x[:, :-1], labels[:, :-1], scale=scale)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from modules.rotary import rotation
-from modules.short_attention import future
+from modules.attention.cpu import future
+from modules.layers.rotary import rotation
 
 
 def forget_tables() -> None:

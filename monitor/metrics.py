@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from monitor.atomic import replace_file
+from common.files import replace_file
 from monitor.held_out import HeldOut, finite_or_none, perplexity
 
 

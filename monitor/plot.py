@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from monitor.atomic import replace_file
+from common.files import replace_file
 from monitor.metrics import read_metrics
 
 logger = logging.getLogger(__name__)

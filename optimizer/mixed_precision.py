@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from comm.communicator import Communicator
-from data_parallel.flat_gradients import BUCKET_BYTES, FlatGradients
-from data_parallel.pieces import broadcast_pieces
-from monitor.trace import NO_TRACER, Tracer, Track
+from data_parallel.broadcast import broadcast_pieces
+from data_parallel.grad_buffer import BUCKET_BYTES, FlatGradients
+from monitor.profiling.tracer import NO_TRACER, Tracer, Track
 from optimizer.offload import HostCopies, to_host
 from optimizer.ownership import deal_out
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from checkpoint.strict import is_finite
+from checkpoint.files.validation import is_finite
 
 HEAD = ("kind", "updates")  # what a state holds beside its parts, which are dicts by weight
 

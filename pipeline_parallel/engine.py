@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from comm.communicator import PeerLostError
-from modules.documents import Documents
-from modules.dropout import Keys
-from modules.head import IGNORED
+from modules.attention.packed_documents import Documents
+from modules.layers.dropout import Keys
+from modules.layers.lm_head import IGNORED
 from monitor.out_of_memory import is_out_of_memory
-from monitor.trace import NO_TRACER, Tracer, Track
-from pipeline_parallel.channel import AHEAD, PipelineChannel
-from pipeline_parallel.schedule import Action, Kind, Schedule, forward_only
+from monitor.profiling.tracer import NO_TRACER, Tracer, Track
+from pipeline_parallel.p2p import AHEAD, PipelineChannel
+from pipeline_parallel.schedule.schedules import Action, Kind, Schedule, forward_only
+from pipeline_parallel.schedule.validate import BACKWARD_BEGINS, check_schedule
 from pipeline_parallel.stage import Stage
-from pipeline_parallel.validate import BACKWARD_BEGINS, check_schedule
 
 NAMES = {
     Kind.FORWARD: "forward",

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from modules.documents import Documents
-from modules.dropout import Keys
-from modules.linear import Deferred, GradientSink, attach_sink
+from modules.attention.packed_documents import Documents
+from modules.layers.dropout import Keys
+from modules.layers.linear import Deferred, GradientSink, attach_sink
 from modules.stage_model import StageModel
 
 

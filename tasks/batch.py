@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.block import Block
-from tasks.documents import State
+from tasks.packing.blocks import Block
+from tasks.shuffling.buffered import State
 
 IGNORED = -100
 
@@ -21,7 +21,7 @@ class Batch:
     `labels[r, t]` is the token that position t must predict, `tokens[r, t + 1]` where that is
     trained, else IGNORED; the last position's always is. `state` is the stream's after these
     blocks (empty for evaluation). `documents` says, for each row, where its text is from.
-    `begins`, of the same shape, is the blocks' (see `tasks.block`); None where documents
+    `begins`, of the same shape, is the blocks' (see `tasks.packing.blocks`); None where documents
     are not kept apart.
     """
 

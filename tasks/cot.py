@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.lines import LINES, check_text
-from tasks.shown import shown
-from tasks.source import BadLineError, Document, Record, Source
+from common.text import shown
+from tasks.sources.base import BadLineError, Document, Record, Source
+from tasks.sources.rows import LINES, check_text
 
 FORM = LINES
 
@@ -26,7 +26,7 @@ class CotFile:
     path: str
 
     def read(self, offset: int = 0, line: int = 0) -> Iterator[Record]:
-        """See `tasks.source.SourceFile.read`."""
+        """See `tasks.sources.base.SourceFile.read`."""
         for index, (key, value) in enumerate(self._load().items()):
             if index >= offset:
                 where = f"{self.path}:{shown(key)}"

@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from tasks.bad_lines import BadLines
 from tasks.batch import Batch, make_batch
-from tasks.block import Block, empty_block
-from tasks.document_packing import pack_apart_once
-from tasks.encoding import Encoded, Encoder, TrainOn
 from tasks.evaluation_sets import EVALUATION_FLAG
 from tasks.mixture import Pack
-from tasks.opening import open_source
-from tasks.packing import pack_once
-from tasks.source import BadLineError, Source
+from tasks.open import open_source
+from tasks.packing.best_fit import pack_apart_once
+from tasks.packing.blocks import Block, empty_block
+from tasks.packing.concat import pack_once
+from tasks.sources.bad_lines import BadLines
+from tasks.sources.base import BadLineError, Source
+from tasks.tokenization.encoder import Encoded, Encoder, TrainOn
 
 AT_ONCE = 64  # documents that are tokenized together
 

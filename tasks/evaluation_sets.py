@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from common.text import shown
 from tasks.registry import SUFFIXES, SourceSpec, check_source
-from tasks.shown import shown
 
 EVALUATION_FLAG = "--evaluation-data"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 
-from tasks.shown import shown
+from common.text import shown
 
 SAMPLE_BYTES = 1 << 16  # of each end of a file: an edit that keeps the size is most likely seen
 

@@ -16,10 +16,10 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+from common.text import shown
 from tasks.file_digest import describe_file
-from tasks.lines import Form, parse_row
-from tasks.shown import shown
-from tasks.source import BadLineError, Document
+from tasks.sources.base import BadLineError, Document
+from tasks.sources.rows import Form, parse_row
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
@@ -34,7 +34,7 @@ class _Task(NamedTuple):
 
 
 class InstructionItems:
-    """The instances of several files, counted through (see `tasks.source.Items`).
+    """The instances of several files, counted through (see `tasks.sources.base.Items`).
 
     Raises:
         ValueError: A file cannot be read, or is no task.
@@ -55,7 +55,7 @@ class InstructionItems:
         return found.hexdigest()
 
     def read(self, number: int) -> Document | BadLineError | None:
-        """See `tasks.source.Items.read`."""
+        """See `tasks.sources.base.Items.read`."""
         file = bisect_right(self._firsts, number) - 1
         index = number - self._firsts[file]
         where = f"{shown(self._paths[file])}:{index + 1}"

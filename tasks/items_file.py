@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from tasks.source import BadLineError, Document, Items, Record
+from tasks.sources.base import BadLineError, Document, Items, Record
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class ItemsFile:
     open_items: Callable[[], Items]
 
     def read(self, offset: int = 0, line: int = 0) -> Iterator[Record]:
-        """See `tasks.source.SourceFile.read`."""
+        """See `tasks.sources.base.SourceFile.read`."""
         items = self.open_items()
         for number in range(offset, items.num_items):
             document = items.read(number)

@@ -10,18 +10,18 @@ from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
 
+from common.text import shown
 from tasks.file_digest import describe_file
-from tasks.jsonl import BYTE_ORDER_MARK
-from tasks.line_index import line_index
-from tasks.lines import LINES, Form, parse_line
-from tasks.shown import shown
-from tasks.source import BadLineError, Document
+from tasks.sources.base import BadLineError, Document
+from tasks.sources.jsonl import BYTE_ORDER_MARK
+from tasks.sources.line_index import line_index
+from tasks.sources.rows import LINES, Form, parse_line
 
 NEWLINE = b"\n"
 
 
 class JsonlItems:
-    """The lines of several files, counted through (see `tasks.source.Items`).
+    """The lines of several files, counted through (see `tasks.sources.base.Items`).
 
     A line that was edited is read as it is now, as long as it begins and ends where it did.
     """
@@ -44,7 +44,7 @@ class JsonlItems:
         return found.hexdigest()
 
     def read(self, number: int) -> Document | BadLineError | None:
-        """See `tasks.source.Items.read`."""
+        """See `tasks.sources.base.Items.read`."""
         file = bisect_right(self._starts, number) - 1
         line = number - self._starts[file]
         where = f"{self._shown[file]}:{line + 1}"

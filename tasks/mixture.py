@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tasks.block import Block
-from tasks.documents import State
-from tasks.encoding import TrainOn
-from tasks.packing import PackedSource
+from common.seeds import derive_seed
+from tasks.packing.blocks import Block
+from tasks.packing.concat import PackedSource
 from tasks.registry import TASK_FLAG, SourceSpec
-from tasks.seeds import derive_seed
+from tasks.shuffling.buffered import State
+from tasks.tokenization.encoder import TrainOn
 
 STRATUM = 64
 BEFORE = {"--train-on": "all", "--pack": "concat"}  # of checkpoints that do not say

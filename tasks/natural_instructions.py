@@ -20,11 +20,11 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+from common.text import shown
 from tasks.instruction_items import InstructionItems
 from tasks.items_file import ItemsFile
-from tasks.lines import Form, answered, check_text
-from tasks.shown import shown
-from tasks.source import Document, Source
+from tasks.sources.base import Document, Source
+from tasks.sources.rows import Form, answered, check_text
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tasks.lines import Form, answered, check_text
-from tasks.source import Document
+from tasks.sources.base import Document
+from tasks.sources.rows import Form, answered, check_text
 
 # As published with pretokenized texts, inputs and targets are numbers of T5's tokens.
 PAIRS = (("inputs_pretokenized", "targets_pretokenized"), ("inputs", "targets"))

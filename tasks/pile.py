@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tasks.lines import LINES
+from tasks.sources.rows import LINES
 
 FORM = LINES

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from tasks.block import Block
-from tasks.document_packing import pack_apart_once
-from tasks.encoding import Encoded, Encoder
+from common.text import shown
 from tasks.mixture import BlockStream, Pack
-from tasks.packing import pack_once
-from tasks.shown import shown
+from tasks.packing.best_fit import pack_apart_once
+from tasks.packing.blocks import Block
+from tasks.packing.concat import pack_once
 from tasks.shuffled import Shuffled
-from tasks.source import BadLineError, Source
+from tasks.sources.base import BadLineError, Source
+from tasks.tokenization.encoder import Encoded, Encoder
 
 SAMPLE = 2000  # documents of a source that are tokenized for the numbers
 SAMPLE_TOKENS = 1 << 23  # fewer documents where they have more tokens than that

@@ -1,7 +1,7 @@
 """What --task-name and --evaluation-data may say, checked with the standard library alone.
 
-Adding a registered task is one file with a FORM, how its rows are read (see `tasks.lines`), and a
-line in TASKS.
+Adding a registered task is one file with a FORM, how its rows are read (see `tasks.sources.rows`),
+and a line in TASKS.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from tasks.shown import shown
+from common.text import shown
 
 if TYPE_CHECKING:
-    from tasks.lines import Form
-    from tasks.source import Source
+    from tasks.sources.base import Source
+    from tasks.sources.rows import Form
 
 TASK_FLAG = "--task-name"
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet")
@@ -164,13 +164,14 @@ def check_source(spec: SourceSpec, *, flag: str = TASK_FLAG) -> None:
     elif place.kind == "task":
         TASKS[spec.name].open_local(spec.name, place.path)
     else:  # both of these import this file
-        module = importlib.import_module("tasks.saved" if place.kind == "saved" else "tasks.hub")
+        name = "saved_dataset" if place.kind == "saved" else "hub"
+        module = importlib.import_module(f"tasks.sources.{name}")
         module.check(place, form_of(spec.name))
 
 
 def form_of(name: str) -> Form:
     """How the rows of a source are read: a registered task's own way, or what README says."""
-    from tasks.lines import LINES  # it imports this file
+    from tasks.sources.rows import LINES  # it imports this file
 
     return TASKS[name].form if name in TASKS else LINES
 

@@ -9,14 +9,15 @@ from pathlib import Path
 import datasets
 import pyarrow
 
+from common.text import shown
 from tasks.file_digest import describe_file
-from tasks.lines import Form, parse_row
-from tasks.shown import shown
-from tasks.source import BadLineError, Document, one_line
+from tasks.sources.base import BadLineError, Document, one_line
+from tasks.sources.rows import Form, parse_row
 
 
 class SavedItems:
-    """The rows of a folder (see `tasks.source.Items`); columns that do not count are not read.
+    """The rows of a folder (see `tasks.sources.base.Items`); columns that do not count are not
+    read.
 
     Raises:
         ValueError: The folder is no such data set, or none of its columns counts.
@@ -45,7 +46,7 @@ class SavedItems:
         return found.hexdigest()
 
     def read(self, number: int) -> Document | BadLineError | None:
-        """See `tasks.source.Items.read`."""
+        """See `tasks.sources.base.Items.read`."""
         where = f"{shown(self._folder)}:{number + 1}"
         try:
             row = self._rows[number]

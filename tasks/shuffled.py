@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from tasks.bad_lines import BadLines
-from tasks.documents import State
-from tasks.source import Document, Source
+from tasks.shuffling.buffered import State
+from tasks.sources.bad_lines import BadLines
+from tasks.sources.base import Document, Source
 
 
 class Shuffled(Protocol):
-    """The documents of a source, without end: `tasks.documents`, `tasks.indexed_documents`."""
+    """The documents of a source, without end: `tasks.shuffling.buffered`,
+    `tasks.shuffling.full`."""
 
     source: Source
     epoch: int

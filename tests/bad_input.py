@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from checkpoint.convert_from_hf import convert_from_hf
+from checkpoint.conversion.from_hf import convert_from_hf
 from modules.registry import MODELS
 from tests.runs import to_argv
 from tests.tasks.material import make_texts, tokenizer, write_jsonl

@@ -20,6 +20,6 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 def products_of_its_own() -> Iterator[None]:
     """A run in the tests' own process chooses what multiplies its matrices, for that alone."""
     yield
-    from modules.products import use_matmul  # which imports torch
+    from modules.matmul.backend import use_matmul  # which imports torch
 
     use_matmul("default")

@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from checkpoint.latest import check_latest
-from checkpoint.step_manifest import read_manifest
+from checkpoint.steps.latest import check_latest
+from checkpoint.steps.manifest import read_manifest
 from monitor.metrics import read_metrics
 from tests.fault_injector import Hit
 from tests.fault_plan import CUT, FULL, KILL, STOP, TERM, UNPLUGGED, RunPlan

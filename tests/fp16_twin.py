@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import get_linear_schedule_with_warmup
 
-from checkpoint.loading import load_shards_
+from checkpoint.resume.load import load_shards_
 from modules.registry import MODELS
 from modules.stage_model import StageModel
-from tasks.build import open_training_stream
 from tasks.registry import SourceSpec
+from tasks.stream import open_training_stream
 from tests.tasks.material import tokenizer
 
 LAYERS, ROWS, TOKENS, UPDATES, WARMUP, LR = 4, 4, 16, 10, 2, 2e-3

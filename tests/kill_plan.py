@@ -27,15 +27,17 @@ class Moment:
         return Kill(self.name, rank, self.target, self.when, self.nth, self.about, self.wait)
 
 
-_ARRIVE = "comm.rendezvous:_Meeting._arrive"
+_ARRIVE = "comm.rendezvous.join:_Meeting._arrive"
 JOINING = (
     Moment("join: the store stands", _ARRIVE, ranks=(0,), wait=1.0),
     Moment("join: store reached", _ARRIVE, ranks=(1, 2, 3)),
     Moment("join: arrived", _ARRIVE, "after", ranks=(1, 2, 3)),
-    Moment("join: all there", "comm.watch:Watch._open_hub", ranks=(0,), wait=1.0),
-    Moment("join: all there", "comm.watch:Watch._open_link", ranks=(1, 2, 3)),
-    Moment("join: linked", "comm.fabric:connect"),
-    Moment("join: connected", "training_setup:train"),
+    Moment(
+        "join: all there", "comm.liveness.failure_detector:Watch._open_hub", ranks=(0,), wait=1.0
+    ),
+    Moment("join: all there", "comm.liveness.failure_detector:Watch._open_link", ranks=(1, 2, 3)),
+    Moment("join: linked", "comm.process_groups:connect"),
+    Moment("join: connected", "training.run:train"),
 )
 _TRAIN = "pipeline_parallel.engine:Engine.train"
 FIRST = (
@@ -44,19 +46,19 @@ FIRST = (
     Moment("first step: the update's second half", _TRAIN, nth=2),
 )
 ANY_STEP = (
-    Moment("resume: before the weights", "training_weights:share_from_first"),
+    Moment("resume: before the weights", "training.initial_state:share_from_first"),
     Moment("resume: metrics cut", "monitor.metrics:MetricsFile.cut_after", "after", ranks=(0,)),
     Moment("step", _TRAIN, nth=3),
     Moment("step: updated", "optimizer.adam:Adam.step", "after"),
     Moment("evaluation", "pipeline_parallel.engine:Engine.evaluate", nth=3),
 )
-_FILES, PUBLISH = "checkpoint.step_folder:write_stage_files", "checkpoint.step_folder:publish"
+_FILES, PUBLISH = "checkpoint.steps.folder:write_stage_files", "checkpoint.steps.folder:publish"
 SAVING = (
     Moment("save: no file yet", _FILES, ranks=WRITERS),
     Moment("save: half a file", "torch:save", "half", ranks=WRITERS, nth=2),
     Moment("save: one file", "torch:save", "after", ranks=WRITERS),
     Moment("save: all tensors", _FILES, "after", ranks=WRITERS),
-    Moment("save: as a replica", "checkpoint.training_state:CheckpointStore._attempt",
+    Moment("save: as a replica", "checkpoint.store:CheckpointStore._attempt",
            ranks=OTHERS, nth=2),
 )  # fmt: skip
 RENAMING = (

@@ -18,13 +18,13 @@ WRITING_BESIDE = "training beside a write"
 JOINING = (STARTING, RENDEZVOUS)
 _MARKS = (  # the function, the phase inside, and the one after it: None, that before
     ("dist_clm_train:meet", RENDEZVOUS, RENDEZVOUS),
-    ("training_setup:train", LOADING, CLOSING),
-    ("training_loop:TrainingLoop.run", TRAINING, CLOSING),
-    ("training_evaluation:Evaluation.run", EVALUATION, None),
-    ("training_save:Saver.save", SAVING, None),
-    ("training_save:Saver.finish", SAVING, None),
+    ("training.run:train", LOADING, CLOSING),
+    ("training.trainer:TrainingLoop.run", TRAINING, CLOSING),
+    ("training.evaluation:Evaluation.run", EVALUATION, None),
+    ("training.checkpointing:Saver.save", SAVING, None),
+    ("training.checkpointing:Saver.finish", SAVING, None),
 )
-_WRITE = "checkpoint.training_state:CheckpointStore._write"
+_WRITE = "checkpoint.store:CheckpointStore._write"
 
 
 class Phases:

@@ -12,11 +12,11 @@ from unittest.mock import patch
 import torch
 
 from comm.topology import Topology
-from modules import head
+from modules.layers import lm_head as head
 from modules.stage_model import StageModel
 from optimizer.mixed_precision import MixedPrecisionOptimizer
 from pipeline_parallel.engine import Engine, Losses
-from training_loop import TrainingLoop
+from training.trainer import TrainingLoop
 
 PARAMETER = 3  # of its stage: whose gradient is poisoned
 

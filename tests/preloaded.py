@@ -10,8 +10,9 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at the import
 
 for name in (
-    "torch", "torch.distributed", "pytest", "dist_clm_train", "training_setup", "tests.runs",
-    "checkpoint.convert_to_hf", "comm.fabric", "monitor.plot", "modules.gptj", "modules.gptneox",
+    "torch", "torch.distributed", "pytest", "dist_clm_train", "training.run", "tests.runs",
+    "checkpoint.conversion.to_hf", "comm.process_groups", "monitor.plot", "modules.families.gptj",
+    "modules.families.gptneox",
     "matplotlib.backends.backend_agg", "transformers.models.auto.tokenization_auto",
     "transformers.tokenization_utils_tokenizers",
 ):  # fmt: skip

@@ -13,22 +13,22 @@ from unittest.mock import patch
 
 import torch
 
-from arguments import parse_train
-from checkpoint.latest import write_latest
-from checkpoint.training_state import SaveFailedError
-from comm.fabric import Fabric
-from comm.interface import Interface
-from comm.job_key import JobKey
-from comm.messages import gather_json
-from comm.rendezvous import Rendezvous, join
-from comm.stopping import StopRequest
+from arguments.flags import parse_train
+from checkpoint.steps.latest import write_latest
+from checkpoint.store import SaveFailedError
+from comm.lifecycle.stop_signals import StopRequest
+from comm.objects import gather_json
+from comm.process_groups import Fabric
+from comm.rendezvous.interface import Interface
+from comm.rendezvous.job_key import JobKey
+from comm.rendezvous.join import Rendezvous, join
 from comm.topology import Topology
 from monitor.console import Console
 from monitor.metrics import read_metrics
 from tests.comm.ranks import link
 from tests.dist import free_port
-from training_loop import TrainingStoppedError
-from training_setup import train
+from training.run import train
+from training.trainer import TrainingStoppedError
 
 
 class Case(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any
 from unittest.mock import patch
 
 from comm.topology import Topology
-from pipeline_parallel.schedule import SCHEDULES
+from pipeline_parallel.schedule.schedules import SCHEDULES
 from tests.runs import Case
 
 SCHEDULED = [(2, 1), (2, 2), (4, 1)]
@@ -29,4 +29,4 @@ def schedule_cases(own: dict[str, Any]) -> list[Case]:
 
 def small_buckets(topology: Topology) -> AbstractContextManager[object]:
     """A bucket for each large weight, where all else are in one."""
-    return patch("data_parallel.flat_gradients.BUCKET_BYTES", 4096)
+    return patch("data_parallel.grad_buffer.BUCKET_BYTES", 4096)

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-import arguments
-from argument_checks import NOT_BUILT_FLAGS, doubts
-from argument_parsing import refuse
+from arguments import flags as arguments
+from arguments.checks import NOT_BUILT_FLAGS, doubts
+from arguments.parser import refuse
 from checkpoint.disk import check_disk
-from comm.local import LocalCommunicator
-from machine_checks import look_around
+from comm.backends.single_process import LocalCommunicator
 from tests.bad_input import Flags, argv, at, make_home, right, the_line
+from training.startup_checks import look_around
 
 
 @pytest.fixture(scope="module")

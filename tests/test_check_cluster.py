@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from arguments import parse_train
+from arguments.flags import parse_train
 from dist_clm_train import _facts
 from tests.bad_input import argv
 from tests.cluster import flags, make_model

@@ -20,18 +20,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from arguments import parse_train
-from checkpoint.manifest import FileSum
-from checkpoint.shard_manifest import write_shard_manifest
+from arguments.flags import parse_train
+from checkpoint.files.checksums import FileSum
+from checkpoint.files.layer_shards import write_shard_manifest
 from comm.communicator import Communicator, Work
-from comm.fabric import Fabric
+from comm.process_groups import Fabric
+from planning.cluster.check import check_cluster
+from planning.cluster.machines import versions
 from tests.bad_input import argv
 from tests.cluster import SHARDS, flags, make_model
 from tests.comm.ranks import Rank as Entered
 from tests.comm.ranks import enter
 from tests.dist import run_ranks
-from training_cluster import check_cluster
-from training_cluster_machines import versions
 
 HOST = socket.gethostname()
 SLEEP = 0.05
@@ -89,7 +89,7 @@ def check_cases(rank: int, world_size: int, url: str, home: Path) -> dict[str, A
         fabric = entered.fabric
         with ExitStack() as stack, listening() as lines:
             rate = 1e7 if name == "a slow device" and rank == 3 else 1e9
-            stack.enter_context(patch("training_cluster.product_rate", return_value=rate))
+            stack.enter_context(patch("planning.cluster.check.product_rate", return_value=rate))
             if rank == odd:
                 fabric = make_odd(name, fabric, stack)
             status = check_cluster(
@@ -125,12 +125,12 @@ def make_odd(name: str, fabric: Fabric, stack: ExitStack) -> Fabric:
         return throttle(fabric, "replicas", to=0)
     if name == "another version":
         stack.enter_context(patch(
-            "training_cluster_machines.versions",
+            "planning.cluster.machines.versions",
             lambda args, device: {**versions(args, device), "torch": "0.1"},
         ))  # fmt: skip
     if name == "another clock":
         ahead = SimpleNamespace(time_ns=lambda: time.time_ns() + 100 * 10**9)
-        stack.enter_context(patch("training_cluster.time", ahead))
+        stack.enter_context(patch("planning.cluster.check.time", ahead))
     return fabric
 
 

@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-from comm.link_probe import LinkSpeed
-from comm.links import Link, links
-from comm.roster import Arrival
+from comm.rendezvous.participants import Arrival
 from comm.topology import Topology
-from modules.balance import ModuleWork
-from modules.split import Split
-from training_cluster_estimate import Estimate, Plan
-from training_cluster_machines import Machine, Model, differences
-from training_cluster_report import about_clocks, advice, link_table
+from pipeline_parallel.partition.balance import ModuleWork
+from pipeline_parallel.partition.split import Split
+from planning.cluster.estimate import Estimate, Plan
+from planning.cluster.link_probe import LinkSpeed
+from planning.cluster.links import Link, links
+from planning.cluster.machines import Machine, Model, differences
+from planning.cluster.report import about_clocks, advice, link_table
 
 # A block is 10 multiply-adds per token and the head 20; a microbatch has 5 tokens.
 PLAN = Plan(

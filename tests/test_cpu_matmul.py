@@ -18,20 +18,20 @@ from unittest.mock import patch
 import pytest
 import torch
 
-import training_products
-from checkpoint.training_state import read_meta
-from comm.local import LocalCommunicator
+import training.cpu_matmul
+from checkpoint.store import read_meta
+from comm.backends.single_process import LocalCommunicator
 from comm.topology import Topology
-from modules.processor import Processor
-from modules.products import use_matmul
+from modules.matmul.backend import use_matmul
+from modules.matmul.cpu_info import Processor
 from tests.dist import run_ranks
 from tests.modules.processors import PROCESSORS
 from tests.runs import Case, Told, curve, meet_at, run_folder, train_cases
 from tests.tasks.material import make_texts, write_jsonl
 from tests.test_mixed_precision import model_flags
 from tests.test_parity import make_shards
-from training_loop import TrainingLoop
-from training_products import settle_products
+from training.cpu_matmul import settle_products
+from training.trainer import TrainingLoop
 
 STEPS, SAVED = 6, 3
 TOLERANCE = 1e-5  # relative, of losses: both libraries' products are fp32
@@ -90,7 +90,7 @@ def test_flag_checkpoint_and_processor_decide(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(training_products, "fp32_error", lambda: 0.5)
+    monkeypatch.setattr(training.cpu_matmul, "fp32_error", lambda: 0.5)
     with caplog.at_level(logging.INFO):
         assert settle(flag, kind, kept) == choice
     assert setting() == {"default": "ieee", "onednn": "bf16"}[choice]
@@ -103,7 +103,7 @@ def test_flag_checkpoint_and_processor_decide(
 def test_products_that_are_not_fp32_are_an_error_where_they_were_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(training_products, "fp32_error", lambda: 85.2)
+    monkeypatch.setattr(training.cpu_matmul, "fp32_error", lambda: 85.2)
     with pytest.raises(ValueError, match=r"^--cpu-matmul onednn: .*8480.* off by 85 times "):
         settle("onednn", "Sapphire Rapids")
     assert setting() == "ieee"
@@ -116,7 +116,7 @@ def test_products_that_are_not_fp32_are_left_where_nobody_asked(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(training_products, "fp32_error", lambda: 85.2)
+    monkeypatch.setattr(training.cpu_matmul, "fp32_error", lambda: 85.2)
     assert settle("auto", kind, kept) == "default"
     assert setting() == "ieee"
     (warning,) = [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING]
@@ -126,7 +126,7 @@ def test_products_that_are_not_fp32_are_left_where_nobody_asked(
 @pytest.mark.parametrize("meta", [{}, {"cpu_matmul": None}, {"cpu_matmul": []}])
 def test_a_checkpoint_that_does_not_tell_leaves_it_to_the_processor(meta: dict[str, Any]) -> None:
     """Made on GPUs, or with fewer replicas than now."""
-    assert training_products.kept_choice(meta, 0) is None
+    assert training.cpu_matmul.kept_choice(meta, 0) is None
 
 
 HALF = [

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from monitor.metrics import read_metrics
-from pipeline_parallel.schedule import SCHEDULES
+from pipeline_parallel.schedule.schedules import SCHEDULES
 from tests.dist import run_ranks
 from tests.documents import Alone, begins_after, losses_alone
 from tests.runs import Case, curve, meet_at, run_folder, train_cases

@@ -31,10 +31,10 @@ from tests.kill_lab import leftovers, same, state
 from tests.runs import Case, Told, curve, meet_at, run_folder, to_argv, train_cases
 from tests.tasks.material import make_texts, write_jsonl
 from tests.test_parity import make_shards
-from training_loop import TrainingLoop, TrainingStoppedError
+from training.trainer import TrainingLoop, TrainingStoppedError
 
 STEPS, EVERY = 8, 2
-FOLDER = "checkpoint.step_folder"
+FOLDER = "checkpoint.steps.folder"
 SMALL_FILES = 5000  # bytes: the manifest and meta.json, but no stage's weights
 
 
@@ -134,7 +134,7 @@ STORIES = {
         Fails(1, FOLDER, "publish", (2,)), [2, 6, 8], "is not saved: rank 1 on", LATE
     ),
     "no latest": Story(
-        Fails(1, "checkpoint.training_state", "write_latest", (2,)), [2, 4, 6, 8],
+        Fails(1, "checkpoint.store", "write_latest", (2,)), [2, 4, 6, 8],
         "is saved, but latest does not name it: rank 1 on", LATE,
     ),
     "the last save": Story(

@@ -47,7 +47,8 @@ END_SECONDS = 15.0  # of the others once all ranks have joined
 
 def waits(kill: Kill) -> bool:
     """Whether rank 0 waits, to the end of --join-timeout, for one that never comes or links."""
-    return kill.rank != 0 and kill.target.startswith(("comm.rendezvous", "comm.watch"))
+    joining = ("comm.rendezvous.join", "comm.liveness.failure_detector")
+    return kill.rank != 0 and kill.target.startswith(joining)
 
 
 def live(rank: int, _world: int, _url: str, lab: Lab, seed: int) -> dict[str, list[Start]]:

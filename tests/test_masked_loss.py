@@ -18,9 +18,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tasks.build import open_training_stream
 from tasks.mixture import Pack
 from tasks.registry import SourceSpec
+from tasks.stream import open_training_stream
 from tests.dist import run_ranks
 from tests.documents import Alone, begins_after
 from tests.runs import Case, curve, meet_at, train_cases

@@ -15,9 +15,9 @@ import pytest
 
 from comm.topology import Topology
 from monitor.metrics import read_metrics
-from tasks.block import Block
-from tasks.build import open_training_stream
+from tasks.packing.blocks import Block
 from tasks.registry import SourceSpec
+from tasks.stream import open_training_stream
 from tests.dist import run_ranks
 from tests.poison import BadLogit, BadOutput, InfiniteLoss, Overflow
 from tests.runs import Case, Told, meet_at, run_folder, train_cases
@@ -28,7 +28,7 @@ from tests.test_parity import make_shards
 LAYERS, TOKENS, STEPS, BAD_STEP, MAX_SKIPPED = 4, 16, 5, 3, 3
 ROWS_OF_A_REPLICA = 4  # in two microbatches
 # The ranks of P=2 R=2 by number: stage 0 and 1 of replica 0, stage 0 and 1 of replica 1.
-FOLDER = "checkpoint.step_folder"
+FOLDER = "checkpoint.steps.folder"
 PLACES = {"first-stage": BadOutput(2, BAD_STEP, 0), "last-stage": BadOutput(1, BAD_STEP, 1)}
 
 

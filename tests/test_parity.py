@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
 
-from checkpoint.convert_from_hf import convert_from_hf
+from checkpoint.conversion.from_hf import convert_from_hf
 from modules.registry import MODELS
-from pipeline_parallel.schedule import SCHEDULES
-from tasks.build import open_training_stream
+from pipeline_parallel.schedule.schedules import SCHEDULES
 from tasks.mixture import Pack
 from tasks.registry import SourceSpec
+from tasks.stream import open_training_stream
 from tests.dist import run_ranks
 from tests.runs import Case, curve, meet_at, run_folder, train_cases
 from tests.schedule_cases import SCHEDULED, schedule_cases

@@ -14,15 +14,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-import training_rehearsal
-from argument_parsing import size as parsed_size
-from arguments import parse_train
+import planning.memory.dry_run
+from arguments.flags import parse_train
+from arguments.parser import size as parsed_size
 from dist_clm_train import main
+from modules.layers.rotary import rotation
 from modules.registry import MODELS
-from modules.rotary import rotation
+from pipeline_parallel.partition.stage_split import StageSplit
+from planning.memory.dry_run import Rehearsal, StageMemory
 from tests.runs import to_argv
-from training_rehearsal import Rehearsal, StageMemory
-from training_split import StageSplit
 
 HIDDEN, TOKENS, ROWS = 64, 32, 8
 CONFIG = GPTNeoXConfig(
@@ -122,7 +122,7 @@ def test_a_few_microbatches_tell_of_many(
     """All but the losses of a stage's microbatches, 4 bytes each."""
     flags: dict[str, Any] = {"pp_mode": mode, "recompute": recompute, "pipeline_group_size": 2}
     few = [rehearse(folder, stage, **flags) for stage in range(2)]
-    monkeypatch.setattr(training_rehearsal, "ENOUGH", ROWS)
+    monkeypatch.setattr(planning.memory.dry_run, "ENOUGH", ROWS)
     for stage, found in enumerate(few):
         whole = rehearse(folder, stage, **flags)
         assert abs(whole.peak - found.peak) <= 4 * ROWS

@@ -10,10 +10,8 @@ import pytest
 
 from dist_clm_train import main
 from tasks import preview
-from tasks.build import open_documents, open_training_stream
-from tasks.encoding import Encoder
 from tasks.mixture import Pack
-from tasks.opening import open_source
+from tasks.open import open_source
 from tasks.preview import (
     GREEN,
     GREY,
@@ -24,6 +22,8 @@ from tasks.preview import (
     preview_blocks,
 )
 from tasks.registry import SourceSpec
+from tasks.stream import open_documents, open_training_stream
+from tasks.tokenization.encoder import Encoder
 from tests.tasks.material import make_texts, tokenizer, write_jsonl
 
 PAIRS = [{"prompt": f"fox {i}:", "completion": " dog"} for i in range(10)]

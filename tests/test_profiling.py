@@ -16,15 +16,15 @@ import pytest
 import torch
 
 from comm.topology import Topology
-from monitor.trace import Track
-from monitor.traced_step import RankSpan, TracedStep
+from monitor.profiling.step_trace import RankSpan, TracedStep
+from monitor.profiling.tracer import Track
 from tests.dist import run_ranks
 from tests.poison import BadOutput
 from tests.runs import Case, Told, curve, meet_at, train_cases
 from tests.tasks.material import make_texts, write_jsonl
 from tests.test_parity import make_shards
 from tests.test_resume_rules import train_alone
-from training_profile import measured_over_simulated, simulated_step
+from training.profiling import measured_over_simulated, simulated_step
 
 STAGES, REPLICAS, MICROBATCHES, STEPS, ACCUMULATE = 2, 2, 4, 6, 2
 BAD_STEP = 3

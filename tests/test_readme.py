@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from argument_checks import NOT_BUILT_FLAGS
-from arguments import train_parser
+from arguments.checks import NOT_BUILT_FLAGS
+from arguments.flags import train_parser
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- flags: begin -->\n", "<!-- flags: end -->"

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from checkpoint.step_manifest import read_manifest
+from checkpoint.steps.manifest import read_manifest
 from tests.dist import run_ranks
 from tests.kill_lab import STEPS, WORLD, Lab, leftovers, make_lab, numbers
 from tests.kill_plan import PUBLISH

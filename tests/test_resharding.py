@@ -37,7 +37,7 @@ from tests.reshard_lab import (
 from tests.runs import Case, Told, run_folder
 from tests.test_mixed_precision import worst
 from tests.test_resume_rules import run_parts, train_alone
-from training_setup import Run
+from training.run import Run
 
 FEW: list[tuple[Shape, Shape]] = [((1, 2), (2, 1)), ((4, 1), (1, 2))]
 FEW_KINDS = [*KINDS[1:], ("fp16", "adam")]

@@ -13,11 +13,11 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from arguments import parse_train
-from checkpoint.training_state import CheckpointStore
-from comm.fabric import Fabric
-from comm.local import LocalCommunicator
-from comm.stopping import StopRequest
+from arguments.flags import parse_train
+from checkpoint.store import CheckpointStore
+from comm.backends.single_process import LocalCommunicator
+from comm.lifecycle.stop_signals import StopRequest
+from comm.process_groups import Fabric
 from comm.topology import Topology
 from monitor.console import Console
 from monitor.metrics import read_metrics
@@ -25,7 +25,7 @@ from tests.checkpoint.models import forget_manifests
 from tests.runs import to_argv, to_nobody
 from tests.tasks.material import make_texts, write_jsonl
 from tests.test_parity import make_shards
-from training_setup import Run, train
+from training.run import Run, train
 
 STEPS = 4
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from comm.topology import Topology
-from pipeline_parallel.feed import Scatter, TrainingFeed
-from tasks.build import open_training_stream
+from pipeline_parallel.batch_scatter import Scatter, TrainingFeed
 from tasks.loader import BatchLoader
 from tasks.mixture import BlockStream
 from tasks.registry import SourceSpec
+from tasks.stream import open_training_stream
 from tests.dist import run_ranks
 from tests.runs import connected, meet_at
 from tests.tasks.material import make_texts, tokenizer, write_jsonl

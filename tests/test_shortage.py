@@ -19,12 +19,12 @@ import torch
 from transformers import GPTNeoXConfig
 
 from comm.topology import Topology
-from modules.gptneox import Block
+from modules.families.gptneox import Block
+from planning.memory.out_of_memory import explain_shortage
 from tests.bad_input import ROOT
 from tests.dist import free_port, run_ranks
 from tests.runs import Case, Told, meet_at, to_argv, train_cases
 from tests.tasks.material import make_texts, tokenizer, write_jsonl
-from training_shortage import explain_shortage
 
 HIDDEN, LAYERS = 128, 2
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 3 GiB."
@@ -101,7 +101,8 @@ third_microbatch = FailingBlock(2 * LAYERS + 1)  # its second block
 @contextmanager
 def even_for_the_advice(topology: Topology) -> Iterator[None]:
     error = RuntimeError(CPU)
-    with third_microbatch(topology), patch("training_shortage.Rehearsal", side_effect=error):
+    rehearsal = patch("planning.memory.out_of_memory.Rehearsal", side_effect=error)
+    with third_microbatch(topology), rehearsal:
         yield
 
 
@@ -109,8 +110,8 @@ def even_for_the_advice(topology: Topology) -> Iterator[None]:
 def told(folder: Path) -> dict[str, Told]:
     own = flags(folder)
     cases = [
-        Case("weights", own, Failing("training_setup.StageModel", MemoryError()), stops=True),
-        Case("moments", own, Failing("training_setup.build_optimizer", RuntimeError(CPU)),
+        Case("weights", own, Failing("training.run.StageModel", MemoryError()), stops=True),
+        Case("moments", own, Failing("training.run.build_optimizer", RuntimeError(CPU)),
              stops=True),
         Case("microbatch", own | {"total-steps": 2, "checkpoint-steps": 1},
              FailingBlock((4 + 2) * LAYERS + 1), stops=True),
@@ -184,7 +185,7 @@ def test_what_failed_is_let_go_of_before_advice_is_sought() -> None:
     try:
         work()
     except MemoryError as error:
-        with patch("training_shortage.Rehearsal", rehearse):
+        with patch("planning.memory.out_of_memory.Rehearsal", rehearse):
             explained = explain_shortage(
                 "here", error, nothing, nothing, nothing, nothing, topology=nothing, cuda=False,
                 announce=announced.append,

@@ -41,7 +41,7 @@ def slow_shards(topology: Topology) -> Iterator[None]:
     """Those of the second replica."""
     with ExitStack() as stack:
         if topology.replica == 1:
-            stack.enter_context(slowed("checkpoint.loading:load_layer_shard", SLOW / 2))
+            stack.enter_context(slowed("checkpoint.resume.load:load_layer_shard", SLOW / 2))
         yield
 
 
@@ -52,10 +52,10 @@ def slow_checkpoint(topology: Topology) -> Iterator[None]:
     The stages read the state in two and three parts.
     """
     with (
-        patch("optimizer.state._AT_ONCE", 1),
-        slowed("checkpoint.step_folder:clear_leftovers", SLOW),
-        slowed("checkpoint.loading:read_stage_module", SLOW / 2),
-        slowed("training_weights:read_part", SLOW),
+        patch("optimizer.state_dict._AT_ONCE", 1),
+        slowed("checkpoint.steps.folder:clear_leftovers", SLOW),
+        slowed("checkpoint.resume.load:read_stage_module", SLOW / 2),
+        slowed("training.initial_state:read_part", SLOW),
         slowed("optimizer.state_check:KeptState.take", SLOW, "0.embed_in"),
     ):
         yield

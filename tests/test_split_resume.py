@@ -18,7 +18,7 @@ from tests.runs import Case, Told, curve, meet_at, run_folder, train_cases
 from tests.tasks.material import make_texts, write_jsonl
 from tests.test_parity import make_shards
 from tests.test_resume_rules import run_parts
-from training_setup import Run
+from training.run import Run
 
 STEPS, SAVED = 4, 2
 LAYERS = 4  # 3,1 by auto: the head is as much as 1.4 blocks

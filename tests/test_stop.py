@@ -74,11 +74,11 @@ class Stop(NamedTuple):
 
 PLAN = {
     "joining": Stop(
-        [Kill("", 2, "comm.rendezvous:_Meeting._arrive", "after", wait=0.5, signals=TERM)],
+        [Kill("", 2, "comm.rendezvous.join:_Meeting._arrive", "after", wait=0.5, signals=TERM)],
         75, "SIGTERM on rank 2", NOT_BEGUN,
     ),
     "loading": Stop(
-        [Kill("", 1, "training_setup:train", signals=TERM)], 75, "SIGTERM on rank 1", NOT_BEGUN
+        [Kill("", 1, "training.run:train", signals=TERM)], 75, "SIGTERM on rank 1", NOT_BEGUN
     ),
     "first evaluation": Stop(
         [Kill("", 0, _EVALUATE, signals=TERM), Kill("a batch too many", 0, _EVALUATE, nth=2)],
@@ -94,7 +94,7 @@ PLAN = {
         75, "SIGINT on rank 0", saved(6), 6,
     ),
     "saving": Stop(
-        [Kill("", 1, "checkpoint.step_folder:write_stage_files", signals=(signal.SIGUSR1,))],
+        [Kill("", 1, "checkpoint.steps.folder:write_stage_files", signals=(signal.SIGUSR1,))],
         75, "SIGUSR1 on rank 1", saved(10), 10, {"checkpoint-steps": 4},
     ),
     "evaluation": Stop(
@@ -108,7 +108,7 @@ PLAN = {
     "beside a write": Stop(
         [
             Kill("", 2, _TRAIN, nth=3, signals=TERM),
-            Kill("a slow disk", 1, "checkpoint.step_folder:write_stage_files", signals=(0,),
+            Kill("a slow disk", 1, "checkpoint.steps.folder:write_stage_files", signals=(0,),
                  wait=1.0),
         ],
         75, "SIGTERM on rank 2", saved(16), 16,
@@ -117,7 +117,7 @@ PLAN = {
     "while old steps go": Stop(
         [
             Kill("", 2, _TRAIN, nth=3, signals=TERM),
-            *(Kill("a slow disk", rank, "checkpoint.pruning:withdraw", signals=(0,), wait=9.0)
+            *(Kill("a slow disk", rank, "checkpoint.retention:withdraw", signals=(0,), wait=9.0)
               for rank in WRITERS),
         ],
         75, "SIGTERM on rank 2", UNTIDY, 20,
@@ -153,7 +153,7 @@ def live(_rank: int, _world: int, _url: str, lab: Lab) -> Lived:
     argvs = lab.argvs("alone", changes={**one, "checkpoint-steps": 0})[:1]
     struck = Kill("", 0, _TRAIN, nth=2, signals=(signal.SIGINT,))
     alone = fork_ranks(argvs, lab.folder, kills=[struck])
-    waits = Kill("", 0, "comm.rendezvous:_Meeting._report", signals=TERM)
+    waits = Kill("", 0, "comm.rendezvous.join:_Meeting._report", signals=TERM)
     early = fork_ranks(lab.argvs("early")[1:2], lab.folder, kills=[waits])
     return Lived(found, alone, early)
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from modules.split import Split
-from training_split import StageSplit
+from pipeline_parallel.partition.split import Split
+from pipeline_parallel.partition.stage_split import StageSplit
 
 # A block has 2 x (4 x 2 + 2 x 4 + 8) = 48 multiply-adds per token, and the head 2 x 24 as many.
 CONFIG = {

@@ -72,7 +72,7 @@ def test_the_others_end_for_the_reason_of_one_that_is_slow_to_end(tmp_path: Path
         start(tmp_path, "bad", {"task-name": bad},
               Slow(0, "monitor.recorder:FileRecorder.close", SLOW)),
         start(tmp_path, "short", {}, Short(3, "pipeline_parallel.engine:Engine.train"),
-              Slow(3, "training_shortage:helpful_changes", SLOW)),
+              Slow(3, "planning.memory.out_of_memory:helpful_changes", SLOW)),
     ]  # fmt: skip
     (outcomes,) = run_ranks(1, outcomes_of, starts, deadline=150.0)
     bad_line, short = outcomes

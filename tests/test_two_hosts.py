@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from checkpoint.convert_from_hf import convert_from_hf
-from checkpoint.convert_to_hf import convert_to_hf
+from checkpoint.conversion.from_hf import convert_from_hf
+from checkpoint.conversion.to_hf import convert_to_hf
 from modules.registry import MODELS
 from monitor.metrics import read_metrics
 from tests.entry import Outcome, Rank, Run, run_all

@@ -20,12 +20,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from checkpoint.convert_from_hf import convert_from_hf
-from checkpoint.convert_to_hf import convert_to_hf
+from checkpoint.conversion.from_hf import convert_from_hf
+from checkpoint.conversion.to_hf import convert_to_hf
 from modules.registry import MODELS
 from monitor.metrics import read_metrics
-from tasks.build import open_training_stream
 from tasks.registry import SourceSpec
+from tasks.stream import open_training_stream
 from tests.checkpoint.models import hf_weights
 from tests.checkpoint.test_predecessors import (
     CONFIGS,

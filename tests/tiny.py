@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GPTJConfig, GPTJForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from modules.family import Family
+from modules.families.base import Family
 from modules.registry import MODELS
 from modules.stage_model import StageModel
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTJConfig, GPTNeoXConfig
 
-from modules.family import Family
+from modules.families.base import Family
 from modules.registry import MODELS
 
 NUM_LAYERS = 3

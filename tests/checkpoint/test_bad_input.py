@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoint.convert_from_hf import convert_from_hf
-from checkpoint.convert_to_hf import convert_to_hf
+from checkpoint.conversion.from_hf import convert_from_hf
+from checkpoint.conversion.to_hf import convert_to_hf
 from checkpoint.shards import load_layer_shard
-from modules.split import Split
+from pipeline_parallel.partition.split import Split
 from tests.checkpoint.models import (
     copy_config,
     edit_json,
@@ -328,7 +328,7 @@ def test_a_name_that_is_neither_folder_nor_to_be_had(
     def unreachable(*_args: Any, **_options: Any) -> str:
         raise OSError("name resolution\nfailed")
 
-    monkeypatch.setattr("checkpoint.model_folder.snapshot_download", unreachable)
+    monkeypatch.setattr("checkpoint.files.model_folder.snapshot_download", unreachable)
     text = refusal(lambda: from_hf("some-org/some-model", tmp_path))
     assert "--model-name some-org/some-model" in text
     text = refusal(lambda: to_hf(originals / "ck", tmp_path / "hf", config_name="nowhere"))
@@ -342,7 +342,7 @@ def test_an_interrupted_conversion_leaves_nothing(
         assert list(tmp_path.glob("st.partial-*"))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("checkpoint.convert_from_hf.copy_companions", interrupted)
+    monkeypatch.setattr("checkpoint.conversion.from_hf.copy_companions", interrupted)
     with pytest.raises(KeyboardInterrupt):
         from_hf(originals / "st", tmp_path)
     assert not list(tmp_path.iterdir())

@@ -17,20 +17,20 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from arguments import parse_train
-from checkpoint.convert_to_hf import convert_to_hf
-from checkpoint.latest import check_latest, write_latest
-from checkpoint.manifest import seal, unseal
-from comm.messages import gather_json
+from arguments.flags import parse_train
+from checkpoint.conversion.to_hf import convert_to_hf
+from checkpoint.files.checksums import seal, unseal
+from checkpoint.steps.latest import check_latest, write_latest
+from comm.objects import gather_json
 from comm.topology import Topology
+from common.files import replace_file
 from modules.registry import MODELS
-from monitor.atomic import replace_file
 from tests.checkpoint.models import forget_manifests, hf_weights
 from tests.dist import run_ranks
 from tests.runs import Case, connected, meet_at, run_folder, to_argv, train_cases
 from tests.tasks.material import make_texts, write_jsonl
 from tests.test_parity import make_shards
-from training_setup import Run
+from training.run import Run
 
 STAGES, LAST, FIRST = 2, 4, 2
 PARTS = ("checkpoint", "optimizer", "scheduler")
@@ -265,7 +265,7 @@ def test_a_crash_while_latest_moves_is_no_damage(
             raise KeyboardInterrupt
         left.pop()(path, content)
 
-    with patch("checkpoint.latest.replace_file", dying), suppress(KeyboardInterrupt):
+    with patch("checkpoint.steps.latest.replace_file", dying), suppress(KeyboardInterrupt):
         write_latest(run, step)
     check_latest(run, has_manifests=True)
     assert (run / "latest").read_text() == str(step if written > 1 else LAST)

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoint.manifest import sum_file
-from checkpoint.shard_manifest import NAME, write_shard_manifest
+from checkpoint.files.checksums import sum_file
+from checkpoint.files.layer_shards import NAME, write_shard_manifest
 from tests.tasks.material import make_texts, write_jsonl
 from tests.test_parity import make_shards
 from tests.test_resume_rules import run_parts
-from training_setup import Run
+from training.run import Run
 
 SHARDS = ["pytorch_embs.pt", "pytorch_0.pt", "pytorch_1.pt", "pytorch_lm_head.pt"]
 SMALL = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]

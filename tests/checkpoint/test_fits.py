@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint.loading import load_checkpoint_, load_shards_
-from checkpoint.strict import is_finite
+from checkpoint.files.validation import is_finite
+from checkpoint.resume.load import load_checkpoint_, load_shards_
 from modules.registry import MODELS
-from modules.split import Split
 from modules.stage_model import StageModel
+from pipeline_parallel.partition.split import Split
 from tests.tiny import from_hf, make_hf
 
 KEY, LAYERS = "mlp.dense_h_to_4h.bias", 3

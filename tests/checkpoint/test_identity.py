@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from arguments import parse_train
-from checkpoint.manifest import seal, sum_file, unseal
-from checkpoint.step_manifest import read_manifest
-from comm.messages import gather_json
+from arguments.flags import parse_train
+from checkpoint.files.checksums import seal, sum_file, unseal
+from checkpoint.steps.manifest import read_manifest
+from comm.objects import gather_json
 from comm.topology import Topology
 from tests.checkpoint.models import forget_manifests, hf_weights
 from tests.checkpoint.test_damage import to_hf
@@ -27,7 +27,7 @@ from tests.dist import run_ranks
 from tests.runs import Case, connected, meet_at, run_folder, to_argv, train_cases
 from tests.tasks.material import make_texts, write_jsonl
 from tests.test_parity import make_shards
-from training_setup import Run
+from training.run import Run
 
 STAGES, LAST, FIRST = 2, 4, 2
 MANIFESTS = [f"prank_{stage}_manifest.json" for stage in range(STAGES)]

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint.latest import check_latest, expect_latest, write_latest
-from checkpoint.manifest import FORMAT, seal
-from monitor.atomic import replace_file
+from checkpoint.files.checksums import FORMAT, seal
+from checkpoint.steps.latest import check_latest, expect_latest, write_latest
+from common.files import replace_file
 
 
 class Disk:

@@ -16,12 +16,12 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from checkpoint import step_folder
-from checkpoint.pruning import Keep, prune
-from checkpoint.step_manifest import read_manifest
-from checkpoint.together import Background
-from checkpoint.training_state import CheckpointStore
-from comm.local import LocalCommunicator
+from checkpoint.retention import Keep, prune
+from checkpoint.steps import folder as step_folder
+from checkpoint.steps.manifest import read_manifest
+from checkpoint.store import CheckpointStore
+from comm.backends.single_process import LocalCommunicator
+from comm.collective_io import Background
 from comm.topology import Topology
 from tests.checkpoint.models import hf_weights
 from tests.checkpoint.test_damage import to_hf
@@ -29,7 +29,7 @@ from tests.kill_lab import leftovers, same, state
 from tests.tasks.material import make_texts, write_jsonl
 from tests.test_parity import make_shards
 from tests.test_resume_rules import run_parts, train_alone, train_with
-from training_setup import Run
+from training.run import Run
 
 STEPS = 10
 KEPT, KEEP = ["6", "8", "10"], {"keep-checkpoints": 3, "keep-optimizer-states": 1}
@@ -136,8 +136,8 @@ def killed_at(target: str, nth: int, *, after: bool) -> Iterator[None]:
 
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize(
-    "target", ["checkpoint.pruning.withdraw", "checkpoint.pruning.replace_file",
-               "checkpoint.step_folder._rename_if_there"],
+    "target", ["checkpoint.retention.withdraw", "checkpoint.retention.replace_file",
+               "checkpoint.steps.folder._rename_if_there"],
 )  # fmt: skip
 def test_a_crash_while_old_steps_go_costs_nothing(
     target: str, after: bool, flags: dict[str, Any], tmp_path: Path
@@ -218,7 +218,7 @@ def test_a_hurried_save_waits_for_room_where_there_is_none(tmp_path: Path) -> No
     with patch("checkpoint.removal.prune", prune_slowly):
         store.begin(1, parts={"checkpoint": {}}, meta={"step": 1})
         store.finish()
-        with patch("checkpoint.step_folder.write_stage_files", write_where_there_is_room):
+        with patch("checkpoint.steps.folder.write_stage_files", write_where_there_is_room):
             store.begin(2, parts={"checkpoint": {}}, meta={"step": 2}, hurry=True)
             store.finish(hurry=True)
         store.tidy()
@@ -277,7 +277,7 @@ def test_a_disk_that_does_not_let_latest_catch_up_is_a_warning(
         keep=Keep(),
     )  # fmt: skip
     full = OSError(28, "No space left on device")
-    with patch("checkpoint.training_state.write_latest", side_effect=full):
+    with patch("checkpoint.store.write_latest", side_effect=full):
         store.continue_from(4)
     assert f"{tmp_path / 'latest'} does not name step 4 yet: [Errno 28]" in caplog.text
     store.continue_from(4)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from checkpoint.resharding import Continuation, describe_change, find_module, names_in
-from modules.split import AUTO, Asked, Split
+from checkpoint.resume.reshard import Continuation, describe_change, find_module, names_in
+from pipeline_parallel.partition.split import AUTO, Asked, Split
 
 # Seven blocks, which are 1 to 7; 0 is the embedding and 8 the head. By split, each stage's modules.
 HELD = {

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from checkpoint import hf_files
-from checkpoint.convert_from_hf import convert_from_hf
-from checkpoint.convert_to_hf import convert_to_hf
+from checkpoint.conversion.from_hf import convert_from_hf
+from checkpoint.conversion.to_hf import convert_to_hf
+from checkpoint.files import hf_weights as hf_files
 from checkpoint.shards import load_layer_shard
-from modules.split import Split
+from pipeline_parallel.partition.split import Split
 from tests.checkpoint.models import (
     NUM_LAYERS,
     TOKENIZER_FILES,
@@ -221,7 +221,7 @@ def test_verify_rejects_other_weights(tmp_path: Path, monkeypatch: pytest.Monkey
     def swapped(folder: Path, sizes: Any, read: Any) -> None:
         real(folder, sizes, lambda index: {swap(k): v for k, v in read(index).items()})
 
-    monkeypatch.setattr("checkpoint.convert_to_hf.write_model", swapped)
+    monkeypatch.setattr("checkpoint.conversion.to_hf.write_model", swapped)
     with pytest.raises(RuntimeError, match="--verify: logits"):
         to_hf("gptj", run, tmp_path)
     assert list((tmp_path / "result").iterdir()) == []

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from checkpoint import together
-from checkpoint.together import do_together
-from comm.local import LocalCommunicator
+from comm import collective_io as together
+from comm.backends.single_process import LocalCommunicator
+from comm.collective_io import do_together
 from comm.topology import Topology
 from tests.dist import run_ranks
 from tests.runs import connected
@@ -67,7 +67,7 @@ def test_slow_work_is_told_while_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(together, "TELL_SECONDS", 0.01)
     monkeypatch.setattr(together, "SLOW_SECONDS", 0.05)
-    logger: Any = logging.getLogger("checkpoint.together")
+    logger: Any = logging.getLogger("comm.collective_io")
     listener = Listener()
     logger.addHandler(listener)
     try:

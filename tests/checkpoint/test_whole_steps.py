@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint.pruning import Keep
-from checkpoint.training_state import CheckpointStore
-from checkpoint.whole_steps import Held, common_steps
-from comm.fabric import Fabric
-from comm.messages import gather_json
+from checkpoint.retention import Keep
+from checkpoint.steps.complete import Held, common_steps
+from checkpoint.store import CheckpointStore
+from comm.objects import gather_json
+from comm.process_groups import Fabric
 from comm.topology import Topology
 from tests.checkpoint.models import forget_manifests
 from tests.checkpoint.test_damage import cut

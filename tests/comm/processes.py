@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from comm.communicator import PeerLostError
-from comm.watch import Watch
+from comm.liveness.failure_detector import Watch
 from tests.comm.ranks import Rank, enter
 from tests.dist import process_context
 

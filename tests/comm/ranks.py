@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from comm.dist_url import parse_dist_url
-from comm.fabric import Fabric, connect
-from comm.interface import choose_interface, export
-from comm.job_key import JobKey
-from comm.rendezvous import Rendezvous, join
-from comm.roster import Fact
+from comm.liveness.failure_detector import Watch
+from comm.process_groups import Fabric, connect
+from comm.rendezvous.dist_url import parse_dist_url
+from comm.rendezvous.interface import choose_interface, export
+from comm.rendezvous.job_key import JobKey
+from comm.rendezvous.join import Rendezvous, join
+from comm.rendezvous.participants import Fact
 from comm.topology import Topology
-from comm.watch import Watch
 
 
 @dataclass(frozen=True)

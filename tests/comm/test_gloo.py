@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from comm.host_copy import HostCopyCommunicator
+from comm.backends.host_staging import HostCopyCommunicator
 from tests.comm.checks import DTYPES, bits, check_group, values
 from tests.comm.ranks import Rank, enter
 from tests.dist import run_ranks

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from comm.greeting import Greeting
-from comm.hub import Hub, Message, decode, encode
-from comm.job_key import JobKey
+from comm.liveness.handshake import Greeting
+from comm.liveness.server import Hub, Message, decode, encode
+from comm.rendezvous.job_key import JobKey
 
 GREETING = Greeting(JobKey("a job"), "6e6f6e6365")
 OTHER_JOB = Greeting(JobKey("another"), GREETING.nonce)

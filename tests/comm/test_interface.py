@@ -8,8 +8,8 @@ import socket
 import netifaces
 import pytest
 
-from comm import interface
-from comm.interface import Interface, choose_interface, export
+from comm.rendezvous import interface
+from comm.rendezvous.interface import Interface, choose_interface, export
 
 MACHINE = {
     "lo": {socket.AF_INET: ["127.0.0.1"], socket.AF_INET6: ["::1"]},

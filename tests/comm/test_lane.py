@@ -10,7 +10,7 @@ from unittest.mock import Mock, patch
 import pytest
 import torch
 
-from comm.lane import CudaLane, HostLane, lane_on
+from comm.backends.streams import CudaLane, HostLane, lane_on
 
 
 def test_calls_run_in_order_beside_the_computation() -> None:

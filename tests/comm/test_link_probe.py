@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from comm.communicator import Done, Work
-from comm.link_probe import LinkSpeed, probe
-from comm.links import Link, links
 from comm.topology import Topology
+from planning.cluster.check import measure_links
+from planning.cluster.link_probe import LinkSpeed, probe
+from planning.cluster.links import Link, links
 from tests.comm.nccl_double import nccl_double
 from tests.comm.ranks import enter
 from tests.comm.test_torch_nccl import gloo_for_nccl
 from tests.dist import free_port, run_ranks
-from training_cluster import measure_links
 
 CPU = torch.device("cpu")
 WORDS = 8  # bytes of the probe's short messages
@@ -52,7 +52,7 @@ def slow() -> Iterator[KnownLink]:
     """A tenth of a second there or back, and 1 kB/s."""
     link = KnownLink(latency=0.1, rate=1e3)
     clock = SimpleNamespace(monotonic=lambda: link.now, perf_counter=lambda: link.now)
-    with patch("comm.link_probe.time", clock):
+    with patch("planning.cluster.link_probe.time", clock):
         yield link
 
 

@@ -1,6 +1,6 @@
 """The CuPy/NCCL channel without a GPU: the real module, but for its communicator (nccl_double).
 
-What is left for a GPU to show is that class, and comm.lane's streams.
+What is left for a GPU to show is that class, and comm.backends.streams's streams.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 
 from comm.activity import Activity
+from comm.backends.cupy_nccl import DTYPE_CODES, NcclCommunicator, load_library
 from comm.communicator import PeerLostError
-from comm.nccl_backend import DTYPE_CODES, NcclCommunicator, load_library
 from comm.topology import Topology
 from tests.comm.checks import NUMBERS, check_group
 from tests.comm.nccl_double import NcclDouble, nccl_double

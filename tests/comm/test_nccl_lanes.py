@@ -17,9 +17,9 @@ from cupy.cuda import nccl
 from torch import Tensor
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
+from comm.backends.hang_detector import HangMonitor
+from comm.backends.streams import HostLane, Mark
 from comm.communicator import PeerLostError, Work
-from comm.hang_monitor import HangMonitor
-from comm.lane import HostLane, Mark
 from tests.comm.nccl_double import NcclDouble, nccl_double
 from tests.comm.test_nccl import Told, open_channel
 
@@ -116,7 +116,7 @@ def test_a_tensor_enters_the_lane_before_the_call_that_uses_it() -> None:
     store, tensor = HashStore(), torch.zeros(3)
     with (
         nccl_double(),
-        patch("comm.nccl_backend.lane_on", lambda device: NotingLane(calls)),
+        patch("comm.backends.cupy_nccl.lane_on", lambda device: NotingLane(calls)),
         ThreadPoolExecutor(2) as pool,
     ):
         (sender, _), (receiver, _) = pool.map(

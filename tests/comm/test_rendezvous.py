@@ -13,15 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from comm import rendezvous, watchdog
-from comm.dist_url import parse_dist_url
-from comm.fabric import connect
-from comm.interface import Interface
-from comm.job_key import JobKey
-from comm.rendezvous import Rendezvous, join
-from comm.roster import Arrival, Fact, misfit
+from comm.lifecycle import deadline as watchdog
+from comm.liveness.failure_detector import Watch
+from comm.process_groups import connect
+from comm.rendezvous import join as rendezvous
+from comm.rendezvous.dist_url import parse_dist_url
+from comm.rendezvous.interface import Interface
+from comm.rendezvous.job_key import JobKey
+from comm.rendezvous.join import Rendezvous, join
+from comm.rendezvous.participants import Arrival, Fact, misfit
 from comm.topology import Topology
-from comm.watch import Watch
 from tests.comm.processes import Process, start
 from tests.comm.ranks import enter
 from tests.dist import free_port

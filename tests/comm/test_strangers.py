@@ -20,19 +20,19 @@ import pytest
 import torch
 from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 
-from comm.dist_url import parse_dist_url
-from comm.ending import say
-from comm.greeting import Greeting
-from comm.hub import decode, encode
-from comm.interface import Interface
-from comm.job_key import MIN_TOKEN, JobKey, read_job_key
-from comm.rendezvous import Rendezvous, join
-from comm.roster import Arrival
-from comm.sealed_store import SealedStore
-from comm.store import host_store
+from comm.lifecycle.deadline import Watchdog
+from comm.lifecycle.exit import say
+from comm.liveness.failure_detector import Watch
+from comm.liveness.handshake import Greeting
+from comm.liveness.server import decode, encode
+from comm.rendezvous.dist_url import parse_dist_url
+from comm.rendezvous.interface import Interface
+from comm.rendezvous.job_key import MIN_TOKEN, JobKey, read_job_key
+from comm.rendezvous.join import Rendezvous, join
+from comm.rendezvous.participants import Arrival
+from comm.rendezvous.signed_store import SealedStore
+from comm.rendezvous.store import host_store
 from comm.topology import Topology
-from comm.watch import Watch
-from comm.watchdog import Watchdog
 from tests.comm.processes import Process, await_ready, member, start
 from tests.comm.ranks import Rank
 from tests.comm.sockets import Listener, listeners
@@ -289,7 +289,7 @@ def test_a_name_of_this_machine_itself_stands_for_its_interface(
     """Hosts files often give it a loopback address; the store listens where others can reach it,
     and where that is a loopback address too, rank 0 tells."""
     monkeypatch.setattr(
-        "comm.store.resolve",
+        "comm.rendezvous.store.resolve",
         lambda host: (socket.AF_INET, {"node7": "127.0.1.1"}.get(host, host)),
     )
     port = free_port()

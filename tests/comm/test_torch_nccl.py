@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 
 from comm.activity import Activity
+from comm.backends.torch_nccl import TorchNcclCommunicator, make_groups
 from comm.communicator import PeerLostError, Work
 from comm.topology import Topology
-from comm.torch_nccl import TorchNcclCommunicator, make_groups
 from tests.comm.checks import NUMBERS, check_group
 from tests.comm.ranks import enter
 from tests.dist import free_port, run_ranks
@@ -37,7 +37,7 @@ def gloo_for_nccl() -> Iterator[list[tuple[int, ...]]]:
         group: dist.ProcessGroup = dist.new_group(list(ranks), timeout=timeout)
         return group
 
-    with patch("comm.torch_nccl.new_group", new_group):
+    with patch("comm.backends.torch_nccl.new_group", new_group):
         yield made
 
 
@@ -48,8 +48,8 @@ def all_checks(
     for stages, replicas, url in shapes:
         with (
             gloo_for_nccl() as made,
-            patch("comm.torch_nccl.dist.isend", wraps=dist.isend) as sends,
-            patch("comm.torch_nccl.dist.irecv", wraps=dist.irecv) as receives,
+            patch("comm.backends.torch_nccl.dist.isend", wraps=dist.isend) as sends,
+            patch("comm.backends.torch_nccl.dist.irecv", wraps=dist.irecv) as receives,
         ):
             entered = enter(
                 rank, url, num_stages=stages, num_replicas=replicas, dist_backend="nccl"

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from comm import hub, pulse
-from comm.watch import Watch
+from comm.liveness import heartbeat as pulse
+from comm.liveness import server as hub
+from comm.liveness.failure_detector import Watch
 from tests.comm.processes import Process, RankProgram, await_ready, member, start
 from tests.comm.ranks import Rank
 from tests.dist import free_port, process_context

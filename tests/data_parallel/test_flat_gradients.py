@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from comm.backends.single_process import LocalCommunicator
 from comm.communicator import Communicator
-from comm.local import LocalCommunicator
-from data_parallel.flat_gradients import FlatGradients
-from modules.layers import initialise_
-from modules.linear import Linear, attach_sink
+from data_parallel.grad_buffer import FlatGradients
+from modules.build import initialise_
+from modules.layers.linear import Linear, attach_sink
 from modules.registry import MODELS
 from modules.stage_model import StageModel
 from optimizer.ownership import deal_out
@@ -192,7 +192,7 @@ def test_chunks_of_a_head_are_noted_as_one() -> None:
     model = make_model("neox")
     flat, _ = flat_of(model, LocalCommunicator())
     stage = Stage(model, recompute=False, gradients=flat, splits=False)
-    with noted() as names, patch("modules.head.CHUNK_BYTES", 4 * 97 * 5):
+    with noted() as names, patch("modules.layers.lm_head.CHUNK_BYTES", 4 * 97 * 5):
         run(stage, later=False)
     assert Counter(names)[f"{LAYERS + 1}.embed_out.weight"] == MICROBATCHES
 
@@ -221,7 +221,7 @@ class Update:
         self, *, rank: int, recompute: bool, later: bool, sharded: bool, name: str = "neox"
     ) -> None:
         model, replicas = make_model(name), NotedCommunicator(rank, 2)
-        with patch("data_parallel.flat_gradients.BUCKET_BYTES", 4096):
+        with patch("data_parallel.grad_buffer.BUCKET_BYTES", 4096):
             flat, owners = flat_of(model, replicas, sharded=sharded)
         self.owners = dict(zip(dict(model.named_parameters()), owners, strict=True))
         stage = Stage(model, recompute=recompute, gradients=flat, splits=later)
@@ -292,7 +292,7 @@ def test_sharded_gradients_go_to_their_owners(name: str) -> None:
 
 def test_buckets_cover_the_buffer_once() -> None:
     model = make_model("neox")
-    with patch("data_parallel.flat_gradients.BUCKET_BYTES", 4096):
+    with patch("data_parallel.grad_buffer.BUCKET_BYTES", 4096):
         flat, _ = flat_of(model, NotedCommunicator(0, 2), sharded=True)
     spans = sorted((bucket.buffer.data_ptr(), bucket.buffer.nbytes) for bucket in flat._buckets)
     start = flat.buffer.data_ptr()

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from comm.local import LocalCommunicator
-from data_parallel.pieces import broadcast_pieces
+from comm.backends.single_process import LocalCommunicator
+from data_parallel.broadcast import broadcast_pieces
 from optimizer.adam import Adam
 from optimizer.mixed_precision import MixedPrecisionOptimizer
 

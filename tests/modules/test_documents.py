@@ -18,12 +18,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 
-from modules import document_attention
-from modules.attention import causal_attention
-from modules.documents import Documents
+from modules.attention import varlen as document_attention
+from modules.attention.causal import causal_attention
+from modules.attention.cpu import is_short
+from modules.attention.packed_documents import Documents
+from modules.layers.rotary import rotate, rotation
 from modules.registry import MODELS
-from modules.rotary import rotate, rotation
-from modules.short_attention import is_short
 from tests.documents import begins_of, documents_in, losses_alone
 from tests.modules.test_parity import TOLERANCE, difference
 from tests.tiny import from_hf, hf_keys, hf_parameter, make_hf

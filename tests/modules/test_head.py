@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from comm.local import LocalCommunicator
-from data_parallel.flat_gradients import FlatGradients
-from modules.head import IGNORED, Head
-from modules.linear import Deferred, Linear, attach_sink
+from comm.backends.single_process import LocalCommunicator
+from data_parallel.grad_buffer import FlatGradients
+from modules.layers.linear import Deferred, Linear, attach_sink
+from modules.layers.lm_head import IGNORED, Head
 from modules.registry import MODELS
 from tests.memory import peak_bytes
 from tests.tiny import make_hf
@@ -70,7 +70,7 @@ def ours(head: Head, x: Tensor, labels: Tensor, scale: float, chunk: int) -> Giv
     flat = flat_of(head)
     flat.begin(1)
     x = x.clone().requires_grad_()
-    with patch("modules.head.CHUNK_BYTES", 4 * VOCABULARY * chunk):
+    with patch("modules.layers.lm_head.CHUNK_BYTES", 4 * VOCABULARY * chunk):
         loss = head.loss(x, labels, scale=scale)
     torch.autograd.backward(loss)
     flat.finish()  # every parameter has been noted once
@@ -125,7 +125,7 @@ def test_loss_and_gradients_are_torchs(
 @pytest.mark.parametrize("dtype", EPS)
 def test_loss_without_gradients_is_the_same(dtype: torch.dtype) -> None:
     head, (x, labels) = make_head("gptj", dtype), material(dtype, "some")
-    with torch.no_grad(), patch("modules.head.CHUNK_BYTES", 4 * VOCABULARY * 8):
+    with torch.no_grad(), patch("modules.layers.lm_head.CHUNK_BYTES", 4 * VOCABULARY * 8):
         alone = head.loss(x, labels, scale=1.0).item()
     assert alone == ours(head, x, labels, 1.0, 8).loss
 
@@ -194,7 +194,7 @@ def peak_of(dtype: torch.dtype, chunks: int, *, training: bool) -> float:
         if training:
             torch.autograd.backward(loss)
 
-    with patch("modules.head.CHUNK_BYTES", 4 * WIDE * LONG // chunks):
+    with patch("modules.layers.lm_head.CHUNK_BYTES", 4 * WIDE * LONG // chunks):
         run()  # what is made once is there
         _, peak = peak_bytes(run)
     return peak / (4 * WIDE * LONG)

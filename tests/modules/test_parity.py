@@ -126,7 +126,7 @@ def test_dropout_hangs_on_the_sequence_alone(
 
 
 def test_dropout_keeps_the_mean() -> None:
-    from modules.dropout import KeyedDropout
+    from modules.layers.dropout import KeyedDropout
 
     out = KeyedDropout(0.25, "here")(torch.ones(64, 4096), range(64))
     assert out.unique().tolist() == pytest.approx([0.0, 4 / 3])

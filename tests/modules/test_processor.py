@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from modules import processor
-from modules.processor import Processor, has_fast_products
+from modules.matmul import cpu_info as processor
+from modules.matmul.cpu_info import Processor, has_fast_products
 from tests.modules.processors import CPUINFO, PROCESSORS
 
 ZEN_4 = Processor("AuthenticAMD", "AMD EPYC 9654 96-Core Processor", True, True, False, False)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.product_rate import product_rate
+from planning.cluster.matmul_rate import product_rate
 
 CPU = torch.device("cpu")
 
@@ -34,8 +34,8 @@ def device() -> Iterator[KnownDevice]:
     device = KnownDevice()
     clock = SimpleNamespace(monotonic=lambda: device.now, perf_counter=lambda: device.now)
     with (
-        patch("modules.product_rate.time", clock),
-        patch("modules.product_rate.linear", device.linear),
+        patch("planning.cluster.matmul_rate.time", clock),
+        patch("planning.cluster.matmul_rate.linear", device.linear),
     ):
         yield device
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modules.processor import Processor
-from modules.products import can_use_onednn, choose_matmul, fp32_error, use_matmul
+from modules.matmul.backend import can_use_onednn, choose_matmul, fp32_error, use_matmul
+from modules.matmul.cpu_info import Processor
 from tests.modules.processors import PROCESSORS
 
 CHOICES = {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from modules.short_attention import KEPT_TOKENS, QUERIES, is_short, short_attention
+from modules.attention.cpu import KEPT_TOKENS, QUERIES, is_short, short_attention
 
 ROWS, HEADS, SIZE = 2, 3, 64
 

@@ -11,11 +11,17 @@ from typing import Any
 
 import pytest
 
-from modules.balance import ModuleWork, balanced_split, choose_split, module_work, stage_work
-from modules.layers import make_layer
+from modules.build import make_layer
 from modules.registry import MODELS
-from modules.split import Asked, Split, fit_split, parse_layers
 from modules.stage_model import stage_modules
+from pipeline_parallel.partition.balance import (
+    ModuleWork,
+    balanced_split,
+    choose_split,
+    module_work,
+    stage_work,
+)
+from pipeline_parallel.partition.split import Asked, Split, fit_split, parse_layers
 from tests.tiny import make_hf
 
 # asked, stages, layers of the model, layers of each stage

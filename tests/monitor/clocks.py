@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from monitor.run_clock import RunClock, Work
+from monitor.profiling.clock_sync import RunClock, Work
 
 
 class Alone:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from monitor.live_memory import LiveBytes, peak_resident
 from optimizer.adam_8bit import Adam8bit
+from planning.memory.live_bytes import LiveBytes, peak_resident
 
 
 def test_storages_count_once_and_until_they_are_freed() -> None:

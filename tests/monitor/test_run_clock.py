@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import pytest
 
-from comm.messages import gather_json
-from monitor.lanes import SimulatedSpan
-from monitor.profiling import Profiler, start_profiling
-from monitor.run_clock import ClockOffset, RunClock, clock_offset
-from monitor.trace import Track
+from comm.objects import gather_json
+from monitor.profiling.breakdown import SimulatedSpan
+from monitor.profiling.clock_sync import ClockOffset, RunClock, clock_offset
+from monitor.profiling.profiler import Profiler, start_profiling
+from monitor.profiling.tracer import Track
 from tests.comm.ranks import enter
 from tests.dist import run_ranks
 from tests.monitor.clocks import Alone, Wire, clock_from

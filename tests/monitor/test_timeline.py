@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from monitor.lanes import (
+from monitor.profiling.breakdown import (
     Interval,
     Shares,
     SimulatedSpan,
@@ -24,9 +24,9 @@ from monitor.lanes import (
     subtract,
     union,
 )
-from monitor.timeline import Timeline, draw_timeline, timeline_figure
-from monitor.trace import Track
-from monitor.traced_step import RankSpan, TracedStep
+from monitor.profiling.step_trace import RankSpan, TracedStep
+from monitor.profiling.timeline import Timeline, draw_timeline, timeline_figure
+from monitor.profiling.tracer import Track
 
 F, B, W = Track.FORWARD_COMPUTE, Track.BACKWARD_COMPUTE, Track.WEIGHT_GRADIENT
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from monitor.cuda_trace import CudaTracer
-from monitor.trace import NO_SPAN, HostTracer, NoTracer, Span, StepLog, StepTrace, Track
+from monitor.profiling.cuda_tracer import CudaTracer
+from monitor.profiling.tracer import NO_SPAN, HostTracer, NoTracer, Span, StepLog, StepTrace, Track
 
 TRACKS = (
     "1. forward-recv",

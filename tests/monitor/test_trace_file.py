@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from monitor.run_clock import RunClock
-from monitor.trace import HostTracer, Span, StepLog, StepTrace, Track
-from monitor.trace_file import TraceFile, trace_events, trace_path
+from monitor.profiling.clock_sync import RunClock
+from monitor.profiling.trace_file import TraceFile, trace_events, trace_path
+from monitor.profiling.tracer import HostTracer, Span, StepLog, StepTrace, Track
 from tests.monitor.clocks import Wire, clock_from
 
 STEPS = [

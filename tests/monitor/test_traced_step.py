@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from monitor.trace import Span, StepTrace, Track
-from monitor.traced_step import (
+from monitor.profiling.step_trace import (
     RankSpan,
     TracedStep,
     compute_costs,
@@ -14,6 +13,7 @@ from monitor.traced_step import (
     step_rows,
     step_times,
 )
+from monitor.profiling.tracer import Span, StepTrace, Track
 from tests.monitor.clocks import clock_from
 
 MEDIANS = {

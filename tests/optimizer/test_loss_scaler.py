@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from argument_checks import free_flags
-from arguments import parse_train
-from checkpoint.continuity import changes
+from arguments.checks import free_flags
+from arguments.flags import parse_train
+from checkpoint.resume.compatibility import changes
+from optimizer.build import idle_flags
 from optimizer.loss_scaler import ConstantScale, DynamicScale
 from tests.runs import to_argv
-from training_update import idle_flags
 
 
 def dynamic(

@@ -16,18 +16,18 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from comm.local import LocalCommunicator
+from comm.backends.single_process import LocalCommunicator
 from comm.topology import Topology
-from data_parallel.flat_gradients import FlatGradients
+from data_parallel.grad_buffer import FlatGradients
 from optimizer.adam import Adam
 from optimizer.adam_8bit import Adam8bit
-from optimizer.agreement import clip_factor, squared_norms
+from optimizer.clipping import clip_factor, squared_norms
 from optimizer.loss_scaler import DynamicScale, make_scaler
 from optimizer.lr_schedule import learning_rate
 from optimizer.mixed_precision import Algorithm, MixedPrecisionOptimizer
 from optimizer.ownership import deal_out
-from optimizer.state import collect_state, restore_state
 from optimizer.state_check import KeptState
+from optimizer.state_dict import collect_state, restore_state
 
 ALONE = Topology(0, 1, 1)
 SCHEDULES = {

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from comm.local import LocalCommunicator
+from comm.backends.single_process import LocalCommunicator
 from comm.topology import Topology
 from optimizer.adam_8bit import Adam8bit
 from optimizer.mixed_precision import MixedPrecisionOptimizer
-from optimizer.state import collect_state, finite_weights, restore_state
 from optimizer.state_check import KeptState
+from optimizer.state_dict import collect_state, finite_weights, restore_state
 from tests.optimizer.test_optimizer import make_optimizer, make_parameters
 
 ALONE, FILE, UPDATES = Topology(0, 1, 1), Path("7/prank_3_optimizer.pt"), 5

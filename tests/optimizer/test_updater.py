@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from comm.local import LocalCommunicator
-from optimizer.agreement import Totals
+from comm.backends.single_process import LocalCommunicator
+from optimizer.clipping import Totals
 from optimizer.loss_scaler import ConstantScale
 from optimizer.mixed_precision import MixedPrecisionOptimizer
-from optimizer.updater import Outcome, Updater
+from optimizer.update import Outcome, Updater
 
 NOMINAL, SCALE, GRADIENT = 40, 8.0, 3.0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from pipeline_parallel.schedule import Action, Kind, Schedule
+from pipeline_parallel.schedule.schedules import Action, Kind, Schedule
 
 
 def actions_of(text: str) -> list[Action]:

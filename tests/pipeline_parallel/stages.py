@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
+from comm.backends.single_process import LocalCommunicator
 from comm.communicator import Communicator
-from comm.local import LocalCommunicator
-from data_parallel.flat_gradients import FlatGradients
-from modules.layers import initialise_
+from data_parallel.grad_buffer import FlatGradients
+from modules.build import initialise_
 from modules.registry import MODELS
 from modules.stage_model import StageModel, stage_modules
-from pipeline_parallel.channel import PipelineChannel
 from pipeline_parallel.engine import Engine
-from pipeline_parallel.schedule import Schedule, splits_backward
+from pipeline_parallel.p2p import PipelineChannel
+from pipeline_parallel.schedule.schedules import Schedule, splits_backward
 from pipeline_parallel.stage import Stage
 from tests.tiny import make_hf
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from comm.messages import gather_json
-from pipeline_parallel.channel import PipelineChannel
+from comm.objects import gather_json
+from pipeline_parallel.p2p import PipelineChannel
 from tests.comm.ranks import enter
 from tests.dist import run_ranks
 from tests.pipeline_parallel.doubles import NotedCommunicator

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from comm.communicator import PeerLostError
 from pipeline_parallel.engine import PipelineBatch, StageError
-from pipeline_parallel.schedule import SCHEDULES, gpipe, zero_bubble_h1
-from pipeline_parallel.validate import peak_live
+from pipeline_parallel.schedule.schedules import SCHEDULES, gpipe, zero_bubble_h1
+from pipeline_parallel.schedule.validate import peak_live
 from tests.memory import peak_bytes
 from tests.pipeline_parallel.doubles import NotedCommunicator
 from tests.pipeline_parallel.stages import (

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline_parallel import schedule as module
-from pipeline_parallel.schedule import SCHEDULES, Schedule, forward_only
-from pipeline_parallel.simulator import Costs, StageCosts, simulate
-from pipeline_parallel.timetable import timetable
+from pipeline_parallel.schedule import schedules as module
+from pipeline_parallel.schedule.__main__ import timetable
+from pipeline_parallel.schedule.schedules import SCHEDULES, Schedule, forward_only
+from pipeline_parallel.schedule.simulator import Costs, StageCosts, simulate
 
 # pp-mode, stages and microbatches to the timetable where F, I and W take one slot, B two
 TIMETABLES = {

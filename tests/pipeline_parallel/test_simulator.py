@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline_parallel.schedule import SCHEDULES, Kind, Schedule, forward_only
-from pipeline_parallel.simulator import Costs, Span, StageCosts, Timeline, simulate
+from pipeline_parallel.schedule.schedules import SCHEDULES, Kind, Schedule, forward_only
+from pipeline_parallel.schedule.simulator import Costs, Span, StageCosts, Timeline, simulate
 from tests.pipeline_parallel.orders import schedule_of
 
 SLOTS = st.integers(1, 5)

@@ -1,4 +1,5 @@
-"""The command line of `python -m pipeline_parallel.schedule`, as a user runs it, and its text."""
+"""The command line of `python -m pipeline_parallel.schedule`, as a user runs it, and its
+text."""
 
 from __future__ import annotations
 
@@ -8,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline_parallel.schedule import forward_only
-from pipeline_parallel.simulator import Costs, StageCosts, simulate
-from pipeline_parallel.timetable import main, timetable
+from pipeline_parallel.schedule.__main__ import main, timetable
+from pipeline_parallel.schedule.schedules import forward_only
+from pipeline_parallel.schedule.simulator import Costs, StageCosts, simulate
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pipeline_parallel.schedule import SCHEDULES, Action, Kind, forward_only
-from pipeline_parallel.validate import check_schedule, peak_live, peak_recomputed
+from pipeline_parallel.schedule.schedules import SCHEDULES, Action, Kind, forward_only
+from pipeline_parallel.schedule.validate import check_schedule, peak_live, peak_recomputed
 from tests.pipeline_parallel.orders import actions_of, schedule_of
 
 

@@ -13,13 +13,13 @@ import zstandard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tasks.build import PACKING
-from tasks.encoded_documents import EncodedDocuments
-from tasks.encoding import Encoder
 from tasks.mixture import Pack
-from tasks.packing import PackedSource
+from tasks.packing.concat import PackedSource
 from tasks.shuffled import Shuffled
-from tasks.workers import Workers
+from tasks.stream import PACKING
+from tasks.tokenization.encoder import Encoder
+from tasks.tokenization.prefetch import EncodedDocuments
+from tasks.tokenization.workers import Workers
 
 TEXT = "the quick brown fox jumps over a lazy dog while seven wizards brew potions é ü 漢字"
 WORDS = TEXT.split()

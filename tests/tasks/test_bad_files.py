@@ -10,9 +10,9 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tasks.documents import Documents
-from tasks.opening import open_source
-from tasks.source import BadLineError
+from tasks.open import open_source
+from tasks.shuffling.buffered import Documents
+from tasks.sources.base import BadLineError
 
 GOOD = b'{"text": "good"}\n'
 BAD_LINES = [

@@ -13,13 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from tasks.bad_lines import BadLines
-from tasks.build import open_documents, open_training_stream
 from tasks.evaluation import evaluation_batches
 from tasks.mixture import BlockStream
-from tasks.opening import open_source
+from tasks.open import open_source
 from tasks.registry import SourceSpec
 from tasks.shuffled import Shuffled
+from tasks.sources.bad_lines import BadLines
+from tasks.stream import open_documents, open_training_stream
 from tests.tasks.material import make_texts, through_json, tokenizer
 
 TEXTS = make_texts(40, seed=1)

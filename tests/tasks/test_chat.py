@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from tokenizers import processors
 
-from tasks.chat import ChatFormat, bot_turns
-from tasks.encoding import Encoder
-from tasks.source import Document, Message
+from tasks.sources.base import Document, Message
+from tasks.tokenization.chat import ChatFormat, bot_turns
+from tasks.tokenization.encoder import Encoder
 from tests.tasks.material import tokenizer
 
 TALK = (

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.batch import IGNORED, make_batch
-from tasks.block import Block
-from tasks.build import open_documents
-from tasks.document_packing import fit, pack_apart_once
-from tasks.encoding import Encoded, Encoder
-from tasks.opening import open_source
-from tasks.packing import PackedSource
+from tasks.open import open_source
+from tasks.packing.best_fit import fit, pack_apart_once
+from tasks.packing.blocks import Block
+from tasks.packing.concat import PackedSource
+from tasks.stream import open_documents
+from tasks.tokenization.encoder import Encoded, Encoder
 from tests.tasks.material import make_texts, packed, through_json, tokenizer, write_jsonl
 
 ROOM = 24

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks.documents import Documents
-from tasks.opening import open_source
+from tasks.open import open_source
+from tasks.shuffling.buffered import Documents
 from tests.tasks.material import (
     check_restored_anywhere,
     make_texts,

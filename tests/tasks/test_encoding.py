@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from tasks import pieces
-from tasks.encoding import Encoder, _touch
 from tasks.pieces import cut, in_batches
-from tasks.source import BadLineError, Document, Message
+from tasks.sources.base import BadLineError, Document, Message
+from tasks.tokenization.encoder import Encoder, _touch
 from tests.tasks.material import make_texts, tokenizer
 
 TEXTS = ["", " ", "<eos> in the text<eos>", "é ü 漢字\r\n\t tabs", *make_texts(50, seed=2)]

@@ -12,11 +12,11 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from tasks.documents import Documents
-from tasks.encoding import Encoder
-from tasks.opening import open_source
-from tasks.packing import PackedSource, pack_once
-from tasks.source import BadLineError, Document, Message
+from tasks.open import open_source
+from tasks.packing.concat import PackedSource, pack_once
+from tasks.shuffling.buffered import Documents
+from tasks.sources.base import BadLineError, Document, Message
+from tasks.tokenization.encoder import Encoder
 from tests.tasks.material import make_texts, packed, through_json, tokenizer
 
 ROWS: list[dict[str, Any]] = [

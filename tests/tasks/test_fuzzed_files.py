@@ -18,13 +18,13 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from tasks.bad_lines import BadLines
-from tasks.build import open_documents
-from tasks.documents import Documents
 from tasks.jsonl_items import JsonlItems
-from tasks.opening import open_source
+from tasks.open import open_source
 from tasks.shuffled import Shuffled
-from tasks.source import BadLineError, Document
+from tasks.shuffling.buffered import Documents
+from tasks.sources.bad_lines import BadLines
+from tasks.sources.base import BadLineError, Document
+from tasks.stream import open_documents
 
 fuzzed = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

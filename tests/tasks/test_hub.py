@@ -14,11 +14,11 @@ import datasets
 import pytest
 from huggingface_hub import constants
 
-from tasks import hub as module
-from tasks.build import open_documents, open_training_stream
-from tasks.documents import Documents
-from tasks.opening import open_source
+from tasks.open import open_source
 from tasks.registry import SourceSpec, check_source
+from tasks.shuffling.buffered import Documents
+from tasks.sources import hub as module
+from tasks.stream import open_documents, open_training_stream
 from tests.tasks.material import check_restored_anywhere, make_texts, through_json, tokenizer
 
 TEXTS = make_texts(103, seed=1)

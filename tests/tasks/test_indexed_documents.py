@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tasks import line_index as module
-from tasks.build import open_documents
-from tasks.indexed_documents import IndexedDocuments
-from tasks.line_index import line_index
-from tasks.opening import open_source
-from tasks.permutation import Permutation
+from tasks.open import open_source
+from tasks.shuffling.full import IndexedDocuments
+from tasks.shuffling.permutation import Permutation
+from tasks.sources import line_index as module
+from tasks.sources.line_index import line_index
+from tasks.stream import open_documents
 from tests.tasks.material import check_restored_anywhere, make_texts, write_jsonl
 
 TEXTS = make_texts(103, seed=1)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from tasks.batch import make_batch
-from tasks.block import Block
-from tasks.build import open_training_stream
 from tasks.loader import BatchLoader
 from tasks.mixture import BlockStream
+from tasks.packing.blocks import Block
 from tasks.registry import SourceSpec
+from tasks.stream import open_training_stream
 from tests.tasks.material import make_texts, through_json, tokenizer, write_jsonl
 
 

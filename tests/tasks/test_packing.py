@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tasks.documents import Documents
-from tasks.encoding import Encoder
-from tasks.opening import open_source
-from tasks.packing import PackedSource
+from tasks.open import open_source
+from tasks.packing.concat import PackedSource
+from tasks.shuffling.buffered import Documents
+from tasks.tokenization.encoder import Encoder
 from tests.tasks.material import (
     make_texts,
     packed,

@@ -15,12 +15,12 @@ import zstandard
 from huggingface_hub import constants
 from pyarrow import parquet
 
-from tasks.build import open_documents
-from tasks.documents import Documents
-from tasks.indexed_documents import IndexedDocuments
-from tasks.opening import open_source
+from tasks.open import open_source
 from tasks.registry import SourceSpec, check_source
-from tasks.source import BadLineError, Document
+from tasks.shuffling.buffered import Documents
+from tasks.shuffling.full import IndexedDocuments
+from tasks.sources.base import BadLineError, Document
+from tasks.stream import open_documents
 from tests.tasks.material import check_restored_anywhere, make_texts
 
 NI = Path("data/natural-instructions")

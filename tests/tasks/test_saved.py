@@ -13,13 +13,13 @@ import datasets
 import pyarrow
 import pytest
 
-from tasks.bad_lines import BadLines
-from tasks.build import open_documents
 from tasks.evaluation import evaluation_batches
-from tasks.indexed_documents import IndexedDocuments
-from tasks.opening import open_source
+from tasks.open import open_source
 from tasks.registry import SourceSpec, check_source
-from tasks.source import Document, Message
+from tasks.shuffling.full import IndexedDocuments
+from tasks.sources.bad_lines import BadLines
+from tasks.sources.base import Document, Message
+from tasks.stream import open_documents
 from tests.tasks.material import (
     check_restored_anywhere,
     make_texts,

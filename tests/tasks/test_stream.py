@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tasks import encoded_documents
-from tasks.build import open_training_stream
 from tasks.loader import BatchLoader
 from tasks.mixture import BlockStream
 from tasks.registry import SourceSpec
+from tasks.stream import open_training_stream
+from tasks.tokenization import prefetch as encoded_documents
 from tests.tasks.material import make_texts, through_json, tokenizer, write_folder, write_jsonl
 
 WEIGHTS = (0.2, 0.5, 0.3)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.tokenizer import check_vocabulary, load_tokenizer
+from tasks.tokenization.tokenizer import check_vocabulary, load_tokenizer
 from tests.tasks.material import tokenizer
 
 

@@ -13,9 +13,9 @@ from subprocess import PIPE, Popen
 
 import pytest
 
-from tasks.encoding import Encoder
-from tasks.source import Document
-from tasks.workers import Workers
+from tasks.sources.base import Document
+from tasks.tokenization.encoder import Encoder
+from tasks.tokenization.workers import Workers
 from tests.tasks.material import tokenizer
 
 DOCUMENTS = [Document("the quick brown fox", "a:1")] * 3
@@ -76,8 +76,8 @@ def test_one_that_dies_is_told_and_the_others_end() -> None:
 
 PARENT = """
 import multiprocessing, sys, time
-from tasks.encoding import Encoder
-from tasks.workers import Workers
+from tasks.tokenization.encoder import Encoder
+from tasks.tokenization.workers import Workers
 from tests.tasks.test_workers import DOCUMENTS, tokenizer
 
 if __name__ == "__main__":

@@ -1,0 +1,52 @@
+"""A model in the Hugging Face format becomes layer shards, a weight at a time."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+
+from checkpoint.conversion.output_folder import new_folder
+from checkpoint.files.checksums import FileSum, save_summed, sum_file
+from checkpoint.files.hf_weights import open_model, read_module
+from checkpoint.files.layer_shards import write_shard_manifest
+from checkpoint.files.model_folder import copy_companions, find_model, folder_name, write_config
+from checkpoint.shards import shard_name
+from modules.families.base import Family
+
+LOGGER = logging.getLogger(__name__)
+
+CHOSEN = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+
+
+def convert_from_hf(family: Family, *, model_name: str, save_dir: Path, dtype: str) -> Path:
+    """Writes the layer shards of `model_name`, a folder or a hub name, and a manifest of all that
+    it writes; returns their folder.
+
+    It is `save_dir`/<model name with / as _>, for a local folder its base name. `dtype` is "keep",
+    or the type to write: "fp16", "bf16" or "fp32". Raises ValueError, one line that names the flag
+    or file, for input that is wrong; nothing is left then.
+    """
+    final = save_dir / folder_name(model_name)
+    source = find_model(model_name, flag="--model-name", weights=True)
+    config = family.load_config(source)
+    modules = open_model(source, family, config)
+    target = getattr(torch, CHOSEN[dtype]) if dtype != "keep" else None
+    needed = sum(weight.num_bytes(target) for module in modules for weight in module.values())
+    sums: dict[str, FileSum] = {}
+    with new_folder(final, needed=needed) as folder:
+        for index, module in enumerate(modules):
+            name = shard_name(index, config.num_hidden_layers)
+            LOGGER.info("%s (%d of %d)", name, index + 1, len(modules))
+            sums[name] = save_summed(read_module(module, target), folder / name)
+        copy_companions(source, folder)
+        if target is None:
+            shutil.copyfile(source / "config.json", folder / "config.json")
+        else:
+            write_config(source, folder, dtype=CHOSEN[dtype])
+        small = [path for path in folder.iterdir() if path.name not in sums]
+        write_shard_manifest(folder, sums | {path.name: sum_file(path) for path in small})
+    LOGGER.info("%s: done", final)
+    return final

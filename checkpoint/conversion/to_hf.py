@@ -1,0 +1,101 @@
+"""A training checkpoint becomes a model that transformers loads, a layer at a time."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from checkpoint.conversion.output_folder import new_folder
+from checkpoint.conversion.verify import verify as verify_logits
+from checkpoint.files.hf_weights import Source, hf_names, read_module, write_model
+from checkpoint.files.model_folder import copy_companions, find_model, write_config
+from checkpoint.files.tensor_files import DTYPES
+from checkpoint.resume.saved_split import read_split
+from checkpoint.steps.manifest import check_weights
+from checkpoint.steps.stage_weights import open_checkpoint, resolve_checkpoint
+from modules.families.base import Family
+from pipeline_parallel.partition.split import Layers
+
+LOGGER = logging.getLogger(__name__)
+
+
+def convert_to_hf(
+    family: Family,
+    *,
+    ckpt_path: Path,
+    save_path: Path,
+    n_stages: int | None,
+    n_layer_per_stage: Layers | None,
+    config_name: str | None,
+    fp16: bool,
+    verify: bool,
+) -> Path:
+    """Writes `save_path` from the checkpoint at `ckpt_path`, a step's folder or one with `latest`.
+
+    The split is checked against the step's meta.json, and needed where that does not tell it;
+    `config_name` is a folder or hub name of config and tokenizer, by default the step's folder.
+    Weights keep their type (the widest, where there are several) unless `fp16`. Raises ValueError,
+    one line that names the flag or file, for input that is wrong or not as its manifest says, and
+    RuntimeError where `verify` finds other logits; nothing is left then.
+    """
+    step = resolve_checkpoint(ckpt_path)
+    if not check_weights(step, companions=config_name is None):
+        LOGGER.info("%s: no manifest: its files are not verified", step)
+    source = _config_folder(step, config_name)
+    config = family.load_config(source)
+    split = read_split(
+        step,
+        model_type=family.name,
+        model_layers=config.num_hidden_layers,
+        n_stages=n_stages,
+        n_layer_per_stage=n_layer_per_stage,
+    )
+    modules = open_checkpoint(step, family, config, split)
+    dtype = torch.float16 if fp16 else _widest(w for module in modules for w in module.values())
+    sizes = [sum(weight.num_bytes(dtype) for weight in module.values()) for module in modules]
+    with new_folder(save_path, needed=sum(sizes)) as folder:
+        write_model(folder, sizes, lambda index: _read(family, config, modules, index, dtype))
+        copy_companions(source, folder)
+        architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
+        name = str(dtype).removeprefix("torch.")
+        write_config(source, folder, architectures=[architecture], dtype=name)
+        if verify:
+            verify_logits(folder, family, config, modules, dtype)
+    LOGGER.info("%s: done", save_path)
+    return save_path
+
+
+def _config_folder(step: Path, config_name: str | None) -> Path:
+    if config_name is not None:
+        return find_model(config_name, flag="--config-name", weights=False)
+    if not (step / "config.json").is_file():
+        raise ValueError(
+            f"--config-name is missing, and {step} has no config.json: expected a folder or hub "
+            "name of config and tokenizer"
+        )
+    return step
+
+
+def _widest(weights: Iterable[Source]) -> torch.dtype:
+    """The type that holds every weight unchanged."""
+    dtypes = {DTYPES[weight.file.entries[weight.key].dtype] for weight in weights}
+    return functools.reduce(torch.promote_types, dtypes)
+
+
+def _read(
+    family: Family,
+    config: Any,
+    modules: list[dict[str, Source]],
+    index: int,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """The weights of module `index` by Hugging Face key."""
+    names = hf_names(family, config, index)
+    return {names[key]: weight for key, weight in read_module(modules[index], dtype).items()}

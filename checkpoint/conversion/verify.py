@@ -1,0 +1,129 @@
+"""Compares a converted model with the checkpoint it comes from: one forward pass of each.
+
+Our modules run on the stage files' weights, transformers' on those of the new safetensors, both in
+fp32 on the same random tokens, block after block: neither model is ever held whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from checkpoint.files.hf_weights import Source, hf_names, open_model, read_module
+from modules.build import make_layer
+from modules.families.base import Family
+
+LOGGER = logging.getLogger(__name__)
+
+NUM_ROWS = 2
+NUM_TOKENS = 32
+SEED = 0
+# Roundings by which two orders of the same fp32 operations may differ, see `tolerance`.
+ROUNDINGS = 2
+
+
+def tolerance(config: Any) -> float:
+    """The largest relative difference of logits that rounding alone explains.
+
+    A sum of `hidden` products is off by about 2^-24 * sqrt(hidden) of its size, each module has a
+    few of them one after another, and errors of the modules add up at worst. Random models of 4 to
+    24 blocks, 32 to 1024 wide, differ by 0 (gptneox) to 1e-6 (gptj), below a tenth of it; a matrix
+    out of place moves logits by about their own size.
+    """
+    modules = config.num_hidden_layers + 2
+    return float(ROUNDINGS * 2.0**-24 * math.sqrt(config.hidden_size) * modules)
+
+
+@torch.no_grad()
+def verify(
+    folder: Path,
+    family: Family,
+    config: Any,
+    modules: Sequence[Mapping[str, Source]],
+    dtype: torch.dtype,
+) -> float:
+    """Compares `folder` with `modules`, the stages' weights, cast to `dtype` as written.
+
+    Returns and logs the largest difference of two logits over the largest absolute logit. Raises
+    RuntimeError where it exceeds `tolerance(config)`.
+    """
+    shape = (NUM_ROWS, min(NUM_TOKENS, config.max_position_embeddings))
+    generator = torch.Generator().manual_seed(SEED)
+    tokens = torch.randint(config.vocab_size, shape, generator=generator)
+    ours = _run_ours(family, config, modules, dtype, tokens)
+    theirs = _run_theirs(folder, family, config, tokens)
+    difference = float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1e-30))
+    allowed = tolerance(config)
+    LOGGER.info("verified: logits differ by %.2e at most, %.2e allowed", difference, allowed)
+    if not difference <= allowed:
+        raise RuntimeError(
+            f"--verify: logits of {folder} and of the stages differ by {difference:.2e} of the "
+            f"largest, more than the {allowed:.2e} that rounding explains"
+        )
+    return difference
+
+
+def _run_ours(
+    family: Family,
+    config: Any,
+    modules: Sequence[Mapping[str, Source]],
+    dtype: torch.dtype,
+    x: Tensor,
+) -> Tensor:
+    for index, weights in enumerate(modules):
+        module = make_layer(family, config, index, "meta")
+        state = {key: weight.float() for key, weight in read_module(weights, dtype).items()}
+        module.load_state_dict(state, assign=True)
+        x = module(x)
+    return x
+
+
+def _run_theirs(folder: Path, family: Family, config: Any, tokens: Tensor) -> Tensor:
+    """transformers' own model with a single block, which takes each block's weights in turn."""
+    small = copy.deepcopy(config)
+    small.num_hidden_layers = 1
+    model = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
+    embedding, *blocks, head = open_model(folder, family, config)
+    _fill(model, family, hf_names(family, small, 0), embedding)
+    _fill(model, family, hf_names(family, small, 2), head)
+    x: Tensor = model.get_input_embeddings()(tokens)
+    for block in blocks[:-1]:
+        _fill(model, family, hf_names(family, small, 1), block)
+        x = _block_output(model, family, x)
+    _fill(model, family, hf_names(family, small, 1), blocks[-1])
+    logits: Tensor = model(inputs_embeds=x, use_cache=False).logits
+    return logits
+
+
+def _fill(
+    model: nn.Module, family: Family, names: Mapping[str, str], weights: Mapping[str, Source]
+) -> None:
+    """Copies `weights`, by shard key, to the parameters of those `names`.
+
+    transformers calls some parameters otherwise than its files do: such a name is an alias.
+    """
+    parameters = dict(model.named_parameters())
+    attributes = {meant: alias for alias, meant in family.hf_aliases.items()}
+    for key, weight in read_module(weights).items():
+        name = names[key] if names[key] in parameters else attributes[names[key]]
+        parameters[name].copy_(weight)
+
+
+def _block_output(model: Any, family: Family, x: Tensor) -> Tensor:
+    """Activations (rows, tokens, hidden) after the model's single block."""
+    outputs: list[Any] = []
+    prefix = next(iter(family.hf_block.values())).partition(".{layer}")[0]
+    block = model.get_submodule(f"{prefix}.0")
+    hook = block.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+    model.base_model(inputs_embeds=x, use_cache=False)
+    hook.remove()
+    output: Tensor = outputs[0] if isinstance(outputs[0], Tensor) else outputs[0][0]
+    return output

@@ -1,0 +1,185 @@
+"""Weights in the Hugging Face format: reading one or many files, writing safetensors shards."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from checkpoint.files.model_folder import read_json_object, write_json
+from checkpoint.files.tensor_files import DTYPES, TensorFile, format_bytes, open_tensor_file
+from checkpoint.files.validation import check_entry, module_shapes, read_weights
+from modules.families.base import Family
+
+LOGGER = logging.getLogger(__name__)
+
+SHARD_BYTES = 256_000_000
+# In the order in which transformers looks for them.
+_LAYOUTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a weight is: a file, and the key as that file spells it."""
+
+    file: TensorFile
+    key: str
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raises ValueError for another shape, or a type that is no float's."""
+        check_entry(self.file.path, self.key, self.file.entries[self.key], shape)
+
+    def num_bytes(self, dtype: torch.dtype | None = None) -> int:
+        """Its size when written as `dtype`, or as it is."""
+        entry = self.file.entries[self.key]
+        return entry.size * (dtype or DTYPES[entry.dtype]).itemsize
+
+
+def read_module(
+    module: Mapping[str, Source], dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """A module's weights by shard key, finite, as `dtype` if given; ValueError as `strict` says."""
+    weights: dict[str, Tensor] = {}
+    for file in dict.fromkeys(source.file for source in module.values()):
+        names = {source.key: key for key, source in module.items() if source.file is file}
+        read = read_weights(file, names, dtype)
+        weights |= {names[stored]: tensor for stored, tensor in read.items()}
+    return weights
+
+
+def hf_names(family: Family, config: Any, index: int) -> dict[str, str]:
+    """Shard key to Hugging Face key, for each weight of module `index`."""
+    if index == 0:
+        table = family.hf_embedding
+    else:
+        table = family.hf_block if index <= config.num_hidden_layers else family.hf_head
+    shapes = module_shapes(family, config, index)
+    return {key: table[key].format(layer=index - 1) for key in shapes}
+
+
+def open_model(folder: Path, family: Family, config: Any) -> list[dict[str, Source]]:
+    """For each module, shard key to where that weight is; nothing is read but the files' headers.
+
+    Raises ValueError, naming file and key, for a missing or damaged file, a missing or extra key,
+    two spellings of a key with different values, another shape than the config's, and a type that
+    is no float's.
+    """
+    files = _open_files(folder)
+    sources = _collect(files, family)
+    modules: list[dict[str, Source]] = []
+    for index in range(config.num_hidden_layers + 2):
+        module: dict[str, Source] = {}
+        for key, shape in module_shapes(family, config, index).items():
+            name = hf_names(family, config, index)[key]
+            module[key] = _take(sources, name, folder, family)
+            module[key].check(shape)
+        modules.append(module)
+    if sources:
+        extra = next(iter(sources.values()))
+        raise ValueError(f"{extra.file.path}: key {extra.key} unexpected: no weight of this model")
+    return modules
+
+
+def _take(sources: dict[str, Source], name: str, folder: Path, family: Family) -> Source:
+    if name not in sources:
+        others = [alias for alias, meant in family.hf_aliases.items() if meant == name]
+        spelled = " or ".join((name, *others))
+        raise ValueError(f"{folder}: key {spelled} missing from the weights there")
+    return sources.pop(name)
+
+
+def _collect(files: Sequence[TensorFile], family: Family) -> dict[str, Source]:
+    """Every weight by its canonical key; buffers are left out."""
+    sources: dict[str, Source] = {}
+    for file in files:
+        for key in file.entries:
+            if family.buffers.search(key):
+                continue
+            name = family.hf_aliases.get(key, key)
+            source = Source(file, key)
+            if name in sources and not _same(sources[name], source):
+                raise ValueError(
+                    f"{file.path}: {key} differs from {sources[name].key} in "
+                    f"{sources[name].file.path.name}, expected one value for that weight"
+                )
+            sources.setdefault(name, source)
+    return sources
+
+
+def _same(one: Source, other: Source) -> bool:
+    return torch.equal(read_module({"": one})[""], read_module({"": other})[""])
+
+
+def _open_files(folder: Path) -> list[TensorFile]:
+    path = next((folder / name for name in _LAYOUTS if (folder / name).is_file()), None)
+    if path is None:
+        raise ValueError(f"{folder}: no weights there, expected one of {', '.join(_LAYOUTS)}")
+    if path.suffix != ".json":
+        return [open_tensor_file(path)]
+    weight_map = read_json_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path}: weight_map is {weight_map!r:.40}, expected keys and their files")
+    files = {name: _open_named(folder, name, path) for name in sorted(set(weight_map.values()))}
+    for key, name in weight_map.items():
+        if key not in files[name].entries:
+            raise ValueError(f"{folder / name}: key {key} missing, {path.name} says it is there")
+    return list(files.values())
+
+
+def _open_named(folder: Path, name: str, index: Path) -> TensorFile:
+    if not (folder / name).is_file():
+        raise ValueError(f"{folder / name}: no such file, {index.name} names it")
+    return open_tensor_file(folder / name)
+
+
+def group_modules(sizes: Sequence[int]) -> list[list[int]]:
+    """Module indices of each output file: together at most SHARD_BYTES, or one module alone."""
+    groups: list[list[int]] = []
+    filled = SHARD_BYTES
+    for index, size in enumerate(sizes):
+        if filled + size > SHARD_BYTES or not groups:
+            groups.append([])
+            filled = 0
+        groups[-1].append(index)
+        filled += size
+    return groups
+
+
+def write_model(
+    folder: Path, sizes: Sequence[int], read_module: Callable[[int], Mapping[str, Tensor]]
+) -> None:
+    """Writes a model as safetensors, holding one file's tensors at a time.
+
+    `sizes` are the modules' bytes; `read_module` gives a module's tensors by Hugging Face key.
+    """
+    groups = group_modules(sizes)
+    weight_map: dict[str, str] = {}
+    for number, group in enumerate(groups, 1):
+        name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        name = "model.safetensors" if len(groups) == 1 else name
+        weight_map |= dict.fromkeys(_write_file(folder / name, group, read_module), name)
+        written = sum(sizes[: group[-1] + 1])
+        LOGGER.info("%s: %s of %s", name, format_bytes(written), format_bytes(sum(sizes)))
+    if len(groups) > 1:
+        index_file = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index_file)
+
+
+def _write_file(
+    path: Path, group: Sequence[int], read_module: Callable[[int], Mapping[str, Tensor]]
+) -> list[str]:
+    """Returns the keys written; the tensors go before the next file's are read."""
+    tensors = {key: tensor for index in group for key, tensor in read_module(index).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    return list(tensors)

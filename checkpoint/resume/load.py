@@ -1,0 +1,83 @@
+"""Weights and optimizer state into a stage, from wherever the run starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from checkpoint.files.layer_shards import check_shard
+from checkpoint.files.tensor_files import require_file
+from checkpoint.files.validation import check_fits
+from checkpoint.resume.reshard import find_module
+from checkpoint.shards import load_layer_shard, shard_name
+from checkpoint.steps.stage_weights import read_stage_module, stage_file
+from comm.communicator import Communicator
+from modules.build import initialise_
+from modules.families.base import Family
+from modules.stage_model import StageModel, stage_modules
+from pipeline_parallel.partition.split import Split
+
+
+def load_shards_(
+    model: StageModel,
+    folder: Path,
+    family: Family,
+    config: Any,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Fills a stage from its layer shards, one layer at a time; ValueError names file and key.
+
+    All files are there before the first is read, and each is as the folder's manifest says, where
+    it has one. What they hold must fit `dtype`, in which training
+    will compute.
+    """
+    for index in model.indices:
+        require_file(folder / shard_name(index, config.num_hidden_layers))
+    for index, module in zip(model.indices, model, strict=True):
+        path = folder / shard_name(index, config.num_hidden_layers)
+        check_shard(path)
+        weights = load_layer_shard(folder, family, config, index)
+        check_fits(path, weights, dtype)
+        _fill(module, weights)
+
+
+def load_checkpoint_(
+    model: StageModel,
+    folder: Path,
+    split: Split,
+    family: Family,
+    config: Any,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Fills a stage from a training checkpoint of that split, ours or a predecessor's, of which it
+    reads the modules that it needs; ValueError as above."""
+    for index, module in zip(model.indices, model, strict=True):
+        stage, j = find_module(index, split)
+        path = stage_file(folder, stage)
+        weights = read_stage_module(path, family, config, stage_modules(stage, split), j)
+        check_fits(path, {f"{j}.{key}": weight for key, weight in weights.items()}, dtype)
+        _fill(module, weights)
+
+
+def initialise_model_(model: StageModel, config: Any, *, seed: int) -> None:
+    """Random weights, which depend on the seed and each module's place in the model alone."""
+    for index, module in zip(model.indices, model, strict=True):
+        initialise_(module, std=config.initializer_range, seed=seed, index=index)
+
+
+def share_from_first(tensors: Iterable[Tensor], replicas: Communicator) -> None:
+    """Gives every replica the first replica's values."""
+    for tensor in tensors:
+        replicas.broadcast(tensor.detach(), root=0)
+
+
+@torch.no_grad()
+def _fill(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    for name, parameter in module.named_parameters():
+        parameter.copy_(weights[name])

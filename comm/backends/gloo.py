@@ -1,0 +1,209 @@
+"""Channels over torch.distributed's gloo groups: tensors in host memory, TCP between hosts.
+
+Messages and broadcasts carry bytes, so that every dtype works. Sums of more than two are added in
+the order of the members (comm.backends.ordered_reduce), since gloo's order depends on the place in
+the buffer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from comm.activity import Activity
+from comm.backends.base import Membership
+from comm.backends.ordered_reduce import GatheredSum, InTurn, SentToRoot, SharedSum, SumAtRoot
+from comm.communicator import Done, Work
+from comm.topology import Topology
+from comm.torch_work import as_bytes, lost
+
+_SLICE_BYTES = 8 * 2**20  # long buffers go in slices, two at once: bounded copies
+_SMALL_BYTES = 32 * 2**10  # below this, one round of larger messages beats two
+_MESSAGE_TAG = 0  # of send and receive; each sum has a tag of its own
+_NUM_SUM_TAGS = 2**30  # gloo's tags are positive ints; nobody has so many sums under way
+_GLOO_SUMS = frozenset(
+    (
+        torch.float32,
+        torch.float64,
+        torch.float16,
+        torch.bfloat16,
+        torch.int8,
+        torch.uint8,
+        torch.int32,
+        torch.int64,
+    )
+)
+
+
+class GlooCommunicator(Membership):
+    """A Communicator over one gloo group.
+
+    name, members: see Membership.
+    dist_timeout: seconds that one operation may wait for a peer.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        *,
+        name: str,
+        members: Sequence[int],
+        topology: Topology,
+        activity: Activity,
+        dist_timeout: float,
+    ) -> None:
+        self._group = group
+        super().__init__(name=name, members=members, topology=topology)
+        self._activity = activity
+        self._timeout = timedelta(seconds=dist_timeout)
+        self._num_sums = 0
+        self._sums = InTurn()
+
+    def send(self, tensor: Tensor, *, to: int) -> Work:
+        return self.send_tagged(tensor, to, what="", tag=_MESSAGE_TAG)
+
+    def receive(self, tensor: Tensor, *, source: int) -> Work:
+        return self.receive_tagged(tensor, source, what="", tag=_MESSAGE_TAG)
+
+    def send_tagged(self, tensor: Tensor, to: int, *, what: str, tag: int) -> Work:
+        """As `send`; a message meets only the receive of its tag. `what` begins the error."""
+        return self._message(dist.isend, f"{what}send to", tensor, to, tag)
+
+    def receive_tagged(self, tensor: Tensor, source: int, *, what: str, tag: int) -> Work:
+        """As `receive`, for `send_tagged`."""
+        return self._message(dist.irecv, f"{what}receive from", tensor, source, tag)
+
+    def all_reduce(self, tensor: Tensor) -> Work:
+        """Adds in the order of the members: the bits depend on neither length nor place.
+
+        Of two members' sum, gloo's threads do all. Of more, the first messages travel from this
+        call on; additions and the other messages follow in `wait`.
+        """
+        if tensor.numel() == 0:
+            return Done()
+        if self.size == 2 and tensor.dtype in _GLOO_SUMS:  # a + b == b + a
+            post = partial(dist.all_reduce, tensor, group=self._group, async_op=True)
+            return self._start(f"all-reduce with {self._others}", post)
+        messages = self._own_messages("all-reduce")
+        if tensor.nbytes <= _SMALL_BYTES:
+            return self._sums.add(GatheredSum(tensor.view(-1), messages))
+        return self._sums.add(SharedSum(tensor.view(-1), messages, slice_bytes=_SLICE_BYTES))
+
+    def reduce(self, tensor: Tensor, *, root: int) -> Work:
+        """Adds in the order of the members, on `root`, in `wait`; the first slice travels now."""
+        if tensor.numel() == 0:
+            return Done()
+        flat, messages = tensor.view(-1), self._own_messages("reduce")
+        if self._rank == root:
+            return self._sums.add(SumAtRoot(flat, messages, slice_bytes=_SLICE_BYTES))
+        return self._sums.add(SentToRoot(flat, messages, root=root, slice_bytes=_SLICE_BYTES))
+
+    def broadcast(self, tensor: Tensor, *, root: int) -> None:
+        self._broadcast(tensor, root, what="broadcast").wait()
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        return self._gather(tensor, what="all-gather")
+
+    def close(self) -> None:
+        dist.destroy_process_group(self._group)
+
+    def _own_messages(self, what: str) -> _TaggedMessages:
+        """Those of the next sum; sums are started in one order, so all members number it alike."""
+        self._num_sums += 1
+        return _TaggedMessages(self, f"{what}, ", 1 + self._num_sums % _NUM_SUM_TAGS)
+
+    def _gather(self, tensor: Tensor, *, what: str) -> Tensor:
+        gathered = tensor.new_empty((self.size, *tensor.shape))
+        gathered[self._rank] = tensor
+        self._share(list(gathered), what=what)
+        return gathered
+
+    def _share(self, rows: list[Tensor], *, what: str) -> None:
+        """Row m is member m's: every member gets it."""
+        works = [self._broadcast(row, member, what=what) for member, row in enumerate(rows)]
+        for work in works:
+            work.wait()
+
+    def _broadcast(self, tensor: Tensor, root: int, *, what: str) -> Work:
+        if tensor.numel() == 0:
+            return Done()
+        post = partial(
+            dist.broadcast,
+            as_bytes(tensor),
+            self._members[root],
+            group=self._group,
+            async_op=True,
+        )
+        if root == self._rank:
+            return self._start(f"{what}, send to {self._others}", post)
+        return self._start(f"{what}, receive from {self._peers[root]}", post)
+
+    def _message(
+        self,
+        post: Callable[..., dist.Work | None],
+        what: str,
+        tensor: Tensor,
+        peer: int,
+        tag: int,
+    ) -> Work:
+        if tensor.numel() == 0:
+            return Done()
+        call = partial(post, as_bytes(tensor), self._members[peer], group=self._group, tag=tag)
+        return self._start(f"{what} {self._peers[peer]}", call)
+
+    def _start(self, what: str, post: Callable[[], dist.Work | None]) -> Work:
+        what = f"{self._name} {what}"
+        try:
+            work = post()
+        except RuntimeError as error:
+            raise lost(what, error, waited=0.0) from error
+        assert work is not None  # torch's answer to a process outside the group
+        return _Pending(what, work, self._timeout, self._activity)
+
+
+class _Pending:
+    """A gloo operation under way; gloo drops it if this object goes before it is done."""
+
+    def __init__(self, what: str, work: dist.Work, timeout: timedelta, activity: Activity) -> None:
+        self._what = what
+        self._work = work
+        self._timeout = timeout
+        self._activity = activity
+
+    def wait(self) -> None:
+        started = time.monotonic()
+        with self._activity.during(self._what):
+            try:
+                self._work.wait(self._timeout)
+            except RuntimeError as error:
+                raise lost(self._what, error, waited=time.monotonic() - started) from error
+
+
+@dataclass(frozen=True)
+class _TaggedMessages:
+    """The messages of one sum."""
+
+    _channel: GlooCommunicator
+    _what: str
+    _tag: int
+
+    @property
+    def rank(self) -> int:
+        return self._channel.rank
+
+    @property
+    def size(self) -> int:
+        return self._channel.size
+
+    def send(self, tensor: Tensor, *, to: int) -> Work:
+        return self._channel.send_tagged(tensor, to, what=self._what, tag=self._tag)
+
+    def receive(self, tensor: Tensor, *, source: int) -> Work:
+        return self._channel.receive_tagged(tensor, source, what=self._what, tag=self._tag)

@@ -1,0 +1,196 @@
+"""Channels over torch.distributed's NCCL groups: no CuPy is needed. (Not yet run on a GPU.)
+
+As in comm.backends.cupy_nccl, each direction between two neighbours has a group of two to itself,
+and
+with it a stream: on one, an activation and a gradient would wait for each other's end. torch makes
+a group's NCCL communicator at its first operation, holding up the host until all members are there:
+a receive posted ahead of need would wait for ever. So all are made at the start, by a message each.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from comm.activity import Activity
+from comm.backends.base import Membership
+from comm.backends.hang_detector import HangMonitor
+from comm.communicator import Done, PeerLostError, Work
+from comm.topology import Topology
+from comm.torch_work import as_bytes, lost
+
+_GRACE_SECONDS = 60.0  # torch's own limit ends the process without naming a peer: ours comes first
+
+
+@dataclass(frozen=True)
+class Groups:
+    """torch's groups for one set of processes.
+
+    everyone: for what all do together, and for messages between members that are no neighbours.
+    edges: by (source, to), indices of neighbours in the set.
+    """
+
+    everyone: dist.ProcessGroup
+    edges: Mapping[tuple[int, int], dist.ProcessGroup]
+
+
+def make_groups(members: Sequence[int], *, dist_timeout: float) -> Groups:
+    """The groups of `members` (global ranks).
+
+    All processes of the world call this for the same sets in the same order, members or not.
+    """
+    timeout = timedelta(seconds=dist_timeout + _GRACE_SECONDS)
+    return Groups(
+        everyone=new_group(members, timeout),
+        edges={
+            (a, b): new_group([members[a], members[b]], timeout)
+            for a, b in _directions(len(members))
+        },
+    )
+
+
+def new_group(ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:
+    """The one call that needs GPUs."""
+    group: dist.ProcessGroup = dist.new_group(list(ranks), backend="nccl", timeout=timeout)
+    return group
+
+
+class TorchNcclCommunicator(Membership):
+    """A Communicator over torch's NCCL groups.
+
+    name, members: see Membership.
+    dist_timeout, on_hang: a message waited for longer than so many seconds is reported there.
+
+    Raises:
+        PeerLostError: a channel could not be made.
+    """
+
+    def __init__(
+        self,
+        groups: Groups,
+        *,
+        name: str,
+        members: Sequence[int],
+        topology: Topology,
+        device: torch.device,
+        activity: Activity,
+        dist_timeout: float,
+        on_hang: Callable[[PeerLostError], object],
+    ) -> None:
+        self._groups = groups
+        super().__init__(name=name, members=members, topology=topology)
+        self._activity = activity
+        self._monitor = HangMonitor(limit=dist_timeout, on_hang=on_hang)
+        self._open(torch.zeros(1, device=device))
+
+    def send(self, tensor: Tensor, *, to: int) -> Work:
+        group = self._groups.edges.get((self._rank, to), self._groups.everyone)
+        post = partial(dist.isend, as_bytes(tensor), self._members[to], group=group)
+        return self._start(f"send to {self._peers[to]}", tensor, post)
+
+    def receive(self, tensor: Tensor, *, source: int) -> Work:
+        group = self._groups.edges.get((source, self._rank), self._groups.everyone)
+        post = partial(dist.irecv, as_bytes(tensor), self._members[source], group=group)
+        return self._start(f"receive from {self._peers[source]}", tensor, post)
+
+    def all_reduce(self, tensor: Tensor) -> Work:
+        """NCCL chooses the order of the sum."""
+        post = partial(dist.all_reduce, tensor, group=self._groups.everyone, async_op=True)
+        return self._start(f"all-reduce with {self._others}", tensor, post)
+
+    def reduce(self, tensor: Tensor, *, root: int) -> Work:
+        """NCCL chooses the order of the sum."""
+        group, rank = self._groups.everyone, self._members[root]
+        post = partial(dist.reduce, tensor, rank, group=group, async_op=True)
+        return self._start(f"reduce to {self._peers[root]} with {self._others}", tensor, post)
+
+    def broadcast(self, tensor: Tensor, *, root: int) -> None:
+        group, rank = self._groups.everyone, self._members[root]
+        post = partial(dist.broadcast, as_bytes(tensor), rank, group=group, async_op=True)
+        self._start(f"broadcast from {self._peers[root]}", tensor, post).wait()
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        gathered = tensor.new_empty((self.size, *tensor.shape))
+        post = partial(
+            dist.all_gather_into_tensor,
+            as_bytes(gathered),
+            as_bytes(tensor),
+            group=self._groups.everyone,
+            async_op=True,
+        )
+        self._start(f"all-gather with {self._others}", tensor, post).wait()
+        return gathered
+
+    def close(self) -> None:
+        self._monitor.close()
+        for edge, group in self._groups.edges.items():
+            if self._rank in edge:
+                dist.destroy_process_group(group)
+        dist.destroy_process_group(self._groups.everyone)
+
+    def _open(self, scratch: Tensor) -> None:
+        """Has torch make every communicator, in one order for all members: none waits in a ring."""
+        self.all_reduce(scratch).wait()
+        for source, to in _directions(self.size):
+            if self._rank == source:
+                self.send(scratch, to=to).wait()
+            elif self._rank == to:
+                self.receive(scratch, source=source).wait()
+
+    def _start(self, what: str, tensor: Tensor, post: Callable[[], dist.Work | None]) -> Work:
+        assert tensor.is_contiguous()
+        if tensor.numel() == 0:
+            return Done()
+        what = f"{self._name} {what}"
+        with self._activity.during(what):
+            try:
+                work = post()
+            except RuntimeError as error:
+                raise lost(what, error, waited=0.0) from error
+        assert work is not None  # torch's answer to a process outside the group
+        return _Message(what, work, self._monitor, self._activity)
+
+
+class _Message:
+    """An operation in torch's stream: waiting holds what the GPU computes next, not the host."""
+
+    def __init__(
+        self, what: str, work: dist.Work, monitor: HangMonitor, activity: Activity
+    ) -> None:
+        self._what = what
+        self._work = work
+        self._monitor = monitor
+        self._activity = activity
+
+    def wait(self) -> None:
+        self._monitor.add(self._what, self, _nothing_to_check)
+        with self._activity.during(self._what):
+            self.hold_compute()
+
+    def reached(self) -> bool:
+        """Whether it is done or has failed."""
+        return bool(self._work.is_completed())
+
+    def hold_compute(self) -> None:
+        started = time.monotonic()
+        try:
+            self._work.wait()
+        except RuntimeError as error:
+            raise lost(self._what, error, waited=time.monotonic() - started) from error
+
+
+def _nothing_to_check() -> None:
+    """torch watches its communicators itself."""
+
+
+def _directions(size: int) -> list[tuple[int, int]]:
+    """Both of every two neighbours in a group of `size`, from the first on."""
+    pairs = [(left, left + 1) for left in range(size - 1)]
+    return [edge for left, right in pairs for edge in ((left, right), (right, left))]

@@ -1,0 +1,131 @@
+"""The key-value store at --dist-url: rank 0 (or torchrun's agent) hosts it, all connect to it."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import logging
+import socket
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
+
+from comm.lifecycle.deadline import Watchdog
+from comm.rendezvous.dist_url import parse_dist_url
+from comm.rendezvous.interface import resolve
+
+logger = logging.getLogger(__name__)
+
+_RETRY_SECONDS = 0.25
+_PROBE_SECONDS = 5.0
+
+
+def host_store(url: str, *, address: str, watchdog: Watchdog) -> TCPStore:
+    """Opens the store on this machine, on the address that `url` names, and on no other.
+
+    `address`, this machine's, takes the place of one that says nothing to others: see `_place`.
+
+    Raises:
+        ValueError: the port is in use, or the address is not this machine's.
+    """
+    host, port = parse_dist_url(url)
+    family, place = _place(host, address)
+    listener = _listen(url, family, place, port)
+    if host not in (place, "localhost") and ipaddress.ip_address(place).is_loopback:
+        logger.warning(
+            "--dist-url %s: %s is a loopback address here, so that no other machine can join: is "
+            "--net-interface right on rank 0?", url, host,
+        )  # fmt: skip
+    return TCPStore(
+        place,
+        port,
+        is_master=True,
+        timeout=timedelta(seconds=watchdog.seconds),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+
+
+def reach_store(
+    url: str, *, address: str, watchdog: Watchdog, waiting: Callable[[], None]
+) -> TCPStore:
+    """Connects to the store of the master, trying until the watchdog's deadline.
+
+    `address` is as of `host_store`; `waiting` is called between attempts. Plain connections are
+    tried first: torch's client writes a stack trace for each failed attempt.
+
+    Raises:
+        ValueError: no master there within the time; naming --dist-url and the reason.
+    """
+    host, port = parse_dist_url(url)
+    _, host = _place(host, address)
+    _await_listener(url, host, port, watchdog, waiting)
+    line = (
+        f"--dist-url {url}: something accepts connections there but does not answer as the "
+        f"master of a run ({watchdog.seconds:g} s, --join-timeout); is the port another program's?"
+    )
+    watchdog.expect(status=2, line=line)
+    try:
+        timeout = timedelta(seconds=max(watchdog.left, 1.0))
+        return TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+    except DistError:
+        raise ValueError(line) from None
+
+
+def _await_listener(
+    url: str, host: str, port: int, watchdog: Watchdog, waiting: Callable[[], None]
+) -> None:
+    while True:
+        try:
+            seconds = min(_PROBE_SECONDS, max(watchdog.left, 0.1))
+            socket.create_connection((host, port), timeout=seconds).close()
+            return
+        except OSError as error:
+            if watchdog.left <= 0:
+                raise ValueError(
+                    f"--dist-url {url}: no answer within {watchdog.seconds:g} s (--join-timeout): "
+                    f"{error.strerror or error}; is rank 0 running there, and does a firewall let "
+                    "this port through?"
+                ) from None
+        waiting()
+        time.sleep(_RETRY_SECONDS)
+
+
+def _place(host: str, address: str) -> tuple[socket.AddressFamily, str]:
+    """Where the store of `host` is.
+
+    Hosts files often give a machine's own name a loopback address, which the others do not reach:
+    there, and where `host` is no address of any one machine, it is at this machine's `address`.
+    """
+    family, place = resolve(host)
+    found = ipaddress.ip_address(place)
+    names_itself = found.is_loopback and host not in (place, "localhost")
+    return resolve(address) if names_itself or found.is_unspecified else (family, place)
+
+
+def _listen(url: str, family: socket.AddressFamily, address: str, port: int) -> socket.socket:
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((address, port))
+        listener.listen(socket.SOMAXCONN)
+    except OSError as error:
+        listener.close()
+        raise ValueError(f"--dist-url {url}: {_bind_problem(error, address, port)}") from None
+    return listener
+
+
+def _bind_problem(error: OSError, address: str, port: int) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return (
+            f"port {port} is in use on this machine; another run (or another rank 0) may hold it: "
+            "end it or choose another port on all ranks"
+        )
+    if error.errno == errno.EADDRNOTAVAIL:
+        return (
+            f"no interface of this machine holds {address}; rank 0 must run on the machine that "
+            "--dist-url names"
+        )
+    return f"cannot listen there: {error.strerror}"

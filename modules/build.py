@@ -1,0 +1,56 @@
+"""Builds the modules of a stage or of a single layer, empty or with seeded random weights.
+
+A model of L blocks is L + 2 modules: 0 the embedding, 1..L the blocks, L + 1 the head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from modules.families.base import Family
+from modules.layers.dropout import derive_seed
+
+
+def make_layer(family: Family, config: Any, index: int, device: torch.device | str) -> nn.Module:
+    """Module `index` of the model (see above), uninitialised, in fp32 on `device`.
+
+    On the device "meta" it costs nothing and tells names and shapes.
+    """
+    with torch.device("meta"):
+        if index == 0:
+            module = family.make_embedding(config)
+        elif index <= config.num_hidden_layers:
+            module = family.make_block(config, index - 1)
+        else:
+            module = family.make_head(config)
+    module = module.to(torch.float32)
+    return module if torch.device(device).type == "meta" else module.to_empty(device=device)
+
+
+def parameter_names(family: Family, config: Any, index: int) -> list[str]:
+    """The parameters of module `index`, as a person would name them."""
+    last = config.num_hidden_layers + 1
+    place = {0: "embedding", last: "head"}.get(index, f"layer {index - 1}")
+    module = make_layer(family, config, index, "meta")
+    return [f"{place}, {name}" for name, _ in module.named_parameters()]
+
+
+@torch.no_grad()
+def initialise_(module: nn.Module, *, std: float, seed: int, index: int) -> None:
+    """Random weights as transformers gives them, from (seed, index) alone.
+
+    Matrices are normal with deviation `std`, biases 0, norms 1 and 0.
+    """
+    generator = torch.Generator().manual_seed(derive_seed(seed, "weights", index))
+    for part in module.modules():
+        if isinstance(part, nn.LayerNorm):
+            part.weight.fill_(1.0)
+            part.bias.zero_()
+        elif isinstance(part, (nn.Linear, nn.Embedding)):
+            values = torch.empty(part.weight.shape).normal_(0.0, std, generator=generator)
+            part.weight.copy_(values)
+            if isinstance(part, nn.Linear) and part.bias is not None:
+                part.bias.zero_()

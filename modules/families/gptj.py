@@ -1,0 +1,170 @@
+"""GPT-J (Wang and Komatsuzaki, 2021): attention and feed-forward side by side on one norm."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import GPTJConfig
+from transformers.activations import ACT2FN
+
+from modules.attention.causal import causal_attention
+from modules.attention.packed_documents import Documents
+from modules.families.base import Family, check_activation, check_heads
+from modules.layers.dropout import KeyedDropout, Keys
+from modules.layers.linear import Linear, Lookup
+from modules.layers.lm_head import Head
+from modules.layers.rotary import rotate, rotation
+
+ROTARY_BASE = 10000.0
+
+
+class Embedding(nn.Module):
+    """Token ids (rows, tokens) to activations (rows, tokens, hidden)."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.wte = Lookup(config.vocab_size, config.n_embd)
+        self.dropout = KeyedDropout(config.embd_pdrop, "embedding")
+
+    def forward(self, tokens: Tensor, keys: Keys = None, documents: object = None) -> Tensor:
+        out: Tensor = self.dropout(self.wte(tokens), keys)
+        return out
+
+
+class Attention(nn.Module):
+    """Causal self-attention with a rotation of each head's first `rotary_dim` entries."""
+
+    def __init__(self, config: Any, layer: int) -> None:
+        super().__init__()
+        hidden = config.n_embd
+        self.head_size = hidden // config.n_head
+        self.rotary_dim = config.rotary_dim
+        self.dropout = float(config.attn_pdrop)
+        self.site = f"{layer}.attn.scores"
+        self.q_proj = Linear(hidden, hidden, bias=False)
+        self.k_proj = Linear(hidden, hidden, bias=False)
+        self.v_proj = Linear(hidden, hidden, bias=False)
+        self.out_proj = Linear(hidden, hidden, bias=False)
+        self.resid_dropout = KeyedDropout(config.resid_pdrop, f"{layer}.attn")
+
+    def _heads(self, x: Tensor) -> Tensor:
+        rows, tokens, _ = x.shape
+        return x.view(rows, tokens, -1, self.head_size).transpose(1, 2)
+
+    def forward(self, x: Tensor, keys: Keys, documents: Documents | None) -> Tensor:
+        rows, tokens, _ = x.shape
+        turn = rotation(
+            tokens, self.rotary_dim, ROTARY_BASE, pairs=True, dtype=x.dtype, device=x.device
+        )
+        if documents is not None:
+            turn = turn.at(documents.positions)
+        mixed = causal_attention(
+            rotate(self._heads(self.q_proj(x)), turn),
+            rotate(self._heads(self.k_proj(x)), turn),
+            self._heads(self.v_proj(x)),
+            dropout=self.dropout,
+            site=self.site,
+            keys=keys,
+            documents=documents,
+        )
+        out: Tensor = self.out_proj(mixed.transpose(1, 2).reshape(rows, tokens, -1))
+        out = self.resid_dropout(out, keys)
+        return out
+
+
+class MLP(nn.Module):
+    """The feed-forward part of a block."""
+
+    def __init__(self, config: Any, layer: int) -> None:
+        super().__init__()
+        inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
+        self.fc_in = Linear(config.n_embd, inner)
+        self.fc_out = Linear(inner, config.n_embd)
+        self.act = ACT2FN[config.activation_function]
+        self.dropout = KeyedDropout(config.resid_pdrop, f"{layer}.mlp")
+
+    def forward(self, x: Tensor, keys: Keys) -> Tensor:
+        out: Tensor = self.dropout(self.fc_out(self.act(self.fc_in(x))), keys)
+        return out
+
+
+class Block(nn.Module):
+    """One layer, (rows, tokens, hidden) to the same."""
+
+    def __init__(self, config: Any, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config, layer)
+        self.mlp = MLP(config, layer)
+
+    def forward(
+        self, x: Tensor, keys: Keys = None, documents: Documents | None = None
+    ) -> Tensor:
+        normed = self.ln_1(x)
+        out: Tensor = self.attn(normed, keys, documents) + self.mlp(normed, keys) + x
+        return out
+
+
+class GPTJHead(Head):
+    """The head under the names that GPT-J's files have."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.lm_head = Linear(config.n_embd, config.vocab_size)
+
+    @property
+    def norm(self) -> nn.LayerNorm:
+        return self.ln_f
+
+    @property
+    def projection(self) -> Linear:
+        return self.lm_head
+
+
+def check_config(config: Any) -> None:
+    """Raises ValueError for what these modules would compute otherwise than transformers."""
+    check_heads(config)
+    check_activation("activation_function", config.activation_function)
+    head_size, rotary = config.n_embd // config.n_head, config.rotary_dim
+    if not isinstance(rotary, int) or not 0 < rotary <= head_size or rotary % 2:
+        raise ValueError(
+            f"rotary_dim is {rotary}, expected an even number from 2 to the head's size {head_size}"
+        )
+    for name in ("rope_scaling", "rope_parameters"):
+        if getattr(config, name, None):
+            raise ValueError(f"{name} is set: rope scalings are not built")
+
+
+_BLOCK_KEYS = (
+    "ln_1.weight",
+    "ln_1.bias",
+    "attn.q_proj.weight",
+    "attn.k_proj.weight",
+    "attn.v_proj.weight",
+    "attn.out_proj.weight",
+    "mlp.fc_in.weight",
+    "mlp.fc_in.bias",
+    "mlp.fc_out.weight",
+    "mlp.fc_out.bias",
+)
+
+FAMILY = Family(
+    name="gptj",
+    config_class=GPTJConfig,
+    make_embedding=Embedding,
+    make_block=Block,
+    make_head=GPTJHead,
+    hf_embedding={"wte.weight": "transformer.wte.weight"},
+    hf_block={key: f"transformer.h.{{layer}}.{key}" for key in _BLOCK_KEYS},
+    hf_head={
+        "ln_f.weight": "transformer.ln_f.weight",
+        "ln_f.bias": "transformer.ln_f.bias",
+        "lm_head.weight": "lm_head.weight",
+        "lm_head.bias": "lm_head.bias",
+    },
+    buffers=re.compile(r"(^|\.)attn\.(bias|masked_bias|embed_positions)$"),
+    check_config=check_config,
+)

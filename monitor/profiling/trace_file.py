@@ -1,0 +1,81 @@
+"""Steps as a file in the Chrome trace event format, which Perfetto and chrome://tracing open.
+
+The file is one JSON list whose every entry is a span (ph X), so that scripts can take it as it is.
+What is to be known of the clock stands in the args of the first one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.files import replace_file
+from monitor.profiling.clock_sync import RunClock
+from monitor.profiling.tracer import Span, StepTrace, Track
+
+logger = logging.getLogger(__name__)
+
+TRACE_FOLDER = Path("trace_json")
+
+_SHORT = {Track.FORWARD_COMPUTE: "F", Track.BACKWARD_COMPUTE: "B", Track.WEIGHT_GRADIENT: "W"}
+
+
+def trace_path(run: str, rank: int, *, folder: Path = TRACE_FOLDER) -> Path:
+    """`<folder>/<run>_rank<rank>.json`; signs of `run` that file names should not have become _."""
+    return folder / f"{re.sub(r'[^A-Za-z0-9._-]', '_', run)}_rank{rank}.json"
+
+
+def trace_events(
+    steps: Iterable[StepTrace], *, rank: int, clock: RunClock
+) -> Iterator[dict[str, Any]]:
+    """The spans of `steps` by their begin; ts and dur are microseconds of the run's clock."""
+    about_clock = {"clock-offset-us": clock.offset / 1000, "clock-error-us": clock.error / 1000}
+    for step in steps:
+        for span in sorted(step.spans, key=lambda span: span.begin):
+            event = _event(span, rank=rank, clock=clock)
+            event["args"] |= {"step": step.step, **about_clock}
+            about_clock = {}
+            yield event
+
+
+class TraceFile:
+    """Holds the steps that were written last. A failure to write is one logged warning."""
+
+    def __init__(self, path: Path, *, rank: int, clock: RunClock) -> None:
+        self._path, self._rank, self._clock = path, rank, clock
+
+    def write(self, steps: Sequence[StepTrace]) -> None:
+        lines = (json.dumps(e) for e in trace_events(steps, rank=self._rank, clock=self._clock))
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(self._path, ("[" + ",\n".join(lines) + "]\n").encode())
+        except OSError as error:  # training goes on without its trace
+            logger.warning("%s could not be written: %s", self._path, error.strerror)
+
+
+def _event(span: Span, *, rank: int, clock: RunClock) -> dict[str, Any]:
+    begin = clock.convert(span.begin)
+    return {
+        "name": _name(span),
+        "ph": "X",
+        "pid": rank,
+        "tid": span.track.value,
+        "ts": begin / 1000,
+        "dur": (clock.convert(span.end) - begin) / 1000,
+        "args": _args(span),
+    }
+
+
+def _name(span: Span) -> str:
+    """`F3` where a box is full of work, else the track's name without its number."""
+    name = _SHORT.get(span.track, f"{span.track.value.partition(' ')[2]} ")
+    return f"{name}{'' if span.microbatch is None else span.microbatch}".rstrip()
+
+
+def _args(span: Span) -> dict[str, Any]:
+    args = {"micro-batch": span.microbatch, "size": span.size}
+    return {key: value for key, value in args.items() if value is not None}

@@ -1,0 +1,179 @@
+"""Optimizer state to and from a checkpoint, which does not depend on how many replicas there are.
+
+Replica 0 writes and reads all of it. What other replicas hold comes to it and goes from it over the
+control channel, as plain tensors whose shapes both sides know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoint.files.validation import is_finite
+from comm.collective_io import do_together
+from comm.communicator import Communicator
+from comm.objects import gather_json
+from comm.topology import Topology
+from optimizer.mixed_precision import MixedPrecisionOptimizer
+from optimizer.state_check import KeptState
+
+MASTERS = "masters"
+_AT_ONCE = 2**28  # weights whose state, some 3 GB, a host keeps in memory from reading to sending
+
+
+def collect_state(
+    optimizer: MixedPrecisionOptimizer, control: Communicator, topology: Topology
+) -> dict[str, Any]:
+    """The whole state of the stage, on replica 0; other replicas get what they own alone.
+
+    Tensors are the optimizer's own, where they are, unless another replica sent them.
+    """
+    state: dict[str, Any] = {"kind": optimizer.algorithm.kind, "updates": optimizer.updates}
+    for name in optimizer.names:
+        holder = optimizer.owners[name] if optimizer.sharded else topology.replica
+        if holder == topology.replica:
+            tensors = _tensors(optimizer, name)
+            if optimizer.sharded and topology.replica != 0:
+                _send(tensors, control, topology.rank_of(stage=topology.stage, replica=0))
+        elif topology.replica == 0:
+            tensors = like_state(optimizer, name)
+            _receive(tensors, control, topology.rank_of(stage=topology.stage, replica=holder))
+        else:
+            continue
+        for part, tensor in tensors.items():
+            state.setdefault(part, {})[name] = tensor
+    return state
+
+
+def restore_state(
+    optimizer: MixedPrecisionOptimizer,
+    states: Sequence[KeptState] | None,
+    control: Communicator,
+    topology: Topology,
+    *,
+    updates: int,
+) -> None:
+    """Fills the optimizer from `collect_state`'s results, which replica 0 alone gives: together
+    they have all its weights. Every process of the run calls it, and waits for the slowest disk.
+
+    ValueError names the file that a state is from, and what in it is missing, extra, misshapen, not
+    finite, or of another algorithm or number of updates.
+    """
+    optimizer.updates = updates
+    for one in states or ():
+        one.check(kind=optimizer.algorithm.kind, updates=updates)
+    holding = {name: one for one in states or () for name in one.taken}
+    for names in _batches(optimizer, control, topology):
+        kept: dict[str, dict[str, Tensor]] = {}
+        read = None if states is None else partial(_read, optimizer, names, holding, topology, kept)
+        do_together(control, read, "reading the optimizer's state", expected=())
+        for name in names:
+            _share(optimizer, name, kept.get(name), control, topology)
+    optimizer.refresh_weights()
+
+
+def _read(
+    optimizer: MixedPrecisionOptimizer,
+    names: Sequence[str],
+    holding: Mapping[str, KeptState],
+    topology: Topology,
+    kept: dict[str, dict[str, Tensor]],
+) -> None:
+    """On replica 0: fills what it holds of `names`; `kept` gets what others are to have."""
+    for name in names:
+        found = holding[name].take(name, like_state(optimizer, name))
+        holders = _holders(optimizer, name, topology)
+        if 0 in holders:
+            _fill(_tensors(optimizer, name), found)
+        if holders != [0]:
+            kept[name] = found
+
+
+def _share(
+    optimizer: MixedPrecisionOptimizer,
+    name: str,
+    kept: Mapping[str, Tensor] | None,
+    control: Communicator,
+    topology: Topology,
+) -> None:
+    """From replica 0, which has `kept`, to the others that hold the weight."""
+    others = [replica for replica in _holders(optimizer, name, topology) if replica != 0]
+    if topology.replica in others:
+        received = like_state(optimizer, name)
+        _receive(received, control, topology.rank_of(stage=topology.stage, replica=0))
+        _fill(_tensors(optimizer, name), received)
+    elif kept is not None:
+        for replica in others:
+            _send(kept, control, topology.rank_of(stage=topology.stage, replica=replica))
+
+
+def _holders(optimizer: MixedPrecisionOptimizer, name: str, topology: Topology) -> list[int]:
+    """The replicas that step a weight."""
+    return [optimizer.owners[name]] if optimizer.sharded else list(range(topology.num_replicas))
+
+
+def _batches(
+    optimizer: MixedPrecisionOptimizer, control: Communicator, topology: Topology
+) -> list[list[str]]:
+    """The weights, in their order: those of a batch are read before they are shared, which takes
+    no memory but the system's for files, as they are mapped. Every process gets as many batches.
+    """
+    sent = {
+        name: optimizer.shape_of(name).numel() * (_holders(optimizer, name, topology) != [0])
+        for name in optimizer.names
+    }
+    batches: list[list[str]] = [[]]
+    size, most = 0, max(_AT_ONCE, *sent.values())
+    for name in optimizer.names:
+        if size + sent[name] > most:
+            batches.append([])
+            size = 0
+        batches[-1].append(name)
+        size += sent[name]
+    missing = max(gather_json(control, len(batches))) - len(batches)
+    return batches + [[] for _ in range(missing)]
+
+
+def finite_weights(optimizer: MixedPrecisionOptimizer) -> list[bool]:
+    """For each weight, whether all that a checkpoint would keep of it here is finite."""
+    return [
+        all(map(is_finite, (optimizer.weight_of(name), *_tensors(optimizer, name).values())))
+        for name in optimizer.names
+    ]
+
+
+def _tensors(optimizer: MixedPrecisionOptimizer, name: str) -> dict[str, Tensor]:
+    """What a checkpoint keeps of one weight; nothing where another process steps it."""
+    kept = dict(optimizer.moments.get(name, {}))
+    if optimizer.has_own_masters and name in optimizer.masters:
+        kept[MASTERS] = optimizer.masters[name]
+    return kept
+
+
+def like_state(optimizer: MixedPrecisionOptimizer, name: str) -> dict[str, Tensor]:
+    """Host tensors of the shapes and types of what a checkpoint keeps of one weight's state."""
+    master = torch.empty(optimizer.shape_of(name), dtype=torch.float32)
+    kept = dict(optimizer.algorithm.empty_state(master))
+    if optimizer.has_own_masters:
+        kept[MASTERS] = master
+    return kept
+
+
+@torch.no_grad()
+def _fill(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for part, target in targets.items():
+        target.copy_(values[part])
+
+
+def _send(tensors: Mapping[str, Tensor], control: Communicator, rank: int) -> None:
+    for part in sorted(tensors):
+        control.send(tensors[part].detach().cpu().contiguous(), to=rank).wait()
+
+
+def _receive(tensors: Mapping[str, Tensor], control: Communicator, rank: int) -> None:
+    for part in sorted(tensors):
+        control.receive(tensors[part], source=rank).wait()

@@ -1,0 +1,93 @@
+"""What becomes of an iteration's gradients: an update, or a skip that all processes agree on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from optimizer.clipping import Totals, clip_factor
+from optimizer.loss_scaler import LossScaler
+from optimizer.mixed_precision import MixedPrecisionOptimizer
+
+
+class Outcome(NamedTuple):
+    """The rate of an update, its gradient norm before clipping (None: skipped), and its scale."""
+
+    lr: float
+    grad_norm: float | None
+    loss_scale: float
+
+
+class Updater:
+    """Unscales, corrects for the exact number of trained tokens, clips, steps.
+
+    schedule: the learning rate of an update by its number, the first being 0.
+    nominal_tokens: what backward divided the token losses by.
+    max_skipped: so many skips in a row mean that something is wrong.
+    """
+
+    def __init__(
+        self,
+        optimizer: MixedPrecisionOptimizer,
+        scaler: LossScaler,
+        *,
+        schedule: Callable[[int], float],
+        nominal_tokens: int,
+        max_grad_norm: float,
+        max_skipped: int,
+    ) -> None:
+        self._optimizer, self._scaler, self._schedule = optimizer, scaler, schedule
+        self._nominal, self._max_grad_norm = nominal_tokens, max_grad_norm
+        self._max_skipped = max_skipped
+        self.skipped_in_a_row = 0
+
+    @property
+    def loss_scale(self) -> float:
+        """What a sum of token losses is multiplied by before backward."""
+        return self._scaler.scale / self._nominal
+
+    @property
+    def scale(self) -> float:
+        """The loss scale by itself."""
+        return self._scaler.scale
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether gradients that are not finite cost one update only."""
+        return self._scaler.may_skip
+
+    @property
+    def has_given_up(self) -> bool:
+        """Whether `max_skipped` updates in a row have been skipped."""
+        return self.skipped_in_a_row >= self._max_skipped
+
+    def apply(self, totals: Totals, *, tokens: int, losses_are_finite: bool) -> Outcome:
+        """Ends an update over `tokens` trained tokens, whose gradients have been summed.
+
+        A logit of -inf makes an infinite loss whose gradients are finite, so losses count too.
+        """
+        assert totals.squared_norm is not None
+        scale, lr = self._scaler.scale, self._schedule(self._optimizer.updates)
+        overflow = not (losses_are_finite and math.isfinite(totals.squared_norm))
+        self._scaler.update(overflow=overflow)
+        if overflow:
+            self._optimizer.drop_gradients()
+            self.skipped_in_a_row += 1
+            return Outcome(lr, None, scale)
+        correction = self._nominal / tokens / scale
+        norm = math.sqrt(totals.squared_norm) * correction
+        factor = correction * clip_factor(norm, self._max_grad_norm)
+        self._optimizer.step(lr=lr, factor=factor)
+        self.skipped_in_a_row = 0
+        return Outcome(lr, norm, scale)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside weights and moments."""
+        return {"skipped_in_a_row": self.skipped_in_a_row, "scaler": self._scaler.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restores `state()`; a run that had given up starts counting anew."""
+        skipped = int(state["skipped_in_a_row"])
+        self.skipped_in_a_row = skipped if skipped < self._max_skipped else 0
+        self._scaler.load_state(state["scaler"])

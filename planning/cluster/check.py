@@ -1,0 +1,208 @@
+"""--check-cluster: the ranks meet as for a run, compare what they have, and measure."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from collections.abc import Sequence
+
+import torch
+
+from comm.communicator import Communicator
+from comm.objects import gather_json
+from comm.process_groups import Fabric
+from comm.rendezvous.join import Rendezvous
+from comm.topology import Topology
+from data_parallel.grad_buffer import BUCKET_BYTES
+from modules.registry import MODELS
+from monitor.profiling.clock_sync import clock_offset
+from optimizer.mixed_precision import DTYPES
+from pipeline_parallel.partition.balance import ModuleWork, choose_split, module_work
+from planning.cluster.estimate import Estimate, Plan
+from planning.cluster.link_probe import LinkSpeed, answer, probe
+from planning.cluster.links import Link, links
+from planning.cluster.machines import Machine, Model, differences, from_json, look_at_machine
+from planning.cluster.matmul_rate import product_rate
+from planning.cluster.report import about_clocks, advice, link_table, rank_table
+from training.cpu_matmul import settle_products
+
+logger = logging.getLogger(__name__)
+
+_LINK_SECONDS = 1.0  # each direction of each link, one after the other
+_PRODUCT_SECONDS = 1.0  # all devices at once, as in training
+
+
+def check_cluster(
+    args: argparse.Namespace,
+    *,
+    topology: Topology,
+    rendezvous: Rendezvous,
+    fabric: Fabric,
+    device: torch.device,
+) -> int:
+    """Every rank calls it; rank 0 tells. The exit status: 0, or 1 where ranks differ or lack
+    something. PeerLostError as of the channels."""
+    if device.type == "cpu":
+        settle_products(
+            args.cpu_matmul, precision=args.precision, meta=None, control=fabric.control
+        )
+    mine = look_at_machine(args, topology, device)
+    machines = [from_json(one) for one in gather_json(fabric.control, mine)]
+    sizes = next((one.model for one in machines if one.model is not None), None)
+    clocks = _clocks(fabric.control)
+    rates = gather_json(fabric.control, _rate(args, sizes, device))
+    message = (
+        args.micro_batch_size * args.seq_length * args.embedding_dim
+        * DTYPES[args.precision].itemsize
+    )  # fmt: skip
+    plan = None if sizes is None else make_plan(args, sizes, message)
+    wanted = {link: _message_bytes(topology, link, message, plan) for link in links(topology)}
+    speeds = measure_links(topology, fabric, wanted, device, dist_timeout=args.dist_timeout)
+    found = differences(rendezvous.roster, machines)
+    if topology.rank == 0:
+        _tell(args, topology, rendezvous, machines, clocks, rates, speeds, wanted, plan)
+        _tell_verdict(found)
+    return 1 if found else 0
+
+
+def measure_links(
+    topology: Topology,
+    fabric: Fabric,
+    wanted: dict[Link, int],
+    device: torch.device,
+    *,
+    dist_timeout: float,
+) -> dict[Link, LinkSpeed]:
+    """Every link of the run, alone: all other ranks wait meanwhile. Every rank calls it.
+
+    wanted: the bytes of a message of each link.
+    """
+    budget = min(_LINK_SECONDS, dist_timeout / 4)
+    todo = list(wanted)
+    if todo and topology.rank == 0:
+        logger.info(
+            "measuring %d links one after the other, for some %g s at most", len(todo),
+            len(todo) * budget,
+        )  # fmt: skip
+    mine: list[tuple[int, LinkSpeed]] = []
+    for number, link in enumerate(todo):
+        gather_json(fabric.control, number)  # the link before is done
+        group = fabric.pipeline if link.group == "pipeline" else fabric.replicas
+        peers = _indices(topology, link)
+        if topology.rank == link.source:
+            speed = probe(
+                group, to=peers[1], nbytes=wanted[link], device=device, budget=budget
+            )
+            mine.append((number, speed))
+        elif topology.rank == link.to:
+            answer(group, source=peers[0], device=device)
+    told = [(n, s.latency, s.nbytes, s.seconds) for n, s in mine]
+    every = [one for of_rank in gather_json(fabric.control, told) for one in of_rank]
+    return {todo[number]: LinkSpeed(*numbers) for number, *numbers in sorted(every)}
+
+
+def make_plan(args: argparse.Namespace, sizes: Model, message: int) -> Plan | None:
+    """What the flags make of a model; None where it cannot be split so, which is told elsewhere."""
+    work = _work(args, sizes)
+    try:
+        layers = choose_split(
+            args.num_layers, work, num_stages=args.pipeline_group_size, model_layers=sizes.layers
+        )
+    except ValueError:
+        return None
+    return Plan(
+        model=sizes,
+        work=work,
+        layers=layers,
+        schedule=args.pp_mode,
+        recompute=args.recompute,
+        num_microbatches=args.batch_size // args.micro_batch_size,
+        accumulate=args.gradient_accumulate_step,
+        tokens=args.micro_batch_size * args.seq_length,
+        message=message,
+    )
+
+
+def _message_bytes(topology: Topology, link: Link, message: int, plan: Plan | None) -> int:
+    """A microbatch's activations, or a bucket of gradients: of few, all that the stage has."""
+    if link.group == "pipeline":
+        return message
+    if plan is None:
+        return BUCKET_BYTES
+    return min(BUCKET_BYTES, plan.gradient_bytes(link.source % topology.num_stages))
+
+
+def _indices(topology: Topology, link: Link) -> tuple[int, int]:
+    """The two ends in their group."""
+    ends = (link.source, link.to)
+    if link.group == "pipeline":
+        return ends[0] % topology.num_stages, ends[1] % topology.num_stages
+    return ends[0] // topology.num_stages, ends[1] // topology.num_stages
+
+
+def _work(args: argparse.Namespace, sizes: Model) -> ModuleWork:
+    entry = MODELS[args.model_type]
+    config = {
+        entry.hidden_size: sizes.hidden,
+        entry.inner_size: sizes.inner,
+        entry.vocab_size: sizes.vocabulary,
+    }
+    return module_work(entry, config, tokens=args.seq_length)
+
+
+def _rate(args: argparse.Namespace, sizes: Model | None, device: torch.device) -> float:
+    """Multiply-adds per second of this rank's device, of the largest product of a block."""
+    hidden = args.embedding_dim if sizes is None else sizes.hidden
+    return product_rate(
+        rows=args.micro_batch_size * args.seq_length,
+        inputs=hidden,
+        outputs=4 * hidden if sizes is None else sizes.inner,
+        dtype=DTYPES[args.precision],
+        device=device,
+        budget=_PRODUCT_SECONDS,
+    )
+
+
+def _clocks(control: Communicator) -> list[tuple[float, float]]:
+    """By rank, the seconds that its clock is ahead of rank 0's, and how far that may be off."""
+    mine = clock_offset(control, clock=time.time_ns)
+    found = gather_json(control, [-mine.offset / 1e9, mine.error / 1e9])
+    return [(ahead, error) for ahead, error in found]
+
+
+def _tell(
+    args: argparse.Namespace,
+    topology: Topology,
+    rendezvous: Rendezvous,
+    machines: Sequence[Machine],
+    clocks: Sequence[tuple[float, float]],
+    rates: Sequence[float],
+    speeds: dict[Link, LinkSpeed],
+    wanted: dict[Link, int],
+    plan: Plan | None,
+) -> None:
+    roster = rendezvous.roster
+    logger.info("%s", rank_table(topology, roster, machines, clocks, rates, plan))
+    if speeds:
+        logger.info("%s", link_table(roster, speeds, wanted))
+    logger.info("- versions: %s", ", ".join(map(" ".join, machines[0].versions.items())))
+    for line in about_clocks(roster, clocks):
+        logger.info("- %s", line)
+    if plan is None:
+        logger.info("- no rank has a config.json that fits with the flags: no step is estimated")
+        return
+    estimate = Estimate(plan, topology, rates=rates, links=speeds)
+    for line in advice(
+        topology, roster, plan, speeds, rates, estimate, precision=args.precision
+    ):
+        logger.info("- %s", line)
+
+
+def _tell_verdict(found: Sequence[str]) -> None:
+    if not found:
+        logger.info("check passed: all ranks agree, and nothing that was looked at is missing")
+    for line in found:
+        logger.info("- %s", line)
+    if found:
+        logger.info("check failed: differing or missing, told above: %d", len(found))

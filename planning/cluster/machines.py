@@ -1,0 +1,251 @@
+"""What each rank of --check-cluster tells of its machine, and in what the ranks differ."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import platform
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from arguments.checks import check_model, check_optimizer
+from checkpoint.files.layer_shards import check_shard_size
+from checkpoint.shards import shard_name
+from comm.rendezvous.participants import Arrival
+from comm.topology import Topology
+from modules.matmul.cpu_info import Processor
+from modules.registry import MODELS
+from modules.stage_model import stage_modules
+from pipeline_parallel.partition.balance import choose_split, module_work
+from pipeline_parallel.partition.split import Split
+
+_ROOT = Path(__file__).parents[2]
+_NOT_SOURCES = {"tests", "benchmarks", "example_scripts", "docs"}
+_SHOWN = 60  # characters of a value in a message
+
+
+class Model(NamedTuple):
+    """The sizes of a model, as its config.json has them."""
+
+    hidden: int
+    inner: int
+    vocabulary: int
+    layers: int
+
+
+class Machine(NamedTuple):
+    """One rank's, as it travels in JSON.
+
+    model: None where the rank cannot read a config.json that fits with the flags.
+    problems: what would end a run, in a line each.
+    versions: by name. config: by key. files: of its stage's shards, by name, their size and, where
+    a manifest tells it, their checksum; None where there is no such file. damage: why a run would
+    not take those that are there, in a line each.
+    resumes: its --checkpoint-path has a checkpoint, so that shards are not read.
+    """
+
+    device: str
+    model: Model | None
+    problems: list[str]
+    versions: dict[str, str]
+    config: dict[str, str]
+    files: dict[str, str | None]
+    damage: list[str]
+    resumes: bool
+
+
+def look_at_machine(args: argparse.Namespace, topology: Topology, device: torch.device) -> Machine:
+    """This rank's, without reading a weight."""
+    problems, model, files = [], None, {}
+    for check in (check_model, check_optimizer):
+        try:
+            check(args)
+        except ValueError as error:
+            problems.append(str(error))
+    try:
+        config = MODELS[args.model_type].load().load_config(args.model_name)
+        model = _sizes(args, config.to_dict(), config)
+        if not problems:
+            files = _shards(args, topology, model, config.to_dict())
+    except (ValueError, OSError) as error:
+        if not problems:
+            problems.append(str(error))
+    return Machine(
+        describe_device(device),
+        model,
+        problems,
+        versions(args, device),
+        _config(args.model_name / "config.json"),
+        files,
+        _damage(args.model_name, [name for name, found in files.items() if found is not None]),
+        args.load_checkpoint and (args.checkpoint_path / "latest").exists(),
+    )
+
+
+def from_json(found: Sequence[Any]) -> Machine:
+    """A Machine as the others get it."""
+    machine = Machine(*found)
+    return machine._replace(model=None if machine.model is None else Model(*machine.model))
+
+
+def describe_device(device: torch.device) -> str:
+    """The GPU, or the processor and how many of its threads this rank computes in."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} (cuda:{device.index})"
+    threads = torch.get_num_threads()
+    return f"{Processor.of_this_machine().name}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def versions(args: argparse.Namespace, device: torch.device) -> dict[str, str]:
+    """Of what the ranks compute and talk with."""
+    found = {"Python": platform.python_version(), "torch": torch.__version__}
+    packages = ["transformers"]
+    if args.optimizer == "8bit-adam":
+        packages.append("bitsandbytes")
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    if device.type == "cuda":
+        found["CUDA"] = str(torch.version.cuda)
+        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+    found["this program"] = _sources()
+    return found
+
+
+def differences(roster: Sequence[Arrival], machines: Sequence[Machine]) -> list[str]:
+    """What differs between the ranks or is lacking, in a line each, naming who has what."""
+    named = [
+        *_differing("", roster, [machine.versions for machine in machines]),
+        *_differing("config.json: ", roster, [machine.config for machine in machines]),
+        *_differing("", roster, [_present(machine.files) for machine in machines]),
+    ]
+    if not any(machine.resumes for machine in machines):
+        for arrival, machine in zip(roster, machines, strict=True):
+            missing = [name for name, found in machine.files.items() if found is None]
+            if missing:
+                named.append(f"{_who(arrival)} has no {', '.join(missing)} in --model-name")
+            named += [f"{_who(arrival)}: {problem}" for problem in machine.damage]
+    for arrival, machine in zip(roster, machines, strict=True):
+        named += [f"{_who(arrival)}: {problem}" for problem in machine.problems]
+    return named
+
+
+def _sizes(args: argparse.Namespace, config: Mapping[str, Any], loaded: Any) -> Model:
+    hidden = int(loaded.hidden_size)
+    inner = config.get(MODELS[args.model_type].inner_size) or 4 * hidden
+    return Model(hidden, int(inner), int(loaded.vocab_size), int(loaded.num_hidden_layers))
+
+
+def _shards(
+    args: argparse.Namespace, topology: Topology, model: Model, config: Mapping[str, Any]
+) -> dict[str, str | None]:
+    """Of the files that this rank's stage reads."""
+    if not args.load_pretrained_model:
+        return {}
+    work = module_work(MODELS[args.model_type], config, tokens=args.seq_length)
+    split: Split = choose_split(
+        args.num_layers, work, num_stages=topology.num_stages, model_layers=model.layers
+    )
+    sums = _manifest(args.model_name / "manifest.json")
+    names = [shard_name(index, model.layers) for index in stage_modules(topology.stage, split)]
+    return {name: _identity(args.model_name / name, sums.get(name)) for name in names}
+
+
+def _identity(path: Path, listed: Any) -> str | None:
+    if not path.exists():
+        return None
+    return f"{path.stat().st_size:,} bytes" + ("" if listed is None else f" ({_short(listed)})")
+
+
+def _damage(folder: Path, names: Sequence[str]) -> list[str]:
+    """What the manifest shows of these shards without reading them; each line once."""
+    found = []
+    for name in names:
+        try:
+            check_shard_size(folder / name)
+        except ValueError as error:
+            found.append(str(error))
+    return list(dict.fromkeys(found))
+
+
+def _manifest(path: Path) -> Mapping[str, Any]:
+    try:
+        files = json.loads(path.read_bytes())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return files if isinstance(files, dict) else {}
+
+
+def _config(path: Path) -> dict[str, str]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(config, dict):
+        return {}
+    return {key: _short(value) for key, value in config.items()}
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
+    if len(text) <= _SHOWN:
+        return text
+    return f"{text[: _SHOWN // 2]}... (sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]})"
+
+
+def _sources() -> str:
+    """A digest of the program's own files."""
+    digest = hashlib.sha256()
+    packages = [init.parent for init in _ROOT.glob("*/__init__.py")]
+    modules = [
+        path for one in packages if one.name not in _NOT_SOURCES for path in one.rglob("*.py")
+    ]
+    for path in sorted([*_ROOT.glob("*.py"), *modules]):
+        digest.update(str(path.relative_to(_ROOT)).encode() + b"\0" + path.read_bytes())
+    return f"sha256 {digest.hexdigest()[:12]}"
+
+
+def _present(files: Mapping[str, str | None]) -> dict[str, str]:
+    return {name: found for name, found in files.items() if found is not None}
+
+
+def _differing(
+    prefix: str, roster: Sequence[Arrival], found: Sequence[Mapping[str, str]]
+) -> list[str]:
+    """What does not have one value on all ranks that have it (of config.json: on all)."""
+    lines = []
+    for name in dict.fromkeys(name for one in found for name in one):
+        having = [
+            (arrival, one.get(name, "not there"))
+            for arrival, one in zip(roster, found, strict=True)
+            if name in one or (prefix and one)
+        ]
+        values = Counter(value for _, value in having)
+        if len(values) > 1:
+            lines.append(f"{prefix}{name} is {_spread(having, values.most_common(1)[0][0])}")
+    return lines
+
+
+def _spread(having: Sequence[tuple[Arrival, str]], usual: str) -> str:
+    """Who has which value; the most frequent one is that of all others."""
+    told = [
+        f"{value} on {', '.join(_who(a) for a, v in having if v == value)}"
+        for value in dict.fromkeys(value for _, value in having)
+        if value != usual
+    ]
+    others = [arrival for arrival, value in having if value == usual]
+    return f"{', '.join(told)}, but {usual} on " + (
+        _who(others[0]) if len(others) == 1 else "the others"
+    )
+
+
+def _who(arrival: Arrival) -> str:
+    return f"rank {arrival.rank} (host {arrival.host})"

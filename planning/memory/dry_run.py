@@ -1,0 +1,290 @@
+"""What a process of a run will hold in memory: an iteration and an update with fake tensors.
+
+No weights, no data, no other process: torch's FakeTensorMode gives tensors that have a shape, a
+type and a device, and no memory. The run's own model, optimizer, schedule and engine work on them,
+and what is alive is counted as a run counts it (`planning.memory.live_bytes`).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from checkpoint.files.validation import part_sums
+from comm.communicator import Communicator
+from comm.topology import Topology
+from modules.attention.cpu import KEPT_TOKENS
+from modules.attention.packed_documents import Documents
+from modules.families.base import Family
+from modules.layers.dropout import KeyedDropout
+from modules.stage_model import StageModel, stage_modules
+from modules.tables import forget_tables
+from monitor.profiling.tracer import NO_TRACER
+from optimizer.build import ALGORITHMS, build_optimizer, checkpoint_bytes
+from optimizer.mixed_precision import DTYPES, Algorithm, MixedPrecisionOptimizer
+from optimizer.state_dict import collect_state, like_state
+from pipeline_parallel.build import build_engine, loop_settings
+from pipeline_parallel.partition.split import Split
+from pipeline_parallel.schedule.schedules import SCHEDULES
+from pipeline_parallel.schedule.validate import peak_live
+from planning.memory.fake_communicators import RehearsedAlone, RehearsedGloo, RehearsedNccl
+from planning.memory.fake_engine import RehearsedBatch, RehearsedEngine, peak_of_more
+from planning.memory.live_bytes import LiveBytes
+
+ENOUGH = 5  # microbatches that show what more of them cost, beside those that a schedule holds
+SMALLEST_IN_8_BITS = 4096  # numbers of a weight, below which bitsandbytes keeps fp32 moments
+GPU = "meta"  # torch's device without memory stands for a GPU, which need not be there
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of one process; `peak` is of its device and the most that is alive at once.
+
+    `weights`, `gradients` and `optimizer` (masters and moments) lie on the device all the time;
+    `host` is what --use-offload keeps in the host's memory instead, and --async-checkpoint's copy,
+    which is `copied` where host and device are one. `held` is how many microbatches are between
+    forward and the end of backward at once; `checkpoint` is on disk.
+    """
+
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+    host: int
+    copied: int
+    peak: int
+    held: int
+    checkpoint: int
+
+    @property
+    def activations(self) -> int:
+        """What comes on top at the peak: activations, messages, and what is made on the way."""
+        return self.peak - self.weights - self.gradients - self.optimizer - self.copied
+
+
+class Rehearsal:
+    """The processes of a run with these flags, whose model has this config, split like `layers`.
+
+    cuda: on GPUs, as far as that can be told without one: attention keeps what flash attention
+    (half precision) and the memory-efficient kernel (fp32) keep; what libraries other than torch
+    take, and the operators inside themselves, is left out.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, family: Family, config: Any, layers: Split, *, cuda: bool
+    ) -> None:
+        self._args, self._family, self._config, self._layers = args, family, config, layers
+        self._cuda, self._device = cuda, torch.device(GPU if cuda else "cpu")
+        self._settings = loop_settings(args)
+
+    def of_rank(self, rank: int) -> StageMemory:
+        """What the process of this global rank will hold."""
+        args = self._args
+        topology = Topology(rank, args.pipeline_group_size, args.data_group_size)
+        documents, algorithm = self._documents(), self._algorithm()
+        modules = stage_modules(topology.stage, self._layers)
+        model = StageModel(self._family, self._config, modules, device="meta")
+        with _no_memory() as live:
+            _fill_without_values(model, self._device)
+            return self._rehearse(model, topology, documents, algorithm, live)
+
+    def _rehearse(
+        self, model: StageModel, topology: Topology, documents: Documents | None,
+        algorithm: Algorithm, live: LiveBytes,
+    ) -> StageMemory:  # fmt: skip
+        kind = self._device.type
+        if self._cuda:
+            _draw_nothing(model)
+        replicas = self._group("replicas", topology.replica_ranks(topology.stage), topology)
+        optimizer = build_optimizer(self._args, model, replicas, NO_TRACER, algorithm)
+        offloads = self._cuda and self._args.use_offload
+        built, host = live.peak[kind], live.current["cpu"] if offloads else 0
+        copy = self._copy(model, optimizer, topology)
+        copied = sum(map(_pinned if self._cuda else int, _storages(copy).values()))
+        trained = self._train(model, optimizer, topology, documents, live)
+        live.reset_peak()
+        optimizer.step(lr=0.0, factor=1.0)
+        self._save(optimizer, topology)
+        peak = max(built, trained, live.peak[kind])
+        return self._memory(model, optimizer, topology, host=host, copied=copied, peak=peak)
+
+    def _copy(
+        self, model: StageModel, optimizer: MixedPrecisionOptimizer, topology: Topology
+    ) -> list[Tensor]:
+        """What --async-checkpoint keeps in host memory."""
+        if not self._args.async_checkpoint or topology.replica != 0:
+            return []
+        names = optimizer.names
+        state = [
+            part for name in names for part in like_state(optimizer, name).values()
+        ]
+        return [*state, *(torch.empty_like(p, device="cpu") for p in model.parameters())]
+
+    def _save(self, optimizer: MixedPrecisionOptimizer, topology: Topology) -> None:
+        for tensor in (*map(optimizer.weight_of, optimizer.names), *_kept(optimizer)):
+            for _ in part_sums(tensor):
+                pass
+        if topology.replica == 0:
+            control = self._gloo("control", tuple(range(topology.world_size)), topology)
+            collect_state(optimizer, control, topology)
+
+    def _train(
+        self, model: StageModel, optimizer: MixedPrecisionOptimizer, topology: Topology,
+        documents: Documents | None, live: LiveBytes,
+    ) -> int:  # fmt: skip
+        """The most bytes that are alive in an iteration that ends an update."""
+        args, settings, all_held = self._args, self._settings, self._args.pp_mode == "gpipe"
+        enough = ENOUGH if all_held else topology.num_stages + ENOUGH
+        count = min(settings.num_microbatches, enough)
+        engine = build_engine(
+            args, model, topology=topology,
+            pipeline=self._group("pipeline", topology.pipeline_ranks(topology.replica), topology),
+            gradients=optimizer.flat_gradients, hidden_size=self._config.hidden_size,
+            device=self._device, tracer=NO_TRACER, kind=RehearsedEngine, num_microbatches=count,
+        )  # fmt: skip
+        assert isinstance(engine, RehearsedEngine)
+        watched = engine.watch(live, self._device.type)
+        batch, ahead = (self._batch(topology, documents) for _ in range(2))
+        optimizer.begin_update(count)
+        engine.train(batch, loss_scale=1.0)
+        live.reset_peak()
+        optimizer.reduce_gradients()
+        del batch, ahead
+        gradient = self._boundary_bytes() if topology.stage > 0 else 0
+        more = settings.num_microbatches - count if all_held else 0
+        return max(peak_of_more(watched, more, sent=gradient), live.peak[self._device.type])
+
+    def _boundary_bytes(self) -> int:
+        """Of a microbatch's activations between two stages."""
+        settings = self._settings
+        numbers: int = settings.micro_rows * settings.tokens * self._config.hidden_size
+        return numbers * DTYPES[self._args.precision].itemsize
+
+    def _batch(self, topology: Topology, documents: Documents | None) -> RehearsedBatch:
+        rows = self._settings.rows
+        shape = (rows, self._settings.tokens)
+        tokens, labels = (
+            torch.empty(shape, dtype=torch.int64, device=self._device) if needed else None
+            for needed in (topology.is_first, topology.is_last)
+        )
+        return RehearsedBatch(
+            tokens, labels, rows=self._settings.micro_rows, num_rows=rows, documents=documents
+        )
+
+    def _documents(self) -> Documents | None:
+        """Documents that cost as much as any; their lengths are not known without the data.
+
+        On CPUs those that attention keeps the most of. One kernel of GPUs in half precision takes
+        them as it takes rows.
+        """
+        if self._args.pack != "document":
+            return None
+        tokens = self._settings.tokens
+        heads = self._config.num_attention_heads
+        longest = min(tokens - 1, KEPT_TOKENS * (self._config.hidden_size // heads))
+        if self._cuda and self._args.precision != "fp32":
+            longest = tokens
+        begins = torch.arange(tokens) // longest * longest
+        return RehearsedBatch.documents_of(begins.repeat(self._settings.micro_rows, 1))
+
+    def _memory(
+        self, model: StageModel, optimizer: MixedPrecisionOptimizer, topology: Topology, *,
+        host: int, copied: int, peak: int,
+    ) -> StageMemory:  # fmt: skip
+        weights = _storages(model.parameters())
+        kept = _storages(_kept(optimizer))
+        count = sum(p.numel() for p in model.parameters())
+        own = {key: size for key, size in kept.items() if key not in weights}
+        return StageMemory(
+            parameters=count,
+            weights=sum(weights.values()),
+            gradients=optimizer.flat_gradients.buffer.nbytes,
+            optimizer=0 if host else sum(own.values()),
+            host=host + (copied if self._cuda else 0),
+            copied=0 if self._cuda else copied,
+            peak=peak,
+            held=peak_live(
+                SCHEDULES[self._args.pp_mode], topology.stage, topology.num_stages,
+                self._settings.num_microbatches,
+            ),
+            checkpoint=sum(checkpoint_bytes(self._args, count)),
+        )  # fmt: skip
+
+    def _algorithm(self) -> Algorithm:
+        """That of the flags. What it makes once, from numbers, is made here."""
+        algorithm = ALGORITHMS[self._args.optimizer]()
+        algorithm.empty_state(torch.zeros(SMALLEST_IN_8_BITS))
+        return _Unstepped(algorithm) if self._cuda else algorithm
+
+    def _group(self, name: str, members: tuple[int, ...], topology: Topology) -> Communicator:
+        if len(members) == 1:
+            return RehearsedAlone()
+        if self._cuda:
+            return RehearsedNccl(name=name, members=members, topology=topology)
+        return self._gloo(name, members, topology)
+
+    def _gloo(self, name: str, members: tuple[int, ...], topology: Topology) -> RehearsedGloo:
+        return RehearsedGloo(name=name, members=members, topology=topology)
+
+
+def _kept(optimizer: MixedPrecisionOptimizer) -> list[Tensor]:
+    """Masters and moments."""
+    of_weights = optimizer.moments.values()
+    return [*optimizer.masters.values(), *(one for kept in of_weights for one in kept.values())]
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """The bytes of all storages, each once."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return {storage._cdata: storage.nbytes() for storage in storages}
+
+
+def _pinned(size: int) -> int:
+    """The bytes of a pinned buffer: torch's CachingHostAllocator takes powers of two."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+class _Unstepped:
+    """An algorithm whose steps, which need no memory on GPUs, are left out."""
+
+    def __init__(self, algorithm: Algorithm) -> None:
+        self._algorithm = algorithm
+        self.kind = algorithm.kind
+
+    def empty_state(self, weight: Tensor) -> dict[str, Tensor]:
+        return self._algorithm.empty_state(weight)
+
+    def step(self, *_: object, **__: object) -> None:
+        """In place."""
+
+
+@contextmanager
+def _no_memory() -> Iterator[LiveBytes]:
+    """Tensors made meanwhile have no memory, and none of them stays in the modules' tables."""
+    forget_tables()
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
+            yield live
+    finally:
+        forget_tables()
+
+
+def _fill_without_values(model: StageModel, device: torch.device) -> None:
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            module.register_parameter(name, nn.Parameter(empty))
+
+
+def _draw_nothing(model: StageModel) -> None:
+    """The device that stands for a GPU has no generators."""
+    for module in model.modules():
+        if isinstance(module, KeyedDropout):
+            module.draw_ = lambda mask, keys: None  # type: ignore[method-assign]

@@ -1,0 +1,65 @@
+"""What a run holds in memory at most, measured, beside what was to be expected."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from comm.communicator import Communicator
+from comm.objects import gather_json
+from comm.topology import Topology
+from modules.families.base import Family
+from pipeline_parallel.partition.split import Split
+from planning.memory.dry_run import Rehearsal
+from planning.memory.live_bytes import CudaBytes, LiveBytes, peak_resident
+
+logger = logging.getLogger(__name__)
+
+
+class MemoryMeasure:
+    """The peak of live tensor bytes of a process; nothing is measured, or told, unless `wanted`."""
+
+    def __init__(self, *, wanted: bool, device: torch.device) -> None:
+        self._wanted, self._device = wanted, device
+        self._counter = CudaBytes(device) if device.type == "cuda" else LiveBytes()
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """What goes on meanwhile is measured; on a CPU it takes a multiple of its time."""
+        if not self._wanted:
+            yield
+            return
+        with self._counter:
+            yield
+
+    def tell(
+        self, args: argparse.Namespace, family: Family, config: Any, layers: Split, *,
+        control: Communicator, topology: Topology,
+    ) -> None:  # fmt: skip
+        """A line for every rank, on rank 0, with what --plan says. Every rank calls it."""
+        if not self._wanted:
+            return
+        kind = self._device.type
+        rehearsal = Rehearsal(args, family, config, layers, cuda=kind == "cuda")
+        measured, resident = self._counter.peak[kind], peak_resident()
+        planned = rehearsal.of_rank(topology.rank).peak
+        found = gather_json(control, [measured, planned, resident])
+        for rank, (own, expected, held) in enumerate(found):
+            logger.info(
+                "memory of %s: peak of live tensors %s, planned %s (%.1f%%); peak RSS %s",
+                topology.describe(rank), in_units(own), in_units(expected),
+                100 * expected / own, in_units(held),
+            )  # fmt: skip
+
+
+def in_units(num_bytes: int) -> str:
+    """`812.3 MB`, in powers of 1000."""
+    for size, unit in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB")):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes / 1000:.1f} kB"

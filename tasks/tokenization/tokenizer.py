@@ -1,0 +1,62 @@
+"""The tokenizer, through transformers."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from huggingface_hub import HfApi
+from transformers import AutoTokenizer
+
+from common.text import shown
+
+TOKENIZER_FLAG = "--tokenizer-name"
+HUB_TIMEOUT_SECONDS = 10.0
+
+
+def load_tokenizer(name: str) -> Any:
+    """Loads a folder's tokenizer, or the one of a hub name, from the hub where it is not cached.
+
+    Raises:
+        ValueError: It cannot be loaded.
+    """
+    try:
+        return _load_local(name) if os.path.isdir(name) else _load_hub(name)
+    except Exception as error:  # broken files raise anything, the tokenizers library a plain one
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"{TOKENIZER_FLAG} {shown(name)}: expected a folder with a tokenizer or a hub name:"
+            f" {lines[0]}"
+        ) from error
+
+
+def _load_local(name: str) -> Any:
+    tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    # From a config.json alone transformers makes a tokenizer that turns every text into nothing.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ValueError("there are no tokenizer files")
+    return tokenizer
+
+
+def _load_hub(name: str) -> Any:
+    try:
+        return _load_local(name)
+    except (OSError, ValueError):
+        # Says at once what loading would say after a minute of attempts.
+        HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS)
+        AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return _load_local(name)
+
+
+def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
+    """Checks that the model has an embedding for every token.
+
+    Raises:
+        ValueError: The tokenizer is longer than the model's vocabulary.
+    """
+    length = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if length > vocab_size:
+        raise ValueError(
+            f"{TOKENIZER_FLAG} {shown(str(tokenizer.name_or_path))}: the tokenizer has {length}"
+            f" tokens, expected at most the model's vocabulary of {vocab_size}"
+        )

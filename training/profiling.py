@@ -1,0 +1,159 @@
+"""--profiling of a run: what its steps took, held against what the simulator makes of their costs.
+
+The simulator knows the pipeline; the optimizer's part of a step is added here, since no stage steps
+before all have agreed on the gradients' norm.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from comm.communicator import Communicator
+from comm.objects import gather_json
+from comm.topology import Topology
+from monitor.profiling.breakdown import SimulatedSpan
+from monitor.profiling.profiler import TIMELINE_NAME, Profiler, start_profiling
+from monitor.profiling.step_trace import RankSpan, TracedStep, compute_costs
+from monitor.profiling.timeline import Timeline
+from monitor.profiling.trace_file import TRACE_FOLDER
+from monitor.profiling.tracer import NO_TRACER, Tracer, Track
+from pipeline_parallel.schedule.schedules import SCHEDULES
+from pipeline_parallel.schedule.simulator import Costs, StageCosts, simulate
+from pipeline_parallel.schedule.simulator import Timeline as Simulation
+
+logger = logging.getLogger(__name__)
+
+
+def simulate_pipeline(
+    steps: Sequence[TracedStep], *, schedule: str, num_stages: int, num_microbatches: int
+) -> Simulation:
+    """Forward and backward of a step for the median costs measured in `steps`, messages for
+    nothing."""
+    spans = [span for step in steps for span in step.spans]
+    found = compute_costs(spans, num_stages=num_stages)
+
+    def seconds(stage: int, track: Track) -> float:
+        return found.get((stage, track), 0.0)
+
+    # Where backward is not split, all of it is on its one track.
+    costs = [
+        StageCosts(
+            forward=seconds(stage, Track.FORWARD_COMPUTE),
+            input_gradient=seconds(stage, Track.BACKWARD_COMPUTE),
+            weight_gradient=seconds(stage, Track.WEIGHT_GRADIENT),
+        )
+        for stage in range(num_stages)
+    ]
+    return simulate(SCHEDULES[schedule], num_stages, num_microbatches, Costs(costs))
+
+
+def simulated_step(
+    steps: Sequence[TracedStep], *, schedule: str, num_stages: int, num_microbatches: int
+) -> float:
+    """Seconds that a step should take, given the costs measured in `steps`: the pipeline; the norms
+    of each stage's gradients as it ends; once all have theirs, the update."""
+    simulation = simulate_pipeline(
+        steps, schedule=schedule, num_stages=num_stages, num_microbatches=num_microbatches
+    )
+    norms, updates = _optimizer_seconds(steps, num_stages)
+    ends = [max(s.end for s in simulation.spans if s.stage == i) for i in range(num_stages)]
+    return max(end + norm for end, norm in zip(ends, norms, strict=True)) + max(updates)
+
+
+def measured_over_simulated(
+    steps: Sequence[TracedStep], *, schedule: str, num_stages: int, num_microbatches: int
+) -> float:
+    """The median length of `steps` over `simulated_step`."""
+    measured = statistics.median(step.end - step.start for step in steps)
+    return measured / simulated_step(
+        steps, schedule=schedule, num_stages=num_stages, num_microbatches=num_microbatches
+    )
+
+
+class TrainingProfile:
+    """A run's tracer, and what is made of its spans at the end; every rank has one.
+
+    asked: --profiling is tidy_profiling; else nothing is traced, written or told. The files of a
+    run are named for `run`, and lie under the working directory.
+    """
+
+    def __init__(
+        self,
+        asked: bool,
+        *,
+        run: str,
+        control: Communicator,
+        topology: Topology,
+        cuda: bool,
+        schedule: str,
+        num_microbatches: int,
+    ) -> None:
+        self._control, self._topology = control, topology
+        self._schedule, self._num_microbatches = schedule, num_microbatches
+        self._profiler: Profiler | None = None
+        if asked:
+            self._profiler = start_profiling(control, run=run, cuda=cuda)
+        self.tracer: Tracer = NO_TRACER if self._profiler is None else self._profiler.tracer
+
+    def finish(self) -> None:
+        """Ends a run that went well: traces, timeline.png, and on rank 0 a line in the log."""
+        if self._profiler is None:
+            return
+        timeline = self._profiler.finish(
+            partial(gather_json, self._control),
+            self._simulated_spans,
+            schedule=self._schedule,
+            num_stages=self._topology.num_stages,
+            num_replicas=self._topology.num_replicas,
+            num_microbatches=self._num_microbatches,
+        )
+        if timeline is not None:
+            logger.info("%s", self._summary(timeline))
+
+    def close(self) -> None:
+        """Writes what has been traced, however the run ends."""
+        self.tracer.close()
+
+    def _simulated_spans(self, step: TracedStep) -> list[SimulatedSpan]:
+        simulation = simulate_pipeline(
+            [step], schedule=self._schedule, num_stages=self._topology.num_stages,
+            num_microbatches=self._num_microbatches,
+        )  # fmt: skip
+        return [SimulatedSpan(s.stage, str(s.action), s.start, s.end) for s in simulation.spans]
+
+    def _summary(self, timeline: Timeline) -> str:
+        step, of_step = timeline.measured, timeline.measured_shares()
+        simulated = simulated_step(
+            [step], schedule=self._schedule, num_stages=self._topology.num_stages,
+            num_microbatches=self._num_microbatches,
+        )  # fmt: skip
+        return (
+            f"profile of step {step.step}: {1e3 * (step.end - step.start):.1f} ms, simulated "
+            f"{1e3 * simulated:.1f} ms; bubble {of_step.bubble:.1%}, exposed communication "
+            f"{of_step.communication:.1%}, compute {of_step.compute:.1%}: "
+            f"{Path(TRACE_FOLDER, TIMELINE_NAME)}"
+        )
+
+
+def _optimizer_seconds(
+    steps: Sequence[TracedStep], num_stages: int
+) -> tuple[list[float], list[float]]:
+    """By stage, what the norms and what the update took: medians over steps and replicas."""
+    norms: list[list[float]] = [[] for _ in range(num_stages)]
+    updates: list[list[float]] = [[] for _ in range(num_stages)]
+    for step in steps:
+        for rank in sorted({span.rank for span in step.spans}):
+            first, *others = _optimizer_spans(step.spans, rank) or [0.0]
+            norms[rank % num_stages].append(first)
+            updates[rank % num_stages].append(sum(others))
+    return [statistics.median(s) for s in norms], [statistics.median(s) for s in updates]
+
+
+def _optimizer_spans(spans: Sequence[RankSpan], rank: int) -> list[float]:
+    """Seconds of a rank's optimizer spans in one step, in order: the norms, then the update."""
+    of_rank = (s for s in spans if s.rank == rank and s.track is Track.OPTIMIZER_COMP)
+    return [s.end - s.start for s in sorted(of_rank, key=lambda span: span.start)]
