@@ -294,9 +294,7 @@ def choose_device(args: argparse.Namespace, *, ranks_here: int) -> torch.device:
     return torch.device("cpu")
 
 
-def _fail_with_traceback(
-    watch: Watch, error: Exception, *, last: Callable[[], object]
-) -> NoReturn:
+def _fail_with_traceback(watch: Watch, error: Exception, *, last: Callable[[], object]) -> NoReturn:
     """What nobody foresaw: the traceback for us, one line for the others."""
     traceback.print_exc()
     causes = [error, error.__cause__] if error.__cause__ is not None else [error]

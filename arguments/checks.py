@@ -165,9 +165,13 @@ def check_flags(args: argparse.Namespace) -> None:
     _check_meeting(args)
     for flag, value, divides, whole_value in (
         ("--micro-batch-size", args.micro_batch_size, "--batch-size", args.batch_size),
-        ("--gradient-accumulate-step", args.gradient_accumulate_step, "--total-steps",
-         args.total_steps),
-    ):  # fmt: skip
+        (
+            "--gradient-accumulate-step",
+            args.gradient_accumulate_step,
+            "--total-steps",
+            args.total_steps,
+        ),
+    ):
         if whole_value % value:
             raise ValueError(f"{flag} {value} does not divide {divides} {whole_value}")
     updates = args.total_steps // args.gradient_accumulate_step

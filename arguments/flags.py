@@ -23,9 +23,14 @@ MAX_SECONDS = 1e9  # what the system's clocks and locks can wait for
 
 def _add_switch(group: Any, flag: str, help_text: str, default: bool | None) -> None:
     group.add_argument(
-        flag, type=switch, nargs="?", const=True, default=default, metavar="true|false",
+        flag,
+        type=switch,
+        nargs="?",
+        const=True,
+        default=default,
+        metavar="true|false",
         help=help_text,
-    )  # fmt: skip
+    )
 
 
 def train_parser() -> argparse.ArgumentParser:
@@ -52,9 +57,13 @@ def _add_model_flags(group: Any) -> None:
     )
     add("--tokenizer-name", help="folder or hub name; default: --model-name")
     add("--model-type", required=True, choices=sorted(MODELS), help="model family")
-    add("--num-layers", required=True, type=layers(auto=True),
+    add(
+        "--num-layers",
+        required=True,
+        type=layers(auto=True),
         help="layers per stage, of which the last may have fewer; or a list of each stage's, as "
-        "5,3; or auto: the split whose slowest stage has the fewest multiply-adds")  # fmt: skip
+        "5,3; or auto: the split whose slowest stage has the fewest multiply-adds",
+    )
     add("--embedding-dim", required=True, type=whole(1), help="hidden size, as config.json has it")
     _add_switch(
         group, "--load-pretrained-model", "false: random weights from config.json and --seed", True
@@ -71,30 +80,60 @@ def _add_process_flags(group: Any) -> None:
     add("--net-interface", help="network interface; default: the one that leads to rank 0")
     add("--cuda-id", type=whole(0), help="this process's GPU; default: 0")
     _add_switch(group, "--use-cuda", "default: true where there is a GPU", None)
-    add("--dist-backend", choices=("cupy_nccl", "nccl", "gloo"),
+    add(
+        "--dist-backend",
+        choices=("cupy_nccl", "nccl", "gloo"),
         help="activations and gradients between stages; nccl is torch's own, without CuPy; "
-        "default: cupy_nccl, on CPU gloo")  # fmt: skip
-    add("--dp-backend", choices=("nccl", "gloo"),
+        "default: cupy_nccl, on CPU gloo",
+    )
+    add(
+        "--dp-backend",
+        choices=("nccl", "gloo"),
         help="gradients between replicas; nccl is torch's own where --dist-backend is nccl, else "
-        "CuPy's; default: nccl, on CPU gloo")  # fmt: skip
+        "CuPy's; default: nccl, on CPU gloo",
+    )
     add("--job-id", default="0", help="tells this job from others at the same --dist-url")
-    add("--job-token-file", type=Path,
+    add(
+        "--job-token-file",
+        type=Path,
         help="file with a secret that only this job's ranks have, each on its own disk: without it "
-        "who knows --job-id can join")  # fmt: skip
-    add("--join-timeout", type=real(positive=True, at_most=MAX_SECONDS), default=300.0,
-        help="seconds for all ranks to meet")  # fmt: skip
-    add("--dist-timeout", type=real(positive=True, at_most=MAX_SECONDS), default=300.0,
-        help="seconds that one operation may wait for a peer, at least 5")  # fmt: skip
-    _add_switch(group, "--check-cluster", "meet, compare the machines, measure devices and links, "
-                "print what to expect, and end; reads no weights and no data", False)  # fmt: skip
+        "who knows --job-id can join",
+    )
+    add(
+        "--join-timeout",
+        type=real(positive=True, at_most=MAX_SECONDS),
+        default=300.0,
+        help="seconds for all ranks to meet",
+    )
+    add(
+        "--dist-timeout",
+        type=real(positive=True, at_most=MAX_SECONDS),
+        default=300.0,
+        help="seconds that one operation may wait for a peer, at least 5",
+    )
+    _add_switch(
+        group,
+        "--check-cluster",
+        "meet, compare the machines, measure devices and links, "
+        "print what to expect, and end; reads no weights and no data",
+        False,
+    )
 
 
 def _add_training_flags(group: Any) -> None:
     add = group.add_argument
-    add("--optimizer", choices=("adam", "8bit-adam"), default="adam",
-        help="adam is AdamW; 8bit-adam needs bitsandbytes")  # fmt: skip
-    add("--total-steps", required=True, type=whole(1),
-        help="iterations; --gradient-accumulate-step of them make one update")  # fmt: skip
+    add(
+        "--optimizer",
+        choices=("adam", "8bit-adam"),
+        default="adam",
+        help="adam is AdamW; 8bit-adam needs bitsandbytes",
+    )
+    add(
+        "--total-steps",
+        required=True,
+        type=whole(1),
+        help="iterations; --gradient-accumulate-step of them make one update",
+    )
     add("--warmup-steps", type=whole(0), default=0, help="updates of linear warm-up")
     add(
         "--lr",
@@ -102,13 +141,25 @@ def _add_training_flags(group: Any) -> None:
         default=1e-5,
         help="learning rate at the end of the warm-up",
     )
-    add("--lr-schedule", choices=("linear", "cosine", "constant"), default="linear",
-        help="after the warm-up")  # fmt: skip
+    add(
+        "--lr-schedule",
+        choices=("linear", "cosine", "constant"),
+        default="linear",
+        help="after the warm-up",
+    )
     add("--min-lr", type=real(), default=0.0, help="where the schedule ends")
-    add("--weight-decay", type=real(at_most=MAX_RATE), default=0.01,
-        help="of matrices; biases and norms have none")  # fmt: skip
-    add("--max-grad-norm", type=real(positive=True, finite=False), default=1.0,
-        help="gradient norm to clip to; inf: never")  # fmt: skip
+    add(
+        "--weight-decay",
+        type=real(at_most=MAX_RATE),
+        default=0.01,
+        help="of matrices; biases and norms have none",
+    )
+    add(
+        "--max-grad-norm",
+        type=real(positive=True, finite=False),
+        default=1.0,
+        help="gradient norm to clip to; inf: never",
+    )
     add("--batch-size", type=whole(1), default=8, help="sequences per pipeline and iteration")
     add("--micro-batch-size", type=whole(1), default=1, help="sequences per microbatch")
     add("--gradient-accumulate-step", type=whole(1), default=1, help="iterations per update")
@@ -123,67 +174,133 @@ def _add_precision_flags(group: Any) -> None:
     add = group.add_argument
     _add_switch(group, "--fp16", "compute in fp16, weights and moments in fp32", False)
     _add_switch(group, "--bf16", "compute in bf16, weights and moments in fp32", False)
-    add("--cpu-matmul", choices=("auto", "default", "onednn"), default="auto",
+    add(
+        "--cpu-matmul",
+        choices=("auto", "default", "onednn"),
+        default="auto",
         help="what multiplies fp32 matrices on a CPU: torch's default (MKL) or oneDNN; auto: what "
-        "the checkpoint was made with, else oneDNN on AMD processors with AVX-512")  # fmt: skip
+        "the checkpoint was made with, else oneDNN on AMD processors with AVX-512",
+    )
     add("--loss-scale", type=real(), default=0.0, help="fp16: a constant loss scale; 0: dynamic")
-    add("--initial-loss-scale", type=real(positive=True), default=32768.0,
-        help="fp16: the first dynamic scale")  # fmt: skip
-    add("--min-loss-scale", type=real(positive=True), default=1.0,
-        help="fp16: the smallest dynamic scale")  # fmt: skip
-    add("--loss-scale-window", type=whole(1), default=1000,
-        help="fp16: clean updates in a row before the scale doubles")  # fmt: skip
+    add(
+        "--initial-loss-scale",
+        type=real(positive=True),
+        default=32768.0,
+        help="fp16: the first dynamic scale",
+    )
+    add(
+        "--min-loss-scale",
+        type=real(positive=True),
+        default=1.0,
+        help="fp16: the smallest dynamic scale",
+    )
+    add(
+        "--loss-scale-window",
+        type=whole(1),
+        default=1000,
+        help="fp16: clean updates in a row before the scale doubles",
+    )
     add("--hysteresis", type=whole(1), default=2, help="fp16: overflows before the scale halves")
-    add("--max-skipped-updates", type=whole(1), default=50,
-        help="fp16: overflows in a row that end the run, with a checkpoint")  # fmt: skip
+    add(
+        "--max-skipped-updates",
+        type=whole(1),
+        default=50,
+        help="fp16: overflows in a row that end the run, with a checkpoint",
+    )
     _add_switch(group, "--use-offload", "master weights and moments in host memory", False)
-    add("--zero-stage", type=int, choices=(0, 1), default=0,
-        help="1: each replica keeps its share of master weights and moments")  # fmt: skip
+    add(
+        "--zero-stage",
+        type=int,
+        choices=(0, 1),
+        default=0,
+        help="1: each replica keeps its share of master weights and moments",
+    )
     _add_switch(
-        group, "--plan", "print what each stage will need, and end; needs config.json alone: no "
-        "weights, no data, no other rank, and with --use-cuda true no GPU", False,
-    )  # fmt: skip
-    add("--device-memory", type=size, metavar="SIZE",
+        group,
+        "--plan",
+        "print what each stage will need, and end; needs config.json alone: no "
+        "weights, no data, no other rank, and with --use-cuda true no GPU",
+        False,
+    )
+    add(
+        "--device-memory",
+        type=size,
+        metavar="SIZE",
         help="with --plan: what a device has, as 24GB (10^9 bytes) or 24GiB (2^30); where a stage "
-        "needs more, the flags that help are told, and the exit status is 1")  # fmt: skip
+        "needs more, the flags that help are told, and the exit status is 1",
+    )
     _add_switch(
-        group, "--measure-memory", "tell at the end the most that tensors took on each rank, "
-        "beside what --plan says; on a CPU the run takes longer", False,
-    )  # fmt: skip
+        group,
+        "--measure-memory",
+        "tell at the end the most that tensors took on each rank, "
+        "beside what --plan says; on a CPU the run takes longer",
+        False,
+    )
 
 
 def _add_data_flags(group: Any) -> None:
     add = group.add_argument
-    add("--task-name", required=True,
+    add(
+        "--task-name",
+        required=True,
         help="a[:weight],b[:weight],...: each a .jsonl, .jsonl.zst, .jsonl.gz or .parquet file, a "
         "folder of them, a data set saved to disk by datasets, a hub name (org/name or org/name/"
         "configuration), or a registered task (cot, natural_instructions or ni, p3, pile); only "
-        "rank 0 needs the files")  # fmt: skip
+        "rank 0 needs the files",
+    )
     add("--seq-length", type=whole(2), default=2048, help="tokens of a block")
-    add("--doc-separator", help="text put before each document, instead of an end-of-text token "
-        "after it; a newline is written $'\\n' in bash")  # fmt: skip
-    add("--train-on", choices=("all", "completion"), default="all",
+    add(
+        "--doc-separator",
+        help="text put before each document, instead of an end-of-text token "
+        "after it; a newline is written $'\\n' in bash",
+    )
+    add(
+        "--train-on",
+        choices=("all", "completion"),
+        default="all",
         help="completion: the loss is over completions and what the assistant or bot says alone; "
-        "texts that are no conversation are trained whole")  # fmt: skip
-    add("--pack", choices=("concat", "document"), default="concat",
+        "texts that are no conversation are trained whole",
+    )
+    add(
+        "--pack",
+        choices=("concat", "document"),
+        default="concat",
         help="concat: documents end to end, and a token sees all before it in its block; document: "
         "attention and positions stay inside a document, and none is cut that fits into a block",
     )
-    add("--data-workers", type=whole(0), default=1,
-        help="processes that tokenize ahead of training, on rank 0; 0: training's own")  # fmt: skip
-    add("--bad-lines", choices=("error", "skip"), default="error",
+    add(
+        "--data-workers",
+        type=whole(0),
+        default=1,
+        help="processes that tokenize ahead of training, on rank 0; 0: training's own",
+    )
+    add(
+        "--bad-lines",
+        choices=("error", "skip"),
+        default="error",
         help="what a line does that is no document: end the run, or be left out and named in "
-        "bad_lines.txt in --checkpoint-path")  # fmt: skip
-    add("--max-bad-share", type=real(at_most=1.0), default=0.01,
+        "bad_lines.txt in --checkpoint-path",
+    )
+    add(
+        "--max-bad-share",
+        type=real(at_most=1.0),
+        default=0.01,
         help="with --bad-lines skip: so many bad lines end the run, as a share of the lines read "
-        "(at least of 1000)")  # fmt: skip
-    add("--preview-data", type=whole(1), metavar="N",
+        "(at least of 1000)",
+    )
+    add(
+        "--preview-data",
+        type=whole(1),
+        metavar="N",
         help="print the first N blocks as text, what is trained in green, and the mixture in "
-        "numbers, and end; needs no weights and no other rank")  # fmt: skip
-    add("--evaluation-data",
+        "numbers, and end; needs no weights and no other rank",
+    )
+    add(
+        "--evaluation-data",
         help="[name=]source,[name=]source,...: each a file, folder or task, as of --task-name, to "
         "measure the held-out loss on; a set's name is that of its file, folder or task where none "
-        "is given")  # fmt: skip
+        "is given",
+    )
     add(
         "--evaluation-steps",
         type=whole(0),
@@ -196,29 +313,54 @@ def _add_data_flags(group: Any) -> None:
 def _add_output_flags(group: Any) -> None:
     add = group.add_argument
     add("--checkpoint-path", type=Path, help="default: model_checkpoints/<model folder's name>")
-    add("--checkpoint-steps", type=whole(0), default=0,
-        help="save every so many iterations; 0: only at the end")  # fmt: skip
-    add("--keep-checkpoints", type=whole(1), metavar="N",
-        help="only the newest N stay, once a newer one is whole; default: all")  # fmt: skip
-    add("--keep-optimizer-states", type=whole(1), metavar="N",
+    add(
+        "--checkpoint-steps",
+        type=whole(0),
+        default=0,
+        help="save every so many iterations; 0: only at the end",
+    )
+    add(
+        "--keep-checkpoints",
+        type=whole(1),
+        metavar="N",
+        help="only the newest N stay, once a newer one is whole; default: all",
+    )
+    add(
+        "--keep-optimizer-states",
+        type=whole(1),
+        metavar="N",
         help="only the newest N checkpoints keep their optimizer state; older ones can be "
-        "converted, but training cannot go on from them; default: all")  # fmt: skip
+        "converted, but training cannot go on from them; default: all",
+    )
     _add_switch(
-        group, "--async-checkpoint",
+        group,
+        "--async-checkpoint",
         "training stops for a copy of its state in host memory alone, which is written beside it",
         False,
-    )  # fmt: skip
-    add("--checkpoint-failure", choices=("warn", "fatal"), default="warn",
+    )
+    add(
+        "--checkpoint-failure",
+        choices=("warn", "fatal"),
+        default="warn",
         help="what a save does that fails, of a full disk for example: warn, and training goes on, "
-        "or end the run; the last save's failure always ends it")  # fmt: skip
+        "or end the run; the last save's failure always ends it",
+    )
     _add_switch(group, "--load-checkpoint", "resume from --checkpoint-path if it has one", True)
-    add("--grace-seconds", type=real(positive=True, at_most=MAX_SECONDS), default=300.0,
+    add(
+        "--grace-seconds",
+        type=real(positive=True, at_most=MAX_SECONDS),
+        default=300.0,
         help="seconds after SIGTERM, SIGINT or SIGUSR1 for the update to end and be saved, before "
-        "exit status 75; later, 1")  # fmt: skip
+        "exit status 75; later, 1",
+    )
     add("--project-name", default="dist-clm-train", help="Weights & Biases project")
-    add("--profiling", choices=("no-profiling", "tidy_profiling"), default="no-profiling",
+    add(
+        "--profiling",
+        choices=("no-profiling", "tidy_profiling"),
+        default="no-profiling",
         help="tidy_profiling: a trace of every rank, and timeline.png of one step of all, in "
-        "trace_json under the working directory")  # fmt: skip
+        "trace_json under the working directory",
+    )
 
 
 def parse_train(
@@ -239,8 +381,12 @@ def parse_convert_from_hf(family: str, argv: Sequence[str] | None = None) -> arg
     parser = OneLineParser(f"Converts a Hugging Face {family} model to layer shards.")
     add = parser.add_argument
     add("--model-name", required=True, help="folder in the Hugging Face format, or hub name")
-    add("--save-dir", required=True, type=Path,
-        help="the shards go to <save-dir>/<model name with / as _>")  # fmt: skip
+    add(
+        "--save-dir",
+        required=True,
+        type=Path,
+        help="the shards go to <save-dir>/<model name with / as _>",
+    )
     add("--dtype", choices=("keep", "fp16", "bf16", "fp32"), default="keep", help="of the shards")
     return _parse_or_refuse(parser, argv)
 
@@ -249,16 +395,24 @@ def parse_convert_to_hf(family: str, argv: Sequence[str] | None = None) -> argpa
     """The flags of convert_to_hf_<family>.py; ends the process with status 2 on a mistake."""
     parser = OneLineParser(f"Converts a {family} training checkpoint to the Hugging Face format.")
     add = parser.add_argument
-    add("--ckpt-path", required=True, type=Path,
-        help="a step's folder, or the --checkpoint-path of training for the latest")  # fmt: skip
+    add(
+        "--ckpt-path",
+        required=True,
+        type=Path,
+        help="a step's folder, or the --checkpoint-path of training for the latest",
+    )
     add("--save-path", required=True, type=Path, help="the folder to write")
     add("--n-stages", type=whole(1), help="stages of the run; needed where no meta.json tells")
-    add("--n-layer-per-stage", type=layers(auto=False),
-        help="layers per stage, or a list of each stage's; needed likewise")  # fmt: skip
+    add(
+        "--n-layer-per-stage",
+        type=layers(auto=False),
+        help="layers per stage, or a list of each stage's; needed likewise",
+    )
     add("--config-name", help="folder or hub name of config and tokenizer, for checkpoints without")
     _add_switch(parser, "--fp16", "write fp16, whatever the checkpoint holds", False)
-    _add_switch(parser, "--verify", "compare the result's logits with the stages', layer by layer",
-                False)  # fmt: skip
+    _add_switch(
+        parser, "--verify", "compare the result's logits with the stages', layer by layer", False
+    )
     return _parse_or_refuse(parser, argv)
 
 

@@ -108,9 +108,12 @@ def _data_parallel() -> Case:
 
 def _gpipes(name: str, title: str, work: Work) -> Case:
     return Case(
-        name, title, work, [ours(work, "gpipe"), theirs(work, "GPipe")],
+        name,
+        title,
+        work,
+        [ours(work, "gpipe"), theirs(work, "GPipe")],
         [("gpipe 4-4", "torch GPipe 4-4")],
-    )  # fmt: skip
+    )
 
 
 def _short(batch: int) -> Case:
@@ -119,10 +122,14 @@ def _short(batch: int) -> Case:
         f"m{batch}",
         f"fp32, {batch} microbatches",
         work,
-        [ours(auto(work), "zb-h1"), *(ours(work, mode) for mode in SCHEDULES),
-         theirs(work, "GPipe"), theirs(work.on(split=(5, 3)), "GPipe")],
+        [
+            ours(auto(work), "zb-h1"),
+            *(ours(work, mode) for mode in SCHEDULES),
+            theirs(work, "GPipe"),
+            theirs(work.on(split=(5, 3)), "GPipe"),
+        ],
         [("zb-h1 5-3", "torch GPipe 4-4"), ("zb-h1 5-3", "torch GPipe 5-3")],
-    )  # fmt: skip
+    )
 
 
 def _many() -> Case:
@@ -131,10 +138,12 @@ def _many() -> Case:
         "m32",
         "fp32, 32 microbatches",
         work,
-        [*(ours(work, mode) for mode in SCHEDULES),
-         *(theirs(work, name) for name in ("GPipe", "1F1B"))],
+        [
+            *(ours(work, mode) for mode in SCHEDULES),
+            *(theirs(work, name) for name in ("GPipe", "1F1B")),
+        ],
         [("zb-h1 4-4", "torch 1F1B 4-4")],
-    )  # fmt: skip
+    )
 
 
 def _defaults() -> Case:

@@ -48,8 +48,10 @@ def main() -> None:
     add("--folder", type=Path, help="on the disk to write to; default: the system's for such files")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{Processor.of_this_machine().name}, {os.cpu_count()} cores; "
-          f"a state of {args.megabytes} MB")  # fmt: skip
+    print(
+        f"{Processor.of_this_machine().name}, {os.cpu_count()} cores; "
+        f"a state of {args.megabytes} MB"
+    )
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         measure(Path(folder), make_state(args.megabytes * 1e6), args.rounds)
 
@@ -64,14 +66,18 @@ def make_state(num_bytes: float) -> dict[str, Any]:
         "checkpoint": weights,
         "optimizer": {"kind": "adam", "exp_avg": moments[0], "exp_avg_sq": moments[1]},
         "scheduler": {"step": 1},
-    }  # fmt: skip
+    }
 
 
 def measure(folder: Path, state: dict[str, Any], rounds: int) -> None:
     store = CheckpointStore(
-        folder, control=LocalCommunicator(), topology=Topology(0, 1, 1), nonce="benchmark",
-        extras={}, keep=Keep(1, None),
-    )  # fmt: skip
+        folder,
+        control=LocalCommunicator(),
+        topology=Topology(0, 1, 1),
+        nonce="benchmark",
+        extras={},
+        keep=Keep(1, None),
+    )
     snapshot, step = Snapshot(), 0
     stalls: dict[str, list[float]] = {"at once": [], "beside training": [], "torch.save": []}
     speeds: dict[str, list[float]] = {"alone": [], "beside a save": []}

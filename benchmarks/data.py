@@ -76,10 +76,15 @@ def train_tokenizer(texts: Sequence[str]) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE, special_tokens=["<eos>"], initial_alphabet=alphabet,
-        show_progress=False,
-    ))  # fmt: skip
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=VOCAB_SIZE,
+            special_tokens=["<eos>"],
+            initial_alphabet=alphabet,
+            show_progress=False,
+        ),
+    )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
 
 
@@ -107,8 +112,10 @@ def show_index(large: Path, tiny: Path, tokenizer: Any) -> None:
     start = time.perf_counter()
     lines = len(line_index(str(large)))
     seconds = time.perf_counter() - start
-    print(f"index of {megabytes(large):.0f} MB, {lines:,} lines: {seconds:.2f} s, "
-          f"{megabytes(large) / seconds:.0f} MB/s")  # fmt: skip
+    print(
+        f"index of {megabytes(large):.0f} MB, {lines:,} lines: {seconds:.2f} s, "
+        f"{megabytes(large) / seconds:.0f} MB/s"
+    )
     for path in (tiny, large, tiny, large):
         start = time.perf_counter()
         open_stream(path, tokenizer).next_block()
@@ -125,8 +132,10 @@ def show_peak(path: str, folder: str) -> None:
     (worker,) = multiprocessing.active_children()
     peaks = [peak_of("self"), peak_of(str(worker.pid))]
     stream.close()
-    print(f"{BLOCKS_FOR_MEMORY} blocks of {megabytes(Path(path)):.0f} MB: peak memory "
-          f"{peaks[0]:.0f} MB, its worker's {peaks[1]:.0f}")  # fmt: skip
+    print(
+        f"{BLOCKS_FOR_MEMORY} blocks of {megabytes(Path(path)):.0f} MB: peak memory "
+        f"{peaks[0]:.0f} MB, its worker's {peaks[1]:.0f}"
+    )
 
 
 def peak_of(pid: str) -> float:

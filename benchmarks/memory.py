@@ -49,9 +49,13 @@ class OneOfTwo(LocalCommunicator):
 
 def build_model() -> StageModel:
     config = GPTNeoXConfig(
-        hidden_size=256, num_hidden_layers=8, num_attention_heads=4, intermediate_size=1024,
-        vocab_size=8192, max_position_embeddings=256,
-    )  # fmt: skip
+        hidden_size=256,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        intermediate_size=1024,
+        vocab_size=8192,
+        max_position_embeddings=256,
+    )
     model = StageModel(MODELS["gptneox"].load(), config, range(10), device="cpu")
     for index, module in zip(model.indices, model, strict=True):
         initialise_(module, std=0.02, seed=0, index=index)
@@ -75,9 +79,14 @@ def measure(precision: str, algorithm: str, *, offload: bool, sharded: bool) -> 
     model = build_model()
     parameters = dict(model.named_parameters())
     optimizer = MixedPrecisionOptimizer(
-        parameters, ALGORITHMS[algorithm](), dtype=DTYPES[precision], weight_decay=0.01,
-        offload=offload, sharded=sharded, replicas=OneOfTwo() if sharded else LocalCommunicator(),
-    )  # fmt: skip
+        parameters,
+        ALGORITHMS[algorithm](),
+        dtype=DTYPES[precision],
+        weight_decay=0.01,
+        offload=offload,
+        sharded=sharded,
+        replicas=OneOfTwo() if sharded else LocalCommunicator(),
+    )
     optimizer.step(lr=0.0, factor=1.0)
     count = sum(p.numel() for p in parameters.values())
     host = 0

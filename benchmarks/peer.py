@@ -49,9 +49,12 @@ class HuggingFaceStage(nn.Module):
         for layer in self.layers:
             if self.recompute:
                 x = checkpoint(
-                    layer, x, position_embeddings=rotary, use_reentrant=False,
+                    layer,
+                    x,
+                    position_embeddings=rotary,
+                    use_reentrant=False,
                     preserve_rng_state=False,
-                )  # fmt: skip
+                )
             else:
                 x = layer(x, position_embeddings=rotary)
         if self.head is None or self.norm is None:
@@ -80,10 +83,14 @@ class Update:
         matrices = [p for p in self._masters if p.dim() >= 2]
         others = [p for p in self._masters if p.dim() < 2]
         self._adamw = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": WEIGHT_DECAY},
-             {"params": others, "weight_decay": 0.0}],
-            lr=LR, eps=EPS, fused=True if fused else None,
-        )  # fmt: skip
+            [
+                {"params": matrices, "weight_decay": WEIGHT_DECAY},
+                {"params": others, "weight_decay": 0.0},
+            ],
+            lr=LR,
+            eps=EPS,
+            fused=True if fused else None,
+        )
         self._stages = stages
 
     @torch.no_grad()

@@ -163,8 +163,14 @@ def report(case: Case, results: list[Result], alone: float) -> None:
     tokens = m * case.work.tokens * replicas
     bound = alone * (m + stages - 1) / stages
     print(f"\n{case.title}")
-    columns = {"s/step": 8, "tokens/s": 10, "spread": 8, "of bound": 10, "/ simulated": 13,
-               "peak MB": 12}  # fmt: skip
+    columns = {
+        "s/step": 8,
+        "tokens/s": 10,
+        "spread": 8,
+        "of bound": 10,
+        "/ simulated": 13,
+        "peak MB": 12,
+    }
     print(f"  {'':22s}" + "".join(f"{name:>{width}s}" for name, width in columns.items()))
     for result in results:
         middle = median(result.seconds)
@@ -191,8 +197,10 @@ def _check_losses(case: Case, results: list[Result]) -> None:
     ]
     worst, allowed = max(apart), LOSS_TOLERANCE[case.work.precision]
     verdict = "agree" if all(each < allowed for each in apart) else "DO NOT AGREE"  # NaN is not
-    print(f"  losses {verdict}: {worst:.1e} apart over {len(first.losses)} updates "
-          f"({first.losses[0]:.4f} to {first.losses[-1]:.4f})")  # fmt: skip
+    print(
+        f"  losses {verdict}: {worst:.1e} apart over {len(first.losses)} updates "
+        f"({first.losses[0]:.4f} to {first.losses[-1]:.4f})"
+    )
     if verdict != "agree":
         raise SystemExit(1)
 
@@ -201,8 +209,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--case", choices=list(CASES), action="append", help="default: all")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--cpu-matmul", choices=("auto", "default", "onednn"), default="auto",
-                        help="what multiplies fp32 matrices on both sides")  # fmt: skip
+    parser.add_argument(
+        "--cpu-matmul",
+        choices=("auto", "default", "onednn"),
+        default="auto",
+        help="what multiplies fp32 matrices on both sides",
+    )
     args = parser.parse_args()
     auto = choose_matmul(Processor.of_this_machine())
     matmul = auto if args.cpu_matmul == "auto" else args.cpu_matmul

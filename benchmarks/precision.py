@@ -44,14 +44,40 @@ def train(folder: Path, name: str, flags: list[str], updates: int) -> tuple[floa
     """The mean loss of the last ten updates, the held-out loss, and seconds per update."""
     checkpoints = folder / name.replace(" ", "-")
     command = [
-        sys.executable, str(ROOT / "dist_clm_train.py"), "--model-type", "gptneox",
-        "--model-name", str(folder / "shards" / "small-neox"), "--num-layers", "4",
-        "--embedding-dim", "192", "--task-name", str(folder / "train.jsonl"),
-        "--evaluation-data", str(folder / "held_out.jsonl"), "--seq-length", "128",
-        "--batch-size", "8", "--micro-batch-size", "8", "--recompute", "false",
-        "--total-steps", str(updates), "--warmup-steps", "10", "--lr", "3e-3",
-        "--use-cuda", "false", "--checkpoint-path", str(checkpoints), *flags,
-    ]  # fmt: skip
+        sys.executable,
+        str(ROOT / "dist_clm_train.py"),
+        "--model-type",
+        "gptneox",
+        "--model-name",
+        str(folder / "shards" / "small-neox"),
+        "--num-layers",
+        "4",
+        "--embedding-dim",
+        "192",
+        "--task-name",
+        str(folder / "train.jsonl"),
+        "--evaluation-data",
+        str(folder / "held_out.jsonl"),
+        "--seq-length",
+        "128",
+        "--batch-size",
+        "8",
+        "--micro-batch-size",
+        "8",
+        "--recompute",
+        "false",
+        "--total-steps",
+        str(updates),
+        "--warmup-steps",
+        "10",
+        "--lr",
+        "3e-3",
+        "--use-cuda",
+        "false",
+        "--checkpoint-path",
+        str(checkpoints),
+        *flags,
+    ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment())
     lines = [json.loads(line) for line in (checkpoints / "metrics.jsonl").read_text().splitlines()]
     last = [number(line["loss"]) for line in lines[-10:]]
@@ -72,9 +98,14 @@ def prepare(folder: Path) -> None:
     """The quick start's model, corpus and shards."""
     for command in (
         ["example_scripts/quickstart_model.py", str(folder)],
-        ["convert_from_hf_gptneox.py", "--model-name", str(folder / "hf" / "small-neox"),
-         "--save-dir", str(folder / "shards")],
-    ):  # fmt: skip
+        [
+            "convert_from_hf_gptneox.py",
+            "--model-name",
+            str(folder / "hf" / "small-neox"),
+            "--save-dir",
+            str(folder / "shards"),
+        ],
+    ):
         subprocess.run([sys.executable, *command], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
 
 

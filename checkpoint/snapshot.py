@@ -14,10 +14,13 @@ Path = tuple[str, ...]
 def on_host(state: Mapping[str, Any]) -> dict[str, Any]:
     """`state` with its tensors in host memory, of which those that are there are not copied."""
     return {
-        name: on_host(value) if isinstance(value, Mapping)
-        else value.cpu() if isinstance(value, Tensor) else value
+        name: on_host(value)
+        if isinstance(value, Mapping)
+        else value.cpu()
+        if isinstance(value, Tensor)
+        else value
         for name, value in state.items()
-    }  # fmt: skip
+    }
 
 
 class Snapshot:

@@ -80,9 +80,7 @@ class CheckpointStore:
         self._search: Search | None = None
         self._pending: _Pending | None = None
         self._writes = topology.replica == 0
-        self._removal = Removal(
-            path if self._writes else None, keep, control=control, nonce=nonce
-        )
+        self._removal = Removal(path if self._writes else None, keep, control=control, nonce=nonce)
         clear = partial(step_folder.clear_leftovers, path, nonce) if self._writes else None
         do_together(control, clear, "removing what earlier starts left", expected=())
 
@@ -209,9 +207,7 @@ class CheckpointStore:
         same on all, names a file of the newest step that is damaged or missing, or says what each
         stage has, and lacks, where they have none in common.
         """
-        search = Search(
-            self.path, continuation, control=self._control, topology=self._topology
-        )
+        search = Search(self.path, continuation, control=self._control, topology=self._topology)
         self._search = search
         step = search.newest()
         if step is not None:

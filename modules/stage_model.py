@@ -52,9 +52,15 @@ class StageModel(nn.ModuleList):
         return self.head(x[:, :-1], keys, documents) if self.has_head else x
 
     def loss(
-        self, x: Tensor, labels: Tensor, keys: Keys, *, scale: float,
-        documents: Documents | None = None, recompute: bool = False,
-    ) -> Tensor:  # fmt: skip
+        self,
+        x: Tensor,
+        labels: Tensor,
+        keys: Keys,
+        *,
+        scale: float,
+        documents: Documents | None = None,
+        recompute: bool = False,
+    ) -> Tensor:
         """The last stage's sum of token losses; labels (rows, tokens), of which the last position's
         are not used. Backward gives the gradients of it times `scale`
         (`modules.layers.lm_head`).

@@ -32,9 +32,16 @@ class Algorithm(Protocol):
     def empty_state(self, weight: Tensor) -> dict[str, Tensor]: ...
 
     def step(
-        self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], *, factor: float,
-        lr: float, weight_decay: float, update: int,
-    ) -> None: ...  # fmt: skip
+        self,
+        weight: Tensor,
+        gradient: Tensor,
+        state: dict[str, Tensor],
+        *,
+        factor: float,
+        lr: float,
+        weight_decay: float,
+        update: int,
+    ) -> None: ...
 
 
 class MixedPrecisionOptimizer:

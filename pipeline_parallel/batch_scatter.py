@@ -55,9 +55,15 @@ class Scatter:
     """
 
     def __init__(
-        self, control: Communicator, topology: Topology, *, rows: int, tokens: int,
-        keeps_apart: bool, device: torch.device,
-    ) -> None:  # fmt: skip
+        self,
+        control: Communicator,
+        topology: Topology,
+        *,
+        rows: int,
+        tokens: int,
+        keeps_apart: bool,
+        device: torch.device,
+    ) -> None:
         self._control, self._topology, self._device = control, topology, device
         self._keeps_apart = keeps_apart
         self._rows, self._shape = rows, (rows, tokens)

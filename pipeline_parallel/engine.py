@@ -62,9 +62,13 @@ class PipelineBatch:
     """
 
     def __init__(
-        self, tokens: Tensor | None, labels: Tensor | None, keys: Sequence[int], rows: int,
+        self,
+        tokens: Tensor | None,
+        labels: Tensor | None,
+        keys: Sequence[int],
+        rows: int,
         begins: Tensor | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._tokens, self._labels, self._keys, self._rows = tokens, labels, keys, rows
         self._begins = begins
 

@@ -44,13 +44,27 @@ class PipelineChannel:
         self._shape, self._dtype = shape, dtype
         _check_alike(pipeline, shape, dtype, device)
         self._activations = _Line(
-            pipeline, prev, following, shape, dtype, device, tracer,
-            Track.FORWARD_RECV, Track.FORWARD_SEND,
-        )  # fmt: skip
+            pipeline,
+            prev,
+            following,
+            shape,
+            dtype,
+            device,
+            tracer,
+            Track.FORWARD_RECV,
+            Track.FORWARD_SEND,
+        )
         self._gradients = _Line(
-            pipeline, following, prev, shape, dtype, device, tracer,
-            Track.BACKWARD_RECV, Track.BACKWARD_SEND,
-        )  # fmt: skip
+            pipeline,
+            following,
+            prev,
+            shape,
+            dtype,
+            device,
+            tracer,
+            Track.BACKWARD_RECV,
+            Track.BACKWARD_SEND,
+        )
 
     def expect(self, *, activations: int, gradients: int) -> None:
         """Starts an iteration in which so many messages come of each kind."""

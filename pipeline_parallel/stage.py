@@ -42,9 +42,15 @@ class Stage:
         return self._live.keys() | self._deferred.keys()
 
     def forward(
-        self, microbatch: int, x: Tensor, labels: Tensor | None, keys: Keys, *, loss_scale: float,
+        self,
+        microbatch: int,
+        x: Tensor,
+        labels: Tensor | None,
+        keys: Keys,
+        *,
+        loss_scale: float,
         documents: Documents | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Runs `x` (activations, or token ids) and keeps what backward needs.
 
         Returns activations to send on or, given `labels` (rows, tokens), the sum of token losses,
@@ -55,14 +61,16 @@ class Stage:
             x.requires_grad_()
         with self._gradients.deferring(self._deferred_of(microbatch)):
             if labels is None:
-                out: Tensor = self._model(
-                    x, keys, documents=documents, recompute=self._recompute
-                )
+                out: Tensor = self._model(x, keys, documents=documents, recompute=self._recompute)
             else:
                 out = self._model.loss(
-                    x, labels, keys, scale=loss_scale, documents=documents,
+                    x,
+                    labels,
+                    keys,
+                    scale=loss_scale,
+                    documents=documents,
                     recompute=self._recompute,
-                )  # fmt: skip
+                )
         self._live[microbatch] = _Live(x, out)
         return out.detach()
 

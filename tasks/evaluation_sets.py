@@ -59,9 +59,7 @@ def _parse_item(item: str, value: str) -> tuple[str | None, str]:
     name, source = _split_name(item)
     if name == "" or not source:
         what = "an item is empty" if not item else "a name or a source is empty"
-        raise ValueError(
-            f"{EVALUATION_FLAG} '{shown(value)}': {what}, expected [name=]source,..."
-        )
+        raise ValueError(f"{EVALUATION_FLAG} '{shown(value)}': {what}, expected [name=]source,...")
     if _has_weight(source):
         raise ValueError(
             f"{EVALUATION_FLAG} {shown(item)}: there is no such path, and an evaluation set takes "

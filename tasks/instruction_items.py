@@ -66,8 +66,11 @@ class InstructionItems:
         output = instance.get("output")
         if isinstance(output, list):
             output = output[0] if output else None
-        row = {"definition": self._tasks[file].definition, "inputs": instance.get("input"),
-               "targets": output}  # fmt: skip
+        row = {
+            "definition": self._tasks[file].definition,
+            "inputs": instance.get("input"),
+            "targets": output,
+        }
         return parse_row(row, where, self._form)
 
     def _read_instance(self, file: int, index: int, where: str) -> dict[str, Any]:

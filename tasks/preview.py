@@ -128,9 +128,7 @@ def look_at(
     )
 
 
-def _count_blocks(
-    encoded: Sequence[Encoded], tokens: int, seq_length: int, pack: Pack
-) -> float:
+def _count_blocks(encoded: Sequence[Encoded], tokens: int, seq_length: int, pack: Pack) -> float:
     """How many blocks an epoch of these documents makes that train any token.
 
     They are packed over and over, each time in another order, for COUNTED_BLOCKS at least.

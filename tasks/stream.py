@@ -79,6 +79,7 @@ def open_documents(
         return IndexedDocuments(source, seed=seed, bad_lines=bad_lines)
     logger.info(
         "%s: shuffled in chunks of up to %d documents, for it can be read in order alone",
-        shown(source.name), chunk_documents,
-    )  # fmt: skip
+        shown(source.name),
+        chunk_documents,
+    )
     return Documents(source, seed=seed, chunk_documents=chunk_documents, bad_lines=bad_lines)

@@ -130,8 +130,11 @@ class Injector:
     def armed(self) -> list[Armed]:
         """What the ranks are to do to themselves."""
         self._phases.begin()
-        return [*(PhaseMarks(rank, self._phases) for rank in range(WORLD)),
-                *self._cutters, *self._points]  # fmt: skip
+        return [
+            *(PhaseMarks(rank, self._phases) for rank in range(WORLD)),
+            *self._cutters,
+            *self._points,
+        ]
 
     def attend(self, pids: Sequence[int], ended: Mapping[int, int | None]) -> None:
         now = time.monotonic()

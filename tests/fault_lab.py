@@ -111,9 +111,14 @@ def live(
 def _undisturbed(lab: FaultLab) -> float:
     """The run to compare with, all of whose steps are saved, and the seconds of an ordinary one."""
     no_faults = partial(
-        Injector, [], life=1.0, metrics=lab.lab.folder / "none", phases=Phases(WORLD),
-        disks=SmallDisks([], mounted=False), hosts=lab.hosts,
-    )  # fmt: skip
+        Injector,
+        [],
+        life=1.0,
+        metrics=lab.lab.folder / "none",
+        phases=Phases(WORLD),
+        disks=SmallDisks([], mounted=False),
+        hosts=lab.hosts,
+    )
     whole = lab.start("whole", {"checkpoint-steps": 2}, no_faults())
     began = time.monotonic()
     again = lab.start("again", {}, no_faults())
@@ -163,9 +168,13 @@ def _start(
     life: float,
 ) -> Start:
     injector = Injector(
-        faults, life=life, metrics=lab.disks(name)[0] / "metrics.jsonl", phases=Phases(WORLD),
-        disks=disks, hosts=lab.hosts,
-    )  # fmt: skip
+        faults,
+        life=life,
+        metrics=lab.disks(name)[0] / "metrics.jsonl",
+        phases=Phases(WORLD),
+        disks=disks,
+        hosts=lab.hosts,
+    )
     try:
         outcome = lab.start(name, dict(plan.changes), injector)
         ended = time.monotonic()

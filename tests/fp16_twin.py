@@ -71,10 +71,14 @@ def twin(folder: Path, recipe: Recipe) -> list[dict[str, Any]]:
     model = Twin(folder)
     masters = [p for module in load_model(folder) for p in module.parameters()]
     adamw = torch.optim.AdamW(
-        [{"params": [p for p in masters if p.dim() >= 2], "weight_decay": 0.1},
-         {"params": [p for p in masters if p.dim() < 2], "weight_decay": 0.0}],
-        lr=LR, eps=1e-6, fused=True,
-    )  # fmt: skip
+        [
+            {"params": [p for p in masters if p.dim() >= 2], "weight_decay": 0.1},
+            {"params": [p for p in masters if p.dim() < 2], "weight_decay": 0.0},
+        ],
+        lr=LR,
+        eps=1e-6,
+        fused=True,
+    )
     schedule = get_linear_schedule_with_warmup(adamw, WARMUP, recipe.updates)
     scaler = torch.amp.GradScaler("cpu", init_scale=recipe.scale)
     scale, left, clean, lines = recipe.scale, recipe.hysteresis, 0, []
@@ -94,8 +98,14 @@ def twin(folder: Path, recipe: Recipe) -> list[dict[str, Any]]:
                     model.backward(scaler.scale(token_loss / nominal), replica)
                     of_replica += token_loss.item()
                 loss += of_replica
-            lines.append({"loss": loss / (ROWS * (TOKENS - 1)), "lr": None, "grad_norm": None,
-                          "loss_scale": scale})  # fmt: skip
+            lines.append(
+                {
+                    "loss": loss / (ROWS * (TOKENS - 1)),
+                    "lr": None,
+                    "grad_norm": None,
+                    "loss_scale": scale,
+                }
+            )
         for master, *of_replicas in zip(masters, *(s.values() for s in sums), strict=True):
             master.grad = sum(of_replicas[1:], of_replicas[0])
         if update in recipe.poisoned:

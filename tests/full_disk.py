@@ -28,9 +28,10 @@ def mount_disk(place: Path, size: str) -> bool:
     of tests gives: False where it may not."""
     place.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(place)]
-    return shutil.which("mount") is not None and not subprocess.run(
-        mount, capture_output=True
-    ).returncode
+    return (
+        shutil.which("mount") is not None
+        and not subprocess.run(mount, capture_output=True).returncode
+    )
 
 
 def unmount_disk(place: Path) -> None:

@@ -94,8 +94,12 @@ def train_all(
 ) -> dict[str, Told]:
     """Each shape's runs, then those that go on from them; rank 0's words."""
     write_jsonl(folder / "a.jsonl", make_texts(60, seed=1))
-    changes = {"num_hidden_layers": LAYERS, "intermediate_size": 128,  # 8-bit from 4096 numbers on
-               "hidden_dropout": 0.1, "attention_dropout": 0.1}  # fmt: skip
+    changes = {
+        "num_hidden_layers": LAYERS,
+        "intermediate_size": 128,  # 8-bit from 4096 numbers on
+        "hidden_dropout": 0.1,
+        "attention_dropout": 0.1,
+    }
     make_shards(folder, "model", "gptneox", changes)
     turns: list[Turn] = [
         (meet_at([shape])[0], cases)

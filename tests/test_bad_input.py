@@ -68,21 +68,47 @@ def number_cases() -> dict[str, Case]:
         for value in values
     }
     for flag, value in (
-        ("lr", "-1"), ("lr", "nan"), ("lr", "fast"), ("weight-decay", "-0.1"), ("min-lr", "-1"),
+        ("lr", "-1"),
+        ("lr", "nan"),
+        ("lr", "fast"),
+        ("weight-decay", "-0.1"),
+        ("min-lr", "-1"),
         ("loss-scale", "-1"),
-    ):  # fmt: skip
+    ):
         words = [f"--{flag}: expected a number of at least 0", repr(value)]
         cases[f"{flag} {value}"] = Case({flag: value}, words)
     for flag, value in (
-        ("max-grad-norm", "0"), ("join-timeout", "0"), ("dist-timeout", "-3"),
-        ("initial-loss-scale", "0"), ("min-loss-scale", "0"),
-    ):  # fmt: skip
+        ("max-grad-norm", "0"),
+        ("join-timeout", "0"),
+        ("dist-timeout", "-3"),
+        ("initial-loss-scale", "0"),
+        ("min-loss-scale", "0"),
+    ):
         words = [f"--{flag}: expected a number above 0", repr(value)]
         cases[f"{flag} {value}"] = Case({flag: value}, words)
     for value in (
-        "2.0", "0", "-2", "5,,3", ",", "2,", ",2", "", " ", "2, 1", "2;1", "2,0", "3,-1", "-1,3",
-        "1e0", "2,auto", "auto ", "Auto", "auto,auto", "\u0662", "9" * 50,
-    ):  # fmt: skip
+        "2.0",
+        "0",
+        "-2",
+        "5,,3",
+        ",",
+        "2,",
+        ",2",
+        "",
+        " ",
+        "2, 1",
+        "2;1",
+        "2,0",
+        "3,-1",
+        "-1,3",
+        "1e0",
+        "2,auto",
+        "auto ",
+        "Auto",
+        "auto,auto",
+        "\u0662",
+        "9" * 50,
+    ):
         words = ["--num-layers: expected a whole number", "as in 5,3, or auto", repr(value)]
         cases[f"num-layers {value[:9]}"] = Case({"num-layers": value}, words)
     for flag in ("lr", "weight-decay", "join-timeout", "dist-timeout"):

@@ -251,6 +251,7 @@ FLAGS: dict[str, tuple[dict[int, Flags], list[str]]] = {
     ),
 }  # fmt: skip
 
+
 def unchecked(spoil: Spoil) -> Spoil:
     """A checkpoint of a time without manifests, and what is wrong in it."""
 

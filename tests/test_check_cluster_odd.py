@@ -37,6 +37,7 @@ HOST = socket.gethostname()
 SLEEP = 0.05
 CUT = "pytorch_6.pt"
 
+
 class Throttled:
     """A channel in which long messages to one member take longer."""
 
@@ -93,9 +94,12 @@ def check_cases(rank: int, world_size: int, url: str, home: Path) -> dict[str, A
             if rank == odd:
                 fabric = make_odd(name, fabric, stack)
             status = check_cluster(
-                args, topology=entered.topology, rendezvous=entered.rendezvous, fabric=fabric,
+                args,
+                topology=entered.topology,
+                rendezvous=entered.rendezvous,
+                fabric=fabric,
                 device=torch.device("cpu"),
-            )  # fmt: skip
+            )
         found[name] = (status, lines)
     close(entered)
     return found
@@ -124,10 +128,12 @@ def make_odd(name: str, fabric: Fabric, stack: ExitStack) -> Fabric:
     if name == "slow replicas":
         return throttle(fabric, "replicas", to=0)
     if name == "another version":
-        stack.enter_context(patch(
-            "planning.cluster.machines.versions",
-            lambda args, device: {**versions(args, device), "torch": "0.1"},
-        ))  # fmt: skip
+        stack.enter_context(
+            patch(
+                "planning.cluster.machines.versions",
+                lambda args, device: {**versions(args, device), "torch": "0.1"},
+            )
+        )
     if name == "another clock":
         ahead = SimpleNamespace(time_ns=lambda: time.time_ns() + 100 * 10**9)
         stack.enter_context(patch("planning.cluster.check.time", ahead))

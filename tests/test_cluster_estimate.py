@@ -36,10 +36,11 @@ def estimate(
 ) -> Estimate:
     topology = Topology(0, 2, replicas)
     return Estimate(
-        Plan(**{**vars(PLAN), **plan}), topology,
+        Plan(**{**vars(PLAN), **plan}),
+        topology,
         rates=[(rates or {}).get(rank, 50.0) for rank in range(2 * replicas)],
         links={k: SLOW if k in (slow or set()) else FAST for k in links(topology)},
-    )  # fmt: skip
+    )
 
 
 def test_an_iteration_is_the_pipelines_products_and_messages() -> None:
@@ -84,9 +85,7 @@ ROSTER = [Arrival(r, f"h{r // 2}", "127.0.0.1", "lo", 1, {}) for r in range(4)]
 def advised(found: Estimate, replicas: int, plan: Plan = PLAN) -> str:
     topology = Topology(0, 2, replicas)
     return "\n".join(
-        advice(
-            topology, ROSTER, plan, found._links, found._rates, found, precision="fp32"
-        )
+        advice(topology, ROSTER, plan, found._links, found._rates, found, precision="fp32")
     )
 
 
@@ -105,10 +104,15 @@ def test_a_slow_link_between_machines() -> None:
     apart = [ROSTER[0], ROSTER[2]]
     told = "\n".join(
         advice(
-            Topology(0, 2, 1), [apart[0], apart[1]], PLAN, found._links, found._rates, found,
+            Topology(0, 2, 1),
+            [apart[0], apart[1]],
+            PLAN,
+            found._links,
+            found._rates,
+            found,
             precision="bf16",
         )
-    )  # fmt: skip
+    )
     assert "stage 1 -> stage 0 of pipeline 0 (rank 2 (h1) -> rank 0 (h0)): 250 bytes/s" in told
     assert "the 1 kB of each microbatch's gradients take 4 s there" in told
     assert "while stage 0 computes 600 ms on them: expect iterations 3.2 times as long" in told
@@ -133,9 +137,15 @@ def test_clocks_that_may_be_right_are_not_told_of() -> None:
 
 def machine(**changes: Any) -> Machine:
     same = Machine(
-        device="", model=None, problems=[], versions={"torch": "2"}, config={"a": "1"},
-        files={"x.pt": "5 bytes"}, damage=[], resumes=False,
-    )  # fmt: skip
+        device="",
+        model=None,
+        problems=[],
+        versions={"torch": "2"},
+        config={"a": "1"},
+        files={"x.pt": "5 bytes"},
+        damage=[],
+        resumes=False,
+    )
     return same._replace(**changes)
 
 

@@ -195,8 +195,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str,
     path = tmp_path_factory.mktemp("matmul")
     write_jsonl(path / "a.jsonl", make_texts(60, seed=1))
     make_shards(path, "model", "gptneox", {"num_hidden_layers": 4})
-    same = {**model_flags(path), "seq-length": 16, "batch-size": 4, "total-steps": STEPS,
-            "checkpoint-steps": SAVED, "lr": 2e-3}  # fmt: skip
+    same = {
+        **model_flags(path),
+        "seq-length": 16,
+        "batch-size": 4,
+        "total-steps": STEPS,
+        "checkpoint-steps": SAVED,
+        "lr": 2e-3,
+    }
     cases = [
         Case(name, {**same, "cpu-matmul": flag}, Machines(kinds),
              None if after is None else (f"{after}-2-1", SAVED))

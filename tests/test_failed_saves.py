@@ -222,8 +222,10 @@ def test_what_is_written_beside_training_is_what_training_had(ended: Ended) -> N
         for stage in range(2):
             beside, whole = (state(ended.run(name), stage, step) for name in ("beside", "whole"))
             assert same(beside, whole)
-    metas = [json.loads((ended.run(name) / str(EVERY) / "meta.json").read_text())
-             for name in ("beside", "whole")]  # fmt: skip
+    metas = [
+        json.loads((ended.run(name) / str(EVERY) / "meta.json").read_text())
+        for name in ("beside", "whole")
+    ]
     assert metas[0]["data"] == metas[1]["data"]
     assert curve(ended.folder, "beside", 2, 1) == curve(ended.folder, "whole", 2, 1)
     told = [told[ended.run("beside").name].lines for told in ended.told]
@@ -232,8 +234,11 @@ def test_what_is_written_beside_training_is_what_training_had(ended: Ended) -> N
 
 
 def test_a_refused_write_names_the_file(ended: Ended) -> None:
-    (line, *_) = [line for line in ended.told[0][ended.run("a full disk").name].lines
-                  if "is not saved" in line]  # fmt: skip
+    (line, *_) = [
+        line
+        for line in ended.told[0][ended.run("a full disk").name].lines
+        if "is not saved" in line
+    ]
     assert "File too large" in line
     assert "prank_1_checkpoint.pt" in line
 
@@ -284,9 +289,11 @@ def test_a_save_that_fails_does_not_hide_why_training_stopped(fails: bool) -> No
 def start(flags: dict[str, Any]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(ROOT / "dist_clm_train.py"), *to_argv(flags)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
 
 
 def test_a_disk_that_is_full_for_the_rest_of_the_run(tmp_path: Path) -> None:

@@ -57,9 +57,13 @@ def started(
     """A process in a session of its own, of which nothing is left at the end."""
     with log.open("ab") as file:
         process = subprocess.Popen(
-            list(map(str, command)), env=env, cwd=log.parent, stdout=file, stderr=file,
+            list(map(str, command)),
+            env=env,
+            cwd=log.parent,
+            stdout=file,
+            stderr=file,
             start_new_session=True,
-        )  # fmt: skip
+        )
     try:
         yield process
     finally:

@@ -76,9 +76,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 def blocks(pairs: Path, pack: Pack) -> Iterator[Any]:
     stream = open_training_stream(
-        [SourceSpec(str(pairs))], tokenizer(), seq_length=TOKENS, seed=42, train_on="completion",
+        [SourceSpec(str(pairs))],
+        tokenizer(),
+        seq_length=TOKENS,
+        seed=42,
+        train_on="completion",
         pack=pack,
-    )  # fmt: skip
+    )
     return (stream.next_block().tokens for _ in count())
 
 

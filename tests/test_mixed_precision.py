@@ -139,8 +139,9 @@ def test_fp16_is_its_twin(name: str, trained: dict[str, Any]) -> None:
         error = worst([line[key] for line in ours], [line[key] for line in expected])
         print(f"{name}, {key}: {error:.1e}")
         assert error <= tolerance
-    skipped = [i + 1 for i, line in enumerate(ours) if line["lr"] is not None
-               and line["grad_norm"] is None]  # fmt: skip
+    skipped = [
+        i + 1 for i, line in enumerate(ours) if line["lr"] is not None and line["grad_norm"] is None
+    ]
     if recipe.poisoned:
         assert skipped == [update * recipe.accumulate for update in recipe.poisoned]
     assert min(line["loss"] for line in ours) < max(line["loss"] for line in ours) - 0.2

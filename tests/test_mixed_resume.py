@@ -86,9 +86,13 @@ def cases_of_one_stage(folder: Path) -> list[Case]:
         name = f"{optimizer}{'-zero' * sharded}"
         cases.append(Case(name, own, shapes=[(1, 2)]))
         cases.append(
-            Case(f"{name}-resumed", own, after=(f"{name}-1-2", SAVED),
-                 shapes=[(1, replicas) for replicas in OTHER_REPLICAS])
-        )  # fmt: skip
+            Case(
+                f"{name}-resumed",
+                own,
+                after=(f"{name}-1-2", SAVED),
+                shapes=[(1, replicas) for replicas in OTHER_REPLICAS],
+            )
+        )
     return cases
 
 

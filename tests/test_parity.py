@@ -43,8 +43,10 @@ MODELS_TRIED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gptj": ("gptj", {"n_layer": LAYERS}),
 }
-DROPOUT = ("gptneox", {"num_hidden_layers": LAYERS, "hidden_dropout": 0.1,
-                       "attention_dropout": 0.1})  # fmt: skip
+DROPOUT = (
+    "gptneox",
+    {"num_hidden_layers": LAYERS, "hidden_dropout": 0.1, "attention_dropout": 0.1},
+)
 
 
 # A head as heavy as three and a half of the blocks: two stages that are even have 5 and 2 of them.
@@ -125,8 +127,10 @@ def reference(
     others = [p for p in model.parameters() if p.dim() < 2]
     adamw = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
-        lr=LR, betas=(0.9, 0.999), eps=1e-6,
-    )  # fmt: skip
+        lr=LR,
+        betas=(0.9, 0.999),
+        eps=1e-6,
+    )
     schedule = get_linear_schedule_with_warmup(adamw, WARMUP, UPDATES)
     losses, norms = [], []
     for _ in range(UPDATES):

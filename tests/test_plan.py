@@ -191,8 +191,10 @@ def test_what_does_not_fit_is_told_with_what_helps(
     status, lines = plan(folder, capsys, **flags, device_memory=f"{limit}B")
     assert status == 1
     start = next(i for i, line in enumerate(lines) if line.startswith("stage 0 needs"))
-    found = [re.fullmatch(r"  (--.+): (\S+ .B) less, (\S+ .B) at the peak, which fits", line)
-             for line in lines[start + 1 :]]  # fmt: skip
+    found = [
+        re.fullmatch(r"  (--.+): (\S+ .B) less, (\S+ .B) at the peak, which fits", line)
+        for line in lines[start + 1 :]
+    ]
     assert all(found)
     assert len(found) >= 4
     saved = [parsed_size(one[2].replace(" ", "")) for one in found if one]
@@ -258,9 +260,7 @@ def test_a_full_disk_is_no_plan_that_does_not_fit(
     assert capsys.readouterr().err == "standard output: No space left on device\n"
 
 
-def test_the_other_ranks_print_nothing(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_other_ranks_print_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(folder, capsys, pipeline_group_size=2, rank=1) == (0, [])
 
 

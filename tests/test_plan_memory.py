@@ -19,10 +19,22 @@ from tests.tasks.material import make_texts, tokenizer, write_jsonl
 
 WITHIN = 0.01
 WITHIN_DOCUMENTS = 0.05  # whose lengths no plan knows
-NEOX = {"vocab_size": 2048, "hidden_size": 128, "num_hidden_layers": 6, "intermediate_size": 512,
-        "max_position_embeddings": 256, "num_attention_heads": 4}  # fmt: skip
-GPTJ = {"vocab_size": 2048, "n_embd": 128, "n_layer": 6, "n_positions": 256, "n_head": 8,
-        "rotary_dim": 8}  # fmt: skip
+NEOX = {
+    "vocab_size": 2048,
+    "hidden_size": 128,
+    "num_hidden_layers": 6,
+    "intermediate_size": 512,
+    "max_position_embeddings": 256,
+    "num_attention_heads": 4,
+}
+GPTJ = {
+    "vocab_size": 2048,
+    "n_embd": 128,
+    "n_layer": 6,
+    "n_positions": 256,
+    "n_head": 8,
+    "rotary_dim": 8,
+}
 MODELS = {
     "neox": GPTNeoXConfig(**NEOX),  # heads of 32: up to 128 tokens keep their probabilities
     "dropout": GPTNeoXConfig(**NEOX, hidden_dropout=0.1, attention_dropout=0.1),
@@ -59,8 +71,10 @@ SHAPES = [
     Shape("three", 1, 3, "neox", {"zero-stage": 1, "use-offload": True}),
     Shape("four", 4, 1, "wide", {"pp-mode": "1f1b", "recompute": False, "batch-size": 16}),
 ]  # fmt: skip
-LINE = re.compile(r"memory of (rank \d+) .*: peak of live tensors (\S+ \S+), planned (\S+ \S+) "
-                  r"\((\S+)%\); peak RSS (\S+ \S+)")  # fmt: skip
+LINE = re.compile(
+    r"memory of (rank \d+) .*: peak of live tensors (\S+ \S+), planned (\S+ \S+) "
+    r"\((\S+)%\); peak RSS (\S+ \S+)"
+)
 
 
 @pytest.fixture(scope="module")

@@ -67,9 +67,12 @@ def test_the_blocks_are_those_of_training(folder: Path, capsys: pytest.CaptureFi
 
 def test_what_is_not_trained_is_marked(folder: Path) -> None:
     stream = open_training_stream(
-        [SourceSpec(str(folder / "pairs.jsonl"))], tokenizer(), seq_length=64, seed=1,
+        [SourceSpec(str(folder / "pairs.jsonl"))],
+        tokenizer(),
+        seq_length=64,
+        seed=1,
         train_on="completion",
-    )  # fmt: skip
+    )
     state = stream.state()
     _, plain = preview_blocks(stream, tokenizer(), 1, colour=False)
     assert re.match(r"\[-fox \d:-\] dog<eos>\[-fox \d:-\] dog<eos>", plain)
@@ -155,9 +158,13 @@ def test_epochs_are_those_that_a_run_makes(tmp_path: Path, pack: Pack, rows: int
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     encoder = Encoder(tokenizer(), train_on="completion")
     stream = open_training_stream(
-        [SourceSpec(str(path))], tokenizer(), seq_length=16, seed=1, train_on="completion",
+        [SourceSpec(str(path))],
+        tokenizer(),
+        seq_length=16,
+        seed=1,
+        train_on="completion",
         pack=pack,
-    )  # fmt: skip
+    )
     blocks = 1000
     for _ in range(blocks):
         stream.next_block()
@@ -188,6 +195,14 @@ def test_a_mistake_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_other_ranks_print_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more = ("--rank", "1", "--world-size", "2", "--pipeline-group-size", "2",
-            "--dist-url", "tcp://127.0.0.1:1")  # fmt: skip
+    more = (
+        "--rank",
+        "1",
+        "--world-size",
+        "2",
+        "--pipeline-group-size",
+        "2",
+        "--dist-url",
+        "tcp://127.0.0.1:1",
+    )
     assert run(folder, capsys, *more) == ""

@@ -221,8 +221,10 @@ def test_nothing_is_received_before_it_is_computed(
     """By one clock; and a microbatch is computed on only after that."""
     of_stage = [read_trace(folder, schedule, replica * STAGES + stage) for stage in range(STAGES)]
     off = sum(events[0]["args"]["clock-error-us"] for events in of_stage) + 0.01
-    ways = [(0, 1, "1. forward-recv", "2. forward-compute"),
-            (1, 0, "4. backward-recv", "5. backward-compute")]  # fmt: skip
+    ways = [
+        (0, 1, "1. forward-recv", "2. forward-compute"),
+        (1, 0, "4. backward-recv", "5. backward-compute"),
+    ]
     for source, to, receive, compute in ways:
         made, used, received = (
             {

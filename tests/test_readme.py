@@ -18,8 +18,13 @@ def default_of(action: argparse.Action) -> str:
     if action.default is None or action.default is argparse.SUPPRESS:
         return ""
     value = action.default
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(
-        value, float) else str(value)  # fmt: skip
+    return (
+        str(value).lower()
+        if isinstance(value, bool)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def flag_table() -> str:

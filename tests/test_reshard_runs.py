@@ -154,9 +154,7 @@ def test_a_death_in_the_first_save_of_other_stages_costs_that_save_alone(
     assert any(line.startswith("resumed from step 10") for line in dies.outcome.told[0])
 
 
-def test_old_steps_of_other_stages_go_as_those_of_these_do(
-    lab: Lab, seen: dict[str, Seen]
-) -> None:
+def test_old_steps_of_other_stages_go_as_those_of_these_do(lab: Lab, seen: dict[str, Seen]) -> None:
     """Steps beyond --keep-checkpoints go whole, and states of all their stages."""
     stopped = seen["kept, stopped"]
     assert stopped.outcome.statuses == [75] * WORLD

@@ -66,9 +66,13 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tol
         )
         others += resumed(folder, kind, FEW, **{"zero-stage": 1, "use-offload": "true"})
     others.append(
-        Case("listed", flags(folder, KINDS[0], **{"num-layers": "3,4"}),
-             after=("fp32-adam-2-1", SAVED), shapes=[(2, 1)])
-    )  # fmt: skip
+        Case(
+            "listed",
+            flags(folder, KINDS[0], **{"num-layers": "3,4"}),
+            after=("fp32-adam-2-1", SAVED),
+            shapes=[(2, 1)],
+        )
+    )
     return folder, train_all(folder, whole, others, deadline=500.0)
 
 
@@ -93,8 +97,10 @@ def test_the_new_stages_are_told_in_one_line(
     source: Shape, ended: tuple[Path, dict[str, Told]]
 ) -> None:
     told = ended[1][f"{resumed_name(KINDS[0], source)}-2-1"].lines
-    kept = {1: ["the checkpoint's 1 stage of 7 layers becomes 2 of 5,2"],
-            4: ["the checkpoint's 4 stages of 1,3,2,1 layers become 2 of 5,2"]}  # fmt: skip
+    kept = {
+        1: ["the checkpoint's 1 stage of 7 layers becomes 2 of 5,2"],
+        4: ["the checkpoint's 4 stages of 1,3,2,1 layers become 2 of 5,2"],
+    }
     assert [line for line in told if "become" in line] == kept.get(source[0], [])
 
 

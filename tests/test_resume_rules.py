@@ -50,9 +50,12 @@ def train_alone(flags: dict[str, Any]) -> None:
 def train_with(parts: dict[str, Any]) -> None:
     with ExitStack() as closing:
         train(
-            **parts, console=Console(io.StringIO()), stop=StopRequest(), closing=closing,
+            **parts,
+            console=Console(io.StringIO()),
+            stop=StopRequest(),
+            closing=closing,
             announce=to_nobody,
-        )  # fmt: skip
+        )
 
 
 @pytest.fixture(scope="module")

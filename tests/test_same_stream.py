@@ -50,9 +50,13 @@ def _take(topology: Topology, url: str, path: Path) -> Taken:
                     stream.restore(state)
                 loader = BatchLoader(stream, rows=ROWS)
             scatter = Scatter(
-                fabric.control, topology, rows=ROWS // topology.num_replicas, tokens=TOKENS,
-                keeps_apart=True, device=torch.device("cpu"),
-            )  # fmt: skip
+                fabric.control,
+                topology,
+                rows=ROWS // topology.num_replicas,
+                tokens=TOKENS,
+                keeps_apart=True,
+                device=torch.device("cpu"),
+            )
             feed = TrainingFeed(scatter, loader, num_batches=BATCHES // 2)
             for _ in range(BATCHES // 2):
                 rows = feed.take()

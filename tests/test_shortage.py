@@ -50,9 +50,13 @@ dist_clm_train.main(sys.argv[1:])
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shortage")
     GPTNeoXConfig(
-        vocab_size=512, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=4,
-        intermediate_size=4 * HIDDEN, max_position_embeddings=256,
-    ).save_pretrained(folder / "model")  # fmt: skip
+        vocab_size=512,
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        intermediate_size=4 * HIDDEN,
+        max_position_embeddings=256,
+    ).save_pretrained(folder / "model")
     tokenizer().save_pretrained(folder / "model")
     write_jsonl(folder / "a.jsonl", make_texts(60, seed=1))
     return folder
@@ -187,9 +191,16 @@ def test_what_failed_is_let_go_of_before_advice_is_sought() -> None:
     except MemoryError as error:
         with patch("planning.memory.out_of_memory.Rehearsal", rehearse):
             explained = explain_shortage(
-                "here", error, nothing, nothing, nothing, nothing, topology=nothing, cuda=False,
+                "here",
+                error,
+                nothing,
+                nothing,
+                nothing,
+                nothing,
+                topology=nothing,
+                cuda=False,
                 announce=announced.append,
-            )  # fmt: skip
+            )
     assert announced == ["here: out of memory"]
     assert str(explained).startswith("here: out of memory; the same command")
 

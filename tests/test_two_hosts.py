@@ -210,9 +210,15 @@ def test_gathered_files_become_one_model(
 
 def _to_hf(checkpoint: Path, target: Path) -> dict[str, torch.Tensor]:
     convert_to_hf(
-        MODELS["gptneox"].load(), ckpt_path=checkpoint, save_path=target, n_stages=None,
-        n_layer_per_stage=None, config_name=None, fp16=False, verify=True,
-    )  # fmt: skip
+        MODELS["gptneox"].load(),
+        ckpt_path=checkpoint,
+        save_path=target,
+        n_stages=None,
+        n_layer_per_stage=None,
+        config_name=None,
+        fp16=False,
+        verify=True,
+    )
     model, report = AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]

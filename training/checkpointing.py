@@ -116,9 +116,11 @@ class Saver:
             "checkpoint": self._model.state_dict(),
             "optimizer": collect_state(self._optimizer, self._control, self._topology),
             "scheduler": {
-                "kind": self._args.lr_schedule, **self._numbers(step), **self._updater.state(),
+                "kind": self._args.lr_schedule,
+                **self._numbers(step),
+                **self._updater.state(),
             },
-        }  # fmt: skip
+        }
         if self._topology.replica != 0:
             return parts
         return on_host(parts) if self._snapshot is None else self._snapshot.take(parts)

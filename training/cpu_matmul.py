@@ -62,8 +62,10 @@ def _settle(flag: str, processor: Processor, kept: Matmul | None) -> Matmul:
         why = "the checkpoint was made with oneDNN" if flag == "auto" else f"--cpu-matmul {flag}"
         logger.warning(
             "%s: torch has oneDNN's fp32 products only with AVX-512, which this processor (%s) has "
-            "not: torch's default multiplies", why, processor.name,
-        )  # fmt: skip
+            "not: torch's default multiplies",
+            why,
+            processor.name,
+        )
         wanted = "default"
     use_matmul(wanted)
     return _checked(flag, processor) if wanted == "onednn" else wanted

@@ -80,9 +80,14 @@ class TrainingData:
 def preview_data(args: argparse.Namespace, *, colour: bool) -> Iterator[str]:
     """What --preview-data prints: the first blocks, and the mixture in numbers."""
     tokenizer = load_tokenizer(args.tokenizer_name)
-    options = {"seq_length": args.seq_length, "seed": args.seed,
-               "separator": args.doc_separator, "train_on": args.train_on, "pack": args.pack,
-               "bad_lines": _bad_lines(args)}  # fmt: skip
+    options = {
+        "seq_length": args.seq_length,
+        "seed": args.seed,
+        "separator": args.doc_separator,
+        "train_on": args.train_on,
+        "pack": args.pack,
+        "bad_lines": _bad_lines(args),
+    }
     stream = open_training_stream(args.sources, tokenizer, **options)
     yield from preview_blocks(stream, tokenizer, args.preview_data, colour=colour)
     encoder = Encoder(tokenizer, args.doc_separator, args.train_on)

@@ -61,9 +61,7 @@ class Evaluation:
             {name: SetLoss(one.loss / one.tokens, one.tokens) for name, one in named.items()},
         )
 
-    def _run_set(
-        self, name: str, batches: Iterator[HostBatch] | None, *, may_stop: bool
-    ) -> Totals:
+    def _run_set(self, name: str, batches: Iterator[HostBatch] | None, *, may_stop: bool) -> Totals:
         """The sums over one set, or over what of it came before a request to stop; rank 0 has its
         batches."""
         if batches is not None and may_stop:  # the others end where rank 0's batches end
@@ -87,16 +85,19 @@ class Evaluation:
         """`found` has for each rank the numbers of a batch and a microbatch in it, from 0."""
         blocks = [
             (number * self.topology.num_replicas + rank // self.topology.num_stages) * self.rows
-            + microbatch * self.micro_rows + row
+            + microbatch * self.micro_rows
+            + row
             for rank, bad in enumerate(found)
             for number, microbatch in bad
             for row in range(self.micro_rows)
-        ]  # fmt: skip
+        ]
         logger.warning(
             "the held-out loss%s is not finite: it is null in the metrics; the blocks of "
             "--evaluation-data%s behind it are, from 1 on: %s",
-            f" of {name}" if name else "", f", {name}," if name else "", _listed(sorted(blocks)),
-        )  # fmt: skip
+            f" of {name}" if name else "",
+            f", {name}," if name else "",
+            _listed(sorted(blocks)),
+        )
 
 
 def _listed(blocks: Sequence[int], most: int = 20) -> str:

@@ -120,17 +120,21 @@ class TrainingProfile:
 
     def _simulated_spans(self, step: TracedStep) -> list[SimulatedSpan]:
         simulation = simulate_pipeline(
-            [step], schedule=self._schedule, num_stages=self._topology.num_stages,
+            [step],
+            schedule=self._schedule,
+            num_stages=self._topology.num_stages,
             num_microbatches=self._num_microbatches,
-        )  # fmt: skip
+        )
         return [SimulatedSpan(s.stage, str(s.action), s.start, s.end) for s in simulation.spans]
 
     def _summary(self, timeline: Timeline) -> str:
         step, of_step = timeline.measured, timeline.measured_shares()
         simulated = simulated_step(
-            [step], schedule=self._schedule, num_stages=self._topology.num_stages,
+            [step],
+            schedule=self._schedule,
+            num_stages=self._topology.num_stages,
             num_microbatches=self._num_microbatches,
-        )  # fmt: skip
+        )
         return (
             f"profile of step {step.step}: {1e3 * (step.end - step.start):.1f} ms, simulated "
             f"{1e3 * simulated:.1f} ms; bubble {of_step.bubble:.1%}, exposed communication "

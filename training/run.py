@@ -93,9 +93,12 @@ class Run:
         self._family: Family = MODELS[args.model_type].load()
         self._config = self._family.load_config(args.model_name)
         self._split = StageSplit(
-            args.num_layers, args.model_type, self._config,
-            num_stages=topology.num_stages, tokens=args.seq_length,
-        )  # fmt: skip
+            args.num_layers,
+            args.model_type,
+            self._config,
+            num_stages=topology.num_stages,
+            tokens=args.seq_length,
+        )
         check_same_on_all(args.model_name, fabric.control)
         self._data = (
             TrainingData(args, vocab_size=self._config.vocab_size) if topology.rank == 0 else None
@@ -127,15 +130,24 @@ class Run:
         self._doing = "making the weights"
         self._model = self._build_model()
         check_room(
-            self._args, store=self._store, control=self._fabric.control, model=self._model,
+            self._args,
+            store=self._store,
+            control=self._fabric.control,
+            model=self._model,
             done=self.start,
-        )  # fmt: skip
+        )
         self._doing = "reading the weights"
         load_weights_(
-            self._model, self._args, self.resume, family=self._family, config=self._config,
-            topology=self._topology, control=self._fabric.control,
-            replicas=self._fabric.replicas, source=self._split.source,
-        )  # fmt: skip
+            self._model,
+            self._args,
+            self.resume,
+            family=self._family,
+            config=self._config,
+            topology=self._topology,
+            control=self._fabric.control,
+            replicas=self._fabric.replicas,
+            source=self._split.source,
+        )
         self.profile = self._open_profile()
         self._doing = "making gradients, masters and moments"
         self._optimizer = build_optimizer(
@@ -144,11 +156,15 @@ class Run:
         nominal = self._settings.nominal_tokens(self._topology.num_replicas)
         self._updater = build_updater(self._args, self._optimizer, nominal_tokens=nominal)
         load_state_(
-            self._optimizer, self._updater, self.resume,
-            topology=self._topology, control=self._fabric.control, indices=self._model.indices,
+            self._optimizer,
+            self._updater,
+            self.resume,
+            topology=self._topology,
+            control=self._fabric.control,
+            indices=self._model.indices,
             keys=lambda index: module_shapes(self._family, self._config, index),
             source=self._split.source,
-        )  # fmt: skip
+        )
 
     def describe(self) -> str:
         """The run in one line."""
@@ -177,9 +193,12 @@ class Run:
         stop.phase = training(self._args.grace_seconds)
         closing.callback(self.close)
         recorder = open_run_recorder(
-            self._args, topology=self._topology, layers=self._split.layers, resume=self.resume,
+            self._args,
+            topology=self._topology,
+            layers=self._split.layers,
+            resume=self.resume,
             console=console,
-        )  # fmt: skip
+        )
         closing.callback(recorder.close)
         self._doing = "making the engine and the copy of --async-checkpoint"
         saves = self._saver(recorder)
@@ -206,16 +225,27 @@ class Run:
             for name in ("_model", "_optimizer", "_updater"):  # to tell takes some memory too
                 vars(self).pop(name, None)
             raise explain_shortage(
-                where, error, self._args, self._family, self._config, self._split.layers,
-                topology=self._topology, cuda=self._device.type == "cuda", announce=announce,
-            ) from error  # fmt: skip
+                where,
+                error,
+                self._args,
+                self._family,
+                self._config,
+                self._split.layers,
+                topology=self._topology,
+                cuda=self._device.type == "cuda",
+                announce=announce,
+            ) from error
 
     def tell_memory(self) -> None:
         """Where --measure-memory asks for it; every rank calls it."""
         self.memory.tell(
-            self._args, self._family, self._config, self._split.layers,
-            control=self._fabric.control, topology=self._topology,
-        )  # fmt: skip
+            self._args,
+            self._family,
+            self._config,
+            self._split.layers,
+            control=self._fabric.control,
+            topology=self._topology,
+        )
 
     def _settle_products(self) -> list[Matmul] | None:
         """By rank, what multiplies matrices on a CPU."""
@@ -240,10 +270,15 @@ class Run:
         args, topology, fabric = self._args, self._topology, self._fabric
         settings, tracer = self._settings, self.profile.tracer
         engine = build_engine(
-            args, self._model, topology=topology, pipeline=fabric.pipeline,
-            gradients=self._optimizer.flat_gradients, hidden_size=self._config.hidden_size,
-            device=self._device, tracer=tracer,
-        )  # fmt: skip
+            args,
+            self._model,
+            topology=topology,
+            pipeline=fabric.pipeline,
+            gradients=self._optimizer.flat_gradients,
+            hidden_size=self._config.hidden_size,
+            device=self._device,
+            tracer=tracer,
+        )
         names = names_by_stage(self._family, self._config, self._split.layers)
         agreement = build_agreement(names, fabric.control, topology, tracer)
         if self._data is not None:
@@ -264,15 +299,21 @@ class Run:
             evaluation=None
             if args.evaluation_data is None
             else Evaluation(
-                topology, self._scatter(), fabric.control, engine, agreement,
-                settings.rows, settings.micro_rows,
-                None if self._data is None else self._data.open_evaluation, stop,
+                topology,
+                self._scatter(),
+                fabric.control,
+                engine,
+                agreement,
+                settings.rows,
+                settings.micro_rows,
+                None if self._data is None else self._data.open_evaluation,
+                stop,
             ),
             recorder=recorder,
             tracer=tracer,
             stop=stop,
             saves=saves,
-        )  # fmt: skip
+        )
 
     def close(self) -> None:
         self.profile.close()

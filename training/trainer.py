@@ -207,9 +207,12 @@ class TrainingLoop:
             self._optimizer.reduce_gradients()
             norms = self._squared_norms()
         totals = self._agreement.agree(
-            loss=losses.total, tokens=losses.tokens, squared_norms=norms,
-            asked=self._stop.asked, writing=self._saves.is_writing,
-        )  # fmt: skip
+            loss=losses.total,
+            tokens=losses.tokens,
+            squared_norms=norms,
+            asked=self._stop.asked,
+            writing=self._saves.is_writing,
+        )
         self._is_written = not totals.writing
         self._asked = self._asked or totals.asked
         if not self._updater.may_skip:
@@ -240,8 +243,10 @@ class TrainingLoop:
             self._skipped_since = self._name_bad(totals) if finite else "the loss is not finite"
             logger.info(
                 "step %d: update skipped at loss scale %g: %s",
-                step, outcome.loss_scale, self._skipped_since,
-            )  # fmt: skip
+                step,
+                outcome.loss_scale,
+                self._skipped_since,
+            )
         return outcome
 
     def _name_bad(self, totals: Totals) -> str:

@@ -156,4 +156,3 @@ def decode_sums(body: Mapping[str, Any]) -> dict[str, FileSum]:
 def named(error: OSError, path: Path) -> OSError:
     """The same error, with the file that it is about."""
     return OSError(error.errno, error.strerror or str(error), str(path))
-

@@ -73,8 +73,11 @@ def _check_given(path: Path, told: Split, stages: int | None, layers: Layers | N
         raise ValueError(f"--n-stages is {stages}, but {path} says {len(told)}")
     if layers is None:
         return
-    given: tuple[int, ...] = layers if isinstance(layers, Split) else even_split(
-        layers, num_stages=len(told), model_layers=sum(told))  # fmt: skip
+    given: tuple[int, ...] = (
+        layers
+        if isinstance(layers, Split)
+        else even_split(layers, num_stages=len(told), model_layers=sum(told))
+    )
     if given != told:
         raise ValueError(f"--n-layer-per-stage is {layers}, but {path} says {told}")
 

@@ -49,9 +49,7 @@ _RESUME = "Start all ranks again to resume from the latest checkpoint."
 class Watch:
     """This rank's end of the link. All methods may be called from any thread."""
 
-    def __init__(
-        self, *, rank: int, describe: list[str], stop: StopRequest | None = None
-    ) -> None:
+    def __init__(self, *, rank: int, describe: list[str], stop: StopRequest | None = None) -> None:
         self.activity = Activity()
         self._stop = stop or StopRequest()
         self._rank = rank
@@ -121,9 +119,7 @@ class Watch:
             with contextlib.suppress(OSError):
                 self._link.sendall(encode(message))
 
-    def fail(
-        self, status: int, line: str, *, last: Callable[[], object] | None = None
-    ) -> NoReturn:
+    def fail(self, status: int, line: str, *, last: Callable[[], object] | None = None) -> NoReturn:
         """Says `line`, tells all other ranks, and ends this process with `status`.
 
         `last` is called once they know, and may take a minute.
@@ -220,8 +216,9 @@ class Watch:
             logger.warning(
                 "%s has not been heard for %g s: its process is stopped or starved, or its link is "
                 "cut; who waits for it longer than --dist-timeout ends all",
-                self._describe[rank], pulse.QUIET_SECONDS,
-            )  # fmt: skip
+                self._describe[rank],
+                pulse.QUIET_SECONDS,
+            )
         else:
             logger.warning("%s is heard again", self._describe[rank])
 

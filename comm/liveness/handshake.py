@@ -32,9 +32,7 @@ class Greeting:
         rank, theirs = reply.get("rank"), reply.get("challenge")
         if type(rank) is not int or not isinstance(theirs, str):
             raise ValueError("no greeting")
-        if not self.key.is_proof(
-            reply.get("proof"), "rank", self.nonce, rank, challenge, theirs
-        ):
+        if not self.key.is_proof(reply.get("proof"), "rank", self.nonce, rank, challenge, theirs):
             raise ValueError("not of this start of the job")
         return rank, {"proof": self.key.prove("rank 0", self.nonce, rank, challenge, theirs)}
 
@@ -44,5 +42,9 @@ class Greeting:
         """Whether who answered `reply` is rank 0 of this start."""
         return self.key.is_proof(
             answer.get("proof"),
-            "rank 0", self.nonce, reply["rank"], str(challenge), reply["challenge"],
-        )  # fmt: skip
+            "rank 0",
+            self.nonce,
+            reply["rank"],
+            str(challenge),
+            reply["challenge"],
+        )

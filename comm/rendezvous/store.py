@@ -36,8 +36,10 @@ def host_store(url: str, *, address: str, watchdog: Watchdog) -> TCPStore:
     if host not in (place, "localhost") and ipaddress.ip_address(place).is_loopback:
         logger.warning(
             "--dist-url %s: %s is a loopback address here, so that no other machine can join: is "
-            "--net-interface right on rank 0?", url, host,
-        )  # fmt: skip
+            "--net-interface right on rank 0?",
+            url,
+            host,
+        )
     return TCPStore(
         place,
         port,

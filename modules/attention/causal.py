@@ -23,9 +23,15 @@ from modules.matmul.rounding import product_type
 
 
 def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, dropout: float, site: str, keys: Keys,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    dropout: float,
+    site: str,
+    keys: Keys,
     documents: Documents | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Causal softmax attention, scaled by the root of the head's size; inside `documents`.
 
     Tensors are (rows, heads, tokens, head size).
@@ -44,9 +50,15 @@ def causal_attention(
 
 
 def _with_dropout(
-    query: Tensor, key: Tensor, value: Tensor, *, dropout: float, site: str, keys: Sequence[int],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    dropout: float,
+    site: str,
+    keys: Sequence[int],
     documents: Documents | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """torch's kernel takes its mask from the device's default generator, which nothing else here
     draws from: it is seeded for each row or document."""
     rows = []

@@ -99,9 +99,7 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config, layer)
 
-    def forward(
-        self, x: Tensor, keys: Keys = None, documents: Documents | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, keys: Keys = None, documents: Documents | None = None) -> Tensor:
         normed = self.ln_1(x)
         out: Tensor = self.attn(normed, keys, documents) + self.mlp(normed, keys) + x
         return out

@@ -90,9 +90,7 @@ class Block(nn.Module):
         self.attention_dropout = KeyedDropout(config.hidden_dropout, f"{layer}.attention")
         self.mlp_dropout = KeyedDropout(config.hidden_dropout, f"{layer}.mlp")
 
-    def forward(
-        self, x: Tensor, keys: Keys = None, documents: Documents | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, keys: Keys = None, documents: Documents | None = None) -> Tensor:
         attended: Tensor = self.attention(self.input_layernorm(x), keys, documents)
         attended = self.attention_dropout(attended, keys)
         residual = x if self.parallel else attended + x

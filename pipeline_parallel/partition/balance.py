@@ -86,13 +86,15 @@ def balanced_split(
         speed = None if speeds is None else speeds[stage]
         best = {
             total: min(
-                (_slowest_first((*costs, _over((total - held) * work.block + head, speed))),
-                 Split((*split, total - held)))
+                (
+                    _slowest_first((*costs, _over((total - held) * work.block + head, speed))),
+                    Split((*split, total - held)),
+                )
                 for held, (costs, split) in best.items()
                 if held < total
             )
             for total in totals
-        }  # fmt: skip
+        }
     return best[model_layers][1]
 
 

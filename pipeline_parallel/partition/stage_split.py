@@ -55,8 +55,10 @@ class StageSplit:
         elif control.rank == 0 and self.layers != chosen:
             logger.info(
                 "--num-layers %s would be %s now: the checkpoint's %s is kept",
-                self.continuation.asked, chosen, self.source,
-            )  # fmt: skip
+                self.continuation.asked,
+                chosen,
+                self.source,
+            )
 
     def describe(self, *, schedule: str, num_microbatches: int, recompute: bool) -> str:
         """The split, each stage's share of the work, the imbalance, and the bubble to expect, in

@@ -53,9 +53,11 @@ def check_cluster(
     clocks = _clocks(fabric.control)
     rates = gather_json(fabric.control, _rate(args, sizes, device))
     message = (
-        args.micro_batch_size * args.seq_length * args.embedding_dim
+        args.micro_batch_size
+        * args.seq_length
+        * args.embedding_dim
         * DTYPES[args.precision].itemsize
-    )  # fmt: skip
+    )
     plan = None if sizes is None else make_plan(args, sizes, message)
     wanted = {link: _message_bytes(topology, link, message, plan) for link in links(topology)}
     speeds = measure_links(topology, fabric, wanted, device, dist_timeout=args.dist_timeout)
@@ -82,18 +84,17 @@ def measure_links(
     todo = list(wanted)
     if todo and topology.rank == 0:
         logger.info(
-            "measuring %d links one after the other, for some %g s at most", len(todo),
+            "measuring %d links one after the other, for some %g s at most",
+            len(todo),
             len(todo) * budget,
-        )  # fmt: skip
+        )
     mine: list[tuple[int, LinkSpeed]] = []
     for number, link in enumerate(todo):
         gather_json(fabric.control, number)  # the link before is done
         group = fabric.pipeline if link.group == "pipeline" else fabric.replicas
         peers = _indices(topology, link)
         if topology.rank == link.source:
-            speed = probe(
-                group, to=peers[1], nbytes=wanted[link], device=device, budget=budget
-            )
+            speed = probe(group, to=peers[1], nbytes=wanted[link], device=device, budget=budget)
             mine.append((number, speed))
         elif topology.rank == link.to:
             answer(group, source=peers[0], device=device)
@@ -193,9 +194,7 @@ def _tell(
         logger.info("- no rank has a config.json that fits with the flags: no step is estimated")
         return
     estimate = Estimate(plan, topology, rates=rates, links=speeds)
-    for line in advice(
-        topology, roster, plan, speeds, rates, estimate, precision=args.precision
-    ):
+    for line in advice(topology, roster, plan, speeds, rates, estimate, precision=args.precision):
         logger.info("- %s", line)
 
 

@@ -126,16 +126,16 @@ class Estimate:
         costs = Costs(
             self._costs(replica),
             [0.0 if free else self.message_seconds(link) for link in onwards],
-            [0.0 if free else self.message_seconds(link._replace(source=link.to, to=link.source))
-             for link in onwards],
-        )  # fmt: skip
+            [
+                0.0 if free else self.message_seconds(link._replace(source=link.to, to=link.source))
+                for link in onwards
+            ],
+        )
         return simulate(SCHEDULES[plan.schedule], num_stages, plan.num_microbatches, costs).total
 
     def _costs(self, replica: int) -> list[StageCosts]:
         plan = self._plan
-        work = split_costs(
-            plan.layers, plan.work, schedule=plan.schedule, recompute=plan.recompute
-        )
+        work = split_costs(plan.layers, plan.work, schedule=plan.schedule, recompute=plan.recompute)
         ranks = self._topology.pipeline_ranks(replica)
         return [
             _in_seconds(costs, plan.tokens / self._rates[rank])

@@ -31,16 +31,20 @@ def rank_table(
     rows = [["rank", "stage", "replica", "host", "interface", "device", "clock", "products"]]
     if plan is not None:
         rows[0].append("layers")
-    for arrival, machine, (ahead, error), rate in zip(
-        roster, machines, clocks, rates, strict=True
-    ):
+    for arrival, machine, (ahead, error), rate in zip(roster, machines, clocks, rates, strict=True):
         rank = arrival.rank
         place = [rank % topology.num_stages, rank // topology.num_stages]
-        rows.append([
-            str(rank), *map(str, place), arrival.host, _place(arrival),
-            machine.device, f"{1e3 * ahead:+.2f} ms +- {1e3 * error:.2f}" if rank else "0",
-            f"{2e-9 * rate:.4g} GFLOP/s",
-        ])  # fmt: skip
+        rows.append(
+            [
+                str(rank),
+                *map(str, place),
+                arrival.host,
+                _place(arrival),
+                machine.device,
+                f"{1e3 * ahead:+.2f} ms +- {1e3 * error:.2f}" if rank else "0",
+                f"{2e-9 * rate:.4g} GFLOP/s",
+            ]
+        )
         if plan is not None:
             rows[-1].append(f"{rate / (plan.work.block * plan.tokens):.4g} forwards/s")
     return _aligned(rows)
@@ -53,11 +57,16 @@ def link_table(
     rows = [["link", "of", "latency", "message", "takes", "rate"]]
     for link, speed in links.items():
         size, seconds = wanted[link], speed.message_seconds(wanted[link])
-        rows.append([
-            _ends(roster, link), link.group, _time(speed.latency), _size(size),
-            _time(seconds) + ("" if size == speed.nbytes else f" (by {_size(speed.nbytes)})"),
-            _rate(speed),
-        ])  # fmt: skip
+        rows.append(
+            [
+                _ends(roster, link),
+                link.group,
+                _time(speed.latency),
+                _size(size),
+                _time(seconds) + ("" if size == speed.nbytes else f" (by {_size(speed.nbytes)})"),
+                _rate(speed),
+            ]
+        )
     return _aligned(rows)
 
 
@@ -86,9 +95,7 @@ def advice(
         yield _about_split(plan, estimate)
 
 
-def about_clocks(
-    roster: Sequence[Arrival], clocks: Sequence[tuple[float, float]]
-) -> Iterator[str]:
+def about_clocks(roster: Sequence[Arrival], clocks: Sequence[tuple[float, float]]) -> Iterator[str]:
     for arrival, (ahead, error) in zip(roster, clocks, strict=True):
         if abs(ahead) - error > SKEWED:
             yield (

@@ -30,9 +30,15 @@ class Change(NamedTuple):
 
 
 def helpful_changes(
-    args: argparse.Namespace, family: Family, config: Any, layers: Split, *, cuda: bool,
-    rank: int, peak: int,
-) -> list[Change]:  # fmt: skip
+    args: argparse.Namespace,
+    family: Family,
+    config: Any,
+    layers: Split,
+    *,
+    cuda: bool,
+    rank: int,
+    peak: int,
+) -> list[Change]:
     """Each change by itself that lets the process of this rank need less than `peak` bytes, the one
     that saves most first. More stages are taken by their largest."""
     found, has_steps = [], any_steps(args.checkpoint_path)
@@ -70,9 +76,13 @@ def _variants(args: argparse.Namespace) -> Iterator[tuple[str, argparse.Namespac
     stages = 2 * args.pipeline_group_size
     yield (
         f"--pipeline-group-size {stages} --num-layers auto",
-        _with(args, pipeline_group_size=stages, world_size=stages * args.data_group_size,
-              num_layers=AUTO),
-    )  # fmt: skip
+        _with(
+            args,
+            pipeline_group_size=stages,
+            world_size=stages * args.data_group_size,
+            num_layers=AUTO,
+        ),
+    )
 
 
 def _with(args: argparse.Namespace, **changes: Any) -> argparse.Namespace:

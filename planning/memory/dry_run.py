@@ -96,9 +96,13 @@ class Rehearsal:
             return self._rehearse(model, topology, documents, algorithm, live)
 
     def _rehearse(
-        self, model: StageModel, topology: Topology, documents: Documents | None,
-        algorithm: Algorithm, live: LiveBytes,
-    ) -> StageMemory:  # fmt: skip
+        self,
+        model: StageModel,
+        topology: Topology,
+        documents: Documents | None,
+        algorithm: Algorithm,
+        live: LiveBytes,
+    ) -> StageMemory:
         kind = self._device.type
         if self._cuda:
             _draw_nothing(model)
@@ -122,9 +126,7 @@ class Rehearsal:
         if not self._args.async_checkpoint or topology.replica != 0:
             return []
         names = optimizer.names
-        state = [
-            part for name in names for part in like_state(optimizer, name).values()
-        ]
+        state = [part for name in names for part in like_state(optimizer, name).values()]
         return [*state, *(torch.empty_like(p, device="cpu") for p in model.parameters())]
 
     def _save(self, optimizer: MixedPrecisionOptimizer, topology: Topology) -> None:
@@ -136,19 +138,29 @@ class Rehearsal:
             collect_state(optimizer, control, topology)
 
     def _train(
-        self, model: StageModel, optimizer: MixedPrecisionOptimizer, topology: Topology,
-        documents: Documents | None, live: LiveBytes,
-    ) -> int:  # fmt: skip
+        self,
+        model: StageModel,
+        optimizer: MixedPrecisionOptimizer,
+        topology: Topology,
+        documents: Documents | None,
+        live: LiveBytes,
+    ) -> int:
         """The most bytes that are alive in an iteration that ends an update."""
         args, settings, all_held = self._args, self._settings, self._args.pp_mode == "gpipe"
         enough = ENOUGH if all_held else topology.num_stages + ENOUGH
         count = min(settings.num_microbatches, enough)
         engine = build_engine(
-            args, model, topology=topology,
+            args,
+            model,
+            topology=topology,
             pipeline=self._group("pipeline", topology.pipeline_ranks(topology.replica), topology),
-            gradients=optimizer.flat_gradients, hidden_size=self._config.hidden_size,
-            device=self._device, tracer=NO_TRACER, kind=RehearsedEngine, num_microbatches=count,
-        )  # fmt: skip
+            gradients=optimizer.flat_gradients,
+            hidden_size=self._config.hidden_size,
+            device=self._device,
+            tracer=NO_TRACER,
+            kind=RehearsedEngine,
+            num_microbatches=count,
+        )
         assert isinstance(engine, RehearsedEngine)
         watched = engine.watch(live, self._device.type)
         batch, ahead = (self._batch(topology, documents) for _ in range(2))
@@ -195,9 +207,15 @@ class Rehearsal:
         return RehearsedBatch.documents_of(begins.repeat(self._settings.micro_rows, 1))
 
     def _memory(
-        self, model: StageModel, optimizer: MixedPrecisionOptimizer, topology: Topology, *,
-        host: int, copied: int, peak: int,
-    ) -> StageMemory:  # fmt: skip
+        self,
+        model: StageModel,
+        optimizer: MixedPrecisionOptimizer,
+        topology: Topology,
+        *,
+        host: int,
+        copied: int,
+        peak: int,
+    ) -> StageMemory:
         weights = _storages(model.parameters())
         kept = _storages(_kept(optimizer))
         count = sum(p.numel() for p in model.parameters())
@@ -211,11 +229,13 @@ class Rehearsal:
             copied=0 if self._cuda else copied,
             peak=peak,
             held=peak_live(
-                SCHEDULES[self._args.pp_mode], topology.stage, topology.num_stages,
+                SCHEDULES[self._args.pp_mode],
+                topology.stage,
+                topology.num_stages,
                 self._settings.num_microbatches,
             ),
             checkpoint=sum(checkpoint_bytes(self._args, count)),
-        )  # fmt: skip
+        )
 
     def _algorithm(self) -> Algorithm:
         """That of the flags. What it makes once, from numbers, is made here."""

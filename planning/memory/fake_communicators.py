@@ -47,9 +47,13 @@ class RehearsedGloo(GlooCommunicator):
     def __init__(self, *, name: str, members: tuple[int, ...], topology: Topology) -> None:
         group: Any = None  # never asked
         super().__init__(
-            group, name=name, members=members, topology=topology, activity=Activity(),
+            group,
+            name=name,
+            members=members,
+            topology=topology,
+            activity=Activity(),
             dist_timeout=1.0,
-        )  # fmt: skip
+        )
 
     def _start(self, what: str, post: Callable[[], dist.Work | None]) -> Work:
         return _Held(post)

@@ -58,9 +58,14 @@ class RehearsedBatch(PipelineBatch):
     `documents`, which were made where tensors have values."""
 
     def __init__(
-        self, tokens: Tensor | None, labels: Tensor | None, *, rows: int, num_rows: int,
+        self,
+        tokens: Tensor | None,
+        labels: Tensor | None,
+        *,
+        rows: int,
+        num_rows: int,
         documents: Documents | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(tokens, labels, range(num_rows), rows)
         self._documents = documents
 

@@ -38,9 +38,15 @@ class MemoryMeasure:
             yield
 
     def tell(
-        self, args: argparse.Namespace, family: Family, config: Any, layers: Split, *,
-        control: Communicator, topology: Topology,
-    ) -> None:  # fmt: skip
+        self,
+        args: argparse.Namespace,
+        family: Family,
+        config: Any,
+        layers: Split,
+        *,
+        control: Communicator,
+        topology: Topology,
+    ) -> None:
         """A line for every rank, on rank 0, with what --plan says. Every rank calls it."""
         if not self._wanted:
             return
@@ -52,9 +58,12 @@ class MemoryMeasure:
         for rank, (own, expected, held) in enumerate(found):
             logger.info(
                 "memory of %s: peak of live tensors %s, planned %s (%.1f%%); peak RSS %s",
-                topology.describe(rank), in_units(own), in_units(expected),
-                100 * expected / own, in_units(held),
-            )  # fmt: skip
+                topology.describe(rank),
+                in_units(own),
+                in_units(expected),
+                100 * expected / own,
+                in_units(held),
+            )
 
 
 def in_units(num_bytes: int) -> str:

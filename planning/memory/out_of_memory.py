@@ -23,9 +23,17 @@ class OutOfMemoryError(TrainingStoppedError):
 
 
 def explain_shortage(
-    where: str, error: BaseException, args: argparse.Namespace, family: Family, config: Any,
-    layers: Split, *, topology: Topology, cuda: bool, announce: Callable[[str], object],
-) -> OutOfMemoryError:  # fmt: skip
+    where: str,
+    error: BaseException,
+    args: argparse.Namespace,
+    family: Family,
+    config: Any,
+    layers: Split,
+    *,
+    topology: Topology,
+    cuda: bool,
+    announce: Callable[[str], object],
+) -> OutOfMemoryError:
     """The error to end with: `where` is the stage and what it was doing when `error` came, which
     `announce` is told first, for finding out what helps takes seconds.
 

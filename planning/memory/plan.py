@@ -19,8 +19,18 @@ from planning.memory.advice import Change, helpful_changes
 from planning.memory.dry_run import Rehearsal, StageMemory
 from planning.memory.measure import in_units
 
-COLUMNS = ("stage", "layers", "parameters", "weights", "gradients", "optimizer", "activations",
-           "peak", "held", "checkpoint")  # fmt: skip
+COLUMNS = (
+    "stage",
+    "layers",
+    "parameters",
+    "weights",
+    "gradients",
+    "optimizer",
+    "activations",
+    "peak",
+    "held",
+    "checkpoint",
+)
 EXPLAINED = """\
 all of it on the device, of replica 0, which saves; activations: with messages and all that is made
 on the way; peak: the most at once; held: microbatches between forward and the end of backward
@@ -38,9 +48,12 @@ class Plan:
         self._config: Any = self._family.load_config(args.model_name)
         self._settings = loop_settings(args)
         self._split = StageSplit(
-            args.num_layers, args.model_type, self._config,
-            num_stages=args.pipeline_group_size, tokens=args.seq_length,
-        )  # fmt: skip
+            args.num_layers,
+            args.model_type,
+            self._config,
+            num_stages=args.pipeline_group_size,
+            tokens=args.seq_length,
+        )
 
     @cached_property
     def _stages(self) -> list[StageMemory]:
@@ -60,11 +73,14 @@ class Plan:
         yield self._heading()
         yield _table(self._rows()) + EXPLAINED
         yield "".join(f"{line}\n" for line in self._links())
-        yield self._split.describe(
-            schedule=self._args.pp_mode,
-            num_microbatches=self._settings.num_microbatches,
-            recompute=self._args.recompute,
-        ) + "\n"  # fmt: skip
+        yield (
+            self._split.describe(
+                schedule=self._args.pp_mode,
+                num_microbatches=self._settings.num_microbatches,
+                recompute=self._args.recompute,
+            )
+            + "\n"
+        )
         if not self.fits:
             yield "".join(f"{line}\n" for line in self._advice())
 
@@ -86,17 +102,21 @@ class Plan:
         yield [*COLUMNS, *more, *fits]
         for index, stage in enumerate(self._stages):
             yield [
-                str(index), str(self._split.layers[index]), *_cells(stage),
+                str(index),
+                str(self._split.layers[index]),
+                *_cells(stage),
                 *([in_units(stage.copied)] if copied else []),
                 *([in_units(stage.host)] if host else []),
                 *([] if limit is None else ["yes" if stage.peak <= limit else "NO"]),
-            ]  # fmt: skip
+            ]
         yield [
-            "all", str(sum(self._split.layers)), *_cells(*self._stages),
+            "all",
+            str(sum(self._split.layers)),
+            *_cells(*self._stages),
             *([in_units(sum(stage.copied for stage in self._stages))] if copied else []),
             *([in_units(sum(stage.host for stage in self._stages))] if host else []),
             *([] if limit is None else ["yes" if self.fits else "NO"]),
-        ]  # fmt: skip
+        ]
 
     def _links(self) -> Iterator[str]:
         args, settings, last = self._args, self._settings, len(self._stages) - 1
@@ -119,9 +139,7 @@ class Plan:
         """To the stages of all pipelines, of which rank 0 keeps its own."""
         args, stages = self._args, len(self._stages)
         documents = args.pack == "document"
-        needs = [
-            (stage == 0) + (stage == stages - 1) + documents for stage in range(stages)
-        ]
+        needs = [(stage == 0) + (stage == stages - 1) + documents for stage in range(stages)]
         sent = args.data_group_size * sum(needs) - needs[0]
         return int(8 * self._settings.rows * self._settings.tokens * sent)
 
@@ -130,9 +148,14 @@ class Plan:
         worst = peaks.index(max(peaks))
         yield f"stage {worst} needs {in_units(peaks[worst] - limit)} more than {in_units(limit)}"
         changes = helpful_changes(
-            self._args, self._family, self._config, self._split.layers,
-            cuda=self._cuda, rank=worst, peak=peaks[worst],
-        )  # fmt: skip
+            self._args,
+            self._family,
+            self._config,
+            self._split.layers,
+            cuda=self._cuda,
+            rank=worst,
+            peak=peaks[worst],
+        )
         for change in changes:
             yield f"  {change.flags}: {_outcome(change, limit)}"
         if not changes:

@@ -167,11 +167,15 @@ def _open_new(path: str, places: Sequence[Path]) -> tuple[Path, Any] | None:
             refused = refused or str(error.strerror)
             continue
         if refused:
-            logger.info("%s: the index of its lines is %s (beside it: %s)",
-                        shown(path), kept, refused)  # fmt: skip
+            logger.info(
+                "%s: the index of its lines is %s (beside it: %s)", shown(path), kept, refused
+            )
         return kept, written
-    logger.warning("%s: the index of its lines cannot be kept (%s): each run makes it anew",
-                   shown(path), refused)  # fmt: skip
+    logger.warning(
+        "%s: the index of its lines cannot be kept (%s): each run makes it anew",
+        shown(path),
+        refused,
+    )
     return None
 
 

@@ -123,6 +123,13 @@ def _parse_json(raw: bytes, where: str) -> Any:
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean",
-             int: "a number", float: "a number", bytes: "bytes"}  # fmt: skip
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        bytes: "bytes",
+    }
     return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")

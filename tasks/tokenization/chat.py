@@ -75,9 +75,10 @@ class ChatFormat:
             if message.role != "assistant":
                 continue
             before = (
-                self._render(messages[:index], where, is_next=True) if index
+                self._render(messages[:index], where, is_next=True)
+                if index
                 else self._before_first(message, where)
-            )  # fmt: skip
+            )
             until = self._render(messages[: index + 1], where)
             if not (until.startswith(before) and text.startswith(until)):
                 raise BadLineError(

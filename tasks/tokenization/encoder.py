@@ -166,9 +166,7 @@ class _Fast:
         )
         return [_joined(of_text, encoded, self._end) for of_text in pieces]
 
-    def _encode(
-        self, texts: Sequence[str], wants_offsets: bool, end: list[int]
-    ) -> list[_Tokens]:
+    def _encode(self, texts: Sequence[str], wants_offsets: bool, end: list[int]) -> list[_Tokens]:
         """The tokens of each text, and `end`."""
         if not wants_offsets:
             found = self._backend.encode_batch_fast(texts, add_special_tokens=False)
@@ -200,8 +198,9 @@ class _Slow:
         self._tokenizer, self._end = tokenizer, end
 
     def __call__(self, texts: Sequence[str], _wants_offsets: bool) -> list[_Tokens]:
-        return [_Tokens(np.array(self._ids(text) + self._end, dtype=np.int32), None)
-                for text in texts]  # fmt: skip
+        return [
+            _Tokens(np.array(self._ids(text) + self._end, dtype=np.int32), None) for text in texts
+        ]
 
     def _ids(self, text: str) -> list[int]:
         # verbose=False: a document may well be longer than the model's context, no warning.

@@ -36,8 +36,13 @@ STAGES, LAST, FIRST = 2, 4, 2
 PARTS = ("checkpoint", "optimizer", "scheduler")
 STAGE_FILES = [f"prank_{stage}_{part}.pt" for stage in range(STAGES) for part in PARTS]
 MANIFESTS = [f"prank_{stage}_manifest.json" for stage in range(STAGES)]
-COMMON = ["meta.json", "config.json", "tokenizer.json", "tokenizer_config.json",
-          "generation_config.json"]  # fmt: skip
+COMMON = [
+    "meta.json",
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+]
 STEP_FILES = [f"{LAST}/{name}" for name in (*STAGE_FILES, *MANIFESTS, *COMMON)]
 FILES = [*STEP_FILES, "latest", "latest_manifest.json"]
 
@@ -191,9 +196,15 @@ def test_a_checkpoint_without_manifests_opens(made: Made) -> None:
 
 def to_hf(run: Path, target: Path, config_name: str | None = None) -> Path:
     return convert_to_hf(
-        MODELS["gptneox"].load(), ckpt_path=run, save_path=target, n_stages=None,
-        n_layer_per_stage=None, config_name=config_name, fp16=False, verify=False,
-    )  # fmt: skip
+        MODELS["gptneox"].load(),
+        ckpt_path=run,
+        save_path=target,
+        n_stages=None,
+        n_layer_per_stage=None,
+        config_name=config_name,
+        fp16=False,
+        verify=False,
+    )
 
 
 READ = [file for file in FILES if not file.endswith(("optimizer.pt", "scheduler.pt"))]

@@ -97,8 +97,10 @@ def test_without_a_manifest_the_same_weights_load(home: Home, tmp_path: Path) ->
     state = torch.load(model / SHARDS[1], weights_only=True)
     state["attention.dense.weight"][0, 0] += 1.0
     torch.save(state, model / SHARDS[1])
-    assert not torch.equal(start(model, home)._model.state_dict()["1.attention.dense.weight"],
-                           whole["1.attention.dense.weight"])  # fmt: skip
+    assert not torch.equal(
+        start(model, home)._model.state_dict()["1.attention.dense.weight"],
+        whole["1.attention.dense.weight"],
+    )
 
 
 def test_a_shard_that_the_manifest_does_not_list_is_an_error(home: Home, tmp_path: Path) -> None:

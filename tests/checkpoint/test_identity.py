@@ -164,16 +164,16 @@ def test_checkpoints_whose_saves_have_the_name_of_their_start_go_on(made: Made) 
 
 
 def test_no_two_steps_of_a_start_are_one_save(made: Made) -> None:
-    saves = [[read_manifest(made.run / str(step), stage).save for stage in range(STAGES)]
-             for step in (FIRST, LAST)]  # fmt: skip
+    saves = [
+        [read_manifest(made.run / str(step), stage).save for stage in range(STAGES)]
+        for step in (FIRST, LAST)
+    ]
     assert [len(set(of_a_step)) for of_a_step in saves] == [1, 1]
     assert saves[0] != saves[1]
 
 
 @pytest.mark.parametrize("name", MIXED)
-def test_the_converter_names_what_is_not_of_the_step(
-    name: str, made: Made, tmp_path: Path
-) -> None:
+def test_the_converter_names_what_is_not_of_the_step(name: str, made: Made, tmp_path: Path) -> None:
     run = Path(shutil.copytree(made.run, tmp_path / "run"))
     SPOILS[name][0](run)
     with pytest.raises(ValueError, match=SPOILS[name][1]) as caught:

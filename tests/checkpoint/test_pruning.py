@@ -162,9 +162,13 @@ def test_a_crash_while_old_steps_go_costs_nothing(
 
 def test_old_steps_go_beside_training_and_before_the_next_is_written(tmp_path: Path) -> None:
     store = CheckpointStore(
-        tmp_path, control=LocalCommunicator(), topology=Topology(0, 1, 1), nonce="n", extras={},
+        tmp_path,
+        control=LocalCommunicator(),
+        topology=Topology(0, 1, 1),
+        nonce="n",
+        extras={},
         keep=Keep(1),
-    )  # fmt: skip
+    )
     trained = threading.Event()
 
     def save(step: int, *, hurry: bool = False) -> None:
@@ -198,9 +202,13 @@ def test_old_steps_go_beside_training_and_before_the_next_is_written(tmp_path: P
 
 def test_a_hurried_save_waits_for_room_where_there_is_none(tmp_path: Path) -> None:
     store = CheckpointStore(
-        tmp_path, control=LocalCommunicator(), topology=Topology(0, 1, 1), nonce="n", extras={},
+        tmp_path,
+        control=LocalCommunicator(),
+        topology=Topology(0, 1, 1),
+        nonce="n",
+        extras={},
         keep=Keep(1),
-    )  # fmt: skip
+    )
     removed, tried = threading.Event(), threading.Event()
     write = step_folder.write_stage_files
 
@@ -226,13 +234,15 @@ def test_a_hurried_save_waits_for_room_where_there_is_none(tmp_path: Path) -> No
     assert leftovers(tmp_path) == []
 
 
-def test_what_cannot_be_removed_is_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_cannot_be_removed_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = CheckpointStore(
-        tmp_path, control=LocalCommunicator(), topology=Topology(0, 1, 1), nonce="n", extras={},
+        tmp_path,
+        control=LocalCommunicator(),
+        topology=Topology(0, 1, 1),
+        nonce="n",
+        extras={},
         keep=Keep(1),
-    )  # fmt: skip
+    )
     with patch("os.rmdir", side_effect=OSError(5, "Input/output error", "1")):
         for step in (1, 2):
             store.begin(step, parts={"checkpoint": {}}, meta={"step": step})
@@ -273,9 +283,13 @@ def test_a_disk_that_does_not_let_latest_catch_up_is_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = CheckpointStore(
-        tmp_path, control=LocalCommunicator(), topology=Topology(0, 1, 1), nonce="n", extras={},
+        tmp_path,
+        control=LocalCommunicator(),
+        topology=Topology(0, 1, 1),
+        nonce="n",
+        extras={},
         keep=Keep(),
-    )  # fmt: skip
+    )
     full = OSError(28, "No space left on device")
     with patch("checkpoint.store.write_latest", side_effect=full):
         store.continue_from(4)

@@ -106,9 +106,13 @@ def states_of(disk: Path) -> list[str]:
 def save(fabric: Fabric, disk: Path, nonce: str, steps: tuple[int, ...], keep: Keep) -> None:
     """As one start that saves so many steps."""
     store = CheckpointStore(
-        disk, control=fabric.control, topology=Topology(fabric.control.rank, STAGES, 1),
-        nonce=nonce, extras={"config.json": b"{}"}, keep=keep,
-    )  # fmt: skip
+        disk,
+        control=fabric.control,
+        topology=Topology(fabric.control.rank, STAGES, 1),
+        nonce=nonce,
+        extras={"config.json": b"{}"},
+        keep=keep,
+    )
     parts: dict[str, object] = {"checkpoint": {}, "optimizer": {}, "scheduler": {}}
     for step in steps:
         store.begin(step, parts=parts, meta={"step": step, "num_stages": STAGES})

@@ -114,9 +114,15 @@ class NcclDouble:
         self._spread(header, _memory(recvbuf, count, datatype), 0)
 
     def reduce(
-        self, sendbuf: int, recvbuf: int, count: int, datatype: int, op: int, root: int,
+        self,
+        sendbuf: int,
+        recvbuf: int,
+        count: int,
+        datatype: int,
+        op: int,
+        root: int,
         stream: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         assert op == nccl.NCCL_SUM
         header = self._header("reduce", root, count, datatype, stream)
         self._sum(header, _memory(sendbuf, count, datatype), recvbuf, root=root)

@@ -111,13 +111,9 @@ def measure_all(
                 doubles.enter_context(nccl_double())
             if backend == "nccl":
                 doubles.enter_context(gloo_for_nccl())
-            entered = enter(
-                rank, url, num_stages=1, num_replicas=world_size, dist_backend=backend
-            )
+            entered = enter(rank, url, num_stages=1, num_replicas=world_size, dist_backend=backend)
             wanted = dict.fromkeys(links(entered.topology), 300_000)
-            speeds = measure_links(
-                entered.topology, entered.fabric, wanted, CPU, dist_timeout=30.0
-            )
+            speeds = measure_links(entered.topology, entered.fabric, wanted, CPU, dist_timeout=30.0)
             total = torch.tensor(rank + 1)
             entered.fabric.replicas.all_reduce(total).wait()
             assert total.item() == 6, "the probe leaves nothing behind"
@@ -128,9 +124,7 @@ def measure_all(
 
 def test_real_channels() -> None:
     """All pairs, both ways, whichever channel carries them; every rank knows all results."""
-    urls = {
-        backend: f"tcp://127.0.0.1:{free_port()}" for backend in ("gloo", "cupy_nccl", "nccl")
-    }
+    urls = {backend: f"tcp://127.0.0.1:{free_port()}" for backend in ("gloo", "cupy_nccl", "nccl")}
     by_rank = run_ranks(3, measure_all, urls)
     assert by_rank[0] == by_rank[1] == by_rank[2]
     for speeds in by_rank[0]:

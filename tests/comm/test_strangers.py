@@ -55,16 +55,20 @@ GARBAGE = {
 def meet(ready: Path, rank: int, world_size: int, url: str, key: JobKey, timeout: float) -> None:
     """Joins and parts: rank 0, which holds the store, last."""
     met = join(
-        url=url, rank=rank, world_size=world_size, interface=LOOPBACK, facts={}, key=key,
-        start="", join_timeout=timeout,
-    )  # fmt: skip
+        url=url,
+        rank=rank,
+        world_size=world_size,
+        interface=LOOPBACK,
+        facts={},
+        key=key,
+        start="",
+        join_timeout=timeout,
+    )
     Watch.connect(met, Topology(rank, world_size, 1)).close()
     ready.touch()
 
 
-def tell_of_pickles(
-    ready: Path, rank: int, url: str, program: Callable[[Rank], None]
-) -> None:
+def tell_of_pickles(ready: Path, rank: int, url: str, program: Callable[[Rank], None]) -> None:
     """A rank of four that says so on stderr where anything is unpickled in it."""
 
     def tell(event: str, found: tuple[object, ...]) -> None:
@@ -168,8 +172,9 @@ def test_a_rank_of_another_job_is_sent_away_and_named(tmp_path: Path) -> None:
 
 def test_who_waits_in_vain_is_told_of_the_other_job(tmp_path: Path) -> None:
     url = f"tcp://127.0.0.1:{free_port()}"
-    ranks = [start(tmp_path, str(r), meet, r, 2, url, key, 4.0) for r, key in enumerate(
-        (KEY, OTHER_KEY))]  # fmt: skip
+    ranks = [
+        start(tmp_path, str(r), meet, r, 2, url, key, 4.0) for r, key in enumerate((KEY, OTHER_KEY))
+    ]
     with ended(*ranks):
         assert ranks[1].status(within=15.0) == 2
         assert ranks[0].status(within=15.0) == 1

@@ -64,8 +64,13 @@ def test_one_replica_has_nothing_to_share(replicas: int) -> None:
 
     communicator.broadcast = counted  # type: ignore[method-assign]
     optimizer = MixedPrecisionOptimizer(
-        {"a": nn.Parameter(torch.ones(4)), "b": nn.Parameter(torch.ones(5))}, Adam(),
-        dtype=torch.float32, weight_decay=0.0, offload=False, sharded=True, replicas=communicator,
-    )  # fmt: skip
+        {"a": nn.Parameter(torch.ones(4)), "b": nn.Parameter(torch.ones(5))},
+        Adam(),
+        dtype=torch.float32,
+        weight_decay=0.0,
+        offload=False,
+        sharded=True,
+        replicas=communicator,
+    )
     optimizer.share_weights()
     assert calls == ([] if replicas == 1 else [0, 1])

@@ -61,7 +61,5 @@ def test_fewer_rows_on_a_slow_device(device: KnownDevice) -> None:
 def test_a_real_device() -> None:
     """In each type, as the layers multiply it."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        found = product_rate(
-            rows=32, inputs=64, outputs=128, dtype=dtype, device=CPU, budget=0.1
-        )
+        found = product_rate(rows=32, inputs=64, outputs=128, dtype=dtype, device=CPU, budget=0.1)
         assert 1e5 < found < 1e15

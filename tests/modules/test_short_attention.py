@@ -31,8 +31,9 @@ def run(attend: Callable[..., Tensor], qkv: list[Tensor], gradient: Tensor) -> l
     return [out.detach(), *grads]
 
 
-@pytest.mark.parametrize("tokens", [1, QUERIES - 1, QUERIES, QUERIES + 1, 2 * QUERIES + 1, 200,
-                                    KEPT_TOKENS * SIZE])  # fmt: skip
+@pytest.mark.parametrize(
+    "tokens", [1, QUERIES - 1, QUERIES, QUERIES + 1, 2 * QUERIES + 1, 200, KEPT_TOKENS * SIZE]
+)
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_it_is_torchs_attention(tokens: int, dtype: torch.dtype, allowed: float) -> None:
     """To rounding: sums of up to 256 products of numbers about 1, in another order."""

@@ -83,9 +83,7 @@ def test_auto_is_the_best_of_all_splits(block: int, head: int) -> None:
 def test_a_slower_device_gets_fewer_blocks(speeds: tuple[float, ...]) -> None:
     """No split has a slowest stage that takes less time."""
     for layers in range(3, 12):
-        found = balanced_split(
-            ModuleWork(2, 3), num_stages=3, model_layers=layers, speeds=speeds
-        )
+        found = balanced_split(ModuleWork(2, 3), num_stages=3, model_layers=layers, speeds=speeds)
 
         def seconds(split: tuple[int, ...]) -> float:
             work = stage_work(Split(split), ModuleWork(2, 3))

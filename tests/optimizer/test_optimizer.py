@@ -164,8 +164,10 @@ def test_adam_is_torchs_to_the_bit() -> None:
     others = [p for p in twin.values() if p.dim() == 1]
     theirs = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
-        lr=0.01, eps=1e-6, fused=True,
-    )  # fmt: skip
+        lr=0.01,
+        eps=1e-6,
+        fused=True,
+    )
     for step in range(5):
         set_gradients(ours, step)
         for name, view in ours.gradients():

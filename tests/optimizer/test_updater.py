@@ -26,9 +26,16 @@ class Descent:
         return {}
 
     def step(
-        self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], *, factor: float,
-        lr: float, weight_decay: float, update: int,
-    ) -> None:  # fmt: skip
+        self,
+        weight: Tensor,
+        gradient: Tensor,
+        state: dict[str, Tensor],
+        *,
+        factor: float,
+        lr: float,
+        weight_decay: float,
+        update: int,
+    ) -> None:
         weight.sub_(gradient, alpha=lr * factor)
 
 
@@ -36,9 +43,14 @@ def make_updater(
     weight: nn.Parameter, *, max_norm: float = math.inf, max_skipped: int = 3
 ) -> Updater:
     optimizer = MixedPrecisionOptimizer(
-        {"weight": weight}, Descent(), dtype=torch.float32, weight_decay=0.0, offload=False,
-        sharded=False, replicas=LocalCommunicator(),
-    )  # fmt: skip
+        {"weight": weight},
+        Descent(),
+        dtype=torch.float32,
+        weight_decay=0.0,
+        offload=False,
+        sharded=False,
+        replicas=LocalCommunicator(),
+    )
     optimizer.flat_gradients.views["weight"].fill_(GRADIENT)
     return Updater(
         optimizer,

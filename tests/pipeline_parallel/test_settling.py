@@ -69,9 +69,13 @@ def calls_of(schedule: Schedule, num_stages: int, num_microbatches: int) -> list
         channel: Any = NotedChannel(stage, num_stages)
         idle: Any = IdleStage()
         engine = Engine(
-            idle, channel, schedule=schedule, stage_index=stage, num_stages=num_stages,
+            idle,
+            channel,
+            schedule=schedule,
+            stage_index=stage,
+            num_stages=num_stages,
             num_microbatches=num_microbatches,
-        )  # fmt: skip
+        )
         rows = torch.zeros(num_microbatches, 2, dtype=torch.int64)
         labels = rows if stage == num_stages - 1 else None
         engine.train(PipelineBatch(rows, labels, range(num_microbatches), 1), loss_scale=1.0)
@@ -181,7 +185,6 @@ def test_nor_in_a_schedule_of_another_order(lines: list[str]) -> None:
 
 def test_the_check_finds_a_settle_that_is_too_early() -> None:
     send, receive = ("send", 1, 0), ("receive", 1, 0)
-    early = [[send, send, ("receive", 0, 1), ("settle", 2, 0)],
-             [receive, ("send", 0, 1), receive]]  # fmt: skip
+    early = [[send, send, ("receive", 0, 1), ("settle", 2, 0)], [receive, ("send", 0, 1), receive]]
     with pytest.raises(AssertionError, match="stage 0 waits for 2, knows of 1"):
         Knowledge(early).play()

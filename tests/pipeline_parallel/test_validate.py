@@ -204,8 +204,9 @@ def test_live_microbatches_of_an_order_written_down() -> None:
     ):
         schedule = schedule_of([order])
         assert (peak_live(schedule, 0, 1, 3), peak_recomputed(schedule, 0, 1, 3)) == (
-            live, recomputed,
-        ), order  # fmt: skip
+            live,
+            recomputed,
+        ), order
 
 
 def test_zb_h1_holds_recomputed_activations_of_one_more_microbatch_a_stage() -> None:

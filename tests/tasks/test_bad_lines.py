@@ -178,9 +178,13 @@ def test_any_bytes_are_documents_or_named(
     named = told.read_text().splitlines() if told.is_file() else []
     assert len(read) + len(named) == len(lines)
     stream = open_training_stream(
-        [SourceSpec(str(path))], tokenizer(), seq_length=8, seed=1, bad_lines=bad,
+        [SourceSpec(str(path))],
+        tokenizer(),
+        seq_length=8,
+        seed=1,
+        bad_lines=bad,
         train_on=train_on,  # type: ignore[arg-type]
-    )  # fmt: skip
+    )
     assert error_of_a_block(stream).startswith((f"{path}: the source ", "none"))
 
 

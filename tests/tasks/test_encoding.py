@@ -68,9 +68,7 @@ def test_what_the_tokenizers_file_cuts_and_pads_is_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("train_on", ["all", "completion"])
-def test_a_long_text_goes_through_in_pieces(
-    monkeypatch: pytest.MonkeyPatch, train_on: Any
-) -> None:
+def test_a_long_text_goes_through_in_pieces(monkeypatch: pytest.MonkeyPatch, train_on: Any) -> None:
     """The same tokens and answers as in one piece, white space of all kinds included."""
     text = "\n".join(make_texts(300, seed=5)).replace("fox", "fox \t ").replace("dog", " 12  dog")
     half = len(text) // 2

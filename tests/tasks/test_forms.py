@@ -34,10 +34,17 @@ def write_all(folder: Path) -> dict[str, Path]:
     paths["jsonl"].write_bytes(LINES)
     paths["jsonl.gz"].write_bytes(gzip.compress(LINES[:half]) + gzip.compress(LINES[half:]))
     paths["jsonl.zst"].write_bytes(zstandard.compress(LINES))
-    parquet.write_table(pyarrow.Table.from_pylist(
-        [{"text": None, "prompt": None, "completion": None, "messages": None, "other": 1} | row
-         for row in ROWS]
-    ), paths["parquet"], row_group_size=7)  # fmt: skip
+    parquet.write_table(
+        pyarrow.Table.from_pylist(
+            [
+                {"text": None, "prompt": None, "completion": None, "messages": None, "other": 1}
+                | row
+                for row in ROWS
+            ]
+        ),
+        paths["parquet"],
+        row_group_size=7,
+    )
     return paths
 
 
