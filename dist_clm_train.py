@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from arguments.checks import OWN_FLAGS, PROVEN_FLAGS
 from arguments.flags import parse_train, train_parser
-from arguments.parser import one_line, refuse
-from comm.lifecycle.exit import say
+from arguments.parser import refuse
+from comm.lifecycle.exit import report_line
 from comm.lifecycle.stop_signals import (
     CLOSING,
     LOADING,
@@ -32,14 +32,15 @@ from comm.lifecycle.stop_signals import (
 from comm.rendezvous.dist_url import parse_dist_url
 from comm.rendezvous.interface import choose_interface
 from comm.rendezvous.job_key import JobKey, is_readable_by_others, read_job_key
+from common.text import one_line
 from monitor.console import Console
 from monitor.logs import setup_logging
-from training.startup_checks import Machine, look_around
+from training.startup_checks import LocalResources, check_this_machine
 
 if TYPE_CHECKING:
     import torch
 
-    from comm.liveness.failure_detector import Watch
+    from comm.liveness.failure_detector import FailureDetector
     from comm.rendezvous.join import Rendezvous
     from comm.topology import Topology
 
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     stop = StopRequest()
     listener = StopListener(stop, rank=args.rank, alone=args.world_size == 1)
-    machine = look_around(args)
+    machine = check_this_machine(args)
     if machine.problem is not None and args.world_size == 1:
         refuse(machine.problem)
     rendezvous = meet(args, machine, stop)
@@ -88,10 +89,10 @@ def plan(args: argparse.Namespace) -> None:
     """Prints what each stage will need; exit status 1 where that is more than --device-memory."""
     if args.rank != 0:
         return
-    from planning.memory.plan import Plan
+    from planning.memory.plan import MemoryPlan
 
     try:
-        found = Plan(args)
+        found = MemoryPlan(args)
         show(found.parts())
         fits = found.fits
     except ValueError as error:
@@ -113,7 +114,7 @@ def show(parts: Iterable[str]) -> None:
             raise ValueError(f"standard output: {error.strerror}") from error
 
 
-def meet(args: argparse.Namespace, machine: Machine, stop: StopRequest) -> Rendezvous:
+def meet(args: argparse.Namespace, machine: LocalResources, stop: StopRequest) -> Rendezvous:
     """Meets the other ranks, also to report a problem; a world of one opens no socket."""
     from comm.rendezvous.join import Rendezvous, join
 
@@ -143,7 +144,7 @@ def meet(args: argparse.Namespace, machine: Machine, stop: StopRequest) -> Rende
     except ValueError as error:
         refuse(machine.problem or error)
     except StopAskedError as error:
-        say(f"rank {args.rank}: {error}")
+        report_line(f"rank {args.rank}: {error}")
         sys.exit(STOPPED)
     except (TimeoutError, ConnectionError) as error:
         sys.stderr.write(f"rank {args.rank}: {one_line(error)}\n")
@@ -175,7 +176,7 @@ def _facts(args: argparse.Namespace) -> dict[str, str | int | float | bool | Non
 
 def run(
     args: argparse.Namespace,
-    machine: Machine,
+    machine: LocalResources,
     rendezvous: Rendezvous,
     console: Console,
     stop: StopRequest,
@@ -183,13 +184,13 @@ def run(
 ) -> None:
     """Trains among ranks that have met; however it ends, all of them end, each with one line."""
     from comm.communicator import PeerLostError
-    from comm.liveness.failure_detector import Watch
+    from comm.liveness.failure_detector import FailureDetector
     from comm.topology import Topology
     from training.trainer import TrainingStoppedError
 
     topology = Topology(args.rank, args.pipeline_group_size, args.data_group_size)
     try:
-        watch = Watch.connect(rendezvous, topology, stop=stop)
+        watch = FailureDetector.connect(rendezvous, topology, stop=stop)
     except (TimeoutError, ConnectionError) as error:
         sys.stderr.write(f"rank {args.rank}: {one_line(error)}\n")
         sys.exit(1)
@@ -210,7 +211,7 @@ def run(
         _fail_with_traceback(watch, error, last=closing.close)
     watch.close()
     if end.line is not None:
-        say(end.line if args.world_size == 1 else f"rank {args.rank}: {end.line}")
+        report_line(end.line if args.world_size == 1 else f"rank {args.rank}: {end.line}")
     if end.status:
         sys.exit(end.status)
 
@@ -219,19 +220,19 @@ def _train(
     args: argparse.Namespace,
     topology: Topology,
     rendezvous: Rendezvous,
-    watch: Watch,
+    watch: FailureDetector,
     console: Console,
     stop: StopRequest,
     closing: ExitStack,
 ) -> End:
     from transformers.utils import logging as transformers_logging
 
-    from comm.process_groups import connect
+    from comm.process_groups import create_process_groups
     from training.run import train
 
     transformers_logging.set_verbosity_error()
     device = choose_device(args, ranks_here=len(rendezvous.ranks_on_this_host))
-    fabric = connect(
+    fabric = create_process_groups(
         topology,
         rendezvous,
         dist_backend=args.dist_backend,
@@ -294,7 +295,9 @@ def choose_device(args: argparse.Namespace, *, ranks_here: int) -> torch.device:
     return torch.device("cpu")
 
 
-def _fail_with_traceback(watch: Watch, error: Exception, *, last: Callable[[], object]) -> NoReturn:
+def _fail_with_traceback(
+    watch: FailureDetector, error: Exception, *, last: Callable[[], object]
+) -> NoReturn:
     """What nobody foresaw: the traceback for us, one line for the others."""
     traceback.print_exc()
     causes = [error, error.__cause__] if error.__cause__ is not None else [error]

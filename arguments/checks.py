@@ -15,7 +15,7 @@ from typing import Any
 from comm.rendezvous.dist_url import parse_dist_url
 from modules.registry import MODELS
 from pipeline_parallel.partition.split import Split, check_length, check_split
-from tasks.registry import parse_task_name
+from tasks.source_spec import parse_task_name
 
 MIN_DIST_TIMEOUT = 5.0  # seconds; some times comm/collective_io.py's TELL_SECONDS
 NOT_BUILT = "is not built yet"

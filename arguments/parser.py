@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from common.text import one_line
 from pipeline_parallel.partition.split import AUTO, Asked, parse_layers
 
 
@@ -34,11 +35,6 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         hint = "; --help lists the flags" if message.startswith("unrecognized") else ""
         raise ValueError(message.removeprefix("argument ") + hint)
-
-
-def one_line(error: BaseException) -> str:
-    """The text of an error as the single line that a user sees."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def refuse(error: BaseException) -> NoReturn:

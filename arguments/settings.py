@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 
 
@@ -50,3 +51,17 @@ class LoopSettings:
     def evaluates_after(self, step: int) -> bool:
         every = self.evaluation_steps
         return step == self.total_steps or (every > 0 and step % every == 0)
+
+
+def loop_settings(args: argparse.Namespace) -> LoopSettings:
+    """The numbers of the run, from its flags."""
+    return LoopSettings(
+        total_steps=args.total_steps,
+        accumulate=args.gradient_accumulate_step,
+        rows=args.batch_size,
+        micro_rows=args.micro_batch_size,
+        tokens=args.seq_length,
+        checkpoint_steps=args.checkpoint_steps,
+        evaluation_steps=args.evaluation_steps,
+        seed=args.seed,
+    )

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from benchmarks.ours import Ours
 from benchmarks.peer import TorchDataParallel, TorchPipeline
 from benchmarks.work import Contender, Work
-from comm.process_groups import Fabric
+from comm.process_groups import ProcessGroups
 from comm.topology import Topology
 from modules.matmul.backend import Matmul, choose_matmul
-from modules.matmul.cpu_info import Processor
+from modules.matmul.cpu_info import CpuInfo
 from modules.registry import MODELS
 from pipeline_parallel.partition.balance import balanced_split, module_work
 from pipeline_parallel.schedule.schedules import SCHEDULES
@@ -27,7 +27,7 @@ class Entry:
     """
 
     name: str
-    make: Callable[[Topology, Fabric], Contender]
+    make: Callable[[Topology, ProcessGroups], Contender]
     matmul: Matmul | None = None
 
 
@@ -148,7 +148,7 @@ def _many() -> Case:
 
 def _defaults() -> Case:
     """Each side as a user meets it: what multiplies, and AdamW, are each side's default."""
-    matmul = choose_matmul(Processor.of_this_machine())
+    matmul = choose_matmul(CpuInfo.of_this_machine())
     mine = replace(ours(WORK, "gpipe"), matmul=matmul)
     other = replace(theirs(WORK, "GPipe", fused=False), matmul="default")
     return Case(

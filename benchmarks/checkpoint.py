@@ -28,13 +28,13 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from checkpoint.files.validation import is_finite
-from checkpoint.retention import Keep
+from checkpoint.retention import RetentionPolicy
 from checkpoint.snapshot import Snapshot, on_host
 from checkpoint.store import CheckpointStore
-from comm.backends.single_process import LocalCommunicator
+from comm.backends.single_process import SingleProcessCommunicator
 from comm.topology import Topology
-from modules.matmul.cpu_info import Processor
+from common.tensors import is_finite
+from modules.matmul.cpu_info import CpuInfo
 
 WEIGHTS = 24  # of the state, all of one size
 SIZE = 1024  # of the matrices that are multiplied meanwhile
@@ -49,8 +49,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(
-        f"{Processor.of_this_machine().name}, {os.cpu_count()} cores; "
-        f"a state of {args.megabytes} MB"
+        f"{CpuInfo.of_this_machine().name}, {os.cpu_count()} cores; a state of {args.megabytes} MB"
     )
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         measure(Path(folder), make_state(args.megabytes * 1e6), args.rounds)
@@ -72,11 +71,11 @@ def make_state(num_bytes: float) -> dict[str, Any]:
 def measure(folder: Path, state: dict[str, Any], rounds: int) -> None:
     store = CheckpointStore(
         folder,
-        control=LocalCommunicator(),
+        control=SingleProcessCommunicator(),
         topology=Topology(0, 1, 1),
         nonce="benchmark",
         extras={},
-        keep=Keep(1, None),
+        keep=RetentionPolicy(1, None),
     )
     snapshot, step = Snapshot(), 0
     stalls: dict[str, list[float]] = {"at once": [], "beside training": [], "torch.save": []}

@@ -33,9 +33,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from example_scripts.quickstart_model import docstrings, unique
-from modules.matmul.cpu_info import Processor
+from modules.matmul.cpu_info import CpuInfo
 from tasks.loader import BatchLoader
-from tasks.registry import SourceSpec
+from tasks.source_spec import SourceSpec
 from tasks.sources.line_index import line_index
 from tasks.stream import open_training_stream
 
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--large-mb", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
-    print(f"{Processor.of_this_machine().name}, {os.cpu_count()} cores; 1 MB is 1e6 bytes")
+    print(f"{CpuInfo.of_this_machine().name}, {os.cpu_count()} cores; 1 MB is 1e6 bytes")
     with tempfile.TemporaryDirectory() as folder:
         measure(Path(folder), large_mb=args.large_mb, rounds=args.rounds)
 

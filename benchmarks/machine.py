@@ -9,14 +9,14 @@ from statistics import median
 import torch
 
 from benchmarks.work import Work
-from comm.backends.single_process import LocalCommunicator
-from data_parallel.grad_buffer import FlatGradients
+from comm.backends.single_process import SingleProcessCommunicator
+from common.tensors import DTYPES
+from data_parallel.grad_buffer import GradBuffer
 from modules.build import initialise_
 from modules.matmul.backend import MATMULS, can_use_onednn, use_matmul
-from modules.matmul.cpu_info import Processor
+from modules.matmul.cpu_info import CpuInfo
 from modules.registry import MODELS
 from modules.stage_model import StageModel
-from optimizer.mixed_precision import DTYPES
 from pipeline_parallel.stage import Stage
 
 WARM_UP = 3
@@ -25,7 +25,7 @@ WARM_UP = 3
 def describe_machine() -> str:
     """The processor, and its peaks in products of matrices on one thread."""
     torch.set_num_threads(1)
-    processor, peaks = Processor.of_this_machine(), []
+    processor, peaks = CpuInfo.of_this_machine(), []
     for matmul in MATMULS if can_use_onednn(processor) else MATMULS[:1]:
         use_matmul(matmul)
         peaks.append(f"fp32 {peak(torch.float32):.0f} ({matmul})")
@@ -63,8 +63,8 @@ def one_process_seconds(work: Work) -> float:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(DTYPES[work.precision])
     parameters = dict(model.named_parameters())
-    gradients = FlatGradients(
-        parameters, [0] * len(parameters), replicas=LocalCommunicator(), sharded=False
+    gradients = GradBuffer(
+        parameters, [0] * len(parameters), replicas=SingleProcessCommunicator(), sharded=False
     )
     stage = Stage(model, recompute=work.recompute, gradients=gradients, splits=False)
     tokens = whole.rows()[:1]

@@ -6,15 +6,15 @@ from collections.abc import Callable
 
 import torch
 
-from comm.liveness.failure_detector import Watch
-from comm.process_groups import Fabric, connect
+from comm.liveness.failure_detector import FailureDetector
+from comm.process_groups import ProcessGroups, create_process_groups
 from comm.rendezvous.interface import Interface
 from comm.rendezvous.job_key import JobKey
 from comm.rendezvous.join import join
 from comm.topology import Topology
 
 
-def meet(topology: Topology, port: int) -> tuple[Fabric, Callable[[], None]]:
+def meet(topology: Topology, port: int) -> tuple[ProcessGroups, Callable[[], None]]:
     """The groups of a run, and what closes them."""
     rendezvous = join(
         url=f"tcp://127.0.0.1:{port}",
@@ -26,8 +26,8 @@ def meet(topology: Topology, port: int) -> tuple[Fabric, Callable[[], None]]:
         start="",
         join_timeout=120.0,
     )
-    watch = Watch.connect(rendezvous, topology)
-    fabric = connect(
+    watch = FailureDetector.connect(rendezvous, topology)
+    fabric = create_process_groups(
         topology,
         rendezvous,
         dist_backend="gloo",

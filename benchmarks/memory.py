@@ -23,18 +23,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from transformers import GPTNeoXConfig
 
-from comm.backends.single_process import LocalCommunicator
+from comm.backends.single_process import SingleProcessCommunicator
 from comm.communicator import Done, Work
+from common.tensors import DTYPES
 from modules.build import initialise_
 from modules.registry import MODELS
 from modules.stage_model import StageModel
 from optimizer.build import ALGORITHMS
-from optimizer.mixed_precision import DTYPES, MixedPrecisionOptimizer
+from optimizer.mixed_precision import MixedPrecisionOptimizer
 
 MOMENTS = {"adam": 8.0, "8bit-adam": 2.0 + 8 / 256}  # two codes, and two fp32 maxima a block of 256
 
 
-class OneOfTwo(LocalCommunicator):
+class OneOfTwo(SingleProcessCommunicator):
     """The first of two replicas, of which the second never speaks: enough to see what one keeps."""
 
     @property
@@ -85,7 +86,7 @@ def measure(precision: str, algorithm: str, *, offload: bool, sharded: bool) -> 
         weight_decay=0.01,
         offload=offload,
         sharded=sharded,
-        replicas=OneOfTwo() if sharded else LocalCommunicator(),
+        replicas=OneOfTwo() if sharded else SingleProcessCommunicator(),
     )
     optimizer.step(lr=0.0, factor=1.0)
     count = sum(p.numel() for p in parameters.values())

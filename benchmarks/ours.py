@@ -11,24 +11,26 @@ from arguments.settings import LoopSettings
 from benchmarks.overhead import engine_overhead
 from benchmarks.work import LR, MAX_NORM, WEIGHT_DECAY, Work
 from comm.lifecycle.stop_signals import StopRequest
-from comm.process_groups import Fabric
+from comm.process_groups import ProcessGroups
 from comm.topology import Topology
+from common.tensors import DTYPES
 from modules.build import parameter_names
 from modules.registry import MODELS
-from modules.stage_model import StageModel, stage_modules
+from modules.stage_model import StageModel
 from monitor.profiling.tracer import NO_TRACER, HostTracer, StepLog, Tracer
 from monitor.recorder import SilentRecorder
 from optimizer.adam import Adam
-from optimizer.clipping import Agreement
 from optimizer.loss_scaler import make_scaler
-from optimizer.mixed_precision import DTYPES, MixedPrecisionOptimizer
-from optimizer.update import Updater
+from optimizer.mixed_precision import MixedPrecisionOptimizer
+from optimizer.update import UpdateStep
 from pipeline_parallel.batch_scatter import Rows
 from pipeline_parallel.engine import Engine
-from pipeline_parallel.p2p import PipelineChannel
+from pipeline_parallel.p2p import StageLink
+from pipeline_parallel.partition.split import stage_modules
 from pipeline_parallel.schedule.schedules import SCHEDULES, splits_backward
 from pipeline_parallel.stage import Stage
-from training.trainer import TrainingLoop
+from training.step_totals import TotalsReducer
+from training.trainer import Trainer
 
 CPU = torch.device("cpu")
 FAMILY = MODELS["gptneox"].load()
@@ -41,7 +43,7 @@ class Ours:
     """
 
     def __init__(
-        self, work: Work, pp_mode: str, topology: Topology, fabric: Fabric, *, traced: bool
+        self, work: Work, pp_mode: str, topology: Topology, fabric: ProcessGroups, *, traced: bool
     ) -> None:
         self._steps, self._work = 0, work
         self._pp_mode, self._topology, self._control = pp_mode, topology, fabric.control
@@ -59,14 +61,14 @@ class Ours:
         )
         settings = _settings(work)
         agreement = _agreement(work, topology, fabric, model.indices.start)
-        self._loop = TrainingLoop(
+        self._loop = Trainer(
             settings,
             topology=topology,
             control=fabric.control,
             engine=_engine(work, pp_mode, topology, fabric, model, optimizer, self._tracer),
             feed=_Feed(work, topology),  # type: ignore[arg-type]
             optimizer=optimizer,
-            updater=Updater(
+            updater=UpdateStep(
                 optimizer,
                 make_scaler(
                     work.precision, constant=0, initial=1, minimum=1, window=1, hysteresis=1
@@ -162,9 +164,9 @@ def _settings(work: Work) -> LoopSettings:
     )
 
 
-def _agreement(work: Work, topology: Topology, fabric: Fabric, start: int) -> Agreement:
+def _agreement(work: Work, topology: Topology, fabric: ProcessGroups, start: int) -> TotalsReducer:
     counts = [len(parameter_names(FAMILY, work.config, i)) for i in range(work.layers + 2)]
-    return Agreement(
+    return TotalsReducer(
         fabric.control, topology, norm_slots=sum(counts), first_slot=sum(counts[:start])
     )
 
@@ -173,7 +175,7 @@ def _engine(
     work: Work,
     pp_mode: str,
     topology: Topology,
-    fabric: Fabric,
+    fabric: ProcessGroups,
     model: StageModel,
     optimizer: MixedPrecisionOptimizer,
     tracer: Tracer,
@@ -185,7 +187,7 @@ def _engine(
         gradients=optimizer.flat_gradients,
         splits=splits_backward(schedule, topology.stage, topology.num_stages),
     )
-    channel = PipelineChannel(
+    channel = StageLink(
         fabric.pipeline,
         shape=(1, work.tokens, work.hidden),
         dtype=DTYPES[work.precision],

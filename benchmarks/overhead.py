@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comm.communicator import Communicator
 from comm.objects import gather_json
-from monitor.profiling.clock_sync import RunClock
-from monitor.profiling.step_trace import TracedStep, join_step, step_rows, step_times
+from monitor.profiling.clock_sync import ClockSync
+from monitor.profiling.step_trace import StepOfAllRanks, join_step, step_rows, step_times
 from monitor.profiling.tracer import Tracer
 from training.profiling import measured_over_simulated
 
@@ -22,8 +22,8 @@ def engine_overhead(
     )
 
 
-def _steps(tracer: Tracer, control: Communicator) -> list[TracedStep]:
-    clock = RunClock()
+def _steps(tracer: Tracer, control: Communicator) -> list[StepOfAllRanks]:
+    clock = ClockSync()
     clock.measure(control)
     times = gather_json(control, step_times(tracer.steps, clock))
     joined = []

@@ -32,10 +32,10 @@ from benchmarks.machine import describe_machine, one_process_seconds
 from benchmarks.meeting import meet
 from benchmarks.ours import Ours
 from benchmarks.work import Contender
-from comm.process_groups import Fabric
+from comm.process_groups import ProcessGroups
 from comm.topology import Topology
 from modules.matmul.backend import Matmul, choose_matmul, use_matmul
-from modules.matmul.cpu_info import Processor
+from modules.matmul.cpu_info import CpuInfo
 
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # bf16: two sides round at other places
 
@@ -138,7 +138,7 @@ def _peak_bytes() -> int:
     return 1024 * int(line.split()[1])
 
 
-def _timed(contender: Contender, fabric: Fabric) -> tuple[float, float]:
+def _timed(contender: Contender, fabric: ProcessGroups) -> tuple[float, float]:
     fabric.control.all_gather(torch.zeros(1))
     start = time.perf_counter()
     loss = contender.step()
@@ -216,7 +216,7 @@ def main() -> None:
         help="what multiplies fp32 matrices on both sides",
     )
     args = parser.parse_args()
-    auto = choose_matmul(Processor.of_this_machine())
+    auto = choose_matmul(CpuInfo.of_this_machine())
     matmul = auto if args.cpu_matmul == "auto" else args.cpu_matmul
     print(f"{describe_machine()}\nfp32 products of both sides: {matmul}")
     for name in args.case or list(CASES):

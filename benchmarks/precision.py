@@ -22,7 +22,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from modules.matmul.cpu_info import Processor
+from modules.matmul.cpu_info import CpuInfo
 
 
 class Run(NamedTuple):
@@ -136,7 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--updates", type=int, default=200)
     args = parser.parse_args()
-    print(f"{args.updates} updates on {Processor.of_this_machine().name}")
+    print(f"{args.updates} updates on {CpuInfo.of_this_machine().name}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder)

@@ -17,14 +17,13 @@ from typing import Any, NamedTuple
 import torch
 
 from checkpoint.files.checksums import FORMAT, named, sum_bytes
-from checkpoint.removal import Removal
 from checkpoint.resume.find import Search
 from checkpoint.resume.reshard import Continuation
-from checkpoint.retention import Keep
+from checkpoint.retention import Removal, RetentionPolicy
 from checkpoint.steps import folder as step_folder
 from checkpoint.steps.latest import LATEST, expect_latest, latest_text, write_latest
 from checkpoint.steps.manifest import StageManifest, part_name
-from comm.collective_io import Background, do_together
+from comm.collective_io import BackgroundTask, run_on_all
 from comm.communicator import Communicator
 from comm.objects import broadcast_bytes, broadcast_json, gather_json
 from comm.topology import Topology
@@ -48,12 +47,12 @@ class ResumePoint(NamedTuple):
     meta: dict[str, Any] | None
 
 
-class _Pending(NamedTuple):
+class _PendingStep(NamedTuple):
     """A step that is being written: where, and by what, on a process that writes."""
 
     step: int
     folder: Path
-    task: Background | None
+    task: BackgroundTask | None
 
 
 class CheckpointStore:
@@ -71,18 +70,18 @@ class CheckpointStore:
         topology: Topology,
         nonce: str,
         extras: Mapping[str, bytes],
-        keep: Keep,
+        keep: RetentionPolicy,
     ) -> None:
         self.path, self._keep = path, keep
         self._control, self._topology, self._nonce = control, topology, nonce
         names = broadcast_json(control, list(extras))
         self._extras = {name: broadcast_bytes(control, extras.get(name, b"")) for name in names}
         self._search: Search | None = None
-        self._pending: _Pending | None = None
+        self._pending: _PendingStep | None = None
         self._writes = topology.replica == 0
         self._removal = Removal(path if self._writes else None, keep, control=control, nonce=nonce)
         clear = partial(step_folder.clear_leftovers, path, nonce) if self._writes else None
-        do_together(control, clear, "removing what earlier starts left", expected=())
+        run_on_all(control, clear, "removing what earlier starts left", expected=())
 
     def begin(
         self, step: int, *, parts: Mapping[str, Any], meta: Mapping[str, Any], hurry: bool = False
@@ -97,8 +96,8 @@ class CheckpointStore:
         meta = broadcast_json(self._control, {**meta, "format": FORMAT, "start": self._nonce})
         folder = step_folder.partial_folder(self.path, step, self._nonce)
         write = partial(self._write, folder, step, parts, meta)
-        task = Background(self._removal.beside(write, hurry=hurry)) if self._writes else None
-        self._pending = _Pending(step, folder, task)
+        task = BackgroundTask(self._removal.beside(write, hurry=hurry)) if self._writes else None
+        self._pending = _PendingStep(step, folder, task)
 
     @property
     def pending(self) -> int | None:
@@ -147,7 +146,7 @@ class CheckpointStore:
 
     def _attempt(
         self,
-        work: Callable[[], None] | Background | None,
+        work: Callable[[], None] | BackgroundTask | None,
         step: int,
         *,
         undo: Callable[[], None] | None = None,
@@ -157,11 +156,11 @@ class CheckpointStore:
         Without `undo` the step stays, whole, and it is `latest` that does not name it.
         """
         work_here = work if self._writes else None
-        failure = do_together(self._control, work_here, f"saving step {step}")
+        failure = run_on_all(self._control, work_here, f"saving step {step}")
         if failure is None:
             return
         if undo is not None:  # what the failing disk keeps all the same, a later start clears
-            do_together(self._control, undo if self._writes else None, f"undoing step {step}")
+            run_on_all(self._control, undo if self._writes else None, f"undoing step {step}")
         what = "is not saved" if undo is not None else "is saved, but latest does not name it"
         raise SaveFailedError(f"step {step} {what}: {failure}")
 

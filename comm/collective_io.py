@@ -21,7 +21,7 @@ TELL_SECONDS = 1.0
 SLOW_SECONDS = 60.0
 
 
-class Background:
+class BackgroundTask:
     """Work in a thread, which does not keep the process from ending."""
 
     def __init__(self, work: Callable[[], None]) -> None:
@@ -53,9 +53,9 @@ class Background:
             self._error = error
 
 
-def do_together(
+def run_on_all(
     control: Communicator,
-    work: Callable[[], None] | Background | None,
+    work: Callable[[], None] | BackgroundTask | None,
     what: str,
     *,
     expected: type[Exception] | tuple[type[Exception], ...] = OSError,
@@ -67,7 +67,7 @@ def do_together(
     in words: which rank, on which host, and what. Another error is raised where it happened. Where
     it takes long, the log says at which ranks: `what` are the words for the work.
     """
-    task = work if work is None or isinstance(work, Background) else Background(work)
+    task = work if work is None or isinstance(work, BackgroundTask) else BackgroundTask(work)
     done, failure, slow = task is None, None, _Slowness(what)
     while True:
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 from torch import Tensor
@@ -28,7 +30,7 @@ class Done:
         """Returns at once."""
 
 
-class Messages(Protocol):
+class PointToPoint(Protocol):
     """Messages between the members of a group, which are addressed by their index in it.
 
     Those between two members arrive in the order in which they were sent.
@@ -49,7 +51,7 @@ class Messages(Protocol):
         """Starts receiving into `tensor` what member `source` sends."""
 
 
-class Communicator(Messages, Protocol):
+class Communicator(PointToPoint, Protocol):
     """A group of processes, addressed by their index in it (not by global rank).
 
     A send does not wait for its receiver, and several operations may be under way. Every tensor is
@@ -77,3 +79,17 @@ class Communicator(Messages, Protocol):
 
     def close(self) -> None:
         """Releases what the group holds; it cannot be used again."""
+
+
+class CurrentOperation:
+    """One mutable text, cheap to set; read by the liveness link's thread when a rank is lost."""
+
+    def __init__(self) -> None:
+        self.text = "start"
+
+    @contextmanager
+    def during(self, text: str) -> Iterator[None]:
+        """Sets `text` for a block; after an error it stays, to be told."""
+        before, self.text = self.text, text
+        yield
+        self.text = before

@@ -12,17 +12,17 @@ from torch.distributed.distributed_c10d import Store
 
 from comm.backends.cupy_nccl import NcclCommunicator
 from comm.backends.gloo import GlooCommunicator
-from comm.backends.host_staging import HostCopyCommunicator
-from comm.backends.single_process import LocalCommunicator
+from comm.backends.host_staging import HostStagingCommunicator
+from comm.backends.single_process import SingleProcessCommunicator
 from comm.backends.torch_nccl import TorchNcclCommunicator, make_groups
 from comm.communicator import Communicator, PeerLostError
-from comm.liveness.failure_detector import Watch
+from comm.liveness.failure_detector import FailureDetector
 from comm.rendezvous.join import Rendezvous
 from comm.topology import Topology
 
 
 @dataclass(frozen=True)
-class Fabric:
+class ProcessGroups:
     """The groups that this process belongs to.
 
     control: all ranks, host tensors, its own connections: never mixes with activations.
@@ -40,7 +40,7 @@ class Fabric:
             communicator.close()
 
 
-def connect(
+def create_process_groups(
     topology: Topology,
     rendezvous: Rendezvous,
     *,
@@ -48,8 +48,8 @@ def connect(
     dp_backend: str,
     device: torch.device,
     dist_timeout: float,
-    watch: Watch,
-) -> Fabric:
+    watch: FailureDetector,
+) -> ProcessGroups:
     """Makes the groups; every rank calls it, after the liveness link stands.
 
     dist_backend: `cupy_nccl`, `nccl` (torch's own) or `gloo`, for the pipeline.
@@ -63,7 +63,9 @@ def connect(
         PeerLostError: a peer could not be reached.
     """
     if rendezvous.store is None or rendezvous.watchdog is None:
-        return Fabric(LocalCommunicator(), LocalCommunicator(), LocalCommunicator())
+        return ProcessGroups(
+            SingleProcessCommunicator(), SingleProcessCommunicator(), SingleProcessCommunicator()
+        )
     maker = _Maker(topology, rendezvous.store, device, dist_timeout, watch)
     try:
         maker.open_world(timeout=max(dist_timeout, rendezvous.watchdog.left))
@@ -89,7 +91,7 @@ class _Maker:
         store: Store,
         device: torch.device,
         dist_timeout: float,
-        watch: Watch,
+        watch: FailureDetector,
     ) -> None:
         self._topology = topology
         self._store = store
@@ -107,14 +109,14 @@ class _Maker:
             timeout=timedelta(seconds=timeout),
         )
 
-    def make(self, *, pipeline: str, replicas: str) -> Fabric:
+    def make(self, *, pipeline: str, replicas: str) -> ProcessGroups:
         """Each over `cupy_nccl`, `nccl` or `gloo`."""
         topology = self._topology
         pipelines = [topology.pipeline_ranks(r) for r in range(topology.num_replicas)]
         stages = [topology.replica_ranks(s) for s in range(topology.num_stages)]
         world = dist.group.WORLD
         assert world is not None
-        return Fabric(
+        return ProcessGroups(
             control=self._gloo("control", world, range(topology.world_size)),
             pipeline=self._one_of("pipeline", pipelines, pipeline),
             replicas=self._one_of("replicas", stages, replicas),
@@ -123,7 +125,7 @@ class _Maker:
     def _one_of(self, name: str, groups: Sequence[tuple[int, ...]], backend: str) -> Communicator:
         """This process's group among `groups`; all ranks make all of torch's, in this order."""
         if len(groups[0]) == 1:
-            return LocalCommunicator()
+            return SingleProcessCommunicator()
         mine = next(members for members in groups if self._topology.rank in members)
         if backend == "cupy_nccl":
             return self._cupy_nccl(name, mine)
@@ -131,7 +133,7 @@ class _Maker:
             return self._torch_nccl(name, groups, mine)
         made = {members: dist.new_group(list(members)) for members in groups}
         gloo = self._gloo(name, made[mine], mine)
-        return gloo if self._device.type == "cpu" else HostCopyCommunicator(gloo)
+        return gloo if self._device.type == "cpu" else HostStagingCommunicator(gloo)
 
     def _torch_nccl(
         self, name: str, groups: Sequence[tuple[int, ...]], members: Sequence[int]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import uuid
 from pathlib import Path
+from typing import Any
 
 _TEMPORARY = r"\..+\.[0-9a-f]{32}\.tmp"
 
@@ -40,3 +42,18 @@ def flush(path: Path) -> None:
 def leftover_files(folder: Path) -> list[Path]:
     """What a process that died while it replaced a file under `folder` left there."""
     return [path for path in folder.glob(".*.tmp") if re.fullmatch(_TEMPORARY, path.name)]
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Raises ValueError, naming the file, where it is not a JSON object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

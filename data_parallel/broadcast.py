@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -40,3 +40,10 @@ def _cut(tensors: Sequence[Tensor], limit: int) -> Iterator[list[Tensor]]:
         piece.append(tensor)
     if piece:
         yield piece
+
+
+def same_on_all(tensors: Iterable[Tensor], replicas: Communicator) -> bool:
+    """Whether every replica holds the same bits, by a checksum of each tensor."""
+    sums = [t.contiguous().view(torch.int32).sum(dtype=torch.int64) for t in tensors]
+    gathered = replicas.all_gather(torch.stack(sums))
+    return bool((gathered == gathered[0]).all())

@@ -7,7 +7,7 @@ the layers'.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -34,7 +34,7 @@ class Bucket:
         self.missing = 0
 
 
-class FlatGradients:
+class GradBuffer:
     """One fp32 buffer with a view for each parameter, by name in `views`; backward adds into them.
 
     It is the `modules.layers.linear.GradientSink` of the large weights; the gradient of another
@@ -200,10 +200,3 @@ def _place(
             yield name, buffer[offset : offset + parameter.numel()].view_as(parameter)
             offset += sizes[name]
         bucket.buffer = buffer[start:offset]
-
-
-def same_on_all(tensors: Iterable[Tensor], replicas: Communicator) -> bool:
-    """Whether every replica holds the same bits, by a checksum of each tensor."""
-    sums = [t.contiguous().view(torch.int32).sum(dtype=torch.int64) for t in tensors]
-    gathered = replicas.all_gather(torch.stack(sums))
-    return bool((gathered == gathered[0]).all())

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from modules.attention.packed_documents import Documents
+from modules.attention.packed_documents import PackedDocuments
 from modules.build import make_layer
 from modules.families.base import Family
 from modules.layers.dropout import Keys
 from modules.layers.lm_head import Head
-
-
-def stage_modules(stage: int, split: Sequence[int]) -> range:
-    """Which of the model's modules (0 the embedding, 1..L the blocks, L + 1 the head) a stage has.
-
-    `split` has the number of blocks of each stage; the first stage has the embedding too, the last
-    the head.
-    """
-    start = sum(split[:stage])
-    first = 0 if stage == 0 else start + 1
-    last = start + split[stage] + (1 if stage == len(split) - 1 else 0)
-    return range(first, last + 1)
 
 
 class StageModel(nn.ModuleList):
@@ -40,7 +28,12 @@ class StageModel(nn.ModuleList):
         self.has_head = indices.stop == config.num_hidden_layers + 2
 
     def forward(
-        self, x: Tensor, keys: Keys, *, documents: Documents | None = None, recompute: bool = False
+        self,
+        x: Tensor,
+        keys: Keys,
+        *,
+        documents: PackedDocuments | None = None,
+        recompute: bool = False,
     ) -> Tensor:
         """Activations (rows, tokens, hidden) or, on the first stage, token ids (rows, tokens) to
         activations or, on the last stage, logits of all but the last position.
@@ -58,7 +51,7 @@ class StageModel(nn.ModuleList):
         keys: Keys,
         *,
         scale: float,
-        documents: Documents | None = None,
+        documents: PackedDocuments | None = None,
         recompute: bool = False,
     ) -> Tensor:
         """The last stage's sum of token losses; labels (rows, tokens), of which the last position's
@@ -75,7 +68,7 @@ class StageModel(nn.ModuleList):
         return head
 
     def _up_to_head(
-        self, x: Tensor, keys: Keys, documents: Documents | None, *, recompute: bool
+        self, x: Tensor, keys: Keys, documents: PackedDocuments | None, *, recompute: bool
     ) -> Tensor:
         for index, module in zip(self.indices, self, strict=True):
             if self.has_head and index == self.indices.stop - 1:

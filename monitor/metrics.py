@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from common.files import replace_file
-from monitor.held_out import HeldOut, finite_or_none, perplexity
 
 
 @dataclass(frozen=True)
@@ -124,3 +127,65 @@ def _decode(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return value if isinstance(value, dict) and isinstance(value.get("step"), int) else None
+
+
+class SetLoss(NamedTuple):
+    """A set's mean loss of a trained token, in nats, and how many of them it has."""
+
+    loss: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """`loss` is the mean over the trained tokens of all sets, in nats.
+
+    `sets` is by name; empty where the text is one set without a name.
+    """
+
+    loss: float
+    sets: Mapping[str, SetLoss] = field(default_factory=dict)
+
+    def sets_to_json(self) -> dict[str, dict[str, float | None]] | None:
+        """Each set's loss, perplexity and tokens, None for what is not finite; None for no sets."""
+        return {
+            name: {
+                "loss": finite_or_none(one.loss),
+                "perplexity": finite_or_none(perplexity(one.loss)),
+                "tokens": one.tokens,
+            }
+            for name, one in self.sets.items()
+        } or None
+
+
+def perplexity(loss: float) -> float:
+    """The exponential of a token-averaged loss in nats; infinite where a float cannot hold it."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def finite_or_none(value: float | None) -> float | None:
+    """What JSON can hold of a number."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+class Stopwatch:
+    """Runs from its making on."""
+
+    def __init__(self) -> None:
+        self._since = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap, without pauses."""
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        return seconds
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens in the block counts in no lap."""
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began

@@ -7,8 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from monitor.console import Console
-from monitor.held_out import HeldOut, perplexity
-from monitor.metrics import IterationMetrics
+from monitor.metrics import HeldOut, IterationMetrics, perplexity
 
 _PLAIN_INTERVAL = 10.0  # seconds between plain lines
 _LIVE_INTERVAL = 0.1  # seconds between two states of the live line

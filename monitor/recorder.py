@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from monitor.console import Console
-from monitor.held_out import HeldOut
-from monitor.metrics import IterationMetrics, MetricsFile
+from monitor.metrics import HeldOut, IterationMetrics, MetricsFile
 from monitor.plot import draw_loss
 from monitor.progress import Progress
-from monitor.wandb_run import Run, open_wandb
+from monitor.wandb_run import RemoteRun, open_wandb
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +69,7 @@ class FileRecorder:
     folder: Path
     metrics: MetricsFile
     progress: Progress
-    wandb: Run
+    wandb: RemoteRun
     unwritten: list[IterationMetrics] = field(default_factory=list)
 
     @property

@@ -6,14 +6,16 @@ never asks for anything, since a prompt on one of many ranks would hang them all
 
 from __future__ import annotations
 
+import configparser
 import contextlib
 import logging
+import netrc
+import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
-
-from monitor.wandb_login import has_login, wandb_mode
+from urllib.parse import urlsplit
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +23,7 @@ _INIT_SECONDS = 30.0
 _CLOSE_SECONDS = 60.0
 
 
-class Run(Protocol):
+class RemoteRun(Protocol):
     """A run that metrics are logged to."""
 
     @property
@@ -88,7 +90,7 @@ class WandbRun:
 
 def open_wandb(
     *, project: str | None, config: Mapping[str, Any], run_id: str | None, folder: Path
-) -> Run:
+) -> RemoteRun:
     """Opens a wandb run where wandb is configured, else a run that logs nowhere.
 
     Configured means a key, a login, or WANDB_MODE; otherwise wandb is not even imported. `run_id`
@@ -134,3 +136,49 @@ def _flat(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+_PUBLIC_SERVERS = ("https://api.wandb.ai", "https://api.forge.coreweave.com")
+
+
+def wandb_mode(environ: Mapping[str, str] = os.environ) -> str | None:
+    """WANDB_MODE as wandb reads it; None where it is not set."""
+    mode = environ.get("WANDB_MODE", "").strip().lower()
+    return "offline" if mode == "dryrun" else mode or None
+
+
+def has_login(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether wandb will find a key or a token, and so ask for none."""
+    if environ.get("WANDB_API_KEY") or environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    hosts = {urlsplit(server).netloc for server in _servers(environ)}
+    return bool(hosts & _netrc_hosts(environ))
+
+
+def _servers(environ: Mapping[str, str]) -> Iterator[str]:
+    configured = environ.get("WANDB_BASE_URL") or _settings_base_url(environ)
+    if configured:
+        yield configured
+    else:
+        yield from _PUBLIC_SERVERS
+
+
+def _settings_base_url(environ: Mapping[str, str]) -> str | None:
+    folder = Path(environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
+    settings = configparser.ConfigParser(interpolation=None)
+    try:
+        settings.read([folder / "settings", Path("wandb/settings")], encoding="utf-8")
+    except (configparser.Error, OSError, ValueError):
+        return None
+    return settings.get("default", "base_url", fallback=None)
+
+
+def _netrc_hosts(environ: Mapping[str, str]) -> set[str]:
+    named = environ.get("NETRC")
+    for path in [Path(named)] if named else [Path("~/.netrc"), Path("~/_netrc")]:
+        try:
+            entries = netrc.netrc(path.expanduser()).hosts
+        except (netrc.NetrcParseError, OSError, ValueError):
+            continue
+        return {host for host, (_, _, password) in entries.items() if password}
+    return set()

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import torch
 
 from comm.communicator import Communicator
+from common.tensors import DTYPES
 from modules.stage_model import StageModel
 from monitor.profiling.tracer import Tracer
 from optimizer.adam import Adam
 from optimizer.adam_8bit import Adam8bit
-from optimizer.loss_scaler import DYNAMIC, kind_of, make_scaler
+from optimizer.loss_scaler import make_scaler
 from optimizer.lr_schedule import learning_rate
-from optimizer.mixed_precision import DTYPES, Algorithm, MixedPrecisionOptimizer
-from optimizer.update import Updater
+from optimizer.mixed_precision import Algorithm, MixedPrecisionOptimizer
+from optimizer.update import UpdateStep
 
 ALGORITHMS: dict[str, type[Algorithm]] = {"adam": Adam, "8bit-adam": Adam8bit}
 MOMENT_BYTES = {"adam": 8.0, "8bit-adam": 2.1}  # of one parameter
@@ -46,9 +45,9 @@ def build_optimizer(
     )
 
 
-def build_updater(
+def build_update_step(
     args: argparse.Namespace, optimizer: MixedPrecisionOptimizer, *, nominal_tokens: int
-) -> Updater:
+) -> UpdateStep:
     """The updates of `optimizer`, over `nominal_tokens` where all tokens are trained."""
     schedule = partial(
         learning_rate,
@@ -66,7 +65,7 @@ def build_updater(
         window=args.loss_scale_window,
         hysteresis=args.hysteresis,
     )
-    return Updater(
+    return UpdateStep(
         optimizer,
         scaler,
         schedule=schedule,
@@ -74,17 +73,6 @@ def build_updater(
         max_grad_norm=args.max_grad_norm,
         max_skipped=args.max_skipped_updates,
     )
-
-
-def idle_flags(args: argparse.Namespace, meta: Mapping[str, Any]) -> set[str]:
-    """The flags of loss scales that do nothing in a run that goes on from a checkpoint."""
-    dynamic = {"--initial-loss-scale", "--min-loss-scale", "--loss-scale-window", "--hysteresis"}
-    if args.precision != "fp16":
-        return dynamic | {"--loss-scale", "--max-skipped-updates"}
-    if args.loss_scale > 0:
-        return dynamic
-    goes_on = kind_of(meta["updater"]["scaler"]) == DYNAMIC
-    return {"--initial-loss-scale"} if goes_on else set()
 
 
 def checkpoint_bytes(args: argparse.Namespace, num_parameters: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ who steps it; how it is stepped is the same, so the numbers are the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -15,12 +15,9 @@ from torch import Tensor, nn
 
 from comm.communicator import Communicator
 from data_parallel.broadcast import broadcast_pieces
-from data_parallel.grad_buffer import BUCKET_BYTES, FlatGradients
+from data_parallel.grad_buffer import BUCKET_BYTES, GradBuffer
 from monitor.profiling.tracer import NO_TRACER, Tracer, Track
 from optimizer.offload import HostCopies, to_host
-from optimizer.ownership import deal_out
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Algorithm(Protocol):
@@ -81,7 +78,7 @@ class MixedPrecisionOptimizer:
         for parameter in parameters.values():
             parameter.data = parameter.data.to(dtype)
         self.moments = {name: algorithm.empty_state(m) for name, m in self.masters.items()}
-        self.flat_gradients = FlatGradients(parameters, dealt, replicas=replicas, sharded=sharded)
+        self.flat_gradients = GradBuffer(parameters, dealt, replicas=replicas, sharded=sharded)
 
     @property
     def owned(self) -> list[str]:
@@ -178,3 +175,14 @@ class MixedPrecisionOptimizer:
     def _give_weight(self, name: str) -> None:
         if self.has_own_masters or self._copies is not None:
             self._parameters[name].data.copy_(self.masters[name], non_blocking=True)
+
+
+def deal_out(sizes: Sequence[int], num_owners: int) -> list[int]:
+    """The owner of each weight, so that all own about as much: the largest first, each to whoever
+    owns least so far. The same on all processes."""
+    totals, owners = [0] * num_owners, [0] * len(sizes)
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        owner = totals.index(min(totals))
+        owners[index] = owner
+        totals[owner] += sizes[index]
+    return owners

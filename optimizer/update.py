@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from optimizer.clipping import Totals, clip_factor
+from optimizer.clipping import clip_factor
 from optimizer.loss_scaler import LossScaler
 from optimizer.mixed_precision import MixedPrecisionOptimizer
 
 
-class Outcome(NamedTuple):
+class UpdateResult(NamedTuple):
     """The rate of an update, its gradient norm before clipping (None: skipped), and its scale."""
 
     lr: float
@@ -19,7 +19,7 @@ class Outcome(NamedTuple):
     loss_scale: float
 
 
-class Updater:
+class UpdateStep:
     """Unscales, corrects for the exact number of trained tokens, clips, steps.
 
     schedule: the learning rate of an update by its number, the first being 0.
@@ -62,25 +62,24 @@ class Updater:
         """Whether `max_skipped` updates in a row have been skipped."""
         return self.skipped_in_a_row >= self._max_skipped
 
-    def apply(self, totals: Totals, *, tokens: int, losses_are_finite: bool) -> Outcome:
+    def apply(self, squared_norm: float, *, tokens: int, losses_are_finite: bool) -> UpdateResult:
         """Ends an update over `tokens` trained tokens, whose gradients have been summed.
 
         A logit of -inf makes an infinite loss whose gradients are finite, so losses count too.
         """
-        assert totals.squared_norm is not None
         scale, lr = self._scaler.scale, self._schedule(self._optimizer.updates)
-        overflow = not (losses_are_finite and math.isfinite(totals.squared_norm))
+        overflow = not (losses_are_finite and math.isfinite(squared_norm))
         self._scaler.update(overflow=overflow)
         if overflow:
             self._optimizer.drop_gradients()
             self.skipped_in_a_row += 1
-            return Outcome(lr, None, scale)
+            return UpdateResult(lr, None, scale)
         correction = self._nominal / tokens / scale
-        norm = math.sqrt(totals.squared_norm) * correction
+        norm = math.sqrt(squared_norm) * correction
         factor = correction * clip_factor(norm, self._max_grad_norm)
         self._optimizer.step(lr=lr, factor=factor)
         self.skipped_in_a_row = 0
-        return Outcome(lr, norm, scale)
+        return UpdateResult(lr, norm, scale)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside weights and moments."""

@@ -47,7 +47,7 @@ class Rows(NamedTuple):
     begins: Tensor | None = None
 
 
-class Scatter:
+class BatchScatter:
     """Sends rank 0's batches out; every rank takes part, with what its stage needs.
 
     `rows` is the number of rows of one pipeline, `tokens` their length. keeps_apart: the batches
@@ -138,14 +138,14 @@ class Loader(Protocol):
     def next(self) -> TrainingBatch: ...
 
 
-class TrainingFeed:
+class BatchFeed:
     """`num_batches` training batches, each on its way one iteration before it is taken.
 
     `loader` is rank 0's, None elsewhere. On rank 0, `state` is where the data stands after the
     batch taken last, and `documents` where that batch's rows are from.
     """
 
-    def __init__(self, scatter: Scatter, loader: Loader | None, *, num_batches: int) -> None:
+    def __init__(self, scatter: BatchScatter, loader: Loader | None, *, num_batches: int) -> None:
         self._scatter, self._loader, self._left = scatter, loader, num_batches
         self.state: dict[str, Any] = {}
         self.documents: Sequence[Sequence[str]] = ()
@@ -169,7 +169,7 @@ class TrainingFeed:
 
 
 def evaluation_feed(
-    scatter: Scatter, control: Communicator, batches: Iterator[HostBatch] | None
+    scatter: BatchScatter, control: Communicator, batches: Iterator[HostBatch] | None
 ) -> Iterator[Rows]:
     """Every batch of an evaluation; rank 0 tells the others before each whether there is one."""
     while True:

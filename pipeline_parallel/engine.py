@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from comm.communicator import PeerLostError
-from modules.attention.packed_documents import Documents
-from modules.layers.dropout import Keys
-from modules.layers.lm_head import IGNORED
 from monitor.out_of_memory import is_out_of_memory
 from monitor.profiling.tracer import NO_TRACER, Tracer, Track
-from pipeline_parallel.p2p import AHEAD, PipelineChannel
+from pipeline_parallel.microbatch import PipelineBatch
+from pipeline_parallel.p2p import AHEAD, StageLink
 from pipeline_parallel.schedule.schedules import Action, Kind, Schedule, forward_only
 from pipeline_parallel.schedule.validate import BACKWARD_BEGINS, check_schedule
 from pipeline_parallel.stage import Stage
@@ -52,48 +50,6 @@ class StageMemoryError(StageError):
     """It failed for want of memory; the text also has how many other microbatches were held."""
 
 
-class PipelineBatch:
-    """One pipeline's rows of one iteration, cut into microbatches.
-
-    `tokens` (rows, tokens) is there on the first stage, `labels` (rows, tokens) on the last;
-    `keys` are the dropout keys of the rows, and `rows` how many a microbatch has. `begins` (rows,
-    tokens), on the host and on every stage, is where in its row each token's document begins; None
-    where documents are not kept apart.
-    """
-
-    def __init__(
-        self,
-        tokens: Tensor | None,
-        labels: Tensor | None,
-        keys: Sequence[int],
-        rows: int,
-        begins: Tensor | None = None,
-    ) -> None:
-        self._tokens, self._labels, self._keys, self._rows = tokens, labels, keys, rows
-        self._begins = begins
-
-    def tokens(self, microbatch: int) -> Tensor | None:
-        return None if self._tokens is None else self._tokens[self._span(microbatch)]
-
-    def labels(self, microbatch: int) -> Tensor | None:
-        return None if self._labels is None else self._labels[self._span(microbatch)]
-
-    def keys(self, microbatch: int) -> Keys:
-        return self._keys[self._span(microbatch)]
-
-    def documents(self, microbatch: int, device: torch.device) -> Documents | None:
-        if self._begins is None:
-            return None
-        return Documents(self._begins[self._span(microbatch)], device)
-
-    def num_trained(self) -> int:
-        """Tokens that are predicted, as the last stage sees them; 0 elsewhere."""
-        return 0 if self._labels is None else int((self._labels != IGNORED).sum())
-
-    def _span(self, microbatch: int) -> slice:
-        return slice(microbatch * self._rows, (microbatch + 1) * self._rows)
-
-
 class Engine:
     """Runs batches of `num_microbatches` through this process's stage.
 
@@ -103,7 +59,7 @@ class Engine:
     def __init__(
         self,
         stage: Stage,
-        channel: PipelineChannel,
+        channel: StageLink,
         *,
         schedule: Schedule,
         stage_index: int,

@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Shape = tuple[int, int, int]  # rows, tokens, hidden
 
 
-class PipelineChannel:
+class StageLink:
     """Messages of one shape and type between neighbouring stages.
 
     `shape` is that of a microbatch's activations; gradients have the same. Raises ValueError, on

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from modules.attention.packed_documents import Documents
+from modules.attention.packed_documents import PackedDocuments
 from modules.layers.dropout import Keys
 from modules.layers.linear import Deferred, GradientSink, attach_sink
 from modules.stage_model import StageModel
@@ -49,7 +49,7 @@ class Stage:
         keys: Keys,
         *,
         loss_scale: float,
-        documents: Documents | None = None,
+        documents: PackedDocuments | None = None,
     ) -> Tensor:
         """Runs `x` (activations, or token ids) and keeps what backward needs.
 
@@ -91,7 +91,7 @@ class Stage:
 
     @torch.no_grad()
     def evaluate(
-        self, x: Tensor, labels: Tensor | None, *, documents: Documents | None = None
+        self, x: Tensor, labels: Tensor | None, *, documents: PackedDocuments | None = None
     ) -> Tensor:
         """As `forward`, without dropout, keeping nothing."""
         if labels is None:

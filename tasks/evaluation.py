@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from tasks.batch import Batch, make_batch
 from tasks.evaluation_sets import EVALUATION_FLAG
 from tasks.mixture import Pack
 from tasks.open import open_source
 from tasks.packing.best_fit import pack_apart_once
-from tasks.packing.blocks import Block, empty_block
+from tasks.packing.blocks import Batch, TokenBlock, empty_block, make_batch
 from tasks.packing.concat import pack_once
 from tasks.sources.bad_lines import BadLines
 from tasks.sources.base import BadLineError, Source
@@ -64,7 +63,7 @@ def _encode_all(source: Source, encoder: Encoder, bad_lines: BadLines) -> Iterat
                 yield found
 
 
-def _batches(source: Source, blocks: Iterator[Block], rows: int) -> Iterator[Batch]:
+def _batches(source: Source, blocks: Iterator[TokenBlock], rows: int) -> Iterator[Batch]:
     batch = list(itertools.islice(blocks, rows))
     if not batch:
         raise source.empty_error("yields nothing to evaluate")
@@ -73,6 +72,6 @@ def _batches(source: Source, blocks: Iterator[Block], rows: int) -> Iterator[Bat
         batch = list(itertools.islice(blocks, rows))
 
 
-def _untrained(like: Block) -> Block:
+def _untrained(like: TokenBlock) -> TokenBlock:
     block = empty_block(len(like.tokens))
     return block if like.begins is None else replace(block, begins=np.zeros_like(like.begins))

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.text import shown
-from tasks.registry import SUFFIXES, SourceSpec, check_source
+from tasks.registry import SUFFIXES, check_source
+from tasks.source_spec import SourceSpec
 
 EVALUATION_FLAG = "--evaluation-data"
 

@@ -6,8 +6,8 @@ import contextlib
 import queue
 import threading
 
-from tasks.batch import Batch, make_batch
 from tasks.mixture import BlockStream
+from tasks.packing.blocks import Batch, make_batch
 
 DEPTH = 3
 

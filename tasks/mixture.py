@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from common.seeds import derive_seed
-from tasks.packing.blocks import Block
+from tasks.packing.blocks import TokenBlock
 from tasks.packing.concat import PackedSource
-from tasks.registry import TASK_FLAG, SourceSpec
-from tasks.shuffling.buffered import State
+from tasks.source_spec import TASK_FLAG, SourceSpec
+from tasks.sources.base import State
 from tasks.tokenization.encoder import TrainOn
 
 STRATUM = 64
@@ -85,7 +85,7 @@ class BlockStream:
         self._bounds = list(itertools.accumulate(identity.weights()))[:-1]
         self._num_blocks = 0
 
-    def next_block(self) -> Block:
+    def next_block(self) -> TokenBlock:
         """The next block.
 
         Raises:

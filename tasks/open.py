@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from tasks.jsonl_items import JsonlItems
-from tasks.registry import TASK_FLAG, TASKS, find_paths, find_place, form_of
+from tasks.registry import TASKS, find_paths, find_place, form_of
+from tasks.source_spec import TASK_FLAG
 from tasks.sources.base import Source, SourceFile
-from tasks.sources.jsonl import JsonlFile
+from tasks.sources.jsonl import JsonlFile, JsonlItems
 from tasks.sources.parquet import ParquetFile
 from tasks.sources.rows import Form
 from tasks.sources.saved_dataset import open_saved

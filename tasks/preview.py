@@ -15,7 +15,7 @@ import numpy as np
 from common.text import shown
 from tasks.mixture import BlockStream, Pack
 from tasks.packing.best_fit import pack_apart_once
-from tasks.packing.blocks import Block
+from tasks.packing.blocks import TokenBlock
 from tasks.packing.concat import pack_once
 from tasks.shuffled import Shuffled
 from tasks.sources.base import BadLineError, Source
@@ -51,7 +51,7 @@ def preview_blocks(
         yield _text(block, tokenizer, colour)
 
 
-def _text(block: Block, tokenizer: Any, colour: bool) -> str:
+def _text(block: TokenBlock, tokenizer: Any, colour: bool) -> str:
     text = slice(0, len(block.tokens) - block.padding)
     pairs = zip(block.predicted[text].tolist(), block.tokens[text].tolist(), strict=True)
     return "".join(

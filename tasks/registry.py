@@ -8,34 +8,21 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 import os
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from common.text import shown
+from tasks.source_spec import TASK_FLAG, SourceLocation, SourceSpec
+from tasks.sources.rows import LINES
 
 if TYPE_CHECKING:
     from tasks.sources.base import Source
     from tasks.sources.rows import Form
 
-TASK_FLAG = "--task-name"
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet")
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(?:/\w[\w.-]*)?", re.ASCII)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a source's documents are: a file or folder of a kind, or a name on the hub.
-
-    task: of a layout of its own, which the task's module opens. missing: what is not there, where
-    the hub takes its place.
-    """
-
-    path: str
-    kind: Literal["files", "saved", "hub", "task"]
-    missing: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,19 +45,21 @@ class TaskEntry:
         form: Form = importlib.import_module(self.module).FORM
         return form
 
-    def find(self, name: str, *, flag: str) -> Place:
+    def find(self, name: str, *, flag: str) -> SourceLocation:
         """Where it is.
 
         Raises:
             ValueError: It is not there, nor can it be on the hub; the text says where to get it.
         """
         if os.path.exists(self.path):
-            return Place(self.path, "task") if self.opens_itself else _local(self.path, flag)
+            return (
+                SourceLocation(self.path, "task") if self.opens_itself else _local(self.path, flag)
+            )
         where = shown(os.path.abspath(self.path))
         missing = f"{flag} {name}: there is no {where}: put there {self.what}"
         if self.hub is None:
             raise ValueError(missing)
-        return Place(self.hub, "hub", missing)
+        return SourceLocation(self.hub, "hub", missing)
 
     def open_local(self, name: str, path: str) -> Source:
         """The source that its own layout is.
@@ -108,48 +97,13 @@ TASKS: dict[str, TaskEntry] = {
         hub="Muennighoff/P3",
     ),
     "pile": TaskEntry(
-        "tasks.pile",
+        "tasks.registry",
         os.path.join("data", "pile"),
         "files of the Pile (NN.jsonl.zst), as huggingface.co/datasets/monology/pile-uncopyrighted"
         " has them",
         hub="monology/pile-uncopyrighted",
     ),
 }
-
-
-@dataclass(frozen=True)
-class SourceSpec:
-    """One item of --task-name: a task or path, and its weight before normalisation."""
-
-    name: str
-    weight: float = 1.0
-
-
-def parse_task_name(value: str, *, flag: str = TASK_FLAG) -> list[SourceSpec]:
-    """Reads `a[:w],b[:w],...`; white space around items goes.
-
-    Raises:
-        ValueError: An item is empty, or a weight is not positive and finite.
-    """
-    return [_parse_item(item.strip(), value, flag) for item in value.split(",")]
-
-
-def _parse_item(item: str, value: str, flag: str) -> SourceSpec:
-    name, weight = _split_weight(item)
-    if not name:
-        raise ValueError(f"{flag} '{shown(value)}': an item is empty, expected name[:weight],...")
-    if not (math.isfinite(weight) and weight > 0):
-        raise ValueError(f"{flag} {shown(item)}: expected a positive, finite weight after the ':'")
-    return SourceSpec(name, weight)
-
-
-def _split_weight(item: str) -> tuple[str, float]:
-    """The last ':' splits only where a number follows, so that `C:/x` and `/a:b` stay whole."""
-    name, colon, tail = item.rpartition(":")
-    try:
-        return (name.strip(), float(tail)) if colon else (item, 1.0)
-    except ValueError:
-        return item, 1.0
 
 
 def check_source(spec: SourceSpec, *, flag: str = TASK_FLAG) -> None:
@@ -176,7 +130,7 @@ def form_of(name: str) -> Form:
     return TASKS[name].form if name in TASKS else LINES
 
 
-def find_place(name: str, *, flag: str = TASK_FLAG) -> Place:
+def find_place(name: str, *, flag: str = TASK_FLAG) -> SourceLocation:
     """Where a source is; what is on disk goes before the hub.
 
     Raises:
@@ -186,17 +140,17 @@ def find_place(name: str, *, flag: str = TASK_FLAG) -> Place:
         return TASKS[name].find(name, flag=flag)
     is_file_name = os.path.exists(name) or name.endswith(SUFFIXES)
     if not is_file_name and _HUB_NAME.fullmatch(name):
-        return Place(name, "hub", f"{flag} {shown(name)}: there is no such file or folder")
+        return SourceLocation(name, "hub", f"{flag} {shown(name)}: there is no such file or folder")
     return _local(name, flag)
 
 
-def _local(path: str, flag: str) -> Place:
+def _local(path: str, flag: str) -> SourceLocation:
     if os.path.isfile(os.path.join(path, "dataset_dict.json")):
-        return Place(os.path.join(path, _training_split(path, flag)), "saved")
+        return SourceLocation(os.path.join(path, _training_split(path, flag)), "saved")
     is_saved = all(
         os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_info.json")
     )
-    return Place(path, "saved" if is_saved else "files")
+    return SourceLocation(path, "saved" if is_saved else "files")
 
 
 def _training_split(folder: str, flag: str) -> str:
@@ -256,3 +210,6 @@ def supported() -> str:
 
 def _suffixes() -> str:
     return f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+
+
+FORM = LINES

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from tasks.shuffling.buffered import State
 from tasks.sources.bad_lines import BadLines
-from tasks.sources.base import Document, Source
+from tasks.sources.base import Document, Source, State
 
 
 class Shuffled(Protocol):

@@ -12,10 +12,10 @@ from tasks.mixture import BlockStream, Pack, StreamIdentity
 from tasks.open import open_source
 from tasks.packing.best_fit import DocumentSource
 from tasks.packing.concat import ConcatenatedSource, PackedSource
-from tasks.registry import TASK_FLAG, SourceSpec
 from tasks.shuffled import Shuffled
-from tasks.shuffling.buffered import CHUNK_DOCUMENTS, Documents
-from tasks.shuffling.full import IndexedDocuments
+from tasks.shuffling.buffered import CHUNK_DOCUMENTS, BufferedShuffle
+from tasks.shuffling.full import FullShuffle
+from tasks.source_spec import TASK_FLAG, SourceSpec
 from tasks.sources.bad_lines import BadLines
 from tasks.sources.base import Source
 from tasks.tokenization.encoder import Encoder, TrainOn
@@ -44,7 +44,7 @@ def open_training_stream(
     chunk_documents: int = CHUNK_DOCUMENTS,
     flag: str = TASK_FLAG,
 ) -> BlockStream:
-    """Opens the sources that `specs` name (see `tasks.registry.parse_task_name`).
+    """Opens the sources that `specs` name (see `tasks.source_spec.parse_task_name`).
 
     num_workers: processes that tokenize (see `tasks.tokenization.workers`); the blocks do not
     depend on it.
@@ -76,10 +76,10 @@ def open_documents(
 ) -> Shuffled:
     """In a true shuffle where the source can be read at any place, else in a buffered one."""
     if source.open_items is not None:
-        return IndexedDocuments(source, seed=seed, bad_lines=bad_lines)
+        return FullShuffle(source, seed=seed, bad_lines=bad_lines)
     logger.info(
         "%s: shuffled in chunks of up to %d documents, for it can be read in order alone",
         shown(source.name),
         chunk_documents,
     )
-    return Documents(source, seed=seed, chunk_documents=chunk_documents, bad_lines=bad_lines)
+    return BufferedShuffle(source, seed=seed, chunk_documents=chunk_documents, bad_lines=bad_lines)

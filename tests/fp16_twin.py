@@ -31,7 +31,7 @@ from transformers import get_linear_schedule_with_warmup
 from checkpoint.resume.load import load_shards_
 from modules.registry import MODELS
 from modules.stage_model import StageModel
-from tasks.registry import SourceSpec
+from tasks.source_spec import SourceSpec
 from tasks.stream import open_training_stream
 from tests.tasks.material import tokenizer
 

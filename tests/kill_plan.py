@@ -33,10 +33,17 @@ JOINING = (
     Moment("join: store reached", _ARRIVE, ranks=(1, 2, 3)),
     Moment("join: arrived", _ARRIVE, "after", ranks=(1, 2, 3)),
     Moment(
-        "join: all there", "comm.liveness.failure_detector:Watch._open_hub", ranks=(0,), wait=1.0
+        "join: all there",
+        "comm.liveness.failure_detector:FailureDetector._open_hub",
+        ranks=(0,),
+        wait=1.0,
     ),
-    Moment("join: all there", "comm.liveness.failure_detector:Watch._open_link", ranks=(1, 2, 3)),
-    Moment("join: linked", "comm.process_groups:connect"),
+    Moment(
+        "join: all there",
+        "comm.liveness.failure_detector:FailureDetector._open_link",
+        ranks=(1, 2, 3),
+    ),
+    Moment("join: linked", "comm.process_groups:create_process_groups"),
     Moment("join: connected", "training.run:train"),
 )
 _TRAIN = "pipeline_parallel.engine:Engine.train"

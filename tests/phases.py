@@ -19,7 +19,7 @@ JOINING = (STARTING, RENDEZVOUS)
 _MARKS = (  # the function, the phase inside, and the one after it: None, that before
     ("dist_clm_train:meet", RENDEZVOUS, RENDEZVOUS),
     ("training.run:train", LOADING, CLOSING),
-    ("training.trainer:TrainingLoop.run", TRAINING, CLOSING),
+    ("training.trainer:Trainer.run", TRAINING, CLOSING),
     ("training.evaluation:Evaluation.run", EVALUATION, None),
     ("training.checkpointing:Saver.save", SAVING, None),
     ("training.checkpointing:Saver.finish", SAVING, None),

@@ -16,7 +16,7 @@ from modules.layers import lm_head as head
 from modules.stage_model import StageModel
 from optimizer.mixed_precision import MixedPrecisionOptimizer
 from pipeline_parallel.engine import Engine, Losses
-from training.trainer import TrainingLoop
+from training.trainer import Trainer
 
 PARAMETER = 3  # of its stage: whose gradient is poisoned
 
@@ -148,11 +148,11 @@ def _begun() -> Iterator[list[MixedPrecisionOptimizer]]:
 @contextmanager
 def _step_noted() -> Iterator[list[int]]:
     """The number of the iteration under way, in a list of one."""
-    iterate, now = TrainingLoop._iterate, [0]
+    iterate, now = Trainer._iterate, [0]
 
-    def noted(loop: TrainingLoop, step: int) -> Any:
+    def noted(loop: Trainer, step: int) -> Any:
         now[0] = step
         return iterate(loop, step)
 
-    with patch.object(TrainingLoop, "_iterate", noted):
+    with patch.object(Trainer, "_iterate", noted):
         yield now

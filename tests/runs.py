@@ -18,7 +18,7 @@ from checkpoint.steps.latest import write_latest
 from checkpoint.store import SaveFailedError
 from comm.lifecycle.stop_signals import StopRequest
 from comm.objects import gather_json
-from comm.process_groups import Fabric
+from comm.process_groups import ProcessGroups
 from comm.rendezvous.interface import Interface
 from comm.rendezvous.job_key import JobKey
 from comm.rendezvous.join import Rendezvous, join
@@ -86,7 +86,7 @@ def train_cases(
 @contextmanager
 def connected(
     topology: Topology, url: str, dist_backend: str = "gloo", *, dist_timeout: float = 60.0
-) -> Iterator[tuple[Fabric, str]]:
+) -> Iterator[tuple[ProcessGroups, str]]:
     """All channels of one process of a shape whose ranks meet at `url`, and the start's nonce."""
     rendezvous = _meet(topology.rank, topology.world_size, url)
     entered = link(topology, rendezvous, dist_backend=dist_backend, dist_timeout=dist_timeout)
@@ -94,7 +94,9 @@ def connected(
     entered.close()
 
 
-def _train_case(case: Case, path: Path, topology: Topology, fabric: Fabric, nonce: str) -> Told:
+def _train_case(
+    case: Case, path: Path, topology: Topology, fabric: ProcessGroups, nonce: str
+) -> Told:
     own = {
         "checkpoint-path": path,
         "pipeline-group-size": topology.num_stages,

@@ -18,10 +18,10 @@ import pytest
 from arguments import flags as arguments
 from arguments.checks import NOT_BUILT_FLAGS, doubts
 from arguments.parser import refuse
-from checkpoint.disk import check_disk
-from comm.backends.single_process import LocalCommunicator
+from comm.backends.single_process import SingleProcessCommunicator
 from tests.bad_input import Flags, argv, at, make_home, right, the_line
-from training.startup_checks import look_around
+from training.checkpointing import check_disk
+from training.startup_checks import check_this_machine
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +347,7 @@ def test_rank_0_alone_tells_it(
     rank: int, home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     flags = right(home) | {"evaluation-steps": 3, "rank": rank, "checkpoint-path": tmp_path / "c"}
-    machine = look_around(arguments.parse_train(argv(flags), {}))
+    machine = check_this_machine(arguments.parse_train(argv(flags), {}))
     assert machine.problem is None
     if machine.lock is not None:
         machine.lock.close()
@@ -388,7 +388,7 @@ def refusal(
 
 def start_alone(arguments_given: list[str], environ: Mapping[str, str]) -> None:
     """What a process does before it meets others, who would be told its problem."""
-    machine = look_around(arguments.parse_train(arguments_given, environ))
+    machine = check_this_machine(arguments.parse_train(arguments_given, environ))
     if machine.lock is not None:
         machine.lock.close()
     assert machine.problem is not None, "the mistake was not seen"
@@ -408,7 +408,7 @@ def test_a_flag_that_is_not_built(
 def test_right_flags_are_right(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "")
-    machine = look_around(arguments.parse_train(argv(right(home)), {}))
+    machine = check_this_machine(arguments.parse_train(argv(right(home)), {}))
     assert machine.problem is None
     assert machine.lock is not None
     machine.lock.close()
@@ -418,9 +418,9 @@ def test_too_little_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(10**9, 10**9 - 10**6, 10**6))
     with pytest.raises(ValueError) as caught:
-        check_disk(LocalCommunicator(), tmp_path / "not" / "there", needed=2 * 10**6)
+        check_disk(SingleProcessCommunicator(), tmp_path / "not" / "there", needed=2 * 10**6)
     assert all(
         word in str(caught.value)
         for word in ("--checkpoint-path", str(tmp_path / "not" / "there"), "2.00 MB", "1.00 MB")
     )
-    check_disk(LocalCommunicator(), tmp_path, needed=10**5)
+    check_disk(SingleProcessCommunicator(), tmp_path, needed=10**5)

@@ -24,7 +24,7 @@ from arguments.flags import parse_train
 from checkpoint.files.checksums import FileSum
 from checkpoint.files.layer_shards import write_shard_manifest
 from comm.communicator import Communicator, Work
-from comm.process_groups import Fabric
+from comm.process_groups import ProcessGroups
 from planning.cluster.check import check_cluster
 from planning.cluster.machines import versions
 from tests.bad_input import argv
@@ -53,10 +53,10 @@ class Throttled:
         return self._group.send(tensor, to=to)
 
 
-def throttle(fabric: Fabric, name: str, *, to: int) -> Fabric:
+def throttle(fabric: ProcessGroups, name: str, *, to: int) -> ProcessGroups:
     groups: dict[str, Any] = {"pipeline": fabric.pipeline, "replicas": fabric.replicas}
     groups[name] = Throttled(groups[name], to=to)
-    return Fabric(control=fabric.control, **groups)
+    return ProcessGroups(control=fabric.control, **groups)
 
 
 class _Told(logging.Handler):
@@ -122,7 +122,7 @@ CASES = {
 }
 
 
-def make_odd(name: str, fabric: Fabric, stack: ExitStack) -> Fabric:
+def make_odd(name: str, fabric: ProcessGroups, stack: ExitStack) -> ProcessGroups:
     if name == "a slow pipeline":
         return throttle(fabric, "pipeline", to=1)
     if name == "slow replicas":

@@ -6,19 +6,19 @@ from typing import Any
 
 import pytest
 
-from comm.rendezvous.participants import Arrival
+from comm.rendezvous.participants import Participant
 from comm.topology import Topology
 from pipeline_parallel.partition.balance import ModuleWork
 from pipeline_parallel.partition.split import Split
-from planning.cluster.estimate import Estimate, Plan
+from planning.cluster.estimate import Estimate, RunShape
 from planning.cluster.link_probe import LinkSpeed
 from planning.cluster.links import Link, links
-from planning.cluster.machines import Machine, Model, differences
+from planning.cluster.machines import MachineFacts, ModelSizes, differences
 from planning.cluster.report import about_clocks, advice, link_table
 
 # A block is 10 multiply-adds per token and the head 20; a microbatch has 5 tokens.
-PLAN = Plan(
-    model=Model(hidden=2, inner=3, vocabulary=7, layers=4),
+PLAN = RunShape(
+    model=ModelSizes(hidden=2, inner=3, vocabulary=7, layers=4),
     work=ModuleWork(10, 20),
     layers=Split((3, 1)),
     schedule="gpipe",
@@ -36,7 +36,7 @@ def estimate(
 ) -> Estimate:
     topology = Topology(0, 2, replicas)
     return Estimate(
-        Plan(**{**vars(PLAN), **plan}),
+        RunShape(**{**vars(PLAN), **plan}),
         topology,
         rates=[(rates or {}).get(rank, 50.0) for rank in range(2 * replicas)],
         links={k: SLOW if k in (slow or set()) else FAST for k in links(topology)},
@@ -79,10 +79,10 @@ def test_what_replicas_exchange() -> None:
     assert estimate(1).exchange(0) is None
 
 
-ROSTER = [Arrival(r, f"h{r // 2}", "127.0.0.1", "lo", 1, {}) for r in range(4)]
+ROSTER = [Participant(r, f"h{r // 2}", "127.0.0.1", "lo", 1, {}) for r in range(4)]
 
 
-def advised(found: Estimate, replicas: int, plan: Plan = PLAN) -> str:
+def advised(found: Estimate, replicas: int, plan: RunShape = PLAN) -> str:
     topology = Topology(0, 2, replicas)
     return "\n".join(
         advice(topology, ROSTER, plan, found._links, found._rates, found, precision="fp32")
@@ -135,8 +135,8 @@ def test_clocks_that_may_be_right_are_not_told_of() -> None:
     ]
 
 
-def machine(**changes: Any) -> Machine:
-    same = Machine(
+def machine(**changes: Any) -> MachineFacts:
+    same = MachineFacts(
         device="",
         model=None,
         problems=[],

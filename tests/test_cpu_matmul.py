@@ -18,20 +18,21 @@ from unittest.mock import patch
 import pytest
 import torch
 
-import training.cpu_matmul
+import modules.matmul.select
 from checkpoint.store import read_meta
-from comm.backends.single_process import LocalCommunicator
+from comm.backends.single_process import SingleProcessCommunicator
 from comm.topology import Topology
 from modules.matmul.backend import use_matmul
-from modules.matmul.cpu_info import Processor
+from modules.matmul.cpu_info import CpuInfo
+from modules.matmul.select import kept_choice
 from tests.dist import run_ranks
 from tests.modules.processors import PROCESSORS
 from tests.runs import Case, Told, curve, meet_at, run_folder, train_cases
 from tests.tasks.material import make_texts, write_jsonl
 from tests.test_mixed_precision import model_flags
 from tests.test_parity import make_shards
-from training.cpu_matmul import settle_products
-from training.trainer import TrainingLoop
+from training.cpu_matmul import choose_cpu_matmul
+from training.trainer import Trainer
 
 STEPS, SAVED = 6, 3
 TOLERANCE = 1e-5  # relative, of losses: both libraries' products are fp32
@@ -48,11 +49,11 @@ def _torchs_default() -> Iterator[None]:
 
 def settle(flag: str, kind: str, kept: str | None = None, precision: str = "fp32") -> str:
     meta: Mapping[str, Any] | None = None if kept is None else {"cpu_matmul": [kept]}
-    (choice,) = settle_products(
+    (choice,) = choose_cpu_matmul(
         flag,
         precision=precision,
         meta=meta,
-        control=LocalCommunicator(),
+        control=SingleProcessCommunicator(),
         processor=PROCESSORS[kind],
     )
     return choice
@@ -90,7 +91,7 @@ def test_flag_checkpoint_and_processor_decide(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(training.cpu_matmul, "fp32_error", lambda: 0.5)
+    monkeypatch.setattr(modules.matmul.select, "fp32_error", lambda: 0.5)
     with caplog.at_level(logging.INFO):
         assert settle(flag, kind, kept) == choice
     assert setting() == {"default": "ieee", "onednn": "bf16"}[choice]
@@ -103,7 +104,7 @@ def test_flag_checkpoint_and_processor_decide(
 def test_products_that_are_not_fp32_are_an_error_where_they_were_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(training.cpu_matmul, "fp32_error", lambda: 85.2)
+    monkeypatch.setattr(modules.matmul.select, "fp32_error", lambda: 85.2)
     with pytest.raises(ValueError, match=r"^--cpu-matmul onednn: .*8480.* off by 85 times "):
         settle("onednn", "Sapphire Rapids")
     assert setting() == "ieee"
@@ -116,7 +117,7 @@ def test_products_that_are_not_fp32_are_left_where_nobody_asked(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(training.cpu_matmul, "fp32_error", lambda: 85.2)
+    monkeypatch.setattr(modules.matmul.select, "fp32_error", lambda: 85.2)
     assert settle("auto", kind, kept) == "default"
     assert setting() == "ieee"
     (warning,) = [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING]
@@ -126,7 +127,7 @@ def test_products_that_are_not_fp32_are_left_where_nobody_asked(
 @pytest.mark.parametrize("meta", [{}, {"cpu_matmul": None}, {"cpu_matmul": []}])
 def test_a_checkpoint_that_does_not_tell_leaves_it_to_the_processor(meta: dict[str, Any]) -> None:
     """Made on GPUs, or with fewer replicas than now."""
-    assert training.cpu_matmul.kept_choice(meta, 0) is None
+    assert kept_choice(meta, 0) is None
 
 
 HALF = [
@@ -161,15 +162,15 @@ class Machines:
     def __call__(self, topology: Topology) -> Iterator[None]:
         # Read at oneDNN's first use: a machine that has AMX computes as one that has not.
         os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"
-        run, mine = TrainingLoop.run, PROCESSORS[self.kinds[topology.rank]]
+        run, mine = Trainer.run, PROCESSORS[self.kinds[topology.rank]]
 
-        def logged(loop: TrainingLoop, start: int) -> None:
+        def logged(loop: Trainer, start: int) -> None:
             logging.getLogger(__name__).info("trains with %s", setting())
             run(loop, start)
 
         with (
-            patch.object(Processor, "of_this_machine", lambda: mine),
-            patch.object(TrainingLoop, "run", logged),
+            patch.object(CpuInfo, "of_this_machine", lambda: mine),
+            patch.object(Trainer, "run", logged),
         ):
             yield
 

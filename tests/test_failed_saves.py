@@ -31,7 +31,7 @@ from tests.kill_lab import leftovers, same, state
 from tests.runs import Case, Told, curve, meet_at, run_folder, to_argv, train_cases
 from tests.tasks.material import make_texts, write_jsonl
 from tests.test_parity import make_shards
-from training.trainer import TrainingLoop, TrainingStoppedError
+from training.trainer import Trainer, TrainingStoppedError
 
 STEPS, EVERY = 8, 2
 FOLDER = "checkpoint.steps.folder"
@@ -271,7 +271,7 @@ def test_a_save_that_fails_does_not_hide_why_training_stopped(fails: bool) -> No
         def close(self) -> None:
             """Nothing was dropped."""
 
-    class Stopping(TrainingLoop):
+    class Stopping(Trainer):
         def __init__(self, saves: Pending) -> None:
             self._saves, self._recorder = saves, SilentRecorder()
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tasks.mixture import Pack
-from tasks.registry import SourceSpec
+from tasks.source_spec import SourceSpec
 from tasks.stream import open_training_stream
 from tests.dist import run_ranks
 from tests.documents import Alone, begins_after

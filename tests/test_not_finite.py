@@ -15,8 +15,8 @@ import pytest
 
 from comm.topology import Topology
 from monitor.metrics import read_metrics
-from tasks.packing.blocks import Block
-from tasks.registry import SourceSpec
+from tasks.packing.blocks import TokenBlock
+from tasks.source_spec import SourceSpec
 from tasks.stream import open_training_stream
 from tests.dist import run_ranks
 from tests.poison import BadLogit, BadOutput, InfiniteLoss, Overflow
@@ -103,7 +103,7 @@ def more_cases(folder: Path, own: dict[str, Any], fp16: dict[str, Any]) -> list[
     ]
 
 
-def blocks_of(folder: Path, step: int) -> list[Block]:
+def blocks_of(folder: Path, step: int) -> list[TokenBlock]:
     """Those of all replicas in one step."""
     spec = SourceSpec(str(folder / "a.jsonl"))
     stream = open_training_stream([spec], tokenizer(), seq_length=TOKENS, seed=42)

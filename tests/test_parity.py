@@ -22,7 +22,7 @@ from checkpoint.conversion.from_hf import convert_from_hf
 from modules.registry import MODELS
 from pipeline_parallel.schedule.schedules import SCHEDULES
 from tasks.mixture import Pack
-from tasks.registry import SourceSpec
+from tasks.source_spec import SourceSpec
 from tasks.stream import open_training_stream
 from tests.dist import run_ranks
 from tests.runs import Case, curve, meet_at, run_folder, train_cases

@@ -21,7 +21,7 @@ from dist_clm_train import main
 from modules.layers.rotary import rotation
 from modules.registry import MODELS
 from pipeline_parallel.partition.stage_split import StageSplit
-from planning.memory.dry_run import Rehearsal, StageMemory
+from planning.memory.dry_run import DryRun, StageMemory
 from tests.runs import to_argv
 
 HIDDEN, TOKENS, ROWS = 64, 32, 8
@@ -55,7 +55,7 @@ def rehearse(folder: Path, rank: int, *, cuda: bool = False, **changes: Any) -> 
     split = StageSplit(
         args.num_layers, "gptneox", CONFIG, num_stages=args.pipeline_group_size, tokens=TOKENS
     )
-    return Rehearsal(args, family, CONFIG, split.layers, cuda=cuda).of_rank(rank)
+    return DryRun(args, family, CONFIG, split.layers, cuda=cuda).of_rank(rank)
 
 
 @pytest.mark.parametrize("cuda", [False, True])

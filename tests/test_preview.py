@@ -21,7 +21,7 @@ from tasks.preview import (
     look_at,
     preview_blocks,
 )
-from tasks.registry import SourceSpec
+from tasks.source_spec import SourceSpec
 from tasks.stream import open_documents, open_training_stream
 from tasks.tokenization.encoder import Encoder
 from tests.tasks.material import make_texts, tokenizer, write_jsonl

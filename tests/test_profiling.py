@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from comm.topology import Topology
-from monitor.profiling.step_trace import RankSpan, TracedStep
+from monitor.profiling.step_trace import RankSpan, StepOfAllRanks
 from monitor.profiling.tracer import Track
 from tests.dist import run_ranks
 from tests.poison import BadOutput
@@ -291,11 +291,13 @@ def test_a_world_of_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (place / "trace_json" / "timeline.png").is_file()
 
 
-def step_of(number: int, spans: list[tuple[int, Track, int | None, float, float]]) -> TracedStep:
-    return TracedStep(number, 0.0, 24.0, [RankSpan(*span) for span in spans])
+def step_of(
+    number: int, spans: list[tuple[int, Track, int | None, float, float]]
+) -> StepOfAllRanks:
+    return StepOfAllRanks(number, 0.0, 24.0, [RankSpan(*span) for span in spans])
 
 
-def by_hand(optimizer: list[list[tuple[float, float]]]) -> TracedStep:
+def by_hand(optimizer: list[list[tuple[float, float]]]) -> StepOfAllRanks:
     """Two stages, two microbatches, F 1 and B 2; and each rank's optimizer spans."""
     spans: list[tuple[int, Track, int | None, float, float]] = []
     for rank, of_rank in enumerate(optimizer):

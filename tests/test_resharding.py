@@ -37,7 +37,7 @@ from tests.reshard_lab import (
 from tests.runs import Case, Told, run_folder
 from tests.test_mixed_precision import worst
 from tests.test_resume_rules import run_parts, train_alone
-from training.run import Run
+from training.run import TrainingRun
 
 FEW: list[tuple[Shape, Shape]] = [((1, 2), (2, 1)), ((4, 1), (1, 2))]
 FEW_KINDS = [*KINDS[1:], ("fp16", "adam")]
@@ -145,11 +145,11 @@ def four(ended: tuple[Path, dict[str, Told]], tmp_path: Path) -> Path:
     return shutil.copytree(run_folder(ended[0], "fp32-adam", 4, 1), tmp_path / "run")
 
 
-def first_of_two(run: Path, folder: Path) -> Run:
+def first_of_two(run: Path, folder: Path) -> TrainingRun:
     """The first of two stages, up to where it would read weights."""
     own = {"checkpoint-path": run, "pipeline-group-size": 2, "world-size": 2, "num-layers": "5,2"}
     flags_here = flags(folder, KINDS[0]) | own | {"batch-size": 4, "use-cuda": "false"}
-    return Run(**run_parts(flags_here) | {"topology": Topology(0, 2, 1)})
+    return TrainingRun(**run_parts(flags_here) | {"topology": Topology(0, 2, 1)})
 
 
 @pytest.mark.parametrize("name", SPOILT)

@@ -15,9 +15,9 @@ import torch
 
 from arguments.flags import parse_train
 from checkpoint.store import CheckpointStore
-from comm.backends.single_process import LocalCommunicator
+from comm.backends.single_process import SingleProcessCommunicator
 from comm.lifecycle.stop_signals import StopRequest
-from comm.process_groups import Fabric
+from comm.process_groups import ProcessGroups
 from comm.topology import Topology
 from monitor.console import Console
 from monitor.metrics import read_metrics
@@ -25,17 +25,19 @@ from tests.checkpoint.models import forget_manifests
 from tests.runs import to_argv, to_nobody
 from tests.tasks.material import make_texts, write_jsonl
 from tests.test_parity import make_shards
-from training.run import Run, train
+from training.run import TrainingRun, train
 
 STEPS = 4
 
 
 def run_parts(flags: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `train` and `Run`, but for the console."""
+    """The arguments of `train` and `TrainingRun`, but for the console."""
     return {
         "args": parse_train(to_argv(flags), {}),
         "topology": Topology(0, 1, 1),
-        "fabric": Fabric(LocalCommunicator(), LocalCommunicator(), LocalCommunicator()),
+        "fabric": ProcessGroups(
+            SingleProcessCommunicator(), SingleProcessCommunicator(), SingleProcessCommunicator()
+        ),
         "device": torch.device("cpu"),
         "nonce": "0123",
     }
@@ -119,7 +121,7 @@ def test_what_may_not_change_is_an_error_that_names_both_values(
     folder = flags["checkpoint-path"].parent
     changed = value.format(folder=folder) if isinstance(value, str) else value
     with pytest.raises(ValueError) as error, patch.object(CheckpointStore, "verify") as verify:
-        Run(**run_parts({**flags, flag: changed}))
+        TrainingRun(**run_parts({**flags, flag: changed}))
     verify.assert_not_called()  # which reads weights
     assert all(word in str(error.value) for word in words), error.value
     assert "\n" not in str(error.value)
@@ -130,7 +132,7 @@ def test_what_may_change_is_told_in_one_line(
     flag: str, value: Any, line: str, flags: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
-        assert Run(**run_parts({**flags, flag: value})).start == STEPS
+        assert TrainingRun(**run_parts({**flags, flag: value})).start == STEPS
     assert [record.message for record in caplog.records] == [line]
 
 
@@ -198,7 +200,7 @@ def test_a_run_goes_on_from_a_checkpoint_of_a_time_without_manifests(
         train_alone({**again, "total-steps": 8})
     told = [record.message for record in caplog.records if "verified" in record.message]
     assert told == ["step 4 is of a time without manifests: not verified"]
-    assert Run(**run_parts({**again, "total-steps": 8})).start == 8
+    assert TrainingRun(**run_parts({**again, "total-steps": 8})).start == 8
     (run / "8" / "prank_0_scheduler.pt").unlink()
     with pytest.raises(ValueError, match=r"8/prank_0_scheduler\.pt: no such file"):
-        Run(**run_parts({**again, "total-steps": 8}))
+        TrainingRun(**run_parts({**again, "total-steps": 8}))

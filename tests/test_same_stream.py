@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from comm.topology import Topology
-from pipeline_parallel.batch_scatter import Scatter, TrainingFeed
+from pipeline_parallel.batch_scatter import BatchFeed, BatchScatter
 from tasks.loader import BatchLoader
 from tasks.mixture import BlockStream
-from tasks.registry import SourceSpec
+from tasks.source_spec import SourceSpec
 from tasks.stream import open_training_stream
 from tests.dist import run_ranks
 from tests.runs import connected, meet_at
@@ -49,7 +49,7 @@ def _take(topology: Topology, url: str, path: Path) -> Taken:
                 if state is not None:
                     stream.restore(state)
                 loader = BatchLoader(stream, rows=ROWS)
-            scatter = Scatter(
+            scatter = BatchScatter(
                 fabric.control,
                 topology,
                 rows=ROWS // topology.num_replicas,
@@ -57,7 +57,7 @@ def _take(topology: Topology, url: str, path: Path) -> Taken:
                 keeps_apart=True,
                 device=torch.device("cpu"),
             )
-            feed = TrainingFeed(scatter, loader, num_batches=BATCHES // 2)
+            feed = BatchFeed(scatter, loader, num_batches=BATCHES // 2)
             for _ in range(BATCHES // 2):
                 rows = feed.take()
                 taken.append({k: v.numpy() for k, v in rows._asdict().items() if v is not None})

@@ -19,8 +19,8 @@ import torch
 from transformers import GPTNeoXConfig
 
 from comm.topology import Topology
-from modules.families.gptneox import Block
-from planning.memory.out_of_memory import explain_shortage
+from modules.families.gptneox import GPTNeoXBlock
+from planning.memory.out_of_memory import explain_out_of_memory
 from tests.bad_input import ROOT
 from tests.dist import free_port, run_ranks
 from tests.runs import Case, Told, meet_at, to_argv, train_cases
@@ -89,14 +89,14 @@ class FailingBlock:
     number: int
 
     def __call__(self, topology: Topology) -> AbstractContextManager[object]:
-        calls, forward = iter(range(1000)), Block.forward
+        calls, forward = iter(range(1000)), GPTNeoXBlock.forward
 
-        def run(block: Block, *given: Any) -> Any:
+        def run(block: GPTNeoXBlock, *given: Any) -> Any:
             if next(calls) == self.number:
                 raise torch.OutOfMemoryError(CUDA)
             return forward(block, *given)
 
-        return patch.object(Block, "forward", run)
+        return patch.object(GPTNeoXBlock, "forward", run)
 
 
 third_microbatch = FailingBlock(2 * LAYERS + 1)  # its second block
@@ -190,7 +190,7 @@ def test_what_failed_is_let_go_of_before_advice_is_sought() -> None:
         work()
     except MemoryError as error:
         with patch("planning.memory.out_of_memory.Rehearsal", rehearse):
-            explained = explain_shortage(
+            explained = explain_out_of_memory(
                 "here",
                 error,
                 nothing,

@@ -56,7 +56,7 @@ def slow_checkpoint(topology: Topology) -> Iterator[None]:
         slowed("checkpoint.steps.folder:clear_leftovers", SLOW),
         slowed("checkpoint.resume.load:read_stage_module", SLOW / 2),
         slowed("training.initial_state:read_part", SLOW),
-        slowed("optimizer.state_check:KeptState.take", SLOW, "0.embed_in"),
+        slowed("optimizer.state_dict:KeptState.take", SLOW, "0.embed_in"),
     ):
         yield
 

@@ -18,7 +18,7 @@ from tests.runs import Case, Told, curve, meet_at, run_folder, train_cases
 from tests.tasks.material import make_texts, write_jsonl
 from tests.test_parity import make_shards
 from tests.test_resume_rules import run_parts
-from training.run import Run
+from training.run import TrainingRun
 
 STEPS, SAVED = 4, 2
 LAYERS = 4  # 3,1 by auto: the head is as much as 1.4 blocks
@@ -89,7 +89,7 @@ def test_a_run_goes_on_with_its_split(
     assert kept == ([KEPT] if name == "listed" else [])
 
 
-def first_rank(folder: Path, run: Path, num_layers: str, stages: int = 2) -> Run:
+def first_rank(folder: Path, run: Path, num_layers: str, stages: int = 2) -> TrainingRun:
     """Stage 0 of a resume, up to where it would read weights; the other stages are not needed."""
     own = flags(folder, num_layers) | {
         "checkpoint-path": run,
@@ -97,7 +97,7 @@ def first_rank(folder: Path, run: Path, num_layers: str, stages: int = 2) -> Run
         "pipeline-group-size": stages,
         "world-size": stages,
     }
-    return Run(**run_parts(own) | {"topology": Topology(0, stages, 1)})
+    return TrainingRun(**run_parts(own) | {"topology": Topology(0, stages, 1)})
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,9 @@ TOKENS = 7
 def describe(layers: Split, schedule: str, num_microbatches: int, *, recompute: bool) -> str:
     config = SimpleNamespace(**CONFIG, to_dict=lambda: CONFIG)
     split = StageSplit(layers, "gptneox", config, num_stages=len(layers), tokens=TOKENS)
-    return split.describe(schedule=schedule, num_microbatches=num_microbatches, recompute=recompute)
+    return split.describe(
+        layers, schedule=schedule, num_microbatches=num_microbatches, recompute=recompute
+    )
 
 
 # Stage 0 has two blocks, stage 1 one and the head; a block's F, I and W are 1 each. The head does

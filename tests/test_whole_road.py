@@ -24,7 +24,7 @@ from checkpoint.conversion.from_hf import convert_from_hf
 from checkpoint.conversion.to_hf import convert_to_hf
 from modules.registry import MODELS
 from monitor.metrics import read_metrics
-from tasks.registry import SourceSpec
+from tasks.source_spec import SourceSpec
 from tasks.stream import open_training_stream
 from tests.checkpoint.models import hf_weights
 from tests.checkpoint.test_predecessors import (

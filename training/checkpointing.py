@@ -6,23 +6,27 @@ from __future__ import annotations
 import argparse
 import logging
 import platform
+import shutil
+import socket
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
 from arguments.checks import fixed_flags, free_flags
-from checkpoint.disk import check_disk
 from checkpoint.snapshot import Snapshot, on_host
 from checkpoint.store import CheckpointStore, SaveFailedError
 from comm.communicator import Communicator
+from comm.objects import gather_json
 from comm.topology import Topology
+from common.text import format_bytes
 from modules.stage_model import StageModel
 from optimizer.build import checkpoint_bytes
 from optimizer.mixed_precision import MixedPrecisionOptimizer
 from optimizer.state_dict import collect_state
-from optimizer.update import Updater
+from optimizer.update import UpdateStep
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +65,7 @@ class Saver:
         control: Communicator,
         model: StageModel,
         optimizer: MixedPrecisionOptimizer,
-        updater: Updater,
+        updater: UpdateStep,
         kept: Callable[[], Mapping[str, Any]],
     ) -> None:
         self._args, self._store, self._topology, self._control = args, store, topology, control
@@ -150,3 +154,21 @@ def _versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def check_disk(control: Communicator, path: Path, *, needed: int) -> None:
+    """Every process calls it with the bytes it will write under `path`, which may not exist yet.
+
+    ValueError where the processes of this machine together need more than is free.
+    """
+    existing = next(folder for folder in (path, *path.resolve().parents) if folder.exists())
+    here = [socket.gethostname(), existing.stat().st_dev]
+    wants = gather_json(control, [here, needed])
+    total = sum(want for where, want in wants if where == here)
+    free = shutil.disk_usage(existing).free
+    if needed and total > free:
+        raise ValueError(
+            f"--checkpoint-path {path}: the checkpoints of this run need {format_bytes(total)} on "
+            f"this machine, {format_bytes(free)} is free; save less often, keep fewer "
+            "(--keep-checkpoints) or make room"
+        )

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from comm.communicator import Communicator
-from comm.lifecycle.stop_signals import Asked, StopRequest
+from comm.lifecycle.stop_signals import StopCause, StopRequest
 from comm.objects import broadcast_json, gather_json
 from comm.topology import Topology
-from monitor.held_out import HeldOut, SetLoss
-from optimizer.clipping import Agreement, Totals
-from pipeline_parallel.batch_scatter import HostBatch, Scatter, evaluation_feed
-from pipeline_parallel.engine import Engine, PipelineBatch
+from monitor.metrics import HeldOut, SetLoss
+from pipeline_parallel.batch_scatter import BatchScatter, HostBatch, evaluation_feed
+from pipeline_parallel.engine import Engine
+from pipeline_parallel.microbatch import PipelineBatch
+from training.step_totals import StepTotals, TotalsReducer
 
 logger = logging.getLogger(__name__)
 
@@ -31,23 +32,23 @@ class Evaluation:
     """
 
     topology: Topology
-    scatter: Scatter
+    scatter: BatchScatter
     control: Communicator
     engine: Engine
-    agreement: Agreement
+    agreement: TotalsReducer
     rows: int
     micro_rows: int
     open_sets: Callable[[], Mapping[str, Iterator[HostBatch]]] | None
     stop: StopRequest
 
-    def run(self, *, may_stop: bool) -> HeldOut | Asked:
+    def run(self, *, may_stop: bool) -> HeldOut | StopCause:
         """The mean loss of a trained token; every rank calls it and gets the same.
 
         It may be no finite number, which is told and no reason to stop: nothing is trained on it.
         With `may_stop`, a request to stop ends the evaluation after a batch and is returned.
         """
         sets = {} if self.open_sets is None else self.open_sets()
-        found: dict[str, Totals] = {}
+        found: dict[str, StepTotals] = {}
         for name in broadcast_json(self.control, list(sets)):
             totals = self._run_set(name, sets.get(name), may_stop=may_stop)
             if may_stop and totals.asked is not None:
@@ -61,7 +62,9 @@ class Evaluation:
             {name: SetLoss(one.loss / one.tokens, one.tokens) for name, one in named.items()},
         )
 
-    def _run_set(self, name: str, batches: Iterator[HostBatch] | None, *, may_stop: bool) -> Totals:
+    def _run_set(
+        self, name: str, batches: Iterator[HostBatch] | None, *, may_stop: bool
+    ) -> StepTotals:
         """The sums over one set, or over what of it came before a request to stop; rank 0 has its
         batches."""
         if batches is not None and may_stop:  # the others end where rank 0's batches end

@@ -18,17 +18,17 @@ from checkpoint.resume.load import (
 )
 from checkpoint.resume.reshard import names_in, stages_holding
 from checkpoint.store import ResumePoint, part_file, read_part
-from comm.collective_io import do_together
+from comm.collective_io import run_on_all
 from comm.communicator import Communicator
 from comm.topology import Topology
-from data_parallel.grad_buffer import same_on_all
+from common.tensors import DTYPES
+from data_parallel.broadcast import same_on_all
 from modules.families.base import Family
-from modules.stage_model import StageModel, stage_modules
-from optimizer.mixed_precision import DTYPES, MixedPrecisionOptimizer
-from optimizer.state_check import KeptState
-from optimizer.state_dict import restore_state
-from optimizer.update import Updater
-from pipeline_parallel.partition.split import Split
+from modules.stage_model import StageModel
+from optimizer.mixed_precision import MixedPrecisionOptimizer
+from optimizer.state_dict import KeptState, restore_state
+from optimizer.update import UpdateStep
+from pipeline_parallel.partition.split import Split, stage_modules
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def load_weights_(
             if topology.rank == 0 and not has_manifest(args.model_name):
                 logger.info("%s has no manifest.json: not verified", args.model_name)
             read = partial(load_shards_, model, args.model_name, family, config, dtype=dtype)
-            do_together(control, read, f"reading {args.model_name}", expected=())
+            run_on_all(control, read, f"reading {args.model_name}", expected=())
         else:
             initialise_model_(model, config, seed=args.seed)
         if not same_on_all(model.parameters(), replicas):
@@ -68,7 +68,7 @@ def load_weights_(
         return
     read = partial(load_checkpoint_, model, resume.folder, source, family, config, dtype=dtype)
     first = topology.replica == 0
-    do_together(control, read if first else None, f"reading {resume.folder}", expected=())
+    run_on_all(control, read if first else None, f"reading {resume.folder}", expected=())
     share_from_first(model.parameters(), replicas)
     if resume.meta is None:
         logger.info("weights from %s alone: step 0, fresh optimizer", resume.folder)
@@ -76,7 +76,7 @@ def load_weights_(
 
 def load_state_(
     optimizer: MixedPrecisionOptimizer,
-    updater: Updater,
+    updater: UpdateStep,
     resume: ResumePoint | None,
     *,
     topology: Topology,
@@ -99,7 +99,7 @@ def load_state_(
             held = stage_modules(stage, source)
             states.append(_read_state(folder, stage, held, indices, keys))
 
-    do_together(control, read if first else None, f"opening the state in {folder}", expected=())
+    run_on_all(control, read if first else None, f"opening the state in {folder}", expected=())
     restore_state(
         optimizer, states if first else None, control, topology, updates=resume.meta["updates"]
     )

@@ -17,19 +17,19 @@ from comm.objects import gather_json
 from comm.topology import Topology
 from monitor.profiling.breakdown import SimulatedSpan
 from monitor.profiling.profiler import TIMELINE_NAME, Profiler, start_profiling
-from monitor.profiling.step_trace import RankSpan, TracedStep, compute_costs
+from monitor.profiling.step_trace import RankSpan, StepOfAllRanks, compute_costs
 from monitor.profiling.timeline import Timeline
 from monitor.profiling.trace_file import TRACE_FOLDER
 from monitor.profiling.tracer import NO_TRACER, Tracer, Track
 from pipeline_parallel.schedule.schedules import SCHEDULES
 from pipeline_parallel.schedule.simulator import Costs, StageCosts, simulate
-from pipeline_parallel.schedule.simulator import Timeline as Simulation
+from pipeline_parallel.schedule.simulator import SimulatedRun as Simulation
 
 logger = logging.getLogger(__name__)
 
 
 def simulate_pipeline(
-    steps: Sequence[TracedStep], *, schedule: str, num_stages: int, num_microbatches: int
+    steps: Sequence[StepOfAllRanks], *, schedule: str, num_stages: int, num_microbatches: int
 ) -> Simulation:
     """Forward and backward of a step for the median costs measured in `steps`, messages for
     nothing."""
@@ -52,7 +52,7 @@ def simulate_pipeline(
 
 
 def simulated_step(
-    steps: Sequence[TracedStep], *, schedule: str, num_stages: int, num_microbatches: int
+    steps: Sequence[StepOfAllRanks], *, schedule: str, num_stages: int, num_microbatches: int
 ) -> float:
     """Seconds that a step should take, given the costs measured in `steps`: the pipeline; the norms
     of each stage's gradients as it ends; once all have theirs, the update."""
@@ -65,7 +65,7 @@ def simulated_step(
 
 
 def measured_over_simulated(
-    steps: Sequence[TracedStep], *, schedule: str, num_stages: int, num_microbatches: int
+    steps: Sequence[StepOfAllRanks], *, schedule: str, num_stages: int, num_microbatches: int
 ) -> float:
     """The median length of `steps` over `simulated_step`."""
     measured = statistics.median(step.end - step.start for step in steps)
@@ -118,7 +118,7 @@ class TrainingProfile:
         """Writes what has been traced, however the run ends."""
         self.tracer.close()
 
-    def _simulated_spans(self, step: TracedStep) -> list[SimulatedSpan]:
+    def _simulated_spans(self, step: StepOfAllRanks) -> list[SimulatedSpan]:
         simulation = simulate_pipeline(
             [step],
             schedule=self._schedule,
@@ -144,7 +144,7 @@ class TrainingProfile:
 
 
 def _optimizer_seconds(
-    steps: Sequence[TracedStep], num_stages: int
+    steps: Sequence[StepOfAllRanks], num_stages: int
 ) -> tuple[list[float], list[float]]:
     """By stage, what the norms and what the update took: medians over steps and replicas."""
     norms: list[list[float]] = [[] for _ in range(num_stages)]

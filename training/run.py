@@ -12,37 +12,42 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from arguments.checks import fixed_flags, free_flags
+from arguments.settings import loop_settings
 from checkpoint.files.layer_shards import check_shard
 from checkpoint.files.validation import module_shapes
-from checkpoint.retention import Keep
-from checkpoint.store import CheckpointStore
+from checkpoint.retention import RetentionPolicy
+from checkpoint.store import CheckpointStore, ResumePoint
 from comm.lifecycle.stop_signals import CLOSING, StopRequest, tidying, training
-from comm.process_groups import Fabric
+from comm.process_groups import ProcessGroups
 from comm.topology import Topology
+from common.tensors import DTYPES
 from modules.families.base import Family
 from modules.matmul.backend import Matmul
 from modules.registry import MODELS
-from modules.stage_model import StageModel, stage_modules
+from modules.stage_model import StageModel
 from monitor.console import Console
 from monitor.out_of_memory import is_out_of_memory
-from monitor.recorder import Recorder
-from optimizer.build import build_optimizer, build_updater
-from pipeline_parallel.batch_scatter import Scatter, TrainingFeed
-from pipeline_parallel.build import build_agreement, build_engine, loop_settings, names_by_stage
+from monitor.recorder import Recorder, SilentRecorder, open_recorder
+from optimizer.build import build_optimizer, build_update_step
+from pipeline_parallel.batch_scatter import BatchFeed, BatchScatter
+from pipeline_parallel.build import build_engine
 from pipeline_parallel.engine import StageMemoryError
+from pipeline_parallel.p2p import StageLink
+from pipeline_parallel.partition.split import Split, stage_modules
 from pipeline_parallel.partition.stage_split import StageSplit
 from planning.memory.measure import MemoryMeasure
-from planning.memory.out_of_memory import explain_shortage
+from planning.memory.out_of_memory import explain_out_of_memory
 from tasks.loader import BatchLoader
 from training.checkpointing import Saver, check_room
-from training.cpu_matmul import settle_products
+from training.cpu_matmul import choose_cpu_matmul
 from training.data import TrainingData, checkpoint_extras
 from training.evaluation import Evaluation
 from training.initial_state import load_state_, load_weights_
 from training.profiling import TrainingProfile
 from training.resume import check_same_on_all, check_success, find_resume
-from training.trainer import TrainingLoop
-from training_record import open_run_recorder
+from training.step_totals import build_totals_reducer, names_by_stage
+from training.trainer import OutOfMemoryError, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +56,7 @@ def train(
     args: argparse.Namespace,
     *,
     topology: Topology,
-    fabric: Fabric,
+    fabric: ProcessGroups,
     device: torch.device,
     nonce: str,
     console: Console,
@@ -65,7 +70,7 @@ def train(
     is to be closed then, however it ends, is put on `closing`. `announce` is told where memory
     ran out, before it takes time to find out what helps.
     """
-    run = Run(args, topology=topology, fabric=fabric, device=device, nonce=nonce)
+    run = TrainingRun(args, topology=topology, fabric=fabric, device=device, nonce=nonce)
     if run.start >= args.total_steps:
         check_success(run.resume)
         logger.info("%d of %d steps are done: nothing to do", run.start, args.total_steps)
@@ -76,7 +81,7 @@ def train(
     return stopped
 
 
-class Run:
+class TrainingRun:
     """One process's part of a run."""
 
     def __init__(
@@ -84,7 +89,7 @@ class Run:
         args: argparse.Namespace,
         *,
         topology: Topology,
-        fabric: Fabric,
+        fabric: ProcessGroups,
         device: torch.device,
         nonce: str,
     ) -> None:
@@ -111,10 +116,10 @@ class Run:
             extras={}
             if self._data is None
             else checkpoint_extras(args.model_name, args.tokenizer_name, self._data.tokenizer),
-            keep=Keep(args.keep_checkpoints, args.keep_optimizer_states),
+            keep=RetentionPolicy(args.keep_checkpoints, args.keep_optimizer_states),
         )
         self._settings = loop_settings(args)
-        self.resume = find_resume(
+        self.resume, self._layers, self._source = find_resume(
             args, store=self._store, split=self._split, topology=topology, control=fabric.control
         )
         self.start = 0 if self.resume is None else self.resume.step
@@ -146,7 +151,7 @@ class Run:
             topology=self._topology,
             control=self._fabric.control,
             replicas=self._fabric.replicas,
-            source=self._split.source,
+            source=self._source,
         )
         self.profile = self._open_profile()
         self._doing = "making gradients, masters and moments"
@@ -154,7 +159,7 @@ class Run:
             self._args, self._model, self._fabric.replicas, self.profile.tracer
         )
         nominal = self._settings.nominal_tokens(self._topology.num_replicas)
-        self._updater = build_updater(self._args, self._optimizer, nominal_tokens=nominal)
+        self._updater = build_update_step(self._args, self._optimizer, nominal_tokens=nominal)
         load_state_(
             self._optimizer,
             self._updater,
@@ -163,7 +168,7 @@ class Run:
             control=self._fabric.control,
             indices=self._model.indices,
             keys=lambda index: module_shapes(self._family, self._config, index),
-            source=self._split.source,
+            source=self._source,
         )
 
     def describe(self) -> str:
@@ -180,6 +185,7 @@ class Run:
     def describe_split(self) -> str:
         """How even the stages are, and how idle the schedule leaves them, in one line."""
         return self._split.describe(
+            self._layers,
             schedule=self._args.pp_mode,
             num_microbatches=self._settings.num_microbatches,
             recompute=self._args.recompute,
@@ -195,7 +201,7 @@ class Run:
         recorder = open_run_recorder(
             self._args,
             topology=self._topology,
-            layers=self._split.layers,
+            layers=self._layers,
             resume=self.resume,
             console=console,
         )
@@ -224,16 +230,18 @@ class Run:
             where = str(error) if is_known else f"stage {self._topology.stage}, {self._doing}"
             for name in ("_model", "_optimizer", "_updater"):  # to tell takes some memory too
                 vars(self).pop(name, None)
-            raise explain_shortage(
-                where,
-                error,
-                self._args,
-                self._family,
-                self._config,
-                self._split.layers,
-                topology=self._topology,
-                cuda=self._device.type == "cuda",
-                announce=announce,
+            raise OutOfMemoryError(
+                explain_out_of_memory(
+                    where,
+                    error,
+                    self._args,
+                    self._family,
+                    self._config,
+                    self._layers,
+                    topology=self._topology,
+                    cuda=self._device.type == "cuda",
+                    announce=announce,
+                )
             ) from error
 
     def tell_memory(self) -> None:
@@ -242,7 +250,7 @@ class Run:
             self._args,
             self._family,
             self._config,
-            self._split.layers,
+            self._layers,
             control=self._fabric.control,
             topology=self._topology,
         )
@@ -251,7 +259,7 @@ class Run:
         """By rank, what multiplies matrices on a CPU."""
         if self._device.type != "cpu":
             return None
-        return settle_products(
+        return choose_cpu_matmul(
             self._args.cpu_matmul,
             precision=self._args.precision,
             meta=None if self.resume is None else self.resume.meta,
@@ -262,34 +270,40 @@ class Run:
         return StageModel(
             self._family,
             self._config,
-            stage_modules(self._topology.stage, self._split.layers),
+            stage_modules(self._topology.stage, self._layers),
             device=self._device,
         )
 
-    def loop(self, recorder: Recorder, stop: StopRequest, saves: Saver) -> TrainingLoop:
+    def loop(self, recorder: Recorder, stop: StopRequest, saves: Saver) -> Trainer:
         args, topology, fabric = self._args, self._topology, self._fabric
         settings, tracer = self._settings, self.profile.tracer
         engine = build_engine(
-            args,
             self._model,
+            StageLink(
+                fabric.pipeline,
+                shape=(settings.micro_rows, settings.tokens, self._config.hidden_size),
+                dtype=DTYPES[args.precision],
+                device=self._device,
+                tracer=tracer,
+            ),
             topology=topology,
-            pipeline=fabric.pipeline,
             gradients=self._optimizer.flat_gradients,
-            hidden_size=self._config.hidden_size,
-            device=self._device,
+            schedule=args.pp_mode,
+            recompute=args.recompute,
+            num_microbatches=settings.num_microbatches,
             tracer=tracer,
         )
-        names = names_by_stage(self._family, self._config, self._split.layers)
-        agreement = build_agreement(names, fabric.control, topology, tracer)
+        names = names_by_stage(self._family, self._config, self._layers)
+        agreement = build_totals_reducer(names, fabric.control, topology, tracer)
         if self._data is not None:
             meta = None if self.resume is None else self.resume.meta
             self._loader = self._data.open_loader(None if meta is None else meta["data"])
-        return TrainingLoop(
+        return Trainer(
             settings,
             topology=topology,
             control=fabric.control,
             engine=engine,
-            feed=TrainingFeed(
+            feed=BatchFeed(
                 self._scatter(), self._loader, num_batches=args.total_steps - self.start
             ),
             optimizer=self._optimizer,
@@ -331,8 +345,8 @@ class Run:
             num_microbatches=self._settings.num_microbatches,
         )
 
-    def _scatter(self) -> Scatter:
-        return Scatter(
+    def _scatter(self) -> BatchScatter:
+        return BatchScatter(
             self._fabric.control,
             self._topology,
             rows=self._settings.rows,
@@ -351,8 +365,36 @@ class Run:
             optimizer=self._optimizer,
             updater=self._updater,
             kept=lambda: {
-                "num_layers": self._split.layers,
+                "num_layers": self._layers,
                 "cpu_matmul": self._cpu_matmul,
                 "wandb_id": recorder.run_id,
             },
         )
+
+
+def open_run_recorder(
+    args: argparse.Namespace,
+    *,
+    topology: Topology,
+    layers: Split,
+    resume: ResumePoint | None,
+    console: Console,
+) -> Recorder:
+    """Goes on with the records of the run that `resume` is of; the other ranks record nothing."""
+    if topology.rank != 0:
+        return SilentRecorder()
+    meta = None if resume is None else resume.meta
+    return open_recorder(
+        args.checkpoint_path,
+        console=console,
+        total_steps=args.total_steps,
+        resumed_step=None if resume is None else resume.step or None,
+        project=args.project_name,
+        config={
+            "--pipeline-group-size": args.pipeline_group_size,
+            "--num-layers": str(layers),
+            **fixed_flags(args),
+            **free_flags(args),
+        },
+        run_id=None if meta is None else meta.get("wandb_id"),
+    )

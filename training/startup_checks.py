@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Machine:
+class LocalResources:
     """What this machine has for the run; `problem` is the first thing that it lacks."""
 
     problem: ValueError | None = None
@@ -27,12 +27,12 @@ class Machine:
     lock: TextIO | None = None
 
 
-def look_around(args: argparse.Namespace) -> Machine:
+def check_this_machine(args: argparse.Namespace) -> LocalResources:
     """Checks what can be checked without torch and the other ranks.
 
     What this rank alone can see is kept: it joins, reports it, and all end.
     """
-    machine = Machine()
+    machine = LocalResources()
     for doubt in doubts(args) if args.rank == 0 else []:
         logger.warning("%s", doubt)
     try:

@@ -9,22 +9,22 @@ from typing import Any, NoReturn, Protocol
 
 from arguments.settings import LoopSettings
 from comm.communicator import Communicator
-from comm.lifecycle.stop_signals import NOT_BEGUN, Asked, StopRequest
+from comm.lifecycle.stop_signals import NOT_BEGUN, StopCause, StopRequest
 from comm.objects import broadcast_json, gather_json
 from comm.topology import Topology
 from modules.layers.dropout import derive_seed
-from monitor.held_out import HeldOut
-from monitor.metrics import IterationMetrics
+from monitor.metrics import HeldOut, IterationMetrics, Stopwatch
 from monitor.profiling.tracer import Tracer, Track
 from monitor.recorder import Recorder
-from monitor.stopwatch import Stopwatch
-from optimizer.clipping import Agreement, Totals, squared_norms
+from optimizer.clipping import squared_norms
 from optimizer.mixed_precision import MixedPrecisionOptimizer
 from optimizer.state_dict import finite_weights
-from optimizer.update import Outcome, Updater
-from pipeline_parallel.batch_scatter import Rows, TrainingFeed
-from pipeline_parallel.engine import Engine, Losses, PipelineBatch
+from optimizer.update import UpdateResult, UpdateStep
+from pipeline_parallel.batch_scatter import BatchFeed, Rows
+from pipeline_parallel.engine import Engine, Losses
+from pipeline_parallel.microbatch import PipelineBatch
 from training.evaluation import Evaluation
+from training.step_totals import StepTotals, TotalsReducer
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Saves(Protocol):
         """Waits until what saves have dropped is removed."""
 
 
-class TrainingLoop:
+class Trainer:
     """Trains from one step to the last, and saves through `saves`.
 
     `parameter_names` are those of all stages, in the order of the agreement's slots, for messages.
@@ -67,10 +67,10 @@ class TrainingLoop:
         topology: Topology,
         control: Communicator,
         engine: Engine,
-        feed: TrainingFeed,
+        feed: BatchFeed,
         optimizer: MixedPrecisionOptimizer,
-        updater: Updater,
-        agreement: Agreement,
+        updater: UpdateStep,
+        agreement: TotalsReducer,
         parameter_names: Sequence[str],
         evaluation: Evaluation | None,
         recorder: Recorder,
@@ -84,7 +84,7 @@ class TrainingLoop:
         self._names = parameter_names
         self._evaluation, self._recorder, self._saves = evaluation, recorder, saves
         self._tracer, self._stop = tracer, stop
-        self._asked: Asked | None = None  # to stop, as all ranks have agreed
+        self._asked: StopCause | None = None  # to stop, as all ranks have agreed
         self._is_written = True  # all that any rank writes beside training, as they have agreed
         self._tokens_in_update, self._losses_are_finite = 0, True
         self._skipped_since = ""  # why the last skipped update was
@@ -141,7 +141,7 @@ class TrainingLoop:
                 return f"{self._asked}: {done}; the same command goes on"
         return None
 
-    def advance(self, step: int) -> tuple[Totals, Outcome | None]:
+    def advance(self, step: int) -> tuple[StepTotals, UpdateResult | None]:
         """One iteration, and the update that it ends, if it ends one."""
         with self._tracer.step(step):
             totals = self._iterate(step)
@@ -195,7 +195,7 @@ class TrainingLoop:
                 "may help, or --bf16 in place of --fp16"
             )
 
-    def _iterate(self, step: int) -> Totals:
+    def _iterate(self, step: int) -> StepTotals:
         """Forward and backward of one iteration, and what all ranks agree on after it."""
         settings, rows = self._settings, self._feed.take()
         if settings.begins_update(step):
@@ -230,13 +230,13 @@ class TrainingLoop:
             norms = dict(zip(mine, squared_norms(list(mine.values())), strict=True))
         return [norms.get(name, 0.0) for name in self._optimizer.names]
 
-    def _update(self, step: int, totals: Totals) -> Outcome | None:
+    def _update(self, step: int, totals: StepTotals) -> UpdateResult | None:
         """The update that an iteration ends, if it ends one."""
         if totals.squared_norm is None:
             return None
         finite = self._losses_are_finite
         outcome = self._updater.apply(
-            totals, tokens=self._tokens_in_update, losses_are_finite=finite
+            totals.squared_norm, tokens=self._tokens_in_update, losses_are_finite=finite
         )
         self._tokens_in_update, self._losses_are_finite = 0, True
         if outcome.grad_norm is None:
@@ -249,12 +249,12 @@ class TrainingLoop:
             )
         return outcome
 
-    def _name_bad(self, totals: Totals) -> str:
+    def _name_bad(self, totals: StepTotals) -> str:
         if totals.first_bad is None:  # each is finite, and their sum is not
             return "the gradient norm is not finite"
         return f"{self._names[totals.first_bad]} has a gradient that is not finite"
 
-    def _shown_scale(self, outcome: Outcome | None) -> float | None:
+    def _shown_scale(self, outcome: UpdateResult | None) -> float | None:
         if not self._updater.may_skip:
             return None
         return self._updater.scale if outcome is None else outcome.loss_scale
@@ -270,7 +270,7 @@ class TrainingLoop:
         return PipelineBatch(rows.tokens, rows.labels, keys, settings.micro_rows, rows.begins)
 
     def _check_finite(
-        self, step: int, totals: Totals, batch: PipelineBatch, losses: Losses
+        self, step: int, totals: StepTotals, batch: PipelineBatch, losses: Losses
     ) -> None:
         """Stops every rank with the same words: nothing is ever trained on such numbers."""
         if math.isfinite(totals.loss) and totals.first_bad is None:
@@ -314,7 +314,11 @@ class TrainingLoop:
         if self._evaluation is None or (self._asked is not None and may_stop):
             return None
         found = self._evaluation.run(may_stop=may_stop)
-        if not isinstance(found, Asked):
+        if not isinstance(found, StopCause):
             return found
         self._asked = found
         return None
+
+
+class OutOfMemoryError(TrainingStoppedError):
+    """A process needs more memory than there is; the text says what for, and what helps."""

@@ -11,9 +11,8 @@ import torch
 from checkpoint.conversion.output_folder import new_folder
 from checkpoint.files.checksums import FileSum, save_summed, sum_file
 from checkpoint.files.hf_weights import open_model, read_module
-from checkpoint.files.layer_shards import write_shard_manifest
+from checkpoint.files.layer_shards import shard_name, write_shard_manifest
 from checkpoint.files.model_folder import copy_companions, find_model, folder_name, write_config
-from checkpoint.shards import shard_name
 from modules.families.base import Family
 
 LOGGER = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from checkpoint.files.tensor_files import format_bytes
 from common.files import flush
+from common.text import format_bytes
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from checkpoint.conversion.output_folder import new_folder
 from checkpoint.conversion.verify import verify as verify_logits
-from checkpoint.files.hf_weights import Source, hf_names, read_module, write_model
+from checkpoint.files.hf_weights import HfWeights, hf_names, read_module, write_model
 from checkpoint.files.model_folder import copy_companions, find_model, write_config
 from checkpoint.files.tensor_files import DTYPES
 from checkpoint.resume.saved_split import read_split
@@ -83,7 +83,7 @@ def _config_folder(step: Path, config_name: str | None) -> Path:
     return step
 
 
-def _widest(weights: Iterable[Source]) -> torch.dtype:
+def _widest(weights: Iterable[HfWeights]) -> torch.dtype:
     """The type that holds every weight unchanged."""
     dtypes = {DTYPES[weight.file.entries[weight.key].dtype] for weight in weights}
     return functools.reduce(torch.promote_types, dtypes)
@@ -92,7 +92,7 @@ def _widest(weights: Iterable[Source]) -> torch.dtype:
 def _read(
     family: Family,
     config: Any,
-    modules: list[dict[str, Source]],
+    modules: list[dict[str, HfWeights]],
     index: int,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from checkpoint.files.hf_weights import Source, hf_names, open_model, read_module
+from checkpoint.files.hf_weights import HfWeights, hf_names, open_model, read_module
 from modules.build import make_layer
 from modules.families.base import Family
 
@@ -47,7 +47,7 @@ def verify(
     folder: Path,
     family: Family,
     config: Any,
-    modules: Sequence[Mapping[str, Source]],
+    modules: Sequence[Mapping[str, HfWeights]],
     dtype: torch.dtype,
 ) -> float:
     """Compares `folder` with `modules`, the stages' weights, cast to `dtype` as written.
@@ -74,7 +74,7 @@ def verify(
 def _run_ours(
     family: Family,
     config: Any,
-    modules: Sequence[Mapping[str, Source]],
+    modules: Sequence[Mapping[str, HfWeights]],
     dtype: torch.dtype,
     x: Tensor,
 ) -> Tensor:
@@ -104,7 +104,7 @@ def _run_theirs(folder: Path, family: Family, config: Any, tokens: Tensor) -> Te
 
 
 def _fill(
-    model: nn.Module, family: Family, names: Mapping[str, str], weights: Mapping[str, Source]
+    model: nn.Module, family: Family, names: Mapping[str, str], weights: Mapping[str, HfWeights]
 ) -> None:
     """Copies `weights`, by shard key, to the parameters of those `names`.
 

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoint.files.model_folder import read_json_object, write_json
-from checkpoint.files.tensor_files import DTYPES, TensorFile, format_bytes, open_tensor_file
+from checkpoint.files.tensor_files import DTYPES, TensorFile, open_tensor_file
 from checkpoint.files.validation import check_entry, module_shapes, read_weights
+from common.files import read_json_object, write_json
+from common.text import format_bytes
 from modules.families.base import Family
 
 LOGGER = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ _LAYOUTS = (
 
 
 @dataclass(frozen=True)
-class Source:
+class HfWeights:
     """Where a weight is: a file, and the key as that file spells it."""
 
     file: TensorFile
@@ -47,7 +48,7 @@ class Source:
 
 
 def read_module(
-    module: Mapping[str, Source], dtype: torch.dtype | None = None
+    module: Mapping[str, HfWeights], dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
     """A module's weights by shard key, finite, as `dtype` if given; ValueError as `strict` says."""
     weights: dict[str, Tensor] = {}
@@ -68,7 +69,7 @@ def hf_names(family: Family, config: Any, index: int) -> dict[str, str]:
     return {key: table[key].format(layer=index - 1) for key in shapes}
 
 
-def open_model(folder: Path, family: Family, config: Any) -> list[dict[str, Source]]:
+def open_model(folder: Path, family: Family, config: Any) -> list[dict[str, HfWeights]]:
     """For each module, shard key to where that weight is; nothing is read but the files' headers.
 
     Raises ValueError, naming file and key, for a missing or damaged file, a missing or extra key,
@@ -77,9 +78,9 @@ def open_model(folder: Path, family: Family, config: Any) -> list[dict[str, Sour
     """
     files = _open_files(folder)
     sources = _collect(files, family)
-    modules: list[dict[str, Source]] = []
+    modules: list[dict[str, HfWeights]] = []
     for index in range(config.num_hidden_layers + 2):
-        module: dict[str, Source] = {}
+        module: dict[str, HfWeights] = {}
         for key, shape in module_shapes(family, config, index).items():
             name = hf_names(family, config, index)[key]
             module[key] = _take(sources, name, folder, family)
@@ -91,7 +92,7 @@ def open_model(folder: Path, family: Family, config: Any) -> list[dict[str, Sour
     return modules
 
 
-def _take(sources: dict[str, Source], name: str, folder: Path, family: Family) -> Source:
+def _take(sources: dict[str, HfWeights], name: str, folder: Path, family: Family) -> HfWeights:
     if name not in sources:
         others = [alias for alias, meant in family.hf_aliases.items() if meant == name]
         spelled = " or ".join((name, *others))
@@ -99,15 +100,15 @@ def _take(sources: dict[str, Source], name: str, folder: Path, family: Family) -
     return sources.pop(name)
 
 
-def _collect(files: Sequence[TensorFile], family: Family) -> dict[str, Source]:
+def _collect(files: Sequence[TensorFile], family: Family) -> dict[str, HfWeights]:
     """Every weight by its canonical key; buffers are left out."""
-    sources: dict[str, Source] = {}
+    sources: dict[str, HfWeights] = {}
     for file in files:
         for key in file.entries:
             if family.buffers.search(key):
                 continue
             name = family.hf_aliases.get(key, key)
-            source = Source(file, key)
+            source = HfWeights(file, key)
             if name in sources and not _same(sources[name], source):
                 raise ValueError(
                     f"{file.path}: {key} differs from {sources[name].key} in "
@@ -117,7 +118,7 @@ def _collect(files: Sequence[TensorFile], family: Family) -> dict[str, Source]:
     return sources
 
 
-def _same(one: Source, other: Source) -> bool:
+def _same(one: HfWeights, other: HfWeights) -> bool:
     return torch.equal(read_module({"": one})[""], read_module({"": other})[""])
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import snapshot_download
+
+from common.files import read_json_object, write_json
 
 COMPANIONS = (
     "tokenizer*",
@@ -36,21 +36,6 @@ def copy_companions(source: Path, target: Path) -> None:
     """Copies them, where there are any."""
     for path in companion_files(source):
         shutil.copyfile(path, target / path.name)
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Raises ValueError, naming the file, where it is not a JSON object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds {type(value).__name__}, expected a JSON object")
-    return value
-
-
-def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def write_config(source: Path, target: Path, **changes: object) -> None:

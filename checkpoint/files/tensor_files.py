@@ -19,6 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from common.text import format_bytes
+
 LOGGER = logging.getLogger(__name__)
 
 DTYPES = {
@@ -129,11 +131,6 @@ def require_file(path: Path) -> None:
     """Raises ValueError, naming the file, where there is none."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-
-
-def format_bytes(count: int) -> str:
-    """`1.23 GB`, or `1.23 MB` below a tenth of that unit."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
 def _is_zip(path: Path) -> bool:

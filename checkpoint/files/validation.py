@@ -5,7 +5,7 @@ An error is one line that names file and key, and shows what was found beside wh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from checkpoint.files.tensor_files import DTYPES, Entry, TensorFile
+from common.tensors import is_finite
 from modules.build import make_layer
 from modules.families.base import Family
-
-_FINITE_CHUNK = 1 << 22  # elements looked at together, so that the check needs little memory
 
 # The types that training computes in, and what to do about weights that do not fit.
 _FITTING = {
@@ -87,23 +86,6 @@ def check_fits(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) ->
                     f"{path}: {key} holds {largest.item():g}, which does not fit {name} (largest "
                     f"{torch.finfo(wanted).max:g}){advice}"
                 )
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite.
-
-    A sum is finite only where all that it adds is, and is 50 times as fast as a look at each. Where
-    it overflows instead, each is looked at.
-    """
-    return all(
-        bool(total.isfinite()) or bool(part.isfinite().all()) for part, total in part_sums(tensor)
-    )
-
-
-def part_sums(tensor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each part of `tensor` in turn, and its sum: ()."""
-    for part in torch.split(tensor.flatten(), _FINITE_CHUNK):
-        yield part, part.sum()
 
 
 def _listed(keys: list[str]) -> str:

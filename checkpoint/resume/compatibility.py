@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoint.files.model_folder import read_json_object
+from common.files import read_json_object
 
 
 def check_same_run(meta: Mapping[str, Any], flags: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from checkpoint.resume.reshard import Continuation
 from checkpoint.steps import folder as step_folder
 from checkpoint.steps.latest import check_latest, latest_text
 from checkpoint.steps.manifest import manifest_name, read_manifest
-from comm.collective_io import do_together
+from comm.collective_io import run_on_all
 from comm.communicator import Communicator
 from comm.objects import gather_json
 from comm.topology import Topology
@@ -146,7 +146,7 @@ class Search:
 
         work = read if self._topology.replica == 0 else None
         what = f"reading step {step} to check it"
-        return do_together(self._control, work, what, expected=ValueError)
+        return run_on_all(self._control, work, what, expected=ValueError)
 
     def _tell_going_back(self, step: int) -> None:
         if self._topology.rank != 0:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from checkpoint.files.model_folder import read_json_object
 from checkpoint.resume.reshard import Continuation
 from checkpoint.resume.saved_split import told_split
 from checkpoint.steps.folder import not_whole, save_of
@@ -19,6 +18,7 @@ from checkpoint.steps.manifest import (
     part_name,
     read_manifest,
 )
+from common.files import read_json_object
 from pipeline_parallel.partition.split import Split
 
 

@@ -9,17 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoint.files.layer_shards import check_shard
+from checkpoint.files.layer_shards import check_shard, load_layer_shard, shard_name
 from checkpoint.files.tensor_files import require_file
 from checkpoint.files.validation import check_fits
 from checkpoint.resume.reshard import find_module
-from checkpoint.shards import load_layer_shard, shard_name
 from checkpoint.steps.stage_weights import read_stage_module, stage_file
 from comm.communicator import Communicator
 from modules.build import initialise_
 from modules.families.base import Family
-from modules.stage_model import StageModel, stage_modules
-from pipeline_parallel.partition.split import Split
+from modules.stage_model import StageModel
+from pipeline_parallel.partition.split import Split, stage_modules
 
 
 def load_shards_(

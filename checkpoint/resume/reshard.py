@@ -1,7 +1,7 @@
-"""A checkpoint of other stages than a run's: which of its files hold a stage's modules, and where.
+"""Resharding: which files of a checkpoint with other stages hold the modules of a stage.
 
-`modules.stage_model.stage_modules` says which of the model's modules a stage has under a split. So
-the checkpoint's split and the run's are all that it takes; weights and state do not change.
+The checkpoint's split and the run's split are the only inputs; weights and optimizer state do not
+change.
 """
 
 from __future__ import annotations
@@ -10,21 +10,20 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from modules.stage_model import stage_modules
-from pipeline_parallel.partition.split import AUTO, Asked, Split
+from pipeline_parallel.partition.split import AUTO, Asked, Split, stage_modules
 
 
-class Place(NamedTuple):
+class ModuleLocation(NamedTuple):
     """Where a checkpoint has a module: the stage that saved it, and the j of its keys there."""
 
     stage: int
     j: int
 
 
-def find_module(index: int, split: Split) -> Place:
+def find_module(index: int, split: Split) -> ModuleLocation:
     """The place of the model's module `index` in a checkpoint of that split."""
     held = (stage_modules(stage, split) for stage in range(len(split)))
-    return next(Place(s, index - has.start) for s, has in enumerate(held) if index in has)
+    return next(ModuleLocation(s, index - has.start) for s, has in enumerate(held) if index in has)
 
 
 def stages_holding(indices: Iterable[int], split: Split) -> list[int]:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoint.files.model_folder import read_json_object
 from checkpoint.steps.stage_weights import stage_file
+from common.files import read_json_object
 from pipeline_parallel.partition.split import Layers, Split, even_split
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from checkpoint.files import checksums as manifest
 from checkpoint.files.checksums import FORMAT, FileSum, check_file, check_size, seal, unseal
-from checkpoint.files.model_folder import read_json_object
+from common.files import read_json_object
 
 PARTS = ("checkpoint", "optimizer", "scheduler")
 

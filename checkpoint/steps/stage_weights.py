@@ -13,14 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
-from checkpoint.files.hf_weights import Source, read_module
+from checkpoint.files.hf_weights import HfWeights, read_module
 from checkpoint.files.tensor_files import TorchFile
 from checkpoint.files.validation import check_entry, check_keys, module_shapes
 from checkpoint.steps.latest import CHECK, check_latest
 from checkpoint.steps.manifest import manifest_name
 from modules.families.base import Family
-from modules.stage_model import stage_modules
-from pipeline_parallel.partition.split import Split
+from pipeline_parallel.partition.split import Split, stage_modules
 
 
 def stage_file(folder: Path, stage: int) -> Path:
@@ -56,12 +55,12 @@ def resolve_checkpoint(path: Path) -> Path:
 
 def open_checkpoint(
     folder: Path, family: Family, config: Any, split: Split
-) -> list[dict[str, Source]]:
+) -> list[dict[str, HfWeights]]:
     """For each module, shard key to where that weight is; nothing is read but the files' headers.
 
     Raises ValueError as `open_stage` does.
     """
-    modules: list[dict[str, Source]] = []
+    modules: list[dict[str, HfWeights]] = []
     for stage in range(len(split)):
         indices = stage_modules(stage, split)
         modules += open_stage(stage_file(folder, stage), family, config, indices)
@@ -70,7 +69,7 @@ def open_checkpoint(
 
 def open_stage(
     path: Path, family: Family, config: Any, indices: Sequence[int]
-) -> list[dict[str, Source]]:
+) -> list[dict[str, HfWeights]]:
     """As `open_checkpoint`, of one stage that holds the model's modules `indices`.
 
     Raises ValueError, naming file and key, for a missing or damaged file, a missing or extra key,
@@ -83,7 +82,9 @@ def open_stage(
     for j, module in enumerate(shapes):
         for key, shape in module.items():
             check_entry(path, f"{j}.{key}", file.entries[f"{j}.{key}"], shape)
-    return [{key: Source(file, f"{j}.{key}") for key in module} for j, module in enumerate(shapes)]
+    return [
+        {key: HfWeights(file, f"{j}.{key}") for key in module} for j, module in enumerate(shapes)
+    ]
 
 
 def read_stage_module(

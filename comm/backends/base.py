@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
+from comm.communicator import PeerLostError
 from comm.topology import Topology
 
 
-class Membership:
+class GroupMembership:
     """What every Communicator between processes is to its group.
 
     name: what the group is, for messages: `pipeline`, `replicas`, `control`.
@@ -33,3 +37,14 @@ class Membership:
     @property
     def _others(self) -> str:
         return ", ".join(peer for member, peer in enumerate(self._peers) if member != self._rank)
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The same memory, as bytes (nbytes,): they travel whatever the dtype is."""
+    return tensor.detach().view(-1).view(torch.uint8)
+
+
+def lost(what: str, error: RuntimeError, *, waited: float) -> PeerLostError:
+    """torch's error in one line, with what was under way and for how many seconds."""
+    reason = str(error).splitlines()[0].rpartition("] ")[2].rstrip(".")
+    return PeerLostError(f"{what} failed after {waited:.1f} s (--dist-timeout): {reason}.")

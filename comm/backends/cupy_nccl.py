@@ -23,11 +23,10 @@ from torch import Tensor
 from torch.distributed import DistError
 from torch.distributed.distributed_c10d import Store
 
-from comm.activity import Activity
-from comm.backends.base import Membership
-from comm.backends.hang_detector import HangMonitor
-from comm.backends.streams import Lane, Mark, lane_on
-from comm.communicator import Done, PeerLostError, Work
+from comm.backends.base import GroupMembership
+from comm.backends.hang_detector import HangDetector
+from comm.backends.streams import Event, Stream, lane_on
+from comm.communicator import CurrentOperation, Done, PeerLostError, Work
 from comm.topology import Topology
 
 # ncclDataType_t of nccl.h; bool travels as its byte
@@ -50,10 +49,10 @@ class _Channel:
     """An NCCL communicator (`cupy.cuda.nccl.NcclCommunicator`) and the lane that it runs in."""
 
     nccl: Any
-    lane: Lane
+    lane: Stream
 
 
-class NcclCommunicator(Membership):
+class NcclCommunicator(GroupMembership):
     """A Communicator over NCCL.
 
     name, members: see Membership.
@@ -74,7 +73,7 @@ class NcclCommunicator(Membership):
         topology: Topology,
         device: torch.device,
         store: Store,
-        activity: Activity,
+        activity: CurrentOperation,
         dist_timeout: float,
         on_hang: Callable[[PeerLostError], object],
         is_chain: bool,
@@ -84,7 +83,7 @@ class NcclCommunicator(Membership):
         self._device = device
         self._store = store
         self._activity = activity
-        self._monitor = HangMonitor(limit=dist_timeout, on_hang=on_hang)
+        self._monitor = HangDetector(limit=dist_timeout, on_hang=on_hang)
         self._edges: dict[tuple[int, int], _Channel] = {}
         self._all = self._open("all", range(self.size))
         if self.size > 1:
@@ -232,7 +231,7 @@ class _Queued:
     """A message in its lane: on a GPU, waiting holds what it computes next, not the host."""
 
     def __init__(
-        self, what: str, mark: Mark, watch: Callable[[], None], activity: Activity
+        self, what: str, mark: Event, watch: Callable[[], None], activity: CurrentOperation
     ) -> None:
         self._what = what
         self._mark = mark

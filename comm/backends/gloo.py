@@ -17,12 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from comm.activity import Activity
-from comm.backends.base import Membership
+from comm.backends.base import GroupMembership, as_bytes, lost
 from comm.backends.ordered_reduce import GatheredSum, InTurn, SentToRoot, SharedSum, SumAtRoot
-from comm.communicator import Done, Work
+from comm.communicator import CurrentOperation, Done, Work
 from comm.topology import Topology
-from comm.torch_work import as_bytes, lost
 
 _SLICE_BYTES = 8 * 2**20  # long buffers go in slices, two at once: bounded copies
 _SMALL_BYTES = 32 * 2**10  # below this, one round of larger messages beats two
@@ -42,7 +40,7 @@ _GLOO_SUMS = frozenset(
 )
 
 
-class GlooCommunicator(Membership):
+class GlooCommunicator(GroupMembership):
     """A Communicator over one gloo group.
 
     name, members: see Membership.
@@ -56,7 +54,7 @@ class GlooCommunicator(Membership):
         name: str,
         members: Sequence[int],
         topology: Topology,
-        activity: Activity,
+        activity: CurrentOperation,
         dist_timeout: float,
     ) -> None:
         self._group = group
@@ -165,13 +163,15 @@ class GlooCommunicator(Membership):
         except RuntimeError as error:
             raise lost(what, error, waited=0.0) from error
         assert work is not None  # torch's answer to a process outside the group
-        return _Pending(what, work, self._timeout, self._activity)
+        return _PendingSend(what, work, self._timeout, self._activity)
 
 
-class _Pending:
+class _PendingSend:
     """A gloo operation under way; gloo drops it if this object goes before it is done."""
 
-    def __init__(self, what: str, work: dist.Work, timeout: timedelta, activity: Activity) -> None:
+    def __init__(
+        self, what: str, work: dist.Work, timeout: timedelta, activity: CurrentOperation
+    ) -> None:
         self._what = what
         self._work = work
         self._timeout = timeout

@@ -7,21 +7,21 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from comm.backends.streams import Mark
+from comm.backends.streams import Event
 from comm.communicator import PeerLostError
 
 _POLL_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
-class _Message:
+class _HangMessage:
     what: str
-    mark: Mark
+    mark: Event
     check: Callable[[], None]
     since: float
 
 
-class HangMonitor:
+class HangDetector:
     """Watches queued messages from a thread of its own.
 
     limit: seconds that a message may take from being waited for: it may be queued ahead of need.
@@ -31,18 +31,18 @@ class HangMonitor:
     def __init__(self, *, limit: float, on_hang: Callable[[PeerLostError], object]) -> None:
         self._limit = limit
         self._on_hang = on_hang
-        self._messages: list[_Message] = []
+        self._messages: list[_HangMessage] = []
         self._lock = threading.Lock()
         self._closed = threading.Event()
         threading.Thread(target=self._watch, name="hang-monitor", daemon=True).start()
 
-    def add(self, what: str, mark: Mark, check: Callable[[], None]) -> None:
+    def add(self, what: str, mark: Event, check: Callable[[], None]) -> None:
         """The message is waited for from now on.
 
         `check` raises RuntimeError where the library knows of a failure.
         """
         with self._lock:
-            self._messages.append(_Message(what, mark, check, time.monotonic()))
+            self._messages.append(_HangMessage(what, mark, check, time.monotonic()))
 
     def close(self) -> None:
         """Stops watching."""
@@ -73,6 +73,6 @@ class HangMonitor:
                 )
         return None
 
-    def _forget(self, message: _Message) -> None:
+    def _forget(self, message: _HangMessage) -> None:
         with self._lock:
             self._messages.remove(message)

@@ -8,7 +8,7 @@ from torch import Tensor
 from comm.communicator import Communicator, Work
 
 
-class HostCopyCommunicator:
+class HostStagingCommunicator:
     """A Communicator for device tensors, over one for host tensors."""
 
     def __init__(self, host: Communicator) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from comm.communicator import Messages, Work
+from comm.communicator import PointToPoint, Work
 
 
 class InTurn:
@@ -47,7 +47,7 @@ class _Turn:
 class GatheredSum:
     """Every member gets all tensors and adds them: one round of messages, for what is short."""
 
-    def __init__(self, flat: Tensor, messages: Messages) -> None:
+    def __init__(self, flat: Tensor, messages: PointToPoint) -> None:
         self._flat = flat
         self._rows = flat.new_empty((messages.size, flat.numel()))
         mine = self._rows[messages.rank]
@@ -63,7 +63,7 @@ class GatheredSum:
 class SharedSum:
     """Each member sums its share of every slice, then gives the sum to all: two rounds."""
 
-    def __init__(self, flat: Tensor, messages: Messages, *, slice_bytes: int) -> None:
+    def __init__(self, flat: Tensor, messages: PointToPoint, *, slice_bytes: int) -> None:
         parts = _slices(flat, slice_bytes)
         self._slices = (_SharedSlice(part, messages) for part in parts)
         self._begun = next(self._slices, None)
@@ -77,7 +77,7 @@ class SharedSum:
 
 
 class _SharedSlice:
-    def __init__(self, flat: Tensor, messages: Messages) -> None:
+    def __init__(self, flat: Tensor, messages: PointToPoint) -> None:
         self._messages = messages
         self._shares = flat.tensor_split(messages.size)
         self._mine = self._shares[messages.rank]
@@ -101,7 +101,7 @@ class _SharedSlice:
 class SumAtRoot:
     """The sum on the one member that gets it; the others have a SentToRoot."""
 
-    def __init__(self, flat: Tensor, messages: Messages, *, slice_bytes: int) -> None:
+    def __init__(self, flat: Tensor, messages: PointToPoint, *, slice_bytes: int) -> None:
         self._slices = (_RootSlice(part, messages) for part in _slices(flat, slice_bytes))
         self._begun = next(self._slices, None)
 
@@ -112,7 +112,7 @@ class SumAtRoot:
 
 
 class _RootSlice:
-    def __init__(self, flat: Tensor, messages: Messages) -> None:
+    def __init__(self, flat: Tensor, messages: PointToPoint) -> None:
         self._flat = flat
         self._rows = flat.new_empty((messages.size, flat.numel()))
         self._rows[messages.rank] = flat
@@ -126,7 +126,9 @@ class _RootSlice:
 class SentToRoot:
     """The other members' side of a SumAtRoot; all slices are sent at once, out of the buffer."""
 
-    def __init__(self, flat: Tensor, messages: Messages, *, root: int, slice_bytes: int) -> None:
+    def __init__(
+        self, flat: Tensor, messages: PointToPoint, *, root: int, slice_bytes: int
+    ) -> None:
         self._works = [messages.send(part, to=root) for part in _slices(flat, slice_bytes)]
 
     def wait(self) -> None:
@@ -137,12 +139,12 @@ def _slices(flat: Tensor, slice_bytes: int) -> Iterator[Tensor]:
     return iter(torch.split(flat, max(1, slice_bytes // flat.element_size())))
 
 
-def _receive_rows(rows: Tensor, messages: Messages) -> list[Work]:
+def _receive_rows(rows: Tensor, messages: PointToPoint) -> list[Work]:
     """Row m is member m's."""
     return [messages.receive(rows[member], source=member) for member in _others(messages)]
 
 
-def _others(messages: Messages) -> Iterator[int]:
+def _others(messages: PointToPoint) -> Iterator[int]:
     return (member for member in range(messages.size) if member != messages.rank)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from comm.communicator import Done, Work
 
 
-class LocalCommunicator:
+class SingleProcessCommunicator:
     """A Communicator whose only member is this process."""
 
     @property

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-class Mark(Protocol):
+class Event(Protocol):
     """A point in a lane."""
 
     def reached(self) -> bool:
@@ -24,7 +24,7 @@ class Mark(Protocol):
         """
 
 
-class Lane(Protocol):
+class Stream(Protocol):
     """Calls of one lane run in their order, beside the computation."""
 
     @property
@@ -37,19 +37,19 @@ class Lane(Protocol):
     def queue(self, call: Callable[[], None]) -> None:
         """Runs `call`, which works on `pointer`'s stream, after all that is queued."""
 
-    def mark(self) -> Mark:
+    def mark(self) -> Event:
         """The point after all that is queued."""
 
     def close(self) -> None:
         """Returns when all that is queued is done; nothing more can be queued."""
 
 
-def lane_on(device: torch.device) -> Lane:
+def lane_on(device: torch.device) -> Stream:
     """A new lane on `device`."""
-    return CudaLane(device) if device.type == "cuda" else HostLane()
+    return CudaStream(device) if device.type == "cuda" else HostStream()
 
 
-class CudaLane:
+class CudaStream:
     """A CUDA stream. The host only queues: `hold_compute` holds the current stream."""
 
     def __init__(self, device: torch.device) -> None:
@@ -67,14 +67,14 @@ class CudaLane:
     def queue(self, call: Callable[[], None]) -> None:
         call()
 
-    def mark(self) -> Mark:
-        return _CudaMark(self._stream.record_event(), self._device)
+    def mark(self) -> Event:
+        return _CudaEvent(self._stream.record_event(), self._device)
 
     def close(self) -> None:
         self._stream.synchronize()
 
 
-class _CudaMark:
+class _CudaEvent:
     def __init__(self, event: torch.cuda.Event, device: torch.device) -> None:
         self._event = event
         self._device = device
@@ -86,14 +86,14 @@ class _CudaMark:
         torch.cuda.current_stream(self._device).wait_event(self._event)
 
 
-class HostLane:
+class HostStream:
     """One worker thread. `hold_compute` holds the thread that calls it, which is what computes.
 
     Once a call has failed no later one is run: every later point fails alike.
     """
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[Callable[[], None] | _HostMark | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Callable[[], None] | _HostEvent | None] = queue.SimpleQueue()
         self._worker = threading.Thread(target=self._work, name="host-lane", daemon=True)
         self._worker.start()
 
@@ -107,8 +107,8 @@ class HostLane:
     def queue(self, call: Callable[[], None]) -> None:
         self._queue.put(call)
 
-    def mark(self) -> Mark:
-        mark = _HostMark()
+    def mark(self) -> Event:
+        mark = _HostEvent()
         self._queue.put(mark)
         return mark
 
@@ -119,7 +119,7 @@ class HostLane:
     def _work(self) -> None:
         failure: Exception | None = None
         while (item := self._queue.get()) is not None:
-            if isinstance(item, _HostMark):
+            if isinstance(item, _HostEvent):
                 item.reach(failure)
             elif failure is None:
                 failure = _failure_of(item)
@@ -134,7 +134,7 @@ def _failure_of(call: Callable[[], None]) -> Exception | None:
     return None
 
 
-class _HostMark:
+class _HostEvent:
     def __init__(self) -> None:
         self._reached = threading.Event()
         self._failure: Exception | None = None

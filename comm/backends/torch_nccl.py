@@ -19,18 +19,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from comm.activity import Activity
-from comm.backends.base import Membership
-from comm.backends.hang_detector import HangMonitor
-from comm.communicator import Done, PeerLostError, Work
+from comm.backends.base import GroupMembership, as_bytes, lost
+from comm.backends.hang_detector import HangDetector
+from comm.communicator import CurrentOperation, Done, PeerLostError, Work
 from comm.topology import Topology
-from comm.torch_work import as_bytes, lost
 
 _GRACE_SECONDS = 60.0  # torch's own limit ends the process without naming a peer: ours comes first
 
 
 @dataclass(frozen=True)
-class Groups:
+class TorchGroups:
     """torch's groups for one set of processes.
 
     everyone: for what all do together, and for messages between members that are no neighbours.
@@ -41,13 +39,13 @@ class Groups:
     edges: Mapping[tuple[int, int], dist.ProcessGroup]
 
 
-def make_groups(members: Sequence[int], *, dist_timeout: float) -> Groups:
+def make_groups(members: Sequence[int], *, dist_timeout: float) -> TorchGroups:
     """The groups of `members` (global ranks).
 
     All processes of the world call this for the same sets in the same order, members or not.
     """
     timeout = timedelta(seconds=dist_timeout + _GRACE_SECONDS)
-    return Groups(
+    return TorchGroups(
         everyone=new_group(members, timeout),
         edges={
             (a, b): new_group([members[a], members[b]], timeout)
@@ -62,7 +60,7 @@ def new_group(ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:
     return group
 
 
-class TorchNcclCommunicator(Membership):
+class TorchNcclCommunicator(GroupMembership):
     """A Communicator over torch's NCCL groups.
 
     name, members: see Membership.
@@ -74,20 +72,20 @@ class TorchNcclCommunicator(Membership):
 
     def __init__(
         self,
-        groups: Groups,
+        groups: TorchGroups,
         *,
         name: str,
         members: Sequence[int],
         topology: Topology,
         device: torch.device,
-        activity: Activity,
+        activity: CurrentOperation,
         dist_timeout: float,
         on_hang: Callable[[PeerLostError], object],
     ) -> None:
         self._groups = groups
         super().__init__(name=name, members=members, topology=topology)
         self._activity = activity
-        self._monitor = HangMonitor(limit=dist_timeout, on_hang=on_hang)
+        self._monitor = HangDetector(limit=dist_timeout, on_hang=on_hang)
         self._open(torch.zeros(1, device=device))
 
     def send(self, tensor: Tensor, *, to: int) -> Work:
@@ -155,14 +153,14 @@ class TorchNcclCommunicator(Membership):
             except RuntimeError as error:
                 raise lost(what, error, waited=0.0) from error
         assert work is not None  # torch's answer to a process outside the group
-        return _Message(what, work, self._monitor, self._activity)
+        return _TaggedMessage(what, work, self._monitor, self._activity)
 
 
-class _Message:
+class _TaggedMessage:
     """An operation in torch's stream: waiting holds what the GPU computes next, not the host."""
 
     def __init__(
-        self, what: str, work: dist.Work, monitor: HangMonitor, activity: Activity
+        self, what: str, work: dist.Work, monitor: HangDetector, activity: CurrentOperation
     ) -> None:
         self._what = what
         self._work = work

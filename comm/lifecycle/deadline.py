@@ -6,12 +6,12 @@ import threading
 import time
 from collections.abc import Callable
 
-from comm.lifecycle.exit import leave, say
+from comm.lifecycle.exit import exit_process, report_line
 
 GRACE_SECONDS = 5.0
 
 
-class Watchdog:
+class Deadline:
     """Ends the process `seconds` (plus a small grace) from now unless cancelled before.
 
     torch's TCPStore client can hang past its own timeout before a foreign listener; it releases
@@ -59,5 +59,5 @@ class Watchdog:
 
 
 def _say_and_leave(status: int, line: str) -> None:
-    say(line)
-    leave(status)
+    report_line(line)
+    exit_process(status)

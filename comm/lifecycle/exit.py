@@ -12,14 +12,14 @@ from typing import NoReturn
 _FLUSH_SECONDS = 3.0
 
 
-def say(line: str) -> None:
+def report_line(line: str) -> None:
     """Writes `line` on stderr as exactly one line."""
     with contextlib.suppress(OSError, ValueError):  # a closed stderr must not keep a process alive
         sys.stderr.write(" ".join(line.split()) + "\n")
         sys.stderr.flush()
 
 
-def leave(status: int) -> NoReturn:
+def exit_process(status: int) -> NoReturn:
     """Ends the process now, from any thread, even where the main thread is stuck in a library.
 
     Nothing else may hold it up: if flushing the log blocks, a timer ends the process all the same.

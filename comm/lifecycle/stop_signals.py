@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from comm.lifecycle.exit import leave, say
+from comm.lifecycle.exit import exit_process, report_line
 
 STOPPED = 75  # exit status: asked to stop, nothing is lost, not finished
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -25,7 +25,7 @@ _TICK_SECONDS = 0.1
 _JOIN_SECONDS = 5.0  # for the main thread to tell those that it is meeting
 
 
-class Asked(NamedTuple):
+class StopCause(NamedTuple):
     """Which rank was asked to stop, and by the signal of which number."""
 
     rank: int
@@ -79,10 +79,10 @@ class StopRequest:
     """Whether a rank was asked to stop, as far as this process knows; the first request counts."""
 
     def __init__(self) -> None:
-        self.asked: Asked | None = None
+        self.asked: StopCause | None = None
         self.phase = JOINING
 
-    def ask(self, asked: Asked) -> None:
+    def ask(self, asked: StopCause) -> None:
         if self.asked is None:
             self.asked = asked
 
@@ -112,7 +112,7 @@ class StopListener:
     def _listen(self) -> None:
         while (number := self._read(None)) is None:
             pass
-        began, asked = time.monotonic(), Asked(self._rank, number)
+        began, asked = time.monotonic(), StopCause(self._rank, number)
         self._request.ask(asked)
         self._pass_on(number)
         while True:
@@ -131,5 +131,5 @@ class StopListener:
         return number if number in SIGNALS else None
 
     def _end_unlinked(self, status: int, line: str) -> None:
-        say(line if self._alone else f"rank {self._rank}: {line}")
-        leave(status)
+        report_line(line if self._alone else f"rank {self._rank}: {line}")
+        exit_process(status)

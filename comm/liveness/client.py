@@ -7,8 +7,9 @@ from typing import BinaryIO
 
 from torch.distributed import DistError
 
-from comm.liveness.handshake import Greeting
-from comm.liveness.server import MAX_LINE, decode, encode, keep_alive
+from comm.liveness.handshake import Handshake
+from comm.liveness.protocol import MAX_LINE, decode, encode
+from comm.liveness.server import keep_alive
 from comm.rendezvous.join import Rendezvous
 
 
@@ -37,7 +38,7 @@ def open_link(rendezvous: Rendezvous, *, master: str) -> tuple[socket.socket, Bi
         ) from error
     lines = link.makefile("rb")
     try:
-        _greet(Greeting(rendezvous.key, rendezvous.nonce), rendezvous.rank, link, lines)
+        _greet(Handshake(rendezvous.key, rendezvous.nonce), rendezvous.rank, link, lines)
     except (OSError, ValueError) as error:
         raise ConnectionError(
             f"what listens at {address} port {port} does not prove to be rank 0 (host {host}) of "
@@ -48,7 +49,7 @@ def open_link(rendezvous: Rendezvous, *, master: str) -> tuple[socket.socket, Bi
     return link, lines
 
 
-def _greet(greeting: Greeting, rank: int, link: socket.socket, lines: BinaryIO) -> None:
+def _greet(greeting: Handshake, rank: int, link: socket.socket, lines: BinaryIO) -> None:
     """Proves this rank to rank 0, and has it prove itself."""
     challenge = decode(lines.readline(MAX_LINE)).get("challenge")
     reply = greeting.reply(challenge, rank=rank)

@@ -16,23 +16,16 @@ import time
 from collections.abc import Callable
 from typing import BinaryIO, NoReturn
 
-from comm.activity import Activity
-from comm.lifecycle.deadline import Watchdog
-from comm.lifecycle.exit import leave, say
-from comm.lifecycle.stop_signals import Asked, StopRequest
+from comm.communicator import CurrentOperation
+from comm.lifecycle.deadline import Deadline
+from comm.lifecycle.exit import exit_process, report_line
+from comm.lifecycle.stop_signals import StopCause, StopRequest
 from comm.liveness import heartbeat as pulse
 from comm.liveness.client import open_link
-from comm.liveness.handshake import Greeting
-from comm.liveness.heartbeat import Pulse
-from comm.liveness.server import (
-    FAILING_SECONDS,
-    MAX_LINE,
-    PING_SECONDS,
-    Hub,
-    Message,
-    decode,
-    encode,
-)
+from comm.liveness.handshake import Handshake
+from comm.liveness.heartbeat import Heartbeat
+from comm.liveness.protocol import MAX_LINE, Message, decode, encode
+from comm.liveness.server import FAILING_SECONDS, PING_SECONDS, LivenessServer
 from comm.rendezvous.join import Rendezvous
 from comm.topology import Topology
 
@@ -46,34 +39,34 @@ _VERDICT_SECONDS = PING_SECONDS + 2.0
 _RESUME = "Start all ranks again to resume from the latest checkpoint."
 
 
-class Watch:
+class FailureDetector:
     """This rank's end of the link. All methods may be called from any thread."""
 
     def __init__(self, *, rank: int, describe: list[str], stop: StopRequest | None = None) -> None:
-        self.activity = Activity()
+        self.activity = CurrentOperation()
         self._stop = stop or StopRequest()
         self._rank = rank
         self._describe = describe
-        self._hub: Hub | None = None
+        self._hub: LivenessServer | None = None
         self._link: socket.socket | None = None
-        self._watchdog: Watchdog | None = None  # of the meeting
+        self._watchdog: Deadline | None = None  # of the meeting
         self._failing: Message | None = None  # the first rank that told of it
         self._first = threading.Lock()
         self._patience = 2 * _LINGER_SECONDS
         self._heard = threading.Event()
         self._all_alive = threading.Event()
         self._closing = False
-        self._pulse = Pulse()  # of rank 0, which knows of the others
+        self._pulse = Heartbeat()  # of rank 0, which knows of the others
 
     @classmethod
-    def alone(cls) -> Watch:
+    def alone(cls) -> FailureDetector:
         """A world of one: the same methods, no socket."""
         return cls(rank=0, describe=["rank 0"])
 
     @classmethod
     def connect(
         cls, rendezvous: Rendezvous, topology: Topology, *, stop: StopRequest | None = None
-    ) -> Watch:
+    ) -> FailureDetector:
         """Links this rank with the others; in a world of one, with nobody.
 
         A rank that has joined but does not link before the join deadline ends all. On rank 0,
@@ -126,7 +119,7 @@ class Watch:
         """
         self._claim()
         self._patience = self._patience if last is None else _LAST_SECONDS
-        say(line if self._alone else f"rank {self._rank}: {line}")
+        report_line(line if self._alone else f"rank {self._rank}: {line}")
         message = {"failed": status, "line": line, "rank": self._rank}
         if self._hub is not None:
             self._hub.event(message)
@@ -179,9 +172,9 @@ class Watch:
         assert rendezvous.sealed is not None
         assert rendezvous.watchdog is not None
         address = rendezvous.roster[0].address
-        self._hub = Hub(
+        self._hub = LivenessServer(
             address=address,
-            greeting=Greeting(rendezvous.key, rendezvous.nonce),
+            greeting=Handshake(rendezvous.key, rendezvous.nonce),
             world_size=len(rendezvous.roster),
             on_event=self._on_message,
         )
@@ -236,7 +229,7 @@ class Watch:
         elif "silent" in message:
             self._end_without(message["silent"], "it does not answer")
         elif "stop" in message:
-            self._stop.ask(Asked(int(message["rank"]), int(message["stop"])))
+            self._stop.ask(StopCause(int(message["rank"]), int(message["stop"])))
         elif "failing" in message:
             self._failing = message
         elif "failed" in message:
@@ -272,20 +265,20 @@ class Watch:
         """Only the first thread goes on from here; another stops until the process ends."""
         if not self._first.acquire(blocking=False):
             time.sleep(self._patience)
-            leave(1)
+            exit_process(1)
         if self._watchdog is not None:
             self._watchdog.cancel()  # it would say another line while this process waits for others
 
     def _end(self, status: int, line: str) -> NoReturn:
         """Ends this process for what happened elsewhere, unless it is ending already."""
         self._claim()
-        say(f"rank {self._rank}: {line}")
+        report_line(f"rank {self._rank}: {line}")
         self._leave(status)
 
     def _leave(self, status: int) -> NoReturn:
         if self._hub is not None:
             self._hub.await_goodbyes(seconds=_LINGER_SECONDS)
-        leave(status)
+        exit_process(status)
 
 
 def _do_last(last: Callable[[], object]) -> None:

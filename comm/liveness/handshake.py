@@ -15,7 +15,7 @@ from comm.rendezvous.job_key import JobKey
 
 
 @dataclass(frozen=True)
-class Greeting:
+class Handshake:
     """`nonce` names this start of the job: ranks of an older one are strangers."""
 
     key: JobKey

@@ -13,7 +13,7 @@ ASK_SECONDS = 10.0  # between the questions to which all answer
 QUIET_SECONDS = 30.0  # without a word, until it is told
 
 
-class Pulse:
+class Heartbeat:
     """When each of some ranks was last heard."""
 
     def __init__(self) -> None:

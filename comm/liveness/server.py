@@ -14,21 +14,18 @@ All ranks are checked from time to time (comm.liveness.heartbeat), and whenever 
 from __future__ import annotations
 
 import contextlib
-import json
 import secrets
 import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import Any
 
-from comm.liveness.handshake import Greeting
-from comm.liveness.heartbeat import Pulse
+from comm.liveness.handshake import Handshake
+from comm.liveness.heartbeat import Heartbeat
+from comm.liveness.protocol import MAX_LINE, Message, decode, encode
 
-Message: TypeAlias = Mapping[str, Any]
-
-MAX_LINE = 64 * 1024
 _MAX_HELLO = 1024  # bytes that a stranger may send
 _MAX_STRANGERS = 64  # at once, beside as many as there are ranks; the oldest go first
 _HELLO_SECONDS = 10.0
@@ -36,27 +33,6 @@ _TICK_SECONDS = 0.2
 _SEND_SECONDS = 2.0
 PING_SECONDS = 3.0
 FAILING_SECONDS = 20.0  # that a rank which is failing may take for its words
-
-
-def encode(message: Message) -> bytes:
-    """One line; long texts are cut so that it stays within MAX_LINE."""
-    short = {k: v[:8000] if isinstance(v, str) else v for k, v in message.items()}
-    return json.dumps(short).encode() + b"\n"
-
-
-def decode(line: bytes) -> dict[str, Any]:
-    """The message of one line.
-
-    Raises:
-        ValueError: `line` is not a JSON object.
-    """
-    try:
-        message = json.loads(line)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    if not isinstance(message, dict):
-        raise ValueError("a message must be a JSON object")
-    return message
 
 
 class _Peer:
@@ -90,14 +66,14 @@ class _Peer:
             self.connection.sendall(line)
 
 
-class Hub:
+class LivenessServer:
     """Listens on `address`, in a thread of its own; tells rank 0 through `on_event`."""
 
     def __init__(
         self,
         *,
         address: str,
-        greeting: Greeting,
+        greeting: Handshake,
         world_size: int,
         on_event: Callable[[Message], None],
     ) -> None:
@@ -115,7 +91,7 @@ class Hub:
         self._event: Message | None = None
         self._failing: tuple[float, Message] | None = None
         self._checked: tuple[float, set[int]] | None = None
-        self._pulse = Pulse()
+        self._pulse = Heartbeat()
         self._changed = threading.Condition()
         self._ending = False
         threading.Thread(target=self._serve, name="watch-hub", daemon=True).start()

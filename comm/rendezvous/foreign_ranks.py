@@ -16,7 +16,7 @@ import secrets
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from comm.rendezvous.job_key import JobKey
-from comm.rendezvous.participants import Arrival
+from comm.rendezvous.participants import Participant
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +26,10 @@ _MAX_NAME = 64
 _NOBODY = "nobody"  # what a place that holds nothing is compared with, so that reading never waits
 
 
-class Door:
+class ForeignRanks:
     """One rank's view; `here` is who it is, `url` where the door stands, for messages."""
 
-    def __init__(self, plain: Store, key: JobKey, *, here: Arrival, url: str) -> None:
+    def __init__(self, plain: Store, key: JobKey, *, here: Participant, url: str) -> None:
         self._store = PrefixStore("dist-clm-train/door", plain)
         self._key, self._here, self._url = key, here, url
         self._is_checked = here.rank == 0

@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from torch.distributed import DistError
 from torch.distributed.distributed_c10d import Store
 
-from comm.lifecycle.deadline import Watchdog
+from comm.lifecycle.deadline import Deadline
 from comm.lifecycle.stop_signals import NOT_BEGUN, STOPPED, StopAskedError, StopRequest
-from comm.rendezvous.foreign_ranks import FLAGS, Door
+from comm.rendezvous.foreign_ranks import FLAGS, ForeignRanks
 from comm.rendezvous.interface import Interface
 from comm.rendezvous.job_key import JobKey
-from comm.rendezvous.participants import Arrival, Fact, misfit
-from comm.rendezvous.signed_store import SealedStore
+from comm.rendezvous.participants import Fact, Participant, find_mismatch
+from comm.rendezvous.signed_store import SignedStore
 from comm.rendezvous.store import host_store, reach_store
 
 logger = logging.getLogger(__name__)
@@ -48,20 +48,20 @@ class Rendezvous:
     nonce: random hex that names this start.
     key: what all ranks of the job know, to prove who they are on connections of their own.
     sealed: values of this start, each with its proof (None in a world of one).
-    watchdog: still ticking; `comm.process_groups.connect` cancels it once the groups stand.
+    watchdog: still running; `create_process_groups` cancels it when the groups exist.
     """
 
     rank: int
-    roster: tuple[Arrival, ...]
+    roster: tuple[Participant, ...]
     nonce: str
     key: JobKey
-    sealed: SealedStore | None
-    watchdog: Watchdog | None
+    sealed: SignedStore | None
+    watchdog: Deadline | None
 
     @classmethod
     def alone(cls) -> Rendezvous:
         """A world of one: no socket, no store."""
-        here = Arrival(0, socket.gethostname(), "", "", os.getpid(), {})
+        here = Participant(0, socket.gethostname(), "", "", os.getpid(), {})
         return cls(0, (here,), secrets.token_hex(16), JobKey(""), None, None)
 
     @property
@@ -105,7 +105,7 @@ def join(
             its store.
         StopAskedError: a rank was asked to stop.
     """
-    here = Arrival(
+    here = Participant(
         rank=rank,
         host=socket.gethostname(),
         address=interface.address,
@@ -113,7 +113,7 @@ def join(
         pid=os.getpid(),
         facts={"--world-size": world_size, **facts},
     )
-    watchdog = Watchdog(join_timeout)
+    watchdog = Deadline(join_timeout)
     meeting = _Meeting(url, here, world_size, watchdog, stop or StopRequest())
     try:
         store = meeting.open(host=rank == 0 if host is None else host)
@@ -134,9 +134,9 @@ class _Meeting:
     def __init__(
         self,
         url: str,
-        here: Arrival,
+        here: Participant,
         world_size: int,
-        watchdog: Watchdog,
+        watchdog: Deadline,
         stop: StopRequest,
     ) -> None:
         self._url = url
@@ -166,8 +166,8 @@ class _Meeting:
 
     def gather(self, plain: Store, key: JobKey, start: str) -> Rendezvous:
         """Arrives, waits for the verdict, and takes it."""
-        store = SealedStore(plain, key, start=start)
-        door = Door(plain, key, here=self._here, url=self._url)
+        store = SignedStore(plain, key, start=start)
+        door = ForeignRanks(plain, key, here=self._here, url=self._url)
         if self._here.rank == 0:
             door.open()
         door.check()
@@ -182,11 +182,11 @@ class _Meeting:
         roster = tuple(self._arrival(store, rank) for rank in range(self._world_size))
         return Rendezvous(self._here.rank, roster, verdict["nonce"], key, store, self._watchdog)
 
-    def _arrive(self, store: SealedStore) -> None:
+    def _arrive(self, store: SignedStore) -> None:
         mine = self._here.to_json()
         there = store.set_first(_name(self._here.rank), mine)
         if there != mine:
-            other = Arrival.from_json(there)
+            other = Participant.from_json(there)
             problem = (
                 f"--rank {self._here.rank}: two processes have it, on host {other.host} (pid "
                 f"{other.pid}) and on host {self._here.host} (pid {self._here.pid})"
@@ -194,7 +194,7 @@ class _Meeting:
             _conclude(store, error=problem, status=2)
             raise ValueError(problem)
 
-    def _await_verdict(self, store: SealedStore, door: Door) -> None:
+    def _await_verdict(self, store: SignedStore, door: ForeignRanks) -> None:
         fits = False
         while not store.has("verdict"):
             if self._stop.asked is not None:
@@ -211,13 +211,13 @@ class _Meeting:
                 return
             self._wait(store, missing, door.strangers)
 
-    def _compare(self, store: SealedStore, ranks: list[int] | range) -> bool:
-        problem = misfit([self._arrival(store, rank) for rank in ranks])
+    def _compare(self, store: SignedStore, ranks: list[int] | range) -> bool:
+        problem = find_mismatch([self._arrival(store, rank) for rank in ranks])
         if problem:
             _conclude(store, error=problem, status=2)
         return problem is None
 
-    def _wait(self, store: SealedStore, missing: list[int], strangers: list[str]) -> None:
+    def _wait(self, store: SignedStore, missing: list[int], strangers: list[str]) -> None:
         names = ", ".join(f"rank {rank}" for rank in missing) or "rank 0's answer"
         problem = (
             f"{names} did not join at {self._url} within {self._watchdog.seconds:g} s "
@@ -233,13 +233,13 @@ class _Meeting:
         self._report(f"{joined}waiting for {names}")
         time.sleep(_POLL_SECONDS)
 
-    def _missing(self, store: SealedStore) -> list[int]:
+    def _missing(self, store: SignedStore) -> list[int]:
         ranks = range(self._world_size)
         if store.has(*map(_name, ranks)):
             return []
         return [rank for rank in ranks if not store.has(_name(rank))]
 
-    def _part(self, store: SealedStore, *, late_seconds: float) -> None:
+    def _part(self, store: SignedStore, *, late_seconds: float) -> None:
         """The host of the store stays until the others have read the verdict.
 
         For ranks that have not arrived yet it stays `late_seconds`.
@@ -255,8 +255,8 @@ class _Meeting:
                     return
                 time.sleep(_POLL_SECONDS)
 
-    def _arrival(self, store: SealedStore, rank: int) -> Arrival:
-        return Arrival.from_json(store.get(_name(rank)))
+    def _arrival(self, store: SignedStore, rank: int) -> Participant:
+        return Participant.from_json(store.get(_name(rank)))
 
     def _unconnected(self) -> str:
         return (
@@ -275,6 +275,6 @@ def _name(rank: int) -> str:
     return f"arrival/{rank}"
 
 
-def _conclude(store: SealedStore, **verdict: str | int) -> None:
+def _conclude(store: SignedStore, **verdict: str | int) -> None:
     """Writes the verdict unless there is one."""
     store.set_first("verdict", json.dumps(verdict))

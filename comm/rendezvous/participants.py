@@ -12,7 +12,7 @@ Fact: TypeAlias = str | int | float | bool | None
 
 
 @dataclass(frozen=True)
-class Arrival:
+class Participant:
     """One rank's place; `facts` (flag -> value) must be the same on all ranks."""
 
     rank: int
@@ -26,11 +26,11 @@ class Arrival:
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Arrival:
+    def from_json(cls, text: str | bytes) -> Participant:
         return cls(**json.loads(text))
 
 
-def misfit(roster: Sequence[Arrival]) -> str | None:
+def find_mismatch(roster: Sequence[Participant]) -> str | None:
     """The first way in which a rank does not fit with the first of `roster`, in one line."""
     for other in roster[1:]:
         problem = _differing_fact(roster[0], other) or _unreachable(roster[0], other)
@@ -39,7 +39,7 @@ def misfit(roster: Sequence[Arrival]) -> str | None:
     return None
 
 
-def _differing_fact(one: Arrival, other: Arrival) -> str | None:
+def _differing_fact(one: Participant, other: Participant) -> str | None:
     for name in dict.fromkeys([*one.facts, *other.facts]):
         if one.facts.get(name) != other.facts.get(name):
             return (
@@ -50,7 +50,7 @@ def _differing_fact(one: Arrival, other: Arrival) -> str | None:
     return None
 
 
-def _unreachable(one: Arrival, other: Arrival) -> str | None:
+def _unreachable(one: Participant, other: Participant) -> str | None:
     """A loopback address is of no use to a rank that has another one."""
     inner, outer = sorted((one, other), key=lambda arrival: not _is_loopback(arrival))
     if _is_loopback(inner) == _is_loopback(outer):
@@ -62,7 +62,7 @@ def _unreachable(one: Arrival, other: Arrival) -> str | None:
     )
 
 
-def _is_loopback(arrival: Arrival) -> bool:
+def _is_loopback(arrival: Participant) -> bool:
     return ipaddress.ip_address(arrival.address).is_loopback
 
 

@@ -7,7 +7,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from comm.rendezvous.job_key import JobKey
 
 
-class SealedStore:
+class SignedStore:
     """Text by name. What no rank of this job wrote is never taken for a value.
 
     plain: torch's store, which asks nobody who he is.

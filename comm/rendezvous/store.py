@@ -12,7 +12,7 @@ from datetime import timedelta
 
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
-from comm.lifecycle.deadline import Watchdog
+from comm.lifecycle.deadline import Deadline
 from comm.rendezvous.dist_url import parse_dist_url
 from comm.rendezvous.interface import resolve
 
@@ -22,7 +22,7 @@ _RETRY_SECONDS = 0.25
 _PROBE_SECONDS = 5.0
 
 
-def host_store(url: str, *, address: str, watchdog: Watchdog) -> TCPStore:
+def host_store(url: str, *, address: str, watchdog: Deadline) -> TCPStore:
     """Opens the store on this machine, on the address that `url` names, and on no other.
 
     `address`, this machine's, takes the place of one that says nothing to others: see `_place`.
@@ -51,7 +51,7 @@ def host_store(url: str, *, address: str, watchdog: Watchdog) -> TCPStore:
 
 
 def reach_store(
-    url: str, *, address: str, watchdog: Watchdog, waiting: Callable[[], None]
+    url: str, *, address: str, watchdog: Deadline, waiting: Callable[[], None]
 ) -> TCPStore:
     """Connects to the store of the master, trying until the watchdog's deadline.
 
@@ -77,7 +77,7 @@ def reach_store(
 
 
 def _await_listener(
-    url: str, host: str, port: int, watchdog: Watchdog, waiting: Callable[[], None]
+    url: str, host: str, port: int, watchdog: Deadline, waiting: Callable[[], None]
 ) -> None:
     while True:
         try:

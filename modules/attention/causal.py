@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from modules.attention.cpu import row_attention
-from modules.attention.packed_documents import Documents
+from modules.attention.packed_documents import PackedDocuments
 from modules.attention.sdpa import kernel_attention
-from modules.attention.varlen import document_attention
+from modules.attention.varlen import varlen_attention
 from modules.layers.dropout import Keys, derive_seed
 from modules.matmul.rounding import product_type
 
@@ -30,7 +30,7 @@ def causal_attention(
     dropout: float,
     site: str,
     keys: Keys,
-    documents: Documents | None,
+    documents: PackedDocuments | None,
 ) -> Tensor:
     """Causal softmax attention, scaled by the root of the head's size; inside `documents`.
 
@@ -43,7 +43,7 @@ def causal_attention(
             query_, key, value, dropout=dropout, site=site, keys=keys, documents=documents
         )
     elif documents is not None:
-        out = document_attention(query_, key, value, documents)
+        out = varlen_attention(query_, key, value, documents)
     else:
         out = row_attention(query_, key, value)
     return out.to(query.dtype)
@@ -57,7 +57,7 @@ def _with_dropout(
     dropout: float,
     site: str,
     keys: Sequence[int],
-    documents: Documents | None,
+    documents: PackedDocuments | None,
 ) -> Tensor:
     """torch's kernel takes its mask from the device's default generator, which nothing else here
     draws from: it is seeded for each row or document."""
@@ -74,7 +74,7 @@ def _with_dropout(
 
 
 def _pieces(
-    row: int, tokens: int, site: str, documents: Documents | None
+    row: int, tokens: int, site: str, documents: PackedDocuments | None
 ) -> tuple[list[int], list[str]]:
     """What of a row is attended to by itself: how many tokens each, and where its mask is drawn."""
     if documents is None:

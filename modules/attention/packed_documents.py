@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Documents:
+class PackedDocuments:
     """The documents of a microbatch's rows; made once for all blocks, forward and backward.
 
     begins: int64 (rows, tokens) on the host: where in its row the document of each token begins.

@@ -16,12 +16,14 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention.varlen import varlen_attn
 
 from modules.attention.cpu import row_attention
-from modules.attention.packed_documents import Documents
+from modules.attention.packed_documents import PackedDocuments
 
 CAUSAL = (-1, 0)  # varlen_attn's window: all that come before, none that come after
 
 
-def document_attention(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, documents: PackedDocuments
+) -> Tensor:
     """Causal softmax attention, scaled by the root of the head's size.
 
     Tensors are (rows, heads, tokens, head size).
@@ -41,7 +43,7 @@ def has_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return can_use_flash_attention(params) and query.shape[-1] % 8 == 0
 
 
-def _attend_at_once(packed: Sequence[Tensor], documents: Documents) -> Tensor:
+def _attend_at_once(packed: Sequence[Tensor], documents: PackedDocuments) -> Tensor:
     """`packed`: queries, keys and values (rows * tokens, heads, head size); so is what returns."""
     query, key, value = packed
     bounds, longest = documents.bounds, documents.longest
@@ -50,7 +52,7 @@ def _attend_at_once(packed: Sequence[Tensor], documents: Documents) -> Tensor:
     return out
 
 
-def _attend_by_length(packed: Sequence[Tensor], documents: Documents) -> Tensor:
+def _attend_by_length(packed: Sequence[Tensor], documents: PackedDocuments) -> Tensor:
     """As `_attend_at_once`."""
     order, back = documents.by_length, documents.back_in_place
     sizes = [count * length for count, length in documents.groups]

@@ -10,7 +10,7 @@ from transformers import GPTJConfig
 from transformers.activations import ACT2FN
 
 from modules.attention.causal import causal_attention
-from modules.attention.packed_documents import Documents
+from modules.attention.packed_documents import PackedDocuments
 from modules.families.base import Family, check_activation, check_heads
 from modules.layers.dropout import KeyedDropout, Keys
 from modules.layers.linear import Linear, Lookup
@@ -20,7 +20,7 @@ from modules.layers.rotary import rotate, rotation
 ROTARY_BASE = 10000.0
 
 
-class Embedding(nn.Module):
+class GPTJEmbedding(nn.Module):
     """Token ids (rows, tokens) to activations (rows, tokens, hidden)."""
 
     def __init__(self, config: Any) -> None:
@@ -33,7 +33,7 @@ class Embedding(nn.Module):
         return out
 
 
-class Attention(nn.Module):
+class GPTJAttention(nn.Module):
     """Causal self-attention with a rotation of each head's first `rotary_dim` entries."""
 
     def __init__(self, config: Any, layer: int) -> None:
@@ -53,7 +53,7 @@ class Attention(nn.Module):
         rows, tokens, _ = x.shape
         return x.view(rows, tokens, -1, self.head_size).transpose(1, 2)
 
-    def forward(self, x: Tensor, keys: Keys, documents: Documents | None) -> Tensor:
+    def forward(self, x: Tensor, keys: Keys, documents: PackedDocuments | None) -> Tensor:
         rows, tokens, _ = x.shape
         turn = rotation(
             tokens, self.rotary_dim, ROTARY_BASE, pairs=True, dtype=x.dtype, device=x.device
@@ -74,7 +74,7 @@ class Attention(nn.Module):
         return out
 
 
-class MLP(nn.Module):
+class GPTJMLP(nn.Module):
     """The feed-forward part of a block."""
 
     def __init__(self, config: Any, layer: int) -> None:
@@ -90,16 +90,18 @@ class MLP(nn.Module):
         return out
 
 
-class Block(nn.Module):
+class GPTJBlock(nn.Module):
     """One layer, (rows, tokens, hidden) to the same."""
 
     def __init__(self, config: Any, layer: int) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.attn = Attention(config, layer)
-        self.mlp = MLP(config, layer)
+        self.attn = GPTJAttention(config, layer)
+        self.mlp = GPTJMLP(config, layer)
 
-    def forward(self, x: Tensor, keys: Keys = None, documents: Documents | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, keys: Keys = None, documents: PackedDocuments | None = None
+    ) -> Tensor:
         normed = self.ln_1(x)
         out: Tensor = self.attn(normed, keys, documents) + self.mlp(normed, keys) + x
         return out
@@ -152,8 +154,8 @@ _BLOCK_KEYS = (
 FAMILY = Family(
     name="gptj",
     config_class=GPTJConfig,
-    make_embedding=Embedding,
-    make_block=Block,
+    make_embedding=GPTJEmbedding,
+    make_block=GPTJBlock,
     make_head=GPTJHead,
     hf_embedding={"wte.weight": "transformer.wte.weight"},
     hf_block={key: f"transformer.h.{{layer}}.{key}" for key in _BLOCK_KEYS},

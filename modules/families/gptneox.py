@@ -11,7 +11,7 @@ from transformers import GPTNeoXConfig
 from transformers.activations import ACT2FN
 
 from modules.attention.causal import causal_attention
-from modules.attention.packed_documents import Documents
+from modules.attention.packed_documents import PackedDocuments
 from modules.families.base import Family, check_activation, check_heads
 from modules.layers.dropout import KeyedDropout, Keys
 from modules.layers.linear import Linear, Lookup
@@ -19,7 +19,7 @@ from modules.layers.lm_head import Head
 from modules.layers.rotary import rotation, split_and_rotate
 
 
-class Embedding(nn.Module):
+class GPTNeoXEmbedding(nn.Module):
     """Token ids (rows, tokens) to activations (rows, tokens, hidden)."""
 
     def __init__(self, config: Any) -> None:
@@ -32,7 +32,7 @@ class Embedding(nn.Module):
         return out
 
 
-class Attention(nn.Module):
+class GPTNeoXAttention(nn.Module):
     """Causal self-attention; the weight holds one head's query, key and value side by side."""
 
     def __init__(self, config: Any, layer: int) -> None:
@@ -46,7 +46,7 @@ class Attention(nn.Module):
         self.query_key_value = Linear(hidden, 3 * hidden, bias=bias)
         self.dense = Linear(hidden, hidden, bias=bias)
 
-    def forward(self, x: Tensor, keys: Keys, documents: Documents | None) -> Tensor:
+    def forward(self, x: Tensor, keys: Keys, documents: PackedDocuments | None) -> Tensor:
         rows, tokens, _ = x.shape
         heads = self.query_key_value(x).view(rows, tokens, -1, 3 * self.head_size).transpose(1, 2)
         turn = rotation(
@@ -62,7 +62,7 @@ class Attention(nn.Module):
         return out
 
 
-class MLP(nn.Module):
+class GPTNeoXMLP(nn.Module):
     """The feed-forward part of a block."""
 
     def __init__(self, config: Any) -> None:
@@ -76,7 +76,7 @@ class MLP(nn.Module):
         return out
 
 
-class Block(nn.Module):
+class GPTNeoXBlock(nn.Module):
     """One layer, (rows, tokens, hidden) to the same; both residual forms."""
 
     def __init__(self, config: Any, layer: int) -> None:
@@ -85,12 +85,14 @@ class Block(nn.Module):
         self.parallel = bool(config.use_parallel_residual)
         self.input_layernorm = nn.LayerNorm(hidden, eps=eps)
         self.post_attention_layernorm = nn.LayerNorm(hidden, eps=eps)
-        self.attention = Attention(config, layer)
-        self.mlp = MLP(config)
+        self.attention = GPTNeoXAttention(config, layer)
+        self.mlp = GPTNeoXMLP(config)
         self.attention_dropout = KeyedDropout(config.hidden_dropout, f"{layer}.attention")
         self.mlp_dropout = KeyedDropout(config.hidden_dropout, f"{layer}.mlp")
 
-    def forward(self, x: Tensor, keys: Keys = None, documents: Documents | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, keys: Keys = None, documents: PackedDocuments | None = None
+    ) -> Tensor:
         attended: Tensor = self.attention(self.input_layernorm(x), keys, documents)
         attended = self.attention_dropout(attended, keys)
         residual = x if self.parallel else attended + x
@@ -143,8 +145,8 @@ _BLOCK_KEYS = (
 FAMILY = Family(
     name="gptneox",
     config_class=GPTNeoXConfig,
-    make_embedding=Embedding,
-    make_block=Block,
+    make_embedding=GPTNeoXEmbedding,
+    make_block=GPTNeoXBlock,
     make_head=GPTNeoXHead,
     hf_embedding={"embed_in.weight": "gpt_neox.embed_in.weight"},
     hf_block={key: f"gpt_neox.layers.{{layer}}.{key}" for key in _BLOCK_KEYS},

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modules.matmul.cpu_info import AMD, Processor
+from modules.matmul.cpu_info import AMD, CpuInfo
 
 Matmul = Literal["default", "onednn"]
 MATMULS: tuple[Matmul, ...] = ("default", "onednn")
@@ -25,7 +25,7 @@ _UNIT = 2.0**-24  # half the distance from 1 to the next fp32 number
 _SHAPES = ((64, 96, 80), (128, 512, 256), (64, 2048, 64))  # rows, inner, columns
 
 
-def choose_matmul(processor: Processor) -> Matmul:
+def choose_matmul(processor: CpuInfo) -> Matmul:
     """oneDNN where it is known to win, by what the processor is: on AMD's with AVX-512.
 
     On Intel's, MKL leads by some 5%, and oneDNN would use AMX where there is one.
@@ -34,7 +34,7 @@ def choose_matmul(processor: Processor) -> Matmul:
     return "onednn" if wins else "default"
 
 
-def can_use_onednn(processor: Processor) -> bool:
+def can_use_onednn(processor: CpuInfo) -> bool:
     """Whether torch can be told to give fp32 products to oneDNN on such a processor."""
     return processor.has_avx512
 

@@ -19,7 +19,7 @@ UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
-class Processor:
+class CpuInfo:
     """A processor: its vendor as CPUID spells it, and what it has instructions for.
 
     has_avx512: F, BW, DQ and VL, which oneDNN's AVX-512 kernels need.
@@ -35,7 +35,7 @@ class Processor:
     has_fp16_products: bool = False
 
     @classmethod
-    def of_this_machine(cls) -> Processor:
+    def of_this_machine(cls) -> CpuInfo:
         """Of the first processor of this machine; where nothing tells, one that has nothing."""
         try:
             return cls.from_cpuinfo(_first_entry(CPUINFO))
@@ -45,7 +45,7 @@ class Processor:
             return cls.from_flags(UNKNOWN, name, [key for key, has in known.items() if has is True])
 
     @classmethod
-    def from_cpuinfo(cls, text: str) -> Processor:
+    def from_cpuinfo(cls, text: str) -> CpuInfo:
         """Of an entry of Linux's /proc/cpuinfo; on ARM its keys are others, and nothing is told."""
         pairs = (line.partition(":") for line in text.splitlines())
         found = {key.strip(): value.strip() for key, _, value in pairs}
@@ -56,7 +56,7 @@ class Processor:
         )
 
     @classmethod
-    def from_flags(cls, vendor: str, name: str, flags: Collection[str]) -> Processor:
+    def from_flags(cls, vendor: str, name: str, flags: Collection[str]) -> CpuInfo:
         """Of the names of flags as Linux or torch spell them (avx512bw, avx512_bw)."""
         has = {flag.replace("_", "") for flag in flags}
         return cls(
@@ -83,8 +83,8 @@ class Processor:
 
 
 def has_fast_products(dtype: torch.dtype) -> bool:
-    """`Processor.has_fast_products` of this machine; reads a file: ask once."""
-    return Processor.of_this_machine().has_fast_products(dtype)
+    """`CpuInfo.has_fast_products` of this machine; reads a file: ask once."""
+    return CpuInfo.of_this_machine().has_fast_products(dtype)
 
 
 def _first_entry(path: Path) -> str:

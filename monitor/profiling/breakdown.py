@@ -50,7 +50,7 @@ class SimulatedSpan(NamedTuple):
 
 
 @dataclass
-class Lane:
+class RankBreakdown:
     """A rank's step: its work, and when its communication is exposed; the rest is the bubble."""
 
     work: list[RankSpan] = field(default_factory=list)
@@ -65,11 +65,13 @@ class Shares(NamedTuple):
     bubble: float
 
 
-def lanes(spans: Sequence[RankSpan], *, num_stages: int, num_ranks: int) -> list[Lane]:
+def breakdown_by_rank(
+    spans: Sequence[RankSpan], *, num_stages: int, num_ranks: int
+) -> list[RankBreakdown]:
     """The lane of each rank."""
     computed = {(s.rank, s.track, s.microbatch): s.end for s in spans if s.track in PIPELINE_WORK}
     last_backward = max(computed.values(), default=0.0)
-    found = [Lane() for _ in range(num_ranks)]
+    found = [RankBreakdown() for _ in range(num_ranks)]
     waits: list[list[Interval]] = [[] for _ in range(num_ranks)]
     for span in spans:
         if span.track in WORK:
@@ -82,7 +84,7 @@ def lanes(spans: Sequence[RankSpan], *, num_stages: int, num_ranks: int) -> list
     return found
 
 
-def shares(of_ranks: Sequence[Lane], *, start: float, end: float) -> Shares:
+def shares(of_ranks: Sequence[RankBreakdown], *, start: float, end: float) -> Shares:
     """What the time from `start` to `end` of all ranks goes to."""
     whole = (end - start) * len(of_ranks)
     work = sum(_length(union((s.start, s.end) for s in lane.work)) for lane in of_ranks)

@@ -59,7 +59,7 @@ def clock_offset(group: Group, *, clock: Clock, rounds: int = ROUNDS) -> ClockOf
     return min((_ask(group, clock) for _ in range(rounds)), key=lambda offset: offset.error)
 
 
-class RunClock:
+class ClockSync:
     """Turns times of this process's clock into nanoseconds of the run.
 
     The run begins when rank 0 makes this object. Between two measurements the offset is taken to

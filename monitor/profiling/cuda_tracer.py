@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 from monitor.profiling.tracer import NO_SPAN, Clock, Span, StepLog, StepTrace, Track
 
 
-class Event(Protocol):
+class TimingEvent(Protocol):
     """The part of torch.cuda.Event that is needed."""
 
     def record(self) -> None: ...
@@ -28,8 +28,8 @@ class Event(Protocol):
 
 class _DeviceSpan(NamedTuple):
     track: Track
-    begin: Event
-    end: Event
+    begin: TimingEvent
+    end: TimingEvent
     microbatch: int | None
     size: int | None
 
@@ -38,9 +38,9 @@ class _DeviceStep(NamedTuple):
     """A step whose events have not been read; `anchor` happened at `host_time`."""
 
     step: int
-    anchor: Event
+    anchor: TimingEvent
     host_time: int
-    end: Event
+    end: TimingEvent
     spans: list[_DeviceSpan]
 
     def read(self) -> StepTrace:
@@ -51,16 +51,16 @@ class _DeviceStep(NamedTuple):
         ]
         return StepTrace(self.step, self.host_time, self._time(self.end), spans)
 
-    def _time(self, event: Event) -> int:
+    def _time(self, event: TimingEvent) -> int:
         event.synchronize()
         return self.host_time + round(1e6 * self.anchor.elapsed_time(event))
 
 
-def timing_event() -> Event:
+def timing_event() -> TimingEvent:
     """A torch.cuda.Event that can tell the time."""
     import torch
 
-    event: Event = torch.cuda.Event(enable_timing=True)
+    event: TimingEvent = torch.cuda.Event(enable_timing=True)
     return event
 
 
@@ -76,12 +76,12 @@ class CudaTracer:
         self,
         log: StepLog,
         *,
-        make_event: Callable[[], Event] = timing_event,
+        make_event: Callable[[], TimingEvent] = timing_event,
         clock: Clock = time.perf_counter_ns,
     ) -> None:
         self._log, self._clock = log, clock
         self._make_event = make_event
-        self._free: list[Event] = []
+        self._free: list[TimingEvent] = []
         self._unread: _DeviceStep | None = None
         self._spans: list[_DeviceSpan] | None = None
 
@@ -115,7 +115,7 @@ class CudaTracer:
         self._read()
         self._log.flush()
 
-    def mark(self) -> Event:
+    def mark(self) -> TimingEvent:
         """An event that happens when the current stream gets here."""
         event = self._free.pop() if self._free else self._make_event()
         event.record()

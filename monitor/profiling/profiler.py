@@ -8,9 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from monitor.profiling.breakdown import SimulatedSpan
-from monitor.profiling.clock_sync import Group, RunClock
+from monitor.profiling.clock_sync import ClockSync, Group
 from monitor.profiling.cuda_tracer import CudaTracer
-from monitor.profiling.step_trace import TracedStep, join_step, median_step, step_rows, step_times
+from monitor.profiling.step_trace import (
+    StepOfAllRanks,
+    join_step,
+    median_step,
+    step_rows,
+    step_times,
+)
 from monitor.profiling.timeline import Timeline, draw_timeline
 from monitor.profiling.trace_file import TRACE_FOLDER, TraceFile, trace_path
 from monitor.profiling.tracer import HostTracer, StepLog, Tracer
@@ -20,7 +26,7 @@ TIMELINE_NAME = "timeline.png"
 # Every member's value, in the order of the members; all call it.
 Gather = Callable[[Any], Sequence[Any]]
 # The simulated step, given the measured one.
-Simulate = Callable[[TracedStep], Sequence[SimulatedSpan]]
+Simulate = Callable[[StepOfAllRanks], Sequence[SimulatedSpan]]
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class Profiler:
     """A rank's tracer and the clock that its times are told in."""
 
     tracer: Tracer
-    clock: RunClock
+    clock: ClockSync
     group: Group
 
     def finish(
@@ -66,7 +72,7 @@ class Profiler:
 
 def start_profiling(group: Group, *, run: str, cuda: bool, folder: Path = TRACE_FOLDER) -> Profiler:
     """Finds the clock of all ranks, so every rank calls it; the trace's file is named for `run`."""
-    clock = RunClock()
+    clock = ClockSync()
     clock.measure(group)
     rank = group.rank
     file = TraceFile(trace_path(run, rank, folder=folder), rank=rank, clock=clock)

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from monitor.profiling.clock_sync import RunClock
+from monitor.profiling.clock_sync import ClockSync
 from monitor.profiling.tracer import StepTrace, Track
 
 
@@ -21,7 +21,7 @@ class RankSpan(NamedTuple):
     end: float
 
 
-class TracedStep(NamedTuple):
+class StepOfAllRanks(NamedTuple):
     """A step of all ranks, from when the first began it to when the last ended it, in seconds."""
 
     step: int
@@ -30,7 +30,7 @@ class TracedStep(NamedTuple):
     spans: list[RankSpan]
 
 
-def step_times(steps: Sequence[StepTrace], clock: RunClock) -> list[list[float]]:
+def step_times(steps: Sequence[StepTrace], clock: ClockSync) -> list[list[float]]:
     """[step, start, end] of each step of this rank, in seconds of the run's clock."""
     return [[s.step, _seconds(s.begin, clock), _seconds(s.end, clock)] for s in steps]
 
@@ -55,7 +55,7 @@ def median_step(times: Sequence[Sequence[Sequence[float]]]) -> int | None:
 
 
 def step_rows(
-    steps: Sequence[StepTrace], step: int, *, rank: int, clock: RunClock
+    steps: Sequence[StepTrace], step: int, *, rank: int, clock: ClockSync
 ) -> list[list[Any]]:
     """This rank's spans of one step, a list [rank, track, microbatch, start, end] for each."""
     return [
@@ -70,7 +70,7 @@ def join_step(
     step: int,
     times: Sequence[Sequence[Sequence[float]]],
     rows: Sequence[Sequence[Sequence[Any]]],
-) -> TracedStep:
+) -> StepOfAllRanks:
     """The step of all ranks, of all ranks' `step_times` and `step_rows`."""
     bounds = [row for of_rank in times for row in of_rank if row[0] == step]
     spans = [
@@ -78,7 +78,7 @@ def join_step(
         for of_rank in rows
         for rank, track, microbatch, start, end in of_rank
     ]
-    return TracedStep(step, min(row[1] for row in bounds), max(row[2] for row in bounds), spans)
+    return StepOfAllRanks(step, min(row[1] for row in bounds), max(row[2] for row in bounds), spans)
 
 
 def compute_costs(spans: Sequence[RankSpan], *, num_stages: int) -> dict[tuple[int, Track], float]:
@@ -96,5 +96,5 @@ def compute_costs(spans: Sequence[RankSpan], *, num_stages: int) -> dict[tuple[i
 _COSTS = (Track.FORWARD_COMPUTE, Track.BACKWARD_COMPUTE, Track.WEIGHT_GRADIENT)
 
 
-def _seconds(moment: int, clock: RunClock) -> float:
+def _seconds(moment: int, clock: ClockSync) -> float:
     return clock.convert(moment) / 1e9

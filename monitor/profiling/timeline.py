@@ -16,14 +16,14 @@ from common.files import replace_file
 from monitor.profiling.breakdown import (
     PIPELINE_WORK,
     Interval,
-    Lane,
+    RankBreakdown,
     Shares,
     SimulatedSpan,
-    lanes,
+    breakdown_by_rank,
     shares,
     simulated_spans,
 )
-from monitor.profiling.step_trace import TracedStep
+from monitor.profiling.step_trace import StepOfAllRanks
 from monitor.profiling.tracer import Track
 
 logger = logging.getLogger(__name__)
@@ -55,20 +55,22 @@ _STYLES = {
 class Timeline:
     """A measured step and its simulation, whose time 0 is the step's first forward."""
 
-    measured: TracedStep
+    measured: StepOfAllRanks
     simulated: Sequence[SimulatedSpan]
     schedule: str
     num_stages: int
     num_replicas: int
     num_microbatches: int
 
-    def measured_lanes(self) -> list[Lane]:
+    def measured_lanes(self) -> list[RankBreakdown]:
         num_ranks = self.num_stages * self.num_replicas
-        return lanes(self.measured.spans, num_stages=self.num_stages, num_ranks=num_ranks)
+        return breakdown_by_rank(
+            self.measured.spans, num_stages=self.num_stages, num_ranks=num_ranks
+        )
 
-    def simulated_lanes(self) -> list[Lane]:
+    def simulated_lanes(self) -> list[RankBreakdown]:
         spans = simulated_spans(self.simulated)
-        return lanes(spans, num_stages=self.num_stages, num_ranks=self.num_stages)
+        return breakdown_by_rank(spans, num_stages=self.num_stages, num_ranks=self.num_stages)
 
     def measured_shares(self) -> Shares:
         """Of the whole step, its optimizer included."""
@@ -182,7 +184,12 @@ def _title_panel(axes: Any, left: str, of_panel: Shares) -> None:
 
 
 def _draw_lanes(
-    axes: Any, of_ranks: Sequence[Lane], names: Sequence[str], *, bounds: Interval, shift: float
+    axes: Any,
+    of_ranks: Sequence[RankBreakdown],
+    names: Sequence[str],
+    *,
+    bounds: Interval,
+    shift: float,
 ) -> None:
     """A row for each lane, the first on top; a moment is drawn `shift` seconds later."""
     axes.set_ylim(len(of_ranks) - 0.5, -0.5)

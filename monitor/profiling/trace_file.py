@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import replace_file
-from monitor.profiling.clock_sync import RunClock
+from monitor.profiling.clock_sync import ClockSync
 from monitor.profiling.tracer import Span, StepTrace, Track
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def trace_path(run: str, rank: int, *, folder: Path = TRACE_FOLDER) -> Path:
 
 
 def trace_events(
-    steps: Iterable[StepTrace], *, rank: int, clock: RunClock
+    steps: Iterable[StepTrace], *, rank: int, clock: ClockSync
 ) -> Iterator[dict[str, Any]]:
     """The spans of `steps` by their begin; ts and dur are microseconds of the run's clock."""
     about_clock = {"clock-offset-us": clock.offset / 1000, "clock-error-us": clock.error / 1000}
@@ -45,7 +45,7 @@ def trace_events(
 class TraceFile:
     """Holds the steps that were written last. A failure to write is one logged warning."""
 
-    def __init__(self, path: Path, *, rank: int, clock: RunClock) -> None:
+    def __init__(self, path: Path, *, rank: int, clock: ClockSync) -> None:
         self._path, self._rank, self._clock = path, rank, clock
 
     def write(self, steps: Sequence[StepTrace]) -> None:
@@ -57,7 +57,7 @@ class TraceFile:
             logger.warning("%s could not be written: %s", self._path, error.strerror)
 
 
-def _event(span: Span, *, rank: int, clock: RunClock) -> dict[str, Any]:
+def _event(span: Span, *, rank: int, clock: ClockSync) -> dict[str, Any]:
     begin = clock.convert(span.begin)
     return {
         "name": _name(span),

@@ -7,6 +7,7 @@ A flag says `4` (so many to each stage, what is left to the last), `5,3` (each s
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Literal
 
 AUTO: Literal["auto"] = "auto"
@@ -77,3 +78,15 @@ def check_length(split: Split, num_stages: int) -> None:
             f"--num-layers {split} is for {len(split)} stages, but --pipeline-group-size is "
             f"{num_stages}"
         )
+
+
+def stage_modules(stage: int, split: Sequence[int]) -> range:
+    """Which of the model's modules (0 the embedding, 1..L the blocks, L + 1 the head) a stage has.
+
+    `split` has the number of blocks of each stage; the first stage has the embedding too, the last
+    the head.
+    """
+    start = sum(split[:stage])
+    first = 0 if stage == 0 else start + 1
+    last = start + split[stage] + (1 if stage == len(split) - 1 else 0)
+    return range(first, last + 1)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from pipeline_parallel.schedule.schedules import SCHEDULES, Kind, Schedule
-from pipeline_parallel.schedule.simulator import Costs, StageCosts, Timeline, simulate
+from pipeline_parallel.schedule.simulator import Costs, SimulatedRun, StageCosts, simulate
 from pipeline_parallel.schedule.validate import check_schedule, peak_recomputed
 
 IDLE, GOES_ON = ".", "=="
@@ -21,7 +21,7 @@ input-gradient action (I) to its weight-gradient action (W), or within B; at the
 """
 
 
-def timetable(timeline: Timeline) -> str:
+def timetable(timeline: SimulatedRun) -> str:
     """A line for each stage; time runs to the right, a slot for each second of the costs.
 
     An action of several slots goes on as ==, and an idle slot is a dot. What `timeline` was made

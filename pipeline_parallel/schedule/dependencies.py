@@ -14,7 +14,7 @@ from typing import NamedTuple
 from pipeline_parallel.schedule.schedules import Action, Kind
 
 
-class Message(NamedTuple):
+class Transfer(NamedTuple):
     """What stage `source` sends of a microbatch: its activation onwards or a gradient back."""
 
     source: int
@@ -26,22 +26,22 @@ class Message(NamedTuple):
         return f"the {what} of microbatch {self.microbatch} from stage {self.source}"
 
 
-def needs(stage: int, action: Action, num_stages: int) -> Message | None:
+def needs(stage: int, action: Action, num_stages: int) -> Transfer | None:
     """The message that `action` of `stage` starts with; None at the ends, and for W."""
     if action.kind is Kind.FORWARD:
-        return Message(stage - 1, False, action.microbatch) if stage > 0 else None
+        return Transfer(stage - 1, False, action.microbatch) if stage > 0 else None
     if action.kind is Kind.WEIGHT_GRADIENT or stage == num_stages - 1:
         return None
-    return Message(stage + 1, True, action.microbatch)
+    return Transfer(stage + 1, True, action.microbatch)
 
 
-def makes(stage: int, action: Action, num_stages: int) -> Message | None:
+def makes(stage: int, action: Action, num_stages: int) -> Transfer | None:
     """The message that `action` of `stage` ends with; None at the ends, and for W."""
     if action.kind is Kind.FORWARD:
-        return Message(stage, False, action.microbatch) if stage < num_stages - 1 else None
+        return Transfer(stage, False, action.microbatch) if stage < num_stages - 1 else None
     if action.kind is Kind.WEIGHT_GRADIENT or stage == 0:
         return None
-    return Message(stage, True, action.microbatch)
+    return Transfer(stage, True, action.microbatch)
 
 
 def replay(orders: Sequence[Sequence[Action]]) -> Iterator[tuple[int, Action]]:
@@ -52,7 +52,7 @@ def replay(orders: Sequence[Sequence[Action]]) -> Iterator[tuple[int, Action]]:
     """
     num_stages = len(orders)
     position = [0] * num_stages
-    sent: set[Message | None] = {None}
+    sent: set[Transfer | None] = {None}
     moved = True
     while moved:
         moved = False

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pipeline_parallel.schedule.dependencies import Message, makes, needs, replay
+from pipeline_parallel.schedule.dependencies import Transfer, makes, needs, replay
 from pipeline_parallel.schedule.schedules import Action, Kind, Schedule
 from pipeline_parallel.schedule.validate import peak_live
 
@@ -59,7 +59,7 @@ class Costs:
             for seconds in given if isinstance(given, Sequence) else (given,):
                 _check_seconds(name, seconds)
 
-    def message_seconds(self, message: Message) -> float:
+    def message_seconds(self, message: Transfer) -> float:
         """What `message` takes on its link."""
         given = self.gradient_seconds if message.is_gradient else self.activation_seconds
         if not isinstance(given, Sequence):
@@ -67,7 +67,7 @@ class Costs:
         return given[message.source - 1 if message.is_gradient else message.source]
 
 
-class Span(NamedTuple):
+class ScheduledAction(NamedTuple):
     """One action of one stage, from `start` to `end` in seconds since the first action began."""
 
     stage: int
@@ -77,7 +77,7 @@ class Span(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Timeline:
+class SimulatedRun:
     """When everything runs; `spans` has each stage's actions in order, stage by stage.
 
     `exposed` is, for each stage, the seconds it stood idle while what it waited for was already
@@ -85,7 +85,7 @@ class Timeline:
     `peak_live` is, for each stage, the most microbatches held at once (see `validate.peak_live`).
     """
 
-    spans: tuple[Span, ...]
+    spans: tuple[ScheduledAction, ...]
     exposed: tuple[float, ...]
     peak_live: tuple[int, ...]
 
@@ -103,7 +103,9 @@ class Timeline:
         return 1 - busy / (len(self.peak_live) * self.total)
 
 
-def simulate(schedule: Schedule, num_stages: int, num_microbatches: int, costs: Costs) -> Timeline:
+def simulate(
+    schedule: Schedule, num_stages: int, num_microbatches: int, costs: Costs
+) -> SimulatedRun:
     """The timeline of a schedule that passes `check_schedule`, or of `forward_only`.
 
     Raises ValueError where it deadlocks, or `costs` has another number of stages.
@@ -114,7 +116,7 @@ def simulate(schedule: Schedule, num_stages: int, num_microbatches: int, costs: 
     clock = _Clock(costs)
     for stage, action in replay([list(schedule(s, num_stages, num_microbatches)) for s in stages]):
         clock.run(stage, action)
-    return Timeline(
+    return SimulatedRun(
         spans=tuple(sorted(clock.spans, key=lambda span: span.stage)),
         exposed=tuple(clock.exposed),
         peak_live=tuple(peak_live(schedule, s, num_stages, num_microbatches) for s in stages),
@@ -133,9 +135,9 @@ class _Clock:
         self._costs = costs
         self._free = [0.0] * len(costs.stages)
         self._link_free: dict[tuple[int, bool], float] = {}
-        self._arrivals: dict[Message, _Arrival] = {}
+        self._arrivals: dict[Transfer, _Arrival] = {}
         self.exposed = [0.0] * len(costs.stages)
-        self.spans: list[Span] = []
+        self.spans: list[ScheduledAction] = []
 
     def run(self, stage: int, action: Action) -> None:
         num_stages, free = len(self._free), self._free[stage]
@@ -146,13 +148,13 @@ class _Clock:
             start = max(free, arrived)
             self.exposed[stage] += start - min(start, max(free, made))
         end = start + self._costs.stages[stage][action.kind]
-        self.spans.append(Span(stage, action, start, end))
+        self.spans.append(ScheduledAction(stage, action, start, end))
         self._free[stage] = end
         message = makes(stage, action, num_stages)
         if message is not None:
             self._send(message, end)
 
-    def _send(self, message: Message, made: float) -> None:
+    def _send(self, message: Transfer, made: float) -> None:
         link = (message.source, message.is_gradient)
         arrived = max(made, self._link_free.get(link, 0.0)) + self._costs.message_seconds(message)
         self._link_free[link] = arrived

@@ -11,21 +11,28 @@ import torch
 
 from comm.communicator import Communicator
 from comm.objects import gather_json
-from comm.process_groups import Fabric
+from comm.process_groups import ProcessGroups
 from comm.rendezvous.join import Rendezvous
 from comm.topology import Topology
+from common.tensors import DTYPES
 from data_parallel.grad_buffer import BUCKET_BYTES
+from modules.matmul.cpu_info import CpuInfo
+from modules.matmul.select import select_matmul
 from modules.registry import MODELS
 from monitor.profiling.clock_sync import clock_offset
-from optimizer.mixed_precision import DTYPES
 from pipeline_parallel.partition.balance import ModuleWork, choose_split, module_work
-from planning.cluster.estimate import Estimate, Plan
+from planning.cluster.estimate import Estimate, RunShape
 from planning.cluster.link_probe import LinkSpeed, answer, probe
 from planning.cluster.links import Link, links
-from planning.cluster.machines import Machine, Model, differences, from_json, look_at_machine
-from planning.cluster.matmul_rate import product_rate
+from planning.cluster.machines import (
+    MachineFacts,
+    ModelSizes,
+    collect_machine_facts,
+    differences,
+    from_json,
+)
+from planning.cluster.matmul_rate import matmul_rate
 from planning.cluster.report import about_clocks, advice, link_table, rank_table
-from training.cpu_matmul import settle_products
 
 logger = logging.getLogger(__name__)
 
@@ -38,16 +45,14 @@ def check_cluster(
     *,
     topology: Topology,
     rendezvous: Rendezvous,
-    fabric: Fabric,
+    fabric: ProcessGroups,
     device: torch.device,
 ) -> int:
     """Every rank calls it; rank 0 tells. The exit status: 0, or 1 where ranks differ or lack
     something. PeerLostError as of the channels."""
     if device.type == "cpu":
-        settle_products(
-            args.cpu_matmul, precision=args.precision, meta=None, control=fabric.control
-        )
-    mine = look_at_machine(args, topology, device)
+        select_matmul(args.cpu_matmul, CpuInfo.of_this_machine(), kept=None)
+    mine = collect_machine_facts(args, topology, device)
     machines = [from_json(one) for one in gather_json(fabric.control, mine)]
     sizes = next((one.model for one in machines if one.model is not None), None)
     clocks = _clocks(fabric.control)
@@ -70,7 +75,7 @@ def check_cluster(
 
 def measure_links(
     topology: Topology,
-    fabric: Fabric,
+    fabric: ProcessGroups,
     wanted: dict[Link, int],
     device: torch.device,
     *,
@@ -103,7 +108,7 @@ def measure_links(
     return {todo[number]: LinkSpeed(*numbers) for number, *numbers in sorted(every)}
 
 
-def make_plan(args: argparse.Namespace, sizes: Model, message: int) -> Plan | None:
+def make_plan(args: argparse.Namespace, sizes: ModelSizes, message: int) -> RunShape | None:
     """What the flags make of a model; None where it cannot be split so, which is told elsewhere."""
     work = _work(args, sizes)
     try:
@@ -112,7 +117,7 @@ def make_plan(args: argparse.Namespace, sizes: Model, message: int) -> Plan | No
         )
     except ValueError:
         return None
-    return Plan(
+    return RunShape(
         model=sizes,
         work=work,
         layers=layers,
@@ -125,7 +130,7 @@ def make_plan(args: argparse.Namespace, sizes: Model, message: int) -> Plan | No
     )
 
 
-def _message_bytes(topology: Topology, link: Link, message: int, plan: Plan | None) -> int:
+def _message_bytes(topology: Topology, link: Link, message: int, plan: RunShape | None) -> int:
     """A microbatch's activations, or a bucket of gradients: of few, all that the stage has."""
     if link.group == "pipeline":
         return message
@@ -142,7 +147,7 @@ def _indices(topology: Topology, link: Link) -> tuple[int, int]:
     return ends[0] // topology.num_stages, ends[1] // topology.num_stages
 
 
-def _work(args: argparse.Namespace, sizes: Model) -> ModuleWork:
+def _work(args: argparse.Namespace, sizes: ModelSizes) -> ModuleWork:
     entry = MODELS[args.model_type]
     config = {
         entry.hidden_size: sizes.hidden,
@@ -152,10 +157,10 @@ def _work(args: argparse.Namespace, sizes: Model) -> ModuleWork:
     return module_work(entry, config, tokens=args.seq_length)
 
 
-def _rate(args: argparse.Namespace, sizes: Model | None, device: torch.device) -> float:
+def _rate(args: argparse.Namespace, sizes: ModelSizes | None, device: torch.device) -> float:
     """Multiply-adds per second of this rank's device, of the largest product of a block."""
     hidden = args.embedding_dim if sizes is None else sizes.hidden
-    return product_rate(
+    return matmul_rate(
         rows=args.micro_batch_size * args.seq_length,
         inputs=hidden,
         outputs=4 * hidden if sizes is None else sizes.inner,
@@ -176,12 +181,12 @@ def _tell(
     args: argparse.Namespace,
     topology: Topology,
     rendezvous: Rendezvous,
-    machines: Sequence[Machine],
+    machines: Sequence[MachineFacts],
     clocks: Sequence[tuple[float, float]],
     rates: Sequence[float],
     speeds: dict[Link, LinkSpeed],
     wanted: dict[Link, int],
-    plan: Plan | None,
+    plan: RunShape | None,
 ) -> None:
     roster = rendezvous.roster
     logger.info("%s", rank_table(topology, roster, machines, clocks, rates, plan))

@@ -12,23 +12,23 @@ from functools import cached_property
 
 from comm.topology import Topology
 from pipeline_parallel.partition.balance import ModuleWork, balanced_split, stage_work
+from pipeline_parallel.partition.costs import split_costs
 from pipeline_parallel.partition.split import Split
-from pipeline_parallel.partition.stage_split import split_costs
 from pipeline_parallel.schedule.schedules import SCHEDULES
 from pipeline_parallel.schedule.simulator import Costs, StageCosts, simulate
 from planning.cluster.link_probe import LinkSpeed
 from planning.cluster.links import Link
-from planning.cluster.machines import Model
+from planning.cluster.machines import ModelSizes
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunShape:
     """What a run will do, as far as its speed is concerned.
 
     tokens: of a microbatch. message: bytes of its activations, or of their gradients.
     """
 
-    model: Model
+    model: ModelSizes
     work: ModuleWork
     layers: Split
     schedule: str
@@ -51,7 +51,7 @@ class Estimate:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: RunShape,
         topology: Topology,
         *,
         rates: Sequence[float],

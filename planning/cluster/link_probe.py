@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from comm.communicator import Messages
+from comm.communicator import PointToPoint
 
 _SHORT = 8  # bytes
 _FIRST = 4096  # bytes of the first message that tells a rate
@@ -46,7 +46,7 @@ class LinkSpeed:
 
 
 def probe(
-    group: Messages, *, to: int, nbytes: int, device: torch.device, budget: float
+    group: PointToPoint, *, to: int, nbytes: int, device: torch.device, budget: float
 ) -> LinkSpeed:
     """The speed towards member `to`, who calls `answer` meanwhile.
 
@@ -76,7 +76,7 @@ def probe(
     return LinkSpeed(latency, size, max(statistics.median(again), latency))
 
 
-def answer(group: Messages, *, source: int, device: torch.device) -> None:
+def answer(group: PointToPoint, *, source: int, device: torch.device) -> None:
     """The other end of `probe`, until it is through."""
     header = torch.empty(1, dtype=torch.int64, device=device)
     word = torch.zeros(_SHORT, dtype=torch.uint8, device=device)
@@ -96,7 +96,7 @@ def answer(group: Messages, *, source: int, device: torch.device) -> None:
 class _Prober:
     """The sender's end of one link."""
 
-    def __init__(self, group: Messages, peer: int, device: torch.device) -> None:
+    def __init__(self, group: PointToPoint, peer: int, device: torch.device) -> None:
         self._group, self._peer, self._device = group, peer, device
         self._word = torch.empty(_SHORT, dtype=torch.uint8, device=device)
 

@@ -15,22 +15,20 @@ from typing import Any, NamedTuple
 import torch
 
 from arguments.checks import check_model, check_optimizer
-from checkpoint.files.layer_shards import check_shard_size
-from checkpoint.shards import shard_name
-from comm.rendezvous.participants import Arrival
+from checkpoint.files.layer_shards import check_shard_size, shard_name
+from comm.rendezvous.participants import Participant
 from comm.topology import Topology
-from modules.matmul.cpu_info import Processor
+from modules.matmul.cpu_info import CpuInfo
 from modules.registry import MODELS
-from modules.stage_model import stage_modules
 from pipeline_parallel.partition.balance import choose_split, module_work
-from pipeline_parallel.partition.split import Split
+from pipeline_parallel.partition.split import Split, stage_modules
 
 _ROOT = Path(__file__).parents[2]
 _NOT_SOURCES = {"tests", "benchmarks", "example_scripts", "docs"}
 _SHOWN = 60  # characters of a value in a message
 
 
-class Model(NamedTuple):
+class ModelSizes(NamedTuple):
     """The sizes of a model, as its config.json has them."""
 
     hidden: int
@@ -39,7 +37,7 @@ class Model(NamedTuple):
     layers: int
 
 
-class Machine(NamedTuple):
+class MachineFacts(NamedTuple):
     """One rank's, as it travels in JSON.
 
     model: None where the rank cannot read a config.json that fits with the flags.
@@ -51,7 +49,7 @@ class Machine(NamedTuple):
     """
 
     device: str
-    model: Model | None
+    model: ModelSizes | None
     problems: list[str]
     versions: dict[str, str]
     config: dict[str, str]
@@ -60,7 +58,9 @@ class Machine(NamedTuple):
     resumes: bool
 
 
-def look_at_machine(args: argparse.Namespace, topology: Topology, device: torch.device) -> Machine:
+def collect_machine_facts(
+    args: argparse.Namespace, topology: Topology, device: torch.device
+) -> MachineFacts:
     """This rank's, without reading a weight."""
     problems, model, files = [], None, {}
     for check in (check_model, check_optimizer):
@@ -76,7 +76,7 @@ def look_at_machine(args: argparse.Namespace, topology: Topology, device: torch.
     except (ValueError, OSError) as error:
         if not problems:
             problems.append(str(error))
-    return Machine(
+    return MachineFacts(
         describe_device(device),
         model,
         problems,
@@ -88,10 +88,10 @@ def look_at_machine(args: argparse.Namespace, topology: Topology, device: torch.
     )
 
 
-def from_json(found: Sequence[Any]) -> Machine:
+def from_json(found: Sequence[Any]) -> MachineFacts:
     """A Machine as the others get it."""
-    machine = Machine(*found)
-    return machine._replace(model=None if machine.model is None else Model(*machine.model))
+    machine = MachineFacts(*found)
+    return machine._replace(model=None if machine.model is None else ModelSizes(*machine.model))
 
 
 def describe_device(device: torch.device) -> str:
@@ -99,7 +99,7 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} (cuda:{device.index})"
     threads = torch.get_num_threads()
-    return f"{Processor.of_this_machine().name}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{CpuInfo.of_this_machine().name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def versions(args: argparse.Namespace, device: torch.device) -> dict[str, str]:
@@ -120,7 +120,7 @@ def versions(args: argparse.Namespace, device: torch.device) -> dict[str, str]:
     return found
 
 
-def differences(roster: Sequence[Arrival], machines: Sequence[Machine]) -> list[str]:
+def differences(roster: Sequence[Participant], machines: Sequence[MachineFacts]) -> list[str]:
     """What differs between the ranks or is lacking, in a line each, naming who has what."""
     named = [
         *_differing("", roster, [machine.versions for machine in machines]),
@@ -138,14 +138,14 @@ def differences(roster: Sequence[Arrival], machines: Sequence[Machine]) -> list[
     return named
 
 
-def _sizes(args: argparse.Namespace, config: Mapping[str, Any], loaded: Any) -> Model:
+def _sizes(args: argparse.Namespace, config: Mapping[str, Any], loaded: Any) -> ModelSizes:
     hidden = int(loaded.hidden_size)
     inner = config.get(MODELS[args.model_type].inner_size) or 4 * hidden
-    return Model(hidden, int(inner), int(loaded.vocab_size), int(loaded.num_hidden_layers))
+    return ModelSizes(hidden, int(inner), int(loaded.vocab_size), int(loaded.num_hidden_layers))
 
 
 def _shards(
-    args: argparse.Namespace, topology: Topology, model: Model, config: Mapping[str, Any]
+    args: argparse.Namespace, topology: Topology, model: ModelSizes, config: Mapping[str, Any]
 ) -> dict[str, str | None]:
     """Of the files that this rank's stage reads."""
     if not args.load_pretrained_model:
@@ -218,7 +218,7 @@ def _present(files: Mapping[str, str | None]) -> dict[str, str]:
 
 
 def _differing(
-    prefix: str, roster: Sequence[Arrival], found: Sequence[Mapping[str, str]]
+    prefix: str, roster: Sequence[Participant], found: Sequence[Mapping[str, str]]
 ) -> list[str]:
     """What does not have one value on all ranks that have it (of config.json: on all)."""
     lines = []
@@ -234,7 +234,7 @@ def _differing(
     return lines
 
 
-def _spread(having: Sequence[tuple[Arrival, str]], usual: str) -> str:
+def _spread(having: Sequence[tuple[Participant, str]], usual: str) -> str:
     """Who has which value; the most frequent one is that of all others."""
     told = [
         f"{value} on {', '.join(_who(a) for a, v in having if v == value)}"
@@ -247,5 +247,5 @@ def _spread(having: Sequence[tuple[Arrival, str]], usual: str) -> str:
     )
 
 
-def _who(arrival: Arrival) -> str:
+def _who(arrival: Participant) -> str:
     return f"rank {arrival.rank} (host {arrival.host})"

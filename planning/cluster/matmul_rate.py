@@ -15,7 +15,7 @@ _GROWTH = 4
 
 
 @torch.no_grad()
-def product_rate(
+def matmul_rate(
     *,
     rows: int,
     inputs: int,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from comm.rendezvous.participants import Arrival
+from comm.rendezvous.participants import Participant
 from comm.topology import Topology
 from pipeline_parallel.partition.split import Split
-from planning.cluster.estimate import Estimate, Plan
+from planning.cluster.estimate import Estimate, RunShape
 from planning.cluster.link_probe import LinkSpeed
 from planning.cluster.links import Link
-from planning.cluster.machines import Machine
+from planning.cluster.machines import MachineFacts
 
 SLOWED = 1.1  # links that make steps so many times as long are worth a word
 UNEVEN = 1.05  # and so is a split whose slowest stage takes so many times as long as need be
@@ -21,11 +21,11 @@ EXCHANGED = 0.2  # of an update's computing, spent on the replicas' gradients
 
 def rank_table(
     topology: Topology,
-    roster: Sequence[Arrival],
-    machines: Sequence[Machine],
+    roster: Sequence[Participant],
+    machines: Sequence[MachineFacts],
     clocks: Sequence[tuple[float, float]],
     rates: Sequence[float],
-    plan: Plan | None,
+    plan: RunShape | None,
 ) -> str:
     """A line for each rank. clocks: seconds ahead of rank 0's, and how far that may be off."""
     rows = [["rank", "stage", "replica", "host", "interface", "device", "clock", "products"]]
@@ -51,7 +51,7 @@ def rank_table(
 
 
 def link_table(
-    roster: Sequence[Arrival], links: Mapping[Link, LinkSpeed], wanted: Mapping[Link, int]
+    roster: Sequence[Participant], links: Mapping[Link, LinkSpeed], wanted: Mapping[Link, int]
 ) -> str:
     """A line for each link; `wanted` is the size of its messages in a run."""
     rows = [["link", "of", "latency", "message", "takes", "rate"]]
@@ -72,8 +72,8 @@ def link_table(
 
 def advice(
     topology: Topology,
-    roster: Sequence[Arrival],
-    plan: Plan,
+    roster: Sequence[Participant],
+    plan: RunShape,
     links: Mapping[Link, LinkSpeed],
     rates: Sequence[float],
     estimate: Estimate,
@@ -95,7 +95,9 @@ def advice(
         yield _about_split(plan, estimate)
 
 
-def about_clocks(roster: Sequence[Arrival], clocks: Sequence[tuple[float, float]]) -> Iterator[str]:
+def about_clocks(
+    roster: Sequence[Participant], clocks: Sequence[tuple[float, float]]
+) -> Iterator[str]:
     for arrival, (ahead, error) in zip(roster, clocks, strict=True):
         if abs(ahead) - error > SKEWED:
             yield (
@@ -107,8 +109,8 @@ def about_clocks(roster: Sequence[Arrival], clocks: Sequence[tuple[float, float]
 
 def _about_slowest(
     topology: Topology,
-    roster: Sequence[Arrival],
-    plan: Plan,
+    roster: Sequence[Participant],
+    plan: RunShape,
     links: Mapping[Link, LinkSpeed],
     estimate: Estimate,
     precision: str,
@@ -132,7 +134,7 @@ def _about_slowest(
 
 
 def _remedies(
-    roster: Sequence[Arrival], link: Link, speed: LinkSpeed, plan: Plan, precision: str
+    roster: Sequence[Participant], link: Link, speed: LinkSpeed, plan: RunShape, precision: str
 ) -> str:
     found = []
     if precision == "fp32":
@@ -146,8 +148,8 @@ def _remedies(
 
 def _about_replicas(
     topology: Topology,
-    roster: Sequence[Arrival],
-    plan: Plan,
+    roster: Sequence[Participant],
+    plan: RunShape,
     links: Mapping[Link, LinkSpeed],
     estimate: Estimate,
 ) -> Iterator[str]:
@@ -169,14 +171,14 @@ def _about_replicas(
     yield told
 
 
-def _about_devices(roster: Sequence[Arrival], rates: Sequence[float]) -> Iterator[str]:
+def _about_devices(roster: Sequence[Participant], rates: Sequence[float]) -> Iterator[str]:
     slow, fast = rates.index(min(rates)), rates.index(max(rates))
     if rates[fast] > UNLIKE * rates[slow]:
         ends = (f"{2e-9 * rates[r]:.3g} GFLOP/s on {_end(roster[r])}" for r in (slow, fast))
         yield "devices differ: {}, but {}; replicas of a stage wait for the slowest".format(*ends)
 
 
-def _about_split(plan: Plan, estimate: Estimate) -> str:
+def _about_split(plan: RunShape, estimate: Estimate) -> str:
     best: Split = estimate.balanced_layers()
     now, then = estimate.stage_seconds(plan.layers), estimate.stage_seconds(best)
     devices = "for devices as fast as measured"
@@ -189,15 +191,15 @@ def _about_split(plan: Plan, estimate: Estimate) -> str:
     )
 
 
-def _ends(roster: Sequence[Arrival], link: Link) -> str:
+def _ends(roster: Sequence[Participant], link: Link) -> str:
     return f"{_end(roster[link.source])} -> {_end(roster[link.to])}"
 
 
-def _end(arrival: Arrival) -> str:
+def _end(arrival: Participant) -> str:
     return f"rank {arrival.rank} ({arrival.host})"
 
 
-def _place(arrival: Arrival) -> str:
+def _place(arrival: Participant) -> str:
     return f"{arrival.interface} ({arrival.address})" if arrival.interface else "none"
 
 

@@ -14,7 +14,7 @@ from modules.families.base import Family
 from modules.registry import MODELS
 from pipeline_parallel.partition.balance import choose_split, module_work
 from pipeline_parallel.partition.split import AUTO, Split
-from planning.memory.dry_run import Rehearsal
+from planning.memory.dry_run import DryRun
 
 
 class Change(NamedTuple):
@@ -48,7 +48,7 @@ def helpful_changes(
             if changed.pipeline_group_size > config.num_hidden_layers:
                 continue
             split, ranks = _even(changed, config), _largest(changed.pipeline_group_size)
-        rehearsal = Rehearsal(changed, family, config, split, cuda=cuda)
+        rehearsal = DryRun(changed, family, config, split, cuda=cuda)
         left = max(rehearsal.of_rank(one).peak for one in ranks)
         starts_anew = has_steps and fixed_flags(changed) != fixed_flags(args)
         found.append(Change(flags, peak - left, left, starts_anew))

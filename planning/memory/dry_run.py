@@ -17,25 +17,27 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from checkpoint.files.validation import part_sums
+from arguments.settings import loop_settings
 from comm.communicator import Communicator
 from comm.topology import Topology
-from modules.attention.cpu import KEPT_TOKENS
-from modules.attention.packed_documents import Documents
+from common.tensors import DTYPES, part_sums
+from modules.attention.cpu import KEPT_TOKENS, future
+from modules.attention.packed_documents import PackedDocuments
 from modules.families.base import Family
 from modules.layers.dropout import KeyedDropout
-from modules.stage_model import StageModel, stage_modules
-from modules.tables import forget_tables
+from modules.layers.rotary import rotation
+from modules.stage_model import StageModel
 from monitor.profiling.tracer import NO_TRACER
 from optimizer.build import ALGORITHMS, build_optimizer, checkpoint_bytes
-from optimizer.mixed_precision import DTYPES, Algorithm, MixedPrecisionOptimizer
+from optimizer.mixed_precision import Algorithm, MixedPrecisionOptimizer
 from optimizer.state_dict import collect_state, like_state
-from pipeline_parallel.build import build_engine, loop_settings
-from pipeline_parallel.partition.split import Split
+from pipeline_parallel.build import build_engine
+from pipeline_parallel.p2p import StageLink
+from pipeline_parallel.partition.split import Split, stage_modules
 from pipeline_parallel.schedule.schedules import SCHEDULES
 from pipeline_parallel.schedule.validate import peak_live
-from planning.memory.fake_communicators import RehearsedAlone, RehearsedGloo, RehearsedNccl
-from planning.memory.fake_engine import RehearsedBatch, RehearsedEngine, peak_of_more
+from planning.memory.fake_communicators import FakeGloo, FakeNccl, FakeSingleProcess
+from planning.memory.fake_engine import FakeBatch, FakeEngine, peak_of_more
 from planning.memory.live_bytes import LiveBytes
 
 ENOUGH = 5  # microbatches that show what more of them cost, beside those that a schedule holds
@@ -69,7 +71,7 @@ class StageMemory:
         return self.peak - self.weights - self.gradients - self.optimizer - self.copied
 
 
-class Rehearsal:
+class DryRun:
     """The processes of a run with these flags, whose model has this config, split like `layers`.
 
     cuda: on GPUs, as far as that can be told without one: attention keeps what flash attention
@@ -99,7 +101,7 @@ class Rehearsal:
         self,
         model: StageModel,
         topology: Topology,
-        documents: Documents | None,
+        documents: PackedDocuments | None,
         algorithm: Algorithm,
         live: LiveBytes,
     ) -> StageMemory:
@@ -142,26 +144,31 @@ class Rehearsal:
         model: StageModel,
         optimizer: MixedPrecisionOptimizer,
         topology: Topology,
-        documents: Documents | None,
+        documents: PackedDocuments | None,
         live: LiveBytes,
     ) -> int:
         """The most bytes that are alive in an iteration that ends an update."""
         args, settings, all_held = self._args, self._settings, self._args.pp_mode == "gpipe"
         enough = ENOUGH if all_held else topology.num_stages + ENOUGH
         count = min(settings.num_microbatches, enough)
+        pipeline = self._group("pipeline", topology.pipeline_ranks(topology.replica), topology)
         engine = build_engine(
-            args,
             model,
+            StageLink(
+                pipeline,
+                shape=(settings.micro_rows, settings.tokens, self._config.hidden_size),
+                dtype=DTYPES[args.precision],
+                device=self._device,
+            ),
             topology=topology,
-            pipeline=self._group("pipeline", topology.pipeline_ranks(topology.replica), topology),
             gradients=optimizer.flat_gradients,
-            hidden_size=self._config.hidden_size,
-            device=self._device,
-            tracer=NO_TRACER,
-            kind=RehearsedEngine,
+            schedule=args.pp_mode,
+            recompute=args.recompute,
             num_microbatches=count,
+            tracer=NO_TRACER,
+            kind=FakeEngine,
         )
-        assert isinstance(engine, RehearsedEngine)
+        assert isinstance(engine, FakeEngine)
         watched = engine.watch(live, self._device.type)
         batch, ahead = (self._batch(topology, documents) for _ in range(2))
         optimizer.begin_update(count)
@@ -179,18 +186,18 @@ class Rehearsal:
         numbers: int = settings.micro_rows * settings.tokens * self._config.hidden_size
         return numbers * DTYPES[self._args.precision].itemsize
 
-    def _batch(self, topology: Topology, documents: Documents | None) -> RehearsedBatch:
+    def _batch(self, topology: Topology, documents: PackedDocuments | None) -> FakeBatch:
         rows = self._settings.rows
         shape = (rows, self._settings.tokens)
         tokens, labels = (
             torch.empty(shape, dtype=torch.int64, device=self._device) if needed else None
             for needed in (topology.is_first, topology.is_last)
         )
-        return RehearsedBatch(
+        return FakeBatch(
             tokens, labels, rows=self._settings.micro_rows, num_rows=rows, documents=documents
         )
 
-    def _documents(self) -> Documents | None:
+    def _documents(self) -> PackedDocuments | None:
         """Documents that cost as much as any; their lengths are not known without the data.
 
         On CPUs those that attention keeps the most of. One kernel of GPUs in half precision takes
@@ -204,7 +211,7 @@ class Rehearsal:
         if self._cuda and self._args.precision != "fp32":
             longest = tokens
         begins = torch.arange(tokens) // longest * longest
-        return RehearsedBatch.documents_of(begins.repeat(self._settings.micro_rows, 1))
+        return FakeBatch.documents_of(begins.repeat(self._settings.micro_rows, 1))
 
     def _memory(
         self,
@@ -245,13 +252,13 @@ class Rehearsal:
 
     def _group(self, name: str, members: tuple[int, ...], topology: Topology) -> Communicator:
         if len(members) == 1:
-            return RehearsedAlone()
+            return FakeSingleProcess()
         if self._cuda:
-            return RehearsedNccl(name=name, members=members, topology=topology)
+            return FakeNccl(name=name, members=members, topology=topology)
         return self._gloo(name, members, topology)
 
-    def _gloo(self, name: str, members: tuple[int, ...], topology: Topology) -> RehearsedGloo:
-        return RehearsedGloo(name=name, members=members, topology=topology)
+    def _gloo(self, name: str, members: tuple[int, ...], topology: Topology) -> FakeGloo:
+        return FakeGloo(name=name, members=members, topology=topology)
 
 
 def _kept(optimizer: MixedPrecisionOptimizer) -> list[Tensor]:
@@ -308,3 +315,9 @@ def _draw_nothing(model: StageModel) -> None:
     for module in model.modules():
         if isinstance(module, KeyedDropout):
             module.draw_ = lambda mask, keys: None  # type: ignore[method-assign]
+
+
+def forget_tables() -> None:
+    """Drops all tables; they are made anew where they are needed."""
+    rotation.cache_clear()
+    future.cache_clear()

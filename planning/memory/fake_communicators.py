@@ -11,11 +11,10 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from comm.activity import Activity
-from comm.backends.base import Membership
+from comm.backends.base import GroupMembership
 from comm.backends.gloo import GlooCommunicator
-from comm.backends.single_process import LocalCommunicator
-from comm.communicator import Done, Work
+from comm.backends.single_process import SingleProcessCommunicator
+from comm.communicator import CurrentOperation, Done, Work
 from comm.topology import Topology
 
 
@@ -34,14 +33,14 @@ def _no_rows(tensor: Tensor) -> Tensor:
     return tensor.new_empty((0, *tensor.shape))
 
 
-class RehearsedAlone(LocalCommunicator):
+class FakeSingleProcess(SingleProcessCommunicator):
     """The group of one."""
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         return _no_rows(tensor)
 
 
-class RehearsedGloo(GlooCommunicator):
+class FakeGloo(GlooCommunicator):
     """gloo's communicator, sums in the order of the members included, without a message."""
 
     def __init__(self, *, name: str, members: tuple[int, ...], topology: Topology) -> None:
@@ -51,7 +50,7 @@ class RehearsedGloo(GlooCommunicator):
             name=name,
             members=members,
             topology=topology,
-            activity=Activity(),
+            activity=CurrentOperation(),
             dist_timeout=1.0,
         )
 
@@ -65,7 +64,7 @@ class RehearsedGloo(GlooCommunicator):
         """There is no group."""
 
 
-class RehearsedNccl(Membership):
+class FakeNccl(GroupMembership):
     """A communicator that sums in place, in libraries whose buffers are not torch's."""
 
     def send(self, tensor: Tensor, *, to: int) -> Work:

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from modules.attention.packed_documents import Documents
-from pipeline_parallel.engine import Engine, Losses, PipelineBatch
+from modules.attention.packed_documents import PackedDocuments
+from pipeline_parallel.engine import Engine, Losses
+from pipeline_parallel.microbatch import PipelineBatch
 from pipeline_parallel.schedule.schedules import Action, Kind
 from planning.memory.live_bytes import LiveBytes
 
@@ -26,7 +27,7 @@ class Watched(NamedTuple):
     after: int
 
 
-class RehearsedEngine(Engine):
+class FakeEngine(Engine):
     """An engine that watches what is alive on `device_type`, and asks no tensor for its values."""
 
     def watch(self, live: LiveBytes, device_type: str) -> list[Watched]:
@@ -53,7 +54,7 @@ PLACED = ("positions", "bounds", "by_length", "back_in_place")  # of Documents, 
 KNOWN = ("lengths_of_rows", "longest", "groups")
 
 
-class RehearsedBatch(PipelineBatch):
+class FakeBatch(PipelineBatch):
     """A batch whose documents, where they are kept apart, are in every microbatch those of
     `documents`, which were made where tensors have values."""
 
@@ -64,25 +65,25 @@ class RehearsedBatch(PipelineBatch):
         *,
         rows: int,
         num_rows: int,
-        documents: Documents | None,
+        documents: PackedDocuments | None,
     ) -> None:
         super().__init__(tokens, labels, range(num_rows), rows)
         self._documents = documents
 
     @staticmethod
-    def documents_of(begins: Tensor) -> Documents:
-        """Documents for all microbatches; `begins` is as `Documents` has it."""
-        documents = Documents(begins, torch.device("cpu"))
+    def documents_of(begins: Tensor) -> PackedDocuments:
+        """Documents for all microbatches; `begins` is as `PackedDocuments` has it."""
+        documents = PackedDocuments(begins, torch.device("cpu"))
         for name in (*PLACED, *KNOWN):
             getattr(documents, name)
         return documents
 
-    def documents(self, microbatch: int, device: torch.device) -> Documents | None:
+    def documents(self, microbatch: int, device: torch.device) -> PackedDocuments | None:
         return None if self._documents is None else _without_values(self._documents, device)
 
 
-def _without_values(documents: Documents, device: torch.device) -> Documents:
-    found = Documents(_like(documents.begins, torch.device("cpu")), device)
+def _without_values(documents: PackedDocuments, device: torch.device) -> PackedDocuments:
+    found = PackedDocuments(_like(documents.begins, torch.device("cpu")), device)
     for name in PLACED:
         found.__dict__[name] = _like(getattr(documents, name), device)
     for name in KNOWN:

@@ -13,9 +13,10 @@ import torch
 from comm.communicator import Communicator
 from comm.objects import gather_json
 from comm.topology import Topology
+from common.text import in_units
 from modules.families.base import Family
 from pipeline_parallel.partition.split import Split
-from planning.memory.dry_run import Rehearsal
+from planning.memory.dry_run import DryRun
 from planning.memory.live_bytes import CudaBytes, LiveBytes, peak_resident
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class MemoryMeasure:
         if not self._wanted:
             return
         kind = self._device.type
-        rehearsal = Rehearsal(args, family, config, layers, cuda=kind == "cuda")
+        rehearsal = DryRun(args, family, config, layers, cuda=kind == "cuda")
         measured, resident = self._counter.peak[kind], peak_resident()
         planned = rehearsal.of_rank(topology.rank).peak
         found = gather_json(control, [measured, planned, resident])
@@ -64,11 +65,3 @@ class MemoryMeasure:
                 100 * expected / own,
                 in_units(held),
             )
-
-
-def in_units(num_bytes: int) -> str:
-    """`812.3 MB`, in powers of 1000."""
-    for size, unit in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB")):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.1f} {unit}"
-    return f"{num_bytes / 1000:.1f} kB"

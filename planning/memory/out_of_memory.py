@@ -9,20 +9,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from comm.topology import Topology
+from common.text import in_units
 from modules.families.base import Family
 from monitor.out_of_memory import asked_for, causes, is_out_of_memory
 from pipeline_parallel.partition.split import Split
 from planning.memory.advice import Change, helpful_changes
-from planning.memory.dry_run import Rehearsal, StageMemory
-from planning.memory.measure import in_units
-from training.trainer import TrainingStoppedError
+from planning.memory.dry_run import DryRun, StageMemory
 
 
-class OutOfMemoryError(TrainingStoppedError):
-    """A process needs more memory than there is; the text says what for, and what helps."""
-
-
-def explain_shortage(
+def explain_out_of_memory(
     where: str,
     error: BaseException,
     args: argparse.Namespace,
@@ -33,8 +28,8 @@ def explain_shortage(
     topology: Topology,
     cuda: bool,
     announce: Callable[[str], object],
-) -> OutOfMemoryError:
-    """The error to end with: `where` is the stage and what it was doing when `error` came, which
+) -> str:
+    """What to end with: `where` is the stage and what it was doing when `error` came, which
     `announce` is told first, for finding out what helps takes seconds.
 
     What the frames of `error` held is let go of first, for finding out takes some memory too.
@@ -44,7 +39,7 @@ def explain_shortage(
     announce(told)
     _let_go(error)
     try:
-        rehearsal = Rehearsal(args, family, config, layers, cuda=cuda)
+        rehearsal = DryRun(args, family, config, layers, cuda=cuda)
         stage = rehearsal.of_rank(topology.rank)
         changes = helpful_changes(
             args, family, config, layers, cuda=cuda, rank=topology.rank, peak=stage.peak
@@ -52,8 +47,8 @@ def explain_shortage(
     except Exception as another:
         if not is_out_of_memory(another):
             raise
-        return OutOfMemoryError(f"{told}; the same command with --plan tells which flags help")
-    return OutOfMemoryError(f"{told}; {_held(stage)}; {_help(changes)}")
+        return f"{told}; the same command with --plan tells which flags help"
+    return f"{told}; {_held(stage)}; {_help(changes)}"
 
 
 def _let_go(error: BaseException) -> None:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
 import torch
 
 from arguments.checks import check_model, check_optimizer
+from arguments.settings import loop_settings
+from common.tensors import DTYPES
+from common.text import _table, in_units
 from modules.families.base import Family
 from modules.registry import MODELS
-from optimizer.mixed_precision import DTYPES
-from pipeline_parallel.build import loop_settings
 from pipeline_parallel.partition.stage_split import StageSplit
 from planning.memory.advice import Change, helpful_changes
-from planning.memory.dry_run import Rehearsal, StageMemory
-from planning.memory.measure import in_units
+from planning.memory.dry_run import DryRun, StageMemory
 
 COLUMNS = (
     "stage",
@@ -37,7 +37,7 @@ on the way; peak: the most at once; held: microbatches between forward and the e
 """
 
 
-class Plan:
+class MemoryPlan:
     """A run with these flags, rehearsed. ValueError where the flags or config.json are wrong."""
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -57,7 +57,7 @@ class Plan:
 
     @cached_property
     def _stages(self) -> list[StageMemory]:
-        rehearsal = Rehearsal(
+        rehearsal = DryRun(
             self._args, self._family, self._config, self._split.layers, cuda=self._cuda
         )
         return [rehearsal.of_rank(stage) for stage in range(self._args.pipeline_group_size)]
@@ -75,6 +75,7 @@ class Plan:
         yield "".join(f"{line}\n" for line in self._links())
         yield (
             self._split.describe(
+                self._split.layers,
                 schedule=self._args.pp_mode,
                 num_microbatches=self._settings.num_microbatches,
                 recompute=self._args.recompute,
@@ -184,12 +185,3 @@ def _cells(*stages: StageMemory) -> list[str]:
         else:
             cells.append(in_units(sum(values)))
     return cells
-
-
-def _table(rows: Iterator[Sequence[str]]) -> str:
-    lines = [list(row) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + "\n"
-        for line in lines
-    )

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tasks.packing.blocks import Block, empty_block
+from tasks.packing.blocks import TokenBlock, empty_block
 from tasks.packing.concat import PackedSource
 from tasks.tokenization.encoder import Encoded
 from tasks.tokenization.prefetch import EncodedDocument, EncodedDocuments
@@ -37,9 +37,9 @@ class DocumentSource(PackedSource):
 
     def __init__(self, documents: EncodedDocuments, seq_length: int) -> None:
         super().__init__(documents, seq_length)
-        self._group: deque[tuple[Block, int]] = deque()
+        self._group: deque[tuple[TokenBlock, int]] = deque()
 
-    def _pack(self) -> Block:
+    def _pack(self) -> TokenBlock:
         if not self._group:
             documents = self._read_group()
             self._before, self._used = documents[0].before, 0
@@ -71,7 +71,7 @@ class DocumentSource(PackedSource):
             self._group.popleft()
 
 
-def pack_apart_once(encoded: Iterable[Encoded], seq_length: int) -> Iterator[Block]:
+def pack_apart_once(encoded: Iterable[Encoded], seq_length: int) -> Iterator[TokenBlock]:
     """Packs documents apart, once, as `tasks.packing.concat.pack_once` does end to end."""
     group: list[tuple[Encoded, str]] = []
     room = GROUP_BLOCKS * seq_length
@@ -84,7 +84,7 @@ def pack_apart_once(encoded: Iterable[Encoded], seq_length: int) -> Iterator[Blo
     yield from _trained(group, seq_length)
 
 
-def _trained(group: Sequence[tuple[Encoded, str]], seq_length: int) -> Iterator[Block]:
+def _trained(group: Sequence[tuple[Encoded, str]], seq_length: int) -> Iterator[TokenBlock]:
     for block, _ in _pack_group(group, seq_length):
         if block.predicted.any():
             yield replace(block, documents=())
@@ -92,7 +92,7 @@ def _trained(group: Sequence[tuple[Encoded, str]], seq_length: int) -> Iterator[
 
 def _pack_group(
     documents: Sequence[tuple[Encoded, str]], seq_length: int
-) -> list[tuple[Block, int]]:
+) -> list[tuple[TokenBlock, int]]:
     """Blocks, in the order of their first documents, each with how many documents begin there."""
     pieces = [piece for encoded, where in documents for piece in _cut(encoded, where, seq_length)]
     fitted = fit([len(piece.encoded.tokens) for piece in pieces], seq_length)
@@ -126,7 +126,7 @@ def fit(lengths: Sequence[int], room: int) -> list[list[int]]:
     return sorted(sorted(indices) for indices in bins)
 
 
-def _block(pieces: Sequence[_Piece], seq_length: int) -> tuple[Block, int]:
+def _block(pieces: Sequence[_Piece], seq_length: int) -> tuple[TokenBlock, int]:
     block, begins = empty_block(seq_length), np.empty(seq_length, dtype=np.int64)
     filled = 0
     for piece in pieces:

@@ -10,8 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from tasks.packing.blocks import Block, empty_block
-from tasks.shuffling.buffered import State
+from tasks.packing.blocks import TokenBlock, empty_block
+from tasks.sources.base import State
 from tasks.tokenization.encoder import Encoded
 from tasks.tokenization.prefetch import EncodedDocument, EncodedDocuments
 
@@ -27,7 +27,7 @@ class PackedSource(ABC):
         self._before = documents.state()
         self._used = self._epoch = self._num_documents = self._num_blocks = 0
 
-    def next_block(self) -> Block:
+    def next_block(self) -> TokenBlock:
         """The next block that trains any token; those that train none are passed over.
 
         Raises:
@@ -44,7 +44,7 @@ class PackedSource(ABC):
         return block
 
     @abstractmethod
-    def _pack(self) -> Block:
+    def _pack(self) -> TokenBlock:
         """The next block, whatever it trains."""
 
     def _next_document(self) -> EncodedDocument:
@@ -87,7 +87,7 @@ class ConcatenatedSource(PackedSource):
         super().__init__(documents, seq_length)
         self._document: EncodedDocument | None = None
 
-    def _pack(self) -> Block:
+    def _pack(self) -> TokenBlock:
         block = empty_block(self._seq_length)
         documents: list[str] = []
         filled = 0
@@ -114,7 +114,7 @@ class ConcatenatedSource(PackedSource):
             raise self._documents.source.empty_error("changed since the checkpoint")
 
 
-def _copy(encoded: Encoded, used: int, block: Block, filled: int) -> int:
+def _copy(encoded: Encoded, used: int, block: TokenBlock, filled: int) -> int:
     """What of a document is not used yet, to the block as far as there is room: how much."""
     count = min(len(encoded.tokens) - used, len(block.tokens) - filled)
     here, there = slice(filled, filled + count), slice(used, used + count)
@@ -122,7 +122,7 @@ def _copy(encoded: Encoded, used: int, block: Block, filled: int) -> int:
     return count
 
 
-def pack_once(encoded: Iterable[Encoded], seq_length: int) -> Iterator[Block]:
+def pack_once(encoded: Iterable[Encoded], seq_length: int) -> Iterator[TokenBlock]:
     """Packs documents in order, once; the last block is padded.
 
     Blocks that train no token are left out.
@@ -132,7 +132,7 @@ def pack_once(encoded: Iterable[Encoded], seq_length: int) -> Iterator[Block]:
             yield block
 
 
-def _pack_all(documents: Iterable[Encoded], seq_length: int) -> Iterator[Block]:
+def _pack_all(documents: Iterable[Encoded], seq_length: int) -> Iterator[TokenBlock]:
     block, filled = empty_block(seq_length), 0
     for encoded in documents:
         used = 0

@@ -13,18 +13,16 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from common.seeds import derive_seed
 from common.text import shown
-from tasks.file_digest import describe_file
 from tasks.sources.bad_lines import BadLines
-from tasks.sources.base import BadLineError, Document, Record, Source
+from tasks.sources.base import BadLineError, Document, Record, Source, State, describe_file
 
 CHUNK_DOCUMENTS = 4096
 CHUNK_BYTES = 64 << 20
 
-State = dict[str, Any]
 T = TypeVar("T")
 
 
@@ -36,7 +34,7 @@ class _Cursor(NamedTuple):
     line: int = 0
 
 
-class Documents:
+class BufferedShuffle:
     """A source's documents, each once an epoch. Holds one chunk in memory.
 
     `seed` belongs to this source alone: two equal sources with two seeds differ in order.

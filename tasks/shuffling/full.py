@@ -10,13 +10,12 @@ from functools import cached_property
 
 from common.seeds import derive_seed
 from common.text import shown
-from tasks.shuffling.buffered import State
 from tasks.shuffling.permutation import Permutation
 from tasks.sources.bad_lines import BadLines
-from tasks.sources.base import BadLineError, Document, Items, Source
+from tasks.sources.base import BadLineError, Document, Items, Source, State
 
 
-class IndexedDocuments:
+class FullShuffle:
     """A source's documents, each once an epoch; `source` has items.
 
     `seed` belongs to this source alone: two equal sources with two seeds differ in order. The items

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from common.text import shown
 
 
-class Message(NamedTuple):
+class ChatMessage(NamedTuple):
     """What one side says in a conversation; `role` is user, assistant or system."""
 
     role: str
@@ -26,7 +28,7 @@ class Document(NamedTuple):
     text: str
     where: str
     completions: tuple[tuple[int, int], ...] | None = None
-    messages: tuple[Message, ...] | None = None
+    messages: tuple[ChatMessage, ...] | None = None
 
 
 class BadLineError(ValueError):
@@ -99,3 +101,49 @@ class Source:
     def empty_error(self, what: str = "holds no document") -> ValueError:
         """The error for a source that nothing can be made of."""
         return ValueError(f"{shown(self.name)}: the source {what}")
+
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ItemsFile:
+    """A file of a source whose items `open_items` opens; a record's offset and line count items."""
+
+    path: str
+    open_items: Callable[[], Items]
+
+    def read(self, offset: int = 0, line: int = 0) -> Iterator[Record]:
+        """See `tasks.sources.base.SourceFile.read`."""
+        items = self.open_items()
+        for number in range(offset, items.num_items):
+            document = items.read(number)
+            if document is not None:
+                yield Record(document, size_of(document), number + 1, number + 1)
+
+
+def size_of(document: Document | BadLineError) -> int:
+    """About its bytes in memory."""
+    if isinstance(document, BadLineError):
+        return 0
+    return len(document.text) + sum(len(one.content) for one in document.messages or ())
+
+
+SAMPLE_BYTES = 1 << 16  # of each end of a file: an edit that keeps the size is most likely seen
+
+
+def describe_file(path: str, num_items: int) -> bytes:
+    """A file's name, size and both ends, and how many items it has, for a digest.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            first = file.read(SAMPLE_BYTES)
+            file.seek(max(0, size - SAMPLE_BYTES))
+            ends = hashlib.blake2b(first + file.read(SAMPLE_BYTES)).hexdigest()
+    except OSError as error:
+        raise ValueError(f"{shown(path)}: {error.strerror}") from error
+    return os.fsencode(f"{os.path.basename(path)}\0{size}\0{num_items}\0{ends}\0")

@@ -11,15 +11,14 @@ import datasets
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from tasks.items_file import size_of
-from tasks.registry import Place
-from tasks.sources.base import Record, Source, one_line
+from tasks.source_spec import SourceLocation
+from tasks.sources.base import Record, Source, one_line, size_of
 from tasks.sources.rows import Form, parse_row
 
 HUB_TIMEOUT_SECONDS = 10.0
 
 
-def check(place: Place, form: Form) -> None:
+def check(place: SourceLocation, form: Form) -> None:
     """Asks the hub for the data set, and reads which columns it has.
 
     Raises:
@@ -29,7 +28,7 @@ def check(place: Place, form: Form) -> None:
     _open_rows(place, form)
 
 
-def open_hub(name: str, place: Place, form: Form) -> Source:
+def open_hub(name: str, place: SourceLocation, form: Form) -> Source:
     """The source, which can be read in order alone.
 
     Raises:
@@ -46,7 +45,7 @@ class HubRows:
     A record's offset and line count rows. Reading on from one reads past those before it.
     """
 
-    place: Place
+    place: SourceLocation
     form: Form
 
     @property
@@ -69,7 +68,7 @@ class HubRows:
             yield Record(document, size_of(document), number, number)
 
 
-def _reach(place: Place) -> None:
+def _reach(place: SourceLocation) -> None:
     """Says at once what `datasets` would say after half a minute of attempts."""
     if constants.HF_HUB_OFFLINE:
         return  # datasets then reads what it has kept, or says so at once
@@ -79,7 +78,7 @@ def _reach(place: Place) -> None:
         raise _unreachable(place, error) from error
 
 
-def _open_rows(place: Place, form: Form) -> Any:
+def _open_rows(place: SourceLocation, form: Form) -> Any:
     name, configuration = _split(place.path)
     try:
         rows = datasets.load_dataset(name, configuration, split="train", streaming=True)
@@ -94,7 +93,7 @@ def _split(path: str) -> tuple[str, str | None]:
     return f"{organisation}/{name}", configuration[0] if configuration else None
 
 
-def _unreachable(place: Place, error: Exception) -> ValueError:
+def _unreachable(place: SourceLocation, error: Exception) -> ValueError:
     why = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if isinstance(error, RepositoryNotFoundError):
         why = "it has none of that name, or none that your token may read"

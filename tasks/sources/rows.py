@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.sources.base import BadLineError, Document, Message
+from tasks.sources.base import BadLineError, ChatMessage, Document
 
 FORMS = '{"text": "..."}, {"prompt": "...", "completion": "..."} or {"messages": [...]}'
 
@@ -97,7 +97,7 @@ def check_text(value: Any, where: str, key: str) -> str:
     return value
 
 
-def _parse_messages(value: Any, where: str) -> tuple[Message, ...]:
+def _parse_messages(value: Any, where: str) -> tuple[ChatMessage, ...]:
     if not isinstance(value, list) or not value:
         what = "an empty list" if value == [] else _kind(value)
         raise BadLineError(f'{where}: expected a list of messages as "messages", got {what}')
@@ -109,7 +109,7 @@ def _parse_messages(value: Any, where: str) -> tuple[Message, ...]:
                 f'{where}: {place}: expected {{"role": "...", "content": "..."}}, got {_kind(one)}'
             )
         role, content = (check_text(one.get(k), where, f"{place}.{k}") for k in ("role", "content"))
-        messages.append(Message(role, content))
+        messages.append(ChatMessage(role, content))
     return tuple(messages)
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from tasks.sources.base import BadLineError, Document, Message
+from tasks.sources.base import BadLineError, ChatMessage, Document
 
 Spans = tuple[tuple[int, int], ...]
 
@@ -69,7 +69,9 @@ class ChatFormat:
             start = end + 1
         return tuple(spans)
 
-    def _spans(self, messages: Sequence[Message], text: str, where: str) -> list[tuple[int, int]]:
+    def _spans(
+        self, messages: Sequence[ChatMessage], text: str, where: str
+    ) -> list[tuple[int, int]]:
         spans = []
         for index, message in enumerate(messages):
             if message.role != "assistant":
@@ -89,7 +91,7 @@ class ChatFormat:
             spans.append((len(before), len(until)))
         return spans
 
-    def _before_first(self, message: Message, where: str) -> str:
+    def _before_first(self, message: ChatMessage, where: str) -> str:
         """What is written until an assistant speaks that speaks first: no template takes an empty
         conversation, but what asks for its turn after this one is there before it, too."""
         alone = self._render([message], where)
@@ -97,7 +99,7 @@ class ChatFormat:
         header = asked[len(alone) :] if asked.startswith(alone) else ""
         return alone[: alone.find(header) + len(header)] if header in alone else ""
 
-    def _render(self, messages: Sequence[Message], where: str, *, is_next: bool = False) -> str:
+    def _render(self, messages: Sequence[ChatMessage], where: str, *, is_next: bool = False) -> str:
         assert self._tokenizer is not None
         try:
             text: str = self._tokenizer.apply_chat_template(
@@ -111,7 +113,7 @@ class ChatFormat:
         return text
 
 
-def _marked(message: Message, where: str) -> str:
+def _marked(message: ChatMessage, where: str) -> str:
     if message.role not in _MARKS:
         raise BadLineError(
             f"{where}: expected a role of {', '.join(_MARKS)} (the tokenizer has no chat template),"

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from tasks.shuffled import Shuffled
-from tasks.shuffling.buffered import State
-from tasks.sources.base import BadLineError, Document, Source
+from tasks.sources.base import BadLineError, Document, Source, State
 from tasks.tokenization.encoder import NOTHING, Encoded, TrainOn
 from tasks.tokenization.workers import Results, Workers
 

@@ -17,7 +17,7 @@ import torch
 
 from checkpoint.conversion.from_hf import convert_from_hf
 from checkpoint.conversion.to_hf import convert_to_hf
-from checkpoint.shards import load_layer_shard
+from checkpoint.files.layer_shards import load_layer_shard
 from pipeline_parallel.partition.split import Split
 from tests.checkpoint.models import (
     copy_config,

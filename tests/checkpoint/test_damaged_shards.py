@@ -16,7 +16,7 @@ from checkpoint.files.layer_shards import NAME, write_shard_manifest
 from tests.tasks.material import make_texts, write_jsonl
 from tests.test_parity import make_shards
 from tests.test_resume_rules import run_parts
-from training.run import Run
+from training.run import TrainingRun
 
 SHARDS = ["pytorch_embs.pt", "pytorch_0.pt", "pytorch_1.pt", "pytorch_lm_head.pt"]
 SMALL = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
@@ -55,10 +55,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     return Home(folder / "shards" / "model", flags)
 
 
-def start(model: Path, home: Home) -> Run:
+def start(model: Path, home: Home) -> TrainingRun:
     """A run as far as it is before the first step."""
     own = {"model-name": model, "checkpoint-path": model.parent / "run"}
-    run = Run(**run_parts({**home.flags, **own}))
+    run = TrainingRun(**run_parts({**home.flags, **own}))
     run.prepare()
     return run
 

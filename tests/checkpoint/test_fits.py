@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint.files.validation import is_finite
 from checkpoint.resume.load import load_checkpoint_, load_shards_
+from common.tensors import is_finite
 from modules.registry import MODELS
 from modules.stage_model import StageModel
 from pipeline_parallel.partition.split import Split

@@ -27,7 +27,7 @@ from tests.dist import run_ranks
 from tests.runs import Case, connected, meet_at, run_folder, to_argv, train_cases
 from tests.tasks.material import make_texts, write_jsonl
 from tests.test_parity import make_shards
-from training.run import Run
+from training.run import TrainingRun
 
 STAGES, LAST, FIRST = 2, 4, 2
 MANIFESTS = [f"prank_{stage}_manifest.json" for stage in range(STAGES)]
@@ -112,7 +112,7 @@ def open_all(
             gather_json(fabric.control, None)
             args = parse_train(to_argv({**flags, "checkpoint-path": run, "rank": rank}), {})
             try:
-                opened = Run(
+                opened = TrainingRun(
                     args, topology=topology, fabric=fabric, device=torch.device("cpu"), nonce=nonce
                 )
                 found[name] = opened.start

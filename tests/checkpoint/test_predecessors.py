@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from checkpoint.conversion.to_hf import convert_to_hf
-from checkpoint.shards import load_layer_shard
+from checkpoint.files.layer_shards import load_layer_shard
 from checkpoint.steps.stage_weights import read_stage_module, resolve_checkpoint
 from modules.registry import MODELS
 from tests.checkpoint.models import hf_weights

@@ -16,12 +16,12 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from checkpoint.retention import Keep, prune
+from checkpoint.retention import RetentionPolicy, prune
 from checkpoint.steps import folder as step_folder
 from checkpoint.steps.manifest import read_manifest
 from checkpoint.store import CheckpointStore
-from comm.backends.single_process import LocalCommunicator
-from comm.collective_io import Background
+from comm.backends.single_process import SingleProcessCommunicator
+from comm.collective_io import BackgroundTask
 from comm.topology import Topology
 from tests.checkpoint.models import hf_weights
 from tests.checkpoint.test_damage import to_hf
@@ -29,7 +29,7 @@ from tests.kill_lab import leftovers, same, state
 from tests.tasks.material import make_texts, write_jsonl
 from tests.test_parity import make_shards
 from tests.test_resume_rules import run_parts, train_alone, train_with
-from training.run import Run
+from training.run import TrainingRun
 
 STEPS = 10
 KEPT, KEEP = ["6", "8", "10"], {"keep-checkpoints": 3, "keep-optimizer-states": 1}
@@ -39,7 +39,7 @@ class Killed(BaseException):
     """The end of a process, as far as its files show it."""
 
 
-class AtOnce(Background):
+class AtOnce(BackgroundTask):
     """Work that is done when it is begun: a process that dies in it does nothing more."""
 
     def __init__(self, work: Callable[[], None]) -> None:
@@ -103,7 +103,7 @@ def test_training_does_not_go_on_without_optimizer_state(
     run = Path(shutil.copytree(flags["checkpoint-path"], tmp_path / "run"))
     shutil.rmtree(run / str(STEPS))
     with pytest.raises(ValueError, match=r"/8/prank_0_optimizer\.pt: dropped") as caught:
-        Run(**run_parts({**flags, "checkpoint-path": run}))
+        TrainingRun(**run_parts({**flags, "checkpoint-path": run}))
     assert "--keep-optimizer-states" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -114,7 +114,7 @@ def test_a_file_that_is_gone_is_not_taken_for_dropped(
     run = Path(shutil.copytree(flags["checkpoint-path"], tmp_path / "run"))
     (run / str(STEPS) / "prank_0_optimizer.pt").unlink()
     with pytest.raises(ValueError, match=r"prank_0_optimizer\.pt: no such file"):
-        Run(**run_parts({**flags, "checkpoint-path": run}))
+        TrainingRun(**run_parts({**flags, "checkpoint-path": run}))
 
 
 @contextmanager
@@ -145,14 +145,14 @@ def test_a_crash_while_old_steps_go_costs_nothing(
     """A save renames twice, and then once for each step that goes: the ninth is the first such."""
     again = {**flags, "checkpoint-path": tmp_path / "run"}
     nth = 9 if target.endswith("_rename_if_there") else 1
-    at_once = patch("checkpoint.removal.Background", AtOnce)
+    at_once = patch("checkpoint.retention.BackgroundTask", AtOnce)
     with killed_at(target, nth, after=after), at_once, pytest.raises(Killed):
         train_alone(again)
     assert (tmp_path / "run" / "latest").read_text() == ("4" if "replace" in target else "8")
     for step in steps_of(tmp_path / "run"):
         folder = tmp_path / "run" / step
         read_manifest(folder, 0).check(folder)
-    assert Run(**run_parts(again)).start > 0
+    assert TrainingRun(**run_parts(again)).start > 0
     train_with({**run_parts(again), "nonce": "another"})
     assert steps_of(tmp_path / "run") == KEPT
     assert states_of(tmp_path / "run") == [str(STEPS)]
@@ -163,11 +163,11 @@ def test_a_crash_while_old_steps_go_costs_nothing(
 def test_old_steps_go_beside_training_and_before_the_next_is_written(tmp_path: Path) -> None:
     store = CheckpointStore(
         tmp_path,
-        control=LocalCommunicator(),
+        control=SingleProcessCommunicator(),
         topology=Topology(0, 1, 1),
         nonce="n",
         extras={},
-        keep=Keep(1),
+        keep=RetentionPolicy(1),
     )
     trained = threading.Event()
 
@@ -181,7 +181,7 @@ def test_old_steps_go_beside_training_and_before_the_next_is_written(tmp_path: P
 
     save(1)
     store.tidy()
-    with patch("checkpoint.removal.prune", prune_slowly):
+    with patch("checkpoint.retention.prune", prune_slowly):
         save(2)
         save(3, hurry=True)  # as where the run is asked to stop
         assert steps_of(tmp_path) == ["1", "2", "3"]
@@ -203,11 +203,11 @@ def test_old_steps_go_beside_training_and_before_the_next_is_written(tmp_path: P
 def test_a_hurried_save_waits_for_room_where_there_is_none(tmp_path: Path) -> None:
     store = CheckpointStore(
         tmp_path,
-        control=LocalCommunicator(),
+        control=SingleProcessCommunicator(),
         topology=Topology(0, 1, 1),
         nonce="n",
         extras={},
-        keep=Keep(1),
+        keep=RetentionPolicy(1),
     )
     removed, tried = threading.Event(), threading.Event()
     write = step_folder.write_stage_files
@@ -223,7 +223,7 @@ def test_a_hurried_save_waits_for_room_where_there_is_none(tmp_path: Path) -> No
         prune(*args, **options)
         removed.set()
 
-    with patch("checkpoint.removal.prune", prune_slowly):
+    with patch("checkpoint.retention.prune", prune_slowly):
         store.begin(1, parts={"checkpoint": {}}, meta={"step": 1})
         store.finish()
         with patch("checkpoint.steps.folder.write_stage_files", write_where_there_is_room):
@@ -237,11 +237,11 @@ def test_a_hurried_save_waits_for_room_where_there_is_none(tmp_path: Path) -> No
 def test_what_cannot_be_removed_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = CheckpointStore(
         tmp_path,
-        control=LocalCommunicator(),
+        control=SingleProcessCommunicator(),
         topology=Topology(0, 1, 1),
         nonce="n",
         extras={},
-        keep=Keep(1),
+        keep=RetentionPolicy(1),
     )
     with patch("os.rmdir", side_effect=OSError(5, "Input/output error", "1")):
         for step in (1, 2):
@@ -251,7 +251,9 @@ def test_what_cannot_be_removed_is_told(tmp_path: Path, caplog: pytest.LogCaptur
     assert "older checkpoints could not be removed: [Errno 5] Input/output error" in caplog.text
 
 
-def peak(saves: int, keep: Keep, kept: tuple[int, int], weights: int, states: int) -> int:
+def peak(
+    saves: int, keep: RetentionPolicy, kept: tuple[int, int], weights: int, states: int
+) -> int:
     """What such saves add at most, by writing and removing them one after the other."""
     there = [index >= kept[0] - kept[1] for index in range(kept[0])]  # whether each has its state
     sizes = [_size(there, weights, states)]
@@ -272,7 +274,7 @@ def _size(there: list[bool], weights: int, states: int) -> int:
 @pytest.mark.parametrize("steps", [None, 1, 2, 4])
 @pytest.mark.parametrize("states", [None, 1, 2, 3])
 def test_the_disk_that_a_run_needs_is_foreseen(steps: int | None, states: int | None) -> None:
-    keep = Keep(steps, states)
+    keep = RetentionPolicy(steps, states)
     for saves, kept in itertools.product(range(7), ((0, 0), (1, 1), (3, 1), (3, 3), (6, 2))):
         foreseen = keep.added_bytes(saves, kept=kept, weights=4, state=8)
         needed = peak(saves, keep, kept, 4, 8)
@@ -284,11 +286,11 @@ def test_a_disk_that_does_not_let_latest_catch_up_is_a_warning(
 ) -> None:
     store = CheckpointStore(
         tmp_path,
-        control=LocalCommunicator(),
+        control=SingleProcessCommunicator(),
         topology=Topology(0, 1, 1),
         nonce="n",
         extras={},
-        keep=Keep(),
+        keep=RetentionPolicy(),
     )
     full = OSError(28, "No space left on device")
     with patch("checkpoint.store.write_latest", side_effect=full):

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from comm import collective_io as together
-from comm.backends.single_process import LocalCommunicator
-from comm.collective_io import do_together
+from comm.backends.single_process import SingleProcessCommunicator
+from comm.collective_io import run_on_all
 from comm.topology import Topology
 from tests.dist import run_ranks
 from tests.runs import connected
@@ -29,9 +29,9 @@ def work_on_all(rank: int, world: int, url: str) -> list[str | None]:
     """Slower than a process may wait for another; failing on the last rank; with nothing to do."""
     with connected(Topology(rank, world, 1), url, dist_timeout=3.0) as (fabric, _):
         slow = (lambda: time.sleep(7.0)) if rank == 1 else None
-        found = [do_together(fabric.control, slow, "slow work")]
+        found = [run_on_all(fabric.control, slow, "slow work")]
         work = fail if rank == world - 1 else succeed
-        found.append(do_together(fabric.control, work, "failing work"))
+        found.append(run_on_all(fabric.control, work, "failing work"))
         return found
 
 
@@ -49,7 +49,7 @@ def test_a_mistake_of_ours_is_no_failure_of_the_disk() -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        do_together(LocalCommunicator(), wrong, "work")
+        run_on_all(SingleProcessCommunicator(), wrong, "work")
 
 
 def test_slow_work_is_told_while_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,6 +71,6 @@ def test_slow_work_is_told_while_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> 
     listener = Listener()
     logger.addHandler(listener)
     try:
-        assert do_together(LocalCommunicator(), wait, "saving step 7") is None
+        assert run_on_all(SingleProcessCommunicator(), wait, "saving step 7") is None
     finally:
         logger.removeHandler(listener)

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint.retention import Keep
-from checkpoint.steps.complete import Held, common_steps
+from checkpoint.retention import RetentionPolicy
+from checkpoint.steps.complete import HeldFiles, common_steps
 from checkpoint.store import CheckpointStore
 from comm.objects import gather_json
-from comm.process_groups import Fabric
+from comm.process_groups import ProcessGroups
 from comm.topology import Topology
 from tests.checkpoint.models import forget_manifests
 from tests.checkpoint.test_damage import cut
@@ -103,7 +103,9 @@ def states_of(disk: Path) -> list[str]:
     return sorted((path.parent.name for path in disk.glob("*/*_optimizer.pt")), key=int)
 
 
-def save(fabric: Fabric, disk: Path, nonce: str, steps: tuple[int, ...], keep: Keep) -> None:
+def save(
+    fabric: ProcessGroups, disk: Path, nonce: str, steps: tuple[int, ...], keep: RetentionPolicy
+) -> None:
     """As one start that saves so many steps."""
     store = CheckpointStore(
         disk,
@@ -126,10 +128,10 @@ def live(rank: int, _world: int, url: str, folder: Path) -> dict[str, tuple[list
     logging.getLogger().setLevel(logging.ERROR)
     with connected(Topology(rank, STAGES, 1), url) as (fabric, nonce):
         for name, (happens, *_) in STORIES.items():
-            for keep in (Keep(steps=2), Keep(optimizer_states=2)):
+            for keep in (RetentionPolicy(steps=2), RetentionPolicy(optimizer_states=2)):
                 disk = folder / f"{name}, {keep}" / f"disk{rank}"
                 disk.mkdir(parents=True)
-                save(fabric, disk, nonce, OLD, Keep())
+                save(fabric, disk, nonce, OLD, RetentionPolicy())
                 if rank == 1:
                     happens(disk)
                 gather_json(fabric.control, None)
@@ -148,7 +150,7 @@ def test_only_what_all_stages_have_counts(
     name: str, found: list[dict[str, tuple[list[str], list[str]]]]
 ) -> None:
     _, first, second = STORIES[name]
-    steps = [of_a_stage[f"{name}, {Keep(steps=2)}"][0] for of_a_stage in found]
+    steps = [of_a_stage[f"{name}, {RetentionPolicy(steps=2)}"][0] for of_a_stage in found]
     assert steps == [first, first if second is None else second]
 
 
@@ -157,13 +159,13 @@ def test_states_stay_of_as_many_steps_that_can_be_gone_on_from(
     name: str, found: list[dict[str, tuple[list[str], list[str]]]]
 ) -> None:
     for of_a_stage in found:
-        steps, states = of_a_stage[f"{name}, {Keep(optimizer_states=2)}"]
+        steps, states = of_a_stage[f"{name}, {RetentionPolicy(optimizer_states=2)}"]
         assert states == STORIES[name][1]
         assert set(steps) >= {"2", "5", "10"}
 
 
-def held(save_name: str, num_stages: int, *stages: int) -> list[Held]:
-    return [Held(save_name, num_stages, stage) for stage in stages]
+def held(save_name: str, num_stages: int, *stages: int) -> list[HeldFiles]:
+    return [HeldFiles(save_name, num_stages, stage) for stage in stages]
 
 
 def test_a_step_of_other_stages_counts_where_the_disks_together_have_it() -> None:

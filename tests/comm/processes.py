@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from comm.communicator import PeerLostError
-from comm.liveness.failure_detector import Watch
+from comm.liveness.failure_detector import FailureDetector
 from tests.comm.ranks import Rank, enter
 from tests.dist import process_context
 
@@ -98,7 +98,7 @@ def member(
     entered.close()
 
 
-def _await_waiting(watch: Watch, ready: Path) -> None:
+def _await_waiting(watch: FailureDetector, ready: Path) -> None:
     before = watch.activity.text
     while watch.activity.text == before:
         time.sleep(0.001)

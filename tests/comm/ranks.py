@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from comm.liveness.failure_detector import Watch
-from comm.process_groups import Fabric, connect
+from comm.liveness.failure_detector import FailureDetector
+from comm.process_groups import ProcessGroups, create_process_groups
 from comm.rendezvous.dist_url import parse_dist_url
 from comm.rendezvous.interface import choose_interface, export
 from comm.rendezvous.job_key import JobKey
@@ -23,8 +23,8 @@ class Rank:
 
     topology: Topology
     rendezvous: Rendezvous
-    watch: Watch
-    fabric: Fabric
+    watch: FailureDetector
+    fabric: ProcessGroups
 
     def close(self) -> None:
         self.fabric.close()
@@ -62,8 +62,8 @@ def link(
     topology: Topology, rendezvous: Rendezvous, *, dist_backend: str, dist_timeout: float
 ) -> Rank:
     """All channels of a process that has met the others."""
-    watch = Watch.connect(rendezvous, topology)
-    fabric = connect(
+    watch = FailureDetector.connect(rendezvous, topology)
+    fabric = create_process_groups(
         topology,
         rendezvous,
         dist_backend=dist_backend,

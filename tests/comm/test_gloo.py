@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from comm.backends.host_staging import HostCopyCommunicator
+from comm.backends.host_staging import HostStagingCommunicator
 from tests.comm.checks import DTYPES, bits, check_group, values
 from tests.comm.ranks import Rank, enter
 from tests.dist import run_ranks
@@ -25,7 +25,7 @@ def check_slices(rank: Rank) -> None:
 
 def check_host_copies(rank: Rank) -> None:
     """The channel for device tensors over host memory, on tensors that are in host memory."""
-    channel = HostCopyCommunicator(rank.fabric.pipeline)
+    channel = HostStagingCommunicator(rank.fabric.pipeline)
     peer = 1 - channel.rank
     mine, theirs = torch.full((2, 3), float(channel.rank)), torch.empty(2, 3)
     works = [channel.receive(theirs, source=peer), channel.send(mine, to=peer)]

@@ -9,24 +9,25 @@ from collections.abc import Iterator
 
 import pytest
 
-from comm.liveness.handshake import Greeting
-from comm.liveness.server import Hub, Message, decode, encode
+from comm.liveness.handshake import Handshake
+from comm.liveness.protocol import Message, decode, encode
+from comm.liveness.server import LivenessServer
 from comm.rendezvous.job_key import JobKey
 
-GREETING = Greeting(JobKey("a job"), "6e6f6e6365")
-OTHER_JOB = Greeting(JobKey("another"), GREETING.nonce)
-OLDER_START = Greeting(GREETING.key, "0123")
+GREETING = Handshake(JobKey("a job"), "6e6f6e6365")
+OTHER_JOB = Handshake(JobKey("another"), GREETING.nonce)
+OLDER_START = Handshake(GREETING.key, "0123")
 
 
 class Link:
     """A rank's, or a stranger's, end of a connection."""
 
-    def __init__(self, hub: Hub) -> None:
+    def __init__(self, hub: LivenessServer) -> None:
         self._socket = socket.create_connection(("127.0.0.1", hub.port), timeout=5.0)
         self._lines = self._socket.makefile("rb")
         self.challenge = decode(self._lines.readline())["challenge"]
 
-    def greet(self, rank: int, greeting: Greeting = GREETING) -> Link:
+    def greet(self, rank: int, greeting: Handshake = GREETING) -> Link:
         """Does what a rank of `greeting`'s start does."""
         self.reply = greeting.reply(self.challenge, rank=rank)
         return self.send(encode(self.reply))
@@ -59,8 +60,8 @@ def events() -> queue.Queue[Message]:
 
 
 @pytest.fixture
-def hub(events: queue.Queue[Message]) -> Iterator[Hub]:
-    hub = Hub(address="127.0.0.1", greeting=GREETING, world_size=3, on_event=events.put)
+def hub(events: queue.Queue[Message]) -> Iterator[LivenessServer]:
+    hub = LivenessServer(address="127.0.0.1", greeting=GREETING, world_size=3, on_event=events.put)
     yield hub
     hub.close()
 
@@ -80,7 +81,9 @@ def hub(events: queue.Queue[Message]) -> Iterator[Hub]:
         b"x" * 300_000,
     ],
 )
-def test_strangers_are_dropped(hub: Hub, events: queue.Queue[Message], data: bytes) -> None:
+def test_strangers_are_dropped(
+    hub: LivenessServer, events: queue.Queue[Message], data: bytes
+) -> None:
     stranger = Link(hub)
     with contextlib.suppress(ConnectionError):  # dropped before it had said all
         stranger.send(data)
@@ -93,20 +96,20 @@ def test_strangers_are_dropped(hub: Hub, events: queue.Queue[Message], data: byt
 
 
 @pytest.mark.parametrize("rank", [-1, 0, 3])
-def test_a_rank_that_the_run_has_not_is_dropped(hub: Hub, rank: int) -> None:
+def test_a_rank_that_the_run_has_not_is_dropped(hub: LivenessServer, rank: int) -> None:
     assert Link(hub).greet(rank).read() == b""
 
 
 @pytest.mark.parametrize("greeting", [OTHER_JOB, OLDER_START])
 def test_a_rank_of_another_job_or_start_is_dropped(
-    hub: Hub, events: queue.Queue[Message], greeting: Greeting
+    hub: LivenessServer, events: queue.Queue[Message], greeting: Handshake
 ) -> None:
     assert Link(hub).greet(1, greeting).read() == b""
     assert hub.await_all(seconds=0.1) == [1, 2]
     assert events.empty()
 
 
-def test_what_a_rank_said_once_is_of_no_use_again(hub: Hub) -> None:
+def test_what_a_rank_said_once_is_of_no_use_again(hub: LivenessServer) -> None:
     """Nor is it to a rank that would pass for another."""
     first = Link(hub).enter(1)
     played_back = Link(hub).send(encode(first.reply))
@@ -116,7 +119,9 @@ def test_what_a_rank_said_once_is_of_no_use_again(hub: Hub) -> None:
     assert other.send(encode({**reply, "rank": 2})).read() == b""
 
 
-def test_strangers_that_hang_on_keep_no_rank_out(hub: Hub, events: queue.Queue[Message]) -> None:
+def test_strangers_that_hang_on_keep_no_rank_out(
+    hub: LivenessServer, events: queue.Queue[Message]
+) -> None:
     """Of any number the hub keeps 64, beside as many as the run has ranks, who are strangers until
     they have proved themselves; the first to go is the one that has been there longest."""
     strangers = [Link(hub).send(b'{"rank": 1, "chal') for _ in range(70)]
@@ -128,7 +133,9 @@ def test_strangers_that_hang_on_keep_no_rank_out(hub: Hub, events: queue.Queue[M
         link.close()
 
 
-def test_a_second_connection_of_a_rank_is_dropped(hub: Hub, events: queue.Queue[Message]) -> None:
+def test_a_second_connection_of_a_rank_is_dropped(
+    hub: LivenessServer, events: queue.Queue[Message]
+) -> None:
     first = Link(hub).enter(1)
     assert hub.await_all(seconds=0.5) == [2]
     assert Link(hub).greet(1).read() == b""
@@ -137,7 +144,7 @@ def test_a_second_connection_of_a_rank_is_dropped(hub: Hub, events: queue.Queue[
     assert events.get(timeout=5.0) == {"lost": 1}
 
 
-def test_only_the_first_failure_is_told(hub: Hub, events: queue.Queue[Message]) -> None:
+def test_only_the_first_failure_is_told(hub: LivenessServer, events: queue.Queue[Message]) -> None:
     one, two = (Link(hub).enter(rank) for rank in (1, 2))
     assert hub.await_all(seconds=5.0) == []
     one.send(encode({"failed": 2, "line": "the cause"}))

@@ -10,11 +10,11 @@ from unittest.mock import Mock, patch
 import pytest
 import torch
 
-from comm.backends.streams import CudaLane, HostLane, lane_on
+from comm.backends.streams import CudaStream, HostStream, lane_on
 
 
 def test_calls_run_in_order_beside_the_computation() -> None:
-    lane = HostLane()
+    lane = HostStream()
     go, done = threading.Event(), list[int]()
     lane.queue(lambda: _append(done, 0))
     first = lane.mark()
@@ -42,7 +42,7 @@ def test_two_lanes_do_not_wait_for_each_other() -> None:
 
 
 def test_a_failure_comes_back_at_every_later_point() -> None:
-    lane = HostLane()
+    lane = HostStream()
     ran: list[int] = []
     lane.queue(lambda: _append(ran, 0))
     before = lane.mark()
@@ -60,7 +60,7 @@ def test_a_failure_comes_back_at_every_later_point() -> None:
 
 
 def test_closing_waits_for_what_is_queued() -> None:
-    lane = HostLane()
+    lane = HostStream()
     ran: list[int] = []
     lane.queue(lambda: _append(ran, 0))
     lane.close()
@@ -68,7 +68,7 @@ def test_closing_waits_for_what_is_queued() -> None:
 
 
 def test_a_tensor_lives_until_its_call_is_done_and_no_longer() -> None:
-    lane = HostLane()
+    lane = HostStream()
     go, tensor = threading.Event(), torch.ones(3)
     alive = weakref.ref(tensor)
     lane.queue(lambda: _wait(go))
@@ -105,7 +105,7 @@ def test_a_stream_waits_for_what_made_a_tensor_and_keeps_its_memory() -> None:
         patch("torch.cuda.Stream") as make,
         patch("torch.cuda.current_stream") as current,
     ):
-        stream, lane = make.return_value, CudaLane(device)
+        stream, lane = make.return_value, CudaStream(device)
         lane.enter(tensor)
         stream.wait_stream.assert_called_once_with(current.return_value)
         tensor.record_stream.assert_called_once_with(stream)

@@ -19,9 +19,8 @@ from cupy.cuda import nccl
 from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 
-from comm.activity import Activity
 from comm.backends.cupy_nccl import DTYPE_CODES, NcclCommunicator, load_library
-from comm.communicator import PeerLostError
+from comm.communicator import CurrentOperation, PeerLostError
 from comm.topology import Topology
 from tests.comm.checks import NUMBERS, check_group
 from tests.comm.nccl_double import NcclDouble, nccl_double
@@ -48,7 +47,7 @@ def open_channel(
         topology=Topology(rank=rank, num_stages=size, num_replicas=1),
         device=torch.device("cpu"),
         store=store,
-        activity=Activity(),
+        activity=CurrentOperation(),
         dist_timeout=dist_timeout,
         on_hang=told.put,
         is_chain=is_chain,

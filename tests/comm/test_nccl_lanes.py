@@ -17,8 +17,8 @@ from cupy.cuda import nccl
 from torch import Tensor
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from comm.backends.hang_detector import HangMonitor
-from comm.backends.streams import HostLane, Mark
+from comm.backends.hang_detector import HangDetector
+from comm.backends.streams import Event, HostStream
 from comm.communicator import PeerLostError, Work
 from tests.comm.nccl_double import NcclDouble, nccl_double
 from tests.comm.test_nccl import Told, open_channel
@@ -90,7 +90,7 @@ def test_a_failure_that_nccl_knows_of_ends_a_message_that_never_ends() -> None:
     assert "the communicator has failed" in text
 
 
-class NotingLane(HostLane):
+class NotingLane(HostStream):
     """Notes in which order what is asked of it."""
 
     def __init__(self, calls: list[tuple[str, int]]) -> None:
@@ -105,7 +105,7 @@ class NotingLane(HostLane):
         self._calls.append(("queue", 0))
         super().queue(call)
 
-    def mark(self) -> Mark:
+    def mark(self) -> Event:
         self._calls.append(("mark", 0))
         return super().mark()
 
@@ -150,7 +150,7 @@ def test_a_message_that_never_ends_is_reported() -> None:
             """Nobody asks."""
 
     told: Told = queue.SimpleQueue()
-    monitor = HangMonitor(limit=0.1, on_hang=told.put)
+    monitor = HangDetector(limit=0.1, on_hang=told.put)
     monitor.add("pipeline receive from rank 1", Point(reached=True), lambda: None)
     monitor.add("pipeline receive from rank 2", Point(reached=False), lambda: None)
     assert str(told.get(timeout=5.0)).startswith("pipeline receive from rank 2 took more than")

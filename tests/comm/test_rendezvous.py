@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from comm.lifecycle import deadline as watchdog
-from comm.liveness.failure_detector import Watch
-from comm.process_groups import connect
+from comm.liveness.failure_detector import FailureDetector
+from comm.process_groups import create_process_groups
 from comm.rendezvous import join as rendezvous
 from comm.rendezvous.dist_url import parse_dist_url
 from comm.rendezvous.interface import Interface
 from comm.rendezvous.job_key import JobKey
 from comm.rendezvous.join import Rendezvous, join
-from comm.rendezvous.participants import Arrival, Fact, misfit
+from comm.rendezvous.participants import Fact, Participant, find_mismatch
 from comm.topology import Topology
 from tests.comm.processes import Process, start
 from tests.comm.ranks import enter
@@ -55,7 +55,7 @@ def arrives_and_dies(ready: Path, rank: int, world_size: int, url: str, timeout:
 
 def links_and_hangs(ready: Path, rank: int, world_size: int, url: str, timeout: float) -> None:
     met = joins(ready, rank, world_size, url, {}, timeout)
-    Watch.connect(met, Topology(rank, world_size, 1))
+    FailureDetector.connect(met, Topology(rank, world_size, 1))
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
@@ -72,7 +72,7 @@ def links_with_little_grace(
 
 def links(ready: Path, rank: int, world_size: int, url: str, timeout: float) -> None:
     met = joins(ready, rank, world_size, url, {}, timeout)
-    Watch.connect(met, Topology(rank, world_size, 1))
+    FailureDetector.connect(met, Topology(rank, world_size, 1))
     time.sleep(60.0)
 
 
@@ -229,8 +229,8 @@ def test_a_world_of_one_opens_no_socket(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(socket, "socket", refuse)
     topology = Topology(0, 1, 1)
     met = Rendezvous.alone()
-    watch = Watch.connect(met, topology)
-    fabric = connect(
+    watch = FailureDetector.connect(met, topology)
+    fabric = create_process_groups(
         topology,
         met,
         dist_backend="gloo",
@@ -266,9 +266,9 @@ def test_ipv6_url() -> None:
 def test_a_loopback_address_among_others_is_a_mistake() -> None:
     """Hosts files often give a machine's own name a loopback address."""
     roster = [
-        Arrival(0, "a", "127.0.1.1", "lo", 1, {}),
-        Arrival(1, "b", "10.0.0.2", "eth0", 1, {}),
+        Participant(0, "a", "127.0.1.1", "lo", 1, {}),
+        Participant(1, "b", "10.0.0.2", "eth0", 1, {}),
     ]
-    problem = misfit(roster)
+    problem = find_mismatch(roster)
     assert problem is not None
     assert problem.startswith("--net-interface: rank 0 (host a) uses lo (127.0.1.1), which rank 1")

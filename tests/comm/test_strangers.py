@@ -20,17 +20,17 @@ import pytest
 import torch
 from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 
-from comm.lifecycle.deadline import Watchdog
-from comm.lifecycle.exit import say
-from comm.liveness.failure_detector import Watch
-from comm.liveness.handshake import Greeting
-from comm.liveness.server import decode, encode
+from comm.lifecycle.deadline import Deadline
+from comm.lifecycle.exit import report_line
+from comm.liveness.failure_detector import FailureDetector
+from comm.liveness.handshake import Handshake
+from comm.liveness.protocol import decode, encode
 from comm.rendezvous.dist_url import parse_dist_url
 from comm.rendezvous.interface import Interface
 from comm.rendezvous.job_key import MIN_TOKEN, JobKey, read_job_key
 from comm.rendezvous.join import Rendezvous, join
-from comm.rendezvous.participants import Arrival
-from comm.rendezvous.signed_store import SealedStore
+from comm.rendezvous.participants import Participant
+from comm.rendezvous.signed_store import SignedStore
 from comm.rendezvous.store import host_store
 from comm.topology import Topology
 from tests.comm.processes import Process, await_ready, member, start
@@ -64,7 +64,7 @@ def meet(ready: Path, rank: int, world_size: int, url: str, key: JobKey, timeout
         start="",
         join_timeout=timeout,
     )
-    Watch.connect(met, Topology(rank, world_size, 1)).close()
+    FailureDetector.connect(met, Topology(rank, world_size, 1)).close()
     ready.touch()
 
 
@@ -73,7 +73,7 @@ def tell_of_pickles(ready: Path, rank: int, url: str, program: Callable[[Rank], 
 
     def tell(event: str, found: tuple[object, ...]) -> None:
         if event == "pickle.find_class":
-            say(f"unpickled: {found}")
+            report_line(f"unpickled: {found}")
 
     sys.addaudithook(tell)
     member(ready, rank, url, (2, 2), program, 20.0)
@@ -205,15 +205,15 @@ def test_the_store_tells_a_stranger_no_secret_and_believes_none(tmp_path: Path) 
 
 def test_a_value_is_good_for_its_name_start_and_job_alone() -> None:
     plain = HashStore()
-    mine = SealedStore(plain, KEY, start="run/0")
+    mine = SignedStore(plain, KEY, start="run/0")
     mine.set("a", "one two")
     assert mine.get("a") == "one two"
     assert mine.set_first("a", "three") == "one two"
     sealed = mine.store.get("a").decode()
     for other, name in (
         (mine, "b"),
-        (SealedStore(plain, KEY, start="run/1"), "a"),
-        (SealedStore(plain, OTHER_KEY, start="run/0"), "a"),
+        (SignedStore(plain, KEY, start="run/1"), "a"),
+        (SignedStore(plain, OTHER_KEY, start="run/0"), "a"),
     ):
         other.store.set(name, sealed)
         with pytest.raises(ConnectionError, match="which no rank of this job wrote"):
@@ -247,26 +247,28 @@ def mirror(link: socket.socket) -> None:
 def test_a_rank_links_with_no_stranger(stranger: Callable[[socket.socket], None]) -> None:
     """Where something else listens at the address of rank 0's hub."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        sealed = SealedStore(HashStore(), KEY, start="")
+        sealed = SignedStore(HashStore(), KEY, start="")
         sealed.set("watch", f"127.0.0.1 {listener.getsockname()[1]}")
-        roster = tuple(Arrival(r, f"host{r}", "127.0.0.1", "lo", 1, {}) for r in range(2))
-        watchdog = Watchdog(1.0)
+        roster = tuple(Participant(r, f"host{r}", "127.0.0.1", "lo", 1, {}) for r in range(2))
+        watchdog = Deadline(1.0)
         watchdog.cancel()
         serving = threading.Thread(target=lambda: stranger(listener.accept()[0]))
         serving.start()
         with pytest.raises(ConnectionError, match=r"does not prove to be rank 0 \(host host0\)"):
-            Watch.connect(Rendezvous(1, roster, "nonce", KEY, sealed, watchdog), Topology(1, 2, 1))
+            FailureDetector.connect(
+                Rendezvous(1, roster, "nonce", KEY, sealed, watchdog), Topology(1, 2, 1)
+            )
         serving.join(5.0)
 
 
 def test_a_greeting_proves_both_sides() -> None:
-    greeting = Greeting(KEY, "nonce")
+    greeting = Handshake(KEY, "nonce")
     reply = greeting.reply("0123", rank=3)
     rank, answer = greeting.check("0123", reply)
     assert rank == 3
     assert greeting.is_answer(answer, challenge="0123", reply=reply)
     assert not greeting.is_answer(answer, challenge="4567", reply=reply)
-    for other in (Greeting(OTHER_KEY, "nonce"), Greeting(KEY, "older")):
+    for other in (Handshake(OTHER_KEY, "nonce"), Handshake(KEY, "older")):
         with pytest.raises(ValueError, match="not of this start"):
             other.check("0123", reply)
 
@@ -305,7 +307,7 @@ def test_a_name_of_this_machine_itself_stands_for_its_interface(
     del store
 
 
-def _no_deadline() -> Watchdog:
-    watchdog = Watchdog(5.0)
+def _no_deadline() -> Deadline:
+    watchdog = Deadline(5.0)
     watchdog.cancel()
     return watchdog

@@ -15,9 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from comm.activity import Activity
 from comm.backends.torch_nccl import TorchNcclCommunicator, make_groups
-from comm.communicator import PeerLostError, Work
+from comm.communicator import CurrentOperation, PeerLostError, Work
 from comm.topology import Topology
 from tests.comm.checks import NUMBERS, check_group
 from tests.comm.ranks import enter
@@ -88,7 +87,7 @@ def lose_a_peer(rank: int, world_size: int, url: str) -> None:
             members=(0, 1),
             topology=Topology(rank=rank, num_stages=2, num_replicas=1),
             device=torch.device("cpu"),
-            activity=Activity(),
+            activity=CurrentOperation(),
             dist_timeout=1.0,
             on_hang=told.put,
         )

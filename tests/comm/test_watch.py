@@ -14,7 +14,7 @@ import torch
 
 from comm.liveness import heartbeat as pulse
 from comm.liveness import server as hub
-from comm.liveness.failure_detector import Watch
+from comm.liveness.failure_detector import FailureDetector
 from tests.comm.processes import Process, RankProgram, await_ready, member, start
 from tests.comm.ranks import Rank
 from tests.dist import free_port, process_context
@@ -188,7 +188,7 @@ def test_an_orderly_end(run: Run) -> None:
 def fail_alone(error: Path) -> None:
     descriptor = os.open(error, os.O_WRONLY | os.O_CREAT)
     os.dup2(descriptor, 2)
-    watch = Watch.alone()
+    watch = FailureDetector.alone()
     watch.explain(RuntimeError("no peer was lost"))
 
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from comm.backends.single_process import LocalCommunicator
+from comm.backends.single_process import SingleProcessCommunicator
 from comm.communicator import Communicator
-from data_parallel.grad_buffer import FlatGradients
+from data_parallel.grad_buffer import GradBuffer
 from modules.build import initialise_
 from modules.layers.linear import Linear, attach_sink
 from modules.registry import MODELS
 from modules.stage_model import StageModel
-from optimizer.ownership import deal_out
+from optimizer.mixed_precision import deal_out
 from pipeline_parallel.stage import Stage
 from tests.pipeline_parallel.doubles import NotedCommunicator
 from tests.tiny import make_hf
@@ -54,10 +54,10 @@ def make_model(name: str) -> StageModel:
 
 def flat_of(
     model: nn.Module, replicas: Communicator, *, sharded: bool = False
-) -> tuple[FlatGradients, list[int]]:
+) -> tuple[GradBuffer, list[int]]:
     parameters = dict(model.named_parameters())
     owners = deal_out([p.numel() for p in parameters.values()], replicas.size)
-    return FlatGradients(parameters, owners, replicas=replicas, sharded=sharded), owners
+    return GradBuffer(parameters, owners, replicas=replicas, sharded=sharded), owners
 
 
 def microbatches() -> list[Tensor]:
@@ -80,7 +80,7 @@ def run(stage: Stage, *, later: bool) -> None:
 def gradients_of(name: str, recompute: bool, later: bool) -> dict[str, Tensor]:
     torch.manual_seed(2)
     model = make_model(name)
-    flat, _ = flat_of(model, LocalCommunicator())
+    flat, _ = flat_of(model, SingleProcessCommunicator())
     flat.begin(MICROBATCHES)
     run(Stage(model, recompute=recompute, gradients=flat, splits=later), later=later)
     flat.finish()
@@ -118,7 +118,7 @@ def test_a_layers_gradients_are_those_of_torch_within_their_roundings(bias: bool
     """n terms x_i g_i in fp32, in any order: at most n roundings of what their sizes add up to."""
     torch.manual_seed(3)
     layer = Linear(33, 17, bias=bias)
-    flat, _ = flat_of(layer, LocalCommunicator())
+    flat, _ = flat_of(layer, SingleProcessCommunicator())
     attach_sink(layer, flat)
     x, out_gradient = torch.randn(MICROBATCHES, 5, 7, 33), torch.randn(MICROBATCHES, 5, 7, 17)
     for number in range(MICROBATCHES):
@@ -137,7 +137,7 @@ def test_one_microbatch_has_the_bits_of_torch() -> None:
     torch.manual_seed(3)
     ours, theirs = Linear(33, 17), nn.Linear(33, 17)
     theirs.load_state_dict(ours.state_dict())
-    flat, _ = flat_of(ours, LocalCommunicator())
+    flat, _ = flat_of(ours, SingleProcessCommunicator())
     attach_sink(ours, flat)
     x, gradient = torch.randn(5, 33), torch.randn(5, 17)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
@@ -157,13 +157,13 @@ def test_one_microbatch_has_the_bits_of_torch() -> None:
 def noted() -> Iterator[list[str]]:
     """The parameters that are noted to have got a microbatch's gradient."""
     names: list[str] = []
-    note = FlatGradients._note
+    note = GradBuffer._note
 
-    def noting(flat: FlatGradients, name: str) -> None:
+    def noting(flat: GradBuffer, name: str) -> None:
         names.append(name)
         note(flat, name)
 
-    with patch.object(FlatGradients, "_note", noting):
+    with patch.object(GradBuffer, "_note", noting):
         yield names
 
 
@@ -174,7 +174,7 @@ def test_each_parameter_is_noted_once_a_microbatch(
     name: str, recompute: bool, later: bool, dtype: torch.dtype
 ) -> None:
     model = make_model(name).to(dtype)
-    flat, _ = flat_of(model, LocalCommunicator())
+    flat, _ = flat_of(model, SingleProcessCommunicator())
     stage = Stage(model, recompute=recompute, gradients=flat, splits=later)
     with noted() as names:
         for _ in range(2):  # a second update counts anew
@@ -190,7 +190,7 @@ def test_each_parameter_is_noted_once_a_microbatch(
 
 def test_chunks_of_a_head_are_noted_as_one() -> None:
     model = make_model("neox")
-    flat, _ = flat_of(model, LocalCommunicator())
+    flat, _ = flat_of(model, SingleProcessCommunicator())
     stage = Stage(model, recompute=False, gradients=flat, splits=False)
     with noted() as names, patch("modules.layers.lm_head.CHUNK_BYTES", 4 * 97 * 5):
         run(stage, later=False)
@@ -199,7 +199,7 @@ def test_chunks_of_a_head_are_noted_as_one() -> None:
 
 def test_a_microbatch_too_few_is_found() -> None:
     model = make_model("neox")
-    flat, _ = flat_of(model, LocalCommunicator())
+    flat, _ = flat_of(model, SingleProcessCommunicator())
     flat.begin(MICROBATCHES + 1)
     run(Stage(model, recompute=False, gradients=flat, splits=False), later=False)
     with pytest.raises(AssertionError, match="no gradients came for"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from comm.backends.single_process import LocalCommunicator
+from comm.backends.single_process import SingleProcessCommunicator
 from data_parallel.broadcast import broadcast_pieces
 from optimizer.adam import Adam
 from optimizer.mixed_precision import MixedPrecisionOptimizer
@@ -16,7 +16,7 @@ LIMIT = 4 * 20  # bytes: of twenty numbers
 PIECES = [13, 40, 20]  # numbers in each: 3 + 10, one larger than the limit, 1 + 12 + 7
 
 
-class Wire(LocalCommunicator):
+class Wire(SingleProcessCommunicator):
     """Keeps what the root broadcasts, and gives it to a member that is not the root."""
 
     def __init__(self, rank: int, sent: list[Tensor]) -> None:
@@ -53,7 +53,7 @@ def test_pieces_are_bounded_and_whole() -> None:
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_one_replica_has_nothing_to_share(replicas: int) -> None:
     sent: list[Tensor] = []
-    communicator = Wire(0, sent) if replicas == 2 else LocalCommunicator()
+    communicator = Wire(0, sent) if replicas == 2 else SingleProcessCommunicator()
     calls: list[int] = []
     broadcast = communicator.broadcast
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from modules.matmul.cpu_info import Processor
+from modules.matmul.cpu_info import CpuInfo
 
 _AVX2 = "fpu sse sse2 ssse3 fma sse4_1 sse4_2 avx f16c avx2"
 _AVX512 = f"{_AVX2} avx512f avx512dq avx512cd avx512bw avx512vl"
@@ -40,4 +40,4 @@ CPUINFO = {
     ),
 }
 
-PROCESSORS = {kind: Processor.from_cpuinfo(text) for kind, text in CPUINFO.items()}
+PROCESSORS = {kind: CpuInfo.from_cpuinfo(text) for kind, text in CPUINFO.items()}

@@ -18,10 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 
-from modules.attention import varlen as document_attention
+from modules.attention import varlen
 from modules.attention.causal import causal_attention
 from modules.attention.cpu import is_short
-from modules.attention.packed_documents import Documents
+from modules.attention.packed_documents import PackedDocuments
 from modules.layers.rotary import rotate, rotation
 from modules.registry import MODELS
 from tests.documents import begins_of, documents_in, losses_alone
@@ -38,15 +38,15 @@ MODELS_TRIED: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def packed(rows: list[list[int]] = ROWS) -> Documents:
-    return Documents(begins_of(rows), CPU)
+def packed(rows: list[list[int]] = ROWS) -> PackedDocuments:
+    return PackedDocuments(begins_of(rows), CPU)
 
 
 # ---- where documents lie ----
 
 
 def test_places_of_documents() -> None:
-    documents = Documents(torch.tensor([[0, 0, 0, 3, 4], [0, 1, 1, 1, 4]]), CPU)
+    documents = PackedDocuments(torch.tensor([[0, 0, 0, 3, 4], [0, 1, 1, 1, 4]]), CPU)
     assert documents.positions.tolist() == [[0, 1, 2, 0, 0], [0, 0, 1, 2, 0]]
     assert documents.lengths_of_rows == [[3, 1, 1], [1, 3, 1]]
     assert documents.bounds.tolist() == [0, 3, 4, 5, 6, 9, 10]
@@ -89,9 +89,9 @@ def test_both_ways_of_attending_to_a_length_are_tried() -> None:
 def with_kernel() -> Iterator[Any]:
     """As on a GPU that has the kernel, whose place at its very call is taken by `_kernel`."""
     with ExitStack() as stack:
-        stack.enter_context(patch.object(document_attention, "has_kernel", return_value=True))
+        stack.enter_context(patch.object(varlen, "has_kernel", return_value=True))
         double = create_autospec(varlen_attn, side_effect=_kernel)
-        yield stack.enter_context(patch.object(document_attention, "varlen_attn", double))
+        yield stack.enter_context(patch.object(varlen, "varlen_attn", double))
 
 
 def _kernel(
@@ -217,8 +217,8 @@ def test_the_kernel_takes_what_it_is_given() -> None:
         query, key, value = (
             torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
         )
-        with patch.object(document_attention, "has_kernel", return_value=True):
-            out = document_attention.document_attention(query, key, value, documents)
+        with patch.object(varlen, "has_kernel", return_value=True):
+            out = varlen.varlen_attention(query, key, value, documents)
         torch.autograd.backward(out.sum())
     assert out.shape == shape
     for tensor in (query, key, value):
@@ -229,9 +229,9 @@ def test_the_kernel_takes_what_it_is_given() -> None:
 @pytest.mark.parametrize(("size", "expected"), [(64, True), (256, True), (20, False)])
 def test_heads_that_torch_would_pad_go_without_the_kernel(size: int, expected: bool) -> None:
     query = torch.empty(1, 1, 4, size, dtype=torch.bfloat16)
-    assert not document_attention.has_kernel(query, query, query), "on a CPU"
-    with patch.object(document_attention, "can_use_flash_attention", return_value=True):
-        assert document_attention.has_kernel(query, query, query) == expected
+    assert not varlen.has_kernel(query, query, query), "on a CPU"
+    with patch.object(varlen, "can_use_flash_attention", return_value=True):
+        assert varlen.has_kernel(query, query, query) == expected
 
 
 # ---- dropout ----

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from comm.backends.single_process import LocalCommunicator
-from data_parallel.grad_buffer import FlatGradients
+from comm.backends.single_process import SingleProcessCommunicator
+from data_parallel.grad_buffer import GradBuffer
 from modules.layers.linear import Deferred, Linear, attach_sink
 from modules.layers.lm_head import IGNORED, Head
 from modules.registry import MODELS
@@ -57,10 +57,10 @@ def material(dtype: torch.dtype, ignored: str) -> tuple[Tensor, Tensor]:
     return x, labels
 
 
-def flat_of(head: Head) -> FlatGradients:
+def flat_of(head: Head) -> GradBuffer:
     parameters = dict(head.named_parameters())
-    flat = FlatGradients(
-        parameters, [0] * len(parameters), replicas=LocalCommunicator(), sharded=False
+    flat = GradBuffer(
+        parameters, [0] * len(parameters), replicas=SingleProcessCommunicator(), sharded=False
     )
     attach_sink(head, flat)
     return flat

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from modules.matmul import cpu_info as processor
-from modules.matmul.cpu_info import Processor, has_fast_products
+from modules.matmul.cpu_info import CpuInfo, has_fast_products
 from tests.modules.processors import CPUINFO, PROCESSORS
 
-ZEN_4 = Processor("AuthenticAMD", "AMD EPYC 9654 96-Core Processor", True, True, False, False)
+ZEN_4 = CpuInfo("AuthenticAMD", "AMD EPYC 9654 96-Core Processor", True, True, False, False)
 # kind: has fast products of bf16, of fp16
 FAST = {
     "Zen 3": (False, False),
@@ -40,7 +40,7 @@ def test_this_machine_is_its_first_processor(
     path = tmp_path / "cpuinfo"
     path.write_text(f"{CPUINFO['Zen 4']}\n{CPUINFO['Haswell']}\n")
     monkeypatch.setattr(processor, "CPUINFO", path)
-    assert Processor.of_this_machine() == ZEN_4
+    assert CpuInfo.of_this_machine() == ZEN_4
     assert has_fast_products(torch.bfloat16)
     assert not has_fast_products(torch.float16)
 
@@ -50,9 +50,9 @@ TORCH_TELLS = {
     "x86": (
         {"cpu_name": "a CPU", "avx512_f": True, "avx512_bw": True, "avx512_dq": True,
          "avx512_vl": True, "avx512_bf16": False, "amx_bf16": True, "num_sockets": 1},
-        Processor("unknown", "a CPU", True, False, True, False),
+        CpuInfo("unknown", "a CPU", True, False, True, False),
     ),
-    "arm": ({"cpu_name": "Apple M2", "neon": True, "bf16": True}, Processor(name="Apple M2")),
+    "arm": ({"cpu_name": "Apple M2", "neon": True, "bf16": True}, CpuInfo(name="Apple M2")),
 }  # fmt: skip
 
 
@@ -63,11 +63,11 @@ def test_without_proc_torch_tells(
     told, expected = TORCH_TELLS[kind]
     monkeypatch.setattr(processor, "CPUINFO", tmp_path / "none")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told)
-    assert Processor.of_this_machine() == expected
+    assert CpuInfo.of_this_machine() == expected
 
 
 def test_torch_knows_the_same_of_this_machine() -> None:
-    found, torchs = Processor.of_this_machine(), torch.cpu.get_capabilities()
+    found, torchs = CpuInfo.of_this_machine(), torch.cpu.get_capabilities()
     assert found.has_avx512 == torchs.get("avx512_bw", False)
     assert found.has_avx512_bf16 == torchs.get("avx512_bf16", False)
     assert found.has_amx == torchs.get("amx_bf16", False)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from planning.cluster.matmul_rate import product_rate
+from planning.cluster.matmul_rate import matmul_rate
 
 CPU = torch.device("cpu")
 
@@ -41,7 +41,7 @@ def device() -> Iterator[KnownDevice]:
 
 
 def rate(rows: int, budget: float) -> float:
-    return product_rate(
+    return matmul_rate(
         rows=rows, inputs=2, outputs=5, dtype=torch.bfloat16, device=CPU, budget=budget
     )
 
@@ -61,5 +61,5 @@ def test_fewer_rows_on_a_slow_device(device: KnownDevice) -> None:
 def test_a_real_device() -> None:
     """In each type, as the layers multiply it."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        found = product_rate(rows=32, inputs=64, outputs=128, dtype=dtype, device=CPU, budget=0.1)
+        found = matmul_rate(rows=32, inputs=64, outputs=128, dtype=dtype, device=CPU, budget=0.1)
         assert 1e5 < found < 1e15

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modules.matmul.backend import can_use_onednn, choose_matmul, fp32_error, use_matmul
-from modules.matmul.cpu_info import Processor
+from modules.matmul.cpu_info import CpuInfo
 from tests.modules.processors import PROCESSORS
 
 CHOICES = {
@@ -46,11 +46,11 @@ def test_a_processor_decides(kind: str) -> None:
 
 
 def test_amds_processors_with_amx_are_not_known_to_win() -> None:
-    assert choose_matmul(Processor("AuthenticAMD", "to come", True, True, True)) == "default"
+    assert choose_matmul(CpuInfo("AuthenticAMD", "to come", True, True, True)) == "default"
 
 
 def test_an_unknown_processor_is_left_alone() -> None:
-    assert choose_matmul(Processor()) == "default"
+    assert choose_matmul(CpuInfo()) == "default"
 
 
 def test_products_on_this_machine() -> None:
@@ -58,7 +58,7 @@ def test_products_on_this_machine() -> None:
     mkldnn: Any = torch.backends.mkldnn
     use_matmul("onednn")
     assert mkldnn.matmul.fp32_precision == "bf16"
-    assert (fp32_error() <= 1.0) == (not Processor.of_this_machine().has_amx)
+    assert (fp32_error() <= 1.0) == (not CpuInfo.of_this_machine().has_amx)
     use_matmul("default")
     assert mkldnn.matmul.fp32_precision == "ieee"
     assert 0.0 < fp32_error() <= 1.0

@@ -13,7 +13,6 @@ import pytest
 
 from modules.build import make_layer
 from modules.registry import MODELS
-from modules.stage_model import stage_modules
 from pipeline_parallel.partition.balance import (
     ModuleWork,
     balanced_split,
@@ -21,7 +20,7 @@ from pipeline_parallel.partition.balance import (
     module_work,
     stage_work,
 )
-from pipeline_parallel.partition.split import Asked, Split, fit_split, parse_layers
+from pipeline_parallel.partition.split import Asked, Split, fit_split, parse_layers, stage_modules
 from tests.tiny import make_hf
 
 # asked, stages, layers of the model, layers of each stage

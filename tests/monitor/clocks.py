@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from monitor.profiling.clock_sync import RunClock, Work
+from monitor.profiling.clock_sync import ClockSync, Work
 
 
 class Alone:
@@ -59,8 +59,8 @@ class _Arrival:
             self._wire.arrive(self._tensor)
 
 
-def clock_from(origin: int) -> RunClock:
+def clock_from(origin: int) -> ClockSync:
     """Rank 0's clock in a run that began at `origin`."""
-    clock = RunClock(lambda: origin)
+    clock = ClockSync(lambda: origin)
     clock.measure(Alone())
     return clock

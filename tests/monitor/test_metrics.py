@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from monitor.console import Console
-from monitor.held_out import HeldOut, SetLoss
-from monitor.metrics import IterationMetrics, MetricsFile, read_metrics
+from monitor.metrics import HeldOut, IterationMetrics, MetricsFile, SetLoss, read_metrics
 from monitor.progress import Progress
 from monitor.recorder import FileRecorder
 from monitor.wandb_run import NullRun

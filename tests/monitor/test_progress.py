@@ -9,9 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from monitor.console import Console
-from monitor.held_out import HeldOut, SetLoss
 from monitor.logs import setup_logging
-from monitor.metrics import IterationMetrics
+from monitor.metrics import HeldOut, IterationMetrics, SetLoss
 from monitor.progress import Progress, format_duration, recent_average
 
 

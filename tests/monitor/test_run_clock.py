@@ -9,7 +9,7 @@ import pytest
 
 from comm.objects import gather_json
 from monitor.profiling.breakdown import SimulatedSpan
-from monitor.profiling.clock_sync import ClockOffset, RunClock, clock_offset
+from monitor.profiling.clock_sync import ClockOffset, ClockSync, clock_offset
 from monitor.profiling.profiler import Profiler, start_profiling
 from monitor.profiling.tracer import Track
 from tests.comm.ranks import enter
@@ -41,7 +41,7 @@ def test_a_world_of_one_counts_from_its_beginning() -> None:
 
 def test_drift_is_spread_evenly_between_two_measurements() -> None:
     wire = Wire([(10, 10)] * 32, now=0, ahead=1000)
-    clock = RunClock(wire.clock)
+    clock = ClockSync(wire.clock)
     clock.measure(wire)
     assert clock.convert(10) == 1010
     wire.now, wire.ahead = 1_000_000, 3000
@@ -71,7 +71,7 @@ def find_offsets(rank: int, world_size: int, url: str, folder: Path) -> Seen:
         return time.perf_counter_ns() - rank * SHIFT
 
     offset = clock_offset(control, clock=shifted)
-    clock = RunClock(shifted)
+    clock = ClockSync(shifted)
     clock.measure(control)
     host = time.perf_counter_ns()
     seen = Seen(offset, host, clock.convert(host - rank * SHIFT), clock.error)

@@ -18,13 +18,13 @@ from monitor.profiling.breakdown import (
     Interval,
     Shares,
     SimulatedSpan,
-    lanes,
+    breakdown_by_rank,
     shares,
     simulated_spans,
     subtract,
     union,
 )
-from monitor.profiling.step_trace import RankSpan, TracedStep
+from monitor.profiling.step_trace import RankSpan, StepOfAllRanks
 from monitor.profiling.timeline import Timeline, draw_timeline, timeline_figure
 from monitor.profiling.tracer import Track
 
@@ -63,11 +63,11 @@ def timeline(simulated: list[SimulatedSpan], *, num_replicas: int = 1) -> Timeli
         for replica in range(num_replicas)
         for span in PIPELINE + UPDATE
     ]
-    return Timeline(TracedStep(57, 0.0, 12.0, copies), simulated, "gpipe", 2, num_replicas, 2)
+    return Timeline(StepOfAllRanks(57, 0.0, 12.0, copies), simulated, "gpipe", 2, num_replicas, 2)
 
 
 def test_what_is_communication() -> None:
-    found = lanes(PIPELINE + UPDATE, num_stages=2, num_ranks=2)
+    found = breakdown_by_rank(PIPELINE + UPDATE, num_stages=2, num_ranks=2)
     assert found[0].communication == [(5.5, 6.0), (10.0, 11.0)]
     assert found[1].communication == [(1.0, 1.5), (10.0, 11.0)]
 
@@ -86,14 +86,14 @@ def test_communication_under_work_is_not_exposed() -> None:
         RankSpan(0, Track.OPTIMIZER_COMM, None, 4.0, 5.0),
         RankSpan(0, Track.OPTIMIZER_COMP, None, 5.5, 8.0),
     ]
-    [lane] = lanes(spans, num_stages=1, num_ranks=1)
+    [lane] = breakdown_by_rank(spans, num_stages=1, num_ranks=1)
     assert lane.communication == [(4.0, 5.5)]
     assert shares([lane], start=0.0, end=10.0) == pytest.approx(Shares(0.65, 0.15, 0.2))
 
 
 def test_a_send_that_blocks_is_communication() -> None:
     spans = [RankSpan(0, F, 0, 0.0, 1.0), RankSpan(0, Track.FORWARD_SEND, 0, 1.0, 3.0)]
-    assert lanes(spans, num_stages=2, num_ranks=2)[0].communication == [(1.0, 3.0)]
+    assert breakdown_by_rank(spans, num_stages=2, num_ranks=2)[0].communication == [(1.0, 3.0)]
 
 
 def test_a_simulated_stage_waits_where_it_does_nothing() -> None:
@@ -169,7 +169,7 @@ def test_the_words() -> None:
 
 def test_the_simulation_begins_with_the_first_forward() -> None:
     later = [span._replace(start=span.start + 3, end=span.end + 3) for span in PIPELINE]
-    step = TracedStep(1, 1.0, 13.0, later)
+    step = StepOfAllRanks(1, 1.0, 13.0, later)
     figure = timeline_figure(Timeline(step, SIMULATED, "gpipe", 2, 1, 2))
     measured, simulated = map(boxes, figure.axes)
     assert (2000.0, 3000.0) in measured
@@ -193,5 +193,7 @@ def test_a_failure_is_a_warning(tmp_path: Path, caplog: Any) -> None:
 
 def test_two_digits_fit_into_each_of_many_boxes() -> None:
     spans = [RankSpan(0, F, i % 100, 10.0 * i, 10.0 * i + 10.0) for i in range(120)]
-    figure = timeline_figure(Timeline(TracedStep(1, 0.0, 1200.0, spans), [], "gpipe", 1, 1, 100))
+    figure = timeline_figure(
+        Timeline(StepOfAllRanks(1, 0.0, 1200.0, spans), [], "gpipe", 1, 1, 100)
+    )
     assert len(figure.axes[0].texts) == 120

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from monitor.profiling.clock_sync import RunClock
+from monitor.profiling.clock_sync import ClockSync
 from monitor.profiling.trace_file import TraceFile, trace_events, trace_path
 from monitor.profiling.tracer import HostTracer, Span, StepLog, StepTrace, Track
 from tests.monitor.clocks import Wire, clock_from
@@ -50,7 +50,7 @@ def test_the_entries() -> None:
 
 def test_times_are_those_of_the_run_and_the_first_entry_tells_how_well_known() -> None:
     wire = Wire([(1000, 3000)] * 16, now=0, ahead=250_000)
-    clock = RunClock(wire.clock)
+    clock = ClockSync(wire.clock)
     clock.measure(wire)
     first, second, *_ = trace_events(STEPS, rank=1, clock=clock)
     assert (first["ts"], first["dur"]) == (1249.0, 500.0)

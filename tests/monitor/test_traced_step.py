@@ -6,7 +6,7 @@ import pytest
 
 from monitor.profiling.step_trace import (
     RankSpan,
-    TracedStep,
+    StepOfAllRanks,
     compute_costs,
     join_step,
     median_step,
@@ -43,7 +43,7 @@ def test_a_step_travels_as_json() -> None:
     rows = json.loads(
         json.dumps([step_rows(steps, 4, rank=r, clock=clock) for r, steps in enumerate(traces)])
     )
-    assert join_step(4, times, rows) == TracedStep(
+    assert join_step(4, times, rows) == StepOfAllRanks(
         4,
         0.0,
         3.0,

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from monitor.wandb_login import has_login, wandb_mode
-from monitor.wandb_run import NullRun, WandbRun, open_wandb
+from monitor.wandb_run import NullRun, WandbRun, has_login, open_wandb, wandb_mode
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,9 @@ import pytest
 from arguments.checks import free_flags
 from arguments.flags import parse_train
 from checkpoint.resume.compatibility import changes
-from optimizer.build import idle_flags
 from optimizer.loss_scaler import ConstantScale, DynamicScale
 from tests.runs import to_argv
+from training.resume import idle_flags
 
 
 def dynamic(

@@ -16,18 +16,16 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from comm.backends.single_process import LocalCommunicator
+from comm.backends.single_process import SingleProcessCommunicator
 from comm.topology import Topology
-from data_parallel.grad_buffer import FlatGradients
+from data_parallel.grad_buffer import GradBuffer
 from optimizer.adam import Adam
 from optimizer.adam_8bit import Adam8bit
 from optimizer.clipping import clip_factor, squared_norms
 from optimizer.loss_scaler import DynamicScale, make_scaler
 from optimizer.lr_schedule import learning_rate
-from optimizer.mixed_precision import Algorithm, MixedPrecisionOptimizer
-from optimizer.ownership import deal_out
-from optimizer.state_check import KeptState
-from optimizer.state_dict import collect_state, restore_state
+from optimizer.mixed_precision import Algorithm, MixedPrecisionOptimizer, deal_out
+from optimizer.state_dict import KeptState, collect_state, restore_state
 
 ALONE = Topology(0, 1, 1)
 SCHEDULES = {
@@ -129,7 +127,7 @@ def make_optimizer(
         weight_decay=0.1,
         offload=offload,
         sharded=False,
-        replicas=LocalCommunicator(),
+        replicas=SingleProcessCommunicator(),
     )
 
 
@@ -273,12 +271,12 @@ def test_state_restores_to_the_bit(dtype: torch.dtype, algorithm: type[Algorithm
         for optimizer in (one, two):
             set_gradients(optimizer, step)
             optimizer.step(lr=0.01, factor=1.0)
-    state = collect_state(two, LocalCommunicator(), ALONE)
+    state = collect_state(two, SingleProcessCommunicator(), ALONE)
     kept = {name: nn.Parameter(p.detach().float()) for name, p in parted.items()}
     resumed = make_optimizer(kept, algorithm=algorithm(), dtype=dtype)
     same = {name: name for name in resumed.names}
     states = [KeptState(Path("state"), state, names=same, taken=same)]
-    restore_state(resumed, states, LocalCommunicator(), ALONE, updates=3)
+    restore_state(resumed, states, SingleProcessCommunicator(), ALONE, updates=3)
     for optimizer in (one, resumed):
         set_gradients(optimizer, 9)
         optimizer.step(lr=0.01, factor=1.0)
@@ -304,8 +302,8 @@ def test_norm_and_clipping_are_torchs() -> None:
 
 def test_gradients_live_in_the_flat_buffer() -> None:
     layer = nn.Linear(3, 5)
-    gradients = FlatGradients(
-        dict(layer.named_parameters()), [0, 0], replicas=LocalCommunicator(), sharded=False
+    gradients = GradBuffer(
+        dict(layer.named_parameters()), [0, 0], replicas=SingleProcessCommunicator(), sharded=False
     )
     x = torch.randn(2, 3)
     for _ in range(2):

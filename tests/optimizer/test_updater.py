@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from comm.backends.single_process import LocalCommunicator
-from optimizer.clipping import Totals
+from comm.backends.single_process import SingleProcessCommunicator
 from optimizer.loss_scaler import ConstantScale
 from optimizer.mixed_precision import MixedPrecisionOptimizer
-from optimizer.update import Outcome, Updater
+from optimizer.update import UpdateResult, UpdateStep
 
 NOMINAL, SCALE, GRADIENT = 40, 8.0, 3.0
 
@@ -41,7 +40,7 @@ class Descent:
 
 def make_updater(
     weight: nn.Parameter, *, max_norm: float = math.inf, max_skipped: int = 3
-) -> Updater:
+) -> UpdateStep:
     optimizer = MixedPrecisionOptimizer(
         {"weight": weight},
         Descent(),
@@ -49,10 +48,10 @@ def make_updater(
         weight_decay=0.0,
         offload=False,
         sharded=False,
-        replicas=LocalCommunicator(),
+        replicas=SingleProcessCommunicator(),
     )
     optimizer.flat_gradients.views["weight"].fill_(GRADIENT)
-    return Updater(
+    return UpdateStep(
         optimizer,
         ConstantScale(SCALE, may_skip=True),
         schedule=lambda update: 1.0,
@@ -62,11 +61,10 @@ def make_updater(
     )
 
 
-def apply(updater: Updater, *, tokens: int = NOMINAL, bad: str = "") -> Outcome:
+def apply(updater: UpdateStep, *, tokens: int = NOMINAL, bad: str = "") -> UpdateResult:
     """An update whose loss or gradient is not finite where `bad` says so."""
     norm = math.inf if bad == "gradient" else GRADIENT**2
-    totals = Totals(loss=1.0, tokens=tokens, squared_norm=norm, first_bad=None)
-    return updater.apply(totals, tokens=tokens, losses_are_finite=bad != "loss")
+    return updater.apply(norm, tokens=tokens, losses_are_finite=bad != "loss")
 
 
 @pytest.mark.parametrize("tokens", [NOMINAL, 10])
@@ -90,7 +88,7 @@ def test_clipping_is_of_the_exact_gradient() -> None:
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
 def test_a_skip_changes_nothing(bad: str) -> None:
     weight = nn.Parameter(torch.zeros(1))
-    assert apply(make_updater(weight), bad=bad) == Outcome(1.0, None, SCALE)
+    assert apply(make_updater(weight), bad=bad) == UpdateResult(1.0, None, SCALE)
     assert weight.item() == 0.0
 
 

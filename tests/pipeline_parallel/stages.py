@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
-from comm.backends.single_process import LocalCommunicator
+from comm.backends.single_process import SingleProcessCommunicator
 from comm.communicator import Communicator
-from data_parallel.grad_buffer import FlatGradients
+from data_parallel.grad_buffer import GradBuffer
 from modules.build import initialise_
 from modules.registry import MODELS
-from modules.stage_model import StageModel, stage_modules
+from modules.stage_model import StageModel
 from pipeline_parallel.engine import Engine
-from pipeline_parallel.p2p import PipelineChannel
+from pipeline_parallel.p2p import StageLink
+from pipeline_parallel.partition.split import stage_modules
 from pipeline_parallel.schedule.schedules import Schedule, splits_backward
 from pipeline_parallel.stage import Stage
 from tests.tiny import make_hf
@@ -43,8 +44,8 @@ def make_stage(
 ) -> Stage:
     model = make_model(pipeline.rank, pipeline.size) if model is None else model
     parameters = dict(model.named_parameters())
-    flat = FlatGradients(
-        parameters, [0] * len(parameters), replicas=LocalCommunicator(), sharded=False
+    flat = GradBuffer(
+        parameters, [0] * len(parameters), replicas=SingleProcessCommunicator(), sharded=False
     )
     splits = splits_backward(schedule, pipeline.rank, pipeline.size)
     return Stage(model, recompute=recompute, gradients=flat, splits=splits)
@@ -60,9 +61,7 @@ def make_engine(
 ) -> Engine:
     if stage is None:
         stage = make_stage(pipeline, schedule=schedule, recompute=recompute)
-    channel = PipelineChannel(
-        pipeline, shape=(ROWS, TOKENS, HIDDEN), dtype=torch.float32, device=CPU
-    )
+    channel = StageLink(pipeline, shape=(ROWS, TOKENS, HIDDEN), dtype=torch.float32, device=CPU)
     return Engine(
         stage,
         channel,

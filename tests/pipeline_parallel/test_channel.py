@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from comm.objects import gather_json
-from pipeline_parallel.p2p import PipelineChannel
+from pipeline_parallel.p2p import StageLink
 from tests.comm.ranks import enter
 from tests.dist import run_ranks
 from tests.pipeline_parallel.doubles import NotedCommunicator
@@ -17,9 +17,9 @@ SHAPE = (2, 5, 8)
 CPU = torch.device("cpu")
 
 
-def make_channel(communicator: Any, **changes: Any) -> PipelineChannel:
+def make_channel(communicator: Any, **changes: Any) -> StageLink:
     options = {"shape": SHAPE, "dtype": torch.float32, "device": CPU, **changes}
-    return PipelineChannel(communicator, **options)
+    return StageLink(communicator, **options)
 
 
 def test_receives_are_posted_ahead() -> None:

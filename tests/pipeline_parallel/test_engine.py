@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from comm.communicator import PeerLostError
-from pipeline_parallel.engine import PipelineBatch, StageError
+from pipeline_parallel.engine import StageError
+from pipeline_parallel.microbatch import PipelineBatch
 from pipeline_parallel.schedule.schedules import SCHEDULES, gpipe, zero_bubble_h1
 from pipeline_parallel.schedule.validate import peak_live
 from tests.memory import peak_bytes

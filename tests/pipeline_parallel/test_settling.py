@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline_parallel.engine import Engine, PipelineBatch
+from pipeline_parallel.engine import Engine
+from pipeline_parallel.microbatch import PipelineBatch
 from pipeline_parallel.p2p import AHEAD
 from pipeline_parallel.schedule.schedules import SCHEDULES, Schedule
 from tests.pipeline_parallel.orders import schedule_of

@@ -12,13 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline_parallel.schedule.schedules import SCHEDULES, Kind, Schedule, forward_only
-from pipeline_parallel.schedule.simulator import Costs, Span, StageCosts, Timeline, simulate
+from pipeline_parallel.schedule.simulator import (
+    Costs,
+    ScheduledAction,
+    SimulatedRun,
+    StageCosts,
+    simulate,
+)
 from tests.pipeline_parallel.orders import schedule_of
 
 SLOTS = st.integers(1, 5)
 
 
-def even(mode: str, p: int, m: int, f: float, i: float, w: float) -> Timeline:
+def even(mode: str, p: int, m: int, f: float, i: float, w: float) -> SimulatedRun:
     return simulate(SCHEDULES[mode], p, m, Costs([StageCosts(f, i, w)] * p))
 
 
@@ -154,7 +160,7 @@ def test_any_costs_end_at_the_longest_path(
     check_stages(timeline.spans, stages, timeline)
 
 
-def check_stages(spans: Sequence[Span], stages: int, timeline: Timeline) -> None:
+def check_stages(spans: Sequence[ScheduledAction], stages: int, timeline: SimulatedRun) -> None:
     """A stage runs one action at a time, and what is exposed is part of its idle time."""
     for stage in range(stages):
         own = [span for span in spans if span.stage == stage]

@@ -99,7 +99,7 @@ def test_names_of_two_digits_keep_the_columns() -> None:
 
 def test_it_needs_nothing_but_the_standard_library() -> None:
     code = (
-        "import sys; from pipeline_parallel import timetable; "
+        "import sys; from pipeline_parallel.schedule import __main__; "
         "names = {name.split('.')[0] for name in sys.modules} - set(sys.stdlib_module_names); "
         "sys.stdout.write(' '.join(sorted(names - {'__main__'})))"
     )

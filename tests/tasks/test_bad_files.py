@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tasks.open import open_source
-from tasks.shuffling.buffered import Documents
+from tasks.shuffling.buffered import BufferedShuffle
 from tasks.sources.base import BadLineError
 
 GOOD = b'{"text": "good"}\n'
@@ -39,7 +39,7 @@ BAD_LINES = [
 
 def _error(path: Path) -> str:
     with pytest.raises(ValueError) as caught:
-        Documents(open_source(str(path)), seed=0).next()
+        BufferedShuffle(open_source(str(path)), seed=0).next()
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -81,7 +81,7 @@ def test_no_document(content: bytes, tmp_path: Path) -> None:
 def test_vanished_file(tmp_path: Path) -> None:
     path = tmp_path / "gone.jsonl"
     path.write_bytes(GOOD)
-    documents = Documents(open_source(str(path)), seed=0)
+    documents = BufferedShuffle(open_source(str(path)), seed=0)
     path.unlink()
     with pytest.raises(ValueError, match=r"gone\.jsonl: No such file"):
         documents.next()
@@ -104,7 +104,7 @@ def test_bad_cot(
     Path("data").mkdir()
     Path("data/mmlu-cot.json").write_bytes(content)
     with pytest.raises(ValueError) as caught:
-        Documents(open_source("cot"), seed=0).next()
+        BufferedShuffle(open_source("cot"), seed=0).next()
     assert reason in str(caught.value)
 
 

@@ -16,8 +16,8 @@ from pyarrow import parquet
 from tasks.evaluation import evaluation_batches
 from tasks.mixture import BlockStream
 from tasks.open import open_source
-from tasks.registry import SourceSpec
 from tasks.shuffled import Shuffled
+from tasks.source_spec import SourceSpec
 from tasks.sources.bad_lines import BadLines
 from tasks.stream import open_documents, open_training_stream
 from tests.tasks.material import make_texts, through_json, tokenizer

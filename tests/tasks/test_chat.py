@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 from tokenizers import processors
 
-from tasks.sources.base import Document, Message
+from tasks.sources.base import ChatMessage, Document
 from tasks.tokenization.chat import ChatFormat, bot_turns
 from tasks.tokenization.encoder import Encoder
 from tests.tasks.material import tokenizer
 
 TALK = (
-    Message("system", "be brief"),
-    Message("user", "hello fox"),
-    Message("assistant", "jumps"),
-    Message("user", "why?"),
-    Message("assistant", "over\na dog"),
+    ChatMessage("system", "be brief"),
+    ChatMessage("user", "hello fox"),
+    ChatMessage("assistant", "jumps"),
+    ChatMessage("user", "why?"),
+    ChatMessage("assistant", "over\na dog"),
 )
 OIG = "be brief\n<human>: hello fox\n<bot>: jumps\n<human>: why?\n<bot>: over\na dog"
 TEMPLATE = (
@@ -85,7 +85,7 @@ def test_messages_go_through_the_template() -> None:
 
 def test_a_role_that_is_unknown_is_named() -> None:
     with pytest.raises(ValueError, match=r"^a:1: expected a role of user, .* got 'tool'$"):
-        ChatFormat(tokenizer()).text(Document("", "a:1", messages=(Message("tool", "x"),)))
+        ChatFormat(tokenizer()).text(Document("", "a:1", messages=(ChatMessage("tool", "x"),)))
 
 
 def test_a_template_that_refuses_is_named() -> None:
@@ -167,7 +167,11 @@ def test_a_tokenizer_that_knows_no_characters_is_refused() -> None:
 
 
 def test_an_assistant_that_speaks_first_does_not_learn_its_header() -> None:
-    talk = (Message("assistant", "hello"), Message("user", "fox"), Message("assistant", "dog"))
+    talk = (
+        ChatMessage("assistant", "hello"),
+        ChatMessage("user", "fox"),
+        ChatMessage("assistant", "dog"),
+    )
     document = Document("", "a:1", messages=talk)
     template = (
         "start{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}"
@@ -183,7 +187,7 @@ def test_a_template_that_ends_the_text_does_so_once() -> None:
         "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<eos>"
         "{% else %}: {% endif %}{% endfor %}"
     )
-    talk = (Message("user", "fox"), Message("assistant", "dog"))
+    talk = (ChatMessage("user", "fox"), ChatMessage("assistant", "dog"))
     document = Document("", "a:1", messages=talk)
     assert ChatFormat(ending).text(document) == "fox: dog<eos>"
     for train_on in ("all", "completion"):

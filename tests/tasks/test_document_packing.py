@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.batch import IGNORED, make_batch
 from tasks.open import open_source
 from tasks.packing.best_fit import fit, pack_apart_once
-from tasks.packing.blocks import Block
+from tasks.packing.blocks import IGNORED, TokenBlock, make_batch
 from tasks.packing.concat import PackedSource
 from tasks.stream import open_documents
 from tasks.tokenization.encoder import Encoded, Encoder
@@ -72,7 +71,7 @@ def source_of(path: Path) -> PackedSource:
     return packed(documents, Encoder(tokenizer()), ROOM, "document")
 
 
-def documents_of(block: Block) -> list[list[int]]:
+def documents_of(block: TokenBlock) -> list[list[int]]:
     assert block.begins is not None
     end = len(block.tokens) - block.padding
     starts = sorted({int(begin) for begin in block.begins[:end]})

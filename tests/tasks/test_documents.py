@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tasks.open import open_source
-from tasks.shuffling.buffered import Documents
+from tasks.shuffling.buffered import BufferedShuffle
 from tests.tasks.material import (
     check_restored_anywhere,
     make_texts,
@@ -27,12 +27,12 @@ WRITERS: dict[str, Callable[[Path, list[str]], Path]] = {
 }
 
 
-def _open(path: Path, *, seed: int = 7, chunk: int = 10, size: int = 1 << 20) -> Documents:
+def _open(path: Path, *, seed: int = 7, chunk: int = 10, size: int = 1 << 20) -> BufferedShuffle:
     source = open_source(str(path))
-    return Documents(source, seed=seed, chunk_documents=chunk, chunk_bytes=size)
+    return BufferedShuffle(source, seed=seed, chunk_documents=chunk, chunk_bytes=size)
 
 
-def _take(documents: Documents, count: int) -> list[str]:
+def _take(documents: BufferedShuffle, count: int) -> list[str]:
     return [documents.next().text for _ in range(count)]
 
 
@@ -100,11 +100,11 @@ def test_cot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()
     Path("data/mmlu-cot.json").write_text(json.dumps({f"key {t}": t for t in TEXTS}))
-    documents = Documents(open_source("cot"), seed=1, chunk_documents=10)
+    documents = BufferedShuffle(open_source("cot"), seed=1, chunk_documents=10)
     _take(documents, 33)
     state = through_json(documents.state())
     rest = _take(documents, 70)
-    resumed = Documents(open_source("cot"), seed=1, chunk_documents=10)
+    resumed = BufferedShuffle(open_source("cot"), seed=1, chunk_documents=10)
     resumed.restore(state)
     assert _take(resumed, 70) == rest
     assert len(set(rest)) == 70

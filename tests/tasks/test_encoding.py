@@ -12,10 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from tasks import pieces
-from tasks.pieces import cut, in_batches
-from tasks.sources.base import BadLineError, Document, Message
-from tasks.tokenization.encoder import Encoder, _touch
+from tasks.sources.base import BadLineError, ChatMessage, Document
+from tasks.tokenization import encoder
+from tasks.tokenization.encoder import Encoder, _touch, cut, in_batches
 from tests.tasks.material import make_texts, tokenizer
 
 TEXTS = ["", " ", "<eos> in the text<eos>", "é ü 漢字\r\n\t tabs", *make_texts(50, seed=2)]
@@ -36,7 +35,7 @@ def test_tokens_are_those_of_transformers() -> None:
 
 
 def test_a_bad_one_stands_among_the_good() -> None:
-    odd = Document("", "a:2", messages=(Message("judge", "guilty"),))
+    odd = Document("", "a:2", messages=(ChatMessage("judge", "guilty"),))
     first, bad, last = Encoder(tokenizer()).encode_all(
         [Document("fox", "a:1"), odd, Document("dog", "a:3")]
     )
@@ -74,9 +73,9 @@ def test_a_long_text_goes_through_in_pieces(monkeypatch: pytest.MonkeyPatch, tra
     half = len(text) // 2
     document = Document(text, "a:1", completions=((half, len(text)),))
     whole = Encoder(tokenizer(), train_on=train_on).encode(document)
-    monkeypatch.setattr(pieces, "PIECE", 1000)
-    monkeypatch.setattr(pieces, "_SEARCH", 200)
-    monkeypatch.setattr(pieces, "BATCH", 3000)
+    monkeypatch.setattr(encoder, "PIECE", 1000)
+    monkeypatch.setattr(encoder, "_SEARCH", 200)
+    monkeypatch.setattr(encoder, "BATCH", 3000)
     parts = cut(text)
     assert "".join(parts) == text
     assert len(parts) > 20
@@ -89,13 +88,13 @@ def test_a_long_text_goes_through_in_pieces(monkeypatch: pytest.MonkeyPatch, tra
 
 
 def test_text_without_a_place_to_cut_is_cut_anyway(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "PIECE", 10)
+    monkeypatch.setattr(encoder, "PIECE", 10)
     assert cut("x" * 25) == ["x" * 10, "x" * 10, "x" * 5]
     assert cut("") == [""]
 
 
 def test_batches_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "BATCH", 10)
+    monkeypatch.setattr(encoder, "BATCH", 10)
     assert list(in_batches(["abcd"] * 7)) == [["abcd"] * 3, ["abcd"] * 3, ["abcd"]]
     assert list(in_batches([])) == []
 

@@ -14,8 +14,8 @@ from pyarrow import parquet
 
 from tasks.open import open_source
 from tasks.packing.concat import PackedSource, pack_once
-from tasks.shuffling.buffered import Documents
-from tasks.sources.base import BadLineError, Document, Message
+from tasks.shuffling.buffered import BufferedShuffle
+from tasks.sources.base import BadLineError, ChatMessage, Document
 from tasks.tokenization.encoder import Encoder
 from tests.tasks.material import make_texts, packed, through_json, tokenizer
 
@@ -67,7 +67,7 @@ def test_every_kind_of_file_has_the_same_documents(kind: str, tmp_path: Path) ->
         if "text" in row:
             assert (document.text, document.completions) == (row["text"], None)
     assert (found[-2].text, found[-2].completions) == ("two and two: four", ((12, 17),))
-    assert found[-1].messages == (Message("user", "a"), Message("assistant", "b"))
+    assert found[-1].messages == (ChatMessage("user", "a"), ChatMessage("assistant", "b"))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"])
@@ -79,7 +79,7 @@ def test_a_file_is_read_on_from_any_record(kind: str, tmp_path: Path) -> None:
 
 
 def stream_of(path: str, train_on: Any) -> PackedSource:
-    documents = Documents(open_source(path), seed=1, chunk_documents=5)
+    documents = BufferedShuffle(open_source(path), seed=1, chunk_documents=5)
     return packed(documents, Encoder(tokenizer(), train_on=train_on), 12)
 
 
@@ -103,7 +103,9 @@ def test_blocks_that_train_nothing_are_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"prompt": "fox " * 200, "completion": "dog"}) + "\n")
     stream = packed(
-        Documents(open_source(str(path)), seed=1), Encoder(tokenizer(), train_on="completion"), 16
+        BufferedShuffle(open_source(str(path)), seed=1),
+        Encoder(tokenizer(), train_on="completion"),
+        16,
     )
     assert all(stream.next_block().trained[1:].any() for _ in range(5))
     assert stream.state()["num_blocks"] == 5
@@ -115,7 +117,9 @@ def test_a_source_that_trains_nothing_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "asked.jsonl"
     path.write_text(json.dumps({"text": "<human>: fox?\n" * 9}) + "\n")
     stream = packed(
-        Documents(open_source(str(path)), seed=1), Encoder(tokenizer(), train_on="completion"), 16
+        BufferedShuffle(open_source(str(path)), seed=1),
+        Encoder(tokenizer(), train_on="completion"),
+        16,
     )
     with pytest.raises(
         ValueError, match=r"asked.jsonl: the source yields no token to train \(--tr"

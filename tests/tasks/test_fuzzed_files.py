@@ -18,12 +18,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from tasks.jsonl_items import JsonlItems
 from tasks.open import open_source
 from tasks.shuffled import Shuffled
-from tasks.shuffling.buffered import Documents
+from tasks.shuffling.buffered import BufferedShuffle
 from tasks.sources.bad_lines import BadLines
 from tasks.sources.base import BadLineError, Document
+from tasks.sources.jsonl import JsonlItems
 from tasks.stream import open_documents
 
 fuzzed = settings(
@@ -52,7 +52,7 @@ def read_all(path: Path, *, is_buffered: bool = False) -> tuple[list[str], int, 
     bad = BadLines(told, max_share=1.0)
     source = open_source(str(path))
     if is_buffered:
-        documents: Shuffled = Documents(source, seed=1, chunk_documents=3, bad_lines=bad)
+        documents: Shuffled = BufferedShuffle(source, seed=1, chunk_documents=3, bad_lines=bad)
     else:
         documents = open_documents(source, seed=1, bad_lines=bad)
     texts: list[str] = []

@@ -15,8 +15,9 @@ import pytest
 from huggingface_hub import constants
 
 from tasks.open import open_source
-from tasks.registry import SourceSpec, check_source
-from tasks.shuffling.buffered import Documents
+from tasks.registry import check_source
+from tasks.shuffling.buffered import BufferedShuffle
+from tasks.source_spec import SourceSpec
 from tasks.sources import hub as module
 from tasks.stream import open_documents, open_training_stream
 from tests.tasks.material import check_restored_anywhere, make_texts, through_json, tokenizer
@@ -61,9 +62,9 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], Call
     return put
 
 
-def opened(name: str = NAME) -> Documents:
+def opened(name: str = NAME) -> BufferedShuffle:
     documents = open_documents(open_source(name), seed=7, chunk_documents=10)
-    assert isinstance(documents, Documents)
+    assert isinstance(documents, BufferedShuffle)
     return documents
 
 

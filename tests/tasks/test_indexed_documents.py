@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tasks.open import open_source
-from tasks.shuffling.full import IndexedDocuments
+from tasks.shuffling.full import FullShuffle
 from tasks.shuffling.permutation import Permutation
 from tasks.sources import line_index as module
 from tasks.sources.line_index import line_index
@@ -46,11 +46,11 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return WRITERS[request.param](tmp_path / request.param, TEXTS)
 
 
-def opened(path: Path, seed: int = 7) -> IndexedDocuments:
-    return IndexedDocuments(open_source(str(path)), seed=seed)
+def opened(path: Path, seed: int = 7) -> FullShuffle:
+    return FullShuffle(open_source(str(path)), seed=seed)
 
 
-def take(documents: IndexedDocuments, count: int) -> list[str]:
+def take(documents: FullShuffle, count: int) -> list[str]:
     return [documents.next().text for _ in range(count)]
 
 

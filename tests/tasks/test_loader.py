@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tasks.batch import make_batch
 from tasks.loader import BatchLoader
 from tasks.mixture import BlockStream
-from tasks.packing.blocks import Block
-from tasks.registry import SourceSpec
+from tasks.packing.blocks import TokenBlock, make_batch
+from tasks.source_spec import SourceSpec
 from tasks.stream import open_training_stream
 from tests.tasks.material import make_texts, through_json, tokenizer, write_jsonl
 
@@ -26,7 +25,7 @@ def _stream(path: Path) -> BlockStream:
 def test_labels() -> None:
     trained = np.array([[True, True, False, True], [True, False, False, False]])
     tokens = np.array([[5, 6, 7, 8], [1, 2, 3, 4]])
-    batch = make_batch([Block(*pair) for pair in zip(tokens, trained, strict=True)])
+    batch = make_batch([TokenBlock(*pair) for pair in zip(tokens, trained, strict=True)])
     assert batch.tokens.tolist() == tokens.tolist()
     assert batch.labels.tolist() == [[6, -100, 8, -100], [-100] * 4]
 

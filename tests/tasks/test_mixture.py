@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tasks.mixture import BlockStream
-from tasks.registry import SourceSpec, parse_task_name
+from tasks.source_spec import SourceSpec, parse_task_name
 from tasks.stream import open_training_stream
 from tests.tasks.material import make_texts, through_json, tokenizer, write_folder, write_jsonl
 

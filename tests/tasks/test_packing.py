@@ -13,7 +13,7 @@ import pytest
 
 from tasks.open import open_source
 from tasks.packing.concat import PackedSource
-from tasks.shuffling.buffered import Documents
+from tasks.shuffling.buffered import BufferedShuffle
 from tasks.tokenization.encoder import Encoder
 from tests.tasks.material import (
     make_texts,
@@ -27,8 +27,8 @@ from tests.tasks.material import (
 TEXTS = make_texts(60, seed=2)
 
 
-def _documents(path: Path) -> Documents:
-    return Documents(open_source(str(path)), seed=3, chunk_documents=16)
+def _documents(path: Path) -> BufferedShuffle:
+    return BufferedShuffle(open_source(str(path)), seed=3, chunk_documents=16)
 
 
 def _pack(path: Path, seq_length: int, separator: str | None = None) -> PackedSource:

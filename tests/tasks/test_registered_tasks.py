@@ -16,9 +16,10 @@ from huggingface_hub import constants
 from pyarrow import parquet
 
 from tasks.open import open_source
-from tasks.registry import SourceSpec, check_source
-from tasks.shuffling.buffered import Documents
-from tasks.shuffling.full import IndexedDocuments
+from tasks.registry import check_source
+from tasks.shuffling.buffered import BufferedShuffle
+from tasks.shuffling.full import FullShuffle
+from tasks.source_spec import SourceSpec
 from tasks.sources.base import BadLineError, Document
 from tasks.stream import open_documents
 from tests.tasks.material import check_restored_anywhere, make_texts
@@ -89,7 +90,7 @@ def test_instances_of_the_training_tasks(name: str, caplog: pytest.LogCaptureFix
         for text in texts["task001_a"]
     ]
     documents = open_documents(open_source(name), seed=1)
-    assert isinstance(documents, IndexedDocuments)
+    assert isinstance(documents, FullShuffle)
     for _ in range(2):
         epoch = [documents.next() for _ in range(103)]
         assert {text_and_answer(document) for document in epoch} == expected
@@ -174,7 +175,7 @@ def test_prompts_of_the_pool_in_every_kind_of_file() -> None:
     Path("data/p3").mkdir()
     Path("data/p3/a.jsonl").write_text("".join(json.dumps(row) + "\n" for row, _ in PAIRS))
     check_source(SourceSpec("p3"))
-    assert isinstance(open_documents(open_source("p3"), seed=1), IndexedDocuments)
+    assert isinstance(open_documents(open_source("p3"), seed=1), FullShuffle)
     rows = [row for row, _ in PAIRS[:4]]
     parquet.write_table(pyarrow.Table.from_pylist(rows), "data/p3/b.parquet")
     expected = [pair for _, pair in PAIRS] + [pair for _, pair in PAIRS[: len(rows)]]
@@ -250,7 +251,7 @@ def test_else_from_the_hub(
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     check_source(SourceSpec(task))
     documents = open_documents(open_source(task), seed=1)
-    assert isinstance(documents, Documents)
+    assert isinstance(documents, BufferedShuffle)
     document = documents.next()
     assert (document.text, document.where) == (text, f"{name}:1")
     assert asked[0] == (name, None, {"split": "train", "streaming": True})

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks.registry import SourceSpec, check_source, parse_task_name
+from tasks.registry import check_source
+from tasks.source_spec import SourceSpec, parse_task_name
 from tests.tasks.material import write_jsonl
 
 

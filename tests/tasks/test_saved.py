@@ -15,10 +15,11 @@ import pytest
 
 from tasks.evaluation import evaluation_batches
 from tasks.open import open_source
-from tasks.registry import SourceSpec, check_source
-from tasks.shuffling.full import IndexedDocuments
+from tasks.registry import check_source
+from tasks.shuffling.full import FullShuffle
+from tasks.source_spec import SourceSpec
 from tasks.sources.bad_lines import BadLines
-from tasks.sources.base import Document, Message
+from tasks.sources.base import ChatMessage, Document
 from tasks.stream import open_documents
 from tests.tasks.material import (
     check_restored_anywhere,
@@ -39,9 +40,9 @@ def save(folder: Path, texts: list[str] = TEXTS) -> Path:
     return folder
 
 
-def opened(path: Path, **options: Any) -> IndexedDocuments:
+def opened(path: Path, **options: Any) -> FullShuffle:
     documents = open_documents(open_source(str(path)), seed=7, **options)
-    assert isinstance(documents, IndexedDocuments)
+    assert isinstance(documents, FullShuffle)
     return documents
 
 
@@ -77,7 +78,7 @@ def test_rows_of_every_form(tmp_path: Path) -> None:
     assert found == [
         Document("a", f"{tmp_path}/saved:1"),
         Document("bc", f"{tmp_path}/saved:2", completions=((1, 2),)),
-        Document("", f"{tmp_path}/saved:3", messages=(Message("user", "d"),)),
+        Document("", f"{tmp_path}/saved:3", messages=(ChatMessage("user", "d"),)),
     ]
     records = list(file.read())
     assert list(file.read(records[0].offset, records[0].line)) == records[1:]

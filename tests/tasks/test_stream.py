@@ -15,7 +15,7 @@ import pytest
 
 from tasks.loader import BatchLoader
 from tasks.mixture import BlockStream
-from tasks.registry import SourceSpec
+from tasks.source_spec import SourceSpec
 from tasks.stream import open_training_stream
 from tasks.tokenization import prefetch as encoded_documents
 from tests.tasks.material import make_texts, through_json, tokenizer, write_folder, write_jsonl
