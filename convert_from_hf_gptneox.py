@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from arguments.flags import parse_convert_from_hf
+from arguments.conversion import parse_convert_from_hf
 from arguments.parser import refuse
 from modules.registry import MODELS
 

@@ -1,35 +1,33 @@
-"""How a flag's text becomes a value, and what a mistake becomes: a ValueError of one line."""
+"""The parser of every entry script: a mistake is a ValueError of one line. Needs no torch."""
 
 from __future__ import annotations
 
 import argparse
-import math
 import re
 import sys
-from collections.abc import Callable
 from typing import NoReturn
 
 from common.text import one_line
-from pipeline_parallel.partition.split import AUTO, Asked, parse_layers
 
 
 class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a default where there is one; where it depends on the machine, the help says so."""
+    """Shows the default of a flag that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse, whose mistakes are ValueErrors, and which takes no abbreviated flags."""
+    """A parser that raises ValueError for a mistake and takes no abbreviated flags."""
 
-    def __init__(self, description: str) -> None:
+    def __init__(self, description: str, *, epilog: str | None = None) -> None:
         super().__init__(
             description=description,
+            epilog=epilog,
             allow_abbrev=False,
             formatter_class=DefaultsFormatter,
         )
-        # What begins like a negative number is a value, and so refused with its flag: no flag does.
+        # A text that begins like a negative number is a value, since no flag begins so.
         self._negative_number_matcher = re.compile(r"-[0-9.]")
 
     def error(self, message: str) -> NoReturn:
@@ -41,68 +39,3 @@ def refuse(error: BaseException) -> NoReturn:
     """Ends the process as a user's mistake: one line on stderr, exit status 2."""
     sys.stderr.write(one_line(error) + "\n")
     raise SystemExit(2)
-
-
-def switch(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
-    return text.lower() == "true"
-
-
-def whole(at_least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = at_least - 1
-        if value < at_least:
-            raise argparse.ArgumentTypeError(
-                f"expected a whole number of at least {at_least}, got {text!r}"
-            )
-        return value
-
-    return parse
-
-
-def layers(*, auto: bool) -> Callable[[str], Asked]:
-    def parse(text: str) -> Asked:
-        try:
-            return AUTO if auto and text == AUTO else parse_layers(text)
-        except ValueError:
-            forms = "one for each stage as in 5,3" + (", or auto" if auto else "")
-            raise argparse.ArgumentTypeError(
-                f"expected a whole number of at least 1, or {forms}, got {text!r}"
-            ) from None
-
-    return parse
-
-
-def real(
-    *, positive: bool = False, finite: bool = True, at_most: float = math.inf
-) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if math.isnan(value) or value < 0 or (positive and value == 0):
-            kind = "above 0" if positive else "of at least 0"
-            raise argparse.ArgumentTypeError(f"expected a number {kind}, got {text!r}")
-        if finite and math.isinf(value):
-            raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
-        if value > at_most:
-            raise argparse.ArgumentTypeError(f"expected at most {at_most:g}, got {text!r}")
-        return value
-
-    return parse
-
-
-def size(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?)(i?)B", text)
-    if found is None or float(found[1]) == 0:
-        raise argparse.ArgumentTypeError(
-            f"expected a size above 0 with its unit, as 24GB or 24GiB, got {text!r}"
-        )
-    power = " kMGT".index(found[2] or " ")
-    unit: int = (1024 if found[3] else 1000) ** power
-    return round(float(found[1]) * unit)

@@ -30,11 +30,13 @@ import torch
 
 from checkpoint.retention import RetentionPolicy
 from checkpoint.snapshot import Snapshot, on_host
+from checkpoint.steps.meta import StepMeta
 from checkpoint.store import CheckpointStore
 from comm.backends.single_process import SingleProcessCommunicator
 from comm.topology import Topology
 from common.tensors import is_finite
 from modules.matmul.cpu_info import CpuInfo
+from pipeline_parallel.partition.split import Split
 
 WEIGHTS = 24  # of the state, all of one size
 SIZE = 1024  # of the matrices that are multiplied meanwhile
@@ -100,7 +102,7 @@ def measure(folder: Path, state: dict[str, Any], rounds: int) -> None:
 
 def save(store: CheckpointStore, step: int, state: dict[str, Any]) -> None:
     check(state)
-    store.begin(step, parts=on_host(state), meta={"step": step})
+    store.begin(step_meta(step), parts=on_host(state))
     store.finish()
 
 
@@ -108,7 +110,23 @@ def begin_beside(
     store: CheckpointStore, step: int, state: dict[str, Any], snapshot: Snapshot
 ) -> None:
     check(state)
-    store.begin(step, parts=snapshot.take(state), meta={"step": step})
+    store.begin(step_meta(step), parts=snapshot.take(state))
+
+
+def step_meta(step: int) -> StepMeta:
+    return StepMeta(
+        step=step,
+        updates=step,
+        updater={},
+        gave_up=False,
+        model_type="gptneox",
+        num_layers=Split([1]),
+        num_replicas=1,
+        flags={},
+        settings={},
+        versions={},
+        data={},
+    )
 
 
 def check(state: Mapping[str, Any]) -> None:

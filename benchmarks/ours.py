@@ -7,30 +7,30 @@ from typing import Any
 
 import torch
 
-from arguments.settings import LoopSettings
+from arguments.settings import UpdateSettings
 from benchmarks.overhead import engine_overhead
 from benchmarks.work import LR, MAX_NORM, WEIGHT_DECAY, Work
 from comm.lifecycle.stop_signals import StopRequest
 from comm.process_groups import ProcessGroups
+from comm.run_context import RunContext
 from comm.topology import Topology
 from common.tensors import DTYPES
-from modules.build import parameter_names
 from modules.registry import MODELS
 from modules.stage_model import StageModel
 from monitor.profiling.tracer import NO_TRACER, HostTracer, StepLog, Tracer
-from monitor.recorder import SilentRecorder
 from optimizer.adam import Adam
+from optimizer.build import build_optimizer
 from optimizer.loss_scaler import make_scaler
 from optimizer.mixed_precision import MixedPrecisionOptimizer
 from optimizer.update import UpdateStep
 from pipeline_parallel.batch_scatter import Rows
+from pipeline_parallel.build import build_engine
 from pipeline_parallel.engine import Engine
 from pipeline_parallel.p2p import StageLink
 from pipeline_parallel.partition.split import stage_modules
-from pipeline_parallel.schedule.schedules import SCHEDULES, splits_backward
-from pipeline_parallel.stage import Stage
-from training.step_totals import TotalsReducer
-from training.trainer import Trainer
+from training.iteration import Iteration
+from training.not_finite import NotFiniteReport
+from training.step_totals import TotalsReducer, names_by_stage
 
 CPU = torch.device("cpu")
 FAMILY = MODELS["gptneox"].load()
@@ -43,53 +43,58 @@ class Ours:
     """
 
     def __init__(
-        self, work: Work, pp_mode: str, topology: Topology, fabric: ProcessGroups, *, traced: bool
+        self, work: Work, pp_mode: str, topology: Topology, groups: ProcessGroups, *, traced: bool
     ) -> None:
         self._steps, self._work = 0, work
-        self._pp_mode, self._topology, self._control = pp_mode, topology, fabric.control
+        self._pp_mode, self._topology, self._control = pp_mode, topology, groups.control
         self._traced = traced
         self._tracer: Tracer = HostTracer(StepLog(lambda steps: None)) if traced else NO_TRACER
-        optimizer = MixedPrecisionOptimizer(
-            dict((model := _stage_model(work, topology)).named_parameters()),
+        context = RunContext(topology, groups, CPU, start="")
+        settings = _settings(work)
+        model = _stage_model(work, topology)
+        optimizer = build_optimizer(
+            model,
             Adam(),
-            dtype=DTYPES[work.precision],
+            precision=work.precision,
             weight_decay=WEIGHT_DECAY,
             offload=False,
-            sharded=False,
-            replicas=fabric.replicas,
+            zero_stage=0,
+            replicas=groups.replicas,
             tracer=self._tracer,
         )
-        settings = _settings(work)
-        agreement = _agreement(work, topology, fabric, model.indices.start)
-        self._loop = Trainer(
+        engine = _engine(work, pp_mode, context, model, optimizer, self._tracer)
+        feed: Any = _Feed(work, topology)
+        scaler = make_scaler(
+            work.precision, constant=0, initial=1, minimum=1, window=1, hysteresis=1
+        )
+        updater = UpdateStep(
+            optimizer,
+            scaler,
+            schedule=lambda update: LR,
+            nominal_tokens=settings.nominal_tokens(topology.num_replicas),
+            max_grad_norm=MAX_NORM,
+            max_skipped=1,
+        )
+        names = names_by_stage(FAMILY, work.config, work.split)
+        self._iteration = Iteration(
             settings,
-            topology=topology,
-            control=fabric.control,
-            engine=_engine(work, pp_mode, topology, fabric, model, optimizer, self._tracer),
-            feed=_Feed(work, topology),  # type: ignore[arg-type]
-            optimizer=optimizer,
-            updater=UpdateStep(
-                optimizer,
-                make_scaler(
-                    work.precision, constant=0, initial=1, minimum=1, window=1, hysteresis=1
-                ),
-                schedule=lambda update: LR,
-                nominal_tokens=settings.nominal_tokens(topology.num_replicas),
-                max_grad_norm=MAX_NORM,
-                max_skipped=1,
+            context,
+            engine=engine,
+            feed=feed,
+            updater=updater,
+            totals=TotalsReducer(
+                groups.control,
+                topology,
+                num_parameters=[len(of_stage) for of_stage in names],
+                tracer=self._tracer,
             ),
-            agreement=agreement,
-            parameter_names=[],
-            evaluation=None,
-            recorder=SilentRecorder(),
-            tracer=self._tracer,
+            report=NotFiniteReport(settings, context, engine=engine, feed=feed, parameter_names=[]),
             stop=StopRequest(),
-            saves=_NoSaves(),
         )
 
     def step(self) -> float:
         self._steps += 1
-        totals, _ = self._loop.advance(self._steps)
+        totals, _ = self._iteration.advance(self._steps)
         return totals.loss / totals.tokens
 
     def overhead(self) -> float:
@@ -136,70 +141,46 @@ def _stage_model(work: Work, topology: Topology) -> StageModel:
     return model
 
 
-class _NoSaves:
-    """Steps are measured, not kept."""
-
-    is_pending = is_writing = False
-
-    def save(self, step: int, data: object, *, is_last: bool) -> bool:
-        return False
-
-    def finish(self, *, is_last: bool = False) -> bool:
-        return False
-
-    def close(self) -> None:
-        """Nothing is dropped."""
-
-
-def _settings(work: Work) -> LoopSettings:
-    return LoopSettings(
+def _settings(work: Work) -> UpdateSettings:
+    return UpdateSettings(
         total_steps=2**40,
-        accumulate=1,
-        rows=work.batch,
-        micro_rows=1,
-        tokens=work.tokens,
-        checkpoint_steps=0,
-        evaluation_steps=0,
+        lr=LR,
+        warmup_steps=0,
+        lr_schedule="constant",
+        min_lr=0.0,
+        optimizer="adam",
+        weight_decay=WEIGHT_DECAY,
+        max_grad_norm=MAX_NORM,
+        seq_length=work.tokens,
+        batch_size=work.batch,
+        micro_batch_size=1,
+        gradient_accumulate_step=1,
         seed=0,
-    )
-
-
-def _agreement(work: Work, topology: Topology, fabric: ProcessGroups, start: int) -> TotalsReducer:
-    counts = [len(parameter_names(FAMILY, work.config, i)) for i in range(work.layers + 2)]
-    return TotalsReducer(
-        fabric.control, topology, norm_slots=sum(counts), first_slot=sum(counts[:start])
     )
 
 
 def _engine(
     work: Work,
     pp_mode: str,
-    topology: Topology,
-    fabric: ProcessGroups,
+    context: RunContext,
     model: StageModel,
     optimizer: MixedPrecisionOptimizer,
     tracer: Tracer,
 ) -> Engine:
-    schedule = SCHEDULES[pp_mode]
-    stage = Stage(
-        model,
-        recompute=work.recompute,
-        gradients=optimizer.flat_gradients,
-        splits=splits_backward(schedule, topology.stage, topology.num_stages),
-    )
-    channel = StageLink(
-        fabric.pipeline,
+    link = StageLink(
+        context.groups.pipeline,
         shape=(1, work.tokens, work.hidden),
         dtype=DTYPES[work.precision],
         device=CPU,
         tracer=tracer,
     )
-    return Engine(
-        stage,
-        channel,
-        schedule=schedule,
-        stage_index=topology.stage,
-        num_stages=topology.num_stages,
+    return build_engine(
+        model,
+        link,
+        topology=context.topology,
+        gradients=optimizer.flat_gradients,
+        schedule=pp_mode,
+        recompute=work.recompute,
         num_microbatches=work.batch,
         tracer=tracer,
     )

@@ -6,23 +6,24 @@ machine; the other replicas get weights and state from it over the network.
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from checkpoint.files.checksums import FORMAT, named, sum_bytes
+from checkpoint.files.checksums import named, sum_bytes
 from checkpoint.resume.find import Search
 from checkpoint.resume.reshard import Continuation
 from checkpoint.retention import Removal, RetentionPolicy
 from checkpoint.steps import folder as step_folder
 from checkpoint.steps.latest import LATEST, expect_latest, latest_text, write_latest
 from checkpoint.steps.manifest import StageManifest, part_name
+from checkpoint.steps.meta import META, StepMeta, read_meta
 from comm.collective_io import BackgroundTask, run_on_all
 from comm.communicator import Communicator
 from comm.objects import broadcast_bytes, broadcast_json, gather_json
@@ -44,7 +45,7 @@ class ResumePoint(NamedTuple):
 
     step: int
     folder: Path
-    meta: dict[str, Any] | None
+    meta: StepMeta | None
 
 
 class _PendingStep(NamedTuple):
@@ -83,19 +84,18 @@ class CheckpointStore:
         clear = partial(step_folder.clear_leftovers, path, nonce) if self._writes else None
         run_on_all(control, clear, "removing what earlier starts left", expected=())
 
-    def begin(
-        self, step: int, *, parts: Mapping[str, Any], meta: Mapping[str, Any], hurry: bool = False
-    ) -> None:
-        """Starts writing `parts` (checkpoint, optimizer, scheduler) of this stage as step `step`.
+    def begin(self, meta: StepMeta, *, parts: Mapping[str, Any], hurry: bool = False) -> None:
+        """Starts writing `parts` (checkpoint, optimizer, scheduler) of this stage as `meta.step`.
 
         Every process calls it, and `finish` before it begins another; `meta` is rank 0's. What is
         written is not to change until it is. What the last save dropped makes room first; with
         `hurry`, only where there is none.
         """
         assert self._pending is None, "one step is saved at a time"
-        meta = broadcast_json(self._control, {**meta, "format": FORMAT, "start": self._nonce})
+        step = meta.step
+        text = broadcast_bytes(self._control, replace(meta, start=self._nonce).encode())
         folder = step_folder.partial_folder(self.path, step, self._nonce)
-        write = partial(self._write, folder, step, parts, meta)
+        write = partial(self._write, folder, step, parts, text)
         task = BackgroundTask(self._removal.beside(write, hurry=hurry)) if self._writes else None
         self._pending = _PendingStep(step, folder, task)
 
@@ -164,14 +164,11 @@ class CheckpointStore:
         what = "is not saved" if undo is not None else "is saved, but latest does not name it"
         raise SaveFailedError(f"step {step} {what}: {failure}")
 
-    def _write(
-        self, partial: Path, step: int, parts: Mapping[str, Any], meta: Mapping[str, Any]
-    ) -> None:
+    def _write(self, partial: Path, step: int, parts: Mapping[str, Any], meta: bytes) -> None:
         """This stage's files, those that every stage writes, and last the manifest of them all."""
         topology = self._topology
         sums = step_folder.write_stage_files(partial, topology.stage, parts)
-        text = json.dumps(meta, indent=1, sort_keys=True).encode()
-        common = {**self._extras, "meta.json": text}
+        common = {**self._extras, META: meta}
         sums |= {name: sum_bytes(content) for name, content in common.items()}
         save = f"{self._nonce}-{step}"
         manifest = StageManifest(step, topology.stage, topology.num_stages, save, sums)
@@ -211,8 +208,9 @@ class CheckpointStore:
         step = search.newest()
         if step is not None:
             folder = self.path / str(step)
-            meta = read_meta(folder) if self._topology.rank == 0 else None
-            return ResumePoint(step, folder, broadcast_json(self._control, meta))
+            meta = read_meta(folder).to_json() if self._topology.rank == 0 else None
+            meta = broadcast_json(self._control, meta)
+            return ResumePoint(step, folder, StepMeta.from_json(meta, folder / META))
         old = search.predecessor
         if old is None:
             return None
@@ -245,18 +243,6 @@ class CheckpointStore:
         """Whether any stage has any checkpoint, whole or not; every process calls it."""
         mine = self._writes and step_folder.any_steps(self.path)
         return any(gather_json(self._control, mine))
-
-
-def read_meta(folder: Path) -> dict[str, Any]:
-    """A step's meta.json; ValueError names the file where it cannot be read."""
-    path = folder / "meta.json"
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(meta, dict) or not isinstance(meta.get("step"), int):
-            raise ValueError("no step in it")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not readable: {error}") from error
-    return meta
 
 
 def part_file(folder: Path, stage: int, part: str) -> Path:

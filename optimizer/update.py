@@ -37,7 +37,7 @@ class UpdateStep:
         max_grad_norm: float,
         max_skipped: int,
     ) -> None:
-        self._optimizer, self._scaler, self._schedule = optimizer, scaler, schedule
+        self.optimizer, self._scaler, self._schedule = optimizer, scaler, schedule
         self._nominal, self._max_grad_norm = nominal_tokens, max_grad_norm
         self._max_skipped = max_skipped
         self.skipped_in_a_row = 0
@@ -67,17 +67,17 @@ class UpdateStep:
 
         A logit of -inf makes an infinite loss whose gradients are finite, so losses count too.
         """
-        scale, lr = self._scaler.scale, self._schedule(self._optimizer.updates)
+        scale, lr = self._scaler.scale, self._schedule(self.optimizer.updates)
         overflow = not (losses_are_finite and math.isfinite(squared_norm))
         self._scaler.update(overflow=overflow)
         if overflow:
-            self._optimizer.drop_gradients()
+            self.optimizer.drop_gradients()
             self.skipped_in_a_row += 1
             return UpdateResult(lr, None, scale)
         correction = self._nominal / tokens / scale
         norm = math.sqrt(squared_norm) * correction
         factor = correction * clip_factor(norm, self._max_grad_norm)
-        self._optimizer.step(lr=lr, factor=factor)
+        self.optimizer.step(lr=lr, factor=factor)
         self.skipped_in_a_row = 0
         return UpdateResult(lr, norm, scale)
 

@@ -69,7 +69,7 @@ class Engine:
     ) -> None:
         check_schedule(schedule, num_stages, num_microbatches)
         self._stage, self._channel, self._index = stage, channel, stage_index
-        self._num_microbatches, self._tracer = num_microbatches, tracer
+        self._num_microbatches, self.tracer = num_microbatches, tracer
         self._train = list(schedule(stage_index, num_stages, num_microbatches))
         self._evaluate = list(forward_only(stage_index, num_stages, num_microbatches))
         prev, following = max(0, stage_index - 1), min(stage_index + 1, num_stages - 1)
@@ -136,7 +136,7 @@ class Engine:
         x = self._input(microbatch, batch)
         self._channel.settle(gradients=self._gradients_arrived[microbatch])
         keys, documents = batch.keys(microbatch), batch.documents(microbatch, x.device)
-        with self._tracer.span(Track.FORWARD_COMPUTE, microbatch=microbatch):
+        with self.tracer.span(Track.FORWARD_COMPUTE, microbatch=microbatch):
             out = self._stage.forward(
                 microbatch, x, labels, keys, loss_scale=self._loss_scale, documents=documents
             )
@@ -170,12 +170,12 @@ class Engine:
         if gradient is not None:
             self._last_given = gradient.shape, gradient.dtype
             self._channel.settle(activations=self._activations_arrived[microbatch])
-        with self._tracer.span(Track.BACKWARD_COMPUTE, microbatch=microbatch):
+        with self.tracer.span(Track.BACKWARD_COMPUTE, microbatch=microbatch):
             of_input = self._stage.backward(microbatch, gradient)
         self._channel.send_gradient(of_input)
 
     def _weight_gradient(self, microbatch: int, batch: PipelineBatch) -> None:
-        with self._tracer.span(Track.WEIGHT_GRADIENT, microbatch=microbatch):
+        with self.tracer.span(Track.WEIGHT_GRADIENT, microbatch=microbatch):
             self._stage.weight_gradient(microbatch)
 
 

@@ -17,7 +17,7 @@ STARTING, RENDEZVOUS, LOADING, TRAINING, EVALUATION, SAVING, CLOSING = PHASES = 
 WRITING_BESIDE = "training beside a write"
 JOINING = (STARTING, RENDEZVOUS)
 _MARKS = (  # the function, the phase inside, and the one after it: None, that before
-    ("dist_clm_train:meet", RENDEZVOUS, RENDEZVOUS),
+    ("training.session:meet", RENDEZVOUS, RENDEZVOUS),
     ("training.run:train", LOADING, CLOSING),
     ("training.trainer:Trainer.run", TRAINING, CLOSING),
     ("training.evaluation:Evaluation.run", EVALUATION, None),

@@ -16,7 +16,7 @@ from modules.layers import lm_head as head
 from modules.stage_model import StageModel
 from optimizer.mixed_precision import MixedPrecisionOptimizer
 from pipeline_parallel.engine import Engine, Losses
-from training.trainer import Trainer
+from training.iteration import Iteration
 
 PARAMETER = 3  # of its stage: whose gradient is poisoned
 
@@ -148,11 +148,11 @@ def _begun() -> Iterator[list[MixedPrecisionOptimizer]]:
 @contextmanager
 def _step_noted() -> Iterator[list[int]]:
     """The number of the iteration under way, in a list of one."""
-    iterate, now = Trainer._iterate, [0]
+    iterate, now = Iteration._run, [0]
 
-    def noted(loop: Trainer, step: int) -> Any:
+    def noted(loop: Iteration, step: int, is_writing: bool) -> Any:
         now[0] = step
-        return iterate(loop, step)
+        return iterate(loop, step, is_writing)
 
-    with patch.object(Trainer, "_iterate", noted):
+    with patch.object(Iteration, "_run", noted):
         yield now

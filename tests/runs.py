@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import torch
 
-from arguments.flags import parse_train
+from arguments.train import parse_train
 from checkpoint.steps.latest import write_latest
 from checkpoint.store import SaveFailedError
 from comm.lifecycle.stop_signals import StopRequest
@@ -22,13 +22,14 @@ from comm.process_groups import ProcessGroups
 from comm.rendezvous.interface import Interface
 from comm.rendezvous.job_key import JobKey
 from comm.rendezvous.join import Rendezvous, join
+from comm.run_context import RunContext
 from comm.topology import Topology
 from monitor.console import Console
 from monitor.metrics import read_metrics
 from tests.comm.ranks import link
 from tests.dist import free_port
+from training.iteration import TrainingStoppedError
 from training.run import train
-from training.trainer import TrainingStoppedError
 
 
 class Case(NamedTuple):
@@ -106,7 +107,7 @@ def _train_case(
     }
     flags = _at(case.flags, topology.num_stages, topology.num_replicas)
     # Starting a process to tokenize takes longer than these texts do.
-    args = parse_train(to_argv({"data-workers": 0, **flags, **own}), {})
+    settings = parse_train(to_argv({"data-workers": 0, **flags, **own}), {})
     if topology.rank == 0 and case.after is not None:
         _copy_run(path.parent / case.after[0], path, step=case.after[1])
     elif topology.rank == 0:
@@ -118,25 +119,17 @@ def _train_case(
         stopped = None
         try:
             train(
-                args,
-                topology=topology,
-                fabric=fabric,
-                device=torch.device("cpu"),
-                nonce=nonce,
+                settings,
+                RunContext(topology, fabric, torch.device("cpu"), nonce),
                 console=Console(io.StringIO()),
                 stop=StopRequest(),
                 closing=closing,
-                announce=to_nobody,
             )
         except (TrainingStoppedError, SaveFailedError) as error:
             if not case.stops:
                 raise
             stopped = str(error)
     return Told(listener.lines, stopped)
-
-
-def to_nobody(line: str) -> None:
-    """Where no rank waits to hear of it."""
 
 
 class _Listener(logging.Handler):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from arguments.flags import parse_convert_from_hf, parse_convert_to_hf
+from arguments.conversion import parse_convert_from_hf, parse_convert_to_hf
 from tests.bad_input import the_line
 
 Cases = dict[str, tuple[list[str], list[str]]]  # the flags given, and what the line must hold

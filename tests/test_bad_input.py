@@ -6,18 +6,21 @@ are in tests/test_bad_runs.py.
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections import namedtuple
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import pytest
 
-from arguments import flags as arguments
-from arguments.checks import NOT_BUILT_FLAGS, doubts
+from arguments import settings
+from arguments.checks import warnings_about
+from arguments.flags.table import FLAGS
 from arguments.parser import refuse
+from arguments.train import parse_train, train_parser
 from comm.backends.single_process import SingleProcessCommunicator
 from tests.bad_input import Flags, argv, at, make_home, right, the_line
 from training.checkpointing import check_disk
@@ -336,7 +339,7 @@ DOUBTS: dict[str, tuple[Flags, list[str]]] = {
 @pytest.mark.parametrize("name", DOUBTS)
 def test_what_is_hardly_meant_is_told(name: str, home: Path) -> None:
     flags, begins = DOUBTS[name]
-    told = doubts(arguments.parse_train(argv(right(home) | flags), {}))
+    told = warnings_about(parse_train(argv(right(home) | flags), {}))
     assert [line.startswith(begin) for line, begin in zip(told, begins, strict=True)] == [
         True
     ] * len(begins)
@@ -347,7 +350,7 @@ def test_rank_0_alone_tells_it(
     rank: int, home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     flags = right(home) | {"evaluation-steps": 3, "rank": rank, "checkpoint-path": tmp_path / "c"}
-    machine = check_this_machine(arguments.parse_train(argv(flags), {}))
+    machine = check_this_machine(parse_train(argv(flags), {}))
     assert machine.problem is None
     if machine.lock is not None:
         machine.lock.close()
@@ -357,8 +360,8 @@ def test_rank_0_alone_tells_it(
 def test_scale_flags_that_are_not_in_use_are_not_compared(home: Path) -> None:
     """A constant scale has no smallest, nor has fp32."""
     for flags in ({"fp16": "true", "loss-scale": 64}, {}):
-        args = arguments.parse_train(argv(right(home) | flags | {"min-loss-scale": 65536}), {})
-        assert args.min_loss_scale == 65536.0
+        args = parse_train(argv(right(home) | flags | {"min-loss-scale": 65536}), {})
+        assert args.precision.min_loss_scale == 65536.0
 
 
 def test_a_missing_bitsandbytes(
@@ -388,27 +391,48 @@ def refusal(
 
 def start_alone(arguments_given: list[str], environ: Mapping[str, str]) -> None:
     """What a process does before it meets others, who would be told its problem."""
-    machine = check_this_machine(arguments.parse_train(arguments_given, environ))
+    machine = check_this_machine(parse_train(arguments_given, environ))
     if machine.lock is not None:
         machine.lock.close()
     assert machine.problem is not None, "the mistake was not seen"
     refuse(machine.problem)
 
 
-@pytest.mark.parametrize("flag", NOT_BUILT_FLAGS)
-def test_a_flag_that_is_not_built(
-    flag: str, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_help_has_the_flags_that_most_runs_need_and_help_all_has_all(
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for given in ([flag], [flag, "1"], [f"{flag}=x y"]):
-        line = refusal([*argv(right(home)), *given], {}, monkeypatch, capsys)
-        assert line == f"{flag} is not built yet"
-    assert flag in arguments.train_parser().format_help()
+    shown = {}
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as ended:
+            train_parser().parse_args([flag])
+        assert ended.value.code == 0
+        shown[flag] = set(re.findall(r"(?m)^  (--[a-z0-9-]+)", capsys.readouterr().out))
+    assert {flag.name for flag in FLAGS} <= shown["--help-all"]
+    assert {"--model-name", "--total-steps", "--rank", "--lr"} <= shown["--help"]
+    assert not {"--hysteresis", "--job-token-file", "--zero-stage"} & shown["--help"]
+    assert shown["--help"] < shown["--help-all"]
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        train_parser().parse_args(["--version"])
+    assert ended.value.code == 0
+    assert re.fullmatch(r"dist_clm_train \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+def test_every_flag_is_a_field_of_one_group() -> None:
+    """And every other field is derived, by name."""
+    groups = [getattr(settings, str(field.type)) for field in fields(settings.Settings)]
+    names = [field.name for group in groups for field in fields(group)]
+    assert len(names) == len(set(names))
+    assert set(names) - {flag.dest for flag in FLAGS} == {"sources", "start_id", "agent_store"}
+    assert {flag.dest for flag in FLAGS} <= set(names)
 
 
 def test_right_flags_are_right(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "")
-    machine = check_this_machine(arguments.parse_train(argv(right(home)), {}))
+    machine = check_this_machine(parse_train(argv(right(home)), {}))
     assert machine.problem is None
     assert machine.lock is not None
     machine.lock.close()

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from arguments.flags import parse_train
-from dist_clm_train import _facts
+from arguments.flag_rules import flags_of_all_ranks
+from arguments.train import parse_train
 from tests.bad_input import argv
 from tests.cluster import flags, make_model
 from tests.dist import free_port
@@ -130,6 +130,6 @@ def test_a_missing_rank_is_named_while_the_others_wait(
 
 def test_what_a_rank_tells_of_its_flags_names_no_job(home: Path) -> None:
     more = {"job-id": "a secret", "job-token-file": home / "token"}
-    told = _facts(parse_train(argv(flags(home, **more)), {}))
+    told = flags_of_all_ranks(parse_train(argv(flags(home, **more)), {}))
     assert told["--seq-length"] == 24
     assert not [flag for flag in told if flag.startswith("--job")]

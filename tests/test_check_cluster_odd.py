@@ -20,11 +20,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from arguments.flags import parse_train
+from arguments.train import parse_train
 from checkpoint.files.checksums import FileSum
 from checkpoint.files.layer_shards import write_shard_manifest
 from comm.communicator import Communicator, Work
 from comm.process_groups import ProcessGroups
+from comm.run_context import RunContext
 from planning.cluster.check import check_cluster
 from planning.cluster.machines import versions
 from tests.bad_input import argv
@@ -90,16 +91,13 @@ def check_cases(rank: int, world_size: int, url: str, home: Path) -> dict[str, A
         fabric = entered.fabric
         with ExitStack() as stack, listening() as lines:
             rate = 1e7 if name == "a slow device" and rank == 3 else 1e9
-            stack.enter_context(patch("planning.cluster.check.product_rate", return_value=rate))
+            stack.enter_context(patch("planning.cluster.check.matmul_rate", return_value=rate))
             if rank == odd:
                 fabric = make_odd(name, fabric, stack)
-            status = check_cluster(
-                args,
-                topology=entered.topology,
-                rendezvous=entered.rendezvous,
-                fabric=fabric,
-                device=torch.device("cpu"),
+            context = RunContext(
+                entered.topology, fabric, torch.device("cpu"), entered.rendezvous.nonce
             )
+            status = check_cluster(args, context, entered.rendezvous)
         found[name] = (status, lines)
     close(entered)
     return found

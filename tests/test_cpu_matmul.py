@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +19,10 @@ import pytest
 import torch
 
 import modules.matmul.select
-from checkpoint.store import read_meta
+from checkpoint.steps.meta import read_meta
 from comm.backends.single_process import SingleProcessCommunicator
 from comm.topology import Topology
-from modules.matmul.backend import use_matmul
+from modules.matmul.backend import Matmul, use_matmul
 from modules.matmul.cpu_info import CpuInfo
 from modules.matmul.select import kept_choice
 from tests.dist import run_ranks
@@ -47,12 +47,11 @@ def _torchs_default() -> Iterator[None]:
     use_matmul("default")
 
 
-def settle(flag: str, kind: str, kept: str | None = None, precision: str = "fp32") -> str:
-    meta: Mapping[str, Any] | None = None if kept is None else {"cpu_matmul": [kept]}
+def settle(flag: str, kind: str, kept: Matmul | None = None, precision: str = "fp32") -> str:
     (choice,) = choose_cpu_matmul(
         flag,
         precision=precision,
-        meta=meta,
+        kept=None if kept is None else [kept],
         control=SingleProcessCommunicator(),
         processor=PROCESSORS[kind],
     )
@@ -65,7 +64,7 @@ def setting() -> str:
 
 
 # flag, processor, what the checkpoint was made with: the choice, and what is told before the line
-DECISIONS: list[tuple[str, str, str | None, str, str | None]] = [
+DECISIONS: list[tuple[str, str, Matmul | None, str, str | None]] = [
     ("auto", "Zen 4", None, "onednn", None),
     ("auto", "Zen 3", None, "default", None),
     ("auto", "Sapphire Rapids", None, "default", None),
@@ -85,7 +84,7 @@ DECISIONS: list[tuple[str, str, str | None, str, str | None]] = [
 def test_flag_checkpoint_and_processor_decide(
     flag: str,
     kind: str,
-    kept: str | None,
+    kept: Matmul | None,
     choice: str,
     told: str | None,
     caplog: pytest.LogCaptureFixture,
@@ -113,7 +112,7 @@ def test_products_that_are_not_fp32_are_an_error_where_they_were_asked_for(
 @pytest.mark.parametrize(("kind", "kept"), [("Zen 4", None), ("Sapphire Rapids", "onednn")])
 def test_products_that_are_not_fp32_are_left_where_nobody_asked(
     kind: str,
-    kept: str | None,
+    kept: Matmul | None,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -124,10 +123,12 @@ def test_products_that_are_not_fp32_are_left_where_nobody_asked(
     assert "off by 85 times" in warning
 
 
-@pytest.mark.parametrize("meta", [{}, {"cpu_matmul": None}, {"cpu_matmul": []}])
-def test_a_checkpoint_that_does_not_tell_leaves_it_to_the_processor(meta: dict[str, Any]) -> None:
+@pytest.mark.parametrize("kept", [None, []])
+def test_a_checkpoint_that_does_not_tell_leaves_it_to_the_processor(
+    kept: list[Matmul] | None,
+) -> None:
     """Made on GPUs, or with fewer replicas than now."""
-    assert kept_choice(meta, 0) is None
+    assert kept_choice(kept, 0) is None
 
 
 HALF = [
@@ -219,7 +220,7 @@ def test_each_rank_trains_with_its_choice_and_the_checkpoint_keeps_it(
     folder, told = runs
     choices = RUNS[name][3]
     meta = read_meta(run_folder(folder, name, 2, 1) / str(STEPS))
-    assert meta["cpu_matmul"] == choices
+    assert meta.cpu_matmul == choices
     for rank, choice in enumerate(choices):
         value = {"default": "ieee", "onednn": "bf16"}[choice]
         assert f"trains with {value}" in told[rank][f"{name}-2-1"].lines

@@ -31,7 +31,8 @@ from tests.kill_lab import leftovers, same, state
 from tests.runs import Case, Told, curve, meet_at, run_folder, to_argv, train_cases
 from tests.tasks.material import make_texts, write_jsonl
 from tests.test_parity import make_shards
-from training.trainer import Trainer, TrainingStoppedError
+from training.iteration import TrainingStoppedError
+from training.trainer import Trainer
 
 STEPS, EVERY = 8, 2
 FOLDER = "checkpoint.steps.folder"
@@ -272,8 +273,8 @@ def test_a_save_that_fails_does_not_hide_why_training_stopped(fails: bool) -> No
             """Nothing was dropped."""
 
     class Stopping(Trainer):
-        def __init__(self, saves: Pending) -> None:
-            self._saves, self._recorder = saves, SilentRecorder()
+        def __init__(self, saver: Any) -> None:
+            self._saver, self._recorder = saver, SilentRecorder()
 
         def _run(self, start: int) -> str | None:
             raise TrainingStoppedError("step 3: the loss is not finite")

@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import planning.memory.dry_run
-from arguments.flags import parse_train
-from arguments.parser import size as parsed_size
+from arguments.train import parse_train
+from arguments.values import size as parsed_size
 from dist_clm_train import main
 from modules.layers.rotary import rotation
 from modules.registry import MODELS
@@ -53,7 +53,11 @@ def rehearse(folder: Path, rank: int, *, cuda: bool = False, **changes: Any) -> 
     args = parse_train(argv(folder, **changes), {})
     family = MODELS["gptneox"].load()
     split = StageSplit(
-        args.num_layers, "gptneox", CONFIG, num_stages=args.pipeline_group_size, tokens=TOKENS
+        args.model.num_layers,
+        "gptneox",
+        CONFIG,
+        num_stages=args.parallel.pipeline_group_size,
+        tokens=TOKENS,
     )
     return DryRun(args, family, CONFIG, split.layers, cuda=cuda).of_rank(rank)
 
@@ -276,4 +280,4 @@ def test_a_size_without_its_unit_is_refused(
 
 @pytest.mark.parametrize(("text", "size"), [("24GB", 24 * 10**9), ("1.5 GiB", 3 * 2**29)])
 def test_sizes(text: str, size: int, folder: Path) -> None:
-    assert parse_train([*argv(folder), "--device-memory", text], {}).device_memory == size
+    assert parse_train([*argv(folder), "--device-memory", text], {}).output.device_memory == size

@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from comm.topology import Topology
 from tests.checkpoint.models import forget_manifests
 from tests.checkpoint.test_damage import cut, flip
 from tests.reshard_lab import (
@@ -37,7 +36,7 @@ from tests.reshard_lab import (
 from tests.runs import Case, Told, run_folder
 from tests.test_mixed_precision import worst
 from tests.test_resume_rules import run_parts, train_alone
-from training.run import TrainingRun
+from training.run_start import RunStart, open_run
 
 FEW: list[tuple[Shape, Shape]] = [((1, 2), (2, 1)), ((4, 1), (1, 2))]
 FEW_KINDS = [*KINDS[1:], ("fp16", "adam")]
@@ -145,11 +144,11 @@ def four(ended: tuple[Path, dict[str, Told]], tmp_path: Path) -> Path:
     return shutil.copytree(run_folder(ended[0], "fp32-adam", 4, 1), tmp_path / "run")
 
 
-def first_of_two(run: Path, folder: Path) -> TrainingRun:
+def first_of_two(run: Path, folder: Path) -> RunStart:
     """The first of two stages, up to where it would read weights."""
     own = {"checkpoint-path": run, "pipeline-group-size": 2, "world-size": 2, "num-layers": "5,2"}
     flags_here = flags(folder, KINDS[0]) | own | {"batch-size": 4, "use-cuda": "false"}
-    return TrainingRun(**run_parts(flags_here) | {"topology": Topology(0, 2, 1)})
+    return open_run(**run_parts(flags_here))
 
 
 @pytest.mark.parametrize("name", SPOILT)
@@ -168,10 +167,10 @@ def test_what_a_stage_does_not_need_does_not_matter(
     four: Path, ended: tuple[Path, dict[str, Told]]
 ) -> None:
     cut(four / str(STEPS) / "prank_3_checkpoint.pt")
-    assert first_of_two(four, ended[0]).start == STEPS
+    assert first_of_two(four, ended[0]).step == STEPS
     for path in (four / str(STEPS)).glob("prank_3_*"):
         path.unlink()
-    assert first_of_two(four, ended[0]).start == STEPS
+    assert first_of_two(four, ended[0]).step == STEPS
 
 
 def test_what_is_not_here_is_told_by_name_rank_and_host(
@@ -185,7 +184,7 @@ def test_what_is_not_here_is_told_by_name_rank_and_host(
     for path in (four / str(STEPS)).glob("prank_2_*"):
         path.unlink()
     with caplog.at_level(logging.WARNING):
-        assert first_of_two(four, ended[0]).start == SAVED
+        assert first_of_two(four, ended[0]).step == SAVED
     last = needs.format(four / str(STEPS))
     assert [record.message for record in caplog.records][1:] == [f"step {STEPS}: {last}"]
     assert (four / "latest").read_text() == str(SAVED)

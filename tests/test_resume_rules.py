@@ -13,34 +13,32 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from arguments.flags import parse_train
+from arguments.train import parse_train
 from checkpoint.store import CheckpointStore
 from comm.backends.single_process import SingleProcessCommunicator
 from comm.lifecycle.stop_signals import StopRequest
 from comm.process_groups import ProcessGroups
+from comm.run_context import RunContext
 from comm.topology import Topology
 from monitor.console import Console
 from monitor.metrics import read_metrics
 from tests.checkpoint.models import forget_manifests
-from tests.runs import to_argv, to_nobody
+from tests.runs import to_argv
 from tests.tasks.material import make_texts, write_jsonl
 from tests.test_parity import make_shards
-from training.run import TrainingRun, train
+from training.run import train
+from training.run_start import open_run
 
 STEPS = 4
 
 
 def run_parts(flags: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `train` and `TrainingRun`, but for the console."""
-    return {
-        "args": parse_train(to_argv(flags), {}),
-        "topology": Topology(0, 1, 1),
-        "fabric": ProcessGroups(
-            SingleProcessCommunicator(), SingleProcessCommunicator(), SingleProcessCommunicator()
-        ),
-        "device": torch.device("cpu"),
-        "nonce": "0123",
-    }
+    """The arguments of `open_run`, of a process that meets no other."""
+    settings, alone = parse_train(to_argv(flags), {}), SingleProcessCommunicator()
+    parallel = settings.parallel
+    topology = Topology(parallel.rank, parallel.pipeline_group_size, parallel.data_group_size)
+    context = RunContext(topology, ProcessGroups(alone, alone, alone), torch.device("cpu"), "0123")
+    return {"settings": settings, "context": context}
 
 
 def train_alone(flags: dict[str, Any]) -> None:
@@ -56,7 +54,6 @@ def train_with(parts: dict[str, Any]) -> None:
             console=Console(io.StringIO()),
             stop=StopRequest(),
             closing=closing,
-            announce=to_nobody,
         )
 
 
@@ -121,7 +118,7 @@ def test_what_may_not_change_is_an_error_that_names_both_values(
     folder = flags["checkpoint-path"].parent
     changed = value.format(folder=folder) if isinstance(value, str) else value
     with pytest.raises(ValueError) as error, patch.object(CheckpointStore, "verify") as verify:
-        TrainingRun(**run_parts({**flags, flag: changed}))
+        open_run(**run_parts({**flags, flag: changed}))
     verify.assert_not_called()  # which reads weights
     assert all(word in str(error.value) for word in words), error.value
     assert "\n" not in str(error.value)
@@ -132,7 +129,7 @@ def test_what_may_change_is_told_in_one_line(
     flag: str, value: Any, line: str, flags: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
-        assert TrainingRun(**run_parts({**flags, flag: value})).start == STEPS
+        assert open_run(**run_parts({**flags, flag: value})).step == STEPS
     assert [record.message for record in caplog.records] == [line]
 
 
@@ -200,7 +197,7 @@ def test_a_run_goes_on_from_a_checkpoint_of_a_time_without_manifests(
         train_alone({**again, "total-steps": 8})
     told = [record.message for record in caplog.records if "verified" in record.message]
     assert told == ["step 4 is of a time without manifests: not verified"]
-    assert TrainingRun(**run_parts({**again, "total-steps": 8})).start == 8
+    assert open_run(**run_parts({**again, "total-steps": 8})).step == 8
     (run / "8" / "prank_0_scheduler.pt").unlink()
     with pytest.raises(ValueError, match=r"8/prank_0_scheduler\.pt: no such file"):
-        TrainingRun(**run_parts({**again, "total-steps": 8}))
+        open_run(**run_parts({**again, "total-steps": 8}))

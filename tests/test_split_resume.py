@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from comm.topology import Topology
 from tests.checkpoint.models import forget_manifests
 from tests.dist import run_ranks
 from tests.runs import Case, Told, curve, meet_at, run_folder, train_cases
 from tests.tasks.material import make_texts, write_jsonl
 from tests.test_parity import make_shards
 from tests.test_resume_rules import run_parts
-from training.run import TrainingRun
+from training.run_start import RunStart, open_run
 
 STEPS, SAVED = 4, 2
 LAYERS = 4  # 3,1 by auto: the head is as much as 1.4 blocks
@@ -89,7 +88,7 @@ def test_a_run_goes_on_with_its_split(
     assert kept == ([KEPT] if name == "listed" else [])
 
 
-def first_rank(folder: Path, run: Path, num_layers: str, stages: int = 2) -> TrainingRun:
+def first_rank(folder: Path, run: Path, num_layers: str, stages: int = 2) -> RunStart:
     """Stage 0 of a resume, up to where it would read weights; the other stages are not needed."""
     own = flags(folder, num_layers) | {
         "checkpoint-path": run,
@@ -97,7 +96,7 @@ def first_rank(folder: Path, run: Path, num_layers: str, stages: int = 2) -> Tra
         "pipeline-group-size": stages,
         "world-size": stages,
     }
-    return TrainingRun(**run_parts(own) | {"topology": Topology(0, stages, 1)})
+    return open_run(**run_parts(own))
 
 
 @pytest.mark.parametrize(
@@ -114,7 +113,7 @@ def test_another_spelling_of_the_same_split_is_no_change(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.INFO):
-        assert first_rank(ended[0], run_folder(ended[0], name, 2, 1), asked).start == STEPS
+        assert first_rank(ended[0], run_folder(ended[0], name, 2, 1), asked).step == STEPS
     assert caplog.records == []
 
 
@@ -136,7 +135,7 @@ def test_another_split_is_told_in_one_line(
     """auto keeps the checkpoint's split on as many stages, and chooses anew on others."""
     run = run_folder(ended[0], name, 2, 1)
     with caplog.at_level(logging.INFO):
-        assert first_rank(ended[0], run, asked, stages).start == STEPS
+        assert first_rank(ended[0], run, asked, stages).step == STEPS
     assert [record.message for record in caplog.records] == [line]
 
 
@@ -161,15 +160,15 @@ def test_a_checkpoint_whose_flags_hold_a_number_goes_on(
     kept = json.loads((run / str(STEPS) / "meta.json").read_text())["flags"]
     old = edited(run, tmp_path / "old", flags=kept | {"--num-layers": 2})
     for asked in ("2", "2,2", "auto"):
-        assert first_rank(ended[0], old, asked).start == STEPS
+        assert first_rank(ended[0], old, asked).step == STEPS
 
 
 @pytest.mark.parametrize(
     ("counts", "stages", "word"),
     [
-        ([2, 1], 2, "[2, 1], 3 in all"),
+        ([2, 1], 2, "2,1, 3 in all"),
         ([4], 2, "[4]"),
-        (2, 2, "num_layers 2"),
+        (2, 2, "num_layers is 2"),
         (None, None, "missing"),
     ],
 )

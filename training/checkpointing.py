@@ -3,7 +3,6 @@ whether a run goes on without it."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import platform
 import shutil
@@ -15,16 +14,17 @@ from typing import Any
 import torch
 import transformers
 
-from arguments.checks import fixed_flags, free_flags
+from arguments.flag_rules import fixed_flags, free_flags
+from arguments.settings import Settings
 from checkpoint.snapshot import Snapshot, on_host
+from checkpoint.steps.meta import StepMeta
 from checkpoint.store import CheckpointStore, SaveFailedError
 from comm.communicator import Communicator
 from comm.objects import gather_json
-from comm.topology import Topology
+from comm.run_context import RunContext
 from common.text import format_bytes
 from modules.stage_model import StageModel
 from optimizer.build import checkpoint_bytes
-from optimizer.mixed_precision import MixedPrecisionOptimizer
 from optimizer.state_dict import collect_state
 from optimizer.update import UpdateStep
 
@@ -32,46 +32,57 @@ logger = logging.getLogger(__name__)
 
 
 def check_room(
-    args: argparse.Namespace,
-    *,
+    settings: Settings,
     store: CheckpointStore,
     control: Communicator,
+    *,
     model: StageModel,
     done: int,
 ) -> None:
-    """ValueError, on every rank, where a disk has no room for what will be saved of this stage
-    after `done` steps; every process calls it."""
-    every = args.checkpoint_steps or args.total_steps
-    every = max(every, args.gradient_accumulate_step)  # saves wait for an update's end
-    saves = -(-(args.total_steps - done) // every)
-    weights, state = checkpoint_bytes(args, sum(p.numel() for p in model.parameters()))
+    """Checks that the disks have room for the saves of this run; every process calls it.
+
+    `done` steps are done already.
+
+    Raises:
+        ValueError: on every rank, if a disk has too little room.
+    """
+    update, path = settings.update, settings.checkpoint.checkpoint_path
+    every = settings.checkpoint.checkpoint_steps or update.total_steps
+    every = max(every, update.gradient_accumulate_step)  # saves wait for an update's end
+    saves = -(-(update.total_steps - done) // every)
+    weights, state = checkpoint_bytes(
+        sum(p.numel() for p in model.parameters()),
+        precision=settings.precision.precision,
+        optimizer=update.optimizer,
+    )
     needed = store.bytes_to_come(saves, weights=weights, state=state)
-    check_disk(control, args.checkpoint_path, needed=needed)
+    check_disk(control, path, needed=needed)
 
 
 class Saver:
     """Saves steps; every process calls all of it alike.
 
-    With --async-checkpoint a step is copied to host memory and written beside training; that memory
-    is made here. `kept` gives what else goes to meta.json.
+    With --async-checkpoint a step is copied to host memory and written beside training; the memory
+    of the copy is allocated here.
+
+    Args:
+        extra_meta: returns the fields of meta.json that only the run knows.
     """
 
     def __init__(
         self,
-        args: argparse.Namespace,
+        settings: Settings,
+        context: RunContext,
         *,
         store: CheckpointStore,
-        topology: Topology,
-        control: Communicator,
         model: StageModel,
-        optimizer: MixedPrecisionOptimizer,
         updater: UpdateStep,
-        kept: Callable[[], Mapping[str, Any]],
+        extra_meta: Callable[[], Mapping[str, Any]],
     ) -> None:
-        self._args, self._store, self._topology, self._control = args, store, topology, control
-        self._model, self._optimizer, self._updater = model, optimizer, updater
-        self._kept = kept
-        self._snapshot = Snapshot() if args.async_checkpoint else None
+        self._settings, self._store = settings, store
+        self._topology, self._control = context.topology, context.control
+        self._model, self._updater, self._extra_meta = model, updater, extra_meta
+        self._snapshot = Snapshot() if settings.checkpoint.async_checkpoint else None
         if self._snapshot is not None:
             self._parts(0)
 
@@ -91,7 +102,7 @@ class Saver:
         Nothing is pending before. SaveFailedError, the same on all, where the run is not to go on
         after a save that failed: it is the run's last, or --checkpoint-failure says so.
         """
-        self._store.begin(step, parts=self._parts(step), meta=self._meta(step, data), hurry=is_last)
+        self._store.begin(self._meta(step, data), parts=self._parts(step), hurry=is_last)
         if self._snapshot is not None and not is_last:
             return False
         return self.finish(is_last=is_last)
@@ -102,12 +113,12 @@ class Saver:
         try:
             self._store.finish(hurry=is_last)
         except SaveFailedError as error:
-            if is_last or self._args.checkpoint_failure == "fatal":
+            if is_last or self._settings.checkpoint.checkpoint_failure == "fatal":
                 raise
             if self._topology.rank == 0:
                 logger.warning("%s; training goes on", error)
             return False
-        logger.info("saved step %s in %s", step, self._args.checkpoint_path)
+        logger.info("saved step %s in %s", step, self._settings.checkpoint.checkpoint_path)
         return True
 
     def close(self) -> None:
@@ -118,10 +129,11 @@ class Saver:
         """This stage's state in host memory; a process that writes none leaves it where it is."""
         parts = {
             "checkpoint": self._model.state_dict(),
-            "optimizer": collect_state(self._optimizer, self._control, self._topology),
+            "optimizer": collect_state(self._updater.optimizer, self._control, self._topology),
             "scheduler": {
-                "kind": self._args.lr_schedule,
-                **self._numbers(step),
+                "kind": self._settings.update.lr_schedule,
+                "step": step,
+                "updates": self._updater.optimizer.updates,
                 **self._updater.state(),
             },
         }
@@ -129,23 +141,20 @@ class Saver:
             return parts
         return on_host(parts) if self._snapshot is None else self._snapshot.take(parts)
 
-    def _numbers(self, step: int) -> dict[str, int]:
-        return {"step": step, "updates": self._optimizer.updates}
-
-    def _meta(self, step: int, data: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            **self._numbers(step),
-            "updater": self._updater.state(),
-            "gave_up": self._updater.has_given_up,
-            "model_type": self._args.model_type,
-            "num_stages": self._topology.num_stages,
-            "num_replicas": self._topology.num_replicas,
-            "flags": fixed_flags(self._args),
-            "settings": free_flags(self._args),
-            "versions": _versions(),
-            "data": data,
-            **self._kept(),
-        }
+    def _meta(self, step: int, data: Mapping[str, Any]) -> StepMeta:
+        return StepMeta(
+            step=step,
+            updates=self._updater.optimizer.updates,
+            updater=self._updater.state(),
+            gave_up=self._updater.has_given_up,
+            model_type=self._settings.model.model_type,
+            num_replicas=self._topology.num_replicas,
+            flags=fixed_flags(self._settings),
+            settings=free_flags(self._settings),
+            versions=_versions(),
+            data=data,
+            **self._extra_meta(),
+        )
 
 
 def _versions() -> dict[str, str]:

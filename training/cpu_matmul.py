@@ -7,8 +7,7 @@ bits of a run depend on it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from comm.communicator import Communicator
 from comm.objects import gather_json
@@ -26,18 +25,18 @@ def choose_cpu_matmul(
     flag: str,
     *,
     precision: str,
-    meta: Mapping[str, Any] | None,
+    kept: Sequence[Matmul] | None,
     control: Communicator,
     processor: CpuInfo | None = None,
 ) -> list[Matmul]:
     """Settles and tells what multiplies on a CPU; every rank's choice, for the checkpoint.
 
-    `meta` is that of the checkpoint resumed from, None without; `processor` is that of this
-    machine. Every rank calls it. ValueError where --cpu-matmul asks for products that are not true
-    fp32 here.
+    `kept` are the choices of the checkpoint resumed from, by rank, if it has any; `processor` is
+    that of this machine. Every rank calls it. ValueError where --cpu-matmul asks for products that
+    are not true fp32 here.
     """
     processor = processor or CpuInfo.of_this_machine()
-    choice = select_matmul(flag, processor, kept_choice(meta, control.rank))
+    choice = select_matmul(flag, processor, kept_choice(kept, control.rank))
     fast = processor.has_fast_products(DTYPES[precision])
     found = gather_json(control, [choice, processor.name, fast])
     if control.rank == 0:

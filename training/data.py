@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from arguments.settings import Settings
 from checkpoint.files.layer_shards import check_companions
 from checkpoint.files.model_folder import companion_files
 from pipeline_parallel.batch_scatter import HostBatch
 from tasks.evaluation import evaluation_batches
 from tasks.evaluation_sets import parse_evaluation_data
 from tasks.loader import BatchLoader
+from tasks.mixture import BlockStream
 from tasks.open import open_source
 from tasks.preview import describe_mixture, look_at, preview_blocks
 from tasks.sources.bad_lines import BadLines
@@ -25,35 +26,25 @@ from tasks.tokenization.tokenizer import check_vocabulary, load_tokenizer
 class TrainingData:
     """Rank 0's data. Other ranks, which read none, do not make one."""
 
-    def __init__(self, args: argparse.Namespace, *, vocab_size: int) -> None:
-        self._args = args
-        self._rows = args.batch_size * args.data_group_size
-        if Path(args.tokenizer_name).resolve() == args.model_name.resolve():
-            check_companions(args.model_name)
-        self.tokenizer = load_tokenizer(args.tokenizer_name)
+    def __init__(self, settings: Settings, *, vocab_size: int) -> None:
+        self._settings = settings
+        self._rows = settings.update.batch_size * settings.parallel.data_group_size
+        if Path(settings.model.tokenizer_name).resolve() == settings.model.model_name.resolve():
+            check_companions(settings.model.model_name)
+        self.tokenizer = load_tokenizer(settings.model.tokenizer_name)
         check_vocabulary(self.tokenizer, vocab_size)
 
     def open_loader(self, state: dict[str, Any] | None) -> BatchLoader:
         """Batches of all replicas, from the start or from where a checkpoint stands."""
-        args = self._args
-        stream = open_training_stream(
-            args.sources,
-            self.tokenizer,
-            seq_length=args.seq_length,
-            seed=args.seed,
-            separator=args.doc_separator,
-            train_on=args.train_on,
-            pack=args.pack,
-            bad_lines=_bad_lines(args),
-            num_workers=args.data_workers,
-        )
+        settings = self._settings
+        stream = _open_stream(settings, self.tokenizer, num_workers=settings.data.data_workers)
         if state is not None:
             stream.restore(state)
         return BatchLoader(stream, rows=self._rows)
 
     def open_evaluation(self) -> dict[str, Iterator[HostBatch]]:
         """Each set of held-out text from its beginning, by name; none where none is asked for."""
-        given = self._args.evaluation_data
+        given = self._settings.data.evaluation_data
         sets = [] if given is None else parse_evaluation_data(given)
         return {one.name: self._batches_of(one.source) for one in sets}
 
@@ -63,52 +54,64 @@ class TrainingData:
             next(batches)
 
     def _batches_of(self, source: str) -> Iterator[HostBatch]:
-        args = self._args
+        data, update = self._settings.data, self._settings.update
         return evaluation_batches(
             source,
             self.tokenizer,
-            seq_length=args.seq_length,
+            seq_length=update.seq_length,
             rows=self._rows,
-            separator=args.doc_separator,
-            train_on=args.train_on,
-            pack=args.pack,
-            bad_lines=_bad_lines(args),
-            max_batches=args.evaluation_num_batch,
+            separator=data.doc_separator,
+            train_on=data.train_on,
+            pack=data.pack,
+            bad_lines=_bad_lines(self._settings),
+            max_batches=data.evaluation_num_batch,
         )
 
 
-def preview_data(args: argparse.Namespace, *, colour: bool) -> Iterator[str]:
-    """What --preview-data prints: the first blocks, and the mixture in numbers."""
-    tokenizer = load_tokenizer(args.tokenizer_name)
-    options = {
-        "seq_length": args.seq_length,
-        "seed": args.seed,
-        "separator": args.doc_separator,
-        "train_on": args.train_on,
-        "pack": args.pack,
-        "bad_lines": _bad_lines(args),
-    }
-    stream = open_training_stream(args.sources, tokenizer, **options)
-    yield from preview_blocks(stream, tokenizer, args.preview_data, colour=colour)
-    encoder = Encoder(tokenizer, args.doc_separator, args.train_on)
-    found = [
+def preview_data(settings: Settings, *, num_blocks: int, colour: bool) -> Iterator[str]:
+    """Yields the text of --preview-data: the first blocks, and the mixture in numbers."""
+    data, update = settings.data, settings.update
+    tokenizer = load_tokenizer(settings.model.tokenizer_name)
+    stream = _open_stream(settings, tokenizer, num_workers=0)
+    yield from preview_blocks(stream, tokenizer, num_blocks, colour=colour)
+    encoder = Encoder(tokenizer, data.doc_separator, data.train_on)
+    numbers = [
         look_at(
-            open_documents(open_source(spec.name), seed=args.seed, bad_lines=_bad_lines(args)),
+            open_documents(
+                open_source(source.name), seed=update.seed, bad_lines=_bad_lines(settings)
+            ),
             encoder,
-            seq_length=args.seq_length,
-            pack=args.pack,
+            seq_length=update.seq_length,
+            pack=data.pack,
         )
-        for spec in args.sources
+        for source in data.sources
     ]
-    rows = args.total_steps * args.batch_size * args.data_group_size
-    yield describe_mixture(found, stream.weights(), run_blocks=rows)
+    rows = update.total_steps * update.batch_size * settings.parallel.data_group_size
+    yield describe_mixture(numbers, stream.weights(), run_blocks=rows)
 
 
-def _bad_lines(args: argparse.Namespace) -> BadLines:
+def _open_stream(settings: Settings, tokenizer: Any, *, num_workers: int) -> BlockStream:
+    data = settings.data
+    return open_training_stream(
+        data.sources,
+        tokenizer,
+        seq_length=settings.update.seq_length,
+        seed=settings.update.seed,
+        separator=data.doc_separator,
+        train_on=data.train_on,
+        pack=data.pack,
+        bad_lines=_bad_lines(settings),
+        num_workers=num_workers,
+    )
+
+
+def _bad_lines(settings: Settings) -> BadLines:
     """What --bad-lines asks for; all that are skipped in a run are named in one file."""
-    if args.bad_lines == "error":
+    if settings.data.bad_lines == "error":
         return BadLines()
-    return BadLines(args.checkpoint_path / "bad_lines.txt", max_share=args.max_bad_share)
+    return BadLines(
+        settings.checkpoint.checkpoint_path / "bad_lines.txt", max_share=settings.data.max_bad_share
+    )
 
 
 def checkpoint_extras(model_folder: Path, name: str, tokenizer: Any) -> dict[str, bytes]:

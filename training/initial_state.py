@@ -1,15 +1,15 @@
-"""Where a run's weights and optimizer state come from: layer shards, a seed, or a checkpoint."""
+"""The first weights and optimizer state of a run: from layer shards, a seed or a checkpoint."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from arguments.settings import Settings
 from checkpoint.files.layer_shards import has_manifest
+from checkpoint.files.validation import module_shapes
 from checkpoint.resume.load import (
     initialise_model_,
     load_checkpoint_,
@@ -17,56 +17,53 @@ from checkpoint.resume.load import (
     share_from_first,
 )
 from checkpoint.resume.reshard import names_in, stages_holding
-from checkpoint.store import ResumePoint, part_file, read_part
+from checkpoint.store import part_file, read_part
 from comm.collective_io import run_on_all
-from comm.communicator import Communicator
-from comm.topology import Topology
+from comm.run_context import RunContext
 from common.tensors import DTYPES
 from data_parallel.broadcast import same_on_all
-from modules.families.base import Family
 from modules.stage_model import StageModel
-from optimizer.mixed_precision import MixedPrecisionOptimizer
 from optimizer.state_dict import KeptState, restore_state
 from optimizer.update import UpdateStep
-from pipeline_parallel.partition.split import Split, stage_modules
+from pipeline_parallel.partition.split import stage_modules
+from training.run_start import RunStart
 
 logger = logging.getLogger(__name__)
 
 
 def load_weights_(
     model: StageModel,
-    args: argparse.Namespace,
-    resume: ResumePoint | None,
-    *,
-    family: Family,
-    config: Any,
-    topology: Topology,
-    control: Communicator,
-    replicas: Communicator,
-    source: Split,
+    settings: Settings,
+    context: RunContext,
+    start: RunStart,
 ) -> None:
-    """Fills the stage's model, which is in fp32; all replicas then hold the same. `source` is how a
-    checkpoint is split.
+    """Fills the stage's model, which is in fp32; all replicas then hold the same weights.
 
-    ValueError for files that cannot be used, or that differ between replicas. However long a disk
-    takes, the others wait.
+    The other ranks wait however long a disk takes.
+
+    Raises:
+        ValueError: a file cannot be used, or replicas have different files.
     """
-    dtype = DTYPES[args.precision]
+    topology, control, replicas = context.topology, context.control, context.groups.replicas
+    family, config, resume = start.family, start.config, start.point
+    model_name, dtype = settings.model.model_name, DTYPES[settings.precision.precision]
     if resume is None:
-        if args.load_pretrained_model:
-            if topology.rank == 0 and not has_manifest(args.model_name):
-                logger.info("%s has no manifest.json: not verified", args.model_name)
-            read = partial(load_shards_, model, args.model_name, family, config, dtype=dtype)
-            run_on_all(control, read, f"reading {args.model_name}", expected=())
+        if settings.model.load_pretrained_model:
+            if topology.rank == 0 and not has_manifest(model_name):
+                logger.info("%s has no manifest.json: not verified", model_name)
+            read = partial(load_shards_, model, model_name, family, config, dtype=dtype)
+            run_on_all(control, read, f"reading {model_name}", expected=())
         else:
-            initialise_model_(model, config, seed=args.seed)
+            initialise_model_(model, config, seed=settings.update.seed)
         if not same_on_all(model.parameters(), replicas):
             raise ValueError(
-                f"--model-name {args.model_name}: the shards of stage {topology.stage} are not the "
+                f"--model-name {model_name}: the shards of stage {topology.stage} are not the "
                 "same for all replicas"
             )
         return
-    read = partial(load_checkpoint_, model, resume.folder, source, family, config, dtype=dtype)
+    read = partial(
+        load_checkpoint_, model, resume.folder, start.source, family, config, dtype=dtype
+    )
     first = topology.replica == 0
     run_on_all(control, read if first else None, f"reading {resume.folder}", expected=())
     share_from_first(model.parameters(), replicas)
@@ -75,35 +72,31 @@ def load_weights_(
 
 
 def load_state_(
-    optimizer: MixedPrecisionOptimizer,
-    updater: UpdateStep,
-    resume: ResumePoint | None,
-    *,
-    topology: Topology,
-    control: Communicator,
-    indices: range,
-    keys: Callable[[int], Iterable[str]],
-    source: Split,
+    updater: UpdateStep, context: RunContext, start: RunStart, *, indices: range
 ) -> None:
-    """Fills optimizer and updater from a checkpoint of ours, which is split as `source`; else
-    leaves them as they are.
+    """Fills the optimizer and the loss scale from the run's checkpoint, if there is one.
 
-    The stage has the model's modules `indices`; `keys` names the weights of a module.
+    `indices` are the modules of this stage. A predecessor's checkpoint leaves both as they are.
     """
+    topology, control, resume = context.topology, context.control, start.point
+
+    def keys(index: int) -> Iterable[str]:
+        return module_shapes(start.family, start.config, index)
+
     if resume is None or resume.meta is None:
         return
     folder, first, states = resume.folder, topology.replica == 0, list[KeptState]()
 
     def read() -> None:
-        for stage in stages_holding(indices, source):
-            held = stage_modules(stage, source)
+        for stage in stages_holding(indices, start.source):
+            held = stage_modules(stage, start.source)
             states.append(_read_state(folder, stage, held, indices, keys))
 
     run_on_all(control, read if first else None, f"opening the state in {folder}", expected=())
     restore_state(
-        optimizer, states if first else None, control, topology, updates=resume.meta["updates"]
+        updater.optimizer, states if first else None, control, topology, updates=resume.meta.updates
     )
-    updater.load_state(resume.meta["updater"])
+    updater.load_state(resume.meta.updater)
     logger.info("resumed from step %d of %s", resume.step, resume.folder.parent)
 
 

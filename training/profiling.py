@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from comm.communicator import Communicator
+from arguments.settings import Settings
 from comm.objects import gather_json
-from comm.topology import Topology
+from comm.run_context import RunContext
 from monitor.profiling.breakdown import SimulatedSpan
 from monitor.profiling.profiler import TIMELINE_NAME, Profiler, start_profiling
 from monitor.profiling.step_trace import RankSpan, StepOfAllRanks, compute_costs
@@ -75,28 +75,20 @@ def measured_over_simulated(
 
 
 class TrainingProfile:
-    """A run's tracer, and what is made of its spans at the end; every rank has one.
+    """The tracer of a run, and the timeline that it makes at the end; every rank has one.
 
-    asked: --profiling is tidy_profiling; else nothing is traced, written or told. The files of a
-    run are named for `run`, and lie under the working directory.
+    Without --profiling tidy_profiling it traces, writes and logs nothing. The files have the name
+    of the checkpoint path and lie under the working directory.
     """
 
-    def __init__(
-        self,
-        asked: bool,
-        *,
-        run: str,
-        control: Communicator,
-        topology: Topology,
-        cuda: bool,
-        schedule: str,
-        num_microbatches: int,
-    ) -> None:
-        self._control, self._topology = control, topology
-        self._schedule, self._num_microbatches = schedule, num_microbatches
+    def __init__(self, settings: Settings, context: RunContext) -> None:
+        self._control, self._topology = context.control, context.topology
+        self._schedule = settings.parallel.pp_mode
+        self._num_microbatches = settings.update.num_microbatches
         self._profiler: Profiler | None = None
-        if asked:
-            self._profiler = start_profiling(control, run=run, cuda=cuda)
+        if settings.output.profiling == "tidy_profiling":
+            name = settings.checkpoint.checkpoint_path.resolve().name
+            self._profiler = start_profiling(self._control, run=name, cuda=context.is_cuda)
         self.tracer: Tracer = NO_TRACER if self._profiler is None else self._profiler.tracer
 
     def finish(self) -> None:

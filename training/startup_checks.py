@@ -1,14 +1,15 @@
-"""What a rank's machine has for a run, as far as it shows without torch and the other ranks."""
+"""Checks of this machine before a rank meets the others. Needs no torch."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 from dataclasses import dataclass
 from typing import TextIO
 
-from arguments.checks import check_model, check_optimizer, doubts
+from arguments.checks import warnings_about
+from arguments.config_checks import check_model, check_optimizer
+from arguments.settings import DataSettings, NetworkSettings, Settings
 from checkpoint.lock import lock_folder, make_folder
 from comm.rendezvous.dist_url import parse_dist_url
 from comm.rendezvous.interface import Interface, choose_interface, export
@@ -20,47 +21,49 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class LocalResources:
-    """What this machine has for the run; `problem` is the first thing that it lacks."""
+    """The resources of this machine for the run; `problem` is the first that is missing."""
 
     problem: ValueError | None = None
     interface: Interface | None = None
     lock: TextIO | None = None
 
 
-def check_this_machine(args: argparse.Namespace) -> LocalResources:
-    """Checks what can be checked without torch and the other ranks.
+def check_this_machine(settings: Settings) -> LocalResources:
+    """Checks what needs neither torch nor the other ranks.
 
-    What this rank alone can see is kept: it joins, reports it, and all end.
+    A problem is kept, not raised: only this rank sees it, so the rank joins the others, reports it,
+    and all end.
     """
-    machine = LocalResources()
-    for doubt in doubts(args) if args.rank == 0 else []:
-        logger.warning("%s", doubt)
+    resources, parallel = LocalResources(), settings.parallel
+    for warning in warnings_about(settings) if parallel.rank == 0 else []:
+        logger.warning("%s", warning)
     try:
-        if args.world_size > 1 or args.net_interface is not None:
-            machine.interface = _interface(args, args.net_interface)
-        if args.check_cluster:
-            return machine  # what else is wrong is told with all that differs
-        check_model(args)
-        check_optimizer(args)
-        if args.rank < args.pipeline_group_size:  # replica 0 writes the checkpoints
-            make_folder(args.checkpoint_path)
-        if args.rank == 0:
-            _check_data(args)
-            machine.lock = lock_folder(args.checkpoint_path)
+        if parallel.world_size > 1 or settings.network.net_interface is not None:
+            resources.interface = _choose_interface(settings.network)
+        if settings.output.check_cluster:
+            return resources  # the check reports all other problems, with those of all ranks
+        check_model(settings)
+        check_optimizer(settings)
+        path = settings.checkpoint.checkpoint_path
+        if parallel.rank < parallel.pipeline_group_size:  # replica 0 writes the checkpoints
+            make_folder(path)
+        if parallel.rank == 0:
+            _check_data(settings.data)
+            resources.lock = lock_folder(path)
     except ValueError as error:
-        machine.problem = error
-    return machine
+        resources.problem = error
+    return resources
 
 
-def _interface(args: argparse.Namespace, flag: str | None) -> Interface:
-    host, _ = parse_dist_url(args.dist_url)
-    interface = choose_interface(flag=flag, master_host=host, environ=os.environ)
+def _choose_interface(network: NetworkSettings) -> Interface:
+    host, _ = parse_dist_url(network.dist_url)
+    interface = choose_interface(flag=network.net_interface, master_host=host, environ=os.environ)
     export(interface, os.environ)
     return interface
 
 
-def _check_data(args: argparse.Namespace) -> None:
-    for spec in args.sources:
-        check_source(spec)
-    if args.evaluation_data is not None:
-        check_evaluation_data(args.evaluation_data)
+def _check_data(data: DataSettings) -> None:
+    for source in data.sources:
+        check_source(source)
+    if data.evaluation_data is not None:
+        check_evaluation_data(data.evaluation_data)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from comm.communicator import Communicator
 from comm.lifecycle.stop_signals import StopCause
@@ -20,87 +21,99 @@ from modules.families.base import Family
 from monitor.profiling.tracer import NO_TRACER, Tracer, Track
 from pipeline_parallel.partition.split import stage_modules
 
-_SIGNALS = 128  # more than a system has
-
 
 class StepTotals(NamedTuple):
-    """What all processes agree on.
+    """The totals of an iteration, or of an evaluation, that all processes know.
 
-    `loss` is the sum of token losses over `tokens` trained tokens; `squared_norm` that of the
-    gradients over all stages, or None where none was asked for; `first_bad` the number of the first
-    parameter, over all stages, whose gradient is not finite; `asked` what the first of the ranks
-    that know of a request to stop knows of it; `writing` whether any process still writes a
-    checkpoint.
+    Attributes:
+        loss: the sum of the token losses, in nats.
+        tokens: the number of trained tokens.
+        squared_norm: the squared norm of all stages' gradients; None if it was not asked for.
+        first_bad: the number of the first parameter, over all stages, whose gradient is not finite.
+        stop_cause: the request to stop of the first rank that knows of one.
+        is_writing: whether a process still writes a checkpoint.
     """
 
     loss: float
     tokens: int
     squared_norm: float | None
     first_bad: int | None
-    asked: StopCause | None = None
-    writing: bool = False
+    stop_cause: StopCause | None = None
+    is_writing: bool = False
 
 
 class TotalsReducer:
-    """`norm_slots` counts the parameters of all stages; this stage's begin at `first_slot`."""
+    """Sums the totals over all processes, with one all-reduce of float64 slots.
+
+    The slots: loss and tokens of each replica; for each rank, the signal that asked it to stop and
+    the rank that got the signal first (both plus one, zero if there is none); a flag for a write
+    that goes on; and, at the end of an update, the squared norm of each parameter of all stages.
+
+    Args:
+        num_parameters: the parameters of each stage.
+    """
 
     def __init__(
         self,
         control: Communicator,
         topology: Topology,
         *,
-        norm_slots: int,
-        first_slot: int,
+        num_parameters: Sequence[int],
         tracer: Tracer = NO_TRACER,
     ) -> None:
-        self._control, self._topology, self._tracer = control, topology, tracer
-        self._norm_slots, self._first_slot = norm_slots, first_slot
+        self._control, self._topology, self.tracer = control, topology, tracer
+        self._norm_slots = sum(num_parameters)
+        self._first_slot = sum(num_parameters[: topology.stage])
 
-    def agree(
+    def reduce(
         self,
         *,
         loss: float,
         tokens: int,
         squared_norms: Sequence[float] | None,
-        asked: StopCause | None = None,
-        writing: bool = False,
+        stop_cause: StopCause | None = None,
+        is_writing: bool = False,
     ) -> StepTotals:
-        """Sums over all processes; every one calls it alike, those without a loss give 0 and 0.
+        """Sums over all processes; every process calls it alike.
 
-        `squared_norms` are those of this stage's parameters, in order, after the replicas' sum; 0
-        for those that another replica speaks for. `asked` is the request to stop that this process
-        knows of; `writing` whether it still writes a checkpoint.
+        Args:
+            loss, tokens: of this process; 0 and 0 if it computes no loss.
+            squared_norms: of this stage's parameters, in order, after the replicas' sum; 0 for
+                those that another replica owns; None if no update ends here.
+            stop_cause: the request to stop that this process knows of.
+            is_writing: whether this process still writes a checkpoint.
         """
-        replicas, replica = self._topology.num_replicas, self._topology.replica
-        norm_slots = 0 if squared_norms is None else self._norm_slots
-        before_norms = 2 * replicas + self._topology.world_size + 1
-        slots = torch.zeros(before_norms + norm_slots, dtype=torch.float64)
-        slots[2 * replicas + self._topology.rank] = _code(asked)
-        slots[before_norms - 1] = writing
-        if self._topology.is_last:
-            slots[2 * replica], slots[2 * replica + 1] = loss, tokens
+        topology = self._topology
+        stops = 2 * topology.num_replicas  # where the slots of requests to stop begin
+        writing = stops + 2 * topology.world_size
+        norms = writing + 1
+        count = norms + (0 if squared_norms is None else self._norm_slots)
+        slots = torch.zeros(count, dtype=torch.float64)
+        if topology.is_last:
+            slots[2 * topology.replica : 2 * topology.replica + 2] = _float64(loss, tokens)
+        if stop_cause is not None:
+            here = stops + 2 * topology.rank
+            slots[here : here + 2] = _float64(stop_cause.rank + 1, stop_cause.number + 1)
+        slots[writing] = is_writing
         if squared_norms is not None:
-            start = before_norms + self._first_slot
-            slots[start : start + len(squared_norms)] = torch.tensor(
-                squared_norms, dtype=torch.float64
-            )
-        with self._tracer.span(Track.OPTIMIZER_COMM, size=slots.numel()):
+            first = norms + self._first_slot
+            slots[first : first + len(squared_norms)] = _float64(*squared_norms)
+        with self.tracer.span(Track.OPTIMIZER_COMM, size=slots.numel()):
             self._control.all_reduce(slots).wait()
-        values = slots.tolist()
-        norms = values[before_norms:]
+        sums = slots.tolist()
         return StepTotals(
-            loss=sum(values[0 : 2 * replicas : 2]),
-            tokens=round(sum(values[1 : 2 * replicas : 2])),
-            squared_norm=None if squared_norms is None else sum(norms),
-            first_bad=next((i for i, n in enumerate(norms) if not math.isfinite(n)), None),
-            asked=_first_asked(values[2 * replicas : before_norms - 1]),
-            writing=values[before_norms - 1] > 0,
+            loss=sum(sums[0:stops:2]),
+            tokens=round(sum(sums[1:stops:2])),
+            squared_norm=None if squared_norms is None else sum(sums[norms:]),
+            first_bad=next((i for i, n in enumerate(sums[norms:]) if not math.isfinite(n)), None),
+            stop_cause=_first_cause(sums[stops:writing]),
+            is_writing=sums[writing] > 0,
         )
 
     def first_bad(self, finite: Sequence[bool]) -> int | None:
-        """The number of the first parameter, over all stages, that any process finds not finite.
+        """Returns the number of the first parameter, over all stages, that is not finite anywhere.
 
-        `finite` are this stage's parameters, in order; every process calls it.
+        `finite` tells it of this stage's parameters, in order; every process calls it.
         """
         slots = torch.zeros(self._norm_slots)
         slots[self._first_slot : self._first_slot + len(finite)] = ~torch.tensor(finite)
@@ -109,17 +122,8 @@ class TotalsReducer:
         return bad[0] if bad else None
 
 
-def _code(asked: StopCause | None) -> int:
-    """A number above 0 for a request, 0 for none."""
-    return 0 if asked is None else asked.rank * _SIGNALS + asked.number
-
-
-def _first_asked(codes: Sequence[float]) -> StopCause | None:
-    return next((StopCause(*divmod(round(code), _SIGNALS)) for code in codes if code), None)
-
-
 def names_by_stage(family: Family, config: Any, split: Sequence[int]) -> list[list[str]]:
-    """The parameters of each stage, in the order of the layers."""
+    """Returns the parameters of each stage, in the order of the layers."""
     return [
         [
             f"stage {stage}, {name}"
@@ -130,15 +134,13 @@ def names_by_stage(family: Family, config: Any, split: Sequence[int]) -> list[li
     ]
 
 
-def build_totals_reducer(
-    names: Sequence[Sequence[str]], control: Communicator, topology: Topology, tracer: Tracer
-) -> TotalsReducer:
-    """`names` are those of `names_by_stage`."""
-    counts = [len(of_stage) for of_stage in names]
-    return TotalsReducer(
-        control,
-        topology,
-        norm_slots=sum(counts),
-        first_slot=sum(counts[: topology.stage]),
-        tracer=tracer,
+def _float64(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _first_cause(slots: Sequence[float]) -> StopCause | None:
+    """Returns the first request to stop, from pairs of rank + 1 and signal + 1."""
+    pairs = zip(slots[::2], slots[1::2], strict=True)
+    return next(
+        (StopCause(round(rank) - 1, round(signal) - 1) for rank, signal in pairs if rank), None
     )

@@ -6,17 +6,17 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from checkpoint.steps.meta import StepMeta
 from common.files import read_json_object
 
 
-def check_same_run(meta: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
+def check_same_run(meta: StepMeta, flags: Mapping[str, Any]) -> None:
     """ValueError names the flag and both values where a flag that may not change has changed."""
-    kept = meta.get("flags", {})
     for flag, value in flags.items():
-        if kept.get(flag) != value:
+        if meta.flags.get(flag) != value:
             raise ValueError(
-                f"{flag} is {value}, but the checkpoint of step {meta['step']} was made with "
-                f"{kept.get(flag)}"
+                f"{flag} is {value}, but the checkpoint of step {meta.step} was made with "
+                f"{meta.flags.get(flag)}"
             )
 
 
@@ -33,13 +33,12 @@ def check_same_config(folder: Path, model_folder: Path) -> None:
 
 
 def changes(
-    meta: Mapping[str, Any], settings: Mapping[str, Any], *, idle: Collection[str] = ()
+    kept: Mapping[str, Any], settings: Mapping[str, Any], *, idle: Collection[str] = ()
 ) -> list[str]:
-    """One line for each setting that is not what the checkpoint was made with.
+    """One line for each setting that is not what the checkpoint was made with, `kept`.
 
     `idle` are flags that do nothing in this run, whatever they are now.
     """
-    kept = meta.get("settings", {})
     return [
         f"{flag} is now {_shown(value)}, it was {_shown(kept.get(flag))}"
         + (", which has no effect here" if flag in idle else "")

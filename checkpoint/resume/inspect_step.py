@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from checkpoint.resume.reshard import Continuation
-from checkpoint.resume.saved_split import told_split
+from checkpoint.resume.saved_split import saved_split
 from checkpoint.steps.folder import not_whole, save_of
 from checkpoint.steps.manifest import (
     StageManifest,
@@ -18,7 +18,7 @@ from checkpoint.steps.manifest import (
     part_name,
     read_manifest,
 )
-from common.files import read_json_object
+from checkpoint.steps.meta import read_meta
 from pipeline_parallel.partition.split import Split
 
 
@@ -86,7 +86,7 @@ def _split_of(folder: Path, model_layers: int) -> Split | None:
         manifest.check(folder, [path.name])
         check_meta_step(folder, int(folder.name), of="its folder")
     try:
-        return told_split(path, read_json_object(path), model_layers)
+        return saved_split(read_meta(folder), folder, model_layers=model_layers)
     except ValueError:
         return None
 

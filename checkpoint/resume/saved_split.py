@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from checkpoint.steps.meta import META, StepMeta, is_predecessors, read_meta
 from checkpoint.steps.stage_weights import stage_file
-from common.files import read_json_object
 from pipeline_parallel.partition.split import Layers, Split, even_split
 
 
@@ -24,14 +22,14 @@ def read_split(
     Raises ValueError, naming flag and both values, where they differ, where neither tells, where
     the checkpoint is of another model type, and where the split does not fit `model_layers`.
     """
-    path = folder / "meta.json"
-    meta = read_json_object(path) if path.is_file() else {}
-    if meta.get("model_type", model_type) != model_type:
-        raise ValueError(f"{path}: model_type is {meta['model_type']!r}, expected {model_type!r}")
-    split = told_split(path, meta, model_layers)
-    if split is None:
+    path = folder / META
+    if is_predecessors(folder):
         split = _given_split(path, model_layers, n_stages, n_layer_per_stage)
     else:
+        meta = read_meta(folder)
+        if meta.model_type != model_type:
+            raise ValueError(f"{path}: model_type is {meta.model_type!r}, expected {model_type!r}")
+        split = saved_split(meta, folder, model_layers=model_layers)
         _check_given(path, split, n_stages, n_layer_per_stage)
     extra = stage_file(folder, len(split))
     if extra.exists():
@@ -39,32 +37,14 @@ def read_split(
     return split
 
 
-def told_split(path: Path, meta: Mapping[str, Any], model_layers: int) -> Split | None:
-    """The split that `meta`, read from `path`, tells; None where it is a predecessor's, which tells
-    the step at most. ValueError names the file where it is no split of `model_layers`."""
-    if "num_stages" not in meta and "num_layers" not in meta:
-        return None
-    stages, counts = meta.get("num_stages"), meta.get("num_layers")
-    whole = isinstance(counts, list) and all(type(count) is int and count > 0 for count in counts)
-    if not whole or not counts or len(counts) != stages:
+def saved_split(meta: StepMeta, folder: Path, *, model_layers: int) -> Split:
+    """Returns a step's split; ValueError names meta.json where it is not one of `model_layers`."""
+    if sum(meta.num_layers) != model_layers:
         raise ValueError(
-            f"{path}: num_stages is {stages!r} and num_layers {counts!r}, expected a number of "
-            "stages and as many numbers of layers"
+            f"{folder / META}: num_layers is {meta.num_layers}, {sum(meta.num_layers)} in all, but "
+            f"config.json has {model_layers} layers"
         )
-    if sum(counts) != model_layers:
-        raise ValueError(
-            f"{path}: num_layers is {counts}, {sum(counts)} in all, but config.json has "
-            f"{model_layers} layers"
-        )
-    return Split(counts)
-
-
-def kept_split(path: Path, meta: Mapping[str, Any], model_layers: int) -> Split:
-    """As `told_split`, of a checkpoint that has to tell it; ValueError names the file else."""
-    told = told_split(path, meta, model_layers)
-    if told is None:
-        raise ValueError(f"{path}: num_layers is missing, expected the layers of each stage")
-    return told
+    return meta.num_layers
 
 
 def _check_given(path: Path, told: Split, stages: int | None, layers: Layers | None) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
 
 from modules.matmul.backend import Matmul, can_use_onednn, choose_matmul, fp32_error, use_matmul
 from modules.matmul.cpu_info import CpuInfo
@@ -12,13 +11,12 @@ from modules.matmul.cpu_info import CpuInfo
 logger = logging.getLogger(__name__)
 
 
-def kept_choice(meta: Mapping[str, Any] | None, rank: int) -> Matmul | None:
+def kept_choice(kept: Sequence[Matmul] | None, rank: int) -> Matmul | None:
     """What a rank multiplied with when the checkpoint was made; None where it does not tell.
 
     A rank that the run did not have then, of a replica that was added, has nothing to keep.
     """
-    kept = [] if meta is None else meta.get("cpu_matmul") or []
-    return kept[rank] if rank < len(kept) else None
+    return kept[rank] if kept is not None and rank < len(kept) else None
 
 
 def select_matmul(flag: str, processor: CpuInfo, kept: Matmul | None) -> Matmul:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import time
 from collections.abc import Sequence
 
 import torch
 
+from arguments.settings import Settings
 from comm.communicator import Communicator
 from comm.objects import gather_json
 from comm.process_groups import ProcessGroups
 from comm.rendezvous.join import Rendezvous
+from comm.run_context import RunContext
 from comm.topology import Topology
 from common.tensors import DTYPES
 from data_parallel.grad_buffer import BUCKET_BYTES
@@ -40,42 +41,44 @@ _LINK_SECONDS = 1.0  # each direction of each link, one after the other
 _PRODUCT_SECONDS = 1.0  # all devices at once, as in training
 
 
-def check_cluster(
-    args: argparse.Namespace,
-    *,
-    topology: Topology,
-    rendezvous: Rendezvous,
-    fabric: ProcessGroups,
-    device: torch.device,
-) -> int:
-    """Every rank calls it; rank 0 tells. The exit status: 0, or 1 where ranks differ or lack
-    something. PeerLostError as of the channels."""
-    if device.type == "cpu":
-        select_matmul(args.cpu_matmul, CpuInfo.of_this_machine(), kept=None)
-    mine = collect_machine_facts(args, topology, device)
-    machines = [from_json(one) for one in gather_json(fabric.control, mine)]
+def check_cluster(settings: Settings, context: RunContext, rendezvous: Rendezvous) -> int:
+    """Compares machines and measures devices and links; every rank calls it, rank 0 logs.
+
+    Returns:
+        The exit status: 0, or 1 if ranks differ or lack something.
+
+    Raises:
+        PeerLostError: a rank does not answer.
+    """
+    topology, control, device = context.topology, context.control, context.device
+    if not context.is_cuda:
+        select_matmul(settings.precision.cpu_matmul, CpuInfo.of_this_machine(), kept=None)
+    facts = collect_machine_facts(settings, topology, device)
+    machines = [from_json(one) for one in gather_json(control, facts)]
     sizes = next((one.model for one in machines if one.model is not None), None)
-    clocks = _clocks(fabric.control)
-    rates = gather_json(fabric.control, _rate(args, sizes, device))
+    clocks = _clocks(control)
+    rates = gather_json(control, _rate(settings, sizes, device))
     message = (
-        args.micro_batch_size
-        * args.seq_length
-        * args.embedding_dim
-        * DTYPES[args.precision].itemsize
+        settings.update.micro_batch_size
+        * settings.update.seq_length
+        * settings.model.embedding_dim
+        * DTYPES[settings.precision.precision].itemsize
     )
-    plan = None if sizes is None else make_plan(args, sizes, message)
-    wanted = {link: _message_bytes(topology, link, message, plan) for link in links(topology)}
-    speeds = measure_links(topology, fabric, wanted, device, dist_timeout=args.dist_timeout)
+    shape = None if sizes is None else make_plan(settings, sizes, message)
+    wanted = {link: _message_bytes(topology, link, message, shape) for link in links(topology)}
+    speeds = measure_links(
+        topology, context.groups, wanted, device, dist_timeout=settings.network.dist_timeout
+    )
     found = differences(rendezvous.roster, machines)
-    if topology.rank == 0:
-        _tell(args, topology, rendezvous, machines, clocks, rates, speeds, wanted, plan)
-        _tell_verdict(found)
+    if context.rank == 0:
+        _log(settings, topology, rendezvous, machines, clocks, rates, speeds, wanted, shape)
+        _log_verdict(found)
     return 1 if found else 0
 
 
 def measure_links(
     topology: Topology,
-    fabric: ProcessGroups,
+    groups: ProcessGroups,
     wanted: dict[Link, int],
     device: torch.device,
     *,
@@ -95,8 +98,8 @@ def measure_links(
         )
     mine: list[tuple[int, LinkSpeed]] = []
     for number, link in enumerate(todo):
-        gather_json(fabric.control, number)  # the link before is done
-        group = fabric.pipeline if link.group == "pipeline" else fabric.replicas
+        gather_json(groups.control, number)  # the link before is done
+        group = groups.pipeline if link.group == "pipeline" else groups.replicas
         peers = _indices(topology, link)
         if topology.rank == link.source:
             speed = probe(group, to=peers[1], nbytes=wanted[link], device=device, budget=budget)
@@ -104,16 +107,19 @@ def measure_links(
         elif topology.rank == link.to:
             answer(group, source=peers[0], device=device)
     told = [(n, s.latency, s.nbytes, s.seconds) for n, s in mine]
-    every = [one for of_rank in gather_json(fabric.control, told) for one in of_rank]
+    every = [one for of_rank in gather_json(groups.control, told) for one in of_rank]
     return {todo[number]: LinkSpeed(*numbers) for number, *numbers in sorted(every)}
 
 
-def make_plan(args: argparse.Namespace, sizes: ModelSizes, message: int) -> RunShape | None:
+def make_plan(settings: Settings, sizes: ModelSizes, message: int) -> RunShape | None:
     """What the flags make of a model; None where it cannot be split so, which is told elsewhere."""
-    work = _work(args, sizes)
+    work = _work(settings, sizes)
     try:
         layers = choose_split(
-            args.num_layers, work, num_stages=args.pipeline_group_size, model_layers=sizes.layers
+            settings.model.num_layers,
+            work,
+            num_stages=settings.parallel.pipeline_group_size,
+            model_layers=sizes.layers,
         )
     except ValueError:
         return None
@@ -121,11 +127,11 @@ def make_plan(args: argparse.Namespace, sizes: ModelSizes, message: int) -> RunS
         model=sizes,
         work=work,
         layers=layers,
-        schedule=args.pp_mode,
-        recompute=args.recompute,
-        num_microbatches=args.batch_size // args.micro_batch_size,
-        accumulate=args.gradient_accumulate_step,
-        tokens=args.micro_batch_size * args.seq_length,
+        schedule=settings.parallel.pp_mode,
+        recompute=settings.precision.recompute,
+        num_microbatches=settings.update.num_microbatches,
+        accumulate=settings.update.gradient_accumulate_step,
+        tokens=settings.update.micro_batch_size * settings.update.seq_length,
         message=message,
     )
 
@@ -147,24 +153,24 @@ def _indices(topology: Topology, link: Link) -> tuple[int, int]:
     return ends[0] // topology.num_stages, ends[1] // topology.num_stages
 
 
-def _work(args: argparse.Namespace, sizes: ModelSizes) -> ModuleWork:
-    entry = MODELS[args.model_type]
+def _work(settings: Settings, sizes: ModelSizes) -> ModuleWork:
+    entry = MODELS[settings.model.model_type]
     config = {
         entry.hidden_size: sizes.hidden,
         entry.inner_size: sizes.inner,
         entry.vocab_size: sizes.vocabulary,
     }
-    return module_work(entry, config, tokens=args.seq_length)
+    return module_work(entry, config, tokens=settings.update.seq_length)
 
 
-def _rate(args: argparse.Namespace, sizes: ModelSizes | None, device: torch.device) -> float:
+def _rate(settings: Settings, sizes: ModelSizes | None, device: torch.device) -> float:
     """Multiply-adds per second of this rank's device, of the largest product of a block."""
-    hidden = args.embedding_dim if sizes is None else sizes.hidden
+    hidden = settings.model.embedding_dim if sizes is None else sizes.hidden
     return matmul_rate(
-        rows=args.micro_batch_size * args.seq_length,
+        rows=settings.update.micro_batch_size * settings.update.seq_length,
         inputs=hidden,
         outputs=4 * hidden if sizes is None else sizes.inner,
-        dtype=DTYPES[args.precision],
+        dtype=DTYPES[settings.precision.precision],
         device=device,
         budget=_PRODUCT_SECONDS,
     )
@@ -177,8 +183,8 @@ def _clocks(control: Communicator) -> list[tuple[float, float]]:
     return [(ahead, error) for ahead, error in found]
 
 
-def _tell(
-    args: argparse.Namespace,
+def _log(
+    settings: Settings,
     topology: Topology,
     rendezvous: Rendezvous,
     machines: Sequence[MachineFacts],
@@ -199,11 +205,13 @@ def _tell(
         logger.info("- no rank has a config.json that fits with the flags: no step is estimated")
         return
     estimate = Estimate(plan, topology, rates=rates, links=speeds)
-    for line in advice(topology, roster, plan, speeds, rates, estimate, precision=args.precision):
+    for line in advice(
+        topology, roster, plan, speeds, rates, estimate, precision=settings.precision.precision
+    ):
         logger.info("- %s", line)
 
 
-def _tell_verdict(found: Sequence[str]) -> None:
+def _log_verdict(found: Sequence[str]) -> None:
     if not found:
         logger.info("check passed: all ranks agree, and nothing that was looked at is missing")
     for line in found:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import platform
@@ -14,7 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from arguments.checks import check_model, check_optimizer
+from arguments.config_checks import check_model, check_optimizer
+from arguments.settings import Settings
 from checkpoint.files.layer_shards import check_shard_size, shard_name
 from comm.rendezvous.participants import Participant
 from comm.topology import Topology
@@ -59,20 +59,20 @@ class MachineFacts(NamedTuple):
 
 
 def collect_machine_facts(
-    args: argparse.Namespace, topology: Topology, device: torch.device
+    settings: Settings, topology: Topology, device: torch.device
 ) -> MachineFacts:
     """This rank's, without reading a weight."""
     problems, model, files = [], None, {}
     for check in (check_model, check_optimizer):
         try:
-            check(args)
+            check(settings)
         except ValueError as error:
             problems.append(str(error))
     try:
-        config = MODELS[args.model_type].load().load_config(args.model_name)
-        model = _sizes(args, config.to_dict(), config)
+        config = MODELS[settings.model.model_type].load().load_config(settings.model.model_name)
+        model = _sizes(settings, config.to_dict(), config)
         if not problems:
-            files = _shards(args, topology, model, config.to_dict())
+            files = _shards(settings, topology, model, config.to_dict())
     except (ValueError, OSError) as error:
         if not problems:
             problems.append(str(error))
@@ -80,11 +80,14 @@ def collect_machine_facts(
         describe_device(device),
         model,
         problems,
-        versions(args, device),
-        _config(args.model_name / "config.json"),
+        versions(settings, device),
+        _config(settings.model.model_name / "config.json"),
         files,
-        _damage(args.model_name, [name for name, found in files.items() if found is not None]),
-        args.load_checkpoint and (args.checkpoint_path / "latest").exists(),
+        _damage(
+            settings.model.model_name, [name for name, found in files.items() if found is not None]
+        ),
+        settings.checkpoint.load_checkpoint
+        and (settings.checkpoint.checkpoint_path / "latest").exists(),
     )
 
 
@@ -102,11 +105,11 @@ def describe_device(device: torch.device) -> str:
     return f"{CpuInfo.of_this_machine().name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def versions(args: argparse.Namespace, device: torch.device) -> dict[str, str]:
+def versions(settings: Settings, device: torch.device) -> dict[str, str]:
     """Of what the ranks compute and talk with."""
     found = {"Python": platform.python_version(), "torch": torch.__version__}
     packages = ["transformers"]
-    if args.optimizer == "8bit-adam":
+    if settings.update.optimizer == "8bit-adam":
         packages.append("bitsandbytes")
     for package in packages:
         try:
@@ -138,25 +141,25 @@ def differences(roster: Sequence[Participant], machines: Sequence[MachineFacts])
     return named
 
 
-def _sizes(args: argparse.Namespace, config: Mapping[str, Any], loaded: Any) -> ModelSizes:
+def _sizes(settings: Settings, config: Mapping[str, Any], loaded: Any) -> ModelSizes:
     hidden = int(loaded.hidden_size)
-    inner = config.get(MODELS[args.model_type].inner_size) or 4 * hidden
+    inner = config.get(MODELS[settings.model.model_type].inner_size) or 4 * hidden
     return ModelSizes(hidden, int(inner), int(loaded.vocab_size), int(loaded.num_hidden_layers))
 
 
 def _shards(
-    args: argparse.Namespace, topology: Topology, model: ModelSizes, config: Mapping[str, Any]
+    settings: Settings, topology: Topology, model: ModelSizes, config: Mapping[str, Any]
 ) -> dict[str, str | None]:
     """Of the files that this rank's stage reads."""
-    if not args.load_pretrained_model:
+    if not settings.model.load_pretrained_model:
         return {}
-    work = module_work(MODELS[args.model_type], config, tokens=args.seq_length)
+    work = module_work(MODELS[settings.model.model_type], config, tokens=settings.update.seq_length)
     split: Split = choose_split(
-        args.num_layers, work, num_stages=topology.num_stages, model_layers=model.layers
+        settings.model.num_layers, work, num_stages=topology.num_stages, model_layers=model.layers
     )
-    sums = _manifest(args.model_name / "manifest.json")
+    sums = _manifest(settings.model.model_name / "manifest.json")
     names = [shard_name(index, model.layers) for index in stage_modules(topology.stage, split)]
-    return {name: _identity(args.model_name / name, sums.get(name)) for name in names}
+    return {name: _identity(settings.model.model_name / name, sums.get(name)) for name in names}
 
 
 def _identity(path: Path, listed: Any) -> str | None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
-from copy import copy
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-from arguments.checks import fixed_flags
+from arguments.flag_rules import fixed_flags
+from arguments.settings import Settings
 from checkpoint.steps.folder import any_steps
 from modules.families.base import Family
 from modules.registry import MODELS
@@ -30,7 +29,7 @@ class Change(NamedTuple):
 
 
 def helpful_changes(
-    args: argparse.Namespace,
+    settings: Settings,
     family: Family,
     config: Any,
     layers: Split,
@@ -41,54 +40,47 @@ def helpful_changes(
 ) -> list[Change]:
     """Each change by itself that lets the process of this rank need less than `peak` bytes, the one
     that saves most first. More stages are taken by their largest."""
-    found, has_steps = [], any_steps(args.checkpoint_path)
-    for flags, changed in _variants(args):
+    found, has_steps = [], any_steps(settings.checkpoint.checkpoint_path)
+    for flags, changed in _variants(settings):
         split, ranks = layers, [rank]
-        if changed.pipeline_group_size != args.pipeline_group_size:
-            if changed.pipeline_group_size > config.num_hidden_layers:
+        if changed.parallel.pipeline_group_size != settings.parallel.pipeline_group_size:
+            if changed.parallel.pipeline_group_size > config.num_hidden_layers:
                 continue
-            split, ranks = _even(changed, config), _largest(changed.pipeline_group_size)
-        rehearsal = DryRun(changed, family, config, split, cuda=cuda)
-        left = max(rehearsal.of_rank(one).peak for one in ranks)
-        starts_anew = has_steps and fixed_flags(changed) != fixed_flags(args)
+            split, ranks = _even(changed, config), _largest(changed.parallel.pipeline_group_size)
+        dry_run = DryRun(changed, family, config, split, cuda=cuda)
+        left = max(dry_run.of_rank(one).peak for one in ranks)
+        starts_anew = has_steps and fixed_flags(changed) != fixed_flags(settings)
         found.append(Change(flags, peak - left, left, starts_anew))
     return sorted((one for one in found if one.saved > 0), key=lambda one: -one.saved)
 
 
-def _variants(args: argparse.Namespace) -> Iterator[tuple[str, argparse.Namespace]]:
+def _variants(settings: Settings) -> Iterator[tuple[str, Settings]]:
     """Each change of a flag that may help, and the flags with it."""
-    if not args.recompute:
-        yield "--recompute true", _with(args, recompute=True)
-    if args.pp_mode != "1f1b":
-        yield "--pp-mode 1f1b", _with(args, pp_mode="1f1b")
-    if args.micro_batch_size > 1:
-        yield "--micro-batch-size 1", _with(args, micro_batch_size=1)
-    if args.data_group_size > 1 and args.zero_stage == 0:
-        yield "--zero-stage 1", _with(args, zero_stage=1)
-    if not args.use_offload:
-        yield "--use-offload", _with(args, use_offload=True)
-    if args.optimizer != "8bit-adam" and find_spec("bitsandbytes") is not None:
-        yield "--optimizer 8bit-adam", _with(args, optimizer="8bit-adam")
-    if args.precision == "fp32":
-        yield "--bf16", _with(args, bf16=True, precision="bf16")
-    if args.async_checkpoint:
-        yield "no --async-checkpoint", _with(args, async_checkpoint=False)
-    stages = 2 * args.pipeline_group_size
+    if not settings.precision.recompute:
+        yield "--recompute true", settings.changed(recompute=True)
+    if settings.parallel.pp_mode != "1f1b":
+        yield "--pp-mode 1f1b", settings.changed(pp_mode="1f1b")
+    if settings.update.micro_batch_size > 1:
+        yield "--micro-batch-size 1", settings.changed(micro_batch_size=1)
+    if settings.parallel.data_group_size > 1 and settings.parallel.zero_stage == 0:
+        yield "--zero-stage 1", settings.changed(zero_stage=1)
+    if not settings.precision.use_offload:
+        yield "--use-offload", settings.changed(use_offload=True)
+    if settings.update.optimizer != "8bit-adam" and find_spec("bitsandbytes") is not None:
+        yield "--optimizer 8bit-adam", settings.changed(optimizer="8bit-adam")
+    if settings.precision.precision == "fp32":
+        yield "--bf16", settings.changed(bf16=True)
+    if settings.checkpoint.async_checkpoint:
+        yield "no --async-checkpoint", settings.changed(async_checkpoint=False)
+    stages = 2 * settings.parallel.pipeline_group_size
     yield (
         f"--pipeline-group-size {stages} --num-layers auto",
-        _with(
-            args,
+        settings.changed(
             pipeline_group_size=stages,
-            world_size=stages * args.data_group_size,
+            world_size=stages * settings.parallel.data_group_size,
             num_layers=AUTO,
         ),
     )
-
-
-def _with(args: argparse.Namespace, **changes: Any) -> argparse.Namespace:
-    changed = copy(args)
-    vars(changed).update(changes)
-    return changed
 
 
 def _largest(num_stages: int) -> list[int]:
@@ -97,8 +89,13 @@ def _largest(num_stages: int) -> list[int]:
     return sorted({0, 1, num_stages - 2, num_stages - 1})
 
 
-def _even(args: argparse.Namespace, config: Any) -> Split:
-    work = module_work(MODELS[args.model_type], config.to_dict(), tokens=args.seq_length)
+def _even(settings: Settings, config: Any) -> Split:
+    work = module_work(
+        MODELS[settings.model.model_type], config.to_dict(), tokens=settings.update.seq_length
+    )
     return choose_split(
-        AUTO, work, num_stages=args.pipeline_group_size, model_layers=config.num_hidden_layers
+        AUTO,
+        work,
+        num_stages=settings.parallel.pipeline_group_size,
+        model_layers=config.num_hidden_layers,
     )

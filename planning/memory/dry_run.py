@@ -7,7 +7,6 @@ and what is alive is counted as a run counts it (`planning.memory.live_bytes`).
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from arguments.settings import loop_settings
+from arguments.settings import Settings
 from comm.communicator import Communicator
 from comm.topology import Topology
 from common.tensors import DTYPES, part_sums
@@ -80,24 +79,23 @@ class DryRun:
     """
 
     def __init__(
-        self, args: argparse.Namespace, family: Family, config: Any, layers: Split, *, cuda: bool
+        self, settings: Settings, family: Family, config: Any, layers: Split, *, cuda: bool
     ) -> None:
-        self._args, self._family, self._config, self._layers = args, family, config, layers
+        self._settings, self._family, self._config, self._layers = settings, family, config, layers
         self._cuda, self._device = cuda, torch.device(GPU if cuda else "cpu")
-        self._settings = loop_settings(args)
 
     def of_rank(self, rank: int) -> StageMemory:
         """What the process of this global rank will hold."""
-        args = self._args
-        topology = Topology(rank, args.pipeline_group_size, args.data_group_size)
+        parallel = self._settings.parallel
+        topology = Topology(rank, parallel.pipeline_group_size, parallel.data_group_size)
         documents, algorithm = self._documents(), self._algorithm()
         modules = stage_modules(topology.stage, self._layers)
         model = StageModel(self._family, self._config, modules, device="meta")
         with _no_memory() as live:
             _fill_without_values(model, self._device)
-            return self._rehearse(model, topology, documents, algorithm, live)
+            return self._run(model, topology, documents, algorithm, live)
 
-    def _rehearse(
+    def _run(
         self,
         model: StageModel,
         topology: Topology,
@@ -109,8 +107,18 @@ class DryRun:
         if self._cuda:
             _draw_nothing(model)
         replicas = self._group("replicas", topology.replica_ranks(topology.stage), topology)
-        optimizer = build_optimizer(self._args, model, replicas, NO_TRACER, algorithm)
-        offloads = self._cuda and self._args.use_offload
+        settings = self._settings
+        optimizer = build_optimizer(
+            model,
+            algorithm,
+            precision=settings.precision.precision,
+            weight_decay=settings.update.weight_decay,
+            offload=settings.precision.use_offload,
+            zero_stage=settings.parallel.zero_stage,
+            replicas=replicas,
+            tracer=NO_TRACER,
+        )
+        offloads = self._cuda and self._settings.precision.use_offload
         built, host = live.peak[kind], live.current["cpu"] if offloads else 0
         copy = self._copy(model, optimizer, topology)
         copied = sum(map(_pinned if self._cuda else int, _storages(copy).values()))
@@ -125,7 +133,7 @@ class DryRun:
         self, model: StageModel, optimizer: MixedPrecisionOptimizer, topology: Topology
     ) -> list[Tensor]:
         """What --async-checkpoint keeps in host memory."""
-        if not self._args.async_checkpoint or topology.replica != 0:
+        if not self._settings.checkpoint.async_checkpoint or topology.replica != 0:
             return []
         names = optimizer.names
         state = [part for name in names for part in like_state(optimizer, name).values()]
@@ -148,22 +156,23 @@ class DryRun:
         live: LiveBytes,
     ) -> int:
         """The most bytes that are alive in an iteration that ends an update."""
-        args, settings, all_held = self._args, self._settings, self._args.pp_mode == "gpipe"
+        settings, update = self._settings, self._settings.update
+        all_held = settings.parallel.pp_mode == "gpipe"
         enough = ENOUGH if all_held else topology.num_stages + ENOUGH
-        count = min(settings.num_microbatches, enough)
+        count = min(update.num_microbatches, enough)
         pipeline = self._group("pipeline", topology.pipeline_ranks(topology.replica), topology)
         engine = build_engine(
             model,
             StageLink(
                 pipeline,
-                shape=(settings.micro_rows, settings.tokens, self._config.hidden_size),
-                dtype=DTYPES[args.precision],
+                shape=(update.micro_batch_size, update.seq_length, self._config.hidden_size),
+                dtype=DTYPES[settings.precision.precision],
                 device=self._device,
             ),
             topology=topology,
             gradients=optimizer.flat_gradients,
-            schedule=args.pp_mode,
-            recompute=args.recompute,
+            schedule=settings.parallel.pp_mode,
+            recompute=settings.precision.recompute,
             num_microbatches=count,
             tracer=NO_TRACER,
             kind=FakeEngine,
@@ -177,24 +186,28 @@ class DryRun:
         optimizer.reduce_gradients()
         del batch, ahead
         gradient = self._boundary_bytes() if topology.stage > 0 else 0
-        more = settings.num_microbatches - count if all_held else 0
+        more = update.num_microbatches - count if all_held else 0
         return max(peak_of_more(watched, more, sent=gradient), live.peak[self._device.type])
 
     def _boundary_bytes(self) -> int:
         """Of a microbatch's activations between two stages."""
-        settings = self._settings
-        numbers: int = settings.micro_rows * settings.tokens * self._config.hidden_size
-        return numbers * DTYPES[self._args.precision].itemsize
+        update = self._settings.update
+        numbers: int = update.micro_batch_size * update.seq_length * self._config.hidden_size
+        return numbers * DTYPES[self._settings.precision.precision].itemsize
 
     def _batch(self, topology: Topology, documents: PackedDocuments | None) -> FakeBatch:
-        rows = self._settings.rows
-        shape = (rows, self._settings.tokens)
+        update = self._settings.update
+        shape = (update.batch_size, update.seq_length)
         tokens, labels = (
             torch.empty(shape, dtype=torch.int64, device=self._device) if needed else None
             for needed in (topology.is_first, topology.is_last)
         )
         return FakeBatch(
-            tokens, labels, rows=self._settings.micro_rows, num_rows=rows, documents=documents
+            tokens,
+            labels,
+            rows=update.micro_batch_size,
+            num_rows=update.batch_size,
+            documents=documents,
         )
 
     def _documents(self) -> PackedDocuments | None:
@@ -203,15 +216,15 @@ class DryRun:
         On CPUs those that attention keeps the most of. One kernel of GPUs in half precision takes
         them as it takes rows.
         """
-        if self._args.pack != "document":
+        if self._settings.data.pack != "document":
             return None
-        tokens = self._settings.tokens
+        tokens = self._settings.update.seq_length
         heads = self._config.num_attention_heads
         longest = min(tokens - 1, KEPT_TOKENS * (self._config.hidden_size // heads))
-        if self._cuda and self._args.precision != "fp32":
+        if self._cuda and self._settings.precision.precision != "fp32":
             longest = tokens
         begins = torch.arange(tokens) // longest * longest
-        return FakeBatch.documents_of(begins.repeat(self._settings.micro_rows, 1))
+        return FakeBatch.documents_of(begins.repeat(self._settings.update.micro_batch_size, 1))
 
     def _memory(
         self,
@@ -236,17 +249,23 @@ class DryRun:
             copied=0 if self._cuda else copied,
             peak=peak,
             held=peak_live(
-                SCHEDULES[self._args.pp_mode],
+                SCHEDULES[self._settings.parallel.pp_mode],
                 topology.stage,
                 topology.num_stages,
-                self._settings.num_microbatches,
+                self._settings.update.num_microbatches,
             ),
-            checkpoint=sum(checkpoint_bytes(self._args, count)),
+            checkpoint=sum(
+                checkpoint_bytes(
+                    count,
+                    precision=self._settings.precision.precision,
+                    optimizer=self._settings.update.optimizer,
+                )
+            ),
         )
 
     def _algorithm(self) -> Algorithm:
         """That of the flags. What it makes once, from numbers, is made here."""
-        algorithm = ALGORITHMS[self._args.optimizer]()
+        algorithm = ALGORITHMS[self._settings.update.optimizer]()
         algorithm.empty_state(torch.zeros(SMALLEST_IN_8_BITS))
         return _Unstepped(algorithm) if self._cuda else algorithm
 

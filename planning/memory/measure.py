@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from arguments.settings import Settings
 from comm.communicator import Communicator
 from comm.objects import gather_json
 from comm.topology import Topology
@@ -38,9 +38,9 @@ class MemoryMeasure:
         with self._counter:
             yield
 
-    def tell(
+    def log(
         self,
-        args: argparse.Namespace,
+        settings: Settings,
         family: Family,
         config: Any,
         layers: Split,
@@ -48,13 +48,13 @@ class MemoryMeasure:
         control: Communicator,
         topology: Topology,
     ) -> None:
-        """A line for every rank, on rank 0, with what --plan says. Every rank calls it."""
+        """Logs on rank 0 a line for every rank, beside the plan's number; every rank calls it."""
         if not self._wanted:
             return
         kind = self._device.type
-        rehearsal = DryRun(args, family, config, layers, cuda=kind == "cuda")
+        dry_run = DryRun(settings, family, config, layers, cuda=kind == "cuda")
         measured, resident = self._counter.peak[kind], peak_resident()
-        planned = rehearsal.of_rank(topology.rank).peak
+        planned = dry_run.of_rank(topology.rank).peak
         found = gather_json(control, [measured, planned, resident])
         for rank, (own, expected, held) in enumerate(found):
             logger.info(

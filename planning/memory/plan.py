@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from arguments.checks import check_model, check_optimizer
-from arguments.settings import loop_settings
+from arguments.config_checks import check_model, check_optimizer
+from arguments.settings import Settings
 from common.tensors import DTYPES
 from common.text import _table, in_units
 from modules.families.base import Family
@@ -38,34 +37,34 @@ on the way; peak: the most at once; held: microbatches between forward and the e
 
 
 class MemoryPlan:
-    """A run with these flags, rehearsed. ValueError where the flags or config.json are wrong."""
+    """The plan of a run, from dry runs of its stages; ValueError if flags or config are wrong."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        check_model(args)
-        check_optimizer(args)
-        self._args, self._cuda = args, plans_for_gpus(args)
-        self._family: Family = MODELS[args.model_type].load()
-        self._config: Any = self._family.load_config(args.model_name)
-        self._settings = loop_settings(args)
+    def __init__(self, settings: Settings) -> None:
+        check_model(settings)
+        check_optimizer(settings)
+        self._settings, self._cuda = settings, plans_for_gpus(settings)
+        self._family: Family = MODELS[settings.model.model_type].load()
+        self._config: Any = self._family.load_config(settings.model.model_name)
         self._split = StageSplit(
-            args.num_layers,
-            args.model_type,
+            settings.model.num_layers,
+            settings.model.model_type,
             self._config,
-            num_stages=args.pipeline_group_size,
-            tokens=args.seq_length,
+            num_stages=settings.parallel.pipeline_group_size,
+            tokens=settings.update.seq_length,
         )
 
     @cached_property
     def _stages(self) -> list[StageMemory]:
-        rehearsal = DryRun(
-            self._args, self._family, self._config, self._split.layers, cuda=self._cuda
+        dry_run = DryRun(
+            self._settings, self._family, self._config, self._split.layers, cuda=self._cuda
         )
-        return [rehearsal.of_rank(stage) for stage in range(self._args.pipeline_group_size)]
+        num_stages = self._settings.parallel.pipeline_group_size
+        return [dry_run.of_rank(stage) for stage in range(num_stages)]
 
     @property
     def fits(self) -> bool:
         """Whether no stage needs more than --device-memory, where that was given."""
-        limit = self._args.device_memory
+        limit = self._settings.output.device_memory
         return limit is None or all(stage.peak <= limit for stage in self._stages)
 
     def parts(self) -> Iterator[str]:
@@ -76,27 +75,29 @@ class MemoryPlan:
         yield (
             self._split.describe(
                 self._split.layers,
-                schedule=self._args.pp_mode,
-                num_microbatches=self._settings.num_microbatches,
-                recompute=self._args.recompute,
+                schedule=self._settings.parallel.pp_mode,
+                num_microbatches=self._settings.update.num_microbatches,
+                recompute=self._settings.precision.recompute,
             )
             + "\n"
         )
-        if not self.fits:
-            yield "".join(f"{line}\n" for line in self._advice())
+        limit = self._settings.output.device_memory
+        if limit is not None and not self.fits:
+            yield "".join(f"{line}\n" for line in self._advice(limit))
 
     def _heading(self) -> str:
-        args, settings = self._args, self._settings
+        settings, parallel, update = self._settings, self._settings.parallel, self._settings.update
         place = "on GPUs" if self._cuda else "on CPUs"
+        recompute = "with" if settings.precision.recompute else "without"
         return (
-            f"{args.model_type}, {args.pipeline_group_size} stages x {args.data_group_size} "
-            f"pipelines {place}, {args.precision}, {args.optimizer}; {args.pp_mode} of "
-            f"{settings.num_microbatches} microbatches of {settings.micro_rows} x "
-            f"{settings.tokens} tokens, {'with' if args.recompute else 'without'} recompute\n"
+            f"{settings.model.model_type}, {parallel.pipeline_group_size} stages x "
+            f"{parallel.data_group_size} pipelines {place}, {settings.precision.precision}, "
+            f"{update.optimizer}; {parallel.pp_mode} of {update.num_microbatches} microbatches of "
+            f"{update.micro_batch_size} x {update.seq_length} tokens, {recompute} recompute\n"
         )
 
     def _rows(self) -> Iterator[list[str]]:
-        limit, host = self._args.device_memory, any(stage.host for stage in self._stages)
+        limit, host = self._settings.output.device_memory, any(stage.host for stage in self._stages)
         fits = [] if limit is None else [f"fits {in_units(limit)}"]
         copied = any(stage.copied for stage in self._stages)
         more = [*(["copy to save"] if copied else []), *(["on host"] if host else [])]
@@ -120,36 +121,40 @@ class MemoryPlan:
         ]
 
     def _links(self) -> Iterator[str]:
-        args, settings, last = self._args, self._settings, len(self._stages) - 1
-        size = DTYPES[args.precision].itemsize
-        activations = size * settings.rows * settings.tokens * self._config.hidden_size
+        settings, last = self._settings, len(self._stages) - 1
+        size = DTYPES[settings.precision.precision].itemsize
+        activations = size * self._batch_tokens * self._config.hidden_size
         for index in range(last):
             yield (
                 f"stage {index} to {index + 1}: {in_units(activations)} an iteration, and as much "
                 "back"
             )
-        others = (args.data_group_size - 1) / args.data_group_size
+        others = (settings.parallel.data_group_size - 1) / settings.parallel.data_group_size
         for index, stage in enumerate(self._stages if others else ()):
-            again = size if args.zero_stage == 1 else 4
+            again = size if settings.parallel.zero_stage == 1 else 4
             sent = round(others * (4 + again) * stage.parameters)
             yield f"each replica of stage {index}: {in_units(sent)} an update, each way"
-        if args.world_size > 1:
+        if settings.parallel.world_size > 1:
             yield f"rank 0 to the others: {in_units(self._token_bytes())} of tokens an iteration"
+
+    @property
+    def _batch_tokens(self) -> int:
+        return self._settings.update.batch_size * self._settings.update.seq_length
 
     def _token_bytes(self) -> int:
         """To the stages of all pipelines, of which rank 0 keeps its own."""
-        args, stages = self._args, len(self._stages)
-        documents = args.pack == "document"
+        settings, stages = self._settings, len(self._stages)
+        documents = settings.data.pack == "document"
         needs = [(stage == 0) + (stage == stages - 1) + documents for stage in range(stages)]
-        sent = args.data_group_size * sum(needs) - needs[0]
-        return int(8 * self._settings.rows * self._settings.tokens * sent)
+        sent = settings.parallel.data_group_size * sum(needs) - needs[0]
+        return 8 * self._batch_tokens * sent
 
-    def _advice(self) -> Iterator[str]:
-        limit, peaks = self._args.device_memory, [stage.peak for stage in self._stages]
+    def _advice(self, limit: int) -> Iterator[str]:
+        peaks = [stage.peak for stage in self._stages]
         worst = peaks.index(max(peaks))
         yield f"stage {worst} needs {in_units(peaks[worst] - limit)} more than {in_units(limit)}"
         changes = helpful_changes(
-            self._args,
+            self._settings,
             self._family,
             self._config,
             self._split.layers,
@@ -160,7 +165,7 @@ class MemoryPlan:
         for change in changes:
             yield f"  {change.flags}: {_outcome(change, limit)}"
         if not changes:
-            yield "  no flag makes it need less"
+            yield "  no flag reduces the memory further"
 
 
 def _outcome(change: Change, limit: int) -> str:
@@ -169,9 +174,13 @@ def _outcome(change: Change, limit: int) -> str:
     return f"{in_units(change.saved)} less, {in_units(change.peak)} at the peak{fits}{anew}"
 
 
-def plans_for_gpus(args: argparse.Namespace) -> bool:
+def plans_for_gpus(settings: Settings) -> bool:
     """Whether the run is one on GPUs, which need not be on this machine."""
-    return torch.cuda.is_available() if args.use_cuda is None else bool(args.use_cuda)
+    return (
+        torch.cuda.is_available()
+        if settings.parallel.use_cuda is None
+        else bool(settings.parallel.use_cuda)
+    )
 
 
 def _cells(*stages: StageMemory) -> list[str]:

@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTJConfig, GPTNeoXConfig
 
+from checkpoint.steps.meta import StepMeta
 from modules.families.base import Family
 from modules.registry import MODELS
+from pipeline_parallel.partition.split import Split
 
 NUM_LAYERS = 3
 VOCAB = 101  # odd: nothing may assume a padded vocabulary
@@ -106,7 +108,7 @@ def hf_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def make_checkpoint(
-    shards: Path, folder: Path, *, counts: Sequence[int], meta: Mapping[str, Any] | None
+    shards: Path, folder: Path, *, counts: Sequence[int], meta: StepMeta | None
 ) -> Path:
     """A step's folder from layer shards, as training lays it out, by plain torch.save.
 
@@ -126,8 +128,24 @@ def make_checkpoint(
         }
         torch.save(state, folder / f"prank_{stage}_checkpoint.pt")
     if meta is not None:
-        (folder / "meta.json").write_text(json.dumps(meta))
+        (folder / "meta.json").write_bytes(meta.encode().replace(b' "format": 1,\n', b""))
     return folder
+
+
+def step_meta(step: int, counts: Sequence[int] = (1,), model_type: str = "gptneox") -> StepMeta:
+    return StepMeta(
+        step=step,
+        updates=step,
+        updater={"skipped_in_a_row": 0, "scaler": {"kind": "constant", "scale": 1.0}},
+        gave_up=False,
+        model_type=model_type,
+        num_layers=Split(counts),
+        num_replicas=1,
+        flags={},
+        settings={},
+        versions={},
+        data={},
+    )
 
 
 def copy_config(source: Path, target: Path) -> None:

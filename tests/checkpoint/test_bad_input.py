@@ -27,6 +27,7 @@ from tests.checkpoint.models import (
     make_checkpoint,
     make_model,
     save_model,
+    step_meta,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -51,8 +52,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
         family("gptneox"), model_name=str(base / "st"), save_dir=base / "made", dtype="keep"
     )
     made.rename(base / "shards")
-    meta = {"step": 7, "model_type": "gptneox", "num_stages": 2, "num_layers": [2, 1]}
-    make_checkpoint(base / "shards", base / "ck", counts=(2, 1), meta=meta)
+    make_checkpoint(base / "shards", base / "ck", counts=(2, 1), meta=step_meta(7, (2, 1)))
     copy_config(base / "shards", base / "ck")
     return base
 
@@ -256,12 +256,12 @@ TO_HF = {
         ["prank_0_checkpoint.pt", "2.attention", "unexpected"],
     ),
     "another model's": Case({}, lambda d: meta(d, model_type="gptj"), ["'gptj'", "'gptneox'"]),
-    "another depth's": Case({}, lambda d: meta(d, num_layers=[2, 2]), ["[2, 2]", "4 in all", "3"]),
+    "another depth's": Case({}, lambda d: meta(d, num_layers=[2, 2]), ["2,2", "4 in all", "3"]),
     "an empty stage in meta": Case(
         {}, lambda d: meta(d, num_layers=[3, 0]), ["meta.json", "[3, 0]"]
     ),
     "fewer stages in meta": Case({}, lambda d: meta(d, num_layers=[3]), ["meta.json", "[3]", "2"]),
-    "meta of no sense": Case({}, lambda d: meta(d, num_layers=3), ["meta.json", "num_layers 3"]),
+    "meta of no sense": Case({}, lambda d: meta(d, num_layers=3), ["meta.json", "num_layers is 3"]),
     "broken meta": Case({}, lambda d: (d / "meta.json").write_text("{"), ["meta.json", "JSON"]),
     "no config": Case({}, lambda d: (d / "config.json").unlink(), ["--config-name is missing"]),
     "latest of no sense": Case({}, lambda d: (d / "latest").write_text("x"), ["latest", "'x'"]),

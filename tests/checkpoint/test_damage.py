@@ -17,11 +17,12 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from arguments.flags import parse_train
+from arguments.train import parse_train
 from checkpoint.conversion.to_hf import convert_to_hf
 from checkpoint.files.checksums import seal, unseal
 from checkpoint.steps.latest import check_latest, write_latest
 from comm.objects import gather_json
+from comm.run_context import RunContext
 from comm.topology import Topology
 from common.files import replace_file
 from modules.registry import MODELS
@@ -30,7 +31,7 @@ from tests.dist import run_ranks
 from tests.runs import Case, connected, meet_at, run_folder, to_argv, train_cases
 from tests.tasks.material import make_texts, write_jsonl
 from tests.test_parity import make_shards
-from training.run import TrainingRun
+from training.run_start import open_run
 
 STAGES, LAST, FIRST = 2, 4, 2
 PARTS = ("checkpoint", "optimizer", "scheduler")
@@ -109,12 +110,11 @@ def open_all(
                 DAMAGES[damage](run / file) if damage else spoil(run, name)
             gather_json(fabric.control, None)
             own = {"checkpoint-path": run, "rank": rank, "total-steps": LAST}
-            args = parse_train(to_argv({**flags, **own}), {})
+            settings = parse_train(to_argv({**flags, **own}), {})
             try:
-                opened = TrainingRun(
-                    args, topology=topology, fabric=fabric, device=torch.device("cpu"), nonce=nonce
-                )
-                found[name] = Opened(opened.start, "")
+                context = RunContext(topology, fabric, torch.device("cpu"), nonce)
+                opened = open_run(settings, context)
+                found[name] = Opened(opened.step, "")
             except ValueError as error:
                 found[name] = Opened(None, str(error))
             gather_json(fabric.control, None)

@@ -13,10 +13,13 @@ import torch
 
 from checkpoint.files.checksums import sum_file
 from checkpoint.files.layer_shards import NAME, write_shard_manifest
+from modules.stage_model import StageModel
 from tests.tasks.material import make_texts, write_jsonl
 from tests.test_parity import make_shards
 from tests.test_resume_rules import run_parts
-from training.run import TrainingRun
+from training.build import build_model
+from training.initial_state import load_weights_
+from training.run_start import open_run
 
 SHARDS = ["pytorch_embs.pt", "pytorch_0.pt", "pytorch_1.pt", "pytorch_lm_head.pt"]
 SMALL = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
@@ -55,12 +58,15 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     return Home(folder / "shards" / "model", flags)
 
 
-def start(model: Path, home: Home) -> TrainingRun:
-    """A run as far as it is before the first step."""
+def start(model: Path, home: Home) -> StageModel:
+    """The model of a run, with its first weights."""
     own = {"model-name": model, "checkpoint-path": model.parent / "run"}
-    run = TrainingRun(**run_parts({**home.flags, **own}))
-    run.prepare()
-    return run
+    parts = run_parts({**home.flags, **own})
+    settings, context = parts["settings"], parts["context"]
+    opened = open_run(settings, context)
+    stage = build_model(context, opened)
+    load_weights_(stage, settings, context, opened)
+    return stage
 
 
 def test_the_cases_are_all_files(home: Home) -> None:
@@ -89,16 +95,16 @@ def test_a_damaged_file_is_an_error_that_names_it(
 
 def test_without_a_manifest_the_same_weights_load(home: Home, tmp_path: Path) -> None:
     """A flipped weight too: nothing is there to tell."""
-    whole = start(home.model, home)._model.state_dict()
+    whole = start(home.model, home).state_dict()
     model = Path(shutil.copytree(home.model, tmp_path / "model"))
     (model / "manifest.json").unlink()
-    loaded = start(model, home)._model.state_dict()
+    loaded = start(model, home).state_dict()
     assert all(torch.equal(loaded[key], whole[key]) for key in whole)
     state = torch.load(model / SHARDS[1], weights_only=True)
     state["attention.dense.weight"][0, 0] += 1.0
     torch.save(state, model / SHARDS[1])
     assert not torch.equal(
-        start(model, home)._model.state_dict()["1.attention.dense.weight"],
+        start(model, home).state_dict()["1.attention.dense.weight"],
         whole["1.attention.dense.weight"],
     )
 

@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from arguments.flags import parse_train
+from arguments.train import parse_train
 from checkpoint.files.checksums import seal, sum_file, unseal
 from checkpoint.steps.manifest import read_manifest
 from comm.objects import gather_json
+from comm.run_context import RunContext
 from comm.topology import Topology
 from tests.checkpoint.models import forget_manifests, hf_weights
 from tests.checkpoint.test_damage import to_hf
@@ -27,7 +28,7 @@ from tests.dist import run_ranks
 from tests.runs import Case, connected, meet_at, run_folder, to_argv, train_cases
 from tests.tasks.material import make_texts, write_jsonl
 from tests.test_parity import make_shards
-from training.run import TrainingRun
+from training.run_start import open_run
 
 STAGES, LAST, FIRST = 2, 4, 2
 MANIFESTS = [f"prank_{stage}_manifest.json" for stage in range(STAGES)]
@@ -110,12 +111,11 @@ def open_all(
                 shutil.copytree(whole, run)
                 spoil(run)
             gather_json(fabric.control, None)
-            args = parse_train(to_argv({**flags, "checkpoint-path": run, "rank": rank}), {})
+            settings = parse_train(to_argv({**flags, "checkpoint-path": run, "rank": rank}), {})
             try:
-                opened = TrainingRun(
-                    args, topology=topology, fabric=fabric, device=torch.device("cpu"), nonce=nonce
-                )
-                found[name] = opened.start
+                context = RunContext(topology, fabric, torch.device("cpu"), nonce)
+                opened = open_run(settings, context)
+                found[name] = opened.step
             except ValueError as error:
                 found[name] = str(error)
             gather_json(fabric.control, None)

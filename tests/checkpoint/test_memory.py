@@ -23,11 +23,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from transformers import GPTNeoXConfig
-from checkpoint import hf_files
+from checkpoint.files import hf_weights as hf_files
 from checkpoint.conversion.from_hf import convert_from_hf
 from checkpoint.conversion.to_hf import convert_to_hf
 from modules.families.gptneox import FAMILY
-from modules.stage_model import StageModel, stage_modules
+from modules.stage_model import StageModel
+from pipeline_parallel.partition.split import stage_modules
 
 base, hidden, hf_files.SHARD_BYTES = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 

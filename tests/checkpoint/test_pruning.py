@@ -23,13 +23,13 @@ from checkpoint.store import CheckpointStore
 from comm.backends.single_process import SingleProcessCommunicator
 from comm.collective_io import BackgroundTask
 from comm.topology import Topology
-from tests.checkpoint.models import hf_weights
+from tests.checkpoint.models import hf_weights, step_meta
 from tests.checkpoint.test_damage import to_hf
 from tests.kill_lab import leftovers, same, state
 from tests.tasks.material import make_texts, write_jsonl
 from tests.test_parity import make_shards
 from tests.test_resume_rules import run_parts, train_alone, train_with
-from training.run import TrainingRun
+from training.run_start import open_run
 
 STEPS = 10
 KEPT, KEEP = ["6", "8", "10"], {"keep-checkpoints": 3, "keep-optimizer-states": 1}
@@ -103,7 +103,7 @@ def test_training_does_not_go_on_without_optimizer_state(
     run = Path(shutil.copytree(flags["checkpoint-path"], tmp_path / "run"))
     shutil.rmtree(run / str(STEPS))
     with pytest.raises(ValueError, match=r"/8/prank_0_optimizer\.pt: dropped") as caught:
-        TrainingRun(**run_parts({**flags, "checkpoint-path": run}))
+        open_run(**run_parts({**flags, "checkpoint-path": run}))
     assert "--keep-optimizer-states" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -114,7 +114,7 @@ def test_a_file_that_is_gone_is_not_taken_for_dropped(
     run = Path(shutil.copytree(flags["checkpoint-path"], tmp_path / "run"))
     (run / str(STEPS) / "prank_0_optimizer.pt").unlink()
     with pytest.raises(ValueError, match=r"prank_0_optimizer\.pt: no such file"):
-        TrainingRun(**run_parts({**flags, "checkpoint-path": run}))
+        open_run(**run_parts({**flags, "checkpoint-path": run}))
 
 
 @contextmanager
@@ -152,7 +152,7 @@ def test_a_crash_while_old_steps_go_costs_nothing(
     for step in steps_of(tmp_path / "run"):
         folder = tmp_path / "run" / step
         read_manifest(folder, 0).check(folder)
-    assert TrainingRun(**run_parts(again)).start > 0
+    assert open_run(**run_parts(again)).step > 0
     train_with({**run_parts(again), "nonce": "another"})
     assert steps_of(tmp_path / "run") == KEPT
     assert states_of(tmp_path / "run") == [str(STEPS)]
@@ -172,7 +172,7 @@ def test_old_steps_go_beside_training_and_before_the_next_is_written(tmp_path: P
     trained = threading.Event()
 
     def save(step: int, *, hurry: bool = False) -> None:
-        store.begin(step, parts={"checkpoint": {}}, meta={"step": step}, hurry=hurry)
+        store.begin(step_meta(step), parts={"checkpoint": {}}, hurry=hurry)
         store.finish(hurry=hurry)
 
     def prune_slowly(*args: Any, **options: Any) -> None:
@@ -190,7 +190,7 @@ def test_old_steps_go_beside_training_and_before_the_next_is_written(tmp_path: P
         store.tidy()
     assert steps_of(tmp_path) == ["3"]
     save(4)
-    store.begin(5, parts={"checkpoint": {}}, meta={"step": 5})
+    store.begin(step_meta(5), parts={"checkpoint": {}})
     while store.is_writing:
         time.sleep(0.01)
     assert steps_of(tmp_path) == ["4"]
@@ -224,10 +224,10 @@ def test_a_hurried_save_waits_for_room_where_there_is_none(tmp_path: Path) -> No
         removed.set()
 
     with patch("checkpoint.retention.prune", prune_slowly):
-        store.begin(1, parts={"checkpoint": {}}, meta={"step": 1})
+        store.begin(step_meta(1), parts={"checkpoint": {}})
         store.finish()
         with patch("checkpoint.steps.folder.write_stage_files", write_where_there_is_room):
-            store.begin(2, parts={"checkpoint": {}}, meta={"step": 2}, hurry=True)
+            store.begin(step_meta(2), parts={"checkpoint": {}}, hurry=True)
             store.finish(hurry=True)
         store.tidy()
     assert steps_of(tmp_path) == ["2"]
@@ -245,7 +245,7 @@ def test_what_cannot_be_removed_is_told(tmp_path: Path, caplog: pytest.LogCaptur
     )
     with patch("os.rmdir", side_effect=OSError(5, "Input/output error", "1")):
         for step in (1, 2):
-            store.begin(step, parts={"checkpoint": {}}, meta={"step": step})
+            store.begin(step_meta(step), parts={"checkpoint": {}})
             store.finish()
         store.tidy()
     assert "older checkpoints could not be removed: [Errno 5] Input/output error" in caplog.text

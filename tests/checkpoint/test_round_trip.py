@@ -28,6 +28,7 @@ from tests.checkpoint.models import (
     make_checkpoint,
     make_model,
     save_model,
+    step_meta,
 )
 
 FORMS = ("single", "sharded", "bin", "sharded-bin", "legacy")
@@ -52,8 +53,7 @@ def to_hf(name: str, checkpoint: Path, tmp_path: Path, **options: Any) -> Path:
 
 def ours(name: str, shards: Path, folder: Path, *counts: int) -> Path:
     """A checkpoint as our training leaves it: with config, tokenizer and meta.json."""
-    meta = {"step": 7, "model_type": name, "num_stages": len(counts), "num_layers": list(counts)}
-    make_checkpoint(shards, folder / "7", counts=counts, meta=meta)
+    make_checkpoint(shards, folder / "7", counts=counts, meta=step_meta(7, counts, name))
     (folder / "latest").write_text("7")
     copy_config(shards, folder / "7")
     return folder

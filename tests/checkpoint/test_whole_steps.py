@@ -19,7 +19,7 @@ from checkpoint.store import CheckpointStore
 from comm.objects import gather_json
 from comm.process_groups import ProcessGroups
 from comm.topology import Topology
-from tests.checkpoint.models import forget_manifests
+from tests.checkpoint.models import forget_manifests, step_meta
 from tests.checkpoint.test_damage import cut
 from tests.dist import run_ranks
 from tests.runs import connected
@@ -117,7 +117,7 @@ def save(
     )
     parts: dict[str, object] = {"checkpoint": {}, "optimizer": {}, "scheduler": {}}
     for step in steps:
-        store.begin(step, parts=parts, meta={"step": step, "num_stages": STAGES})
+        store.begin(step_meta(step, [1] * STAGES), parts=parts)
         store.finish()
     store.tidy()
 

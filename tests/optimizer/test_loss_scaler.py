@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from arguments.checks import free_flags
-from arguments.flags import parse_train
+from arguments.flag_rules import free_flags
+from arguments.train import parse_train
 from checkpoint.resume.compatibility import changes
 from optimizer.loss_scaler import ConstantScale, DynamicScale
 from tests.runs import to_argv
@@ -108,8 +108,8 @@ def test_a_change_without_effect_says_so(case: str) -> None:
         "task-name": "cot", "total-steps": 4,
     }  # fmt: skip
     args = parse_train(to_argv(required | flags), {})
-    meta = {"updater": {"scaler": scaler}, "settings": dict.fromkeys(free_flags(args), "other")}
-    told = changes(meta, free_flags(args), idle=idle_flags(args, meta))
+    kept = dict.fromkeys(free_flags(args), "other")
+    told = changes(kept, free_flags(args), idle=idle_flags(args.precision, scaler))
     assert len(told) == len(free_flags(args))
     silent = {line.split()[0] for line in told if line.endswith(", which has no effect here")}
     assert silent == idle

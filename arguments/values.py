@@ -1,0 +1,78 @@
+"""Parses the texts of flags into values; a mistake is an ArgumentTypeError of one line."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Callable
+
+from pipeline_parallel.partition.split import AUTO, Asked, parse_layers
+
+MAX_RATE = 1e6  # a larger rate makes weights that fp32 cannot hold after one step
+MAX_SECONDS = 1e9  # the longest time that clocks and locks can wait for
+
+
+def switch(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text.lower() == "true"
+
+
+def whole(at_least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = at_least - 1
+        if value < at_least:
+            raise argparse.ArgumentTypeError(
+                f"expected a whole number of at least {at_least}, got {text!r}"
+            )
+        return value
+
+    return parse
+
+
+def layers(*, auto: bool) -> Callable[[str], Asked]:
+    def parse(text: str) -> Asked:
+        try:
+            return AUTO if auto and text == AUTO else parse_layers(text)
+        except ValueError:
+            forms = "one for each stage as in 5,3" + (", or auto" if auto else "")
+            raise argparse.ArgumentTypeError(
+                f"expected a whole number of at least 1, or {forms}, got {text!r}"
+            ) from None
+
+    return parse
+
+
+def real(
+    *, positive: bool = False, finite: bool = True, at_most: float = math.inf
+) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if math.isnan(value) or value < 0 or (positive and value == 0):
+            kind = "above 0" if positive else "of at least 0"
+            raise argparse.ArgumentTypeError(f"expected a number {kind}, got {text!r}")
+        if finite and math.isinf(value):
+            raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
+        if value > at_most:
+            raise argparse.ArgumentTypeError(f"expected at most {at_most:g}, got {text!r}")
+        return value
+
+    return parse
+
+
+def size(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?)(i?)B", text)
+    if found is None or float(found[1]) == 0:
+        raise argparse.ArgumentTypeError(
+            f"expected a size above 0 with its unit, as 24GB or 24GiB, got {text!r}"
+        )
+    power = " kMGT".index(found[2] or " ")
+    unit: int = (1024 if found[3] else 1000) ** power
+    return round(float(found[1]) * unit)

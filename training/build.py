@@ -1,0 +1,198 @@
+"""Builds the parts of a run from its settings."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from arguments.flag_rules import fixed_flags, free_flags
+from arguments.settings import Settings
+from comm.lifecycle.stop_signals import StopRequest
+from comm.run_context import RunContext
+from common.tensors import DTYPES
+from modules.stage_model import StageModel
+from monitor.console import Console
+from monitor.profiling.tracer import Tracer
+from monitor.recorder import Recorder, SilentRecorder, open_recorder
+from optimizer.build import ALGORITHMS, build_optimizer
+from optimizer.loss_scaler import make_scaler
+from optimizer.lr_schedule import learning_rate
+from optimizer.update import UpdateStep
+from pipeline_parallel.batch_scatter import BatchFeed, BatchScatter
+from pipeline_parallel.build import build_engine
+from pipeline_parallel.engine import Engine
+from pipeline_parallel.p2p import StageLink
+from pipeline_parallel.partition.split import stage_modules
+from tasks.loader import BatchLoader
+from training.checkpointing import Saver
+from training.evaluation import Evaluation
+from training.iteration import Iteration
+from training.not_finite import NotFiniteReport
+from training.run_start import RunStart
+from training.step_totals import TotalsReducer, names_by_stage
+from training.trainer import Trainer
+
+
+def build_model(context: RunContext, start: RunStart) -> StageModel:
+    """Builds the model of this stage in fp32; its weights are not set."""
+    indices = stage_modules(context.topology.stage, start.layers)
+    return StageModel(start.family, start.config, indices, device=context.device)
+
+
+def build_updater(
+    settings: Settings, context: RunContext, model: StageModel, tracer: Tracer
+) -> UpdateStep:
+    """Builds the optimizer, its learning rates and its loss scale."""
+    update, precision = settings.update, settings.precision
+    optimizer = build_optimizer(
+        model,
+        ALGORITHMS[update.optimizer](),
+        precision=precision.precision,
+        weight_decay=update.weight_decay,
+        offload=precision.use_offload,
+        zero_stage=settings.parallel.zero_stage,
+        replicas=context.groups.replicas,
+        tracer=tracer,
+    )
+    scaler = make_scaler(
+        precision.precision,
+        constant=precision.loss_scale,
+        initial=precision.initial_loss_scale,
+        minimum=precision.min_loss_scale,
+        window=precision.loss_scale_window,
+        hysteresis=precision.hysteresis,
+    )
+    schedule = partial(
+        learning_rate,
+        kind=update.lr_schedule,
+        warmup=update.warmup_steps,
+        total=update.total_updates,
+        peak=update.lr,
+        lowest=update.min_lr,
+    )
+    return UpdateStep(
+        optimizer,
+        scaler,
+        schedule=schedule,
+        nominal_tokens=update.nominal_tokens(context.topology.num_replicas),
+        max_grad_norm=update.max_grad_norm,
+        max_skipped=precision.max_skipped_updates,
+    )
+
+
+def build_trainer(
+    settings: Settings,
+    context: RunContext,
+    start: RunStart,
+    *,
+    engine: Engine,
+    updater: UpdateStep,
+    recorder: Recorder,
+    saver: Saver,
+    stop: StopRequest,
+    loader: BatchLoader | None,
+) -> Trainer:
+    """Builds the loop over iterations; `loader` is rank 0's."""
+    names = names_by_stage(start.family, start.config, start.layers)
+    totals = TotalsReducer(
+        context.control,
+        context.topology,
+        num_parameters=[len(of_stage) for of_stage in names],
+        tracer=engine.tracer,
+    )
+    feed = BatchFeed(
+        _scatter(settings, context), loader, num_batches=settings.update.total_steps - start.step
+    )
+    report = NotFiniteReport(
+        settings.update,
+        context,
+        engine=engine,
+        feed=feed,
+        parameter_names=[name for of_stage in names for name in of_stage],
+    )
+    evaluation = None
+    if settings.data.evaluation_data is not None:
+        evaluation = Evaluation(
+            settings.update,
+            context,
+            _scatter(settings, context),
+            engine,
+            totals,
+            None if start.data is None else start.data.open_evaluation,
+            stop,
+        )
+    iteration = Iteration(
+        settings.update,
+        context,
+        engine=engine,
+        feed=feed,
+        updater=updater,
+        totals=totals,
+        report=report,
+        stop=stop,
+    )
+    return Trainer(
+        settings, iteration=iteration, evaluation=evaluation, recorder=recorder, saver=saver
+    )
+
+
+def build_stage_engine(
+    settings: Settings,
+    context: RunContext,
+    model: StageModel,
+    updater: UpdateStep,
+    tracer: Tracer,
+) -> Engine:
+    """Builds the engine; ValueError if neighbouring stages would send different shapes."""
+    update = settings.update
+    hidden_size = settings.model.embedding_dim
+    link = StageLink(
+        context.groups.pipeline,
+        shape=(update.micro_batch_size, update.seq_length, hidden_size),
+        dtype=DTYPES[settings.precision.precision],
+        device=context.device,
+        tracer=tracer,
+    )
+    return build_engine(
+        model,
+        link,
+        topology=context.topology,
+        gradients=updater.optimizer.flat_gradients,
+        schedule=settings.parallel.pp_mode,
+        recompute=settings.precision.recompute,
+        num_microbatches=update.num_microbatches,
+        tracer=tracer,
+    )
+
+
+def open_run_recorder(
+    settings: Settings, context: RunContext, start: RunStart, console: Console
+) -> Recorder:
+    """Opens the run's records, or continues those of the checkpoint; only rank 0 records."""
+    if context.rank != 0:
+        return SilentRecorder()
+    point = start.point
+    return open_recorder(
+        settings.checkpoint.checkpoint_path,
+        console=console,
+        total_steps=settings.update.total_steps,
+        resumed_step=start.step or None,
+        project=settings.output.project_name,
+        config={
+            "--pipeline-group-size": settings.parallel.pipeline_group_size,
+            "--num-layers": str(start.layers),
+            **fixed_flags(settings),
+            **free_flags(settings),
+        },
+        run_id=None if point is None or point.meta is None else point.meta.wandb_id,
+    )
+
+
+def _scatter(settings: Settings, context: RunContext) -> BatchScatter:
+    return BatchScatter(
+        context.control,
+        context.topology,
+        rows=settings.update.batch_size,
+        tokens=settings.update.seq_length,
+        keeps_apart=settings.data.pack == "document",
+        device=context.device,
+    )

@@ -1,0 +1,47 @@
+"""The device of a rank, and the backends that carry its messages."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+
+from arguments.settings import ParallelSettings
+
+logger = logging.getLogger(__name__)
+
+
+def choose_device(parallel: ParallelSettings, *, ranks_here: int) -> torch.device:
+    """Chooses the device that the flags name, and activates it.
+
+    On a CPU, the `ranks_here` processes of this machine share its cores, unless OMP_NUM_THREADS is
+    set.
+
+    Raises:
+        ValueError: a flag asks for a GPU that this machine lacks.
+    """
+    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    use_cuda = present > 0 if parallel.use_cuda is None else parallel.use_cuda
+    if not use_cuda:
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+        return torch.device("cpu")
+    if parallel.cuda_id >= present:
+        asked = f"--cuda-id {parallel.cuda_id}"
+        if not present:
+            asked = f"--use-cuda {parallel.use_cuda}".lower()
+        raise ValueError(f"{asked}: this machine has {present} CUDA devices")
+    torch.cuda.set_device(parallel.cuda_id)
+    return torch.device("cuda", parallel.cuda_id)
+
+
+def choose_backends(parallel: ParallelSettings, device: torch.device) -> tuple[str, str]:
+    """Returns the backends of --dist-backend and --dp-backend; on a CPU both are gloo."""
+    if device.type == "cuda":
+        return parallel.dist_backend or "cupy_nccl", parallel.dp_backend or "nccl"
+    asked = {"--dist-backend": parallel.dist_backend, "--dp-backend": parallel.dp_backend}
+    for flag, backend in asked.items():
+        if backend not in (None, "gloo") and parallel.rank == 0:
+            logger.warning("%s %s needs a GPU: on CPU it is gloo", flag, backend)
+    return "gloo", "gloo"

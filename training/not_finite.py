@@ -1,0 +1,55 @@
+"""Explains numbers that are not finite: which stage, which parameter, which text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from arguments.settings import UpdateSettings
+from comm.objects import broadcast_json, gather_json
+from comm.run_context import RunContext
+from pipeline_parallel.batch_scatter import BatchFeed
+from pipeline_parallel.engine import Engine, Losses
+from pipeline_parallel.microbatch import PipelineBatch
+from training.step_totals import StepTotals
+
+
+class NotFiniteReport:
+    """Finds the place and the text behind a number that is not finite."""
+
+    def __init__(
+        self,
+        settings: UpdateSettings,
+        context: RunContext,
+        *,
+        engine: Engine,
+        feed: BatchFeed,
+        parameter_names: Sequence[str],
+    ) -> None:
+        self._settings, self._context = settings, context
+        self._engine, self._feed = engine, feed
+        self.parameter_names = parameter_names
+
+    def explain_gradients(self, totals: StepTotals) -> str:
+        """Names the first parameter whose gradient is not finite."""
+        if totals.first_bad is None:  # each gradient is finite, but their sum is not
+            return "the gradient norm is not finite"
+        return f"{self.parameter_names[totals.first_bad]} has a gradient that is not finite"
+
+    def explain_loss(self, batch: PipelineBatch, losses: Losses) -> str:
+        """Names the stage and the text of a loss that is not finite; every rank calls it."""
+        num_stages, settings = self._context.topology.num_stages, self._settings
+        bad = [i for i, loss in enumerate(losses.of_microbatches) if not math.isfinite(loss)]
+        reports = gather_json(self._context.control, [bad, self._engine.find_not_finite(batch)])
+        stages = sorted({rank % num_stages for rank, (_, is_here) in enumerate(reports) if is_here})
+        rows = [
+            rank // num_stages * settings.batch_size + microbatch * settings.micro_batch_size + row
+            for rank, (microbatches, _) in enumerate(reports)
+            for microbatch in microbatches
+            for row in range(settings.micro_batch_size)
+        ]
+        documents = self._feed.documents
+        blocks = "; ".join(", ".join(documents[row]) for row in rows) if documents else ""
+        blocks = broadcast_json(self._context.control, blocks)
+        place = f"in stage {stages[0]}" if stages else "with dropout alone"
+        return f"the loss is not finite, first {place}, on the blocks from {blocks}"

@@ -1,0 +1,98 @@
+"""The start of a run: its model, its data, its checkpoints, and the step it continues from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from arguments.settings import Settings
+from checkpoint.files.layer_shards import check_shard
+from checkpoint.retention import RetentionPolicy
+from checkpoint.store import CheckpointStore, ResumePoint
+from comm.communicator import Communicator
+from comm.objects import gather_json
+from comm.run_context import RunContext
+from modules.families.base import Family
+from modules.registry import MODELS
+from pipeline_parallel.partition.split import Split
+from pipeline_parallel.partition.stage_split import StageSplit
+from training.data import TrainingData, checkpoint_extras
+from training.resume import find_resume
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """What a run starts with.
+
+    Attributes:
+        family, config: the model.
+        split: the split that --num-layers asks for.
+        layers, source: the split of the run, and that of the checkpoint.
+        data: rank 0's data; None on other ranks.
+        point: the checkpoint to continue from, if there is one.
+    """
+
+    family: Family
+    config: Any
+    split: StageSplit
+    layers: Split
+    source: Split
+    data: TrainingData | None
+    store: CheckpointStore
+    point: ResumePoint | None
+
+    @property
+    def step(self) -> int:
+        """The steps that are done already."""
+        return 0 if self.point is None else self.point.step
+
+
+def open_run(settings: Settings, context: RunContext) -> RunStart:
+    """Reads the config and finds the checkpoint to continue from; every process calls it.
+
+    Raises:
+        ValueError: a file is wrong, or belongs to another run; the text names it.
+    """
+    model, topology = settings.model, context.topology
+    check_shard(model.model_name / "config.json")
+    family: Family = MODELS[model.model_type].load()
+    config = family.load_config(model.model_name)
+    split = StageSplit(
+        model.num_layers,
+        model.model_type,
+        config,
+        num_stages=topology.num_stages,
+        tokens=settings.update.seq_length,
+    )
+    _check_same_config(model.model_name, context.control)
+    data = TrainingData(settings, vocab_size=config.vocab_size) if context.rank == 0 else None
+    extras = {}
+    if data is not None:
+        extras = checkpoint_extras(model.model_name, model.tokenizer_name, data.tokenizer)
+    store = CheckpointStore(
+        settings.checkpoint.checkpoint_path,
+        control=context.control,
+        topology=topology,
+        nonce=context.start,
+        extras=extras,
+        keep=RetentionPolicy(
+            settings.checkpoint.keep_checkpoints, settings.checkpoint.keep_optimizer_states
+        ),
+    )
+    point, layers, source = find_resume(settings, context, store=store, split=split)
+    return RunStart(family, config, split, layers, source, data, store, point)
+
+
+def _check_same_config(model_name: Path, control: Communicator) -> None:
+    """Raises ValueError on every rank if ranks have different config.json in `model_name`."""
+    config = json.loads((model_name / "config.json").read_text(encoding="utf-8"))
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    digests = gather_json(control, digest)
+    other = next((rank for rank, one in enumerate(digests) if one != digests[0]), None)
+    if other is not None:
+        raise ValueError(
+            f"--model-name {model_name}: config.json is not the same on rank 0 and rank {other}"
+        )
