@@ -11,7 +11,8 @@ import torch
 from benchmarks.work import Work
 from comm.backends.single_process import SingleProcessCommunicator
 from common.tensors import DTYPES
-from data_parallel.grad_buffer import GradBuffer
+from data_parallel.replica_gradients import ReplicaGradients
+from data_parallel.zero_partition import ZeroPartition
 from modules.build import initialise_
 from modules.matmul.backend import MATMULS, can_use_onednn, use_matmul
 from modules.matmul.cpu_info import CpuInfo
@@ -62,11 +63,10 @@ def one_process_seconds(work: Work) -> float:
         initialise_(module, std=0.02, seed=0, index=index)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(DTYPES[work.precision])
-    parameters = dict(model.named_parameters())
-    gradients = GradBuffer(
-        parameters, [0] * len(parameters), replicas=SingleProcessCommunicator(), sharded=False
-    )
-    stage = Stage(model, recompute=work.recompute, gradients=gradients, splits=False)
+    parameters, alone = dict(model.named_parameters()), SingleProcessCommunicator()
+    partition = ZeroPartition(parameters, alone, sharded=False)
+    gradients = ReplicaGradients(parameters, partition, alone)
+    stage = Stage(model, recompute=work.recompute, gradients=gradients.buffer, splits=False)
     tokens = whole.rows()[:1]
 
     def once() -> None:

@@ -29,8 +29,7 @@ from common.tensors import DTYPES
 from modules.build import initialise_
 from modules.registry import MODELS
 from modules.stage_model import StageModel
-from optimizer.build import ALGORITHMS
-from optimizer.mixed_precision import MixedPrecisionOptimizer
+from optimizer.build import ALGORITHMS, build_optimizer
 
 MOMENTS = {"adam": 8.0, "8bit-adam": 2.0 + 8 / 256}  # two codes, and two fp32 maxima a block of 256
 
@@ -79,13 +78,13 @@ def measure(precision: str, algorithm: str, *, offload: bool, sharded: bool) -> 
     before = live_bytes()
     model = build_model()
     parameters = dict(model.named_parameters())
-    optimizer = MixedPrecisionOptimizer(
-        parameters,
+    optimizer = build_optimizer(
+        model,
         ALGORITHMS[algorithm](),
-        dtype=DTYPES[precision],
+        precision=precision,
         weight_decay=0.01,
         offload=offload,
-        sharded=sharded,
+        zero_stage=int(sharded),
         replicas=OneOfTwo() if sharded else SingleProcessCommunicator(),
     )
     optimizer.step(lr=0.0, factor=1.0)

@@ -1,1 +1,0 @@
-"""The gradients of a stage's replicas become one."""

@@ -1,49 +1,64 @@
-"""Many tensors from one replica to the others, in messages neither tiny nor huge."""
+"""Broadcasts of many tensors between replicas, in messages of limited size."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from comm.communicator import Communicator
+from data_parallel.grad_buffer import BUCKET_BYTES
+from data_parallel.zero_partition import ZeroPartition
 
 
 @torch.no_grad()
-def broadcast_pieces(
-    tensors: Sequence[Tensor], replicas: Communicator, *, root: int, limit: int
+def broadcast_bucketed(
+    tensors: Sequence[Tensor], replicas: Communicator, *, root: int, bucket_bytes: int
 ) -> None:
-    """Fills `tensors`, of one type and contiguous, on every replica with those of replica `root`.
+    """Fills `tensors` on every replica with those of replica `root`.
 
-    They travel in messages of at most `limit` bytes; a larger tensor is one by itself, which needs
-    no copy.
+    Args:
+        tensors: contiguous tensors of one type; the same shapes on all replicas.
+        replicas: the processes that take part.
+        root: the replica that sends.
+        bucket_bytes: the limit of a message; a larger tensor is a message of its own, uncopied.
     """
-    for piece in _cut(tensors, limit):
-        if len(piece) == 1:
-            replicas.broadcast(piece[0], root=root)
+    for bucket in _buckets(tensors, bucket_bytes):
+        if len(bucket) == 1:
+            replicas.broadcast(bucket[0], root=root)
             continue
-        flat = torch.cat([tensor.flatten() for tensor in piece])
+        flat = torch.cat([tensor.flatten() for tensor in bucket])
         replicas.broadcast(flat, root=root)
         if replicas.rank != root:
-            parts = torch.split(flat, [tensor.numel() for tensor in piece])
-            for tensor, part in zip(piece, parts, strict=True):
+            parts = torch.split(flat, [tensor.numel() for tensor in bucket])
+            for tensor, part in zip(bucket, parts, strict=True):
                 tensor.copy_(part.view_as(tensor))
 
 
-def _cut(tensors: Sequence[Tensor], limit: int) -> Iterator[list[Tensor]]:
-    piece: list[Tensor] = []
+def _buckets(tensors: Sequence[Tensor], bucket_bytes: int) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
     for tensor in tensors:
-        if piece and sum(one.nbytes for one in [*piece, tensor]) > limit:
-            yield piece
-            piece = []
-        piece.append(tensor)
-    if piece:
-        yield piece
+        if bucket and sum(t.nbytes for t in [*bucket, tensor]) > bucket_bytes:
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
+
+
+def broadcast_owned(
+    parameters: Mapping[str, nn.Parameter], partition: ZeroPartition, replicas: Communicator
+) -> None:
+    """Fills every weight on every replica with that of its owner, owner after owner."""
+    for owner in range(replicas.size):
+        names = [name for name in partition.names if partition.owner(name) == owner]
+        weights = [parameters[name].data for name in names]
+        broadcast_bucketed(weights, replicas, root=owner, bucket_bytes=BUCKET_BYTES)
 
 
 def same_on_all(tensors: Iterable[Tensor], replicas: Communicator) -> bool:
-    """Whether every replica holds the same bits, by a checksum of each tensor."""
+    """Returns whether every replica holds the same bits, by a checksum of each tensor."""
     sums = [t.contiguous().view(torch.int32).sum(dtype=torch.int64) for t in tensors]
     gathered = replicas.all_gather(torch.stack(sums))
     return bool((gathered == gathered[0]).all())

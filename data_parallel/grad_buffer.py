@@ -1,20 +1,20 @@
-"""All gradients of a stage in one fp32 buffer, which replicas sum bucket by bucket.
+"""All gradients of a stage in one fp32 buffer, cut into buckets that are exchanged as wholes.
 
-Backward adds into the buffer. A bucket whose gradients are all there is summed over the replicas
-while backward goes on with the others; buckets start in one order on all replicas, the reverse of
-the layers'.
+Backward adds into the buffer. A bucket is ready when all its gradients are complete, while backward
+still computes others. Buckets become ready in one order on all replicas, the reverse of the
+layers'.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from comm.communicator import Communicator, Work
+from data_parallel.zero_partition import ZeroPartition
 from modules.layers.linear import Deferred
 from modules.matmul.rounding import add_product_
 
@@ -23,88 +23,86 @@ BUCKET_BYTES = 25 * 2**20  # as torch's DistributedDataParallel has it
 
 
 class Bucket:
-    """Neighbouring gradients of one owner (a replica that steps them).
-
-    `missing` counts the parameters whose gradients are not all there yet.
-    """
+    """Neighbouring gradients of one owner, by `names`; they fill the slice `gradients` of the
+    buffer. `num_incomplete` counts those that microbatches have yet to add to."""
 
     def __init__(self, owner: int, names: Sequence[str]) -> None:
         self.owner, self.names = owner, names
-        self.buffer = torch.empty(0)
-        self.missing = 0
+        self.gradients = torch.empty(0)
+        self.num_incomplete = 0
 
 
 class GradBuffer:
-    """One fp32 buffer with a view for each parameter, by name in `views`; backward adds into them.
+    """One fp32 buffer, `flat`, with a view of it for each parameter, by name in `views`.
 
-    It is the `modules.layers.linear.GradientSink` of the large weights; the gradient of another
-    fp32
-    parameter is its view, and that of a half-precision one is added to its view when backward has
-    made it, and dropped. Gradients of one owner lie side by side.
+    It is the `modules.layers.linear.WeightGradBuffer` of the large weights. The gradient of another
+    fp32 parameter is its view; that of a half-precision one is added to its view when backward has
+    made it, and dropped. Frozen parameters have no place in the buffer.
 
-    owners: for each parameter the replica that steps it, where `sharded`; else not used.
+    Args:
+        parameters: a stage's weights by name, already in the type of their compute copies.
+        partition: the replicas that step each weight; gradients of one owner lie side by side.
+        on_ready: is called with each bucket whose gradients are complete.
     """
 
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
-        owners: Sequence[int],
-        *,
-        replicas: Communicator,
-        sharded: bool,
+        partition: ZeroPartition,
+        on_ready: Callable[[Bucket], None],
     ) -> None:
-        self._replicas, self._sharded = replicas, sharded
-        self._names = {id(parameter): name for name, parameter in parameters.items()}
-        sizes = {n: -(-p.numel() // ALIGNMENT) * ALIGNMENT for n, p in parameters.items()}
+        self._on_ready = on_ready
+        trained = {name: parameters[name] for name in partition.names}
+        self._names = {id(parameter): name for name, parameter in trained.items()}
+        sizes = {n: -(-p.numel() // ALIGNMENT) * ALIGNMENT for n, p in trained.items()}
         device = next(iter(parameters.values())).device
-        self.buffer = torch.zeros(sum(sizes.values()), dtype=torch.float32, device=device)
-        self._buckets = _cut(parameters, owners if sharded else [0] * len(sizes), sizes)
-        self.views = dict(_place(self.buffer, self._buckets, parameters, sizes))
-        order = {name: place for place, name in enumerate(parameters)}
+        self.flat = torch.zeros(sum(sizes.values()), dtype=torch.float32, device=device)
+        self._buckets = _cut(partition, sizes)
+        self.views = dict(_place(self.flat, self._buckets, trained, sizes))
+        order = {name: place for place, name in enumerate(trained)}
         self._buckets.sort(key=lambda bucket: -min(order[name] for name in bucket.names))
         self._bucket_of = {name: bucket for bucket in self._buckets for name in bucket.names}
-        for name, parameter in parameters.items():
+        for name, parameter in trained.items():
             self._attach(name, parameter)
-        self._expected: dict[str, int] = {}
-        self._waiting: list[Bucket] = []
-        self._works: list[Work] = []
+        self._num_expected: dict[str, int] = {}
+        self._pending: list[Bucket] = []
         self._deferred: Deferred | None = None
         self._handed_over: set[str] = set()  # parameters whose gradients autograd does not make
 
-    def begin(self, num_microbatches: int) -> None:
-        """Starts an update of so many microbatches, each of which adds to every parameter once."""
-        self._expected = dict.fromkeys(self.views, num_microbatches)
-        self._waiting = list(self._buckets)
+    def expect(self, num_microbatches: int) -> None:
+        """Begins an update of so many microbatches, each of which adds to every parameter once."""
+        self._num_expected = dict.fromkeys(self.views, num_microbatches)
+        self._pending = list(self._buckets)
         for bucket in self._buckets:
-            bucket.missing = len(bucket.names)
+            bucket.num_incomplete = len(bucket.names)
 
-    def finish(self) -> None:
-        """Waits until all is summed over the replicas, where it is to be stepped."""
-        missing = [name for bucket in self._waiting for name in bucket.names]
-        assert not missing, f"no gradients came for {missing}"
-        for work in self._works:
-            work.wait()
-        self._works.clear()
+    def check_complete(self) -> None:
+        """Asserts that all gradients of the update are complete."""
+        incomplete = [name for bucket in self._pending for name in bucket.names]
+        assert not incomplete, f"no gradients came for {incomplete}"
 
     def zero_(self) -> None:
-        self.buffer.zero_()
+        """Sets all gradients to zero."""
+        self.flat.zero_()
 
-    # ---- what backward hands over ----
+    # ---- what backward adds ----
 
     @contextmanager
     def deferring(self, deferred: Deferred | None) -> Iterator[None]:
-        """Products handed over meanwhile are put off: `deferred` gets a call for each."""
+        """Defers the products of this block: `deferred` gets a call for each."""
         self._deferred = deferred
         try:
             yield
         finally:
             self._deferred = None
 
-    def add_product(
+    def add_linear(
         self, weight: Tensor, bias: Tensor | None, gradient: Tensor, x: Tensor, *, last: bool
     ) -> None:
-        self._handed_over.update(self._names[id(p)] for p in (weight, bias) if p is not None)
-        call = partial(self._add_product, weight, bias, gradient, x, last)
+        """Adds to the gradients of a linear layer, as `WeightGradBuffer.add_linear` says."""
+        trained = [p for p in (weight, bias) if p is not None and p.requires_grad]
+        self._handed_over.update(self._names[id(p)] for p in trained)
+        call = partial(self._add_linear, weight, bias, gradient, x, last)
         if self._deferred is None:
             call()
         else:
@@ -112,6 +110,7 @@ class GradBuffer:
 
     @torch.no_grad()
     def add_rows(self, weight: Tensor, rows: Tensor, gradient: Tensor) -> None:
+        """Adds to the gradient of an embedding, as `WeightGradBuffer.add_rows` says."""
         name = self._names[id(weight)]
         self._handed_over.add(name)
         view = self.views[name]
@@ -119,63 +118,56 @@ class GradBuffer:
             view.index_put_((rows,), gradient.float(), accumulate=True)
         else:
             view.index_add_(0, rows, gradient.float())
-        self._note(name)
+        self._count_microbatch(name)
 
     @torch.no_grad()
-    def _add_product(
+    def _add_linear(
         self, weight: Tensor, bias: Tensor | None, gradient: Tensor, x: Tensor, last: bool
     ) -> None:
-        name = self._names[id(weight)]
-        add_product_(self.views[name], gradient.t(), x)
-        if last:
-            self._note(name)
-        if bias is not None:
-            self.views[self._names[id(bias)]].add_(gradient.sum(0, dtype=torch.float32))
+        if weight.requires_grad:
+            name = self._names[id(weight)]
+            add_product_(self.views[name], gradient.t(), x)
             if last:
-                self._note(self._names[id(bias)])
+                self._count_microbatch(name)
+        if bias is not None and bias.requires_grad:
+            name = self._names[id(bias)]
+            self.views[name].add_(gradient.sum(0, dtype=torch.float32))
+            if last:
+                self._count_microbatch(name)
 
     def _attach(self, name: str, parameter: nn.Parameter) -> None:
         view = self.views[name]
         if parameter.dtype == torch.float32:
             parameter.grad = view
 
-        def made(given: Tensor) -> None:
+        def accumulated(parameter: Tensor) -> None:
             if name in self._handed_over:
                 return  # torch calls this also where autograd made nothing
-            if given.dtype != torch.float32:
-                assert given.grad is not None
-                view.add_(given.grad)
-                given.grad = None
-            self._note(name)
+            if parameter.dtype != torch.float32:
+                assert parameter.grad is not None
+                view.add_(parameter.grad)
+                parameter.grad = None
+            self._count_microbatch(name)
 
-        parameter.register_post_accumulate_grad_hook(made)
+        parameter.register_post_accumulate_grad_hook(accumulated)
 
-    # ---- the replicas ----
-
-    def _note(self, name: str) -> None:
-        """One microbatch more has added to a parameter; full buckets start on their way."""
-        if name not in self._expected:
-            return  # outside of an update: nobody waits
-        self._expected[name] -= 1
-        if self._expected[name] == 0:
-            self._bucket_of[name].missing -= 1
-        while self._waiting and self._waiting[0].missing == 0:
-            self._works.append(self._start(self._waiting.pop(0)))
-
-    def _start(self, bucket: Bucket) -> Work:
-        if self._sharded:
-            return self._replicas.reduce(bucket.buffer, root=bucket.owner)
-        return self._replicas.all_reduce(bucket.buffer)
+    def _count_microbatch(self, name: str) -> None:
+        """Counts a microbatch that has added to a parameter, and reports buckets that are ready."""
+        if name not in self._num_expected:
+            return  # outside of an update
+        self._num_expected[name] -= 1
+        if self._num_expected[name] == 0:
+            self._bucket_of[name].num_incomplete -= 1
+        while self._pending and self._pending[0].num_incomplete == 0:
+            self._on_ready(self._pending.pop(0))
 
 
-def _cut(
-    parameters: Mapping[str, nn.Parameter], owners: Sequence[int], sizes: Mapping[str, int]
-) -> list[Bucket]:
-    """Buckets of about BUCKET_BYTES, owner after owner, in the order of the layers."""
+def _cut(partition: ZeroPartition, sizes: Mapping[str, int]) -> list[Bucket]:
+    """Returns buckets of about BUCKET_BYTES, owner after owner, in the order of the layers."""
     buckets: list[Bucket] = []
-    for owner in sorted(set(owners)):
+    for owner in sorted({partition.owner(name) for name in sizes}):
         names: list[str] = []
-        for name in (n for n, o in zip(parameters, owners, strict=True) if o == owner):
+        for name in (name for name in sizes if partition.owner(name) == owner):
             names.append(name)
             if 4 * sum(sizes[n] for n in names) >= BUCKET_BYTES:
                 buckets.append(Bucket(owner, names))
@@ -186,17 +178,17 @@ def _cut(
 
 
 def _place(
-    buffer: Tensor,
+    flat: Tensor,
     buckets: Sequence[Bucket],
     parameters: Mapping[str, nn.Parameter],
     sizes: Mapping[str, int],
 ) -> Iterator[tuple[str, Tensor]]:
-    """Gives every bucket its part of the buffer, and every parameter its view."""
+    """Gives every bucket its slice of the buffer, and yields every parameter's view."""
     offset = 0
     for bucket in buckets:
         start = offset
         for name in bucket.names:
             parameter = parameters[name]
-            yield name, buffer[offset : offset + parameter.numel()].view_as(parameter)
+            yield name, flat[offset : offset + parameter.numel()].view_as(parameter)
             offset += sizes[name]
-        bucket.buffer = buffer[start:offset]
+        bucket.gradients = flat[start:offset]

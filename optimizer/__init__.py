@@ -1,1 +1,0 @@
-"""The update: one gradient norm over all stages, clipping, learning rate, AdamW."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
@@ -9,32 +11,52 @@ from torch.optim.adamw import adamw
 BETAS = (0.9, 0.999)
 EPS = 1e-6
 
+State = dict[str, Tensor]  # of one weight
+
+
+class Algorithm(Protocol):
+    """An algorithm that steps one weight at a time; `kind` is its name in checkpoints."""
+
+    @property
+    def kind(self) -> str: ...
+
+    def empty_state(self, weight: Tensor) -> State:
+        """Returns the state of a weight before its first update."""
+
+    def step(
+        self,
+        weight: Tensor,
+        gradient: Tensor,
+        state: State,
+        *,
+        lr: float,
+        weight_decay: float,
+        update: int,
+    ) -> None:
+        """Steps `weight` and `state` in place; `update` counts the updates before this one."""
+
 
 class Adam:
     """torch's fused AdamW, which passes over memory once, with moments in fp32."""
 
     kind = "adam"
 
-    def empty_state(self, weight: Tensor) -> dict[str, Tensor]:
-        """The state of a weight before its first update: both moments, shaped like it."""
+    def empty_state(self, weight: Tensor) -> State:
         return {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
 
     def step(
         self,
         weight: Tensor,
         gradient: Tensor,
-        state: dict[str, Tensor],
+        state: State,
         *,
-        factor: float,
         lr: float,
         weight_decay: float,
         update: int,
     ) -> None:
-        """Steps `weight` and `state` in place by `gradient` times `factor`; `update` counts the
-        updates before this one. The gradient may be overwritten."""
         adamw(
             [weight],
-            [gradient.mul_(factor)],
+            [gradient],
             [state["exp_avg"]],
             [state["exp_avg_sq"]],
             [],

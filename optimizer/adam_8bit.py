@@ -7,15 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optimizer.adam import BETAS, EPS
+from optimizer.adam import BETAS, EPS, State
 
 
 class Adam8bit:
     """bitsandbytes' AdamW8bit, one weight at a time.
 
-    One optimizer of theirs steps every weight, which is put into it with its state: making one
-    takes longer than its step. Weights of fewer than 4096 numbers keep fp32 moments, as
-    bitsandbytes has it. ValueError where bitsandbytes is not installed.
+    One bitsandbytes optimizer steps every weight, which is put into it with its state: making an
+    optimizer takes longer than its step. Weights of fewer than 4096 numbers keep fp32 moments, as
+    bitsandbytes has it.
+
+    Raises:
+        ValueError: bitsandbytes is not installed.
     """
 
     kind = "8bit-adam"
@@ -29,8 +32,8 @@ class Adam8bit:
             ) from None
         self._adam: Any = optim.AdamW8bit([nn.Parameter(torch.empty(0))], betas=BETAS, eps=EPS)
 
-    def empty_state(self, weight: Tensor) -> dict[str, Tensor]:
-        """The state of a weight before its first update: codes, their tables and block maxima."""
+    def empty_state(self, weight: Tensor) -> State:
+        """Returns codes, their tables and block maxima."""
         parameter = nn.Parameter(weight, requires_grad=False)
         self._put_in(parameter, {})
         self._adam.init_state(self._adam.param_groups[0], parameter, 0, 0)
@@ -41,17 +44,14 @@ class Adam8bit:
         self,
         weight: Tensor,
         gradient: Tensor,
-        state: dict[str, Tensor],
+        state: State,
         *,
-        factor: float,
         lr: float,
         weight_decay: float,
         update: int,
     ) -> None:
-        """Steps `weight` and `state` in place by `gradient` times `factor`; `update` counts the
-        updates before this one. The gradient may be overwritten."""
         parameter = nn.Parameter(weight)
-        parameter.grad = gradient.mul_(factor)
+        parameter.grad = gradient
         self._put_in(parameter, {**state, "step": update}, lr=lr, weight_decay=weight_decay)
         self._adam.step()
         self._take_out(parameter)
@@ -61,7 +61,7 @@ class Adam8bit:
         self._adam.state[parameter] = state
 
     def _take_out(self, parameter: nn.Parameter) -> dict[str, Any]:
-        """Its state; nothing keeps the weight alive."""
+        """Returns the state of a parameter, and drops every reference to it."""
         self._adam.param_groups[0]["params"] = []
         state: dict[str, Any] = self._adam.state.pop(parameter)
         return state

@@ -1,47 +1,62 @@
-"""Builds the optimizer of a stage, and tells how large its checkpoint is."""
+"""Builds a stage's optimizer, with the gradients that its replicas exchange."""
 
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from comm.communicator import Communicator
 from common.tensors import DTYPES
-from modules.stage_model import StageModel
-from monitor.profiling.tracer import Tracer
-from optimizer.adam import Adam
+from data_parallel.replica_gradients import ReplicaGradients
+from data_parallel.zero_partition import ZeroPartition
+from monitor.profiling.tracer import NO_TRACER, Tracer
+from optimizer.adam import Adam, Algorithm
 from optimizer.adam_8bit import Adam8bit
-from optimizer.mixed_precision import Algorithm, MixedPrecisionOptimizer
+from optimizer.mixed_precision import MixedPrecisionOptimizer
+from optimizer.weights import MixedPrecisionWeights
 
 ALGORITHMS: dict[str, type[Algorithm]] = {"adam": Adam, "8bit-adam": Adam8bit}
 MOMENT_BYTES = {"adam": 8.0, "8bit-adam": 2.1}  # of one parameter
 
 
 def build_optimizer(
-    model: StageModel,
+    model: nn.Module,
     algorithm: Algorithm,
     *,
     precision: str,
     weight_decay: float,
-    offload: bool,
-    zero_stage: int,
+    offload: bool = False,
+    zero_stage: int = 0,
+    dp_mode: str = "allreduce",
     replicas: Communicator,
-    tracer: Tracer,
+    tracer: Tracer = NO_TRACER,
 ) -> MixedPrecisionOptimizer:
-    """Builds the optimizer of a model in fp32, and casts its weights to the compute type."""
+    """Builds a stage's optimizer and its `gradients`, to whose buffer the pipeline stage adds.
+
+    The gradients are built after the compute copies, since backward makes them in that type.
+
+    Args:
+        model: the stage, in fp32; its weights become the compute copies.
+        algorithm: an instance of one of `ALGORITHMS`.
+        precision: the type of the compute copies, one of `common.tensors.DTYPES`.
+        weight_decay: of matrices; biases and norms have none.
+        offload: masters and moments lie in host memory.
+        zero_stage: 1: one replica steps each weight; 0: every replica steps every weight.
+        dp_mode: one of `data_parallel.modes.DP_MODES`.
+        replicas: the processes that train this stage.
+        tracer: records how long steps and communication take.
+    """
+    parameters = dict(model.named_parameters())
+    partition = ZeroPartition(parameters, replicas, sharded=zero_stage == 1)
+    weights = MixedPrecisionWeights(parameters, partition, dtype=DTYPES[precision], offload=offload)
+    gradients = ReplicaGradients(parameters, partition, replicas, mode=dp_mode, tracer=tracer)
     return MixedPrecisionOptimizer(
-        dict(model.named_parameters()),
-        algorithm,
-        dtype=DTYPES[precision],
-        weight_decay=weight_decay,
-        offload=offload,
-        sharded=zero_stage == 1,
-        replicas=replicas,
-        tracer=tracer,
+        weights, gradients, algorithm, weight_decay=weight_decay, tracer=tracer
     )
 
 
 def checkpoint_bytes(num_parameters: int, *, precision: str, optimizer: str) -> tuple[int, int]:
-    """Returns the bytes of a checkpoint: of the weights, and of masters and moments."""
+    """Returns the bytes of a checkpoint's weights, and those of its masters and moments."""
     dtype = DTYPES[precision]
     masters = 0 if dtype == torch.float32 else 4
     state = num_parameters * (masters + MOMENT_BYTES[optimizer])

@@ -87,7 +87,7 @@ class DynamicScale:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         kept = float(state["scale"])
-        if kind_of(state) != DYNAMIC:
+        if state["kind"] != DYNAMIC:
             logger.info(
                 "the loss scale was constant, %g: a dynamic one starts at --initial-loss-scale %g",
                 kept,
@@ -99,11 +99,6 @@ class DynamicScale:
         self.scale = max(kept, self._minimum)
         self._left = min(int(state["hysteresis_left"]), self._hysteresis)
         self._clean = int(state["clean"])
-
-
-def kind_of(state: Mapping[str, Any]) -> str:
-    """Whose `state()` it is; the first checkpoints did not name it."""
-    return str(state.get("kind", DYNAMIC if "clean" in state else CONSTANT))
 
 
 def make_scaler(

@@ -35,14 +35,14 @@ def collect_state(
     """
     state: dict[str, Any] = {"kind": optimizer.algorithm.kind, "updates": optimizer.updates}
     for name in optimizer.names:
-        holder = optimizer.owners[name] if optimizer.sharded else topology.replica
-        if holder == topology.replica:
+        holders = optimizer.partition.holders(name)
+        if topology.replica in holders:
             tensors = _tensors(optimizer, name)
-            if optimizer.sharded and topology.replica != 0:
+            if 0 not in holders:
                 _send(tensors, control, topology.rank_of(stage=topology.stage, replica=0))
         elif topology.replica == 0:
             tensors = like_state(optimizer, name)
-            _receive(tensors, control, topology.rank_of(stage=topology.stage, replica=holder))
+            _receive(tensors, control, topology.rank_of(stage=topology.stage, replica=holders[0]))
         else:
             continue
         for part, tensor in tensors.items():
@@ -68,7 +68,7 @@ def restore_state(
     for one in states or ():
         one.check(kind=optimizer.algorithm.kind, updates=updates)
     holding = {name: one for one in states or () for name in one.taken}
-    for names in _batches(optimizer, control, topology):
+    for names in _batches(optimizer, control):
         kept: dict[str, dict[str, Tensor]] = {}
         read = None if states is None else partial(_read, optimizer, names, holding, topology, kept)
         run_on_all(control, read, "reading the optimizer's state", expected=())
@@ -87,7 +87,7 @@ def _read(
     """On replica 0: fills what it holds of `names`; `kept` gets what others are to have."""
     for name in names:
         found = holding[name].take(name, like_state(optimizer, name))
-        holders = _holders(optimizer, name, topology)
+        holders = optimizer.partition.holders(name)
         if 0 in holders:
             _fill(_tensors(optimizer, name), found)
         if holders != [0]:
@@ -102,7 +102,7 @@ def _share(
     topology: Topology,
 ) -> None:
     """From replica 0, which has `kept`, to the others that hold the weight."""
-    others = [replica for replica in _holders(optimizer, name, topology) if replica != 0]
+    others = [replica for replica in optimizer.partition.holders(name) if replica != 0]
     if topology.replica in others:
         received = like_state(optimizer, name)
         _receive(received, control, topology.rank_of(stage=topology.stage, replica=0))
@@ -112,19 +112,12 @@ def _share(
             _send(kept, control, topology.rank_of(stage=topology.stage, replica=replica))
 
 
-def _holders(optimizer: MixedPrecisionOptimizer, name: str, topology: Topology) -> list[int]:
-    """The replicas that step a weight."""
-    return [optimizer.owners[name]] if optimizer.sharded else list(range(topology.num_replicas))
-
-
-def _batches(
-    optimizer: MixedPrecisionOptimizer, control: Communicator, topology: Topology
-) -> list[list[str]]:
+def _batches(optimizer: MixedPrecisionOptimizer, control: Communicator) -> list[list[str]]:
     """The weights, in their order: those of a batch are read before they are shared, which takes
     no memory but the system's for files, as they are mapped. Every process gets as many batches.
     """
     sent = {
-        name: optimizer.shape_of(name).numel() * (_holders(optimizer, name, topology) != [0])
+        name: optimizer.shape_of(name).numel() * (optimizer.partition.holders(name) != [0])
         for name in optimizer.names
     }
     batches: list[list[str]] = [[]]

@@ -1,4 +1,4 @@
-"""What becomes of an iteration's gradients: an update, or a skip that all processes agree on."""
+"""The end of an update: a step of the weights, or a skip, alike on all processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from optimizer.mixed_precision import MixedPrecisionOptimizer
 
 
 class UpdateResult(NamedTuple):
-    """The rate of an update, its gradient norm before clipping (None: skipped), and its scale."""
+    """The learning rate of an update, its gradient norm before clipping, and its loss scale.
+
+    grad_norm: None where the update was skipped.
+    """
 
     lr: float
     grad_norm: float | None
@@ -20,11 +23,15 @@ class UpdateResult(NamedTuple):
 
 
 class UpdateStep:
-    """Unscales, corrects for the exact number of trained tokens, clips, steps.
+    """Unscales gradients, corrects them for the exact number of trained tokens, clips and steps.
 
-    schedule: the learning rate of an update by its number, the first being 0.
-    nominal_tokens: what backward divided the token losses by.
-    max_skipped: so many skips in a row mean that something is wrong.
+    Args:
+        optimizer: steps the weights.
+        scaler: the loss scale.
+        schedule: returns the learning rate of an update by its number; the first is 0.
+        nominal_tokens: the number that backward divided the token losses by.
+        max_grad_norm: the limit of the gradient norm.
+        max_skipped: the number of skips in a row after which the run gives up.
     """
 
     def __init__(
@@ -44,7 +51,7 @@ class UpdateStep:
 
     @property
     def loss_scale(self) -> float:
-        """What a sum of token losses is multiplied by before backward."""
+        """The factor of a sum of token losses before backward."""
         return self._scaler.scale / self._nominal
 
     @property
@@ -54,7 +61,7 @@ class UpdateStep:
 
     @property
     def may_skip(self) -> bool:
-        """Whether gradients that are not finite cost one update only."""
+        """Whether gradients that are not finite skip the update; otherwise they end the run."""
         return self._scaler.may_skip
 
     @property
@@ -62,19 +69,26 @@ class UpdateStep:
         """Whether `max_skipped` updates in a row have been skipped."""
         return self.skipped_in_a_row >= self._max_skipped
 
-    def apply(self, squared_norm: float, *, tokens: int, losses_are_finite: bool) -> UpdateResult:
-        """Ends an update over `tokens` trained tokens, whose gradients have been summed.
+    def apply(
+        self, squared_norm: float, *, num_trained_tokens: int, losses_are_finite: bool
+    ) -> UpdateResult:
+        """Ends an update, whose gradients have been exchanged.
 
         A logit of -inf makes an infinite loss whose gradients are finite, so losses count too.
+
+        Args:
+            squared_norm: of all gradients of all stages.
+            num_trained_tokens: of all microbatches of all replicas.
+            losses_are_finite: whether all their losses are.
         """
         scale, lr = self._scaler.scale, self._schedule(self.optimizer.updates)
         overflow = not (losses_are_finite and math.isfinite(squared_norm))
         self._scaler.update(overflow=overflow)
         if overflow:
-            self.optimizer.drop_gradients()
+            self.optimizer.gradients.buffer.zero_()
             self.skipped_in_a_row += 1
             return UpdateResult(lr, None, scale)
-        correction = self._nominal / tokens / scale
+        correction = self._nominal / num_trained_tokens / scale
         norm = math.sqrt(squared_norm) * correction
         factor = correction * clip_factor(norm, self._max_grad_norm)
         self.optimizer.step(lr=lr, factor=factor)
@@ -82,7 +96,7 @@ class UpdateStep:
         return UpdateResult(lr, norm, scale)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside weights and moments."""
+        """Returns the state that a checkpoint keeps beside weights and moments."""
         return {"skipped_in_a_row": self.skipped_in_a_row, "scaler": self._scaler.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:

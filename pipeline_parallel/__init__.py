@@ -1,1 +1,0 @@
-"""A pipeline: its schedule (when), its stage (how), its channel (to whom), and the engine."""

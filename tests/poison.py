@@ -12,9 +12,9 @@ from unittest.mock import patch
 import torch
 
 from comm.topology import Topology
+from data_parallel.replica_gradients import ReplicaGradients
 from modules.layers import lm_head as head
 from modules.stage_model import StageModel
-from optimizer.mixed_precision import MixedPrecisionOptimizer
 from pipeline_parallel.engine import Engine, Losses
 from training.iteration import Iteration
 
@@ -34,9 +34,9 @@ class Overflow:
 
         def poisoned(engine: Engine, *args: Any, **options: Any) -> Losses:
             if topology.rank == self.rank and (self.steps is None or now[0] in self.steps):
-                optimizer = begun[0]
-                name = optimizer.names[PARAMETER]
-                optimizer.flat_gradients.views[name].view(-1)[1] = math.inf
+                views = begun[0].buffer.views
+                name = begun[0].partition.names[PARAMETER]
+                views[name].view(-1)[1] = math.inf
             return train(engine, *args, **options)
 
         with _step_noted() as now, _begun() as begun, patch.object(Engine, "train", poisoned):
@@ -133,15 +133,15 @@ NUM_MICROBATCHES = 2  # of a pipeline's batch, which BadOutput counts on
 
 
 @contextmanager
-def _begun() -> Iterator[list[MixedPrecisionOptimizer]]:
-    """The optimizer whose update began last, in a list of one."""
-    begin, begun = MixedPrecisionOptimizer.begin_update, list[MixedPrecisionOptimizer]()
+def _begun() -> Iterator[list[ReplicaGradients]]:
+    """The gradients whose update began last, in a list of one."""
+    begin, begun = ReplicaGradients.begin_update, list[ReplicaGradients]()
 
-    def noted(optimizer: MixedPrecisionOptimizer, num_microbatches: int) -> None:
-        begun[:] = [optimizer]
-        begin(optimizer, num_microbatches)
+    def noted(gradients: ReplicaGradients, num_microbatches: int) -> None:
+        begun[:] = [gradients]
+        begin(gradients, num_microbatches)
 
-    with patch.object(MixedPrecisionOptimizer, "begin_update", noted):
+    with patch.object(ReplicaGradients, "begin_update", noted):
         yield begun
 
 

@@ -50,6 +50,7 @@ def build_updater(
         weight_decay=update.weight_decay,
         offload=precision.use_offload,
         zero_stage=settings.parallel.zero_stage,
+        dp_mode=settings.parallel.dp_mode,
         replicas=context.groups.replicas,
         tracer=tracer,
     )
@@ -156,7 +157,7 @@ def build_stage_engine(
         model,
         link,
         topology=context.topology,
-        gradients=updater.optimizer.flat_gradients,
+        gradients=updater.optimizer.gradients.buffer,
         schedule=settings.parallel.pp_mode,
         recompute=settings.precision.recompute,
         num_microbatches=update.num_microbatches,

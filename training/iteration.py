@@ -93,14 +93,14 @@ class Iteration:
     def _run(self, step: int, is_writing: bool) -> StepTotals:
         settings, rows = self._settings, self.feed.take()
         if settings.begins_update(step):
-            self._optimizer.begin_update(
+            self._optimizer.gradients.begin_update(
                 settings.gradient_accumulate_step * settings.num_microbatches
             )
         batch = self._batch(step, rows)
         losses = self._engine.train(batch, loss_scale=self.updater.loss_scale)
         norms = None
         if settings.ends_update(step):
-            self._optimizer.reduce_gradients()
+            self._optimizer.gradients.finish_exchange()
             norms = self._squared_norms()
         totals = self._totals.reduce(
             loss=losses.total,
@@ -118,7 +118,7 @@ class Iteration:
 
     def _squared_norms(self) -> list[float]:
         """Returns the squared norms of this stage's gradients; 0 for those another replica owns."""
-        gradients = dict(self._optimizer.gradients())
+        gradients = dict(self._optimizer.gradients.reported())
         size = sum(gradient.numel() for gradient in gradients.values())
         with self._tracer.span(Track.OPTIMIZER_COMP, size=size):
             norms = dict(zip(gradients, squared_norms(list(gradients.values())), strict=True))
@@ -129,7 +129,9 @@ class Iteration:
             return None
         is_finite = self._losses_are_finite
         result = self.updater.apply(
-            totals.squared_norm, tokens=self._tokens_in_update, losses_are_finite=is_finite
+            totals.squared_norm,
+            num_trained_tokens=self._tokens_in_update,
+            losses_are_finite=is_finite,
         )
         self._tokens_in_update, self._losses_are_finite = 0, True
         if result.grad_norm is None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from arguments.flag import Flag
 from arguments.values import MAX_SECONDS, real, switch, whole
+from data_parallel.modes import DP_MODES
 from pipeline_parallel.schedule.schedules import SCHEDULES
 
 PARALLEL_FLAGS = (
@@ -44,7 +45,7 @@ PARALLEL_FLAGS = (
         "--dp-mode",
         "how replicas stay one model",
         default="allreduce",
-        choices=("allreduce",),
+        choices=tuple(DP_MODES),
         on_resume="must match",
     ),
     Flag(

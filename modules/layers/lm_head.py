@@ -74,13 +74,13 @@ def _train_(
 
     A function of its own, so that its logits are gone before the next chunk's are made.
     """
-    assert projection.sink is not None, "training hands over its gradients"
+    assert projection.grad_buffer is not None, "training hands over its gradients"
     logits = linear(x, projection.weight, projection.bias).float()
     loss = token_losses_(logits, labels)
     gradient = _gradients_(logits, labels, scale).to(x.dtype)
     del logits
     back.copy_(matmul(gradient, projection.weight))
-    projection.sink.add_product(projection.weight, projection.bias, gradient, x, last=last)
+    projection.grad_buffer.add_linear(projection.weight, projection.bias, gradient, x, last=last)
     return loss
 
 

@@ -27,8 +27,9 @@ from modules.layers.dropout import KeyedDropout
 from modules.layers.rotary import rotation
 from modules.stage_model import StageModel
 from monitor.profiling.tracer import NO_TRACER
+from optimizer.adam import Algorithm
 from optimizer.build import ALGORITHMS, build_optimizer, checkpoint_bytes
-from optimizer.mixed_precision import Algorithm, MixedPrecisionOptimizer
+from optimizer.mixed_precision import MixedPrecisionOptimizer
 from optimizer.state_dict import collect_state, like_state
 from pipeline_parallel.build import build_engine
 from pipeline_parallel.p2p import StageLink
@@ -115,8 +116,8 @@ class DryRun:
             weight_decay=settings.update.weight_decay,
             offload=settings.precision.use_offload,
             zero_stage=settings.parallel.zero_stage,
+            dp_mode=settings.parallel.dp_mode,
             replicas=replicas,
-            tracer=NO_TRACER,
         )
         offloads = self._cuda and self._settings.precision.use_offload
         built, host = live.peak[kind], live.current["cpu"] if offloads else 0
@@ -170,7 +171,7 @@ class DryRun:
                 device=self._device,
             ),
             topology=topology,
-            gradients=optimizer.flat_gradients,
+            gradients=optimizer.gradients.buffer,
             schedule=settings.parallel.pp_mode,
             recompute=settings.precision.recompute,
             num_microbatches=count,
@@ -180,10 +181,10 @@ class DryRun:
         assert isinstance(engine, FakeEngine)
         watched = engine.watch(live, self._device.type)
         batch, ahead = (self._batch(topology, documents) for _ in range(2))
-        optimizer.begin_update(count)
+        optimizer.gradients.begin_update(count)
         engine.train(batch, loss_scale=1.0)
         live.reset_peak()
-        optimizer.reduce_gradients()
+        optimizer.gradients.finish_exchange()
         del batch, ahead
         gradient = self._boundary_bytes() if topology.stage > 0 else 0
         more = update.num_microbatches - count if all_held else 0
@@ -243,7 +244,7 @@ class DryRun:
         return StageMemory(
             parameters=count,
             weights=sum(weights.values()),
-            gradients=optimizer.flat_gradients.buffer.nbytes,
+            gradients=optimizer.gradients.buffer.flat.nbytes,
             optimizer=0 if host else sum(own.values()),
             host=host + (copied if self._cuda else 0),
             copied=0 if self._cuda else copied,

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from comm.backends.single_process import SingleProcessCommunicator
-from data_parallel.grad_buffer import GradBuffer
-from modules.layers.linear import Deferred, Linear, attach_sink
+from data_parallel.replica_gradients import ReplicaGradients
+from modules.layers.linear import Deferred, Linear, attach_grad_buffer
 from modules.layers.lm_head import IGNORED, Head
 from modules.registry import MODELS
+from tests.data_parallel.gradients import gradients_of
 from tests.memory import peak_bytes
 from tests.tiny import make_hf
 
@@ -57,25 +57,22 @@ def material(dtype: torch.dtype, ignored: str) -> tuple[Tensor, Tensor]:
     return x, labels
 
 
-def flat_of(head: Head) -> GradBuffer:
-    parameters = dict(head.named_parameters())
-    flat = GradBuffer(
-        parameters, [0] * len(parameters), replicas=SingleProcessCommunicator(), sharded=False
-    )
-    attach_sink(head, flat)
-    return flat
+def attached(head: Head) -> ReplicaGradients:
+    gradients = gradients_of(head)
+    attach_grad_buffer(head, gradients.buffer)
+    return gradients
 
 
 def ours(head: Head, x: Tensor, labels: Tensor, scale: float, chunk: int) -> Given:
-    flat = flat_of(head)
-    flat.begin(1)
+    gradients = attached(head)
+    gradients.begin_update(1)
     x = x.clone().requires_grad_()
     with patch("modules.layers.lm_head.CHUNK_BYTES", 4 * VOCABULARY * chunk):
         loss = head.loss(x, labels, scale=scale)
     torch.autograd.backward(loss)
-    flat.finish()  # every parameter has been noted once
+    gradients.finish_exchange()  # every parameter has been noted once
     assert x.grad is not None
-    return Given(loss.item(), {**flat.views, "x": x.grad})
+    return Given(loss.item(), {**gradients.buffer.views, "x": x.grad})
 
 
 def reference(head: Head, x: Tensor, labels: Tensor, scale: float) -> Given:
@@ -91,11 +88,11 @@ def reference(head: Head, x: Tensor, labels: Tensor, scale: float) -> Given:
 
 
 def make_head_like(head: Head) -> Head:
-    """In fp64, without a sink: torch's own layers."""
+    """In fp64, without a gradient buffer: torch's own layers."""
     twin = copy.deepcopy(head).double()
     for module in twin.modules():
         if isinstance(module, Linear):
-            module.sink = None
+            module.grad_buffer = None
     for parameter in twin.parameters():
         parameter.grad = None
     return twin
@@ -183,13 +180,13 @@ class WideHead(Head):
 def peak_of(dtype: torch.dtype, chunks: int, *, training: bool) -> float:
     """The most bytes that a loss and its backward hold, in full copies of the logits in fp32."""
     head = WideHead(dtype)
-    flat = flat_of(head)
+    buffer = attached(head).buffer
     x = torch.randn(1, LONG, NARROW).to(dtype).requires_grad_()
     labels = torch.randint(0, WIDE, (1, LONG))
     deferred: Deferred | None = None
 
     def run() -> None:
-        with torch.set_grad_enabled(training), flat.deferring(deferred):
+        with torch.set_grad_enabled(training), buffer.deferring(deferred):
             loss = head.loss(x, labels, scale=1.0)
         if training:
             torch.autograd.backward(loss)

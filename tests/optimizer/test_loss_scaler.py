@@ -50,15 +50,6 @@ def test_a_dynamic_scale_becomes_a_constant_one() -> None:
     assert scaler.scale == 128.0
 
 
-@pytest.mark.parametrize("kind", ["constant", "dynamic"])
-def test_states_without_a_kind_are_told_apart(kind: str) -> None:
-    """The first checkpoints named none."""
-    made = dynamic(initial=8.0) if kind == "dynamic" else ConstantScale(8.0, may_skip=True)
-    scaler = dynamic()
-    scaler.load_state({key: value for key, value in made.state().items() if key != "kind"})
-    assert scaler.scale == (8.0 if kind == "dynamic" else 32768.0)
-
-
 def test_a_shorter_window_is_full_already() -> None:
     """Five clean updates, then a window of three: the next clean one doubles the scale."""
     scaler = resumed(after(dynamic(window=10), "ccccc"), dynamic(window=3))

@@ -18,14 +18,17 @@ from transformers import (
 
 from comm.backends.single_process import SingleProcessCommunicator
 from comm.topology import Topology
-from data_parallel.grad_buffer import GradBuffer
-from optimizer.adam import Adam
+from data_parallel.replica_gradients import ReplicaGradients
+from data_parallel.zero_partition import ZeroPartition
+from optimizer.adam import Adam, Algorithm
 from optimizer.adam_8bit import Adam8bit
 from optimizer.clipping import clip_factor, squared_norms
 from optimizer.loss_scaler import DynamicScale, make_scaler
 from optimizer.lr_schedule import learning_rate
-from optimizer.mixed_precision import Algorithm, MixedPrecisionOptimizer, deal_out
+from optimizer.mixed_precision import MixedPrecisionOptimizer
 from optimizer.state_dict import KeptState, collect_state, restore_state
+from optimizer.weights import MixedPrecisionWeights
+from tests.data_parallel.gradients import gradients_of
 
 ALONE = Topology(0, 1, 1)
 SCHEDULES = {
@@ -93,12 +96,6 @@ def test_a_constant_scale_stays() -> None:
         assert (scaler.scale, scaler.may_skip) == (1.0, False)
 
 
-def test_owners_share_evenly() -> None:
-    assert deal_out([5, 100, 50, 50, 5], 2) == [0, 0, 1, 1, 1]
-    assert deal_out([1, 2, 3], 1) == [0, 0, 0]
-    assert deal_out([4], 3) == [0]
-
-
 SHAPES = {"0.weight": (5, 3), "0.bias": (5,), "1.norm.weight": (3,), "1.weight": (70, 90)}
 
 
@@ -109,7 +106,7 @@ def make_parameters(shapes: dict[str, tuple[int, ...]] = SHAPES) -> dict[str, nn
 
 def set_gradients(optimizer: MixedPrecisionOptimizer, step: int) -> None:
     generator = torch.Generator().manual_seed(100 + step)
-    for _, view in optimizer.gradients():
+    for _, view in optimizer.gradients.reported():
         view.copy_(torch.randn(view.shape, generator=generator))
 
 
@@ -120,15 +117,11 @@ def make_optimizer(
     dtype: torch.dtype = torch.float32,
     offload: bool = False,
 ) -> MixedPrecisionOptimizer:
-    return MixedPrecisionOptimizer(
-        parameters,
-        algorithm or Adam(),
-        dtype=dtype,
-        weight_decay=0.1,
-        offload=offload,
-        sharded=False,
-        replicas=SingleProcessCommunicator(),
-    )
+    alone = SingleProcessCommunicator()
+    partition = ZeroPartition(parameters, alone, sharded=False)
+    weights = MixedPrecisionWeights(parameters, partition, dtype=dtype, offload=offload)
+    gradients = ReplicaGradients(parameters, partition, alone)
+    return MixedPrecisionOptimizer(weights, gradients, algorithm or Adam(), weight_decay=0.1)
 
 
 def test_adam_is_adamw_with_decay_on_matrices_alone() -> None:
@@ -140,7 +133,7 @@ def test_adam_is_adamw_with_decay_on_matrices_alone() -> None:
     ours = make_optimizer(parameters)
     for step in range(1, 6):
         set_gradients(ours, step)
-        gradients = {name: view.double() for name, view in ours.gradients()}
+        gradients = {name: view.double() for name, view in ours.gradients.reported()}
         lr = 0.01 * step
         ours.step(lr=lr, factor=1.0)
         for name, p in twin.items():
@@ -168,7 +161,7 @@ def test_adam_is_torchs_to_the_bit() -> None:
     )
     for step in range(5):
         set_gradients(ours, step)
-        for name, view in ours.gradients():
+        for name, view in ours.gradients.reported():
             twin[name].grad = view.clone()
         ours.step(lr=0.01, factor=1.0)
         theirs.step()
@@ -189,7 +182,7 @@ def test_8bit_adam_is_bitsandbytes_to_the_bit() -> None:
     )
     for step in range(5):
         set_gradients(ours, step)
-        for name, view in ours.gradients():
+        for name, view in ours.gradients.reported():
             twin[name].grad = view.clone()
         ours.step(lr=0.01, factor=1.0)
         theirs.step()
@@ -257,7 +250,7 @@ def test_half_precision_gradients_add_up_in_fp32() -> None:
         made = torch.autograd.grad((layer(x) * scale).sum(), layer.weight)[0]
         expected += made.float()
         (layer(x) * scale).sum().backward()
-    assert torch.equal(dict(optimizer.gradients())["weight"], expected)
+    assert torch.equal(dict(optimizer.gradients.reported())["weight"], expected)
     assert layer.weight.grad is None
 
 
@@ -287,9 +280,9 @@ def test_norm_and_clipping_are_torchs() -> None:
     optimizer = make_optimizer(make_parameters())
     set_gradients(optimizer, 3)
     twin = make_parameters()
-    for name, view in optimizer.gradients():
+    for name, view in optimizer.gradients.reported():
         twin[name].grad = view.clone()
-    views = dict(optimizer.gradients())
+    views = dict(optimizer.gradients.reported())
     expected = nn.utils.clip_grad_norm_(twin.values(), 0.5).item()
     norm = sum(squared_norms(list(views.values()))) ** 0.5
     assert norm == pytest.approx(expected, rel=1e-6)
@@ -302,14 +295,12 @@ def test_norm_and_clipping_are_torchs() -> None:
 
 def test_gradients_live_in_the_flat_buffer() -> None:
     layer = nn.Linear(3, 5)
-    gradients = GradBuffer(
-        dict(layer.named_parameters()), [0, 0], replicas=SingleProcessCommunicator(), sharded=False
-    )
+    gradients = gradients_of(layer).buffer
     x = torch.randn(2, 3)
     for _ in range(2):
         layer(x).sum().backward()
     assert torch.allclose(gradients.views["weight"], 2 * x.sum(0).expand(5, 3))
     total = sum(view.sum().item() for view in gradients.views.values())
-    assert gradients.buffer.sum().item() == pytest.approx(total, rel=1e-5)
-    start = gradients.buffer.data_ptr()
+    assert gradients.flat.sum().item() == pytest.approx(total, rel=1e-5)
+    start = gradients.flat.data_ptr()
     assert all((view.data_ptr() - start) % 64 == 0 for view in gradients.views.values())

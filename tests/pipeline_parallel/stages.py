@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 
-from comm.backends.single_process import SingleProcessCommunicator
 from comm.communicator import Communicator
-from data_parallel.grad_buffer import GradBuffer
 from modules.build import initialise_
 from modules.registry import MODELS
 from modules.stage_model import StageModel
@@ -18,6 +16,7 @@ from pipeline_parallel.p2p import StageLink
 from pipeline_parallel.partition.split import stage_modules
 from pipeline_parallel.schedule.schedules import Schedule, splits_backward
 from pipeline_parallel.stage import Stage
+from tests.data_parallel.gradients import gradients_of
 from tests.tiny import make_hf
 
 ROWS, TOKENS, HIDDEN, VOCABULARY = 2, 16, 32, 97
@@ -43,12 +42,8 @@ def make_stage(
     pipeline: Communicator, *, schedule: Schedule, recompute: bool, model: StageModel | None = None
 ) -> Stage:
     model = make_model(pipeline.rank, pipeline.size) if model is None else model
-    parameters = dict(model.named_parameters())
-    flat = GradBuffer(
-        parameters, [0] * len(parameters), replicas=SingleProcessCommunicator(), sharded=False
-    )
     splits = splits_backward(schedule, pipeline.rank, pipeline.size)
-    return Stage(model, recompute=recompute, gradients=flat, splits=splits)
+    return Stage(model, recompute=recompute, gradients=gradients_of(model).buffer, splits=splits)
 
 
 def make_engine(

@@ -13,15 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from comm.backends.single_process import SingleProcessCommunicator
-from comm.communicator import Communicator
 from data_parallel.grad_buffer import GradBuffer
 from modules.build import initialise_
-from modules.layers.linear import Linear, attach_sink
+from modules.layers.linear import Linear, attach_grad_buffer
 from modules.registry import MODELS
 from modules.stage_model import StageModel
-from optimizer.mixed_precision import deal_out
 from pipeline_parallel.stage import Stage
+from tests.data_parallel.gradients import gradients_of
 from tests.pipeline_parallel.doubles import NotedCommunicator
 from tests.tiny import make_hf
 
@@ -52,14 +50,6 @@ def make_model(name: str) -> StageModel:
     return model
 
 
-def flat_of(
-    model: nn.Module, replicas: Communicator, *, sharded: bool = False
-) -> tuple[GradBuffer, list[int]]:
-    parameters = dict(model.named_parameters())
-    owners = deal_out([p.numel() for p in parameters.values()], replicas.size)
-    return GradBuffer(parameters, owners, replicas=replicas, sharded=sharded), owners
-
-
 def microbatches() -> list[Tensor]:
     generator = torch.Generator().manual_seed(7)
     shape = (ROWS, TOKENS)
@@ -77,14 +67,14 @@ def run(stage: Stage, *, later: bool) -> None:
         stage.weight_gradient(MICROBATCHES - 1)
 
 
-def gradients_of(name: str, recompute: bool, later: bool) -> dict[str, Tensor]:
+def computed(name: str, recompute: bool, later: bool) -> dict[str, Tensor]:
     torch.manual_seed(2)
     model = make_model(name)
-    flat, _ = flat_of(model, SingleProcessCommunicator())
-    flat.begin(MICROBATCHES)
-    run(Stage(model, recompute=recompute, gradients=flat, splits=later), later=later)
-    flat.finish()
-    return flat.views
+    gradients = gradients_of(model)
+    gradients.begin_update(MICROBATCHES)
+    run(Stage(model, recompute=recompute, gradients=gradients.buffer, splits=later), later=later)
+    gradients.finish_exchange()
+    return gradients.buffer.views
 
 
 def autograds(name: str) -> dict[str, Tensor]:
@@ -102,14 +92,14 @@ def autograds(name: str) -> dict[str, Tensor]:
 def test_gradients_are_autograds(name: str) -> None:
     """To fp32's roundings, of sums of some hundred terms; the same bits whichever way they come."""
     expected = autograds(name)
-    found = gradients_of(name, *WAYS[0])
+    found = computed(name, *WAYS[0])
     assert found.keys() == expected.keys()
     for key, gradient in expected.items():
         worst = (found[key].double() - gradient).abs().max()
         assert worst <= 100 * EPS * gradient.abs().max(), key
         assert gradient.abs().max() > 0
     for way in WAYS[1:]:
-        other = gradients_of(name, *way)
+        other = computed(name, *way)
         assert all(torch.equal(other[key], found[key]) for key in found), way
 
 
@@ -118,17 +108,17 @@ def test_a_layers_gradients_are_those_of_torch_within_their_roundings(bias: bool
     """n terms x_i g_i in fp32, in any order: at most n roundings of what their sizes add up to."""
     torch.manual_seed(3)
     layer = Linear(33, 17, bias=bias)
-    flat, _ = flat_of(layer, SingleProcessCommunicator())
-    attach_sink(layer, flat)
+    buffer = gradients_of(layer).buffer
+    attach_grad_buffer(layer, buffer)
     x, out_gradient = torch.randn(MICROBATCHES, 5, 7, 33), torch.randn(MICROBATCHES, 5, 7, 17)
     for number in range(MICROBATCHES):
         torch.autograd.backward(layer(x[number]), out_gradient[number])
     flat_x, flat_gradient = x.flatten(0, 2).double(), out_gradient.flatten(0, 2).double()
     exact, sizes = flat_gradient.t() @ flat_x, flat_gradient.abs().t() @ flat_x.abs()
     terms = len(flat_x) + MICROBATCHES
-    assert bool(((flat.views["weight"] - exact).abs() <= terms * EPS * sizes).all())
+    assert bool(((buffer.views["weight"] - exact).abs() <= terms * EPS * sizes).all())
     if bias:
-        found = flat.views["bias"]
+        found = buffer.views["bias"]
         allowed = terms * EPS * flat_gradient.abs().sum(0)
         assert bool(((found - flat_gradient.sum(0)).abs() <= allowed).all())
 
@@ -137,14 +127,14 @@ def test_one_microbatch_has_the_bits_of_torch() -> None:
     torch.manual_seed(3)
     ours, theirs = Linear(33, 17), nn.Linear(33, 17)
     theirs.load_state_dict(ours.state_dict())
-    flat, _ = flat_of(ours, SingleProcessCommunicator())
-    attach_sink(ours, flat)
+    buffer = gradients_of(ours).buffer
+    attach_grad_buffer(ours, buffer)
     x, gradient = torch.randn(5, 33), torch.randn(5, 17)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     for layer, given in zip((ours, theirs), inputs, strict=True):
         torch.autograd.backward(layer(given), gradient)
     assert theirs.weight.grad is not None
-    assert torch.equal(flat.views["weight"], theirs.weight.grad)
+    assert torch.equal(buffer.views["weight"], theirs.weight.grad)
     assert inputs[0].grad is not None
     assert inputs[1].grad is not None
     assert torch.equal(inputs[0].grad, inputs[1].grad)
@@ -155,15 +145,15 @@ def test_one_microbatch_has_the_bits_of_torch() -> None:
 
 @contextmanager
 def noted() -> Iterator[list[str]]:
-    """The parameters that are noted to have got a microbatch's gradient."""
+    """The parameters that are counted to have got a microbatch's gradient."""
     names: list[str] = []
-    note = GradBuffer._note
+    count = GradBuffer._count_microbatch
 
-    def noting(flat: GradBuffer, name: str) -> None:
+    def noting(buffer: GradBuffer, name: str) -> None:
         names.append(name)
-        note(flat, name)
+        count(buffer, name)
 
-    with patch.object(GradBuffer, "_note", noting):
+    with patch.object(GradBuffer, "_count_microbatch", noting):
         yield names
 
 
@@ -174,13 +164,13 @@ def test_each_parameter_is_noted_once_a_microbatch(
     name: str, recompute: bool, later: bool, dtype: torch.dtype
 ) -> None:
     model = make_model(name).to(dtype)
-    flat, _ = flat_of(model, SingleProcessCommunicator())
-    stage = Stage(model, recompute=recompute, gradients=flat, splits=later)
+    gradients = gradients_of(model)
+    stage = Stage(model, recompute=recompute, gradients=gradients.buffer, splits=later)
     with noted() as names:
         for _ in range(2):  # a second update counts anew
-            flat.begin(MICROBATCHES)
+            gradients.begin_update(MICROBATCHES)
             run(stage, later=later)
-            flat.finish()
+            gradients.finish_exchange()
     parameters = dict(model.named_parameters())
     assert Counter(names) == dict.fromkeys(parameters, 2 * MICROBATCHES)
     for parameter in parameters.values():
@@ -190,8 +180,8 @@ def test_each_parameter_is_noted_once_a_microbatch(
 
 def test_chunks_of_a_head_are_noted_as_one() -> None:
     model = make_model("neox")
-    flat, _ = flat_of(model, SingleProcessCommunicator())
-    stage = Stage(model, recompute=False, gradients=flat, splits=False)
+    gradients = gradients_of(model)
+    stage = Stage(model, recompute=False, gradients=gradients.buffer, splits=False)
     with noted() as names, patch("modules.layers.lm_head.CHUNK_BYTES", 4 * 97 * 5):
         run(stage, later=False)
     assert Counter(names)[f"{LAYERS + 1}.embed_out.weight"] == MICROBATCHES
@@ -199,11 +189,11 @@ def test_chunks_of_a_head_are_noted_as_one() -> None:
 
 def test_a_microbatch_too_few_is_found() -> None:
     model = make_model("neox")
-    flat, _ = flat_of(model, SingleProcessCommunicator())
-    flat.begin(MICROBATCHES + 1)
-    run(Stage(model, recompute=False, gradients=flat, splits=False), later=False)
+    gradients = gradients_of(model)
+    gradients.begin_update(MICROBATCHES + 1)
+    run(Stage(model, recompute=False, gradients=gradients.buffer, splits=False), later=False)
     with pytest.raises(AssertionError, match="no gradients came for"):
-        flat.finish()
+        gradients.finish_exchange()
 
 
 # ---- buckets ----
@@ -222,11 +212,11 @@ class Update:
     ) -> None:
         model, replicas = make_model(name), NotedCommunicator(rank, 2)
         with patch("data_parallel.grad_buffer.BUCKET_BYTES", 4096):
-            flat, owners = flat_of(model, replicas, sharded=sharded)
-        self.owners = dict(zip(dict(model.named_parameters()), owners, strict=True))
-        stage = Stage(model, recompute=recompute, gradients=flat, splits=later)
+            gradients = gradients_of(model, replicas, sharded=sharded)
+        self.owner, buffer = gradients.partition.owner, gradients.buffer
+        stage = Stage(model, recompute=recompute, gradients=gradients.buffer, splits=later)
         self.left: list[int] = []
-        backward, add_rows = stage.backward, flat.add_rows
+        backward, add_rows = stage.backward, buffer.add_rows
 
         def at_backward(*args: Any) -> Tensor | None:
             self.left.append(len(replicas.summed))
@@ -236,13 +226,13 @@ class Update:
             self.left.append(len(replicas.summed))
             add_rows(*args)
 
-        with patch.object(stage, "backward", at_backward), patch.object(flat, "add_rows", at_end):
-            flat.begin(MICROBATCHES)
+        with patch.object(stage, "backward", at_backward), patch.object(buffer, "add_rows", at_end):
+            gradients.begin_update(MICROBATCHES)
             run(stage, later=later)
         self.waits = [event for event in replicas.events if event.startswith("wait")]
-        flat.finish()
+        gradients.finish_exchange()
         self.events = replicas.events
-        self.starts = [names_in(buffer, flat.views) for buffer, _ in replicas.summed]
+        self.starts = [names_in(summed, buffer.views) for summed, _ in replicas.summed]
         self.roots = [root for _, root in replicas.summed]
 
 
@@ -285,7 +275,7 @@ def test_sharded_gradients_go_to_their_owners(name: str) -> None:
     update = Update(rank=1, recompute=False, later=True, sharded=True, name=name)
     assert set(update.roots) == {0, 1}
     for names, root in zip(update.starts, update.roots, strict=True):
-        assert {update.owners[each] for each in names} == {root}
+        assert {update.owner(name) for name in names} == {root}
     whole = Update(rank=1, recompute=False, later=True, sharded=False, name=name)
     assert set(whole.roots) == {None}
 
@@ -293,10 +283,34 @@ def test_sharded_gradients_go_to_their_owners(name: str) -> None:
 def test_buckets_cover_the_buffer_once() -> None:
     model = make_model("neox")
     with patch("data_parallel.grad_buffer.BUCKET_BYTES", 4096):
-        flat, _ = flat_of(model, NotedCommunicator(0, 2), sharded=True)
-    spans = sorted((bucket.buffer.data_ptr(), bucket.buffer.nbytes) for bucket in flat._buckets)
-    start = flat.buffer.data_ptr()
+        buffer = gradients_of(model, NotedCommunicator(0, 2), sharded=True).buffer
+    buckets = [bucket.gradients for bucket in buffer._buckets]
+    spans = sorted((bucket.data_ptr(), bucket.nbytes) for bucket in buckets)
+    start = buffer.flat.data_ptr()
     for place, nbytes in spans:
         assert place == start
         start += nbytes
-    assert start == flat.buffer.data_ptr() + flat.buffer.nbytes
+    assert start == buffer.flat.data_ptr() + buffer.flat.nbytes
+
+
+# ---- frozen parameters ----
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_a_frozen_parameter_has_no_gradient(frozen: str) -> None:
+    torch.manual_seed(3)
+    layer, twin = Linear(33, 17), Linear(33, 17)
+    twin.load_state_dict(layer.state_dict())
+    layer.get_parameter(frozen).requires_grad_(False)
+    x, gradient = torch.randn(5, 33), torch.randn(5, 17)
+    found = {}
+    for which in (layer, twin):
+        gradients = gradients_of(which)
+        attach_grad_buffer(which, gradients.buffer)
+        gradients.begin_update(1)
+        torch.autograd.backward(which(x), gradient)
+        gradients.finish_exchange()
+        found[which] = gradients.buffer.views
+    (trained,) = found[layer]
+    assert trained != frozen
+    assert torch.equal(found[layer][trained], found[twin][trained])

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from comm.backends.single_process import SingleProcessCommunicator
+from optimizer.build import build_optimizer
 from optimizer.loss_scaler import ConstantScale
-from optimizer.mixed_precision import MixedPrecisionOptimizer
 from optimizer.update import UpdateResult, UpdateStep
 
 NOMINAL, SCALE, GRADIENT = 40, 8.0, 3.0
 
 
 class Descent:
-    """weight - lr * factor * gradient, so that a test can tell what an update was given."""
+    """weight - lr * gradient, so that a test can tell what an update was given."""
 
     kind = "descent"
 
@@ -30,27 +30,26 @@ class Descent:
         gradient: Tensor,
         state: dict[str, Tensor],
         *,
-        factor: float,
         lr: float,
         weight_decay: float,
         update: int,
     ) -> None:
-        weight.sub_(gradient, alpha=lr * factor)
+        weight.sub_(gradient, alpha=lr)
 
 
 def make_updater(
     weight: nn.Parameter, *, max_norm: float = math.inf, max_skipped: int = 3
 ) -> UpdateStep:
-    optimizer = MixedPrecisionOptimizer(
-        {"weight": weight},
+    model = nn.Module()
+    model.weight = weight
+    optimizer = build_optimizer(
+        model,
         Descent(),
-        dtype=torch.float32,
+        precision="fp32",
         weight_decay=0.0,
-        offload=False,
-        sharded=False,
         replicas=SingleProcessCommunicator(),
     )
-    optimizer.flat_gradients.views["weight"].fill_(GRADIENT)
+    optimizer.gradients.buffer.views["weight"].fill_(GRADIENT)
     return UpdateStep(
         optimizer,
         ConstantScale(SCALE, may_skip=True),
@@ -64,7 +63,7 @@ def make_updater(
 def apply(updater: UpdateStep, *, tokens: int = NOMINAL, bad: str = "") -> UpdateResult:
     """An update whose loss or gradient is not finite where `bad` says so."""
     norm = math.inf if bad == "gradient" else GRADIENT**2
-    return updater.apply(norm, tokens=tokens, losses_are_finite=bad != "loss")
+    return updater.apply(norm, num_trained_tokens=tokens, losses_are_finite=bad != "loss")
 
 
 @pytest.mark.parametrize("tokens", [NOMINAL, 10])

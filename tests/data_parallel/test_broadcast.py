@@ -1,4 +1,4 @@
-"""Broadcasts in pieces: bounded, and what arrives is what was sent."""
+"""Bucketed broadcasts: messages are bounded, and what arrives is what was sent."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from comm.backends.single_process import SingleProcessCommunicator
-from data_parallel.broadcast import broadcast_pieces
-from optimizer.adam import Adam
-from optimizer.mixed_precision import MixedPrecisionOptimizer
+from data_parallel.broadcast import broadcast_bucketed
+from tests.data_parallel.gradients import gradients_of
 
 SHAPES = [(3,), (2, 5), (40,), (1,), (6, 2), (7,)]
 LIMIT = 4 * 20  # bytes: of twenty numbers
-PIECES = [13, 40, 20]  # numbers in each: 3 + 10, one larger than the limit, 1 + 12 + 7
+BUCKETS = [13, 40, 20]  # numbers in each: 3 + 10, one larger than the limit, 1 + 12 + 7
 
 
 class Wire(SingleProcessCommunicator):
@@ -38,14 +37,14 @@ class Wire(SingleProcessCommunicator):
             self._next += 1
 
 
-def test_pieces_are_bounded_and_whole() -> None:
+def test_buckets_are_bounded_and_whole() -> None:
     sent: list[Tensor] = []
     ours = [torch.randn(shape) for shape in SHAPES]
     theirs = [torch.zeros(shape) for shape in SHAPES]
     kept = [tensor.clone() for tensor in ours]
-    broadcast_pieces(ours, Wire(0, sent), root=0, limit=LIMIT)
-    broadcast_pieces(theirs, Wire(1, sent), root=0, limit=LIMIT)
-    assert [piece.numel() for piece in sent] == PIECES
+    broadcast_bucketed(ours, Wire(0, sent), root=0, bucket_bytes=LIMIT)
+    broadcast_bucketed(theirs, Wire(1, sent), root=0, bucket_bytes=LIMIT)
+    assert [bucket.numel() for bucket in sent] == BUCKETS
     assert all(map(torch.equal, theirs, kept))
     assert all(map(torch.equal, ours, kept))
 
@@ -63,14 +62,7 @@ def test_one_replica_has_nothing_to_share(replicas: int) -> None:
             broadcast(tensor, root=root)
 
     communicator.broadcast = counted  # type: ignore[method-assign]
-    optimizer = MixedPrecisionOptimizer(
-        {"a": nn.Parameter(torch.ones(4)), "b": nn.Parameter(torch.ones(5))},
-        Adam(),
-        dtype=torch.float32,
-        weight_decay=0.0,
-        offload=False,
-        sharded=True,
-        replicas=communicator,
-    )
-    optimizer.share_weights()
+    model = nn.Linear(4, 5)
+    gradients = gradients_of(model, communicator, sharded=True)
+    gradients.after_update()
     assert calls == ([] if replicas == 1 else [0, 1])

@@ -1,0 +1,62 @@
+"""--dp-mode allreduce: the replicas' gradients are summed while backward computes others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from comm.communicator import Communicator, Work
+from data_parallel.broadcast import broadcast_owned
+from data_parallel.grad_buffer import Bucket
+from data_parallel.zero_partition import ZeroPartition
+from monitor.profiling.tracer import Tracer, Track
+
+
+class AllReduce:
+    """Sums each bucket over the replicas; every replica gets the sum.
+
+    With a sharded partition only the owner of a bucket gets its sum, and broadcasts its weights
+    after the update.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        partition: ZeroPartition,
+        replicas: Communicator,
+        tracer: Tracer,
+    ) -> None:
+        self._parameters, self._partition = parameters, partition
+        self._replicas, self._tracer = replicas, tracer
+        self._works: list[Work] = []
+
+    def bucket_ready(self, bucket: Bucket) -> None:
+        """Starts the sum of a bucket."""
+        if self._partition.sharded:
+            work = self._replicas.reduce(bucket.gradients, root=bucket.owner)
+        else:
+            work = self._replicas.all_reduce(bucket.gradients)
+        self._works.append(work)
+
+    def finish(self) -> None:
+        """Waits for all sums."""
+        with self._tracer.span(Track.OPTIMIZER_COMM, size=self._partition.num_elements):
+            for work in self._works:
+                work.wait()
+        self._works.clear()
+
+    def after_update(self) -> None:
+        """Gives every replica the weights that the other replicas have stepped."""
+        if self._partition.sharded and self._replicas.size > 1:
+            with self._tracer.span(Track.OPTIMIZER_COMM, size=self._partition.num_elements):
+                broadcast_owned(self._parameters, self._partition, self._replicas)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns nothing: an update depends on its own gradients alone."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores nothing."""
+        assert not state, "an all-reduce has no state"

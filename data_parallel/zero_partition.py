@@ -1,0 +1,61 @@
+"""The replicas that step each weight of a stage: all of them, or one (ZeRO stage 1).
+
+Rajbhandari et al., arXiv 1910.02054.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from comm.communicator import Communicator
+
+
+class ZeroPartition:
+    """The replicas that hold the master and the moments of each weight, and step it.
+
+    Frozen weights have no place in it.
+
+    Args:
+        parameters: a stage's weights by name.
+        replicas: the processes that train this stage.
+        sharded: one replica steps each weight; otherwise every replica steps every weight.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], replicas: Communicator, *, sharded: bool
+    ) -> None:
+        sizes = {name: p.numel() for name, p in parameters.items() if p.requires_grad}
+        self.names = list(sizes)
+        self.num_elements = sum(sizes.values())
+        self.sharded, self._replicas = sharded, replicas
+        owners = assign_owners(list(sizes.values()), replicas.size if sharded else 1)
+        self._owners = dict(zip(self.names, owners, strict=True))
+
+    @property
+    def owned(self) -> list[str]:
+        """The weights that this process steps."""
+        return [name for name in self.names if self._replicas.rank in self.holders(name)]
+
+    def owner(self, name: str) -> int:
+        """Returns the replica that reports the gradient of a weight: the first that steps it."""
+        return self._owners[name]
+
+    def holders(self, name: str) -> list[int]:
+        """Returns all replicas that step a weight."""
+        return [self._owners[name]] if self.sharded else list(range(self._replicas.size))
+
+
+def assign_owners(sizes: Sequence[int], num_owners: int) -> list[int]:
+    """Returns the owner of each weight, such that all own about the same number of elements.
+
+    The largest weight is assigned first, each to the owner with the fewest elements so far. All
+    processes get the same result.
+    """
+    totals, owners = [0] * num_owners, [0] * len(sizes)
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        owner = totals.index(min(totals))
+        owners[index] = owner
+        totals[owner] += sizes[index]
+    return owners
