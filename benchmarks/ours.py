@@ -122,7 +122,7 @@ class _Feed:
         )
         self.state: dict[str, Any] = {}
 
-    def take(self) -> Rows:
+    def next(self) -> Rows:
         return self._rows
 
 
@@ -177,8 +177,7 @@ def _engine(
     return build_engine(
         model,
         link,
-        topology=context.topology,
-        gradients=optimizer.flat_gradients,
+        gradients=optimizer.gradients.buffer,
         schedule=pp_mode,
         recompute=work.recompute,
         num_microbatches=work.batch,

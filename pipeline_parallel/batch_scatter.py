@@ -1,57 +1,42 @@
-"""Token blocks on their way from global rank 0 to every pipeline's first and last stage.
+"""Token blocks on their way from global rank 0 to the first and last stage of every pipeline.
 
-Where documents are kept apart, every stage attends inside them: where they begin goes to all.
+Where documents are kept apart, every stage attends inside them, so every stage gets their starts.
 
-Token ids are small, so rank 0 alone reads data. It sends an iteration's rows while the one before
-is computed, so that no stage waits for text.
+Token ids are small, so rank 0 alone reads data. It sends the rows of an iteration while the one
+before is computed, so that no stage waits for text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from comm.communicator import Communicator, Work
 from comm.topology import Topology
-
-Ids = NDArray[np.int64]
-
-
-class HostBatch(Protocol):
-    """Rows of all replicas, replica after replica: tokens and labels (rows, tokens), and where
-    documents are kept apart, for each token where in its row its document begins."""
-
-    @property
-    def tokens(self) -> Ids: ...
-
-    @property
-    def labels(self) -> Ids: ...
-
-    @property
-    def begins(self) -> Ids | None: ...
+from tasks.loader import BatchLoader
+from tasks.packing.blocks import Batch
 
 
 class Rows(NamedTuple):
-    """This process's rows on its device: tokens on a first stage, labels on a last one.
+    """The rows of one process.
 
-    begins: on the host, on every stage, where documents are kept apart.
+    token_ids: (rows, seq_len), on the device of a first stage; None on the others.
+    labels: (rows, seq_len), on the device of a last stage; None on the others.
+    doc_starts: (rows, seq_len), on the host of every stage, where documents are kept apart.
     """
 
-    tokens: Tensor | None
+    token_ids: Tensor | None
     labels: Tensor | None
-    begins: Tensor | None = None
+    doc_starts: Tensor | None = None
 
 
 class BatchScatter:
-    """Sends rank 0's batches out; every rank takes part, with what its stage needs.
+    """Sends the batches of rank 0 to the stages that need them; every rank calls it.
 
-    `rows` is the number of rows of one pipeline, `tokens` their length. keeps_apart: the batches
-    say where documents begin.
+    A pipeline has `rows` rows of `seq_len` tokens. keeps_apart: the batches have `doc_starts`.
     """
 
     def __init__(
@@ -60,18 +45,18 @@ class BatchScatter:
         topology: Topology,
         *,
         rows: int,
-        tokens: int,
+        seq_len: int,
         keeps_apart: bool,
         device: torch.device,
     ) -> None:
         self._control, self._topology, self._device = control, topology, device
         self._keeps_apart = keeps_apart
-        self._rows, self._shape = rows, (rows, tokens)
+        self._rows, self._shape = rows, (rows, seq_len)
         self._works: list[Work] = []
         self._buffers: dict[str, Tensor] = {}
 
-    def start(self, batch: HostBatch | None) -> None:
-        """Starts moving one batch; `batch` is rank 0's, None elsewhere."""
+    def start(self, batch: Batch | None) -> None:
+        """Starts sending one batch, which rank 0 gives; it is None on the other ranks."""
         self._buffers = {}
         if batch is None:
             for name, needed in self._needs(self._topology.stage).items():
@@ -83,27 +68,31 @@ class BatchScatter:
             self._send_replica(batch, replica)
 
     def finish(self) -> Rows:
-        """Waits for what `start` began, and moves it to the device."""
+        """Waits for the batch of the last `start`; returns this process's rows of it."""
         for work in self._works:
             work.wait()
         self._works.clear()
-        begins = self._buffers.pop("begins", None)
+        doc_starts = self._buffers.pop("doc_starts", None)
         placed = {name: ids.to(self._device) for name, ids in self._buffers.items()}
-        return Rows(placed.get("tokens"), placed.get("labels"), begins)
+        return Rows(placed.get("token_ids"), placed.get("labels"), doc_starts)
 
     def _needs(self, stage: int) -> dict[str, bool]:
         last = self._topology.num_stages - 1
-        return {"tokens": stage == 0, "labels": stage == last, "begins": self._keeps_apart}
+        return {"token_ids": stage == 0, "labels": stage == last, "doc_starts": self._keeps_apart}
 
-    def _send_replica(self, batch: HostBatch, replica: int) -> None:
+    def _send_replica(self, batch: Batch, replica: int) -> None:
         span = slice(replica * self._rows, (replica + 1) * self._rows)
-        arrays = {"tokens": batch.tokens, "labels": batch.labels, "begins": batch.begins}
+        arrays = {
+            "token_ids": batch.tokens,
+            "labels": batch.labels,
+            "doc_starts": batch.begins,
+        }
         for stage in range(self._topology.num_stages):
             rank = self._topology.rank_of(stage=stage, replica=replica)
             for name, needed in self._needs(stage).items():
                 if needed:
                     ids = arrays[name]
-                    assert ids is not None, "batches say where documents begin, as was promised"
+                    assert ids is not None, "every batch has the starts of its documents"
                     self._place(name, torch.from_numpy(ids[span].copy()), rank)
 
     def _place(self, name: str, ids: Tensor, rank: int) -> None:
@@ -113,65 +102,50 @@ class BatchScatter:
             self._works.append(self._control.send(ids, to=rank))
 
 
-class TrainingBatch(Protocol):
-    """A batch with the state of the data right after it, and where each row's text is from."""
+class BatchPrefetcher:
+    """Training batches, each sent one iteration before it is used.
 
-    @property
-    def tokens(self) -> Ids: ...
+    On rank 0, `state` is the state of the data after the batch that `next` returned last, and
+    `documents` names the sources of each of its rows.
 
-    @property
-    def labels(self) -> Ids: ...
-
-    @property
-    def begins(self) -> Ids | None: ...
-
-    @property
-    def state(self) -> dict[str, Any]: ...
-
-    @property
-    def documents(self) -> Sequence[Sequence[str]]: ...
-
-
-class Loader(Protocol):
-    """Where rank 0's training batches come from."""
-
-    def next(self) -> TrainingBatch: ...
-
-
-class BatchFeed:
-    """`num_batches` training batches, each on its way one iteration before it is taken.
-
-    `loader` is rank 0's, None elsewhere. On rank 0, `state` is where the data stands after the
-    batch taken last, and `documents` where that batch's rows are from.
+    Args:
+        scatter: sends the batches.
+        loader: reads them on rank 0; None on the other ranks.
+        num_batches: the number of batches that will be used.
     """
 
-    def __init__(self, scatter: BatchScatter, loader: Loader | None, *, num_batches: int) -> None:
-        self._scatter, self._loader, self._left = scatter, loader, num_batches
+    def __init__(
+        self, scatter: BatchScatter, loader: BatchLoader | None, *, num_batches: int
+    ) -> None:
+        self._scatter, self._loader, self._num_left = scatter, loader, num_batches
         self.state: dict[str, Any] = {}
         self.documents: Sequence[Sequence[str]] = ()
-        self._ahead: TrainingBatch | None = None
-        self._start()
+        self._sent: Batch | None = None
+        self._send()
 
-    def take(self) -> Rows:
-        """The next batch's rows."""
+    def next(self) -> Rows:
+        """Returns the rows of the next batch, and sends the one after it."""
         rows = self._scatter.finish()
-        if self._ahead is not None:
-            self.state, self.documents = self._ahead.state, self._ahead.documents
-        self._start()
+        if self._sent is not None:
+            self.state, self.documents = self._sent.state, self._sent.documents
+        self._send()
         return rows
 
-    def _start(self) -> None:
-        if self._left == 0:
+    def _send(self) -> None:
+        if self._num_left == 0:
             return
-        self._left -= 1
-        self._ahead = None if self._loader is None else self._loader.next()
-        self._scatter.start(self._ahead)
+        self._num_left -= 1
+        self._sent = None if self._loader is None else self._loader.next()
+        self._scatter.start(self._sent)
 
 
-def evaluation_feed(
-    scatter: BatchScatter, control: Communicator, batches: Iterator[HostBatch] | None
+def scatter_evaluation(
+    scatter: BatchScatter, control: Communicator, batches: Iterator[Batch] | None
 ) -> Iterator[Rows]:
-    """Every batch of an evaluation; rank 0 tells the others before each whether there is one."""
+    """Yields the rows of every batch of an evaluation; rank 0 gives `batches`.
+
+    Before each batch rank 0 broadcasts whether there is one.
+    """
     while True:
         batch = None if batches is None else next(batches, None)
         more = torch.tensor([0 if batch is None else 1])

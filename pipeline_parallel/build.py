@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from comm.topology import Topology
 from modules.layers.linear import WeightGradBuffer
 from modules.stage_model import StageModel
 from monitor.profiling.tracer import Tracer
@@ -16,7 +15,6 @@ def build_engine(
     model: StageModel,
     link: StageLink,
     *,
-    topology: Topology,
     gradients: WeightGradBuffer,
     schedule: str,
     recompute: bool,
@@ -24,20 +22,19 @@ def build_engine(
     tracer: Tracer,
     kind: type[Engine] = Engine,
 ) -> Engine:
-    """Builds the engine of a stage; every stage calls it alike."""
+    """Builds the engine of a stage; every stage calls it with the same numbers.
+
+    Args:
+        model: the stage's part of the model.
+        link: its neighbours.
+        gradients: the buffer to which backward adds the gradients of large weights.
+        schedule: one of `SCHEDULES`.
+        recompute: backward computes the activations again.
+        num_microbatches: of a pipeline's batch.
+        tracer: records how long actions take.
+        kind: the class of the engine.
+    """
     actions = SCHEDULES[schedule]
-    stage = Stage(
-        model,
-        recompute=recompute,
-        gradients=gradients,
-        splits=splits_backward(actions, topology.stage, topology.num_stages),
-    )
-    return kind(
-        stage,
-        link,
-        schedule=actions,
-        stage_index=topology.stage,
-        num_stages=topology.num_stages,
-        num_microbatches=num_microbatches,
-        tracer=tracer,
-    )
+    splits = splits_backward(actions, link.stage, link.num_stages)
+    stage = Stage(model, recompute=recompute, gradients=gradients, splits=splits)
+    return kind(stage, link, schedule=actions, num_microbatches=num_microbatches, tracer=tracer)

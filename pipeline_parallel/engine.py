@@ -1,4 +1,4 @@
-"""Joins schedule, stage and channel: one iteration of one pipeline's batch."""
+"""Joins schedule, stage and link: runs one iteration of one pipeline's batch."""
 
 from __future__ import annotations
 
@@ -24,18 +24,17 @@ NAMES = {
     Kind.WEIGHT_GRADIENT: "weight gradient",
 }
 
-
 FORWARDS = (Kind.FORWARD,)
 
 
 class Losses(NamedTuple):
-    """The sum of token losses of each microbatch, and over how many tokens all are.
+    """The sum of token losses of each microbatch, and the number of trained tokens of all.
 
-    Only the last stage has any: elsewhere there are none, over 0 tokens.
+    Only the last stage has losses; other stages have none, over 0 tokens.
     """
 
     of_microbatches: list[float]
-    tokens: int
+    num_trained_tokens: int
 
     @property
     def total(self) -> float:
@@ -43,37 +42,44 @@ class Losses(NamedTuple):
 
 
 class StageError(RuntimeError):
-    """A microbatch failed in a stage; the text has the stage, the microbatch and the shapes."""
+    """A failure of a microbatch in a stage; the text has the stage, the microbatch and shapes."""
 
 
 class StageMemoryError(StageError):
-    """It failed for want of memory; the text also has how many other microbatches were held."""
+    """A failure for want of memory; the text also has the number of microbatches in flight."""
 
 
 class Engine:
     """Runs batches of `num_microbatches` through this process's stage.
 
-    Raises ValueError where the schedule cannot run.
+    Args:
+        stage: computes forward and backward.
+        link: exchanges messages with the neighbours.
+        schedule: yields the order of actions.
+        num_microbatches: of a pipeline's batch.
+        tracer: records how long actions take.
+
+    Raises:
+        ValueError: the schedule cannot run.
     """
 
     def __init__(
         self,
         stage: Stage,
-        channel: StageLink,
+        link: StageLink,
         *,
         schedule: Schedule,
-        stage_index: int,
-        num_stages: int,
         num_microbatches: int,
         tracer: Tracer = NO_TRACER,
     ) -> None:
+        index, num_stages = link.stage, link.num_stages
         check_schedule(schedule, num_stages, num_microbatches)
-        self._stage, self._channel, self._index = stage, channel, stage_index
+        self._stage, self._link = stage, link
         self._num_microbatches, self.tracer = num_microbatches, tracer
-        self._train = list(schedule(stage_index, num_stages, num_microbatches))
-        self._evaluate = list(forward_only(stage_index, num_stages, num_microbatches))
-        prev, following = max(0, stage_index - 1), min(stage_index + 1, num_stages - 1)
-        before, after = (list(schedule(s, num_stages, num_microbatches)) for s in (prev, following))
+        self._train = list(schedule(index, num_stages, num_microbatches))
+        self._evaluate = list(forward_only(index, num_stages, num_microbatches))
+        neighbours = max(0, index - 1), min(index + 1, num_stages - 1)
+        before, after = (list(schedule(s, num_stages, num_microbatches)) for s in neighbours)
         self._gradients_arrived = _arrived(before, BACKWARD_BEGINS, with_=FORWARDS)
         self._activations_arrived = _arrived(after, FORWARDS, with_=BACKWARD_BEGINS)
         self._not_finite: list[int] | None = None
@@ -85,35 +91,35 @@ class Engine:
         }
         self._losses: list[Tensor] = []
         self._loss_scale = 1.0
-        self._last_given = torch.Size(), torch.float32
+        self._last_received = torch.Size(), torch.float32
 
     def train(self, batch: PipelineBatch, *, loss_scale: float) -> Losses:
-        """Adds the gradients of the batch's token losses times `loss_scale` to the parameters'."""
+        """Adds the gradients of the batch's token losses times `loss_scale`."""
         self._loss_scale = loss_scale
-        self._channel.expect(activations=self._num_microbatches, gradients=self._num_microbatches)
+        self._link.expect(activations=self._num_microbatches, gradients=self._num_microbatches)
         for action in self._train:
             self._run(action, self._runs[action.kind], batch)
         return self._finish(batch)
 
     def evaluate(self, batch: PipelineBatch) -> Losses:
-        """The batch's losses."""
-        self._channel.expect(activations=self._num_microbatches, gradients=0)
+        """Returns the batch's losses."""
+        self._link.expect(activations=self._num_microbatches, gradients=0)
         for action in self._evaluate:
             self._run(action, self._evaluate_one, batch)
         return self._finish(batch)
 
     def find_not_finite(self, batch: PipelineBatch) -> list[int]:
-        """The microbatches whose numbers stop being finite in this very stage."""
+        """Returns the microbatches whose numbers stop being finite in this very stage."""
         self._not_finite = []
         self.evaluate(batch)
         found, self._not_finite = self._not_finite, None
         return found
 
     def _finish(self, batch: PipelineBatch) -> Losses:
-        self._channel.flush()
+        self._link.flush()
         losses = torch.stack(self._losses).tolist() if self._losses else []
         self._losses.clear()
-        return Losses(losses, batch.num_trained())
+        return Losses(losses, batch.num_trained_tokens())
 
     def _run(
         self, action: Action, run: Callable[[int, PipelineBatch], None], batch: PipelineBatch
@@ -123,56 +129,59 @@ class Engine:
         except PeerLostError:
             raise
         except Exception as error:
-            shape, dtype = self._last_given
-            place = f"stage {self._index}, {NAMES[action.kind]} of microbatch {action.microbatch}"
-            given = f"what came in last: {tuple(shape)} {dtype}"
+            shape, dtype = self._last_received
+            kind, microbatch = NAMES[action.kind], action.microbatch
+            place = f"stage {self._link.stage}, {kind} of microbatch {microbatch}"
+            received = f"last received: {tuple(shape)} {dtype}"
             if is_out_of_memory(error):
-                held = len(self._stage.held - {action.microbatch})
-                raise StageMemoryError(f"{place}, with {held} others held; {given}") from error
-            raise StageError(f"{place}; {given}") from error
+                others = len(self._stage.in_flight - {microbatch})
+                raise StageMemoryError(
+                    f"{place}, with {others} others in flight; {received}"
+                ) from error
+            raise StageError(f"{place}; {received}") from error
 
     def _forward(self, microbatch: int, batch: PipelineBatch) -> None:
         labels = batch.labels(microbatch)
         x = self._input(microbatch, batch)
-        self._channel.settle(gradients=self._gradients_arrived[microbatch])
+        self._link.resolve(gradients=self._gradients_arrived[microbatch])
         keys, documents = batch.keys(microbatch), batch.documents(microbatch, x.device)
         with self.tracer.span(Track.FORWARD_COMPUTE, microbatch=microbatch):
             out = self._stage.forward(
                 microbatch, x, labels, keys, loss_scale=self._loss_scale, documents=documents
             )
-        self._give(out, is_loss=labels is not None)
+        self._output(out, is_loss=labels is not None)
 
     def _evaluate_one(self, microbatch: int, batch: PipelineBatch) -> None:
         labels = batch.labels(microbatch)
         x = self._input(microbatch, batch)
-        self._channel.settle(activations=microbatch - AHEAD)
+        self._link.resolve(activations=microbatch - AHEAD)
         documents = batch.documents(microbatch, x.device)
         out = self._stage.evaluate(x, labels, documents=documents)
         if self._not_finite is not None and x.isfinite().all() and not out.isfinite().all():
             self._not_finite.append(microbatch)
-        self._give(out, is_loss=labels is not None)
+        self._output(out, is_loss=labels is not None)
 
     def _input(self, microbatch: int, batch: PipelineBatch) -> Tensor:
-        received = self._channel.receive_activation()
-        x = batch.tokens(microbatch) if received is None else received
+        received = self._link.receive_activation()
+        x = batch.token_ids(microbatch) if received is None else received
         assert x is not None, "the first stage has token ids"
-        self._last_given = x.shape, x.dtype
+        self._last_received = x.shape, x.dtype
         return x
 
-    def _give(self, out: Tensor, *, is_loss: bool) -> None:
+    def _output(self, out: Tensor, *, is_loss: bool) -> None:
         if is_loss:
             self._losses.append(out)
         else:
-            self._channel.send_activation(out)
+            self._link.send_activation(out)
 
     def _backward(self, microbatch: int, batch: PipelineBatch) -> None:
-        gradient = self._channel.receive_gradient()
+        gradient = self._link.receive_gradient()
         if gradient is not None:
-            self._last_given = gradient.shape, gradient.dtype
-            self._channel.settle(activations=self._activations_arrived[microbatch])
+            self._last_received = gradient.shape, gradient.dtype
+            self._link.resolve(activations=self._activations_arrived[microbatch])
         with self.tracer.span(Track.BACKWARD_COMPUTE, microbatch=microbatch):
-            of_input = self._stage.backward(microbatch, gradient)
-        self._channel.send_gradient(of_input)
+            input_gradient = self._stage.backward(microbatch, gradient)
+        self._link.send_gradient(input_gradient)
 
     def _weight_gradient(self, microbatch: int, batch: PipelineBatch) -> None:
         with self.tracer.span(Track.WEIGHT_GRADIENT, microbatch=microbatch):
@@ -182,9 +191,14 @@ class Engine:
 def _arrived(
     neighbour: Sequence[Action], receiving: Collection[Kind], *, with_: Collection[Kind]
 ) -> dict[int, int]:
-    """How many messages a neighbour had when it sent each microbatch's of the other direction.
+    """Returns the number of messages that a neighbour had received when it sent each microbatch's.
 
-    It receives one before each of its actions of `receiving`, and sends one after those of `with_`.
+    A message from the neighbour thus tells this stage which of its own messages have arrived.
+
+    Args:
+        neighbour: its actions, in order.
+        receiving: the kinds of actions that begin with a message from this stage.
+        with_: the kinds of actions that end with a message to this stage.
     """
     arrived, count = {}, 0
     for action in neighbour:

@@ -13,42 +13,49 @@ from modules.layers.lm_head import IGNORED
 
 
 class PipelineBatch:
-    """One pipeline's rows of one iteration, cut into microbatches.
+    """The rows of one pipeline in one iteration, cut into microbatches.
 
-    `tokens` (rows, tokens) is there on the first stage, `labels` (rows, tokens) on the last;
-    `keys` are the dropout keys of the rows, and `rows` how many a microbatch has. `begins` (rows,
-    tokens), on the host and on every stage, is where in its row each token's document begins; None
-    where documents are not kept apart.
+    Args:
+        token_ids: (rows, seq_len); None where the stage is not the first.
+        labels: (rows, seq_len); None where the stage is not the last.
+        keys: the dropout keys of the rows.
+        micro_rows: the number of rows of a microbatch.
+        doc_starts: (rows, seq_len), on the host: the index in its row of the first token of each
+            token's document; None where documents are not kept apart.
     """
 
     def __init__(
         self,
-        tokens: Tensor | None,
+        token_ids: Tensor | None,
         labels: Tensor | None,
         keys: Sequence[int],
-        rows: int,
-        begins: Tensor | None = None,
+        micro_rows: int,
+        doc_starts: Tensor | None = None,
     ) -> None:
-        self._tokens, self._labels, self._keys, self._rows = tokens, labels, keys, rows
-        self._begins = begins
+        self._token_ids, self._labels, self._keys = token_ids, labels, keys
+        self._micro_rows, self._doc_starts = micro_rows, doc_starts
 
-    def tokens(self, microbatch: int) -> Tensor | None:
-        return None if self._tokens is None else self._tokens[self._span(microbatch)]
+    def token_ids(self, microbatch: int) -> Tensor | None:
+        """Returns the token ids of a microbatch, on a first stage."""
+        return None if self._token_ids is None else self._token_ids[self._span(microbatch)]
 
     def labels(self, microbatch: int) -> Tensor | None:
+        """Returns the labels of a microbatch, on a last stage."""
         return None if self._labels is None else self._labels[self._span(microbatch)]
 
     def keys(self, microbatch: int) -> Keys:
+        """Returns the dropout keys of a microbatch."""
         return self._keys[self._span(microbatch)]
 
     def documents(self, microbatch: int, device: torch.device) -> PackedDocuments | None:
-        if self._begins is None:
+        """Returns the documents of a microbatch, where they are kept apart."""
+        if self._doc_starts is None:
             return None
-        return PackedDocuments(self._begins[self._span(microbatch)], device)
+        return PackedDocuments(self._doc_starts[self._span(microbatch)], device)
 
-    def num_trained(self) -> int:
-        """Tokens that are predicted, as the last stage sees them; 0 elsewhere."""
+    def num_trained_tokens(self) -> int:
+        """Returns the number of tokens that are predicted; 0 where the stage is not the last."""
         return 0 if self._labels is None else int((self._labels != IGNORED).sum())
 
     def _span(self, microbatch: int) -> slice:
-        return slice(microbatch * self._rows, (microbatch + 1) * self._rows)
+        return slice(microbatch * self._micro_rows, (microbatch + 1) * self._micro_rows)

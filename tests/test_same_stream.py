@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from comm.topology import Topology
-from pipeline_parallel.batch_scatter import BatchFeed, BatchScatter
+from pipeline_parallel.batch_scatter import BatchPrefetcher, BatchScatter
 from tasks.loader import BatchLoader
 from tasks.mixture import BlockStream
 from tasks.source_spec import SourceSpec
@@ -53,13 +53,13 @@ def _take(topology: Topology, url: str, path: Path) -> Taken:
                 fabric.control,
                 topology,
                 rows=ROWS // topology.num_replicas,
-                tokens=TOKENS,
+                seq_len=TOKENS,
                 keeps_apart=True,
                 device=torch.device("cpu"),
             )
-            feed = BatchFeed(scatter, loader, num_batches=BATCHES // 2)
+            feed = BatchPrefetcher(scatter, loader, num_batches=BATCHES // 2)
             for _ in range(BATCHES // 2):
-                rows = feed.take()
+                rows = feed.next()
                 taken.append({k: v.numpy() for k, v in rows._asdict().items() if v is not None})
             state = feed.state
             if loader is not None:

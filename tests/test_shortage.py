@@ -130,7 +130,7 @@ def told(folder: Path) -> dict[str, Told]:
         ("weights", "stage 0, making the weights: out of memory; by --plan"),
         ("moments", "stage 0, making gradients, masters and moments: out of memory "
          "(it asked for 512 bytes); by --plan"),
-        ("microbatch", "stage 0, forward of microbatch 2, with 2 others held; what came in last: "
+        ("microbatch", "stage 0, forward of microbatch 2, with 2 others in flight; last received: "
          "(1, 64) torch.int64: out of memory (it asked for 2.00 GiB); by --plan"),
     ],
 )  # fmt: skip
@@ -200,7 +200,7 @@ def test_memory_that_truly_runs_out_ends_every_rank(folder: Path) -> None:
     assert len(first) == len(second) == 1
     assert first[0] == f"rank 0: {second[0]}"
     assert re.match(
-        r"rank 1: stage 1, forward of microbatch \d+, with \d+ others held; what came in last: "
+        r"rank 1: stage 1, forward of microbatch \d+, with \d+ others in flight; last received: "
         r"\(1, 256, 128\) torch.float32: out of memory \(it asked for \d+ bytes\); by --plan .*; "
         r"the same command with --rank 0 --plan --device-memory SIZE",
         second[0],

@@ -17,7 +17,7 @@ from optimizer.build import ALGORITHMS, build_optimizer
 from optimizer.loss_scaler import make_scaler
 from optimizer.lr_schedule import learning_rate
 from optimizer.update import UpdateStep
-from pipeline_parallel.batch_scatter import BatchFeed, BatchScatter
+from pipeline_parallel.batch_scatter import BatchPrefetcher, BatchScatter
 from pipeline_parallel.build import build_engine
 from pipeline_parallel.engine import Engine
 from pipeline_parallel.p2p import StageLink
@@ -100,7 +100,7 @@ def build_trainer(
         num_parameters=[len(of_stage) for of_stage in names],
         tracer=engine.tracer,
     )
-    feed = BatchFeed(
+    feed = BatchPrefetcher(
         _scatter(settings, context), loader, num_batches=settings.update.total_steps - start.step
     )
     report = NotFiniteReport(
@@ -156,7 +156,6 @@ def build_stage_engine(
     return build_engine(
         model,
         link,
-        topology=context.topology,
         gradients=updater.optimizer.gradients.buffer,
         schedule=settings.parallel.pp_mode,
         recompute=settings.precision.recompute,
@@ -193,7 +192,7 @@ def _scatter(settings: Settings, context: RunContext) -> BatchScatter:
         context.control,
         context.topology,
         rows=settings.update.batch_size,
-        tokens=settings.update.seq_length,
+        seq_len=settings.update.seq_length,
         keeps_apart=settings.data.pack == "document",
         device=context.device,
     )

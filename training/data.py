@@ -10,12 +10,12 @@ from typing import Any
 from arguments.settings import Settings
 from checkpoint.files.layer_shards import check_companions
 from checkpoint.files.model_folder import companion_files
-from pipeline_parallel.batch_scatter import HostBatch
 from tasks.evaluation import evaluation_batches
 from tasks.evaluation_sets import parse_evaluation_data
 from tasks.loader import BatchLoader
 from tasks.mixture import BlockStream
 from tasks.open import open_source
+from tasks.packing.blocks import Batch
 from tasks.preview import describe_mixture, look_at, preview_blocks
 from tasks.sources.bad_lines import BadLines
 from tasks.stream import open_documents, open_training_stream
@@ -42,7 +42,7 @@ class TrainingData:
             stream.restore(state)
         return BatchLoader(stream, rows=self._rows)
 
-    def open_evaluation(self) -> dict[str, Iterator[HostBatch]]:
+    def open_evaluation(self) -> dict[str, Iterator[Batch]]:
         """Each set of held-out text from its beginning, by name; none where none is asked for."""
         given = self._settings.data.evaluation_data
         sets = [] if given is None else parse_evaluation_data(given)
@@ -53,7 +53,7 @@ class TrainingData:
         for batches in self.open_evaluation().values():
             next(batches)
 
-    def _batches_of(self, source: str) -> Iterator[HostBatch]:
+    def _batches_of(self, source: str) -> Iterator[Batch]:
         data, update = self._settings.data, self._settings.update
         return evaluation_batches(
             source,

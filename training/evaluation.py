@@ -13,9 +13,10 @@ from comm.lifecycle.stop_signals import StopCause, StopRequest
 from comm.objects import broadcast_json, gather_json
 from comm.run_context import RunContext
 from monitor.metrics import HeldOut, SetLoss
-from pipeline_parallel.batch_scatter import BatchScatter, HostBatch, evaluation_feed
+from pipeline_parallel.batch_scatter import BatchScatter, scatter_evaluation
 from pipeline_parallel.engine import Engine
 from pipeline_parallel.microbatch import PipelineBatch
+from tasks.packing.blocks import Batch
 from training.step_totals import StepTotals, TotalsReducer
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class Evaluation:
     scatter: BatchScatter
     engine: Engine
     totals: TotalsReducer
-    open_sets: Callable[[], Mapping[str, Iterator[HostBatch]]] | None
+    open_sets: Callable[[], Mapping[str, Iterator[Batch]]] | None
     stop: StopRequest
 
     def run(self, *, may_stop: bool) -> HeldOut | StopCause:
@@ -60,20 +61,20 @@ class Evaluation:
             {name: SetLoss(one.loss / one.tokens, one.tokens) for name, one in named.items()},
         )
 
-    def _run_set(
-        self, name: str, batches: Iterator[HostBatch] | None, *, may_stop: bool
-    ) -> StepTotals:
+    def _run_set(self, name: str, batches: Iterator[Batch] | None, *, may_stop: bool) -> StepTotals:
         """The sums over one set, or over what of it came before a request to stop; rank 0 has its
         batches."""
         if batches is not None and may_stop:  # the others end where rank 0's batches end
             batches = takewhile(lambda _: self.stop.asked is None, batches)
         loss, tokens, bad = 0.0, 0, list[tuple[int, int]]()
-        for number, rows in enumerate(evaluation_feed(self.scatter, self.context.control, batches)):
+        for number, rows in enumerate(
+            scatter_evaluation(self.scatter, self.context.control, batches)
+        ):
             batch = PipelineBatch(
-                rows.tokens, rows.labels, (), self.settings.micro_batch_size, rows.begins
+                rows.token_ids, rows.labels, (), self.settings.micro_batch_size, rows.doc_starts
             )
             one = self.engine.evaluate(batch)
-            loss, tokens = loss + one.total, tokens + one.tokens
+            loss, tokens = loss + one.total, tokens + one.num_trained_tokens
             bad += [
                 (number, i) for i, of in enumerate(one.of_microbatches) if not math.isfinite(of)
             ]

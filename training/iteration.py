@@ -14,7 +14,7 @@ from optimizer.clipping import squared_norms
 from optimizer.mixed_precision import MixedPrecisionOptimizer
 from optimizer.state_dict import finite_weights
 from optimizer.update import UpdateResult, UpdateStep
-from pipeline_parallel.batch_scatter import BatchFeed, Rows
+from pipeline_parallel.batch_scatter import BatchPrefetcher, Rows
 from pipeline_parallel.engine import Engine, Losses
 from pipeline_parallel.microbatch import PipelineBatch
 from training.not_finite import NotFiniteReport
@@ -36,7 +36,7 @@ class Iteration:
         context: RunContext,
         *,
         engine: Engine,
-        feed: BatchFeed,
+        feed: BatchPrefetcher,
         updater: UpdateStep,
         totals: TotalsReducer,
         report: NotFiniteReport,
@@ -91,7 +91,7 @@ class Iteration:
         )
 
     def _run(self, step: int, is_writing: bool) -> StepTotals:
-        settings, rows = self._settings, self.feed.take()
+        settings, rows = self._settings, self.feed.next()
         if settings.begins_update(step):
             self._optimizer.gradients.begin_update(
                 settings.gradient_accumulate_step * settings.num_microbatches
@@ -104,7 +104,7 @@ class Iteration:
             norms = self._squared_norms()
         totals = self._totals.reduce(
             loss=losses.total,
-            tokens=losses.tokens,
+            tokens=losses.num_trained_tokens,
             squared_norms=norms,
             stop_cause=self._stop.asked,
             is_writing=is_writing,
@@ -155,7 +155,9 @@ class Iteration:
             derive_seed(settings.seed, "dropout", update, sequence)
             for sequence in range(first, first + settings.batch_size)
         ]
-        return PipelineBatch(rows.tokens, rows.labels, keys, settings.micro_batch_size, rows.begins)
+        return PipelineBatch(
+            rows.token_ids, rows.labels, keys, settings.micro_batch_size, rows.doc_starts
+        )
 
     def _check_finite(
         self, step: int, totals: StepTotals, batch: PipelineBatch, losses: Losses

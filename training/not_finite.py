@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from arguments.settings import UpdateSettings
 from comm.objects import broadcast_json, gather_json
 from comm.run_context import RunContext
-from pipeline_parallel.batch_scatter import BatchFeed
+from pipeline_parallel.batch_scatter import BatchPrefetcher
 from pipeline_parallel.engine import Engine, Losses
 from pipeline_parallel.microbatch import PipelineBatch
 from training.step_totals import StepTotals
@@ -23,7 +23,7 @@ class NotFiniteReport:
         context: RunContext,
         *,
         engine: Engine,
-        feed: BatchFeed,
+        feed: BatchPrefetcher,
         parameter_names: Sequence[str],
     ) -> None:
         self._settings, self._context = settings, context

@@ -22,15 +22,14 @@ from monitor.profiling.timeline import Timeline
 from monitor.profiling.trace_file import TRACE_FOLDER
 from monitor.profiling.tracer import NO_TRACER, Tracer, Track
 from pipeline_parallel.schedule.schedules import SCHEDULES
-from pipeline_parallel.schedule.simulator import Costs, StageCosts, simulate
-from pipeline_parallel.schedule.simulator import SimulatedRun as Simulation
+from pipeline_parallel.schedule.simulator import Costs, SimulatedRun, StageCosts, simulate
 
 logger = logging.getLogger(__name__)
 
 
 def simulate_pipeline(
     steps: Sequence[StepOfAllRanks], *, schedule: str, num_stages: int, num_microbatches: int
-) -> Simulation:
+) -> SimulatedRun:
     """Forward and backward of a step for the median costs measured in `steps`, messages for
     nothing."""
     spans = [span for step in steps for span in step.spans]
@@ -60,18 +59,8 @@ def simulated_step(
         steps, schedule=schedule, num_stages=num_stages, num_microbatches=num_microbatches
     )
     norms, updates = _optimizer_seconds(steps, num_stages)
-    ends = [max(s.end for s in simulation.spans if s.stage == i) for i in range(num_stages)]
+    ends = [max(s.end for s in simulation.actions if s.stage == i) for i in range(num_stages)]
     return max(end + norm for end, norm in zip(ends, norms, strict=True)) + max(updates)
-
-
-def measured_over_simulated(
-    steps: Sequence[StepOfAllRanks], *, schedule: str, num_stages: int, num_microbatches: int
-) -> float:
-    """The median length of `steps` over `simulated_step`."""
-    measured = statistics.median(step.end - step.start for step in steps)
-    return measured / simulated_step(
-        steps, schedule=schedule, num_stages=num_stages, num_microbatches=num_microbatches
-    )
 
 
 class TrainingProfile:
@@ -117,7 +106,7 @@ class TrainingProfile:
             num_stages=self._topology.num_stages,
             num_microbatches=self._num_microbatches,
         )
-        return [SimulatedSpan(s.stage, str(s.action), s.start, s.end) for s in simulation.spans]
+        return [SimulatedSpan(s.stage, str(s.action), s.start, s.end) for s in simulation.actions]
 
     def _summary(self, timeline: Timeline) -> str:
         step, of_step = timeline.measured, timeline.measured_shares()

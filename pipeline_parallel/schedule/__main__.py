@@ -1,4 +1,4 @@
-"""A schedule's timetable as text: `python -m pipeline_parallel.schedule`."""
+"""Prints a schedule's timetable: `python -m pipeline_parallel.schedule`."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from pipeline_parallel.schedule.schedules import SCHEDULES, Kind, Schedule
 from pipeline_parallel.schedule.simulator import Costs, SimulatedRun, StageCosts, simulate
 from pipeline_parallel.schedule.validate import check_schedule, peak_recomputed
 
-IDLE, GOES_ON = ".", "=="
-LARGEST = 250  # beyond it nobody reads a timetable
+IDLE, CONTINUES = ".", "=="
+LARGEST = 250  # a larger timetable is not readable
 
 RECOMPUTE_NOTE = """\
-With --recompute true, a stage holds the recomputed activations of a microbatch from its
-input-gradient action (I) to its weight-gradient action (W), or within B; at the most, by stage:
+With --recompute true, the recomputed activations of a microbatch are in memory from its
+input-gradient action (I) to its weight-gradient action (W), or within B; at most, stage by stage:
 {} microbatches.
 """
 
 
-def timetable(timeline: SimulatedRun) -> str:
-    """A line for each stage; time runs to the right, a slot for each second of the costs.
+def timetable(run: SimulatedRun) -> str:
+    """Returns a line for each stage; time runs to the right, a slot for each second of the costs.
 
-    An action of several slots goes on as ==, and an idle slot is a dot. What `timeline` was made
-    with must be whole seconds, and at least one for each action.
+    An action of several slots continues as ==, and an idle slot is a dot. The costs of `run` must
+    be whole seconds, and at least one for each action.
     """
-    rows = [[IDLE] * round(timeline.total) for _ in timeline.peak_live]
-    for span in timeline.spans:
-        start, end = round(span.start), round(span.end)
-        rows[span.stage][start:end] = [str(span.action)] + [GOES_ON] * (end - start - 1)
-    width = max(len(str(span.action)) for span in timeline.spans)
+    rows = [[IDLE] * round(run.total) for _ in run.peak_in_flight]
+    for stage, action, start_second, end_second in run.actions:
+        start, end = round(start_second), round(end_second)
+        rows[stage][start:end] = [str(action)] + [CONTINUES] * (end - start - 1)
+    width = max(len(str(scheduled.action)) for scheduled in run.actions)
     digits = len(str(len(rows) - 1))
     lines = (
         f"stage {stage:<{digits}}   " + " ".join(cell.ljust(width) for cell in row)
@@ -41,21 +41,22 @@ def timetable(timeline: SimulatedRun) -> str:
 
 
 def describe(schedule: Schedule, num_stages: int, num_microbatches: int, costs: StageCosts) -> str:
-    """The timetable where every stage has these costs (whole, in slots), and what it comes to."""
-    timeline = simulate(schedule, num_stages, num_microbatches, Costs([costs] * num_stages))
-    text = timetable(timeline) + (
-        f"\ntotal       {timeline.total:.0f} slots"
-        f"\nbubble      {100 * timeline.bubble:.1f} %"
-        f"\npeak live   {_join(timeline.peak_live)} microbatches, stage by stage\n"
+    """Returns the timetable where every stage has these costs in slots, with its totals."""
+    run = simulate(schedule, num_stages, num_microbatches, Costs([costs] * num_stages))
+    text = timetable(run) + (
+        f"\ntotal       {run.total:.0f} slots"
+        f"\nbubble      {100 * run.bubble:.1f} %"
+        f"\nin flight   at most {_join(run.peak_in_flight)} microbatches, stage by stage\n"
     )
-    if all(span.action.kind is not Kind.INPUT_GRADIENT for span in timeline.spans):
+    if all(scheduled.action.kind is not Kind.INPUT_GRADIENT for scheduled in run.actions):
         return text
-    held = [peak_recomputed(schedule, s, num_stages, num_microbatches) for s in range(num_stages)]
-    return text + "\n" + RECOMPUTE_NOTE.format(_join(held))
+    stages = range(num_stages)
+    recomputed = [peak_recomputed(schedule, s, num_stages, num_microbatches) for s in stages]
+    return text + "\n" + RECOMPUTE_NOTE.format(_join(recomputed))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints what `describe` tells; a mistake is one line on stderr and exit status 2."""
+    """Prints what `describe` returns; a mistake is one line on stderr and exit status 2."""
     args = _parser().parse_args(argv)
     schedule = SCHEDULES[args.pp_mode]
     check_schedule(schedule, args.stages, args.microbatches)
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 class _OneLineParser(argparse.ArgumentParser):
-    """argparse, whose mistakes are one line, without the usage."""
+    """An argparse parser whose errors are one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, " ".join(message.removeprefix("argument ").split()) + "\n")
@@ -75,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m pipeline_parallel.schedule",
         description="Prints when each stage runs which microbatch: F forward, B backward, or its "
         "two parts, I the gradient of the stage's input and W those of its weights. An action of "
-        "several slots goes on as ==; an idle slot is a dot. B takes the slots of I and W.",
+        "several slots continues as ==; an idle slot is a dot. B takes the slots of I and W.",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

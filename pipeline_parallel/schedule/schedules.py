@@ -1,12 +1,11 @@
-"""When a stage runs which microbatch, as pure data: no tensor, no rank, no input or output.
+"""The order in which a stage runs microbatches, as pure data: no tensor, no rank, no I/O.
 
-A schedule yields one stage's actions in order. The engine receives what an action needs before it
-and sends what it made after it, so a schedule names neither. Backward visits the microbatches in
-one order on every stage, whatever their number: gradients then add up to the same bits.
+A schedule yields one stage's actions in order. The engine receives before an action and sends
+after it, so a schedule names no messages. Backward visits the microbatches in one order on every
+stage, for any number of stages: gradients then add up to the same bits.
 
-Adding a schedule is one generator and one line in `SCHEDULES`.
-`pipeline_parallel.schedule.validate` checks any schedule
-before it runs, `pipeline_parallel.schedule.simulator` tells how long it takes, and
+Adding a schedule is one generator and one line in `SCHEDULES`. The package's `validate` checks any
+schedule before it runs, its `simulator` computes how long it takes, and
 
     python -m pipeline_parallel.schedule --pp-mode zb-h1 --stages 4 --microbatches 8
 
@@ -21,7 +20,7 @@ from typing import NamedTuple
 
 
 class Kind(Enum):
-    """Backward makes the gradients of a stage's input and of its weights, at once or in two."""
+    """The kinds of actions; a backward pass is B, or in its two parts first I and later W."""
 
     FORWARD = "F"
     BACKWARD = "B"
@@ -30,7 +29,7 @@ class Kind(Enum):
 
 
 class Action(NamedTuple):
-    """One microbatch, once through a stage in one direction."""
+    """One pass of a microbatch through a stage in one direction."""
 
     kind: Kind
     microbatch: int
@@ -52,7 +51,7 @@ Schedule = Callable[[int, int, int], Iterator[Action]]
 #   stage 1   .  F0 F1 F2 .  .  .  B0 == B1 == B2 == .  .
 #   stage 2   .  .  F0 F1 F2 B0 == B1 == B2 == .  .  .  .
 def gpipe(stage: int, num_stages: int, num_microbatches: int) -> Iterator[Action]:
-    """All forwards, then all backwards; every microbatch's activations live at once."""
+    """All forwards, then all backwards: all microbatches are in flight at once."""
     for microbatch in range(num_microbatches):
         yield Action(Kind.FORWARD, microbatch)
     for microbatch in range(num_microbatches):
@@ -67,7 +66,7 @@ def gpipe(stage: int, num_stages: int, num_microbatches: int) -> Iterator[Action
 def one_forward_one_backward(
     stage: int, num_stages: int, num_microbatches: int
 ) -> Iterator[Action]:
-    """As soon as a microbatch can go back, it does: at most num_stages - stage are live."""
+    """Backward as early as possible: at most num_stages - stage microbatches are in flight."""
     ahead = min(num_stages - stage - 1, num_microbatches)
     for microbatch in range(ahead):
         yield Action(Kind.FORWARD, microbatch)
@@ -83,13 +82,14 @@ def one_forward_one_backward(
 #   stage 1   .  F0 F1 .  I0 F2 I1 W0 F3 I2 W1 I3 W2 W3
 #   stage 2   .  .  F0 I0 F1 I1 F2 I2 W0 F3 I3 W1 W2 W3
 def zero_bubble_h1(stage: int, num_stages: int, num_microbatches: int) -> Iterator[Action]:
-    """As 1f1b, with `stage` weight gradients put off to where the stage would else wait.
+    """1f1b with `stage` weight gradients deferred to where the stage would otherwise wait.
 
-    Nobody waits for a gradient of the first stage, and it puts none off: its backward stays whole.
+    No stage waits for a gradient of the first stage, so its backward is not split.
 
-    From forward to weight gradient at most num_stages microbatches are live. Where all stages cost
-    the same and num_microbatches is at least num_stages, each stage idles (num_stages - 1) times
-    F + I - min(F, I, W): the paper's F + I - W, which takes W for the shortest (1f1b: F + I + W).
+    From forward to weight gradient at most num_stages microbatches are in flight. Where all stages
+    cost the same and num_microbatches is at least num_stages, each stage idles (num_stages - 1)
+    times F + I - min(F, I, W): the paper's F + I - W, which takes W for the shortest (1f1b:
+    F + I + W).
     """
     if stage == 0:
         yield from one_forward_one_backward(stage, num_stages, num_microbatches)
@@ -108,13 +108,13 @@ def zero_bubble_h1(stage: int, num_stages: int, num_microbatches: int) -> Iterat
 
 
 def forward_only(stage: int, num_stages: int, num_microbatches: int) -> Iterator[Action]:
-    """What evaluation runs."""
+    """The order of an evaluation."""
     for microbatch in range(num_microbatches):
         yield Action(Kind.FORWARD, microbatch)
 
 
 def splits_backward(schedule: Schedule, stage: int, num_stages: int) -> bool:
-    """Whether backward comes in two parts on this stage."""
+    """Returns whether backward comes in two parts on this stage."""
     return any(action.kind is Kind.WEIGHT_GRADIENT for action in schedule(stage, num_stages, 1))
 
 

@@ -1,8 +1,8 @@
-"""How long a schedule takes, given what its actions and messages cost.
+"""Simulates how long a schedule takes, from the costs of its actions and messages.
 
-Timed as the engine runs it: a stage runs its actions one after another, each as soon as the stage
-is free and the message that it needs, if any, has arrived. Sending does not hold up the sender; a
-link carries one message at a time each way, so that a slow link makes a queue.
+It follows the engine: a stage runs its actions one after another, each as soon as the stage is free
+and the action's message, if it has one, has arrived. A send does not delay the sender. A link
+carries one message at a time each way, so messages queue on a slow link.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pipeline_parallel.schedule.dependencies import Transfer, makes, needs, replay
+from pipeline_parallel.schedule.dependencies import Transfer, execution_order, received, sent
 from pipeline_parallel.schedule.schedules import Action, Kind, Schedule
-from pipeline_parallel.schedule.validate import peak_live
+from pipeline_parallel.schedule.validate import peak_in_flight
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,13 @@ class StageCosts:
 
 @dataclass(frozen=True)
 class Costs:
-    """What each stage's actions take, and a message between two neighbours, in seconds.
+    """Seconds of each stage's actions, and of a message between two neighbours.
 
-    Messages take the same on all links, or, in a list, on link i between the stages i and i + 1
-    what stands there. Raises ValueError for what is negative or not finite, and for a list of
-    another length.
+    The seconds of messages are one number for all links, or a list with one for each link i between
+    the stages i and i + 1.
+
+    Raises:
+        ValueError: seconds are negative or not finite, or a list has another length.
     """
 
     stages: Sequence[StageCosts]
@@ -51,20 +53,20 @@ class Costs:
             for kind in Kind:
                 _check_seconds(f"stage {stage}, {kind.name.lower()}", costs[kind])
         for name in ("activation_seconds", "gradient_seconds"):
-            given = getattr(self, name)
-            if isinstance(given, Sequence) and len(given) != len(self.stages) - 1:
+            cost = getattr(self, name)
+            if isinstance(cost, Sequence) and len(cost) != len(self.stages) - 1:
                 raise ValueError(
-                    f"{name}: expected {len(self.stages) - 1}, one for each link, got {len(given)}"
+                    f"{name}: expected {len(self.stages) - 1}, one for each link, got {len(cost)}"
                 )
-            for seconds in given if isinstance(given, Sequence) else (given,):
+            for seconds in cost if isinstance(cost, Sequence) else (cost,):
                 _check_seconds(name, seconds)
 
     def message_seconds(self, message: Transfer) -> float:
-        """What `message` takes on its link."""
-        given = self.gradient_seconds if message.is_gradient else self.activation_seconds
-        if not isinstance(given, Sequence):
-            return given
-        return given[message.source - 1 if message.is_gradient else message.source]
+        """Returns the seconds of a message on its link."""
+        cost = self.gradient_seconds if message.is_gradient else self.activation_seconds
+        if not isinstance(cost, Sequence):
+            return cost
+        return cost[message.source - 1 if message.is_gradient else message.source]
 
 
 class ScheduledAction(NamedTuple):
@@ -78,89 +80,72 @@ class ScheduledAction(NamedTuple):
 
 @dataclass(frozen=True)
 class SimulatedRun:
-    """When everything runs; `spans` has each stage's actions in order, stage by stage.
+    """The times of all actions, stage by stage, and each stage's most microbatches in flight."""
 
-    `exposed` is, for each stage, the seconds it stood idle while what it waited for was already
-    made and on its way. What such a delay costs other stages later is part of their bubble alone.
-    `peak_live` is, for each stage, the most microbatches held at once (see `validate.peak_live`).
-    """
-
-    spans: tuple[ScheduledAction, ...]
-    exposed: tuple[float, ...]
-    peak_live: tuple[int, ...]
+    actions: tuple[ScheduledAction, ...]
+    peak_in_flight: tuple[int, ...]
 
     @property
     def total(self) -> float:
-        """Seconds until the last stage to end has ended."""
-        return max((span.end for span in self.spans), default=0.0)
+        """Seconds until all stages have ended."""
+        return max((action.end for action in self.actions), default=0.0)
 
     @property
     def bubble(self) -> float:
         """The share, 0 to 1, of all stages' time in which they run nothing."""
         if self.total == 0:
             return 0.0
-        busy = math.fsum(span.end - span.start for span in self.spans)
-        return 1 - busy / (len(self.peak_live) * self.total)
+        busy = math.fsum(action.end - action.start for action in self.actions)
+        return 1 - busy / (len(self.peak_in_flight) * self.total)
 
 
 def simulate(
     schedule: Schedule, num_stages: int, num_microbatches: int, costs: Costs
 ) -> SimulatedRun:
-    """The timeline of a schedule that passes `check_schedule`, or of `forward_only`.
+    """Simulates a schedule that passes `check_schedule`, or `forward_only`.
 
-    Raises ValueError where it deadlocks, or `costs` has another number of stages.
+    Raises:
+        ValueError: the schedule deadlocks, or `costs` has another number of stages.
     """
     if len(costs.stages) != num_stages:
         raise ValueError(f"expected the costs of {num_stages} stages, got {len(costs.stages)}")
     stages = range(num_stages)
     clock = _Clock(costs)
-    for stage, action in replay([list(schedule(s, num_stages, num_microbatches)) for s in stages]):
+    orders = [list(schedule(s, num_stages, num_microbatches)) for s in stages]
+    for stage, action in execution_order(orders):
         clock.run(stage, action)
     return SimulatedRun(
-        spans=tuple(sorted(clock.spans, key=lambda span: span.stage)),
-        exposed=tuple(clock.exposed),
-        peak_live=tuple(peak_live(schedule, s, num_stages, num_microbatches) for s in stages),
+        tuple(sorted(clock.actions, key=lambda action: action.stage)),
+        tuple(peak_in_flight(schedule, s, num_stages, num_microbatches) for s in stages),
     )
 
 
-class _Arrival(NamedTuple):
-    made: float
-    arrived: float
-
-
 class _Clock:
-    """When each stage and link is free again, as actions are put on them in the replay's order."""
+    """The times at which each stage and link is free again; actions come in execution order."""
 
     def __init__(self, costs: Costs) -> None:
         self._costs = costs
         self._free = [0.0] * len(costs.stages)
         self._link_free: dict[tuple[int, bool], float] = {}
-        self._arrivals: dict[Transfer, _Arrival] = {}
-        self.exposed = [0.0] * len(costs.stages)
-        self.spans: list[ScheduledAction] = []
+        self._arrivals: dict[Transfer, float] = {}
+        self.actions: list[ScheduledAction] = []
 
     def run(self, stage: int, action: Action) -> None:
-        num_stages, free = len(self._free), self._free[stage]
-        start = free
-        needed = needs(stage, action, num_stages)
+        start = self._free[stage]
+        needed = received(stage, action, len(self._free))
         if needed is not None:
-            made, arrived = self._arrivals[needed]
-            start = max(free, arrived)
-            self.exposed[stage] += start - min(start, max(free, made))
+            start = max(start, self._arrivals[needed])
         end = start + self._costs.stages[stage][action.kind]
-        self.spans.append(ScheduledAction(stage, action, start, end))
+        self.actions.append(ScheduledAction(stage, action, start, end))
         self._free[stage] = end
-        message = makes(stage, action, num_stages)
+        message = sent(stage, action, len(self._free))
         if message is not None:
-            self._send(message, end)
-
-    def _send(self, message: Transfer, made: float) -> None:
-        link = (message.source, message.is_gradient)
-        arrived = max(made, self._link_free.get(link, 0.0)) + self._costs.message_seconds(message)
-        self._link_free[link] = arrived
-        self._arrivals[message] = _Arrival(made, arrived)
+            link = (message.source, message.is_gradient)
+            departure = max(end, self._link_free.get(link, 0.0))
+            arrival = departure + self._costs.message_seconds(message)
+            self._link_free[link] = self._arrivals[message] = arrival
 
 
-def _check_seconds(what: str, seconds: float) -> None:
+def _check_seconds(name: str, seconds: float) -> None:
     if not 0 <= seconds < math.inf:
-        raise ValueError(f"{what}: expected seconds of at least 0, got {seconds}")
+        raise ValueError(f"{name}: expected seconds of at least 0, got {seconds}")

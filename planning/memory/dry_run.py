@@ -35,7 +35,7 @@ from pipeline_parallel.build import build_engine
 from pipeline_parallel.p2p import StageLink
 from pipeline_parallel.partition.split import Split, stage_modules
 from pipeline_parallel.schedule.schedules import SCHEDULES
-from pipeline_parallel.schedule.validate import peak_live
+from pipeline_parallel.schedule.validate import peak_in_flight
 from planning.memory.fake_communicators import FakeGloo, FakeNccl, FakeSingleProcess
 from planning.memory.fake_engine import FakeBatch, FakeEngine, peak_of_more
 from planning.memory.live_bytes import LiveBytes
@@ -170,7 +170,6 @@ class DryRun:
                 dtype=DTYPES[settings.precision.precision],
                 device=self._device,
             ),
-            topology=topology,
             gradients=optimizer.gradients.buffer,
             schedule=settings.parallel.pp_mode,
             recompute=settings.precision.recompute,
@@ -249,7 +248,7 @@ class DryRun:
             host=host + (copied if self._cuda else 0),
             copied=0 if self._cuda else copied,
             peak=peak,
-            held=peak_live(
+            held=peak_in_flight(
                 SCHEDULES[self._settings.parallel.pp_mode],
                 topology.stage,
                 topology.num_stages,

@@ -45,7 +45,7 @@ class FakeEngine(Engine):
         self._watched.append(Watched(action, self._live.peak[kind], self._live.current[kind]))
 
     def _finish(self, batch: PipelineBatch) -> Losses:
-        self._channel.flush()
+        self._link.flush()
         self._losses.clear()
         return Losses([], 0)
 

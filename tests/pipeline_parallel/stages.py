@@ -56,12 +56,5 @@ def make_engine(
 ) -> Engine:
     if stage is None:
         stage = make_stage(pipeline, schedule=schedule, recompute=recompute)
-    channel = StageLink(pipeline, shape=(ROWS, TOKENS, HIDDEN), dtype=torch.float32, device=CPU)
-    return Engine(
-        stage,
-        channel,
-        schedule=schedule,
-        stage_index=pipeline.rank,
-        num_stages=pipeline.size,
-        num_microbatches=num_microbatches,
-    )
+    link = StageLink(pipeline, shape=(ROWS, TOKENS, HIDDEN), dtype=torch.float32, device=CPU)
+    return Engine(stage, link, schedule=schedule, num_microbatches=num_microbatches)

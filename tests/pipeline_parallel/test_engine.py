@@ -1,4 +1,4 @@
-"""The engine on doubles: what it does not wait for, what it holds, and how it fails."""
+"""The engine on doubles: its waits, its microbatches in flight, and its failures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from comm.communicator import PeerLostError
 from pipeline_parallel.engine import StageError
 from pipeline_parallel.microbatch import PipelineBatch
 from pipeline_parallel.schedule.schedules import SCHEDULES, gpipe, zero_bubble_h1
-from pipeline_parallel.schedule.validate import peak_live
+from pipeline_parallel.schedule.validate import peak_in_flight
 from tests.memory import peak_bytes
 from tests.pipeline_parallel.doubles import NotedCommunicator
 from tests.pipeline_parallel.stages import (
@@ -52,7 +52,7 @@ def batch(count: int, *, first: bool, last: bool) -> PipelineBatch:
     return PipelineBatch(tokens if first else None, tokens if last else None, keys, ROWS)
 
 
-# ---- what is held ----
+# ---- microbatches in flight ----
 
 P, M = 4, 32
 
@@ -60,33 +60,33 @@ P, M = 4, 32
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("stage_index", range(P))
 @pytest.mark.parametrize("mode", SCHEDULES)
-def test_microbatches_held_are_those_of_the_schedule(
+def test_microbatches_in_flight_are_those_of_the_schedule(
     mode: str, stage_index: int, recompute: bool
 ) -> None:
     communicator = NotedCommunicator(stage_index, P)
     stage = make_stage(communicator, schedule=SCHEDULES[mode], recompute=recompute)
-    held: list[int] = []
-    noted: Any = NotedStage(stage, held)
+    in_flight: list[int] = []
+    noted: Any = NotedStage(stage, in_flight)
     engine = make_engine(SCHEDULES[mode], communicator, num_microbatches=M, stage=noted)
     ends = {"first": stage_index == 0, "last": stage_index == P - 1}
     engine.train(batch(M, **ends), loss_scale=1.0)
     expected = {"gpipe": M, "1f1b": P - stage_index, "zb-h1": min(P, M)}[mode]
-    assert max(held) == peak_live(SCHEDULES[mode], stage_index, P, M) == expected
-    assert held[-1] == 0
+    assert max(in_flight) == peak_in_flight(SCHEDULES[mode], stage_index, P, M) == expected
+    assert in_flight[-1] == 0
 
 
 class NotedStage:
-    """A stage that notes after each call how many microbatches it holds something of."""
+    """A stage that notes after each call how many microbatches are in flight."""
 
-    def __init__(self, stage: Any, held: list[int]) -> None:
-        self._stage, self._held = stage, held
+    def __init__(self, stage: Any, in_flight: list[int]) -> None:
+        self._stage, self._in_flight = stage, in_flight
 
     def __getattr__(self, name: str) -> Any:
         call = getattr(self._stage, name)
 
         def noted(*args: Any, **options: Any) -> Any:
             out = call(*args, **options)
-            self._held.append(len(self._stage._live.keys() | self._stage._deferred.keys()))
+            self._in_flight.append(len(self._stage.in_flight))
             return out
 
         return noted
@@ -165,7 +165,7 @@ def test_a_failure_in_backward_names_stage_microbatch_action_and_shape(mode: str
         engine.train(batch(6, first=False, last=False), loss_scale=1.0)
     assert caught.value.__cause__ is cause
     assert str(caught.value) == (
-        f"stage 1, {BACKWARDS[mode]} of microbatch 3; what came in last: "
+        f"stage 1, {BACKWARDS[mode]} of microbatch 3; last received: "
         f"({ROWS}, {TOKENS}, {HIDDEN}) torch.float32"
     )
 
@@ -187,7 +187,7 @@ def test_a_failure_on_token_ids_has_their_shape() -> None:
     tokens = torch.full((ROWS, TOKENS), 10**6)
     with pytest.raises(StageError) as caught:
         engine.train(PipelineBatch(tokens, None, range(ROWS), ROWS), loss_scale=1.0)
-    assert str(caught.value).endswith(f"last: ({ROWS}, {TOKENS}) torch.int64")
+    assert str(caught.value).endswith(f"received: ({ROWS}, {TOKENS}) torch.int64")
     assert isinstance(caught.value.__cause__, IndexError)
 
 

@@ -54,8 +54,8 @@ def written(schedule: Schedule, stages: int, microbatches: int) -> list[str]:
 def test_a_schedule_is_its_timetable(case: tuple[str, int, int]) -> None:
     mode, stages, microbatches = case
     costs = Costs([StageCosts(1, 1, 1)] * stages)
-    timeline = simulate(SCHEDULES[mode], stages, microbatches, costs)
-    assert timetable(timeline) == TIMETABLES[case]
+    run = simulate(SCHEDULES[mode], stages, microbatches, costs)
+    assert timetable(run) == TIMETABLES[case]
     without_slots = [
         " ".join(cell for cell in line.split()[2:] if cell not in (".", "=="))
         for line in TIMETABLES[case].splitlines()

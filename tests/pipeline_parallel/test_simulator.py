@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from pipeline_parallel.schedule.schedules import SCHEDULES, Kind, Schedule, forward_only
 from pipeline_parallel.schedule.simulator import (
     Costs,
-    ScheduledAction,
     SimulatedRun,
     StageCosts,
     simulate,
@@ -34,9 +33,9 @@ def even(mode: str, p: int, m: int, f: float, i: float, w: float) -> SimulatedRu
 def test_gpipe_and_1f1b_take_m_and_p_less_one_turns(
     mode: str, p: int, m: int, f: int, i: int, w: int
 ) -> None:
-    timeline = even(mode, p, m, f, i, w)
-    assert timeline.total == (m + p - 1) * (f + i + w)
-    assert timeline.bubble == pytest.approx((p - 1) / (m + p - 1))
+    run = even(mode, p, m, f, i, w)
+    assert run.total == (m + p - 1) * (f + i + w)
+    assert run.bubble == pytest.approx((p - 1) / (m + p - 1))
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -44,11 +43,11 @@ def test_gpipe_and_1f1b_take_m_and_p_less_one_turns(
 def test_zb_h1_idles_as_its_paper_says(p: int, more: int, f: int, i: int, w: int) -> None:
     """The paper's (p - 1)(f + i - w) holds where w <= f and w <= i; a longer w hides no more."""
     m = p + more
-    timeline = even("zb-h1", p, m, f, i, w)
-    assert timeline.total - m * (f + i + w) == (p - 1) * (f + i - min(f, i, w))
+    run = even("zb-h1", p, m, f, i, w)
+    assert run.total - m * (f + i + w) == (p - 1) * (f + i - min(f, i, w))
     if w <= min(f, i):
-        assert timeline.total - m * (f + i + w) == (p - 1) * (f + i - w)
-    assert timeline.total <= even("1f1b", p, m, f, i, w).total
+        assert run.total - m * (f + i + w) == (p - 1) * (f + i - w)
+    assert run.total <= even("1f1b", p, m, f, i, w).total
 
 
 def test_zb_h1_is_never_behind_1f1b_with_few_microbatches() -> None:
@@ -59,16 +58,16 @@ def test_zb_h1_is_never_behind_1f1b_with_few_microbatches() -> None:
 
 def test_a_single_stage_never_idles() -> None:
     for mode in SCHEDULES:
-        timeline = even(mode, 1, 4, 0.25, 0.5, 0.125)
-        assert (timeline.total, timeline.bubble, timeline.exposed) == (3.5, 0.0, (0.0,))
+        run = even(mode, 1, 4, 0.25, 0.5, 0.125)
+        assert (run.total, run.bubble) == (3.5, 0.0)
 
 
 def test_the_slowest_stage_sets_the_pace() -> None:
     """Stage 1 of 2 is the slower: it starts after one forward, and one backward ends the step."""
     costs = Costs([StageCosts(1, 1, 1), StageCosts(2, 2, 1)])
-    timeline = simulate(SCHEDULES["1f1b"], 2, 3, costs)
-    assert timeline.total == 1 + 3 * (2 + 3) + 2
-    assert timeline.bubble == pytest.approx(1 - (3 * 3 + 3 * 5) / (2 * 18))
+    run = simulate(SCHEDULES["1f1b"], 2, 3, costs)
+    assert run.total == 1 + 3 * (2 + 3) + 2
+    assert run.bubble == pytest.approx(1 - (3 * 3 + 3 * 5) / (2 * 18))
 
 
 def test_backward_may_cost_less_than_its_parts() -> None:
@@ -77,27 +76,25 @@ def test_backward_may_cost_less_than_its_parts() -> None:
     assert simulate(SCHEDULES["zb-h1"], 2, 3, costs).total == 3 * 3 + 1
 
 
-def test_spans_are_a_timetable_with_messages_on_their_way() -> None:
+def test_actions_are_a_timetable_with_messages_on_their_way() -> None:
     """Two stages, one microbatch and then another; an activation takes 0.5 s, a gradient 0.25 s."""
     costs = Costs([StageCosts(1, 1, 1)] * 2, activation_seconds=0.5, gradient_seconds=0.25)
-    timeline = simulate(SCHEDULES["1f1b"], 2, 2, costs)
+    run = simulate(SCHEDULES["1f1b"], 2, 2, costs)
     expected = [
         (0, "F0", 0, 1), (0, "F1", 1, 2), (0, "B0", 4.75, 6.75), (0, "B1", 7.75, 9.75),
         (1, "F0", 1.5, 2.5), (1, "B0", 2.5, 4.5), (1, "F1", 4.5, 5.5), (1, "B1", 5.5, 7.5),
     ]  # fmt: skip
-    assert [(s.stage, str(s.action), s.start, s.end) for s in timeline.spans] == expected
-    assert timeline.total == 9.75
-    assert timeline.exposed == (0.25 + 0.25, 0.5), "idle though what was awaited was made"
-    assert timeline.bubble == pytest.approx(1 - 12 / (2 * 9.75))
-    assert timeline.peak_live == (2, 1)
+    assert [(s.stage, str(s.action), s.start, s.end) for s in run.actions] == expected
+    assert run.total == 9.75
+    assert run.bubble == pytest.approx(1 - 12 / (2 * 9.75))
+    assert run.peak_in_flight == (2, 1)
 
 
 def test_messages_that_hide_behind_compute_cost_nothing_more() -> None:
     """Only the first activation is waited for; the others arrive while the stage is busy."""
     costs = Costs([StageCosts(1, 1, 1)] * 2, activation_seconds=0.75)
-    timeline = simulate(SCHEDULES["gpipe"], 2, 8, costs)
-    assert timeline.exposed == (0.0, 0.75)
-    assert timeline.total == (8 + 2 - 1) * 3 + 0.75
+    run = simulate(SCHEDULES["gpipe"], 2, 8, costs)
+    assert run.total == (8 + 2 - 1) * 3 + 0.75
 
 
 def test_each_link_may_take_its_own_time() -> None:
@@ -109,9 +106,8 @@ def test_each_link_may_take_its_own_time() -> None:
 
 def test_a_slow_link_carries_one_message_at_a_time() -> None:
     costs = Costs([StageCosts(1, 1, 1)] * 2, activation_seconds=3)
-    timeline = simulate(forward_only, 2, 4, costs)
-    assert [s.start for s in timeline.spans if s.stage == 1] == [4, 7, 10, 13]
-    assert timeline.exposed == (0.0, 3 + 2 + 2 + 2)
+    run = simulate(forward_only, 2, 4, costs)
+    assert [s.start for s in run.actions if s.stage == 1] == [4, 7, 10, 13]
 
 
 def longest_path(schedule: Schedule, num_stages: int, microbatches: int, costs: Costs) -> float:
@@ -154,24 +150,17 @@ def test_any_costs_end_at_the_longest_path(
         activation_seconds=data.draw(messages),
         gradient_seconds=data.draw(messages),
     )
-    timeline = simulate(SCHEDULES[mode], stages, microbatches, costs)
-    assert timeline.total == longest_path(SCHEDULES[mode], stages, microbatches, costs)
-    assert 0 <= timeline.bubble < 1
-    check_stages(timeline.spans, stages, timeline)
-
-
-def check_stages(spans: Sequence[ScheduledAction], stages: int, timeline: SimulatedRun) -> None:
-    """A stage runs one action at a time, and what is exposed is part of its idle time."""
+    run = simulate(SCHEDULES[mode], stages, microbatches, costs)
+    assert run.total == longest_path(SCHEDULES[mode], stages, microbatches, costs)
+    assert 0 <= run.bubble < 1
     for stage in range(stages):
-        own = [span for span in spans if span.stage == stage]
-        assert all(a.end <= b.start for a, b in pairwise(own))
-        idle = own[-1].end - sum(span.end - span.start for span in own)
-        assert 0 <= timeline.exposed[stage] <= idle
+        of_stage = [action for action in run.actions if action.stage == stage]
+        assert all(a.end <= b.start for a, b in pairwise(of_stage)), "one action at a time"
 
 
 def test_costs_of_nothing_have_no_bubble() -> None:
-    timeline = even("gpipe", 3, 2, 0, 0, 0)
-    assert (timeline.total, timeline.bubble) == (0, 0)
+    run = even("gpipe", 3, 2, 0, 0, 0)
+    assert (run.total, run.bubble) == (0, 0)
 
 
 def test_costs_are_looked_up_by_kind() -> None:

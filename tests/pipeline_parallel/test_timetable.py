@@ -23,10 +23,10 @@ stage 3   .  .  .  F0 I0 F1 I1 F2 I2 F3 I3 W0 F4 I4 W1 F5 I5 W2 F6 I6 W3 F7 I7 W
 
 total       27 slots
 bubble      11.1 %
-peak live   4 4 4 4 microbatches, stage by stage
+in flight   at most 4 4 4 4 microbatches, stage by stage
 
-With --recompute true, a stage holds the recomputed activations of a microbatch from its
-input-gradient action (I) to its weight-gradient action (W), or within B; at the most, by stage:
+With --recompute true, the recomputed activations of a microbatch are in memory from its
+input-gradient action (I) to its weight-gradient action (W), or within B; at most, stage by stage:
 1 2 3 4 microbatches.
 """
 
@@ -36,7 +36,7 @@ stage 1   .  .  F0 == B0 == == == F1 == B1 == == == .  .  .  .
 
 total       18 slots
 bubble      33.3 %
-peak live   2 1 microbatches, stage by stage
+in flight   at most 2 1 microbatches, stage by stage
 """
 
 MISTAKES = {
@@ -90,8 +90,8 @@ def test_slots_may_be_wider(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_names_of_two_digits_keep_the_columns() -> None:
-    timeline = simulate(forward_only, 11, 11, Costs([StageCosts(1, 1, 1)] * 11))
-    lines = timetable(timeline).splitlines()
+    run = simulate(forward_only, 11, 11, Costs([StageCosts(1, 1, 1)] * 11))
+    lines = timetable(run).splitlines()
     forwards = "F0  F1  F2  F3  F4  F5  F6  F7  F8  F9  F10"
     assert lines[0] == f"stage 0    {forwards}" + " .  " * 9 + " ."
     assert lines[10] == "stage 10   " + ".   " * 10 + forwards

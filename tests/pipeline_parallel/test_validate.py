@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pipeline_parallel.schedule.schedules import SCHEDULES, Action, Kind, forward_only
-from pipeline_parallel.schedule.validate import check_schedule, peak_live, peak_recomputed
+from pipeline_parallel.schedule.validate import check_schedule, peak_in_flight, peak_recomputed
 from tests.pipeline_parallel.orders import actions_of, schedule_of
 
 
@@ -191,9 +191,9 @@ def test_live_microbatches_are_bounded_as_the_papers_say() -> None:
     for p in range(1, 7):
         for m in range(1, 13):
             for stage in range(p):
-                live = {name: peak_live(s, stage, p, m) for name, s in SCHEDULES.items()}
+                live = {name: peak_in_flight(s, stage, p, m) for name, s in SCHEDULES.items()}
                 assert live == {"gpipe": m, "1f1b": min(p - stage, m), "zb-h1": min(p, m)}
-                assert peak_live(forward_only, stage, p, m) == m
+                assert peak_in_flight(forward_only, stage, p, m) == m
 
 
 def test_live_microbatches_of_an_order_written_down() -> None:
@@ -203,7 +203,7 @@ def test_live_microbatches_of_an_order_written_down() -> None:
         ("F0 I0 F1 I1 W0 W1", 2, 2),
     ):
         schedule = schedule_of([order])
-        assert (peak_live(schedule, 0, 1, 3), peak_recomputed(schedule, 0, 1, 3)) == (
+        assert (peak_in_flight(schedule, 0, 1, 3), peak_recomputed(schedule, 0, 1, 3)) == (
             live,
             recomputed,
         ), order

@@ -1,4 +1,4 @@
-"""What the engine lets go of has arrived: by happened-before, in every schedule."""
+"""The sends that the engine resolves have arrived: by happened-before, in every schedule."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from pipeline_parallel.schedule.schedules import SCHEDULES, Schedule
 from tests.pipeline_parallel.orders import schedule_of
 
 
-class NotedChannel:
-    """A channel that notes what the engine asks of it."""
+class NotedLink:
+    """A link that notes what the engine asks of it."""
 
     def __init__(self, stage: int, num_stages: int) -> None:
+        self.stage, self.num_stages = stage, num_stages
         self._is_first, self._is_last = stage == 0, stage == num_stages - 1
         self.calls: list[tuple[str, int, int]] = []  # what, and how many of each kind
 
@@ -40,8 +41,8 @@ class NotedChannel:
     def send_gradient(self, gradient: Tensor | None) -> None:
         self.calls.append(("send", 0, 1))
 
-    def settle(self, *, activations: int = 0, gradients: int = 0) -> None:
-        self.calls.append(("settle", activations, gradients))
+    def resolve(self, *, activations: int = 0, gradients: int = 0) -> None:
+        self.calls.append(("resolve", activations, gradients))
 
     def flush(self) -> None:
         """All left."""
@@ -64,41 +65,32 @@ class IdleStage:
 
 
 def calls_of(schedule: Schedule, num_stages: int, num_microbatches: int) -> list[list[Any]]:
-    """What the engine of each stage asks of its channel, in order."""
+    """What the engine of each stage asks of its link, in order."""
     found = []
     for stage in range(num_stages):
-        channel: Any = NotedChannel(stage, num_stages)
+        link: Any = NotedLink(stage, num_stages)
         idle: Any = IdleStage()
-        engine = Engine(
-            idle,
-            channel,
-            schedule=schedule,
-            stage_index=stage,
-            num_stages=num_stages,
-            num_microbatches=num_microbatches,
-        )
+        engine = Engine(idle, link, schedule=schedule, num_microbatches=num_microbatches)
         rows = torch.zeros(num_microbatches, 2, dtype=torch.int64)
         labels = rows if stage == num_stages - 1 else None
         engine.train(PipelineBatch(rows, labels, range(num_microbatches), 1), loss_scale=1.0)
-        found.append(channel.calls)
+        found.append(link.calls)
     return found
 
 
 def test_an_evaluation_holds_few_sends() -> None:
     """However many microbatches: a stage waits for what it sent a few microbatches ago."""
-    channel: Any = NotedChannel(0, 2)
+    link: Any = NotedLink(0, 2)
     idle: Any = IdleStage()
-    engine = Engine(
-        idle, channel, schedule=SCHEDULES["1f1b"], stage_index=0, num_stages=2, num_microbatches=20
-    )
+    engine = Engine(idle, link, schedule=SCHEDULES["1f1b"], num_microbatches=20)
     engine.evaluate(PipelineBatch(torch.zeros(20, 2, dtype=torch.int64), None, (), 1))
-    sent = settled = 0
-    for what, activations, _ in channel.calls:
+    sent = resolved = 0
+    for what, activations, _ in link.calls:
         if what == "send":
             sent += activations
-        if what == "settle":
-            settled = max(settled, activations)
-        assert sent - settled <= AHEAD + 1
+        if what == "resolve":
+            resolved = max(resolved, activations)
+        assert sent - resolved <= AHEAD + 1
 
 
 class Knowledge:
@@ -112,10 +104,10 @@ class Knowledge:
         self._known = [[0] * len(calls) for _ in calls]
         self._sent: list[dict[str, list[list[int]]]] = [{"a": [], "g": []} for _ in calls]
         self._received: list[dict[str, int]] = [{"a": 0, "g": 0} for _ in calls]
-        self.num_settles = 0
+        self.num_resolves = 0
 
     def play(self) -> None:
-        """Runs all calls, each as early as it can; a settle must know what it lets go of."""
+        """Runs all calls, each as early as it can; a resolve must know that its sends arrived."""
         moved = True
         while moved:
             moved = False
@@ -139,7 +131,7 @@ class Knowledge:
                 brought = self._sent[source][kind][number]
                 self._known[stage] = list(map(max, self._known[stage], brought))
                 self._received[stage][kind] += 1
-        elif what == "settle":
+        elif what == "resolve":
             self._check_arrived(stage, stage + 1, "a", activations)
             self._check_arrived(stage, stage - 1, "g", gradients)
         self._known[stage][stage] += 1
@@ -148,10 +140,10 @@ class Knowledge:
         return True
 
     def _check_arrived(self, stage: int, neighbour: int, kind: str, count: int) -> None:
-        count = min(count, len(self._sent[stage][kind]))  # no more than were sent can be let go of
+        count = min(count, len(self._sent[stage][kind]))  # no more than were sent can be resolved
         if not 0 <= neighbour < len(self._calls) or count == 0:
             return
-        self.num_settles += 1
+        self.num_resolves += 1
         over = self._calls[neighbour][: self._known[stage][neighbour]]
         received = over.count(("receive", 1, 0) if kind == "a" else ("receive", 0, 1))
         assert received >= count, f"stage {stage} waits for {count}, knows of {received}"
@@ -165,7 +157,7 @@ def test_nothing_is_waited_for_that_cannot_have_arrived(
 ) -> None:
     knowledge = Knowledge(calls_of(SCHEDULES[mode], num_stages, num_microbatches))
     knowledge.play()
-    assert (knowledge.num_settles > 0) == (num_stages > 1)
+    assert (knowledge.num_resolves > 0) == (num_stages > 1)
 
 
 @pytest.mark.parametrize(
@@ -181,11 +173,11 @@ def test_nor_in_a_schedule_of_another_order(lines: list[str]) -> None:
     """The validator lets through any order that both neighbours have."""
     knowledge = Knowledge(calls_of(schedule_of(lines), 2, 1 + max(map(int, lines[0][1::3]))))
     knowledge.play()
-    assert knowledge.num_settles > 0
+    assert knowledge.num_resolves > 0
 
 
-def test_the_check_finds_a_settle_that_is_too_early() -> None:
+def test_the_check_finds_a_resolve_that_is_too_early() -> None:
     send, receive = ("send", 1, 0), ("receive", 1, 0)
-    early = [[send, send, ("receive", 0, 1), ("settle", 2, 0)], [receive, ("send", 0, 1), receive]]
+    early = [[send, send, ("receive", 0, 1), ("resolve", 2, 0)], [receive, ("send", 0, 1), receive]]
     with pytest.raises(AssertionError, match="stage 0 waits for 2, knows of 1"):
         Knowledge(early).play()

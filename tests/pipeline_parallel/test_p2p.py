@@ -17,7 +17,7 @@ SHAPE = (2, 5, 8)
 CPU = torch.device("cpu")
 
 
-def make_channel(communicator: Any, **changes: Any) -> StageLink:
+def make_link(communicator: Any, **changes: Any) -> StageLink:
     options = {"shape": SHAPE, "dtype": torch.float32, "device": CPU, **changes}
     return StageLink(communicator, **options)
 
@@ -25,43 +25,43 @@ def make_channel(communicator: Any, **changes: Any) -> StageLink:
 def test_receives_are_posted_ahead() -> None:
     """Two of each kind are under way, from the start until none is left to come."""
     communicator = NotedCommunicator(1, 3)
-    channel = make_channel(communicator)
-    channel.expect(activations=4, gradients=1)
+    link = make_link(communicator)
+    link.expect(activations=4, gradients=1)
     assert communicator.events == ["receive from 0"] * 2 + ["receive from 2"]
     under_way = []
     for _ in range(4):
-        channel.receive_activation()
+        link.receive_activation()
         events = communicator.events
         under_way.append(events.count("receive from 0") - events.count("wait for receive from 0"))
     assert under_way == [2, 2, 1, 0]
-    channel.receive_gradient()
-    channel.flush()
-    channel.expect(activations=1, gradients=0)
+    link.receive_gradient()
+    link.flush()
+    link.expect(activations=1, gradients=0)
     assert communicator.events[-1] == "receive from 0"
 
 
 def test_received_tensors_are_each_ones_own() -> None:
-    channel = make_channel(NotedCommunicator(1, 2))
-    channel.expect(activations=3, gradients=0)
-    received = [channel.receive_activation() for _ in range(3)]
+    link = make_link(NotedCommunicator(1, 2))
+    link.expect(activations=3, gradients=0)
+    received = [link.receive_activation() for _ in range(3)]
     assert all(one is not None and one.shape == SHAPE for one in received)
     assert len({one.data_ptr() for one in received if one is not None}) == 3
 
 
-def test_sends_are_waited_for_where_they_are_let_go_of() -> None:
+def test_sends_are_waited_for_where_they_are_resolved() -> None:
     communicator = NotedCommunicator(1, 3)
-    channel = make_channel(communicator)
-    channel.expect(activations=0, gradients=0)
+    link = make_link(communicator)
+    link.expect(activations=0, gradients=0)
     for _ in range(3):
-        channel.send_activation(torch.ones(SHAPE))
-    channel.send_gradient(torch.ones(SHAPE))
+        link.send_activation(torch.ones(SHAPE))
+    link.send_gradient(torch.ones(SHAPE))
     waits = [event for event in communicator.events if event.startswith("wait")]
     assert waits == []
-    for settled, expected in ((2, 2), (1, 2), (2, 2), (3, 3), (9, 3)):
-        channel.settle(activations=settled)
+    for resolved, expected in ((2, 2), (1, 2), (2, 2), (3, 3), (9, 3)):
+        link.resolve(activations=resolved)
         assert communicator.events.count("wait for send to 2") == expected
     assert communicator.events.count("wait for send to 0") == 0
-    channel.flush()
+    link.flush()
     assert communicator.events.count("wait for send to 0") == 1
     assert communicator.events.count("wait for send to 2") == 3
 
@@ -69,15 +69,15 @@ def test_sends_are_waited_for_where_they_are_let_go_of() -> None:
 def test_ends_have_no_neighbour() -> None:
     for rank in (0, 1):
         communicator = NotedCommunicator(rank, 2)
-        channel = make_channel(communicator)
-        channel.expect(activations=2, gradients=2)
+        link = make_link(communicator)
+        link.expect(activations=2, gradients=2)
         assert communicator.events == [f"receive from {1 - rank}"] * 2
-        first, last = channel.receive_activation(), channel.receive_gradient()
+        first, last = link.receive_activation(), link.receive_gradient()
         assert (first is None, last is None) == (rank == 0, rank == 1)
-        channel.send_activation(torch.ones(SHAPE))
-        channel.send_gradient(torch.ones(SHAPE))
+        link.send_activation(torch.ones(SHAPE))
+        link.send_gradient(torch.ones(SHAPE))
         assert [e for e in communicator.events if e.startswith("send")] == [f"send to {1 - rank}"]
-    alone = make_channel(NotedCommunicator(0, 1))
+    alone = make_link(NotedCommunicator(0, 1))
     alone.expect(activations=2, gradients=2)
     alone.send_gradient(None)
     assert alone.receive_activation() is alone.receive_gradient() is None
@@ -87,16 +87,16 @@ def test_ends_have_no_neighbour() -> None:
 @pytest.mark.parametrize(
     "wrong", [torch.ones(2, 5, 7), torch.ones(2, 5, 8, dtype=torch.float16), torch.ones(10, 8)]
 )
-def test_what_the_channel_is_not_for_is_not_sent(wrong: torch.Tensor) -> None:
-    channel = make_channel(NotedCommunicator(0, 2))
-    with pytest.raises(RuntimeError, match=r"the channel has \(2, 5, 8\) torch\.float32"):
-        channel.send_activation(wrong)
+def test_a_message_of_another_shape_is_not_sent(wrong: torch.Tensor) -> None:
+    link = make_link(NotedCommunicator(0, 2))
+    with pytest.raises(RuntimeError, match=r"messages have \(2, 5, 8\) torch\.float32"):
+        link.send_activation(wrong)
 
 
 def test_a_tensor_that_is_not_contiguous_is_sent_as_it_looks() -> None:
     communicator = NotedCommunicator(0, 2)
     tensor = torch.randn(2, 8, 5).transpose(1, 2)
-    make_channel(communicator).send_activation(tensor)
+    make_link(communicator).send_activation(tensor)
     assert torch.equal(communicator.last_sent, tensor)
 
 
@@ -123,16 +123,16 @@ def two_ranks(rank: int, world_size: int, url: str) -> dict[str, Any]:
             told[name] = refusal_of(pipeline, other if rank == 1 else {})
         both_half = {"dtype": (torch.float16, torch.bfloat16)[rank]}
         told["fp16, bf16"] = refusal_of(pipeline, both_half)
-        channel = make_channel(pipeline, shape=LARGE)
-        channel.expect(activations=0 if rank == 0 else COUNT, gradients=0)
+        link = make_link(pipeline, shape=LARGE)
+        link.expect(activations=0 if rank == 0 else COUNT, gradients=0)
         if rank == 0:
             for number in range(COUNT):
-                channel.send_activation(torch.full(LARGE, float(number)))
+                link.send_activation(torch.full(LARGE, float(number)))
         gather_json(control, "all are under way")  # only then does the other begin to take them
         if rank == 1:
-            received = [channel.receive_activation() for _ in range(COUNT)]
+            received = [link.receive_activation() for _ in range(COUNT)]
             told["received"] = [one.unique().tolist() for one in received if one is not None]
-        channel.flush()
+        link.flush()
         return told
     finally:
         joined.close()
@@ -140,7 +140,7 @@ def two_ranks(rank: int, world_size: int, url: str) -> dict[str, Any]:
 
 def refusal_of(pipeline: Any, changes: dict[str, Any]) -> str:
     try:
-        make_channel(pipeline, **changes)
+        make_link(pipeline, **changes)
     except ValueError as error:
         return str(error)
     return "none"
