@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from comm.communicator import Communicator, Work
 from modules.layers.linear import Deferred
-from modules.matmul.rounding import add_product_
+from modules.matmul.rounding import add_matmul_
 
 ALIGNMENT = 16  # elements: every gradient starts on a 64-byte boundary
 BUCKET_BYTES = 25 * 2**20  # as torch's DistributedDataParallel has it
@@ -37,7 +37,7 @@ class Bucket:
 class GradBuffer:
     """One fp32 buffer with a view for each parameter, by name in `views`; backward adds into them.
 
-    It is the `modules.layers.linear.GradientSink` of the large weights; the gradient of another
+    It is the `modules.layers.linear.WeightGradBuffer` of the large weights; the gradient of another
     fp32
     parameter is its view, and that of a half-precision one is added to its view when backward has
     made it, and dropped. Gradients of one owner lie side by side.
@@ -100,11 +100,11 @@ class GradBuffer:
         finally:
             self._deferred = None
 
-    def add_product(
+    def add_linear(
         self, weight: Tensor, bias: Tensor | None, gradient: Tensor, x: Tensor, *, last: bool
     ) -> None:
         self._handed_over.update(self._names[id(p)] for p in (weight, bias) if p is not None)
-        call = partial(self._add_product, weight, bias, gradient, x, last)
+        call = partial(self._add_linear, weight, bias, gradient, x, last)
         if self._deferred is None:
             call()
         else:
@@ -122,11 +122,11 @@ class GradBuffer:
         self._note(name)
 
     @torch.no_grad()
-    def _add_product(
+    def _add_linear(
         self, weight: Tensor, bias: Tensor | None, gradient: Tensor, x: Tensor, last: bool
     ) -> None:
         name = self._names[id(weight)]
-        add_product_(self.views[name], gradient.t(), x)
+        add_matmul_(self.views[name], gradient.t(), x)
         if last:
             self._note(name)
         if bias is not None:

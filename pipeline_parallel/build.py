@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from comm.topology import Topology
-from modules.layers.linear import GradientSink
+from modules.layers.linear import WeightGradBuffer
 from modules.stage_model import StageModel
 from monitor.profiling.tracer import Tracer
 from pipeline_parallel.engine import Engine
@@ -17,7 +17,7 @@ def build_engine(
     link: StageLink,
     *,
     topology: Topology,
-    gradients: GradientSink,
+    gradients: WeightGradBuffer,
     schedule: str,
     recompute: bool,
     num_microbatches: int,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from modules.attention.packed_documents import PackedDocuments
 from modules.layers.dropout import Keys
-from modules.layers.linear import Deferred, GradientSink, attach_sink
+from modules.layers.linear import Deferred, WeightGradBuffer, attach_grad_buffer
 from modules.stage_model import StageModel
 
 
@@ -28,13 +28,13 @@ class Stage:
     """
 
     def __init__(
-        self, model: StageModel, *, recompute: bool, gradients: GradientSink, splits: bool
+        self, model: StageModel, *, recompute: bool, gradients: WeightGradBuffer, splits: bool
     ) -> None:
         self._model, self._recompute, self._splits = model, recompute, splits
         self._gradients = gradients
         self._live: dict[int, _Live] = {}
         self._deferred: dict[int, Deferred] = {}
-        attach_sink(model, gradients)
+        attach_grad_buffer(model, gradients)
 
     @property
     def held(self) -> set[int]:

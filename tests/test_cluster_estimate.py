@@ -8,17 +8,17 @@ import pytest
 
 from comm.rendezvous.participants import Participant
 from comm.topology import Topology
-from pipeline_parallel.partition.balance import ModuleWork
+from modules.model_sizes import ModelSizes, ModuleWork
 from pipeline_parallel.partition.split import Split
 from planning.cluster.estimate import Estimate, RunShape
 from planning.cluster.link_probe import LinkSpeed
 from planning.cluster.links import Link, links
-from planning.cluster.machines import MachineFacts, ModelSizes, differences
+from planning.cluster.machines import MachineFacts, differences
 from planning.cluster.report import about_clocks, advice, link_table
 
 # A block is 10 multiply-adds per token and the head 20; a microbatch has 5 tokens.
 PLAN = RunShape(
-    model=ModelSizes(hidden=2, inner=3, vocabulary=7, layers=4),
+    model=ModelSizes(layers=4, hidden=2, inner=3, vocabulary=7, block_weights=28),
     work=ModuleWork(10, 20),
     layers=Split((3, 1)),
     schedule="gpipe",

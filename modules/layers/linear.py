@@ -1,9 +1,9 @@
-"""Layers with large weights, whose gradients go straight into the buffer that holds them all.
+"""Layers with large weights, whose gradients are added directly into the gradient buffer.
 
-Autograd would make each weight's gradient anew for every microbatch and then add it. Given a
-`GradientSink`, these layers hand it the two factors of that gradient instead: it adds their product
-in place, now or, where a schedule puts weight gradients off (zb-h1), later. Without one they are
-torch's own layers.
+Autograd would create each weight's gradient for every microbatch and then add it. With a
+`WeightGradBuffer`, these layers pass it the two factors of that gradient instead: the buffer adds
+their product in place, immediately or, where a schedule defers weight gradients (zb-h1), later.
+Without a buffer they are torch's own layers.
 """
 
 from __future__ import annotations
@@ -20,85 +20,92 @@ from modules.matmul.rounding import linear, matmul
 Deferred = list[Callable[[], None]]
 
 
-class GradientSink(Protocol):
-    """Takes what makes up the gradients of weights."""
+class WeightGradBuffer(Protocol):
+    """The gradient buffer, as layers see it (`data_parallel.grad_buffer`, which is above them)."""
 
-    def add_product(
+    def add_linear(
         self, weight: Tensor, bias: Tensor | None, gradient: Tensor, x: Tensor, *, last: bool
     ) -> None:
-        """`gradient` (rows, outputs) and `x` (rows, inputs) of a linear layer.
+        """Adds the gradients of a linear layer's weight and bias.
 
-        `last`: nothing more comes for this weight from this microbatch.
+        Args:
+            gradient: (tokens, outputs), of the layer's output.
+            x: (tokens, inputs), the layer's input.
+            last: whether this microbatch adds nothing more to this weight.
         """
 
     def add_rows(self, weight: Tensor, rows: Tensor, gradient: Tensor) -> None:
-        """`gradient` (n, hidden) belongs to the weight's rows number `rows` (n)."""
+        """Adds `gradient` (n, hidden) to the gradient of the weight's rows number `rows` (n)."""
 
     def deferring(self, deferred: Deferred | None) -> AbstractContextManager[None]:
-        """Products handed over meanwhile are put off: `deferred` gets a call for each.
+        """Defers additions inside the block: appends a call for each to `deferred`.
 
-        None: nothing is put off.
+        None defers nothing.
         """
 
 
 class Linear(nn.Linear):
-    """torch's Linear, with `sink` for its gradients."""
+    """torch's Linear, with an optional gradient buffer."""
 
-    sink: GradientSink | None = None
+    grad_buffer: WeightGradBuffer | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.sink is None or not torch.is_grad_enabled():
+        if self.grad_buffer is None or not torch.is_grad_enabled():
             return linear(x, self.weight, self.bias)
-        out: Tensor = _Linear.apply(x, self.weight, self.bias, self.sink)  # type: ignore[no-untyped-call]
+        out: Tensor = _Linear.apply(x, self.weight, self.bias, self.grad_buffer)  # type: ignore[no-untyped-call]
         return out
 
 
-class Lookup(nn.Embedding):
-    """torch's Embedding, with `sink` for its gradients."""
+class Embedding(nn.Embedding):
+    """torch's Embedding, with an optional gradient buffer."""
 
-    sink: GradientSink | None = None
+    grad_buffer: WeightGradBuffer | None = None
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        if self.sink is None or not torch.is_grad_enabled():
-            return super().forward(tokens)
-        out: Tensor = _Rows.apply(tokens, self.weight, self.sink)  # type: ignore[no-untyped-call]
+    def forward(self, token_ids: Tensor) -> Tensor:
+        if self.grad_buffer is None or not torch.is_grad_enabled():
+            return super().forward(token_ids)
+        out: Tensor = _Rows.apply(token_ids, self.weight, self.grad_buffer)  # type: ignore[no-untyped-call]
         return out
 
 
-def attach_sink(model: nn.Module, sink: GradientSink) -> None:
-    """Lets all layers of `model` that can hand their gradients to `sink`."""
+def attach_grad_buffer(model: nn.Module, grad_buffer: WeightGradBuffer) -> None:
+    """Gives `grad_buffer` to all layers of `model` that can use one."""
     for module in model.modules():
-        if isinstance(module, (Linear, Lookup)):
-            module.sink = sink
+        if isinstance(module, (Linear, Embedding)):
+            module.grad_buffer = grad_buffer
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sink: GradientSink
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, grad_buffer: WeightGradBuffer
     ) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.weight, ctx.bias, ctx.sink = weight, bias, sink  # the very parameters
+        ctx.weight, ctx.bias = weight, bias  # the parameters themselves, no views of them
+        ctx.grad_buffer = grad_buffer
         return linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
         (x,), weight, bias = ctx.saved_tensors, ctx.weight, ctx.bias
         flat = gradient.reshape(-1, weight.shape[0])
-        back = matmul(flat, weight).view(x.shape) if ctx.needs_input_grad[0] else None
-        ctx.sink.add_product(weight, bias, flat, x.reshape(-1, weight.shape[1]), last=True)
-        return back, None, None, None
+        d_x = matmul(flat, weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        ctx.grad_buffer.add_linear(weight, bias, flat, x.reshape(-1, weight.shape[1]), last=True)
+        return d_x, None, None, None
 
 
 class _Rows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, weight: Tensor, sink: GradientSink) -> Tensor:
-        ctx.save_for_backward(tokens)
-        ctx.weight, ctx.sink = weight, sink
-        return nn.functional.embedding(tokens, weight)
+    def forward(
+        ctx: Any, token_ids: Tensor, weight: Tensor, grad_buffer: WeightGradBuffer
+    ) -> Tensor:
+        ctx.save_for_backward(token_ids)
+        ctx.weight, ctx.grad_buffer = weight, grad_buffer
+        return nn.functional.embedding(token_ids, weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
-        (tokens,), weight = ctx.saved_tensors, ctx.weight
-        ctx.sink.add_rows(weight, tokens.flatten(), gradient.reshape(-1, weight.shape[1]))
+        (token_ids,), weight = ctx.saved_tensors, ctx.weight
+        flat = gradient.reshape(-1, weight.shape[1])
+        ctx.grad_buffer.add_rows(weight, token_ids.flatten(), flat)
         return None, None, None

@@ -47,8 +47,7 @@ class MemoryPlan:
         self._config: Any = self._family.load_config(settings.model.model_name)
         self._split = StageSplit(
             settings.model.num_layers,
-            settings.model.model_type,
-            self._config,
+            self._family.sizes(self._config),
             num_stages=settings.parallel.pipeline_group_size,
             tokens=settings.update.seq_length,
         )

@@ -17,7 +17,7 @@ from comm.backends.single_process import SingleProcessCommunicator
 from comm.communicator import Communicator
 from data_parallel.grad_buffer import GradBuffer
 from modules.build import initialise_
-from modules.layers.linear import Linear, attach_sink
+from modules.layers.linear import Linear, attach_grad_buffer
 from modules.registry import MODELS
 from modules.stage_model import StageModel
 from optimizer.mixed_precision import deal_out
@@ -119,7 +119,7 @@ def test_a_layers_gradients_are_those_of_torch_within_their_roundings(bias: bool
     torch.manual_seed(3)
     layer = Linear(33, 17, bias=bias)
     flat, _ = flat_of(layer, SingleProcessCommunicator())
-    attach_sink(layer, flat)
+    attach_grad_buffer(layer, flat)
     x, out_gradient = torch.randn(MICROBATCHES, 5, 7, 33), torch.randn(MICROBATCHES, 5, 7, 17)
     for number in range(MICROBATCHES):
         torch.autograd.backward(layer(x[number]), out_gradient[number])
@@ -138,7 +138,7 @@ def test_one_microbatch_has_the_bits_of_torch() -> None:
     ours, theirs = Linear(33, 17), nn.Linear(33, 17)
     theirs.load_state_dict(ours.state_dict())
     flat, _ = flat_of(ours, SingleProcessCommunicator())
-    attach_sink(ours, flat)
+    attach_grad_buffer(ours, flat)
     x, gradient = torch.randn(5, 33), torch.randn(5, 17)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     for layer, given in zip((ours, theirs), inputs, strict=True):

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from comm.backends.single_process import SingleProcessCommunicator
 from data_parallel.grad_buffer import GradBuffer
-from modules.layers.linear import Deferred, Linear, attach_sink
+from modules.layers.linear import Deferred, Linear, attach_grad_buffer
 from modules.layers.lm_head import IGNORED, Head
 from modules.registry import MODELS
 from tests.memory import peak_bytes
@@ -62,7 +62,7 @@ def flat_of(head: Head) -> GradBuffer:
     flat = GradBuffer(
         parameters, [0] * len(parameters), replicas=SingleProcessCommunicator(), sharded=False
     )
-    attach_sink(head, flat)
+    attach_grad_buffer(head, flat)
     return flat
 
 
@@ -91,11 +91,11 @@ def reference(head: Head, x: Tensor, labels: Tensor, scale: float) -> Given:
 
 
 def make_head_like(head: Head) -> Head:
-    """In fp64, without a sink: torch's own layers."""
+    """In fp64, without a gradient buffer: torch's own layers."""
     twin = copy.deepcopy(head).double()
     for module in twin.modules():
         if isinstance(module, Linear):
-            module.sink = None
+            module.grad_buffer = None
     for parameter in twin.parameters():
         parameter.grad = None
     return twin
