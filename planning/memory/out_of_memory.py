@@ -9,7 +9,7 @@ from typing import Any
 from arguments.settings import Settings
 from common.text import in_units
 from modules.families.base import Family
-from monitor.out_of_memory import asked_for, causes, is_out_of_memory
+from monitor.out_of_memory import requested_size, causes, is_out_of_memory
 from pipeline_parallel.partition.split import Split
 from planning.memory.dry_run import DryRun, StageMemory
 
@@ -34,7 +34,7 @@ def explain_out_of_memory(
     Args:
         place: the stage, and what it did when `error` was raised.
     """
-    asked = asked_for(error)
+    asked = requested_size(error)
     line = f"{place}: out of memory" + (f" (it asked for {asked})" if asked else "")
     for cause in causes(error):
         traceback.clear_frames(cause.__traceback__)
