@@ -64,16 +64,6 @@ def simulated_step(
     return max(end + norm for end, norm in zip(ends, norms, strict=True)) + max(updates)
 
 
-def measured_over_simulated(
-    steps: Sequence[StepOfAllRanks], *, schedule: str, num_stages: int, num_microbatches: int
-) -> float:
-    """The median length of `steps` over `simulated_step`."""
-    measured = statistics.median(step.end - step.start for step in steps)
-    return measured / simulated_step(
-        steps, schedule=schedule, num_stages=num_stages, num_microbatches=num_microbatches
-    )
-
-
 class TrainingProfile:
     """The tracer of a run, and the timeline that it makes at the end; every rank has one.
 

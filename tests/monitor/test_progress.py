@@ -30,7 +30,13 @@ def iteration(
     step: int, *, lr: float | None = 1e-3, held_out: HeldOut | None = None
 ) -> IterationMetrics:
     return IterationMetrics(
-        step=step, loss=2.5, lr=lr, grad_norm=1.0, num_trained_tokens=500, step_seconds=0.5, held_out=held_out
+        step=step,
+        loss=2.5,
+        lr=lr,
+        grad_norm=1.0,
+        num_trained_tokens=500,
+        step_seconds=0.5,
+        held_out=held_out,
     )
 
 
