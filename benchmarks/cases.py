@@ -13,7 +13,7 @@ from comm.topology import Topology
 from modules.matmul.backend import Matmul, choose_matmul
 from modules.matmul.cpu_info import CpuInfo
 from modules.registry import MODELS
-from pipeline_parallel.partition.balance import balanced_split, module_work
+from pipeline_parallel.partition.balance import balanced_split
 from pipeline_parallel.schedule.schedules import SCHEDULES
 
 WORK = Work()
@@ -45,7 +45,7 @@ class Case:
 
 def auto(work: Work) -> Work:
     """The same with the split of --num-layers auto."""
-    weights = module_work(MODELS["gptneox"], work.config.to_dict(), tokens=work.tokens)
+    weights = MODELS["gptneox"].load().sizes(work.config).work(work.tokens)
     split = balanced_split(weights, num_stages=len(work.split), model_layers=work.layers)
     return work.on(split=tuple(split))
 

@@ -14,7 +14,7 @@ from common.tensors import DTYPES
 from data_parallel.replica_gradients import ReplicaGradients
 from data_parallel.zero_partition import ZeroPartition
 from modules.build import initialise_
-from modules.matmul.backend import MATMULS, can_use_onednn, use_matmul
+from modules.matmul.backend import Matmul, can_use_onednn, use_matmul
 from modules.matmul.cpu_info import CpuInfo
 from modules.registry import MODELS
 from modules.stage_model import StageModel
@@ -26,15 +26,16 @@ WARM_UP = 3
 def describe_machine() -> str:
     """The processor, and its peaks in products of matrices on one thread."""
     torch.set_num_threads(1)
-    processor, peaks = CpuInfo.of_this_machine(), []
-    for matmul in MATMULS if can_use_onednn(processor) else MATMULS[:1]:
+    cpu, peaks = CpuInfo.of_this_machine(), []
+    matmuls: list[Matmul] = ["default", "onednn"] if can_use_onednn(cpu) else ["default"]
+    for matmul in matmuls:
         use_matmul(matmul)
         peaks.append(f"fp32 {peak(torch.float32):.0f} ({matmul})")
     use_matmul("default")
     halves = (name for name, dtype in DTYPES.items() if dtype != torch.float32)
     peaks += [f"{name} {peak(DTYPES[name]):.0f}" for name in halves]
     return (
-        f"{processor.name}; torch {torch.__version__}; products on one thread, "
+        f"{cpu.name}; torch {torch.__version__}; products on one thread, "
         f"GFLOP/s: {', '.join(peaks)}"
     )
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from data_parallel.zero_partition import ZeroPartition
 from modules.layers.linear import Deferred
-from modules.matmul.rounding import add_product_
+from modules.matmul.rounding import add_matmul_
 
 ALIGNMENT = 16  # elements: every gradient starts on a 64-byte boundary
 BUCKET_BYTES = 25 * 2**20  # as torch's DistributedDataParallel has it
@@ -126,7 +126,7 @@ class GradBuffer:
     ) -> None:
         if weight.requires_grad:
             name = self._names[id(weight)]
-            add_product_(self.views[name], gradient.t(), x)
+            add_matmul_(self.views[name], gradient.t(), x)
             if last:
                 self._count_microbatch(name)
         if bias is not None and bias.requires_grad:

@@ -1,1 +1,0 @@
-"""Embedding, block and head of each model family, under the names of the layer shards."""

@@ -1,6 +1,6 @@
-"""Builds the modules of a stage or of a single layer, empty or with seeded random weights.
+"""Construction of single modules of a model, uninitialised or with seeded random weights.
 
-A model of L blocks is L + 2 modules: 0 the embedding, 1..L the blocks, L + 1 the head.
+A model of L blocks has L + 2 modules: 0 the embedding, 1..L the blocks, L + 1 the head.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from common.seeds import derive_seed
 from modules.families.base import Family
-from modules.layers.dropout import derive_seed
 
 
 def make_layer(family: Family, config: Any, index: int, device: torch.device | str) -> nn.Module:
-    """Module `index` of the model (see above), uninitialised, in fp32 on `device`.
+    """Makes module `index` of the model (see above), uninitialised, in fp32 on `device`.
 
-    On the device "meta" it costs nothing and tells names and shapes.
+    On the device "meta" it takes no memory and has names and shapes only.
     """
     with torch.device("meta"):
         if index == 0:
@@ -31,18 +31,18 @@ def make_layer(family: Family, config: Any, index: int, device: torch.device | s
 
 
 def parameter_names(family: Family, config: Any, index: int) -> list[str]:
-    """The parameters of module `index`, as a person would name them."""
+    """Returns readable names of the parameters of module `index`, such as `layer 3, mlp.bias`."""
     last = config.num_hidden_layers + 1
-    place = {0: "embedding", last: "head"}.get(index, f"layer {index - 1}")
+    title = {0: "embedding", last: "head"}.get(index, f"layer {index - 1}")
     module = make_layer(family, config, index, "meta")
-    return [f"{place}, {name}" for name, _ in module.named_parameters()]
+    return [f"{title}, {name}" for name, _ in module.named_parameters()]
 
 
 @torch.no_grad()
 def initialise_(module: nn.Module, *, std: float, seed: int, index: int) -> None:
-    """Random weights as transformers gives them, from (seed, index) alone.
+    """Fills a module with random weights, as transformers does, that depend on (seed, index) alone.
 
-    Matrices are normal with deviation `std`, biases 0, norms 1 and 0.
+    Matrices are normal with standard deviation `std`; biases are 0; norms are 1 and 0.
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, "weights", index))
     for part in module.modules():

@@ -1,6 +1,6 @@
 """The table of model families: plain names, so that flags can be checked without torch.
 
-Adding a family is one line here and one file that defines `FAMILY` (see `modules.families.base`).
+A new family needs one line here and one file that defines `FAMILY` (see `modules.families.base`).
 """
 
 from __future__ import annotations
@@ -15,18 +15,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """Where a family is implemented, and how its config.json spells what flags are checked with.
-
-    `inner_size` is the width of the feed-forward part: 4 times the hidden size where it is null.
-    """
+    """The module of a family, its Hugging Face name, and the keys of its config for flag checks."""
 
     module: str
     hf_model_type: str
     hidden_size: str
     num_layers: str
     max_positions: str
-    inner_size: str
-    vocab_size: str = "vocab_size"
 
     def load(self) -> Family:
         """Imports the implementation (torch and transformers with it)."""
@@ -35,15 +30,12 @@ class ModelEntry:
 
 
 MODELS: dict[str, ModelEntry] = {
-    "gptj": ModelEntry(
-        "modules.families.gptj", "gptj", "n_embd", "n_layer", "n_positions", "n_inner"
-    ),
+    "gptj": ModelEntry("modules.families.gptj", "gptj", "n_embd", "n_layer", "n_positions"),
     "gptneox": ModelEntry(
         "modules.families.gptneox",
         "gpt_neox",
         "hidden_size",
         "num_hidden_layers",
         "max_position_embeddings",
-        "intermediate_size",
     ),
 }

@@ -1,4 +1,4 @@
-"""The modules of one stage in a row: any consecutive part of embedding, blocks and head."""
+"""The model of one stage: any consecutive part of embedding, blocks and head."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from modules.layers.lm_head import Head
 
 
 class StageModel(nn.ModuleList):
-    """Modules `indices` of a model, in fp32, uninitialised; its keys are `<j>.<name>`, j from 0."""
+    """Modules `indices` of a model, in fp32, uninitialised; keys are `<j>.<name>`, j from 0."""
 
     def __init__(
         self, family: Family, config: Any, indices: range, *, device: torch.device | str
@@ -35,11 +35,14 @@ class StageModel(nn.ModuleList):
         documents: PackedDocuments | None = None,
         recompute: bool = False,
     ) -> Tensor:
-        """Activations (rows, tokens, hidden) or, on the first stage, token ids (rows, tokens) to
-        activations or, on the last stage, logits of all but the last position.
+        """Returns activations or, on the last stage, logits of all positions but the last.
 
-        `documents` of the rows: attention and positions stay inside each; None: they go over rows.
-        `recompute` keeps a block's input alone and computes the rest again in backward.
+        Args:
+            x: activations (rows, seq_len, hidden); on the first stage token ids (rows, seq_len).
+            keys: the dropout key of each row; None for no dropout.
+            documents: the documents of the rows, which attention and positions stay inside; None
+                where they cover complete rows.
+            recompute: keep only the input of each block, and compute the rest again in backward.
         """
         x = self._up_to_head(x, keys, documents, recompute=recompute)
         return self.head(x[:, :-1], keys, documents) if self.has_head else x
@@ -54,9 +57,10 @@ class StageModel(nn.ModuleList):
         documents: PackedDocuments | None = None,
         recompute: bool = False,
     ) -> Tensor:
-        """The last stage's sum of token losses; labels (rows, tokens), of which the last position's
-        are not used. Backward gives the gradients of it times `scale`
-        (`modules.layers.lm_head`).
+        """Returns the sum of token losses, on the last stage.
+
+        Backward gives the gradients of the sum times `scale` (`modules.layers.lm_head`). `labels`
+        are (rows, seq_len), of which the last position is not used.
         """
         x = self._up_to_head(x, keys, documents, recompute=recompute)
         return self.head.loss(x[:, :-1], labels[:, :-1], scale=scale)

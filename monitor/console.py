@@ -1,4 +1,4 @@
-"""A terminal that logs and a live line share: lines scroll above, the live line stays below."""
+"""A terminal shared by log lines and one live line: the lines scroll above it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _CLEAR = "\r\x1b[2K"
 
 
 class Console:
-    """Prints whole lines to `stream` and, on a terminal, keeps one live line under them.
+    """A stream for complete lines and, on a terminal, one live line below them.
 
-    Safe to call from any thread. A terminal that went away ends no training: what cannot be
-    written is dropped.
+    It is thread-safe. A terminal that is closed does not end training: text that cannot be written
+    is dropped.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -24,7 +24,7 @@ class Console:
         self._lock = threading.RLock()
 
     def print(self, text: str) -> None:
-        """Writes `text` and a line's end, above the live line where there is one."""
+        """Writes `text` as a line, above the live line if there is one."""
         with self._lock:
             if self._live:
                 self._write(f"{_CLEAR}{text}\n{self._live}")
@@ -32,14 +32,14 @@ class Console:
                 self._write(f"{text}\n")
 
     def set_live(self, text: str) -> None:
-        """Rewrites the live line in place, cut to the terminal's width."""
+        """Replaces the live line, cut to the width of the terminal."""
         assert self.is_terminal
         with self._lock:
             self._live = text[: self._columns() - 1]
             self._write(f"{_CLEAR}{self._live}")
 
     def keep_live(self) -> None:
-        """Ends the live line, which stays as a line among the others."""
+        """Ends the live line, which stays on the terminal as an ordinary line."""
         with self._lock:
             if self._live:
                 self._write("\n")

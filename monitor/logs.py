@@ -1,4 +1,4 @@
-"""Where log records go: rank 0 tells the story, the others speak only when something is wrong."""
+"""Log output: rank 0 prints messages and warnings, the other ranks only warnings."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import TextIO
 
 from monitor.console import Console
 
-# Libraries whose messages of level INFO are no part of the story.
+# Libraries whose INFO messages say nothing about the run.
 _QUIET = ("datasets", "filelock", "httpx", "huggingface_hub", "matplotlib", "torch", "urllib3")
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints records through a console, so that they do not break its live line."""
+    """A handler that prints through a console, so that records do not break its live line."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -21,15 +21,18 @@ class ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self.console.print(self.format(record))
-        except Exception:  # as logging's own handlers: a bad record must not end the run
+        except Exception:  # like logging's own handlers: a bad record must not end the run
             self.handleError(record)
 
 
 def setup_logging(rank: int, stream: TextIO) -> Console:
-    """Sends the process's log records to `stream`, in place of whatever was set up before.
+    """Sends the log records of the process to `stream`, and replaces any earlier setup.
 
-    Rank 0 prints messages from INFO on as they are, other ranks those from WARNING on, as
-    `rank 3: message`. Returns the console, for `monitor.progress.Progress` to share.
+    Rank 0 prints messages from INFO on, unchanged; other ranks print those from WARNING on, as
+    `rank 3: message`.
+
+    Returns:
+        The console, which `monitor.progress.Progress` shares.
     """
     console = Console(stream)
     handler = ConsoleHandler(console)

@@ -1,7 +1,7 @@
-"""metrics.jsonl: what each iteration did, one JSON object a line, readable while a run writes it.
+"""metrics.jsonl: the metrics of each iteration, one JSON object per line, readable during the run.
 
-The file is the run's own record: plots are drawn from it, users' scripts read it, and a resumed run
-continues it as if it had never stopped.
+Plots are drawn from the file, users' scripts read it, and a resumed run continues it as if the run
+had never stopped.
 """
 
 from __future__ import annotations
@@ -22,20 +22,22 @@ from common.files import replace_file
 
 @dataclass(frozen=True)
 class IterationMetrics:
-    """One line: the metrics of iteration `step`, the first of which is 1.
+    """The metrics of iteration `step`, counted from 1: one line of the file.
 
-    `loss` is over all replicas and microbatches. `lr` and `grad_norm` are those of the update that
-    this iteration ended, None where it ended none; `grad_norm` is None where it was skipped too.
-    `step_seconds` leaves saves and evaluations out. `held_out` is of the evaluation after this
-    iteration, `held_out_before` of that before the first. What is None from `loss_scale` on has no
-    key.
+    loss: mean over the trained tokens of all replicas and microbatches, in nats.
+    lr, grad_norm: of the update that this iteration ended, if any; grad_norm is None also for a
+        skipped update.
+    step_seconds: without saves and evaluations.
+    held_out, held_out_before: of the evaluation after this iteration, and before the first one.
+
+    From `loss_scale` on, fields that are None are left out of the line.
     """
 
     step: int
     loss: float
     lr: float | None
     grad_norm: float | None
-    tokens: int
+    num_trained_tokens: int
     step_seconds: float
     loss_scale: float | None = None
     held_out: HeldOut | None = None
@@ -44,17 +46,17 @@ class IterationMetrics:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """None where no time passed."""
-        return self.tokens / self.step_seconds if self.step_seconds > 0 else None
+        """None if no time passed."""
+        return self.num_trained_tokens / self.step_seconds if self.step_seconds > 0 else None
 
     def to_json(self) -> dict[str, Any]:
-        """The line's keys and values, all of which JSON can hold: what is not finite is None."""
+        """Returns the keys and values of the line; numbers that are not finite become None."""
         line: dict[str, Any] = {
             "step": self.step,
             "loss": finite_or_none(self.loss),
             "lr": finite_or_none(self.lr),
             "grad_norm": finite_or_none(self.grad_norm),
-            "tokens": self.tokens,
+            "tokens": self.num_trained_tokens,
             "step_seconds": self.step_seconds,
             "tokens_per_second": finite_or_none(self.tokens_per_second),
         }
@@ -63,46 +65,48 @@ class IterationMetrics:
         return line | self._held_out_to_json() | ({"resumed": True} if self.resumed else {})
 
     def _held_out_to_json(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         if (after := self.held_out) is not None:
-            found["eval_loss"] = finite_or_none(after.loss)
-            found["eval_perplexity"] = finite_or_none(perplexity(after.loss))
-            found |= _keyed("eval_sets", after)
+            values["eval_loss"] = finite_or_none(after.loss)
+            values["eval_perplexity"] = finite_or_none(perplexity(after.loss))
+            if after.sets:
+                values["eval_sets"] = after.sets_to_json()
         if (before := self.held_out_before) is not None:
-            found["eval_loss_before"] = finite_or_none(before.loss)
-            found |= _keyed("eval_sets_before", before)
-        return found
+            values["eval_loss_before"] = finite_or_none(before.loss)
+            if before.sets:
+                values["eval_sets_before"] = before.sets_to_json()
+        return values
 
 
 class MetricsFile:
-    """The writer of one metrics.jsonl. Its folder must exist by the first write."""
+    """The writer of one metrics.jsonl, whose folder must exist at the first write."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def start_afresh(self) -> None:
-        """Begins an empty file: a run that starts at step 0 has no past."""
+    def clear(self) -> None:
+        """Starts an empty file, for a run that starts at step 0."""
         replace_file(self.path, b"")
 
     def cut_after(self, step: int) -> None:
-        """Drops the lines past `step`, and what a crash left half written."""
-        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
-        replace_file(self.path, b"".join(map(_encode, kept)))
+        """Deletes the lines after `step`, and incomplete lines left by a crash."""
+        lines = [line for line in read_metrics(self.path) if line["step"] <= step]
+        replace_file(self.path, b"".join(map(_encode, lines)))
 
     def append(self, *metrics: IterationMetrics) -> None:
-        """Adds lines in one write: all, or, where it raises OSError, none."""
-        content = b"".join(_encode(one.to_json()) for one in metrics)
+        """Adds lines in one write: all of them or, if it raises OSError, none."""
+        content = b"".join(_encode(iteration.to_json()) for iteration in metrics)
         with self.path.open("ab", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
-            if file.write(content) != len(content):  # the disk has become full in the middle
+            if file.write(content) != len(content):  # the disk became full during the write
                 file.truncate(end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl, in order; none where there is no such file.
+    """Reads the complete lines of a metrics.jsonl, in order; none if the file does not exist.
 
-    Lines that are no JSON object with a step, as one being written may be, are left out.
+    A line that is no JSON object with a step, for example one that is being written, is left out.
     """
     try:
         content = path.read_bytes()
@@ -110,11 +114,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return []
     decoded = map(_decode, content.splitlines())
     return [line for line in decoded if line is not None]
-
-
-def _keyed(key: str, held_out: HeldOut) -> dict[str, Any]:
-    sets = held_out.sets_to_json()
-    return {} if sets is None else {key: sets}
 
 
 def _encode(line: dict[str, Any]) -> bytes:
@@ -130,36 +129,37 @@ def _decode(line: bytes) -> dict[str, Any] | None:
 
 
 class SetLoss(NamedTuple):
-    """A set's mean loss of a trained token, in nats, and how many of them it has."""
+    """The mean loss of a set's trained tokens, in nats, and their number."""
 
     loss: float
-    tokens: int
+    num_trained_tokens: int
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """`loss` is the mean over the trained tokens of all sets, in nats.
+    """The result of an evaluation on held-out data.
 
-    `sets` is by name; empty where the text is one set without a name.
+    loss: mean over the trained tokens of all sets, in nats.
+    sets: by name; empty if the data is one set without a name.
     """
 
     loss: float
     sets: Mapping[str, SetLoss] = field(default_factory=dict)
 
-    def sets_to_json(self) -> dict[str, dict[str, float | None]] | None:
-        """Each set's loss, perplexity and tokens, None for what is not finite; None for no sets."""
+    def sets_to_json(self) -> dict[str, dict[str, float | None]]:
+        """Returns each set's loss, perplexity and tokens; numbers that are not finite are None."""
         return {
             name: {
-                "loss": finite_or_none(one.loss),
-                "perplexity": finite_or_none(perplexity(one.loss)),
-                "tokens": one.tokens,
+                "loss": finite_or_none(held_out_set.loss),
+                "perplexity": finite_or_none(perplexity(held_out_set.loss)),
+                "tokens": held_out_set.num_trained_tokens,
             }
-            for name, one in self.sets.items()
-        } or None
+            for name, held_out_set in self.sets.items()
+        }
 
 
 def perplexity(loss: float) -> float:
-    """The exponential of a token-averaged loss in nats; infinite where a float cannot hold it."""
+    """Returns exp(loss) of a mean loss in nats; infinity if a float cannot hold it."""
     try:
         return math.exp(loss)
     except OverflowError:
@@ -167,25 +167,25 @@ def perplexity(loss: float) -> float:
 
 
 def finite_or_none(value: float | None) -> float | None:
-    """What JSON can hold of a number."""
+    """Returns a number if JSON can hold it, else None."""
     return value if value is not None and math.isfinite(value) else None
 
 
 class Stopwatch:
-    """Runs from its making on."""
+    """A stopwatch that starts when it is made."""
 
     def __init__(self) -> None:
         self._since = time.perf_counter()
 
     def lap(self) -> float:
-        """Seconds since the last lap, without pauses."""
+        """Returns the seconds since the last lap, without pauses."""
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         return seconds
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens in the block counts in no lap."""
-        began = time.perf_counter()
+        """Leaves the time of the block out of the lap."""
+        start = time.perf_counter()
         yield
-        self._since += time.perf_counter() - began
+        self._since += time.perf_counter() - start

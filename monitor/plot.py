@@ -1,7 +1,7 @@
-"""loss.png, drawn from metrics.jsonl: is the run well, at a glance.
+"""loss.png, drawn from metrics.jsonl: losses, learning rate and restarts in one picture.
 
-Drawn through matplotlib's objects, never pyplot, whose global state and choice of a window system
-have no place in training. matplotlib is imported only when something is drawn.
+It uses matplotlib's objects and never pyplot, which has global state and chooses a window system.
+matplotlib is imported only when a picture is drawn.
 """
 
 from __future__ import annotations
@@ -20,51 +20,51 @@ logger = logging.getLogger(__name__)
 
 _RAW, _SMOOTH, _HELD_OUT, _LR, _RESTART = "#b5cde6", "#1f5fa8", "#d1495b", "#3f8f4f", "#999999"
 _SETS = (_HELD_OUT, "#e39a2d", "#7b4fa3", "#2a9d9d", "#8c5a3c", "#d16ba5")
-_MARKERS = "osD^vP"  # a set has a colour and a marker of its own
+_MARKERS = "osD^vP"  # each set has its own colour and marker
 _LONGEST_NAME = 20  # characters of a set's name in the legend
 
 Points = list[tuple[int, float]]  # (step, value)
 
 
 def draw_loss(metrics_path: Path, png_path: Path) -> None:
-    """Draws the metrics so far, in place of the last picture. A failure is one logged warning."""
+    """Draws the metrics so far and replaces the last picture; a failure is only a warning."""
     try:
         lines = read_metrics(metrics_path)
         if lines:
             replace_file(png_path, _render(lines))
-    except Exception as error:  # whatever matplotlib trips over, training goes on
-        logger.warning("%s could not be drawn: %s", png_path, error)
+    except Exception as error:  # any failure of matplotlib: training goes on
+        logger.warning("cannot draw %s: %s", png_path, error)
 
 
 def loss_points(lines: Iterable[dict[str, Any]]) -> Points:
-    """The training loss after each iteration."""
+    """Returns the training loss of each iteration."""
     return _points(lines, "loss")
 
 
 def held_out_curves(lines: Iterable[dict[str, Any]]) -> dict[str, Points]:
-    """Each set's held-out losses by its name, which is empty where there was one without a name.
+    """Returns the held-out losses of each set by name; the name of an unnamed set is empty.
 
-    The evaluation before the first iteration is that of step 0.
+    The evaluation before the first iteration is at step 0.
     """
     curves: dict[str, Points] = {}
     for line in lines:
         for suffix, step in (("_before", line["step"] - 1), ("", line["step"])):
-            alone = {"": {"loss": line.get(f"eval_loss{suffix}")}}
-            for name, one in line.get(f"eval_sets{suffix}", alone).items():
-                if one["loss"] is not None:
-                    curves.setdefault(name, []).append((step, one["loss"]))
+            unnamed = {"": {"loss": line.get(f"eval_loss{suffix}")}}
+            for name, result in line.get(f"eval_sets{suffix}", unnamed).items():
+                if result["loss"] is not None:
+                    curves.setdefault(name, []).append((step, result["loss"]))
     return curves
 
 
 def restarts(lines: Iterable[dict[str, Any]]) -> list[int]:
-    """The steps that a resumed process did first."""
+    """Returns the first step after each resume."""
     return [line["step"] for line in lines if line.get("resumed")]
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """A centred running mean over a twentieth of the run, cut off at its ends.
+    """Returns a running mean over a twentieth of the run, with a shorter window at both ends.
 
-    Centred, so that it does not lag behind a loss that falls.
+    The window is centred, so that the mean does not lag behind a falling loss.
     """
     reach = max(1, len(values) // 40)
     sums = list(itertools.accumulate(values, initial=0.0))
@@ -84,7 +84,7 @@ def _render(lines: Sequence[dict[str, Any]]) -> bytes:
     from matplotlib.ticker import MaxNLocator
 
     curves = held_out_curves(lines)
-    width = 11.5 if any(curves) else 9  # the sets' legend stands beside the axes
+    width = 11.5 if any(curves) else 9  # the legend of the sets is beside the axes
     figure = Figure(figsize=(width, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     handles = [
@@ -130,7 +130,7 @@ def _draw_sets(axes: Any, curves: Mapping[str, Points]) -> list[Any]:
 
 
 def _short(name: str) -> str:
-    """As the legend has it, where a $ would begin a formula."""
+    """Returns a name for the legend: cut, and with $ escaped, which would start a formula."""
     cut = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
     return cut.replace("$", r"\$")
 
@@ -149,7 +149,7 @@ def _draw_lr(axes: Any, points: Points) -> list[Any]:
 def _draw(axes: Any, points: Points, **style: Any) -> list[Any]:
     if not points:
         return []
-    if len(points) == 1:  # no line shows through one point
+    if len(points) == 1:  # a line through one point is invisible
         style.setdefault("marker", "o")
     steps, values = zip(*points, strict=True)
     return list(axes.plot(steps, values, **style))
@@ -158,4 +158,4 @@ def _draw(axes: Any, points: Points, **style: Any) -> list[Any]:
 def _draw_restarts(axes: Any, steps: Sequence[int]) -> list[Any]:
     style = {"color": _RESTART, "linewidth": 1.0, "linestyle": "--", "label": "restart"}
     lines = [axes.axvline(step - 0.5, **style) for step in steps]
-    return lines[:1]  # one entry in the legend for all of them
+    return lines[:1]  # one entry in the legend for all restarts

@@ -1,4 +1,4 @@
-"""How far the run is: a live line on a terminal, now and then a plain line anywhere else."""
+"""Progress of the run: a live line on a terminal, or a plain line every ten seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from monitor.console import Console
 from monitor.metrics import HeldOut, IterationMetrics, perplexity
 
 _PLAIN_INTERVAL = 10.0  # seconds between plain lines
-_LIVE_INTERVAL = 0.1  # seconds between two states of the live line
-_RECENT = 50  # iterations that the time left is judged by
+_LIVE_INTERVAL = 0.1  # seconds between updates of the live line
+_RECENT = 50  # iterations for the estimate of the time left
 
 
 class Progress:
-    """Shows each iteration of a run of `total_steps` on the console that its logs go to.
+    """The progress line of a run of `total_steps`, on the console of its logs.
 
     The first and the last iteration and every evaluation are always shown.
     """
@@ -33,23 +33,23 @@ class Progress:
         self._eval_loss: float | None = None
 
     def update(self, metrics: IterationMetrics) -> None:
-        """Takes note of an iteration that ended, and of its evaluation if there was one."""
+        """Shows an iteration if a line is due, and its evaluation if there was one."""
         self._recent.append(metrics.step_seconds)
         self._lr = self._lr if metrics.lr is None else metrics.lr
         if metrics.held_out is not None:
-            self.evaluated(metrics.step, metrics.held_out)
+            self.show_evaluation(metrics.step, metrics.held_out)
         if metrics.step >= self._total_steps or self._is_due():
             self._shown_at = self._clock()
             self._show(self._line(metrics))
 
-    def evaluated(self, step: int, held_out: HeldOut) -> None:
-        """Prints the held-out loss and each set's; step 0 is before the first iteration."""
+    def show_evaluation(self, step: int, held_out: HeldOut) -> None:
+        """Prints the held-out loss, also of each set; step 0 is before the first iteration."""
         self._eval_loss = held_out.loss
-        sets = "".join(f"; {name}: {_told(one.loss)}" for name, one in held_out.sets.items())
-        self._console.print(f"step {step}: held-out {_told(held_out.loss)}{sets}")
+        sets = [f"; {name}: {_format(of_set.loss)}" for name, of_set in held_out.sets.items()]
+        self._console.print(f"step {step}: held-out {_format(held_out.loss)}{''.join(sets)}")
 
     def close(self) -> None:
-        """Leaves the last state on the terminal, and what comes after it on lines of its own."""
+        """Keeps the last live line on the terminal; later output goes below it."""
         self._console.keep_live()
 
     def _is_due(self) -> bool:
@@ -75,26 +75,26 @@ class Progress:
         return " | ".join(parts)
 
 
-def _told(loss: float) -> str:
+def _format(loss: float) -> str:
     return f"loss {loss:.4f}, perplexity {perplexity(loss):.4g}"
 
 
 def recent_average(seconds: Sequence[float]) -> float:
-    """The mean without the shortest and the longest, once there are five.
+    """Returns the mean without the shortest and the longest, if there are at least five.
 
-    A median would not do: where gradients are accumulated, one iteration in a few is the long one.
+    A median would be wrong with gradient accumulation, where every n-th iteration is longer.
     """
-    kept = sorted(seconds)[1:-1] if len(seconds) >= 5 else seconds
-    return sum(kept) / len(kept)
+    usual = sorted(seconds)[1:-1] if len(seconds) >= 5 else seconds
+    return sum(usual) / len(usual)
 
 
 def format_duration(seconds: float) -> str:
-    """`42 s`, `3:07 min`, `5:02 h` or `2 d 5 h`, whichever is the largest unit that fits."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60}:{whole % 60:02d} min"
-    if whole < 86400:
-        return f"{whole // 3600}:{whole % 3600 // 60:02d} h"
-    return f"{whole // 86400} d {whole % 86400 // 3600} h"
+    """Formats as `42 s`, `3:07 min`, `5:02 h` or `2 d 5 h`, in the largest unit that fits."""
+    total = round(seconds)
+    if total < 60:
+        return f"{total} s"
+    if total < 3600:
+        return f"{total // 60}:{total % 60:02d} min"
+    if total < 86400:
+        return f"{total // 3600}:{total % 3600 // 60:02d} h"
+    return f"{total // 86400} d {total % 86400 // 3600} h"

@@ -1,18 +1,20 @@
-"""Everything that tells what a run does, behind one object: rank 0's does it, others' is silent."""
+"""The records of a run (metrics, plot, progress line, wandb) behind one object.
+
+Rank 0 has a `FileRecorder`; the other ranks have a `Recorder`, which records nothing.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from monitor.console import Console
 from monitor.metrics import HeldOut, IterationMetrics, MetricsFile
 from monitor.plot import draw_loss
 from monitor.progress import Progress
-from monitor.wandb_run import RemoteRun, open_wandb
+from monitor.wandb_run import WandbRun, open_wandb
 
 logger = logging.getLogger(__name__)
 
@@ -20,95 +22,76 @@ METRICS_NAME = "metrics.jsonl"
 PLOT_NAME = "loss.png"
 
 
-class Recorder(Protocol):
-    """Told of what happens, in the order in which it happens."""
+class Recorder:
+    """A recorder of the events of a run that records nothing.
 
-    @property
-    def run_id(self) -> str | None:
-        """The wandb run's id, to be kept in checkpoints."""
-
-    def evaluated(self, step: int, held_out: HeldOut) -> None:
-        """An evaluation before the first iteration."""
-
-    def iteration(self, metrics: IterationMetrics) -> None:
-        """An iteration has ended, and its evaluation where one was due."""
-
-    def saving(self) -> None:
-        """A checkpoint is about to be written."""
-
-    def saved(self) -> None:
-        """A checkpoint has been written."""
-
-    def close(self) -> None:
-        """The run has ended."""
-
-
-class SilentRecorder:
-    """What the ranks other than 0 have."""
+    run_id: the id of the run at wandb, which checkpoints keep.
+    """
 
     run_id: str | None = None
 
-    def evaluated(self, step: int, held_out: HeldOut) -> None: ...
+    def log_evaluation(self, step: int, held_out: HeldOut) -> None:
+        """Records an evaluation before the first iteration."""
 
-    def iteration(self, metrics: IterationMetrics) -> None: ...
+    def log_iteration(self, metrics: IterationMetrics) -> None:
+        """Records an iteration, with its evaluation if one was due."""
 
-    def saving(self) -> None: ...
+    def before_save(self) -> None:
+        """Prepares for a checkpoint that is about to be written."""
 
-    def saved(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class FileRecorder:
-    """metrics.jsonl and loss.png under `folder`, the progress line, and wandb.
-
-    Lines that the disk does not take wait in `unwritten` until it does.
-    """
-
-    folder: Path
-    metrics: MetricsFile
-    progress: Progress
-    wandb: RemoteRun
-    unwritten: list[IterationMetrics] = field(default_factory=list)
-
-    @property
-    def run_id(self) -> str | None:
-        return self.wandb.run_id
-
-    def evaluated(self, step: int, held_out: HeldOut) -> None:
-        self.progress.evaluated(step, held_out)
-
-    def iteration(self, metrics: IterationMetrics) -> None:
-        self.unwritten.append(metrics)
-        self._write(tell=len(self.unwritten) == 1)
-        self.progress.update(metrics)
-        self.wandb.log(metrics.to_json(), metrics.step)
-
-    def saving(self) -> None:
-        """Where the disk has room again, lines that waited are written: a start that goes on from
-        the checkpoint does not have them."""
-        if self.unwritten:
-            self._write(tell=False)
-
-    def saved(self) -> None:
-        draw_loss(self.folder / METRICS_NAME, self.folder / PLOT_NAME)
+    def after_save(self) -> None:
+        """Updates the plot after a checkpoint was written."""
 
     def close(self) -> None:
-        if self.unwritten:
-            logger.warning("%s lacks the last %d lines", self.metrics.path, len(self.unwritten))
-        self.progress.close()
-        self.wandb.close()
+        """Ends the records of the run."""
 
-    def _write(self, *, tell: bool) -> None:
-        """A full disk costs no training: it is told once, and again if it comes back."""
+
+class FileRecorder(Recorder):
+    """The records of a run: metrics.jsonl and loss.png in `folder`, the progress line, and wandb.
+
+    If the disk is full, lines of metrics wait in memory until they can be written.
+    """
+
+    def __init__(
+        self, folder: Path, metrics: MetricsFile, progress: Progress, wandb: WandbRun
+    ) -> None:
+        self._folder, self._metrics, self._progress, self._wandb = folder, metrics, progress, wandb
+        self._unwritten: list[IterationMetrics] = []
+        self.run_id = wandb.run_id
+
+    def log_evaluation(self, step: int, held_out: HeldOut) -> None:
+        self._progress.show_evaluation(step, held_out)
+
+    def log_iteration(self, metrics: IterationMetrics) -> None:
+        self._unwritten.append(metrics)
+        self._write(warn=len(self._unwritten) == 1)
+        self._progress.update(metrics)
+        self._wandb.log(metrics.to_json(), metrics.step)
+
+    def before_save(self) -> None:
+        """Writes the lines that wait, since a run that resumes from the checkpoint lacks them."""
+        if self._unwritten:
+            self._write(warn=False)
+
+    def after_save(self) -> None:
+        draw_loss(self._folder / METRICS_NAME, self._folder / PLOT_NAME)
+
+    def close(self) -> None:
+        if self._unwritten:
+            logger.warning("%s lacks the last %d lines", self._metrics.path, len(self._unwritten))
+        self._progress.close()
+        self._wandb.close()
+
+    def _write(self, *, warn: bool) -> None:
+        """Writes the lines that wait; a full disk is only a warning."""
         try:
-            self.metrics.append(*self.unwritten)
+            self._metrics.append(*self._unwritten)
         except OSError as error:
-            if tell:
-                logger.warning("%s cannot be written: %s; its lines wait", self.metrics.path, error)
+            if warn:
+                path = self._metrics.path
+                logger.warning("cannot write %s: %s; its lines wait for free space", path, error)
             return
-        self.unwritten.clear()
+        self._unwritten.clear()
 
 
 def open_recorder(
@@ -121,10 +104,18 @@ def open_recorder(
     config: Mapping[str, Any],
     run_id: str | None,
 ) -> FileRecorder:
-    """Begins or, from `resumed_step`, continues the records under `folder`, which must exist."""
+    """Starts or continues the records in `folder`, which must exist.
+
+    Args:
+        console: shows the progress line.
+        resumed_step: the step of the checkpoint that the run continues from; None for a new run.
+        project: the project at wandb.
+        config: the flags of the run, for wandb.
+        run_id: the id of the run at wandb to continue; None for a new one.
+    """
     metrics = MetricsFile(folder / METRICS_NAME)
     if resumed_step is None:
-        metrics.start_afresh()
+        metrics.clear()
     else:
         metrics.cut_after(resumed_step)
     wandb = open_wandb(project=project, config=config, run_id=run_id, folder=folder)

@@ -1,7 +1,7 @@
-"""Weights & Biases beside our own metrics: used where it is configured, never in training's way.
+"""Weights & Biases, beside the run's own metrics, if it is configured.
 
-Nothing that goes wrong with it, a server out of reach above all, does more than one warning; and it
-never asks for anything, since a prompt on one of many ranks would hang them all.
+Any failure, such as an unreachable server, is only a warning. wandb never prompts: a prompt on one
+of many ranks would hang them all.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
+
+from common.text import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -23,98 +25,80 @@ _INIT_SECONDS = 30.0
 _CLOSE_SECONDS = 60.0
 
 
-class RemoteRun(Protocol):
-    """A run that metrics are logged to."""
-
-    @property
-    def run_id(self) -> str | None:
-        """What to keep in a checkpoint, for a resumed run to continue this one."""
-
-    def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Logs the values that iteration `step` has; those that are None are left out.
-
-        A set's held-out loss is `eval_loss/<name>`, so that sets share a section of the charts.
-        """
-
-    def close(self) -> None:
-        """Waits, not for ever, for what is on its way to the server."""
-
-
-class NullRun:
-    """Logs nowhere. It hands the id of an earlier run on, which a later one may continue."""
-
-    def __init__(self, run_id: str | None = None) -> None:
-        self.run_id = run_id
-
-    def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Does nothing."""
-
-    def close(self) -> None:
-        """Does nothing."""
-
-
 class WandbRun:
-    """Logs to one wandb run until the first failure, which is a warning."""
+    """A run at wandb, which is logged to until the first failure.
 
-    def __init__(self, run: Any) -> None:
-        self._run = run
-        self._failed = False
-        self.run_id: str | None = run.id
+    run: of `wandb.init`; None logs nothing.
+    run_id: the id of an earlier run, which a later one may continue, if there is no `run`.
+    """
+
+    def __init__(self, run: Any = None, *, run_id: str | None = None) -> None:
+        self._run, self._is_active = run, run is not None
+        self.run_id: str | None = run_id if run is None else run.id
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Hands the values over; wandb sends them from a process of its own."""
+        """Logs the values of iteration `step` that are not None; wandb's own process sends them.
+
+        The held-out loss of a set is `eval_loss/<name>`, so that the charts of sets share a
+        section.
+        """
         values = {key: value for key, value in _flat(metrics).items() if value is not None}
         self._try(lambda: self._run.log(values, step=step))
 
     def close(self) -> None:
-        """Ends the run; what its server has not taken within a minute stays on disk."""
+        """Ends the run; data that is not sent within a minute stays on disk."""
+        if not self._is_active:
+            return
         closing = threading.Thread(target=lambda: self._try(self._run.finish), daemon=True)
         closing.start()
         closing.join(_CLOSE_SECONDS)
         if closing.is_alive():
             logger.warning(
-                "wandb is still sending after %.0f s: the rest is left for `wandb sync %s`",
+                "wandb is still sending after %.0f s; run `wandb sync %s` to send the rest",
                 _CLOSE_SECONDS,
                 Path(self._run.dir).parent,
             )
 
     def _try(self, action: Callable[[], object]) -> None:
-        if self._failed:
+        if not self._is_active:
             return
         try:
             action()
-        except Exception as error:  # of whatever kind: training does not stop for it
-            self._failed = True
-            logger.warning("wandb failed, the run goes on without: %s", _one_line(error))
+        except Exception as error:  # of any kind: training does not stop for it
+            self._is_active = False
+            logger.warning("wandb failed, the run goes on without it: %s", one_line(error))
 
 
 def open_wandb(
     *, project: str | None, config: Mapping[str, Any], run_id: str | None, folder: Path
-) -> RemoteRun:
-    """Opens a wandb run where wandb is configured, else a run that logs nowhere.
+) -> WandbRun:
+    """Opens a wandb run if wandb is configured, else a run that logs nothing.
 
-    Configured means a key, a login, or WANDB_MODE; otherwise wandb is not even imported. `run_id`
-    is that of the run to continue, None for a new one. `folder`, which must exist, is where wandb
-    keeps its files. The run's name is WANDB_NAME, which wandb reads itself.
+    Configured means a key, a login, or WANDB_MODE; otherwise wandb is not imported. wandb itself
+    reads the run's name from WANDB_NAME.
+
+    Args:
+        run_id: the id of the run to continue; None for a new one.
+        folder: holds the files of wandb; it must exist.
     """
     mode = wandb_mode()
     if mode == "disabled" or (mode is None and not has_login()):
-        return NullRun(run_id)
+        return WandbRun(run_id=run_id)
     if mode != "offline" and not has_login():
-        logger.warning("WANDB_MODE is %s, but there is neither a key nor a login: no wandb", mode)
-        return NullRun(run_id)
+        logger.warning("WANDB_MODE is %s, but wandb has neither a key nor a login: not used", mode)
+        return WandbRun(run_id=run_id)
     try:
         return WandbRun(_init(project, config, run_id, folder))
-    except Exception as error:  # of whatever kind: training does not stop for it
-        logger.warning("wandb could not start, the run goes on without: %s", _one_line(error))
-        return NullRun(run_id)
+    except Exception as error:  # of any kind: training does not stop for it
+        logger.warning("wandb could not start, the run goes on without it: %s", one_line(error))
+        return WandbRun(run_id=run_id)
 
 
 def _init(project: str | None, config: Mapping[str, Any], run_id: str | None, folder: Path) -> Any:
     import wandb
 
     settings = wandb.Settings(init_timeout=_INIT_SECONDS, console="off")
-    with contextlib.suppress(AttributeError, ValueError):  # versions before it block at the end
+    with contextlib.suppress(AttributeError, ValueError):  # older versions lack it, and block
         settings.finish_timeout = _CLOSE_SECONDS
     return wandb.init(
         project=project,
@@ -130,25 +114,21 @@ def _flat(metrics: Mapping[str, Any]) -> dict[str, Any]:
     values = dict(metrics)
     for key, loss_key in (("eval_sets", "eval_loss"), ("eval_sets_before", "eval_loss_before")):
         sets: Mapping[str, Any] = values.pop(key, {})
-        values |= {f"{loss_key}/{name}": one["loss"] for name, one in sets.items()}
+        values |= {f"{loss_key}/{name}": of_set["loss"] for name, of_set in sets.items()}
     return values
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 _PUBLIC_SERVERS = ("https://api.wandb.ai", "https://api.forge.coreweave.com")
 
 
 def wandb_mode(environ: Mapping[str, str] = os.environ) -> str | None:
-    """WANDB_MODE as wandb reads it; None where it is not set."""
+    """Returns WANDB_MODE as wandb reads it; None if it is not set."""
     mode = environ.get("WANDB_MODE", "").strip().lower()
     return "offline" if mode == "dryrun" else mode or None
 
 
 def has_login(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether wandb will find a key or a token, and so ask for none."""
+    """Tells whether wandb will find a key or a token, so that it does not prompt."""
     if environ.get("WANDB_API_KEY") or environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     hosts = {urlsplit(server).netloc for server in _servers(environ)}
@@ -174,8 +154,8 @@ def _settings_base_url(environ: Mapping[str, str]) -> str | None:
 
 
 def _netrc_hosts(environ: Mapping[str, str]) -> set[str]:
-    named = environ.get("NETRC")
-    for path in [Path(named)] if named else [Path("~/.netrc"), Path("~/_netrc")]:
+    netrc_path = environ.get("NETRC")
+    for path in [Path(netrc_path)] if netrc_path else [Path("~/.netrc"), Path("~/_netrc")]:
         try:
             entries = netrc.netrc(path.expanduser()).hosts
         except (netrc.NetrcParseError, OSError, ValueError):

@@ -445,6 +445,6 @@ def test_too_little_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         check_disk(SingleProcessCommunicator(), tmp_path / "not" / "there", needed=2 * 10**6)
     assert all(
         word in str(caught.value)
-        for word in ("--checkpoint-path", str(tmp_path / "not" / "there"), "2.00 MB", "1.00 MB")
+        for word in ("--checkpoint-path", str(tmp_path / "not" / "there"), "2.0 MB", "1.0 MB")
     )
     check_disk(SingleProcessCommunicator(), tmp_path, needed=10**5)

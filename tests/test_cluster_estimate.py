@@ -8,17 +8,17 @@ import pytest
 
 from comm.rendezvous.participants import Participant
 from comm.topology import Topology
-from pipeline_parallel.partition.balance import ModuleWork
+from modules.model_sizes import ModelSizes, ModuleWork
 from pipeline_parallel.partition.split import Split
 from planning.cluster.estimate import Estimate, RunShape
 from planning.cluster.link_probe import LinkSpeed
 from planning.cluster.links import Link, links
-from planning.cluster.machines import MachineFacts, ModelSizes, differences
+from planning.cluster.machines import MachineFacts, differences
 from planning.cluster.report import about_clocks, advice, link_table
 
 # A block is 10 multiply-adds per token and the head 20; a microbatch has 5 tokens.
 PLAN = RunShape(
-    model=ModelSizes(hidden=2, inner=3, vocabulary=7, layers=4),
+    model=ModelSizes(layers=4, hidden=2, inner=3, vocabulary=7, block_weights=28),
     work=ModuleWork(10, 20),
     layers=Split((3, 1)),
     schedule="gpipe",
@@ -114,7 +114,7 @@ def test_a_slow_link_between_machines() -> None:
         )
     )
     assert "stage 1 -> stage 0 of pipeline 0 (rank 2 (h1) -> rank 0 (h0)): 250 bytes/s" in told
-    assert "the 1 kB of each microbatch's gradients take 4 s there" in told
+    assert "the 1.0 kB of each microbatch's gradients take 4 s there" in told
     assert "while stage 0 computes 600 ms on them: expect iterations 3.2 times as long" in told
     assert "both stages on one machine" in told
     assert "--bf16" not in told, "it is on already"
@@ -124,7 +124,7 @@ def test_a_table_tells_by_what_a_slow_link_was_measured() -> None:
     link = Link("pipeline", 0, 1)
     header, row = link_table(ROSTER, {link: SLOW}, {link: 3000}).splitlines()
     assert header.split() == ["link", "of", "latency", "message", "takes", "rate"]
-    assert row.endswith("pipeline  1 s      3 kB     10 s (by 1 kB)  250 bytes/s")
+    assert row.endswith("pipeline  1 s      3.0 kB   10 s (by 1.0 kB)  250 bytes/s")
 
 
 def test_clocks_that_may_be_right_are_not_told_of() -> None:

@@ -1,6 +1,6 @@
-"""--cpu-matmul: what multiplies is settled by each rank's processor, told, kept, and resumed.
+"""--cpu-matmul: the library for matmuls is chosen by each rank's CPU, logged, saved and resumed.
 
-Processors are put in place of the machine's. torch is then told to use oneDNN, which it does where
+CPUs are put in place of the machine's. torch is then told to use oneDNN, which it does where
 the machine has AVX-512; elsewhere its default computes all the same.
 """
 
@@ -24,9 +24,9 @@ from comm.backends.single_process import SingleProcessCommunicator
 from comm.topology import Topology
 from modules.matmul.backend import Matmul, use_matmul
 from modules.matmul.cpu_info import CpuInfo
-from modules.matmul.select import kept_choice
+from modules.matmul.select import saved_choice
 from tests.dist import run_ranks
-from tests.modules.processors import PROCESSORS
+from tests.modules.cpus import CPUS
 from tests.runs import Case, Told, curve, meet_at, run_folder, train_cases
 from tests.tasks.material import make_texts, write_jsonl
 from tests.test_mixed_precision import model_flags
@@ -36,7 +36,7 @@ from training.trainer import Trainer
 
 STEPS, SAVED = 6, 3
 TOLERANCE = 1e-5  # relative, of losses: both libraries' products are fp32
-EPYC, XEON, OLD = "AMD EPYC 9654 96-Core Processor", PROCESSORS["Ice Lake"].name, "Zen 3"
+EPYC, XEON, OLD = "AMD EPYC 9654 96-Core Processor", CPUS["Ice Lake"].name, "Zen 3"
 
 # ---- a world of one ----
 
@@ -47,13 +47,13 @@ def _torchs_default() -> Iterator[None]:
     use_matmul("default")
 
 
-def settle(flag: str, kind: str, kept: Matmul | None = None, precision: str = "fp32") -> str:
+def settle(flag: str, kind: str, saved: Matmul | None = None, precision: str = "fp32") -> str:
     (choice,) = choose_cpu_matmul(
         flag,
         precision=precision,
-        kept=None if kept is None else [kept],
+        saved=None if saved is None else [saved],
         control=SingleProcessCommunicator(),
-        processor=PROCESSORS[kind],
+        cpu=CPUS[kind],
     )
     return choice
 
@@ -63,28 +63,28 @@ def setting() -> str:
     return str(mkldnn.matmul.fp32_precision)
 
 
-# flag, processor, what the checkpoint was made with: the choice, and what is told before the line
+# flag, CPU, what the checkpoint was made with: the choice, and what is told before the line
 DECISIONS: list[tuple[str, str, Matmul | None, str, str | None]] = [
     ("auto", "Zen 4", None, "onednn", None),
     ("auto", "Zen 3", None, "default", None),
     ("auto", "Sapphire Rapids", None, "default", None),
     ("default", "Zen 4", None, "default", None),
     ("onednn", "Ice Lake", None, "onednn", None),
-    ("onednn", "Zen 3", None, "default", "--cpu-matmul onednn: torch has oneDNN's"),
+    ("onednn", "Zen 3", None, "default", "--cpu-matmul onednn: oneDNN fp32 matmul needs AVX-512"),
     ("auto", "Zen 4", "default", "default", None),
     ("auto", "Ice Lake", "onednn", "onednn", None),
-    ("auto", "Zen 3", "onednn", "default", "the checkpoint was made with oneDNN: torch has"),
+    ("auto", "Zen 3", "onednn", "default", "the checkpoint was made with oneDNN: oneDNN"),
     ("default", "Zen 4", "onednn", "default", "--cpu-matmul is now default, it was onednn"),
     ("onednn", "Zen 4", "default", "onednn", "--cpu-matmul is now onednn, it was default"),
     ("onednn", "Zen 4", "onednn", "onednn", None),
 ]
 
 
-@pytest.mark.parametrize(("flag", "kind", "kept", "choice", "told"), DECISIONS)
-def test_flag_checkpoint_and_processor_decide(
+@pytest.mark.parametrize(("flag", "kind", "saved", "choice", "told"), DECISIONS)
+def test_flag_checkpoint_and_cpu_decide(
     flag: str,
     kind: str,
-    kept: Matmul | None,
+    saved: Matmul | None,
     choice: str,
     told: str | None,
     caplog: pytest.LogCaptureFixture,
@@ -92,11 +92,11 @@ def test_flag_checkpoint_and_processor_decide(
 ) -> None:
     monkeypatch.setattr(modules.matmul.select, "fp32_error", lambda: 0.5)
     with caplog.at_level(logging.INFO):
-        assert settle(flag, kind, kept) == choice
+        assert settle(flag, kind, saved) == choice
     assert setting() == {"default": "ieee", "onednn": "bf16"}[choice]
     *before, line = caplog.messages
     words = {"default": "torch's default", "onednn": "oneDNN"}[choice]
-    assert line == f"matrix products: {words} ({PROCESSORS[kind].name})"
+    assert line == f"CPU matmul: {words} ({CPUS[kind].name})"
     assert [text.startswith(told or "nothing") for text in before] == [True] * (told is not None)
 
 
@@ -104,38 +104,39 @@ def test_products_that_are_not_fp32_are_an_error_where_they_were_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(modules.matmul.select, "fp32_error", lambda: 85.2)
-    with pytest.raises(ValueError, match=r"^--cpu-matmul onednn: .*8480.* off by 85 times "):
+    words = r"^--cpu-matmul onednn: .*8480.* has 85 times the error that fp32 "
+    with pytest.raises(ValueError, match=words):
         settle("onednn", "Sapphire Rapids")
     assert setting() == "ieee"
 
 
-@pytest.mark.parametrize(("kind", "kept"), [("Zen 4", None), ("Sapphire Rapids", "onednn")])
+@pytest.mark.parametrize(("kind", "saved"), [("Zen 4", None), ("Sapphire Rapids", "onednn")])
 def test_products_that_are_not_fp32_are_left_where_nobody_asked(
     kind: str,
-    kept: Matmul | None,
+    saved: Matmul | None,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(modules.matmul.select, "fp32_error", lambda: 85.2)
-    assert settle("auto", kind, kept) == "default"
+    assert settle("auto", kind, saved) == "default"
     assert setting() == "ieee"
     (warning,) = [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING]
-    assert "off by 85 times" in warning
+    assert "has 85 times the error that fp32 rounding allows; using torch" in warning
 
 
-@pytest.mark.parametrize("kept", [None, []])
-def test_a_checkpoint_that_does_not_tell_leaves_it_to_the_processor(
-    kept: list[Matmul] | None,
+@pytest.mark.parametrize("saved", [None, []])
+def test_a_checkpoint_that_does_not_tell_leaves_it_to_the_cpu(
+    saved: list[Matmul] | None,
 ) -> None:
     """Made on GPUs, or with fewer replicas than now."""
-    assert kept_choice(kept, 0) is None
+    assert saved_choice(saved, 0) is None
 
 
 HALF = [
-    ("Zen 3", "bf16", "bf16: the processor has no instructions", "slower than fp32"),
-    ("Zen 4", "bf16", "bf16: the processor has instructions", "faster than fp32"),
-    ("Zen 4", "fp16", "fp16: the processor has no instructions", "slower than fp32"),
-    ("Sapphire Rapids", "fp16", "fp16: the processor has instructions", "faster than fp32"),
+    ("Zen 3", "bf16", "bf16: the CPU has no matmul instructions", "slower than fp32"),
+    ("Zen 4", "bf16", "bf16: the CPU has matmul instructions", "faster than fp32"),
+    ("Zen 4", "fp16", "fp16: the CPU has no matmul instructions", "slower than fp32"),
+    ("Sapphire Rapids", "fp16", "fp16: the CPU has matmul instructions", "faster than fp32"),
 ]
 
 
@@ -155,7 +156,7 @@ def test_half_precision_is_told_in_one_line(
 
 @dataclass(frozen=True)
 class Machines:
-    """The ranks' processors; a rank logs which setting of torch it trains with."""
+    """The ranks' CPUs; a rank logs which setting of torch it trains with."""
 
     kinds: tuple[str, str]
 
@@ -163,7 +164,7 @@ class Machines:
     def __call__(self, topology: Topology) -> Iterator[None]:
         # Read at oneDNN's first use: a machine that has AMX computes as one that has not.
         os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"
-        run, mine = Trainer.run, PROCESSORS[self.kinds[topology.rank]]
+        run, mine = Trainer.run, CPUS[self.kinds[topology.rank]]
 
         def logged(loop: Trainer, start: int) -> None:
             logging.getLogger(__name__).info("trains with %s", setting())
@@ -177,7 +178,7 @@ class Machines:
 
 
 BOTH, MIXED, SWAPPED = ("Zen 4", "Zen 4"), ("Zen 4", "Ice Lake"), ("Ice Lake", "Zen 4")
-# name: flag, processors, the run it goes on from; what the ranks then multiply with
+# name: flag, CPUs, the run it goes on from; what the ranks then multiply with
 RUNS: dict[str, tuple[str, tuple[str, str], str | None, list[str]]] = {
     "default": ("default", BOTH, None, ["default", "default"]),
     "onednn": ("onednn", BOTH, None, ["onednn", "onednn"]),
@@ -247,12 +248,12 @@ def test_the_same_choice_gives_the_same_bits(
 
 # run, rank, and lines that it tells
 LINES = [
-    ("onednn", 0, f"matrix products: oneDNN ({EPYC})"),
-    ("default", 0, f"matrix products: torch's default ({EPYC})"),
-    ("mixed", 0, f"matrix products: oneDNN ({EPYC}) on rank 0; torch's default ({XEON}) on rank 1"),
+    ("onednn", 0, f"CPU matmul: oneDNN ({EPYC})"),
+    ("default", 0, f"CPU matmul: torch's default ({EPYC})"),
+    ("mixed", 0, f"CPU matmul: oneDNN ({EPYC}) on rank 0; torch's default ({XEON}) on rank 1"),
     ("asked", 0, "--cpu-matmul is now default, it was onednn"),
-    ("moved", 1, "the checkpoint was made with oneDNN: torch has oneDNN's fp32 products only with "
-     f"AVX-512, which this processor ({PROCESSORS[OLD].name}) has not: torch's default multiplies"),
+    ("moved", 1, "the checkpoint was made with oneDNN: oneDNN fp32 matmul needs AVX-512, which "
+     f"this CPU ({CPUS[OLD].name}) lacks; using torch's default"),
 ]  # fmt: skip
 
 

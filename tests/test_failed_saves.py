@@ -23,7 +23,7 @@ import pytest
 
 from comm.topology import Topology
 from monitor.metrics import IterationMetrics, MetricsFile, read_metrics
-from monitor.recorder import SilentRecorder
+from monitor.recorder import Recorder
 from tests.bad_input import ROOT
 from tests.dist import run_ranks
 from tests.full_disk import files_no_larger_than, fill, small_disk
@@ -274,7 +274,7 @@ def test_a_save_that_fails_does_not_hide_why_training_stopped(fails: bool) -> No
 
     class Stopping(Trainer):
         def __init__(self, saver: Any) -> None:
-            self._saver, self._recorder = saver, SilentRecorder()
+            self._saver, self._recorder = saver, Recorder()
 
         def _run(self, start: int) -> str | None:
             raise TrainingStoppedError("step 3: the loss is not finite")
@@ -311,7 +311,7 @@ def test_a_disk_that_is_full_for_the_rest_of_the_run(tmp_path: Path) -> None:
         out, err = first.communicate(timeout=60)
         assert first.returncode == 1, err
         assert "step 200 is not saved: [Errno 28] No space left on device" in out
-        assert "metrics.jsonl cannot be written: [Errno 28] No space left on device" in out
+        assert "metrics.jsonl: [Errno 28] No space left on device" in out
         assert err.startswith("step 300 is not saved: [Errno 28] No space left on device")
         assert err.count("\n") == 1
         assert (run / "latest").read_text() == "100"

@@ -80,7 +80,7 @@ def flags(folder: Path, recipe: Recipe) -> dict[str, Any]:
 
 def train_with_products_in_fp32(*args: Any) -> dict[str, Told]:
     """As the twin has them, also on a processor that has products of fp16."""
-    with patch("modules.matmul.rounding.rounds_products", return_value=True):
+    with patch("modules.matmul.rounding.rounds_matmul", return_value=True):
         return train_cases(*args)
 
 

@@ -54,8 +54,7 @@ def rehearse(folder: Path, rank: int, *, cuda: bool = False, **changes: Any) -> 
     family = MODELS["gptneox"].load()
     split = StageSplit(
         args.model.num_layers,
-        "gptneox",
-        CONFIG,
+        family.sizes(CONFIG),
         num_stages=args.parallel.pipeline_group_size,
         tokens=TOKENS,
     )

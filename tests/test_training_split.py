@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 
+from modules.model_sizes import ModelSizes
 from pipeline_parallel.partition.split import Split
 from pipeline_parallel.partition.stage_split import StageSplit
 
-# A block has 2 x (4 x 2 + 2 x 4 + 8) = 48 multiply-adds per token, and the head 2 x 24 as many.
-CONFIG = {
-    "hidden_size": 2, "intermediate_size": 4, "vocab_size": 24, "num_hidden_layers": 3,
-}  # fmt: skip
+# A block has 32 + 2 x 8 = 48 multiply-adds per token, and the head 2 x 24 as many.
+SIZES = ModelSizes(layers=3, hidden=2, inner=4, vocabulary=24, block_weights=32)
 TOKENS = 7
 
 
 def describe(layers: Split, schedule: str, num_microbatches: int, *, recompute: bool) -> str:
-    config = SimpleNamespace(**CONFIG, to_dict=lambda: CONFIG)
-    split = StageSplit(layers, "gptneox", config, num_stages=len(layers), tokens=TOKENS)
+    split = StageSplit(layers, SIZES, num_stages=len(layers), tokens=TOKENS)
     return split.describe(
         layers, schedule=schedule, num_microbatches=num_microbatches, recompute=recompute
     )

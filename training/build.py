@@ -12,7 +12,7 @@ from common.tensors import DTYPES
 from modules.stage_model import StageModel
 from monitor.console import Console
 from monitor.profiling.tracer import Tracer
-from monitor.recorder import Recorder, SilentRecorder, open_recorder
+from monitor.recorder import Recorder, open_recorder
 from optimizer.build import ALGORITHMS, build_optimizer
 from optimizer.loss_scaler import make_scaler
 from optimizer.lr_schedule import learning_rate
@@ -169,7 +169,7 @@ def open_run_recorder(
 ) -> Recorder:
     """Opens the run's records, or continues those of the checkpoint; only rank 0 records."""
     if context.rank != 0:
-        return SilentRecorder()
+        return Recorder()
     point = start.point
     return open_recorder(
         settings.checkpoint.checkpoint_path,

@@ -14,7 +14,7 @@ from comm.objects import gather_json
 from common.tensors import DTYPES
 from modules.matmul.backend import Matmul
 from modules.matmul.cpu_info import CpuInfo
-from modules.matmul.select import kept_choice, select_matmul
+from modules.matmul.select import saved_choice, select_matmul
 
 logger = logging.getLogger(__name__)
 
@@ -25,23 +25,29 @@ def choose_cpu_matmul(
     flag: str,
     *,
     precision: str,
-    kept: Sequence[Matmul] | None,
+    saved: Sequence[Matmul] | None,
     control: Communicator,
-    processor: CpuInfo | None = None,
+    cpu: CpuInfo | None = None,
 ) -> list[Matmul]:
-    """Settles and tells what multiplies on a CPU; every rank's choice, for the checkpoint.
+    """Selects and logs the matmul of each rank's CPU; every rank calls it.
 
-    `kept` are the choices of the checkpoint resumed from, by rank, if it has any; `processor` is
-    that of this machine. Every rank calls it. ValueError where --cpu-matmul asks for products that
-    are not true fp32 here.
+    Args:
+        saved: the choices of the checkpoint to resume from, by rank, if it has any.
+        cpu: the CPU of this machine.
+
+    Returns:
+        Every rank's choice, for the checkpoint.
+
+    Raises:
+        ValueError: --cpu-matmul requests a matmul that is not exact to fp32 here.
     """
-    processor = processor or CpuInfo.of_this_machine()
-    choice = select_matmul(flag, processor, kept_choice(kept, control.rank))
-    fast = processor.has_fast_products(DTYPES[precision])
-    found = gather_json(control, [choice, processor.name, fast])
+    cpu = cpu or CpuInfo.of_this_machine()
+    choice = select_matmul(flag, cpu, saved_choice(saved, control.rank))
+    fast = cpu.has_fast_matmul(DTYPES[precision])
+    found = gather_json(control, [choice, cpu.name, fast])
     if control.rank == 0:
         named = [f"{_WORDS[one]} ({name})" for one, name, _ in found]
-        logger.info("matrix products: %s", _by_rank(named))
+        logger.info("CPU matmul: %s", _by_rank(named))
         if precision != "fp32":
             logger.info("%s: %s", precision, _by_rank([_half(fast) for _, _, fast in found]))
     return [one for one, _, _ in found]
@@ -49,10 +55,10 @@ def choose_cpu_matmul(
 
 def _half(fast: bool) -> str:
     if fast:
-        return "the processor has instructions for its products: faster than fp32"
+        return "the CPU has matmul instructions for it: faster than fp32"
     return (
-        "the processor has no instructions for its products: they are computed in fp32 and "
-        "rounded, which is slower than fp32"
+        "the CPU has no matmul instructions for it: matmuls are computed in fp32 and rounded, "
+        "which is slower than fp32"
     )
 
 

@@ -101,7 +101,7 @@ def _train(
         matmul = choose_cpu_matmul(
             settings.precision.cpu_matmul,
             precision=settings.precision.precision,
-            kept=None if kept is None else kept.cpu_matmul,
+            saved=None if kept is None else kept.cpu_matmul,
             control=context.control,
         )
     activity.text = "making the weights"

@@ -62,8 +62,7 @@ def open_run(settings: Settings, context: RunContext) -> RunStart:
     config = family.load_config(model.model_name)
     split = StageSplit(
         model.num_layers,
-        model.model_type,
-        config,
+        family.sizes(config),
         num_stages=topology.num_stages,
         tokens=settings.update.seq_length,
     )

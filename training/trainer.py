@@ -54,7 +54,7 @@ class Trainer:
         if self._stop_cause is not None:
             return f"{self._stop_cause} {NOT_BEGUN}"
         if before is not None:
-            self._recorder.evaluated(0, before)
+            self._recorder.log_evaluation(0, before)
         clock = Stopwatch()
         for step in range(start + 1, self._total_steps + 1):
             totals, result = self._iteration.advance(step, is_writing=self._saver.is_writing)
@@ -68,14 +68,14 @@ class Trainer:
                 loss=totals.loss / totals.tokens,
                 lr=None if result is None else result.lr,
                 grad_norm=None if result is None else result.grad_norm,
-                tokens=totals.tokens,
+                num_trained_tokens=totals.tokens,
                 step_seconds=seconds,
                 loss_scale=self._loss_scale(result),
                 held_out=held_out,
                 held_out_before=before if step == 1 else None,
                 resumed=step == start + 1 and start > 0,
             )
-            self._recorder.iteration(metrics)
+            self._recorder.log_iteration(metrics)
             with clock.paused():
                 if not totals.is_writing:
                     self._finish_save()
@@ -119,11 +119,11 @@ class Trainer:
         if is_due or self._stops_after(step) or gives_up:
             iteration.check_weights(step)
             self._finish_save()
-            self._recorder.saving()
+            self._recorder.before_save()
             is_last = gives_up or self._stops_after(step) or step == self._total_steps
             try:
                 if self._saver.save(step, iteration.feed.state, is_last=is_last):
-                    self._recorder.saved()
+                    self._recorder.after_save()
             except OSError as error:  # the same on every rank
                 if gives_up:
                     self._give_up(step, f"but {error}")
@@ -137,6 +137,6 @@ class Trainer:
     def _finish_save(self, *, is_last: bool = False) -> None:
         if not self._saver.is_pending:
             return
-        self._recorder.saving()
+        self._recorder.before_save()
         if self._saver.finish(is_last=is_last):
-            self._recorder.saved()
+            self._recorder.after_save()

@@ -1,10 +1,8 @@
-"""Causal attention: torch's kernels, which never hold a mask or all scores, but on a CPU for short
-sequences (`modules.attention.cpu`).
+"""Causal attention, with or without dropout, over complete rows or inside packed documents.
 
-Dropout masks depend on the sequence alone (`modules.layers.dropout`), so each row is then run by
-itself.
-Where documents are kept apart, each of them is: its mask depends on the sequence and on its number
-there.
+Dropout masks depend on the sequence alone (`modules.layers.dropout`), so attention with dropout
+runs row by row. In packed rows it runs document by document: a document's mask depends on its
+sequence and on its number in the row.
 """
 
 from __future__ import annotations
@@ -14,12 +12,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from common.seeds import derive_seed
 from modules.attention.cpu import row_attention
 from modules.attention.packed_documents import PackedDocuments
-from modules.attention.sdpa import kernel_attention
+from modules.attention.sdpa import sdpa_attention
 from modules.attention.varlen import varlen_attention
-from modules.layers.dropout import Keys, derive_seed
-from modules.matmul.rounding import product_type
+from modules.layers.dropout import Keys
+from modules.matmul.rounding import matmul_dtype
 
 
 def causal_attention(
@@ -32,52 +31,62 @@ def causal_attention(
     keys: Keys,
     documents: PackedDocuments | None,
 ) -> Tensor:
-    """Causal softmax attention, scaled by the root of the head's size; inside `documents`.
+    """Returns causal softmax attention with scores scaled by 1 / sqrt(head size).
 
-    Tensors are (rows, heads, tokens, head size).
+    Args:
+        query, key, value: (rows, heads, seq_len, head size).
+        dropout: the probability of dropping an attention weight.
+        site: the name of this attention in the model, which its dropout masks depend on.
+        keys: the dropout key of each row; None for no dropout.
+        documents: the documents of the rows, which do not attend to each other; None where
+            attention covers complete rows.
+
+    Returns:
+        (rows, heads, seq_len, head size).
     """
-    kind = product_type(query)
-    query_, key, value = query.to(kind), key.to(kind), value.to(kind)
+    dtype = matmul_dtype(query)
+    q, k, v = (tensor.to(dtype) for tensor in (query, key, value))
     if keys is not None and dropout > 0.0:
-        out = _with_dropout(
-            query_, key, value, dropout=dropout, site=site, keys=keys, documents=documents
-        )
+        out = _dropout_attention(q, k, v, dropout, site=site, keys=keys, documents=documents)
     elif documents is not None:
-        out = varlen_attention(query_, key, value, documents)
+        out = varlen_attention(q, k, v, documents)
     else:
-        out = row_attention(query_, key, value)
+        out = row_attention(q, k, v)
     return out.to(query.dtype)
 
 
-def _with_dropout(
+def _dropout_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *,
     dropout: float,
+    *,
     site: str,
     keys: Sequence[int],
     documents: PackedDocuments | None,
 ) -> Tensor:
-    """torch's kernel takes its mask from the device's default generator, which nothing else here
-    draws from: it is seeded for each row or document."""
+    """Attends row by row, or document by document.
+
+    torch's kernel draws its mask from the device's default generator, which nothing else here uses;
+    each row or document seeds it anew.
+    """
     rows = []
     for row, sequence_key in enumerate(keys):
-        lengths, sites = _pieces(row, query.shape[2], site, documents)
-        pieces = (tensor[row : row + 1].split(lengths, dim=2) for tensor in (query, key, value))
+        lengths, sites = _segments(row, query.shape[2], site, documents)
+        segments = (tensor[row : row + 1].split(lengths, dim=2) for tensor in (query, key, value))
         attended = []
-        for place, q, k, v in zip(sites, *pieces, strict=True):
-            torch.manual_seed(derive_seed(sequence_key, place))
-            attended.append(kernel_attention(q, k, v, dropout=dropout))
+        for segment_site, q, k, v in zip(sites, *segments, strict=True):
+            torch.manual_seed(derive_seed(sequence_key, segment_site))
+            attended.append(sdpa_attention(q, k, v, dropout=dropout))
         rows.append(torch.cat(attended, dim=2))
     return torch.cat(rows)
 
 
-def _pieces(
-    row: int, tokens: int, site: str, documents: PackedDocuments | None
+def _segments(
+    row: int, seq_len: int, site: str, documents: PackedDocuments | None
 ) -> tuple[list[int], list[str]]:
-    """What of a row is attended to by itself: how many tokens each, and where its mask is drawn."""
+    """Returns the lengths of the row's segments that attend separately, and their dropout sites."""
     if documents is None:
-        return [tokens], [site]
+        return [seq_len], [site]
     lengths = documents.lengths_of_rows[row]
     return lengths, [f"{site}.{number}" for number in range(len(lengths))]

@@ -1,8 +1,9 @@
 """Causal attention over short sequences on a CPU, for training.
 
-torch's own CPU kernel works in small tiles, well below what the processor can do, and computes the
-probabilities again in backward. While they are few beside a block's other activations, it is faster
-to keep them, and to make each block of queries one batched product over all heads.
+torch's CPU kernel works in small tiles, far below the speed of the CPU, and computes the
+probabilities again in backward. While the probabilities are small beside a block's other
+activations, it is faster to keep them, and to compute each block of queries as one batched matmul
+over all heads.
 """
 
 from __future__ import annotations
@@ -14,28 +15,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.attention.sdpa import kernel_attention
+from modules.attention.sdpa import sdpa_attention
 
-QUERIES = 64  # of a block
-KEPT_TOKENS = 4  # times the head size: then the probabilities are an eighth of the activations
+QUERY_BLOCK = 64  # queries of one batched matmul
+MAX_LENGTH_PER_SIZE = 4  # times the head size: the probabilities are an eighth of the activations
 
 
 def is_short(query: Tensor) -> bool:
-    """Whether to attend here: `query` is (rows, heads, tokens, head size)."""
-    return query.device.type == "cpu" and query.shape[2] <= KEPT_TOKENS * query.shape[3]
+    """Tells whether `query` (rows, heads, seq_len, head size) is on a CPU and short enough."""
+    return query.device.type == "cpu" and query.shape[2] <= MAX_LENGTH_PER_SIZE * query.shape[3]
 
 
 def row_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal softmax attention, as `short_attention`: here or, where that is better, by torch."""
+    """Returns causal attention over complete rows, from the faster of the two implementations."""
     if is_short(query):
         return short_attention(query, key, value)
-    return kernel_attention(query, key, value)
+    return sdpa_attention(query, key, value)
 
 
 def short_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal softmax attention, scaled by the root of the head's size.
+    """Returns causal softmax attention with scores scaled by 1 / sqrt(head size).
 
-    Tensors are (rows, heads, tokens, head size).
+    All tensors are (rows, heads, seq_len, head size).
     """
     out: Tensor = _Attention.apply(query, key, value)  # type: ignore[no-untyped-call]
     return out
@@ -46,44 +47,44 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         q, k, v = (tensor.flatten(0, 1) for tensor in (query, key, value))
         q = q * query.shape[-1] ** -0.5
-        rows, heads, tokens, size = query.shape
-        out = query.new_empty((rows, tokens, heads, size)).transpose(
-            1, 2
-        )  # as the next layer reads
-        kept = []
-        for here, seen in _blocks(q.shape[1]):
-            scores = torch.bmm(q[:, here], k[:, seen].transpose(1, 2))
-            scores[:, :, here].add_(future(here.stop - here.start, q.dtype))
-            kept.append(torch.softmax(scores, -1, out=scores))
-            out[:, :, here] = torch.bmm(kept[-1], v[:, seen]).view(rows, heads, -1, size)
-        ctx.save_for_backward(q, k, v, out, *kept)
+        rows, heads, seq_len, size = query.shape
+        # The layout in memory is that of the next layer's input.
+        out = query.new_empty((rows, seq_len, heads, size)).transpose(1, 2)
+        probabilities = []
+        for queries, keys in _blocks(q.shape[1]):
+            scores = torch.bmm(q[:, queries], k[:, keys].transpose(1, 2))
+            scores[:, :, queries].add_(causal_mask(queries.stop - queries.start, q.dtype))
+            p = torch.softmax(scores, -1, out=scores)
+            out[:, :, queries] = torch.bmm(p, v[:, keys]).view(rows, heads, -1, size)
+            probabilities.append(p)
+        ctx.save_for_backward(q, k, v, out, *probabilities)
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, out, *kept = ctx.saved_tensors
-        given = gradient.flatten(0, 1)
+        q, k, v, out, *probabilities = ctx.saved_tensors
+        d_out = gradient.flatten(0, 1)
         shift = (out * gradient).sum(-1, keepdim=True).flatten(0, 1)
-        to_q, to_k, to_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for (here, seen), p in zip(_blocks(q.shape[1]), kept, strict=True):
-            d = given[:, here]
-            to_v[:, seen].baddbmm_(p.transpose(1, 2), d)
-            scores = torch.bmm(d, v[:, seen].transpose(1, 2)).sub_(shift[:, here]).mul_(p)
-            to_q[:, here] = torch.bmm(scores, k[:, seen])
-            to_k[:, seen].baddbmm_(scores.transpose(1, 2), q[:, here])
-        to_q.mul_(q.shape[-1] ** -0.5)
+        d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for (queries, keys), p in zip(_blocks(q.shape[1]), probabilities, strict=True):
+            d = d_out[:, queries]
+            d_v[:, keys].baddbmm_(p.transpose(1, 2), d)
+            d_scores = torch.bmm(d, v[:, keys].transpose(1, 2)).sub_(shift[:, queries]).mul_(p)
+            d_q[:, queries] = torch.bmm(d_scores, k[:, keys])
+            d_k[:, keys].baddbmm_(d_scores.transpose(1, 2), q[:, queries])
+        d_q.mul_(q.shape[-1] ** -0.5)
         shape = gradient.shape
-        return to_q.view(shape), to_k.view(shape), to_v.view(shape)
+        return d_q.view(shape), d_k.view(shape), d_v.view(shape)
 
 
-def _blocks(tokens: int) -> Iterator[tuple[slice, slice]]:
-    """Blocks of queries, and the keys that they see."""
-    for start in range(0, tokens, QUERIES):
-        stop = min(start + QUERIES, tokens)
+def _blocks(seq_len: int) -> Iterator[tuple[slice, slice]]:
+    """Yields blocks of queries, each with the keys that come no later than its last query."""
+    for start in range(0, seq_len, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, seq_len)
         yield slice(start, stop), slice(0, stop)
 
 
 @lru_cache(maxsize=4)
-def future(queries: int, dtype: torch.dtype) -> Tensor:
-    """-inf where a key comes after its query, for a block's own keys."""
+def causal_mask(queries: int, dtype: torch.dtype) -> Tensor:
+    """Returns (queries, queries): -inf where a key comes after its query, else 0."""
     return torch.full((queries, queries), -torch.inf, dtype=dtype).triu(1)

@@ -1,7 +1,7 @@
-"""Where the documents of some rows lie, for attention and positions that stay inside a document.
+"""Positions and lengths of the documents in packed rows, for attention and rotary embeddings.
 
-Documents fill their rows, so the rows put one after another are all documents one after another:
-that is what `packed` means below, of tensors (rows * tokens, ...).
+Documents fill their rows, so the rows one after another are all documents one after another: a
+"packed" tensor below is (rows * seq_len, ...).
 """
 
 from __future__ import annotations
@@ -15,76 +15,79 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class PackedDocuments:
-    """The documents of a microbatch's rows; made once for all blocks, forward and backward.
+    """The documents of a microbatch's rows; computed once for all blocks, forward and backward.
 
-    begins: int64 (rows, tokens) on the host: where in its row the document of each token begins.
-    device: of what the tokens are computed with; what blocks need is there.
+    doc_starts: int64 (rows, seq_len) on the host: the position in its row of the first token of
+        each token's document.
+    device: the device of the activations, to which the tensors that blocks use are copied.
     """
 
-    begins: Tensor
+    doc_starts: Tensor
     device: torch.device
 
     @cached_property
     def positions(self) -> Tensor:
-        """int64 (rows, tokens): of each token in its document, from 0."""
-        return self._place(self._places - self.begins)
+        """int64 (rows, seq_len): each token's position in its document, from 0."""
+        return self._to_device(self._row_positions - self.doc_starts)
 
     @cached_property
     def lengths_of_rows(self) -> list[list[int]]:
-        """The number of tokens of each row's documents, in order."""
-        return [_distances(row).tolist() for row in self._is_first]
+        """The lengths of each row's documents, in order."""
+        return [_lengths(row).tolist() for row in self._is_first]
 
     @cached_property
     def longest(self) -> int:
-        """Tokens of the longest document."""
-        return int(self._lengths.max())
+        """The length of the longest document."""
+        return int(self._packed_lengths.max())
 
     @cached_property
     def bounds(self) -> Tensor:
-        """int32 (documents + 1): where each document begins among packed tokens, and the end."""
-        bounds = torch.zeros(len(self._lengths) + 1, dtype=torch.int32)
-        torch.cumsum(self._lengths, 0, out=bounds[1:])
-        return self._place(bounds)
+        """int32 (documents + 1): each document's start among packed tokens, and the end."""
+        bounds = torch.zeros(len(self._packed_lengths) + 1, dtype=torch.int32)
+        torch.cumsum(self._packed_lengths, 0, out=bounds[1:])
+        return self._to_device(bounds)
 
     @cached_property
     def by_length(self) -> Tensor:
-        """int64 (rows * tokens): which packed token comes where when the documents are sorted by
-        their length, the shortest first; those of one length stay in order."""
-        return self._place(self._by_length)
+        """int64 (rows * seq_len): the order of packed tokens with the shortest documents first.
+
+        Documents of equal length keep their order.
+        """
+        return self._to_device(self._by_length)
 
     @cached_property
-    def back_in_place(self) -> Tensor:
-        """int64 (rows * tokens): undoes `by_length`."""
-        return self._place(self._by_length.argsort())
+    def original_order(self) -> Tensor:
+        """int64 (rows * seq_len): the inverse permutation of `by_length`."""
+        return self._to_device(self._by_length.argsort())
 
     @cached_property
     def groups(self) -> list[tuple[int, int]]:
-        """For each length that documents have, from the shortest: how many have it, and it."""
-        lengths, counts = self._lengths.unique(return_counts=True)
+        """(number of documents, their length) for each length, the shortest first."""
+        lengths, counts = self._packed_lengths.unique(return_counts=True)
         return list(zip(counts.tolist(), lengths.tolist(), strict=True))
 
     @cached_property
-    def _places(self) -> Tensor:
-        return torch.arange(self.begins.shape[1])
+    def _row_positions(self) -> Tensor:
+        return torch.arange(self.doc_starts.shape[1])
 
     @cached_property
     def _is_first(self) -> Tensor:
-        return self.begins == self._places
+        return self.doc_starts == self._row_positions
 
     @cached_property
-    def _lengths(self) -> Tensor:
-        """Of all documents, packed."""
-        return _distances(self._is_first.flatten())
+    def _packed_lengths(self) -> Tensor:
+        return _lengths(self._is_first.flatten())
 
     @cached_property
     def _by_length(self) -> Tensor:
-        return self._lengths.repeat_interleave(self._lengths).argsort(stable=True)
+        lengths = self._packed_lengths
+        return lengths.repeat_interleave(lengths).argsort(stable=True)
 
-    def _place(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True)  # no wait for what the device still does
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)  # does not wait for work on the device
 
 
-def _distances(is_first: Tensor) -> Tensor:
-    """From each place that is true to the next one or the end; the first place is."""
-    places = is_first.nonzero().flatten()
-    return places.diff(append=places.new_tensor([len(is_first)]))
+def _lengths(is_first: Tensor) -> Tensor:
+    """Returns the lengths of the documents, from a mask (tokens) of their first tokens."""
+    starts = is_first.nonzero().flatten()
+    return starts.diff(append=starts.new_tensor([len(is_first)]))

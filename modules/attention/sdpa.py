@@ -1,7 +1,7 @@
 """torch's kernels for causal attention, which never hold a mask or all scores.
 
-torch's device "meta" has none, and would hold all scores. It stands for a GPU where a run is
-rehearsed without one, so that there the kernels of GPUs are called, which keep their own.
+torch has no such kernel for the device "meta" and would hold all scores. In a dry run, "meta"
+stands for a GPU, so the GPU kernels are called there: they tell their own shapes.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 
-def kernel_attention(query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0) -> Tensor:
-    """Causal softmax attention, scaled by the root of the head's size.
+def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0) -> Tensor:
+    """Returns causal softmax attention with scores scaled by 1 / sqrt(head size).
 
-    Tensors are (rows, heads, tokens, head size). `dropout` takes its mask from the device's default
-    generator.
+    All tensors are (rows, heads, seq_len, head size). The mask of `dropout` is drawn from the
+    device's default generator.
     """
     if query.device.type == "meta":
-        return _as_on_gpus(query, key, value, dropout)
+        return _gpu_kernel(query, key, value, dropout)
     return scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout)
 
 
-def _as_on_gpus(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-    """By flash attention, which takes half precision alone; else by the memory-efficient kernel."""
+def _gpu_kernel(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    """Calls flash attention, or in fp32, which it does not support, the memory-efficient kernel."""
     ops = torch.ops.aten
     out: Tensor
     if query.dtype == torch.float32:

@@ -1,17 +1,14 @@
-"""What a model family is: three kinds of module, their names in Hugging Face files, its config.
+"""The interface of a model family: its modules, their Hugging Face names, its config and sizes.
 
-A family's file (`modules/families/gptneox.py`, say) defines `FAMILY`. A model is an embedding,
-then blocks,
-then a head. Each is one layer shard, and all are called alike: `module(x, keys, documents)`, where
-`keys` are the dropout keys of the rows of `x` (`modules.layers.dropout`), or None for no dropout,
-and
-`documents` those of the rows (`modules.attention.packed_documents`), or None where attention goes
-over whole rows.
+A family's file (for example `modules/families/gptneox.py`) defines `FAMILY`. A model is an
+embedding, then blocks, then a head. Each is one layer shard, and all are called as `module(x, keys,
+documents)`: `keys` are the dropout keys of the rows of `x` (`modules.layers.dropout`), None for no
+dropout; `documents` are the documents of the rows (`modules.attention.packed_documents`), None
+where attention covers complete rows.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,15 +20,21 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from common.files import read_json_object
+from common.text import one_line
+from modules.model_sizes import ModelSizes
+
 
 @dataclass(frozen=True)
 class Family:
     """One model family.
 
-    `hf_block` maps a block's shard key to its Hugging Face key, with `{layer}` in it; `hf_ends`
-    the keys of the embedding and the head. `hf_aliases` maps other spellings met in Hugging Face
-    files to the one in those tables. `buffers` matches keys, in shards and in Hugging Face files,
-    that are no weights and are ignored.
+    sizes: reads the sizes from a config.
+    hf_embedding, hf_block, hf_head: the Hugging Face key of each shard key; a block's keys contain
+        `{layer}`.
+    buffers: matches keys, in shards and in Hugging Face files, that are no weights and are ignored.
+    check_config: raises ValueError for a config that changes the mathematics and is not built.
+    hf_aliases: other spellings in Hugging Face files, and their keys in those tables.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Family:
     make_embedding: Callable[[Any], nn.Module]
     make_block: Callable[[Any, int], nn.Module]
     make_head: Callable[[Any], nn.Module]
+    sizes: Callable[[Any], ModelSizes]
     hf_embedding: Mapping[str, str]
     hf_block: Mapping[str, str]
     hf_head: Mapping[str, str]
@@ -47,22 +51,20 @@ class Family:
     hf_aliases: Mapping[str, str] = field(default_factory=dict)
 
     def load_config(self, folder: Path) -> Any:
-        """The checked config of `folder/config.json`.
+        """Loads and checks the config of `folder/config.json`.
 
         Raises ValueError, naming the file, for another model type, an unreadable file, or a field
-        that changes the mathematics and is not built.
+        that is invalid or changes the mathematics and is not built.
         """
         path = folder / "config.json"
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ValueError(f"{path}: no such file (a model folder has one)") from None
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: not readable as JSON: {error}") from error
-        expected = self.config_class.model_type
-        if not isinstance(raw, dict) or raw.get("model_type") != expected:
-            found = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
-            raise ValueError(f"{path}: model_type is {found!r}, but {self.name} needs {expected!r}")
+        if not path.exists():
+            raise ValueError(f"{path}: no such file (a model folder has one)")
+        raw, expected = read_json_object(path), self.config_class.model_type
+        if raw.get("model_type") != expected:
+            raise ValueError(
+                f"{path}: model_type is {raw.get('model_type')!r}, but {self.name} needs "
+                f"{expected!r}"
+            )
         if raw.get("quantization_config"):
             raise ValueError(f"{path}: quantization_config is set: quantized models are not built")
         if raw.get("tie_word_embeddings"):
@@ -70,10 +72,33 @@ class Family:
         try:
             config = self.config_class.from_dict(raw)
             self.check_config(config)
+            self.sizes(config)
         except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{path}: {reason}") from error
+            raise ValueError(f"{path}: {one_line(error)}") from error
         return config
+
+
+def config_size(config: Any, key: str) -> int:
+    """Returns a size from a config; raises ValueError unless it is an integer above 0."""
+    size = getattr(config, key)
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"{key} is {size!r}, expected an integer above 0")
+    return size
+
+
+def dense_sizes(config: Any, *, inner: int) -> ModelSizes:
+    """Returns the sizes of a model with `inner` as the width of the feed-forward part.
+
+    A block multiplies by four hidden x hidden matrices and two hidden x inner ones.
+    """
+    hidden = config_size(config, "hidden_size")
+    return ModelSizes(
+        layers=config_size(config, "num_hidden_layers"),
+        hidden=hidden,
+        inner=inner,
+        vocabulary=config_size(config, "vocab_size"),
+        block_weights=hidden * (4 * hidden + 2 * inner),
+    )
 
 
 def check_activation(field_name: str, activation: str) -> None:
@@ -85,7 +110,7 @@ def check_activation(field_name: str, activation: str) -> None:
 
 
 def check_heads(config: Any) -> None:
-    """Raises ValueError where the hidden size does not split evenly over the heads."""
+    """Raises ValueError where the hidden size is not divided evenly by the heads."""
     hidden, heads = config.hidden_size, config.num_attention_heads
     if hidden % heads:
         raise ValueError(f"hidden size {hidden} is no multiple of the {heads} attention heads")

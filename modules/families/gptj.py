@@ -11,25 +11,32 @@ from transformers.activations import ACT2FN
 
 from modules.attention.causal import causal_attention
 from modules.attention.packed_documents import PackedDocuments
-from modules.families.base import Family, check_activation, check_heads
+from modules.families.base import (
+    Family,
+    check_activation,
+    check_heads,
+    config_size,
+    dense_sizes,
+)
 from modules.layers.dropout import KeyedDropout, Keys
-from modules.layers.linear import Linear, Lookup
+from modules.layers.linear import Embedding, Linear
 from modules.layers.lm_head import Head
 from modules.layers.rotary import rotate, rotation
+from modules.model_sizes import ModelSizes
 
 ROTARY_BASE = 10000.0
 
 
 class GPTJEmbedding(nn.Module):
-    """Token ids (rows, tokens) to activations (rows, tokens, hidden)."""
+    """The embedding: token ids (rows, seq_len) to activations (rows, seq_len, hidden)."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        self.wte = Lookup(config.vocab_size, config.n_embd)
+        self.wte = Embedding(config.vocab_size, config.n_embd)
         self.dropout = KeyedDropout(config.embd_pdrop, "embedding")
 
-    def forward(self, tokens: Tensor, keys: Keys = None, documents: object = None) -> Tensor:
-        out: Tensor = self.dropout(self.wte(tokens), keys)
+    def forward(self, token_ids: Tensor, keys: Keys = None, documents: object = None) -> Tensor:
+        out: Tensor = self.dropout(self.wte(token_ids), keys)
         return out
 
 
@@ -50,26 +57,26 @@ class GPTJAttention(nn.Module):
         self.resid_dropout = KeyedDropout(config.resid_pdrop, f"{layer}.attn")
 
     def _heads(self, x: Tensor) -> Tensor:
-        rows, tokens, _ = x.shape
-        return x.view(rows, tokens, -1, self.head_size).transpose(1, 2)
+        rows, seq_len, _ = x.shape
+        return x.view(rows, seq_len, -1, self.head_size).transpose(1, 2)
 
     def forward(self, x: Tensor, keys: Keys, documents: PackedDocuments | None) -> Tensor:
-        rows, tokens, _ = x.shape
-        turn = rotation(
-            tokens, self.rotary_dim, ROTARY_BASE, pairs=True, dtype=x.dtype, device=x.device
+        rows, seq_len, _ = x.shape
+        rotary = rotation(
+            seq_len, self.rotary_dim, ROTARY_BASE, pairs=True, dtype=x.dtype, device=x.device
         )
         if documents is not None:
-            turn = turn.at(documents.positions)
+            rotary = rotary.at(documents.positions)
         mixed = causal_attention(
-            rotate(self._heads(self.q_proj(x)), turn),
-            rotate(self._heads(self.k_proj(x)), turn),
+            rotate(self._heads(self.q_proj(x)), rotary),
+            rotate(self._heads(self.k_proj(x)), rotary),
             self._heads(self.v_proj(x)),
             dropout=self.dropout,
             site=self.site,
             keys=keys,
             documents=documents,
         )
-        out: Tensor = self.out_proj(mixed.transpose(1, 2).reshape(rows, tokens, -1))
+        out: Tensor = self.out_proj(mixed.transpose(1, 2).reshape(rows, seq_len, -1))
         out = self.resid_dropout(out, keys)
         return out
 
@@ -79,7 +86,7 @@ class GPTJMLP(nn.Module):
 
     def __init__(self, config: Any, layer: int) -> None:
         super().__init__()
-        inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
+        inner = _inner_size(config)
         self.fc_in = Linear(config.n_embd, inner)
         self.fc_out = Linear(inner, config.n_embd)
         self.act = ACT2FN[config.activation_function]
@@ -91,7 +98,7 @@ class GPTJMLP(nn.Module):
 
 
 class GPTJBlock(nn.Module):
-    """One layer, (rows, tokens, hidden) to the same."""
+    """One layer: activations (rows, seq_len, hidden) to activations of that shape."""
 
     def __init__(self, config: Any, layer: int) -> None:
         super().__init__()
@@ -108,7 +115,7 @@ class GPTJBlock(nn.Module):
 
 
 class GPTJHead(Head):
-    """The head under the names that GPT-J's files have."""
+    """The head with the names of GPT-J's files."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -124,8 +131,18 @@ class GPTJHead(Head):
         return self.lm_head
 
 
+def _inner_size(config: Any) -> int:
+    """Returns the width of the feed-forward part: 4 times the hidden size where it is null."""
+    return 4 * config.n_embd if config.n_inner is None else config_size(config, "n_inner")
+
+
+def model_sizes(config: Any) -> ModelSizes:
+    """Reads the sizes of a model from its config."""
+    return dense_sizes(config, inner=_inner_size(config))
+
+
 def check_config(config: Any) -> None:
-    """Raises ValueError for what these modules would compute otherwise than transformers."""
+    """Raises ValueError where these modules would compute something else than transformers."""
     check_heads(config)
     check_activation("activation_function", config.activation_function)
     head_size, rotary = config.n_embd // config.n_head, config.rotary_dim
@@ -166,5 +183,6 @@ FAMILY = Family(
         "lm_head.bias": "lm_head.bias",
     },
     buffers=re.compile(r"(^|\.)attn\.(bias|masked_bias|embed_positions)$"),
+    sizes=model_sizes,
     check_config=check_config,
 )

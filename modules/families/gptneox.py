@@ -1,5 +1,5 @@
-"""GPT-NeoX (Black et al., arXiv 2204.06745) and its family: Pythia, Dolly, RedPajama-INCITE,
-GPT-NeoXT-Chat. They differ in their config alone."""
+"""GPT-NeoX (Black et al., arXiv 2204.06745) and its family: Pythia, Dolly, RedPajama-INCITE and
+GPT-NeoXT-Chat, which differ only in their config."""
 
 from __future__ import annotations
 
@@ -12,28 +12,35 @@ from transformers.activations import ACT2FN
 
 from modules.attention.causal import causal_attention
 from modules.attention.packed_documents import PackedDocuments
-from modules.families.base import Family, check_activation, check_heads
+from modules.families.base import (
+    Family,
+    check_activation,
+    check_heads,
+    config_size,
+    dense_sizes,
+)
 from modules.layers.dropout import KeyedDropout, Keys
-from modules.layers.linear import Linear, Lookup
+from modules.layers.linear import Embedding, Linear
 from modules.layers.lm_head import Head
 from modules.layers.rotary import rotation, split_and_rotate
+from modules.model_sizes import ModelSizes
 
 
 class GPTNeoXEmbedding(nn.Module):
-    """Token ids (rows, tokens) to activations (rows, tokens, hidden)."""
+    """The embedding: token ids (rows, seq_len) to activations (rows, seq_len, hidden)."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        self.embed_in = Lookup(config.vocab_size, config.hidden_size)
+        self.embed_in = Embedding(config.vocab_size, config.hidden_size)
         self.dropout = KeyedDropout(config.hidden_dropout, "embedding")
 
-    def forward(self, tokens: Tensor, keys: Keys = None, documents: object = None) -> Tensor:
-        out: Tensor = self.dropout(self.embed_in(tokens), keys)
+    def forward(self, token_ids: Tensor, keys: Keys = None, documents: object = None) -> Tensor:
+        out: Tensor = self.dropout(self.embed_in(token_ids), keys)
         return out
 
 
 class GPTNeoXAttention(nn.Module):
-    """Causal self-attention; the weight holds one head's query, key and value side by side."""
+    """Causal self-attention; in the weight each head's query, key and value are adjacent."""
 
     def __init__(self, config: Any, layer: int) -> None:
         super().__init__()
@@ -47,18 +54,18 @@ class GPTNeoXAttention(nn.Module):
         self.dense = Linear(hidden, hidden, bias=bias)
 
     def forward(self, x: Tensor, keys: Keys, documents: PackedDocuments | None) -> Tensor:
-        rows, tokens, _ = x.shape
-        heads = self.query_key_value(x).view(rows, tokens, -1, 3 * self.head_size).transpose(1, 2)
-        turn = rotation(
-            tokens, self.rotary_dim, self.rotary_base, pairs=False, dtype=x.dtype, device=x.device
+        rows, seq_len, _ = x.shape
+        heads = self.query_key_value(x).view(rows, seq_len, -1, 3 * self.head_size).transpose(1, 2)
+        rotary = rotation(
+            seq_len, self.rotary_dim, self.rotary_base, pairs=False, dtype=x.dtype, device=x.device
         )
         if documents is not None:
-            turn = turn.at(documents.positions)
-        query, key, value = split_and_rotate(heads, turn)
+            rotary = rotary.at(documents.positions)
+        query, key, value = split_and_rotate(heads, rotary)
         mixed = causal_attention(
             query, key, value, dropout=self.dropout, site=self.site, keys=keys, documents=documents
         )
-        out: Tensor = self.dense(mixed.transpose(1, 2).reshape(rows, tokens, -1))
+        out: Tensor = self.dense(mixed.transpose(1, 2).reshape(rows, seq_len, -1))
         return out
 
 
@@ -77,7 +84,7 @@ class GPTNeoXMLP(nn.Module):
 
 
 class GPTNeoXBlock(nn.Module):
-    """One layer, (rows, tokens, hidden) to the same; both residual forms."""
+    """One layer: activations (rows, seq_len, hidden) to activations; both residual forms."""
 
     def __init__(self, config: Any, layer: int) -> None:
         super().__init__()
@@ -102,7 +109,7 @@ class GPTNeoXBlock(nn.Module):
 
 
 class GPTNeoXHead(Head):
-    """The head under the names that GPT-NeoX's files have."""
+    """The head with the names of GPT-NeoX's files."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -118,8 +125,13 @@ class GPTNeoXHead(Head):
         return self.embed_out
 
 
+def model_sizes(config: Any) -> ModelSizes:
+    """Reads the sizes of a model from its config."""
+    return dense_sizes(config, inner=config_size(config, "intermediate_size"))
+
+
 def check_config(config: Any) -> None:
-    """Raises ValueError for what these modules would compute otherwise than transformers."""
+    """Raises ValueError where these modules would compute something else than transformers."""
     check_heads(config)
     check_activation("hidden_act", config.hidden_act)
     kind = config.rope_parameters.get("rope_type", "default")
@@ -159,5 +171,6 @@ FAMILY = Family(
     buffers=re.compile(
         r"(^|\.)attention\.(bias|masked_bias|rotary_emb\.inv_freq)$|^gpt_neox\.rotary_emb\.inv_freq$"
     ),
+    sizes=model_sizes,
     check_config=check_config,
 )

@@ -1,29 +1,25 @@
-"""Dropout whose masks depend on (seed, update, sequence, layer) alone.
+"""Dropout with masks that depend on (seed, update, sequence, layer) alone.
 
-A pipeline replays a block in backward, a resumed run replays nothing, and another (P, R) gives the
-same sequence to another process: all must draw the same mask. So no generator runs on from call to
-call: each row of a microbatch has a key, and each mask is drawn from that key and its site's name.
+A pipeline runs a block again in backward, a resumed run repeats nothing, and another (P, R) gives
+the same sequence to another process: all must draw the same mask. So no generator keeps a state
+from call to call: each row of a microbatch has a key, and each mask is drawn from that key and the
+name of its site.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-Keys = Sequence[int] | None
+from common.seeds import derive_seed
 
-
-def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed that depends on all of `parts` and their order, the same on every machine."""
-    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+Keys = Sequence[int] | None  # one for each row; None for no dropout
 
 
 class KeyedDropout(nn.Module):
-    """Inverted dropout of probability `p`; `site` names the place in the model, layer included."""
+    """Inverted dropout of probability `p`; `site` names its place in the model, with the layer."""
 
     def __init__(self, p: float, site: str) -> None:
         super().__init__()
@@ -31,7 +27,7 @@ class KeyedDropout(nn.Module):
         self.site = site
 
     def forward(self, x: Tensor, keys: Keys) -> Tensor:
-        """`x` is (rows, ...), with one key a row; None for no dropout."""
+        """Applies dropout to `x` (rows, ...), with one key for each row."""
         if keys is None or self.p == 0.0:
             return x
         mask = torch.empty_like(x)

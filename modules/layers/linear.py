@@ -56,7 +56,7 @@ class Linear(nn.Linear):
         return out
 
 
-class Lookup(nn.Embedding):
+class Embedding(nn.Embedding):
     """torch's Embedding, with an optional gradient buffer."""
 
     grad_buffer: WeightGradBuffer | None = None
@@ -71,7 +71,7 @@ class Lookup(nn.Embedding):
 def attach_grad_buffer(model: nn.Module, grad_buffer: WeightGradBuffer) -> None:
     """Gives `grad_buffer` to all layers of `model` that can use one."""
     for module in model.modules():
-        if isinstance(module, (Linear, Lookup)):
+        if isinstance(module, (Linear, Embedding)):
             module.grad_buffer = grad_buffer
 
 

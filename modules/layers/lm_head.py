@@ -1,8 +1,8 @@
-"""A model's head, and its loss over a vocabulary so large that the logits are the largest tensor.
+"""The head of a model, with a loss in chunks that never holds the logits of all tokens.
 
-The loss goes through the tokens in chunks and makes the gradients on the way, in place of the
-logits: none of them outlives its chunk, and there is never a second copy of their size. (As in
-Hsu et al., Liger Kernel, arXiv 2410.10989.)
+With a large vocabulary the logits are the largest tensor. The loss goes through the tokens in
+chunks and computes the gradients in place of the logits: no logits outlive their chunk, and no
+second copy of their size exists. (As in Hsu et al., Liger Kernel, arXiv 2410.10989.)
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from modules.layers.linear import Linear
 from modules.matmul.rounding import linear, matmul
 
 IGNORED = -100  # the label of a token that is not trained
-CHUNK_BYTES = 64 * 2**20  # of a chunk's logits in fp32: large enough for fast products
+CHUNK_BYTES = 64 * 2**20  # of a chunk's logits in fp32: large enough for fast matmuls
 
 
 class Head(nn.Module):
-    """A final norm and a projection onto the vocabulary; a family names the two."""
+    """A final norm and a projection onto the vocabulary; each family gives the two their names."""
 
     @property
     def norm(self) -> nn.LayerNorm:
@@ -31,35 +31,39 @@ class Head(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor, keys: object = None, documents: object = None) -> Tensor:
-        """(rows, tokens, hidden) to logits (rows, tokens, vocabulary)."""
+        """Returns logits (rows, seq_len, vocabulary) of activations (rows, seq_len, hidden)."""
         logits: Tensor = self.projection(self.norm(x))
         return logits
 
     def loss(self, x: Tensor, labels: Tensor, *, scale: float) -> Tensor:
-        """The sum of the cross entropies, in fp32, of x (rows, tokens, hidden) against labels
-        (rows, tokens), where labels are not IGNORED.
+        """Returns the sum of the cross entropies, in fp32.
 
-        Its backward gives the gradient of x for the loss times `scale`, whatever it is given; the
-        projection's has gone to its sink by then.
+        Backward gives the gradient of the loss times `scale`, whatever gradient it receives; the
+        gradient of the projection is in its buffer before that.
+
+        Args:
+            x: activations (rows, seq_len, hidden).
+            labels: (rows, seq_len); tokens labelled IGNORED add nothing.
+            scale: factor of the gradients, not of the returned loss.
         """
-        normed, wanted = self.norm(x).flatten(0, 1), labels.flatten()
+        normed, flat_labels = self.norm(x).flatten(0, 1), labels.flatten()
         if torch.is_grad_enabled():
-            loss: Tensor = _Loss.apply(normed, wanted, self.projection, scale)  # type: ignore[no-untyped-call]
+            loss: Tensor = _Loss.apply(normed, flat_labels, self.projection, scale)  # type: ignore[no-untyped-call]
             return loss
-        return _loss_alone(normed, wanted, self.projection)
+        return _loss_only(normed, flat_labels, self.projection)
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, labels: Tensor, projection: Linear, scale: float) -> Tensor:
-        back = torch.empty_like(x)
-        rows = _rows(projection)
-        chunks = list(zip(x.split(rows), labels.split(rows), back.split(rows), strict=True))
+        d_x = torch.empty_like(x)
+        rows = _chunk_rows(projection)
+        chunks = list(zip(x.split(rows), labels.split(rows), d_x.split(rows), strict=True))
         losses = [
             _train_(*chunk, projection, scale=scale, last=index + 1 == len(chunks))
             for index, chunk in enumerate(chunks)
         ]
-        ctx.save_for_backward(back)
+        ctx.save_for_backward(d_x)
         return torch.stack(losses).sum()
 
     @staticmethod
@@ -68,31 +72,34 @@ class _Loss(torch.autograd.Function):
 
 
 def _train_(
-    x: Tensor, labels: Tensor, back: Tensor, projection: Linear, *, scale: float, last: bool
+    x: Tensor, labels: Tensor, d_x: Tensor, projection: Linear, *, scale: float, last: bool
 ) -> Tensor:
-    """The loss of one chunk, whose gradients go to `back` and to the projection's sink.
+    """Returns the loss of one chunk; writes its gradients to `d_x` and the gradient buffer.
 
-    A function of its own, so that its logits are gone before the next chunk's are made.
+    It is a function so that its logits are freed before those of the next chunk are made.
     """
-    assert projection.grad_buffer is not None, "training hands over its gradients"
+    assert projection.grad_buffer is not None, "training needs a gradient buffer"
     logits = linear(x, projection.weight, projection.bias).float()
     loss = token_losses_(logits, labels)
     gradient = _gradients_(logits, labels, scale).to(x.dtype)
     del logits
-    back.copy_(matmul(gradient, projection.weight))
+    d_x.copy_(matmul(gradient, projection.weight))
     projection.grad_buffer.add_linear(projection.weight, projection.bias, gradient, x, last=last)
     return loss
 
 
 def token_losses_(logits: Tensor, labels: Tensor) -> Tensor:
-    """The sum of the losses of `logits` (tokens, vocabulary), which become log-probabilities."""
+    """Returns the sum of the losses of `logits` (tokens, vocabulary).
+
+    The logits become log-probabilities in place.
+    """
     torch.log_softmax(logits, 1, out=logits)
-    chosen = logits.gather(1, labels.clamp_min(0).unsqueeze(1)).squeeze(1)
-    return -torch.where(labels == IGNORED, 0.0, chosen).sum()
+    label_logits = logits.gather(1, labels.clamp_min(0).unsqueeze(1)).squeeze(1)
+    return -torch.where(labels == IGNORED, 0.0, label_logits).sum()
 
 
 def _gradients_(log_probabilities: Tensor, labels: Tensor, scale: float) -> Tensor:
-    """The gradients of the loss times `scale` by the logits, in place of the log-probabilities."""
+    """Replaces log-probabilities by the gradients of the loss times `scale` by the logits."""
     trained = labels != IGNORED
     gradient = log_probabilities.exp_()
     index = labels.clamp_min(0).unsqueeze(1)
@@ -100,15 +107,16 @@ def _gradients_(log_probabilities: Tensor, labels: Tensor, scale: float) -> Tens
     return gradient.mul_((trained * scale).unsqueeze(1))
 
 
-def _loss_alone(x: Tensor, labels: Tensor, projection: Linear) -> Tensor:
-    rows = _rows(projection)
+def _loss_only(x: Tensor, labels: Tensor, projection: Linear) -> Tensor:
+    """Returns the sum of the losses without gradients, chunk by chunk."""
+    rows = _chunk_rows(projection)
     losses = [
-        token_losses_(linear(part, projection.weight, projection.bias).float(), wanted)
-        for part, wanted in zip(x.split(rows), labels.split(rows), strict=True)
+        token_losses_(linear(part, projection.weight, projection.bias).float(), part_labels)
+        for part, part_labels in zip(x.split(rows), labels.split(rows), strict=True)
     ]
     return torch.stack(losses).sum()
 
 
-def _rows(projection: Linear) -> int:
-    """Tokens of a chunk."""
+def _chunk_rows(projection: Linear) -> int:
+    """Returns the number of tokens in a chunk."""
     return max(1, CHUNK_BYTES // (4 * projection.out_features))

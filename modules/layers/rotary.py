@@ -1,7 +1,7 @@
 """Rotary position embeddings (Su et al., arXiv 2104.09864), in the two layouts in use.
 
-NeoX turns the first half of the rotated dimensions against the second; GPT-J turns neighbours.
-Turning back is turning by the opposite angle, so backward needs nothing that forward had.
+NeoX rotates the first half of the rotated dimensions against the second; GPT-J rotates neighbours.
+Backward rotates by the opposite angle, so it needs no tensor saved in forward.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rotation:
-    """Tables made once: cosines and sines (tokens, pairs), and where in a head each pair lies.
+    """Cosines and sines (seq_len, pairs), and the dimensions of a head that form the pairs.
 
-    Of `at`, they are (rows, 1, tokens, pairs), for all heads of each row.
+    From `at`, the tables are (rows, 1, seq_len, pairs), for all heads of each row.
     """
 
     cos: Tensor
@@ -28,23 +28,23 @@ class Rotation:
     width: int
 
     def at(self, positions: Tensor) -> Rotation:
-        """For tokens at other positions than theirs in the row: int64 (rows, tokens)."""
+        """Returns the rotation for other positions than those in the row: int64 (rows, seq_len)."""
         cos, sin = (table[positions].unsqueeze(1) for table in (self.cos, self.sin))
         return replace(self, cos=cos, sin=sin)
 
-    def turn(self, x: Tensor, out: Tensor, *, back: bool = False) -> None:
-        """Writes `x` (rows, heads, tokens, head size), turned, into `out` of that shape."""
-        sign = -1.0 if back else 1.0
+    def apply(self, x: Tensor, out: Tensor, *, inverse: bool = False) -> None:
+        """Writes `x` (rows, heads, seq_len, head size), rotated, into `out` of that shape."""
+        sign = -1.0 if inverse else 1.0
         first, second = x[..., self.first], x[..., self.second]
         out[..., self.width :] = x[..., self.width :]
-        for here, other, towards in ((self.first, second, -sign), (self.second, first, sign)):
-            turned = torch.mul(x[..., here], self.cos, out=out[..., here])
-            turned.addcmul_(other, self.sin, value=towards)
+        for half, other, other_sign in ((self.first, second, -sign), (self.second, first, sign)):
+            rotated = torch.mul(x[..., half], self.cos, out=out[..., half])
+            rotated.addcmul_(other, self.sin, value=other_sign)
 
 
 @lru_cache(maxsize=16)
 def rotation(
-    num_tokens: int,
+    seq_len: int,
     dim: int,
     base: float,
     *,
@@ -52,13 +52,21 @@ def rotation(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Rotation:
-    """Position t turns pair i by t / base^(2i/dim), computed in fp32; tables in `dtype`.
+    """Returns the rotation of pair i at position t by the angle t / base^(2i/dim).
 
-    `pairs`: the GPT-J layout, else NeoX's.
+    Args:
+        seq_len: the number of positions.
+        dim: the number of rotated dimensions of a head.
+        base: the base of the angles.
+        pairs: the GPT-J layout (neighbours are pairs), else NeoX's (halves).
+        dtype: of the tables; the angles are computed in fp32.
+        device: of the tables.
     """
-    inverse = 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim))
-    positions = torch.arange(num_tokens, dtype=torch.float32, device=device)
-    angles = positions[:, None] * inverse
+    frequencies = 1.0 / (
+        base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+    )
+    positions = torch.arange(seq_len, dtype=torch.float32, device=device)
+    angles = positions[:, None] * frequencies
     count = angles.shape[1]
     width = 2 * count
     first, second = slice(0, count), slice(count, width)
@@ -68,13 +76,13 @@ def rotation(
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """`x` (rows, heads, tokens, head size), turned."""
+    """Returns `x` (rows, heads, seq_len, head size), rotated."""
     out: Tensor = _Rotate.apply(x, rotation)  # type: ignore[no-untyped-call]
     return out
 
 
 def split_and_rotate(fused: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys, turned, and values, out of `fused` (rows, heads, tokens, 3 * head size)."""
+    """Returns rotated queries and keys, and values, of `fused` (rows, heads, seq_len, 3 * size)."""
     query, key, value = _SplitAndRotate.apply(fused, rotation)  # type: ignore[no-untyped-call]
     return query, key, value
 
@@ -84,13 +92,13 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, rotation: Rotation) -> Tensor:
         ctx.rotation = rotation
         out = torch.empty_like(x)
-        rotation.turn(x, out)
+        rotation.apply(x, out)
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         out = torch.empty_like(gradient)
-        ctx.rotation.turn(gradient, out, back=True)
+        ctx.rotation.apply(gradient, out, inverse=True)
         return out, None
 
 
@@ -99,19 +107,19 @@ class _SplitAndRotate(torch.autograd.Function):
     def forward(ctx: Any, fused: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         ctx.rotation = rotation
         query, key, value = fused.chunk(3, dim=-1)
-        turned = [
+        rotated = [
             torch.empty_like(part, memory_format=torch.contiguous_format) for part in (query, key)
         ]
-        rotation.turn(query, turned[0])
-        rotation.turn(key, turned[1])
-        return turned[0], turned[1], value.contiguous()
+        rotation.apply(query, rotated[0])
+        rotation.apply(key, rotated[1])
+        return rotated[0], rotated[1], value.contiguous()
 
     @staticmethod
     def backward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None]:
-        rows, heads, tokens, size = query.shape
-        whole = query.new_empty((rows, tokens, heads, 3 * size)).transpose(1, 2)
-        to_query, to_key, to_value = whole.chunk(3, dim=-1)
-        ctx.rotation.turn(query, to_query, back=True)
-        ctx.rotation.turn(key, to_key, back=True)
-        to_value.copy_(value)
-        return whole, None
+        rows, heads, seq_len, size = query.shape
+        d_fused = query.new_empty((rows, seq_len, heads, 3 * size)).transpose(1, 2)
+        d_query, d_key, d_value = d_fused.chunk(3, dim=-1)
+        ctx.rotation.apply(query, d_query, inverse=True)
+        ctx.rotation.apply(key, d_key, inverse=True)
+        d_value.copy_(value)
+        return d_fused, None

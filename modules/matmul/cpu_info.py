@@ -1,7 +1,7 @@
-"""What the processor of this machine is, by its flags and never by a timing.
+"""The CPU of this machine, identified by its flags and never by a timing.
 
-What follows from it (which library multiplies, whether half precision is fast) decides the order of
-sums, so that two runs of one command on one kind of machine must decide alike.
+The matmul library and the rounding of half precision follow from it, and they decide the order of
+sums: two runs of one command on the same kind of machine must choose alike.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ UNKNOWN = "unknown"
 
 @dataclass(frozen=True)
 class CpuInfo:
-    """A processor: its vendor as CPUID spells it, and what it has instructions for.
+    """A CPU: its vendor as CPUID spells it, and its instructions.
 
     has_avx512: F, BW, DQ and VL, which oneDNN's AVX-512 kernels need.
-    has_avx512_bf16, has_amx: products of bf16 (AVX512-BF16, AMX-BF16).
-    has_fp16_products: products of fp16 (AVX512-FP16, AMX-FP16); F16C alone only converts.
+    has_avx512_bf16, has_amx: matmuls of bf16 (AVX512-BF16, AMX-BF16).
+    has_fp16_matmul: matmuls of fp16 (AVX512-FP16, AMX-FP16); F16C alone only converts.
     """
 
     vendor: str = UNKNOWN
@@ -32,32 +32,33 @@ class CpuInfo:
     has_avx512: bool = False
     has_avx512_bf16: bool = False
     has_amx: bool = False
-    has_fp16_products: bool = False
+    has_fp16_matmul: bool = False
 
     @classmethod
     def of_this_machine(cls) -> CpuInfo:
-        """Of the first processor of this machine; where nothing tells, one that has nothing."""
+        """Reads the first CPU of this machine; one without any flags where nothing is known."""
         try:
             return cls.from_cpuinfo(_first_entry(CPUINFO))
         except OSError:
-            known = torch.cpu.get_capabilities()
-            name = str(known.get("cpu_name") or platform.processor() or UNKNOWN)
-            return cls.from_flags(UNKNOWN, name, [key for key, has in known.items() if has is True])
+            capabilities = torch.cpu.get_capabilities()
+            name = str(capabilities.get("cpu_name") or platform.processor() or UNKNOWN)
+            flags = [flag for flag, present in capabilities.items() if present is True]
+            return cls.from_flags(UNKNOWN, name, flags)
 
     @classmethod
     def from_cpuinfo(cls, text: str) -> CpuInfo:
-        """Of an entry of Linux's /proc/cpuinfo; on ARM its keys are others, and nothing is told."""
+        """Parses an entry of Linux's /proc/cpuinfo; on ARM, with other keys, all is unknown."""
         pairs = (line.partition(":") for line in text.splitlines())
-        found = {key.strip(): value.strip() for key, _, value in pairs}
+        fields = {key.strip(): value.strip() for key, _, value in pairs}
         return cls.from_flags(
-            found.get("vendor_id", UNKNOWN),
-            found.get("model name", UNKNOWN),
-            found.get("flags", "").split(),
+            fields.get("vendor_id", UNKNOWN),
+            fields.get("model name", UNKNOWN),
+            fields.get("flags", "").split(),
         )
 
     @classmethod
     def from_flags(cls, vendor: str, name: str, flags: Collection[str]) -> CpuInfo:
-        """Of the names of flags as Linux or torch spell them (avx512bw, avx512_bw)."""
+        """Reads the names of flags as Linux or torch spell them (avx512bw, avx512_bw)."""
         has = {flag.replace("_", "") for flag in flags}
         return cls(
             vendor=vendor,
@@ -65,30 +66,25 @@ class CpuInfo:
             has_avx512={"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= has,
             has_avx512_bf16="avx512bf16" in has,
             has_amx="amxbf16" in has,
-            has_fp16_products=not has.isdisjoint({"avx512fp16", "amxfp16"}),
+            has_fp16_matmul=not has.isdisjoint({"avx512fp16", "amxfp16"}),
         )
 
-    def has_fast_products(self, dtype: torch.dtype) -> bool:
-        """Whether products of matrices of `dtype` are at least as fast as those of fp32.
+    def has_fast_matmul(self, dtype: torch.dtype) -> bool:
+        """Tells whether matmuls of `dtype` are at least as fast as those of fp32.
 
-        Without instructions for them torch converts number by number. One thread of a Zen 3
-        processor (AVX2), 256x512 by 512x2048, torch 2.13: fp32 5.9 ms; bf16 55 ms and fp16 46 ms;
-        converted to fp32, multiplied and rounded 6.2 ms and 6.0 ms.
+        Without instructions for them, torch converts number by number. One thread of a Zen 3 CPU
+        (AVX2), 256x512 by 512x2048, torch 2.13: fp32 5.9 ms; bf16 55 ms and fp16 46 ms; converted
+        to fp32, multiplied and rounded 6.2 ms and 6.0 ms.
         """
         if dtype == torch.bfloat16:
             return self.has_avx512_bf16 or self.has_amx
         if dtype == torch.float16:
-            return self.has_fp16_products
+            return self.has_fp16_matmul
         return True
 
 
-def has_fast_products(dtype: torch.dtype) -> bool:
-    """`CpuInfo.has_fast_products` of this machine; reads a file: ask once."""
-    return CpuInfo.of_this_machine().has_fast_products(dtype)
-
-
 def _first_entry(path: Path) -> str:
-    """Up to the first empty line: the entries of 256 processors take a while to read."""
+    """Reads up to the first empty line: all entries of 256 CPUs take a while."""
     lines = []
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:

@@ -1,8 +1,8 @@
-"""Products of matrices in the compute type, also where a processor has none in half precision.
+"""Matmuls in the compute type, also on CPUs without matmul instructions for half precision.
 
-A processor without instructions for half precision multiplies it far more slowly than fp32. There
-products are made in fp32 and rounded once: products of half-precision numbers are exact in fp32, so
-only the order of the sums is another.
+Such a CPU multiplies half precision far more slowly than fp32. There, matmuls are computed in fp32
+and rounded once: products of half-precision numbers are exact in fp32, so only the order of the
+sums differs.
 """
 
 from __future__ import annotations
@@ -13,40 +13,40 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from modules.matmul.cpu_info import has_fast_products
+from modules.matmul.cpu_info import CpuInfo
 
 
 @cache
-def rounds_products(dtype: torch.dtype, device: str) -> bool:
-    """Whether products of `dtype` are made in fp32 and rounded, on this kind of device."""
-    return device == "cpu" and not has_fast_products(dtype)
+def rounds_matmul(dtype: torch.dtype, device_type: str) -> bool:
+    """Tells whether matmuls of `dtype` are computed in fp32 and rounded on this kind of device."""
+    return device_type == "cpu" and not CpuInfo.of_this_machine().has_fast_matmul(dtype)
 
 
-def product_type(tensor: Tensor) -> torch.dtype:
-    """The type in which products of `tensor` are made."""
-    rounds = rounds_products(tensor.dtype, tensor.device.type)
+def matmul_dtype(tensor: Tensor) -> torch.dtype:
+    """Returns the type in which matmuls of `tensor` are computed."""
+    rounds = rounds_matmul(tensor.dtype, tensor.device.type)
     return torch.float32 if rounds else tensor.dtype
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(..., inputs) times weight (outputs, inputs), transposed, plus bias (outputs)."""
-    kind = product_type(x)
-    if kind == x.dtype:
+    """Returns x (..., inputs) times weight (outputs, inputs), transposed, plus bias (outputs)."""
+    dtype = matmul_dtype(x)
+    if dtype == x.dtype:
         return functional.linear(x, weight, bias)
-    wide = None if bias is None else bias.to(kind)
-    return functional.linear(x.to(kind), weight.to(kind), wide).to(x.dtype)
+    wide_bias = None if bias is None else bias.to(dtype)
+    return functional.linear(x.to(dtype), weight.to(dtype), wide_bias).to(x.dtype)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of two matrices."""
-    kind = product_type(a)
-    return a @ b if kind == a.dtype else (a.to(kind) @ b.to(kind)).to(a.dtype)
+    """Returns a @ b of two matrices."""
+    dtype = matmul_dtype(a)
+    return a @ b if dtype == a.dtype else (a.to(dtype) @ b.to(dtype)).to(a.dtype)
 
 
-def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Adds a @ b to `total`, which is fp32: in one go where the product is made in fp32."""
-    kind = product_type(a)
-    if kind == total.dtype:
-        total.addmm_(a.to(kind), b.to(kind))
+def add_matmul_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Adds a @ b to `total` in fp32, in one operation where the matmul is computed in fp32."""
+    dtype = matmul_dtype(a)
+    if dtype == total.dtype:
+        total.addmm_(a.to(dtype), b.to(dtype))
     else:
         total.add_(a @ b)

@@ -1,15 +1,15 @@
-"""What the time of a step goes to, rank by rank: work, exposed communication, or nothing at all.
+"""Breakdown of a step's time on each rank: work, exposed communication, and bubble.
 
-Communication is exposed where a rank does no work and
+Communication is exposed while a rank does no work and
 
-- is sending; or
-- waits for a message that its neighbour has finished computing (before that, the neighbour has
-  nothing to send, and no network would be fast enough); or
-- is in optimizer-comm after the last rank of all has ended its last backward.
+- sends; or
+- waits for a message that its neighbour has already computed (before that, no network would be fast
+  enough); or
+- is in optimizer-comm after the last backward of all ranks.
 
-Everything else without work is the bubble: waiting for others to compute, and the host's own time
-between two spans. Sum over all ranks, these are the shares of ranks x step. The simulator's
-timeline has no spans of messages; its gaps are taken as waiting for what is computed next.
+All other time without work is the bubble: waiting for other ranks to compute, and the host's time
+between two spans. Summed over all ranks, these are the shares of ranks x step. The simulator's
+timeline has no spans of messages; its gaps count as waiting for the next computation.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from monitor.profiling.step_trace import RankSpan
-from monitor.profiling.tracer import Track
+from monitor.profiling.tracer import PIPELINE_WORK, Track
 
 Interval = tuple[float, float]
 
-PIPELINE_WORK = (Track.FORWARD_COMPUTE, Track.BACKWARD_COMPUTE, Track.WEIGHT_GRADIENT)
 WORK = (*PIPELINE_WORK, Track.OPTIMIZER_COMP)
 
 _SENDS = (Track.FORWARD_SEND, Track.BACKWARD_SEND)
-# Where a message comes from, in stages, and what the neighbour must have computed for it.
+# The sender of a message, in stages from here, and the computation that must end before it.
 _RECEIVES = {
     Track.FORWARD_RECV: (-1, Track.FORWARD_COMPUTE),
     Track.BACKWARD_RECV: (1, Track.BACKWARD_COMPUTE),
@@ -51,14 +50,14 @@ class SimulatedSpan(NamedTuple):
 
 @dataclass
 class RankBreakdown:
-    """A rank's step: its work, and when its communication is exposed; the rest is the bubble."""
+    """A rank's step: its work, and its exposed communication; the rest is the bubble."""
 
     work: list[RankSpan] = field(default_factory=list)
     communication: list[Interval] = field(default_factory=list)
 
 
 class Shares(NamedTuple):
-    """Parts of ranks x step; they sum to 1."""
+    """Fractions of ranks x step, which sum to 1."""
 
     compute: float
     communication: float
@@ -68,46 +67,48 @@ class Shares(NamedTuple):
 def breakdown_by_rank(
     spans: Sequence[RankSpan], *, num_stages: int, num_ranks: int
 ) -> list[RankBreakdown]:
-    """The lane of each rank."""
-    computed = {(s.rank, s.track, s.microbatch): s.end for s in spans if s.track in PIPELINE_WORK}
-    last_backward = max(computed.values(), default=0.0)
-    found = [RankBreakdown() for _ in range(num_ranks)]
+    """Returns the breakdown of each rank."""
+    compute_ends = {
+        (s.rank, s.track, s.microbatch): s.end for s in spans if s.track in PIPELINE_WORK
+    }
+    last_backward = max(compute_ends.values(), default=0.0)
+    breakdowns = [RankBreakdown() for _ in range(num_ranks)]
     waits: list[list[Interval]] = [[] for _ in range(num_ranks)]
     for span in spans:
         if span.track in WORK:
-            found[span.rank].work.append(span)
+            breakdowns[span.rank].work.append(span)
         else:
-            ready = _ready(span, computed, last_backward, num_stages)
+            ready = _ready(span, compute_ends, last_backward, num_stages)
             waits[span.rank].append((max(span.start, ready), span.end))
-    for lane, of_rank in zip(found, waits, strict=True):
-        lane.communication = subtract(union(of_rank), union((s.start, s.end) for s in lane.work))
-    return found
+    for rank, of_rank in zip(breakdowns, waits, strict=True):
+        rank.communication = subtract(union(of_rank), union((s.start, s.end) for s in rank.work))
+    return breakdowns
 
 
-def shares(of_ranks: Sequence[RankBreakdown], *, start: float, end: float) -> Shares:
-    """What the time from `start` to `end` of all ranks goes to."""
-    whole = (end - start) * len(of_ranks)
-    work = sum(_length(union((s.start, s.end) for s in lane.work)) for lane in of_ranks)
-    communication = sum(_length(lane.communication) for lane in of_ranks)
-    return Shares(work / whole, communication / whole, 1 - (work + communication) / whole)
+def shares(breakdowns: Sequence[RankBreakdown], *, start: float, end: float) -> Shares:
+    """Returns the shares of the time from `start` to `end` (seconds) of all ranks."""
+    total = (end - start) * len(breakdowns)
+    work = sum(_length(union((s.start, s.end) for s in rank.work)) for rank in breakdowns)
+    communication = sum(_length(rank.communication) for rank in breakdowns)
+    return Shares(work / total, communication / total, 1 - (work + communication) / total)
 
 
 def simulated_spans(actions: Iterable[SimulatedSpan]) -> list[RankSpan]:
-    """A simulated timeline as spans, with a receive for each time that a stage waits."""
+    """Returns the spans of a simulated timeline, with a receive for each wait of a stage."""
     spans: list[RankSpan] = []
-    free: dict[int, float] = {}
+    free_since: dict[int, float] = {}
     for action in sorted(actions, key=lambda action: action.start):
         work, receive = _OF_LABEL[action.label[0]]
-        microbatch, since = int(action.label[1:]), free.get(action.stage, 0.0)
+        microbatch, since = int(action.label[1:]), free_since.get(action.stage, 0.0)
         if receive is not None and since < action.start:
             spans.append(RankSpan(action.stage, receive, microbatch, since, action.start))
         spans.append(RankSpan(action.stage, work, microbatch, action.start, action.end))
-        free[action.stage] = action.end
+        free_since[action.stage] = action.end
     return spans
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
-    """The same times in order, no two intervals meeting."""
+    """Returns the same times as sorted intervals that do not touch."""
     merged: list[Interval] = []
     for start, end in sorted(interval for interval in intervals if interval[0] < interval[1]):
         if merged and start <= merged[-1][1]:
@@ -118,7 +119,7 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def subtract(intervals: Sequence[Interval], others: Sequence[Interval]) -> list[Interval]:
-    """The times of `intervals` that are in none of `others`; both as `union` gives them."""
+    """Returns the times of `intervals` that are in none of `others`; both come from `union`."""
     left: list[Interval] = []
     for start, end in intervals:
         for other_start, other_end in others:
@@ -133,20 +134,20 @@ def subtract(intervals: Sequence[Interval], others: Sequence[Interval]) -> list[
 
 def _ready(
     span: RankSpan,
-    computed: dict[tuple[int, Track, int | None], float],
+    compute_ends: dict[tuple[int, Track, int | None], float],
     last_backward: float,
     num_stages: int,
 ) -> float:
-    """From when on nobody's computing is waited for in a span of communication."""
+    """Returns the time from which a span of communication waits for no computation."""
     if span.track in _SENDS:
         return span.start
     if span.track is Track.OPTIMIZER_COMM:
         return last_backward
     step, track = _RECEIVES[span.track]
     stage = span.rank % num_stages + step
-    if not 0 <= stage < num_stages:  # an end of the pipeline has no neighbour to wait for
+    if not 0 <= stage < num_stages:  # an end of the pipeline has no such neighbour
         return span.end
-    return computed.get((span.rank + step, track, span.microbatch), span.start)
+    return compute_ends.get((span.rank + step, track, span.microbatch), span.start)
 
 
 def _length(intervals: Iterable[Interval]) -> float:

@@ -1,9 +1,9 @@
-"""Spans of work on a GPU, timed by the GPU: the host only queues it and is long gone when it runs.
+"""A tracer of work on a GPU with the GPU's clock, since the host only queues the work.
 
-A span is a pair of CUDA events on the stream that is current where it begins and ends. CUDA tells
+A span is a pair of CUDA events on the stream that is current when it begins and ends. CUDA gives
 the time between two events as a 32-bit float of milliseconds, too coarse after an hour, and its
-clock drifts from the host's. So every step has an anchor of its own: an event whose host time is
-known, since the host waits for it between two steps. That is the only wait that profiling adds.
+clock drifts from the host's. So every step has its own anchor: an event with a known host time,
+because the host waits for it between two steps. Profiling adds no other wait.
 """
 
 from __future__ import annotations
@@ -11,77 +11,67 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
+
+from torch.cuda import Event
 
 from monitor.profiling.tracer import NO_SPAN, Clock, Span, StepLog, StepTrace, Track
 
 
-class TimingEvent(Protocol):
-    """The part of torch.cuda.Event that is needed."""
-
-    def record(self) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def elapsed_time(self, end_event: Any) -> float: ...
-
-
 class _DeviceSpan(NamedTuple):
     track: Track
-    begin: TimingEvent
-    end: TimingEvent
+    begin: Event
+    end: Event
     microbatch: int | None
     size: int | None
 
 
 class _DeviceStep(NamedTuple):
-    """A step whose events have not been read; `anchor` happened at `host_time`."""
+    """A step whose events are not read yet; `anchor` happened at `host_time`."""
 
     step: int
-    anchor: TimingEvent
+    anchor: Event
     host_time: int
-    end: TimingEvent
+    end: Event
     spans: list[_DeviceSpan]
 
     def read(self) -> StepTrace:
-        """The step in times of the host, once the device has done it."""
+        """Returns the step in host times; waits until the device has finished it."""
         spans = [
             Span(s.track, self._time(s.begin), self._time(s.end), s.microbatch, s.size)
             for s in self.spans
         ]
         return StepTrace(self.step, self.host_time, self._time(self.end), spans)
 
-    def _time(self, event: TimingEvent) -> int:
+    def _time(self, event: Event) -> int:
         event.synchronize()
-        return self.host_time + round(1e6 * self.anchor.elapsed_time(event))
+        milliseconds: float = self.anchor.elapsed_time(event)
+        return self.host_time + round(1e6 * milliseconds)
 
 
-def timing_event() -> TimingEvent:
-    """A torch.cuda.Event that can tell the time."""
-    import torch
-
-    event: TimingEvent = torch.cuda.Event(enable_timing=True)
-    return event
+def timing_event() -> Event:
+    """Returns a CUDA event that records its time."""
+    return Event(enable_timing=True)
 
 
 class CudaTracer:
-    """Times blocks by events on the current stream; `steps` and `close` wait for the last step.
+    """A tracer with events on the current stream; `steps` and `close` wait for the last step.
 
-    A step begins when the device has done everything queued before it, and ends when it has done
-    what was queued on the current stream in it. Events are used again, a step's after the next
-    step has begun.
+    A step begins when the device has finished all work queued before it, and ends when it has
+    finished the step's work on the current stream. A step's events are reused after the next step
+    has begun.
     """
 
     def __init__(
         self,
         log: StepLog,
         *,
-        make_event: Callable[[], TimingEvent] = timing_event,
+        make_event: Callable[[], Event] = timing_event,
         clock: Clock = time.perf_counter_ns,
     ) -> None:
         self._log, self._clock = log, clock
         self._make_event = make_event
-        self._free: list[TimingEvent] = []
+        self._free: list[Event] = []
         self._unread: _DeviceStep | None = None
         self._spans: list[_DeviceSpan] | None = None
 
@@ -115,14 +105,14 @@ class CudaTracer:
         self._read()
         self._log.flush()
 
-    def mark(self) -> TimingEvent:
-        """An event that happens when the current stream gets here."""
+    def mark(self) -> Event:
+        """Records an event on the current stream."""
         event = self._free.pop() if self._free else self._make_event()
         event.record()
         return event
 
     def _read(self) -> None:
-        """Moves the step that ended last to the log, in times of the host."""
+        """Moves the last step to the log, in host times."""
         if self._unread is None:
             return
         step, self._unread = self._unread, None

@@ -1,4 +1,4 @@
-"""--profiling from its beginning to its end: a tracer for the run, and at last its picture."""
+"""--profiling of a run: its tracer, and at the end its trace files and timeline.png."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from monitor.profiling.breakdown import SimulatedSpan
-from monitor.profiling.clock_sync import ClockSync, Group
+from monitor.profiling.clock_sync import ClockSync, HostMessages
 from monitor.profiling.cuda_tracer import CudaTracer
 from monitor.profiling.step_trace import (
     StepOfAllRanks,
@@ -23,19 +23,19 @@ from monitor.profiling.tracer import HostTracer, StepLog, Tracer
 
 TIMELINE_NAME = "timeline.png"
 
-# Every member's value, in the order of the members; all call it.
+# Returns every rank's value, by rank; every rank calls it.
 Gather = Callable[[Any], Sequence[Any]]
-# The simulated step, given the measured one.
+# Returns the simulated step for a measured one.
 Simulate = Callable[[StepOfAllRanks], Sequence[SimulatedSpan]]
 
 
 @dataclass(frozen=True)
 class Profiler:
-    """A rank's tracer and the clock that its times are told in."""
+    """A rank's tracer, and the clock of the run."""
 
     tracer: Tracer
     clock: ClockSync
-    group: Group
+    messages: HostMessages
 
     def finish(
         self,
@@ -50,11 +50,18 @@ class Profiler:
     ) -> Timeline | None:
         """Writes the trace and, on rank 0, timeline.png of the median step; every rank calls it.
 
-        Returns what is drawn; None elsewhere, and where there is no step that all ranks have.
+        Args:
+            gather: gathers a JSON value from all ranks.
+            simulate: simulates a measured step.
+            schedule, num_stages, num_replicas, num_microbatches: the shape of the run, for the
+            title. folder: for timeline.png.
+
+        Returns:
+            The timeline on rank 0, if there is a step that all ranks have; else None.
         """
-        self.clock.measure(self.group)
+        self.clock.measure(self.messages)
         self.tracer.close()
-        steps, rank = self.tracer.steps, self.group.rank
+        steps, rank = self.tracer.steps, self.messages.rank
         times = gather(step_times(steps, self.clock))
         step = median_step(times)
         if step is None:
@@ -70,11 +77,19 @@ class Profiler:
         return timeline
 
 
-def start_profiling(group: Group, *, run: str, cuda: bool, folder: Path = TRACE_FOLDER) -> Profiler:
-    """Finds the clock of all ranks, so every rank calls it; the trace's file is named for `run`."""
+def start_profiling(
+    messages: HostMessages, *, run: str, cuda: bool, folder: Path = TRACE_FOLDER
+) -> Profiler:
+    """Synchronizes the clocks and starts a tracer; every rank calls it.
+
+    Args:
+        messages: between all ranks.
+        run: the name of the run, in the name of the trace file.
+        cuda: whether the run is on GPUs.
+        folder: of the trace files.
+    """
     clock = ClockSync()
-    clock.measure(group)
-    rank = group.rank
-    file = TraceFile(trace_path(run, rank, folder=folder), rank=rank, clock=clock)
-    log = StepLog(file.write)
-    return Profiler(CudaTracer(log) if cuda else HostTracer(log), clock, group)
+    clock.measure(messages)
+    path = trace_path(run, messages.rank, folder=folder)
+    log = StepLog(TraceFile(path, rank=messages.rank, clock=clock).write)
+    return Profiler(CudaTracer(log) if cuda else HostTracer(log), clock, messages)

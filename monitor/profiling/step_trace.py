@@ -1,4 +1,4 @@
-"""One step of all ranks out of their traces: the median one, as small JSON lists and back."""
+"""One step of all ranks, joined from their traces, which travel as small JSON lists."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from monitor.profiling.clock_sync import ClockSync
-from monitor.profiling.tracer import StepTrace, Track
+from monitor.profiling.tracer import PIPELINE_WORK, StepTrace, Track
 
 
 class RankSpan(NamedTuple):
-    """A span of a rank, in seconds of the run's clock."""
+    """A span of a rank; start and end are seconds of the run's clock."""
 
     rank: int
     track: Track
@@ -22,7 +22,7 @@ class RankSpan(NamedTuple):
 
 
 class StepOfAllRanks(NamedTuple):
-    """A step of all ranks, from when the first began it to when the last ended it, in seconds."""
+    """A step of all ranks, from the first rank's start to the last rank's end, in seconds."""
 
     step: int
     start: float
@@ -31,15 +31,15 @@ class StepOfAllRanks(NamedTuple):
 
 
 def step_times(steps: Sequence[StepTrace], clock: ClockSync) -> list[list[float]]:
-    """[step, start, end] of each step of this rank, in seconds of the run's clock."""
+    """Returns [step, start, end] of each step of this rank, in seconds of the run's clock."""
     return [[s.step, _seconds(s.begin, clock), _seconds(s.end, clock)] for s in steps]
 
 
 def median_step(times: Sequence[Sequence[Sequence[float]]]) -> int | None:
-    """The step of median length among those that all ranks have; `times` are all `step_times`.
+    """Returns the step of median length among those that all ranks have; None if there is none.
 
-    A step lasts from when the first rank begins it to when the last ends it. Of an even number of
-    steps the shorter middle one is taken. None where there is no common step.
+    A step lasts from the first rank's start to the last rank's end. Of an even number of steps the
+    shorter middle one is chosen. `times` are the `step_times` of all ranks.
     """
     by_step: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for of_rank in times:
@@ -57,7 +57,7 @@ def median_step(times: Sequence[Sequence[Sequence[float]]]) -> int | None:
 def step_rows(
     steps: Sequence[StepTrace], step: int, *, rank: int, clock: ClockSync
 ) -> list[list[Any]]:
-    """This rank's spans of one step, a list [rank, track, microbatch, start, end] for each."""
+    """Returns [rank, track, microbatch, start, end] for each span of this rank in one step."""
     return [
         [rank, s.track.value, s.microbatch, _seconds(s.begin, clock), _seconds(s.end, clock)]
         for trace in steps
@@ -71,7 +71,7 @@ def join_step(
     times: Sequence[Sequence[Sequence[float]]],
     rows: Sequence[Sequence[Sequence[Any]]],
 ) -> StepOfAllRanks:
-    """The step of all ranks, of all ranks' `step_times` and `step_rows`."""
+    """Joins the `step_times` and `step_rows` of all ranks."""
     bounds = [row for of_rank in times for row in of_rank if row[0] == step]
     spans = [
         RankSpan(rank, Track(track), microbatch, start, end)
@@ -82,18 +82,15 @@ def join_step(
 
 
 def compute_costs(spans: Sequence[RankSpan], *, num_stages: int) -> dict[tuple[int, Track], float]:
-    """The median seconds of a microbatch on each (stage, compute track), replicas taken together.
+    """Returns the median seconds of a microbatch on each (stage, compute track), over replicas.
 
-    What a simulator needs to be held against the step.
+    The simulator needs them for a simulation that is comparable to the step.
     """
-    found: dict[tuple[int, Track], list[float]] = defaultdict(list)
+    seconds: dict[tuple[int, Track], list[float]] = defaultdict(list)
     for span in spans:
-        if span.microbatch is not None and span.track in _COSTS:
-            found[span.rank % num_stages, span.track].append(span.end - span.start)
-    return {key: statistics.median(seconds) for key, seconds in found.items()}
-
-
-_COSTS = (Track.FORWARD_COMPUTE, Track.BACKWARD_COMPUTE, Track.WEIGHT_GRADIENT)
+        if span.microbatch is not None and span.track in PIPELINE_WORK:
+            seconds[span.rank % num_stages, span.track].append(span.end - span.start)
+    return {key: statistics.median(values) for key, values in seconds.items()}
 
 
 def _seconds(moment: int, clock: ClockSync) -> float:

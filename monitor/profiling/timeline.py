@@ -1,6 +1,6 @@
-"""timeline.png: a step of all ranks as it was, over the step as the simulator has it.
+"""timeline.png: a measured step of all ranks, above the simulated step.
 
-Drawn as monitor.plot draws, without pyplot; matplotlib is imported only when something is drawn.
+As in monitor.plot, matplotlib is used without pyplot and imported only when a picture is drawn.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from common.files import replace_file
 from monitor.profiling.breakdown import (
-    PIPELINE_WORK,
     Interval,
     RankBreakdown,
     Shares,
@@ -24,15 +23,15 @@ from monitor.profiling.breakdown import (
     simulated_spans,
 )
 from monitor.profiling.step_trace import StepOfAllRanks
-from monitor.profiling.tracer import Track
+from monitor.profiling.tracer import PIPELINE_WORK, Track
 
 logger = logging.getLogger(__name__)
 
 _DPI, _NARROW, _WIDE = 100, 14.0, 28.0  # inches: 1400 to 2800 px
-_BOX = 0.2  # inches that a box should have on the mean, for two digits
-_ROW, _PANEL, _FRAME = 0.5, 0.62, 1.05  # inches of a lane, of a panel's title and axis, of the rest
-_FONTS = (9, 7)  # points of a box's number: the first that fits
-_DIGIT, _PADDING = 0.85, 2.0  # pixels of a digit per point, and of what stays free in a box
+_BOX = 0.2  # inches of an average box, for two digits
+_ROW, _PANEL, _FRAME = 0.5, 0.62, 1.05  # inches of a row, of a panel's title and axis, of the rest
+_FONTS = (9, 7)  # points of a box's number; the first that fits is used
+_DIGIT, _PADDING = 0.85, 2.0  # pixels of a digit per point, and of a box's margin
 
 _BUBBLE, _COMMUNICATION = "#e4e4e4", "#c1121f"
 
@@ -53,7 +52,7 @@ _STYLES = {
 
 @dataclass(frozen=True)
 class Timeline:
-    """A measured step and its simulation, whose time 0 is the step's first forward."""
+    """A measured step and its simulation; time 0 of the simulation is the step's first forward."""
 
     measured: StepOfAllRanks
     simulated: Sequence[SimulatedSpan]
@@ -62,24 +61,24 @@ class Timeline:
     num_replicas: int
     num_microbatches: int
 
-    def measured_lanes(self) -> list[RankBreakdown]:
+    def measured_breakdown(self) -> list[RankBreakdown]:
         num_ranks = self.num_stages * self.num_replicas
         return breakdown_by_rank(
             self.measured.spans, num_stages=self.num_stages, num_ranks=num_ranks
         )
 
-    def simulated_lanes(self) -> list[RankBreakdown]:
+    def simulated_breakdown(self) -> list[RankBreakdown]:
         spans = simulated_spans(self.simulated)
         return breakdown_by_rank(spans, num_stages=self.num_stages, num_ranks=self.num_stages)
 
     def measured_shares(self) -> Shares:
-        """Of the whole step, its optimizer included."""
+        """Returns the shares of the complete step, including the optimizer."""
         step = self.measured
-        return shares(self.measured_lanes(), start=step.start, end=step.end)
+        return shares(self.measured_breakdown(), start=step.start, end=step.end)
 
     def simulated_shares(self) -> Shares:
-        """Of the simulated time, which ends with the last backward."""
-        return shares(self.simulated_lanes(), start=0.0, end=self.simulated_seconds)
+        """Returns the shares of the simulated time, which ends with the last backward."""
+        return shares(self.simulated_breakdown(), start=0.0, end=self.simulated_seconds)
 
     @property
     def simulated_seconds(self) -> float:
@@ -87,7 +86,7 @@ class Timeline:
 
     @property
     def pipeline_start(self) -> float:
-        """When the first forward began."""
+        """The start of the first forward, in seconds."""
         return min(
             (span.start for span in self.measured.spans if span.track in PIPELINE_WORK),
             default=self.measured.start,
@@ -95,30 +94,30 @@ class Timeline:
 
     @property
     def pipeline_seconds(self) -> float:
-        """From the first forward to the end of the last backward: what is simulated."""
+        """Seconds from the first forward to the end of the last backward, the simulated part."""
         start = self.pipeline_start
         ends = (span.end for span in self.measured.spans if span.track in PIPELINE_WORK)
         return max(ends, default=start) - start
 
     @property
     def drawn_seconds(self) -> float:
-        """From the beginning of the step to the end of what ends last."""
+        """Seconds from the start of the step to the end of the later of step and simulation."""
         simulated = self.pipeline_start - self.measured.start + self.simulated_seconds
         return max(self.measured.end - self.measured.start, simulated)
 
 
 def draw_timeline(timeline: Timeline, path: Path) -> None:
-    """Draws in place of the last picture. A failure is one logged warning."""
+    """Draws and replaces the last picture; a failure is only a warning."""
     try:
         picture = io.BytesIO()
         timeline_figure(timeline).savefig(picture, format="png")
         replace_file(path, picture.getvalue())
-    except Exception as error:  # whatever matplotlib trips over, the run is well
-        logger.warning("%s could not be drawn: %s", path, error)
+    except Exception as error:  # any failure of matplotlib: the run went well
+        logger.warning("cannot draw %s: %s", path, error)
 
 
 def timeline_figure(timeline: Timeline) -> Any:
-    """A matplotlib Figure of one panel for the measured step and one for the simulated."""
+    """Returns a matplotlib Figure with a panel for the measured step and one for the simulated."""
     from matplotlib.figure import Figure
 
     num_ranks = timeline.num_stages * timeline.num_replicas
@@ -137,8 +136,8 @@ def timeline_figure(timeline: Timeline) -> Any:
 
 
 def _width(timeline: Timeline) -> float:
-    """Inches that leave room for a number in most boxes."""
-    boxes = max((len(lane.work) for lane in timeline.measured_lanes()), default=0)
+    """Returns the inches that leave room for a number in most boxes."""
+    boxes = max((len(rank.work) for rank in timeline.measured_breakdown()), default=0)
     return min(max(_NARROW, _BOX * boxes), _WIDE)
 
 
@@ -153,15 +152,15 @@ def _title(timeline: Timeline) -> str:
 
 def _draw_measured(axes: Any, timeline: Timeline) -> None:
     step = timeline.measured
-    one = timeline.num_replicas == 1
+    is_single = timeline.num_replicas == 1
     names = [
-        f"stage {rank}" if one else f"rank {rank}: stage {rank % timeline.num_stages}"
+        f"stage {rank}" if is_single else f"rank {rank}: stage {rank % timeline.num_stages}"
         for rank in range(timeline.num_stages * timeline.num_replicas)
     ]
     length = f"{_ms(step.end - step.start)}, of which pipeline {_ms(timeline.pipeline_seconds)}"
     _title_panel(axes, f"measured: {length}", timeline.measured_shares())
     bounds = (step.start, step.end)
-    _draw_lanes(axes, timeline.measured_lanes(), names, bounds=bounds, shift=-step.start)
+    _draw_rows(axes, timeline.measured_breakdown(), names, bounds=bounds, shift=-step.start)
 
 
 def _draw_simulated(axes: Any, timeline: Timeline) -> None:
@@ -171,7 +170,7 @@ def _draw_simulated(axes: Any, timeline: Timeline) -> None:
     _title_panel(axes, f"simulated pipeline: {length}", timeline.simulated_shares())
     names = [f"stage {stage}" for stage in range(timeline.num_stages)]
     shift = timeline.pipeline_start - timeline.measured.start
-    _draw_lanes(axes, timeline.simulated_lanes(), names, bounds=(0.0, seconds), shift=shift)
+    _draw_rows(axes, timeline.simulated_breakdown(), names, bounds=(0.0, seconds), shift=shift)
 
 
 def _title_panel(axes: Any, left: str, of_panel: Shares) -> None:
@@ -183,24 +182,24 @@ def _title_panel(axes: Any, left: str, of_panel: Shares) -> None:
     axes.set_title(text, loc="right", fontsize=11, fontweight="bold")
 
 
-def _draw_lanes(
+def _draw_rows(
     axes: Any,
-    of_ranks: Sequence[RankBreakdown],
+    breakdowns: Sequence[RankBreakdown],
     names: Sequence[str],
     *,
     bounds: Interval,
     shift: float,
 ) -> None:
-    """A row for each lane, the first on top; a moment is drawn `shift` seconds later."""
-    axes.set_ylim(len(of_ranks) - 0.5, -0.5)
-    axes.set_yticks(range(len(of_ranks)), names)
+    """Draws a row for each breakdown, the first on top, shifted by `shift` seconds."""
+    axes.set_ylim(len(breakdowns) - 0.5, -0.5)
+    axes.set_yticks(range(len(breakdowns)), names)
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    for row, lane in enumerate(of_ranks):
+    for row, rank in enumerate(breakdowns):
         _box(axes, row, bounds[0] + shift, bounds[1] + shift, _BUBBLE)
-        for start, end in lane.communication:
+        for start, end in rank.communication:
             _box(axes, row, start + shift, end + shift, _COMMUNICATION)
-        for span in lane.work:
+        for span in rank.work:
             style = _STYLES[span.track]
             _box(axes, row, span.start + shift, span.end + shift, style.colour, edge=True)
             _number(axes, row, span.start + shift, span.end + shift, span.microbatch, style)
@@ -218,9 +217,9 @@ def _box(axes: Any, row: int, start: float, end: float, colour: str, *, edge: bo
 def _number(
     axes: Any, row: int, start: float, end: float, microbatch: int | None, style: _Style
 ) -> None:
-    """The microbatch in the middle of its box, where there is room."""
+    """Draws the number of the microbatch in its box, if it fits."""
     left, right = axes.get_xlim()
-    width = axes.figure.get_figwidth() * _DPI * 0.9  # axes take 0.9 of it
+    width = axes.figure.get_figwidth() * _DPI * 0.9  # the axes take 0.9 of it
     pixels = 1e3 * (end - start) / (right - left) * width
     text = "" if microbatch is None else str(microbatch)
     fitting = (size for size in _FONTS if len(text) * _DIGIT * size + _PADDING < pixels)

@@ -1,7 +1,7 @@
-"""Steps as a file in the Chrome trace event format, which Perfetto and chrome://tracing open.
+"""Trace files in the Chrome trace event format, which Perfetto and chrome://tracing open.
 
-The file is one JSON list whose every entry is a span (ph X), so that scripts can take it as it is.
-What is to be known of the clock stands in the args of the first one.
+The file is one JSON list in which every entry is a span (ph X), which is easy for scripts. The args
+of the first entry hold the offset and the error of the clock.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ _SHORT = {Track.FORWARD_COMPUTE: "F", Track.BACKWARD_COMPUTE: "B", Track.WEIGHT_
 
 
 def trace_path(run: str, rank: int, *, folder: Path = TRACE_FOLDER) -> Path:
-    """`<folder>/<run>_rank<rank>.json`; signs of `run` that file names should not have become _."""
+    """Returns `<folder>/<run>_rank<rank>.json`, with _ for special characters of `run`."""
     return folder / f"{re.sub(r'[^A-Za-z0-9._-]', '_', run)}_rank{rank}.json"
 
 
 def trace_events(
     steps: Iterable[StepTrace], *, rank: int, clock: ClockSync
 ) -> Iterator[dict[str, Any]]:
-    """The spans of `steps` by their begin; ts and dur are microseconds of the run's clock."""
-    about_clock = {"clock-offset-us": clock.offset / 1000, "clock-error-us": clock.error / 1000}
+    """Yields the spans of `steps`, sorted by begin; ts and dur are microseconds of the run."""
+    clock_args = {"clock-offset-us": clock.offset / 1000, "clock-error-us": clock.error / 1000}
     for step in steps:
         for span in sorted(step.spans, key=lambda span: span.begin):
             event = _event(span, rank=rank, clock=clock)
-            event["args"] |= {"step": step.step, **about_clock}
-            about_clock = {}
+            event["args"] |= {"step": step.step, **clock_args}
+            clock_args = {}
             yield event
 
 
 class TraceFile:
-    """Holds the steps that were written last. A failure to write is one logged warning."""
+    """The trace file of a rank. A failure to write it is only a warning."""
 
     def __init__(self, path: Path, *, rank: int, clock: ClockSync) -> None:
         self._path, self._rank, self._clock = path, rank, clock
@@ -54,7 +54,7 @@ class TraceFile:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(self._path, ("[" + ",\n".join(lines) + "]\n").encode())
         except OSError as error:  # training goes on without its trace
-            logger.warning("%s could not be written: %s", self._path, error.strerror)
+            logger.warning("cannot write %s: %s", self._path, error.strerror)
 
 
 def _event(span: Span, *, rank: int, clock: ClockSync) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def _event(span: Span, *, rank: int, clock: ClockSync) -> dict[str, Any]:
 
 
 def _name(span: Span) -> str:
-    """`F3` where a box is full of work, else the track's name without its number."""
+    """Returns `F3` for work of the pipeline, else the track's name without its number."""
     name = _SHORT.get(span.track, f"{span.track.value.partition(' ')[2]} ")
     return f"{name}{'' if span.microbatch is None else span.microbatch}".rstrip()
 

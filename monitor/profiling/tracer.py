@@ -1,11 +1,11 @@
-"""What a rank does when: spans of time on named tracks, cheap enough for the hot loop.
+"""A tracer of a rank's work: spans of time on named tracks, cheap enough for the hot loop.
 
     with tracer.step(7):
         with tracer.span(Track.FORWARD_COMPUTE, microbatch=3):
             ...
 
-Only the last steps are kept, so that a run of any length needs the memory and the file of a short
-one; a run that is killed leaves the file of the last time that so many steps were full.
+Only the last steps are kept, so a run of any length needs the memory and the file of a short one.
+The file is written each time that so many steps are new; a killed run leaves the last such file.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import NamedTuple, Protocol
 
 KEEP_STEPS = 100
 
-Clock = Callable[[], int]  # nanoseconds from any moment on
+Clock = Callable[[], int]  # nanoseconds since an arbitrary time
 
 
 class Track(str, Enum):
-    """The rows of a trace: users' scripts know the first eight by these very names.
+    """The rows of a trace; users' scripts rely on the names of the first eight.
 
-    Under zb-h1 backward-compute is the input gradient alone.
+    Under zb-h1, backward-compute is only the input gradient.
     """
 
     FORWARD_RECV = "1. forward-recv"
@@ -39,8 +39,11 @@ class Track(str, Enum):
     WEIGHT_GRADIENT = "9. weight-gradient"
 
 
+PIPELINE_WORK = (Track.FORWARD_COMPUTE, Track.BACKWARD_COMPUTE, Track.WEIGHT_GRADIENT)
+
+
 class Span(NamedTuple):
-    """Something on a track, from begin to end in nanoseconds of the tracer's clock."""
+    """An interval on a track; begin and end are nanoseconds of the tracer's clock."""
 
     track: Track
     begin: int
@@ -50,7 +53,7 @@ class Span(NamedTuple):
 
 
 class StepTrace(NamedTuple):
-    """The spans of one step, in the order in which they ended; begin and end as in `Span`."""
+    """The spans of one step, in the order of their ends; begin and end are as in `Span`."""
 
     step: int
     begin: int
@@ -59,26 +62,26 @@ class StepTrace(NamedTuple):
 
 
 class Tracer(Protocol):
-    """Told of everything that takes time. Spans outside a step are dropped."""
+    """The interface of tracers. Spans outside a step are dropped."""
 
     @property
     def steps(self) -> Sequence[StepTrace]:
-        """The last steps that have ended, oldest first."""
+        """The last complete steps, oldest first."""
 
     def step(self, step: int) -> AbstractContextManager[None]:
-        """The block is step `step`."""
+        """Traces the block as step `step`."""
 
     def span(
         self, track: Track, *, microbatch: int | None = None, size: int | None = None
     ) -> AbstractContextManager[None]:
-        """The block is one span; `size` is the number of elements of a parameter or buffer."""
+        """Traces the block as one span; `size` is a number of elements of parameters or buffers."""
 
     def close(self) -> None:
-        """Writes what is left to write."""
+        """Writes the steps that are not written yet."""
 
 
 class _NoSpan:
-    """A block that nobody looks at."""
+    """A block that is not traced."""
 
     __slots__ = ()
 
@@ -91,7 +94,7 @@ NO_SPAN = _NoSpan()
 
 
 class NoTracer:
-    """What runs have that are not profiled: every block is the same object, which does nothing."""
+    """The tracer of a run without profiling: every block is the same object, which does nothing."""
 
     __slots__ = ()
 
@@ -112,7 +115,7 @@ NO_TRACER = NoTracer()
 
 
 class StepLog:
-    """The last `keep` steps, given to `write` whenever `keep` new ones are there and at the end."""
+    """The last `keep` steps, passed to `write` after every `keep` new steps and at the end."""
 
     def __init__(
         self, write: Callable[[Sequence[StepTrace]], None], *, keep: int = KEEP_STEPS
@@ -127,14 +130,14 @@ class StepLog:
             self.flush()
 
     def flush(self) -> None:
-        """Writes, unless everything is written."""
+        """Writes the steps if any are new."""
         if self._unwritten:
             self._write(self.steps)
             self._unwritten = 0
 
 
 class HostTracer:
-    """Times blocks by the host's clock: right where the host does the work, as on CPU."""
+    """A tracer with the host's clock, which is right where the host does the work, as on CPUs."""
 
     def __init__(self, log: StepLog, *, clock: Clock = time.perf_counter_ns) -> None:
         self._log, self._clock = log, clock
@@ -166,7 +169,7 @@ class HostTracer:
 
 
 class _HostSpan:
-    """Adds itself to the spans of its step when it ends; a span may end on any thread."""
+    """A span that adds itself to its step when it ends; it may end on any thread."""
 
     __slots__ = ("_begin", "_clock", "_microbatch", "_size", "_spans", "_track")
 

@@ -7,44 +7,10 @@ pass multiplies all parts alike. Needs no torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
-from modules.registry import ModelEntry
+from modules.model_sizes import ModuleWork
 from pipeline_parallel.partition.split import AUTO, Asked, Split, check_split, fit_split
-
-
-@dataclass(frozen=True)
-class ModuleWork:
-    """Multiply-adds per token of a block and of the head; the embedding, a lookup, has none."""
-
-    block: int
-    head: int
-
-
-def module_work(entry: ModelEntry, config: Mapping[str, Any], *, tokens: int) -> ModuleWork:
-    """Of a family's model with this config.json, on sequences of `tokens`.
-
-    A block has four hidden x hidden projections, two hidden x inner ones, and attention's scores
-    and values: the t-th token meets t keys, so that the mean over a sequence is (tokens + 1) / 2,
-    twice hidden each (the causal half; what a kernel computes of the other half is waste). The head
-    is hidden x vocabulary. Norms, activations and rotations are no products. ValueError names a
-    field that is no whole number above 0.
-    """
-    hidden, vocabulary = _number(config, entry.hidden_size), _number(config, entry.vocab_size)
-    inner = 4 * hidden
-    if config.get(entry.inner_size) is not None:
-        inner = _number(config, entry.inner_size)
-    projections, attention = 4 * hidden + 2 * inner, tokens + 1
-    return ModuleWork(block=hidden * (projections + attention), head=hidden * vocabulary)
-
-
-def _number(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"config.json: {key} is {value!r}, expected a whole number above 0")
-    return value
 
 
 def stage_work(split: Split, work: ModuleWork) -> tuple[int, ...]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline_parallel.partition.balance import ModuleWork, stage_work
+from modules.model_sizes import ModuleWork
+from pipeline_parallel.partition.balance import stage_work
 from pipeline_parallel.partition.split import Split
 from pipeline_parallel.schedule.schedules import SCHEDULES, splits_backward
 from pipeline_parallel.schedule.simulator import StageCosts

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from modules.registry import MODELS
-from pipeline_parallel.partition.balance import ModuleWork, choose_split, module_work, stage_work
+from modules.model_sizes import ModelSizes
+from pipeline_parallel.partition.balance import choose_split, stage_work
 from pipeline_parallel.partition.costs import split_costs
 from pipeline_parallel.partition.split import Asked, Split
 from pipeline_parallel.schedule.schedules import SCHEDULES
@@ -17,20 +15,18 @@ class StageSplit:
 
     Args:
         asked: the value of --num-layers.
-        config: the model's Hugging Face config.
+        sizes: the sizes of the model.
         tokens: the length of a sequence.
 
     Raises:
         ValueError: the model cannot be split so; the text names the flag.
     """
 
-    def __init__(
-        self, asked: Asked, model_type: str, config: Any, *, num_stages: int, tokens: int
-    ) -> None:
-        self._work: ModuleWork = module_work(MODELS[model_type], config.to_dict(), tokens=tokens)
+    def __init__(self, asked: Asked, sizes: ModelSizes, *, num_stages: int, tokens: int) -> None:
+        self._work = sizes.work(tokens)
         self.asked = asked
         self.layers: Split = choose_split(
-            asked, self._work, num_stages=num_stages, model_layers=config.num_hidden_layers
+            asked, self._work, num_stages=num_stages, model_layers=sizes.layers
         )
 
     def describe(

@@ -19,15 +19,14 @@ from common.tensors import DTYPES
 from data_parallel.grad_buffer import BUCKET_BYTES
 from modules.matmul.cpu_info import CpuInfo
 from modules.matmul.select import select_matmul
-from modules.registry import MODELS
+from modules.model_sizes import ModelSizes
 from monitor.profiling.clock_sync import clock_offset
-from pipeline_parallel.partition.balance import ModuleWork, choose_split, module_work
+from pipeline_parallel.partition.balance import choose_split
 from planning.cluster.estimate import Estimate, RunShape
 from planning.cluster.link_probe import LinkSpeed, answer, probe
 from planning.cluster.links import Link, links
 from planning.cluster.machines import (
     MachineFacts,
-    ModelSizes,
     collect_machine_facts,
     differences,
     from_json,
@@ -52,7 +51,7 @@ def check_cluster(settings: Settings, context: RunContext, rendezvous: Rendezvou
     """
     topology, control, device = context.topology, context.control, context.device
     if not context.is_cuda:
-        select_matmul(settings.precision.cpu_matmul, CpuInfo.of_this_machine(), kept=None)
+        select_matmul(settings.precision.cpu_matmul, CpuInfo.of_this_machine(), saved=None)
     facts = collect_machine_facts(settings, topology, device)
     machines = [from_json(one) for one in gather_json(control, facts)]
     sizes = next((one.model for one in machines if one.model is not None), None)
@@ -113,7 +112,7 @@ def measure_links(
 
 def make_plan(settings: Settings, sizes: ModelSizes, message: int) -> RunShape | None:
     """What the flags make of a model; None where it cannot be split so, which is told elsewhere."""
-    work = _work(settings, sizes)
+    work = sizes.work(settings.update.seq_length)
     try:
         layers = choose_split(
             settings.model.num_layers,
@@ -151,16 +150,6 @@ def _indices(topology: Topology, link: Link) -> tuple[int, int]:
     if link.group == "pipeline":
         return ends[0] % topology.num_stages, ends[1] % topology.num_stages
     return ends[0] // topology.num_stages, ends[1] // topology.num_stages
-
-
-def _work(settings: Settings, sizes: ModelSizes) -> ModuleWork:
-    entry = MODELS[settings.model.model_type]
-    config = {
-        entry.hidden_size: sizes.hidden,
-        entry.inner_size: sizes.inner,
-        entry.vocab_size: sizes.vocabulary,
-    }
-    return module_work(entry, config, tokens=settings.update.seq_length)
 
 
 def _rate(settings: Settings, sizes: ModelSizes | None, device: torch.device) -> float:

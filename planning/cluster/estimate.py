@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from comm.topology import Topology
-from pipeline_parallel.partition.balance import ModuleWork, balanced_split, stage_work
+from modules.model_sizes import ModelSizes, ModuleWork
+from pipeline_parallel.partition.balance import balanced_split, stage_work
 from pipeline_parallel.partition.costs import split_costs
 from pipeline_parallel.partition.split import Split
 from pipeline_parallel.schedule.schedules import SCHEDULES
 from pipeline_parallel.schedule.simulator import Costs, StageCosts, simulate
 from planning.cluster.link_probe import LinkSpeed
 from planning.cluster.links import Link
-from planning.cluster.machines import ModelSizes
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,8 @@ class RunShape:
     def gradient_bytes(self, stage: int) -> int:
         """Of the fp32 gradients of a stage's matrices, which its replicas sum at each update."""
         model, last = self.model, len(self.layers) - 1
-        block = model.hidden * (4 * model.hidden + 2 * model.inner)
         ends = (stage == 0) + (stage == last)
-        return 4 * (self.layers[stage] * block + ends * model.vocabulary * model.hidden)
+        return 4 * (self.layers[stage] * model.block_weights + ends * model.head_weights)
 
 
 class Estimate:

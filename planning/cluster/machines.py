@@ -19,22 +19,14 @@ from checkpoint.files.layer_shards import check_shard_size, shard_name
 from comm.rendezvous.participants import Participant
 from comm.topology import Topology
 from modules.matmul.cpu_info import CpuInfo
+from modules.model_sizes import ModelSizes
 from modules.registry import MODELS
-from pipeline_parallel.partition.balance import choose_split, module_work
+from pipeline_parallel.partition.balance import choose_split
 from pipeline_parallel.partition.split import Split, stage_modules
 
 _ROOT = Path(__file__).parents[2]
 _NOT_SOURCES = {"tests", "benchmarks", "example_scripts", "docs"}
 _SHOWN = 60  # characters of a value in a message
-
-
-class ModelSizes(NamedTuple):
-    """The sizes of a model, as its config.json has them."""
-
-    hidden: int
-    inner: int
-    vocabulary: int
-    layers: int
 
 
 class MachineFacts(NamedTuple):
@@ -69,10 +61,10 @@ def collect_machine_facts(
         except ValueError as error:
             problems.append(str(error))
     try:
-        config = MODELS[settings.model.model_type].load().load_config(settings.model.model_name)
-        model = _sizes(settings, config.to_dict(), config)
+        family = MODELS[settings.model.model_type].load()
+        model = family.sizes(family.load_config(settings.model.model_name))
         if not problems:
-            files = _shards(settings, topology, model, config.to_dict())
+            files = _shards(settings, topology, model)
     except (ValueError, OSError) as error:
         if not problems:
             problems.append(str(error))
@@ -141,21 +133,15 @@ def differences(roster: Sequence[Participant], machines: Sequence[MachineFacts])
     return named
 
 
-def _sizes(settings: Settings, config: Mapping[str, Any], loaded: Any) -> ModelSizes:
-    hidden = int(loaded.hidden_size)
-    inner = config.get(MODELS[settings.model.model_type].inner_size) or 4 * hidden
-    return ModelSizes(hidden, int(inner), int(loaded.vocab_size), int(loaded.num_hidden_layers))
-
-
-def _shards(
-    settings: Settings, topology: Topology, model: ModelSizes, config: Mapping[str, Any]
-) -> dict[str, str | None]:
+def _shards(settings: Settings, topology: Topology, model: ModelSizes) -> dict[str, str | None]:
     """Of the files that this rank's stage reads."""
     if not settings.model.load_pretrained_model:
         return {}
-    work = module_work(MODELS[settings.model.model_type], config, tokens=settings.update.seq_length)
     split: Split = choose_split(
-        settings.model.num_layers, work, num_stages=topology.num_stages, model_layers=model.layers
+        settings.model.num_layers,
+        model.work(settings.update.seq_length),
+        num_stages=topology.num_stages,
+        model_layers=model.layers,
     )
     sums = _manifest(settings.model.model_name / "manifest.json")
     names = [shard_name(index, model.layers) for index in stage_modules(topology.stage, split)]

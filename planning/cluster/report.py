@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from comm.rendezvous.participants import Participant
 from comm.topology import Topology
+from common.text import format_bytes, format_table
 from pipeline_parallel.partition.split import Split
 from planning.cluster.estimate import Estimate, RunShape
 from planning.cluster.link_probe import LinkSpeed
@@ -47,7 +48,7 @@ def rank_table(
         )
         if plan is not None:
             rows[-1].append(f"{rate / (plan.work.block * plan.tokens):.4g} forwards/s")
-    return _aligned(rows)
+    return format_table(rows)
 
 
 def link_table(
@@ -57,17 +58,18 @@ def link_table(
     rows = [["link", "of", "latency", "message", "takes", "rate"]]
     for link, speed in links.items():
         size, seconds = wanted[link], speed.message_seconds(wanted[link])
+        measured = format_bytes(speed.nbytes)
         rows.append(
             [
                 _ends(roster, link),
                 link.group,
                 _time(speed.latency),
-                _size(size),
-                _time(seconds) + ("" if size == speed.nbytes else f" (by {_size(speed.nbytes)})"),
+                format_bytes(size),
+                _time(seconds) + ("" if size == speed.nbytes else f" (by {measured})"),
                 _rate(speed),
             ]
         )
-    return _aligned(rows)
+    return format_table(rows)
 
 
 def advice(
@@ -123,9 +125,9 @@ def _about_slowest(
     told = (
         f"the pipelines' slowest link is stage {source} -> stage {to} of pipeline "
         f"{link.source // topology.num_stages} ({_ends(roster, link)}): {_rate(links[link])}, "
-        f"latency {_time(links[link].latency)}; the {_size(plan.message)} of each microbatch's "
-        f"{kind} take {_time(estimate.message_seconds(link))} there, while stage {to} computes "
-        f"{_time(estimate.compute_seconds(link))} on them: "
+        f"latency {_time(links[link].latency)}; the {format_bytes(plan.message)} of each "
+        f"microbatch's {kind} take {_time(estimate.message_seconds(link))} there, while stage {to} "
+        f"computes {_time(estimate.compute_seconds(link))} on them: "
     )
     if ratio < SLOWED:
         return f"{told}the links make an iteration {ratio - 1:.0%} longer"
@@ -160,7 +162,7 @@ def _about_replicas(
         return
     (seconds, link), stage = max(timed)
     update = plan.accumulate * estimate.iteration
-    size = _size(plan.gradient_bytes(stage))
+    size = format_bytes(plan.gradient_bytes(stage))
     told = (
         f"at each update the replicas of stage {stage} exchange {size} of gradients, which takes "
         f"about {_time(seconds)} ({_ends(roster, link)}: "
@@ -204,21 +206,8 @@ def _place(arrival: Participant) -> str:
 
 
 def _rate(speed: LinkSpeed) -> str:
-    return f"{_size(round(speed.bytes_per_second))}/s"
-
-
-def _size(nbytes: int) -> str:
-    for unit, of in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= of:
-            return f"{nbytes / of:.3g} {unit}"
-    return f"{nbytes} bytes"
+    return f"{format_bytes(round(speed.bytes_per_second))}/s"
 
 
 def _time(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    return "\n".join(lines)

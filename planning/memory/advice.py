@@ -10,8 +10,7 @@ from arguments.flag_rules import fixed_flags
 from arguments.settings import Settings
 from checkpoint.steps.folder import any_steps
 from modules.families.base import Family
-from modules.registry import MODELS
-from pipeline_parallel.partition.balance import choose_split, module_work
+from pipeline_parallel.partition.balance import choose_split
 from pipeline_parallel.partition.split import AUTO, Split
 from planning.memory.dry_run import DryRun
 
@@ -46,7 +45,10 @@ def helpful_changes(
         if changed.parallel.pipeline_group_size != settings.parallel.pipeline_group_size:
             if changed.parallel.pipeline_group_size > config.num_hidden_layers:
                 continue
-            split, ranks = _even(changed, config), _largest(changed.parallel.pipeline_group_size)
+            split, ranks = (
+                _even(changed, family, config),
+                _largest(changed.parallel.pipeline_group_size),
+            )
         dry_run = DryRun(changed, family, config, split, cuda=cuda)
         left = max(dry_run.of_rank(one).peak for one in ranks)
         starts_anew = has_steps and fixed_flags(changed) != fixed_flags(settings)
@@ -89,10 +91,8 @@ def _largest(num_stages: int) -> list[int]:
     return sorted({0, 1, num_stages - 2, num_stages - 1})
 
 
-def _even(settings: Settings, config: Any) -> Split:
-    work = module_work(
-        MODELS[settings.model.model_type], config.to_dict(), tokens=settings.update.seq_length
-    )
+def _even(settings: Settings, family: Family, config: Any) -> Split:
+    work = family.sizes(config).work(settings.update.seq_length)
     return choose_split(
         AUTO,
         work,

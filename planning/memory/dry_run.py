@@ -20,7 +20,7 @@ from arguments.settings import Settings
 from comm.communicator import Communicator
 from comm.topology import Topology
 from common.tensors import DTYPES, part_sums
-from modules.attention.cpu import KEPT_TOKENS, future
+from modules.attention.cpu import MAX_LENGTH_PER_SIZE, causal_mask
 from modules.attention.packed_documents import PackedDocuments
 from modules.families.base import Family
 from modules.layers.dropout import KeyedDropout
@@ -220,7 +220,7 @@ class DryRun:
             return None
         tokens = self._settings.update.seq_length
         heads = self._config.num_attention_heads
-        longest = min(tokens - 1, KEPT_TOKENS * (self._config.hidden_size // heads))
+        longest = min(tokens - 1, MAX_LENGTH_PER_SIZE * (self._config.hidden_size // heads))
         if self._cuda and self._settings.precision.precision != "fp32":
             longest = tokens
         begins = torch.arange(tokens) // longest * longest
@@ -339,4 +339,4 @@ def _draw_nothing(model: StageModel) -> None:
 def forget_tables() -> None:
     """Drops all tables; they are made anew where they are needed."""
     rotation.cache_clear()
-    future.cache_clear()
+    causal_mask.cache_clear()

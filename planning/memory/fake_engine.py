@@ -83,7 +83,7 @@ class FakeBatch(PipelineBatch):
 
 
 def _without_values(documents: PackedDocuments, device: torch.device) -> PackedDocuments:
-    found = PackedDocuments(_like(documents.begins, torch.device("cpu")), device)
+    found = PackedDocuments(_like(documents.doc_starts, torch.device("cpu")), device)
     for name in PLACED:
         found.__dict__[name] = _like(getattr(documents, name), device)
     for name in KNOWN:

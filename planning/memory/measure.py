@@ -13,7 +13,7 @@ from arguments.settings import Settings
 from comm.communicator import Communicator
 from comm.objects import gather_json
 from comm.topology import Topology
-from common.text import in_units
+from common.text import format_bytes
 from modules.families.base import Family
 from pipeline_parallel.partition.split import Split
 from planning.memory.dry_run import DryRun
@@ -60,8 +60,8 @@ class MemoryMeasure:
             logger.info(
                 "memory of %s: peak of live tensors %s, planned %s (%.1f%%); peak RSS %s",
                 topology.describe(rank),
-                in_units(own),
-                in_units(expected),
+                format_bytes(own),
+                format_bytes(expected),
                 100 * expected / own,
-                in_units(held),
+                format_bytes(held),
             )

@@ -7,9 +7,9 @@ import traceback
 from typing import Any
 
 from arguments.settings import Settings
-from common.text import in_units
+from common.text import format_bytes
 from modules.families.base import Family
-from monitor.out_of_memory import asked_for, causes, is_out_of_memory
+from monitor.out_of_memory import causes, is_out_of_memory, requested_size
 from pipeline_parallel.partition.split import Split
 from planning.memory.dry_run import DryRun, StageMemory
 
@@ -34,7 +34,7 @@ def explain_out_of_memory(
     Args:
         place: the stage, and what it did when `error` was raised.
     """
-    asked = asked_for(error)
+    asked = requested_size(error)
     line = f"{place}: out of memory" + (f" (it asked for {asked})" if asked else "")
     for cause in causes(error):
         traceback.clear_frames(cause.__traceback__)
@@ -51,10 +51,10 @@ def explain_out_of_memory(
 def _describe(planned: StageMemory) -> str:
     copied = ""
     if planned.copied:
-        copied = f"{in_units(planned.copied)} for the copy of --async-checkpoint, "
+        copied = f"{format_bytes(planned.copied)} for the copy of --async-checkpoint, "
     return (
-        f"by --plan this rank holds {in_units(planned.weights)} of weights, "
-        f"{in_units(planned.gradients)} of gradients, {in_units(planned.optimizer)} of masters and "
-        f"moments, {copied}and up to {in_units(planned.activations)} of activations and temporary "
-        f"tensors ({planned.held} microbatches): {in_units(planned.peak)}"
+        f"by --plan this rank holds {format_bytes(planned.weights)} of weights, "
+        f"{format_bytes(planned.gradients)} of gradients, {format_bytes(planned.optimizer)} of "
+        f"masters and moments, {copied}and up to {format_bytes(planned.activations)} of activations "
+        f"and temporary tensors ({planned.held} microbatches): {format_bytes(planned.peak)}"
     )

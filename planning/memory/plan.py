@@ -11,7 +11,7 @@ import torch
 from arguments.config_checks import check_model, check_optimizer
 from arguments.settings import Settings
 from common.tensors import DTYPES
-from common.text import _table, in_units
+from common.text import format_bytes, format_table
 from modules.families.base import Family
 from modules.registry import MODELS
 from pipeline_parallel.partition.stage_split import StageSplit
@@ -47,8 +47,7 @@ class MemoryPlan:
         self._config: Any = self._family.load_config(settings.model.model_name)
         self._split = StageSplit(
             settings.model.num_layers,
-            settings.model.model_type,
-            self._config,
+            self._family.sizes(self._config),
             num_stages=settings.parallel.pipeline_group_size,
             tokens=settings.update.seq_length,
         )
@@ -70,7 +69,7 @@ class MemoryPlan:
     def parts(self) -> Iterator[str]:
         """The plan as text, part by part."""
         yield self._heading()
-        yield _table(self._rows()) + EXPLAINED
+        yield format_table(self._rows(), justify=str.rjust) + "\n" + EXPLAINED
         yield "".join(f"{line}\n" for line in self._links())
         yield (
             self._split.describe(
@@ -98,7 +97,7 @@ class MemoryPlan:
 
     def _rows(self) -> Iterator[list[str]]:
         limit, host = self._settings.output.device_memory, any(stage.host for stage in self._stages)
-        fits = [] if limit is None else [f"fits {in_units(limit)}"]
+        fits = [] if limit is None else [f"fits {format_bytes(limit)}"]
         copied = any(stage.copied for stage in self._stages)
         more = [*(["copy to save"] if copied else []), *(["on host"] if host else [])]
         yield [*COLUMNS, *more, *fits]
@@ -107,16 +106,16 @@ class MemoryPlan:
                 str(index),
                 str(self._split.layers[index]),
                 *_cells(stage),
-                *([in_units(stage.copied)] if copied else []),
-                *([in_units(stage.host)] if host else []),
+                *([format_bytes(stage.copied)] if copied else []),
+                *([format_bytes(stage.host)] if host else []),
                 *([] if limit is None else ["yes" if stage.peak <= limit else "NO"]),
             ]
         yield [
             "all",
             str(sum(self._split.layers)),
             *_cells(*self._stages),
-            *([in_units(sum(stage.copied for stage in self._stages))] if copied else []),
-            *([in_units(sum(stage.host for stage in self._stages))] if host else []),
+            *([format_bytes(sum(stage.copied for stage in self._stages))] if copied else []),
+            *([format_bytes(sum(stage.host for stage in self._stages))] if host else []),
             *([] if limit is None else ["yes" if self.fits else "NO"]),
         ]
 
@@ -125,17 +124,16 @@ class MemoryPlan:
         size = DTYPES[settings.precision.precision].itemsize
         activations = size * self._batch_tokens * self._config.hidden_size
         for index in range(last):
-            yield (
-                f"stage {index} to {index + 1}: {in_units(activations)} an iteration, and as much "
-                "back"
-            )
+            sent = format_bytes(activations)
+            yield f"stage {index} to {index + 1}: {sent} an iteration, and as much back"
         others = (settings.parallel.data_group_size - 1) / settings.parallel.data_group_size
         for index, stage in enumerate(self._stages if others else ()):
             again = size if settings.parallel.zero_stage == 1 else 4
-            sent = round(others * (4 + again) * stage.parameters)
-            yield f"each replica of stage {index}: {in_units(sent)} an update, each way"
+            sent = format_bytes(round(others * (4 + again) * stage.parameters))
+            yield f"each replica of stage {index}: {sent} an update, each way"
         if settings.parallel.world_size > 1:
-            yield f"rank 0 to the others: {in_units(self._token_bytes())} of tokens an iteration"
+            sent = format_bytes(self._token_bytes())
+            yield f"rank 0 to the others: {sent} of tokens an iteration"
 
     @property
     def _batch_tokens(self) -> int:
@@ -152,7 +150,8 @@ class MemoryPlan:
     def _advice(self, limit: int) -> Iterator[str]:
         peaks = [stage.peak for stage in self._stages]
         worst = peaks.index(max(peaks))
-        yield f"stage {worst} needs {in_units(peaks[worst] - limit)} more than {in_units(limit)}"
+        excess = format_bytes(peaks[worst] - limit)
+        yield f"stage {worst} needs {excess} more than {format_bytes(limit)}"
         changes = helpful_changes(
             self._settings,
             self._family,
@@ -171,7 +170,7 @@ class MemoryPlan:
 def _outcome(change: Change, limit: int) -> str:
     fits = ", which fits" if change.peak <= limit else ""
     anew = " (a new run only)" if change.starts_anew else ""
-    return f"{in_units(change.saved)} less, {in_units(change.peak)} at the peak{fits}{anew}"
+    return f"{format_bytes(change.saved)} less, {format_bytes(change.peak)} at the peak{fits}{anew}"
 
 
 def plans_for_gpus(settings: Settings) -> bool:
@@ -192,5 +191,5 @@ def _cells(*stages: StageMemory) -> list[str]:
         if name == "held":
             cells.append(str(values[0]) if len(stages) == 1 else "")
         else:
-            cells.append(in_units(sum(values)))
+            cells.append(format_bytes(sum(values)))
     return cells

@@ -7,17 +7,17 @@ real modules.
 from __future__ import annotations
 
 from itertools import combinations, pairwise, product
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from modules.build import make_layer
+from modules.model_sizes import ModuleWork
 from modules.registry import MODELS
 from pipeline_parallel.partition.balance import (
-    ModuleWork,
     balanced_split,
     choose_split,
-    module_work,
     stage_work,
 )
 from pipeline_parallel.partition.split import Asked, Split, fit_split, parse_layers, stage_modules
@@ -110,19 +110,22 @@ BALANCED: list[tuple[str, dict[str, Any], int, int, tuple[int, ...]]] = [
 ]
 
 
+def hf_config(family: str, values: dict[str, Any]) -> Any:
+    return MODELS[family].load().config_class(**values)
+
+
 @pytest.mark.parametrize(("family", "config", "tokens", "stages", "expected"), BALANCED)
 def test_auto_of_known_models(
     family: str, config: dict[str, Any], tokens: int, stages: int, expected: tuple[int, ...]
 ) -> None:
-    entry = MODELS[family]
-    work = module_work(entry, config, tokens=tokens)
-    layers = config[entry.num_layers]
-    assert choose_split("auto", work, num_stages=stages, model_layers=layers) == expected
+    sizes = MODELS[family].load().sizes(hf_config(family, config))
+    chosen = choose_split("auto", sizes.work(tokens), num_stages=stages, model_layers=sizes.layers)
+    assert chosen == expected
 
 
 def test_the_work_of_a_known_model() -> None:
     """By hand: 4 x 512^2 + 2 x 512 x 2048, and 2 x 512 for each of 128.5 keys; 512 x 8192."""
-    work = module_work(MODELS["gptneox"], NEOX, tokens=256)
+    work = MODELS["gptneox"].load().sizes(hf_config("gptneox", NEOX)).work(256)
     assert work == ModuleWork(block=1048576 + 2097152 + 131584, head=4194304)
     assert stage_work(Split((5, 3)), work) == (5 * 3277312, 3 * 3277312 + 4194304)
 
@@ -147,19 +150,16 @@ def test_work_is_that_of_the_modules_matrices(name: str, changes: dict[str, Any]
     )
     keys = sum(position + 1 for position in range(tokens))
     assert (2 * config.hidden_size * keys) % tokens == 0
-    work = module_work(MODELS[name], config.to_dict(), tokens=tokens)
+    work = family.sizes(config).work(tokens)
     assert work.block == block + 2 * config.hidden_size * keys // tokens
     assert work.head == head
 
 
-@pytest.mark.parametrize(
-    ("changes", "word"), [({"vocab_size": "many"}, "'many'"), ({"intermediate_size": 0}, "is 0")]
-)
-def test_a_config_without_the_numbers(changes: dict[str, Any], word: str) -> None:
-    with pytest.raises(ValueError) as caught:
-        module_work(MODELS["gptneox"], NEOX | changes, tokens=8)
-    assert next(iter(changes)) in str(caught.value)
-    assert word in str(caught.value)
+@pytest.mark.parametrize(("family", "key"), [("gptneox", "intermediate_size"), ("gptj", "n_inner")])
+def test_a_config_with_a_size_of_zero_is_refused(family: str, key: str, tmp_path: Path) -> None:
+    hf_config(family, {key: 0}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"config.json: {key} is 0, expected an integer above 0"):
+        MODELS[family].load().load_config(tmp_path)
 
 
 ASKED: list[Asked] = [2, Split((2, 2)), "auto"]

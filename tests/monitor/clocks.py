@@ -1,24 +1,25 @@
-"""Clocks and groups that do what a test says, in one process."""
+"""Clocks and messages that do what a test says, in one process."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from monitor.profiling.clock_sync import ClockSync, Work
+from monitor.profiling.clock_sync import ClockSync
 
 
 class Alone:
-    """The group of a run of one process: nobody to talk to."""
+    """The messages of a run of one process: there is no other rank."""
 
     rank, size = 0, 1
 
-    def send(self, tensor: Tensor, *, to: int) -> Work:
+    def send(self, tensor: Tensor, *, to: int) -> Any:
         raise AssertionError("a world of one sends nothing")
 
-    def receive(self, tensor: Tensor, *, source: int) -> Work:
+    def receive(self, tensor: Tensor, *, source: int) -> Any:
         raise AssertionError("a world of one receives nothing")
 
 
@@ -36,11 +37,11 @@ class Wire(Alone):
     def clock(self) -> int:
         return self.now
 
-    def send(self, tensor: Tensor, *, to: int) -> Work:
+    def send(self, tensor: Tensor, *, to: int) -> Any:
         assert to == 0
         return _Arrival(self, None)
 
-    def receive(self, tensor: Tensor, *, source: int) -> Work:
+    def receive(self, tensor: Tensor, *, source: int) -> Any:
         assert source == 0
         return _Arrival(self, tensor)
 

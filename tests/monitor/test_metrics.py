@@ -12,7 +12,7 @@ from monitor.console import Console
 from monitor.metrics import HeldOut, IterationMetrics, MetricsFile, SetLoss, read_metrics
 from monitor.progress import Progress
 from monitor.recorder import FileRecorder
-from monitor.wandb_run import NullRun
+from monitor.wandb_run import WandbRun
 from tests.full_disk import files_no_larger_than
 
 REQUIRED = ["step", "loss", "lr", "grad_norm", "tokens", "step_seconds", "tokens_per_second"]
@@ -20,7 +20,7 @@ REQUIRED = ["step", "loss", "lr", "grad_norm", "tokens", "step_seconds", "tokens
 
 def line(step: int, **changes: float | bool | HeldOut | None) -> IterationMetrics:
     values: dict[str, Any] = {
-        "loss": 2.0, "lr": 1e-3, "grad_norm": 0.5, "tokens": 100, "step_seconds": 0.5,
+        "loss": 2.0, "lr": 1e-3, "grad_norm": 0.5, "num_trained_tokens": 100, "step_seconds": 0.5,
     }  # fmt: skip
     return IterationMetrics(step=step, **{**values, **changes})
 
@@ -93,7 +93,7 @@ def test_what_is_not_finite_is_written_as_null(metrics_file: MetricsFile, value:
 
 def test_a_start_without_a_checkpoint_begins_afresh(metrics_file: MetricsFile) -> None:
     metrics_file.append(line(1))
-    metrics_file.start_afresh()
+    metrics_file.clear()
     assert metrics_file.path.read_text() == ""
 
 
@@ -147,13 +147,13 @@ def test_lines_that_the_disk_does_not_take_wait_for_it(
     """A full disk is told once, and no line is lost once it has room again."""
     folder = metrics_file.path.parent
     progress = Progress(9, Console(io.StringIO()))
-    recorder = FileRecorder(folder, metrics_file, progress, NullRun(None))
-    recorder.iteration(line(1))
+    recorder = FileRecorder(folder, metrics_file, progress, WandbRun())
+    recorder.log_iteration(line(1))
     with files_no_larger_than(metrics_file.path.stat().st_size):
-        recorder.iteration(line(2))
-        recorder.iteration(line(3))
+        recorder.log_iteration(line(2))
+        recorder.log_iteration(line(3))
     assert [one["step"] for one in read_metrics(metrics_file.path)] == [1]
-    recorder.iteration(line(4))
+    recorder.log_iteration(line(4))
     assert [one["step"] for one in read_metrics(metrics_file.path)] == [1, 2, 3, 4]
     (warning,) = [record.message for record in caplog.records]
-    assert "cannot be written" in warning
+    assert "cannot write" in warning

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from monitor.out_of_memory import asked_for, is_out_of_memory
+from monitor.out_of_memory import is_out_of_memory, requested_size
 
 CUDA = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of "
@@ -27,18 +27,18 @@ CUDA = (
 )
 def test_they_are_told(error: Exception, asked: str) -> None:
     assert is_out_of_memory(error)
-    assert asked_for(error) == asked
+    assert requested_size(error) == asked
     outer = RuntimeError("stage 0")
     outer.__cause__ = error
     assert is_out_of_memory(outer)
-    assert asked_for(outer) == asked
+    assert requested_size(outer) == asked
 
 
 def test_that_of_torchs_cpu_allocator_is() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
-    assert asked_for(caught.value) == f"{2**60} bytes"
+    assert requested_size(caught.value) == f"{2**60} bytes"
 
 
 @pytest.mark.parametrize(

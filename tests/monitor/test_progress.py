@@ -30,7 +30,13 @@ def iteration(
     step: int, *, lr: float | None = 1e-3, held_out: HeldOut | None = None
 ) -> IterationMetrics:
     return IterationMetrics(
-        step=step, loss=2.5, lr=lr, grad_norm=1.0, tokens=500, step_seconds=0.5, held_out=held_out
+        step=step,
+        loss=2.5,
+        lr=lr,
+        grad_norm=1.0,
+        num_trained_tokens=500,
+        step_seconds=0.5,
+        held_out=held_out,
     )
 
 
@@ -78,7 +84,7 @@ def test_a_terminal_has_one_line_rewritten_in_place() -> None:
 def test_evaluations_always_have_a_line() -> None:
     stream = io.StringIO()
     progress = Progress(100, Console(stream), clock=Clock())
-    progress.evaluated(0, HeldOut(7.0))
+    progress.show_evaluation(0, HeldOut(7.0))
     for step in range(1, 4):
         progress.update(iteration(step, held_out=HeldOut(2.0) if step == 3 else None))
     lines = stream.getvalue().splitlines()
@@ -91,7 +97,7 @@ def test_each_set_of_an_evaluation_is_named() -> None:
     stream = io.StringIO()
     progress = Progress(100, Console(stream), clock=Clock())
     sets = {"wiki": SetLoss(2.0, 10), "chat": SetLoss(math.nan, 3)}
-    progress.evaluated(0, HeldOut(math.nan, sets))
+    progress.show_evaluation(0, HeldOut(math.nan, sets))
     assert stream.getvalue() == (
         "step 0: held-out loss nan, perplexity nan; wiki: loss 2.0000, perplexity 7.389; "
         "chat: loss nan, perplexity nan\n"

@@ -86,9 +86,9 @@ def test_communication_under_work_is_not_exposed() -> None:
         RankSpan(0, Track.OPTIMIZER_COMM, None, 4.0, 5.0),
         RankSpan(0, Track.OPTIMIZER_COMP, None, 5.5, 8.0),
     ]
-    [lane] = breakdown_by_rank(spans, num_stages=1, num_ranks=1)
-    assert lane.communication == [(4.0, 5.5)]
-    assert shares([lane], start=0.0, end=10.0) == pytest.approx(Shares(0.65, 0.15, 0.2))
+    [rank] = breakdown_by_rank(spans, num_stages=1, num_ranks=1)
+    assert rank.communication == [(4.0, 5.5)]
+    assert shares([rank], start=0.0, end=10.0) == pytest.approx(Shares(0.65, 0.15, 0.2))
 
 
 def test_a_send_that_blocks_is_communication() -> None:

@@ -1,4 +1,4 @@
-"""What is read of a processor's flags, for processors that this machine need not have."""
+"""CPU flags as they are read, for CPUs that this machine need not have."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from modules.matmul import cpu_info as processor
-from modules.matmul.cpu_info import CpuInfo, has_fast_products
-from tests.modules.processors import CPUINFO, PROCESSORS
+from modules.matmul import cpu_info
+from modules.matmul.cpu_info import CpuInfo
+from tests.modules.cpus import CPUINFO, CPUS
 
 ZEN_4 = CpuInfo("AuthenticAMD", "AMD EPYC 9654 96-Core Processor", True, True, False, False)
-# kind: has fast products of bf16, of fp16
+# kind: has fast matmuls of bf16, of fp16
 FAST = {
     "Zen 3": (False, False),
     "Zen 4": (True, False),
@@ -27,22 +27,18 @@ FAST = {
 
 
 @pytest.mark.parametrize("kind", CPUINFO)
-def test_half_precision_is_fast_where_there_are_instructions_for_its_products(kind: str) -> None:
-    found = PROCESSORS[kind]
+def test_half_precision_is_fast_where_there_are_instructions_for_it(kind: str) -> None:
+    found = CPUS[kind]
     halves = (torch.bfloat16, torch.float16)
-    assert tuple(map(found.has_fast_products, halves)) == FAST[kind]
-    assert found.has_fast_products(torch.float32)
+    assert tuple(map(found.has_fast_matmul, halves)) == FAST[kind]
+    assert found.has_fast_matmul(torch.float32)
 
 
-def test_this_machine_is_its_first_processor(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_this_machine_is_its_first_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "cpuinfo"
     path.write_text(f"{CPUINFO['Zen 4']}\n{CPUINFO['Haswell']}\n")
-    monkeypatch.setattr(processor, "CPUINFO", path)
+    monkeypatch.setattr(cpu_info, "CPUINFO", path)
     assert CpuInfo.of_this_machine() == ZEN_4
-    assert has_fast_products(torch.bfloat16)
-    assert not has_fast_products(torch.float16)
 
 
 # Where there is no /proc, torch tells the flags in its own spelling, but no vendor.
@@ -61,7 +57,7 @@ def test_without_proc_torch_tells(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told, expected = TORCH_TELLS[kind]
-    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "none")
+    monkeypatch.setattr(cpu_info, "CPUINFO", tmp_path / "none")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told)
     assert CpuInfo.of_this_machine() == expected
 

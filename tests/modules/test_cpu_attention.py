@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from modules.attention.cpu import KEPT_TOKENS, QUERIES, is_short, short_attention
+from modules.attention.cpu import MAX_LENGTH_PER_SIZE, QUERY_BLOCK, is_short, short_attention
 
 ROWS, HEADS, SIZE = 2, 3, 64
+LONGEST = MAX_LENGTH_PER_SIZE * SIZE
 
 
 def inputs(tokens: int, dtype: torch.dtype) -> list[Tensor]:
@@ -32,7 +33,16 @@ def run(attend: Callable[..., Tensor], qkv: list[Tensor], gradient: Tensor) -> l
 
 
 @pytest.mark.parametrize(
-    "tokens", [1, QUERIES - 1, QUERIES, QUERIES + 1, 2 * QUERIES + 1, 200, KEPT_TOKENS * SIZE]
+    "tokens",
+    [
+        1,
+        QUERY_BLOCK - 1,
+        QUERY_BLOCK,
+        QUERY_BLOCK + 1,
+        2 * QUERY_BLOCK + 1,
+        200,
+        LONGEST,
+    ],
 )
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_it_is_torchs_attention(tokens: int, dtype: torch.dtype, allowed: float) -> None:
@@ -57,4 +67,4 @@ def test_the_future_is_not_seen() -> None:
 
 
 def test_long_sequences_are_left_to_torch() -> None:
-    assert not is_short(torch.empty(1, 1, KEPT_TOKENS * SIZE + 1, SIZE))
+    assert not is_short(torch.empty(1, 1, LONGEST + 1, SIZE))

@@ -1,7 +1,7 @@
-"""The choice of a library for products, and the check that tells fp32 from less.
+"""The choice of a matmul library, and the check that detects less than fp32.
 
-The check is tried on products that are made less exact on purpose, as a processor might: operands
-rounded to the numbers of bits that bf16 and tf32 have, in one kind of product at a time.
+The check is tried on matmuls that are less exact on purpose, as a CPU might compute them: operands
+rounded to the numbers of bits that bf16 and tf32 have, in one kind of matmul at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modules.matmul.backend import can_use_onednn, choose_matmul, fp32_error, use_matmul
 from modules.matmul.cpu_info import CpuInfo
-from tests.modules.processors import PROCESSORS
+from tests.modules.cpus import CPUS
 
 CHOICES = {
     "Zen 3": "default",
@@ -39,17 +39,17 @@ def _torchs_default() -> Iterator[None]:
     use_matmul("default")
 
 
-@pytest.mark.parametrize("kind", PROCESSORS)
-def test_a_processor_decides(kind: str) -> None:
-    assert choose_matmul(PROCESSORS[kind]) == CHOICES[kind]
-    assert can_use_onednn(PROCESSORS[kind]) == (kind in WITH_AVX512)
+@pytest.mark.parametrize("kind", CPUS)
+def test_the_cpu_decides(kind: str) -> None:
+    assert choose_matmul(CPUS[kind]) == CHOICES[kind]
+    assert can_use_onednn(CPUS[kind]) == (kind in WITH_AVX512)
 
 
-def test_amds_processors_with_amx_are_not_known_to_win() -> None:
+def test_amd_cpus_with_amx_are_not_known_to_win() -> None:
     assert choose_matmul(CpuInfo("AuthenticAMD", "to come", True, True, True)) == "default"
 
 
-def test_an_unknown_processor_is_left_alone() -> None:
+def test_an_unknown_cpu_is_left_alone() -> None:
     assert choose_matmul(CpuInfo()) == "default"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 
@@ -117,7 +118,7 @@ class Device:
         self._ticks: Iterator[float] = iter(ticks)
         self.events: list[FakeEvent] = []
 
-    def make_event(self) -> FakeEvent:
+    def make_event(self) -> Any:
         self.events.append(FakeEvent(self))
         return self.events[-1]
 

@@ -54,7 +54,7 @@ def test_places_of_documents() -> None:
     assert documents.longest == 3
     assert documents.groups == [(4, 1), (2, 3)]
     assert documents.by_length.tolist() == [3, 4, 5, 9, 0, 1, 2, 6, 7, 8]
-    assert documents.by_length[documents.back_in_place].tolist() == list(range(10))
+    assert documents.by_length[documents.original_order].tolist() == list(range(10))
 
 
 @pytest.mark.parametrize("pairs", [False, True])
@@ -66,7 +66,7 @@ def test_positions_begin_anew_in_each_document(pairs: bool) -> None:
     out = rotate(together, rotation(TOKENS, 6, 100.0, **options).at(packed().positions))
     torch.autograd.backward(out, gradient)
     assert together.grad is not None
-    for row, here in documents_in(packed().begins):
+    for row, here in documents_in(packed().doc_starts):
         one = (slice(row, row + 1), slice(None), here)
         alone = x[one].clone().requires_grad_()
         turned = rotate(alone, rotation(here.stop - here.start, 6, 100.0, **options))
@@ -89,7 +89,7 @@ def test_both_ways_of_attending_to_a_length_are_tried() -> None:
 def with_kernel() -> Iterator[Any]:
     """As on a GPU that has the kernel, whose place at its very call is taken by `_kernel`."""
     with ExitStack() as stack:
-        stack.enter_context(patch.object(varlen, "has_kernel", return_value=True))
+        stack.enter_context(patch.object(varlen, "has_varlen_kernel", return_value=True))
         double = create_autospec(varlen_attn, side_effect=_kernel)
         yield stack.enter_context(patch.object(varlen, "varlen_attn", double))
 
@@ -135,7 +135,7 @@ def test_losses_and_gradients_are_those_of_each_document_alone(
     losses = functional.cross_entropy(logits.mT, tokens[:, 1:], reduction="none")
     expected = losses.detach().clone()  # what a document's end predicts of the next is no one's
     apart = torch.zeros_like(losses)
-    for row, here in documents_in(documents.begins):
+    for row, here in documents_in(documents.doc_starts):
         alone = losses_alone(theirs, tokens[row, here])
         torch.autograd.backward(alone.sum())
         place = (row, slice(here.start, here.stop - 1))
@@ -217,7 +217,7 @@ def test_the_kernel_takes_what_it_is_given() -> None:
         query, key, value = (
             torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
         )
-        with patch.object(varlen, "has_kernel", return_value=True):
+        with patch.object(varlen, "has_varlen_kernel", return_value=True):
             out = varlen.varlen_attention(query, key, value, documents)
         torch.autograd.backward(out.sum())
     assert out.shape == shape
@@ -229,9 +229,9 @@ def test_the_kernel_takes_what_it_is_given() -> None:
 @pytest.mark.parametrize(("size", "expected"), [(64, True), (256, True), (20, False)])
 def test_heads_that_torch_would_pad_go_without_the_kernel(size: int, expected: bool) -> None:
     query = torch.empty(1, 1, 4, size, dtype=torch.bfloat16)
-    assert not varlen.has_kernel(query, query, query), "on a CPU"
+    assert not varlen.has_varlen_kernel(query, query, query), "on a CPU"
     with patch.object(varlen, "can_use_flash_attention", return_value=True):
-        assert varlen.has_kernel(query, query, query) == expected
+        assert varlen.has_varlen_kernel(query, query, query) == expected
 
 
 # ---- dropout ----

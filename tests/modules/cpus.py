@@ -1,4 +1,4 @@
-"""Entries of /proc/cpuinfo, shortened to what tells processors apart."""
+"""Entries of /proc/cpuinfo, shortened to the lines that distinguish CPUs."""
 
 from __future__ import annotations
 
@@ -40,4 +40,4 @@ CPUINFO = {
     ),
 }
 
-PROCESSORS = {kind: CpuInfo.from_cpuinfo(text) for kind, text in CPUINFO.items()}
+CPUS = {kind: CpuInfo.from_cpuinfo(text) for kind, text in CPUINFO.items()}
