@@ -105,7 +105,7 @@ def check_cases(rank: int, world_size: int, url: str, home: Path) -> dict[str, A
 
 def close(entered: Entered) -> None:
     entered.fabric.close()
-    entered.watch.close()
+    entered.policy.detector.close()
 
 
 # The rank on which it is so.

@@ -74,7 +74,7 @@ class Stop(NamedTuple):
 
 PLAN = {
     "joining": Stop(
-        [Kill("", 2, "comm.rendezvous.join:_Meeting._arrive", "after", wait=0.5, signals=TERM)],
+        [Kill("", 2, "comm.rendezvous.join:_Joining._register", "after", wait=0.5, signals=TERM)],
         75, "SIGTERM on rank 2", NOT_BEGUN,
     ),
     "loading": Stop(
@@ -153,7 +153,7 @@ def live(_rank: int, _world: int, _url: str, lab: Lab) -> Lived:
     argvs = lab.argvs("alone", changes={**one, "checkpoint-steps": 0})[:1]
     struck = Kill("", 0, _TRAIN, nth=2, signals=(signal.SIGINT,))
     alone = fork_ranks(argvs, lab.folder, kills=[struck])
-    waits = Kill("", 0, "comm.rendezvous.join:_Meeting._report", signals=TERM)
+    waits = Kill("", 0, "comm.rendezvous.join:_Joining._report", signals=TERM)
     early = fork_ranks(lab.argvs("early")[1:2], lab.folder, kills=[waits])
     return Lived(found, alone, early)
 

@@ -52,7 +52,7 @@ def check_groups(rank: Rank) -> None:
     assert tuple(fabric.pipeline.all_gather(mine)) == topology.pipeline_ranks(topology.replica)
     assert tuple(fabric.replicas.all_gather(mine)) == topology.replica_ranks(topology.stage)
     assert rank.rendezvous.ranks_on_this_host == (0, 1, 2, 3)
-    assert {arrival.interface for arrival in rank.rendezvous.roster} == {"lo"}
+    assert {participant.interface for participant in rank.rendezvous.participants} == {"lo"}
 
 
 def all_checks(rank: int, world_size: int, url: str) -> str:

@@ -37,7 +37,7 @@ def open_channel(
     size: int,
     name: str = "pipeline",
     dist_timeout: float = 30.0,
-    is_chain: bool = True,
+    connect_neighbours: bool = True,
 ) -> tuple[NcclCommunicator, Told]:
     """A pipeline of `size` on the CPU, and what its monitor tells."""
     told: Told = queue.SimpleQueue()
@@ -47,11 +47,12 @@ def open_channel(
         topology=Topology(rank=rank, num_stages=size, num_replicas=1),
         device=torch.device("cpu"),
         store=store,
-        activity=CurrentOperation(),
+        operation=CurrentOperation(),
         dist_timeout=dist_timeout,
         on_hang=told.put,
-        is_chain=is_chain,
     )
+    if connect_neighbours:
+        channel.connect_neighbours()
     return channel, told
 
 

@@ -87,7 +87,7 @@ def lose_a_peer(rank: int, world_size: int, url: str) -> None:
             members=(0, 1),
             topology=Topology(rank=rank, num_stages=2, num_replicas=1),
             device=torch.device("cpu"),
-            activity=CurrentOperation(),
+            operation=CurrentOperation(),
             dist_timeout=1.0,
             on_hang=told.put,
         )
