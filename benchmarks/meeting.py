@@ -27,7 +27,7 @@ def meet(topology: Topology, port: int) -> tuple[ProcessGroups, Callable[[], Non
         join_timeout=120.0,
     )
     policy = ExitPolicy.connect(rendezvous, topology)
-    fabric = create_process_groups(
+    groups = create_process_groups(
         topology,
         rendezvous,
         dist_backend="gloo",
@@ -38,7 +38,7 @@ def meet(topology: Topology, port: int) -> tuple[ProcessGroups, Callable[[], Non
     )
 
     def close() -> None:
-        fabric.close()
+        groups.close()
         policy.detector.close()
 
-    return fabric, close
+    return groups, close

@@ -27,11 +27,11 @@ def succeed() -> None:
 
 def work_on_all(rank: int, world: int, url: str) -> list[str | None]:
     """Slower than a process may wait for another; failing on the last rank; with nothing to do."""
-    with connected(Topology(rank, world, 1), url, dist_timeout=3.0) as (fabric, _):
+    with connected(Topology(rank, world, 1), url, dist_timeout=3.0) as (groups, _):
         slow = (lambda: time.sleep(7.0)) if rank == 1 else None
-        found = [run_on_all(fabric.control, slow, "slow work")]
+        found = [run_on_all(groups.control, slow, "slow work")]
         work = fail if rank == world - 1 else succeed
-        found.append(run_on_all(fabric.control, work, "failing work"))
+        found.append(run_on_all(groups.control, work, "failing work"))
         return found
 
 

@@ -89,7 +89,7 @@ def member(
     entered = enter(
         rank, url, num_stages=shape[0], num_replicas=shape[1], dist_timeout=dist_timeout
     )
-    entered.fabric.control.all_reduce(torch.ones(1)).wait()
+    entered.groups.control.all_reduce(torch.ones(1)).wait()
     threading.Thread(target=_await_waiting, args=(entered.policy, ready), daemon=True).start()
     try:
         program(entered)

@@ -24,10 +24,10 @@ class Rank:
     topology: Topology
     rendezvous: Rendezvous
     policy: ExitPolicy
-    fabric: ProcessGroups
+    groups: ProcessGroups
 
     def close(self) -> None:
-        self.fabric.close()
+        self.groups.close()
         self.policy.detector.close()
 
 
@@ -63,7 +63,7 @@ def link(
 ) -> Rank:
     """All channels of a process that has met the others."""
     policy = ExitPolicy.connect(rendezvous, topology)
-    fabric = create_process_groups(
+    groups = create_process_groups(
         topology,
         rendezvous,
         dist_backend=dist_backend,
@@ -72,4 +72,4 @@ def link(
         dist_timeout=dist_timeout,
         policy=policy,
     )
-    return Rank(topology, rendezvous, policy, fabric)
+    return Rank(topology, rendezvous, policy, groups)

@@ -23,7 +23,7 @@ from tests.dist import free_port, process_context
 
 def work_for_ever(rank: Rank) -> None:
     while True:
-        rank.fabric.control.all_reduce(torch.ones(4)).wait()
+        rank.groups.control.all_reduce(torch.ones(4)).wait()
         time.sleep(0.005)
 
 
@@ -31,7 +31,7 @@ def wait_for(victim: int, rank: Rank) -> None:
     """All are in a sum but that rank, which does not join it."""
     while rank.topology.rank == victim:
         time.sleep(1.0)
-    rank.fabric.control.all_reduce(torch.ones(4)).wait()
+    rank.groups.control.all_reduce(torch.ones(4)).wait()
 
 
 def work_for_ever_and_ask_often(rank: Rank) -> None:

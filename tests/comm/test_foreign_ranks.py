@@ -83,12 +83,12 @@ def add_until_told(stop_file: Path, rank: Rank) -> None:
     """Sums over all channels, each of which must be right, until the file is there."""
     going = True
     while going:
-        for group in (rank.fabric.control, rank.fabric.pipeline, rank.fabric.replicas):
+        for group in (rank.groups.control, rank.groups.pipeline, rank.groups.replicas):
             total = torch.full((1000,), float(group.rank + 1))
             group.all_reduce(total).wait()
             assert total.tolist() == [group.size * (group.size + 1) / 2] * 1000
         stop = torch.tensor(float(stop_file.exists()))
-        rank.fabric.control.all_reduce(stop).wait()
+        rank.groups.control.all_reduce(stop).wait()
         going = stop.item() == 0
         time.sleep(0.01)
 

@@ -66,7 +66,7 @@ def all_checks(rank: int, world_size: int, _url: str, shapes: list[tuple[int, in
             entered = enter(
                 rank, url, num_stages=stages, num_replicas=replicas, dist_backend="cupy_nccl"
             )
-            for group in (entered.fabric.pipeline, entered.fabric.replicas):
+            for group in (entered.groups.pipeline, entered.groups.replicas):
                 if group.size > 1:
                     assert isinstance(group, NcclCommunicator)
                     check_group(group, sums=NUMBERS)

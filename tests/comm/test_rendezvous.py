@@ -230,7 +230,7 @@ def test_a_world_of_one_opens_no_socket(monkeypatch: pytest.MonkeyPatch) -> None
     topology = Topology(0, 1, 1)
     met = Rendezvous.alone()
     policy = ExitPolicy.connect(met, topology)
-    fabric = create_process_groups(
+    groups = create_process_groups(
         topology,
         met,
         dist_backend="gloo",
@@ -240,12 +240,12 @@ def test_a_world_of_one_opens_no_socket(monkeypatch: pytest.MonkeyPatch) -> None
         policy=policy,
     )
     tensor = torch.ones(2)
-    fabric.replicas.all_reduce(tensor).wait()
-    fabric.control.broadcast(tensor, root=0)
-    assert fabric.control.all_gather(tensor).tolist() == [[1.0, 1.0]]
+    groups.replicas.all_reduce(tensor).wait()
+    groups.control.broadcast(tensor, root=0)
+    assert groups.control.all_gather(tensor).tolist() == [[1.0, 1.0]]
     with pytest.raises(AssertionError, match="no member 1"):
-        fabric.pipeline.send(tensor, to=1)
-    fabric.close()
+        groups.pipeline.send(tensor, to=1)
+    groups.close()
     policy.detector.close()
     assert not torch.distributed.is_initialized()
     assert met.ranks_on_this_host == (0,)
