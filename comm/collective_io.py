@@ -56,7 +56,7 @@ class BackgroundTask:
 def run_on_all(
     control: Communicator,
     work: Callable[[], None] | BackgroundTask | None,
-    what: str,
+    name: str,
     *,
     expected: type[Exception] | tuple[type[Exception], ...] = OSError,
 ) -> str | None:
@@ -66,15 +66,14 @@ def run_on_all(
 
     Args:
         work: None for nothing to do on this rank.
-        what: names the work in the log, where ranks that take long are reported.
+        name: of the work, for the log, which reports ranks that take long.
         expected: errors that are returned on all ranks; others are raised on their own rank.
 
     Returns:
-        The first expected error with its rank and host, the same on all ranks; None if there is
-        none.
+        The first expected error with its rank and host, the same on all ranks, if any.
     """
     task = work if work is None or isinstance(work, BackgroundTask) else BackgroundTask(work)
-    done, failure, slow_report = task is None, None, _SlowReport(what)
+    done, failure, slow_report = task is None, None, _SlowReport(name)
     while True:
         try:
             done = task is None or task.done(EXCHANGE_SECONDS)
@@ -93,12 +92,12 @@ def run_on_all(
 class _SlowReport:
     """Reports slow ranks after SLOW_SECONDS, and again each time the duration has doubled."""
 
-    def __init__(self, what: str) -> None:
-        self._what, self._began, self._next = what, time.monotonic(), SLOW_SECONDS
+    def __init__(self, name: str) -> None:
+        self._name, self._began, self._next = name, time.monotonic(), SLOW_SECONDS
 
     def update(self, ranks: list[int]) -> None:
         seconds = time.monotonic() - self._began
         if seconds > self._next:
             self._next = 2 * seconds
             names = ", ".join(f"rank {rank}" for rank in ranks)
-            logger.warning("%s: slow: %s not done after %.0f s", self._what, names, seconds)
+            logger.warning("%s: slow: %s not done after %.0f s", self._name, names, seconds)

@@ -38,13 +38,13 @@ _TRAIN, _EVALUATE = f"{_ENGINE}.train", f"{_ENGINE}.evaluate"
 TERM = (signal.SIGTERM,)
 NOT_BEGUN = "before training began: there is nothing to save, and the same command goes on"
 AGAIN = "and again (SIGTERM): ended at once"
-UNTIDY = (
-    "and what there was is saved, but not all that --keep-checkpoints drops is removed yet, which "
-    "a later save does; the same command goes on"
+NOT_DELETED = (
+    "with the last step saved; not all checkpoints that --keep-checkpoints drops are deleted yet, a "
+    "later save deletes them; the same command goes on"
 )
 LATE = (
-    "2 s ago (--grace-seconds), and what was trained since the last checkpoint is not saved yet; "
-    "the same command goes on from that one"
+    "2 s ago (--grace-seconds): the steps since the last checkpoint are not saved; the same command "
+    "resumes from that checkpoint"
 )
 
 
@@ -120,7 +120,7 @@ PLAN = {
             *(Kill("a slow disk", rank, "checkpoint.retention:withdraw", signals=(0,), wait=9.0)
               for rank in WRITERS),
         ],
-        75, "SIGTERM on rank 2", UNTIDY, 20,
+        75, "SIGTERM on rank 2", NOT_DELETED, 20,
         {"checkpoint-steps": 2, "keep-checkpoints": 1, "grace-seconds": 4},
     ),
     "twice": Stop(

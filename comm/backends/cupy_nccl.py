@@ -1,7 +1,7 @@
 """Communicators over NCCL, by CuPy: tensors go from GPU to GPU. (Not yet run on a GPU.)
 
 For host tensors everything but NCCL's own communicator runs as on a GPU, with threads instead of
-CUDA streams: tests replace that one class.
+CUDA streams: tests replace that class alone.
 
 A pipeline stage's activation and its neighbour's gradient travel at the same time. On one NCCL
 communicator each would wait until the other is done, so every direction between two neighbours has
@@ -163,14 +163,12 @@ class NcclCommunicator(GroupMembership):
         for channel in channels:
             channel.nccl.destroy()
 
-    def _run(
-        self, operation: str, channel: _Channel, tensor: Tensor, call: Callable[..., None]
-    ) -> Work:
+    def _run(self, what: str, channel: _Channel, tensor: Tensor, call: Callable[..., None]) -> Work:
         """Submits `call(pointer, count, dtype code)` to the channel's stream."""
         assert tensor.is_contiguous()
         if tensor.numel() == 0:
             return Done()
-        operation = f"{self._name} {operation}"
+        operation = f"{self._name} {what}"
 
         def guarded() -> None:
             try:
@@ -182,9 +180,8 @@ class NcclCommunicator(GroupMembership):
         with self._operation.during(operation):
             channel.stream.submit(guarded)
         event = channel.stream.record_event()
-        start_limit = partial(
-            self._hang_detector.add, operation, event, channel.nccl.check_async_error
-        )
+        check = channel.nccl.check_async_error
+        start_limit = partial(self._hang_detector.add, operation, event, check)
         return _NcclWork(operation, event, start_limit, self._operation)
 
     def _edge(self, source: int, to: int) -> _Channel:
@@ -237,11 +234,7 @@ class _NcclWork:
     """A message in its stream: on a GPU, `wait` blocks the computation, not the host."""
 
     def __init__(
-        self,
-        name: str,
-        event: Event,
-        start_limit: Callable[[], None],
-        operation: CurrentOperation,
+        self, name: str, event: Event, start_limit: Callable[[], None], operation: CurrentOperation
     ) -> None:
         self._name = name
         self._event = event

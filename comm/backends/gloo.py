@@ -66,18 +66,18 @@ class GlooCommunicator(GroupMembership):
         self._sums = InTurn()
 
     def send(self, tensor: Tensor, *, to: int) -> Work:
-        return self.send_tagged(tensor, to, what="", tag=_MESSAGE_TAG)
+        return self.send_tagged(tensor, to, prefix="", tag=_MESSAGE_TAG)
 
     def receive(self, tensor: Tensor, *, source: int) -> Work:
-        return self.receive_tagged(tensor, source, what="", tag=_MESSAGE_TAG)
+        return self.receive_tagged(tensor, source, prefix="", tag=_MESSAGE_TAG)
 
-    def send_tagged(self, tensor: Tensor, to: int, *, what: str, tag: int) -> Work:
-        """As `send`, to the receive of the same tag. `what` begins the operation's name."""
-        return self._message(dist.isend, f"{what}send to", tensor, to, tag)
+    def send_tagged(self, tensor: Tensor, to: int, *, prefix: str, tag: int) -> Work:
+        """As `send`, to the receive of the same tag. `prefix` begins the operation's name."""
+        return self._message(dist.isend, f"{prefix}send to", tensor, to, tag)
 
-    def receive_tagged(self, tensor: Tensor, source: int, *, what: str, tag: int) -> Work:
+    def receive_tagged(self, tensor: Tensor, source: int, *, prefix: str, tag: int) -> Work:
         """As `receive`, for `send_tagged`."""
-        return self._message(dist.irecv, f"{what}receive from", tensor, source, tag)
+        return self._message(dist.irecv, f"{prefix}receive from", tensor, source, tag)
 
     def all_reduce(self, tensor: Tensor) -> Work:
         """Adds in the order of the members: the bits depend on neither length nor position.
@@ -105,12 +105,13 @@ class GlooCommunicator(GroupMembership):
         return self._sums.add(SentToRoot(flat, messages, root=root, slice_bytes=_SLICE_BYTES))
 
     def broadcast(self, tensor: Tensor, *, root: int) -> None:
-        self._broadcast(tensor, root, what="broadcast").wait()
+        self._broadcast(tensor, root, operation="broadcast").wait()
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         gathered = tensor.new_empty((self.size, *tensor.shape))
         gathered[self._rank] = tensor
-        works = [self._broadcast(row, m, what="all-gather") for m, row in enumerate(gathered)]
+        rows = enumerate(gathered)
+        works = [self._broadcast(row, m, operation="all-gather") for m, row in rows]
         for work in works:
             work.wait()
         return gathered
@@ -118,12 +119,12 @@ class GlooCommunicator(GroupMembership):
     def close(self) -> None:
         dist.destroy_process_group(self._group)
 
-    def _tagged_messages(self, what: str) -> _TaggedMessages:
+    def _tagged_messages(self, operation: str) -> _TaggedMessages:
         """Returns those of the next sum; all members start sums in one order, so tags match."""
         self._num_sums += 1
-        return _TaggedMessages(self, f"{what}, ", 1 + self._num_sums % _NUM_SUM_TAGS)
+        return _TaggedMessages(self, f"{operation}, ", 1 + self._num_sums % _NUM_SUM_TAGS)
 
-    def _broadcast(self, tensor: Tensor, root: int, *, what: str) -> Work:
+    def _broadcast(self, tensor: Tensor, root: int, *, operation: str) -> Work:
         if tensor.numel() == 0:
             return Done()
         post = partial(
@@ -134,13 +135,13 @@ class GlooCommunicator(GroupMembership):
             async_op=True,
         )
         if root == self._rank:
-            return self._start(f"{what}, send to {self._others}", post)
-        return self._start(f"{what}, receive from {self._peers[root]}", post)
+            return self._start(f"{operation}, send to {self._others}", post)
+        return self._start(f"{operation}, receive from {self._peers[root]}", post)
 
     def _message(
         self,
         post: Callable[..., dist.Work | None],
-        what: str,
+        operation: str,
         tensor: Tensor,
         peer: int,
         tag: int,
@@ -148,7 +149,7 @@ class GlooCommunicator(GroupMembership):
         if tensor.numel() == 0:
             return Done()
         call = partial(post, as_bytes(tensor), self._members[peer], group=self._group, tag=tag)
-        return self._start(f"{what} {self._peers[peer]}", call)
+        return self._start(f"{operation} {self._peers[peer]}", call)
 
     def _start(self, operation: str, post: Callable[[], dist.Work | None]) -> Work:
         operation = f"{self._name} {operation}"
@@ -185,7 +186,7 @@ class _TaggedMessages:
     """The messages of one sum."""
 
     _channel: GlooCommunicator
-    _what: str
+    _prefix: str
     _tag: int
 
     @property
@@ -197,7 +198,7 @@ class _TaggedMessages:
         return self._channel.size
 
     def send(self, tensor: Tensor, *, to: int) -> Work:
-        return self._channel.send_tagged(tensor, to, what=self._what, tag=self._tag)
+        return self._channel.send_tagged(tensor, to, prefix=self._prefix, tag=self._tag)
 
     def receive(self, tensor: Tensor, *, source: int) -> Work:
-        return self._channel.receive_tagged(tensor, source, what=self._what, tag=self._tag)
+        return self._channel.receive_tagged(tensor, source, prefix=self._prefix, tag=self._tag)

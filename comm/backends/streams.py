@@ -87,7 +87,7 @@ class _CudaEvent:
 
 
 class HostStream:
-    """A worker thread. `block_compute` blocks the calling thread, which is the one that computes.
+    """A worker thread. `block_compute` blocks the calling thread, which computes.
 
     After a call has failed, no later call runs, and every later event raises the same error.
     """

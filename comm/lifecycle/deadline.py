@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from comm.lifecycle.exit import exit_process, report_line
+from comm.lifecycle.exit import report_and_exit
 
 GRACE_SECONDS = 5.0
 
@@ -22,7 +22,7 @@ class Deadline:
         self.seconds = seconds
         self._started = time.monotonic()
         self._verdict = (1, "")
-        self._end: Callable[[int, str], object] = _report_and_exit
+        self._end: Callable[[int, str], object] = report_and_exit
         self._cancelled = threading.Event()
         threading.Thread(target=self._wait, name="join-deadline", daemon=True).start()
 
@@ -56,8 +56,3 @@ class Deadline:
     def _wait(self) -> None:
         if not self._cancelled.wait(self.seconds + GRACE_SECONDS):
             self._end(*self._verdict)
-
-
-def _report_and_exit(status: int, line: str) -> None:
-    report_line(line)
-    exit_process(status)

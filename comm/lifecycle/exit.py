@@ -19,6 +19,12 @@ def report_line(line: str) -> None:
         sys.stderr.flush()
 
 
+def report_and_exit(status: int, line: str) -> NoReturn:
+    """Writes `line` on stderr and ends the process."""
+    report_line(line)
+    exit_process(status)
+
+
 def exit_process(status: int) -> NoReturn:
     """Ends the process now, from any thread, even if the main thread is stuck in a library.
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from comm.lifecycle.exit import exit_process, report_line
+from comm.lifecycle.exit import report_and_exit
 
 STOPPED = 75  # exit status: asked to stop, nothing is lost, not finished
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -60,8 +60,8 @@ CLOSING = Phase(math.inf, STOPPED, "")
 def training(grace_seconds: float) -> Phase:
     """Returns the phase of the training loop, which has `grace_seconds` to follow a request."""
     line = (
-        f"{grace_seconds:g} s ago (--grace-seconds), and what was trained since the last "
-        "checkpoint is not saved yet; the same command goes on from that one"
+        f"{grace_seconds:g} s ago (--grace-seconds): the steps since the last checkpoint are not "
+        "saved; the same command resumes from that checkpoint"
     )
     return Phase(grace_seconds, 1, line)
 
@@ -69,8 +69,8 @@ def training(grace_seconds: float) -> Phase:
 def cleanup(grace_seconds: float) -> Phase:
     """Returns the phase after the last save, in which superfluous checkpoints are deleted."""
     line = (
-        "and what there was is saved, but not all that --keep-checkpoints drops is removed yet, "
-        "which a later save does; the same command goes on"
+        "with the last step saved; not all checkpoints that --keep-checkpoints drops are deleted "
+        "yet, a later save deletes them; the same command goes on"
     )
     return Phase(grace_seconds, STOPPED, line)
 
@@ -134,5 +134,4 @@ class StopListener:
         return number if number in SIGNALS else None
 
     def _report_and_exit(self, status: int, line: str) -> None:
-        report_line(line if self._alone else f"rank {self._rank}: {line}")
-        exit_process(status)
+        report_and_exit(status, line if self._alone else f"rank {self._rank}: {line}")

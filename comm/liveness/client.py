@@ -14,10 +14,7 @@ from comm.rendezvous.signed_store import LIVENESS_ADDRESS
 
 
 def connect_to_server(rendezvous: Rendezvous, *, master: str) -> tuple[socket.socket, BinaryIO]:
-    """Connects this rank to rank 0, called `master` in messages.
-
-    Returns:
-        The connection, and the lines that come over it.
+    """Returns a connection to rank 0, named `master` in errors, and the lines that come over it.
 
     Raises:
         ConnectionError: rank 0 has gone, cannot be reached at its interface's address, or something

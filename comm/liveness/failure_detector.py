@@ -36,35 +36,28 @@ class RankLost(NamedTuple):
 
 
 class RankFailed(NamedTuple):
-    """A rank ends because of an error: its exit status, and its line for all ranks."""
+    """An error of a rank, with the exit status and the line for all ranks."""
 
     rank: int
     status: int
     line: str
 
 
-class RankUnresponsive(NamedTuple):
-    """A rank has sent nothing for a while; its connection still stands."""
+class HeartbeatChanged(NamedTuple):
+    """A rank sends nothing for a while, though its connection stands, or it sends again."""
 
     rank: int
+    is_unresponsive: bool
 
 
-class RankResponsive(NamedTuple):
-    """An unresponsive rank sends again."""
-
-    rank: int
-
-
-Event: TypeAlias = RankLost | RankFailed | RankUnresponsive | RankResponsive | StopCause
+Event: TypeAlias = RankLost | RankFailed | HeartbeatChanged | StopCause
 
 
 class FailureDetector:
-    """This rank's part. All methods may be called from any thread.
+    """This rank's part: rank 0 runs the server, every other rank is its client.
 
-    Args:
-        rank: this rank. Rank 0 runs the server, every other rank is its client.
-        on_event: called for each event, from a thread of the detector's own. A StopCause comes on
-            rank 0 alone.
+    `on_event` is called in threads of the detector; only rank 0 gets a StopCause. All methods may
+    be called from any thread.
     """
 
     def __init__(self, rank: int, on_event: Callable[[Event], object]) -> None:
@@ -78,7 +71,7 @@ class FailureDetector:
         self._heartbeat = Heartbeat()  # of rank 0, which has those of the others
 
     def connect(self, rendezvous: Rendezvous, *, master: str) -> list[int]:
-        """Connects this rank to rank 0, called `master` in messages; a world of one to nobody.
+        """Connects this rank to rank 0, named `master` in errors; does nothing in a world of one.
 
         Returns:
             On rank 0, the ranks that have joined but did not connect before the join deadline.
@@ -100,11 +93,11 @@ class FailureDetector:
         return self._server is None and self._connection is None
 
     def forward_stop(self, number: int) -> None:
-        """Tells rank 0 that the signal of that number asked this rank to stop."""
+        """Sends rank 0 the number of a signal that asked this rank to stop."""
         self._send({"stop": number})
 
     def publish_failure(self, status: int, line: str) -> None:
-        """Tells all other ranks that this one ends with `status`, because of `line`."""
+        """Sends an error of this rank, which ends it with `status`, to all other ranks."""
         message = {"failed": status, "line": line, "rank": self._rank}
         if self._server is not None:
             self._server.publish(message)
@@ -121,18 +114,14 @@ class FailureDetector:
             self._server.await_departures(seconds=seconds)
 
     def all_alive(self) -> bool:
-        """Asks all ranks whether they are alive, within a few seconds.
-
-        Returns:
-            False if rank 0 does not answer. Another rank that does not is an event instead.
-        """
+        """Asks all ranks. False if rank 0 does not answer; another silent rank is an event."""
         if self._server is not None:
             self._server.check()
         self._send({"check": True})
         return self.is_alone or self._all_alive.wait(_ANSWER_SECONDS)
 
     def close(self) -> None:
-        """Leaves in good order; rank 0 waits (a minute at most) until all others have left."""
+        """Disconnects in good order; rank 0 waits (a minute at most) until all others have."""
         self._closing = True
         self._send({"bye": True})
         if self._connection is not None:
@@ -156,11 +145,12 @@ class FailureDetector:
 
     def _start_client(self, rendezvous: Rendezvous, master: str) -> None:
         self._connection, lines = connect_to_server(rendezvous, master=master)
-        for name, target, args in (
-            ("liveness-client", self._receive, (lines,)),
-            ("liveness-heartbeat", self._watch_rank_0, ()),
-        ):
-            threading.Thread(target=target, args=args, name=name, daemon=True).start()
+        threading.Thread(
+            target=self._receive, args=(lines,), name="liveness-client", daemon=True
+        ).start()
+        threading.Thread(
+            target=self._check_heartbeat, name="liveness-heartbeat", daemon=True
+        ).start()
 
     def _send(self, message: Message) -> None:
         if self._connection is not None:
@@ -176,10 +166,10 @@ class FailureDetector:
         if not self._closing:
             self._on_event(RankLost(0, "the connection to it closed"))
 
-    def _watch_rank_0(self) -> None:
+    def _check_heartbeat(self) -> None:
         while not self._closing:
             for rank, is_unresponsive in self._heartbeat.changes([0]):
-                self._on_event((RankUnresponsive if is_unresponsive else RankResponsive)(rank))
+                self._on_event(HeartbeatChanged(rank, is_unresponsive))
             time.sleep(_TICK_SECONDS)
 
     def _on_message(self, message: Message) -> None:
@@ -190,12 +180,9 @@ class FailureDetector:
         elif "bye" in message:
             self._closing = True
         elif "unresponsive" in message:
-            is_unresponsive = message["unresponsive"]
-            kind = RankUnresponsive if is_unresponsive else RankResponsive
-            self._on_event(kind(message["rank"]))
+            self._on_event(HeartbeatChanged(message["rank"], message["unresponsive"]))
         elif "lost" in message:
-            reason = "its connection closed without a goodbye"
-            self._on_event(RankLost(message["lost"], reason))
+            self._on_event(RankLost(message["lost"], "its connection closed unexpectedly"))
         elif "silent" in message:
             self._on_event(RankLost(message["silent"], "it does not answer"))
         elif "stop" in message:

@@ -19,10 +19,9 @@ from comm.liveness import heartbeat
 from comm.liveness.failure_detector import (
     Event,
     FailureDetector,
+    HeartbeatChanged,
     RankFailed,
     RankLost,
-    RankResponsive,
-    RankUnresponsive,
 )
 from comm.rendezvous.join import Rendezvous
 from comm.topology import Topology
@@ -37,12 +36,9 @@ _RESUME = "Start all ranks again to resume from the latest checkpoint."
 class ExitPolicy:
     """Ends this process for the first failure of any rank, with one line that names the cause.
 
-    Args:
-        stop: on rank 0, gets the requests that reached other ranks.
-
-    Attributes:
-        detector: calls this policy for every event.
-        operation: the communication that this rank waits for; named where another rank is lost.
+    detector: passes every event to this policy.
+    operation: the communication that this rank waits for, named in the line about a lost rank.
+    stop: on rank 0, gets the requests that reached other ranks.
     """
 
     def __init__(self, rendezvous: Rendezvous, topology: Topology, *, stop: StopRequest) -> None:
@@ -62,7 +58,7 @@ class ExitPolicy:
     def connect(
         cls, rendezvous: Rendezvous, topology: Topology, *, stop: StopRequest | None = None
     ) -> ExitPolicy:
-        """Connects this rank with the others for failure detection; a world of one with nobody.
+        """Starts failure detection among all ranks.
 
         A rank that has joined but does not connect before the join deadline ends all.
 
@@ -88,7 +84,7 @@ class ExitPolicy:
         Args:
             status: the exit status of all ranks.
             line: the error, reported once by every rank.
-            before_exit: called once the others have been told; may take a minute.
+            before_exit: called after the error was sent to the others; may take a minute.
         """
         self._claim()
         if before_exit is not None:
@@ -113,7 +109,7 @@ class ExitPolicy:
         self._end(1, self._lost(0, "it does not answer"))
 
     def _join_deadline_passed(self, status: int, line: str) -> NoReturn:
-        """The process groups did not stand in time: names a rank that hangs, if one does."""
+        """Ends this process because the groups were not made in time; names a rank that hangs."""
         if self.detector.all_alive():
             self.fail(status, line.removeprefix(f"rank {self._rank}: "))
         self._end(status, self._lost(0, "it does not answer"))
@@ -122,14 +118,14 @@ class ExitPolicy:
         match event:
             case StopCause():
                 self._stop.ask(event)
-            case RankUnresponsive(rank):
+            case HeartbeatChanged(rank, is_unresponsive=True):
                 logger.warning(
                     "%s has not responded for %g s (suspended, overloaded, or network down); the "
                     "job aborts when an operation exceeds --dist-timeout",
                     self._names[rank],
                     heartbeat.UNRESPONSIVE_SECONDS,
                 )
-            case RankResponsive(rank):
+            case HeartbeatChanged(rank):
                 logger.warning("%s responds again", self._names[rank])
             case RankLost(rank, reason):
                 self._end(1, self._lost(rank, reason))
@@ -143,7 +139,7 @@ class ExitPolicy:
         )
 
     def _claim(self) -> None:
-        """Lets only the first thread pass; any other waits here until the process ends."""
+        """Lets only the first thread pass; another thread stays here until the process ends."""
         if not self._claimed.acquire(blocking=False):
             time.sleep(self._exit_seconds)
             exit_process(1)
@@ -162,7 +158,7 @@ class ExitPolicy:
 
 
 def _call(before_exit: Callable[[], object]) -> None:
-    """Calls it; the process still ends because of the first error, whatever fails here."""
+    """Calls it; an error of it is only logged, since the process ends because of another."""
     try:
         before_exit()
     except Exception as error:

@@ -28,14 +28,7 @@ class Handshake:
         return {"rank": rank, "challenge": counter, "proof": proof}
 
     def check(self, challenge: str, reply: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
-        """Checks a reply on rank 0.
-
-        Returns:
-            The rank that replied, and rank 0's answer to it.
-
-        Raises:
-            ValueError: it is not of this start of the job.
-        """
+        """Returns the rank that replied, and rank 0's answer. ValueError for another start."""
         rank, counter = reply.get("rank"), reply.get("challenge")
         if type(rank) is not int or not isinstance(counter, str):
             raise ValueError("not a reply")

@@ -1,4 +1,4 @@
-"""The liveness server on rank 0: it hears of every failure and tells all ranks.
+"""The liveness server on rank 0: collects the failures of all ranks and sends them to all.
 
 Messages are JSON objects, one a line. The server opens with {"challenge"}; a rank replies with
 {"rank", "challenge", "proof"}, the server answers {"proof"} (comm.liveness.handshake); then
@@ -105,7 +105,7 @@ class LivenessServer:
         return sorted(missing)
 
     def await_departures(self, *, seconds: float) -> None:
-        """Waits until every rank has come and gone: a late one must get a failure, too."""
+        """Waits until every rank has connected and left: a late one must get a failure, too."""
         self._await(
             lambda: len(self._seen) == self._world_size - 1 and not self._connected(), seconds
         )
@@ -131,7 +131,7 @@ class LivenessServer:
                 self._broadcast({"check": True})
 
     def close(self) -> None:
-        """Tells the ranks still connected; a connection that ends from now on is no loss."""
+        """Announces the end to connected ranks; a connection that ends from now on is no loss."""
         with self._changed:
             self._closing = True
         self._broadcast({"bye": True})
@@ -238,8 +238,9 @@ class LivenessServer:
             self._on_message({"all_alive": True})
             return
         self.publish({"silent": min(silent)})
-        for connection in [one for one in self._connections if one.rank in silent]:
-            self._drop(connection)  # its departure is not waited for
+        for connection in list(self._connections):
+            if connection.rank in silent:
+                self._drop(connection)  # its departure is not waited for
 
     def _check_heartbeats(self) -> None:
         if self._heartbeat.is_due():

@@ -43,7 +43,7 @@ def choose_interface(
     for interface in _interfaces():
         if interface.address == address:
             return interface
-    if ipaddress.ip_address(address).is_loopback:  # the whole of 127.0.0.0/8 belongs to lo
+    if ipaddress.ip_address(address).is_loopback:  # lo has all of 127.0.0.0/8
         return next(interface for interface in _interfaces() if interface.is_loopback)
     raise ValueError(
         f"--net-interface is needed: no interface holds {address}, this machine's address towards "

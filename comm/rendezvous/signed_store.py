@@ -20,12 +20,8 @@ _MAX_HOST = 64  # characters of a foreign host's name that are reported
 class SignedStore:
     """Text by name; a value without the proof of this job, start and name is an error.
 
-    Attributes:
-        plain: torch's store under this start's names, for values without a proof.
-
-    Args:
-        store: torch's store.
-        start: tells this start of the job from others in the same store.
+    start: distinguishes this start of the job from others in the same store.
+    plain: torch's store under this start's names, for values without a proof.
     """
 
     def __init__(self, store: Store, key: JobKey, *, start: str) -> None:
@@ -39,13 +35,10 @@ class SignedStore:
         self._all_jobs.set("job", f"{salt} {self._key.prove('job', salt)} {host}")
 
     def check_job(self, *, url: str, rank: int, host: str) -> bool:
-        """Checks rank 0's proof; `rank` on `host` is this rank.
-
-        Returns:
-            Whether rank 0 is there and of this job.
+        """Returns whether rank 0 has proved the job; this rank is `rank` on `host`.
 
         Raises:
-            ValueError: rank 0 is there and of another job.
+            ValueError: rank 0 is of another job.
         """
         if not self._all_jobs.check(["job"]):
             return False

@@ -61,7 +61,7 @@ def ranks() -> Iterator[list[Rank]]:
 def test_a_lost_rank_is_an_event_on_every_other(ranks: list[Rank]) -> None:
     ranks[2].die()
     for rank in ranks[:2]:
-        assert rank.next_event() == RankLost(2, "its connection closed without a goodbye")
+        assert rank.next_event() == RankLost(2, "its connection closed unexpectedly")
         assert rank.events.empty()
         assert rank.detector.all_alive(), "the others still answer"
 

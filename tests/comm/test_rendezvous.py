@@ -201,7 +201,7 @@ def test_a_rank_that_dies_before_the_groups_stand(tmp_path: Path) -> None:
             expect(rank, 1, "rank 2 (stage 2, replica 0, host ", within=10.0)
 
 
-def test_who_waits_for_goodbyes_past_the_deadline_has_said_its_line(tmp_path: Path) -> None:
+def test_a_rank_that_lingers_past_the_deadline_reports_one_line(tmp_path: Path) -> None:
     """As where the wire to other machines is cut while the ranks link."""
     url = url_here()
     hanging = start(tmp_path, "1", links_and_hangs, 1, 3, url, 3.0)
