@@ -39,12 +39,12 @@ TERM = (signal.SIGTERM,)
 NOT_BEGUN = "before training began: there is nothing to save, and the same command goes on"
 AGAIN = "and again (SIGTERM): ended at once"
 NOT_DELETED = (
-    "with the last step saved; not all checkpoints that --keep-checkpoints drops are deleted yet, a "
-    "later save deletes them; the same command goes on"
+    "with the last step saved; not all checkpoints that --keep-checkpoints drops are deleted yet, "
+    "a later save deletes them; the same command goes on"
 )
 LATE = (
-    "2 s ago (--grace-seconds): the steps since the last checkpoint are not saved; the same command "
-    "resumes from that checkpoint"
+    "2 s ago (--grace-seconds): the steps since the last checkpoint are not saved; the same "
+    "command resumes from that checkpoint"
 )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from comm import collective_io as together
+from comm import collective_io
 from comm.backends.single_process import SingleProcessCommunicator
 from comm.collective_io import run_on_all
 from comm.topology import Topology
@@ -65,8 +65,8 @@ def test_slow_work_is_told_while_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> 
     def wait() -> None:
         assert told.wait(30.0)
 
-    monkeypatch.setattr(together, "TELL_SECONDS", 0.01)
-    monkeypatch.setattr(together, "SLOW_SECONDS", 0.05)
+    monkeypatch.setattr(collective_io, "EXCHANGE_SECONDS", 0.01)
+    monkeypatch.setattr(collective_io, "SLOW_SECONDS", 0.05)
     logger: Any = logging.getLogger("comm.collective_io")
     listener = Listener()
     logger.addHandler(listener)
