@@ -53,14 +53,14 @@ def auto(work: Work) -> Work:
 def ours(work: Work, pp_mode: str, *, traced: bool = True) -> Entry:
     name = f"{pp_mode} {'-'.join(map(str, work.split))}{'' if traced else ' untraced'}"
     return Entry(
-        name, lambda topology, fabric: Ours(work, pp_mode, topology, fabric, traced=traced)
+        name, lambda topology, groups: Ours(work, pp_mode, topology, groups, traced=traced)
     )
 
 
 def theirs(work: Work, schedule: str, *, fused: bool = True) -> Entry:
     name = f"torch {schedule} {'-'.join(map(str, work.split))}"
     return Entry(
-        name, lambda topology, fabric: TorchPipeline(work, schedule, topology, fused=fused)
+        name, lambda topology, groups: TorchPipeline(work, schedule, topology, fused=fused)
     )
 
 

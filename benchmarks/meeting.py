@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from comm.liveness.failure_detector import FailureDetector
+from comm.liveness.failure_policy import ExitPolicy
 from comm.process_groups import ProcessGroups, create_process_groups
 from comm.rendezvous.interface import Interface
 from comm.rendezvous.job_key import JobKey
@@ -26,19 +26,19 @@ def meet(topology: Topology, port: int) -> tuple[ProcessGroups, Callable[[], Non
         start="",
         join_timeout=120.0,
     )
-    watch = FailureDetector.connect(rendezvous, topology)
-    fabric = create_process_groups(
+    policy = ExitPolicy.connect(rendezvous, topology)
+    groups = create_process_groups(
         topology,
         rendezvous,
         dist_backend="gloo",
         dp_backend="gloo",
         device=torch.device("cpu"),
         dist_timeout=600.0,
-        watch=watch,
+        policy=policy,
     )
 
     def close() -> None:
-        fabric.close()
-        watch.close()
+        groups.close()
+        policy.detector.close()
 
-    return fabric, close
+    return groups, close

@@ -107,8 +107,8 @@ def _measure_alone(pipe: Connection, rank: int, port: int, case_name: str, matmu
     """What one process takes while its neighbour does the same."""
     torch.set_num_threads(1)
     use_matmul(matmul)
-    fabric, close = meet(Topology(rank, 1, 2), port)
-    fabric.control.all_gather(torch.zeros(1))
+    groups, close = meet(Topology(rank, 1, 2), port)
+    groups.control.all_gather(torch.zeros(1))
     pipe.send(one_process_seconds(CASES[case_name].work))
     close()
 
@@ -121,12 +121,12 @@ def _contend(
     use_matmul(matmul)
     case = CASES[case_name]
     topology = Topology(rank, *case.shape)
-    fabric, close = meet(topology, port)
+    groups, close = meet(topology, port)
     (entry,) = (entry for entry in case.entries if entry.name == name)
-    contender = entry.make(topology, fabric)
+    contender = entry.make(topology, groups)
     pipe.send("ready")
     while pipe.recv() == "step":
-        pipe.send(_timed(contender, fabric))
+        pipe.send(_timed(contender, groups))
     pipe.send((_peak_bytes(), contender.overhead() if isinstance(contender, Ours) else math.nan))
     close()
 
@@ -138,8 +138,8 @@ def _peak_bytes() -> int:
     return 1024 * int(line.split()[1])
 
 
-def _timed(contender: Contender, fabric: ProcessGroups) -> tuple[float, float]:
-    fabric.control.all_gather(torch.zeros(1))
+def _timed(contender: Contender, groups: ProcessGroups) -> tuple[float, float]:
+    groups.control.all_gather(torch.zeros(1))
     start = time.perf_counter()
     loss = contender.step()
     return time.perf_counter() - start, loss

@@ -1,7 +1,7 @@
-"""Work on files that the processes of a run do side by side, whose failures all of them hear of.
+"""File I/O that all ranks do at the same time; an error of one rank is returned on all.
 
-A disk may take longer than --dist-timeout lets a process wait for another. So the work goes on in a
-thread, and the processes tell each other every second that they are still at it.
+A disk may take longer than --dist-timeout, the limit of one operation between ranks. So the I/O
+runs in a thread, and every second the ranks exchange whether they are done.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from comm.objects import gather_json
 
 logger = logging.getLogger(__name__)
 
-TELL_SECONDS = 1.0
+EXCHANGE_SECONDS = 1.0
 SLOW_SECONDS = 60.0
 
 
 class BackgroundTask:
-    """Work in a thread, which does not keep the process from ending."""
+    """A function running in a daemon thread."""
 
     def __init__(self, work: Callable[[], None]) -> None:
         self._work = work
@@ -32,15 +32,15 @@ class BackgroundTask:
 
     @property
     def has_ended(self) -> bool:
-        """Whether it is done, or has failed."""
+        """Whether it has returned or failed."""
         return not self._thread.is_alive()
 
     def wait(self) -> None:
-        """Until it has ended, well or not."""
+        """Waits until it has returned or failed."""
         self._thread.join()
 
     def done(self, timeout: float) -> bool:
-        """Whether it has ended within `timeout` seconds; raises what it raised."""
+        """Waits at most `timeout` seconds; returns whether it has ended, or raises its error."""
         self._thread.join(timeout)
         if self._error is not None:
             raise self._error
@@ -56,43 +56,48 @@ class BackgroundTask:
 def run_on_all(
     control: Communicator,
     work: Callable[[], None] | BackgroundTask | None,
-    what: str,
+    name: str,
     *,
     expected: type[Exception] | tuple[type[Exception], ...] = OSError,
 ) -> str | None:
-    """Does `work`, or waits for it where it goes on already, and returns once every process has
-    done its own; None is nothing to do.
+    """Runs `work`, or waits for a running task, and returns when every rank is done.
 
-    Every process calls it. Where `work` raised `expected` anywhere, all get the first such failure
-    in words: which rank, on which host, and what. Another error is raised where it happened. Where
-    it takes long, the log says at which ranks: `what` are the words for the work.
+    Every rank calls it.
+
+    Args:
+        work: None for nothing to do on this rank.
+        name: of the work, for the log, which reports ranks that take long.
+        expected: errors that are returned on all ranks; others are raised on their own rank.
+
+    Returns:
+        The first expected error with its rank and host, the same on all ranks, if any.
     """
     task = work if work is None or isinstance(work, BackgroundTask) else BackgroundTask(work)
-    done, failure, slow = task is None, None, _Slowness(what)
+    done, failure, slow_report = task is None, None, _SlowReport(name)
     while True:
         try:
-            done = task is None or task.done(TELL_SECONDS)
+            done = task is None or task.done(EXCHANGE_SECONDS)
         except expected as error:
             task, done = None, True
             where = f"rank {control.rank} on {socket.gethostname()}: " if control.size > 1 else ""
             failure = f"{where}{error}"
         states = gather_json(control, [done, failure])
-        waiting = [rank for rank, (is_done, _) in enumerate(states) if not is_done]
-        if not waiting:
-            return next((words for _, words in states if words), None)
+        pending = [rank for rank, (is_done, _) in enumerate(states) if not is_done]
+        if not pending:
+            return next((error for _, error in states if error), None)
         if control.rank == 0:
-            slow.tell(waiting)
+            slow_report.update(pending)
 
 
-class _Slowness:
-    """Says that a disk is slow, when that has lasted a while, and again when twice as long."""
+class _SlowReport:
+    """Reports slow ranks after SLOW_SECONDS, and again each time the duration has doubled."""
 
-    def __init__(self, what: str) -> None:
-        self._what, self._began, self._next = what, time.monotonic(), SLOW_SECONDS
+    def __init__(self, name: str) -> None:
+        self._name, self._began, self._next = name, time.monotonic(), SLOW_SECONDS
 
-    def tell(self, ranks: list[int]) -> None:
+    def update(self, ranks: list[int]) -> None:
         seconds = time.monotonic() - self._began
         if seconds > self._next:
             self._next = 2 * seconds
             names = ", ".join(f"rank {rank}" for rank in ranks)
-            logger.warning("%s: slow: %s not done after %.0f s", self._what, names, seconds)
+            logger.warning("%s: slow: %s not done after %.0f s", self._name, names, seconds)

@@ -1,4 +1,4 @@
-"""What every channel between processes can do, whichever library moves the bytes."""
+"""The interface of all communication between processes, whichever library moves the bytes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 class PeerLostError(RuntimeError):
-    """An operation ended because a peer died, hung or could not be reached; the text names it."""
+    """An operation failed because a peer died, hung or could not be reached; the text names it."""
 
 
 class Work(Protocol):
     """An operation under way. Its tensor must stay untouched until `wait` returns.
 
-    A Work that nobody waits for may never end, and not for the others either.
+    Every Work must be waited for; otherwise the operation may never complete on any rank.
     """
 
     def wait(self) -> None:
@@ -24,7 +24,7 @@ class Work(Protocol):
 
 
 class Done:
-    """The Work of an operation that ended where it began: nothing travels."""
+    """The Work of an operation that is complete from the start: it sends no message."""
 
     def wait(self) -> None:
         """Returns at once."""
@@ -33,7 +33,7 @@ class Done:
 class PointToPoint(Protocol):
     """Messages between the members of a group, which are addressed by their index in it.
 
-    Those between two members arrive in the order in which they were sent.
+    Messages between two members arrive in the order in which they were sent.
     """
 
     @property
@@ -48,7 +48,7 @@ class PointToPoint(Protocol):
         """Starts sending `tensor` to member `to`."""
 
     def receive(self, tensor: Tensor, *, source: int) -> Work:
-        """Starts receiving into `tensor` what member `source` sends."""
+        """Starts receiving a message of member `source` into `tensor`."""
 
 
 class Communicator(PointToPoint, Protocol):
@@ -68,28 +68,31 @@ class Communicator(PointToPoint, Protocol):
     def reduce(self, tensor: Tensor, *, root: int) -> Work:
         """As `all_reduce`, to the same bits on CPU, but only member `root` gets the sum.
 
-        What the tensor holds then is undefined on the others.
+        The values of the tensor are undefined on the others afterwards.
         """
 
     def broadcast(self, tensor: Tensor, *, root: int) -> None:
-        """Fills `tensor` on every member with that of member `root`."""
+        """Copies member `root`'s tensor into `tensor` on every member."""
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """The members' tensors, stacked: (size, *tensor.shape)."""
+        """Returns the members' tensors, stacked: (size, *tensor.shape)."""
 
     def close(self) -> None:
-        """Releases what the group holds; it cannot be used again."""
+        """Releases the group's resources; it cannot be used again."""
 
 
 class CurrentOperation:
-    """One mutable text, cheap to set; read by the liveness link's thread when a rank is lost."""
+    """The name of the operation that this process waits for, reported when a rank is lost.
+
+    Cheap to set; read by another thread.
+    """
 
     def __init__(self) -> None:
         self.text = "start"
 
     @contextmanager
     def during(self, text: str) -> Iterator[None]:
-        """Sets `text` for a block; after an error it stays, to be told."""
+        """Sets `text` for a block; after an error it stays, to be reported."""
         before, self.text = self.text, text
         yield
         self.text = before

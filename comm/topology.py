@@ -1,4 +1,4 @@
-"""Who is who: ranks, stages and replicas as one frozen object that is passed in."""
+"""Topology: ranks, stages and replicas, as one frozen object that is passed in."""
 
 from __future__ import annotations
 
@@ -42,13 +42,14 @@ class Topology:
         return replica * self.num_stages + stage
 
     def pipeline_ranks(self, replica: int) -> tuple[int, ...]:
-        """The ranks of one pipeline, first stage first."""
+        """Returns the ranks of one pipeline, first stage first."""
         return tuple(range(replica * self.num_stages, (replica + 1) * self.num_stages))
 
     def replica_ranks(self, stage: int) -> tuple[int, ...]:
-        """The ranks that hold one stage, first replica first."""
+        """Returns the ranks that hold one stage, first replica first."""
         return tuple(range(stage, self.world_size, self.num_stages))
 
-    def describe(self, rank: int) -> str:
-        """`rank 3 (stage 1, replica 1)`."""
-        return f"rank {rank} (stage {rank % self.num_stages}, replica {rank // self.num_stages})"
+    def describe(self, rank: int, *, host: str | None = None) -> str:
+        """Returns `rank 3 (stage 1, replica 1)`, with `, host name` after the replica if given."""
+        place = f"stage {rank % self.num_stages}, replica {rank // self.num_stages}"
+        return f"rank {rank} ({place})" if host is None else f"rank {rank} ({place}, host {host})"

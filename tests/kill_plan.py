@@ -27,20 +27,20 @@ class Moment:
         return Kill(self.name, rank, self.target, self.when, self.nth, self.about, self.wait)
 
 
-_ARRIVE = "comm.rendezvous.join:_Meeting._arrive"
+_REGISTER = "comm.rendezvous.join:_Joining._register"
 JOINING = (
-    Moment("join: the store stands", _ARRIVE, ranks=(0,), wait=1.0),
-    Moment("join: store reached", _ARRIVE, ranks=(1, 2, 3)),
-    Moment("join: arrived", _ARRIVE, "after", ranks=(1, 2, 3)),
+    Moment("join: the store stands", _REGISTER, ranks=(0,), wait=1.0),
+    Moment("join: store reached", _REGISTER, ranks=(1, 2, 3)),
+    Moment("join: arrived", _REGISTER, "after", ranks=(1, 2, 3)),
     Moment(
         "join: all there",
-        "comm.liveness.failure_detector:FailureDetector._open_hub",
+        "comm.liveness.failure_detector:FailureDetector._start_server",
         ranks=(0,),
         wait=1.0,
     ),
     Moment(
         "join: all there",
-        "comm.liveness.failure_detector:FailureDetector._open_link",
+        "comm.liveness.failure_detector:FailureDetector._start_client",
         ranks=(1, 2, 3),
     ),
     Moment("join: linked", "comm.process_groups:create_process_groups"),

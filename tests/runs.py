@@ -76,11 +76,11 @@ def train_cases(
     for stages, replicas, shape_url in shapes:
         topology = Topology(rank, stages, replicas)
         meeting = connected(topology, shape_url, dist_backend, dist_timeout=dist_timeout)
-        with meeting as (fabric, nonce):
+        with meeting as (groups, nonce):
             for case in cases:
                 if case.shapes is None or (stages, replicas) in case.shapes:
                     path = run_folder(folder, case.name, stages, replicas)
-                    told[path.name] = _train_case(case, path, topology, fabric, nonce)
+                    told[path.name] = _train_case(case, path, topology, groups, nonce)
     return told
 
 
@@ -91,12 +91,12 @@ def connected(
     """All channels of one process of a shape whose ranks meet at `url`, and the start's nonce."""
     rendezvous = _meet(topology.rank, topology.world_size, url)
     entered = link(topology, rendezvous, dist_backend=dist_backend, dist_timeout=dist_timeout)
-    yield entered.fabric, rendezvous.nonce
+    yield entered.groups, rendezvous.nonce
     entered.close()
 
 
 def _train_case(
-    case: Case, path: Path, topology: Topology, fabric: ProcessGroups, nonce: str
+    case: Case, path: Path, topology: Topology, groups: ProcessGroups, nonce: str
 ) -> Told:
     own = {
         "checkpoint-path": path,
@@ -112,7 +112,7 @@ def _train_case(
         _copy_run(path.parent / case.after[0], path, step=case.after[1])
     elif topology.rank == 0:
         path.mkdir(parents=True, exist_ok=True)
-    gather_json(fabric.control, None)  # the folder is there for all
+    gather_json(groups.control, None)  # the folder is there for all
     hook = nullcontext() if case.hook is None else case.hook(topology)
     listener = _Listener()
     with hook, listener, patch("monitor.recorder.draw_loss"), ExitStack() as closing:
@@ -120,7 +120,7 @@ def _train_case(
         try:
             train(
                 settings,
-                RunContext(topology, fabric, torch.device("cpu"), nonce),
+                RunContext(topology, groups, torch.device("cpu"), nonce),
                 console=Console(io.StringIO()),
                 stop=StopRequest(),
                 closing=closing,

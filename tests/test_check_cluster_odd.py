@@ -54,10 +54,10 @@ class Throttled:
         return self._group.send(tensor, to=to)
 
 
-def throttle(fabric: ProcessGroups, name: str, *, to: int) -> ProcessGroups:
-    groups: dict[str, Any] = {"pipeline": fabric.pipeline, "replicas": fabric.replicas}
-    groups[name] = Throttled(groups[name], to=to)
-    return ProcessGroups(control=fabric.control, **groups)
+def throttle(groups: ProcessGroups, name: str, *, to: int) -> ProcessGroups:
+    throttled: dict[str, Any] = {"pipeline": groups.pipeline, "replicas": groups.replicas}
+    throttled[name] = Throttled(throttled[name], to=to)
+    return ProcessGroups(control=groups.control, **throttled)
 
 
 class _Told(logging.Handler):
@@ -88,14 +88,14 @@ def check_cases(rank: int, world_size: int, url: str, home: Path) -> dict[str, A
         if name == "a cut shard":  # on a disk that all share
             more |= {"model-name": home / "cut", "load-pretrained-model": "true"}
         args = parse_train(argv(flags(home, **more)), {})
-        fabric = entered.fabric
+        groups = entered.groups
         with ExitStack() as stack, listening() as lines:
             rate = 1e7 if name == "a slow device" and rank == 3 else 1e9
             stack.enter_context(patch("planning.cluster.check.matmul_rate", return_value=rate))
             if rank == odd:
-                fabric = make_odd(name, fabric, stack)
+                groups = make_odd(name, groups, stack)
             context = RunContext(
-                entered.topology, fabric, torch.device("cpu"), entered.rendezvous.nonce
+                entered.topology, groups, torch.device("cpu"), entered.rendezvous.nonce
             )
             status = check_cluster(args, context, entered.rendezvous)
         found[name] = (status, lines)
@@ -104,8 +104,8 @@ def check_cases(rank: int, world_size: int, url: str, home: Path) -> dict[str, A
 
 
 def close(entered: Entered) -> None:
-    entered.fabric.close()
-    entered.watch.close()
+    entered.groups.close()
+    entered.policy.detector.close()
 
 
 # The rank on which it is so.
@@ -120,11 +120,11 @@ CASES = {
 }
 
 
-def make_odd(name: str, fabric: ProcessGroups, stack: ExitStack) -> ProcessGroups:
+def make_odd(name: str, groups: ProcessGroups, stack: ExitStack) -> ProcessGroups:
     if name == "a slow pipeline":
-        return throttle(fabric, "pipeline", to=1)
+        return throttle(groups, "pipeline", to=1)
     if name == "slow replicas":
-        return throttle(fabric, "replicas", to=0)
+        return throttle(groups, "replicas", to=0)
     if name == "another version":
         stack.enter_context(
             patch(
@@ -135,7 +135,7 @@ def make_odd(name: str, fabric: ProcessGroups, stack: ExitStack) -> ProcessGroup
     if name == "another clock":
         ahead = SimpleNamespace(time_ns=lambda: time.time_ns() + 100 * 10**9)
         stack.enter_context(patch("planning.cluster.check.time", ahead))
-    return fabric
+    return groups
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ def take(
 
 
 def _take(topology: Topology, url: str, path: Path) -> Taken:
-    with connected(topology, url) as (fabric, _):
+    with connected(topology, url) as (groups, _):
         taken: Taken = []
         state = None
         for _ in range(2):
@@ -50,7 +50,7 @@ def _take(topology: Topology, url: str, path: Path) -> Taken:
                     stream.restore(state)
                 loader = BatchLoader(stream, rows=ROWS)
             scatter = BatchScatter(
-                fabric.control,
+                groups.control,
                 topology,
                 rows=ROWS // topology.num_replicas,
                 seq_len=TOKENS,

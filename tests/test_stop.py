@@ -38,13 +38,13 @@ _TRAIN, _EVALUATE = f"{_ENGINE}.train", f"{_ENGINE}.evaluate"
 TERM = (signal.SIGTERM,)
 NOT_BEGUN = "before training began: there is nothing to save, and the same command goes on"
 AGAIN = "and again (SIGTERM): ended at once"
-UNTIDY = (
-    "and what there was is saved, but not all that --keep-checkpoints drops is removed yet, which "
-    "a later save does; the same command goes on"
+NOT_DELETED = (
+    "with the last step saved; not all checkpoints that --keep-checkpoints drops are deleted yet, "
+    "a later save deletes them; the same command goes on"
 )
 LATE = (
-    "2 s ago (--grace-seconds), and what was trained since the last checkpoint is not saved yet; "
-    "the same command goes on from that one"
+    "2 s ago (--grace-seconds): the steps since the last checkpoint are not saved; the same "
+    "command resumes from that checkpoint"
 )
 
 
@@ -74,7 +74,7 @@ class Stop(NamedTuple):
 
 PLAN = {
     "joining": Stop(
-        [Kill("", 2, "comm.rendezvous.join:_Meeting._arrive", "after", wait=0.5, signals=TERM)],
+        [Kill("", 2, "comm.rendezvous.join:_Joining._register", "after", wait=0.5, signals=TERM)],
         75, "SIGTERM on rank 2", NOT_BEGUN,
     ),
     "loading": Stop(
@@ -120,7 +120,7 @@ PLAN = {
             *(Kill("a slow disk", rank, "checkpoint.retention:withdraw", signals=(0,), wait=9.0)
               for rank in WRITERS),
         ],
-        75, "SIGTERM on rank 2", UNTIDY, 20,
+        75, "SIGTERM on rank 2", NOT_DELETED, 20,
         {"checkpoint-steps": 2, "keep-checkpoints": 1, "grace-seconds": 4},
     ),
     "twice": Stop(
@@ -153,7 +153,7 @@ def live(_rank: int, _world: int, _url: str, lab: Lab) -> Lived:
     argvs = lab.argvs("alone", changes={**one, "checkpoint-steps": 0})[:1]
     struck = Kill("", 0, _TRAIN, nth=2, signals=(signal.SIGINT,))
     alone = fork_ranks(argvs, lab.folder, kills=[struck])
-    waits = Kill("", 0, "comm.rendezvous.join:_Meeting._report", signals=TERM)
+    waits = Kill("", 0, "comm.rendezvous.join:_Joining._report", signals=TERM)
     early = fork_ranks(lab.argvs("early")[1:2], lab.folder, kills=[waits])
     return Lived(found, alone, early)
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from arguments.settings import Settings
 from checkpoint.store import ResumePoint
 from comm.communicator import CurrentOperation
-from comm.lifecycle.stop_signals import CLOSING, StopRequest, tidying, training
+from comm.lifecycle.stop_signals import CLOSING, StopRequest, cleanup, training
 from comm.run_context import RunContext
 from modules.stage_model import StageModel
 from monitor.console import Console
@@ -150,7 +150,7 @@ def _train(
     )
     activity.text = "between microbatches"
     stopped = trainer.run(start.step)
-    stop.phase = tidying(settings.checkpoint.grace_seconds)
+    stop.phase = cleanup(settings.checkpoint.grace_seconds)
     saver.close()
     stop.phase = CLOSING
     if stopped is None:

@@ -27,7 +27,7 @@ from comm.lifecycle.stop_signals import (
     StopListener,
     StopRequest,
 )
-from comm.liveness.failure_detector import FailureDetector
+from comm.liveness.failure_policy import ExitPolicy
 from comm.process_groups import create_process_groups
 from comm.rendezvous.dist_url import parse_dist_url
 from comm.rendezvous.interface import choose_interface
@@ -66,26 +66,26 @@ def run_session(
     topology = Topology(rank, parallel.pipeline_group_size, parallel.data_group_size)
     rendezvous = meet(settings, resources, stop)
     try:
-        detector = FailureDetector.connect(rendezvous, topology, stop=stop)
+        policy = ExitPolicy.connect(rendezvous, topology, stop=stop)
     except (TimeoutError, ConnectionError) as error:
         sys.stderr.write(f"rank {rank}: {one_line(error)}\n")
         sys.exit(1)
-    listener.link(end=detector.fail, pass_on=detector.pass_on)
+    listener.hand_over(end=policy.fail, forward=policy.detector.forward_stop)
     stop.phase = LOADING
     closing = ExitStack()  # closes what may take a minute, after the other ranks know of a failure
     try:
         if resources.problem is not None:
             raise resources.problem
-        end = _work(settings, topology, rendezvous, detector, console, stop, closing)
+        end = _work(settings, topology, rendezvous, policy, console, stop, closing)
     except PeerLostError as error:
-        detector.explain(error, last=closing.close)
+        policy.operation_failed(error, before_exit=closing.close)
     except (TrainingStoppedError, OSError) as error:
-        detector.fail(1, one_line(error), last=closing.close)
+        policy.fail(1, one_line(error), before_exit=closing.close)
     except ValueError as error:
-        detector.fail(2, one_line(error), last=closing.close)
+        policy.fail(2, one_line(error), before_exit=closing.close)
     except Exception as error:
-        _fail_with_traceback(detector, error, last=closing.close)
-    detector.close()
+        _fail_with_traceback(policy, error, before_exit=closing.close)
+    policy.detector.close()
     if end.line is not None:
         report_line(end.line if parallel.world_size == 1 else f"rank {rank}: {end.line}")
     if end.status:
@@ -140,7 +140,7 @@ def _work(
     settings: Settings,
     topology: Topology,
     rendezvous: Rendezvous,
-    detector: FailureDetector,
+    policy: ExitPolicy,
     console: Console,
     stop: StopRequest,
     closing: ExitStack,
@@ -157,7 +157,7 @@ def _work(
         dp_backend=dp_backend,
         device=device,
         dist_timeout=settings.network.dist_timeout,
-        watch=detector,
+        policy=policy,
     )
     context = RunContext(topology, groups, device, rendezvous.nonce)
     if settings.output.check_cluster:
@@ -173,10 +173,10 @@ def _work(
 
 
 def _fail_with_traceback(
-    detector: FailureDetector, error: Exception, *, last: Callable[[], object]
+    policy: ExitPolicy, error: Exception, *, before_exit: Callable[[], object]
 ) -> NoReturn:
     """Ends the run after an unforeseen error: a traceback here, one line on the other ranks."""
     traceback.print_exc()
     causes = [error, error.__cause__] if error.__cause__ is not None else [error]
     line = ": ".join(f"{type(cause).__name__}: {one_line(cause)}" for cause in causes)
-    detector.fail(1, line, last=last)
+    policy.fail(1, line, before_exit=before_exit)

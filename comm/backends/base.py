@@ -1,4 +1,4 @@
-"""A process's place in a group, and how messages call the other members."""
+"""The base of the communicators between processes: their group, and helpers of torch's."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from comm.topology import Topology
 
 
 class GroupMembership:
-    """What every Communicator between processes is to its group.
+    """This process's place in a group.
 
-    name: what the group is, for messages: `pipeline`, `replicas`, `control`.
+    name: of the group, for messages: `pipeline`, `replicas`, `control`.
     members: the global ranks, in the order of the group; this process is one of them.
     """
 
@@ -40,11 +40,11 @@ class GroupMembership:
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """The same memory, as bytes (nbytes,): they travel whatever the dtype is."""
+    """Returns the same memory as bytes, (nbytes,), which every backend can send."""
     return tensor.detach().view(-1).view(torch.uint8)
 
 
-def lost(what: str, error: RuntimeError, *, waited: float) -> PeerLostError:
-    """torch's error in one line, with what was under way and for how many seconds."""
+def peer_lost(operation: str, error: RuntimeError, *, waited: float) -> PeerLostError:
+    """Returns torch's error in one line, with the operation and the seconds that it waited."""
     reason = str(error).splitlines()[0].rpartition("] ")[2].rstrip(".")
-    return PeerLostError(f"{what} failed after {waited:.1f} s (--dist-timeout): {reason}.")
+    return PeerLostError(f"{operation} failed after {waited:.1f} s (--dist-timeout): {reason}.")

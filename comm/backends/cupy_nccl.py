@@ -1,14 +1,14 @@
-"""Channels over NCCL, reached through CuPy: tensors go from GPU to GPU. (Not yet run on a GPU.)
+"""Communicators over NCCL, by CuPy: tensors go from GPU to GPU. (Not yet run on a GPU.)
 
-On tensors in host memory all but NCCL's own communicator runs as it does on a GPU, in threads
-instead of streams: tests put a double in place of that one class.
+For host tensors everything but NCCL's own communicator runs as on a GPU, with threads instead of
+CUDA streams: tests replace that class alone.
 
 A pipeline stage's activation and its neighbour's gradient travel at the same time. On one NCCL
-communicator each would wait for the other's end, so every direction between two neighbours has
-a communicator of two and a stream of its own. NCCL connects two members at the first message
-between them, which holds the host until the other end has called, too: a receive posted ahead would
-wait for ever for a sender that waits likewise. So every communicator carries one message as it is
-opened, in one order for all members. Pairs that are no neighbours are opened at their first.
+communicator each would wait until the other is done, so every direction between two neighbours has
+a communicator of two members and a stream of its own. NCCL connects two members at their first
+message, which blocks the host until the other member has called, too: a receive posted ahead would
+wait forever for a sender that waits likewise. So every communicator carries one message when it is
+opened, in one order for all members. Other pairs are opened at their first message.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.distributed.distributed_c10d import Store
 
 from comm.backends.base import GroupMembership
 from comm.backends.hang_detector import HangDetector
-from comm.backends.streams import Event, Stream, lane_on
+from comm.backends.streams import Event, Stream, create_stream
 from comm.communicator import CurrentOperation, Done, PeerLostError, Work
 from comm.topology import Topology
 
@@ -46,19 +46,19 @@ _SUM = 0  # ncclRedOp_t
 
 @dataclass(frozen=True)
 class _Channel:
-    """An NCCL communicator (`cupy.cuda.nccl.NcclCommunicator`) and the lane that it runs in."""
+    """An NCCL communicator (`cupy.cuda.nccl.NcclCommunicator`) and its stream."""
 
     nccl: Any
-    lane: Stream
+    stream: Stream
 
 
 class NcclCommunicator(GroupMembership):
     """A Communicator over NCCL.
 
-    name, members: see Membership.
-    store: where the first member of a channel leaves NCCL's unique id for the others.
-    dist_timeout, on_hang: a message waited for longer than so many seconds is reported there.
-    is_chain: neighbours will exchange messages, so that their channels are opened at once.
+    name, members: as of GroupMembership.
+    store: the first member of a channel posts NCCL's unique id there for the others.
+    operation: names the operation that this process waits for.
+    dist_timeout, on_hang: a wait of more than these seconds is reported to `on_hang`.
 
     Raises:
         ValueError: CuPy or its NCCL is not installed.
@@ -73,22 +73,24 @@ class NcclCommunicator(GroupMembership):
         topology: Topology,
         device: torch.device,
         store: Store,
-        activity: CurrentOperation,
+        operation: CurrentOperation,
         dist_timeout: float,
         on_hang: Callable[[PeerLostError], object],
-        is_chain: bool,
     ) -> None:
         self._library = load_library()
         super().__init__(name=name, members=members, topology=topology)
         self._device = device
         self._store = store
-        self._activity = activity
-        self._monitor = HangDetector(limit=dist_timeout, on_hang=on_hang)
+        self._operation = operation
+        self._hang_detector = HangDetector(limit=dist_timeout, on_hang=on_hang)
         self._edges: dict[tuple[int, int], _Channel] = {}
         self._all = self._open("all", range(self.size))
         if self.size > 1:
             self.all_reduce(self._scratch()).wait()
-        for left in range(self.size - 1 if is_chain else 0):  # one order: none waits in a ring
+
+    def connect_neighbours(self) -> None:
+        """Opens the channels between neighbours; every member calls it before their messages."""
+        for left in range(self.size - 1):  # in one order: no circle of members that wait
             if self._rank in (left, left + 1):
                 self._open_pair(left, left + 1)
 
@@ -98,7 +100,7 @@ class NcclCommunicator(GroupMembership):
             f"send to {self._peers[to]}",
             channel,
             tensor,
-            lambda *message: channel.nccl.send(*message, 1, channel.lane.pointer),
+            lambda *message: channel.nccl.send(*message, 1, channel.stream.pointer),
         )
 
     def receive(self, tensor: Tensor, *, source: int) -> Work:
@@ -107,13 +109,13 @@ class NcclCommunicator(GroupMembership):
             f"receive from {self._peers[source]}",
             channel,
             tensor,
-            lambda *message: channel.nccl.recv(*message, 0, channel.lane.pointer),
+            lambda *message: channel.nccl.recv(*message, 0, channel.stream.pointer),
         )
 
     def all_reduce(self, tensor: Tensor) -> Work:
         """NCCL chooses the order of the sum."""
         assert tensor.dtype != torch.bool
-        nccl, stream = self._all.nccl, self._all.lane.pointer
+        nccl, stream = self._all.nccl, self._all.stream.pointer
         return self._run(
             f"all-reduce with {self._others}",
             self._all,
@@ -124,7 +126,7 @@ class NcclCommunicator(GroupMembership):
     def reduce(self, tensor: Tensor, *, root: int) -> Work:
         """NCCL chooses the order of the sum."""
         assert tensor.dtype != torch.bool
-        nccl, stream = self._all.nccl, self._all.lane.pointer
+        nccl, stream = self._all.nccl, self._all.stream.pointer
         return self._run(
             f"reduce to {self._peers[root]} with {self._others}",
             self._all,
@@ -133,7 +135,7 @@ class NcclCommunicator(GroupMembership):
         )
 
     def broadcast(self, tensor: Tensor, *, root: int) -> None:
-        nccl, stream = self._all.nccl, self._all.lane.pointer
+        nccl, stream = self._all.nccl, self._all.stream.pointer
         self._run(
             f"broadcast from {self._peers[root]}",
             self._all,
@@ -143,8 +145,8 @@ class NcclCommunicator(GroupMembership):
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         gathered = tensor.new_empty((self.size, *tensor.shape))
-        self._all.lane.enter(gathered)
-        nccl, stream = self._all.nccl, self._all.lane.pointer
+        self._all.stream.wait_for_compute(gathered)
+        nccl, stream = self._all.nccl, self._all.stream.pointer
         self._run(
             f"all-gather with {self._others}",
             self._all,
@@ -155,40 +157,41 @@ class NcclCommunicator(GroupMembership):
 
     def close(self) -> None:
         channels = (*self._edges.values(), self._all)
-        for channel in channels:  # still watched
-            channel.lane.close()
-        self._monitor.close()
+        for channel in channels:  # the hang detector still runs
+            channel.stream.close()
+        self._hang_detector.close()
         for channel in channels:
             channel.nccl.destroy()
 
     def _run(self, what: str, channel: _Channel, tensor: Tensor, call: Callable[..., None]) -> Work:
-        """Queues `call(pointer, count, dtype code)` in the channel's lane."""
+        """Submits `call(pointer, count, dtype code)` to the channel's stream."""
         assert tensor.is_contiguous()
         if tensor.numel() == 0:
             return Done()
-        what = f"{self._name} {what}"
+        operation = f"{self._name} {what}"
 
         def guarded() -> None:
             try:
                 call(tensor.data_ptr(), tensor.numel(), DTYPE_CODES[tensor.dtype])
             except self._library.NcclError as error:
-                raise PeerLostError(f"{what} failed: {error}.") from error
+                raise PeerLostError(f"{operation} failed: {error}.") from error
 
-        channel.lane.enter(tensor)
-        with self._activity.during(what):
-            channel.lane.queue(guarded)
-        mark = channel.lane.mark()
-        watch = partial(self._monitor.add, what, mark, channel.nccl.check_async_error)
-        return _Queued(what, mark, watch, self._activity)
+        channel.stream.wait_for_compute(tensor)
+        with self._operation.during(operation):
+            channel.stream.submit(guarded)
+        event = channel.stream.record_event()
+        check = channel.nccl.check_async_error
+        start_limit = partial(self._hang_detector.add, operation, event, check)
+        return _NcclWork(operation, event, start_limit, self._operation)
 
     def _edge(self, source: int, to: int) -> _Channel:
-        """The channel of messages from one member to another."""
+        """Returns the channel of messages from one member to another."""
         if (source, to) not in self._edges:
             self._open_pair(min(source, to), max(source, to))
         return self._edges[source, to]
 
     def _open_pair(self, left: int, right: int) -> None:
-        """Both directions between two members, whichever is wanted first at either end."""
+        """Opens both directions between two members, in one order at both."""
         for source, to in ((left, right), (right, left)):
             self._edges[source, to] = self._open("edge", (source, to))
             if self._rank == source:
@@ -200,16 +203,16 @@ class NcclCommunicator(GroupMembership):
         return torch.zeros(1, device=self._device)
 
     def _open(self, kind: str, members: Sequence[int]) -> _Channel:
-        """A communicator of `members` (indices in the group), who all call this.
+        """Opens a communicator of `members` (indices in the group), who all call this.
 
-        `kind` tells the group from an edge between the same two.
+        `kind` tells the group of all from an edge between the same two members.
         """
         ranks = [self._members[member] for member in members]
         key = f"nccl/{self._name}/{kind}/{'-'.join(map(str, ranks))}"
         try:
             if members[0] == self._rank:
-                made = self._library.get_unique_id()
-                self._store.set(key, bytes(number & 255 for number in made).hex())
+                numbers = self._library.get_unique_id()
+                self._store.set(key, bytes(number & 255 for number in numbers).hex())
             unique_id = bytes.fromhex(self._store.get(key).decode())
             nccl = self._new(len(ranks), unique_id, list(members).index(self._rank))
         except (self._library.NcclError, DistError) as error:
@@ -217,7 +220,7 @@ class NcclCommunicator(GroupMembership):
             raise PeerLostError(
                 f"{self._name}: no NCCL channel between {peers}: {error}."
             ) from error
-        return _Channel(nccl, lane_on(self._device))
+        return _Channel(nccl, create_stream(self._device))
 
     def _new(self, size: int, unique_id: bytes, rank: int) -> Any:
         try:
@@ -227,25 +230,25 @@ class NcclCommunicator(GroupMembership):
             return self._library.NcclCommunicator(size, numbers, rank)
 
 
-class _Queued:
-    """A message in its lane: on a GPU, waiting holds what it computes next, not the host."""
+class _NcclWork:
+    """A message in its stream: on a GPU, `wait` blocks the computation, not the host."""
 
     def __init__(
-        self, what: str, mark: Event, watch: Callable[[], None], activity: CurrentOperation
+        self, name: str, event: Event, start_limit: Callable[[], None], operation: CurrentOperation
     ) -> None:
-        self._what = what
-        self._mark = mark
-        self._watch = watch
-        self._activity = activity
+        self._name = name
+        self._event = event
+        self._start_limit = start_limit
+        self._operation = operation
 
     def wait(self) -> None:
-        self._watch()
-        with self._activity.during(self._what):
-            self._mark.hold_compute()
+        self._start_limit()
+        with self._operation.during(self._name):
+            self._event.block_compute()
 
 
 def load_library() -> Any:
-    """The module `cupy.cuda.nccl`.
+    """Returns the module `cupy.cuda.nccl`.
 
     Raises:
         ValueError: it is not installed; the text says what to install.

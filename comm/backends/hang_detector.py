@@ -1,4 +1,4 @@
-"""A limit on how long a message queued on a device may take, kept without holding up the host."""
+"""A time limit for messages that are queued on a device, kept without blocking the host."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ _POLL_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
-class _HangMessage:
-    what: str
-    mark: Event
+class _PendingMessage:
+    operation: str
+    event: Event
     check: Callable[[], None]
     since: float
 
 
 class HangDetector:
-    """Watches queued messages from a thread of its own.
+    """Checks pending messages from a thread of its own.
 
-    limit: seconds that a message may take from being waited for: it may be queued ahead of need.
+    limit: seconds that a message may take after the wait for it began: it may be queued earlier.
     on_hang: called, in that thread, for the first message that takes longer or fails.
     """
 
     def __init__(self, *, limit: float, on_hang: Callable[[PeerLostError], object]) -> None:
         self._limit = limit
         self._on_hang = on_hang
-        self._messages: list[_HangMessage] = []
+        self._messages: list[_PendingMessage] = []
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        threading.Thread(target=self._watch, name="hang-monitor", daemon=True).start()
+        threading.Thread(target=self._run, name="hang-detector", daemon=True).start()
 
-    def add(self, what: str, mark: Event, check: Callable[[], None]) -> None:
-        """The message is waited for from now on.
+    def add(self, operation: str, event: Event, check: Callable[[], None]) -> None:
+        """Adds a message, now that the wait for it begins.
 
-        `check` raises RuntimeError where the library knows of a failure.
+        `check` raises RuntimeError if the library knows of a failure.
         """
         with self._lock:
-            self._messages.append(_HangMessage(what, mark, check, time.monotonic()))
+            self._messages.append(_PendingMessage(operation, event, check, time.monotonic()))
 
     def close(self) -> None:
-        """Stops watching."""
+        """Ends the checks."""
         self._closed.set()
 
-    def _watch(self) -> None:
+    def _run(self) -> None:
         while not self._closed.wait(_POLL_SECONDS):
             problem = self._problem()
             if problem is not None and not self._closed.is_set():
@@ -61,18 +61,18 @@ class HangDetector:
         for message in messages:
             waited = time.monotonic() - message.since
             try:
-                if message.mark.reached():
-                    self._forget(message)
+                if message.event.is_done():
+                    self._remove(message)
                     continue
                 message.check()
             except RuntimeError as error:
-                return PeerLostError(f"{message.what} failed after {waited:.1f} s: {error}.")
+                return PeerLostError(f"{message.operation} failed after {waited:.1f} s: {error}.")
             if waited > self._limit:
                 return PeerLostError(
-                    f"{message.what} took more than {waited:.0f} s (--dist-timeout)."
+                    f"{message.operation} took more than {waited:.0f} s (--dist-timeout)."
                 )
         return None
 
-    def _forget(self, message: _HangMessage) -> None:
+    def _remove(self, message: _PendingMessage) -> None:
         with self._lock:
             self._messages.remove(message)

@@ -1,4 +1,4 @@
-"""CUDA tensors over a channel of host memory: slower, but needs nothing beyond TCP."""
+"""CUDA tensors over a communicator of host tensors: slower, but TCP is enough."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class HostStagingCommunicator:
 
 
 class _CopyWork:
-    """Holds the host copy while it travels; what was received then goes to the device."""
+    """Keeps the host copy while it travels; `wait` copies a received one to the device."""
 
     def __init__(self, work: Work, copy: Tensor, *, target: Tensor | None) -> None:
         self._work = work

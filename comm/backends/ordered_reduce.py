@@ -1,10 +1,9 @@
 """Sums over the members of a group, added in the order of the members.
 
-Libraries add in an order that depends on where in the buffer an element is, and on how long the
-buffer is. These add on the host, out of messages between pairs that meet no other sum's. All are
-Works: the first messages travel from the making of the object, while the caller computes; `wait`
-does the rest. Long buffers go in slices, of which two are under way: what a sum needs beside its
-buffer is bounded.
+Libraries add in an order that depends on an element's position in the buffer and on the buffer's
+length. These sums are added on the host, from point-to-point messages with tags of their own. All
+are Works: the constructor starts the first messages, while the caller computes; `wait` does the
+rest. Long buffers are cut into slices, two of which are under way, so that copies stay small.
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ from comm.communicator import PointToPoint, Work
 
 
 class InTurn:
-    """The sums of a group that are under way: they end in the order in which they were started.
+    """The sums of a group that are under way: they complete in the order of their start.
 
-    Whichever is waited for first, the ones before it are ended first. Else a member could wait for
-    the second round of one sum while another waits for that of the next, for ever.
+    To wait for a sum completes the earlier ones first. Otherwise one member could wait for the
+    second round of one sum while another waits for that of the next, forever.
     """
 
     def __init__(self) -> None:
         self._under_way: deque[Work] = deque()
 
     def add(self, work: Work) -> Work:
-        """The same sum, to be waited for in its turn."""
+        """Returns the same sum, which completes after the earlier ones."""
         self._under_way.append(work)
         return _Turn(work, self._under_way)
 
@@ -45,15 +44,15 @@ class _Turn:
 
 
 class GatheredSum:
-    """Every member gets all tensors and adds them: one round of messages, for what is short."""
+    """Every member gets all tensors and adds them: one round of messages, for short buffers."""
 
     def __init__(self, flat: Tensor, messages: PointToPoint) -> None:
         self._flat = flat
         self._rows = flat.new_empty((messages.size, flat.numel()))
-        mine = self._rows[messages.rank]
-        mine.copy_(flat)
+        own_row = self._rows[messages.rank]
+        own_row.copy_(flat)
         self._works = _receive_rows(self._rows, messages)
-        self._works += [messages.send(mine, to=member) for member in _others(messages)]
+        self._works += [messages.send(own_row, to=member) for member in _others(messages)]
 
     def wait(self) -> None:
         _wait(self._works)
@@ -61,53 +60,53 @@ class GatheredSum:
 
 
 class SharedSum:
-    """Each member sums its share of every slice, then gives the sum to all: two rounds."""
+    """Each member sums its share of every slice, then sends the sum to all: two rounds."""
 
     def __init__(self, flat: Tensor, messages: PointToPoint, *, slice_bytes: int) -> None:
         parts = _slices(flat, slice_bytes)
         self._slices = (_SharedSlice(part, messages) for part in parts)
-        self._begun = next(self._slices, None)
+        self._current = next(self._slices, None)
 
     def wait(self) -> None:
-        given: list[Work] = []
-        while self._begun is not None:
-            current, self._begun = self._begun, next(self._slices, None)
-            given += current.sum_and_give()
-        _wait(given)
+        sends: list[Work] = []
+        while self._current is not None:
+            current, self._current = self._current, next(self._slices, None)
+            sends += current.sum_and_share()
+        _wait(sends)
 
 
 class _SharedSlice:
     def __init__(self, flat: Tensor, messages: PointToPoint) -> None:
         self._messages = messages
         self._shares = flat.tensor_split(messages.size)
-        self._mine = self._shares[messages.rank]
-        self._rows = self._mine.new_empty((messages.size, self._mine.numel()))
-        self._rows[messages.rank] = self._mine
+        self._own_share = self._shares[messages.rank]
+        self._rows = self._own_share.new_empty((messages.size, self._own_share.numel()))
+        self._rows[messages.rank] = self._own_share
         self._works = _receive_rows(self._rows, messages)
         for member in _others(messages):
             self._works.append(messages.send(self._shares[member], to=member))
 
-    def sum_and_give(self) -> list[Work]:
-        """Waits for the others' parts of this member's share; the sums are then under way."""
+    def sum_and_share(self) -> list[Work]:
+        """Sums this member's share; returns the exchange of all members' sums, under way."""
         _wait(self._works)
-        self._mine.copy_(_sum_rows(self._rows))
+        self._own_share.copy_(_sum_rows(self._rows))
         works = []
         for member in _others(self._messages):
             works.append(self._messages.receive(self._shares[member], source=member))
-            works.append(self._messages.send(self._mine, to=member))
+            works.append(self._messages.send(self._own_share, to=member))
         return works
 
 
 class SumAtRoot:
-    """The sum on the one member that gets it; the others have a SentToRoot."""
+    """The sum on the root member; the others have a SentToRoot."""
 
     def __init__(self, flat: Tensor, messages: PointToPoint, *, slice_bytes: int) -> None:
         self._slices = (_RootSlice(part, messages) for part in _slices(flat, slice_bytes))
-        self._begun = next(self._slices, None)
+        self._current = next(self._slices, None)
 
     def wait(self) -> None:
-        while self._begun is not None:
-            current, self._begun = self._begun, next(self._slices, None)
+        while self._current is not None:
+            current, self._current = self._current, next(self._slices, None)
             current.sum()
 
 
@@ -124,7 +123,7 @@ class _RootSlice:
 
 
 class SentToRoot:
-    """The other members' side of a SumAtRoot; all slices are sent at once, out of the buffer."""
+    """The other members' side of a SumAtRoot; sends all slices at once, from the buffer."""
 
     def __init__(
         self, flat: Tensor, messages: PointToPoint, *, root: int, slice_bytes: int
@@ -140,7 +139,7 @@ def _slices(flat: Tensor, slice_bytes: int) -> Iterator[Tensor]:
 
 
 def _receive_rows(rows: Tensor, messages: PointToPoint) -> list[Work]:
-    """Row m is member m's."""
+    """Starts receiving row m from member m."""
     return [messages.receive(rows[member], source=member) for member in _others(messages)]
 
 
@@ -149,7 +148,7 @@ def _others(messages: PointToPoint) -> Iterator[int]:
 
 
 def _sum_rows(rows: Tensor) -> Tensor:
-    """The sum over the first dimension, in its order; the rows are used up."""
+    """Returns the sum over the first dimension, in its order; overwrites the rows."""
     total = rows[0]
     for row in rows[1:]:
         total += row

@@ -1,4 +1,4 @@
-"""The group of one: nothing to send, nothing to wait for, no socket."""
+"""The group of one process: no message, no wait, no socket."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class SingleProcessCommunicator:
         self._no_peer(source)
 
     def all_reduce(self, tensor: Tensor) -> Work:
-        """The sum over one member is there already."""
+        """The tensor is the sum over one member."""
         return Done()
 
     def reduce(self, tensor: Tensor, *, root: int) -> Work:

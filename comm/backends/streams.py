@@ -1,4 +1,4 @@
-"""A side lane for messages: a CUDA stream, or a worker thread for tensors in host memory."""
+"""Streams for messages beside the computation: CUDA's, or a worker thread for host tensors."""
 
 from __future__ import annotations
 
@@ -12,45 +12,45 @@ from torch import Tensor
 
 
 class Event(Protocol):
-    """A point in a lane."""
+    """A point in a stream."""
 
-    def reached(self) -> bool:
-        """Whether nothing before it is left to be done (it may have failed); does not wait."""
+    def is_done(self) -> bool:
+        """Returns whether all calls before it are done (or have failed); does not wait."""
 
-    def hold_compute(self) -> None:
-        """Lets no computation queued from now on run before it.
+    def block_compute(self) -> None:
+        """Makes the computation that is queued from now on wait for this point.
 
-        Raises what a call before it raised, where the lane knows of it.
+        Raises the error of an earlier call, if the stream knows of one.
         """
 
 
 class Stream(Protocol):
-    """Calls of one lane run in their order, beside the computation."""
+    """A stream runs its calls in order, beside the computation."""
 
     @property
     def pointer(self) -> int:
         """The stream for a C library."""
 
-    def enter(self, tensor: Tensor) -> None:
-        """What is queued next sees `tensor` as the computation queued so far leaves it."""
+    def wait_for_compute(self, tensor: Tensor) -> None:
+        """Makes later calls see `tensor` as the computation queued so far leaves it."""
 
-    def queue(self, call: Callable[[], None]) -> None:
-        """Runs `call`, which works on `pointer`'s stream, after all that is queued."""
+    def submit(self, call: Callable[[], None]) -> None:
+        """Runs `call`, which works on `pointer`'s stream, after all calls submitted before."""
 
-    def mark(self) -> Event:
-        """The point after all that is queued."""
+    def record_event(self) -> Event:
+        """Returns the point after all calls submitted so far."""
 
     def close(self) -> None:
-        """Returns when all that is queued is done; nothing more can be queued."""
+        """Returns when all calls are done; no more can be submitted."""
 
 
-def lane_on(device: torch.device) -> Stream:
-    """A new lane on `device`."""
+def create_stream(device: torch.device) -> Stream:
+    """Returns a new stream on `device`."""
     return CudaStream(device) if device.type == "cuda" else HostStream()
 
 
 class CudaStream:
-    """A CUDA stream. The host only queues: `hold_compute` holds the current stream."""
+    """A CUDA stream. The host only queues: `block_compute` blocks the current stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -60,14 +60,14 @@ class CudaStream:
     def pointer(self) -> int:
         return int(self._stream.cuda_stream)
 
-    def enter(self, tensor: Tensor) -> None:
+    def wait_for_compute(self, tensor: Tensor) -> None:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         tensor.record_stream(self._stream)  # its memory is not reused while a message needs it
 
-    def queue(self, call: Callable[[], None]) -> None:
+    def submit(self, call: Callable[[], None]) -> None:
         call()
 
-    def mark(self) -> Event:
+    def record_event(self) -> Event:
         return _CudaEvent(self._stream.record_event(), self._device)
 
     def close(self) -> None:
@@ -79,38 +79,38 @@ class _CudaEvent:
         self._event = event
         self._device = device
 
-    def reached(self) -> bool:
+    def is_done(self) -> bool:
         return bool(self._event.query())
 
-    def hold_compute(self) -> None:
+    def block_compute(self) -> None:
         torch.cuda.current_stream(self._device).wait_event(self._event)
 
 
 class HostStream:
-    """One worker thread. `hold_compute` holds the thread that calls it, which is what computes.
+    """A worker thread. `block_compute` blocks the calling thread, which computes.
 
-    Once a call has failed no later one is run: every later point fails alike.
+    After a call has failed, no later call runs, and every later event raises the same error.
     """
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[Callable[[], None] | _HostEvent | None] = queue.SimpleQueue()
-        self._worker = threading.Thread(target=self._work, name="host-lane", daemon=True)
+        self._worker = threading.Thread(target=self._work, name="host-stream", daemon=True)
         self._worker.start()
 
     @property
     def pointer(self) -> int:
         return 0
 
-    def enter(self, tensor: Tensor) -> None:
+    def wait_for_compute(self, tensor: Tensor) -> None:
         """The host computes at once: nothing is left to wait for."""
 
-    def queue(self, call: Callable[[], None]) -> None:
+    def submit(self, call: Callable[[], None]) -> None:
         self._queue.put(call)
 
-    def mark(self) -> Event:
-        mark = _HostEvent()
-        self._queue.put(mark)
-        return mark
+    def record_event(self) -> Event:
+        event = _HostEvent()
+        self._queue.put(event)
+        return event
 
     def close(self) -> None:
         self._queue.put(None)
@@ -120,10 +120,10 @@ class HostStream:
         failure: Exception | None = None
         while (item := self._queue.get()) is not None:
             if isinstance(item, _HostEvent):
-                item.reach(failure)
+                item.complete(failure)
             elif failure is None:
                 failure = _failure_of(item)
-            del item  # and with it the tensor, while the next one is awaited
+            del item  # and with it the tensor, before the next one is awaited
 
 
 def _failure_of(call: Callable[[], None]) -> Exception | None:
@@ -136,18 +136,18 @@ def _failure_of(call: Callable[[], None]) -> Exception | None:
 
 class _HostEvent:
     def __init__(self) -> None:
-        self._reached = threading.Event()
+        self._done = threading.Event()
         self._failure: Exception | None = None
 
-    def reach(self, failure: Exception | None) -> None:
-        """All before it is done, or has failed."""
+    def complete(self, failure: Exception | None) -> None:
+        """Records that all calls before it are done, or have failed."""
         self._failure = failure
-        self._reached.set()
+        self._done.set()
 
-    def reached(self) -> bool:
-        return self._reached.is_set()
+    def is_done(self) -> bool:
+        return self._done.is_set()
 
-    def hold_compute(self) -> None:
-        self._reached.wait()
+    def block_compute(self) -> None:
+        self._done.wait()
         if self._failure is not None:
             raise self._failure

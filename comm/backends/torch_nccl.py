@@ -1,10 +1,9 @@
-"""Channels over torch.distributed's NCCL groups: no CuPy is needed. (Not yet run on a GPU.)
+"""Communicators over torch.distributed's NCCL groups, without CuPy. (Not yet run on a GPU.)
 
-As in comm.backends.cupy_nccl, each direction between two neighbours has a group of two to itself,
-and
-with it a stream: on one, an activation and a gradient would wait for each other's end. torch makes
-a group's NCCL communicator at its first operation, holding up the host until all members are there:
-a receive posted ahead of need would wait for ever. So all are made at the start, by a message each.
+As in comm.backends.cupy_nccl, each direction between two neighbours has a group of two members and
+with it a stream: on one, an activation and a gradient would wait for each other. torch makes
+a group's NCCL communicator at its first operation, which blocks the host until all members call it:
+a receive posted ahead would wait forever. So all are made at the start, by a message each.
 """
 
 from __future__ import annotations
@@ -19,34 +18,34 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from comm.backends.base import GroupMembership, as_bytes, lost
+from comm.backends.base import GroupMembership, as_bytes, peer_lost
 from comm.backends.hang_detector import HangDetector
 from comm.communicator import CurrentOperation, Done, PeerLostError, Work
 from comm.topology import Topology
 
-_GRACE_SECONDS = 60.0  # torch's own limit ends the process without naming a peer: ours comes first
+_GRACE_SECONDS = 60.0  # after our limit: torch's ends the process without naming a peer
 
 
 @dataclass(frozen=True)
 class TorchGroups:
     """torch's groups for one set of processes.
 
-    everyone: for what all do together, and for messages between members that are no neighbours.
+    all_members: for collectives, and for messages between members that are no neighbours.
     edges: by (source, to), indices of neighbours in the set.
     """
 
-    everyone: dist.ProcessGroup
+    all_members: dist.ProcessGroup
     edges: Mapping[tuple[int, int], dist.ProcessGroup]
 
 
 def make_groups(members: Sequence[int], *, dist_timeout: float) -> TorchGroups:
-    """The groups of `members` (global ranks).
+    """Makes the groups of `members` (global ranks).
 
     All processes of the world call this for the same sets in the same order, members or not.
     """
     timeout = timedelta(seconds=dist_timeout + _GRACE_SECONDS)
     return TorchGroups(
-        everyone=new_group(members, timeout),
+        all_members=new_group(members, timeout),
         edges={
             (a, b): new_group([members[a], members[b]], timeout)
             for a, b in _directions(len(members))
@@ -55,7 +54,7 @@ def make_groups(members: Sequence[int], *, dist_timeout: float) -> TorchGroups:
 
 
 def new_group(ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:
-    """The one call that needs GPUs."""
+    """Makes a group; the only call that needs GPUs."""
     group: dist.ProcessGroup = dist.new_group(list(ranks), backend="nccl", timeout=timeout)
     return group
 
@@ -63,8 +62,9 @@ def new_group(ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:
 class TorchNcclCommunicator(GroupMembership):
     """A Communicator over torch's NCCL groups.
 
-    name, members: see Membership.
-    dist_timeout, on_hang: a message waited for longer than so many seconds is reported there.
+    name, members: as of GroupMembership.
+    operation: names the operation that this process waits for.
+    dist_timeout, on_hang: a wait of more than these seconds is reported to `on_hang`.
 
     Raises:
         PeerLostError: a channel could not be made.
@@ -78,39 +78,39 @@ class TorchNcclCommunicator(GroupMembership):
         members: Sequence[int],
         topology: Topology,
         device: torch.device,
-        activity: CurrentOperation,
+        operation: CurrentOperation,
         dist_timeout: float,
         on_hang: Callable[[PeerLostError], object],
     ) -> None:
         self._groups = groups
         super().__init__(name=name, members=members, topology=topology)
-        self._activity = activity
-        self._monitor = HangDetector(limit=dist_timeout, on_hang=on_hang)
+        self._operation = operation
+        self._hang_detector = HangDetector(limit=dist_timeout, on_hang=on_hang)
         self._open(torch.zeros(1, device=device))
 
     def send(self, tensor: Tensor, *, to: int) -> Work:
-        group = self._groups.edges.get((self._rank, to), self._groups.everyone)
+        group = self._groups.edges.get((self._rank, to), self._groups.all_members)
         post = partial(dist.isend, as_bytes(tensor), self._members[to], group=group)
         return self._start(f"send to {self._peers[to]}", tensor, post)
 
     def receive(self, tensor: Tensor, *, source: int) -> Work:
-        group = self._groups.edges.get((source, self._rank), self._groups.everyone)
+        group = self._groups.edges.get((source, self._rank), self._groups.all_members)
         post = partial(dist.irecv, as_bytes(tensor), self._members[source], group=group)
         return self._start(f"receive from {self._peers[source]}", tensor, post)
 
     def all_reduce(self, tensor: Tensor) -> Work:
         """NCCL chooses the order of the sum."""
-        post = partial(dist.all_reduce, tensor, group=self._groups.everyone, async_op=True)
+        post = partial(dist.all_reduce, tensor, group=self._groups.all_members, async_op=True)
         return self._start(f"all-reduce with {self._others}", tensor, post)
 
     def reduce(self, tensor: Tensor, *, root: int) -> Work:
         """NCCL chooses the order of the sum."""
-        group, rank = self._groups.everyone, self._members[root]
+        group, rank = self._groups.all_members, self._members[root]
         post = partial(dist.reduce, tensor, rank, group=group, async_op=True)
         return self._start(f"reduce to {self._peers[root]} with {self._others}", tensor, post)
 
     def broadcast(self, tensor: Tensor, *, root: int) -> None:
-        group, rank = self._groups.everyone, self._members[root]
+        group, rank = self._groups.all_members, self._members[root]
         post = partial(dist.broadcast, as_bytes(tensor), rank, group=group, async_op=True)
         self._start(f"broadcast from {self._peers[root]}", tensor, post).wait()
 
@@ -120,21 +120,21 @@ class TorchNcclCommunicator(GroupMembership):
             dist.all_gather_into_tensor,
             as_bytes(gathered),
             as_bytes(tensor),
-            group=self._groups.everyone,
+            group=self._groups.all_members,
             async_op=True,
         )
         self._start(f"all-gather with {self._others}", tensor, post).wait()
         return gathered
 
     def close(self) -> None:
-        self._monitor.close()
+        self._hang_detector.close()
         for edge, group in self._groups.edges.items():
             if self._rank in edge:
                 dist.destroy_process_group(group)
-        dist.destroy_process_group(self._groups.everyone)
+        dist.destroy_process_group(self._groups.all_members)
 
     def _open(self, scratch: Tensor) -> None:
-        """Has torch make every communicator, in one order for all members: none waits in a ring."""
+        """Makes torch create every communicator, in one order: no circle of members that wait."""
         self.all_reduce(scratch).wait()
         for source, to in _directions(self.size):
             if self._rank == source:
@@ -142,53 +142,52 @@ class TorchNcclCommunicator(GroupMembership):
             elif self._rank == to:
                 self.receive(scratch, source=source).wait()
 
-    def _start(self, what: str, tensor: Tensor, post: Callable[[], dist.Work | None]) -> Work:
+    def _start(self, operation: str, tensor: Tensor, post: Callable[[], dist.Work | None]) -> Work:
         assert tensor.is_contiguous()
         if tensor.numel() == 0:
             return Done()
-        what = f"{self._name} {what}"
-        with self._activity.during(what):
+        operation = f"{self._name} {operation}"
+        with self._operation.during(operation):
             try:
                 work = post()
             except RuntimeError as error:
-                raise lost(what, error, waited=0.0) from error
+                raise peer_lost(operation, error, waited=0.0) from error
         assert work is not None  # torch's answer to a process outside the group
-        return _TaggedMessage(what, work, self._monitor, self._activity)
+        return _TorchNcclWork(operation, work, self._hang_detector, self._operation)
 
 
-class _TaggedMessage:
-    """An operation in torch's stream: waiting holds what the GPU computes next, not the host."""
+class _TorchNcclWork:
+    """An operation in torch's stream, and its Event: `wait` blocks the GPU, not the host."""
 
     def __init__(
-        self, what: str, work: dist.Work, monitor: HangDetector, activity: CurrentOperation
+        self, name: str, work: dist.Work, hang_detector: HangDetector, operation: CurrentOperation
     ) -> None:
-        self._what = what
+        self._name = name
         self._work = work
-        self._monitor = monitor
-        self._activity = activity
+        self._hang_detector = hang_detector
+        self._operation = operation
 
     def wait(self) -> None:
-        self._monitor.add(self._what, self, _nothing_to_check)
-        with self._activity.during(self._what):
-            self.hold_compute()
+        self._hang_detector.add(self._name, self, _nothing_to_check)
+        with self._operation.during(self._name):
+            self.block_compute()
 
-    def reached(self) -> bool:
-        """Whether it is done or has failed."""
+    def is_done(self) -> bool:
         return bool(self._work.is_completed())
 
-    def hold_compute(self) -> None:
+    def block_compute(self) -> None:
         started = time.monotonic()
         try:
             self._work.wait()
         except RuntimeError as error:
-            raise lost(self._what, error, waited=time.monotonic() - started) from error
+            raise peer_lost(self._name, error, waited=time.monotonic() - started) from error
 
 
 def _nothing_to_check() -> None:
-    """torch watches its communicators itself."""
+    """torch checks its communicators itself."""
 
 
 def _directions(size: int) -> list[tuple[int, int]]:
-    """Both of every two neighbours in a group of `size`, from the first on."""
+    """Returns both directions of every two neighbours in a group of `size`, in order."""
     pairs = [(left, left + 1) for left in range(size - 1)]
     return [edge for left, right in pairs for edge in ((left, right), (right, left))]

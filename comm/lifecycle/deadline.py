@@ -6,58 +6,53 @@ import threading
 import time
 from collections.abc import Callable
 
-from comm.lifecycle.exit import exit_process, report_line
+from comm.lifecycle.exit import report_and_exit
 
 GRACE_SECONDS = 5.0
 
 
 class Deadline:
-    """Ends the process `seconds` (plus a small grace) from now unless cancelled before.
+    """Ends the process `seconds` (plus a small grace) from now unless it is cancelled before.
 
-    torch's TCPStore client can hang past its own timeout before a foreign listener; it releases
-    the interpreter lock while it does, so this thread can still speak and act.
+    torch's TCPStore client can hang past its own timeout if a foreign program listens at the port.
+    It releases the interpreter lock meanwhile, so that the deadline's thread can still act.
     """
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self._started = time.monotonic()
         self._verdict = (1, "")
-        self._end: Callable[[int, str], object] = _say_and_leave
+        self._end: Callable[[int, str], object] = report_and_exit
         self._cancelled = threading.Event()
-        threading.Thread(target=self._watch, name="join-watchdog", daemon=True).start()
+        threading.Thread(target=self._wait, name="join-deadline", daemon=True).start()
 
     @property
-    def waited(self) -> float:
+    def elapsed(self) -> float:
         """Seconds since the start."""
         return time.monotonic() - self._started
 
     @property
-    def left(self) -> float:
+    def remaining(self) -> float:
         """Seconds until the deadline (without the grace); negative once it has passed."""
-        return self.seconds - self.waited
+        return self.seconds - self.elapsed
 
     @property
     def progress(self) -> str:
         """`20 s of 300 s`."""
-        return f"{self.waited:.0f} s of {self.seconds:g} s"
+        return f"{self.elapsed:.0f} s of {self.seconds:g} s"
 
     def expect(self, *, status: int, line: str) -> None:
-        """Sets what is said, and the exit status, should the deadline pass from here on."""
+        """Sets the line and the exit status for the case that the deadline passes."""
         self._verdict = (status, line)
 
     def hand_over(self, end: Callable[[int, str], object]) -> None:
-        """From here on it is `end` that is called with exit status and line, to end the process."""
+        """Lets `end` end the process from now on; it is called with exit status and line."""
         self._end = end
 
     def cancel(self) -> None:
-        """What the deadline was for is done."""
+        """Lifts the deadline."""
         self._cancelled.set()
 
-    def _watch(self) -> None:
+    def _wait(self) -> None:
         if not self._cancelled.wait(self.seconds + GRACE_SECONDS):
             self._end(*self._verdict)
-
-
-def _say_and_leave(status: int, line: str) -> None:
-    report_line(line)
-    exit_process(status)

@@ -1,4 +1,4 @@
-"""The last thing a process does when others are in trouble: one line on stderr, and out."""
+"""The end of a process because of an error: one line on stderr, then the exit."""
 
 from __future__ import annotations
 
@@ -19,10 +19,16 @@ def report_line(line: str) -> None:
         sys.stderr.flush()
 
 
-def exit_process(status: int) -> NoReturn:
-    """Ends the process now, from any thread, even where the main thread is stuck in a library.
+def report_and_exit(status: int, line: str) -> NoReturn:
+    """Writes `line` on stderr and ends the process."""
+    report_line(line)
+    exit_process(status)
 
-    Nothing else may hold it up: if flushing the log blocks, a timer ends the process all the same.
+
+def exit_process(status: int) -> NoReturn:
+    """Ends the process now, from any thread, even if the main thread is stuck in a library.
+
+    Nothing may delay the end: if flushing the log blocks, a timer ends the process.
     """
     timer = threading.Timer(_FLUSH_SECONDS, os._exit, [status])
     timer.daemon = True

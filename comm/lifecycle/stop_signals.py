@@ -1,8 +1,8 @@
-"""A signal asks this process to stop; it is heard in a thread of its own.
+"""Signals that ask this process to stop, received in a thread of their own.
 
 The main thread may be stuck in a library, where Python runs no handler. So the system's handler
-writes the signal's number to a pipe, and the thread that reads it keeps the deadline. What a
-request means depends on what the process is doing: its phase.
+writes the signal's number to a pipe, and the thread that reads it keeps the deadline. The meaning
+of a request depends on the phase of the process.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from comm.lifecycle.exit import exit_process, report_line
+from comm.lifecycle.exit import report_and_exit
 
 STOPPED = 75  # exit status: asked to stop, nothing is lost, not finished
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-SAME_SECONDS = 2.0  # signals so close are one request: a terminal and a launcher may both send one
+SAME_SECONDS = 2.0  # closer signals are one request: a terminal and a launcher may both send one
 _TICK_SECONDS = 0.1
-_JOIN_SECONDS = 5.0  # for the main thread to tell those that it is meeting
+_JOIN_SECONDS = 5.0  # for the main thread to tell the ranks that it joins
 
 
 class StopCause(NamedTuple):
-    """Which rank was asked to stop, and by the signal of which number."""
+    """The rank that was asked to stop, and the number of the signal."""
 
     rank: int
     number: int
@@ -36,14 +36,14 @@ class StopCause(NamedTuple):
 
 
 class StopAskedError(Exception):
-    """The ranks do not begin to train, as one was asked to stop."""
+    """A rank was asked to stop before the ranks had joined."""
 
 
 class Phase(NamedTuple):
-    """What a request to stop means for a while.
+    """The meaning of a request to stop during a phase of the process.
 
-    seconds: after so many this process ends by itself, from the thread that heard the signal.
-    status, line: how it then ends.
+    seconds: after these the thread that received the signal ends this process.
+    status, line: the exit status and the line of that end.
     """
 
     seconds: float
@@ -58,25 +58,25 @@ CLOSING = Phase(math.inf, STOPPED, "")
 
 
 def training(grace_seconds: float) -> Phase:
-    """The loop looks at the request itself, and has `grace_seconds` for it."""
+    """Returns the phase of the training loop, which has `grace_seconds` to follow a request."""
     line = (
-        f"{grace_seconds:g} s ago (--grace-seconds), and what was trained since the last "
-        "checkpoint is not saved yet; the same command goes on from that one"
+        f"{grace_seconds:g} s ago (--grace-seconds): the steps since the last checkpoint are not "
+        "saved; the same command resumes from that checkpoint"
     )
     return Phase(grace_seconds, 1, line)
 
 
-def tidying(grace_seconds: float) -> Phase:
-    """All is saved; what is superfluous is being removed, for as long as `grace_seconds` allow."""
+def cleanup(grace_seconds: float) -> Phase:
+    """Returns the phase after the last save, in which superfluous checkpoints are deleted."""
     line = (
-        "and what there was is saved, but not all that --keep-checkpoints drops is removed yet, "
-        "which a later save does; the same command goes on"
+        "with the last step saved; not all checkpoints that --keep-checkpoints drops are deleted "
+        "yet, a later save deletes them; the same command goes on"
     )
     return Phase(grace_seconds, STOPPED, line)
 
 
 class StopRequest:
-    """Whether a rank was asked to stop, as far as this process knows; the first request counts."""
+    """The first request to stop that this process knows of, if any, and the current phase."""
 
     def __init__(self) -> None:
         self.asked: StopCause | None = None
@@ -88,15 +88,16 @@ class StopRequest:
 
 
 class StopListener:
-    """Turns SIGNALS into a request, and ends the process where it does not follow in time.
+    """Turns SIGNALS into a request, and ends the process if it does not follow in time.
 
-    A signal that the parent had this process ignore stays ignored. Only a main thread may make one.
+    A signal that the parent made this process ignore stays ignored. Only the main thread may
+    construct a listener.
     """
 
     def __init__(self, request: StopRequest, *, rank: int, alone: bool) -> None:
         self._request, self._rank, self._alone = request, rank, alone
-        self._end: Callable[[int, str], object] = self._end_unlinked
-        self._pass_on: Callable[[int], None] = lambda _number: None
+        self._end: Callable[[int, str], object] = self._report_and_exit
+        self._forward: Callable[[int], None] = lambda _number: None
         self._pipe, write = os.pipe()
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
@@ -105,16 +106,18 @@ class StopListener:
                 signal.signal(number, lambda _number, _frame: None)
         threading.Thread(target=self._listen, name="stop-listener", daemon=True).start()
 
-    def link(self, *, end: Callable[[int, str], object], pass_on: Callable[[int], None]) -> None:
-        """From now on the others hear of it: of this process's end, and of a signal's number."""
-        self._end, self._pass_on = end, pass_on
+    def hand_over(
+        self, *, end: Callable[[int, str], object], forward: Callable[[int], None]
+    ) -> None:
+        """Lets `end` end the process from now on, and `forward` tell others a signal's number."""
+        self._end, self._forward = end, forward
 
     def _listen(self) -> None:
         while (number := self._read(None)) is None:
             pass
         began, asked = time.monotonic(), StopCause(self._rank, number)
         self._request.ask(asked)
-        self._pass_on(number)
+        self._forward(number)
         while True:
             waited, phase = time.monotonic() - began, self._request.phase
             if waited >= phase.seconds:
@@ -124,12 +127,11 @@ class StopListener:
                 self._end(1, f"{asked} and again ({signal.Signals(again).name}): ended at once")
 
     def _read(self, seconds: float | None) -> int | None:
-        """The number of the next signal; None where none comes in time."""
+        """Returns the number of the next signal; None if none comes in time."""
         if not select.select([self._pipe], [], [], seconds)[0]:
             return None
         (number,) = os.read(self._pipe, 1)
         return number if number in SIGNALS else None
 
-    def _end_unlinked(self, status: int, line: str) -> None:
-        report_line(line if self._alone else f"rank {self._rank}: {line}")
-        exit_process(status)
+    def _report_and_exit(self, status: int, line: str) -> None:
+        report_and_exit(status, line if self._alone else f"rank {self._rank}: {line}")

@@ -1,7 +1,7 @@
-"""Who has been heard lately: a process that hangs whole is told of long before who waits gives up.
+"""Heartbeats: warns about an unresponsive rank long before a collective times out.
 
-A killed process closes its connection, which shows at once. One that is stopped, or swaps, or whose
-machine has gone, leaves it open.
+The connection of a killed process closes, which is noticed at once. A process that is suspended or
+swaps, or whose machine is gone, leaves its connection open.
 """
 
 from __future__ import annotations
@@ -9,42 +9,45 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-ASK_SECONDS = 10.0  # between the questions to which all answer
-QUIET_SECONDS = 30.0  # without a word, until it is told
+INTERVAL_SECONDS = 10.0  # between the checks that all ranks answer
+UNRESPONSIVE_SECONDS = 30.0  # without a message, until a rank counts as unresponsive
 
 
 class Heartbeat:
-    """When each of some ranks was last heard."""
+    """The time of the last message of each rank."""
 
     def __init__(self) -> None:
-        self._asked = self._looked = time.monotonic()
-        self._heard: dict[int, float] = {}
-        self._quiet: set[int] = set()
+        self._last_check = self._last_call = time.monotonic()
+        self._last_message: dict[int, float] = {}
+        self._unresponsive: set[int] = set()
 
     def is_due(self) -> bool:
-        """Whether it is time to ask; if so, it is taken as done."""
+        """Returns whether it is time for a check; if so, the check counts as made."""
         now = time.monotonic()
-        if now - self._asked < ASK_SECONDS:
+        if now - self._last_check < INTERVAL_SECONDS:
             return False
-        self._asked = now
+        self._last_check = now
         return True
 
-    def heard(self, rank: int) -> None:
-        """Something came from it."""
-        self._heard[rank] = time.monotonic()
+    def record(self, rank: int) -> None:
+        """Records that a message of `rank` came."""
+        self._last_message[rank] = time.monotonic()
 
-    def changes(self, present: Iterable[int]) -> list[tuple[int, bool]]:
-        """Of those that are connected, who has become quiet (True), or speaks again (False).
+    def changes(self, connected: Iterable[int]) -> list[tuple[int, bool]]:
+        """Returns the connected ranks that became unresponsive (True) or responsive again (False).
 
-        It is to be called all the time: who was stopped itself blames nobody.
+        Must be called often: after a long pause, this process itself was suspended, and all ranks
+        get their time anew.
         """
         now = time.monotonic()
-        if now - self._looked > QUIET_SECONDS / 2:
-            self._heard = dict.fromkeys(self._heard, now)
-        self._looked = now
-        quiet = {
-            rank for rank in present if now - self._heard.setdefault(rank, now) > QUIET_SECONDS
+        if now - self._last_call > UNRESPONSIVE_SECONDS / 2:
+            self._last_message = dict.fromkeys(self._last_message, now)
+        self._last_call = now
+        unresponsive = {
+            rank
+            for rank in connected
+            if now - self._last_message.setdefault(rank, now) > UNRESPONSIVE_SECONDS
         }
-        changed = sorted(quiet ^ self._quiet)
-        self._quiet = quiet
-        return [(rank, rank in quiet) for rank in changed]
+        changed = sorted(unresponsive ^ self._unresponsive)
+        self._unresponsive = unresponsive
+        return [(rank, rank in unresponsive) for rank in changed]

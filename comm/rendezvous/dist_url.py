@@ -1,12 +1,13 @@
-"""--dist-url: the host and the port at which rank 0 is met."""
+"""--dist-url: the host and the port at which all ranks find rank 0."""
 
 from __future__ import annotations
 
+import socket
 from urllib.parse import urlsplit
 
 
 def parse_dist_url(url: str) -> tuple[str, int]:
-    """Host and port of tcp://host:port; ValueError for anything else."""
+    """Returns host and port of tcp://host:port. ValueError for anything else."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
@@ -15,3 +16,19 @@ def parse_dist_url(url: str) -> tuple[str, int]:
     if not host or not port or parts.scheme != "tcp" or parts.path not in ("", "/"):
         raise ValueError(f"--dist-url {url}: expected tcp://host:port, the port from 1 to 65535")
     return host, port
+
+
+def resolve(host: str) -> tuple[socket.AddressFamily, str]:
+    """Returns the family and the address of `host`, IPv4 first.
+
+    Raises:
+        ValueError: the host is unknown.
+    """
+    try:
+        entries = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise ValueError(
+            f"--dist-url: cannot resolve the host {host!r}: {error.args[-1]}"
+        ) from None
+    family, _, _, _, address = min(entries, key=lambda entry: entry[0] != socket.AF_INET)
+    return family, str(address[0])

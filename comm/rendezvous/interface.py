@@ -1,4 +1,4 @@
-"""Which network interface a process talks over: named by the user, or the one the kernel picks."""
+"""The network interface of a process: named by the user, or the kernel's choice."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from dataclasses import dataclass
 
 import netifaces
 
+from comm.rendezvous.dist_url import resolve
+
 VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 
 @dataclass(frozen=True)
 class Interface:
-    """A network interface of this machine and the address that it is reached at."""
+    """A network interface of this machine, and its address."""
 
     name: str
     address: str
@@ -28,20 +30,20 @@ class Interface:
 def choose_interface(
     *, flag: str | None, master_host: str, environ: Mapping[str, str]
 ) -> Interface:
-    """The interface of --net-interface, else of the environment, else the way to the master.
+    """Returns the interface of --net-interface, of the environment, or of the route to rank 0.
 
     Raises:
         ValueError: no such interface; flag and variables disagree; the master's name is unknown.
     """
-    wanted = _agreed_name(flag, environ)
-    if wanted is not None:
-        source, name = wanted
-        return _named(name, source=source, target=_address_of(master_host))
+    given = _given_name(flag, environ)
+    if given is not None:
+        source, name = given
+        return _named(name, source=source, target=resolve(master_host)[1])
     address = _local_address_towards(master_host)
     for interface in _interfaces():
         if interface.address == address:
             return interface
-    if ipaddress.ip_address(address).is_loopback:  # the whole of 127.0.0.0/8 belongs to lo
+    if ipaddress.ip_address(address).is_loopback:  # lo has all of 127.0.0.0/8
         return next(interface for interface in _interfaces() if interface.is_loopback)
     raise ValueError(
         f"--net-interface is needed: no interface holds {address}, this machine's address towards "
@@ -50,29 +52,13 @@ def choose_interface(
 
 
 def export(interface: Interface, environ: MutableMapping[str, str]) -> None:
-    """Tells gloo and NCCL, through the environment, where the user has not done so."""
+    """Sets the environment variables of gloo and NCCL, except where the user has set them."""
     for variable in VARIABLES:
         environ.setdefault(variable, interface.name)
 
 
-def resolve(host: str) -> tuple[socket.AddressFamily, str]:
-    """The family and address of `host`, IPv4 first.
-
-    Raises:
-        ValueError: there is no such host.
-    """
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise ValueError(
-            f"--dist-url: cannot resolve the host {host!r}: {error.args[-1]}"
-        ) from None
-    family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
-    return family, str(address[0])
-
-
-def _agreed_name(flag: str | None, environ: Mapping[str, str]) -> tuple[str, str] | None:
-    """Who names an interface, and its name; all who name one must name the same."""
+def _given_name(flag: str | None, environ: Mapping[str, str]) -> tuple[str, str] | None:
+    """Returns the flag or variable that names an interface, and the name; all must agree."""
     named = [("--net-interface", flag)] if flag else []
     named += [(variable, environ[variable]) for variable in VARIABLES if environ.get(variable)]
     for source, name in named[1:]:
@@ -96,12 +82,8 @@ def _named(name: str, *, source: str, target: str) -> Interface:
     return next(same, candidates[0])
 
 
-def _address_of(host: str) -> str:
-    return resolve(host)[1]
-
-
 def _local_address_towards(host: str) -> str:
-    """This machine's address on the way to `host`; connecting a UDP socket sends nothing."""
+    """Returns this machine's address on the route to `host`; a UDP connect sends nothing."""
     family, address = resolve(host)
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
@@ -115,7 +97,7 @@ def _local_address_towards(host: str) -> str:
 
 
 def _interfaces() -> Iterator[Interface]:
-    """Every (interface, address) pair of this machine, IPv4 addresses first for each."""
+    """Yields every (interface, address) pair of this machine, IPv4 addresses first for each."""
     for name in netifaces.interfaces():
         addresses = netifaces.ifaddresses(name)
         for family in _FAMILIES:

@@ -1,7 +1,7 @@
-"""What the ranks of one job know, and how they prove it to each other.
+"""The key of a job, by which its ranks prove to each other that they belong to it.
 
-The key never travels: what does is its HMAC-SHA256 (RFC 2104) over what is to be proved, so that
-who listens learns nothing that could be used for anything else.
+The key is never sent. A proof is its HMAC-SHA256 (RFC 2104) over a message, so that a listener
+learns nothing that it could use for another message.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ MAX_TOKEN = 64 * 1024
 
 
 class JobKey:
-    """The key of --job-id and, where there is one, of a token file's contents."""
+    """The key of --job-id and, if there is one, of a token file's contents."""
 
     def __init__(self, job_id: str, token: bytes = b"") -> None:
         named = json.dumps(job_id).encode()
         self._secret = hashlib.sha256(b"%d %b %b" % (len(named), named, token)).digest()
 
-    def prove(self, *what: str | int) -> str:
-        """The proof that its maker knows the key, good for `what` alone; hex."""
-        return hmac.new(self._secret, json.dumps(what).encode(), hashlib.sha256).hexdigest()
+    def prove(self, *message: str | int) -> str:
+        """Returns the proof that its sender knows the key, valid for `message` alone; hex."""
+        return hmac.new(self._secret, json.dumps(message).encode(), hashlib.sha256).hexdigest()
 
-    def is_proof(self, proof: object, *what: str | int) -> bool:
-        """Whether `proof` is that of `what`, in a time that does not tell how much of it is."""
+    def is_proof(self, proof: object, *message: str | int) -> bool:
+        """Returns whether `proof` is that of `message`, in a time that reveals nothing of it."""
         return isinstance(proof, str) and hmac.compare_digest(
-            proof.encode(errors="replace"), self.prove(*what).encode()
+            proof.encode(errors="replace"), self.prove(*message).encode()
         )
 
 
 def read_job_key(job_id: str, token_file: Path | None) -> JobKey:
-    """The key of a run's flags. ValueError names a file that is not there or holds too little."""
+    """Returns the key of a run's flags. ValueError for a file that is missing or too short."""
     return JobKey(job_id, b"" if token_file is None else _read_token(token_file))
 
 
 def is_readable_by_others(token_file: Path) -> bool:
-    """Whether another user of this machine might read it."""
+    """Returns whether another user of this machine may read the file."""
     return token_file.stat().st_mode & 0o077 != 0
 
 

@@ -1,4 +1,4 @@
-"""What each rank says of itself when it joins, and whether the ranks fit together."""
+"""The description of itself that each rank posts when it joins, and the check that all match."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Fact: TypeAlias = str | int | float | bool | None
 
 @dataclass(frozen=True)
 class Participant:
-    """One rank's place; `facts` (flag -> value) must be the same on all ranks."""
+    """One rank; `facts` (flag -> value) must be the same on all ranks."""
 
     rank: int
     host: str
@@ -29,32 +29,38 @@ class Participant:
     def from_json(cls, text: str | bytes) -> Participant:
         return cls(**json.loads(text))
 
+    @property
+    def is_on_loopback(self) -> bool:
+        """Whether only ranks of the same machine can reach its address."""
+        return ipaddress.ip_address(self.address).is_loopback
 
-def find_mismatch(roster: Sequence[Participant]) -> str | None:
-    """The first way in which a rank does not fit with the first of `roster`, in one line."""
-    for other in roster[1:]:
-        problem = _differing_fact(roster[0], other) or _unreachable(roster[0], other)
+
+def find_mismatch(participants: Sequence[Participant]) -> str | None:
+    """Returns the first mismatch of a participant with the first one, in one line."""
+    first = participants[0]
+    for other in participants[1:]:
+        problem = _differing_fact(first, other) or _unreachable(first, other)
         if problem:
             return problem
     return None
 
 
-def _differing_fact(one: Participant, other: Participant) -> str | None:
-    for name in dict.fromkeys([*one.facts, *other.facts]):
-        if one.facts.get(name) != other.facts.get(name):
+def _differing_fact(first: Participant, other: Participant) -> str | None:
+    for name in dict.fromkeys([*first.facts, *other.facts]):
+        if first.facts.get(name) != other.facts.get(name):
             return (
-                f"{name} must be the same on all ranks: it is {_shown(one.facts.get(name))} on "
-                f"rank {one.rank} (host {one.host}) and {_shown(other.facts.get(name))} on rank "
-                f"{other.rank} (host {other.host})"
+                f"{name} must be the same on all ranks: it is {_format(first.facts.get(name))} on "
+                f"rank {first.rank} (host {first.host}) and {_format(other.facts.get(name))} on "
+                f"rank {other.rank} (host {other.host})"
             )
     return None
 
 
-def _unreachable(one: Participant, other: Participant) -> str | None:
-    """A loopback address is of no use to a rank that has another one."""
-    inner, outer = sorted((one, other), key=lambda arrival: not _is_loopback(arrival))
-    if _is_loopback(inner) == _is_loopback(outer):
+def _unreachable(first: Participant, other: Participant) -> str | None:
+    """A loopback address is of no use to a rank with an address of another kind."""
+    if first.is_on_loopback == other.is_on_loopback:
         return None
+    inner, outer = (first, other) if first.is_on_loopback else (other, first)
     return (
         f"--net-interface: rank {inner.rank} (host {inner.host}) uses {inner.interface} "
         f"({inner.address}), which rank {outer.rank} (host {outer.host}) on {outer.interface} "
@@ -62,10 +68,6 @@ def _unreachable(one: Participant, other: Participant) -> str | None:
     )
 
 
-def _is_loopback(arrival: Participant) -> bool:
-    return ipaddress.ip_address(arrival.address).is_loopback
-
-
-def _shown(value: Fact) -> str:
-    """As the user would type it."""
+def _format(value: Fact) -> str:
+    """Returns the value as the user would type it."""
     return "not given" if value is None else json.dumps(value).strip('"')

@@ -13,8 +13,7 @@ from datetime import timedelta
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
 from comm.lifecycle.deadline import Deadline
-from comm.rendezvous.dist_url import parse_dist_url
-from comm.rendezvous.interface import resolve
+from comm.rendezvous.dist_url import parse_dist_url, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -22,18 +21,19 @@ _RETRY_SECONDS = 0.25
 _PROBE_SECONDS = 5.0
 
 
-def host_store(url: str, *, address: str, watchdog: Deadline) -> TCPStore:
-    """Opens the store on this machine, on the address that `url` names, and on no other.
+def host_store(url: str, *, address: str, deadline: Deadline) -> TCPStore:
+    """Hosts the store on this machine, on the address that `url` names, and on no other.
 
-    `address`, this machine's, takes the place of one that says nothing to others: see `_place`.
+    Args:
+        address: this machine's, in place of one that no other machine can reach: see `_resolve`.
 
     Raises:
         ValueError: the port is in use, or the address is not this machine's.
     """
     host, port = parse_dist_url(url)
-    family, place = _place(host, address)
-    listener = _listen(url, family, place, port)
-    if host not in (place, "localhost") and ipaddress.ip_address(place).is_loopback:
+    family, bound = _resolve(host, address)
+    listener = _listen(url, family, bound, port)
+    if host not in (bound, "localhost") and ipaddress.ip_address(bound).is_loopback:
         logger.warning(
             "--dist-url %s: %s is a loopback address here, so that no other machine can join: is "
             "--net-interface right on rank 0?",
@@ -41,70 +41,73 @@ def host_store(url: str, *, address: str, watchdog: Deadline) -> TCPStore:
             host,
         )
     return TCPStore(
-        place,
+        bound,
         port,
         is_master=True,
-        timeout=timedelta(seconds=watchdog.seconds),
+        timeout=timedelta(seconds=deadline.seconds),
         wait_for_workers=False,
         master_listen_fd=listener.detach(),
     )
 
 
-def reach_store(
-    url: str, *, address: str, watchdog: Deadline, waiting: Callable[[], None]
+def connect_to_store(
+    url: str, *, address: str, deadline: Deadline, on_retry: Callable[[], None]
 ) -> TCPStore:
-    """Connects to the store of the master, trying until the watchdog's deadline.
+    """Connects to the store of the master, trying until the deadline.
 
-    `address` is as of `host_store`; `waiting` is called between attempts. Plain connections are
-    tried first: torch's client writes a stack trace for each failed attempt.
+    Plain connections are tried first: torch's client writes a stack trace for each failed attempt.
+
+    Args:
+        address: as of `host_store`.
+        on_retry: called between attempts.
 
     Raises:
-        ValueError: no master there within the time; naming --dist-url and the reason.
+        ValueError: no master answers in time; the text names --dist-url and the reason.
     """
     host, port = parse_dist_url(url)
-    _, host = _place(host, address)
-    _await_listener(url, host, port, watchdog, waiting)
+    _, host = _resolve(host, address)
+    _await_listener(url, host, port, deadline, on_retry)
     line = (
         f"--dist-url {url}: something accepts connections there but does not answer as the "
-        f"master of a run ({watchdog.seconds:g} s, --join-timeout); is the port another program's?"
+        f"master of a run ({deadline.seconds:g} s, --join-timeout); is the port another program's?"
     )
-    watchdog.expect(status=2, line=line)
+    deadline.expect(status=2, line=line)
     try:
-        timeout = timedelta(seconds=max(watchdog.left, 1.0))
+        timeout = timedelta(seconds=max(deadline.remaining, 1.0))
         return TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
     except DistError:
         raise ValueError(line) from None
 
 
 def _await_listener(
-    url: str, host: str, port: int, watchdog: Deadline, waiting: Callable[[], None]
+    url: str, host: str, port: int, deadline: Deadline, on_retry: Callable[[], None]
 ) -> None:
     while True:
         try:
-            seconds = min(_PROBE_SECONDS, max(watchdog.left, 0.1))
+            seconds = min(_PROBE_SECONDS, max(deadline.remaining, 0.1))
             socket.create_connection((host, port), timeout=seconds).close()
             return
         except OSError as error:
-            if watchdog.left <= 0:
+            if deadline.remaining <= 0:
                 raise ValueError(
-                    f"--dist-url {url}: no answer within {watchdog.seconds:g} s (--join-timeout): "
+                    f"--dist-url {url}: no answer within {deadline.seconds:g} s (--join-timeout): "
                     f"{error.strerror or error}; is rank 0 running there, and does a firewall let "
                     "this port through?"
                 ) from None
-        waiting()
+        on_retry()
         time.sleep(_RETRY_SECONDS)
 
 
-def _place(host: str, address: str) -> tuple[socket.AddressFamily, str]:
-    """Where the store of `host` is.
+def _resolve(host: str, address: str) -> tuple[socket.AddressFamily, str]:
+    """Returns the family and the address of the store of `host`.
 
-    Hosts files often give a machine's own name a loopback address, which the others do not reach:
-    there, and where `host` is no address of any one machine, it is at this machine's `address`.
+    Hosts files often give a machine's own name a loopback address, which no other machine can
+    reach. There, and where `host` stands for any address, it is this machine's `address`.
     """
-    family, place = resolve(host)
-    found = ipaddress.ip_address(place)
-    names_itself = found.is_loopback and host not in (place, "localhost")
-    return resolve(address) if names_itself or found.is_unspecified else (family, place)
+    family, resolved = resolve(host)
+    ip = ipaddress.ip_address(resolved)
+    is_own_name = ip.is_loopback and host not in (resolved, "localhost")
+    return resolve(address) if is_own_name or ip.is_unspecified else (family, resolved)
 
 
 def _listen(url: str, family: socket.AddressFamily, address: str, port: int) -> socket.socket:

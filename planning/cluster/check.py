@@ -68,7 +68,7 @@ def check_cluster(settings: Settings, context: RunContext, rendezvous: Rendezvou
     speeds = measure_links(
         topology, context.groups, wanted, device, dist_timeout=settings.network.dist_timeout
     )
-    found = differences(rendezvous.roster, machines)
+    found = differences(rendezvous.participants, machines)
     if context.rank == 0:
         _log(settings, topology, rendezvous, machines, clocks, rates, speeds, wanted, shape)
         _log_verdict(found)
@@ -183,7 +183,7 @@ def _log(
     wanted: dict[Link, int],
     plan: RunShape | None,
 ) -> None:
-    roster = rendezvous.roster
+    roster = rendezvous.participants
     logger.info("%s", rank_table(topology, roster, machines, clocks, rates, plan))
     if speeds:
         logger.info("%s", link_table(roster, speeds, wanted))

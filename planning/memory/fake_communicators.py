@@ -50,7 +50,7 @@ class FakeGloo(GlooCommunicator):
             name=name,
             members=members,
             topology=topology,
-            activity=CurrentOperation(),
+            operation=CurrentOperation(),
             dist_timeout=1.0,
         )
 

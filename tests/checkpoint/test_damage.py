@@ -100,7 +100,7 @@ def open_all(
     found: dict[str, Opened] = {}
     topology = Topology(rank, STAGES, 1)
     torch.set_num_threads(1)
-    with connected(topology, url) as (fabric, nonce):
+    with connected(topology, url) as (groups, nonce):
         for name in (*STATES, *(f"{file}: {damage}" for file, damage in CASES)):
             run = folder / "damaged"
             if rank == 0:
@@ -108,16 +108,16 @@ def open_all(
                 shutil.copytree(whole, run)
                 file, _, damage = name.partition(": ")
                 DAMAGES[damage](run / file) if damage else spoil(run, name)
-            gather_json(fabric.control, None)
+            gather_json(groups.control, None)
             own = {"checkpoint-path": run, "rank": rank, "total-steps": LAST}
             settings = parse_train(to_argv({**flags, **own}), {})
             try:
-                context = RunContext(topology, fabric, torch.device("cpu"), nonce)
+                context = RunContext(topology, groups, torch.device("cpu"), nonce)
                 opened = open_run(settings, context)
                 found[name] = Opened(opened.step, "")
             except ValueError as error:
                 found[name] = Opened(None, str(error))
-            gather_json(fabric.control, None)
+            gather_json(groups.control, None)
     return found
 
 

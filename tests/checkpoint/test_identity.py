@@ -104,21 +104,21 @@ def open_all(
     topology = Topology(rank, STAGES, 1)
     torch.set_num_threads(1)
     spoils = {name: spoil for name, (spoil, _) in SPOILS.items()} | {"as before": save_as_before}
-    with connected(topology, url) as (fabric, nonce):
+    with connected(topology, url) as (groups, nonce):
         for name, spoil in spoils.items():
             run = folder / name
             if rank == 0:
                 shutil.copytree(whole, run)
                 spoil(run)
-            gather_json(fabric.control, None)
+            gather_json(groups.control, None)
             settings = parse_train(to_argv({**flags, "checkpoint-path": run, "rank": rank}), {})
             try:
-                context = RunContext(topology, fabric, torch.device("cpu"), nonce)
+                context = RunContext(topology, groups, torch.device("cpu"), nonce)
                 opened = open_run(settings, context)
                 found[name] = opened.step
             except ValueError as error:
                 found[name] = str(error)
-            gather_json(fabric.control, None)
+            gather_json(groups.control, None)
     return found
 
 

@@ -104,13 +104,13 @@ def states_of(disk: Path) -> list[str]:
 
 
 def save(
-    fabric: ProcessGroups, disk: Path, nonce: str, steps: tuple[int, ...], keep: RetentionPolicy
+    groups: ProcessGroups, disk: Path, nonce: str, steps: tuple[int, ...], keep: RetentionPolicy
 ) -> None:
     """As one start that saves so many steps."""
     store = CheckpointStore(
         disk,
-        control=fabric.control,
-        topology=Topology(fabric.control.rank, STAGES, 1),
+        control=groups.control,
+        topology=Topology(groups.control.rank, STAGES, 1),
         nonce=nonce,
         extras={"config.json": b"{}"},
         keep=keep,
@@ -126,16 +126,16 @@ def live(rank: int, _world: int, url: str, folder: Path) -> dict[str, tuple[list
     """The steps that this stage's disk has at the end of each story, and those with state."""
     found = {}
     logging.getLogger().setLevel(logging.ERROR)
-    with connected(Topology(rank, STAGES, 1), url) as (fabric, nonce):
+    with connected(Topology(rank, STAGES, 1), url) as (groups, nonce):
         for name, (happens, *_) in STORIES.items():
             for keep in (RetentionPolicy(steps=2), RetentionPolicy(optimizer_states=2)):
                 disk = folder / f"{name}, {keep}" / f"disk{rank}"
                 disk.mkdir(parents=True)
-                save(fabric, disk, nonce, OLD, RetentionPolicy())
+                save(groups, disk, nonce, OLD, RetentionPolicy())
                 if rank == 1:
                     happens(disk)
-                gather_json(fabric.control, None)
-                save(fabric, disk, f"{nonce}-again", (NEW,), keep)
+                gather_json(groups.control, None)
+                save(groups, disk, f"{nonce}-again", (NEW,), keep)
                 found[f"{name}, {keep}"] = (steps_of(disk), states_of(disk))
     return found
 

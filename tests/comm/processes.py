@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from comm.communicator import PeerLostError
-from comm.liveness.failure_detector import FailureDetector
+from comm.liveness.failure_policy import ExitPolicy
 from tests.comm.ranks import Rank, enter
 from tests.dist import process_context
 
@@ -89,17 +89,17 @@ def member(
     entered = enter(
         rank, url, num_stages=shape[0], num_replicas=shape[1], dist_timeout=dist_timeout
     )
-    entered.fabric.control.all_reduce(torch.ones(1)).wait()
-    threading.Thread(target=_await_waiting, args=(entered.watch, ready), daemon=True).start()
+    entered.groups.control.all_reduce(torch.ones(1)).wait()
+    threading.Thread(target=_await_waiting, args=(entered.policy, ready), daemon=True).start()
     try:
         program(entered)
     except PeerLostError as error:
-        entered.watch.explain(error)
+        entered.policy.operation_failed(error)
     entered.close()
 
 
-def _await_waiting(watch: FailureDetector, ready: Path) -> None:
-    before = watch.activity.text
-    while watch.activity.text == before:
+def _await_waiting(policy: ExitPolicy, ready: Path) -> None:
+    before = policy.operation.text
+    while policy.operation.text == before:
         time.sleep(0.001)
     ready.touch()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from comm.liveness.failure_detector import FailureDetector
+from comm.liveness.failure_policy import ExitPolicy
 from comm.process_groups import ProcessGroups, create_process_groups
 from comm.rendezvous.dist_url import parse_dist_url
 from comm.rendezvous.interface import choose_interface, export
@@ -23,12 +23,12 @@ class Rank:
 
     topology: Topology
     rendezvous: Rendezvous
-    watch: FailureDetector
-    fabric: ProcessGroups
+    policy: ExitPolicy
+    groups: ProcessGroups
 
     def close(self) -> None:
-        self.fabric.close()
-        self.watch.close()
+        self.groups.close()
+        self.policy.detector.close()
 
 
 def enter(
@@ -62,14 +62,14 @@ def link(
     topology: Topology, rendezvous: Rendezvous, *, dist_backend: str, dist_timeout: float
 ) -> Rank:
     """All channels of a process that has met the others."""
-    watch = FailureDetector.connect(rendezvous, topology)
-    fabric = create_process_groups(
+    policy = ExitPolicy.connect(rendezvous, topology)
+    groups = create_process_groups(
         topology,
         rendezvous,
         dist_backend=dist_backend,
         dp_backend="gloo" if dist_backend == "gloo" else "nccl",
         device=torch.device("cpu"),
         dist_timeout=dist_timeout,
-        watch=watch,
+        policy=policy,
     )
-    return Rank(topology, rendezvous, watch, fabric)
+    return Rank(topology, rendezvous, policy, groups)

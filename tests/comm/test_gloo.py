@@ -13,7 +13,7 @@ from tests.dist import run_ranks
 
 def check_slices(rank: Rank) -> None:
     """A buffer of several slices gives the bits of the same elements in small pieces."""
-    control = rank.fabric.control
+    control = rank.groups.control
     length = 5 * 2**20 + 5  # a slice of fp32 and a bit
     tensor = values(control.rank, length, torch.float32)
     ends = [tensor[:1000].clone(), tensor[-1000:].clone()]
@@ -25,7 +25,7 @@ def check_slices(rank: Rank) -> None:
 
 def check_host_copies(rank: Rank) -> None:
     """The channel for device tensors over host memory, on tensors that are in host memory."""
-    channel = HostStagingCommunicator(rank.fabric.pipeline)
+    channel = HostStagingCommunicator(rank.groups.pipeline)
     peer = 1 - channel.rank
     mine, theirs = torch.full((2, 3), float(channel.rank)), torch.empty(2, 3)
     works = [channel.receive(theirs, source=peer), channel.send(mine, to=peer)]
@@ -45,21 +45,21 @@ def check_host_copies(rank: Rank) -> None:
 
 
 def check_groups(rank: Rank) -> None:
-    fabric, topology = rank.fabric, rank.topology
+    groups, topology = rank.groups, rank.topology
     mine = torch.tensor(topology.rank)
-    assert (fabric.pipeline.rank, fabric.pipeline.size) == (topology.stage, 2)
-    assert (fabric.replicas.rank, fabric.replicas.size) == (topology.replica, 2)
-    assert tuple(fabric.pipeline.all_gather(mine)) == topology.pipeline_ranks(topology.replica)
-    assert tuple(fabric.replicas.all_gather(mine)) == topology.replica_ranks(topology.stage)
+    assert (groups.pipeline.rank, groups.pipeline.size) == (topology.stage, 2)
+    assert (groups.replicas.rank, groups.replicas.size) == (topology.replica, 2)
+    assert tuple(groups.pipeline.all_gather(mine)) == topology.pipeline_ranks(topology.replica)
+    assert tuple(groups.replicas.all_gather(mine)) == topology.replica_ranks(topology.stage)
     assert rank.rendezvous.ranks_on_this_host == (0, 1, 2, 3)
-    assert {arrival.interface for arrival in rank.rendezvous.roster} == {"lo"}
+    assert {participant.interface for participant in rank.rendezvous.participants} == {"lo"}
 
 
 def all_checks(rank: int, world_size: int, url: str) -> str:
     entered = enter(rank, url, num_stages=2, num_replicas=2)
     for check in (check_groups, check_slices, check_host_copies):
         check(entered)
-    for group in (entered.fabric.control, entered.fabric.pipeline):
+    for group in (entered.groups.control, entered.groups.pipeline):
         check_group(group, sums=DTYPES)
     entered.close()
     return entered.rendezvous.nonce

@@ -113,9 +113,9 @@ def measure_all(
                 doubles.enter_context(gloo_for_nccl())
             entered = enter(rank, url, num_stages=1, num_replicas=world_size, dist_backend=backend)
             wanted = dict.fromkeys(links(entered.topology), 300_000)
-            speeds = measure_links(entered.topology, entered.fabric, wanted, CPU, dist_timeout=30.0)
+            speeds = measure_links(entered.topology, entered.groups, wanted, CPU, dist_timeout=30.0)
             total = torch.tensor(rank + 1)
-            entered.fabric.replicas.all_reduce(total).wait()
+            entered.groups.replicas.all_reduce(total).wait()
             assert total.item() == 6, "the probe leaves nothing behind"
             entered.close()
         found.append(speeds)

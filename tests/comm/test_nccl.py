@@ -37,7 +37,7 @@ def open_channel(
     size: int,
     name: str = "pipeline",
     dist_timeout: float = 30.0,
-    is_chain: bool = True,
+    connect_neighbours: bool = True,
 ) -> tuple[NcclCommunicator, Told]:
     """A pipeline of `size` on the CPU, and what its monitor tells."""
     told: Told = queue.SimpleQueue()
@@ -47,11 +47,12 @@ def open_channel(
         topology=Topology(rank=rank, num_stages=size, num_replicas=1),
         device=torch.device("cpu"),
         store=store,
-        activity=CurrentOperation(),
+        operation=CurrentOperation(),
         dist_timeout=dist_timeout,
         on_hang=told.put,
-        is_chain=is_chain,
     )
+    if connect_neighbours:
+        channel.connect_neighbours()
     return channel, told
 
 
@@ -65,7 +66,7 @@ def all_checks(rank: int, world_size: int, _url: str, shapes: list[tuple[int, in
             entered = enter(
                 rank, url, num_stages=stages, num_replicas=replicas, dist_backend="cupy_nccl"
             )
-            for group in (entered.fabric.pipeline, entered.fabric.replicas):
+            for group in (entered.groups.pipeline, entered.groups.replicas):
                 if group.size > 1:
                     assert isinstance(group, NcclCommunicator)
                     check_group(group, sums=NUMBERS)

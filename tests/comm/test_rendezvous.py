@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from comm.lifecycle import deadline as watchdog
-from comm.liveness.failure_detector import FailureDetector
+from comm.lifecycle import deadline
+from comm.liveness.failure_policy import ExitPolicy
 from comm.process_groups import create_process_groups
 from comm.rendezvous import join as rendezvous
 from comm.rendezvous.dist_url import parse_dist_url
@@ -55,7 +55,7 @@ def arrives_and_dies(ready: Path, rank: int, world_size: int, url: str, timeout:
 
 def links_and_hangs(ready: Path, rank: int, world_size: int, url: str, timeout: float) -> None:
     met = joins(ready, rank, world_size, url, {}, timeout)
-    FailureDetector.connect(met, Topology(rank, world_size, 1))
+    ExitPolicy.connect(met, Topology(rank, world_size, 1))
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
@@ -66,13 +66,13 @@ def connects(_ready: Path, rank: int, url: str, timeout: float) -> None:
 def links_with_little_grace(
     ready: Path, rank: int, world_size: int, url: str, timeout: float
 ) -> None:
-    watchdog.GRACE_SECONDS = 1.0
+    deadline.GRACE_SECONDS = 1.0
     links(ready, rank, world_size, url, timeout)
 
 
 def links(ready: Path, rank: int, world_size: int, url: str, timeout: float) -> None:
     met = joins(ready, rank, world_size, url, {}, timeout)
-    FailureDetector.connect(met, Topology(rank, world_size, 1))
+    ExitPolicy.connect(met, Topology(rank, world_size, 1))
     time.sleep(60.0)
 
 
@@ -173,12 +173,12 @@ def test_a_busy_port(tmp_path: Path) -> None:
 def joins_with_little_grace(
     ready: Path, rank: int, world_size: int, url: str, timeout: float
 ) -> None:
-    watchdog.GRACE_SECONDS = 1.0
+    deadline.GRACE_SECONDS = 1.0
     joins(ready, rank, world_size, url, {}, timeout)
 
 
 def test_a_foreign_listener_that_never_answers(tmp_path: Path) -> None:
-    """torch's client would wait for ever; the watchdog does not."""
+    """torch's client would wait forever; the deadline does not."""
     with socket.create_server(("127.0.0.1", 0)) as foreign:
         url = f"tcp://127.0.0.1:{foreign.getsockname()[1]}"
         rank = start(tmp_path, "1", joins_with_little_grace, 1, 2, url, 1.0)
@@ -201,7 +201,7 @@ def test_a_rank_that_dies_before_the_groups_stand(tmp_path: Path) -> None:
             expect(rank, 1, "rank 2 (stage 2, replica 0, host ", within=10.0)
 
 
-def test_who_waits_for_goodbyes_past_the_deadline_has_said_its_line(tmp_path: Path) -> None:
+def test_a_rank_that_lingers_past_the_deadline_reports_one_line(tmp_path: Path) -> None:
     """As where the wire to other machines is cut while the ranks link."""
     url = url_here()
     hanging = start(tmp_path, "1", links_and_hangs, 1, 3, url, 3.0)
@@ -229,24 +229,24 @@ def test_a_world_of_one_opens_no_socket(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(socket, "socket", refuse)
     topology = Topology(0, 1, 1)
     met = Rendezvous.alone()
-    watch = FailureDetector.connect(met, topology)
-    fabric = create_process_groups(
+    policy = ExitPolicy.connect(met, topology)
+    groups = create_process_groups(
         topology,
         met,
         dist_backend="gloo",
         dp_backend="gloo",
         device=torch.device("cpu"),
         dist_timeout=1.0,
-        watch=watch,
+        policy=policy,
     )
     tensor = torch.ones(2)
-    fabric.replicas.all_reduce(tensor).wait()
-    fabric.control.broadcast(tensor, root=0)
-    assert fabric.control.all_gather(tensor).tolist() == [[1.0, 1.0]]
+    groups.replicas.all_reduce(tensor).wait()
+    groups.control.broadcast(tensor, root=0)
+    assert groups.control.all_gather(tensor).tolist() == [[1.0, 1.0]]
     with pytest.raises(AssertionError, match="no member 1"):
-        fabric.pipeline.send(tensor, to=1)
-    fabric.close()
-    watch.close()
+        groups.pipeline.send(tensor, to=1)
+    groups.close()
+    policy.detector.close()
     assert not torch.distributed.is_initialized()
     assert met.ranks_on_this_host == (0,)
 
@@ -265,10 +265,10 @@ def test_ipv6_url() -> None:
 
 def test_a_loopback_address_among_others_is_a_mistake() -> None:
     """Hosts files often give a machine's own name a loopback address."""
-    roster = [
+    participants = [
         Participant(0, "a", "127.0.1.1", "lo", 1, {}),
         Participant(1, "b", "10.0.0.2", "eth0", 1, {}),
     ]
-    problem = find_mismatch(roster)
+    problem = find_mismatch(participants)
     assert problem is not None
     assert problem.startswith("--net-interface: rank 0 (host a) uses lo (127.0.1.1), which rank 1")

@@ -53,10 +53,10 @@ def all_checks(
             entered = enter(
                 rank, url, num_stages=stages, num_replicas=replicas, dist_backend="nccl"
             )
-        groups_here = (entered.fabric.pipeline, entered.fabric.replicas)
+        groups_here = (entered.groups.pipeline, entered.groups.replicas)
         neighbours = sum((g.rank > 0) + (g.rank + 1 < g.size) for g in groups_here)
         assert sends.call_count == receives.call_count == neighbours, "each edge has carried one"
-        for group in (entered.fabric.pipeline, entered.fabric.replicas):
+        for group in (entered.groups.pipeline, entered.groups.replicas):
             if group.size > 1:
                 assert isinstance(group, TorchNcclCommunicator)
                 check_group(group, sums=NUMBERS if group.size == 2 else EXACT)
@@ -87,7 +87,7 @@ def lose_a_peer(rank: int, world_size: int, url: str) -> None:
             members=(0, 1),
             topology=Topology(rank=rank, num_stages=2, num_replicas=1),
             device=torch.device("cpu"),
-            activity=CurrentOperation(),
+            operation=CurrentOperation(),
             dist_timeout=1.0,
             on_hang=told.put,
         )

@@ -65,7 +65,7 @@ class Seen(NamedTuple):
 
 def find_offsets(rank: int, world_size: int, url: str, folder: Path) -> Seen:
     entered = enter(rank, url, num_stages=world_size, num_replicas=1)
-    control = entered.fabric.control
+    control = entered.groups.control
 
     def shifted() -> int:
         return time.perf_counter_ns() - rank * SHIFT

@@ -117,7 +117,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 def two_ranks(rank: int, world_size: int, url: str) -> dict[str, Any]:
     joined = enter(rank, url, num_stages=2, num_replicas=1)
     try:
-        pipeline, control = joined.fabric.pipeline, joined.fabric.control
+        pipeline, control = joined.groups.pipeline, joined.groups.control
         told: dict[str, Any] = {}
         for name, other in OTHERS.items():
             told[name] = refusal_of(pipeline, other if rank == 1 else {})

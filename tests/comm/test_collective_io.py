@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from comm import collective_io as together
+from comm import collective_io
 from comm.backends.single_process import SingleProcessCommunicator
 from comm.collective_io import run_on_all
 from comm.topology import Topology
@@ -27,11 +27,11 @@ def succeed() -> None:
 
 def work_on_all(rank: int, world: int, url: str) -> list[str | None]:
     """Slower than a process may wait for another; failing on the last rank; with nothing to do."""
-    with connected(Topology(rank, world, 1), url, dist_timeout=3.0) as (fabric, _):
+    with connected(Topology(rank, world, 1), url, dist_timeout=3.0) as (groups, _):
         slow = (lambda: time.sleep(7.0)) if rank == 1 else None
-        found = [run_on_all(fabric.control, slow, "slow work")]
+        found = [run_on_all(groups.control, slow, "slow work")]
         work = fail if rank == world - 1 else succeed
-        found.append(run_on_all(fabric.control, work, "failing work"))
+        found.append(run_on_all(groups.control, work, "failing work"))
         return found
 
 
@@ -65,8 +65,8 @@ def test_slow_work_is_told_while_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> 
     def wait() -> None:
         assert told.wait(30.0)
 
-    monkeypatch.setattr(together, "TELL_SECONDS", 0.01)
-    monkeypatch.setattr(together, "SLOW_SECONDS", 0.05)
+    monkeypatch.setattr(collective_io, "EXCHANGE_SECONDS", 0.01)
+    monkeypatch.setattr(collective_io, "SLOW_SECONDS", 0.05)
     logger: Any = logging.getLogger("comm.collective_io")
     listener = Listener()
     logger.addHandler(listener)

@@ -1,4 +1,4 @@
-"""How the CuPy/NCCL channel is opened, ordered and watched: several ranks in this process."""
+"""How the CuPy/NCCL channel is opened, ordered and limited: several ranks in this process."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from tests.comm.nccl_double import NcclDouble, nccl_double
 from tests.comm.test_nccl import Told, open_channel
 
 
-@pytest.mark.parametrize(("is_chain", "pairs"), [(True, [(0, 1), (1, 2)]), (False, [])])
+@pytest.mark.parametrize(("connect_neighbours", "pairs"), [(True, [(0, 1), (1, 2)]), (False, [])])
 def test_every_communicator_has_carried_a_message_before_it_is_used(
-    is_chain: bool, pairs: list[tuple[int, int]]
+    connect_neighbours: bool, pairs: list[tuple[int, int]]
 ) -> None:
     """NCCL connects at the first, which holds the host until both ends have called."""
     store, used = HashStore(), queue.SimpleQueue[tuple[str, bytes]]()
@@ -47,7 +47,13 @@ def test_every_communicator_has_carried_a_message_before_it_is_used(
 
     made: list[bytes] = []
     with patch.object(nccl, "NcclCommunicator", Noting), ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda r: open_channel(store, rank=r, size=3, is_chain=is_chain), range(3)))
+        opened = pool.map(
+            lambda rank: open_channel(
+                store, rank=rank, size=3, connect_neighbours=connect_neighbours
+            ),
+            range(3),
+        )
+        list(opened)
     calls = [used.get_nowait() for _ in range(used.qsize())]
     assert len(made) == 3 + 2 * 2 * len(pairs), "one of all, and two of each pair, at each end"
     for name in set(made):
@@ -77,7 +83,7 @@ def _wait_in_vain(work: Work) -> None:
 
 
 def test_a_failure_that_nccl_knows_of_ends_a_message_that_never_ends() -> None:
-    """The lane still waits: it is the library that is asked."""
+    """The stream still waits: it is the library that is asked."""
     store = HashStore()
     with nccl_double(), ThreadPoolExecutor(2) as pool:
         opened = list(pool.map(lambda rank: open_channel(store, rank=rank, size=2), range(2)))
@@ -90,39 +96,39 @@ def test_a_failure_that_nccl_knows_of_ends_a_message_that_never_ends() -> None:
     assert "the communicator has failed" in text
 
 
-class NotingLane(HostStream):
+class NotingStream(HostStream):
     """Notes in which order what is asked of it."""
 
     def __init__(self, calls: list[tuple[str, int]]) -> None:
         super().__init__()
         self._calls = calls
 
-    def enter(self, tensor: Tensor) -> None:
-        self._calls.append(("enter", tensor.data_ptr()))
-        super().enter(tensor)
+    def wait_for_compute(self, tensor: Tensor) -> None:
+        self._calls.append(("wait_for_compute", tensor.data_ptr()))
+        super().wait_for_compute(tensor)
 
-    def queue(self, call: Callable[[], None]) -> None:
-        self._calls.append(("queue", 0))
-        super().queue(call)
+    def submit(self, call: Callable[[], None]) -> None:
+        self._calls.append(("submit", 0))
+        super().submit(call)
 
-    def mark(self) -> Event:
-        self._calls.append(("mark", 0))
-        return super().mark()
+    def record_event(self) -> Event:
+        self._calls.append(("record_event", 0))
+        return super().record_event()
 
 
-def test_a_tensor_enters_the_lane_before_the_call_that_uses_it() -> None:
+def test_a_tensor_is_ready_before_the_call_that_uses_it() -> None:
     """On a GPU nothing else orders the stream after what made the tensor."""
     calls: list[tuple[str, int]] = []
     store, tensor = HashStore(), torch.zeros(3)
     with (
         nccl_double(),
-        patch("comm.backends.cupy_nccl.lane_on", lambda device: NotingLane(calls)),
+        patch("comm.backends.cupy_nccl.create_stream", lambda device: NotingStream(calls)),
         ThreadPoolExecutor(2) as pool,
     ):
         (sender, _), (receiver, _) = pool.map(
             lambda rank: open_channel(store, rank=rank, size=2), range(2)
         )
-        order = [("enter", tensor.data_ptr()), ("queue", 0), ("mark", 0)]
+        order = [("wait_for_compute", tensor.data_ptr()), ("submit", 0), ("record_event", 0)]
         calls.clear()
         sent = sender.send(tensor, to=1)
         assert calls == order
@@ -133,24 +139,24 @@ def test_a_tensor_enters_the_lane_before_the_call_that_uses_it() -> None:
         sent.wait()
         calls.clear()
         ours, theirs = pool.map(lambda one: one.all_gather(tensor), (sender, receiver))
-    first = [calls.index(("enter", gathered.data_ptr())) for gathered in (ours, theirs)]
+    first = [calls.index(("wait_for_compute", gathered.data_ptr())) for gathered in (ours, theirs)]
     assert max(first) < len(calls) - 2
-    assert calls.count(("enter", tensor.data_ptr())) == 2
+    assert calls.count(("wait_for_compute", tensor.data_ptr())) == 2
 
 
 def test_a_message_that_never_ends_is_reported() -> None:
     class Point:
-        def __init__(self, reached: bool) -> None:
-            self._reached = reached
+        def __init__(self, is_done: bool) -> None:
+            self._is_done = is_done
 
-        def reached(self) -> bool:
-            return self._reached
+        def is_done(self) -> bool:
+            return self._is_done
 
-        def hold_compute(self) -> None:
+        def block_compute(self) -> None:
             """Nobody asks."""
 
     told: Told = queue.SimpleQueue()
-    monitor = HangDetector(limit=0.1, on_hang=told.put)
-    monitor.add("pipeline receive from rank 1", Point(reached=True), lambda: None)
-    monitor.add("pipeline receive from rank 2", Point(reached=False), lambda: None)
+    detector = HangDetector(limit=0.1, on_hang=told.put)
+    detector.add("pipeline receive from rank 1", Point(is_done=True), lambda: None)
+    detector.add("pipeline receive from rank 2", Point(is_done=False), lambda: None)
     assert str(told.get(timeout=5.0)).startswith("pipeline receive from rank 2 took more than")

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from comm.liveness import heartbeat as pulse
-from comm.liveness import server as hub
-from comm.liveness.failure_detector import FailureDetector
+from comm.liveness import heartbeat
+from comm.liveness.failure_policy import ExitPolicy
+from comm.rendezvous.join import Rendezvous
+from comm.topology import Topology
 from tests.comm.processes import Process, RankProgram, await_ready, member, start
 from tests.comm.ranks import Rank
 from tests.dist import free_port, process_context
@@ -22,7 +23,7 @@ from tests.dist import free_port, process_context
 
 def work_for_ever(rank: Rank) -> None:
     while True:
-        rank.fabric.control.all_reduce(torch.ones(4)).wait()
+        rank.groups.control.all_reduce(torch.ones(4)).wait()
         time.sleep(0.005)
 
 
@@ -30,40 +31,28 @@ def wait_for(victim: int, rank: Rank) -> None:
     """All are in a sum but that rank, which does not join it."""
     while rank.topology.rank == victim:
         time.sleep(1.0)
-    rank.fabric.control.all_reduce(torch.ones(4)).wait()
+    rank.groups.control.all_reduce(torch.ones(4)).wait()
 
 
 def work_for_ever_and_ask_often(rank: Rank) -> None:
-    pulse.ASK_SECONDS, pulse.QUIET_SECONDS = 0.2, 2.0
+    heartbeat.INTERVAL_SECONDS, heartbeat.UNRESPONSIVE_SECONDS = 0.2, 2.0
     work_for_ever(rank)
 
 
 def fail_as_rank_two(rank: Rank) -> None:
     if rank.topology.rank == 2:
-        rank.watch.fail(2, "--x 3: must be less\nthan 3")
-    work_for_ever(rank)
-
-
-def find_words_for_it(victim: int, how: str, rank: Rank) -> None:
-    """Longer than the others wait, or than they may, or it dies meanwhile."""
-    hub.FAILING_SECONDS = 30.0 if how == "in time" else 5.0
-    if rank.topology.rank == victim:
-        rank.watch.announce(3, "out of memory")
-        time.sleep(60.0 if how == "late" else 4.0)
-        if how == "dies":
-            os.kill(os.getpid(), signal.SIGKILL)
-        rank.watch.fail(3, "out of memory; less helps")
+        rank.policy.fail(2, "--x 3: must be less\nthan 3")
     work_for_ever(rank)
 
 
 def close_slowly(rank: Rank) -> None:
     if rank.topology.rank == 0:
-        rank.watch.fail(2, "--x 3: must be less", last=lambda: time.sleep(12.0))
+        rank.policy.fail(2, "--x 3: must be less", before_exit=lambda: time.sleep(12.0))
     work_for_ever(rank)
 
 
 def part_at_once(rank: Rank) -> None:
-    """Rank 0 closes first, the others while it waits for their goodbyes."""
+    """Rank 0 closes first, the others while it waits for them."""
     time.sleep(0.2 * rank.topology.rank)
 
 
@@ -120,20 +109,6 @@ def test_a_mistake_that_one_rank_sees_ends_all_with_status_2(run: Run) -> None:
         assert rank.lines == [f"{prefix}rank 2: --x 3: must be less than 3"]
 
 
-@pytest.mark.parametrize(
-    ("victim", "how"), [(2, "in time"), (0, "in time"), (2, "late"), (2, "dies"), (0, "dies")]
-)
-def test_who_is_failing_has_time_to_say_of_what(run: Run, victim: int, how: str) -> None:
-    """The others wait for longer than --dist-timeout, and nobody blames the waiting."""
-    run.start(partial(find_words_for_it, victim, how), dist_timeout=1.5)
-    words = "out of memory" + ("; less helps" if how == "in time" else "")
-    for number, rank in enumerate(run.ranks):
-        if how != "dies" or number != victim:
-            assert rank.status(within=30.0) == 3
-            prefix = "" if number == victim else f"rank {number}: "
-            assert rank.lines == [f"{prefix}rank {victim}: {words}"]
-
-
 def test_what_takes_long_comes_after_all_have_heard(run: Run) -> None:
     run.start(close_slowly, dist_timeout=2.0)
     for number in (1, 2, 3, 0):
@@ -143,12 +118,12 @@ def test_what_takes_long_comes_after_all_have_heard(run: Run) -> None:
 
 
 @pytest.mark.parametrize("victim", [3, 0])
-def test_a_hung_rank_is_told_of_before_anybody_gives_up(run: Run, victim: int) -> None:
+def test_a_hung_rank_is_reported_before_anybody_gives_up(run: Run, victim: int) -> None:
     """By rank 0, which knows of all; and by all where it is that one."""
     run.start(work_for_ever_and_ask_often)
     run.await_ready(but_for=victim)
     tellers = [0] if victim else [1, 2, 3]
-    told = {signal.SIGSTOP: " has not been heard for 2 s: ", signal.SIGCONT: " is heard again"}
+    told = {signal.SIGSTOP: " has not responded for 2 s (", signal.SIGCONT: " responds again"}
     for sent, words in told.items():
         os.kill(run.ranks[victim].pid, sent)
         for teller in tellers:
@@ -188,8 +163,8 @@ def test_an_orderly_end(run: Run) -> None:
 def fail_alone(error: Path) -> None:
     descriptor = os.open(error, os.O_WRONLY | os.O_CREAT)
     os.dup2(descriptor, 2)
-    watch = FailureDetector.alone()
-    watch.explain(RuntimeError("no peer was lost"))
+    policy = ExitPolicy.connect(Rendezvous.alone(), Topology(0, 1, 1))
+    policy.operation_failed(RuntimeError("no peer was lost"))
 
 
 def test_a_world_of_one_just_ends(tmp_path: Path) -> None:

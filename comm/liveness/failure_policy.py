@@ -1,0 +1,165 @@
+"""The decision about a failure: today every failure of a rank ends all processes.
+
+A run goes on from its latest checkpoint when all ranks start again. Another policy, which goes on
+without a lost rank, would take the events of the same detector.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+from comm.communicator import CurrentOperation
+from comm.lifecycle.exit import exit_process, report_line
+from comm.lifecycle.stop_signals import StopCause, StopRequest
+from comm.liveness import heartbeat
+from comm.liveness.failure_detector import (
+    Event,
+    FailureDetector,
+    HeartbeatChanged,
+    RankFailed,
+    RankLost,
+)
+from comm.rendezvous.join import Rendezvous
+from comm.topology import Topology
+
+logger = logging.getLogger(__name__)
+
+_LINGER_SECONDS = 5.0
+_BEFORE_EXIT_SECONDS = 90.0
+_RESUME = "Start all ranks again to resume from the latest checkpoint."
+
+
+class ExitPolicy:
+    """Ends this process for the first failure of any rank, with one line that names the cause.
+
+    detector: passes every event to this policy.
+    operation: the communication that this rank waits for, named in the line about a lost rank.
+    stop: on rank 0, gets the requests that reached other ranks.
+    """
+
+    def __init__(self, rendezvous: Rendezvous, topology: Topology, *, stop: StopRequest) -> None:
+        self.detector = FailureDetector(rendezvous.rank, self._on_event)
+        self.operation = CurrentOperation()
+        self._rank = rendezvous.rank
+        self._deadline = rendezvous.deadline
+        self._names = [
+            topology.describe(participant.rank, host=participant.host)
+            for participant in rendezvous.participants
+        ]
+        self._stop = stop
+        self._claimed = threading.Lock()
+        self._exit_seconds = 2 * _LINGER_SECONDS
+
+    @classmethod
+    def connect(
+        cls, rendezvous: Rendezvous, topology: Topology, *, stop: StopRequest | None = None
+    ) -> ExitPolicy:
+        """Starts failure detection among all ranks.
+
+        A rank that has joined but does not connect before the join deadline ends all.
+
+        Raises:
+            ConnectionError: rank 0 has gone, cannot be reached at its interface's address, or
+                something else listens there.
+        """
+        policy = cls(rendezvous, topology, stop=stop or StopRequest())
+        missing = policy.detector.connect(rendezvous, master=policy._names[0])
+        if missing:
+            names = ", ".join(policy._names[rank] for rank in missing)
+            address = rendezvous.participants[0].address
+            policy.fail(1, f"{names} joined but did not connect to rank 0 at {address} in time")
+        if rendezvous.deadline is not None:
+            rendezvous.deadline.hand_over(policy._join_deadline_passed)
+        return policy
+
+    def fail(
+        self, status: int, line: str, *, before_exit: Callable[[], object] | None = None
+    ) -> NoReturn:
+        """Ends this process because of an error of its own, and with it all others.
+
+        Args:
+            status: the exit status of all ranks.
+            line: the error, reported once by every rank.
+            before_exit: called after the error was sent to the others; may take a minute.
+        """
+        self._claim()
+        if before_exit is not None:
+            self._exit_seconds = _BEFORE_EXIT_SECONDS
+        report_line(line if self.detector.is_alone else f"rank {self._rank}: {line}")
+        self.detector.publish_failure(status, line)
+        if before_exit is not None:
+            _call(before_exit)
+        self.detector.await_publication(seconds=_LINGER_SECONDS)
+        self._exit(status)
+
+    def operation_failed(
+        self, error: BaseException, *, before_exit: Callable[[], object] | None = None
+    ) -> NoReturn:
+        """Ends this process because an operation with other ranks failed, naming the cause.
+
+        The error is only the symptom of a rank that died or hangs. So all ranks are asked first;
+        the text of `error` is reported only if all are alive. `before_exit` is as for `fail`.
+        """
+        if self.detector.all_alive():
+            self.fail(1, f"{error} {_RESUME}", before_exit=before_exit)
+        self._end(1, self._lost(0, "it does not answer"))
+
+    def _join_deadline_passed(self, status: int, line: str) -> NoReturn:
+        """Ends this process because the groups were not made in time; names a rank that hangs."""
+        if self.detector.all_alive():
+            self.fail(status, line.removeprefix(f"rank {self._rank}: "))
+        self._end(status, self._lost(0, "it does not answer"))
+
+    def _on_event(self, event: Event) -> None:
+        match event:
+            case StopCause():
+                self._stop.ask(event)
+            case HeartbeatChanged(rank, is_unresponsive=True):
+                logger.warning(
+                    "%s has not responded for %g s (suspended, overloaded, or network down); the "
+                    "job aborts when an operation exceeds --dist-timeout",
+                    self._names[rank],
+                    heartbeat.UNRESPONSIVE_SECONDS,
+                )
+            case HeartbeatChanged(rank):
+                logger.warning("%s responds again", self._names[rank])
+            case RankLost(rank, reason):
+                self._end(1, self._lost(rank, reason))
+            case RankFailed(rank, status, line):
+                self._end(status, f"rank {rank}: {line}")
+
+    def _lost(self, rank: int, reason: str) -> str:
+        return (
+            f"{self._names[rank]} is gone: {reason}, while this rank was in: "
+            f"{self.operation.text}. {_RESUME}"
+        )
+
+    def _claim(self) -> None:
+        """Lets only the first thread pass; another thread stays here until the process ends."""
+        if not self._claimed.acquire(blocking=False):
+            time.sleep(self._exit_seconds)
+            exit_process(1)
+        if self._deadline is not None:
+            self._deadline.cancel()  # it would report another line while this process lingers
+
+    def _end(self, status: int, line: str) -> NoReturn:
+        """Ends this process because of another rank, unless it is ending already."""
+        self._claim()
+        report_line(f"rank {self._rank}: {line}")
+        self._exit(status)
+
+    def _exit(self, status: int) -> NoReturn:
+        self.detector.await_departures(seconds=_LINGER_SECONDS)
+        exit_process(status)
+
+
+def _call(before_exit: Callable[[], object]) -> None:
+    """Calls it; an error of it is only logged, since the process ends because of another."""
+    try:
+        before_exit()
+    except Exception as error:
+        logger.warning("while ending: %s: %s", type(error).__name__, error)
