@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from common.seeds import derive_seed
 from modules.families.base import Family
-from modules.layers.dropout import derive_seed
 
 
 def make_layer(family: Family, config: Any, index: int, device: torch.device | str) -> nn.Module:

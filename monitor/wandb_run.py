@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from common.text import one_line
+
 logger = logging.getLogger(__name__)
 
 _INIT_SECONDS = 30.0
@@ -85,7 +87,7 @@ class WandbRun:
             action()
         except Exception as error:  # of whatever kind: training does not stop for it
             self._failed = True
-            logger.warning("wandb failed, the run goes on without: %s", _one_line(error))
+            logger.warning("wandb failed, the run goes on without: %s", one_line(error))
 
 
 def open_wandb(
@@ -106,7 +108,7 @@ def open_wandb(
     try:
         return WandbRun(_init(project, config, run_id, folder))
     except Exception as error:  # of whatever kind: training does not stop for it
-        logger.warning("wandb could not start, the run goes on without: %s", _one_line(error))
+        logger.warning("wandb could not start, the run goes on without: %s", one_line(error))
         return NullRun(run_id)
 
 
@@ -132,10 +134,6 @@ def _flat(metrics: Mapping[str, Any]) -> dict[str, Any]:
         sets: Mapping[str, Any] = values.pop(key, {})
         values |= {f"{loss_key}/{name}": one["loss"] for name, one in sets.items()}
     return values
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 _PUBLIC_SERVERS = ("https://api.wandb.ai", "https://api.forge.coreweave.com")

@@ -14,11 +14,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from common.seeds import derive_seed
 from modules.attention.cpu import row_attention
 from modules.attention.packed_documents import PackedDocuments
 from modules.attention.sdpa import kernel_attention
 from modules.attention.varlen import varlen_attention
-from modules.layers.dropout import Keys, derive_seed
+from modules.layers.dropout import Keys
 from modules.matmul.rounding import product_type
 
 

@@ -23,6 +23,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from common.text import one_line
+
 
 @dataclass(frozen=True)
 class Family:
@@ -71,8 +73,7 @@ class Family:
             config = self.config_class.from_dict(raw)
             self.check_config(config)
         except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{path}: {reason}") from error
+            raise ValueError(f"{path}: {one_line(error)}") from error
         return config
 
 

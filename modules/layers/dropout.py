@@ -7,19 +7,14 @@ call: each row of a microbatch has a key, and each mask is drawn from that key a
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from common.seeds import derive_seed
+
 Keys = Sequence[int] | None
-
-
-def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed that depends on all of `parts` and their order, the same on every machine."""
-    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 class KeyedDropout(nn.Module):

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from comm.rendezvous.participants import Participant
 from comm.topology import Topology
+from common.text import format_table
 from pipeline_parallel.partition.split import Split
 from planning.cluster.estimate import Estimate, RunShape
 from planning.cluster.link_probe import LinkSpeed
@@ -47,7 +48,7 @@ def rank_table(
         )
         if plan is not None:
             rows[-1].append(f"{rate / (plan.work.block * plan.tokens):.4g} forwards/s")
-    return _aligned(rows)
+    return format_table(rows)
 
 
 def link_table(
@@ -67,7 +68,7 @@ def link_table(
                 _rate(speed),
             ]
         )
-    return _aligned(rows)
+    return format_table(rows)
 
 
 def advice(
@@ -216,9 +217,3 @@ def _size(nbytes: int) -> str:
 
 def _time(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    return "\n".join(lines)

@@ -11,7 +11,7 @@ import torch
 from arguments.config_checks import check_model, check_optimizer
 from arguments.settings import Settings
 from common.tensors import DTYPES
-from common.text import _table, in_units
+from common.text import format_table, in_units
 from modules.families.base import Family
 from modules.registry import MODELS
 from pipeline_parallel.partition.stage_split import StageSplit
@@ -70,7 +70,7 @@ class MemoryPlan:
     def parts(self) -> Iterator[str]:
         """The plan as text, part by part."""
         yield self._heading()
-        yield _table(self._rows()) + EXPLAINED
+        yield f"{format_table(self._rows(), align_right=True)}\n{EXPLAINED}"
         yield "".join(f"{line}\n" for line in self._links())
         yield (
             self._split.describe(
