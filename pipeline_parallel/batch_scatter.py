@@ -9,49 +9,34 @@ is computed, so that no stage waits for text.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from comm.communicator import Communicator, Work
 from comm.topology import Topology
-
-Ids = NDArray[np.int64]
-
-
-class HostBatch(Protocol):
-    """Rows of all replicas, replica after replica: tokens and labels (rows, tokens), and where
-    documents are kept apart, for each token where in its row its document begins."""
-
-    @property
-    def tokens(self) -> Ids: ...
-
-    @property
-    def labels(self) -> Ids: ...
-
-    @property
-    def begins(self) -> Ids | None: ...
+from tasks.loader import BatchLoader
+from tasks.packing.blocks import TokenBatch
 
 
 class Rows(NamedTuple):
-    """This process's rows on its device: tokens on a first stage, labels on a last one.
+    """The rows of one process.
 
-    begins: on the host, on every stage, where documents are kept apart.
+    token_ids: (rows, seq_len), on the device of a first stage; None on the others.
+    labels: (rows, seq_len), on the device of a last stage; None on the others.
+    doc_starts: (rows, seq_len), on the host of every stage, where documents are kept apart.
     """
 
-    tokens: Tensor | None
+    token_ids: Tensor | None
     labels: Tensor | None
-    begins: Tensor | None = None
+    doc_starts: Tensor | None = None
 
 
 class BatchScatter:
-    """Sends rank 0's batches out; every rank takes part, with what its stage needs.
+    """Sends the batches of rank 0 to the stages that need them; every rank calls it.
 
-    `rows` is the number of rows of one pipeline, `tokens` their length. keeps_apart: the batches
-    say where documents begin.
+    A pipeline has `rows` rows of `seq_len` tokens. keeps_apart: the batches have `doc_starts`.
     """
 
     def __init__(
@@ -60,17 +45,17 @@ class BatchScatter:
         topology: Topology,
         *,
         rows: int,
-        tokens: int,
+        seq_len: int,
         keeps_apart: bool,
         device: torch.device,
     ) -> None:
         self._control, self._topology, self._device = control, topology, device
         self._keeps_apart = keeps_apart
-        self._rows, self._shape = rows, (rows, tokens)
+        self._rows, self._shape = rows, (rows, seq_len)
         self._works: list[Work] = []
         self._buffers: dict[str, Tensor] = {}
 
-    def start(self, batch: HostBatch | None) -> None:
+    def start(self, batch: TokenBatch | None) -> None:
         """Starts moving one batch; `batch` is rank 0's, None elsewhere."""
         self._buffers = {}
         if batch is None:
@@ -87,17 +72,21 @@ class BatchScatter:
         for work in self._works:
             work.wait()
         self._works.clear()
-        begins = self._buffers.pop("begins", None)
+        doc_starts = self._buffers.pop("doc_starts", None)
         placed = {name: ids.to(self._device) for name, ids in self._buffers.items()}
-        return Rows(placed.get("tokens"), placed.get("labels"), begins)
+        return Rows(placed.get("token_ids"), placed.get("labels"), doc_starts)
 
     def _needs(self, stage: int) -> dict[str, bool]:
         last = self._topology.num_stages - 1
-        return {"tokens": stage == 0, "labels": stage == last, "begins": self._keeps_apart}
+        return {"token_ids": stage == 0, "labels": stage == last, "doc_starts": self._keeps_apart}
 
-    def _send_replica(self, batch: HostBatch, replica: int) -> None:
+    def _send_replica(self, batch: TokenBatch, replica: int) -> None:
         span = slice(replica * self._rows, (replica + 1) * self._rows)
-        arrays = {"tokens": batch.tokens, "labels": batch.labels, "begins": batch.begins}
+        arrays = {
+            "token_ids": batch.token_ids,
+            "labels": batch.labels,
+            "doc_starts": batch.doc_starts,
+        }
         for stage in range(self._topology.num_stages):
             rank = self._topology.rank_of(stage=stage, replica=replica)
             for name, needed in self._needs(stage).items():
@@ -113,31 +102,6 @@ class BatchScatter:
             self._works.append(self._control.send(ids, to=rank))
 
 
-class TrainingBatch(Protocol):
-    """A batch with the state of the data right after it, and where each row's text is from."""
-
-    @property
-    def tokens(self) -> Ids: ...
-
-    @property
-    def labels(self) -> Ids: ...
-
-    @property
-    def begins(self) -> Ids | None: ...
-
-    @property
-    def state(self) -> dict[str, Any]: ...
-
-    @property
-    def documents(self) -> Sequence[Sequence[str]]: ...
-
-
-class Loader(Protocol):
-    """Where rank 0's training batches come from."""
-
-    def next(self) -> TrainingBatch: ...
-
-
 class BatchFeed:
     """`num_batches` training batches, each on its way one iteration before it is taken.
 
@@ -145,11 +109,13 @@ class BatchFeed:
     batch taken last, and `documents` where that batch's rows are from.
     """
 
-    def __init__(self, scatter: BatchScatter, loader: Loader | None, *, num_batches: int) -> None:
+    def __init__(
+        self, scatter: BatchScatter, loader: BatchLoader | None, *, num_batches: int
+    ) -> None:
         self._scatter, self._loader, self._left = scatter, loader, num_batches
         self.state: dict[str, Any] = {}
         self.documents: Sequence[Sequence[str]] = ()
-        self._ahead: TrainingBatch | None = None
+        self._ahead: TokenBatch | None = None
         self._start()
 
     def take(self) -> Rows:
@@ -169,7 +135,7 @@ class BatchFeed:
 
 
 def evaluation_feed(
-    scatter: BatchScatter, control: Communicator, batches: Iterator[HostBatch] | None
+    scatter: BatchScatter, control: Communicator, batches: Iterator[TokenBatch] | None
 ) -> Iterator[Rows]:
     """Every batch of an evaluation; rank 0 tells the others before each whether there is one."""
     while True:

@@ -16,9 +16,9 @@ class PipelineBatch:
     """One pipeline's rows of one iteration, cut into microbatches.
 
     `tokens` (rows, tokens) is there on the first stage, `labels` (rows, tokens) on the last;
-    `keys` are the dropout keys of the rows, and `rows` how many a microbatch has. `begins` (rows,
-    tokens), on the host and on every stage, is where in its row each token's document begins; None
-    where documents are not kept apart.
+    `keys` are the dropout keys of the rows, and `rows` how many a microbatch has. `doc_starts`
+    (rows, tokens), on the host of every stage, is the index in its row of the first token of each
+    token's document; None where documents are not kept apart.
     """
 
     def __init__(
@@ -27,10 +27,10 @@ class PipelineBatch:
         labels: Tensor | None,
         keys: Sequence[int],
         rows: int,
-        begins: Tensor | None = None,
+        doc_starts: Tensor | None = None,
     ) -> None:
         self._tokens, self._labels, self._keys, self._rows = tokens, labels, keys, rows
-        self._begins = begins
+        self._doc_starts = doc_starts
 
     def tokens(self, microbatch: int) -> Tensor | None:
         return None if self._tokens is None else self._tokens[self._span(microbatch)]
@@ -42,9 +42,9 @@ class PipelineBatch:
         return self._keys[self._span(microbatch)]
 
     def documents(self, microbatch: int, device: torch.device) -> PackedDocuments | None:
-        if self._begins is None:
+        if self._doc_starts is None:
             return None
-        return PackedDocuments(self._begins[self._span(microbatch)], device)
+        return PackedDocuments(self._doc_starts[self._span(microbatch)], device)
 
     def num_trained(self) -> int:
         """Tokens that are predicted, as the last stage sees them; 0 elsewhere."""

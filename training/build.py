@@ -192,7 +192,7 @@ def _scatter(settings: Settings, context: RunContext) -> BatchScatter:
         context.control,
         context.topology,
         rows=settings.update.batch_size,
-        tokens=settings.update.seq_length,
+        seq_len=settings.update.seq_length,
         keeps_apart=settings.data.pack == "document",
         device=context.device,
     )

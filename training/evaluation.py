@@ -13,9 +13,10 @@ from comm.lifecycle.stop_signals import StopCause, StopRequest
 from comm.objects import broadcast_json, gather_json
 from comm.run_context import RunContext
 from monitor.metrics import HeldOut, SetLoss
-from pipeline_parallel.batch_scatter import BatchScatter, HostBatch, evaluation_feed
+from pipeline_parallel.batch_scatter import BatchScatter, evaluation_feed
 from pipeline_parallel.engine import Engine
 from pipeline_parallel.microbatch import PipelineBatch
+from tasks.packing.blocks import TokenBatch
 from training.step_totals import StepTotals, TotalsReducer
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class Evaluation:
     scatter: BatchScatter
     engine: Engine
     totals: TotalsReducer
-    open_sets: Callable[[], Mapping[str, Iterator[HostBatch]]] | None
+    open_sets: Callable[[], Mapping[str, Iterator[TokenBatch]]] | None
     stop: StopRequest
 
     def run(self, *, may_stop: bool) -> HeldOut | StopCause:
@@ -61,7 +62,7 @@ class Evaluation:
         )
 
     def _run_set(
-        self, name: str, batches: Iterator[HostBatch] | None, *, may_stop: bool
+        self, name: str, batches: Iterator[TokenBatch] | None, *, may_stop: bool
     ) -> StepTotals:
         """The sums over one set, or over what of it came before a request to stop; rank 0 has its
         batches."""
@@ -70,7 +71,7 @@ class Evaluation:
         loss, tokens, bad = 0.0, 0, list[tuple[int, int]]()
         for number, rows in enumerate(evaluation_feed(self.scatter, self.context.control, batches)):
             batch = PipelineBatch(
-                rows.tokens, rows.labels, (), self.settings.micro_batch_size, rows.begins
+                rows.token_ids, rows.labels, (), self.settings.micro_batch_size, rows.doc_starts
             )
             one = self.engine.evaluate(batch)
             loss, tokens = loss + one.total, tokens + one.tokens

@@ -153,7 +153,9 @@ class Iteration:
             derive_seed(settings.seed, "dropout", update, sequence)
             for sequence in range(first, first + settings.batch_size)
         ]
-        return PipelineBatch(rows.tokens, rows.labels, keys, settings.micro_batch_size, rows.begins)
+        return PipelineBatch(
+            rows.token_ids, rows.labels, keys, settings.micro_batch_size, rows.doc_starts
+        )
 
     def _check_finite(
         self, step: int, totals: StepTotals, batch: PipelineBatch, losses: Losses
