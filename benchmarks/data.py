@@ -36,7 +36,7 @@ from example_scripts.quickstart_model import docstrings, unique
 from modules.matmul.cpu_info import CpuInfo
 from tasks.loader import BatchLoader
 from tasks.source_spec import SourceSpec
-from tasks.sources.line_index import line_index
+from tasks.sources.line_index import load_line_index
 from tasks.stream import open_training_stream
 
 VOCAB_SIZE = 16_384
@@ -104,13 +104,13 @@ def megabytes(path: Path) -> float:
 
 def open_stream(path: Path, tokenizer: Any, workers: int = 0) -> Any:
     return open_training_stream(
-        [SourceSpec(str(path))], tokenizer, seq_length=SEQ_LENGTH, seed=1, num_workers=workers
+        [SourceSpec(str(path))], tokenizer, seq_len=SEQ_LENGTH, seed=1, num_workers=workers
     )
 
 
 def show_index(large: Path, tiny: Path, tokenizer: Any) -> None:
     start = time.perf_counter()
-    lines = len(line_index(str(large)))
+    lines = len(load_line_index(str(large)))
     seconds = time.perf_counter() - start
     print(
         f"index of {megabytes(large):.0f} MB, {lines:,} lines: {seconds:.2f} s, "

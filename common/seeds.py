@@ -1,4 +1,4 @@
-"""Seeds that depend on what they are for, so that no generator's position has to be saved."""
+"""Seeds derived from their purpose, so that no generator's state need be saved."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import hashlib
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed that depends on all of `parts` and their order, the same on every machine."""
+    """Returns a 63-bit seed that depends on `parts` and their order, equal on every machine."""
     digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

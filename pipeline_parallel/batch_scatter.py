@@ -17,7 +17,7 @@ from torch import Tensor
 from comm.communicator import Communicator, Work
 from comm.topology import Topology
 from tasks.loader import BatchLoader
-from tasks.packing.blocks import Batch
+from tasks.packing.blocks import TokenBatch
 
 
 class Rows(NamedTuple):
@@ -55,7 +55,7 @@ class BatchScatter:
         self._works: list[Work] = []
         self._buffers: dict[str, Tensor] = {}
 
-    def start(self, batch: Batch | None) -> None:
+    def start(self, batch: TokenBatch | None) -> None:
         """Starts sending one batch, which rank 0 gives; it is None on the other ranks."""
         self._buffers = {}
         if batch is None:
@@ -80,12 +80,12 @@ class BatchScatter:
         last = self._topology.num_stages - 1
         return {"token_ids": stage == 0, "labels": stage == last, "doc_starts": self._keeps_apart}
 
-    def _send_replica(self, batch: Batch, replica: int) -> None:
+    def _send_replica(self, batch: TokenBatch, replica: int) -> None:
         span = slice(replica * self._rows, (replica + 1) * self._rows)
         arrays = {
-            "token_ids": batch.tokens,
+            "token_ids": batch.token_ids,
             "labels": batch.labels,
-            "doc_starts": batch.begins,
+            "doc_starts": batch.doc_starts,
         }
         for stage in range(self._topology.num_stages):
             rank = self._topology.rank_of(stage=stage, replica=replica)
@@ -120,7 +120,7 @@ class BatchPrefetcher:
         self._scatter, self._loader, self._num_left = scatter, loader, num_batches
         self.state: dict[str, Any] = {}
         self.documents: Sequence[Sequence[str]] = ()
-        self._sent: Batch | None = None
+        self._sent: TokenBatch | None = None
         self._send()
 
     def next(self) -> Rows:
@@ -140,7 +140,7 @@ class BatchPrefetcher:
 
 
 def scatter_evaluation(
-    scatter: BatchScatter, control: Communicator, batches: Iterator[Batch] | None
+    scatter: BatchScatter, control: Communicator, batches: Iterator[TokenBatch] | None
 ) -> Iterator[Rows]:
     """Yields the rows of every batch of an evaluation; rank 0 gives `batches`.
 

@@ -8,29 +8,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.text import shown
-from tasks.sources.base import BadLineError, Document, Record, Source
-from tasks.sources.rows import LINES, check_text
-
-FORM = LINES
+from tasks.sources.base import BadLineError, DataSource, Document, DocumentRecord
+from tasks.sources.rows import check_text
 
 
-def open_local(name: str, path: str) -> Source:
-    """The task's one file, that `tasks.registry` names."""
-    return Source(name, [CotFile(path)])
+def open_local(name: str, path: str) -> DataSource:
+    """Returns the source of the task's one file."""
+    return DataSource(name, [CotFile(path)])
 
 
 @dataclass(frozen=True)
 class CotFile:
-    """A small file, read whole; a record's offset and line count its entries."""
+    """A small file, loaded at once; the offset and line of a record count its entries."""
 
     path: str
 
-    def read(self, offset: int = 0, line: int = 0) -> Iterator[Record]:
+    def read(self, offset: int = 0, line: int = 0) -> Iterator[DocumentRecord]:
         """See `tasks.sources.base.SourceFile.read`."""
         for index, (key, value) in enumerate(self._load().items()):
             if index >= offset:
-                where = f"{self.path}:{shown(key)}"
-                yield Record(_parse(value, where), len(str(value)), index + 1, index + 1)
+                document = _parse(value, f"{self.path}:{shown(key)}")
+                yield DocumentRecord(document, len(str(value)), index + 1, index + 1)
 
     def _load(self) -> dict[str, Any]:
         try:
@@ -45,8 +43,8 @@ class CotFile:
         return value
 
 
-def _parse(value: Any, where: str) -> Document | BadLineError:
+def _parse(value: Any, origin: str) -> Document | BadLineError:
     try:
-        return Document(check_text(value, where, "text"), where)
+        return Document(check_text(value, origin, "text"), origin)
     except BadLineError as error:
         return error

@@ -1,4 +1,4 @@
-"""Held-out text for evaluation: packed in order, once, padded at its end."""
+"""Held-out text for evaluation: packed in order, once, and padded at the end."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import numpy as np
 from tasks.evaluation_sets import EVALUATION_FLAG
 from tasks.mixture import Pack
 from tasks.open import open_source
-from tasks.packing.best_fit import pack_apart_once
-from tasks.packing.blocks import Batch, TokenBlock, empty_block, make_batch
-from tasks.packing.concat import pack_once
+from tasks.packing.best_fit import pack_best_fit
+from tasks.packing.blocks import TokenBatch, TokenBlock, empty_block, make_batch
+from tasks.packing.concat import pack_concat
 from tasks.sources.bad_lines import BadLines
-from tasks.sources.base import BadLineError, Source
-from tasks.tokenization.encoder import Encoded, Encoder, TrainOn
+from tasks.sources.base import BadLineError, DataSource
+from tasks.tokenization.encoder import EncodedDocument, Encoder, TrainOn
 
-AT_ONCE = 64  # documents that are tokenized together
+ENCODED_AT_ONCE = 64  # documents
 
 
 def evaluation_batches(
     name: str,
     tokenizer: Any,
     *,
-    seq_length: int,
+    seq_len: int,
     rows: int,
     separator: str | None = None,
     train_on: TrainOn = "all",
@@ -34,44 +34,55 @@ def evaluation_batches(
     bad_lines: BadLines | None = None,
     max_batches: int | None = None,
     flag: str = EVALUATION_FLAG,
-) -> Iterator[Batch]:
-    """The whole of a file, folder or registered task, `rows` blocks a batch; streams.
+) -> Iterator[TokenBatch]:
+    """Streams the text of a source in batches; padding is token 0 and not trained.
 
-    What the last block lacks, and the rows that the last batch lacks, are token 0 and not trained.
+    Args:
+        name: A file, folder, registered task or data set of the hub.
+        tokenizer: One of transformers.
+        seq_len: Tokens of a block.
+        rows: Blocks of a batch; the last batch is filled with padding.
+        separator, train_on, pack, bad_lines: As for `tasks.stream.open_training_stream`.
+        max_batches: Batches at most; None: all.
+        flag: Names the source in errors.
 
     Raises:
-        ValueError: There is no such source, it yields nothing to predict, or a line is bad.
+        ValueError: There is no such source, it yields no token to predict, or a line is bad.
     """
     source = open_source(name, flag=flag)
     encoder = Encoder(tokenizer, separator, train_on)
-    packing = pack_apart_once if pack == "document" else pack_once
-    blocks = packing(_encode_all(source, encoder, bad_lines or BadLines()), seq_length)
-    return itertools.islice(_batches(source, blocks, rows), max_batches)
+    pack_once = pack_best_fit if pack == "document" else pack_concat
+    blocks = pack_once(_encode(source, encoder, bad_lines or BadLines()), seq_len)
+    return itertools.islice(_make_batches(source, blocks, rows), max_batches)
 
 
-def _encode_all(source: Source, encoder: Encoder, bad_lines: BadLines) -> Iterator[Encoded]:
+def _encode(source: DataSource, encoder: Encoder, bad_lines: BadLines) -> Iterator[EncodedDocument]:
     records = (record.document for file in source.files for record in file.read())
-    while some := list(itertools.islice(records, AT_ONCE)):
-        good = [one for one in some if not isinstance(one, BadLineError)]
-        encoded = iter(encoder.encode_all(good))
-        for one in some:
-            found = one if isinstance(one, BadLineError) else next(encoded)
-            if isinstance(found, BadLineError):
-                bad_lines.take(found)
+    while items := list(itertools.islice(records, ENCODED_AT_ONCE)):
+        documents = [item for item in items if not isinstance(item, BadLineError)]
+        results = iter(encoder.encode_all(documents))
+        for item in items:
+            result = item if isinstance(item, BadLineError) else next(results)
+            if isinstance(result, BadLineError):
+                bad_lines.skip(result)
             else:
                 bad_lines.note_good()
-                yield found
+                yield result
 
 
-def _batches(source: Source, blocks: Iterator[TokenBlock], rows: int) -> Iterator[Batch]:
+def _make_batches(
+    source: DataSource, blocks: Iterator[TokenBlock], rows: int
+) -> Iterator[TokenBatch]:
     batch = list(itertools.islice(blocks, rows))
     if not batch:
-        raise source.empty_error("yields nothing to evaluate")
+        raise source.error("yields nothing to evaluate")
     while batch:
-        yield make_batch(batch + [_untrained(batch[0])] * (rows - len(batch)))
+        yield make_batch(batch + [_padding_like(batch[0])] * (rows - len(batch)))
         batch = list(itertools.islice(blocks, rows))
 
 
-def _untrained(like: TokenBlock) -> TokenBlock:
-    block = empty_block(len(like.tokens))
-    return block if like.begins is None else replace(block, begins=np.zeros_like(like.begins))
+def _padding_like(block: TokenBlock) -> TokenBlock:
+    padding = empty_block(len(block.token_ids))
+    if block.doc_starts is None:
+        return padding
+    return replace(padding, doc_starts=np.zeros_like(block.doc_starts))

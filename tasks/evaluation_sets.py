@@ -1,4 +1,4 @@
-"""What --evaluation-data may say, read with the standard library alone."""
+"""Parses --evaluation-data: sources of held-out text and their names. Needs no torch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ EVALUATION_FLAG = "--evaluation-data"
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """A source of held-out text, and the name that its loss is told by, fit to stand in a line.
+    """A source of held-out text, and the name by which its loss is reported, printable.
 
-    The name is empty where there is this one set alone, and no name was given.
+    The name is empty where this is the only set, and has no name.
     """
 
     name: str
@@ -25,10 +25,10 @@ class EvaluationSet:
 
 
 def parse_evaluation_data(value: str) -> list[EvaluationSet]:
-    """Reads `[name=]source,[name=]source,...`; white space around items and names goes.
+    """Parses `[name=]source,[name=]source,...`; white space around items and names is ignored.
 
-    A set without a name has that of its file without the suffix, its folder or its task. What is
-    a path as it stands is never cut, whatever it holds.
+    The default name is that of the file without its suffix, of the folder or of the task. A value
+    or item that is the path of a file or folder is not split.
 
     Raises:
         ValueError: An item or a name is empty, a source has a weight, or two names are the same.
@@ -39,7 +39,7 @@ def parse_evaluation_data(value: str) -> list[EvaluationSet]:
     if len(items) == 1 and items[0][0] is None:
         return [EvaluationSet("", items[0][1])]
     sets = [
-        EvaluationSet(shown(_name_of(source) if name is None else name), source)
+        EvaluationSet(shown(_default_name(source) if name is None else name), source)
         for name, source in items
     ]
     _check_names(sets)
@@ -47,20 +47,22 @@ def parse_evaluation_data(value: str) -> list[EvaluationSet]:
 
 
 def check_evaluation_data(value: str) -> None:
-    """Says early what opening the sources would: reads no document.
+    """Finds mistakes before training; reads no document.
 
     Raises:
         ValueError: As `parse_evaluation_data`, or as `tasks.registry.check_source` for a source.
     """
-    for one in parse_evaluation_data(value):
-        check_source(SourceSpec(one.source), flag=EVALUATION_FLAG)
+    for evaluation_set in parse_evaluation_data(value):
+        check_source(SourceSpec(evaluation_set.source), flag=EVALUATION_FLAG)
 
 
 def _parse_item(item: str, value: str) -> tuple[str | None, str]:
     name, source = _split_name(item)
     if name == "" or not source:
-        what = "an item is empty" if not item else "a name or a source is empty"
-        raise ValueError(f"{EVALUATION_FLAG} '{shown(value)}': {what}, expected [name=]source,...")
+        problem = "an item is empty" if not item else "a name or a source is empty"
+        raise ValueError(
+            f"{EVALUATION_FLAG} '{shown(value)}': {problem}, expected [name=]source,..."
+        )
     if _has_weight(source):
         raise ValueError(
             f"{EVALUATION_FLAG} {shown(item)}: there is no such path, and an evaluation set takes "
@@ -70,7 +72,7 @@ def _parse_item(item: str, value: str) -> tuple[str | None, str]:
 
 
 def _split_name(item: str) -> tuple[str | None, str]:
-    """The first '=' ends a name unless it is a path's, as in `/data/lang=en/a.jsonl`."""
+    """Splits at the first '=' unless it is in a path, such as `/data/lang=en/a.jsonl`."""
     name, equals, source = item.partition("=")
     if not equals or "/" in name or os.path.exists(item):
         return None, item
@@ -86,18 +88,18 @@ def _has_weight(source: str) -> bool:
     return bool(colon) and not os.path.exists(source)
 
 
-def _name_of(source: str) -> str:
+def _default_name(source: str) -> str:
     base = os.path.basename(os.path.abspath(source))
-    suffix = next((one for one in SUFFIXES if base.endswith(one)), "")
+    suffix = next((suffix for suffix in SUFFIXES if base.endswith(suffix)), "")
     return base.removesuffix(suffix) or base or source
 
 
 def _check_names(sets: Sequence[EvaluationSet]) -> None:
-    first: dict[str, str] = {}
-    for one in sets:
-        if one.name in first:
+    sources: dict[str, str] = {}
+    for item in sets:
+        if item.name in sources:
             raise ValueError(
-                f"{EVALUATION_FLAG}: {shown(first[one.name])} and {shown(one.source)} are both "
-                f"named {one.name}: expected name=source with a name of its own for each"
+                f"{EVALUATION_FLAG}: {shown(sources[item.name])} and {shown(item.source)} are both "
+                f"named {item.name}: expected name=source with a name of its own for each"
             )
-        first[one.name] = one.source
+        sources[item.name] = item.source

@@ -1,43 +1,45 @@
-"""From the name of a source to its files."""
+"""Opens a source by its name."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
 
-from tasks.registry import TASKS, find_paths, find_place, form_of
+from tasks.registry import find_paths, locate_source, open_task, row_format_of
 from tasks.source_spec import TASK_FLAG
-from tasks.sources.base import Source, SourceFile
-from tasks.sources.jsonl import JsonlFile, JsonlItems
+from tasks.sources.base import DataSource, SourceFile
+from tasks.sources.jsonl import JsonlFile, JsonlRows
 from tasks.sources.parquet import ParquetFile
-from tasks.sources.rows import Form
-from tasks.sources.saved_dataset import open_saved
+from tasks.sources.rows import RowFormat
 
 
-def open_source(name: str, *, flag: str = TASK_FLAG) -> Source:
-    """Finds a source's files; reads none, but asks the hub for a name.
+def open_source(name: str, *, flag: str = TASK_FLAG) -> DataSource:
+    """Finds the files of a source; reads none, but asks the hub for a name.
 
     Raises:
         ValueError: As `tasks.registry.check_source`.
     """
-    place = find_place(name, flag=flag)
-    if place.kind == "task":
-        return TASKS[name].open_local(name, place.path)
-    form = form_of(name)
-    if place.kind == "saved":
-        return open_saved(name, place, form)
-    if place.kind == "hub":
-        from tasks.sources.hub import open_hub  # datasets takes half a second to import
+    location = locate_source(name, flag=flag)
+    if location.kind == "task":
+        return open_task(name, location)
+    row_format = row_format_of(name)
+    if location.kind == "saved":  # imported here, because datasets takes half a second to import
+        from tasks.sources.saved_dataset import open_saved
 
-        return open_hub(name, place, form)
-    return _open_files(name, find_paths(place.path, flag=flag), form)
+        return open_saved(name, location.path, row_format)
+    if location.kind == "hub":
+        from tasks.sources.hub import open_hub
+
+        return open_hub(name, location, row_format)
+    return _open_files(name, find_paths(location.path, flag=flag), row_format)
 
 
-def _open_files(name: str, paths: Sequence[str], form: Form) -> Source:
+def _open_files(name: str, paths: Sequence[str], row_format: RowFormat) -> DataSource:
     is_plain = all(path.endswith(".jsonl") for path in paths)
-    open_items = partial(JsonlItems, paths, form) if is_plain else None
-    return Source(name, [_file(path, form) for path in paths], open_items)
+    open_rows = partial(JsonlRows, paths, row_format) if is_plain else None
+    return DataSource(name, [_open_file(path, row_format) for path in paths], open_rows)
 
 
-def _file(path: str, form: Form) -> SourceFile:
-    return ParquetFile(path, form) if path.endswith(".parquet") else JsonlFile(path, form)
+def _open_file(path: str, row_format: RowFormat) -> SourceFile:
+    is_parquet = path.endswith(".parquet")
+    return ParquetFile(path, row_format) if is_parquet else JsonlFile(path, row_format)

@@ -1,4 +1,4 @@
-"""What a run will train on, for a person to read: blocks as text, and the mixture in numbers."""
+"""Previews the training data for a reader: blocks as text, and the mixture in numbers."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ import numpy as np
 
 from common.text import shown
 from tasks.mixture import BlockStream, Pack
-from tasks.packing.best_fit import pack_apart_once
+from tasks.packing.best_fit import pack_best_fit
 from tasks.packing.blocks import TokenBlock
-from tasks.packing.concat import pack_once
-from tasks.shuffled import Shuffled
-from tasks.sources.base import BadLineError, Source
-from tasks.tokenization.encoder import Encoded, Encoder
+from tasks.packing.concat import pack_concat
+from tasks.shuffling.shuffle import Shuffle
+from tasks.sources.base import BadLineError, DataSource
+from tasks.tokenization.encoder import EncodedDocument, Encoder
 
-SAMPLE = 2000  # documents of a source that are tokenized for the numbers
-SAMPLE_TOKENS = 1 << 23  # fewer documents where they have more tokens than that
-COUNTED_BLOCKS = 1024  # so many at least, for documents fall into blocks now thus and now so
+SAMPLE_DOCUMENTS = 2000  # documents of a source that are tokenized for the numbers
+SAMPLE_TOKENS = 1 << 23  # the sample is smaller where it has more tokens
+MIN_BLOCKS = 1024  # a sample is packed into so many, because the packing depends on the order
 COUNT_SECONDS = 30.0
 GREEN, GREY, PLAIN = "\x1b[32m", "\x1b[90m", "\x1b[0m"
-# What would move a terminal's cursor, or colour what is not trained, is shown as it is written.
-_CONTROLS = {
+# Characters that would move a terminal's cursor or change its colour are shown escaped.
+_ESCAPED = {
     code: ascii(chr(code))[1:-1]
     for code in (*range(0x20), *range(0x7F, 0xA0))
     if chr(code) not in "\t\n"
@@ -37,141 +37,158 @@ _CONTROLS = {
 def preview_blocks(
     stream: BlockStream, tokenizer: Any, count: int, *, colour: bool
 ) -> Iterator[str]:
-    """The first `count` blocks: where each document is from, and the text.
+    """Yields the origins and the text of each of the first `count` blocks.
 
-    What is trained is green and the rest grey; without `colour` the rest stands in [- -].
+    Trained text is green and the rest grey; without `colour` the rest is in [- -].
     """
     for number in range(1, count + 1):
         block = stream.next_block()
         padding = f", {block.padding} of padding" if block.padding else ""
         yield (
-            f"block {number}: {len(block.tokens)} tokens, {int(block.predicted.sum())} trained"
+            f"block {number}: {len(block.token_ids)} tokens, {int(block.predicted.sum())} trained"
             f"{padding}; from {', '.join(block.documents)}"
         )
-        yield _text(block, tokenizer, colour)
+        yield _decode(block, tokenizer, colour)
 
 
-def _text(block: TokenBlock, tokenizer: Any, colour: bool) -> str:
-    text = slice(0, len(block.tokens) - block.padding)
-    pairs = zip(block.predicted[text].tolist(), block.tokens[text].tolist(), strict=True)
+def _decode(block: TokenBlock, tokenizer: Any, colour: bool) -> str:
+    length = len(block.token_ids) - block.padding
+    is_trained, token_ids = block.predicted[:length].tolist(), block.token_ids[:length].tolist()
+    runs = itertools.groupby(zip(is_trained, token_ids, strict=True), key=lambda pair: pair[0])
     return "".join(
-        _marked(tokenizer.decode([token for _, token in run]), is_trained, colour)
-        for is_trained, run in itertools.groupby(pairs, key=lambda pair: pair[0])
+        _mark(tokenizer.decode([token_id for _, token_id in run]), run_is_trained, colour)
+        for run_is_trained, run in runs
     )
 
 
-def _marked(text: str, is_trained: bool, colour: bool) -> str:
-    text = text.translate(_CONTROLS)
+def _mark(text: str, is_trained: bool, colour: bool) -> str:
+    text = text.translate(_ESCAPED)
     if colour:
         return f"{GREEN if is_trained else GREY}{text}{PLAIN}"
     return text if is_trained else f"[-{text}-]"
 
 
 @dataclass(frozen=True)
-class SourceNumbers:
-    """A source as far as it was looked at: `documents` of it, with so many tokens.
+class SourceSample:
+    """The numbers of a sample of a source.
 
-    is_all: these are all that it has; else it has `lines`, or, `is_least`, more than that.
-    blocks: that are made of them to train on, a part of one where that is all; what is padding, and
-    blocks that train nothing and are passed over, are reckoned with.
+    num_documents, num_tokens, num_trained_tokens: in the sample.
+    num_blocks: blocks to train on that the sample fills, without padding and skipped blocks.
+    is_complete: the sample is the source.
+    num_rows: rows of the source, where the sample is not complete; more, where `has_more_rows`.
     """
 
     name: str
-    documents: int
-    tokens: int
-    trained: int
-    is_all: bool
-    lines: int
-    blocks: float
-    is_least: bool = False
+    num_documents: int
+    num_tokens: int
+    num_trained_tokens: int
+    num_blocks: float
+    is_complete: bool
+    num_rows: int
+    has_more_rows: bool = False
 
     @property
-    def of_all(self) -> float:
-        """By how much the whole is larger than what was looked at, or is so at least."""
-        return 1.0 if self.is_all or not self.documents else self.lines / self.documents
+    def scale(self) -> float:
+        """Returns the size of the source over that of the sample, or a lower bound of it."""
+        if self.is_complete or not self.num_documents:
+            return 1.0
+        return self.num_rows / self.num_documents
 
 
-def look_at(
-    documents: Shuffled,
+def sample_source(
+    documents: Shuffle,
     encoder: Encoder,
     *,
-    seq_length: int,
+    seq_len: int,
     pack: Pack = "concat",
-    sample: int = SAMPLE,
+    max_documents: int = SAMPLE_DOCUMENTS,
     count_seconds: float = COUNT_SECONDS,
-) -> SourceNumbers:
-    """Tokenizes up to `sample` documents of a source that nothing was taken from.
+) -> SourceSample:
+    """Samples a source from its beginning.
 
-    Where nothing tells how many there are in all, they are counted, for `count_seconds`.
+    Args:
+        documents: The source, of which no document was read.
+        encoder: Tokenizes the sample.
+        seq_len: Tokens of a block.
+        pack: Whether blocks keep documents apart ("document").
+        max_documents: Documents of the sample, at most.
+        count_seconds: Time for counting the rows of a source that has no index.
     """
-    encoded, tokens = list[Encoded](), 0
+    encoded, num_tokens = list[EncodedDocument](), 0
     document = documents.next()
-    while documents.epoch == 0 and len(encoded) < sample and tokens < SAMPLE_TOKENS:
+    while documents.epoch == 0 and len(encoded) < max_documents and num_tokens < SAMPLE_TOKENS:
         try:
             encoded.append(encoder.encode(document))
-            tokens += len(encoded[-1].tokens)
+            num_tokens += len(encoded[-1].token_ids)
         except BadLineError as error:
-            documents.bad_lines.take(error, noted=True)
+            documents.bad_lines.skip(error, is_counted=True)
         document = documents.next()
-    is_all, lines, is_counted = documents.epoch > 0, documents.num_lines, True
-    if lines is None:
-        lines, is_counted = (0, True) if is_all else _count(documents.source, count_seconds)
-    return SourceNumbers(
+    is_complete, num_rows, is_counted = documents.epoch > 0, documents.num_rows, True
+    if num_rows is None:
+        num_rows = 0
+        if not is_complete:
+            num_rows, is_counted = _count_rows(documents.source, count_seconds)
+    return SourceSample(
         name=documents.source.name,
-        documents=len(encoded),
-        tokens=tokens,
-        trained=sum(int(np.count_nonzero(one.trained)) for one in encoded),
-        is_all=is_all,
-        lines=lines,
-        blocks=_count_blocks(encoded, tokens, seq_length, pack),
-        is_least=not is_counted,
+        num_documents=len(encoded),
+        num_tokens=num_tokens,
+        num_trained_tokens=sum(int(np.count_nonzero(item.trained)) for item in encoded),
+        num_blocks=_count_blocks(encoded, num_tokens, seq_len, pack),
+        is_complete=is_complete,
+        num_rows=num_rows,
+        has_more_rows=not is_counted,
     )
 
 
-def _count_blocks(encoded: Sequence[Encoded], tokens: int, seq_length: int, pack: Pack) -> float:
-    """How many blocks an epoch of these documents makes that train any token.
+def _count_blocks(
+    encoded: Sequence[EncodedDocument], num_tokens: int, seq_len: int, pack: Pack
+) -> float:
+    """Returns the mean number of blocks that an epoch of the documents fills and trains on.
 
-    They are packed over and over, each time in another order, for COUNTED_BLOCKS at least.
+    The documents are packed several times, in different orders, into at least MIN_BLOCKS.
     """
-    times = math.ceil(COUNTED_BLOCKS * seq_length / tokens) if tokens else 1
-    orders = (random.Random(number).sample(encoded, len(encoded)) for number in range(times))
+    repeats = math.ceil(MIN_BLOCKS * seq_len / num_tokens) if num_tokens else 1
+    orders = (random.Random(seed).sample(encoded, len(encoded)) for seed in range(repeats))
     documents = itertools.chain.from_iterable(orders)
     if pack == "document":
-        return sum(1 for _ in pack_apart_once(documents, seq_length)) / times
-    packed = pack_once(documents, seq_length)
-    return sum(1 - block.padding / seq_length for block in packed) / times
+        return sum(1 for _ in pack_best_fit(documents, seq_len)) / repeats
+    blocks = pack_concat(documents, seq_len)
+    return sum(1 - block.padding / seq_len for block in blocks) / repeats
 
 
-def _count(source: Source, seconds: float) -> tuple[int, bool]:
-    """How many lines or rows were read in that time, and whether these are all."""
-    end, lines = time.monotonic() + seconds, 0
+def _count_rows(source: DataSource, seconds: float) -> tuple[int, bool]:
+    """Returns the number of rows that were read in that time, and whether these are all."""
+    end, num_rows = time.monotonic() + seconds, 0
     for file in source.files:
         for _ in file.read():
-            lines += 1
+            num_rows += 1
             if time.monotonic() > end:
-                return lines, False
-    return lines, True
+                return num_rows, False
+    return num_rows, True
 
 
 def describe_mixture(
-    sources: Sequence[SourceNumbers], weights: Sequence[float], *, run_blocks: int
+    samples: Sequence[SourceSample], weights: Sequence[float], *, run_blocks: int
 ) -> str:
-    """A line for each source; `run_blocks` are those of the whole run.
+    """Returns a table with a line for each source; `run_blocks` are the blocks of the run.
 
-    What a sample says of the whole is marked with ~; > and < where the whole was not counted.
+    Numbers that a sample estimates are marked with ~; with > and < where rows were not all counted.
     """
     columns = {"share": 7, "documents": 13, "tokens": 15, "trained": 15, "epochs": 9}
     lines = ["".join(f"{name:>{width}s}" for name, width in columns.items()) + "  source"]
-    for source, weight in zip(sources, weights, strict=True):
-        scale = source.of_all
-        more, less = (">", "<") if source.is_least else ("", "") if source.is_all else ("~", "~")
-        numbers = (source.documents, source.tokens, source.trained)
-        cells = [f"{more}{scale * number:,.0f}" for number in numbers]
+    for sample, weight in zip(samples, weights, strict=True):
+        more, less = ("~", "~")
+        if sample.has_more_rows:
+            more, less = (">", "<")
+        elif sample.is_complete:
+            more, less = ("", "")
+        numbers = (sample.num_documents, sample.num_tokens, sample.num_trained_tokens)
+        cells = [f"{more}{sample.scale * number:,.0f}" for number in numbers]
         epochs = "?"
-        if source.blocks:
-            epochs = f"{less}{weight * run_blocks / (scale * source.blocks):.2f}"
+        if sample.num_blocks:
+            epochs = f"{less}{weight * run_blocks / (sample.scale * sample.num_blocks):.2f}"
         lines.append(
             f"{weight:7.1%}{cells[0]:>13s}{cells[1]:>15s}{cells[2]:>15s}{epochs:>9s}"
-            f"  {shown(source.name)}"
+            f"  {shown(sample.name)}"
         )
     return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""What --task-name and --evaluation-data may say, checked with the standard library alone.
+"""Checks the sources that --task-name and --evaluation-data name; needs no torch.
 
-Adding a registered task is one file with a FORM, how its rows are read (see `tasks.sources.rows`),
-and a line in TASKS.
+A registered task is one file, which says how its rows are read (see `tasks.sources.rows`), and an
+entry in TASKS.
 """
 
 from __future__ import annotations
@@ -10,16 +10,14 @@ import importlib
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from common.text import shown
+from tasks import cot, natural_instructions, p3
 from tasks.source_spec import TASK_FLAG, SourceLocation, SourceSpec
-from tasks.sources.rows import LINES
-
-if TYPE_CHECKING:
-    from tasks.sources.base import Source
-    from tasks.sources.rows import Form
+from tasks.sources.base import DataSource
+from tasks.sources.rows import TEXT_OR_CHAT, RowFormat
 
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet")
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(?:/\w[\w.-]*)?", re.ASCII)
@@ -27,77 +25,63 @@ _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(?:/\w[\w.-]*)?", re.ASCII)
 
 @dataclass(frozen=True)
 class TaskEntry:
-    """A registered task: it lies at `path`, else on the hub as `hub`; None: nowhere else.
+    """A registered task.
 
-    what: that it is to be put at `path`. opens_itself: `module` has `open_local(name, path)`, which
-    makes a source of the path; else that holds files of FORM, or is a data set saved to disk.
+    path: where its data is on disk.
+    description: of the data that belongs there, for the error that says that it is missing.
+    row_format: how its rows are read.
+    hub: the data set that replaces a missing `path`, if there is one.
+    open_local: opens `path`, where that is neither files of rows nor a saved data set.
     """
 
-    module: str
     path: str
-    what: str
+    description: str
+    row_format: RowFormat = TEXT_OR_CHAT
     hub: str | None = None
-    opens_itself: bool = False
+    open_local: Callable[[str, str], DataSource] | None = None
 
-    @property
-    def form(self) -> Form:
-        """How its rows are read."""
-        form: Form = importlib.import_module(self.module).FORM
-        return form
-
-    def find(self, name: str, *, flag: str) -> SourceLocation:
-        """Where it is.
+    def locate(self, name: str, *, flag: str) -> SourceLocation:
+        """Returns where the data is.
 
         Raises:
-            ValueError: It is not there, nor can it be on the hub; the text says where to get it.
+            ValueError: It is not on disk, and has no data set on the hub.
         """
         if os.path.exists(self.path):
-            return (
-                SourceLocation(self.path, "task") if self.opens_itself else _local(self.path, flag)
-            )
-        where = shown(os.path.abspath(self.path))
-        missing = f"{flag} {name}: there is no {where}: put there {self.what}"
+            if self.open_local is not None:
+                return SourceLocation(self.path, "task")
+            return _locate_path(self.path, flag)
+        path = shown(os.path.abspath(self.path))
+        missing = f"{flag} {name}: there is no {path}: put there {self.description}"
         if self.hub is None:
             raise ValueError(missing)
         return SourceLocation(self.hub, "hub", missing)
 
-    def open_local(self, name: str, path: str) -> Source:
-        """The source that its own layout is.
-
-        Raises:
-            ValueError: The layout is another.
-        """
-        source: Source = importlib.import_module(self.module).open_local(name, path)
-        return source
-
 
 _NATURAL_INSTRUCTIONS = TaskEntry(
-    "tasks.natural_instructions",
     os.path.join("data", "natural-instructions"),
     "the repository github.com/allenai/natural-instructions",
+    natural_instructions.ROW_FORMAT,
     hub="Muennighoff/natural-instructions",
-    opens_itself=True,
+    open_local=natural_instructions.open_local,
 )
 
 TASKS: dict[str, TaskEntry] = {
     "cot": TaskEntry(
-        "tasks.cot",
         os.path.join("data", "mmlu-cot.json"),
         "the chain-of-thought prompts of MMLU as one JSON object {key: text}, the file"
         " mmlu-cot.json that was published with the training data of GPT-JT",
-        opens_itself=True,
+        open_local=cot.open_local,
     ),
     "natural_instructions": _NATURAL_INSTRUCTIONS,
     "ni": _NATURAL_INSTRUCTIONS,
     "p3": TaskEntry(
-        "tasks.p3",
         os.path.join("data", "p3"),
         "files of the Public Pool of Prompts with inputs and targets, as huggingface.co/datasets/"
         "Muennighoff/P3 has them",
+        p3.ROW_FORMAT,
         hub="Muennighoff/P3",
     ),
     "pile": TaskEntry(
-        "tasks.registry",
         os.path.join("data", "pile"),
         "files of the Pile (NN.jsonl.zst), as huggingface.co/datasets/monology/pile-uncopyrighted"
         " has them",
@@ -107,44 +91,54 @@ TASKS: dict[str, TaskEntry] = {
 
 
 def check_source(spec: SourceSpec, *, flag: str = TASK_FLAG) -> None:
-    """Says early what opening the source would: reads no document, but asks the hub for a name.
+    """Finds mistakes in a source before training: reads no document, but asks the hub for a name.
 
     Raises:
-        ValueError: It is nothing that --task-name takes, or not there.
+        ValueError: --task-name takes no such source, or it is missing.
     """
-    place = find_place(spec.name, flag=flag)
-    if place.kind == "files":
-        find_paths(place.path, flag=flag)
-    elif place.kind == "task":
-        TASKS[spec.name].open_local(spec.name, place.path)
-    else:  # both of these import this file
-        name = "saved_dataset" if place.kind == "saved" else "hub"
-        module = importlib.import_module(f"tasks.sources.{name}")
-        module.check(place, form_of(spec.name))
+    location = locate_source(spec.name, flag=flag)
+    if location.kind == "files":
+        find_paths(location.path, flag=flag)
+    elif location.kind == "task":
+        open_task(spec.name, location)
+    elif location.kind == "saved":
+        _check_saved_columns(location.path, row_format_of(spec.name))
+    else:
+        hub = importlib.import_module("tasks.sources.hub")  # imports datasets, which takes long
+        hub.check_hub(location, row_format_of(spec.name))
 
 
-def form_of(name: str) -> Form:
-    """How the rows of a source are read: a registered task's own way, or what README says."""
-    from tasks.sources.rows import LINES  # it imports this file
-
-    return TASKS[name].form if name in TASKS else LINES
-
-
-def find_place(name: str, *, flag: str = TASK_FLAG) -> SourceLocation:
-    """Where a source is; what is on disk goes before the hub.
+def open_task(name: str, location: SourceLocation) -> DataSource:
+    """Opens a registered task of a layout of its own; reads no document.
 
     Raises:
-        ValueError: A registered task is not there, or a saved data set has no split to train on.
+        ValueError: The data is laid out differently.
+    """
+    open_local = TASKS[name].open_local
+    assert open_local is not None, "the location is of kind task"
+    return open_local(name, location.path)
+
+
+def row_format_of(name: str) -> RowFormat:
+    """Returns how the rows of a source are read: a registered task has its own format."""
+    return TASKS[name].row_format if name in TASKS else TEXT_OR_CHAT
+
+
+def locate_source(name: str, *, flag: str = TASK_FLAG) -> SourceLocation:
+    """Returns where a source is; data on disk is preferred to the hub.
+
+    Raises:
+        ValueError: A registered task is missing, or a saved data set has no split to train on.
     """
     if name in TASKS:
-        return TASKS[name].find(name, flag=flag)
+        return TASKS[name].locate(name, flag=flag)
     is_file_name = os.path.exists(name) or name.endswith(SUFFIXES)
     if not is_file_name and _HUB_NAME.fullmatch(name):
         return SourceLocation(name, "hub", f"{flag} {shown(name)}: there is no such file or folder")
-    return _local(name, flag)
+    return _locate_path(name, flag)
 
 
-def _local(path: str, flag: str) -> SourceLocation:
+def _locate_path(path: str, flag: str) -> SourceLocation:
     if os.path.isfile(os.path.join(path, "dataset_dict.json")):
         return SourceLocation(os.path.join(path, _training_split(path, flag)), "saved")
     is_saved = all(
@@ -154,37 +148,47 @@ def _local(path: str, flag: str) -> SourceLocation:
 
 
 def _training_split(folder: str, flag: str) -> str:
-    """The split `train` of several that `datasets` saved in one folder."""
-    where = f"{flag} {shown(folder)}"
+    """Finds the split `train` among those that `datasets` saved in one folder."""
+    prefix = f"{flag} {shown(folder)}"
     try:
         with open(os.path.join(folder, "dataset_dict.json"), encoding="utf-8") as file:
             splits = [str(split) for split in json.load(file)["splits"]]
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ValueError(f"{where}: dataset_dict.json does not list the splits") from error
+        raise ValueError(f"{prefix}: dataset_dict.json does not list the splits") from error
     if "train" not in splits:
-        named = shown(", ".join(splits))
+        names = shown(", ".join(splits))
         raise ValueError(
-            f"{where}: the splits saved there are {named}, and none is train: name the folder of "
+            f"{prefix}: the splits saved there are {names}, and none is train: name the folder of "
             f"one, as {shown(os.path.join(folder, splits[0] if splits else '...'))}"
         )
     return "train"
 
 
+def _check_saved_columns(folder: str, row_format: RowFormat) -> None:
+    """Raises ValueError where a saved data set has no column that is read; imports no datasets."""
+    try:
+        with open(os.path.join(folder, "dataset_info.json"), encoding="utf-8") as file:
+            columns = list(json.load(file)["features"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"{shown(folder)}: dataset_info.json does not list the columns") from error
+    row_format.select_columns(columns, shown(folder))
+
+
 def find_paths(name: str, *, flag: str) -> list[str]:
-    """The files that a path stands for, sorted: itself, or those directly in a folder.
+    """Returns the files that a path stands for, sorted: itself, or those directly in a folder.
 
     Raises:
-        ValueError: There is none, or one of a kind that is not supported.
+        ValueError: There is no such file, or its kind is not supported.
     """
-    where = f"{flag} {shown(name)}"
+    prefix = f"{flag} {shown(name)}"
     if os.path.isdir(name):
         return _find_in_folder(name, flag)
     if not name.endswith(SUFFIXES):
-        is_there = os.path.exists(name) or os.sep not in name
-        what = "" if is_there else "there is no such file or folder, "
-        raise ValueError(f"{where}: {what}expected {supported()}")
+        may_be_task = os.path.exists(name) or os.sep not in name
+        missing = "" if may_be_task else "there is no such file or folder, "
+        raise ValueError(f"{prefix}: {missing}expected {describe_supported()}")
     if not os.path.isfile(name):
-        raise ValueError(f"{where}: there is no such file")
+        raise ValueError(f"{prefix}: there is no such file")
     return [name]
 
 
@@ -196,20 +200,17 @@ def _find_in_folder(folder: str, flag: str) -> list[str]:
     paths = [os.path.join(folder, entry) for entry in entries if entry.endswith(SUFFIXES)]
     files = [path for path in paths if os.path.isfile(path)]
     if not files:
-        raise ValueError(f"{flag} {shown(folder)}: the folder holds no {_suffixes()} file")
+        raise ValueError(f"{flag} {shown(folder)}: the folder holds no {_list_suffixes()} file")
     return files
 
 
-def supported() -> str:
-    """What a source may be, for messages and --help."""
+def describe_supported() -> str:
+    """Returns what a source may be, for messages and --help."""
     return (
-        f"a registered task ({', '.join(TASKS)}), a {_suffixes()} file, a folder of such files, "
-        "a data set saved to disk by datasets, or a hub name (org/name)"
+        f"a registered task ({', '.join(TASKS)}), a {_list_suffixes()} file, a folder of such "
+        "files, a data set saved to disk by datasets, or a hub name (org/name)"
     )
 
 
-def _suffixes() -> str:
+def _list_suffixes() -> str:
     return f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
-
-
-FORM = LINES

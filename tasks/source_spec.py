@@ -13,10 +13,10 @@ TASK_FLAG = "--task-name"
 
 @dataclass(frozen=True)
 class SourceLocation:
-    """Where a source's documents are: a file or folder of a kind, or a name on the hub.
+    """The location of a source's documents: a path of some kind, or a name on the hub.
 
-    task: of a layout of its own, which the task's module opens. missing: what is not there, where
-    the hub takes its place.
+    kind: "task" is a layout of its own, which the module of a registered task opens.
+    missing: the path that is missing, where the hub replaces it, for errors.
     """
 
     path: str
@@ -26,14 +26,14 @@ class SourceLocation:
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """One item of --task-name: a task or path, and its weight before normalisation."""
+    """An item of --task-name: a task, path or hub name, and its weight before normalisation."""
 
     name: str
     weight: float = 1.0
 
 
 def parse_task_name(value: str, *, flag: str = TASK_FLAG) -> list[SourceSpec]:
-    """Reads `a[:w],b[:w],...`; white space around items goes.
+    """Parses `a[:w],b[:w],...`; white space around items is ignored.
 
     Raises:
         ValueError: An item is empty, or a weight is not positive and finite.
@@ -51,7 +51,7 @@ def _parse_item(item: str, value: str, flag: str) -> SourceSpec:
 
 
 def _split_weight(item: str) -> tuple[str, float]:
-    """The last ':' splits only where a number follows, so that `C:/x` and `/a:b` stay whole."""
+    """Splits at the last ':' where a number follows it, so that `C:/x` and `/a:b` stay whole."""
     name, colon, tail = item.rpartition(":")
     try:
         return (name.strip(), float(tail)) if colon else (item, 1.0)

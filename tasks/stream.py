@@ -1,40 +1,31 @@
-"""The training stream put together from its parts."""
+"""Opens the training stream: sources, shuffles, encoder, packers and mixture."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
 from common.seeds import derive_seed
-from common.text import shown
 from tasks.mixture import BlockStream, Pack, StreamIdentity
 from tasks.open import open_source
-from tasks.packing.best_fit import DocumentSource
-from tasks.packing.concat import ConcatenatedSource, PackedSource
-from tasks.shuffled import Shuffled
-from tasks.shuffling.buffered import CHUNK_DOCUMENTS, BufferedShuffle
-from tasks.shuffling.full import FullShuffle
+from tasks.packing.best_fit import BestFitPacker
+from tasks.packing.concat import ConcatPacker, Packer
+from tasks.shuffling.buffered import CHUNK_DOCUMENTS
+from tasks.shuffling.shuffle import shuffle_source
 from tasks.source_spec import TASK_FLAG, SourceSpec
 from tasks.sources.bad_lines import BadLines
-from tasks.sources.base import Source
 from tasks.tokenization.encoder import Encoder, TrainOn
-from tasks.tokenization.prefetch import EncodedDocuments
+from tasks.tokenization.prefetch import DocumentPrefetcher
 from tasks.tokenization.workers import Workers
 
-logger = logging.getLogger(__name__)
-
-PACKING: dict[Pack, type[PackedSource]] = {
-    "concat": ConcatenatedSource,
-    "document": DocumentSource,
-}
+PACKERS: dict[Pack, type[Packer]] = {"concat": ConcatPacker, "document": BestFitPacker}
 
 
 def open_training_stream(
     specs: Sequence[SourceSpec],
     tokenizer: Any,
     *,
-    seq_length: int,
+    seq_len: int,
     seed: int,
     separator: str | None = None,
     train_on: TrainOn = "all",
@@ -44,42 +35,34 @@ def open_training_stream(
     chunk_documents: int = CHUNK_DOCUMENTS,
     flag: str = TASK_FLAG,
 ) -> BlockStream:
-    """Opens the sources that `specs` name (see `tasks.source_spec.parse_task_name`).
+    """Opens the sources of a mixture (see `tasks.source_spec.parse_task_name`).
 
-    num_workers: processes that tokenize (see `tasks.tokenization.workers`); the blocks do not
-    depend on it.
+    Args:
+        specs: The sources and their weights.
+        tokenizer: One of transformers.
+        seq_len: Tokens of a block.
+        seed: Determines all orders and the mixture.
+        separator: Text before each document; None: the end-of-text token after it.
+        train_on: The tokens to train on.
+        pack: Whether blocks keep documents apart ("document").
+        bad_lines: Skips lines that are no document; None: they are errors.
+        num_workers: Processes that tokenize; the blocks do not depend on it.
+        chunk_documents: Documents of a chunk, where the shuffle is buffered.
+        flag: Names the specs in errors.
 
     Raises:
-        ValueError: A source is not there, or there is neither eos_token nor `separator`.
+        ValueError: A source is missing, or there is neither eos_token nor `separator`.
     """
     workers = Workers(Encoder(tokenizer, separator, train_on), num_workers)
-    sources = []
-    for position, spec in enumerate(specs):
-        documents = open_documents(
+    packers = []
+    for index, spec in enumerate(specs):
+        documents = shuffle_source(
             open_source(spec.name, flag=flag),
-            seed=derive_seed(seed, "source", position),  # one path given twice: two orders
+            seed=derive_seed(seed, "source", index),  # a path that is given twice has two orders
             chunk_documents=chunk_documents,
             bad_lines=bad_lines,
         )
-        encoded = EncodedDocuments(documents, workers, train_on)
-        sources.append(PACKING[pack](encoded, seq_length))
-    identity = StreamIdentity(tuple(specs), seq_length, separator, train_on, pack, seed)
-    return BlockStream(sources, identity, on_close=workers.close)
-
-
-def open_documents(
-    source: Source,
-    *,
-    seed: int,
-    chunk_documents: int = CHUNK_DOCUMENTS,
-    bad_lines: BadLines | None = None,
-) -> Shuffled:
-    """In a true shuffle where the source can be read at any place, else in a buffered one."""
-    if source.open_items is not None:
-        return FullShuffle(source, seed=seed, bad_lines=bad_lines)
-    logger.info(
-        "%s: shuffled in chunks of up to %d documents, for it can be read in order alone",
-        shown(source.name),
-        chunk_documents,
-    )
-    return BufferedShuffle(source, seed=seed, chunk_documents=chunk_documents, bad_lines=bad_lines)
+        prefetcher = DocumentPrefetcher(documents, workers, train_on)
+        packers.append(PACKERS[pack](prefetcher, seq_len))
+    identity = StreamIdentity(tuple(specs), seq_len, separator, train_on, pack, seed)
+    return BlockStream(packers, identity, close=workers.close)

@@ -1,4 +1,4 @@
-"""Documents by themselves in the Hugging Face model: what keeping them apart is held to."""
+"""The reference for documents kept apart: each by itself in the Hugging Face model."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-IGNORED = -100
+from modules.layers.lm_head import IGNORED
 
 
-def begins_of(rows: Sequence[Sequence[int]]) -> Tensor:
-    """Of rows that are full of documents of these lengths."""
+def doc_starts_of(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Returns the starts of rows that are full of documents of these lengths: (rows, seq_len)."""
     return torch.tensor(
         [
             [sum(lengths[:number]) for number, length in enumerate(lengths) for _ in range(length)]
@@ -23,26 +23,26 @@ def begins_of(rows: Sequence[Sequence[int]]) -> Tensor:
     )
 
 
-def begins_after(tokens: Tensor, end: int) -> Tensor:
-    """Where in its row each token's document begins, if `end` is each document's last token."""
+def doc_starts_after(token_ids: Tensor, end: int) -> Tensor:
+    """Returns the starts of documents whose last token is `end`: (rows, seq_len)."""
     rows = []
-    for row in tokens.tolist():
-        begins = [0]
-        for place, before in enumerate(row[:-1]):
-            begins.append(place + 1 if before == end else begins[-1])
-        rows.append(begins)
+    for row in token_ids.tolist():
+        doc_starts = [0]
+        for index, previous in enumerate(row[:-1]):
+            doc_starts.append(index + 1 if previous == end else doc_starts[-1])
+        rows.append(doc_starts)
     return torch.tensor(rows)
 
 
-def documents_in(begins: Tensor) -> Iterator[tuple[int, slice]]:
-    """Each document's row and place there."""
-    for row, places in enumerate(begins.tolist()):
-        for start in sorted(set(places)):
-            yield row, slice(start, start + places.count(start))
+def documents_in(doc_starts: Tensor) -> Iterator[tuple[int, slice]]:
+    """Yields each document's row and its span there."""
+    for row, starts in enumerate(doc_starts.tolist()):
+        for start in sorted(set(starts)):
+            yield row, slice(start, start + starts.count(start))
 
 
 def losses_alone(model: Any, document: Tensor) -> Tensor:
-    """The losses of a document's tokens but the first; `document` is (tokens,), run by itself."""
+    """Returns the losses of a document's tokens but the first; `document` is (tokens,)."""
     logits = model(document.unsqueeze(0)).logits[0, :-1]
     return functional.cross_entropy(logits, document[1:], reduction="none")
 
@@ -50,8 +50,8 @@ def losses_alone(model: Any, document: Tensor) -> Tensor:
 class Alone(nn.Module):
     """A Hugging Face model whose loss is that of each document by itself.
 
-    `find` tells where documents begin in rows of tokens; labels are as Hugging Face has them, and a
-    document's first token is not predicted.
+    `find` returns the starts of documents in rows of tokens; labels are as Hugging Face has them,
+    and a document's first token is not predicted.
     """
 
     def __init__(self, model: Any, find: Callable[[Tensor], Tensor]) -> None:
@@ -62,9 +62,9 @@ class Alone(nn.Module):
         return SimpleNamespace(loss=self.token_losses(tokens, labels).mean())
 
     def token_losses(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Of all that are predicted."""
+        """Returns the losses of all predicted tokens."""
         losses = [
-            losses_alone(self.model, tokens[row, here])[labels[row, here][1:] != IGNORED]
-            for row, here in documents_in(self._find(tokens))
+            losses_alone(self.model, tokens[row, span])[labels[row, span][1:] != IGNORED]
+            for row, span in documents_in(self._find(tokens))
         ]
         return torch.cat(losses)

@@ -83,7 +83,7 @@ def twin(folder: Path, recipe: Recipe) -> list[dict[str, Any]]:
     scaler = torch.amp.GradScaler("cpu", init_scale=recipe.scale)
     scale, left, clean, lines = recipe.scale, recipe.hysteresis, 0, []
     blocks = open_training_stream(
-        [SourceSpec(str(folder / "a.jsonl"))], tokenizer(), seq_length=TOKENS, seed=42
+        [SourceSpec(str(folder / "a.jsonl"))], tokenizer(), seq_len=TOKENS, seed=42
     )
     nominal = recipe.accumulate * ROWS * (TOKENS - 1)
     for update in range(1, recipe.updates + 1):
@@ -93,7 +93,7 @@ def twin(folder: Path, recipe: Recipe) -> list[dict[str, Any]]:
             for replica in sums:
                 of_replica = 0.0
                 for _ in range(ROWS // REPLICAS):
-                    tokens = torch.from_numpy(blocks.next_block().tokens)
+                    tokens = torch.from_numpy(blocks.next_block().token_ids)
                     token_loss = model.loss(tokens, replica)
                     model.backward(scaler.scale(token_loss / nominal), replica)
                     of_replica += token_loss.item()

@@ -16,7 +16,7 @@ from torch import Tensor
 from monitor.metrics import read_metrics
 from pipeline_parallel.schedule.schedules import SCHEDULES
 from tests.dist import run_ranks
-from tests.documents import Alone, begins_after, losses_alone
+from tests.documents import Alone, doc_starts_after, losses_alone
 from tests.runs import Case, curve, meet_at, run_folder, train_cases
 from tests.tasks.material import make_texts, tokenizer, write_jsonl
 from tests.test_parity import (
@@ -56,7 +56,7 @@ class Trained(NamedTuple):
 
 
 def find(tokens: Tensor) -> Tensor:
-    return begins_after(tokens, END)
+    return doc_starts_after(tokens, END)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from tasks.mixture import Pack
 from tasks.source_spec import SourceSpec
 from tasks.stream import open_training_stream
 from tests.dist import run_ranks
-from tests.documents import Alone, begins_after
+from tests.documents import Alone, doc_starts_after
 from tests.runs import Case, curve, meet_at, train_cases
 from tests.tasks.material import WORDS, tokenizer
 from tests.test_parity import TOKENS, TOLERANCE, flags, make_shards, reference, worst
@@ -63,7 +63,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp("masked")
     pairs = write_pairs(folder / "pairs.jsonl")
     model = make_shards(folder, "model", "gptneox", {"num_hidden_layers": 7})
-    alone = Alone(deepcopy(model), lambda tokens: begins_after(tokens, end=0))
+    alone = Alone(deepcopy(model), lambda tokens: doc_starts_after(tokens, end=0))
     references: dict[Pack, tuple[list[float], list[float]]] = {
         "concat": reference(model, blocks(pairs, "concat"), 1, labels_of=labels_of),
         "document": reference(alone, blocks(pairs, "document"), 1, labels_of=labels_of),
@@ -78,12 +78,12 @@ def blocks(pairs: Path, pack: Pack) -> Iterator[Any]:
     stream = open_training_stream(
         [SourceSpec(str(pairs))],
         tokenizer(),
-        seq_length=TOKENS,
+        seq_len=TOKENS,
         seed=42,
         train_on="completion",
         pack=pack,
     )
-    return (stream.next_block().tokens for _ in count())
+    return (stream.next_block().token_ids for _ in count())
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -106,7 +106,7 @@ def more_cases(folder: Path, own: dict[str, Any], fp16: dict[str, Any]) -> list[
 def blocks_of(folder: Path, step: int) -> list[TokenBlock]:
     """Those of all replicas in one step."""
     spec = SourceSpec(str(folder / "a.jsonl"))
-    stream = open_training_stream([spec], tokenizer(), seq_length=TOKENS, seed=42)
+    stream = open_training_stream([spec], tokenizer(), seq_len=TOKENS, seed=42)
     blocks = iter(stream.next_block, None)
     rows = 2 * ROWS_OF_A_REPLICA
     return list(islice(blocks, (step - 1) * rows, step * rows))
@@ -140,7 +140,7 @@ def test_a_loss_that_is_not_finite_stops_every_rank(
         assert stopped.startswith(expected)
     nothing_trained_after(folder, run, BAD_STEP - 1)
     for row in rows:  # the texts begin with their number, from 0
-        text = tokenizer().decode(blocks[row].tokens)
+        text = tokenizer().decode(blocks[row].token_ids)
         for number in re.findall(r"\b1-(\d+) ", text):
             assert f"{folder / 'a.jsonl'}:{int(number) + 1}" in named
 

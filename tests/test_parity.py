@@ -108,8 +108,8 @@ def flags(folder: Path, name: str, family: str, accumulate: int) -> dict[str, An
 
 def blocks(folder: Path, pack: Pack = "concat") -> Any:
     specs = [SourceSpec(str(folder / "a.jsonl"), 0.3), SourceSpec(str(folder / "b.jsonl"), 0.7)]
-    stream = open_training_stream(specs, tokenizer(), seq_length=TOKENS, seed=42, pack=pack)
-    return (stream.next_block().tokens for _ in count())
+    stream = open_training_stream(specs, tokenizer(), seq_len=TOKENS, seed=42, pack=pack)
+    return (stream.next_block().token_ids for _ in count())
 
 
 def reference(

@@ -16,13 +16,14 @@ from tasks.preview import (
     GREEN,
     GREY,
     PLAIN,
-    SourceNumbers,
+    SourceSample,
     describe_mixture,
-    look_at,
     preview_blocks,
+    sample_source,
 )
+from tasks.shuffling.shuffle import shuffle_source
 from tasks.source_spec import SourceSpec
-from tasks.stream import open_documents, open_training_stream
+from tasks.stream import open_training_stream
 from tasks.tokenization.encoder import Encoder
 from tests.tasks.material import make_texts, tokenizer, write_jsonl
 
@@ -56,11 +57,11 @@ def test_the_blocks_are_those_of_training(folder: Path, capsys: pytest.CaptureFi
         SourceSpec(str(folder / "pairs.jsonl"), 1),
         SourceSpec(str(folder / "text.jsonl.zst"), 3),
     ]
-    stream = open_training_stream(specs, tokenizer(), seq_length=16, seed=42)
+    stream = open_training_stream(specs, tokenizer(), seq_len=16, seed=42)
     for number in range(1, 4):
         block = stream.next_block()
-        first = tokenizer().decode(block.tokens[:1])
-        rest = tokenizer().decode(block.tokens[1:])
+        first = tokenizer().decode(block.token_ids[:1])
+        rest = tokenizer().decode(block.token_ids[1:])
         assert f"block {number}: 16 tokens, 15 trained; from {', '.join(block.documents)}\n" in out
         assert f"[-{first}-]{rest}\n" in out
 
@@ -69,7 +70,7 @@ def test_what_is_not_trained_is_marked(folder: Path) -> None:
     stream = open_training_stream(
         [SourceSpec(str(folder / "pairs.jsonl"))],
         tokenizer(),
-        seq_length=64,
+        seq_len=64,
         seed=1,
         train_on="completion",
     )
@@ -87,7 +88,7 @@ def test_what_is_not_trained_is_marked(folder: Path) -> None:
 def test_text_does_not_command_the_terminal(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["fox\x1b[90m\r\x07\x9b\tdog\né"])
     for colour in (False, True):
-        stream = open_training_stream([SourceSpec(str(path))], tokenizer(), seq_length=64, seed=1)
+        stream = open_training_stream([SourceSpec(str(path))], tokenizer(), seq_len=64, seed=1)
         text = list(preview_blocks(stream, tokenizer(), 1, colour=colour))[1]
         assert "\\x1b[90m\\r\\x07\\x9b\tdog\né<eos>" in text
         controls = {char for char in text if ord(char) < 32 or 127 <= ord(char) < 160}
@@ -112,11 +113,11 @@ def test_the_mixture_is_counted(folder: Path, capsys: pytest.CaptureFixture[str]
 
 def test_a_sample_is_told_from_the_whole() -> None:
     numbers = [
-        SourceNumbers(
-            name, documents=10, tokens=100, trained=50, is_all=False, lines=lines, blocks=10,
-            is_least=is_least,
+        SourceSample(
+            name, num_documents=10, num_tokens=100, num_trained_tokens=50, num_blocks=10,
+            is_complete=False, num_rows=num_rows, has_more_rows=has_more,
         )
-        for name, lines, is_least in (("a", 1000, False), ("b", 500, True))
+        for name, num_rows, has_more in (("a", 1000, False), ("b", 500, True))
     ]  # fmt: skip
     _, first, second = describe_mixture(numbers, [0.5, 0.5], run_blocks=4000).splitlines()
     assert first.split() == ["50.0%", "~1,000", "~10,000", "~5,000", "~2.00", "a"]
@@ -126,22 +127,28 @@ def test_a_sample_is_told_from_the_whole() -> None:
 def test_what_is_read_in_order_is_counted(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl.zst", ["fox dog"] * 70)
     encoder = Encoder(tokenizer())
-    for seconds, lines, is_least in ((10.0, 70, False), (-1.0, 1, True)):
-        documents = open_documents(open_source(str(path)), seed=1)
-        numbers = look_at(documents, encoder, seq_length=16, sample=20, count_seconds=seconds)
-        assert (numbers.documents, numbers.lines, numbers.is_least) == (20, lines, is_least)
+    for seconds, num_rows, has_more in ((10.0, 70, False), (-1.0, 1, True)):
+        documents = shuffle_source(open_source(str(path)), seed=1)
+        numbers = sample_source(
+            documents, encoder, seq_len=16, max_documents=20, count_seconds=seconds
+        )
+        assert (numbers.num_documents, numbers.num_rows, numbers.has_more_rows) == (
+            20,
+            num_rows,
+            has_more,
+        )
 
 
 def test_padding_is_counted_in_the_epochs(tmp_path: Path) -> None:
     """Documents of 9 tokens, of which one fits into a block of 16."""
     path = write_jsonl(tmp_path / "a.jsonl", [" fox" * 8] * 40)
-    documents = open_documents(open_source(str(path)), seed=1)
-    numbers = look_at(documents, Encoder(tokenizer()), seq_length=16, pack="document")
-    assert numbers.tokens == 40 * 9
+    documents = shuffle_source(open_source(str(path)), seed=1)
+    numbers = sample_source(documents, Encoder(tokenizer()), seq_len=16, pack="document")
+    assert numbers.num_tokens == 40 * 9
     row = describe_mixture([numbers], [1.0], run_blocks=80).splitlines()[1]
     assert row.split()[4] == "2.00"
     stream = open_training_stream(
-        [SourceSpec(str(path))], tokenizer(), seq_length=16, seed=1, pack="document"
+        [SourceSpec(str(path))], tokenizer(), seq_len=16, seed=1, pack="document"
     )
     heading, text = preview_blocks(stream, tokenizer(), 1, colour=False)
     assert heading.startswith("block 1: 16 tokens, 8 trained, 7 of padding; from ")
@@ -160,19 +167,20 @@ def test_epochs_are_those_that_a_run_makes(tmp_path: Path, pack: Pack, rows: int
     stream = open_training_stream(
         [SourceSpec(str(path))],
         tokenizer(),
-        seq_length=16,
+        seq_len=16,
         seed=1,
         train_on="completion",
         pack=pack,
     )
-    blocks = 1000
+    blocks = 3000
     for _ in range(blocks):
         stream.next_block()
-    (read,) = stream.counts()
-    documents = open_documents(open_source(str(path)), seed=1)
-    numbers = look_at(documents, encoder, seq_length=16, pack=pack)
+    (source,) = stream.state()["sources"]
+    read = source["documents"]["epoch"] * rows + source["documents"]["position"]
+    documents = shuffle_source(open_source(str(path)), seed=1)
+    numbers = sample_source(documents, encoder, seq_len=16, pack=pack)
     told = describe_mixture([numbers], [1.0], run_blocks=blocks).splitlines()[1].split()[4]
-    assert float(told) == pytest.approx(read.documents / rows, rel=0.03)
+    assert float(told) == pytest.approx(read / rows, rel=0.03)
 
 
 def test_a_sample_of_huge_documents_is_small(
@@ -180,9 +188,9 @@ def test_a_sample_of_huge_documents_is_small(
 ) -> None:
     monkeypatch.setattr(preview, "SAMPLE_TOKENS", 100)
     path = write_jsonl(tmp_path / "a.jsonl", [" fox" * 39] * 10)
-    documents = open_documents(open_source(str(path)), seed=1)
-    numbers = look_at(documents, Encoder(tokenizer()), seq_length=16)
-    assert (numbers.documents, numbers.tokens, numbers.is_all) == (3, 120, False)
+    documents = shuffle_source(open_source(str(path)), seed=1)
+    numbers = sample_source(documents, Encoder(tokenizer()), seq_len=16)
+    assert (numbers.num_documents, numbers.num_tokens, numbers.is_complete) == (3, 120, False)
 
 
 def test_a_mistake_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,7 @@ Taken = list[dict[str, np.ndarray]]
 def stream_of(path: Path, workers: int) -> BlockStream:
     specs = [SourceSpec(str(path / "a.jsonl"), 0.4), SourceSpec(str(path / "b.jsonl.zst"), 0.6)]
     return open_training_stream(
-        specs, tokenizer(), seq_length=TOKENS, seed=3, pack="document", num_workers=workers
+        specs, tokenizer(), seq_len=TOKENS, seed=3, pack="document", num_workers=workers
     )
 
 
@@ -88,8 +88,8 @@ def test_tokens_do_not_depend_on_the_shape(folder: Path) -> None:
             mine = slice(topology.replica * share, (topology.replica + 1) * share)
             assert len(shapes[number]) == BATCHES
             for batch, rows in zip(expected, shapes[number], strict=True):
-                wanted = {"begins": batch.begins}
-                wanted |= {"tokens": batch.tokens} if topology.stage == 0 else {}
+                wanted = {"doc_starts": batch.doc_starts}
+                wanted |= {"token_ids": batch.token_ids} if topology.stage == 0 else {}
                 wanted |= {"labels": batch.labels} if topology.stage == stages - 1 else {}
                 assert rows.keys() == wanted.keys()
                 for name, array in wanted.items():

@@ -255,8 +255,8 @@ def old_hf(family: str, folder: Path) -> Any:
 def first_loss(model: Any, data: Path) -> float:
     """Of the model on the blocks of the first iteration."""
     sources = [SourceSpec(str(data))]
-    stream = open_training_stream(sources, small_tokenizer(), seq_length=TOKENS, seed=42)
-    blocks = islice((stream.next_block().tokens for _ in iter(int, 1)), ROWS)
+    stream = open_training_stream(sources, small_tokenizer(), seq_len=TOKENS, seed=42)
+    blocks = islice((stream.next_block().token_ids for _ in iter(int, 1)), ROWS)
     tokens = torch.from_numpy(np.stack(list(blocks)))
     return float(model(tokens, labels=tokens).loss.item())
 

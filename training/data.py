@@ -15,10 +15,11 @@ from tasks.evaluation_sets import parse_evaluation_data
 from tasks.loader import BatchLoader
 from tasks.mixture import BlockStream
 from tasks.open import open_source
-from tasks.packing.blocks import Batch
-from tasks.preview import describe_mixture, look_at, preview_blocks
+from tasks.packing.blocks import TokenBatch
+from tasks.preview import describe_mixture, preview_blocks, sample_source
+from tasks.shuffling.shuffle import shuffle_source
 from tasks.sources.bad_lines import BadLines
-from tasks.stream import open_documents, open_training_stream
+from tasks.stream import open_training_stream
 from tasks.tokenization.encoder import Encoder
 from tasks.tokenization.tokenizer import check_vocabulary, load_tokenizer
 
@@ -42,7 +43,7 @@ class TrainingData:
             stream.restore(state)
         return BatchLoader(stream, rows=self._rows)
 
-    def open_evaluation(self) -> dict[str, Iterator[Batch]]:
+    def open_evaluation(self) -> dict[str, Iterator[TokenBatch]]:
         """Each set of held-out text from its beginning, by name; none where none is asked for."""
         given = self._settings.data.evaluation_data
         sets = [] if given is None else parse_evaluation_data(given)
@@ -53,12 +54,12 @@ class TrainingData:
         for batches in self.open_evaluation().values():
             next(batches)
 
-    def _batches_of(self, source: str) -> Iterator[Batch]:
+    def _batches_of(self, source: str) -> Iterator[TokenBatch]:
         data, update = self._settings.data, self._settings.update
         return evaluation_batches(
             source,
             self.tokenizer,
-            seq_length=update.seq_length,
+            seq_len=update.seq_length,
             rows=self._rows,
             separator=data.doc_separator,
             train_on=data.train_on,
@@ -75,19 +76,19 @@ def preview_data(settings: Settings, *, num_blocks: int, colour: bool) -> Iterat
     stream = _open_stream(settings, tokenizer, num_workers=0)
     yield from preview_blocks(stream, tokenizer, num_blocks, colour=colour)
     encoder = Encoder(tokenizer, data.doc_separator, data.train_on)
-    numbers = [
-        look_at(
-            open_documents(
+    samples = [
+        sample_source(
+            shuffle_source(
                 open_source(source.name), seed=update.seed, bad_lines=_bad_lines(settings)
             ),
             encoder,
-            seq_length=update.seq_length,
+            seq_len=update.seq_length,
             pack=data.pack,
         )
         for source in data.sources
     ]
     rows = update.total_steps * update.batch_size * settings.parallel.data_group_size
-    yield describe_mixture(numbers, stream.weights(), run_blocks=rows)
+    yield describe_mixture(samples, stream.weights(), run_blocks=rows)
 
 
 def _open_stream(settings: Settings, tokenizer: Any, *, num_workers: int) -> BlockStream:
@@ -95,7 +96,7 @@ def _open_stream(settings: Settings, tokenizer: Any, *, num_workers: int) -> Blo
     return open_training_stream(
         data.sources,
         tokenizer,
-        seq_length=settings.update.seq_length,
+        seq_len=settings.update.seq_length,
         seed=settings.update.seed,
         separator=data.doc_separator,
         train_on=data.train_on,

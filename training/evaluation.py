@@ -16,7 +16,7 @@ from monitor.metrics import HeldOut, SetLoss
 from pipeline_parallel.batch_scatter import BatchScatter, scatter_evaluation
 from pipeline_parallel.engine import Engine
 from pipeline_parallel.microbatch import PipelineBatch
-from tasks.packing.blocks import Batch
+from tasks.packing.blocks import TokenBatch
 from training.step_totals import StepTotals, TotalsReducer
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Evaluation:
     scatter: BatchScatter
     engine: Engine
     totals: TotalsReducer
-    open_sets: Callable[[], Mapping[str, Iterator[Batch]]] | None
+    open_sets: Callable[[], Mapping[str, Iterator[TokenBatch]]] | None
     stop: StopRequest
 
     def run(self, *, may_stop: bool) -> HeldOut | StopCause:
@@ -61,7 +61,9 @@ class Evaluation:
             {name: SetLoss(one.loss / one.tokens, one.tokens) for name, one in named.items()},
         )
 
-    def _run_set(self, name: str, batches: Iterator[Batch] | None, *, may_stop: bool) -> StepTotals:
+    def _run_set(
+        self, name: str, batches: Iterator[TokenBatch] | None, *, may_stop: bool
+    ) -> StepTotals:
         """The sums over one set, or over what of it came before a request to stop; rank 0 has its
         batches."""
         if batches is not None and may_stop:  # the others end where rank 0's batches end

@@ -10,6 +10,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from common.files import read_json_object, write_json
+from common.text import one_line
 
 COMPANIONS = (
     "tokenizer*",
@@ -77,7 +78,7 @@ def _download(model_name: str, flag: str, patterns: Sequence[str]) -> Path:
             model_name, allow_patterns=list(patterns), ignore_patterns=["*/*"]
         )
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise ValueError(
             f"{flag} {model_name}: no such folder, and not to be had from the hub: {reason}"
         ) from error

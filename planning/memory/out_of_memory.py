@@ -55,6 +55,7 @@ def _describe(planned: StageMemory) -> str:
     return (
         f"by --plan this rank holds {format_bytes(planned.weights)} of weights, "
         f"{format_bytes(planned.gradients)} of gradients, {format_bytes(planned.optimizer)} of "
-        f"masters and moments, {copied}and up to {format_bytes(planned.activations)} of activations "
-        f"and temporary tensors ({planned.held} microbatches): {format_bytes(planned.peak)}"
+        f"masters and moments, {copied}and up to {format_bytes(planned.activations)} of "
+        f"activations and temporary tensors ({planned.held} microbatches): "
+        f"{format_bytes(planned.peak)}"
     )

@@ -1,9 +1,9 @@
-"""Blocks that keep documents apart: each stands in one block whole, if it is not longer than one.
+"""Packs documents into blocks, and keeps them apart: none is cut unless it exceeds a block.
 
-Documents are taken in groups of some blocks' tokens, and fitted into blocks there, the longest
-first, each where it leaves the least room (best-fit decreasing, as Ding et al., Fewer Truncations
-Improve Language Modeling, arXiv 2404.10830). What stays empty is padding. A document longer than a
-block is cut into pieces, which are then as documents of their own.
+Documents are read in groups, as many as fill some blocks, and a group is packed by best-fit
+decreasing: the longest document first, each into the block where it leaves the least space (Ding et
+al., Fewer Truncations Improve Language Modeling, arXiv 2404.10830). The rest of a block is padding.
+A document longer than a block is cut into segments, which are packed as documents.
 """
 
 from __future__ import annotations
@@ -17,124 +17,116 @@ from typing import NamedTuple
 import numpy as np
 
 from tasks.packing.blocks import TokenBlock, empty_block
-from tasks.packing.concat import PackedSource
-from tasks.tokenization.encoder import Encoded
-from tasks.tokenization.prefetch import EncodedDocument, EncodedDocuments
+from tasks.packing.concat import Packer
+from tasks.tokenization.encoder import EncodedDocument
+from tasks.tokenization.prefetch import DocumentPrefetcher
 
 GROUP_BLOCKS = 32
 
 
-class _Piece(NamedTuple):
-    """A document, or what of it stands in one block; `begins`: it is the document's first."""
+class _Segment(NamedTuple):
+    """A document, or the part of it that stands in one block."""
 
-    encoded: Encoded
-    where: str
-    begins: bool
+    encoded: EncodedDocument
+    origin: str
 
 
-class DocumentSource(PackedSource):
-    """Documents apart; `used` counts the blocks of the group that is part-used."""
+class BestFitPacker(Packer):
+    """Keeps documents apart; `used` counts the used blocks of the current group."""
 
-    def __init__(self, documents: EncodedDocuments, seq_length: int) -> None:
-        super().__init__(documents, seq_length)
-        self._group: deque[tuple[TokenBlock, int]] = deque()
+    def __init__(self, documents: DocumentPrefetcher, seq_len: int) -> None:
+        super().__init__(documents, seq_len)
+        self._group: deque[TokenBlock] = deque()
 
     def _pack(self) -> TokenBlock:
         if not self._group:
-            documents = self._read_group()
-            self._before, self._used = documents[0].before, 0
-            self._epoch = documents[-1].epoch
-        block, begun = self._group.popleft()
+            self._read_group()
+            self._used = 0
         self._used += 1
-        self._num_documents += begun
-        return block
+        return self._group.popleft()
 
-    def _read_group(self) -> list[EncodedDocument]:
+    def _read_group(self) -> None:
         documents = []
-        room = GROUP_BLOCKS * self._seq_length
-        while room > 0:
+        space = GROUP_BLOCKS * self._seq_len
+        while space > 0:
             documents.append(self._documents.next())
-            room -= len(documents[-1].encoded.tokens)
-        texts = [(document.encoded, document.where) for document in documents]
-        self._group = deque(_pack_group(texts, self._seq_length))
-        return documents
+            space -= len(documents[-1].encoded.token_ids)
+        self._state_before, self._epoch = documents[0].state_before, documents[-1].epoch
+        segments = [_Segment(document.encoded, document.origin) for document in documents]
+        self._group = deque(_pack_group(segments, self._seq_len))
 
-    def _take_up(self, used: int) -> None:
+    def _reread(self) -> None:
         self._group.clear()
-        self._used = used
-        if not used:
+        if not self._used:
             return
         self._read_group()
-        if used > len(self._group):
-            raise self._documents.source.empty_error("changed since the checkpoint")
-        for _ in range(used):
+        if self._used > len(self._group):
+            raise self._documents.source.changed_error("its documents are shorter than they were")
+        for _ in range(self._used):
             self._group.popleft()
 
 
-def pack_apart_once(encoded: Iterable[Encoded], seq_length: int) -> Iterator[TokenBlock]:
-    """Packs documents apart, once, as `tasks.packing.concat.pack_once` does end to end."""
-    group: list[tuple[Encoded, str]] = []
-    room = GROUP_BLOCKS * seq_length
-    for document in encoded:
-        group.append((document, ""))
-        room -= len(document.tokens)
-        if room <= 0:
-            yield from _trained(group, seq_length)
-            group, room = [], GROUP_BLOCKS * seq_length
-    yield from _trained(group, seq_length)
+def pack_best_fit(documents: Iterable[EncodedDocument], seq_len: int) -> Iterator[TokenBlock]:
+    """Packs documents in groups, once; skips blocks that train no token."""
+    group: list[_Segment] = []
+    space = GROUP_BLOCKS * seq_len
+    for document in documents:
+        group.append(_Segment(document, ""))
+        space -= len(document.token_ids)
+        if space <= 0:
+            yield from _trained_blocks(group, seq_len)
+            group, space = [], GROUP_BLOCKS * seq_len
+    yield from _trained_blocks(group, seq_len)
 
 
-def _trained(group: Sequence[tuple[Encoded, str]], seq_length: int) -> Iterator[TokenBlock]:
-    for block, _ in _pack_group(group, seq_length):
+def _trained_blocks(group: Sequence[_Segment], seq_len: int) -> Iterator[TokenBlock]:
+    for block in _pack_group(group, seq_len):
         if block.predicted.any():
             yield replace(block, documents=())
 
 
-def _pack_group(
-    documents: Sequence[tuple[Encoded, str]], seq_length: int
-) -> list[tuple[TokenBlock, int]]:
-    """Blocks, in the order of their first documents, each with how many documents begin there."""
-    pieces = [piece for encoded, where in documents for piece in _cut(encoded, where, seq_length)]
-    fitted = fit([len(piece.encoded.tokens) for piece in pieces], seq_length)
-    return [_block([pieces[index] for index in indices], seq_length) for indices in fitted]
+def _pack_group(documents: Sequence[_Segment], seq_len: int) -> list[TokenBlock]:
+    """Returns the blocks of a group, in the order of their first documents."""
+    segments = [segment for document in documents for segment in _cut(document, seq_len)]
+    bins = fit([len(segment.encoded.token_ids) for segment in segments], seq_len)
+    return [_make_block([segments[index] for index in indices], seq_len) for indices in bins]
 
 
-def _cut(encoded: Encoded, where: str, seq_length: int) -> Iterator[_Piece]:
-    for start in range(0, len(encoded.tokens), seq_length):
-        here = slice(start, start + seq_length)
-        part = Encoded(encoded.tokens[here], encoded.trained[here])
-        yield _Piece(part, where, begins=start == 0)
+def _cut(document: _Segment, seq_len: int) -> Iterator[_Segment]:
+    token_ids, trained = document.encoded
+    for start in range(0, len(token_ids), seq_len):
+        part = slice(start, start + seq_len)
+        yield _Segment(EncodedDocument(token_ids[part], trained[part]), document.origin)
 
 
-def fit(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Which of `lengths`, of 1 to `room` each, go together into bins of `room`.
+def fit(lengths: Sequence[int], bin_size: int) -> list[list[int]]:
+    """Fits `lengths`, of 1 to `bin_size` each, into bins, and returns the indices in each bin.
 
-    The longest go first, the first of equals before the others, each to the bin that it fills best.
-    Bins hold indices in rising order, and stand in the order of their first.
+    The longest goes first (of equal ones the first), each into the bin that it fills best. The
+    indices in a bin rise, and the bins are in the order of their first.
     """
     bins: list[list[int]] = []
-    left: list[tuple[int, int]] = []  # room left and number of each bin, in rising order
+    free: list[tuple[int, int]] = []  # free space and number of each bin, in rising order
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        place = bisect_left(left, (lengths[index], -1))
-        if place < len(left):
-            free, number = left.pop(place)
+        position = bisect_left(free, (lengths[index], -1))
+        if position < len(free):
+            space, number = free.pop(position)
         else:
-            free, number = room, len(bins)
+            space, number = bin_size, len(bins)
             bins.append([])
         bins[number].append(index)
-        insort(left, (free - lengths[index], number))
+        insort(free, (space - lengths[index], number))
     return sorted(sorted(indices) for indices in bins)
 
 
-def _block(pieces: Sequence[_Piece], seq_length: int) -> tuple[TokenBlock, int]:
-    block, begins = empty_block(seq_length), np.empty(seq_length, dtype=np.int64)
+def _make_block(segments: Sequence[_Segment], seq_len: int) -> TokenBlock:
+    block, doc_starts = empty_block(seq_len), np.empty(seq_len, dtype=np.int64)
     filled = 0
-    for piece in pieces:
-        here = slice(filled, filled + len(piece.encoded.tokens))
-        block.tokens[here], block.trained[here] = piece.encoded
-        begins[here] = filled
-        filled = here.stop
-    begins[filled:] = filled
-    documents = tuple(piece.where for piece in pieces)
-    block = replace(block, documents=documents, padding=seq_length - filled, begins=begins)
-    return block, sum(piece.begins for piece in pieces)
+    for segment in segments:
+        target = slice(filled, filled + len(segment.encoded.token_ids))
+        block.token_ids[target], block.trained[target] = segment.encoded
+        doc_starts[target] = filled
+        filled = target.stop
+    doc_starts[filled:] = filled
+    origins = tuple(segment.origin for segment in segments)
+    return replace(block, documents=origins, padding=seq_len - filled, doc_starts=doc_starts)

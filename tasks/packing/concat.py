@@ -1,7 +1,7 @@
-"""Blocks of one source: what packs them, and documents packed end to end.
+"""Packs documents into blocks end to end.
 
-A block is filled to the last token; what a document has left opens the next block. For blocks that
-keep documents apart see `tasks.packing.best_fit`.
+Every block is full; the rest of a document opens the next block. `tasks.packing.best_fit` keeps
+documents apart.
 """
 
 from __future__ import annotations
@@ -12,134 +12,114 @@ from dataclasses import replace
 
 from tasks.packing.blocks import TokenBlock, empty_block
 from tasks.sources.base import State
-from tasks.tokenization.encoder import Encoded
-from tasks.tokenization.prefetch import EncodedDocument, EncodedDocuments
+from tasks.tokenization.encoder import EncodedDocument
+from tasks.tokenization.prefetch import DocumentPrefetcher, PrefetchedDocument
 
 
-class PackedSource(ABC):
-    """The blocks of one source, without end.
+class Packer(ABC):
+    """The blocks of one source, endless.
 
-    The state is the documents' before some document, and how much was `used` from there on.
+    The state is the source's before a document, and how much was `used` from that document on.
     """
 
-    def __init__(self, documents: EncodedDocuments, seq_length: int) -> None:
-        self._documents, self._seq_length = documents, seq_length
-        self._before = documents.state()
-        self._used = self._epoch = self._num_documents = self._num_blocks = 0
+    def __init__(self, documents: DocumentPrefetcher, seq_len: int) -> None:
+        self._documents, self._seq_len = documents, seq_len
+        self._state_before = documents.state()
+        self._used = self._epoch = 0
 
     def next_block(self) -> TokenBlock:
-        """The next block that trains any token; those that train none are passed over.
+        """Returns the next block that trains any token; the others are skipped.
 
         Raises:
-            ValueError: A line is no document, or a whole epoch yields no token to train.
+            ValueError: A line is no document, or an epoch yields no token to train.
         """
-        passed_over_in: int | None = None
+        first_skipped: int | None = None  # epoch
         while not (block := self._pack()).predicted.any():
-            passed_over_in = self._epoch if passed_over_in is None else passed_over_in
-            if self._epoch > passed_over_in + 1:
-                raise self._documents.source.empty_error(
+            first_skipped = self._epoch if first_skipped is None else first_skipped
+            if self._epoch > first_skipped + 1:
+                raise self._documents.source.error(
                     f"yields no token to train (--train-on {self._documents.train_on})"
                 )
-        self._num_blocks += 1
         return block
 
     @abstractmethod
     def _pack(self) -> TokenBlock:
-        """The next block, whatever it trains."""
-
-    def _next_document(self) -> EncodedDocument:
-        found = self._documents.next()
-        self._epoch = found.epoch
-        self._num_documents += 1
-        return found
+        """Returns the next block, whether or not it trains any token."""
 
     def state(self) -> State:
-        """What `restore` needs to go on with the next block."""
-        return {
-            "documents": self._before,
-            "used": self._used,
-            "num_documents": self._num_documents,
-            "num_blocks": self._num_blocks,
-            "epoch": self._epoch,
-        }
+        """Returns the state from which `restore` continues with the next block."""
+        return {"documents": self._state_before, "used": self._used, "epoch": self._epoch}
 
     def restore(self, state: State) -> None:
-        """Goes to where `state` was taken, reading again what was in use there.
+        """Returns to `state`, reading the documents in use again.
 
         Raises:
-            ValueError: The source is not the one that the state was taken from.
+            ValueError: The files differ from those of the state.
         """
         self._documents.restore(state["documents"])
-        self._before = state["documents"]
-        self._take_up(state["used"])
-        self._num_documents, self._num_blocks = state["num_documents"], state["num_blocks"]
+        self._state_before = state["documents"]
+        self._used = state["used"]
+        self._reread()
         self._epoch = state["epoch"]
 
     @abstractmethod
-    def _take_up(self, used: int) -> None:
-        """Goes on after what was `used` from `_before` on, where the documents stand."""
+    def _reread(self) -> None:
+        """Reads the documents in use, of which `_used` were used; the source is before them."""
 
 
-class ConcatenatedSource(PackedSource):
-    """Documents end to end; `used` counts the tokens of the document that is part-used."""
+class ConcatPacker(Packer):
+    """Packs documents end to end; `used` counts the used tokens of the current document."""
 
-    def __init__(self, documents: EncodedDocuments, seq_length: int) -> None:
-        super().__init__(documents, seq_length)
-        self._document: EncodedDocument | None = None
+    def __init__(self, documents: DocumentPrefetcher, seq_len: int) -> None:
+        super().__init__(documents, seq_len)
+        self._document: PrefetchedDocument | None = None
 
     def _pack(self) -> TokenBlock:
-        block = empty_block(self._seq_length)
-        documents: list[str] = []
+        block = empty_block(self._seq_len)
+        origins: list[str] = []
         filled = 0
-        while filled < self._seq_length:
-            document = self._with_some_left()
-            if not documents or documents[-1] != document.where:
-                documents.append(document.where)
-            copied = _copy(document.encoded, self._used, block, filled)
+        while filled < self._seq_len:
+            document = self._unfinished_document()
+            if not origins or origins[-1] != document.origin:
+                origins.append(document.origin)
+            copied = _copy_tokens(document.encoded, self._used, block, filled)
             filled, self._used = filled + copied, self._used + copied
-        return replace(block, documents=tuple(documents), padding=0)
+        return replace(block, documents=tuple(origins), padding=0)
 
-    def _with_some_left(self) -> EncodedDocument:
-        if self._document is None or self._used == len(self._document.encoded.tokens):
-            self._document, self._used = self._next_document(), 0
-            self._before = self._document.before
+    def _unfinished_document(self) -> PrefetchedDocument:
+        if self._document is None or self._used == len(self._document.encoded.token_ids):
+            self._document, self._used = self._documents.next(), 0
+            self._state_before, self._epoch = self._document.state_before, self._document.epoch
         return self._document
 
-    def _take_up(self, used: int) -> None:
-        self._document, self._used = None, used
-        if not used:
-            return
-        self._document = self._documents.next()
-        if used > len(self._document.encoded.tokens):
-            raise self._documents.source.empty_error("changed since the checkpoint")
+    def _reread(self) -> None:
+        self._document = self._documents.next() if self._used else None
+        if self._document is not None and self._used > len(self._document.encoded.token_ids):
+            raise self._documents.source.changed_error("a document is shorter than it was")
 
 
-def _copy(encoded: Encoded, used: int, block: TokenBlock, filled: int) -> int:
-    """What of a document is not used yet, to the block as far as there is room: how much."""
-    count = min(len(encoded.tokens) - used, len(block.tokens) - filled)
-    here, there = slice(filled, filled + count), slice(used, used + count)
-    block.tokens[here], block.trained[here] = encoded.tokens[there], encoded.trained[there]
+def _copy_tokens(document: EncodedDocument, used: int, block: TokenBlock, filled: int) -> int:
+    """Copies the unused tokens of a document into the free space of a block; returns how many."""
+    count = min(len(document.token_ids) - used, len(block.token_ids) - filled)
+    target, source = slice(filled, filled + count), slice(used, used + count)
+    block.token_ids[target] = document.token_ids[source]
+    block.trained[target] = document.trained[source]
     return count
 
 
-def pack_once(encoded: Iterable[Encoded], seq_length: int) -> Iterator[TokenBlock]:
-    """Packs documents in order, once; the last block is padded.
-
-    Blocks that train no token are left out.
-    """
-    for block in _pack_all(encoded, seq_length):
-        if block.predicted.any():
-            yield block
+def pack_concat(documents: Iterable[EncodedDocument], seq_len: int) -> Iterator[TokenBlock]:
+    """Packs documents in order, once; skips blocks that train no token, and pads the last."""
+    return (block for block in _fill_blocks(documents, seq_len) if block.predicted.any())
 
 
-def _pack_all(documents: Iterable[Encoded], seq_length: int) -> Iterator[TokenBlock]:
-    block, filled = empty_block(seq_length), 0
-    for encoded in documents:
+def _fill_blocks(documents: Iterable[EncodedDocument], seq_len: int) -> Iterator[TokenBlock]:
+    block, filled = empty_block(seq_len), 0
+    for document in documents:
         used = 0
-        while used < len(encoded.tokens):
-            copied = _copy(encoded, used, block, filled)
+        while used < len(document.token_ids):
+            copied = _copy_tokens(document, used, block, filled)
             used, filled = used + copied, filled + copied
-            if filled == seq_length:
+            if filled == seq_len:
                 yield replace(block, padding=0)
-                block, filled = empty_block(seq_length), 0
-    yield replace(block, padding=seq_length - filled)
+                block, filled = empty_block(seq_len), 0
+    yield replace(block, padding=seq_len - filled)

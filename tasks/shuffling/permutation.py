@@ -1,4 +1,4 @@
-"""Shuffled orders of any length that need neither memory nor what came before."""
+"""Shuffled orders of any length that are computed per position, without memory."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from numpy.typing import NDArray
 from common.seeds import derive_seed
 
 _ROUNDS = 8
-_CHUNK = 1024  # positions that are looked up at once
+_BLOCK = 1024  # positions that are computed at once
 
 
 class Permutation:
-    """The numbers 0 to size - 1 in an order that `seed` alone says.
+    """The numbers 0 to size - 1 in an order that depends on `seed` alone.
 
-    A Feistel network over the next power of four; where it leads outside, it is followed on until
-    it is back (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002).
+    A Feistel network permutes the numbers below the next power of four; it is applied again to
+    results of `size` or more (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002).
     """
 
     def __init__(self, size: int, seed: int) -> None:
@@ -24,30 +24,30 @@ class Permutation:
         self._half, self._mask = np.uint64(half), np.uint64((1 << half) - 1)
         keys = [derive_seed(seed, "round", number) for number in range(_ROUNDS)]
         self._keys = np.array(keys, dtype=np.uint64)
-        self._start, self._found = 0, list[int]()
+        self._start, self._block = 0, list[int]()
 
     def __getitem__(self, position: int) -> int:
-        """Which number stands at `position`; those after it are then at hand."""
-        if not 0 <= position - self._start < len(self._found):
+        """Returns the number at `position`; caches those of the positions after it."""
+        if not 0 <= position - self._start < len(self._block):
             self._start = position
-            self._found = self._look_up(position, min(position + _CHUNK, self._size)).tolist()
-        return self._found[position - self._start]
+            self._block = self._compute(position, min(position + _BLOCK, self._size)).tolist()
+        return self._block[position - self._start]
 
-    def _look_up(self, start: int, stop: int) -> NDArray[np.uint64]:
-        numbers = self._walk(np.arange(start, stop, dtype=np.uint64))
-        while (outside := numbers >= self._size).any():
-            numbers[outside] = self._walk(numbers[outside])
+    def _compute(self, start: int, stop: int) -> NDArray[np.uint64]:
+        numbers = self._permute(np.arange(start, stop, dtype=np.uint64))
+        while (is_outside := numbers >= self._size).any():
+            numbers[is_outside] = self._permute(numbers[is_outside])
         return numbers
 
-    def _walk(self, numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    def _permute(self, numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
         left, right = numbers >> self._half, numbers & self._mask
         for key in self._keys:
-            left, right = right, left ^ (_mixed(right ^ key) & self._mask)
+            left, right = right, left ^ (_mix(right ^ key) & self._mask)
         return left << self._half | right
 
 
-def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """splitmix64's finaliser (Steele, Lea and Flood, 2014)."""
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Mixes bits as splitmix64's finaliser (Steele, Lea and Flood, 2014)."""
     values = (values ^ values >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ values >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return values ^ values >> np.uint64(31)

@@ -1,4 +1,4 @@
-"""What a source of documents is made of, whatever its format."""
+"""Documents, and the interfaces of the files that they are read from, whatever the format."""
 
 from __future__ import annotations
 
@@ -10,41 +10,46 @@ from typing import Any, NamedTuple, Protocol
 
 from common.text import shown
 
+State = dict[str, Any]  # of a source or stream, serialisable as JSON
+
+# Bytes of each end of a file that a digest covers: an edit that keeps the size mostly shows there.
+DIGEST_BYTES = 1 << 16
+
 
 class ChatMessage(NamedTuple):
-    """What one side says in a conversation; `role` is user, assistant or system."""
+    """A turn of a conversation; `role` is user, assistant or system."""
 
     role: str
     content: str
 
 
 class Document(NamedTuple):
-    """A text, and where it stands ("file:line"), for messages.
+    """A text, and its origin ("file:line"), for messages.
 
-    completions: which characters of the text answer the others, as (start, end); None: not said.
-    messages: a conversation in place of the text, which the tokenizer's chat template is to make.
+    completions: the characters of the text that answer the others, as (start, end); None: unknown.
+    messages: a conversation in place of the text, which the tokenizer's chat template renders.
     """
 
     text: str
-    where: str
+    origin: str
     completions: tuple[tuple[int, int], ...] | None = None
     messages: tuple[ChatMessage, ...] | None = None
 
+    @property
+    def num_characters(self) -> int:
+        """Returns the length of its text, or of its messages."""
+        return len(self.text) + sum(len(message.content) for message in self.messages or ())
+
 
 class BadLineError(ValueError):
-    """A line that is no document; the text is one line that names file, line and reason."""
+    """A line that is no document; its text is a single line that names file, line and reason."""
 
 
-def one_line(error: Exception) -> str:
-    """What a library says, as it may stand in a message."""
-    return " ".join(str(error).split()) or type(error).__name__
+class DocumentRecord(NamedTuple):
+    """A document or bad line of a file, and the position after it, from where reading continues.
 
-
-class Record(NamedTuple):
-    """A document, or a bad line, as a file yields it, with the place right after it, from where to
-    read on.
-
-    `offset` and `line` mean something to the file alone; `size` is about its bytes in memory.
+    size: about its bytes in memory.
+    offset, line: of the position; only the file knows their unit.
     """
 
     document: Document | BadLineError
@@ -54,96 +59,93 @@ class Record(NamedTuple):
 
 
 class SourceFile(Protocol):
-    """One file of a source, read in order from any place that a record named."""
+    """One file of a source, read in order from the position of any record."""
 
     @property
     def path(self) -> str:
-        """Its path, as messages name it."""
+        """Returns its path, as messages name it."""
 
-    def read(self, offset: int = 0, line: int = 0) -> Iterator[Record]:
-        """The records from a place on; the default is the beginning.
+    def read(self, offset: int = 0, line: int = 0) -> Iterator[DocumentRecord]:
+        """Yields the records from a position on; the default is the beginning.
 
         Raises:
             ValueError: The file cannot be read on; the text names it, and the line.
         """
 
 
-class Items(Protocol):
-    """What can be read at any place: lines of files, or rows of a table, counted through from 0."""
+class IndexedRows(Protocol):
+    """Rows that are read in any order: lines of files or rows of a table, numbered from 0."""
 
     @property
-    def num_items(self) -> int:
-        """How many there are, blank ones included."""
+    def num_rows(self) -> int:
+        """Returns the number of rows, blank ones included."""
 
     @property
     def digest(self) -> str:
-        """Says which data it is: another where that has changed."""
+        """Returns a digest that differs where the data has changed."""
 
-    def read(self, number: int) -> Document | BadLineError | None:
-        """The document of an item, or what is wrong with it; None where it is blank.
+    def read(self, row: int) -> Document | BadLineError | None:
+        """Returns the document of a row, or its error; None where the row is blank.
 
         Raises:
-            ValueError: The data cannot be read, or is not what it was.
+            ValueError: The data cannot be read, or has changed.
         """
 
 
 @dataclass(frozen=True)
-class Source:
-    """What --task-name names: its name and its files, sorted.
+class DataSource:
+    """A source that --task-name names, with its files, sorted.
 
-    open_items: makes of all files what can be read at any place; None: they are read in order.
+    open_rows: opens the rows of all files; None: the files can only be read in order.
     """
 
     name: str
     files: Sequence[SourceFile]
-    open_items: Callable[[], Items] | None = None
+    open_rows: Callable[[], IndexedRows] | None = None
 
-    def empty_error(self, what: str = "holds no document") -> ValueError:
-        """The error for a source that nothing can be made of."""
-        return ValueError(f"{shown(self.name)}: the source {what}")
+    def error(self, problem: str = "holds no document") -> ValueError:
+        """Returns the error of a source that has a problem."""
+        return ValueError(f"{shown(self.name)}: the source {problem}")
 
-
-State = dict[str, Any]
+    def changed_error(self, difference: str) -> ValueError:
+        """Returns the error of a source that differs from that of a checkpoint."""
+        return self.error(f"changed since the checkpoint: {difference}")
 
 
 @dataclass(frozen=True)
-class ItemsFile:
-    """A file of a source whose items `open_items` opens; a record's offset and line count items."""
+class IndexedFile:
+    """A file whose rows `open_rows` opens; the offset and line of a record count rows."""
 
     path: str
-    open_items: Callable[[], Items]
+    open_rows: Callable[[], IndexedRows]
 
-    def read(self, offset: int = 0, line: int = 0) -> Iterator[Record]:
+    def read(self, offset: int = 0, line: int = 0) -> Iterator[DocumentRecord]:
         """See `tasks.sources.base.SourceFile.read`."""
-        items = self.open_items()
-        for number in range(offset, items.num_items):
-            document = items.read(number)
+        rows = self.open_rows()
+        for row in range(offset, rows.num_rows):
+            document = rows.read(row)
             if document is not None:
-                yield Record(document, size_of(document), number + 1, number + 1)
+                yield row_record(document, row + 1)
 
 
-def size_of(document: Document | BadLineError) -> int:
-    """About its bytes in memory."""
-    if isinstance(document, BadLineError):
-        return 0
-    return len(document.text) + sum(len(one.content) for one in document.messages or ())
+def row_record(document: Document | BadLineError, position: int) -> DocumentRecord:
+    """Returns the record of a row of a table; `position` is the number of rows up to it."""
+    size = 0 if isinstance(document, BadLineError) else document.num_characters
+    return DocumentRecord(document, size, position, position)
 
 
-SAMPLE_BYTES = 1 << 16  # of each end of a file: an edit that keeps the size is most likely seen
-
-
-def describe_file(path: str, num_items: int) -> bytes:
-    """A file's name, size and both ends, and how many items it has, for a digest.
+def describe_file(path: str, num_rows: int) -> bytes:
+    """Returns a file's name, size, number of rows and a hash of both its ends, for a digest.
 
     Raises:
-        ValueError: It cannot be read.
+        ValueError: The file cannot be read.
     """
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            first = file.read(SAMPLE_BYTES)
-            file.seek(max(0, size - SAMPLE_BYTES))
-            ends = hashlib.blake2b(first + file.read(SAMPLE_BYTES)).hexdigest()
+            start = file.read(DIGEST_BYTES)
+            file.seek(max(0, size - DIGEST_BYTES))
+            ends_hash = hashlib.blake2b(start + file.read(DIGEST_BYTES)).hexdigest()
     except OSError as error:
         raise ValueError(f"{shown(path)}: {error.strerror}") from error
-    return os.fsencode(f"{os.path.basename(path)}\0{size}\0{num_items}\0{ends}\0")
+    return os.fsencode(f"{os.path.basename(path)}\0{size}\0{num_rows}\0{ends_hash}\0")

@@ -1,8 +1,8 @@
-"""Decompression as a stream that knows a cut file from a whole one.
+"""A stream that decompresses a file, and detects a truncated one.
 
-The libraries' own stream readers end quietly where a file was cut, or read all of it at once; their
-decompression objects say whether their frame (zstd) or member (gzip) is complete, so this stream is
-made of them.
+The libraries' own stream readers end silently where a file is truncated, or read all of it at once.
+Their decompression objects know whether a frame (zstd) or member (gzip) is complete, so this stream
+uses them.
 """
 
 from __future__ import annotations
@@ -15,20 +15,23 @@ from typing import Any, BinaryIO
 
 import zstandard
 
-# Compressed bytes per call. A call returns all that they hold: text that repeats shrinks more than
-# ten thousandfold, so this, not the file, bounds the memory (to about 10 MB).
+# Compressed bytes a call. A call returns all of their text, and text that repeats shrinks more than
+# ten thousandfold: this number bounds the memory (to about 10 MB), not the size of the file.
 INPUT_BYTES = 512
 MAX_WINDOW_BYTES = 1 << 31
-GZIP = 16 + zlib.MAX_WBITS  # what zlib calls gzip's format
+GZIP_WBITS = 16 + zlib.MAX_WBITS  # zlib's number for the format of gzip
 
 
 class DamagedStream(Exception):
-    """The compressed data is cut or is none; the text says which."""
+    """Compressed data that is truncated or of another format; the text says which."""
 
 
 @dataclass(frozen=True)
-class _Format:
-    """`new_frame` makes what decompresses a frame: decompress(bytes), eof and unused_data."""
+class _Codec:
+    """A compression format.
+
+    new_frame: makes the decompressor of a frame: decompress(bytes), eof and unused_data.
+    """
 
     name: str
     new_frame: Callable[[], Any]
@@ -39,16 +42,16 @@ def _new_zstd_frame() -> Any:
     return zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).decompressobj()
 
 
-FORMATS = {
-    ".zst": _Format("zstd", _new_zstd_frame, zstandard.ZstdError),
-    ".gz": _Format("gzip", lambda: zlib.decompressobj(GZIP), zlib.error),
+_CODECS = {
+    ".zst": _Codec("zstd", _new_zstd_frame, zstandard.ZstdError),
+    ".gz": _Codec("gzip", lambda: zlib.decompressobj(GZIP_WBITS), zlib.error),
 }
 
 
 class _DecompressedStream(io.RawIOBase):
-    def __init__(self, file: BinaryIO, kind: _Format) -> None:
+    def __init__(self, file: BinaryIO, codec: _Codec) -> None:
         self._file = file
-        self._kind = kind
+        self._codec = codec
         self._frame: Any = None
         self._input = b""
         self._output = memoryview(b"")
@@ -69,16 +72,16 @@ class _DecompressedStream(io.RawIOBase):
     def _refill(self) -> bool:
         self._input = self._file.read(INPUT_BYTES)
         if not self._input and self._frame is not None:
-            raise DamagedStream(f"the {self._kind.name} data is truncated")
+            raise DamagedStream(f"the {self._codec.name} data is truncated")
         return bool(self._input)
 
     def _decompress(self) -> None:
         if self._frame is None:
-            self._frame = self._kind.new_frame()
+            self._frame = self._codec.new_frame()
         try:
             self._output = memoryview(self._frame.decompress(self._input))
-        except self._kind.error as error:
-            raise DamagedStream(f"not valid {self._kind.name} data: {error}") from error
+        except self._codec.error as error:
+            raise DamagedStream(f"not valid {self._codec.name} data: {error}") from error
         self._input = self._frame.unused_data
         if self._frame.eof:
             self._frame = None
@@ -88,12 +91,12 @@ class _DecompressedStream(io.RawIOBase):
         super().close()
 
 
-def decompressed(file: BinaryIO, name: str) -> BinaryIO:
-    """`file` as its name's end says: decompressed (.zst, .gz; one or several frames), or itself.
+def open_decompressed(file: BinaryIO, name: str) -> BinaryIO:
+    """Returns the decompressed text of a .zst or .gz file (of several frames, too), or `file`.
 
-    It is closed with the stream. Reading raises DamagedStream where the data is cut or is none.
+    Closing the stream closes the file. Reading raises DamagedStream where the data is damaged.
     """
-    for suffix, kind in FORMATS.items():
+    for suffix, codec in _CODECS.items():
         if name.endswith(suffix):
-            return io.BufferedReader(_DecompressedStream(file, kind), 1 << 17)
+            return io.BufferedReader(_DecompressedStream(file, codec), 1 << 17)
     return file

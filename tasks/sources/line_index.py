@@ -1,9 +1,9 @@
-"""Where each line of a file ends, found once and kept beside the file.
+"""An index of where the lines of a file end, built once and stored beside the file.
 
-The index of `a.jsonl` is `.a.jsonl.lines`: what it was made from (size and time of change), a
-digest of the ends, then the ends as 64-bit numbers, which are mapped, not read. It is made anew
-when the file has changed. Where it cannot be written, it is in CACHE under a name that the file's
-path says; where neither can be, it is held in memory, and made again by the next run.
+The index of `a.jsonl` is `.a.jsonl.lines`: the file's size and time of change, a digest of the
+ends, then the ends as 64-bit numbers, which are memory-mapped. It is rebuilt when the file has
+changed. Where it cannot be written there, it is stored in CACHE_FOLDER, named by a hash of the
+file's path; where that fails too, it stays in memory, and every run rebuilds it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from common.text import shown
 
 logger = logging.getLogger(__name__)
 
-CACHE = os.path.join("~", ".cache", "dist-clm-train")
+CACHE_FOLDER = os.path.join("~", ".cache", "dist-clm-train")
 READ_BYTES = 1 << 23
-MAPPED = 64  # indices that are mapped at once, for each takes a file descriptor
-LOOKUPS = 4096  # after so many, the pages that they brought into memory are let go
+MAX_MAPPED = 64  # indices that are mapped at once, because each takes a file descriptor
+MAX_LOOKUPS = 4096  # after so many, the pages that they brought into memory are released
 # Magic; size and time of change of the file; number of lines; digest of the ends.
 _HEADER = struct.Struct("<8sQQQ16s")
 _MAGIC = b"lines 2\n"
@@ -38,13 +38,13 @@ _NEWLINE = ord("\n")
 
 
 class LineIndex:
-    """Where the lines of a file end; `digest` is of all ends.
+    """The ends of a file's lines; `digest` covers all of them.
 
-    kept: where they are kept, or, where they are not, the ends themselves.
+    storage: the path of the index, or the ends themselves where it could not be stored.
     """
 
-    def __init__(self, kept: Path | NDArray[np.uint64], num_lines: int, digest: bytes) -> None:
-        self._kept, self._num_lines, self.digest = kept, num_lines, digest
+    def __init__(self, storage: Path | NDArray[np.uint64], num_lines: int, digest: bytes) -> None:
+        self._storage, self._num_lines, self.digest = storage, num_lines, digest
 
     def __len__(self) -> int:
         return self._num_lines
@@ -54,137 +54,144 @@ class LineIndex:
         """`ends[i]` is the byte after line i, uint64 (lines,).
 
         Raises:
-            ValueError: The file that they are kept in has gone, or is another.
+            ValueError: The stored index is gone, or is one of another file.
         """
-        if isinstance(self._kept, Path):
-            return _mapped(self._kept, self.digest).ends()
-        return self._kept
+        if isinstance(self._storage, Path):
+            return _map_index(self._storage, self.digest).ends()
+        return self._storage
 
     def span(self, line: int) -> tuple[int, int]:
-        """The first byte of a line, counted from 0, and the one after it; raises as `ends`."""
+        """Returns the first byte of a line, and the byte after it; raises as `ends`."""
         ends = self.ends
         return (int(ends[line - 1]) if line else 0), int(ends[line])
 
 
-class _Mapped:
-    """Ends that lie in a file."""
+class _MappedIndex:
+    """A stored index that is mapped into memory."""
 
     def __init__(self, file: mmap.mmap) -> None:
-        self._file, self._lookups = file, 0
+        self._file, self._num_lookups = file, 0
         self._ends = np.frombuffer(file, np.uint64, offset=_HEADER.size)
 
     def ends(self) -> NDArray[np.uint64]:
-        """See `LineIndex.ends`; not to be held, so that pages may go."""
-        self._lookups += 1
-        if self._lookups % LOOKUPS == 0:
+        """See `LineIndex.ends`; callers must not keep it, so that the mapping can be released."""
+        self._num_lookups += 1
+        if self._num_lookups % MAX_LOOKUPS == 0:
             self._file.madvise(mmap.MADV_DONTNEED)
         return self._ends
 
 
-@lru_cache(maxsize=MAPPED)
-def _mapped(kept: Path, digest: bytes) -> _Mapped:
+@lru_cache(maxsize=MAX_MAPPED)
+def _map_index(path: Path, digest: bytes) -> _MappedIndex:
     try:
-        with kept.open("rb") as file:
+        with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:  # the latter: it is empty
-        raise ValueError(f"{shown(str(kept))}: cannot be read any more: {error}") from error
+        raise ValueError(f"{shown(str(path))}: cannot be read any more: {error}") from error
     if not mapped[: _HEADER.size].endswith(digest):
-        raise ValueError(f"{shown(str(kept))}: another process made it anew, of another file")
-    return _Mapped(mapped)
+        raise ValueError(f"{shown(str(path))}: another process rebuilt it, for a changed file")
+    return _MappedIndex(mapped)
 
 
-def line_index(path: str) -> LineIndex:
-    """The index of a file's lines: the one that is kept, or a new one.
+def load_line_index(path: str) -> LineIndex:
+    """Returns the stored index of a file, or builds it.
 
     Raises:
         ValueError: The file cannot be read, or changes meanwhile.
     """
     try:
         stat = os.stat(path)
-        places = _places(path)
-        found = (_load(kept, stat) for kept in places)
-        index = next((one for one in found if one is not None), None)
-        return _make(path, places, stat) if index is None else index
+        index_paths = _index_paths(path)
+        for index_path in index_paths:
+            index = _load(index_path, stat)
+            if index is not None:
+                return index
+        return _build(path, index_paths, stat)
     except OSError as error:
         raise ValueError(f"{shown(path)}: {error.strerror}") from error
 
 
-def _places(path: str) -> list[Path]:
-    """Where an index may be kept, the better place first."""
-    name = hashlib.blake2b(os.fsencode(os.path.abspath(path)), digest_size=16).hexdigest()
-    cache = Path(os.path.expanduser(CACHE))
+def _index_paths(path: str) -> list[Path]:
+    """Returns the paths where an index may be stored, the preferred one first."""
+    path_hash = hashlib.blake2b(os.fsencode(os.path.abspath(path)), digest_size=16).hexdigest()
     beside = Path(path).parent / f".{Path(path).name}.lines"
-    return [beside, cache / f"{name}.lines"] if cache.is_absolute() else [beside]
+    cache = Path(os.path.expanduser(CACHE_FOLDER))
+    return [beside, cache / f"{path_hash}.lines"] if cache.is_absolute() else [beside]
 
 
-def _load(kept: Path, stat: os.stat_result) -> LineIndex | None:
-    """The index that is kept, if it is one of the file as it is now, and whole."""
+def _load(index_path: Path, stat: os.stat_result) -> LineIndex | None:
+    """Returns the stored index, if it is complete and the file has not changed since."""
     try:
-        with kept.open("rb") as file:
-            magic, size, changed, lines, digest = _HEADER.unpack(file.read(_HEADER.size))
-        whole = kept.stat().st_size == _HEADER.size + 8 * lines
+        with index_path.open("rb") as file:
+            magic, size, mtime, num_lines, digest = _HEADER.unpack(file.read(_HEADER.size))
+        is_complete = index_path.stat().st_size == _HEADER.size + 8 * num_lines
     except (OSError, struct.error):
         return None
-    if not whole or (magic, size, changed) != (_MAGIC, stat.st_size, stat.st_mtime_ns):
+    if not is_complete or (magic, size, mtime) != (_MAGIC, stat.st_size, stat.st_mtime_ns):
         return None
-    return LineIndex(kept, lines, digest)
+    return LineIndex(index_path, num_lines, digest)
 
 
-def _make(path: str, places: Sequence[Path], stat: os.stat_result) -> LineIndex:
+def _build(path: str, index_paths: Sequence[Path], stat: os.stat_result) -> LineIndex:
     with open(path, "rb", buffering=0) as file:
-        opened = _open_new(path, places)
-        if opened is None:
-            ends = np.concatenate(list(_line_ends(file, path, stat)))
+        target = _create_file(path, index_paths)
+        if target is None:
+            ends = np.concatenate(list(_find_ends(file, path, stat)))
             digest = hashlib.blake2b(ends.tobytes(), digest_size=16)
             return LineIndex(ends, len(ends), digest.digest())
-        kept, written = opened
-        with written:
-            written.write(bytes(_HEADER.size))
-            digest, lines = hashlib.blake2b(digest_size=16), 0
-            for part in _line_ends(file, path, stat):
-                written.write(part.tobytes())
-                digest.update(part.tobytes())
-                lines += len(part)
-            written.seek(0)
-            made_from = stat.st_size, stat.st_mtime_ns
-            written.write(_HEADER.pack(_MAGIC, *made_from, lines, digest.digest()))
-            written.flush()
-            os.chmod(written.name, 0o644)
-            os.replace(written.name, kept)
-            with contextlib.suppress(FileNotFoundError):  # it has its name now
-                written.close()
-    return LineIndex(kept, lines, digest.digest())
+        index_path, temporary = target
+        with temporary:
+            temporary.write(bytes(_HEADER.size))
+            digest, num_lines = hashlib.blake2b(digest_size=16), 0
+            for ends in _find_ends(file, path, stat):
+                temporary.write(ends.tobytes())
+                digest.update(ends.tobytes())
+                num_lines += len(ends)
+            temporary.seek(0)
+            version = stat.st_size, stat.st_mtime_ns
+            temporary.write(_HEADER.pack(_MAGIC, *version, num_lines, digest.digest()))
+            temporary.flush()
+            os.chmod(temporary.name, 0o644)
+            os.replace(temporary.name, index_path)
+            with contextlib.suppress(FileNotFoundError):  # it was renamed
+                temporary.close()
+    return LineIndex(index_path, num_lines, digest.digest())
 
 
-def _open_new(path: str, places: Sequence[Path]) -> tuple[Path, Any] | None:
-    """The first place that can be written, and a file that is to stand there; None: no place."""
-    refused = ""
-    for kept in places:
+def _create_file(path: str, index_paths: Sequence[Path]) -> tuple[Path, Any] | None:
+    """Returns the first path that can be written, and a temporary file in its folder."""
+    refusal = ""
+    for index_path in index_paths:
         try:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            written = tempfile.NamedTemporaryFile(dir=kept.parent, prefix=f"{kept.name}.")  # noqa: SIM115
+            index_path.parent.mkdir(parents=True, exist_ok=True)
+            prefix = f"{index_path.name}."
+            temporary = tempfile.NamedTemporaryFile(dir=index_path.parent, prefix=prefix)  # noqa: SIM115
         except OSError as error:
-            refused = refused or str(error.strerror)
+            refusal = refusal or str(error.strerror)
             continue
-        if refused:
+        if refusal:
             logger.info(
-                "%s: the index of its lines is %s (beside it: %s)", shown(path), kept, refused
+                "%s: the index of its lines is stored as %s, because its folder cannot be written "
+                "(%s)",
+                shown(path),
+                index_path,
+                refusal,
             )
-        return kept, written
+        return index_path, temporary
     logger.warning(
-        "%s: the index of its lines cannot be kept (%s): each run makes it anew",
+        "%s: the index of its lines cannot be stored (%s): each run rebuilds it",
         shown(path),
-        refused,
+        refusal,
     )
     return None
 
 
-def _line_ends(file: BinaryIO, path: str, stat: os.stat_result) -> Iterator[NDArray[np.uint64]]:
-    """The ends of all lines, part by part; the last line may lack its newline."""
+def _find_ends(file: BinaryIO, path: str, stat: os.stat_result) -> Iterator[NDArray[np.uint64]]:
+    """Yields the ends of all lines, block by block; the last line may lack its newline."""
     offset, ends_with_newline = 0, True
     while raw := file.read(READ_BYTES):
-        found = np.flatnonzero(np.frombuffer(raw, dtype=np.uint8) == _NEWLINE)
-        yield (found + (offset + 1)).astype(np.uint64)
+        newlines = np.flatnonzero(np.frombuffer(raw, dtype=np.uint8) == _NEWLINE)
+        yield (newlines + (offset + 1)).astype(np.uint64)
         offset, ends_with_newline = offset + len(raw), raw[-1] == _NEWLINE
     if not ends_with_newline:
         yield np.array([offset], dtype=np.uint64)

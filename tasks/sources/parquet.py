@@ -1,5 +1,4 @@
-"""Parquet files, a row a document, with the columns that a line of `tasks.sources.rows` has as
-keys."""
+"""Parquet files, a document a row; the columns are the keys of `tasks.sources.rows`."""
 
 from __future__ import annotations
 
@@ -11,77 +10,76 @@ from typing import Any
 import pyarrow
 from pyarrow import parquet
 
-from common.text import shown
-from tasks.sources.base import BadLineError, Document, Record, one_line
-from tasks.sources.rows import LINES, Form, parse_row
+from common.text import one_line, shown
+from tasks.sources.base import BadLineError, Document, DocumentRecord
+from tasks.sources.rows import RowFormat, parse_row
 
 BATCH_ROWS = 256
 
 
 @dataclass(frozen=True)
 class ParquetFile:
-    """A .parquet file; other columns than `form` has are not read. Holds a row group in memory.
+    """A .parquet file; only the columns of `row_format` are read. Holds a row group in memory.
 
-    A record's offset counts rows.
+    The offset of a record counts rows.
     """
 
     path: str
-    form: Form = LINES
+    row_format: RowFormat
 
-    def read(self, offset: int = 0, line: int = 0) -> Iterator[Record]:
+    def read(self, offset: int = 0, line: int = 0) -> Iterator[DocumentRecord]:
         """See `tasks.sources.base.SourceFile.read`."""
         try:
-            # As bytes: a name may be no UTF-8.
-            with pyarrow.OSFile(os.fsencode(self.path)) as opened:
-                file = parquet.ParquetFile(opened)
-                for row, value in self._rows(file, offset):
-                    where = f"{shown(self.path)}:{row + 1}"
-                    yield Record(self._parse(value, where), _size(value), row + 1, row + 1)
+            # As bytes, because a name may not be UTF-8.
+            with pyarrow.OSFile(os.fsencode(self.path)) as stream:
+                file = parquet.ParquetFile(stream)
+                for row, value in self._read_rows(file, offset):
+                    document = self._parse(value, f"{shown(self.path)}:{row + 1}")
+                    yield DocumentRecord(document, _num_characters(value), row + 1, row + 1)
         except OSError as error:
-            why = error.strerror or one_line(error)
-            raise ValueError(f"{shown(self.path)}: {why}") from error
+            reason = error.strerror or one_line(error)
+            raise ValueError(f"{shown(self.path)}: {reason}") from error
         except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the latter: of a name
-            why = f"not valid parquet: {one_line(error)}"
-            raise ValueError(f"{shown(self.path)}: {why}") from error
+            reason = f"not valid parquet: {one_line(error)}"
+            raise ValueError(f"{shown(self.path)}: {reason}") from error
 
-    def _parse(self, value: Any, where: str) -> Document | BadLineError:
+    def _parse(self, value: Any, origin: str) -> Document | BadLineError:
         if isinstance(value, Exception):
-            return BadLineError(f"{where}: {one_line(value)}")
-        return parse_row(value, where, self.form)
+            return BadLineError(f"{origin}: {one_line(value)}")
+        return parse_row(value, origin, self.row_format)
 
-    def _rows(self, file: Any, offset: int) -> Iterator[tuple[int, Any]]:
-        columns = self.form.of_table(file.schema_arrow.names, shown(self.path))
+    def _read_rows(self, file: Any, offset: int) -> Iterator[tuple[int, Any]]:
+        columns = self.row_format.select_columns(file.schema_arrow.names, shown(self.path))
         first = 0
         for group in range(file.metadata.num_row_groups):
             after = first + file.metadata.row_group(group).num_rows
             if after > offset:
                 batches = file.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns)
-                rows = (value for batch in batches for value in _values(batch))
-                for row, value in enumerate(rows, first):
+                values = (value for batch in batches for value in _batch_values(batch))
+                for row, value in enumerate(values, first):
                     if row >= offset:
                         yield row, value
             first = after
 
 
-def _values(batch: Any) -> Iterator[Any]:
-    """A batch's rows; in place of one that Python has no value for (no UTF-8, ...) its error."""
+def _batch_values(batch: Any) -> Iterator[Any]:
+    """Yields a batch's rows; for one without a Python value (no UTF-8, ...) the error."""
     try:
         yield from batch.to_pylist()
     except (ValueError, OverflowError):
-        yield from (_value(batch.slice(row, 1)) for row in range(batch.num_rows))
+        yield from (_row_value(batch.slice(row, 1)) for row in range(batch.num_rows))
 
 
-def _value(row: Any) -> Any:
+def _row_value(row: Any) -> Any:
     try:
         return row.to_pylist()[0]
     except (ValueError, OverflowError) as error:
         return error
 
 
-def _size(value: Any) -> int:
-    """About its bytes in memory."""
+def _num_characters(value: Any) -> int:
     if isinstance(value, dict):
-        return sum(_size(one) for one in value.values())
+        return sum(_num_characters(item) for item in value.values())
     if isinstance(value, list):
-        return sum(_size(one) for one in value)
+        return sum(_num_characters(item) for item in value)
     return len(value) if isinstance(value, str) else 0

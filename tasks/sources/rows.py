@@ -1,7 +1,7 @@
-"""What a line, or a row of a table, says: {"text"}, {"prompt", "completion"} or {"messages"}.
+"""Formats of a line, or of a row of a table: {"text"}, {"prompt", "completion"} or {"messages"}.
 
-Of several, messages go first, then prompt and completion; what else there is does not count.
-Registered tasks have rows of other forms.
+Where a row has several, messages precede prompt and completion, and these the text; other keys are
+ignored. Registered tasks have rows of other formats.
 """
 
 from __future__ import annotations
@@ -13,113 +13,117 @@ from typing import Any
 
 from tasks.sources.base import BadLineError, ChatMessage, Document
 
-FORMS = '{"text": "..."}, {"prompt": "...", "completion": "..."} or {"messages": [...]}'
-
+_EXPECTED = '{"text": "..."}, {"prompt": "...", "completion": "..."} or {"messages": [...]}'
 _DECODER = json.JSONDecoder()
 
 
 @dataclass(frozen=True)
-class Form:
-    """What rows say: `columns` are the keys that count, any of which a table must have.
+class RowFormat:
+    """A format of rows.
 
-    `parse` makes a document of a row that stands at a place, or raises BadLineError.
+    columns: the keys that are read; a table must have one of them.
+    parse: makes a document of a row and its origin, or raises BadLineError.
     """
 
     columns: tuple[str, ...]
     parse: Callable[[Mapping[str, Any], str], Document]
 
-    def of_table(self, names: Iterable[str], where: str) -> list[str]:
-        """Those of a table's columns that count.
+    def select_columns(self, names: Iterable[str], table: str) -> list[str]:
+        """Returns the columns of a table that are read; `table` names it in the error.
 
         Raises:
-            ValueError: None does.
+            ValueError: None of them is read.
         """
-        has = set(names)
-        columns = [name for name in self.columns if name in has]
+        present = set(names)
+        columns = [name for name in self.columns if name in present]
         if not columns:
-            raise ValueError(f"{where}: it has none of the columns {', '.join(self.columns)}")
+            raise ValueError(f"{table}: it has none of the columns {', '.join(self.columns)}")
         return columns
 
 
-def parse_line(raw: bytes, where: str, form: Form | None = None) -> Document | BadLineError:
-    """The document of a line, or what is wrong: it is none of `form`, or of FORMS, in UTF-8."""
+def parse_line(raw: bytes, origin: str, row_format: RowFormat) -> Document | BadLineError:
+    """Returns the document of a line of JSON in UTF-8, or the error of a bad one."""
     try:
-        value = _parse_json(raw, where)
+        value = _parse_json(raw, origin)
     except BadLineError as error:
         return error
-    return parse_row(value, where, form)
+    return parse_row(value, origin, row_format)
 
 
-def parse_row(value: Any, where: str, form: Form | None = None) -> Document | BadLineError:
-    """The same of a table's row."""
-    form = form or LINES
+def parse_row(value: Any, origin: str, row_format: RowFormat) -> Document | BadLineError:
+    """Returns the document of a row of a table, or the error of a bad one."""
     try:
         if not isinstance(value, Mapping):
-            what = FORMS if form == LINES else " or ".join(f'"{key}"' for key in form.columns)
-            raise BadLineError(f"{where}: expected an object, {what}, got {_kind(value)}")
-        return form.parse(value, where)
+            is_default = row_format == TEXT_OR_CHAT
+            keys = " or ".join(f'"{key}"' for key in row_format.columns)
+            expected = _EXPECTED if is_default else keys
+            raise BadLineError(f"{origin}: expected an object, {expected}, got {_kind(value)}")
+        return row_format.parse(value, origin)
     except BadLineError as error:
         return error
 
 
-def _parse(value: Mapping[str, Any], where: str) -> Document:
+def _parse(value: Mapping[str, Any], origin: str) -> Document:
     if value.get("messages") is not None:
-        return Document("", where, messages=_parse_messages(value["messages"], where))
+        return Document("", origin, messages=_parse_messages(value["messages"], origin))
     if value.get("prompt") is not None and value.get("completion") is not None:
-        prompt = check_text(value["prompt"], where, "prompt")
-        return answered(prompt, check_text(value["completion"], where, "completion"), where)
+        prompt = check_text(value["prompt"], origin, "prompt")
+        completion = check_text(value["completion"], origin, "completion")
+        return prompt_document(prompt, completion, origin)
     if "text" not in value:
-        raise BadLineError(f'{where}: the object has no "text": expected {FORMS}')
-    return Document(check_text(value["text"], where, "text"), where)
+        raise BadLineError(f'{origin}: the object has no "text": expected {_EXPECTED}')
+    return Document(check_text(value["text"], origin, "text"), origin)
 
 
-LINES = Form(("text", "prompt", "completion", "messages"), _parse)
+TEXT_OR_CHAT = RowFormat(("text", "prompt", "completion", "messages"), _parse)
 
 
-def answered(prompt: str, completion: str, where: str) -> Document:
-    """A document that is a prompt and, right after it, what answers it."""
+def prompt_document(prompt: str, completion: str, origin: str) -> Document:
+    """Returns the document of a prompt and the completion right after it."""
     text = prompt + completion
-    return Document(text, where, completions=((len(prompt), len(text)),))
+    return Document(text, origin, completions=((len(prompt), len(text)),))
 
 
-def check_text(value: Any, where: str, key: str) -> str:
-    """A text, as JSON gave it under `key`.
+def check_text(value: Any, origin: str, key: str) -> str:
+    """Returns the text that a row has as `key`.
 
     Raises:
-        BadLineError: It is no string, or one that holds half a character.
+        BadLineError: It is no string, or holds half a surrogate pair.
     """
     if not isinstance(value, str):
-        raise BadLineError(f'{where}: expected a string as "{key}", got {_kind(value)}')
+        raise BadLineError(f'{origin}: expected a string as "{key}", got {_kind(value)}')
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise BadLineError(f'{where}: "{key}" holds a lone surrogate') from error
+        raise BadLineError(f'{origin}: "{key}" holds a lone surrogate') from error
     return value
 
 
-def _parse_messages(value: Any, where: str) -> tuple[ChatMessage, ...]:
+def _parse_messages(value: Any, origin: str) -> tuple[ChatMessage, ...]:
     if not isinstance(value, list) or not value:
-        what = "an empty list" if value == [] else _kind(value)
-        raise BadLineError(f'{where}: expected a list of messages as "messages", got {what}')
+        kind = "an empty list" if value == [] else _kind(value)
+        raise BadLineError(f'{origin}: expected a list of messages as "messages", got {kind}')
     messages = []
-    for number, one in enumerate(value):
-        place = f"messages[{number}]"
-        if not isinstance(one, dict):
+    for index, item in enumerate(value):
+        key = f"messages[{index}]"
+        if not isinstance(item, dict):
             raise BadLineError(
-                f'{where}: {place}: expected {{"role": "...", "content": "..."}}, got {_kind(one)}'
+                f'{origin}: {key}: expected {{"role": "...", "content": "..."}}, got {_kind(item)}'
             )
-        role, content = (check_text(one.get(k), where, f"{place}.{k}") for k in ("role", "content"))
-        messages.append(ChatMessage(role, content))
+        role = check_text(item.get("role"), origin, f"{key}.role")
+        messages.append(
+            ChatMessage(role, check_text(item.get("content"), origin, f"{key}.content"))
+        )
     return tuple(messages)
 
 
-def _parse_json(raw: bytes, where: str) -> Any:
+def _parse_json(raw: bytes, origin: str) -> Any:
     try:
         return _DECODER.decode(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise BadLineError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from error
+        raise BadLineError(f"{origin}: not UTF-8: {error.reason} at byte {error.start}") from error
     except (ValueError, RecursionError) as error:
-        raise BadLineError(f"{where}: not JSON: {error}") from error
+        raise BadLineError(f"{origin}: not JSON: {error}") from error
 
 
 def _kind(value: Any) -> str:

@@ -1,82 +1,63 @@
-"""A data set that `datasets` saved to disk, as a source: checked without importing datasets."""
+"""A data set that `datasets` saved to disk, as a source."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from functools import cached_property, partial
 from pathlib import Path
 
 import datasets
 import pyarrow
 
-from common.text import shown
-from tasks.source_spec import SourceLocation
-from tasks.sources.base import BadLineError, Document, ItemsFile, Source, describe_file, one_line
-from tasks.sources.rows import Form, parse_row
+from common.text import one_line, shown
+from tasks.sources.base import BadLineError, DataSource, Document, IndexedFile, describe_file
+from tasks.sources.rows import RowFormat, parse_row
 
 
-def check(place: SourceLocation, form: Form) -> None:
-    """Says early that no column counts.
-
-    Raises:
-        ValueError: None does, or the folder does not say which there are.
-    """
-    where = shown(place.path)
-    try:
-        with open(os.path.join(place.path, "dataset_info.json"), encoding="utf-8") as file:
-            columns = list(json.load(file)["features"])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ValueError(f"{where}: dataset_info.json does not list the columns") from error
-    form.of_table(columns, where)
+def open_saved(name: str, folder: str, row_format: RowFormat) -> DataSource:
+    """Returns the source of a saved data set, whose rows are read in any order."""
+    open_rows = partial(SavedRows, folder, row_format)
+    return DataSource(name, [IndexedFile(folder, open_rows)], open_rows)
 
 
-def open_saved(name: str, place: SourceLocation, form: Form) -> Source:
-    """The source, whose rows can be read at any place."""
-    pass
-
-    open_items = partial(SavedItems, place.path, form)
-    return Source(name, [ItemsFile(place.path, open_items)], open_items)
-
-
-class SavedItems:
-    """The rows of a folder (see `tasks.sources.base.Items`); columns that do not count are not
-    read.
+class SavedRows:
+    """The rows of a folder (see `tasks.sources.base.IndexedRows`).
 
     Raises:
-        ValueError: The folder is no such data set, or none of its columns counts.
+        ValueError: The folder is no such data set, or has no column that is read.
     """
 
-    def __init__(self, folder: str, form: Form) -> None:
-        self._folder, self._form = folder, form
-        where = shown(folder)
+    def __init__(self, folder: str, row_format: RowFormat) -> None:
+        self._folder, self._row_format = folder, row_format
         try:
-            data = datasets.load_from_disk(folder)
-        except Exception as error:  # what is missing or broken raises anything
-            why = one_line(error)
-            raise ValueError(f"{where}: not a data set that datasets saved: {why}") from error
-        columns = form.of_table(data.column_names, where)
-        self._files = [file["filename"] for file in data.cache_files]
-        # It may have been saved as one of arrays: rows are wanted as Python has them.
-        self._rows = data.select_columns(columns).with_format(None)
-        self.num_items = len(self._rows)
+            dataset = datasets.load_from_disk(folder)
+        except Exception as error:  # missing and broken files raise anything
+            reason = one_line(error)
+            raise ValueError(
+                f"{shown(folder)}: not a data set that datasets saved: {reason}"
+            ) from error
+        columns = row_format.select_columns(dataset.column_names, shown(folder))
+        self._paths = [file["filename"] for file in dataset.cache_files]
+        # A data set may have been saved with the format of arrays: rows are read as Python values.
+        self._rows = dataset.select_columns(columns).with_format(None)
+        self.num_rows = len(self._rows)
 
     @cached_property
     def digest(self) -> str:
-        """What datasets says of the data, and what its files are."""
-        found = hashlib.blake2b(Path(self._folder, "state.json").read_bytes(), digest_size=16)
-        for path in self._files:
-            found.update(describe_file(path, self.num_items))
-        return found.hexdigest()
+        """Covers the fingerprint that datasets saved, and the files."""
+        state = Path(self._folder, "state.json").read_bytes()
+        digest = hashlib.blake2b(state, digest_size=16)
+        for path in self._paths:
+            digest.update(describe_file(path, self.num_rows))
+        return digest.hexdigest()
 
-    def read(self, number: int) -> Document | BadLineError | None:
-        """See `tasks.sources.base.Items.read`."""
-        where = f"{shown(self._folder)}:{number + 1}"
+    def read(self, row: int) -> Document | BadLineError | None:
+        """See `tasks.sources.base.IndexedRows.read`."""
+        origin = f"{shown(self._folder)}:{row + 1}"
         try:
-            row = self._rows[number]
+            value = self._rows[row]
         except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"{where}: {one_line(error)}") from error
-        except (ValueError, OverflowError) as error:  # no UTF-8, or nothing that Python has
-            return BadLineError(f"{where}: {one_line(error)}")
-        return parse_row(row, where, self._form)
+            raise ValueError(f"{origin}: {one_line(error)}") from error
+        except (ValueError, OverflowError) as error:  # no UTF-8, or no value of Python's
+            return BadLineError(f"{origin}: {one_line(error)}")
+        return parse_row(value, origin, self._row_format)

@@ -1,4 +1,4 @@
-"""Conversations: as one text, and which parts of it the model is to learn to say."""
+"""Conversations as one text, and the parts of it that the assistant says."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from common.text import one_line
 from tasks.sources.base import BadLineError, ChatMessage, Document
 
 Spans = tuple[tuple[int, int], ...]
@@ -15,10 +16,10 @@ _TURN = re.compile(rf"^(?:{re.escape(HUMAN)}|{re.escape(BOT)})", re.MULTILINE)
 _MARKS = {"user": f"{HUMAN} ", "assistant": f"{BOT} ", "system": ""}
 
 
-def bot_turns(text: str) -> Spans | None:
-    """What the bot says in a text of OIG's form, each turn with the line's end after it.
+def find_bot_turns(text: str) -> Spans | None:
+    """Returns the bot's turns in a text of OIG's form, each with the newline after it.
 
-    A turn begins with HUMAN or BOT at the beginning of a line. None where no turn begins.
+    A turn begins with HUMAN or BOT at the beginning of a line. None: the text has no turn.
     """
     marks = list(_TURN.finditer(text))
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
@@ -28,38 +29,38 @@ def bot_turns(text: str) -> Spans | None:
 
 
 class ChatFormat:
-    """Makes texts of messages: by the tokenizer's chat template, or in OIG's form without one."""
+    """Renders messages as text: by the tokenizer's chat template, or without one in OIG's form."""
 
     def __init__(self, tokenizer: Any) -> None:
         has_template = bool(getattr(tokenizer, "chat_template", None))
         self._tokenizer = tokenizer if has_template else None
 
-    def text(self, document: Document) -> str:
-        """The text of a document's messages.
+    def render(self, document: Document) -> str:
+        """Returns the text of a document's messages.
 
         Raises:
             BadLineError: A role is unknown, or the template refuses the conversation.
         """
         assert document.messages is not None
         if self._tokenizer is not None:
-            return self._render(document.messages, document.where)
-        return "\n".join(_marked(message, document.where) for message in document.messages)
+            return self._apply_template(document.messages, document.origin)
+        return "\n".join(_mark(message, document.origin) for message in document.messages)
 
-    def ends(self, text: str) -> bool:
-        """Whether a template wrote an end of text after the last turn, and nothing after it."""
+    def has_end(self, text: str) -> bool:
+        """Returns whether a template ended the text with the end-of-text token."""
         if self._tokenizer is None or not self._tokenizer.eos_token:
             return False
         return text.endswith(self._tokenizer.eos_token)
 
-    def completions(self, document: Document, text: str) -> Spans:
-        """Where in `text`, which `text` made, the assistant speaks.
+    def find_completions(self, document: Document, text: str) -> Spans:
+        """Returns the assistant's turns in `text`, which `render` made.
 
         Raises:
-            BadLineError: The template does not write a conversation turn by turn.
+            BadLineError: The template does not render a conversation turn by turn.
         """
         assert document.messages is not None
         if self._tokenizer is not None:
-            return tuple(self._spans(document.messages, text, document.where))
+            return tuple(self._find_spans(document.messages, text, document.origin))
         spans, start = [], 0
         for message in document.messages:
             mark = _MARKS[message.role]
@@ -69,54 +70,58 @@ class ChatFormat:
             start = end + 1
         return tuple(spans)
 
-    def _spans(
-        self, messages: Sequence[ChatMessage], text: str, where: str
+    def _find_spans(
+        self, messages: Sequence[ChatMessage], text: str, origin: str
     ) -> list[tuple[int, int]]:
         spans = []
         for index, message in enumerate(messages):
             if message.role != "assistant":
                 continue
-            before = (
-                self._render(messages[:index], where, is_next=True)
-                if index
-                else self._before_first(message, where)
-            )
-            until = self._render(messages[: index + 1], where)
-            if not (until.startswith(before) and text.startswith(until)):
+            if index:
+                prefix = self._apply_template(messages[:index], origin, add_header=True)
+            else:
+                prefix = self._prefix_of_first(message, origin)
+            turns = self._apply_template(messages[: index + 1], origin)
+            if not (turns.startswith(prefix) and text.startswith(turns)):
                 raise BadLineError(
-                    f"{where}: the tokenizer's chat template does not write this conversation turn "
-                    "by turn, so that what the assistant says cannot be told from the rest: "
-                    "--train-on all can"
+                    f"{origin}: the tokenizer's chat template does not write this conversation "
+                    "turn by turn, so that the assistant's turns are not found: use --train-on all"
                 )
-            spans.append((len(before), len(until)))
+            spans.append((len(prefix), len(turns)))
         return spans
 
-    def _before_first(self, message: ChatMessage, where: str) -> str:
-        """What is written until an assistant speaks that speaks first: no template takes an empty
-        conversation, but what asks for its turn after this one is there before it, too."""
-        alone = self._render([message], where)
-        asked = self._render([message], where, is_next=True)
-        header = asked[len(alone) :] if asked.startswith(alone) else ""
-        return alone[: alone.find(header) + len(header)] if header in alone else ""
+    def _prefix_of_first(self, message: ChatMessage, origin: str) -> str:
+        """Returns the text before the turn of an assistant that speaks first.
 
-    def _render(self, messages: Sequence[ChatMessage], where: str, *, is_next: bool = False) -> str:
+        No template renders an empty conversation, but the header that asks for a further turn also
+        stands before the first one.
+        """
+        turn = self._apply_template([message], origin)
+        with_header = self._apply_template([message], origin, add_header=True)
+        header = with_header[len(turn) :] if with_header.startswith(turn) else ""
+        return turn[: turn.find(header) + len(header)] if header in turn else ""
+
+    def _apply_template(
+        self, messages: Sequence[ChatMessage], origin: str, *, add_header: bool = False
+    ) -> str:
         assert self._tokenizer is not None
         try:
             text: str = self._tokenizer.apply_chat_template(
                 [message._asdict() for message in messages],
                 tokenize=False,
-                add_generation_prompt=is_next,
+                add_generation_prompt=add_header,
             )
-        except Exception as error:  # a template raises what it likes
-            why = " ".join(str(error).split())
-            raise BadLineError(f"{where}: the tokenizer's chat template: {why}") from error
+        except Exception as error:  # a template raises anything
+            raise BadLineError(
+                f"{origin}: the tokenizer's chat template: {one_line(error)}"
+            ) from error
         return text
 
 
-def _marked(message: ChatMessage, where: str) -> str:
+def _mark(message: ChatMessage, origin: str) -> str:
     if message.role not in _MARKS:
         raise BadLineError(
-            f"{where}: expected a role of {', '.join(_MARKS)} (the tokenizer has no chat template),"
-            f" got {message.role!a}"
+            f"{origin}: expected a role of {', '.join(_MARKS)} (the tokenizer has no chat "
+            f"template), got {message.role!a}"
         )
     return _MARKS[message.role] + message.content

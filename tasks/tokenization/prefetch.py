@@ -1,4 +1,4 @@
-"""A source's documents as tokens, in the source's order, read and tokenized ahead of their use."""
+"""Reads and encodes the documents of a source ahead of their use, in the source's order."""
 
 from __future__ import annotations
 
@@ -6,116 +6,110 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from tasks.shuffled import Shuffled
-from tasks.sources.base import BadLineError, Document, Source, State
-from tasks.tokenization.encoder import NOTHING, Encoded, TrainOn
+from tasks.shuffling.shuffle import Shuffle
+from tasks.sources.base import BadLineError, DataSource, Document, State
+from tasks.tokenization.encoder import EMPTY, EncodedDocument, TrainOn
 from tasks.tokenization.workers import Results, Workers
 
-BATCH_CHARACTERS = 1 << 19  # of the documents that are tokenized at once, or one more document
+BATCH_CHARACTERS = 1 << 19  # of the documents that are encoded at once, or one document more
 BATCH_DOCUMENTS = 1024
 
 
-class EncodedDocument(NamedTuple):
-    """`encoded` is a document at `where`, of `epoch`; the source's state was `before` it."""
+class PrefetchedDocument(NamedTuple):
+    """An encoded document, its origin and epoch, and the source's state before it."""
 
-    encoded: Encoded
-    where: str
-    before: State
+    encoded: EncodedDocument
+    origin: str
+    state_before: State
     epoch: int
 
 
-class _Read(NamedTuple):
+class _ReadDocument(NamedTuple):
     document: Document
-    before: State
+    state_before: State
     epoch: int
 
 
-class _Batch(NamedTuple):
-    """Documents that were read, their tokens to come, and what reading the next one raised."""
+class _PendingBatch(NamedTuple):
+    """Documents that are being encoded, and the error that reading the next one raised."""
 
-    documents: list[_Read]
+    documents: list[_ReadDocument]
     results: Callable[[], Results]
     error: Exception | None
 
 
-class EncodedDocuments:
-    """The documents of a source that have any token, without end."""
+class DocumentPrefetcher:
+    """The documents of a source that have any token, endless."""
 
-    def __init__(self, documents: Shuffled, workers: Workers, train_on: TrainOn) -> None:
-        self._documents, self._workers, self._train_on = documents, workers, train_on
-        self._last_fruitful_epoch = -1
+    def __init__(self, documents: Shuffle, workers: Workers, train_on: TrainOn) -> None:
+        self._documents, self._workers, self.train_on = documents, workers, train_on
+        self._last_productive_epoch = -1
         self._begin()
 
     def _begin(self) -> None:
-        self._ahead: deque[_Batch] = deque()
-        self._failed = False
-        self._items = self._all()
+        self._pending: deque[_PendingBatch] = deque()
+        self._has_failed = False
+        self._encoded = self._encode()
 
     @property
-    def source(self) -> Source:
+    def source(self) -> DataSource:
+        """Returns the source of the documents."""
         return self._documents.source
 
-    @property
-    def train_on(self) -> TrainOn:
-        return self._train_on
-
-    def next(self) -> EncodedDocument:
-        """The next document.
+    def next(self) -> PrefetchedDocument:
+        """Returns the next document.
 
         Raises:
-            ValueError: A line is no document, or a whole epoch yields no token.
+            ValueError: A line is no document, or an epoch yields no token.
         """
         while True:
-            item = next(self._items)
-            if len(item.encoded.tokens):
-                self._last_fruitful_epoch = item.epoch
-                return item
-            if item.epoch > self._last_fruitful_epoch + 1:
-                raise self.source.empty_error("yields no token")
+            document = next(self._encoded)
+            if len(document.encoded.token_ids):
+                self._last_productive_epoch = document.epoch
+                return document
+            if document.epoch > self._last_productive_epoch + 1:
+                raise self.source.error("yields no token")
 
     def state(self) -> State:
-        """The source's, where nothing was read of it yet: at the start, and after `restore`."""
+        """Returns the source's state before any document is read: at the start, or a restart."""
         return self._documents.state()
 
     def restore(self, state: State) -> None:
-        """Goes to before a document, whose `before` is `state`.
+        """Returns to before the document whose `state_before` is `state`.
 
         Raises:
-            ValueError: The source is not the one that the state was taken from.
+            ValueError: The files differ from those of the state.
         """
         self._documents.restore(state)
-        self._last_fruitful_epoch = self._documents.epoch
+        self._last_productive_epoch = self._documents.epoch
         self._begin()
 
-    def _all(self) -> Iterator[EncodedDocument]:
+    def _encode(self) -> Iterator[PrefetchedDocument]:
         while True:
-            while len(self._ahead) <= self._workers.depth and not self._failed:
-                self._ahead.append(self._read())
-            batch = self._ahead.popleft()
+            while len(self._pending) <= self._workers.depth and not self._has_failed:
+                self._pending.append(self._read_batch())
+            batch = self._pending.popleft()
             for read, encoded in zip(batch.documents, batch.results(), strict=True):
                 if isinstance(encoded, BadLineError):
-                    self._documents.bad_lines.take(encoded, noted=True)
-                    encoded = NOTHING
-                yield EncodedDocument(encoded, read.document.where, read.before, read.epoch)
+                    self._documents.bad_lines.skip(encoded, is_counted=True)
+                    encoded = EMPTY
+                yield PrefetchedDocument(
+                    encoded, read.document.origin, read.state_before, read.epoch
+                )
             if batch.error is not None:
                 raise batch.error
 
-    def _read(self) -> _Batch:
-        found: list[_Read] = []
+    def _read_batch(self) -> _PendingBatch:
+        batch: list[_ReadDocument] = []
         size, error = 0, None
-        while len(found) < BATCH_DOCUMENTS and size < BATCH_CHARACTERS:
-            before = self._documents.state()
+        while len(batch) < BATCH_DOCUMENTS and size < BATCH_CHARACTERS:
+            state_before = self._documents.state()
             try:
                 document = self._documents.next()
-            except Exception as caught:  # raised where its document's turn would come
-                error, self._failed = caught, True
+            except Exception as caught:  # raised when the documents before it are used
+                error, self._has_failed = caught, True
                 break
-            found.append(_Read(document, before, self._documents.epoch))
-            size += _characters(document)
-        return _Batch(found, self._workers.encode([read.document for read in found]), error)
-
-
-def _characters(document: Document) -> int:
-    if document.messages is None:
-        return len(document.text)
-    return sum(len(message.content) for message in document.messages)
+            batch.append(_ReadDocument(document, state_before, self._documents.epoch))
+            size += document.num_characters
+        results = self._workers.encode([read.document for read in batch])
+        return _PendingBatch(batch, results, error)

@@ -1,4 +1,4 @@
-"""The tokenizer, through transformers."""
+"""Loads and checks the tokenizer, through transformers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ HUB_TIMEOUT_SECONDS = 10.0
 
 
 def load_tokenizer(name: str) -> Any:
-    """Loads a folder's tokenizer, or the one of a hub name, from the hub where it is not cached.
+    """Loads the tokenizer of a folder or a hub name; the hub is asked where it is not cached.
 
     Raises:
-        ValueError: It cannot be loaded.
+        ValueError: The tokenizer cannot be loaded.
     """
     try:
         return _load_local(name) if os.path.isdir(name) else _load_hub(name)
-    except Exception as error:  # broken files raise anything, the tokenizers library a plain one
+    except Exception as error:  # broken files raise anything
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
             f"{TOKENIZER_FLAG} {shown(name)}: expected a folder with a tokenizer or a hub name:"
@@ -32,7 +32,7 @@ def load_tokenizer(name: str) -> Any:
 
 def _load_local(name: str) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
-    # From a config.json alone transformers makes a tokenizer that turns every text into nothing.
+    # From a config.json alone transformers makes a tokenizer without any token.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise ValueError("there are no tokenizer files")
     return tokenizer
@@ -42,7 +42,7 @@ def _load_hub(name: str) -> Any:
     try:
         return _load_local(name)
     except (OSError, ValueError):
-        # Says at once what loading would say after a minute of attempts.
+        # Fails at once, where loading would fail after a minute of attempts.
         HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS)
         AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         return _load_local(name)
@@ -52,11 +52,11 @@ def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
     """Checks that the model has an embedding for every token.
 
     Raises:
-        ValueError: The tokenizer is longer than the model's vocabulary.
+        ValueError: The tokenizer has more tokens than the model's vocabulary.
     """
-    length = max(tokenizer.get_vocab().values(), default=-1) + 1
-    if length > vocab_size:
+    num_tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if num_tokens > vocab_size:
         raise ValueError(
-            f"{TOKENIZER_FLAG} {shown(str(tokenizer.name_or_path))}: the tokenizer has {length}"
+            f"{TOKENIZER_FLAG} {shown(str(tokenizer.name_or_path))}: the tokenizer has {num_tokens}"
             f" tokens, expected at most the model's vocabulary of {vocab_size}"
         )

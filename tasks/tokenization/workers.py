@@ -1,4 +1,4 @@
-"""Documents are tokenized in processes of their own, ahead of training, and come back in order."""
+"""Worker processes that encode documents ahead of training, and return them in order."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.sources.base import BadLineError, Document
-from tasks.tokenization.encoder import NOTHING, Encoded, Encoder
+from tasks.tokenization.encoder import EMPTY, EncodedDocument, Encoder
 
-Results = list[Encoded | BadLineError]
+Results = list[EncodedDocument | BadLineError]
 
-# What is sent to all processes of a terminal or a job is for the rank: it ends its workers.
-FOR_THE_RANK = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# Signals to all processes of a terminal or a job are handled by the rank, which ends its workers.
+RANK_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Workers:
-    """`num_workers` processes that run `encoder`; with 0 the caller's own does, when asked.
+    """A pool of `num_workers` processes that run `encoder`; with 0 the caller's process runs it.
 
-    The processes are started when the first documents are given, and end with this one.
+    The processes start when the first documents arrive, and end with the caller's.
     """
 
     def __init__(self, encoder: Encoder, num_workers: int) -> None:
@@ -38,41 +38,41 @@ class Workers:
 
     @property
     def depth(self) -> int:
-        """How many lists of documents to give ahead, to keep every process busy."""
+        """Returns how many lists of documents keep every process busy."""
         return 0 if self._num_workers == 0 else self._num_workers + 1
 
     def encode(self, documents: Sequence[Document]) -> Callable[[], Results]:
-        """Has `documents` encoded; the function that is returned waits for the results.
+        """Starts encoding `documents`; the returned function waits for the results.
 
-        Both raise ChildProcessError where a process died; the others are of no use then, and end.
+        Both raise ChildProcessError where a process died; the other processes then end, too.
         """
         if self._num_workers == 0:
             return partial(self._encoder.encode_all, documents)
         if self._pool is None:
             self._pool = self._open()
-        with self._pool_may_break(), _signals_blocked():  # a process is started here
+        with self._handle_death(), _signals_blocked():  # a process may start here
             future = self._pool.submit(_encode, documents)
 
         def result() -> Results:
-            with self._pool_may_break():
-                return future.result().results()
+            with self._handle_death():
+                return future.result().unpack()
 
         return result
 
     @contextlib.contextmanager
-    def _pool_may_break(self) -> Iterator[None]:
+    def _handle_death(self) -> Iterator[None]:
         try:
             yield
         except BrokenProcessPool as error:
             self._kill()
             raise ChildProcessError(
-                "a process that tokenizes died, killed perhaps for want of memory; "
-                "--data-workers 0 does without"
+                "a process that tokenizes died, perhaps killed for lack of memory; "
+                "--data-workers 0 tokenizes without processes"
             ) from error
 
     def _kill(self) -> None:
-        """The pool sends SIGTERM, which they ignore, and waits for them, perhaps for ever: for a
-        lock of a queue that the dead one held."""
+        """Kills the processes: they ignore the pool's SIGTERM, and may wait forever for a queue's
+        lock that the dead process held."""
         processes = {} if self._pool is None else self._pool._processes or {}
         for process in list(processes.values()):
             process.kill()
@@ -81,7 +81,7 @@ class Workers:
         return ProcessPoolExecutor(
             self._num_workers,
             mp_context=multiprocessing.get_context("spawn"),
-            initializer=_begin,
+            initializer=_start_worker,
             initargs=(self._encoder,),
         )
 
@@ -94,59 +94,59 @@ class Workers:
 
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """In this thread, and so in processes that it starts, from their first moment on."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_RANK)
+    """Blocks RANK_SIGNALS in this thread, and so in the processes that it starts."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, RANK_SIGNALS)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-class _Sent(NamedTuple):
-    """Results on their way between processes: one array of all documents' tokens, not one each."""
+class _ResultMessage(NamedTuple):
+    """Results as a process sends them: one array of all documents' tokens, not one each."""
 
     ends: list[int]
-    tokens: NDArray[np.int32]
+    token_ids: NDArray[np.int32]
     trained: NDArray[np.bool_]
-    bad: dict[int, BadLineError]
+    errors: dict[int, BadLineError]
 
     @classmethod
-    def of(cls, results: Results) -> _Sent:
-        """`results`, put together."""
-        bad = {i: one for i, one in enumerate(results) if isinstance(one, BadLineError)}
-        good = [NOTHING if isinstance(one, BadLineError) else one for one in results]
-        ends = list(itertools.accumulate(len(one.tokens) for one in good))
-        tokens = np.concatenate([one.tokens for one in good]) if good else NOTHING.tokens
-        trained = np.concatenate([one.trained for one in good]) if good else NOTHING.trained
-        return cls(ends, tokens, trained, bad)
+    def pack(cls, results: Results) -> _ResultMessage:
+        """Joins the arrays of `results`."""
+        errors = {i: item for i, item in enumerate(results) if isinstance(item, BadLineError)}
+        documents = [EMPTY if isinstance(item, BadLineError) else item for item in results]
+        ends = list(itertools.accumulate(len(document.token_ids) for document in documents))
+        token_ids = np.concatenate([EMPTY.token_ids, *(item.token_ids for item in documents)])
+        trained = np.concatenate([EMPTY.trained, *(item.trained for item in documents)])
+        return cls(ends, token_ids, trained, errors)
 
-    def results(self) -> Results:
-        """What was put together."""
+    def unpack(self) -> Results:
+        """Returns the results that were joined."""
         spans = map(slice, [0, *self.ends[:-1]], self.ends)
         return [
-            self.bad.get(i) or Encoded(self.tokens[span], self.trained[span])
+            self.errors.get(i) or EncodedDocument(self.token_ids[span], self.trained[span])
             for i, span in enumerate(spans)
         ]
 
 
-_encoder: Encoder  # of a worker process, which has one for all its life
+_encoder: Encoder  # of a worker process, set when it starts
 
 
-def _begin(encoder: Encoder) -> None:
+def _start_worker(encoder: Encoder) -> None:
     global _encoder
     _encoder = encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process, one core
-    for number in FOR_THE_RANK:
+    for number in RANK_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
     os._exit(1)
 
 
-def _encode(documents: Sequence[Document]) -> _Sent:
-    return _Sent.of(_encoder.encode_all(documents))
+def _encode(documents: Sequence[Document]) -> _ResultMessage:
+    return _ResultMessage.pack(_encoder.encode_all(documents))

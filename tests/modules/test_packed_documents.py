@@ -24,7 +24,7 @@ from modules.attention.cpu import is_short
 from modules.attention.packed_documents import PackedDocuments
 from modules.layers.rotary import rotate, rotation
 from modules.registry import MODELS
-from tests.documents import begins_of, documents_in, losses_alone
+from tests.documents import doc_starts_of, documents_in, losses_alone
 from tests.modules.test_parity import TOLERANCE, difference
 from tests.tiny import from_hf, hf_keys, hf_parameter, make_hf
 
@@ -39,7 +39,7 @@ MODELS_TRIED: list[tuple[str, dict[str, Any]]] = [
 
 
 def packed(rows: list[list[int]] = ROWS) -> PackedDocuments:
-    return PackedDocuments(begins_of(rows), CPU)
+    return PackedDocuments(doc_starts_of(rows), CPU)
 
 
 # ---- where documents lie ----

@@ -14,11 +14,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tasks.mixture import Pack
-from tasks.packing.concat import PackedSource
-from tasks.shuffled import Shuffled
-from tasks.stream import PACKING
+from tasks.packing.concat import Packer
+from tasks.shuffling.shuffle import Shuffle
+from tasks.stream import PACKERS
 from tasks.tokenization.encoder import Encoder
-from tasks.tokenization.prefetch import EncodedDocuments
+from tasks.tokenization.prefetch import DocumentPrefetcher
 from tasks.tokenization.workers import Workers
 
 TEXT = "the quick brown fox jumps over a lazy dog while seven wizards brew potions é ü 漢字"
@@ -70,12 +70,10 @@ def write_folder(path: Path, texts: list[str]) -> Path:
     return path
 
 
-def packed(
-    documents: Shuffled, encoder: Encoder, seq_length: int, pack: Pack = "concat"
-) -> PackedSource:
+def packed(documents: Shuffle, encoder: Encoder, seq_len: int, pack: Pack = "concat") -> Packer:
     """The blocks of one source, tokenized in this process."""
-    encoded = EncodedDocuments(documents, Workers(encoder, 0), encoder.train_on)
-    return PACKING[pack](encoded, seq_length)
+    encoded = DocumentPrefetcher(documents, Workers(encoder, 0), encoder.train_on)
+    return PACKERS[pack](encoded, seq_len)
 
 
 def through_json(state: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +82,7 @@ def through_json(state: dict[str, Any]) -> dict[str, Any]:
     return restored
 
 
-def check_restored_anywhere(documents: Shuffled, resumed: Shuffled) -> None:
+def check_restored_anywhere(documents: Shuffle, resumed: Shuffle) -> None:
     """From 80 places of some epochs, in no order, `resumed` goes on as `documents` did."""
     states, expected = [], []
     for _ in range(250):

@@ -16,10 +16,10 @@ from pyarrow import parquet
 from tasks.evaluation import evaluation_batches
 from tasks.mixture import BlockStream
 from tasks.open import open_source
-from tasks.shuffled import Shuffled
+from tasks.shuffling.shuffle import Shuffle, shuffle_source
 from tasks.source_spec import SourceSpec
 from tasks.sources.bad_lines import BadLines
-from tasks.stream import open_documents, open_training_stream
+from tasks.stream import open_training_stream
 from tests.tasks.material import make_texts, through_json, tokenizer
 
 TEXTS = make_texts(40, seed=1)
@@ -49,7 +49,7 @@ def test_the_others_are_all_there_and_the_bad_ones_named_once(
     path, told = write(tmp_path / name), tmp_path / "run" / "bad_lines.txt"
     for _ in range(2):  # a run, and one that goes on from it
         bad = BadLines(told, max_share=0.01)
-        documents = open_documents(open_source(str(path)), seed=1, bad_lines=bad)
+        documents = shuffle_source(open_source(str(path)), seed=1, bad_lines=bad)
         epochs = [[documents.next().text for _ in TEXTS] for _ in range(3)]
         assert all(sorted(epoch) == sorted(TEXTS) for epoch in epochs)
     lines = sorted(told.read_text().splitlines())
@@ -63,7 +63,7 @@ def test_rows_of_a_table_are_skipped_too(tmp_path: Path) -> None:
     rows = [{"text": "a"}, {"text": None}, {"text": "b"}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     bad = BadLines(tmp_path / "bad", max_share=0.01)
-    documents = open_documents(open_source(str(path)), seed=1, bad_lines=bad)
+    documents = shuffle_source(open_source(str(path)), seed=1, bad_lines=bad)
     assert sorted(documents.next().text for _ in range(2)) == ["a", "b"]
     assert (tmp_path / "bad").read_text().startswith(f"{path}:2: ")
 
@@ -73,11 +73,11 @@ def test_a_conversation_that_cannot_be_written_is_skipped(tmp_path: Path) -> Non
     clean = write(tmp_path / "b.jsonl", {})
     bad = BadLines(tmp_path / "bad", max_share=0.01)
     batches = [
-        list(evaluation_batches(str(p), tokenizer(), seq_length=16, rows=2, bad_lines=bad))
+        list(evaluation_batches(str(p), tokenizer(), seq_len=16, rows=2, bad_lines=bad))
         for p in (path, clean)
     ]
     for found, expected in zip(*batches, strict=True):
-        assert found.tokens.tolist() == expected.tokens.tolist()
+        assert found.token_ids.tolist() == expected.token_ids.tolist()
     assert f"{path}:2: expected a role of" in (tmp_path / "bad").read_text()
 
 
@@ -86,17 +86,17 @@ def test_a_stream_resumes_over_bad_lines(tmp_path: Path) -> None:
 
     def opened() -> BlockStream:
         bad = BadLines(tmp_path / "bad", max_share=0.2)
-        return open_training_stream([spec], tokenizer(), seq_length=24, seed=1, bad_lines=bad)
+        return open_training_stream([spec], tokenizer(), seq_len=24, seed=1, bad_lines=bad)
 
     stream = opened()
     states, blocks = [], []
     for _ in range(60):
         states.append(through_json(stream.state()))
-        blocks.append(stream.next_block().tokens.tolist())
+        blocks.append(stream.next_block().token_ids.tolist())
     for i in range(0, 60, 9):
         resumed = opened()
         resumed.restore(states[i])
-        assert [resumed.next_block().tokens.tolist() for _ in range(60 - i)] == blocks[i:]
+        assert [resumed.next_block().token_ids.tolist() for _ in range(60 - i)] == blocks[i:]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_too_many_end_the_run(bad: int, share: float, stops: bool, tmp_path: Pat
     """Of fewer than 1000 lines the share is taken of 1000."""
     path = write(tmp_path / "a.jsonl", dict.fromkeys(range(1, bad + 1), b"[]"))
     lines = BadLines(tmp_path / "bad", max_share=share)
-    documents = open_documents(open_source(str(path)), seed=1, bad_lines=lines)
+    documents = shuffle_source(open_source(str(path)), seed=1, bad_lines=lines)
     if not stops:
         assert sorted(documents.next().text for _ in TEXTS) == sorted(TEXTS)
         return
@@ -118,7 +118,7 @@ def test_the_share_is_of_the_lines_read(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "a"}\n' * 3960 + b"bad\n" * 40)
     lines = BadLines(tmp_path / "bad", max_share=0.02)
-    documents = open_documents(open_source(str(path)), seed=1, bad_lines=lines)
+    documents = shuffle_source(open_source(str(path)), seed=1, bad_lines=lines)
     assert [documents.next().text for _ in range(3960)] == ["a"] * 3960
     assert len((tmp_path / "bad").read_text().splitlines()) == 40
 
@@ -127,7 +127,7 @@ def test_a_cut_file_is_not_skipped(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl.gz")
     path.write_bytes(path.read_bytes()[:-9])
     lines = BadLines(tmp_path / "bad", max_share=1.0)
-    documents = open_documents(open_source(str(path)), seed=1, bad_lines=lines)
+    documents = shuffle_source(open_source(str(path)), seed=1, bad_lines=lines)
     with pytest.raises(ValueError, match="the gzip data is truncated"):
         documents.next()
 
@@ -172,7 +172,7 @@ def test_any_bytes_are_documents_or_named(
     told.unlink(missing_ok=True)
     lines = [line for line in raw.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()]
     bad = BadLines(told, max_share=1.0)
-    documents = open_documents(open_source(str(path)), seed=1, bad_lines=bad)
+    documents = shuffle_source(open_source(str(path)), seed=1, bad_lines=bad)
     read, error = places_of_an_epoch(documents)
     assert error in (None, f"{path}: the source holds no document")
     named = told.read_text().splitlines() if told.is_file() else []
@@ -180,7 +180,7 @@ def test_any_bytes_are_documents_or_named(
     stream = open_training_stream(
         [SourceSpec(str(path))],
         tokenizer(),
-        seq_length=8,
+        seq_len=8,
         seed=1,
         bad_lines=bad,
         train_on=train_on,  # type: ignore[arg-type]
@@ -188,13 +188,13 @@ def test_any_bytes_are_documents_or_named(
     assert error_of_a_block(stream).startswith((f"{path}: the source ", "none"))
 
 
-def places_of_an_epoch(documents: Shuffled) -> tuple[list[str], str | None]:
+def places_of_an_epoch(documents: Shuffle) -> tuple[list[str], str | None]:
     places = []
     try:
-        place = documents.next().where
+        place = documents.next().origin
         while documents.epoch == 0:
             places.append(place)
-            place = documents.next().where
+            place = documents.next().origin
     except ValueError as error:
         return places, str(error)
     return places, None

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import processors
 
 from tasks.sources.base import ChatMessage, Document
-from tasks.tokenization.chat import ChatFormat, bot_turns
+from tasks.tokenization.chat import ChatFormat, find_bot_turns
 from tasks.tokenization.encoder import Encoder
 from tests.tasks.material import tokenizer
 
@@ -60,45 +60,45 @@ def parts(text: str, spans: Any) -> list[str]:
     ],
 )
 def test_turns_of_the_bot(text: str, turns: list[str]) -> None:
-    spans = bot_turns(text)
+    spans = find_bot_turns(text)
     assert spans is not None
     assert parts(text, spans) == turns
 
 
 def test_a_text_without_turns_has_none() -> None:
-    assert bot_turns("no <bot>: at the beginning of a line") is None
+    assert find_bot_turns("no <bot>: at the beginning of a line") is None
 
 
 def test_messages_without_a_template_are_of_oigs_form() -> None:
     document = Document("", "a:1", messages=TALK)
     chat = ChatFormat(tokenizer())
-    assert chat.text(document) == OIG
-    assert chat.completions(document, OIG) == bot_turns(OIG)
+    assert chat.render(document) == OIG
+    assert chat.find_completions(document, OIG) == find_bot_turns(OIG)
 
 
 def test_messages_go_through_the_template() -> None:
     document = Document("", "a:1", messages=TALK[:4])
     chat = ChatFormat(Templated(TEMPLATE))
-    assert chat.text(document) == BY_TEMPLATE
-    assert parts(BY_TEMPLATE, chat.completions(document, BY_TEMPLATE)) == ["jumps[/]"]
+    assert chat.render(document) == BY_TEMPLATE
+    assert parts(BY_TEMPLATE, chat.find_completions(document, BY_TEMPLATE)) == ["jumps[/]"]
 
 
 def test_a_role_that_is_unknown_is_named() -> None:
     with pytest.raises(ValueError, match=r"^a:1: expected a role of user, .* got 'tool'$"):
-        ChatFormat(tokenizer()).text(Document("", "a:1", messages=(ChatMessage("tool", "x"),)))
+        ChatFormat(tokenizer()).render(Document("", "a:1", messages=(ChatMessage("tool", "x"),)))
 
 
 def test_a_template_that_refuses_is_named() -> None:
     chat = ChatFormat(Templated("{{ raise_exception('roles must\nalternate') }}"))
     with pytest.raises(ValueError, match=r"^a:1: the tokenizer's chat template: roles must altern"):
-        chat.text(Document("", "a:1", messages=TALK))
+        chat.render(Document("", "a:1", messages=TALK))
 
 
 def test_a_template_that_rewrites_what_was_said_is_told() -> None:
     chat = ChatFormat(Templated("{{ messages | length }}{{ messages[-1].content }}"))
     document = Document("", "a:1", messages=TALK)
-    with pytest.raises(ValueError, match=r"^a:1: .*turn by turn.*--train-on all can$"):
-        chat.completions(document, chat.text(document))
+    with pytest.raises(ValueError, match=r"^a:1: .*turn by turn.*: use --train-on all$"):
+        chat.find_completions(document, chat.render(document))
 
 
 # ---- which tokens are trained ----
@@ -151,7 +151,7 @@ def test_a_text_that_is_no_conversation_is_trained_whole() -> None:
 def test_what_is_trained_changes_no_token() -> None:
     for document in (PAIR, Document(OIG, "a:1"), Document("", "a:1", messages=TALK)):
         of_all, of_answers = (
-            Encoder(tokenizer(), train_on=train_on).encode(document).tokens.tolist()
+            Encoder(tokenizer(), train_on=train_on).encode(document).token_ids.tolist()
             for train_on in ("all", "completion")
         )
         assert of_all == of_answers
@@ -178,8 +178,8 @@ def test_an_assistant_that_speaks_first_does_not_learn_its_header() -> None:
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     chat = ChatFormat(Templated(template))
-    text = chat.text(document)
-    assert parts(text, chat.completions(document, text)) == ["hello;", "dog;"]
+    text = chat.render(document)
+    assert parts(text, chat.find_completions(document, text)) == ["hello;", "dog;"]
 
 
 def test_a_template_that_ends_the_text_does_so_once() -> None:
@@ -189,9 +189,9 @@ def test_a_template_that_ends_the_text_does_so_once() -> None:
     )
     talk = (ChatMessage("user", "fox"), ChatMessage("assistant", "dog"))
     document = Document("", "a:1", messages=talk)
-    assert ChatFormat(ending).text(document) == "fox: dog<eos>"
+    assert ChatFormat(ending).render(document) == "fox: dog<eos>"
     for train_on in ("all", "completion"):
         tokens, trained = Encoder(ending, train_on=train_on).encode(document)
         assert tokens.tolist() == tokenizer()("fox: dog")["input_ids"] + [0]
         assert trained[-1]
-    assert Encoder(ending, "\n").encode(document).tokens[-1] == 0
+    assert Encoder(ending, "\n").encode(document).token_ids[-1] == 0

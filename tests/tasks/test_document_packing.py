@@ -10,36 +10,37 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from modules.layers.lm_head import IGNORED
 from tasks.open import open_source
-from tasks.packing.best_fit import fit, pack_apart_once
-from tasks.packing.blocks import IGNORED, TokenBlock, make_batch
-from tasks.packing.concat import PackedSource
-from tasks.stream import open_documents
-from tasks.tokenization.encoder import Encoded, Encoder
+from tasks.packing.best_fit import fit, pack_best_fit
+from tasks.packing.blocks import TokenBlock, make_batch
+from tasks.packing.concat import Packer
+from tasks.shuffling.shuffle import shuffle_source
+from tasks.tokenization.encoder import EncodedDocument, Encoder
 from tests.tasks.material import make_texts, packed, through_json, tokenizer, write_jsonl
 
 ROOM = 24
 EOS = 0
 
 
-def of_lengths(lengths: list[int]) -> list[Encoded]:
+def of_lengths(lengths: list[int]) -> list[EncodedDocument]:
     """Document i is so many tokens of i + 1."""
     return [
-        Encoded(np.full(n, i + 1, dtype=np.int32), np.ones(n, dtype=np.bool_))
+        EncodedDocument(np.full(n, i + 1, dtype=np.int32), np.ones(n, dtype=np.bool_))
         for i, n in enumerate(lengths)
     ]
 
 
 def test_a_literal_group() -> None:
     """Lengths 3, 5, 2, 6, 9 (of which one piece of 8, then 1), and 4, in blocks of 8."""
-    blocks = list(pack_apart_once(of_lengths([3, 5, 2, 6, 9, 4]), 8))
-    assert [block.tokens.tolist() for block in blocks] == [
+    blocks = list(pack_best_fit(of_lengths([3, 5, 2, 6, 9, 4]), 8))
+    assert [block.token_ids.tolist() for block in blocks] == [
         [1, 1, 1, 2, 2, 2, 2, 2],
         [3, 3, 4, 4, 4, 4, 4, 4],
         [5, 5, 5, 5, 5, 5, 5, 5],
         [5, 6, 6, 6, 6, 0, 0, 0],
     ]
-    assert [block.begins.tolist() for block in blocks if block.begins is not None] == [
+    assert [block.doc_starts.tolist() for block in blocks if block.doc_starts is not None] == [
         [0, 0, 0, 3, 3, 3, 3, 3],
         [0, 0, 2, 2, 2, 2, 2, 2],
         [0] * 8,
@@ -66,16 +67,16 @@ def test_every_length_is_in_one_bin_that_holds_it(lengths: list[int]) -> None:
     assert bins == sorted(sorted(indices) for indices in bins)
 
 
-def source_of(path: Path) -> PackedSource:
-    documents = open_documents(open_source(str(path)), seed=1)
+def source_of(path: Path) -> Packer:
+    documents = shuffle_source(open_source(str(path)), seed=1)
     return packed(documents, Encoder(tokenizer()), ROOM, "document")
 
 
 def documents_of(block: TokenBlock) -> list[list[int]]:
-    assert block.begins is not None
-    end = len(block.tokens) - block.padding
-    starts = sorted({int(begin) for begin in block.begins[:end]})
-    return [block.tokens[a:b].tolist() for a, b in zip(starts, [*starts[1:], end], strict=True)]
+    assert block.doc_starts is not None
+    end = len(block.token_ids) - block.padding
+    starts = sorted({int(begin) for begin in block.doc_starts[:end]})
+    return [block.token_ids[a:b].tolist() for a, b in zip(starts, [*starts[1:], end], strict=True)]
 
 
 def test_no_document_is_cut_that_fits_and_all_come(tmp_path: Path) -> None:
@@ -111,8 +112,8 @@ def test_goes_on_from_any_block(tmp_path: Path, kind: str) -> None:
         resumed.restore(states[start])
         for expected in blocks[start : start + 40]:
             block = resumed.next_block()
-            np.testing.assert_array_equal(block.tokens, expected.tokens)
-            np.testing.assert_array_equal(block.begins, expected.begins)
+            np.testing.assert_array_equal(block.token_ids, expected.token_ids)
+            np.testing.assert_array_equal(block.doc_starts, expected.doc_starts)
             assert block.documents == expected.documents
     resumed.restore(states[0])
     for _ in range(200):

@@ -1,4 +1,4 @@
-"""Shuffled documents: complete, reshuffled, restored exactly."""
+"""Shuffle documents: complete, reshuffled, restored exactly."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_where_names_file_and_line(tmp_path: Path) -> None:
     documents = _open(path)
     found = {documents.next() for _ in range(3)}
     expected = {("one", f"{path}:1"), ("two", f"{path}:4"), ("", f"{path}:6")}
-    assert {(document.text, document.where) for document in found} == expected
+    assert {(document.text, document.origin) for document in found} == expected
 
 
 def test_changed_files_are_not_resumed(tmp_path: Path) -> None:

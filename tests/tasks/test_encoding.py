@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from tasks.sources.base import BadLineError, ChatMessage, Document
-from tasks.tokenization import encoder
-from tasks.tokenization.encoder import Encoder, _touch, cut, in_batches
+from tasks.tokenization import batch_tokenizer
+from tasks.tokenization.batch_tokenizer import batch_chunks, split_text
+from tasks.tokenization.encoder import Encoder, overlap
 from tests.tasks.material import make_texts, tokenizer
 
 TEXTS = ["", " ", "<eos> in the text<eos>", "é ü 漢字\r\n\t tabs", *make_texts(50, seed=2)]
@@ -30,7 +31,7 @@ def test_tokens_are_those_of_transformers() -> None:
         encoded = Encoder(tokenizer(), separator).encode_all(documents)
         for text, one in zip(TEXTS, encoded, strict=True):
             assert not isinstance(one, BadLineError)
-            assert one.tokens.tolist() == theirs((separator or "") + text)["input_ids"] + end
+            assert one.token_ids.tolist() == theirs((separator or "") + text)["input_ids"] + end
             assert one.trained.all()
 
 
@@ -43,7 +44,7 @@ def test_a_bad_one_stands_among_the_good() -> None:
     assert "a:2: expected a role of" in str(bad)
     for text, one in (("fox", first), ("dog", last)):
         assert not isinstance(one, BadLineError)
-        assert one.tokens.tolist() == [*theirs(text)["input_ids"], 0]
+        assert one.token_ids.tolist() == [*theirs(text)["input_ids"], 0]
 
 
 def test_what_the_tokenizers_file_cuts_and_pads_is_not(tmp_path: Path) -> None:
@@ -60,43 +61,43 @@ def test_what_the_tokenizers_file_cuts_and_pads_is_not(tmp_path: Path) -> None:
     cutting = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     assert cutting.backend_tokenizer.truncation["max_length"] == 3
     text = "the quick brown fox jumps"
-    assert Encoder(cutting).encode(Document(text, "a:1")).tokens.tolist() == [
+    assert Encoder(cutting).encode(Document(text, "a:1")).token_ids.tolist() == [
         *theirs(text)["input_ids"], 0,
     ]  # fmt: skip
     assert cutting.backend_tokenizer.truncation["max_length"] == 3, "the caller's is as it was"
 
 
 @pytest.mark.parametrize("train_on", ["all", "completion"])
-def test_a_long_text_goes_through_in_pieces(monkeypatch: pytest.MonkeyPatch, train_on: Any) -> None:
+def test_a_long_text_goes_through_in_chunks(monkeypatch: pytest.MonkeyPatch, train_on: Any) -> None:
     """The same tokens and answers as in one piece, white space of all kinds included."""
     text = "\n".join(make_texts(300, seed=5)).replace("fox", "fox \t ").replace("dog", " 12  dog")
     half = len(text) // 2
     document = Document(text, "a:1", completions=((half, len(text)),))
     whole = Encoder(tokenizer(), train_on=train_on).encode(document)
-    monkeypatch.setattr(encoder, "PIECE", 1000)
-    monkeypatch.setattr(encoder, "_SEARCH", 200)
-    monkeypatch.setattr(encoder, "BATCH", 3000)
-    parts = cut(text)
+    monkeypatch.setattr(batch_tokenizer, "CHUNK_CHARACTERS", 1000)
+    monkeypatch.setattr(batch_tokenizer, "SEARCH_CHARACTERS", 200)
+    monkeypatch.setattr(batch_tokenizer, "BATCH_CHARACTERS", 3000)
+    parts = split_text(text)
     assert "".join(parts) == text
     assert len(parts) > 20
     assert all(len(part) <= 1000 for part in parts)
     in_parts = Encoder(tokenizer(), train_on=train_on).encode(document)
-    np.testing.assert_array_equal(in_parts.tokens, whole.tokens)
+    np.testing.assert_array_equal(in_parts.token_ids, whole.token_ids)
     np.testing.assert_array_equal(in_parts.trained, whole.trained)
     assert whole.trained.mean() == (1 if train_on == "all" else pytest.approx(0.5, abs=0.05))
-    assert whole.tokens.tolist() == [*theirs(text)["input_ids"], 0]
+    assert whole.token_ids.tolist() == [*theirs(text)["input_ids"], 0]
 
 
 def test_text_without_a_place_to_cut_is_cut_anyway(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoder, "PIECE", 10)
-    assert cut("x" * 25) == ["x" * 10, "x" * 10, "x" * 5]
-    assert cut("") == [""]
+    monkeypatch.setattr(batch_tokenizer, "CHUNK_CHARACTERS", 10)
+    assert split_text("x" * 25) == ["x" * 10, "x" * 10, "x" * 5]
+    assert split_text("") == [""]
 
 
 def test_batches_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoder, "BATCH", 10)
-    assert list(in_batches(["abcd"] * 7)) == [["abcd"] * 3, ["abcd"] * 3, ["abcd"]]
-    assert list(in_batches([])) == []
+    monkeypatch.setattr(batch_tokenizer, "BATCH_CHARACTERS", 10)
+    assert list(batch_chunks(["abcd"] * 7)) == [["abcd"] * 3, ["abcd"] * 3, ["abcd"]]
+    assert list(batch_chunks([])) == []
 
 
 @given(
@@ -115,4 +116,4 @@ def test_tokens_are_trained_that_share_a_character_with_an_answer(
     answers = {place for span in spans for place in range(*span)}
     places = np.array([(start, start + length) for start, length in tokens]).reshape(-1, 2)
     expected = [not answers.isdisjoint(range(*place)) for place in places.tolist()]
-    assert _touch(places, tuple(spans)).tolist() == expected
+    assert overlap(places, tuple(spans)).tolist() == expected

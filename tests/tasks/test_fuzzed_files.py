@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from tasks.open import open_source
-from tasks.shuffled import Shuffled
 from tasks.shuffling.buffered import BufferedShuffle
+from tasks.shuffling.shuffle import Shuffle, shuffle_source
 from tasks.sources.bad_lines import BadLines
 from tasks.sources.base import BadLineError, Document
-from tasks.sources.jsonl import JsonlItems
-from tasks.stream import open_documents
+from tasks.sources.jsonl import JsonlRows
+from tasks.sources.rows import TEXT_OR_CHAT
 
 fuzzed = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -38,7 +38,7 @@ PACK: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-def an_epoch(documents: Shuffled) -> Iterator[str]:
+def an_epoch(documents: Shuffle) -> Iterator[str]:
     document = documents.next()
     while documents.epoch == 0:
         yield document.text
@@ -52,9 +52,9 @@ def read_all(path: Path, *, is_buffered: bool = False) -> tuple[list[str], int, 
     bad = BadLines(told, max_share=1.0)
     source = open_source(str(path))
     if is_buffered:
-        documents: Shuffled = BufferedShuffle(source, seed=1, chunk_documents=3, bad_lines=bad)
+        documents: Shuffle = BufferedShuffle(source, seed=1, chunk_documents=3, bad_lines=bad)
     else:
-        documents = open_documents(source, seed=1, bad_lines=bad)
+        documents = shuffle_source(source, seed=1, bad_lines=bad)
     texts: list[str] = []
     error = None
     try:
@@ -229,18 +229,18 @@ def test_an_edit_that_keeps_the_size_is_seen_or_read_as_it_is(
     assert len(before) == len(after)
     path = tmp_path / "a.jsonl"
     path.write_bytes(before)
-    items = JsonlItems([str(path)])
+    rows = JsonlRows([str(path)], TEXT_OR_CHAT)
     path.write_bytes(after)
     is_now = [sum(lengths[:n]) + n * ONE_LINE for n in range(len(lengths))]
     of_now = {sum(edited[:n]) + n * ONE_LINE: n for n in range(len(edited))}
-    for number in range(items.num_items):
+    for number in range(rows.num_rows):
         line = of_now.get(is_now[number])
         is_whole = line is not None and edited[line] == lengths[number]
         if is_whole:
-            assert items.read(number) == Document("a" * lengths[number], f"{path}:{number + 1}")
+            assert rows.read(number) == Document("a" * lengths[number], f"{path}:{number + 1}")
         else:
             with pytest.raises(ValueError, match="changed after its lines had been found") as told:
-                items.read(number)
+                rows.read(number)
             assert str(told.value).startswith(f"{path}:{number + 1}: ")
             assert not isinstance(told.value, BadLineError)  # which might be skipped
 
@@ -249,20 +249,20 @@ def test_an_edit_that_keeps_the_size_is_seen_or_read_as_it_is(
 def test_a_last_line_without_an_end_that_grows(more: bytes, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(content([1, 2])[:-1])
-    items = JsonlItems([str(path)])
+    rows = JsonlRows([str(path)], TEXT_OR_CHAT)
     with path.open("ab") as file:
         file.write(more)
-    assert items.read(0) == Document("a", f"{path}:1")
+    assert rows.read(0) == Document("a", f"{path}:1")
     with pytest.raises(ValueError, match=r"a.jsonl:2: the file changed after its lines"):
-        items.read(1)
+        rows.read(1)
 
 
 def test_an_edit_within_a_line_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(content([3, 3]))
-    items = JsonlItems([str(path)])
+    rows = JsonlRows([str(path)], TEXT_OR_CHAT)
     path.write_bytes(content([3, 3]).replace(b"aaa", b"bbb"))
-    assert items.read(1) == Document("bbb", f"{path}:2")
+    assert rows.read(1) == Document("bbb", f"{path}:2")
 
 
 @pytest.mark.parametrize("kind", WHOLE)
@@ -271,15 +271,15 @@ def test_a_file_whose_name_is_no_utf8(kind: str, tmp_path: Path) -> None:
     path.write_bytes(WHOLE[kind] if kind == "parquet" else PACK[kind](b"nonsense\n" + LINES))
     texts, num_skipped, error = read_all(path)
     assert (len(texts), num_skipped, error) == ((6, 0, None) if kind == "parquet" else (5, 1, None))
-    documents = open_documents(open_source(str(path)), seed=1, bad_lines=BadLines(tmp_path / "x"))
+    documents = shuffle_source(open_source(str(path)), seed=1, bad_lines=BadLines(tmp_path / "x"))
     json.dumps(documents.state())
 
 
 def test_a_file_that_goes_away_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(content([3]))
-    items = JsonlItems([str(path)])
+    rows = JsonlRows([str(path)], TEXT_OR_CHAT)
     path.unlink()
-    for ask in (lambda: items.read(0), lambda: items.digest):
+    for ask in (lambda: rows.read(0), lambda: rows.digest):
         with pytest.raises(ValueError, match=r"a\.jsonl.*: No such file"):
             ask()

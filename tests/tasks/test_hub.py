@@ -17,9 +17,10 @@ from huggingface_hub import constants
 from tasks.open import open_source
 from tasks.registry import check_source
 from tasks.shuffling.buffered import BufferedShuffle
+from tasks.shuffling.shuffle import shuffle_source
 from tasks.source_spec import SourceSpec
 from tasks.sources import hub as module
-from tasks.stream import open_documents, open_training_stream
+from tasks.stream import open_training_stream
 from tests.tasks.material import check_restored_anywhere, make_texts, through_json, tokenizer
 
 TEXTS = make_texts(103, seed=1)
@@ -63,7 +64,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], Call
 
 
 def opened(name: str = NAME) -> BufferedShuffle:
-    documents = open_documents(open_source(name), seed=7, chunk_documents=10)
+    documents = shuffle_source(open_source(name), seed=7, chunk_documents=10)
     assert isinstance(documents, BufferedShuffle)
     return documents
 
@@ -79,7 +80,7 @@ def test_every_row_once_per_epoch_and_from_anywhere(
     assert f"{NAME}: shuffled in chunks of up to 10 documents" in caplog.text
     epochs = [[documents.next() for _ in TEXTS] for _ in range(2)]
     for epoch in epochs:
-        assert {(document.text, document.where) for document in epoch} == {
+        assert {(document.text, document.origin) for document in epoch} == {
             (text, f"{NAME}:{number}") for number, text in enumerate(TEXTS, 1)
         }
     assert epochs[0] != epochs[1]
@@ -89,7 +90,7 @@ def test_every_row_once_per_epoch_and_from_anywhere(
 
 def test_a_configuration_is_named_after_it(serve: Callable[..., Calls]) -> None:
     calls = serve(of_shards)
-    assert opened(f"{NAME}/20220301.en").next().where.startswith(f"{NAME}/20220301.en:")
+    assert opened(f"{NAME}/20220301.en").next().origin.startswith(f"{NAME}/20220301.en:")
     assert calls[0][:2] == (NAME, "20220301.en")
 
 
@@ -97,16 +98,16 @@ def test_a_stream_of_blocks_resumes(serve: Callable[..., Calls]) -> None:
     serve(of_shards)
 
     def stream() -> Any:
-        return open_training_stream([SourceSpec(NAME)], tokenizer(), seq_length=24, seed=1)
+        return open_training_stream([SourceSpec(NAME)], tokenizer(), seq_len=24, seed=1)
 
     whole, states, blocks = stream(), [], []
     for _ in range(120):
         states.append(through_json(whole.state()))
-        blocks.append(whole.next_block().tokens.tolist())
+        blocks.append(whole.next_block().token_ids.tolist())
     for i in (1, 50, 119):
         resumed = stream()
         resumed.restore(states[i])
-        assert resumed.next_block().tokens.tolist() == blocks[i]
+        assert resumed.next_block().token_ids.tolist() == blocks[i]
 
 
 def test_a_shorter_data_set_is_not_resumed(serve: Callable[..., Calls]) -> None:

@@ -17,9 +17,9 @@ import pytest
 from tasks.open import open_source
 from tasks.shuffling.full import FullShuffle
 from tasks.shuffling.permutation import Permutation
+from tasks.shuffling.shuffle import shuffle_source
 from tasks.sources import line_index as module
-from tasks.sources.line_index import line_index
-from tasks.stream import open_documents
+from tasks.sources.line_index import load_line_index
 from tests.tasks.material import check_restored_anywhere, make_texts, write_jsonl
 
 TEXTS = make_texts(103, seed=1)
@@ -83,7 +83,7 @@ def test_where_names_file_and_line(tmp_path: Path) -> None:
     documents = opened(path)
     found = {documents.next() for _ in range(3)}
     expected = {("one", f"{path}:1"), ("two", f"{path}:4"), ("", f"{path}:6")}
-    assert {(document.text, document.where) for document in found} == expected
+    assert {(document.text, document.origin) for document in found} == expected
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b" \r\n\n"])
@@ -123,7 +123,9 @@ def test_lines_that_moved_in_the_middle_are_seen(tmp_path: Path) -> None:
 
 def test_a_buffered_shuffle_is_not_taken_for_this_one(tmp_path: Path) -> None:
     documents = opened(write_jsonl(tmp_path / "a.jsonl", TEXTS))
-    with pytest.raises(ValueError, match=r"a.jsonl: the checkpoint was written when"):
+    with pytest.raises(
+        ValueError, match=r"a.jsonl: the source changed .* only be read in file order"
+    ):
         documents.restore({"epoch": 0, "chunk": 1, "index": 2})
 
 
@@ -153,7 +155,7 @@ def test_the_index_is_that_of_python(
     path = tmp_path / "a.jsonl"
     path.write_bytes(content)
     for _ in range(2):  # made, and then loaded
-        assert line_index(str(path)).ends.tolist() == naive(content)
+        assert load_line_index(str(path)).ends.tolist() == naive(content)
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == [".a.jsonl.lines"]
 
 
@@ -163,13 +165,13 @@ def test_the_index_is_kept_while_it_is_true(
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     kept = tmp_path / ".a.jsonl.lines"
     made = Counter[str]()
-    real = module._make
-    monkeypatch.setattr(module, "_make", lambda *args: made.update("m") or real(*args))
+    real = module._build
+    monkeypatch.setattr(module, "_build", lambda *args: made.update("m") or real(*args))
     expected = naive(path.read_bytes())
 
     def times_made() -> int:
         before = made["m"]
-        assert line_index(str(path)).ends.tolist() == expected
+        assert load_line_index(str(path)).ends.tolist() == expected
         return made["m"] - before
 
     assert [times_made(), times_made()] == [1, 0]
@@ -192,8 +194,8 @@ def test_where_the_index_cannot_be_kept_it_is_made_and_told(
 
     monkeypatch.setattr(tempfile, "NamedTemporaryFile", refuse)  # root may write anywhere
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    assert line_index(str(path)).ends.tolist() == naive(path.read_bytes())
-    assert "cannot be kept (Permission denied)" in caplog.text
+    assert load_line_index(str(path)).ends.tolist() == naive(path.read_bytes())
+    assert "cannot be stored (Permission denied)" in caplog.text
 
 
 def test_where_its_folder_cannot_be_written_the_index_is_in_the_cache(
@@ -213,33 +215,33 @@ def test_where_its_folder_cannot_be_written_the_index_is_in_the_cache(
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     other = write_jsonl(tmp_path / "b.jsonl", TEXTS[:9])
     for name in (str(path), "a.jsonl", str(other)):
-        assert line_index(name).ends.tolist() == naive(Path(name).read_bytes())
+        assert load_line_index(name).ends.tolist() == naive(Path(name).read_bytes())
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 2  # made once for each file, whatever its path is called
     kept = sorted((tmp_path / "home" / ".cache" / "dist-clm-train").iterdir())
-    assert sorted(line.split(" is ")[1] for line in told) == [
-        f"{one} (beside it: Read-only file system)" for one in kept
+    assert sorted(line.split(" is stored as ")[1] for line in told) == [
+        f"{one}, because its folder cannot be written (Read-only file system)" for one in kept
     ]
     path.write_bytes(path.read_bytes() + b"{}\n")
-    assert line_index(str(path)).ends.tolist() == naive(path.read_bytes())
+    assert load_line_index(str(path)).ends.tolist() == naive(path.read_bytes())
 
 
 def test_a_folder_of_many_files_takes_few_descriptors(tmp_path: Path) -> None:
     for number in range(300):
         write_jsonl(tmp_path / f"{number}.jsonl", [f"{number}-{line}" for line in range(3)])
-    documents = open_documents(open_source(str(tmp_path)), seed=1)
+    documents = shuffle_source(open_source(str(tmp_path)), seed=1)
     before = len(os.listdir("/proc/self/fd"))
     found = {documents.next().text for _ in range(900)}
     assert found == {f"{number}-{line}" for number in range(300) for line in range(3)}
-    assert len(os.listdir("/proc/self/fd")) <= before + module.MAPPED + 1
+    assert len(os.listdir("/proc/self/fd")) <= before + module.MAX_MAPPED + 1
 
 
 def test_an_index_that_another_process_made_anew_is_not_taken_for_the_old(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    index = line_index(str(path))
+    index = load_line_index(str(path))
     write_jsonl(path, TEXTS[:9])
-    line_index(str(path))
-    with pytest.raises(ValueError, match=r"\.a\.jsonl\.lines: another process made it anew"):
+    load_line_index(str(path))
+    with pytest.raises(ValueError, match=r"\.a\.jsonl\.lines: another process rebuilt it"):
         index.span(0)
     (tmp_path / ".a.jsonl.lines").unlink()
     with pytest.raises(ValueError, match=r"\.a\.jsonl\.lines: cannot be read any more"):

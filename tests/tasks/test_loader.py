@@ -19,14 +19,14 @@ from tests.tasks.material import make_texts, through_json, tokenizer, write_json
 
 def _stream(path: Path) -> BlockStream:
     specs = [SourceSpec(str(path))]
-    return open_training_stream(specs, tokenizer(), seq_length=16, seed=1, chunk_documents=8)
+    return open_training_stream(specs, tokenizer(), seq_len=16, seed=1, chunk_documents=8)
 
 
 def test_labels() -> None:
     trained = np.array([[True, True, False, True], [True, False, False, False]])
     tokens = np.array([[5, 6, 7, 8], [1, 2, 3, 4]])
     batch = make_batch([TokenBlock(*pair) for pair in zip(tokens, trained, strict=True)])
-    assert batch.tokens.tolist() == tokens.tolist()
+    assert batch.token_ids.tolist() == tokens.tolist()
     assert batch.labels.tolist() == [[6, -100, 8, -100], [-100] * 4]
 
 
@@ -36,8 +36,10 @@ def test_batches_are_the_streams_blocks(tmp_path: Path) -> None:
     loader = BatchLoader(_stream(path), rows=3)
     for _ in range(20):
         batch = loader.next()
-        assert batch.tokens.tolist() == [stream.next_block().tokens.tolist() for _ in range(3)]
-        assert batch.labels[:, :-1].tolist() == batch.tokens[:, 1:].tolist()
+        assert batch.token_ids.tolist() == [
+            stream.next_block().token_ids.tolist() for _ in range(3)
+        ]
+        assert batch.labels[:, :-1].tolist() == batch.token_ids[:, 1:].tolist()
         assert (batch.labels[:, -1] == -100).all()
     loader.close()
 
@@ -52,7 +54,7 @@ def test_state_is_that_of_the_batch_whatever_was_prefetched(tmp_path: Path) -> N
         stream.restore(through_json(batches[i].state))
         resumed = BatchLoader(stream, rows=3)
         for expected in batches[i + 1 : i + 9]:
-            assert resumed.next().tokens.tolist() == expected.tokens.tolist()
+            assert resumed.next().token_ids.tolist() == expected.token_ids.tolist()
         resumed.close()
 
 

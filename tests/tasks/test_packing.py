@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tasks.open import open_source
-from tasks.packing.concat import PackedSource
+from tasks.packing.concat import Packer
 from tasks.shuffling.buffered import BufferedShuffle
 from tasks.tokenization.encoder import Encoder
 from tests.tasks.material import (
@@ -31,8 +31,8 @@ def _documents(path: Path) -> BufferedShuffle:
     return BufferedShuffle(open_source(str(path)), seed=3, chunk_documents=16)
 
 
-def _pack(path: Path, seq_length: int, separator: str | None = None) -> PackedSource:
-    return packed(_documents(path), Encoder(tokenizer(), separator), seq_length)
+def _pack(path: Path, seq_len: int, separator: str | None = None) -> Packer:
+    return packed(_documents(path), Encoder(tokenizer(), separator), seq_len)
 
 
 def _texts(path: Path) -> Iterator[str]:
@@ -41,9 +41,7 @@ def _texts(path: Path) -> Iterator[str]:
         yield documents.next().text
 
 
-def _naive_blocks(
-    texts: Iterable[str], seq_length: int, separator: str | None
-) -> Iterator[list[int]]:
+def _naive_blocks(texts: Iterable[str], seq_len: int, separator: str | None) -> Iterator[list[int]]:
     backend = tokenizer().backend_tokenizer
     tokens: list[int] = []
     for text in texts:
@@ -51,22 +49,20 @@ def _naive_blocks(
             tokens += [*backend.encode(text, add_special_tokens=False).ids, 0]
         else:
             tokens += backend.encode(separator + text, add_special_tokens=False).ids
-        while len(tokens) >= seq_length:
-            yield tokens[:seq_length]
-            tokens = tokens[seq_length:]
+        while len(tokens) >= seq_len:
+            yield tokens[:seq_len]
+            tokens = tokens[seq_len:]
 
 
 @pytest.mark.parametrize("separator", [None, "\n", ""])
-@pytest.mark.parametrize("seq_length", [2, 31, 500])
-def test_blocks_equal_a_naive_packing(
-    tmp_path: Path, seq_length: int, separator: str | None
-) -> None:
+@pytest.mark.parametrize("seq_len", [2, 31, 500])
+def test_blocks_equal_a_naive_packing(tmp_path: Path, seq_len: int, separator: str | None) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    packed = _pack(path, seq_length, separator)
-    for expected in itertools.islice(_naive_blocks(_texts(path), seq_length, separator), 200):
+    packed = _pack(path, seq_len, separator)
+    for expected in itertools.islice(_naive_blocks(_texts(path), seq_len, separator), 200):
         block = packed.next_block()
-        assert block.tokens.tolist() == expected
-        assert block.tokens.dtype == np.int64
+        assert block.token_ids.tolist() == expected
+        assert block.token_ids.dtype == np.int64
         assert block.trained.dtype == np.bool_
         assert block.trained.all()
 
@@ -82,13 +78,15 @@ def test_restored_anywhere(tmp_path: Path, name: str, separator: str | None) -> 
     states, blocks = [], []
     for _ in range(300):
         states.append(through_json(packed.state()))
-        blocks.append(packed.next_block().tokens.tolist())
+        blocks.append(packed.next_block().token_ids.tolist())
     resumed = _pack(path, 32, separator)
     for i in random.Random(1).sample(range(300), 50):
         resumed.restore(states[i])
         assert resumed.state() == states[i]
         ahead = min(12, 300 - i)
-        assert [resumed.next_block().tokens.tolist() for _ in range(ahead)] == blocks[i : i + ahead]
+        assert [resumed.next_block().token_ids.tolist() for _ in range(ahead)] == blocks[
+            i : i + ahead
+        ]
 
 
 def test_long_documents_warn_of_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -104,7 +102,7 @@ def test_a_source_without_tokens_is_an_error(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [""] * 40)
     with pytest.raises(ValueError, match=r"a\.jsonl: the source yields no token"):
         _pack(path, 8, separator="").next_block()
-    assert _pack(path, 8).next_block().tokens.tolist() == [0] * 8
+    assert _pack(path, 8).next_block().token_ids.tolist() == [0] * 8
 
 
 def test_documents_need_an_end(tmp_path: Path) -> None:

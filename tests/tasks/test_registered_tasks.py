@@ -19,9 +19,9 @@ from tasks.open import open_source
 from tasks.registry import check_source
 from tasks.shuffling.buffered import BufferedShuffle
 from tasks.shuffling.full import FullShuffle
+from tasks.shuffling.shuffle import shuffle_source
 from tasks.source_spec import SourceSpec
 from tasks.sources.base import BadLineError, Document
-from tasks.stream import open_documents
 from tests.tasks.material import check_restored_anywhere, make_texts
 
 NI = Path("data/natural-instructions")
@@ -89,42 +89,40 @@ def test_instances_of_the_training_tasks(name: str, caplog: pytest.LogCaptureFix
         (f"Define task001_a 漢字.\n\nInput: in {text}\nOutput:", f" {text}")
         for text in texts["task001_a"]
     ]
-    documents = open_documents(open_source(name), seed=1)
+    documents = shuffle_source(open_source(name), seed=1)
     assert isinstance(documents, FullShuffle)
     for _ in range(2):
         epoch = [documents.next() for _ in range(103)]
         assert {text_and_answer(document) for document in epoch} == expected
-    assert len({document.where.split(":")[0] for document in epoch[:30]}) == 3  # tasks are mixed
+    assert len({document.origin.split(":")[0] for document in epoch[:30]}) == 3  # tasks are mixed
     assert "4 of 5 training tasks are there" in caplog.text
     check_restored_anywhere(
-        open_documents(open_source(name), seed=1), open_documents(open_source(name), seed=1)
+        shuffle_source(open_source(name), seed=1), shuffle_source(open_source(name), seed=1)
     )
 
 
 def test_changed_tasks_are_not_resumed() -> None:
     write_task("task1", 12)
     write_list("task1")
-    documents = open_documents(open_source("ni"), seed=1)
+    documents = shuffle_source(open_source("ni"), seed=1)
     documents.next()
     write_task("task1", 13)
     with pytest.raises(ValueError, match="ni: the source changed since the checkpoint"):
-        open_documents(open_source("ni"), seed=1).restore(documents.state())
-    with pytest.raises(ValueError, match=r"task1.json:\d+: the file changed since"):
-        [documents.next() for _ in range(12)]
+        shuffle_source(open_source("ni"), seed=1).restore(documents.state())
 
 
 BAD_TASKS = [
     (b"", "no task of natural instructions"),
     (b"[]", "no task of natural instructions"),
     (b"nonsense", "no task of natural instructions"),
-    (b'{"Definition": ["d"]}', 'expected "Definition" and "Instances"'),
+    (b'{"Definition": ["d"]}', 'expected "Definition" and a list of "Instances"'),
     (b'{"Definition": ["d"], "Instances": {}}', "no task of natural instructions"),
     (b'{"Definition": ["d"], "Instances": [{}', "no task of natural instructions"),
     (b'{"Definition": ["d"], "Instances": [{}]', "no task of natural instructions"),
     (b'{"Definition": ["\xff"], "Instances": []}', "no task of natural instructions"),
     (b'{"Definition": ["d"], "Instances": [' + b"[" * 100_000, "no task of natural instructions"),
     (b'{"Definition": ["d"], "Instances": [3]}', "task1.json:1: expected"),
-    (b'{"Definition": ["d"], "Instances": [{"input": "\xff"}]}', "task1.json:1: not UTF-8"),
+    (b'{"Definition": ["d"], "Instances": [{"input": "\xff"}]}', "no task of natural instructions"),
     (b'{"Definition": ["d"], "Instances": [{"input": 1, "output": ["a"]}]}', '"inputs", got a num'),
     (b'{"Definition": ["d"], "Instances": [{"input": "a", "output": []}]}', '"targets", got null'),
     (b'{"Definition": ["d"], "Instances": []}', "ni: the source holds no document"),
@@ -137,7 +135,7 @@ def test_a_file_that_is_no_task_is_named(raw: bytes, reason: str) -> None:
     write_list("task1")
     (NI / "tasks" / "task1.json").write_bytes(raw)
     with pytest.raises(ValueError) as caught:
-        open_documents(open_source("ni"), seed=1).next()
+        shuffle_source(open_source("ni"), seed=1).next()
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -175,12 +173,12 @@ def test_prompts_of_the_pool_in_every_kind_of_file() -> None:
     Path("data/p3").mkdir()
     Path("data/p3/a.jsonl").write_text("".join(json.dumps(row) + "\n" for row, _ in PAIRS))
     check_source(SourceSpec("p3"))
-    assert isinstance(open_documents(open_source("p3"), seed=1), FullShuffle)
+    assert isinstance(shuffle_source(open_source("p3"), seed=1), FullShuffle)
     rows = [row for row, _ in PAIRS[:4]]
     parquet.write_table(pyarrow.Table.from_pylist(rows), "data/p3/b.parquet")
     expected = [pair for _, pair in PAIRS] + [pair for _, pair in PAIRS[: len(rows)]]
     assert [text_and_answer(document) for document in in_order("p3")] == expected
-    documents = open_documents(open_source("p3"), seed=1)
+    documents = shuffle_source(open_source("p3"), seed=1)
     assert sorted(text_and_answer(documents.next()) for _ in expected) == sorted(expected)
 
 
@@ -194,7 +192,7 @@ def test_a_line_of_another_form_is_named(row: Any, reason: str) -> None:
     Path("data/p3").mkdir()
     Path("data/p3/a.jsonl").write_text(json.dumps(row))
     with pytest.raises(ValueError) as caught:
-        open_documents(open_source("p3"), seed=1).next()
+        shuffle_source(open_source("p3"), seed=1).next()
     assert str(caught.value).startswith("data/p3/a.jsonl:1: ")
     assert reason in str(caught.value)
 
@@ -216,7 +214,7 @@ def test_the_pile_s_own_files() -> None:
         raw = "".join(lines[part::3]).encode()
         Path(f"data/pile/{part:02d}.jsonl.zst").write_bytes(zstandard.compress(raw))
     check_source(SourceSpec("pile"))
-    documents = open_documents(open_source("pile"), seed=1)
+    documents = shuffle_source(open_source("pile"), seed=1)
     assert sorted(documents.next().text for _ in texts) == sorted(texts)
 
 
@@ -250,10 +248,10 @@ def test_else_from_the_hub(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     check_source(SourceSpec(task))
-    documents = open_documents(open_source(task), seed=1)
+    documents = shuffle_source(open_source(task), seed=1)
     assert isinstance(documents, BufferedShuffle)
     document = documents.next()
-    assert (document.text, document.where) == (text, f"{name}:1")
+    assert (document.text, document.origin) == (text, f"{name}:1")
     assert asked[0] == (name, None, {"split": "train", "streaming": True})
 
 

@@ -17,10 +17,10 @@ from tasks.evaluation import evaluation_batches
 from tasks.open import open_source
 from tasks.registry import check_source
 from tasks.shuffling.full import FullShuffle
+from tasks.shuffling.shuffle import shuffle_source
 from tasks.source_spec import SourceSpec
 from tasks.sources.bad_lines import BadLines
 from tasks.sources.base import ChatMessage, Document
-from tasks.stream import open_documents
 from tests.tasks.material import (
     check_restored_anywhere,
     make_texts,
@@ -41,7 +41,7 @@ def save(folder: Path, texts: list[str] = TEXTS) -> Path:
 
 
 def opened(path: Path, **options: Any) -> FullShuffle:
-    documents = open_documents(open_source(str(path)), seed=7, **options)
+    documents = shuffle_source(open_source(str(path)), seed=7, **options)
     assert isinstance(documents, FullShuffle)
     return documents
 
@@ -49,7 +49,7 @@ def opened(path: Path, **options: Any) -> FullShuffle:
 def test_every_row_once_per_epoch_and_from_anywhere(tmp_path: Path) -> None:
     folder = save(tmp_path / "saved")
     documents = opened(folder)
-    assert documents.num_lines == 103
+    assert documents.num_rows == 103
     epochs = [[documents.next() for _ in TEXTS] for _ in range(2)]
     rows = {Document(text, f"{folder}:{number}") for number, text in enumerate(TEXTS, 1)}
     assert all(set(epoch) == rows for epoch in epochs)
@@ -87,8 +87,8 @@ def test_rows_of_every_form(tmp_path: Path) -> None:
 def test_evaluated_in_order(tmp_path: Path) -> None:
     paths = save(tmp_path / "saved"), write_jsonl(tmp_path / "a.jsonl", TEXTS)
     batches = [
-        [batch.tokens.tolist()
-         for batch in evaluation_batches(str(path), tokenizer(), seq_length=16, rows=2)]
+        [batch.token_ids.tolist()
+         for batch in evaluation_batches(str(path), tokenizer(), seq_len=16, rows=2)]
         for path in paths
     ]  # fmt: skip
     assert batches[0] == batches[1]
@@ -108,8 +108,10 @@ def test_a_data_set_that_changed_is_not_resumed(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="saved: the source changed since the checkpoint"):
             opened(save(tmp_path / "saved", texts)).restore(state)
     write_jsonl(tmp_path / "a.jsonl.gz", TEXTS)
-    with pytest.raises(ValueError, match="could be read at any place, and now it is read in order"):
-        open_documents(open_source(str(tmp_path / "a.jsonl.gz")), seed=7).restore(state)
+    with pytest.raises(
+        ValueError, match="could be read in any order, and can now only be read in file"
+    ):
+        shuffle_source(open_source(str(tmp_path / "a.jsonl.gz")), seed=7).restore(state)
 
 
 def test_a_change_far_from_a_file_s_ends_is_seen(tmp_path: Path) -> None:
@@ -118,9 +120,9 @@ def test_a_change_far_from_a_file_s_ends_is_seen(tmp_path: Path) -> None:
     for middle in ("b", "c", "b"):
         data = datasets.Dataset.from_dict({"text": ["a" * 200_000, middle, "a" * 200_000]})
         data.save_to_disk(str(tmp_path / "saved"))
-        open_items = open_source(str(tmp_path / "saved")).open_items
-        assert open_items is not None
-        digests.append(open_items().digest)
+        open_rows = open_source(str(tmp_path / "saved")).open_rows
+        assert open_rows is not None
+        digests.append(open_rows().digest)
     assert digests[0] == digests[2] != digests[1]
 
 
@@ -128,7 +130,7 @@ def test_of_several_splits_the_one_to_train_on(tmp_path: Path) -> None:
     data = datasets.Dataset.from_dict({"text": TEXTS})
     datasets.DatasetDict({"test": data, "train": data}).save_to_disk(str(tmp_path / "both"))
     check_source(SourceSpec(str(tmp_path / "both")))
-    assert opened(tmp_path / "both").next().where.startswith(f"{tmp_path}/both/train:")
+    assert opened(tmp_path / "both").next().origin.startswith(f"{tmp_path}/both/train:")
     datasets.DatasetDict({"test": data, "dev": data}).save_to_disk(str(tmp_path / "none"))
     with pytest.raises(ValueError) as caught:
         check_source(SourceSpec(str(tmp_path / "none")))
@@ -136,7 +138,7 @@ def test_of_several_splits_the_one_to_train_on(tmp_path: Path) -> None:
         f"--task-name {tmp_path}/none: the splits saved there are test, dev, and none is train: "
         f"name the folder of one, as {tmp_path}/none/test"
     )
-    assert opened(tmp_path / "none" / "test").num_lines == 103
+    assert opened(tmp_path / "none" / "test").num_rows == 103
 
 
 def test_no_column_counts_and_datasets_is_not_imported_to_say_so(tmp_path: Path) -> None:
@@ -195,4 +197,4 @@ def test_rows_that_are_no_document_are_skipped_and_named(tmp_path: Path) -> None
 def test_a_folder_with_files_of_such_names_is_no_data_set(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", ["a"])
     (tmp_path / "state.json").write_text(json.dumps({}))
-    assert open_documents(open_source(str(tmp_path)), seed=1).next().text == "a"
+    assert shuffle_source(open_source(str(tmp_path)), seed=1).next().text == "a"

@@ -34,14 +34,14 @@ def test_signals_to_all_processes_are_not_for_workers() -> None:
     """Ctrl-C and a job's SIGTERM reach them too: the rank decides when they end."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     workers = Workers(Encoder(tokenizer()), 1)
-    expected = [one.tokens.tolist() for one in Encoder(tokenizer()).encode_all(DOCUMENTS)]  # type: ignore[union-attr]
+    expected = [one.token_ids.tolist() for one in Encoder(tokenizer()).encode_all(DOCUMENTS)]  # type: ignore[union-attr]
     result = workers.encode(DOCUMENTS)
     (child,) = multiprocessing.active_children()
     for given in (result, workers.encode(DOCUMENTS)):  # as it starts, and when it works
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             os.kill(child.pid or 0, number)
         found = given()
-        assert [one.tokens.tolist() for one in found] == expected  # type: ignore[union-attr]
+        assert [one.token_ids.tolist() for one in found] == expected  # type: ignore[union-attr]
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
     workers.close()
     assert not child.is_alive()
