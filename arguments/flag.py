@@ -5,26 +5,24 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from arguments.values import switch
 
-OnResume = Literal["must match", "may change", "not kept"]
-AcrossRanks = Literal["same", "own", "proven"]
-
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag, as `arguments.flags.table` lists it.
+    """A flag, as `arguments.flag_table` lists it.
 
     Attributes:
-        is_common: most runs need the flag, so that --help shows it; --help-all shows every flag.
-        on_resume: "must match": a resumed run has the checkpoint's value, else it is an error;
+        common: most runs need the flag, so that --help shows it; --help-all shows every flag.
+        resume: "must match": a resumed run has the checkpoint's value, else it is an error;
             "may change": a change is logged in one line; "not kept": the checkpoint does not hold
             the value, or logs its changes in another way.
-        across_ranks: "same": every rank has the same value, else the job does not start; "own": the
-            value may differ, since it names things of one machine or is read by rank 0 alone;
-            "proven": the same everywhere, but secret, so that ranks prove it and never send it.
+        ranks: "same": every rank has the same value, else the job does not start; "own": the value
+            may differ, since it names things of one machine or is read by rank 0 alone; "proven":
+            the same everywhere, but secret, so that ranks prove it and never send it.
     """
 
     name: str
@@ -34,9 +32,9 @@ class Flag:
     choices: Sequence[Any] | None = None
     metavar: str | None = None
     required: bool = False
-    is_common: bool = False
-    on_resume: OnResume = "not kept"
-    across_ranks: AcrossRanks = "same"
+    common: bool = False
+    resume: Literal["must match", "may change", "not kept"] = "not kept"
+    ranks: Literal["same", "own", "proven"] = "same"
 
     @property
     def dest(self) -> str:
@@ -58,3 +56,8 @@ class Flag:
             required=self.required,
             **options,
         )
+
+
+fixed = partial(Flag, resume="must match")
+free = partial(Flag, resume="may change")
+unkept = partial(Flag, resume="not kept")

@@ -1,6 +1,6 @@
 """The settings of a run: frozen groups, made once from the command line.
 
-A field has the name of its flag; `arguments.flags.table` says what the flags mean.
+A field has the name of its flag; `arguments.flag_table` says what the flags mean.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from pipeline_parallel.partition.split import Asked
 from tasks.source_spec import SourceSpec
@@ -205,20 +205,11 @@ class Settings:
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Settings:
         """Makes the groups from values by field name."""
-        groups = {
-            "model": ModelSettings,
-            "parallel": ParallelSettings,
-            "network": NetworkSettings,
-            "data": DataSettings,
-            "update": UpdateSettings,
-            "precision": PrecisionSettings,
-            "checkpoint": CheckpointSettings,
-            "output": OutputSettings,
-        }
+        groups = get_type_hints(cls).items()
         return cls(
             **{
                 name: group(**{field.name: values[field.name] for field in fields(group)})
-                for name, group in groups.items()
+                for name, group in groups
             }
         )
 

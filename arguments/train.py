@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from arguments.checks import check_settings
-from arguments.flags.table import FLAGS_BY_HEADING
+from arguments.flag_table import FLAGS_BY_HEADING
 from arguments.launcher import fill_defaults
 from arguments.parser import OneLineParser, refuse
 from arguments.settings import Settings
@@ -30,7 +30,7 @@ def train_parser(*, shows_all: bool = False) -> argparse.ArgumentParser:
     for heading, flags in FLAGS_BY_HEADING.items():
         group = parser.add_argument_group(heading)
         for flag in flags:
-            flag.add_to(group, is_shown=flag.is_common or shows_all)
+            flag.add_to(group, is_shown=flag.common or shows_all)
     return parser
 
 

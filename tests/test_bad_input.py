@@ -18,7 +18,7 @@ import pytest
 
 from arguments import settings
 from arguments.checks import warnings_about
-from arguments.flags.table import FLAGS
+from arguments.flag_table import FLAGS
 from arguments.parser import refuse
 from arguments.train import parse_train, train_parser
 from comm.backends.single_process import SingleProcessCommunicator

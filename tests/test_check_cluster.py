@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from arguments.flag_rules import flags_of_all_ranks
+from arguments.flag_table import flags_of_all_ranks
 from arguments.train import parse_train
 from tests.bad_input import argv
 from tests.cluster import flags, make_model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from arguments.flag_rules import fixed_flags, free_flags
+from arguments.flag_table import fixed_flags, free_flags
 from arguments.settings import Settings
 from comm.lifecycle.stop_signals import StopRequest
 from comm.run_context import RunContext

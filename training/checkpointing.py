@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 
-from arguments.flag_rules import fixed_flags, free_flags
+from arguments.flag_table import fixed_flags, free_flags
 from arguments.settings import Settings
 from checkpoint.snapshot import Snapshot, on_host
 from checkpoint.steps.meta import StepMeta

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from arguments.flag_rules import fixed_flags, free_flags
+from arguments.flag_table import fixed_flags, free_flags
 from arguments.settings import PrecisionSettings, Settings
 from checkpoint.resume.compatibility import changes, check_same_config, check_same_run
 from checkpoint.resume.reshard import Continuation, describe_change

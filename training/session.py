@@ -14,7 +14,7 @@ from typing import NamedTuple, NoReturn
 
 from transformers.utils import logging as transformers_logging
 
-from arguments.flag_rules import flags_of_all_ranks
+from arguments.flag_table import flags_of_all_ranks
 from arguments.parser import refuse
 from arguments.settings import NetworkSettings, Settings
 from comm.communicator import PeerLostError

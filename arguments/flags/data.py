@@ -2,90 +2,80 @@
 
 from __future__ import annotations
 
-from arguments.flag import Flag
+from arguments.flag import fixed, free, unkept
 from arguments.values import real, whole
 
 DATA_FLAGS = (
-    Flag(
+    fixed(
         "--task-name",
         "a[:weight],b[:weight],...: each a .jsonl, .jsonl.zst, .jsonl.gz or .parquet file, a "
         "folder of them, a data set saved to disk by datasets, a hub name (org/name or org/name/"
         "configuration), or a registered task (cot, natural_instructions or ni, p3, pile); only "
         "rank 0 needs the files",
         required=True,
-        is_common=True,
-        on_resume="must match",
-        across_ranks="own",
+        common=True,
+        ranks="own",
     ),
-    Flag(
+    fixed(
         "--doc-separator",
         "text put before each document, instead of an end-of-text token after it; a newline is "
         "written $'\\n' in bash",
-        on_resume="must match",
     ),
-    Flag(
+    unkept(
         "--train-on",
         "completion: the loss is over completions and the turns of the assistant or bot alone; "
         "texts that are no conversation are trained completely",
-        default="all",
+        "all",
         choices=("all", "completion"),
     ),
-    Flag(
+    unkept(
         "--pack",
         "concat: documents end to end, and a token sees all before it in its block; document: "
         "attention and positions stay inside a document, and none is cut that fits into a block",
-        default="concat",
+        "concat",
         choices=("concat", "document"),
     ),
-    Flag(
+    unkept(
         "--data-workers",
         "processes that tokenize ahead of training, on rank 0; 0: training's own",
-        default=1,
-        type=whole(0),
+        1,
+        whole(0),
     ),
-    Flag(
+    free(
         "--bad-lines",
         "what a line that is no document does: end the run, or be left out and listed in "
         "bad_lines.txt in --checkpoint-path",
-        default="error",
+        "error",
         choices=("error", "skip"),
-        on_resume="may change",
     ),
-    Flag(
+    free(
         "--max-bad-share",
         "with --bad-lines skip: so many bad lines end the run, as a share of the lines read (at "
         "least of 1000)",
-        default=0.01,
-        type=real(at_most=1.0),
-        on_resume="may change",
+        0.01,
+        real(at_most=1.0),
     ),
-    Flag(
+    unkept(
         "--preview-data",
         "print the first N blocks as text, trained text in green, and the mixture in numbers, and "
         "end; needs no weights and no other rank",
-        type=whole(1),
+        None,
+        whole(1),
         metavar="N",
     ),
-    Flag(
+    free(
         "--evaluation-data",
         "[name=]source,[name=]source,...: each a file, folder or task, as of --task-name, to "
         "measure the held-out loss on; without a name, a set has that of its file, folder or task",
-        is_common=True,
-        on_resume="may change",
-        across_ranks="own",
+        common=True,
+        ranks="own",
     ),
-    Flag(
+    free(
         "--evaluation-steps",
         "evaluate every so many iterations; 0: only before the first and after the last",
-        default=0,
-        type=whole(0),
-        is_common=True,
-        on_resume="may change",
+        0,
+        whole(0),
+        common=True,
     ),
-    Flag(
-        "--evaluation-num-batch",
-        "batches of each set; default: all",
-        type=whole(1),
-        on_resume="may change",
-    ),
+    free("--evaluation-num-batch", "batches of each set; default: all", None, whole(1)),
 )

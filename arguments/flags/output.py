@@ -4,93 +4,81 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from arguments.flag import Flag
+from arguments.flag import free, unkept
 from arguments.values import MAX_SECONDS, real, switch, whole
 
 CHECKPOINT_FLAGS = (
-    Flag(
+    unkept(
         "--checkpoint-path",
         "default: model_checkpoints/<model folder's name>",
-        type=Path,
-        is_common=True,
-        across_ranks="own",
+        None,
+        Path,
+        common=True,
+        ranks="own",
     ),
-    Flag(
+    free(
         "--checkpoint-steps",
         "save every so many iterations; 0: only at the end",
-        default=0,
-        type=whole(0),
-        is_common=True,
-        on_resume="may change",
+        0,
+        whole(0),
+        common=True,
     ),
-    Flag(
-        "--load-checkpoint",
-        "resume from --checkpoint-path if it has a checkpoint",
-        default=True,
-        type=switch,
+    unkept(
+        "--load-checkpoint", "resume from --checkpoint-path if it has a checkpoint", True, switch
     ),
-    Flag(
+    free(
         "--keep-checkpoints",
         "keep only the newest N, once a newer one is complete; default: all",
-        type=whole(1),
+        None,
+        whole(1),
         metavar="N",
-        on_resume="may change",
     ),
-    Flag(
+    free(
         "--keep-optimizer-states",
         "only the newest N checkpoints keep their optimizer state; older ones can be converted, "
         "but training cannot resume from them; default: all",
-        type=whole(1),
+        None,
+        whole(1),
         metavar="N",
-        on_resume="may change",
     ),
-    Flag(
+    free(
         "--async-checkpoint",
         "training stops only while its state is copied to host memory; the copy is written beside "
         "training",
-        default=False,
-        type=switch,
-        on_resume="may change",
+        False,
+        switch,
     ),
-    Flag(
+    free(
         "--checkpoint-failure",
         "when a save fails, of a full disk for example: warn, and training goes on, or end the "
         "run; a failure of the last save always ends it",
-        default="warn",
+        "warn",
         choices=("warn", "fatal"),
-        on_resume="may change",
     ),
-    Flag(
+    free(
         "--grace-seconds",
         "seconds after SIGTERM, SIGINT or SIGUSR1 for the update to end and be saved, before exit "
         "status 75; later, 1",
-        default=300.0,
-        type=real(positive=True, at_most=MAX_SECONDS),
-        on_resume="may change",
+        300.0,
+        real(positive=True, at_most=MAX_SECONDS),
     ),
 )
 
 OUTPUT_FLAGS = (
-    Flag(
+    unkept(
         "--check-cluster",
         "meet, compare the machines, measure devices and links, print what to expect, and end; "
         "reads no weights and no data",
-        default=False,
-        type=switch,
-        is_common=True,
+        False,
+        switch,
+        common=True,
     ),
-    Flag(
-        "--project-name",
-        "Weights & Biases project",
-        default="dist-clm-train",
-        on_resume="may change",
-        across_ranks="own",
-    ),
-    Flag(
+    free("--project-name", "Weights & Biases project", "dist-clm-train", ranks="own"),
+    unkept(
         "--profiling",
         "tidy_profiling: a trace of every rank, and timeline.png of one step of all, in trace_json "
         "under the working directory",
-        default="no-profiling",
+        "no-profiling",
         choices=("no-profiling", "tidy_profiling"),
     ),
 )

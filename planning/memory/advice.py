@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-from arguments.flag_rules import fixed_flags
+from arguments.flag_table import fixed_flags
 from arguments.settings import Settings
 from checkpoint.steps.folder import any_steps
 from modules.families.base import Family

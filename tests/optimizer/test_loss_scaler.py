@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from arguments.flag_rules import free_flags
+from arguments.flag_table import free_flags
 from arguments.train import parse_train
 from checkpoint.resume.compatibility import changes
 from optimizer.loss_scaler import ConstantScale, DynamicScale

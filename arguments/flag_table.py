@@ -1,11 +1,33 @@
-"""What the flag table means for a run: what a resume compares, and what all ranks must share."""
+"""The table of all flags of dist_clm_train.py, by the headings of --help.
+
+The table says of each flag whether it may change on resume, and whether ranks may differ in it. A
+new flag is one entry in a file of arguments/flags/, one field of a group in `arguments.settings`,
+and the code that uses it.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from arguments.flags.table import FLAGS
+from arguments.flag import Flag
+from arguments.flags.data import DATA_FLAGS
+from arguments.flags.output import CHECKPOINT_FLAGS, OUTPUT_FLAGS
+from arguments.flags.processes import NETWORK_FLAGS, PARALLEL_FLAGS
+from arguments.flags.training import MODEL_FLAGS, PRECISION_FLAGS, UPDATE_FLAGS
 from arguments.settings import Settings
+
+FLAGS_BY_HEADING: dict[str, tuple[Flag, ...]] = {
+    "model": MODEL_FLAGS,
+    "processes": PARALLEL_FLAGS,
+    "network": NETWORK_FLAGS,
+    "data": DATA_FLAGS,
+    "updates": UPDATE_FLAGS,
+    "precision and memory": PRECISION_FLAGS,
+    "checkpoints": CHECKPOINT_FLAGS,
+    "checks and reports": OUTPUT_FLAGS,
+}
+
+FLAGS: tuple[Flag, ...] = tuple(flag for flags in FLAGS_BY_HEADING.values() for flag in flags)
 
 
 def fixed_flags(settings: Settings) -> dict[str, Any]:
@@ -30,13 +52,13 @@ def flags_of_all_ranks(settings: Settings) -> dict[str, str | int | float | bool
         "giving --evaluation-data": settings.data.evaluation_data is not None
     }
     for flag in FLAGS:
-        if flag.across_ranks == "same":
+        if flag.ranks == "same":
             value = values[flag.dest]
             is_plain = value is None or isinstance(value, (bool, int, float))
             shared[flag.name] = value if is_plain else str(value)
     return shared
 
 
-def _kept(settings: Settings, on_resume: str) -> dict[str, Any]:
+def _kept(settings: Settings, rule: str) -> dict[str, Any]:
     values = settings.values()
-    return {flag.name: values[flag.dest] for flag in FLAGS if flag.on_resume == on_resume}
+    return {flag.name: values[flag.dest] for flag in FLAGS if flag.resume == rule}

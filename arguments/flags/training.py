@@ -1,0 +1,133 @@
+"""Flags of the model, the updates, precision and memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from arguments.flag import fixed, free, unkept
+from arguments.values import MAX_RATE, layers, real, size, switch, whole
+from modules.registry import MODELS
+
+MODEL_FLAGS = (
+    unkept(
+        "--model-name",
+        "folder of layer shards, on each rank's disk",
+        None,
+        Path,
+        required=True,
+        common=True,
+        ranks="own",
+    ),
+    free("--tokenizer-name", "folder or hub name; default: --model-name", ranks="own"),
+    fixed("--model-type", "model family", choices=sorted(MODELS), required=True, common=True),
+    unkept(
+        "--num-layers",
+        "layers per stage, of which the last may have fewer; or a list of each stage's, as 5,3; or "
+        "auto: the split whose slowest stage has the fewest multiply-adds",
+        None,
+        layers(auto=True),
+        required=True,
+        common=True,
+    ),
+    unkept(
+        "--embedding-dim",
+        "hidden size, as config.json has it",
+        None,
+        whole(1),
+        required=True,
+        common=True,
+    ),
+    unkept(
+        "--load-pretrained-model", "false: random weights from config.json and --seed", True, switch
+    ),
+)
+
+UPDATE_FLAGS = (
+    free(
+        "--total-steps",
+        "iterations; --gradient-accumulate-step of them make one update",
+        None,
+        whole(1),
+        required=True,
+        common=True,
+    ),
+    free(
+        "--lr", "learning rate at the end of the warm-up", 1e-5, real(at_most=MAX_RATE), common=True
+    ),
+    free("--warmup-steps", "updates of linear warm-up", 0, whole(0), common=True),
+    free("--lr-schedule", "after the warm-up", "linear", choices=("linear", "cosine", "constant")),
+    free("--min-lr", "where the schedule ends", 0.0, real()),
+    fixed(
+        "--optimizer",
+        "adam is AdamW; 8bit-adam needs bitsandbytes",
+        "adam",
+        choices=("adam", "8bit-adam"),
+        common=True,
+    ),
+    free("--weight-decay", "of matrices; biases and norms have none", 0.01, real(at_most=MAX_RATE)),
+    free(
+        "--max-grad-norm",
+        "gradient norm to clip to; inf: never",
+        1.0,
+        real(positive=True, finite=False),
+    ),
+    fixed("--seq-length", "tokens of a block", 2048, whole(2), common=True),
+    free("--batch-size", "sequences per pipeline and iteration", 8, whole(1), common=True),
+    fixed("--micro-batch-size", "sequences per microbatch", 1, whole(1), common=True),
+    fixed("--gradient-accumulate-step", "iterations per update", 1, whole(1), common=True),
+    fixed("--seed", "of data order, dropout and random weights", 42, whole(0)),
+    unkept("--train-warmup-steps", "accepted from old scripts; does nothing", None, whole(0)),
+)
+
+PRECISION_FLAGS = (
+    unkept("--fp16", "compute in fp16, weights and moments in fp32", False, switch, common=True),
+    unkept("--bf16", "compute in bf16, weights and moments in fp32", False, switch, common=True),
+    free("--recompute", "recompute a block's activations in backward", True, switch),
+    free("--use-offload", "master weights and moments in host memory", False, switch),
+    unkept(
+        "--cpu-matmul",
+        "what multiplies fp32 matrices on a CPU: torch's default (MKL) or oneDNN; auto: what the "
+        "checkpoint was made with, else oneDNN on AMD processors with AVX-512",
+        "auto",
+        choices=("auto", "default", "onednn"),
+    ),
+    free("--loss-scale", "fp16: a constant loss scale; 0: dynamic", 0.0, real()),
+    free("--initial-loss-scale", "fp16: the first dynamic scale", 32768.0, real(positive=True)),
+    free("--min-loss-scale", "fp16: the smallest dynamic scale", 1.0, real(positive=True)),
+    free(
+        "--loss-scale-window",
+        "fp16: clean updates in a row before the scale doubles",
+        1000,
+        whole(1),
+    ),
+    free("--hysteresis", "fp16: overflows before the scale halves", 2, whole(1)),
+    free(
+        "--max-skipped-updates",
+        "fp16: overflows in a row that end the run, with a checkpoint",
+        50,
+        whole(1),
+    ),
+    unkept(
+        "--plan",
+        "print what each stage will need, and end; needs config.json alone: no weights, no data, "
+        "no other rank, and with --use-cuda true no GPU",
+        False,
+        switch,
+        common=True,
+    ),
+    unkept(
+        "--device-memory",
+        "with --plan: the memory of a device, as 24GB (10^9 bytes) or 24GiB (2^30); where a stage "
+        "needs more, the plan lists the flags that help, and the exit status is 1",
+        None,
+        size,
+        metavar="SIZE",
+    ),
+    unkept(
+        "--measure-memory",
+        "log at the end the peak memory of tensors on each rank, beside the plan's; on a CPU the "
+        "run takes longer",
+        False,
+        switch,
+    ),
+)
