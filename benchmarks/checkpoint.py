@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from checkpoint.retention import RetentionPolicy
-from checkpoint.snapshot import Snapshot, on_host
+from checkpoint.snapshot import Snapshot, to_host
 from checkpoint.steps.meta import StepMeta
 from checkpoint.store import CheckpointStore
 from comm.backends.single_process import SingleProcessCommunicator
@@ -77,7 +77,7 @@ def measure(folder: Path, state: dict[str, Any], rounds: int) -> None:
         topology=Topology(0, 1, 1),
         nonce="benchmark",
         extras={},
-        keep=RetentionPolicy(1, None),
+        policy=RetentionPolicy(1, None),
     )
     snapshot, step = Snapshot(), 0
     stalls: dict[str, list[float]] = {"at once": [], "beside training": [], "torch.save": []}
@@ -90,7 +90,7 @@ def measure(folder: Path, state: dict[str, Any], rounds: int) -> None:
         copied = timed(partial(begin_beside, store, step, state, snapshot))
         beside = train(lambda: not store.is_writing)
         renamed = timed(store.finish)
-        store.tidy()
+        store.finish_cleanup()
         peer = timed(partial(save_plainly, state, folder / "peer.pt"))
         if number > 0:
             for name, seconds in zip(stalls, (at_once, copied + renamed, peer), strict=True):
@@ -102,7 +102,7 @@ def measure(folder: Path, state: dict[str, Any], rounds: int) -> None:
 
 def save(store: CheckpointStore, step: int, state: dict[str, Any]) -> None:
     check(state)
-    store.begin(step_meta(step), parts=on_host(state))
+    store.begin(step_meta(step), parts=to_host(state))
     store.finish()
 
 

@@ -1,1 +1,0 @@
-"""Layer shards in, training state in and out, Hugging Face out."""

@@ -1,4 +1,4 @@
-"""One run at a time writes to a --checkpoint-path."""
+"""The lock of a --checkpoint-path: one run at a time writes to it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,11 @@ from typing import TextIO
 
 logger = logging.getLogger(__name__)
 
-_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # what flock says of another's lock
+_LOCKED = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # flock's errors for a locked file
 
 
 def make_folder(path: Path) -> None:
-    """Makes `path` where it is missing.
-
-    ValueError, naming the folder, where it cannot be made or nothing can be written in it.
-    """
+    """Creates `path` if it is missing; ValueError names it if it cannot be made or written."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -29,11 +26,13 @@ def make_folder(path: Path) -> None:
 
 
 def lock_folder(path: Path) -> TextIO:
-    """Locks `path` (made where it is missing) until the returned file is closed.
+    """Locks `path`, which is created if it is missing, until the returned file is closed.
 
-    The system releases the lock of a process that ends in any way. A file system that has no locks
-    (Lustre without `-o flock`, some NFS) is told of, and keeps nobody out. ValueError where another
-    process holds it, or the folder cannot be made or written; the text names the folder.
+    The system releases the lock of a process that ends in any way. On a file system without locks
+    (Lustre without `-o flock`, some NFS) a warning is logged, and nothing is locked.
+
+    Raises:
+        ValueError: another process holds the lock, or the folder cannot be made or written.
     """
     make_folder(path)
     try:
@@ -43,14 +42,14 @@ def lock_folder(path: Path) -> TextIO:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in _HELD:
+        if error.errno in _LOCKED:
             file.seek(0)
             holder = file.read().strip() or "another process"
             file.close()
             raise ValueError(f"--checkpoint-path {path}: in use by {holder}") from error
         logger.warning(
-            "--checkpoint-path %s: its file system cannot lock files (%s): a second run that "
-            "writes there at the same time is not kept out",
+            "--checkpoint-path %s: its file system cannot lock files (%s); do not start a second "
+            "run that writes there at the same time",
             path,
             error.strerror,
         )

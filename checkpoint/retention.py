@@ -1,28 +1,29 @@
-"""Which checkpoints stay: older steps go, and optimizer state goes from those that stay.
+"""Deletion of older steps, and of the optimizer state of those that stay.
 
-Only what came before the step that was just saved is touched, once every stage has it whole and
-`latest` names it. A step that not every stage has whole counts for none, and goes. One is renamed
-aside before it is removed, and a manifest says what is gone before it goes: a crash at any moment
-leaves a step whole, or gone, or saying what it lacks.
+Only steps before the one that was just saved are touched, once it is complete on every stage and
+`latest` names it. A step that is not complete on every stage does not count, and is deleted too. A
+folder is renamed before it is deleted, and a manifest says that a file is dropped before the file
+is deleted: a crash at any moment leaves a step complete, gone, or marked.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-from checkpoint.steps import folder as step_folder
-from checkpoint.steps.complete import find_whole_steps
-from checkpoint.steps.folder import step_folders, withdraw
+from checkpoint.steps.complete import find_complete_steps
+from checkpoint.steps.folder import delete_replaced, delete_step, step_folders
 from checkpoint.steps.manifest import StageManifest, manifest_stages, part_name, read_manifest
 from comm.collective_io import BackgroundTask, run_on_all
 from comm.communicator import Communicator
+from comm.objects import gather_json
 from common.files import replace_file
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,54 +34,123 @@ class RetentionPolicy:
     optimizer_states: int | None = None
 
     @property
-    def is_all(self) -> bool:
-        """Whether nothing is ever removed."""
+    def keeps_all(self) -> bool:
         return self.steps is None and self.optimizer_states is None
 
-    def added_bytes(self, saves: int, *, kept: tuple[int, int], weights: int, state: int) -> int:
-        """The most that `saves` further checkpoints take at one time.
+    def added_bytes(self, saves: int, *, present: tuple[int, int], weights: int, state: int) -> int:
+        """Returns the most bytes that `saves` further checkpoints add at any time.
 
-        `kept` are the steps that are there, and those of them with optimizer state; `weights` and
-        `state` are the bytes of one. A new step is written before an old one goes.
+        Args:
+            present: the number of steps on disk, and of those with optimizer state.
+            weights: bytes of one step's weights.
+            state: bytes of one step's optimizer state.
         """
         limits = [most for most in (self.steps, self.optimizer_states) if most is not None]
-        steps, states = (
-            saves if most is None else min(saves, max(1, most + 1 - there))
-            for most, there in ((self.steps, kept[0]), (min(limits, default=None), kept[1]))
+        steps, states = (  # a new step is written before an old one is deleted
+            saves if most is None else min(saves, max(1, most + 1 - on_disk))
+            for most, on_disk in ((self.steps, present[0]), (min(limits, default=None), present[1]))
         )
         return steps * weights + states * state
 
 
-def prune(
-    path: Path, step: int, keep: RetentionPolicy, *, whole: Sequence[int], nonce: str
-) -> None:
-    """Removes under `path`, where `step` was saved, what `keep` does not ask for.
+class StepDeleter:
+    """Deletes older steps under `path` in the background, as `policy` says.
 
-    `whole` are the steps that count, those that all stages have whole, in order and with `step` the
-    last: others go too. That is all of a step that is there, by whichever stages it was saved: the
-    run may have had others. The stages of one folder may do so at once. OSError where the disk
-    fails.
+    Every process calls all of it alike but for `running`; `path` is None for a process that writes
+    no checkpoints.
     """
-    steps = [one for one in step_folders(path) if one <= step and _is_ours(path / str(one))]
-    for old in _others(steps, whole, keep.steps):
-        withdraw(path / str(old), nonce)
-    for old in _others(steps, whole, keep.optimizer_states):
+
+    def __init__(
+        self, path: Path | None, policy: RetentionPolicy, *, control: Communicator, nonce: str
+    ) -> None:
+        self._path, self._policy, self._control, self._nonce = path, policy, control, nonce
+        self._saved: int | None = None  # the newest step for which nothing was deleted yet
+        self._deleted_before: int | None = None
+        self._task: BackgroundTask | None = None
+
+    def note_saved(self, step: int) -> None:
+        """Lets the next `start` delete what `step` makes superfluous."""
+        self._saved = step
+
+    @property
+    def running(self) -> BackgroundTask | None:
+        """The deletion that still runs in this process, if any."""
+        return None if self._task is None or self._task.has_ended else self._task
+
+    def start(self) -> None:
+        """Starts to delete, unless an earlier deletion still runs anywhere: the next call does."""
+        if self._saved is None or any(gather_json(self._control, self.running is not None)):
+            return
+        self.wait()
+        step, self._saved = self._saved, None
+        complete = self._complete_steps(step)
+        if self._path is not None:
+            self._task = BackgroundTask(partial(self._delete, self._path, step, complete))
+        self._deleted_before = step
+
+    def wait(self) -> None:
+        """Waits until the deletion has ended on all processes; rank 0 warns if it failed."""
+        if self._deleted_before is None:
+            return
+        name = f"removing what is older than step {self._deleted_before}"
+        failure = run_on_all(self._control, self._task, name)
+        self._task = self._deleted_before = None
+        if failure is not None and self._control.rank == 0:
+            logger.warning("older checkpoints could not be removed: %s", failure)
+
+    def finish(self) -> None:
+        """Deletes all that is superfluous, and waits for it."""
+        self.wait()
+        self.start()
+        self.wait()
+
+    def _complete_steps(self, last: int) -> list[int]:
+        """Returns the complete steps up to `last`; none if nothing is ever deleted."""
+        if self._policy.keeps_all:
+            return []
+        return find_complete_steps(self._path, last, control=self._control) or []
+
+    def _delete(self, path: Path, step: int, complete: Sequence[int]) -> None:
+        delete_replaced(path / str(step), self._nonce)
+        if step in complete:
+            delete_old_steps(path, step, self._policy, complete=complete, nonce=self._nonce)
+
+
+def delete_old_steps(
+    path: Path, step: int, policy: RetentionPolicy, *, complete: Sequence[int], nonce: str
+) -> None:
+    """Deletes under `path` the steps up to `step` that `policy` does not keep.
+
+    It deletes all files of a step, whichever stages saved it: the run may have had others. The
+    stages that share a folder may do so at once.
+
+    Args:
+        step: the step that was just saved.
+        complete: the complete steps in order, of which `step` is the last.
+        nonce: the same for all processes of a start.
+
+    Raises:
+        OSError: the disk fails.
+    """
+    steps = [s for s in step_folders(path) if s <= step and _is_checkpoint(path / str(s))]
+    for old in _all_but_newest(steps, complete, policy.steps):
+        delete_step(path / str(old), nonce)
+    for old in _all_but_newest(steps, complete, policy.optimizer_states):
         if (path / str(old)).is_dir():
             _drop_optimizers(path / str(old))
 
 
-def _is_ours(folder: Path) -> bool:
-    """Nothing else that is called by a number is ever removed."""
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether it is a step's folder: a user's folder whose name is a number stays."""
     return any(folder.glob("prank_*"))
 
 
-def _others(steps: Sequence[int], whole: Sequence[int], most: int | None) -> list[int]:
-    """All but the newest `most` of those that are whole."""
-    return [] if most is None else [step for step in steps if step not in whole[-most:]]
+def _all_but_newest(steps: Sequence[int], complete: Sequence[int], most: int | None) -> list[int]:
+    return [] if most is None else [step for step in steps if step not in complete[-most:]]
 
 
 def _drop_optimizers(folder: Path) -> None:
-    """Leaves alone what has no manifest to say so, or a damaged one."""
+    """Skips a stage whose manifest is damaged, since it could not say what was dropped."""
     for stage in manifest_stages(folder):
         with suppress(ValueError):
             _drop_optimizer(folder, read_manifest(folder, stage))
@@ -89,83 +159,7 @@ def _drop_optimizers(folder: Path) -> None:
 def _drop_optimizer(folder: Path, manifest: StageManifest) -> None:
     name = part_name(manifest.stage, "optimizer")
     if name not in manifest.dropped:
-        files = {file: one for file, one in manifest.files.items() if file != name}
-        told = replace(manifest, files=files, dropped=[*manifest.dropped, name])
-        replace_file(folder / manifest.name, told.encode())
+        files = {file: file_sum for file, file_sum in manifest.files.items() if file != name}
+        updated = replace(manifest, files=files, dropped=[*manifest.dropped, name])
+        replace_file(folder / manifest.name, updated.encode())
     (folder / name).unlink(missing_ok=True)
-
-
-logger = logging.getLogger(__name__)
-
-
-class _Begun(NamedTuple):
-    """After which step older ones are removed, and by what, on a process that writes."""
-
-    step: int
-    task: BackgroundTask | None
-
-
-class Removal:
-    """Of older steps under `path`. Every process calls all of it alike but for `beside`.
-
-    `path` is None on a process that writes no checkpoints.
-    """
-
-    def __init__(
-        self, path: Path | None, keep: RetentionPolicy, *, control: Communicator, nonce: str
-    ) -> None:
-        self._path, self._keep, self._control, self._nonce = path, keep, control, nonce
-        self._due: int | None = None  # a step that was saved, if nothing was removed for it yet
-        self._begun: _Begun | None = None
-
-    def note(self, step: int) -> None:
-        """That step was saved."""
-        self._due = step
-
-    def begin(self) -> None:
-        """Starts to remove what is older than the step noted; nothing is being removed before."""
-        if self._due is None:
-            return
-        step, self._due = self._due, None
-        whole = self._whole_steps(step)
-        path = self._path
-        task = None if path is None else BackgroundTask(partial(self._remove, path, step, whole))
-        self._begun = _Begun(step, task)
-
-    def wait(self) -> None:
-        """Until what was begun has ended, on all; rank 0 warns where it failed."""
-        if self._begun is None:
-            return
-        (step, task), self._begun = self._begun, None
-        failure = run_on_all(self._control, task, f"removing what is older than step {step}")
-        if failure is not None and self._control.rank == 0:
-            logger.warning("older checkpoints could not be removed: %s", failure)
-
-    def beside(self, write: Callable[[], None], *, hurry: bool) -> Callable[[], None]:
-        """`write`, once what is being removed here has made room; with `hurry` at once, and again
-        then where that failed."""
-        task = None if self._begun is None else self._begun.task
-        return write if task is None else partial(_write_beside, task, write, hurry=hurry)
-
-    def _whole_steps(self, last: int) -> list[int]:
-        """Those up to `last` that all stages have whole; none where nothing is to be removed."""
-        if self._keep.is_all:
-            return []
-        return find_whole_steps(self._path, last, control=self._control) or []
-
-    def _remove(self, path: Path, step: int, whole: Sequence[int]) -> None:
-        step_folder.drop_replaced(path / str(step), self._nonce)
-        if step in whole:
-            prune(path, step, self._keep, whole=whole, nonce=self._nonce)
-
-
-def _write_beside(removal: BackgroundTask, write: Callable[[], None], *, hurry: bool) -> None:
-    if hurry:
-        try:
-            write()
-            return
-        except OSError:
-            if removal.has_ended:
-                raise
-    removal.wait()
-    write()

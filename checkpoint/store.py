@@ -1,6 +1,6 @@
 """Training checkpoints: every stage saves together, every stage resumes from the same step.
 
-No shared disk is assumed. Replica 0 of each stage writes and reads that stage's files on its own
+No shared disk is needed. Replica 0 of each stage writes and reads that stage's files on its own
 machine; the other replicas get weights and state from it over the network.
 """
 
@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from checkpoint.files.checksums import named, sum_bytes
-from checkpoint.resume.find import Search
-from checkpoint.resume.reshard import Continuation
-from checkpoint.retention import Removal, RetentionPolicy
+from checkpoint.files.checksums import sum_bytes, with_path
+from checkpoint.resume.find import ResumeSearch
+from checkpoint.resume.reshard import ResumeSplit
+from checkpoint.retention import RetentionPolicy, StepDeleter
 from checkpoint.steps import folder as step_folder
 from checkpoint.steps.latest import LATEST, expect_latest, latest_text, write_latest
 from checkpoint.steps.manifest import StageManifest, part_name
@@ -34,13 +34,13 @@ logger = logging.getLogger(__name__)
 
 
 class SaveFailedError(OSError):
-    """A step could not be saved; the checkpoints before it are as they were."""
+    """A step could not be saved; the earlier checkpoints are unchanged."""
 
 
 class ResumePoint(NamedTuple):
-    """Where training goes on: the step, and the folder that holds it on replica 0's machines.
+    """The step that training goes on from, and its folder on replica 0's machines.
 
-    `meta` is its meta.json; None means a predecessor's checkpoint, of which only the weights count.
+    `meta` is None for a predecessor's checkpoint, of which only the weights are used.
     """
 
     step: int
@@ -49,7 +49,7 @@ class ResumePoint(NamedTuple):
 
 
 class _PendingStep(NamedTuple):
-    """A step that is being written: where, and by what, on a process that writes."""
+    """A step that is being written: its folder, and the writing on a process that writes."""
 
     step: int
     folder: Path
@@ -59,8 +59,10 @@ class _PendingStep(NamedTuple):
 class CheckpointStore:
     """The checkpoints under one --checkpoint-path, as all processes of a run see them.
 
-    `nonce` names this start of the run; `extras` are rank 0's small files (config.json, tokenizer)
-    by name, which every step's folder holds; `keep` is what stays of older steps.
+    Args:
+        nonce: names this start of the run.
+        extras: rank 0's small files (config.json, tokenizer) by name, for every step's folder.
+        policy: the older steps that stay.
     """
 
     def __init__(
@@ -71,33 +73,35 @@ class CheckpointStore:
         topology: Topology,
         nonce: str,
         extras: Mapping[str, bytes],
-        keep: RetentionPolicy,
+        policy: RetentionPolicy,
     ) -> None:
-        self.path, self._keep = path, keep
+        self.path, self._policy = path, policy
         self._control, self._topology, self._nonce = control, topology, nonce
         names = broadcast_json(control, list(extras))
         self._extras = {name: broadcast_bytes(control, extras.get(name, b"")) for name in names}
-        self._search: Search | None = None
+        self._search: ResumeSearch | None = None
         self._pending: _PendingStep | None = None
         self._writes = topology.replica == 0
-        self._removal = Removal(path if self._writes else None, keep, control=control, nonce=nonce)
+        self._deleter = StepDeleter(
+            path if self._writes else None, policy, control=control, nonce=nonce
+        )
         clear = partial(step_folder.clear_leftovers, path, nonce) if self._writes else None
         run_on_all(control, clear, "removing what earlier starts left", expected=())
 
-    def begin(self, meta: StepMeta, *, parts: Mapping[str, Any], hurry: bool = False) -> None:
-        """Starts writing `parts` (checkpoint, optimizer, scheduler) of this stage as `meta.step`.
+    def begin(self, meta: StepMeta, *, parts: Mapping[str, Any]) -> None:
+        """Starts to write `parts` (checkpoint, optimizer, scheduler) of this stage as `meta.step`.
 
-        Every process calls it, and `finish` before it begins another; `meta` is rank 0's. What is
-        written is not to change until it is. What the last save dropped makes room first; with
-        `hurry`, only where there is none.
+        Every process calls it, and `finish` before the next `begin`. `parts` must not change until
+        they are written. Rank 0's `meta` is saved.
         """
         assert self._pending is None, "one step is saved at a time"
-        step = meta.step
         text = broadcast_bytes(self._control, replace(meta, start=self._nonce).encode())
-        folder = step_folder.partial_folder(self.path, step, self._nonce)
-        write = partial(self._write, folder, step, parts, text)
-        task = BackgroundTask(self._removal.beside(write, hurry=hurry)) if self._writes else None
-        self._pending = _PendingStep(step, folder, task)
+        folder = step_folder.partial_folder(self.path, meta.step, self._nonce)
+        task = None
+        if self._writes:
+            write = partial(self._write, folder, meta.step, parts, text)
+            task = BackgroundTask(partial(_write_or_retry, write, self._deleter.running))
+        self._pending = _PendingStep(meta.step, folder, task)
 
     @property
     def pending(self) -> int | None:
@@ -106,17 +110,16 @@ class CheckpointStore:
 
     @property
     def is_writing(self) -> bool:
-        """Whether this process still writes: if none does, `finish` is a matter of renaming."""
+        """Whether this process still writes; if none does, `finish` only renames folders."""
         task = None if self._pending is None else self._pending.task
         return task is not None and not task.has_ended
 
-    def finish(self, *, hurry: bool = False) -> None:
-        """Lets the step that was begun be one, once all of it is written.
+    def finish(self) -> None:
+        """Waits until the step that was begun is written, and publishes it; every process calls it.
 
-        Every process calls it. What --keep-checkpoints drops is removed beside training, until
-        `tidy`; with `hurry`, all of that is left to `tidy`. SaveFailedError, the same on all of
-        them, where a disk fails: it says on which rank and at which file, and no step was added, or
-        `latest` alone could not be moved.
+        Raises:
+            SaveFailedError: a disk failed, the same error on all processes: it names rank and file.
+                No step was added, or `latest` alone does not name it.
         """
         assert self._pending is not None, "a step was begun"
         (step, folder, task), self._pending = self._pending, None
@@ -127,22 +130,21 @@ class CheckpointStore:
 
         def withdraw() -> None:
             drop()
-            step_folder.withdraw(final, self._nonce)
+            step_folder.delete_step(final, self._nonce)
 
         self._attempt(task, step, undo=drop)
         self._attempt(lambda: self._prepare(final), step, undo=drop)
         self._attempt(lambda: step_folder.publish(folder, final), step, undo=withdraw)
         self._attempt(lambda: write_latest(self.path, step), step)
-        self._removal.note(step)
-        if not hurry:
-            self._removal.wait()  # as the write did
-            self._removal.begin()
+        self._deleter.note_saved(step)
 
-    def tidy(self) -> None:
-        """Waits until what saves have dropped is removed; every process calls it."""
-        self._removal.wait()
-        self._removal.begin()
-        self._removal.wait()
+    def start_cleanup(self) -> None:
+        """Starts to delete what the last save made superfluous; every process calls it."""
+        self._deleter.start()
+
+    def finish_cleanup(self) -> None:
+        """Deletes what the saves made superfluous, and waits for it; every process calls it."""
+        self._deleter.finish()
 
     def _attempt(
         self,
@@ -151,21 +153,21 @@ class CheckpointStore:
         *,
         undo: Callable[[], None] | None = None,
     ) -> None:
-        """One part of a save, by every writer; where it fails for one of them, all undo it.
+        """Runs one part of a save on every writer; if it fails on one of them, all undo it.
 
-        Without `undo` the step stays, whole, and it is `latest` that does not name it.
+        Without `undo` the step stays, complete, but `latest` does not name it.
         """
         work_here = work if self._writes else None
         failure = run_on_all(self._control, work_here, f"saving step {step}")
         if failure is None:
             return
-        if undo is not None:  # what the failing disk keeps all the same, a later start clears
+        if undo is not None:  # a later start deletes what the failing disk does not delete now
             run_on_all(self._control, undo if self._writes else None, f"undoing step {step}")
-        what = "is not saved" if undo is not None else "is saved, but latest does not name it"
-        raise SaveFailedError(f"step {step} {what}: {failure}")
+        result = "is not saved" if undo is not None else "is saved, but latest does not name it"
+        raise SaveFailedError(f"step {step} {result}: {failure}")
 
     def _write(self, partial: Path, step: int, parts: Mapping[str, Any], meta: bytes) -> None:
-        """This stage's files, those that every stage writes, and last the manifest of them all."""
+        """Writes this stage's files, those that every stage writes, and last the manifest."""
         topology = self._topology
         sums = step_folder.write_stage_files(partial, topology.stage, parts)
         common = {**self._extras, META: meta}
@@ -176,61 +178,69 @@ class CheckpointStore:
             try:
                 replace_file(partial / name, content)
             except OSError as error:
-                raise named(error, partial / name) from error
+                raise with_path(error, partial / name) from error
         flush(partial)
 
     def _prepare(self, final: Path) -> None:
-        step_folder.make_way(final, self._nonce)
+        step_folder.move_aside(final, self._nonce)
         expect_latest(self.path)
 
-    def bytes_to_come(self, saves: int, *, weights: int, state: int) -> int:
-        """What so many saves will take here at most; `weights` and `state` are those of one."""
+    def needed_bytes(self, saves: int, *, weights: int, state: int) -> int:
+        """Returns the most bytes that so many saves add here.
+
+        `weights` and `state` are the bytes of one save's weights and optimizer state.
+        """
         if not self._writes:
             return 0
         folders = [self.path / str(step) for step in step_folder.step_folders(self.path)]
         states = sum(any(folder.glob(part_name("*", "optimizer"))) for folder in folders)
-        return self._keep.added_bytes(
-            saves, kept=(len(folders), states), weights=weights, state=state
+        return self._policy.added_bytes(
+            saves, present=(len(folders), states), weights=weights, state=state
         )
 
-    def find(self, continuation: Continuation) -> ResumePoint | None:
-        """The newest step of which every stage has all that it needs; None where no stage has any
-        checkpoint.
+    def find(self, split: ResumeSplit) -> ResumePoint | None:
+        """Finds the newest step of which every stage has all files that it needs.
 
-        `continuation` tells the run's split after the checkpoint's, which may be of other stages.
-        Files that stages have of different saves are not one step. Every process calls it, and
-        `verify` before it uses what the step holds beside meta.json and config. ValueError, the
-        same on all, names a file of the newest step that is damaged or missing, or says what each
-        stage has, and lacks, where they have none in common.
+        Every process calls it, and then `verify` before it uses any file of the step other than
+        meta.json and config.json.
+
+        Args:
+            split: the run's split of the layers; the checkpoint may have another.
+
+        Returns:
+            None if no stage has any checkpoint.
+
+        Raises:
+            ValueError: the same on all processes: a file of the newest step is damaged or missing,
+                or the stages have no step in common. Files of different saves are not one step.
         """
-        search = Search(self.path, continuation, control=self._control, topology=self._topology)
+        search = ResumeSearch(self.path, split, control=self._control, topology=self._topology)
         self._search = search
-        step = search.newest()
+        step = search.newest_step()
         if step is not None:
             folder = self.path / str(step)
-            meta = read_meta(folder).to_json() if self._topology.rank == 0 else None
-            meta = broadcast_json(self._control, meta)
-            return ResumePoint(step, folder, StepMeta.from_json(meta, folder / META))
+            value = read_meta(folder).to_json() if self._topology.rank == 0 else None
+            meta = StepMeta.from_json(broadcast_json(self._control, value), folder / META)
+            return ResumePoint(step, folder, meta)
         old = search.predecessor
         if old is None:
             return None
         return ResumePoint(0, step_folder.predecessor_folder(self.path, old), None)
 
     def verify(self, point: ResumePoint) -> None:
-        """Reads and compares all files of what `find` found; ValueError as there.
+        """Checks all files of the step that `find` returned; ValueError names a damaged one.
 
-        A predecessor's checkpoint has nothing to compare with. Every process calls it.
+        A predecessor's checkpoint has no checksums. Every process calls it.
         """
         if point.meta is not None:
             assert self._search is not None
             self._search.verify(point.step)
 
-    def continue_from(self, step: int) -> None:
-        """Lets `latest` name the step that the run goes on from, where it does not.
+    def update_latest(self, step: int) -> None:
+        """Makes `latest` name the step that the run goes on from.
 
-        It may lag behind, after a crash between a folder's rename and its own; and it may be ahead,
-        where the step that it names has been moved away. No start looks there alone, so that a
-        disk that fails is a warning.
+        It is older after a crash between the rename of a folder and its own, and newer if the step
+        that it names was moved away. No start relies on it alone, so a failing disk is a warning.
         """
         if not self._writes or latest_text(self.path) == str(step):
             return
@@ -240,23 +250,36 @@ class CheckpointStore:
             logger.warning("%s does not name step %d yet: %s", self.path / LATEST, step, error)
 
     def exists(self) -> bool:
-        """Whether any stage has any checkpoint, whole or not; every process calls it."""
-        mine = self._writes and step_folder.any_steps(self.path)
-        return any(gather_json(self._control, mine))
+        """Whether any stage has any checkpoint, complete or not; every process calls it."""
+        has_checkpoint = self._writes and step_folder.any_steps(self.path)
+        return any(gather_json(self._control, has_checkpoint))
+
+
+def _write_or_retry(write: Callable[[], None], deletion: BackgroundTask | None) -> None:
+    """Writes, and once more after `deletion` has freed space if the first attempt fails."""
+    try:
+        write()
+    except OSError:
+        if deletion is None:
+            raise
+        deletion.wait()
+        write()
 
 
 def part_file(folder: Path, stage: int, part: str) -> Path:
-    """Where `save` keeps one part of a stage."""
+    """Returns the file of one part of a stage."""
     return folder / part_name(stage, part)
 
 
 def read_part(folder: Path, stage: int, part: str) -> dict[str, Any]:
-    """What `save` kept of one part, its tensors mapped from the file, of which only those are read
-    that are used; ValueError names the file where it cannot be read."""
+    """Opens one part of a stage; ValueError names the file if it cannot be read.
+
+    Its tensors are mapped from the file: only those that are used are read.
+    """
     path = part_file(folder, stage, part)
     try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # torch raises its own, pickle's, zip's and the system's
+    except Exception as error:  # torch raises its own errors, pickle's, zip's and the system's
         raise ValueError(f"{path}: not readable: {error}") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path}: expected a dict, found {type(state).__name__}")

@@ -23,7 +23,7 @@ import torch
 
 from checkpoint.lock import lock_folder
 from tests.bad_input import LAYERS, ROOT, VOCAB, Flags, argv, at, make_home, right, the_line
-from tests.checkpoint.models import forget_manifests
+from tests.checkpoint.models import reseal
 from tests.dist import free_port
 from tests.entry import Outcome, Rank, Run, run_all
 from tests.tasks.material import tokenizer
@@ -132,7 +132,7 @@ Spoil = Callable[[Path], object]
 FOLDERS: dict[str, tuple[int, Spoil, list[str]]] = {
     "shard missing": (3, lambda d: (d / LAST).unlink(), [LAST, "no such file"]),
     "embedding missing": (2, lambda d: (d / "pytorch_embs.pt").unlink(), ["pytorch_embs.pt"]),
-    "shard truncated": (1, lambda d: cut(d / LAST), [LAST, "bytes that are no whole"]),
+    "shard truncated": (1, lambda d: cut(d / LAST), [LAST, "bytes that are no complete"]),
     "key too many": (
         3, lambda d: edit(d / LAST, lambda s: s.update(a=torch.ones(1))), [LAST, "a unexpected"],
     ),
@@ -252,14 +252,14 @@ FLAGS: dict[str, tuple[dict[int, Flags], list[str]]] = {
 }  # fmt: skip
 
 
-def unchecked(spoil: Spoil) -> Spoil:
-    """A checkpoint of a time without manifests, and what is wrong in it."""
+def resealed(spoil: Spoil) -> Spoil:
+    """What is wrong in a checkpoint was saved so: its manifests have the sums of it."""
 
-    def spoil_unchecked(folder: Path) -> None:
-        forget_manifests(folder)
+    def spoil_and_reseal(folder: Path) -> None:
         spoil(folder)
+        reseal(folder / "2")
 
-    return spoil_unchecked
+    return spoil_and_reseal
 
 
 # Flags of a second start on a checkpoint of the first, and the words of the line.
@@ -274,11 +274,11 @@ RESUMES: dict[str, tuple[Flags, list[str]]] = {
 }  # fmt: skip
 STATES: dict[str, tuple[Spoil, list[str]]] = {
     "optimizer of nonsense": (
-        unchecked(lambda d: torch.save([1], d / "2" / "prank_1_optimizer.pt")),
+        resealed(lambda d: torch.save([1], d / "2" / "prank_1_optimizer.pt")),
         ["prank_1_optimizer.pt", "list"],
     ),
     "optimizer with NaN": (
-        unchecked(
+        resealed(
             lambda d: edit(
                 d / "2" / "prank_1_optimizer.pt",
                 lambda s: s["exp_avg"][f"0.{QKV}"].fill_(float("nan")),
@@ -287,7 +287,7 @@ STATES: dict[str, tuple[Spoil, list[str]]] = {
         ["2/prank_1_optimizer.pt: exp_avg: 0.", QKV, "not finite"],
     ),
     "weights with NaN": (
-        unchecked(
+        resealed(
             lambda d: edit(
                 d / "2" / "prank_1_checkpoint.pt", lambda s: s[f"0.{QKV}"].fill_(float("nan"))
             )
@@ -295,23 +295,23 @@ STATES: dict[str, tuple[Spoil, list[str]]] = {
         ["prank_1_checkpoint.pt", QKV, "not finite"],
     ),
     "weights of a stage missing": (
-        unchecked(lambda d: (d / "2" / "prank_1_checkpoint.pt").unlink()),
-        ["--checkpoint-path", "no step is whole", "stage 0 has 2", "stage 1 has none"],
+        resealed(lambda d: (d / "2" / "prank_1_checkpoint.pt").unlink()),
+        ["2/prank_1_checkpoint.pt: no such file, but prank_1_manifest.json lists it"],
     ),
     "meta broken": (
-        unchecked(lambda d: cut(d / "2" / "meta.json")), ["meta.json", "not readable"],
+        resealed(lambda d: cut(d / "2" / "meta.json")), ["meta.json", "not readable"],
     ),
     "config of the checkpoint broken": (
-        unchecked(lambda d: cut(d / "2" / "config.json")),
+        resealed(lambda d: cut(d / "2" / "config.json")),
         ["2/config.json", "not readable"],
     ),
     "config of the checkpoint missing": (
-        unchecked(lambda d: (d / "2" / "config.json").unlink()),
-        ["--checkpoint-path", "needs in", "checkpoints/2 config.json; "],
+        resealed(lambda d: (d / "2" / "config.json").unlink()),
+        ["2/config.json: no such file, but prank_0_manifest.json lists it"],
     ),
     "weights that are not as saved": (
         lambda d: edit(d / "2" / "prank_1_checkpoint.pt", lambda s: s[f"0.{QKV}"].neg_()),
-        ["2/prank_1_checkpoint.pt: damaged: ", "prank_1_manifest.json says", "no whole checkpoint"],
+        ["2/prank_1_checkpoint.pt: damaged: ", "manifest.json says", "no complete checkpoint"],
     ),
 }  # fmt: skip
 

@@ -239,7 +239,7 @@ def test_without_a_shared_disk_stages_that_saved_differently_go_back_together(
     assert first.latest == str(SAVE)
     assert second.begin == SAVE
     assert (
-        f"step {2 * SAVE} is not whole on every stage, or not of one save: going back to {SAVE}"
+        f"step {2 * SAVE} is not complete on every stage, or not of one save: going back to {SAVE}"
         in (second.outcome.told[0])
     )
     for rank in OTHERS:
@@ -263,7 +263,7 @@ def test_a_cut_file_of_one_stage_is_an_error_that_offers_the_step_before(
     assert outcome.statuses == [2] * WORLD
     for (line,) in outcome.lines:
         assert f"disk1/{STEPS}/prank_1_optimizer.pt: damaged" in line
-        assert f"whole checkpoint before it is step {STEPS - SAVE}" in line
+        assert f"complete checkpoint before it is step {STEPS - SAVE}" in line
 
 
 def test_once_it_is_moved_away_all_go_back_to_the_step_before(
@@ -283,7 +283,7 @@ def test_a_step_of_another_run_on_one_stage_is_not_mixed_in(starts: dict[str, li
 
 def assert_went_back(start: Start) -> None:
     assert start.begin == STEPS - SAVE
-    assert any(f"step {STEPS} is not whole" in line for line in start.outcome.told[0])
+    assert any(f"step {STEPS} is not complete" in line for line in start.outcome.told[0])
     assert start.outcome.statuses == [0] * WORLD
 
 
@@ -292,7 +292,7 @@ def test_no_whole_step_is_an_error(starts: dict[str, list[Start]]) -> None:
     assert outcome.statuses == [2] * WORLD
     for (line,) in outcome.lines:
         assert f"disk0/{STEPS}/prank_0_checkpoint.pt: damaged" in line
-        assert line.endswith("no whole checkpoint before it is there")
+        assert line.endswith("no complete checkpoint before it is there")
 
 
 def test_a_complete_run_does_nothing_more(lab: Lab, starts: dict[str, list[Start]]) -> None:

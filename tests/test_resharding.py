@@ -15,9 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.checkpoint.models import forget_manifests
 from tests.checkpoint.test_damage import cut, flip
 from tests.reshard_lab import (
     KINDS,
@@ -35,7 +33,7 @@ from tests.reshard_lab import (
 )
 from tests.runs import Case, Told, run_folder
 from tests.test_mixed_precision import worst
-from tests.test_resume_rules import run_parts, train_alone
+from tests.test_resume_rules import run_parts
 from training.run_start import RunStart, open_run
 
 FEW: list[tuple[Shape, Shape]] = [((1, 2), (2, 1)), ((4, 1), (1, 2))]
@@ -160,7 +158,7 @@ def test_a_file_that_a_stage_needs_and_is_not_whole_is_named(
     spoil(four / str(STEPS))
     with pytest.raises(ValueError, match=re.escape(words)) as error:
         first_of_two(four, ended[0])
-    assert f"the newest whole checkpoint before it is step {SAVED}: to go on" in str(error.value)
+    assert f"the newest complete checkpoint before it is step {SAVED}: to go on" in str(error.value)
 
 
 def test_what_a_stage_does_not_need_does_not_matter(
@@ -195,7 +193,9 @@ def test_what_is_not_here_is_told_by_name_rank_and_host(
         path.unlink()
     with pytest.raises(ValueError, match=re.escape(needs.format(four / str(SAVED)))) as error:
         first_of_two(four, ended[0])
-    assert "no step is whole on every stage and of one save (stage 0 has none)" in str(error.value)
+    assert "no step is complete on every stage and of one save (stage 0 has none)" in str(
+        error.value
+    )
 
 
 def test_files_of_another_save_are_not_mixed_in(
@@ -207,31 +207,6 @@ def test_files_of_another_save_are_not_mixed_in(
         shutil.copy(path, four / str(STEPS))
     with pytest.raises(ValueError, match=r"/prank_1_manifest\.json: of another save than prank_0_"):
         first_of_two(four, ended[0])
-
-
-def test_a_step_without_manifests_goes_on_too(
-    four: Path, ended: tuple[Path, dict[str, Told]], caplog: pytest.LogCaptureFixture
-) -> None:
-    """What in it is not finite is named as the stage that saved it calls it."""
-    forget_manifests(four)
-    alone = flags(ended[0], KINDS[0]) | {
-        "checkpoint-path": four, "batch-size": 4, "num-layers": 7, "total-steps": STEPS + 1,
-        "use-cuda": "false",
-    }  # fmt: skip
-    path = four / str(STEPS) / "prank_2_optimizer.pt"
-    key = "1.mlp.dense_h_to_4h.bias"
-    whole = path.read_bytes()
-    state = torch.load(path, weights_only=True)
-    state["exp_avg"][key][3] = float("nan")
-    torch.save(state, path)
-    with pytest.raises(ValueError, match=re.escape(f"{path}: exp_avg: {key} holds a value")):
-        train_alone(alone)
-    path.write_bytes(whole)
-    with caplog.at_level(logging.INFO):
-        train_alone(alone)
-    told = [record.message for record in caplog.records]
-    assert f"step {STEPS} is of a time without manifests: not verified" in told
-    assert len(lines_of(four)) == STEPS + 1
 
 
 @pytest.mark.slow

@@ -22,7 +22,6 @@ from comm.run_context import RunContext
 from comm.topology import Topology
 from monitor.console import Console
 from monitor.metrics import read_metrics
-from tests.checkpoint.models import forget_manifests
 from tests.runs import to_argv
 from tests.tasks.material import make_texts, write_jsonl
 from tests.test_parity import make_shards
@@ -178,26 +177,8 @@ def test_the_same_step_is_saved_over_one_that_never_was_whole(
     with caplog.at_level(logging.WARNING):
         train_alone(again)
     (warning,) = [record.message for record in caplog.records]
-    assert warning.startswith("step 4 is not whole")
+    assert warning.startswith("step 4 is not complete")
     assert warning.endswith("going back to 2")
     assert (run / "4" / "config.json").is_file()
     assert (run / "latest").read_text() == "4"
     assert not list(run.glob(".*"))
-
-
-def test_a_run_goes_on_from_a_checkpoint_of_a_time_without_manifests(
-    flags: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """That it is not verified is told in one line; what the run then saves is checked again."""
-    run = tmp_path / "run"
-    again = {**flags, "checkpoint-path": run}
-    train_alone(again)
-    forget_manifests(run)
-    with caplog.at_level(logging.INFO):
-        train_alone({**again, "total-steps": 8})
-    told = [record.message for record in caplog.records if "verified" in record.message]
-    assert told == ["step 4 is of a time without manifests: not verified"]
-    assert open_run(**run_parts({**again, "total-steps": 8})).step == 8
-    (run / "8" / "prank_0_scheduler.pt").unlink()
-    with pytest.raises(ValueError, match=r"8/prank_0_scheduler\.pt: no such file"):
-        open_run(**run_parts({**again, "total-steps": 8}))

@@ -117,7 +117,7 @@ PLAN = {
     "while old steps go": Stop(
         [
             Kill("", 2, _TRAIN, nth=3, signals=TERM),
-            *(Kill("a slow disk", rank, "checkpoint.retention:withdraw", signals=(0,), wait=9.0)
+            *(Kill("a slow disk", rank, "checkpoint.retention:delete_step", signals=(0,), wait=9.0)
               for rank in WRITERS),
         ],
         75, "SIGTERM on rank 2", NOT_DELETED, 20,

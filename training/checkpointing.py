@@ -16,7 +16,7 @@ import transformers
 
 from arguments.flag_table import fixed_flags, free_flags
 from arguments.settings import Settings
-from checkpoint.snapshot import Snapshot, on_host
+from checkpoint.snapshot import Snapshot, to_host
 from checkpoint.steps.meta import StepMeta
 from checkpoint.store import CheckpointStore, SaveFailedError
 from comm.communicator import Communicator
@@ -55,7 +55,7 @@ def check_room(
         precision=settings.precision.precision,
         optimizer=update.optimizer,
     )
-    needed = store.bytes_to_come(saves, weights=weights, state=state)
+    needed = store.needed_bytes(saves, weights=weights, state=state)
     check_disk(control, path, needed=needed)
 
 
@@ -102,7 +102,7 @@ class Saver:
         Nothing is pending before. SaveFailedError, the same on all, where the run is not to go on
         after a save that failed: it is the run's last, or --checkpoint-failure says so.
         """
-        self._store.begin(self._meta(step, data), parts=self._parts(step), hurry=is_last)
+        self._store.begin(self._meta(step, data), parts=self._parts(step))
         if self._snapshot is not None and not is_last:
             return False
         return self.finish(is_last=is_last)
@@ -111,7 +111,7 @@ class Saver:
         """Whether what is pending is saved now; waits for it. SaveFailedError as in `save`."""
         step = self._store.pending
         try:
-            self._store.finish(hurry=is_last)
+            self._store.finish()
         except SaveFailedError as error:
             if is_last or self._settings.checkpoint.checkpoint_failure == "fatal":
                 raise
@@ -119,11 +119,13 @@ class Saver:
                 logger.warning("%s; training goes on", error)
             return False
         logger.info("saved step %s in %s", step, self._settings.checkpoint.checkpoint_path)
+        if not is_last:
+            self._store.start_cleanup()
         return True
 
     def close(self) -> None:
-        """Waits until what saves have dropped is removed; every process calls it."""
-        self._store.tidy()
+        """Deletes what the saves made superfluous, and waits for it; every process calls it."""
+        self._store.finish_cleanup()
 
     def _parts(self, step: int) -> dict[str, Any]:
         """This stage's state in host memory; a process that writes none leaves it where it is."""
@@ -139,7 +141,7 @@ class Saver:
         }
         if self._topology.replica != 0:
             return parts
-        return on_host(parts) if self._snapshot is None else self._snapshot.take(parts)
+        return to_host(parts) if self._snapshot is None else self._snapshot.take(parts)
 
     def _meta(self, step: int, data: Mapping[str, Any]) -> StepMeta:
         return StepMeta(

@@ -16,7 +16,7 @@ from checkpoint.resume.load import (
     load_shards_,
     share_from_first,
 )
-from checkpoint.resume.reshard import names_in, stages_holding
+from checkpoint.resume.reshard import map_names, stages_holding
 from checkpoint.store import part_file, read_part
 from comm.collective_io import run_on_all
 from comm.run_context import RunContext
@@ -107,6 +107,6 @@ def _read_state(
     return KeptState(
         part_file(folder, stage, "optimizer"),
         read_part(folder, stage, "optimizer"),
-        names=names_in(held, held, keys).keys(),
-        taken=names_in(held, indices, keys),
+        names=map_names(held, held, keys).keys(),
+        taken=map_names(held, indices, keys),
     )

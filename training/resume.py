@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from arguments.flag_table import fixed_flags, free_flags
 from arguments.settings import PrecisionSettings, Settings
-from checkpoint.resume.compatibility import changes, check_same_config, check_same_run
-from checkpoint.resume.reshard import Continuation, describe_change
+from checkpoint.resume.compatibility import check_same_config, check_same_run, describe_changes
+from checkpoint.resume.reshard import ResumeSplit, describe_change
 from checkpoint.resume.saved_split import saved_split
 from checkpoint.store import CheckpointStore, ResumePoint
 from comm.run_context import RunContext
@@ -42,7 +42,7 @@ def find_resume(
     Raises:
         ValueError: the flags forbid a resume, or the checkpoint is damaged or of another run.
     """
-    continuation = Continuation(split.asked, split.layers)
+    resume_split = ResumeSplit(split.asked, split.layers)
     if not settings.checkpoint.load_checkpoint:
         if store.exists():
             raise ValueError(
@@ -51,7 +51,7 @@ def find_resume(
                 "move it away"
             )
         return Resumed(None, split.layers, split.layers)
-    point = store.find(continuation)
+    point = store.find(resume_split)
     if point is None or point.meta is None:
         return Resumed(point, split.layers, split.layers)
     if context.rank == 0:  # --task-name may have another value on the other ranks' machines
@@ -59,7 +59,7 @@ def find_resume(
     if context.topology.replica == 0:
         check_same_config(point.folder, settings.model.model_name)
     source = saved_split(point.meta, point.folder, model_layers=sum(split.layers))
-    layers = continuation.split_after(source)
+    layers = resume_split.after(source)
     if context.rank == 0 and layers != source:
         logger.info("%s", describe_change(source, layers))
     elif context.rank == 0 and layers != split.layers:
@@ -70,10 +70,10 @@ def find_resume(
             source,
         )
     idle = idle_flags(settings.precision, point.meta.updater["scaler"])
-    for line in changes(point.meta.settings, free_flags(settings), idle=idle):
+    for line in describe_changes(point.meta.settings, free_flags(settings), idle=idle):
         logger.info("%s", line)
     store.verify(point)
-    store.continue_from(point.step)
+    store.update_latest(point.step)
     return Resumed(point, layers, source)
 
 

@@ -77,7 +77,7 @@ def open_run(settings: Settings, context: RunContext) -> RunStart:
         topology=topology,
         nonce=context.start,
         extras=extras,
-        keep=RetentionPolicy(
+        policy=RetentionPolicy(
             settings.checkpoint.keep_checkpoints, settings.checkpoint.keep_optimizer_states
         ),
     )

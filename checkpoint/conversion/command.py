@@ -1,18 +1,57 @@
-"""Where the converters' progress goes."""
+"""The commands of the convert scripts, after their flags are parsed.
+
+torch is imported here only once the flags are right, so that a mistake is reported at once.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from huggingface_hub.utils.tqdm import disable_progress_bars
+from common.text import one_line
+from modules.registry import MODELS
 
 
-def log_progress() -> None:
+def run_from_hf(model_type: str, flags: Mapping[str, Any]) -> None:
+    """Converts a Hugging Face model to layer shards; exit status 2 and one line for bad input."""
+
+    def convert() -> None:
+        from checkpoint.conversion.from_hf import convert_from_hf
+
+        convert_from_hf(MODELS[model_type].load(), **flags)
+
+    _run(convert)
+
+
+def run_to_hf(model_type: str, flags: Mapping[str, Any]) -> None:
+    """Converts a checkpoint to a Hugging Face model; exit status 2 and one line for bad input."""
+
+    def convert() -> None:
+        from checkpoint.conversion.to_hf import convert_to_hf
+
+        convert_to_hf(MODELS[model_type].load(), **flags)
+
+    _run(convert)
+
+
+def _run(convert: Callable[[], None]) -> None:
+    _log_progress()
+    try:
+        convert()
+    except (ValueError, OSError) as error:
+        sys.stderr.write(one_line(error) + "\n")
+        raise SystemExit(2) from error
+
+
+def _log_progress() -> None:
     """Sends the project's log lines to stdout, which leaves stderr to errors.
 
-    The libraries' advice is silenced: what they warn of is checked here, and is an error.
+    The libraries' warnings are silenced: the conversion checks the same things, as errors.
     """
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     for library in ("transformers", "huggingface_hub", "httpx"):
         logging.getLogger(library).setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""A model in the Hugging Face format becomes layer shards, a weight at a time."""
+"""Conversion of a model in the Hugging Face format to layer shards, one module at a time."""
 
 from __future__ import annotations
 
@@ -17,22 +17,28 @@ from modules.families.base import Family
 
 LOGGER = logging.getLogger(__name__)
 
-CHOSEN = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+DTYPE_NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
 def convert_from_hf(family: Family, *, model_name: str, save_dir: Path, dtype: str) -> Path:
-    """Writes the layer shards of `model_name`, a folder or a hub name, and a manifest of all that
-    it writes; returns their folder.
+    """Writes the layer shards of a model, and a manifest of all files that it writes.
 
-    It is `save_dir`/<model name with / as _>, for a local folder its base name. `dtype` is "keep",
-    or the type to write: "fp16", "bf16" or "fp32". Raises ValueError, one line that names the flag
-    or file, for input that is wrong; nothing is left then.
+    Args:
+        model_name: a folder or a hub name.
+        dtype: "keep", or the type to write: "fp16", "bf16" or "fp32".
+
+    Returns:
+        The folder of the shards: `save_dir`/<model name with / as _>, for a local folder its base
+        name.
+
+    Raises:
+        ValueError: names the flag or file that is wrong; nothing is left on disk then.
     """
     final = save_dir / folder_name(model_name)
     source = find_model(model_name, flag="--model-name", weights=True)
     config = family.load_config(source)
     modules = open_model(source, family, config)
-    target = getattr(torch, CHOSEN[dtype]) if dtype != "keep" else None
+    target = getattr(torch, DTYPE_NAMES[dtype]) if dtype != "keep" else None
     needed = sum(weight.num_bytes(target) for module in modules for weight in module.values())
     sums: dict[str, FileSum] = {}
     with new_folder(final, needed=needed) as folder:
@@ -44,7 +50,7 @@ def convert_from_hf(family: Family, *, model_name: str, save_dir: Path, dtype: s
         if target is None:
             shutil.copyfile(source / "config.json", folder / "config.json")
         else:
-            write_config(source, folder, dtype=CHOSEN[dtype])
+            write_config(source, folder, dtype=DTYPE_NAMES[dtype])
         small = [path for path in folder.iterdir() if path.name not in sums]
         write_shard_manifest(folder, sums | {path.name: sum_file(path) for path in small})
     LOGGER.info("%s: done", final)

@@ -1,4 +1,4 @@
-"""A folder that appears under its name only when it is whole."""
+"""An output folder that appears under its name only when it is complete."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ from common.text import format_bytes
 
 @contextmanager
 def new_folder(final: Path, *, needed: int) -> Iterator[Path]:
-    """Gives a temporary folder beside `final`, which takes that name when the block ends well.
+    """Yields a temporary folder beside `final`, and renames it to that when the block succeeds.
 
-    `needed` is what will be written, in bytes. Raises ValueError, before anything is made, where
-    `final` exists and is not an empty folder, or where the disk has less than `needed` free. What a
-    failed block has written is removed.
+    The files of a failed block are deleted.
+
+    Args:
+        needed: the bytes that will be written.
+
+    Raises:
+        ValueError: `final` exists and is not an empty folder, or the disk has less than `needed`
+            free. Nothing was created then.
     """
     final = Path(os.path.abspath(final))
     _check_absent(final)

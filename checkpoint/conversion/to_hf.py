@@ -1,4 +1,4 @@
-"""A training checkpoint becomes a model that transformers loads, a layer at a time."""
+"""Conversion of a training checkpoint to a model for transformers, one layer at a time."""
 
 from __future__ import annotations
 
@@ -37,13 +37,19 @@ def convert_to_hf(
     fp16: bool,
     verify: bool,
 ) -> Path:
-    """Writes `save_path` from the checkpoint at `ckpt_path`, a step's folder or one with `latest`.
+    """Writes `save_path` from a training checkpoint.
 
-    The split is checked against the step's meta.json, and needed where that does not tell it;
-    `config_name` is a folder or hub name of config and tokenizer, by default the step's folder.
-    Weights keep their type (the widest, where there are several) unless `fp16`. Raises ValueError,
-    one line that names the flag or file, for input that is wrong or not as its manifest says, and
-    RuntimeError where `verify` finds other logits; nothing is left then.
+    Args:
+        ckpt_path: a step's folder, or one with `latest`.
+        n_stages, n_layer_per_stage: the split, which a predecessor's step needs; that of others is
+            checked against meta.json.
+        config_name: a folder or hub name of config and tokenizer; by default the step's folder.
+        fp16: whether to write fp16; else weights keep their type, the widest if there are several.
+        verify: whether to compare the logits of the result with the checkpoint's.
+
+    Raises:
+        ValueError: names the flag or file that is wrong or damaged; nothing is left on disk then.
+        RuntimeError: the logits differ; nothing is left on disk then.
     """
     step = resolve_checkpoint(ckpt_path)
     if not check_weights(step, companions=config_name is None):
@@ -84,7 +90,7 @@ def _config_folder(step: Path, config_name: str | None) -> Path:
 
 
 def _widest(weights: Iterable[HfWeights]) -> torch.dtype:
-    """The type that holds every weight unchanged."""
+    """Returns the type that represents every weight exactly."""
     dtypes = {DTYPES[weight.file.entries[weight.key].dtype] for weight in weights}
     return functools.reduce(torch.promote_types, dtypes)
 
@@ -96,6 +102,6 @@ def _read(
     index: int,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """The weights of module `index` by Hugging Face key."""
+    """Reads the weights of module `index` by Hugging Face key."""
     names = hf_names(family, config, index)
     return {names[key]: weight for key, weight in read_module(modules[index], dtype).items()}

@@ -1,7 +1,7 @@
-"""Compares a converted model with the checkpoint it comes from: one forward pass of each.
+"""Comparison of a converted model with its checkpoint, by one forward pass of each.
 
-Our modules run on the stage files' weights, transformers' on those of the new safetensors, both in
-fp32 on the same random tokens, block after block: neither model is ever held whole.
+Our modules run on the weights of the stage files, transformers' on those of the new safetensors,
+both in fp32 on the same random tokens, block after block: neither model is ever in memory at once.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ LOGGER = logging.getLogger(__name__)
 NUM_ROWS = 2
 NUM_TOKENS = 32
 SEED = 0
-# Roundings by which two orders of the same fp32 operations may differ, see `tolerance`.
+# The number of roundings that two orders of the same fp32 operations may differ by.
 ROUNDINGS = 2
 
 
 def tolerance(config: Any) -> float:
-    """The largest relative difference of logits that rounding alone explains.
+    """Returns the largest relative difference of logits that rounding alone explains.
 
-    A sum of `hidden` products is off by about 2^-24 * sqrt(hidden) of its size, each module has a
-    few of them one after another, and errors of the modules add up at worst. Random models of 4 to
-    24 blocks, 32 to 1024 wide, differ by 0 (gptneox) to 1e-6 (gptj), below a tenth of it; a matrix
-    out of place moves logits by about their own size.
+    A sum of `hidden` products has an error of about 2^-24 * sqrt(hidden) of its size. Each module
+    has a few such sums in a row, and the errors of the modules add up at worst. Random models of 4
+    to 24 blocks, 32 to 1024 wide, differ by 0 (gptneox) to 1e-6 (gptj), less than a tenth of it; a
+    misplaced matrix changes logits by about their own size.
     """
     modules = config.num_hidden_layers + 2
     return float(ROUNDINGS * 2.0**-24 * math.sqrt(config.hidden_size) * modules)
@@ -50,10 +50,13 @@ def verify(
     modules: Sequence[Mapping[str, HfWeights]],
     dtype: torch.dtype,
 ) -> float:
-    """Compares `folder` with `modules`, the stages' weights, cast to `dtype` as written.
+    """Compares `folder` with `modules`, the stages' weights, cast to `dtype` as they were written.
 
-    Returns and logs the largest difference of two logits over the largest absolute logit. Raises
-    RuntimeError where it exceeds `tolerance(config)`.
+    Returns:
+        The largest difference of two logits over the largest absolute logit; it is logged too.
+
+    Raises:
+        RuntimeError: the difference exceeds `tolerance(config)`.
     """
     shape = (NUM_ROWS, min(NUM_TOKENS, config.max_position_embeddings))
     generator = torch.Generator().manual_seed(SEED)
@@ -87,7 +90,7 @@ def _run_ours(
 
 
 def _run_theirs(folder: Path, family: Family, config: Any, tokens: Tensor) -> Tensor:
-    """transformers' own model with a single block, which takes each block's weights in turn."""
+    """Runs transformers' own model of one block, which is filled with each block in turn."""
     small = copy.deepcopy(config)
     small.num_hidden_layers = 1
     model = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
@@ -106,19 +109,19 @@ def _run_theirs(folder: Path, family: Family, config: Any, tokens: Tensor) -> Te
 def _fill(
     model: nn.Module, family: Family, names: Mapping[str, str], weights: Mapping[str, HfWeights]
 ) -> None:
-    """Copies `weights`, by shard key, to the parameters of those `names`.
+    """Copies `weights`, by shard key, to the parameters with those `names`.
 
-    transformers calls some parameters otherwise than its files do: such a name is an alias.
+    transformers names some parameters differently than its files do: such a name is an alias.
     """
     parameters = dict(model.named_parameters())
-    attributes = {meant: alias for alias, meant in family.hf_aliases.items()}
+    attributes = {name: alias for alias, name in family.hf_aliases.items()}
     for key, weight in read_module(weights).items():
         name = names[key] if names[key] in parameters else attributes[names[key]]
         parameters[name].copy_(weight)
 
 
 def _block_output(model: Any, family: Family, x: Tensor) -> Tensor:
-    """Activations (rows, tokens, hidden) after the model's single block."""
+    """Returns the activations (rows, tokens, hidden) after the model's single block."""
     outputs: list[Any] = []
     prefix = next(iter(family.hf_block.values())).partition(".{layer}")[0]
     block = model.get_submodule(f"{prefix}.0")

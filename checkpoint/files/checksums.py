@@ -1,6 +1,6 @@
-"""Manifests: size and checksum of each file of a folder, so that none is read that is not whole.
+"""Checksums of files, and manifests that hold them, so that no incomplete file is ever read.
 
-A manifest is JSON that ends with a checksum of itself, and is compared to the byte. CRC-32 finds
+A manifest is JSON that ends with a checksum of itself, and is compared byte by byte. CRC-32 finds
 every burst of wrong bits up to 32 long, and misses other damage once in 2^32; it runs at the speed
 of memory on any processor. It finds damage, not forgery.
 """
@@ -17,7 +17,7 @@ from typing import IO, Any, BinaryIO, NamedTuple, cast
 import torch
 
 FORMAT = 1
-_CHUNK = 1 << 22  # bytes of a file that are held together while it is summed
+_CHUNK = 1 << 22  # bytes of a file that are in memory together while its checksum is computed
 _SEAL = "zz_checksum"  # sorts last
 
 
@@ -29,9 +29,9 @@ class FileSum(NamedTuple):
 
 
 class SummingFile:
-    """A file being written, as torch.save needs one, and the sum of what was written to it.
+    """A writable file for torch.save that computes the checksum of everything written to it.
 
-    `error` is the OSError that a write ended in, which torch hides behind its own.
+    `error` is the OSError of a failed write, which torch hides behind an error of its own.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -61,29 +61,32 @@ class SummingFile:
 
 
 def save_summed(state: Any, path: Path) -> FileSum:
-    """torch.save, flushed to disk; returns the sum of what was written, not of what the disk made
-    of it. OSError names the file."""
+    """Saves `state` with torch.save and flushes it to disk; an OSError names the file.
+
+    Returns:
+        The checksum of the bytes in memory, so that a later check finds what the disk changed.
+    """
     try:
         with path.open("wb") as file:
             summing = SummingFile(file)
             try:
                 torch.save(state, cast(IO[bytes], summing))
-            except RuntimeError as error:  # torch's own, also where it was the disk
+            except RuntimeError as error:  # torch raises its own, also where the disk failed
                 raise summing.error or error from error
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise named(error, path) from error
+        raise with_path(error, path) from error
     return summing.sum
 
 
 def sum_bytes(content: bytes) -> FileSum:
-    """The sum of a file with that content."""
+    """Returns the checksum of a file with that content."""
     return FileSum(len(content), f"{zlib.crc32(content):08x}")
 
 
 def sum_file(path: Path) -> FileSum:
-    """The sum of a file as it is, read in pieces. Raises OSError where it cannot be read."""
+    """Reads a file in chunks and returns its checksum; OSError if it cannot be read."""
     size, crc = 0, 0
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(_CHUNK):
@@ -92,7 +95,7 @@ def sum_file(path: Path) -> FileSum:
 
 
 def check_size(path: Path, expected: FileSum, *, manifest: str) -> None:
-    """ValueError, naming `path`, where it is missing or of another size than its manifest says."""
+    """Raises ValueError, naming `path`, if it is missing or its size differs from its manifest."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file, but {manifest} lists it")
     size = path.stat().st_size
@@ -101,25 +104,25 @@ def check_size(path: Path, expected: FileSum, *, manifest: str) -> None:
 
 
 def check_file(path: Path, expected: FileSum, *, manifest: str) -> None:
-    """As `check_size`, and the whole file is read and its checksum compared."""
+    """Checks the size, then reads the complete file and compares its checksum; ValueError."""
     check_size(path, expected, manifest=manifest)
     try:
-        found = sum_file(path)
+        actual = sum_file(path)
     except OSError as error:
         raise ValueError(f"{path}: not readable: {error}") from error
-    if found != expected:
+    if actual != expected:
         raise ValueError(
-            f"{path}: damaged: its checksum is {found.crc32}, {manifest} says {expected.crc32}"
+            f"{path}: damaged: its checksum is {actual.crc32}, {manifest} says {expected.crc32}"
         )
 
 
 def seal(body: Mapping[str, Any]) -> bytes:
-    """`body` as a file that `unseal` accepts."""
+    """Encodes `body` as JSON with a checksum of itself, for `unseal`."""
     return _encode({**body, _SEAL: sum_bytes(_encode(body)).crc32})
 
 
 def unseal(path: Path) -> dict[str, Any]:
-    """What was sealed; ValueError, naming `path`, where it is missing or not to the byte that."""
+    """Reads a sealed file; ValueError, naming `path`, if it is missing or differs in any byte."""
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:
@@ -129,10 +132,10 @@ def unseal(path: Path) -> dict[str, Any]:
     try:
         body: dict[str, Any] = json.loads(content)
         del body[_SEAL]
-        whole = seal(body) == content
-    except Exception:  # what damage makes of JSON can be anything
-        whole = False
-    if not whole:
+        is_intact = seal(body) == content
+    except Exception:  # damage can turn JSON into anything
+        is_intact = False
+    if not is_intact:
         raise ValueError(f"{path}: damaged: it is not the manifest that was written")
     if body.get("format") != FORMAT:
         raise ValueError(f"{path}: format is {body.get('format')!r}, expected {FORMAT}")
@@ -144,15 +147,15 @@ def _encode(body: Mapping[str, Any]) -> bytes:
 
 
 def encode_sums(sums: Mapping[str, FileSum]) -> dict[str, dict[str, Any]]:
-    """Sums by file name, as a manifest holds them."""
-    return {name: one._asdict() for name, one in sums.items()}
+    """Encodes checksums by file name for a manifest."""
+    return {name: file_sum._asdict() for name, file_sum in sums.items()}
 
 
 def decode_sums(body: Mapping[str, Any]) -> dict[str, FileSum]:
-    """The sums of a manifest by file name."""
-    return {name: FileSum(**one) for name, one in body["files"].items()}
+    """Returns a manifest's checksums by file name."""
+    return {name: FileSum(**file_sum) for name, file_sum in body["files"].items()}
 
 
-def named(error: OSError, path: Path) -> OSError:
-    """The same error, with the file that it is about."""
+def with_path(error: OSError, path: Path) -> OSError:
+    """Returns the same error with the name of the file that it is about."""
     return OSError(error.errno, error.strerror or str(error), str(path))

@@ -32,17 +32,17 @@ _LAYOUTS = (
 
 @dataclass(frozen=True)
 class HfWeights:
-    """Where a weight is: a file, and the key as that file spells it."""
+    """The place of a weight: a file, and the key as that file spells it."""
 
     file: TensorFile
     key: str
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """Raises ValueError for another shape, or a type that is no float's."""
+        """Raises ValueError for another shape, or a type that is not a float."""
         check_entry(self.file.path, self.key, self.file.entries[self.key], shape)
 
     def num_bytes(self, dtype: torch.dtype | None = None) -> int:
-        """Its size when written as `dtype`, or as it is."""
+        """Returns its size when it is written as `dtype`, or in its own type."""
         entry = self.file.entries[self.key]
         return entry.size * (dtype or DTYPES[entry.dtype]).itemsize
 
@@ -50,7 +50,7 @@ class HfWeights:
 def read_module(
     module: Mapping[str, HfWeights], dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """A module's weights by shard key, finite, as `dtype` if given; ValueError as `strict` says."""
+    """Reads a module's weights by shard key, cast to `dtype` if given; ValueError if not finite."""
     weights: dict[str, Tensor] = {}
     for file in dict.fromkeys(source.file for source in module.values()):
         names = {source.key: key for key, source in module.items() if source.file is file}
@@ -60,7 +60,7 @@ def read_module(
 
 
 def hf_names(family: Family, config: Any, index: int) -> dict[str, str]:
-    """Shard key to Hugging Face key, for each weight of module `index`."""
+    """Maps shard keys to Hugging Face keys, for each weight of module `index`."""
     if index == 0:
         table = family.hf_embedding
     else:
@@ -70,11 +70,12 @@ def hf_names(family: Family, config: Any, index: int) -> dict[str, str]:
 
 
 def open_model(folder: Path, family: Family, config: Any) -> list[dict[str, HfWeights]]:
-    """For each module, shard key to where that weight is; nothing is read but the files' headers.
+    """Maps, for each module, shard keys to the weights' places; it reads the files' headers alone.
 
-    Raises ValueError, naming file and key, for a missing or damaged file, a missing or extra key,
-    two spellings of a key with different values, another shape than the config's, and a type that
-    is no float's.
+    Raises:
+        ValueError: names file and key: a missing or damaged file, a missing or extra key, two
+            spellings of a key with different values, a shape other than the config's, or a type
+            that is not a float.
     """
     files = _open_files(folder)
     sources = _collect(files, family)
@@ -101,7 +102,7 @@ def _take(sources: dict[str, HfWeights], name: str, folder: Path, family: Family
 
 
 def _collect(files: Sequence[TensorFile], family: Family) -> dict[str, HfWeights]:
-    """Every weight by its canonical key; buffers are left out."""
+    """Returns every weight by its canonical key, without buffers."""
     sources: dict[str, HfWeights] = {}
     for file in files:
         for key in file.entries:
@@ -145,7 +146,7 @@ def _open_named(folder: Path, name: str, index: Path) -> TensorFile:
 
 
 def group_modules(sizes: Sequence[int]) -> list[list[int]]:
-    """Module indices of each output file: together at most SHARD_BYTES, or one module alone."""
+    """Groups modules into output files of at most SHARD_BYTES, or of one module alone."""
     groups: list[list[int]] = []
     filled = SHARD_BYTES
     for index, size in enumerate(sizes):
@@ -160,9 +161,9 @@ def group_modules(sizes: Sequence[int]) -> list[list[int]]:
 def write_model(
     folder: Path, sizes: Sequence[int], read_module: Callable[[int], Mapping[str, Tensor]]
 ) -> None:
-    """Writes a model as safetensors, holding one file's tensors at a time.
+    """Writes a model as safetensors, with one file's tensors in memory at a time.
 
-    `sizes` are the modules' bytes; `read_module` gives a module's tensors by Hugging Face key.
+    `sizes` are the modules' bytes; `read_module` returns a module's tensors by Hugging Face key.
     """
     groups = group_modules(sizes)
     weight_map: dict[str, str] = {}
@@ -180,7 +181,7 @@ def write_model(
 def _write_file(
     path: Path, group: Sequence[int], read_module: Callable[[int], Mapping[str, Tensor]]
 ) -> list[str]:
-    """Returns the keys written; the tensors go before the next file's are read."""
+    """Returns the written keys; the tensors are freed before the next file's are read."""
     tensors = {key: tensor for index in group for key, tensor in read_module(index).items()}
     save_file(tensors, path, metadata={"format": "pt"})
     return list(tensors)

@@ -1,6 +1,6 @@
-"""manifest.json of a folder of layer shards: what its files are to be, where it has one.
+"""Layer shards, one file for each module of a model, and the optional manifest.json of the folder.
 
-Published shards have none: they load unverified. A user who changes a file on purpose removes it.
+Published shards have no manifest and load unverified. A user who changes a file removes it.
 """
 
 from __future__ import annotations
@@ -30,30 +30,31 @@ _REMEDY = f"remove {NAME} to load the folder unverified"
 
 
 def write_shard_manifest(folder: Path, sums: Mapping[str, FileSum]) -> None:
-    """Writes the manifest of a folder whose files have these sums, by name."""
+    """Writes the manifest of a folder whose files have these checksums, by name."""
     (folder / NAME).write_bytes(seal({"format": FORMAT, "files": encode_sums(sums)}))
 
 
 def has_manifest(folder: Path) -> bool:
-    """Whether the files of a folder of shards can be checked."""
+    """Whether a folder of shards has a manifest to verify its files."""
     return (folder / NAME).exists()
 
 
 def check_shard(path: Path) -> None:
-    """Reads a shard or config.json whole; ValueError, naming it, where it is not as written.
+    """Reads all of a shard or config.json; ValueError names it if it is damaged.
 
-    Nothing is checked where its folder has no manifest; one that does not list it is an error too.
+    Nothing is checked in a folder without a manifest. A file that the manifest does not list is an
+    error.
     """
     _check_listed(path, check_file)
 
 
 def check_shard_size(path: Path) -> None:
-    """As `check_shard`, of the size alone, with nothing of the file read."""
+    """Checks the size alone, as `check_shard`, without reading the file."""
     _check_listed(path, check_size)
 
 
 def check_companions(folder: Path) -> None:
-    """As `check_shard`, of the tokenizer's files and the generation settings that are listed."""
+    """Checks the listed tokenizer files and generation settings, as `check_shard`."""
     if not has_manifest(folder):
         return
     for name, expected in sorted(_read(folder).items()):
@@ -85,9 +86,9 @@ def _check(path: Path, expected: FileSum, check: Callable[..., None]) -> None:
 
 
 def shard_name(index: int, num_layers: int) -> str:
-    """The file of module `index` of a model of `num_layers` blocks (`modules.build`).
+    """Returns the file name of module `index` of a model of `num_layers` blocks.
 
-    Blocks are numbered from 0 in file names: block i is module i + 1.
+    File names number the blocks from 0: block i is module i + 1.
     """
     if index == 0:
         return "pytorch_embs.pt"
@@ -95,11 +96,14 @@ def shard_name(index: int, num_layers: int) -> str:
 
 
 def load_layer_shard(folder: Path, family: Family, config: Any, index: int) -> dict[str, Tensor]:
-    """The weights of module `index` from its shard in `folder`, in the types they are saved in.
+    """Reads the weights of module `index` from its shard in `folder`, in the types of the file.
 
-    The family's buffers (masks, rotary tables) are ignored. Raises ValueError, one line that names
-    the file, for a missing, damaged or unsafe file, a missing or extra key, another shape than the
-    config's, a type that is no float's, and a weight that is not finite.
+    The family's buffers (masks, rotary tables) are ignored.
+
+    Raises:
+        ValueError: names the file: it is missing, damaged or unsafe, a key is missing or extra, or
+            a weight has another shape than the config's, a type that is not a float, or a value
+            that is not finite.
     """
     file = TorchFile(folder / shard_name(index, config.num_hidden_layers))
     shapes = module_shapes(family, config, index)

@@ -1,4 +1,4 @@
-"""What lies beside a model's weights: its config, its tokenizer; and where a model is found."""
+"""The folder of a model: its config and tokenizer files, local or downloaded from the hub."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ _TORCH_BINS = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.in
 
 
 def companion_files(folder: Path) -> list[Path]:
-    """The tokenizer files and generation settings of a folder; config.json is not one of them."""
-    found = {path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}
-    return sorted(found)
+    """Returns the tokenizer files and generation settings of a folder, without config.json."""
+    paths = {path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}
+    return sorted(paths)
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copies them, where there are any."""
+    """Copies the companion files of `source`, if it has any."""
     for path in companion_files(source):
         shutil.copyfile(path, target / path.name)
 
 
 def write_config(source: Path, target: Path, **changes: object) -> None:
-    """Writes `target`/config.json: that of `source` with `changes`.
+    """Writes the config.json of `source` with `changes` to `target`.
 
-    `dtype` is also written under its name before transformers 4.56 where that name is in use.
+    `dtype` is also written under its name before transformers 4.56 if the config uses that name.
     """
     config = read_json_object(source / "config.json") | changes
     if "dtype" in changes and "torch_dtype" in config:
@@ -51,17 +51,21 @@ def write_config(source: Path, target: Path, **changes: object) -> None:
 
 
 def folder_name(model_name: str) -> str:
-    """A local folder's base name, or a hub name with / as _."""
+    """Returns a local folder's base name, or a hub name with / as _."""
     if Path(model_name).is_dir():
         return os.path.basename(os.path.abspath(model_name))
     return model_name.replace("/", "_")
 
 
 def find_model(model_name: str, *, flag: str, weights: bool) -> Path:
-    """The local folder `model_name`, or the hub's model of that name, downloaded.
+    """Returns the local folder `model_name`, or downloads the hub's model of that name.
 
-    Without `weights` only config and tokenizer are. Raises ValueError, naming `flag`, where it is
-    no folder and the hub does not have it or cannot be reached.
+    Args:
+        flag: the flag that gave the name, for errors.
+        weights: whether to download the weights, beside config and tokenizer.
+
+    Raises:
+        ValueError: there is no such folder, and the hub lacks the model or cannot be reached.
     """
     if Path(model_name).is_dir():
         return Path(model_name)

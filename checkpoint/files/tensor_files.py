@@ -1,7 +1,7 @@
-"""Files of named tensors, read one tensor at a time: those of torch.save, and safetensors.
+"""Files of named tensors, of torch.save or safetensors, read one tensor at a time.
 
-Pages of a mapped file count as memory of the process until it is unmapped. So a file is opened anew
-after every few tensors: what is held does not grow with the number of tensors that it has.
+Pages of a mapped file count as memory of the process until it is unmapped. So a file is reopened
+after every few tensors: the memory does not grow with the number of tensors in the file.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ DTYPES = {
     "float64": torch.float64,
 }
 _SAFETENSORS_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
-# A state dict is opened anew when this much of it has been read: opening costs some 0.1 ms a key.
+# A state dict is reopened after so many bytes have been read: that costs about 0.1 ms a key.
 MAPPED_BYTES = 64_000_000
 _ZIP_MAGIC = b"PK\x03\x04"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a file says about a tensor: its shape, and its type by torch's name ("float16")."""
+    """A tensor's shape, and its type by torch's name ("float16"), from the file's header."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -49,17 +49,17 @@ class Entry:
 
 
 class TensorFile(Protocol):
-    """A file of named tensors; `entries` is what it holds, known without reading the tensors."""
+    """A file of named tensors; `entries` describes them without reading them."""
 
     path: Path
     entries: Mapping[str, Entry]
 
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Those keys, each with its tensor in memory of its own."""
+        """Yields those keys, each with its tensor in memory of its own."""
 
 
 class SafetensorsFile:
-    """A .safetensors file. Raises ValueError, naming the file, for a missing or damaged one."""
+    """A .safetensors file; ValueError names a missing or damaged one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -78,11 +78,11 @@ class SafetensorsFile:
 
 
 class TorchFile:
-    """A state dict saved by torch.save, read without running any code that it holds.
+    """A state dict saved by torch.save, read without running any code from the file.
 
-    Raises ValueError, naming the file, for a missing or damaged one, for one that holds anything
-    but dense tensors, and for one that asks for code. A file of the old format (before torch 1.6)
-    cannot be mapped: it is held whole, which is said first.
+    ValueError names a file that is missing or damaged, holds anything but dense tensors, or asks to
+    run code. A file of the old format (before torch 1.6) cannot be mapped: it is loaded completely,
+    after a warning.
     """
 
     def __init__(self, path: Path) -> None:
@@ -96,14 +96,14 @@ class TorchFile:
                 format_bytes(path.stat().st_size),
             )
         tensors = self._load()
-        self._held = {} if self._mapped else tensors
+        self._loaded = {} if self._mapped else tensors
         self.entries: Mapping[str, Entry] = {
             key: Entry(tuple(tensor.shape), _dtype_name(tensor.dtype))
             for key, tensor in tensors.items()
         }
 
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        state, touched = self._held, 0
+        state, touched = self._loaded, 0
         for key in keys:
             if self._mapped and (not state or touched > MAPPED_BYTES):
                 state, touched = self._load(), 0
@@ -123,12 +123,12 @@ class TorchFile:
 
 
 def open_tensor_file(path: Path) -> TensorFile:
-    """`path` as a safetensors file or one of torch.save, by its name's ending."""
+    """Opens a safetensors file or one of torch.save, by the ending of its name."""
     return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
 
 
 def require_file(path: Path) -> None:
-    """Raises ValueError, naming the file, where there is none."""
+    """Raises ValueError if the file does not exist."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
 
@@ -159,11 +159,11 @@ def _state_dict(path: Path, loaded: object) -> dict[str, Tensor]:
 
 
 def _damaged(path: Path, expected: str, error: Exception) -> ValueError:
-    """One line for whatever the library said; its advice on unsafe loading is left out."""
-    if asked := re.search(r"GLOBAL (\S+)", str(error)):
-        return ValueError(f"{path}: refused: it asks to run {asked[1]}, expected tensors alone")
+    """Returns one line for the library's error, without its advice on unsafe loading."""
+    if code := re.search(r"GLOBAL (\S+)", str(error)):
+        return ValueError(f"{path}: refused: it asks to run {code[1]}, expected tensors alone")
     if refused := re.search(r"WeightsUnpickler error: (.*)", str(error)):
         return ValueError(f"{path}: refused: no pickle of tensors alone: {refused[1][:160]}")
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
     size = path.stat().st_size
-    return ValueError(f"{path}: {size} bytes that are no whole {expected}: {reason}")
+    return ValueError(f"{path}: {size} bytes that are no complete {expected}: {reason}")

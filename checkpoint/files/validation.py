@@ -1,6 +1,6 @@
-"""Strict reading: a module's weights are exactly those that its config calls for, all finite.
+"""Validation of weights: a module has exactly those that its config defines, all finite.
 
-An error is one line that names file and key, and shows what was found beside what was expected.
+An error is one line that names file and key, and shows the actual value and the expected one.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from common.tensors import is_finite
 from modules.build import make_layer
 from modules.families.base import Family
 
-# The types that training computes in, and what to do about weights that do not fit.
+# The types that training computes in, and the remedy for weights that do not fit.
 _FITTING = {
     torch.float32: ("fp32", ""),
     torch.float16: ("fp16", ": use --bf16"),
     torch.bfloat16: ("bf16", ": train in fp32"),
 }
 
-Shapes = Mapping[str, tuple[int, ...]]
-
 
 def module_shapes(family: Family, config: Any, index: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights of module `index` (`modules.build` counts them)."""
+    """Returns names and shapes of the weights of module `index`, as `modules.build` counts."""
     state = make_layer(family, config, index, "meta").state_dict()
     return {key: tuple(tensor.shape) for key, tensor in state.items()}
 
 
-def check_keys(path: Path, found: Iterable[str], expected: Iterable[str]) -> None:
-    """Raises ValueError for a key that is missing or one too many."""
-    found, expected = set(found), set(expected)
-    if missing := sorted(expected - found):
-        raise ValueError(f"{path}: key {_listed(missing)} missing, expected {len(expected)} keys")
-    if extra := sorted(found - expected):
-        raise ValueError(f"{path}: key {_listed(extra)} unexpected: no weight of this model's")
+def check_keys(path: Path, keys: Iterable[str], expected: Iterable[str]) -> None:
+    """Raises ValueError for a missing or extra key."""
+    keys, expected = set(keys), set(expected)
+    if missing := sorted(expected - keys):
+        raise ValueError(
+            f"{path}: key {_summarise(missing)} missing, expected {len(expected)} keys"
+        )
+    if extra := sorted(keys - expected):
+        raise ValueError(f"{path}: key {_summarise(extra)} unexpected: no weight of this model")
 
 
 def check_entry(path: Path, key: str, entry: Entry, shape: tuple[int, ...]) -> None:
-    """Raises ValueError for another shape, or for a type that is no float's."""
+    """Raises ValueError for another shape, or for a type that is not a float."""
     if entry.shape != shape:
         raise ValueError(f"{path}: {key} has shape {entry.shape}, config.json makes it {shape}")
     if entry.dtype not in DTYPES:
@@ -53,9 +53,9 @@ def check_entry(path: Path, key: str, entry: Entry, shape: tuple[int, ...]) -> N
 def read_weights(
     file: TensorFile, keys: Iterable[str], dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """Tensors of a file, as `dtype` if given.
+    """Reads tensors of a file, cast to `dtype` if given.
 
-    Raises ValueError, naming file and key, where one is not finite, or would not be as `dtype`.
+    ValueError names file and key of a tensor that is not finite, or would not be as `dtype`.
     """
     return {key: _checked(file.path, key, tensor, dtype) for key, tensor in file.read(keys)}
 
@@ -75,7 +75,7 @@ def _checked(path: Path, key: str, tensor: Tensor, dtype: torch.dtype | None) ->
 
 
 def check_fits(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Raises ValueError for a finite weight that is infinite in fp32, or in `dtype` after that."""
+    """Raises ValueError for a finite weight that is infinite in fp32, or then in `dtype`."""
     for key, tensor in weights.items():
         low, high = tensor.aminmax()
         largest = high if high >= -low else low
@@ -88,6 +88,6 @@ def check_fits(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) ->
                 )
 
 
-def _listed(keys: list[str]) -> str:
-    """`a`, or `a and 3 more`: an error stays one readable line."""
+def _summarise(keys: list[str]) -> str:
+    """Returns `a`, or `a and 3 more`: an error stays one readable line."""
     return keys[0] if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more"

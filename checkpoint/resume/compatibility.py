@@ -1,4 +1,4 @@
-"""Whether a run continues the one that its checkpoint was made by, and what has changed."""
+"""Checks that a run may go on from a checkpoint, and lists the flags that have changed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from common.files import read_json_object
 
 
 def check_same_run(meta: StepMeta, flags: Mapping[str, Any]) -> None:
-    """ValueError names the flag and both values where a flag that may not change has changed."""
+    """Raises ValueError, naming the flag and both values, if a fixed flag has changed."""
     for flag, value in flags.items():
         if meta.flags.get(flag) != value:
             raise ValueError(
@@ -21,31 +21,34 @@ def check_same_run(meta: StepMeta, flags: Mapping[str, Any]) -> None:
 
 
 def check_same_config(folder: Path, model_folder: Path) -> None:
-    """ValueError names the field and both values where the two config.json differ."""
-    kept = read_json_object(folder / "config.json")
+    """Raises ValueError, naming the field and both values, if the two config.json differ."""
+    saved = read_json_object(folder / "config.json")
     now = read_json_object(model_folder / "config.json")
-    for key in sorted(kept.keys() | now.keys()):
-        if kept.get(key) != now.get(key):
+    for key in sorted(saved.keys() | now.keys()):
+        if saved.get(key) != now.get(key):
             raise ValueError(
                 f"--model-name {model_folder}: {key} is {now.get(key)!r}, but the checkpoint "
-                f"{folder} was made with {kept.get(key)!r}"
+                f"{folder} was made with {saved.get(key)!r}"
             )
 
 
-def changes(
-    kept: Mapping[str, Any], settings: Mapping[str, Any], *, idle: Collection[str] = ()
+def describe_changes(
+    saved: Mapping[str, Any], settings: Mapping[str, Any], *, idle: Collection[str] = ()
 ) -> list[str]:
-    """One line for each setting that is not what the checkpoint was made with, `kept`.
+    """Returns one line for each setting that differs from the checkpoint's.
 
-    `idle` are flags that do nothing in this run, whatever they are now.
+    Args:
+        saved: the settings of the checkpoint, by flag.
+        settings: the settings of the run, by flag.
+        idle: the flags that have no effect in this run.
     """
     return [
-        f"{flag} is now {_shown(value)}, it was {_shown(kept.get(flag))}"
+        f"{flag} is now {_format(value)}, it was {_format(saved.get(flag))}"
         + (", which has no effect here" if flag in idle else "")
         for flag, value in settings.items()
-        if kept.get(flag) != value
+        if saved.get(flag) != value
     ]
 
 
-def _shown(value: object) -> str:
+def _format(value: object) -> str:
     return "not given" if value is None else str(value)

@@ -1,11 +1,11 @@
-"""Where training goes on: the newest step that every stage has, of one save, as it was written.
+"""Finds the step that training goes on from: the newest one that every stage has, of one save.
 
-A save that a crash cut short leaves a step on some machines and not on others: the stages go back
-to the step before, with a warning. A step that all had, of which a file is damaged or missing now,
-is nothing that a crash does: it is an error, which offers the step before.
+A crash in a save leaves a step on some machines and not on others: the stages then go back to the
+step before, with a warning. No crash damages a step that all stages had: a damaged or missing file
+of such a step is an error, which names the step before as a remedy.
 
-A step may have been saved by other stages than a run has: each stage then needs the files of those
-that hold its modules, on its own machine.
+A step may have been saved by other stages than the run has. Each stage then needs, on its own
+machine, the files of those that hold its modules.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import socket
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from checkpoint.resume.inspect_step import StageRecord, file_names, look_at
-from checkpoint.resume.reshard import Continuation
-from checkpoint.steps import folder as step_folder
+from checkpoint.resume.inspect_step import StageRecord, inspect_step, name_files
+from checkpoint.resume.reshard import ResumeSplit
+from checkpoint.steps.folder import predecessor_step, step_folders
 from checkpoint.steps.latest import check_latest, latest_text
 from checkpoint.steps.manifest import manifest_name, read_manifest
 from comm.collective_io import run_on_all
@@ -30,12 +30,12 @@ logger = logging.getLogger(__name__)
 
 
 class StageView(NamedTuple):
-    """What one stage has on its machine.
+    """The checkpoints on one stage's machine.
 
-    steps: its record of each step that has a folder there.
+    steps: the record of each step that has a folder there.
     predecessor: the step of a predecessor's checkpoint that `latest` names.
-    latest: what `latest` holds.
-    problem: what is wrong with `latest`.
+    latest: the text of `latest`.
+    problem: the damage to `latest`, in words.
     host, path: the machine, and its --checkpoint-path.
     """
 
@@ -47,81 +47,77 @@ class StageView(NamedTuple):
     path: str
 
 
-class Search:
-    """Looks for the step to go on from, under one --checkpoint-path. Every process makes one."""
+class ResumeSearch:
+    """The checkpoints of all stages under --checkpoint-path; every process makes one at once."""
 
     def __init__(
-        self,
-        path: Path,
-        continuation: Continuation,
-        *,
-        control: Communicator,
-        topology: Topology,
+        self, path: Path, split: ResumeSplit, *, control: Communicator, topology: Topology
     ) -> None:
         self._path, self._control, self._topology = path, control, topology
-        self._continuation = continuation
-        own = _look(path, topology.stage, continuation) if topology.replica == 0 else None
-        views = gather_json(control, None if own is None else _encode(own))
+        self._split = split
+        view = _inspect_machine(path, topology.stage, split) if topology.replica == 0 else None
+        views = gather_json(control, None if view is None else _encode(view))
         self._views = [_decode(view) for view in views[: topology.num_stages]]
 
-    def newest(self) -> int | None:
-        """The step of ours to go on from; None where there is none.
+    def newest_step(self) -> int | None:
+        """Returns the step of ours to go on from; None if there is none.
 
-        Its meta.json, config and tokenizer have been read and compared, not yet its weights and
-        state. ValueError, the same on all ranks, names the file that is damaged or missing, or says
-        what each stage has where they have no step in common.
+        Its meta.json, config and tokenizer have been verified, its weights and state have not.
+
+        Raises:
+            ValueError: the same on all ranks: a file is damaged or missing, or the stages have no
+                step in common.
         """
         self._check_latest()
-        common = self._common()
+        common = self._common_steps()
         if common:
             self._refuse_damaged(max(common), small=True)
-            self._tell_going_back(max(common))
+            self._warn_about_newer(max(common))
             return max(common)
-        # `latest` is written when all stages are whole: without it no save ever ended. Where the
-        # files come from other stages, though, they may have been brought here without it.
-        saved = any(view.latest is not None for view in self._views)
-        if self.predecessor is None and (saved or any(map(self._is_of_others, self._steps()))):
-            raise ValueError(f"--checkpoint-path {self._path}: {self._disagreement()}")
+        # A save ends with `latest`: without it no save was ever completed. The exception are files
+        # of other stages, which may have been copied here without it.
+        has_saved = any(view.latest is not None for view in self._views)
+        has_saved |= any(map(self._has_other_split, self._steps()))
+        if has_saved and self.predecessor is None:
+            raise ValueError(f"--checkpoint-path {self._path}: {self._describe_steps()}")
         return None
 
     def verify(self, step: int) -> None:
-        """Reads and compares all files of a step; ValueError as above."""
+        """Reads and checks all files of a step; ValueError as `newest_step`."""
         self._refuse_damaged(step, small=False)
-        if self._topology.rank == 0 and not self._views[0].steps[step].checked:
-            logger.info("step %d is of a time without manifests: not verified", step)
 
     def _refuse_damaged(self, step: int, *, small: bool) -> None:
-        """ValueError where a step is damaged; it names the newest whole one before it."""
+        """Raises ValueError for a damaged step; it names the newest complete one before it."""
         problem = self._problem(step, small=small)
         if problem is None:
             return
-        older = sorted((other for other in self._common() if other < step), reverse=True)
-        whole = next((other for other in older if self._problem(other, small=False) is None), None)
-        if whole is None:
-            raise ValueError(f"{problem}; no whole checkpoint before it is there")
+        older = sorted((other for other in self._common_steps() if other < step), reverse=True)
+        usable = next((other for other in older if self._problem(other, small=False) is None), None)
+        if usable is None:
+            raise ValueError(f"{problem}; no complete checkpoint before it is there")
         raise ValueError(
-            f"{problem}; the newest whole checkpoint before it is step {whole}: to go on from "
+            f"{problem}; the newest complete checkpoint before it is step {usable}: to go on from "
             f"that, move {self._path / str(step)} away"
         )
 
     @property
     def predecessor(self) -> int | None:
         """The step of a predecessor's checkpoint that every stage has."""
-        found = {view.predecessor for view in self._views}
-        if len(found) > 1:
-            raise ValueError(f"--checkpoint-path {self._path}: {self._disagreement()}")
-        return found.pop()
+        steps = {view.predecessor for view in self._views}
+        if len(steps) > 1:
+            raise ValueError(f"--checkpoint-path {self._path}: {self._describe_steps()}")
+        return steps.pop()
 
     def _check_latest(self) -> None:
         for rank, view in enumerate(self._views):
             if view.problem is not None:
-                raise ValueError(self._at(rank, view.problem))
+                raise ValueError(self._on_rank(rank, view.problem))
 
-    def _at(self, rank: int, problem: str) -> str:
+    def _on_rank(self, rank: int, problem: str) -> str:
         return f"on rank {rank}: {problem}" if self._control.size > 1 else problem
 
-    def _common(self) -> list[int]:
-        """The steps that every stage has had whole, not of different saves."""
+    def _common_steps(self) -> list[int]:
+        """Returns the steps of one save that were complete on every stage once."""
         return [
             step
             for step in set.intersection(*(set(view.steps) for view in self._views))
@@ -130,28 +126,29 @@ class Search:
         ]
 
     def _problem(self, step: int, *, small: bool) -> str | None:
-        """What is wrong with a step, in words: by its sizes, or else by reading its files, of which
-        those that all stages have are `small`."""
+        """Describes the damage to a step, found by the sizes of its files or else by reading them.
+
+        With `small` only the files that all stages write are read.
+        """
         for rank, view in enumerate(self._views):
             if (problem := view.steps[step].problem) is not None:
-                return self._at(rank, problem)
-        if not self._views[0].steps[step].checked:
-            return None
-        folder, own = self._path / str(step), self._views[self._topology.stage]
+                return self._on_rank(rank, problem)
+        folder = self._path / str(step)
+        sources = self._views[self._topology.stage].steps[step].sources
 
         def read() -> None:
-            for stage in own.steps[step].sources:
+            for stage in sources:
                 manifest = read_manifest(folder, stage)
                 manifest.check(folder, manifest.common_files if small else None)
 
         work = read if self._topology.replica == 0 else None
-        what = f"reading step {step} to check it"
-        return run_on_all(self._control, work, what, expected=ValueError)
+        name = f"reading step {step} to check it"
+        return run_on_all(self._control, work, name, expected=ValueError)
 
-    def _tell_going_back(self, step: int) -> None:
+    def _warn_about_newer(self, step: int) -> None:
         if self._topology.rank != 0:
             return
-        newer = {s for s in self._steps() if s > step}
+        newer = {other for other in self._steps() if other > step}
         newer |= {
             int(view.latest)
             for view in self._views
@@ -159,72 +156,68 @@ class Search:
         }
         if newer:
             logger.warning(
-                "step %s is not whole on every stage, or not of one save: going back to %d",
+                "step %s is not complete on every stage, or not of one save: going back to %d",
                 ", ".join(map(str, sorted(newer))),
                 step,
             )
-        for other in sorted(filter(self._is_of_others, newer)):
-            logger.warning("step %d: %s", other, self._lacks(other))
+        for other in sorted(filter(self._has_other_split, newer)):
+            logger.warning("step %d: %s", other, self._describe_missing(other))
 
     def _steps(self) -> list[int]:
-        """All that have a folder anywhere."""
+        """Returns all steps that have a folder on any machine."""
         return sorted({step for view in self._views for step in view.steps})
 
-    def _told(self, step: int) -> StageRecord | None:
-        """A record of the step that tells its split."""
+    def _saved_split(self, step: int) -> Split | None:
+        """Returns the split of a step, from the first machine that knows it."""
         records = (view.steps.get(step) for view in self._views)
-        return next((one for one in records if one is not None and one.split is not None), None)
+        return next((r.split for r in records if r is not None and r.split is not None), None)
 
-    def _is_of_others(self, step: int) -> bool:
-        """Whether the step is split otherwise than this run."""
-        told = self._told(step)
-        split = None if told is None else told.split
-        return split is not None and self._continuation.is_change(split)
+    def _has_other_split(self, step: int) -> bool:
+        split = self._saved_split(step)
+        return split is not None and self._split.differs_from(split)
 
-    def _lacks(self, step: int) -> str:
-        """Which files of a step are to be brought where."""
-        told, lacks = self._told(step), []
+    def _describe_missing(self, step: int) -> str:
+        """Names the files of a step that must be copied, and the machines that need them."""
+        split, needs = self._saved_split(step), []
         for rank, view in enumerate(self._views):
-            lack = view.steps[step].lack if step in view.steps else None
-            if step not in view.steps and told is not None and told.split is not None:
-                names = file_names(
-                    self._continuation.sources(rank, told.split), checked=told.checked
+            missing = view.steps[step].missing if step in view.steps else None
+            if step not in view.steps and split is not None:
+                names = name_files(self._split.sources(rank, split))
+                missing = f"{names}, and with them config.json, meta.json and the tokenizer's files"
+            if missing is not None:
+                needs.append(
+                    f"rank {rank} on {view.host} needs in {Path(view.path) / str(step)} {missing}"
                 )
-                lack = f"{names}, and with them config.json, meta.json and the tokenizer's files"
-            if lack is not None:
-                lacks.append(
-                    f"rank {rank} on {view.host} needs in {Path(view.path) / str(step)} {lack}"
-                )
-        return "; ".join(lacks)
+        return "; ".join(needs)
 
-    def _disagreement(self) -> str:
+    def _describe_steps(self) -> str:
+        """Describes the steps of each stage if they have none in common, with the remedy."""
         have = "; ".join(
-            f"stage {stage} has {_steps(view)}" for stage, view in enumerate(self._views)
+            f"stage {stage} has {_list_steps(view)}" for stage, view in enumerate(self._views)
         )
         step = max(self._steps(), default=None)
-        lacks = "" if step is None else self._lacks(step)
-        needs = f"step {step}: {lacks}; " if lacks else ""
+        missing = "" if step is None else self._describe_missing(step)
+        needs = f"step {step}: {missing}; " if missing else ""
         return (
-            f"no step is whole on every stage and of one save ({have}); {needs}bring the missing "
-            "files to their machines, or name another folder"
+            f"no step is complete on every stage and of one save ({have}); {needs}bring the "
+            "missing files to their machines, or name another folder"
         )
 
 
-def _look(path: Path, stage: int, continuation: Continuation) -> StageView:
-    steps = step_folder.step_folders(path)
+def _inspect_machine(path: Path, stage: int, split: ResumeSplit) -> StageView:
+    steps = step_folders(path)
     has_manifests = any(any((path / str(step)).glob(manifest_name("*"))) for step in steps)
     problem = None
     try:
         check_latest(path, has_manifests=has_manifests)
     except ValueError as error:
         problem = str(error)
-    records = {step: look_at(path / str(step), stage, continuation) for step in steps}
-    predecessor = step_folder.predecessor_step(path)
+    records = {step: inspect_step(path / str(step), stage, split) for step in steps}
     host = socket.gethostname()
-    return StageView(records, predecessor, latest_text(path), problem, host, str(path))
+    return StageView(records, predecessor_step(path), latest_text(path), problem, host, str(path))
 
 
-def _steps(view: StageView) -> str:
+def _list_steps(view: StageView) -> str:
     steps = [str(step) for step, record in view.steps.items() if record.is_candidate]
     if view.predecessor is not None:
         steps.append(f"checkpoint_{view.predecessor}")

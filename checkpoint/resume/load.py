@@ -1,4 +1,4 @@
-"""Weights and optimizer state into a stage, from wherever the run starts."""
+"""Loads weights into a stage, from layer shards, a checkpoint or a seed."""
 
 from __future__ import annotations
 
@@ -29,11 +29,14 @@ def load_shards_(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Fills a stage from its layer shards, one layer at a time; ValueError names file and key.
+    """Fills a stage from its layer shards, one layer at a time.
 
-    All files are there before the first is read, and each is as the folder's manifest says, where
-    it has one. What they hold must fit `dtype`, in which training
-    will compute.
+    Args:
+        dtype: the type in which training will compute; the weights must fit it.
+
+    Raises:
+        ValueError: names file and key. All files must exist before the first is read, and each must
+            match the folder's manifest, if there is one.
     """
     for index in model.indices:
         require_file(folder / shard_name(index, config.num_hidden_layers))
@@ -54,8 +57,10 @@ def load_checkpoint_(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Fills a stage from a training checkpoint of that split, ours or a predecessor's, of which it
-    reads the modules that it needs; ValueError as above."""
+    """Fills a stage from a training checkpoint of that split, ours or a predecessor's.
+
+    It reads the modules that the stage needs; ValueError as `load_shards_`.
+    """
     for index, module in zip(model.indices, model, strict=True):
         stage, j = find_module(index, split)
         path = stage_file(folder, stage)
@@ -65,7 +70,7 @@ def load_checkpoint_(
 
 
 def initialise_model_(model: StageModel, config: Any, *, seed: int) -> None:
-    """Random weights, which depend on the seed and each module's place in the model alone."""
+    """Fills a stage with random weights, which depend on the seed and each module's index alone."""
     for index, module in zip(model.indices, model, strict=True):
         initialise_(module, std=config.initializer_range, seed=seed, index=index)
 

@@ -1,6 +1,6 @@
-"""Resharding: which files of a checkpoint with other stages hold the modules of a stage.
+"""Resharding: the files of a checkpoint with other stages that hold the modules of a stage.
 
-The checkpoint's split and the run's split are the only inputs; weights and optimizer state do not
+It depends on the checkpoint's split and the run's split alone. Weights and optimizer state do not
 change.
 """
 
@@ -14,62 +14,72 @@ from pipeline_parallel.partition.split import AUTO, Asked, Split, stage_modules
 
 
 class ModuleLocation(NamedTuple):
-    """Where a checkpoint has a module: the stage that saved it, and the j of its keys there."""
+    """The stage of a checkpoint that saved a module, and the j of the module's keys there."""
 
     stage: int
     j: int
 
 
 def find_module(index: int, split: Split) -> ModuleLocation:
-    """The place of the model's module `index` in a checkpoint of that split."""
-    held = (stage_modules(stage, split) for stage in range(len(split)))
-    return next(ModuleLocation(s, index - has.start) for s, has in enumerate(held) if index in has)
+    """Locates the model's module `index` in a checkpoint of that split."""
+    for stage in range(len(split)):
+        modules = stage_modules(stage, split)
+        if index in modules:
+            return ModuleLocation(stage, index - modules.start)
+    raise IndexError(f"module {index} is in no stage of {split}")
 
 
 def stages_holding(indices: Iterable[int], split: Split) -> list[int]:
-    """The stages of a checkpoint of that split that hold the model's modules `indices`."""
+    """Returns the stages of a checkpoint of that split that hold the model's modules `indices`."""
     return sorted({find_module(index, split).stage for index in indices})
 
 
-def names_in(held: range, indices: range, keys: Callable[[int], Iterable[str]]) -> dict[str, str]:
-    """What a stage with modules `held` calls the weights that a stage with `indices` has too, by
-    what that calls them; `keys` are those of a module of the model."""
+def map_names(saved: range, indices: range, keys: Callable[[int], Iterable[str]]) -> dict[str, str]:
+    """Maps the names of a stage's weights to their names in a saved stage that has them too.
+
+    Args:
+        saved: the modules of the saved stage.
+        indices: the modules of the run's stage.
+        keys: returns the weights' names in a module of the model.
+    """
     return {
-        f"{index - indices.start}.{key}": f"{index - held.start}.{key}"
+        f"{index - indices.start}.{key}": f"{index - saved.start}.{key}"
         for index in indices
-        if index in held
+        if index in saved
         for key in keys(index)
     }
 
 
 @dataclass(frozen=True)
-class Continuation:
-    """How a run is split that goes on from a checkpoint: `asked` is what --num-layers says, and
-    `chosen` what that comes to on this run's stages."""
+class ResumeSplit:
+    """The split of the layers of a run that may go on from a checkpoint.
 
-    asked: Asked
-    chosen: Split
+    requested: the value of --num-layers.
+    resolved: the split that it gives on this run's stages without a checkpoint.
+    """
 
-    def split_after(self, kept: Split) -> Split:
-        """The run's split, where the checkpoint's is `kept`.
+    requested: Asked
+    resolved: Split
 
-        For auto that same one if there are as many stages, since another version may weigh
-        otherwise.
+    def after(self, saved: Split) -> Split:
+        """Returns the run's split if it goes on from a checkpoint with the split `saved`.
+
+        `auto` keeps it on as many stages, since another version may weigh the layers differently.
         """
-        as_many = len(kept) == len(self.chosen)
-        return kept if self.asked == AUTO and as_many else self.chosen
+        keeps = self.requested == AUTO and len(saved) == len(self.resolved)
+        return saved if keeps else self.resolved
 
-    def is_change(self, kept: Split) -> bool:
-        """Whether the run is split otherwise than its checkpoint."""
-        return self.split_after(kept) != kept
+    def differs_from(self, saved: Split) -> bool:
+        """Whether the run has another split than its checkpoint."""
+        return self.after(saved) != saved
 
-    def sources(self, stage: int, kept: Split) -> list[int]:
-        """The checkpoint's stages whose files this run's `stage` needs."""
-        return stages_holding(stage_modules(stage, self.split_after(kept)), kept)
+    def sources(self, stage: int, saved: Split) -> list[int]:
+        """Returns the checkpoint's stages whose files this run's `stage` needs."""
+        return stages_holding(stage_modules(stage, self.after(saved)), saved)
 
 
-def describe_change(kept: Split, now: Split) -> str:
-    """`the checkpoint's 4 stages of 2,2,2,2 layers become 2 of 4,4`."""
-    stages = "1 stage" if len(kept) == 1 else f"{len(kept)} stages"
-    become = "becomes" if len(kept) == 1 else "become"
-    return f"the checkpoint's {stages} of {kept} layers {become} {len(now)} of {now}"
+def describe_change(saved: Split, now: Split) -> str:
+    """Returns `the checkpoint's 4 stages of 2,2,2,2 layers become 2 of 4,4`."""
+    stages = "1 stage" if len(saved) == 1 else f"{len(saved)} stages"
+    become = "becomes" if len(saved) == 1 else "become"
+    return f"the checkpoint's {stages} of {saved} layers {become} {len(now)} of {now}"

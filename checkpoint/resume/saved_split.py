@@ -1,4 +1,4 @@
-"""How the blocks in a training checkpoint are split: what its meta.json or a flag says."""
+"""The split of the layers of a training checkpoint, from its meta.json or from flags."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ def read_split(
     n_stages: int | None,
     n_layer_per_stage: Layers | None,
 ) -> Split:
-    """The split that a step's meta.json tells, or, where it tells none, that of the flags.
+    """Returns the split in a step's meta.json or, for a predecessor's step, that of the flags.
 
-    Raises ValueError, naming flag and both values, where they differ, where neither tells, where
-    the checkpoint is of another model type, and where the split does not fit `model_layers`.
+    Raises:
+        ValueError: names the flag and both values if the two differ, if neither gives the split, if
+            the checkpoint is of another model type, or if the split is not one of `model_layers`.
     """
     path = folder / META
     if is_predecessors(folder):
-        split = _given_split(path, model_layers, n_stages, n_layer_per_stage)
+        split = _split_of_flags(path, model_layers, n_stages, n_layer_per_stage)
     else:
         meta = read_meta(folder)
         if meta.model_type != model_type:
             raise ValueError(f"{path}: model_type is {meta.model_type!r}, expected {model_type!r}")
         split = saved_split(meta, folder, model_layers=model_layers)
-        _check_given(path, split, n_stages, n_layer_per_stage)
+        _check_flags(path, split, n_stages, n_layer_per_stage)
     extra = stage_file(folder, len(split))
     if extra.exists():
         raise ValueError(f"{extra}: is there, but --n-stages is {len(split)}")
@@ -38,7 +39,7 @@ def read_split(
 
 
 def saved_split(meta: StepMeta, folder: Path, *, model_layers: int) -> Split:
-    """Returns a step's split; ValueError names meta.json where it is not one of `model_layers`."""
+    """Returns a step's split; ValueError names meta.json if it is not one of `model_layers`."""
     if sum(meta.num_layers) != model_layers:
         raise ValueError(
             f"{folder / META}: num_layers is {meta.num_layers}, {sum(meta.num_layers)} in all, but "
@@ -47,23 +48,25 @@ def saved_split(meta: StepMeta, folder: Path, *, model_layers: int) -> Split:
     return meta.num_layers
 
 
-def _check_given(path: Path, told: Split, stages: int | None, layers: Layers | None) -> None:
-    """Flags need not be given where meta.json tells, but what is given must be the same."""
-    if stages not in (None, len(told)):
-        raise ValueError(f"--n-stages is {stages}, but {path} says {len(told)}")
+def _check_flags(path: Path, saved: Split, stages: int | None, layers: Layers | None) -> None:
+    """Checks the flags that were given against meta.json; none is needed."""
+    if stages not in (None, len(saved)):
+        raise ValueError(f"--n-stages is {stages}, but {path} says {len(saved)}")
     if layers is None:
         return
-    given: tuple[int, ...] = (
+    flagged: tuple[int, ...] = (
         layers
         if isinstance(layers, Split)
-        else even_split(layers, num_stages=len(told), model_layers=sum(told))
+        else even_split(layers, num_stages=len(saved), model_layers=sum(saved))
     )
-    if given != told:
-        raise ValueError(f"--n-layer-per-stage is {layers}, but {path} says {told}")
+    if flagged != saved:
+        raise ValueError(f"--n-layer-per-stage is {layers}, but {path} says {saved}")
 
 
-def _given_split(path: Path, model_layers: int, stages: int | None, layers: Layers | None) -> Split:
-    """A list tells the number of stages too."""
+def _split_of_flags(
+    path: Path, model_layers: int, stages: int | None, layers: Layers | None
+) -> Split:
+    """Returns the split that the flags give; a list gives the number of stages too."""
     if isinstance(layers, Split) and stages is None:
         stages = len(layers)
     for flag, value in (("--n-stages", stages), ("--n-layer-per-stage", layers)):
@@ -71,17 +74,17 @@ def _given_split(path: Path, model_layers: int, stages: int | None, layers: Laye
             raise ValueError(f"{flag} is missing, and {path} does not tell it: expected a number")
     assert stages is not None
     assert layers is not None
-    given = f"--n-stages {stages} with --n-layer-per-stage {layers}"
+    flags = f"--n-stages {stages} with --n-layer-per-stage {layers}"
     if isinstance(layers, Split):
         if (len(layers), sum(layers)) != (stages, model_layers):
             raise ValueError(
-                f"{given}, which is {sum(layers)} layers on {len(layers)} stages, but config.json "
+                f"{flags}, which is {sum(layers)} layers on {len(layers)} stages, but config.json "
                 f"has {model_layers} layers"
             )
         return layers
     if not (stages - 1) * layers < model_layers <= stages * layers:
         raise ValueError(
-            f"{given} is a split of {(stages - 1) * layers + 1} to {stages * layers} layers, "
+            f"{flags} is a split of {(stages - 1) * layers + 1} to {stages * layers} layers, "
             f"but config.json has {model_layers}"
         )
     return Split(even_split(layers, num_stages=stages, model_layers=model_layers))

@@ -1,26 +1,24 @@
-"""Writing a step's folder so that a crash at any moment leaves the last one whole.
+"""The folder of a step, written so that a crash at any moment leaves the last step complete.
 
-Files go to a hidden folder beside the final one, are flushed to disk, and the folder is renamed
-when every stage has written its own; `latest` follows when every stage sees the renamed folder. On
-a shared disk the stages meet in one folder, without one each machine has its own: the steps are the
-same, so each is written to be harmless when another process has done it already.
+Files are written to a hidden folder beside the final one and flushed to disk. The folder is renamed
+when every stage has written its own files, and `latest` follows when every stage sees the renamed
+folder. On a shared disk the stages write into one folder; without one each machine has its own. The
+operations are the same in both cases, so each is harmless if another process has done it already.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import re
 import shutil
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from checkpoint.files.checksums import FileSum, save_summed
 from checkpoint.steps.latest import latest_text
-from checkpoint.steps.manifest import PARTS, part_name
+from checkpoint.steps.manifest import part_name
 from common.files import flush, leftover_files
 
 _PARTIAL = ".partial-"
@@ -29,12 +27,12 @@ _WITHDRAWN = ".withdrawn-"
 
 
 def partial_folder(path: Path, step: int, nonce: str) -> Path:
-    """Where step `step` is written; `nonce` is the same for all processes of this start."""
+    """Returns the hidden folder of a step; `nonce` is the same for all processes of a start."""
     return path / f"{_PARTIAL}{step}-{nonce}"
 
 
 def clear_leftovers(path: Path, nonce: str) -> None:
-    """Removes what crashed saves of earlier starts left under `path`."""
+    """Deletes what interrupted saves of earlier starts left under `path`."""
     kinds = (_PARTIAL, _REPLACED, _WITHDRAWN)
     for folder in [folder for kind in kinds for folder in path.glob(f"{kind}*")]:
         if not folder.name.endswith(nonce):
@@ -44,9 +42,10 @@ def clear_leftovers(path: Path, nonce: str) -> None:
 
 
 def write_stage_files(folder: Path, stage: int, parts: Mapping[str, Any]) -> dict[str, FileSum]:
-    """Saves each part as `prank_<stage>_<part>.pt`, flushed to disk; returns their sums by name.
+    """Saves each part as `prank_<stage>_<part>.pt`, flushed to disk; an OSError names the file.
 
-    OSError names the file that could not be written.
+    Returns:
+        The files' checksums by name.
     """
     folder.mkdir(parents=True, exist_ok=True)
     return {
@@ -55,31 +54,31 @@ def write_stage_files(folder: Path, stage: int, parts: Mapping[str, Any]) -> dic
     }
 
 
-def make_way(final: Path, nonce: str) -> None:
-    """Moves aside a folder that an earlier crash left under the final name, before writing."""
-    _rename_if_there(final, _replaced_folder(final, nonce))
+def move_aside(final: Path, nonce: str) -> None:
+    """Renames a folder that an earlier crash left under the final name."""
+    _rename_if_exists(final, _replaced_folder(final, nonce))
 
 
-def drop_replaced(final: Path, nonce: str) -> None:
-    """Removes what `make_way` moved aside, once a whole folder has the final name."""
-    _remove_tree(_replaced_folder(final, nonce))
+def delete_replaced(final: Path, nonce: str) -> None:
+    """Deletes the folder that `move_aside` renamed, once a complete folder has the final name."""
+    _delete_tree(_replaced_folder(final, nonce))
 
 
 def _replaced_folder(final: Path, nonce: str) -> Path:
     return final.with_name(f"{_REPLACED}{final.name}-{nonce}")
 
 
-def withdraw(folder: Path, nonce: str) -> None:
-    """Removes a step's folder so that a crash at any moment leaves it whole or gone.
+def delete_step(folder: Path, nonce: str) -> None:
+    """Deletes a step's folder so that a crash at any moment leaves it complete or gone.
 
-    Several processes may do so at once. OSError names what cannot be removed.
+    Several processes may do so at once. An OSError names the file that cannot be deleted.
     """
     aside = folder.with_name(f"{_WITHDRAWN}{folder.name}-{nonce}")
-    _rename_if_there(folder, aside)
-    _remove_tree(aside)
+    _rename_if_exists(folder, aside)
+    _delete_tree(aside)
 
 
-def _remove_tree(folder: Path) -> None:
+def _delete_tree(folder: Path) -> None:
     def unless_gone(_call: object, _path: str, raised: tuple[type, BaseException, object]) -> None:
         if not isinstance(raised[1], FileNotFoundError):
             raise raised[1]
@@ -89,14 +88,14 @@ def _remove_tree(folder: Path) -> None:
 
 def publish(partial: Path, final: Path) -> None:
     """Renames a step's folder to its final name; several processes may do so at once."""
-    _rename_if_there(partial, final)
-    flush(final.parent)  # opening it also makes a network disk's client look anew
+    _rename_if_exists(partial, final)
+    flush(final.parent)  # opening it also refreshes the entries that a network disk's client caches
     if not final.is_dir():
         text = "its parts were written, but it is not there"
         raise FileNotFoundError(errno.ENOENT, text, str(final))
 
 
-def _rename_if_there(source: Path, target: Path) -> None:
+def _rename_if_exists(source: Path, target: Path) -> None:
     try:
         os.rename(source, target)
     except OSError:
@@ -105,31 +104,14 @@ def _rename_if_there(source: Path, target: Path) -> None:
 
 
 def step_folders(path: Path) -> list[int]:
-    """The steps under `path` that have a folder, whole or not."""
+    """Returns the steps that have a folder under `path`, complete or not."""
     if not path.is_dir():
         return []
     return sorted(int(e.name) for e in path.iterdir() if re.fullmatch(r"[0-9]+", e.name))
 
 
-def save_of(folder: Path) -> str:
-    """What tells saves without manifests apart: all stages write the same meta.json, and no two
-    saves do."""
-    return hashlib.sha256((folder / "meta.json").read_bytes()).hexdigest()
-
-
-def not_whole(folder: Path, stages: Sequence[int]) -> list[str]:
-    """Which of meta.json, config.json and those stages' files a step's folder without manifests has
-    not, or not whole.
-
-    torch's files are zip archives, whose directory is written last: a cut one has none.
-    """
-    common = [name for name in ("meta.json", "config.json") if not (folder / name).is_file()]
-    parts = [part_name(stage, part) for stage in stages for part in PARTS]
-    return common + [name for name in parts if not zipfile.is_zipfile(folder / name)]
-
-
 def predecessor_step(path: Path) -> int | None:
-    """The N of `latest` where it means a predecessor's `checkpoint_N`, else None."""
+    """Returns the N of `latest` if it means a predecessor's `checkpoint_N`, else None."""
     text = latest_text(path)
     if text is None or not re.fullmatch(r"[0-9]+", text):
         return None
@@ -139,12 +121,12 @@ def predecessor_step(path: Path) -> int | None:
 
 
 def predecessor_folder(path: Path, step: int) -> Path:
-    """Where the systems that came before kept a step."""
+    """Returns the folder of a step in a predecessor's layout."""
     return path / f"checkpoint_{step}"
 
 
 def any_steps(path: Path) -> bool:
-    """Whether `path` holds any checkpoint, whole or not, ours or a predecessor's."""
+    """Whether `path` holds any checkpoint, complete or not, ours or a predecessor's."""
     if not path.is_dir():
         return False
     return (path / "latest").exists() or any(

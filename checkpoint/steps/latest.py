@@ -1,8 +1,8 @@
-"""`latest`, the file that names the newest step, and what tells a damaged one from a late one.
+"""`latest`, the file that names the newest step, and the manifest that detects damage to it.
 
 `latest` holds a bare number, so a wrong bit can make it the name of another step.
-`latest_manifest.json` holds the number too, and while `latest` moves, the one before as well: it is
-written before `latest` is, and again after it, so that a crash at any moment leaves what it holds.
+`latest_manifest.json` holds the number too and, while `latest` changes, the previous number: it is
+written before `latest` and again after it, so that after a crash at any moment the two agree.
 """
 
 from __future__ import annotations
@@ -18,26 +18,25 @@ from common.files import replace_file
 LATEST = "latest"
 CHECK = "latest_manifest.json"
 _STEP = re.compile(r"0|[1-9][0-9]*")
-_REMEDY = f"remove {LATEST} and {CHECK} to go on from the newest whole step"
+_REMEDY = f"remove {LATEST} and {CHECK} to go on from the newest complete step"
 
 
 def expect_latest(path: Path) -> None:
-    """Before the first step's folder gets its name: from then on `path` is to have both files."""
+    """Creates the manifest before the first step is published: from then on both files exist."""
     if not (path / CHECK).exists():
         _write_check(path, {"step": None})
 
 
 def write_latest(path: Path, step: int) -> None:
-    """Lets `latest` name `step`. OSError where the disk fails."""
-    text = latest_text(path)
-    if text is None or _STEP.fullmatch(text):  # else damaged while the run went on
-        _write_check(path, {"step": step, "before": None if text is None else int(text)})
+    """Makes `latest` name `step`; OSError if the disk fails."""
+    before = _parse(latest_text(path))
+    _write_check(path, {"step": step, "before": before})
     replace_file(path / LATEST, str(step).encode())
     _write_check(path, {"step": step})
 
 
 def latest_text(path: Path) -> str | None:
-    """What `latest` holds, unchecked; None where there is none."""
+    """Returns the unchecked text of `latest`, or None if there is no such file."""
     try:
         return (path / LATEST).read_text(encoding="utf-8", errors="replace").strip()
     except FileNotFoundError:
@@ -45,10 +44,10 @@ def latest_text(path: Path) -> str | None:
 
 
 def check_latest(path: Path, *, has_manifests: bool) -> None:
-    """ValueError names `latest` or its manifest where one is missing or not as it was written.
+    """Raises ValueError, naming the file, if `latest` or its manifest is missing or damaged.
 
-    `has_manifests` is whether a step under `path` has manifests; where none has, and there is no
-    manifest of `latest` either, nothing can be told.
+    `has_manifests` is whether any step under `path` has manifests. A predecessor's steps have none,
+    and its `latest` has no manifest either: nothing is checked then.
     """
     text = latest_text(path)
     if not (path / CHECK).exists():
@@ -59,7 +58,7 @@ def check_latest(path: Path, *, has_manifests: bool) -> None:
         check = unseal(path / CHECK)
     except ValueError as error:
         raise ValueError(f"{error}; {_REMEDY}") from error
-    if _is_possible(path, text, check):
+    if _is_possible(text, check):
         return
     known = "nothing yet" if check["step"] is None else check["step"]
     if text is None:
@@ -69,16 +68,18 @@ def check_latest(path: Path, *, has_manifests: bool) -> None:
     )
 
 
-def _is_possible(path: Path, text: str | None, check: Mapping[str, Any]) -> bool:
-    """Whether no damage is needed for `latest` to hold `text`; None is that it is not there."""
-    if text is not None and not _STEP.fullmatch(text):
-        return False
-    held, known = None if text is None else int(text), check["step"]
-    if held in (known, check.get("before", known)):
-        return True
-    # Versions that did not write the step before wrote a higher one to `latest` first.
-    there = (path / f"{text}").is_dir() or (path / f"checkpoint_{text}").is_dir()
-    return there and held is not None and (known is None or held > known)
+def _is_possible(text: str | None, check: Mapping[str, Any]) -> bool:
+    """Whether an undamaged `latest` may hold `text`; None stands for a missing file."""
+    step = _parse(text)
+    return (text is None or step is not None) and step in (
+        check["step"],
+        check.get("before", check["step"]),
+    )
+
+
+def _parse(text: str | None) -> int | None:
+    """Returns the step that `text` spells, or None if it is missing or damaged."""
+    return int(text) if text is not None and _STEP.fullmatch(text) else None
 
 
 def _write_check(path: Path, body: Mapping[str, Any]) -> None:

@@ -30,6 +30,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "cpu_matmul": (list, type(None)),
     "wandb_id": (str, type(None)),
     "start": (str,),
+    "format": (int,),
 }
 
 
@@ -68,7 +69,7 @@ class StepMeta:
     @classmethod
     def from_json(cls, value: Mapping[str, Any], path: Path) -> StepMeta:
         """Returns the StepMeta that `path` holds as `value`; ValueError names file and field."""
-        for name in sorted(_TYPES.keys() ^ value.keys() - {"format"}):
+        for name in sorted(_TYPES.keys() ^ value.keys()):
             problem = "missing" if name in _TYPES else "not a field of this version"
             raise ValueError(f"{path}: {name} is {problem}")
         for name, types in _TYPES.items():
@@ -82,7 +83,7 @@ class StepMeta:
                 f"{path}: num_stages is {stages} and num_layers is {counts}, expected one number "
                 "of layers for each stage"
             )
-        if fields.pop("format", FORMAT) != FORMAT:
+        if fields.pop("format") != FORMAT:
             raise ValueError(f"{path}: format is {value['format']}, expected {FORMAT}")
         return cls(**{**fields, "num_layers": Split(counts)})
 

@@ -1,7 +1,7 @@
-"""The weights of a training checkpoint, ours or a predecessor's: where they are, reading them.
+"""The weights of a training checkpoint, ours or a predecessor's.
 
 A step's folder has one `prank_<i>_checkpoint.pt` per stage with keys `<j>.<name>`, j counting the
-stage's modules from 0. Predecessors' hold buffers too, which are ignored.
+stage's modules from 0. Predecessors' files hold buffers too, which are ignored.
 """
 
 from __future__ import annotations
@@ -17,22 +17,21 @@ from checkpoint.files.hf_weights import HfWeights, read_module
 from checkpoint.files.tensor_files import TorchFile
 from checkpoint.files.validation import check_entry, check_keys, module_shapes
 from checkpoint.steps.latest import CHECK, check_latest
-from checkpoint.steps.manifest import manifest_name
+from checkpoint.steps.manifest import manifest_name, part_name
 from modules.families.base import Family
 from pipeline_parallel.partition.split import Split, stage_modules
 
 
 def stage_file(folder: Path, stage: int) -> Path:
-    """The weights of one stage in a step's folder."""
-    return folder / f"prank_{stage}_checkpoint.pt"
+    """Returns the file of one stage's weights in a step's folder."""
+    return folder / part_name(stage, "checkpoint")
 
 
 def resolve_checkpoint(path: Path) -> Path:
-    """The folder of a step: `path` itself, or the one that `path`/latest names.
+    """Returns the folder of a step: `path` itself, or the one that `path`/latest names.
 
-    `latest` holds a bare number N, which means `N` where there is such a folder, else
-    `checkpoint_N`. Raises ValueError, naming the file or folder, where there is none, or where
-    `latest` is damaged.
+    `latest` holds a bare number N, which means the folder `N` if it exists, else `checkpoint_N`.
+    ValueError names the file or folder that is missing, or a damaged `latest`.
     """
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder, expected a training checkpoint")
@@ -56,9 +55,9 @@ def resolve_checkpoint(path: Path) -> Path:
 def open_checkpoint(
     folder: Path, family: Family, config: Any, split: Split
 ) -> list[dict[str, HfWeights]]:
-    """For each module, shard key to where that weight is; nothing is read but the files' headers.
+    """Maps, for each module, shard keys to the weights' places; it reads the files' headers alone.
 
-    Raises ValueError as `open_stage` does.
+    ValueError as `open_stage`.
     """
     modules: list[dict[str, HfWeights]] = []
     for stage in range(len(split)):
@@ -70,10 +69,11 @@ def open_checkpoint(
 def open_stage(
     path: Path, family: Family, config: Any, indices: Sequence[int]
 ) -> list[dict[str, HfWeights]]:
-    """As `open_checkpoint`, of one stage that holds the model's modules `indices`.
+    """Opens one stage, which holds the model's modules `indices`, as `open_checkpoint`.
 
-    Raises ValueError, naming file and key, for a missing or damaged file, a missing or extra key,
-    another shape than the config's, and a type that is no float's.
+    Raises:
+        ValueError: names file and key: a missing or damaged file, a missing or extra key, a shape
+            other than the config's, or a type that is not a float.
     """
     file = TorchFile(path)
     shapes = [module_shapes(family, config, index) for index in indices]
@@ -90,9 +90,9 @@ def open_stage(
 def read_stage_module(
     path: Path, family: Family, config: Any, indices: Sequence[int], index_in_stage: int
 ) -> dict[str, Tensor]:
-    """The weights of one module of a stage, in the types they are saved in, all finite.
+    """Reads the finite weights of one module of a stage, in the types that the file has.
 
-    `indices` are the modules of the whole stage, since the file is checked whole: what is wrong
-    anywhere in it is raised as `open_stage` does.
+    `indices` are all modules of the stage, since all of the file is checked; ValueError as
+    `open_stage`.
     """
     return read_module(open_stage(path, family, config, indices)[index_in_stage])

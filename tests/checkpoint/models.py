@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTJConfig, GPTNeoXConfig
 
+from checkpoint.files.checksums import seal, sum_file, unseal
+from checkpoint.steps.manifest import StageManifest
 from checkpoint.steps.meta import StepMeta
 from modules.families.base import Family
 from modules.registry import MODELS
@@ -128,7 +130,12 @@ def make_checkpoint(
         }
         torch.save(state, folder / f"prank_{stage}_checkpoint.pt")
     if meta is not None:
-        (folder / "meta.json").write_bytes(meta.encode().replace(b' "format": 1,\n', b""))
+        (folder / "meta.json").write_bytes(meta.encode())
+        for stage in range(len(counts)):
+            files = ("meta.json", f"prank_{stage}_checkpoint.pt")
+            sums = {name: sum_file(folder / name) for name in files}
+            manifest = StageManifest(meta.step, stage, len(counts), "save", sums)
+            (folder / manifest.name).write_bytes(manifest.encode())
     return folder
 
 
@@ -153,9 +160,16 @@ def copy_config(source: Path, target: Path) -> None:
         (target / name).write_text((source / name).read_text())
 
 
-def forget_manifests(run: Path) -> None:
-    """Makes the checkpoints of a run such as were written before there were manifests."""
-    for path in (*run.glob("*/prank_*_manifest.json"), run / "latest_manifest.json"):
+def reseal(folder: Path) -> None:
+    """Makes a step's manifests agree with what its files hold; one that is gone stays listed."""
+    for path in folder.glob("prank_*_manifest.json"):
+        body = unseal(path)
+        there = [name for name in body["files"] if (folder / name).is_file()]
+        sums = {name: sum_file(folder / name)._asdict() for name in there}
+        path.write_bytes(seal({**body, "files": {**body["files"], **sums}}))
+
+
+def make_predecessors(folder: Path) -> None:
+    """Makes a step's folder one of a predecessor: weights alone."""
+    for path in (*folder.glob("prank_*_manifest.json"), folder / "meta.json"):
         path.unlink()
-    for path in run.glob("*/meta.json"):
-        path.write_text(path.read_text().replace(' "format": 1,\n', ""))

@@ -26,6 +26,8 @@ from tests.checkpoint.models import (
     family,
     make_checkpoint,
     make_model,
+    make_predecessors,
+    reseal,
     save_model,
     step_meta,
 )
@@ -113,8 +115,10 @@ FROM_HF = {
     "two heads": Case(
         "st", lambda d: weight(d / ST, "lm_head.weight", (101, 32)), ["lm_head.weight", "differs"]
     ),
-    "truncated safetensors": Case("st", lambda d: cut(d / ST), [ST, "no whole safetensors file"]),
-    "truncated bin": Case("bin", lambda d: cut(d / BIN), [BIN, "bytes that are no whole"]),
+    "truncated safetensors": Case(
+        "st", lambda d: cut(d / ST), [ST, "no complete safetensors file"]
+    ),
+    "truncated bin": Case("bin", lambda d: cut(d / BIN), [BIN, "bytes that are no complete"]),
     "empty bin": Case("bin", lambda d: (d / BIN).write_bytes(b""), [BIN, "0 bytes"]),
     "code": Case("bin", lambda d: pickled(d / BIN), [BIN, "refused", "posix.system"]),
     "code in a later protocol": Case(
@@ -173,7 +177,7 @@ SHARDS = {
     "misshapen": Case("", lambda d: weight(d / SHARD, QKV, (3, 4)), [QKV, "(3, 4)", "(96, 32)"]),
     "nan": Case("", lambda d: weight(d / SHARD, QKV, (96, 32), NAN), [SHARD, QKV, "not finite"]),
     "missing file": Case("", lambda d: (d / SHARD).unlink(), [SHARD, "no such file"]),
-    "truncated": Case("", lambda d: cut(d / SHARD), [SHARD, "bytes that are no whole"]),
+    "truncated": Case("", lambda d: cut(d / SHARD), [SHARD, "bytes that are no complete"]),
     "code": Case("", lambda d: pickled(d / SHARD), [SHARD, "refused", "posix.system"]),
     "a folder": Case("", lambda d: ((d / SHARD).unlink(), (d / SHARD).mkdir()), ["no such file"]),
 }
@@ -205,7 +209,7 @@ TO_HF = {
     "beyond fp16": Case(
         {"fp16": True}, lambda d: weight(d / CK, f"0.{QKV}", (96, 32), 1e5), [CK, "100000", "65504"]
     ),
-    "truncated": Case({}, lambda d: cut(d / CK), [CK, "bytes that are no whole"]),
+    "truncated": Case({}, lambda d: cut(d / CK), [CK, "bytes that are no complete"]),
     "code": Case({}, lambda d: pickled(d / CK), [CK, "refused", "posix.system"]),
     "other stages": Case({"n_stages": 3}, lambda d: None, ["--n-stages is 3", "meta.json says 2"]),
     "other layers": Case(
@@ -221,38 +225,36 @@ TO_HF = {
         lambda d: None,
         ["--n-layer-per-stage is 1,1,1", "meta.json says 2,1"],
     ),
-    "stages unknown": Case({}, lambda d: (d / "meta.json").unlink(), ["--n-stages", "missing"]),
-    "layers unknown": Case(
-        {"n_stages": 2}, lambda d: (d / "meta.json").unlink(), ["--n-layer-per-stage", "missing"]
-    ),
+    "stages unknown": Case({}, make_predecessors, ["--n-stages", "missing"]),
+    "layers unknown": Case({"n_stages": 2}, make_predecessors, ["--n-layer-per-stage", "missing"]),
     "too few stages": Case(
         {"n_stages": 1, "n_layer_per_stage": 3},
-        lambda d: (d / "meta.json").unlink(),
+        make_predecessors,
         [CK, "--n-stages is 1"],
     ),
     "too few layers": Case(
         {"n_stages": 2, "n_layer_per_stage": 1},
-        lambda d: (d / "meta.json").unlink(),
+        make_predecessors,
         ["--n-stages 2", "--n-layer-per-stage 1", "3"],
     ),
     "an empty stage": Case(
         {"n_stages": 2, "n_layer_per_stage": 3},
-        lambda d: (d / "meta.json").unlink(),
+        make_predecessors,
         ["--n-stages 2", "--n-layer-per-stage 3", "3"],
     ),
     "a list of other stages": Case(
         {"n_stages": 3, "n_layer_per_stage": Split((2, 1))},
-        lambda d: (d / "meta.json").unlink(),
+        make_predecessors,
         ["--n-stages 3", "--n-layer-per-stage 2,1", "2 stages", "3 layers"],
     ),
     "a list of other layers": Case(
         {"n_layer_per_stage": Split((2, 2))},
-        lambda d: (d / "meta.json").unlink(),
+        make_predecessors,
         ["--n-layer-per-stage 2,2", "4 layers", "3 layers"],
     ),
     "a list in another order": Case(
         {"n_layer_per_stage": Split((1, 2))},
-        lambda d: (d / "meta.json").unlink(),
+        make_predecessors,
         ["prank_0_checkpoint.pt", "2.attention", "unexpected"],
     ),
     "another model's": Case({}, lambda d: meta(d, model_type="gptj"), ["'gptj'", "'gptneox'"]),
@@ -279,6 +281,7 @@ def test_to_hf(
     monkeypatch.chdir(tmp_path)
     source = shutil.copytree(originals / "ck", tmp_path / "in")
     case.spoil(source)
+    reseal(source)
     text = refusal(lambda: to_hf(source, tmp_path / "out" / "hf", **case.form))
     assert all(word in text for word in case.words), text
     assert not list(tmp_path.glob("out/*"))

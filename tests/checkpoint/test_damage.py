@@ -26,7 +26,7 @@ from comm.run_context import RunContext
 from comm.topology import Topology
 from common.files import replace_file
 from modules.registry import MODELS
-from tests.checkpoint.models import forget_manifests, hf_weights
+from tests.checkpoint.models import hf_weights
 from tests.dist import run_ranks
 from tests.runs import Case, connected, meet_at, run_folder, to_argv, train_cases
 from tests.tasks.material import make_texts, write_jsonl
@@ -72,7 +72,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 }
 CASES = [(file, damage) for file in FILES for damage in DAMAGES]
 # What is no damage of one file, and what comes of it.
-STATES = ("as saved", "last step moved away", "last file of both steps", "without manifests")
+STATES = ("as saved", "last step moved away", "last file of both steps")
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,6 @@ def spoil(run: Path, state: str) -> None:
     if state == "last file of both steps":
         for step in (FIRST, LAST):
             cut(run / str(step) / STAGE_FILES[-1])
-    if state == "without manifests":
-        forget_manifests(run)
 
 
 def open_all(
@@ -171,7 +169,7 @@ def test_training_names_the_file_on_every_rank(file: str, damage: str, made: Mad
     assert f"/{file}: " in one.error
     assert "\n" not in one.error
     if file in STEP_FILES:
-        assert f"the newest whole checkpoint before it is step {FIRST}" in one.error
+        assert f"the newest complete checkpoint before it is step {FIRST}" in one.error
         assert one.error.endswith(f"move {made.folder}/damaged/{LAST} away")
 
 
@@ -187,11 +185,7 @@ def test_no_step_is_offered_where_none_is_whole(made: Made) -> None:
     for opened in made.opened:
         error = opened["last file of both steps"].error
         assert f"{LAST}/{STAGE_FILES[-1]}: " in error
-        assert error.endswith("no whole checkpoint before it is there")
-
-
-def test_a_checkpoint_without_manifests_opens(made: Made) -> None:
-    assert [opened["without manifests"].step for opened in made.opened] == [LAST, LAST]
+        assert error.endswith("no complete checkpoint before it is there")
 
 
 def to_hf(run: Path, target: Path, config_name: str | None = None) -> Path:
@@ -244,16 +238,12 @@ def test_stages_of_different_saves_do_not_convert(made: Made, tmp_path: Path) ->
 
 
 def test_every_bit_of_latest_counts(made: Made, tmp_path: Path) -> None:
-    """Also where it then names another step that is there, unless a crash could have left it so."""
+    """Also where it then names another step that is there."""
     run = Path(shutil.copytree(made.run, tmp_path / "run"))
     for step in (0, 6, 20):
         (run / str(step)).mkdir()
     for bit in range(8):
-        content = bytes([ord(str(LAST)) ^ (1 << bit)])
-        (run / "latest").write_bytes(content)
-        if content == b"6":
-            check_latest(run, has_manifests=True)
-            continue
+        (run / "latest").write_bytes(bytes([ord(str(LAST)) ^ (1 << bit)]))
         with pytest.raises(ValueError, match="/latest: damaged"):
             check_latest(run, has_manifests=True)
 

@@ -22,7 +22,7 @@ from checkpoint.steps.manifest import read_manifest
 from comm.objects import gather_json
 from comm.run_context import RunContext
 from comm.topology import Topology
-from tests.checkpoint.models import forget_manifests, hf_weights
+from tests.checkpoint.models import hf_weights
 from tests.checkpoint.test_damage import to_hf
 from tests.dist import run_ranks
 from tests.runs import Case, connected, meet_at, run_folder, to_argv, train_cases
@@ -50,28 +50,12 @@ def reseal(path: Path, **changes: object) -> None:
     path.write_bytes(seal({**unseal(path), **changes}))
 
 
-def save_as_before(run: Path) -> None:
-    """As when a start's saves all bore its own name."""
-    for path in run.glob("*/prank_*_manifest.json"):
-        reseal(path, save="the start")
-
-
-def bring_stage_as_before(run: Path) -> None:
-    save_as_before(run)
-    bring_stage_of_first(run)
-
-
 def bring_another_save(run: Path) -> None:
     reseal(run / str(LAST) / MANIFESTS[1], save="another")
 
 
 def take_one_for_the_other(run: Path) -> None:
     shutil.copy(run / str(LAST) / MANIFESTS[0], run / str(LAST) / MANIFESTS[1])
-
-
-def call_so_without_manifests(run: Path) -> None:
-    forget_manifests(run)
-    call_by_another_number(run)
 
 
 def alter_meta(run: Path) -> None:
@@ -86,9 +70,7 @@ def alter_meta(run: Path) -> None:
 # What is done to a run, and what training says, from the step's folder on.
 SPOILS: dict[str, tuple[Callable[[Path], None], str]] = {
     "called 6": (call_by_another_number, f"/6/{MANIFESTS[0]}: of step {LAST}"),
-    "called 6 without manifests": (call_so_without_manifests, f"/6/meta.json: of step {LAST}"),
     "stage 1 of the first": (bring_stage_of_first, f"/{LAST}/{MANIFESTS[1]}: of step {FIRST}"),
-    "stage 1 as before": (bring_stage_as_before, f"/{LAST}/{MANIFESTS[1]}: of step {FIRST}"),
     "another save": (bring_another_save, f"/{LAST}/{MANIFESTS[1]}: of another save"),
     "another name": (take_one_for_the_other, f"/{LAST}/{MANIFESTS[1]}: of stage 0"),
     "another meta.json": (alter_meta, f"/{LAST}/meta.json: of step {FIRST}"),
@@ -103,9 +85,8 @@ def open_all(
     found: dict[str, int | str] = {}
     topology = Topology(rank, STAGES, 1)
     torch.set_num_threads(1)
-    spoils = {name: spoil for name, (spoil, _) in SPOILS.items()} | {"as before": save_as_before}
     with connected(topology, url) as (groups, nonce):
-        for name, spoil in spoils.items():
+        for name, (spoil, _) in SPOILS.items():
             run = folder / name
             if rank == 0:
                 shutil.copytree(whole, run)
@@ -156,11 +137,7 @@ def test_training_names_what_is_not_of_the_step(name: str, made: Made) -> None:
     assert SPOILS[name][1] in one
     assert "\n" not in one
     older = LAST if name.startswith("called") else FIRST
-    assert f"the newest whole checkpoint before it is step {older}: " in one
-
-
-def test_checkpoints_whose_saves_have_the_name_of_their_start_go_on(made: Made) -> None:
-    assert [opened["as before"] for opened in made.opened] == [LAST, LAST]
+    assert f"the newest complete checkpoint before it is step {older}: " in one
 
 
 def test_no_two_steps_of_a_start_are_one_save(made: Made) -> None:
@@ -182,12 +159,9 @@ def test_the_converter_names_what_is_not_of_the_step(name: str, made: Made, tmp_
     assert not (tmp_path / "hf").exists()
 
 
-@pytest.mark.parametrize("older", [False, True])
-def test_a_folder_of_any_name_converts(older: bool, made: Made, tmp_path: Path) -> None:
+def test_a_folder_of_any_name_converts(made: Made, tmp_path: Path) -> None:
     whole = hf_weights(to_hf(made.run, tmp_path / "whole"))
     run = Path(shutil.copytree(made.run, tmp_path / "run"))
-    if older:
-        save_as_before(run)
     for name in ("gathered", "6"):
         folder = Path(shutil.copytree(run / str(LAST), tmp_path / name))
         found = hf_weights(to_hf(folder, tmp_path / f"{name} converted"))

@@ -46,6 +46,6 @@ def test_a_file_system_without_locks_is_told_of_and_used(
     lock_folder(tmp_path).close()
     (line,) = caplog.messages
     assert line == (
-        f"--checkpoint-path {tmp_path}: its file system cannot lock files ({os.strerror(number)}): "
-        "a second run that writes there at the same time is not kept out"
+        f"--checkpoint-path {tmp_path}: its file system cannot lock files ({os.strerror(number)}); "
+        "do not start a second run that writes there at the same time"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from checkpoint.resume.reshard import Continuation, describe_change, find_module, names_in
+from checkpoint.resume.reshard import ResumeSplit, describe_change, find_module, map_names
 from pipeline_parallel.partition.split import AUTO, Asked, Split
 
 # Seven blocks, which are 1 to 7; 0 is the embedding and 8 the head. By split, each stage's modules.
@@ -35,18 +35,18 @@ def test_each_module_is_found_where_it_was_saved(split: tuple[int, ...]) -> None
 def test_a_stage_needs_the_files_of_those_that_had_its_modules(
     now: tuple[int, ...], kept: tuple[int, ...], expected: list[list[int]]
 ) -> None:
-    continuation = Continuation(Split(now), Split(now))
-    found = [continuation.sources(stage, Split(kept)) for stage in range(len(now))]
+    split = ResumeSplit(Split(now), Split(now))
+    found = [split.sources(stage, Split(kept)) for stage in range(len(now))]
     assert found == expected
 
 
 def test_names_are_those_of_the_stage_that_saved_them() -> None:
     """Stage 1 of 1,3,2,1, modules 2 to 4, for stage 1 of 3,4, which has 4 to 8."""
     keys = {index: [f"w{index}", "bias"] for index in range(9)}
-    assert names_in(range(2, 5), range(4, 9), lambda index: keys[index]) == {
+    assert map_names(range(2, 5), range(4, 9), lambda index: keys[index]) == {
         "0.w4": "2.w4", "0.bias": "2.bias",
     }  # fmt: skip
-    assert names_in(range(0, 2), range(4, 9), lambda index: keys[index]) == {}
+    assert map_names(range(0, 2), range(4, 9), lambda index: keys[index]) == {}
 
 
 @pytest.mark.parametrize(
@@ -62,9 +62,9 @@ def test_auto_keeps_the_split_on_as_many_stages(
     asked: Asked, chosen: str, kept: str, now: str
 ) -> None:
     splits = {text: Split(map(int, text.split(","))) for text in (chosen, kept, now)}
-    continuation = Continuation(asked, splits[chosen])
-    assert continuation.split_after(splits[kept]) == splits[now]
-    assert continuation.is_change(splits[kept]) == (kept != now)
+    split = ResumeSplit(asked, splits[chosen])
+    assert split.after(splits[kept]) == splits[now]
+    assert split.differs_from(splits[kept]) == (kept != now)
 
 
 def test_the_line_that_tells_it() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from arguments.flag_table import free_flags
 from arguments.train import parse_train
-from checkpoint.resume.compatibility import changes
+from checkpoint.resume.compatibility import describe_changes
 from optimizer.loss_scaler import ConstantScale, DynamicScale
 from tests.runs import to_argv
 from training.resume import idle_flags
@@ -100,7 +100,7 @@ def test_a_change_without_effect_says_so(case: str) -> None:
     }  # fmt: skip
     args = parse_train(to_argv(required | flags), {})
     kept = dict.fromkeys(free_flags(args), "other")
-    told = changes(kept, free_flags(args), idle=idle_flags(args.precision, scaler))
+    told = describe_changes(kept, free_flags(args), idle=idle_flags(args.precision, scaler))
     assert len(told) == len(free_flags(args))
     silent = {line.split()[0] for line in told if line.endswith(", which has no effect here")}
     assert silent == idle

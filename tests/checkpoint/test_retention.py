@@ -1,4 +1,4 @@
-"""Older checkpoints go, or lose their optimizer state, and what a crash leaves of that is whole."""
+"""Older checkpoints go, or lose their optimizer state; what a crash leaves of that is complete."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import importlib
 import itertools
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,10 +15,10 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from checkpoint.retention import RetentionPolicy, prune
+from checkpoint.retention import RetentionPolicy, delete_old_steps
 from checkpoint.steps import folder as step_folder
 from checkpoint.steps.manifest import read_manifest
-from checkpoint.store import CheckpointStore
+from checkpoint.store import CheckpointStore, SaveFailedError
 from comm.backends.single_process import SingleProcessCommunicator
 from comm.collective_io import BackgroundTask
 from comm.topology import Topology
@@ -136,15 +135,15 @@ def killed_at(target: str, nth: int, *, after: bool) -> Iterator[None]:
 
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize(
-    "target", ["checkpoint.retention.withdraw", "checkpoint.retention.replace_file",
-               "checkpoint.steps.folder._rename_if_there"],
+    "target", ["checkpoint.retention.delete_step", "checkpoint.retention.replace_file",
+               "checkpoint.steps.folder._rename_if_exists"],
 )  # fmt: skip
 def test_a_crash_while_old_steps_go_costs_nothing(
     target: str, after: bool, flags: dict[str, Any], tmp_path: Path
 ) -> None:
     """A save renames twice, and then once for each step that goes: the ninth is the first such."""
     again = {**flags, "checkpoint-path": tmp_path / "run"}
-    nth = 9 if target.endswith("_rename_if_there") else 1
+    nth = 9 if target.endswith("_rename_if_exists") else 1
     at_once = patch("checkpoint.retention.BackgroundTask", AtOnce)
     with killed_at(target, nth, after=after), at_once, pytest.raises(Killed):
         train_alone(again)
@@ -160,94 +159,88 @@ def test_a_crash_while_old_steps_go_costs_nothing(
     assert leftovers(tmp_path / "run") == []
 
 
-def test_old_steps_go_beside_training_and_before_the_next_is_written(tmp_path: Path) -> None:
-    store = CheckpointStore(
-        tmp_path,
+def make_store(path: Path, policy: RetentionPolicy) -> CheckpointStore:
+    return CheckpointStore(
+        path,
         control=SingleProcessCommunicator(),
         topology=Topology(0, 1, 1),
         nonce="n",
         extras={},
-        keep=RetentionPolicy(1),
+        policy=policy,
     )
+
+
+def save(store: CheckpointStore, *steps: int, is_last: bool = False) -> None:
+    for step in steps:
+        store.begin(step_meta(step), parts={"checkpoint": {}})
+        store.finish()
+        if not is_last:
+            store.start_cleanup()
+
+
+def test_old_steps_go_beside_training(tmp_path: Path) -> None:
+    """A deletion that is slower than the saves holds none of them up, and the next goes further."""
+    store = make_store(tmp_path, RetentionPolicy(1))
     trained = threading.Event()
 
-    def save(step: int, *, hurry: bool = False) -> None:
-        store.begin(step_meta(step), parts={"checkpoint": {}}, hurry=hurry)
-        store.finish(hurry=hurry)
-
-    def prune_slowly(*args: Any, **options: Any) -> None:
+    def delete_slowly(*args: Any, **options: Any) -> None:
         assert trained.wait(30.0)
-        prune(*args, **options)
+        delete_old_steps(*args, **options)
 
-    save(1)
-    store.tidy()
-    with patch("checkpoint.retention.prune", prune_slowly):
-        save(2)
-        save(3, hurry=True)  # as where the run is asked to stop
-        assert steps_of(tmp_path) == ["1", "2", "3"]
-        assert (tmp_path / "latest").read_text() == "3"
+    with patch("checkpoint.retention.delete_old_steps", delete_slowly):
+        save(store, 1, 2, 3)
+        save(store, 4, is_last=True)
+        assert steps_of(tmp_path) == ["1", "2", "3", "4"]
+        assert (tmp_path / "latest").read_text() == "4"
         trained.set()
-        store.tidy()
-    assert steps_of(tmp_path) == ["3"]
-    save(4)
-    store.begin(step_meta(5), parts={"checkpoint": {}})
-    while store.is_writing:
-        time.sleep(0.01)
+        store.finish_cleanup()
     assert steps_of(tmp_path) == ["4"]
-    store.finish()
-    store.tidy()
-    assert steps_of(tmp_path) == ["5"]
+    save(store, 5, is_last=True)  # and the run is stopped
+    again = make_store(tmp_path, RetentionPolicy(1))
+    save(again, 6)
+    again.finish_cleanup()
+    assert steps_of(tmp_path) == ["6"]
     assert leftovers(tmp_path) == []
 
 
-def test_a_hurried_save_waits_for_room_where_there_is_none(tmp_path: Path) -> None:
-    store = CheckpointStore(
-        tmp_path,
-        control=SingleProcessCommunicator(),
-        topology=Topology(0, 1, 1),
-        nonce="n",
-        extras={},
-        keep=RetentionPolicy(1),
-    )
+@pytest.mark.parametrize("makes_room", [True, False])
+def test_a_write_that_fails_is_tried_again_once_old_steps_are_gone(
+    makes_room: bool, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path, RetentionPolicy(1))
     removed, tried = threading.Event(), threading.Event()
     write = step_folder.write_stage_files
 
     def write_where_there_is_room(*args: Any) -> Any:
-        if removed.is_set():
+        if removed.is_set() and makes_room:
             return write(*args)
         tried.set()
         raise OSError(28, "No space left on device")
 
-    def prune_slowly(*args: Any, **options: Any) -> None:
+    def delete_slowly(*args: Any, **options: Any) -> None:
         assert tried.wait(30.0)
-        prune(*args, **options)
+        delete_old_steps(*args, **options)
         removed.set()
 
-    with patch("checkpoint.retention.prune", prune_slowly):
-        store.begin(step_meta(1), parts={"checkpoint": {}})
-        store.finish()
+    with patch("checkpoint.retention.delete_old_steps", delete_slowly):
+        save(store, 1, is_last=True)
+        save(store, 2)
         with patch("checkpoint.steps.folder.write_stage_files", write_where_there_is_room):
-            store.begin(step_meta(2), parts={"checkpoint": {}}, hurry=True)
-            store.finish(hurry=True)
-        store.tidy()
-    assert steps_of(tmp_path) == ["2"]
+            failing = (
+                nullcontext() if makes_room else pytest.raises(SaveFailedError, match="step 3")
+            )
+            with failing:
+                save(store, 3)
+        store.finish_cleanup()
+    assert steps_of(tmp_path) == ["3" if makes_room else "2"]
     assert leftovers(tmp_path) == []
 
 
 def test_what_cannot_be_removed_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    store = CheckpointStore(
-        tmp_path,
-        control=SingleProcessCommunicator(),
-        topology=Topology(0, 1, 1),
-        nonce="n",
-        extras={},
-        keep=RetentionPolicy(1),
-    )
+    store = make_store(tmp_path, RetentionPolicy(1))
     with patch("os.rmdir", side_effect=OSError(5, "Input/output error", "1")):
-        for step in (1, 2):
-            store.begin(step_meta(step), parts={"checkpoint": {}})
-            store.finish()
-        store.tidy()
+        save(store, 1, 2)
+        store.finish_cleanup()
     assert "older checkpoints could not be removed: [Errno 5] Input/output error" in caplog.text
 
 
@@ -276,7 +269,7 @@ def _size(there: list[bool], weights: int, states: int) -> int:
 def test_the_disk_that_a_run_needs_is_foreseen(steps: int | None, states: int | None) -> None:
     keep = RetentionPolicy(steps, states)
     for saves, kept in itertools.product(range(7), ((0, 0), (1, 1), (3, 1), (3, 3), (6, 2))):
-        foreseen = keep.added_bytes(saves, kept=kept, weights=4, state=8)
+        foreseen = keep.added_bytes(saves, present=kept, weights=4, state=8)
         needed = peak(saves, keep, kept, 4, 8)
         assert foreseen == needed if kept == (0, 0) else foreseen >= needed
 
@@ -284,17 +277,10 @@ def test_the_disk_that_a_run_needs_is_foreseen(steps: int | None, states: int | 
 def test_a_disk_that_does_not_let_latest_catch_up_is_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = CheckpointStore(
-        tmp_path,
-        control=SingleProcessCommunicator(),
-        topology=Topology(0, 1, 1),
-        nonce="n",
-        extras={},
-        keep=RetentionPolicy(),
-    )
+    store = make_store(tmp_path, RetentionPolicy())
     full = OSError(28, "No space left on device")
     with patch("checkpoint.store.write_latest", side_effect=full):
-        store.continue_from(4)
+        store.update_latest(4)
     assert f"{tmp_path / 'latest'} does not name step 4 yet: [Errno 28]" in caplog.text
-    store.continue_from(4)
+    store.update_latest(4)
     assert (tmp_path / "latest").read_text() == "4"
