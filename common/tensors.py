@@ -1,4 +1,4 @@
-"""Operations on tensors that several packages need: dtypes by name, checks for finite values."""
+"""Tensor tools of several packages: dtypes by name, and checks for finite values."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_FINITE_CHUNK = 1 << 22  # elements looked at together, so that the check needs little memory
+_FINITE_CHUNK = 1 << 22  # elements checked at once, so that the check needs little memory
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite.
+    """Tells whether no element is NaN or infinite.
 
-    A sum is finite only where all that it adds is, and is 50 times as fast as a look at each. Where
-    it overflows instead, each is looked at.
+    A sum is finite only if all its terms are, and is 50 times as fast as a check of each element.
+    If the sum overflows, each element is checked.
     """
     return all(
         bool(total.isfinite()) or bool(part.isfinite().all()) for part, total in part_sums(tensor)
@@ -22,7 +22,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def part_sums(tensor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each part of `tensor` in turn, and its sum: ()."""
+    """Yields the parts of `tensor`, each with its sum ()."""
     for part in torch.split(tensor.flatten(), _FINITE_CHUNK):
         yield part, part.sum()
 

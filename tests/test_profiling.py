@@ -194,8 +194,8 @@ def test_the_optimizer_is_traced_where_an_update_ends(
     schedule: str, folder: Path, told: list[dict[str, Told]]
 ) -> None:
     shards = folder / "shards" / "model"
-    # Losses and tokens, who was asked to stop, and whether any still writes a checkpoint.
-    always = 2 * REPLICAS + STAGES * REPLICAS + 1
+    # Losses and tokens; each rank's signal to stop and its first rank; whether any still writes.
+    always = 2 * REPLICAS + 2 * STAGES * REPLICAS + 1
     for rank in range(STAGES * REPLICAS):
         size = sum(num_elements(shards / f"pytorch_{part}.pt") for part in PARTS[rank % STAGES])
         all_norms = 2 * 12 + 1 + 3  # of two blocks, the embedding and the head

@@ -320,7 +320,7 @@ def test_a_disk_too_small_is_told_first(
         lambda: to_hf(originals / "ck", tmp_path / "out" / "hf"),
     ):
         text = refusal(call)
-        assert "needs 18" in text
+        assert "needs 178.6 kB of disk" in text
         assert "1.0 kB is free" in text
     assert not (tmp_path / "out").exists()
 
