@@ -1,4 +1,4 @@
-"""Gradients on their way from the device to the host, one ahead of the one in use."""
+"""Copies of gradients from the device to the host, one ahead of the one in use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class _Copy(NamedTuple):
 
 
 class HostCopies:
-    """Two host buffers, pinned where there is a GPU, each as large as the largest gradient."""
+    """Two host buffers of `largest` elements each, pinned where the device is a GPU."""
 
     def __init__(self, largest: int, device: torch.device) -> None:
         cuda = device.type == "cuda"
@@ -24,7 +24,7 @@ class HostCopies:
         self._device = device
 
     def of(self, gradients: Sequence[Tensor]) -> Iterator[Tensor]:
-        """A host copy of each gradient in turn; the next is copied while one is in use."""
+        """Yields a host copy of each gradient; the next is copied while one is in use."""
         ahead = self._start(gradients[0], 0) if gradients else None
         for index in range(len(gradients)):
             current = ahead
@@ -46,6 +46,6 @@ class HostCopies:
 
 
 def to_host(weight: Tensor) -> Tensor:
-    """A copy in host memory, pinned where the weight is on a GPU."""
+    """Returns a copy in host memory, pinned where the weight is on a GPU."""
     copy = torch.empty(weight.shape, dtype=weight.dtype, pin_memory=weight.is_cuda)
     return copy.copy_(weight)

@@ -1,15 +1,13 @@
-"""Optimizer state to and from a checkpoint, which does not depend on how many replicas there are.
+"""Optimizer state to and from a checkpoint, independent of the number of replicas.
 
-Replica 0 writes and reads all of it. What other replicas hold comes to it and goes from it over the
-control channel, as plain tensors whose shapes both sides know.
+Replica 0 writes and reads the state of a stage. The parts that other replicas hold travel over the
+control group, as tensors whose shapes both sides know.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,17 +19,19 @@ from comm.objects import gather_json
 from comm.topology import Topology
 from common.tensors import is_finite
 from optimizer.mixed_precision import MixedPrecisionOptimizer
+from optimizer.saved_state import SavedState
 
 MASTERS = "masters"
-_AT_ONCE = 2**28  # weights whose state, some 3 GB, a host keeps in memory from reading to sending
+# Elements of the weights whose state, some 3 GB, a host keeps in memory from reading to sending.
+_BATCH_ELEMENTS = 2**28
 
 
 def collect_state(
     optimizer: MixedPrecisionOptimizer, control: Communicator, topology: Topology
 ) -> dict[str, Any]:
-    """The whole state of the stage, on replica 0; other replicas get what they own alone.
+    """Returns the state of the stage on replica 0; other replicas get the part that they hold.
 
-    Tensors are the optimizer's own, where they are, unless another replica sent them.
+    Tensors are the optimizer's own, on its device, unless another replica sent them.
     """
     state: dict[str, Any] = {"kind": optimizer.algorithm.kind, "updates": optimizer.updates}
     for name in optimizer.names:
@@ -41,7 +41,7 @@ def collect_state(
             if 0 not in holders:
                 _send(tensors, control, topology.rank_of(stage=topology.stage, replica=0))
         elif topology.replica == 0:
-            tensors = like_state(optimizer, name)
+            tensors = empty_state(optimizer, name)
             _receive(tensors, control, topology.rank_of(stage=topology.stage, replica=holders[0]))
         else:
             continue
@@ -52,78 +52,89 @@ def collect_state(
 
 def restore_state(
     optimizer: MixedPrecisionOptimizer,
-    states: Sequence[KeptState] | None,
+    states: Sequence[SavedState] | None,
     control: Communicator,
     topology: Topology,
     *,
     updates: int,
 ) -> None:
-    """Fills the optimizer from `collect_state`'s results, which replica 0 alone gives: together
-    they have all its weights. Every process of the run calls it, and waits for the slowest disk.
+    """Fills the optimizer from the states that `collect_state` returned.
 
-    ValueError names the file that a state is from, and what in it is missing, extra, misshapen, not
-    finite, or of another algorithm or number of updates.
+    Every process of the run calls it, and waits for the slowest disk.
+
+    Args:
+        optimizer: is filled.
+        states: on replica 0, states that together have all its weights; None on other replicas.
+        control: the group of all processes.
+        topology: the place of this process.
+        updates: the number of updates that the states must have.
+
+    Raises:
+        ValueError: a state is not of this optimizer; the text names its file and the part.
     """
     optimizer.updates = updates
-    for one in states or ():
-        one.check(kind=optimizer.algorithm.kind, updates=updates)
-    holding = {name: one for one in states or () for name in one.taken}
+    for state in states or ():
+        state.check(kind=optimizer.algorithm.kind, updates=updates)
+    sources = {name: state for state in states or () for name in state.saved_names}
     for names in _batches(optimizer, control):
-        kept: dict[str, dict[str, Tensor]] = {}
-        read = None if states is None else partial(_read, optimizer, names, holding, topology, kept)
+        to_send: dict[str, dict[str, Tensor]] = {}
+        read = None
+        if states is not None:
+            read = partial(_read, optimizer, names, sources, to_send)
         run_on_all(control, read, "reading the optimizer's state", expected=())
         for name in names:
-            _share(optimizer, name, kept.get(name), control, topology)
+            _share(optimizer, name, to_send.get(name), control, topology)
     optimizer.refresh_weights()
 
 
 def _read(
     optimizer: MixedPrecisionOptimizer,
     names: Sequence[str],
-    holding: Mapping[str, KeptState],
-    topology: Topology,
-    kept: dict[str, dict[str, Tensor]],
+    sources: Mapping[str, SavedState],
+    to_send: dict[str, dict[str, Tensor]],
 ) -> None:
-    """On replica 0: fills what it holds of `names`; `kept` gets what others are to have."""
+    """Fills replica 0's part of the weights `names`; `to_send` gets that of other replicas."""
     for name in names:
-        found = holding[name].take(name, like_state(optimizer, name))
+        values = sources[name].read(name, empty_state(optimizer, name))
         holders = optimizer.partition.holders(name)
         if 0 in holders:
-            _fill(_tensors(optimizer, name), found)
+            _fill(_tensors(optimizer, name), values)
         if holders != [0]:
-            kept[name] = found
+            to_send[name] = values
 
 
 def _share(
     optimizer: MixedPrecisionOptimizer,
     name: str,
-    kept: Mapping[str, Tensor] | None,
+    values: Mapping[str, Tensor] | None,
     control: Communicator,
     topology: Topology,
 ) -> None:
-    """From replica 0, which has `kept`, to the others that hold the weight."""
+    """Sends `values` from replica 0, where they were read, to the others that hold the weight."""
     others = [replica for replica in optimizer.partition.holders(name) if replica != 0]
     if topology.replica in others:
-        received = like_state(optimizer, name)
+        received = empty_state(optimizer, name)
         _receive(received, control, topology.rank_of(stage=topology.stage, replica=0))
         _fill(_tensors(optimizer, name), received)
-    elif kept is not None:
+    elif values is not None:
         for replica in others:
-            _send(kept, control, topology.rank_of(stage=topology.stage, replica=replica))
+            _send(values, control, topology.rank_of(stage=topology.stage, replica=replica))
 
 
 def _batches(optimizer: MixedPrecisionOptimizer, control: Communicator) -> list[list[str]]:
-    """The weights, in their order: those of a batch are read before they are shared, which takes
-    no memory but the system's for files, as they are mapped. Every process gets as many batches.
+    """Returns the weights in batches, the same number on every process.
+
+    A batch is read before it is sent. Its files are mapped, so that reading takes no memory but the
+    system's for files.
     """
     sent = {
         name: optimizer.shape_of(name).numel() * (optimizer.partition.holders(name) != [0])
         for name in optimizer.names
     }
     batches: list[list[str]] = [[]]
-    size, most = 0, max(_AT_ONCE, *sent.values())
+    size, limit = 0, max(_BATCH_ELEMENTS, *sent.values())
     for name in optimizer.names:
-        if size + sent[name] > most:
+        if size + sent[name] > limit:
             batches.append([])
             size = 0
         batches[-1].append(name)
@@ -133,7 +144,7 @@ def _batches(optimizer: MixedPrecisionOptimizer, control: Communicator) -> list[
 
 
 def finite_weights(optimizer: MixedPrecisionOptimizer) -> list[bool]:
-    """For each weight, whether all that a checkpoint would keep of it here is finite."""
+    """Returns for each weight whether it is finite here, and its state with it."""
     return [
         all(map(is_finite, (optimizer.weight_of(name), *_tensors(optimizer, name).values())))
         for name in optimizer.names
@@ -141,20 +152,20 @@ def finite_weights(optimizer: MixedPrecisionOptimizer) -> list[bool]:
 
 
 def _tensors(optimizer: MixedPrecisionOptimizer, name: str) -> dict[str, Tensor]:
-    """What a checkpoint keeps of one weight; nothing where another process steps it."""
-    kept = dict(optimizer.moments.get(name, {}))
+    """Returns the state of one weight, by part; nothing where another process steps it."""
+    tensors = dict(optimizer.moments.get(name, {}))
     if optimizer.has_own_masters and name in optimizer.masters:
-        kept[MASTERS] = optimizer.masters[name]
-    return kept
+        tensors[MASTERS] = optimizer.masters[name]
+    return tensors
 
 
-def like_state(optimizer: MixedPrecisionOptimizer, name: str) -> dict[str, Tensor]:
-    """Host tensors of the shapes and types of what a checkpoint keeps of one weight's state."""
+def empty_state(optimizer: MixedPrecisionOptimizer, name: str) -> dict[str, Tensor]:
+    """Returns host tensors with the shapes and types of one weight's state, by part."""
     master = torch.empty(optimizer.shape_of(name), dtype=torch.float32)
-    kept = dict(optimizer.algorithm.empty_state(master))
+    tensors = dict(optimizer.algorithm.empty_state(master))
     if optimizer.has_own_masters:
-        kept[MASTERS] = master
-    return kept
+        tensors[MASTERS] = master
+    return tensors
 
 
 @torch.no_grad()
@@ -171,71 +182,3 @@ def _send(tensors: Mapping[str, Tensor], control: Communicator, rank: int) -> No
 def _receive(tensors: Mapping[str, Tensor], control: Communicator, rank: int) -> None:
     for part in sorted(tensors):
         control.receive(tensors[part], source=rank).wait()
-
-
-HEAD = ("kind", "updates")  # what a state holds beside its parts, which are dicts by weight
-
-
-@dataclass(frozen=True)
-class KeptState:
-    """What one stage of a checkpoint kept in the file `source`.
-
-    names: of all weights that the stage had.
-    taken: what it called those that are taken from it, by what this run calls them.
-    """
-
-    source: Path
-    state: Mapping[str, Any]
-    names: Collection[str]
-    taken: Mapping[str, str]
-
-    def check(self, *, kind: str, updates: int) -> None:
-        """As `check_head`."""
-        check_head(self.source, self.state, kind=kind, updates=updates, names=self.names)
-
-    def take(self, name: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """As `take_weight`, of a weight of `taken`."""
-        return take_weight(self.source, self.state, self.taken[name], like)
-
-
-def check_head(
-    source: Path, state: Mapping[str, Any], *, kind: str, updates: int, names: Collection[str]
-) -> None:
-    """ValueError for another algorithm or number of updates, or a weight that is not of `names`."""
-    for key, expected in (("kind", kind), ("updates", updates)):
-        if state.get(key) != expected:
-            raise ValueError(f"{source}: {key} is {state.get(key)!r}, expected {expected!r}")
-    for part, found in _parts(state).items():
-        if not isinstance(found, Mapping):
-            raise ValueError(f"{source}: {part} is {type(found).__name__}, expected a dict")
-        if extra := sorted(map(str, found.keys() - set(names))):
-            raise ValueError(f"{source}: {part}: {extra[0]} unexpected: no weight of this stage's")
-
-
-def take_weight(
-    source: Path, state: Mapping[str, Any], name: str, like: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """What a checked state keeps of one weight; ValueError where it is not as `like`, by part."""
-    for part, of in _parts(state).items():
-        if name in of and part not in like:
-            raise ValueError(f"{source}: {part}: {name} unexpected, expected {', '.join(like)}")
-    kept = {part: state.get(part, {}).get(name) for part in like}
-    for part, found in kept.items():
-        _check(f"{source}: {part}: {name}", found, like[part])
-    return kept
-
-
-def _check(where: str, found: object, like: Tensor) -> None:
-    if not isinstance(found, Tensor):
-        raise ValueError(f"{where} is {'missing' if found is None else type(found).__name__}")
-    if found.shape != like.shape or found.dtype != like.dtype:
-        raise ValueError(
-            f"{where} is {tuple(found.shape)} {found.dtype}, expected {tuple(like.shape)} "
-            f"{like.dtype}"
-        )
-    if not is_finite(found):
-        raise ValueError(f"{where} holds a value that is not finite (NaN or infinite)")
-
-
-def _parts(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in state.items() if key not in HEAD}

@@ -1,12 +1,17 @@
-"""The end of an update: a step of the weights, or a skip, alike on all processes."""
+"""The end of an update: gradient norm, clipping, and a step of the weights or a skip.
+
+All processes of a run end an update alike.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from optimizer.clipping import clip_factor
+import torch
+from torch import Tensor
+
 from optimizer.loss_scaler import LossScaler
 from optimizer.mixed_precision import MixedPrecisionOptimizer
 
@@ -104,3 +109,19 @@ class UpdateStep:
         skipped = int(state["skipped_in_a_row"])
         self.skipped_in_a_row = skipped if skipped < self._max_skipped else 0
         self._scaler.load_state(state["scaler"])
+
+
+def squared_norms(gradients: Sequence[Tensor]) -> list[float]:
+    """Returns each gradient's sum of squares, from its norm in fp32."""
+    if not gradients:
+        return []
+    norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients])
+    values: list[float] = norms.double().square().tolist()
+    return values
+
+
+def clip_factor(norm: float, max_norm: float) -> float:
+    """Returns the factor that clips gradients of norm `norm`, as torch's clip_grad_norm_ does."""
+    if math.isinf(max_norm):
+        return 1.0
+    return min(1.0, max_norm / (norm + 1e-6))

@@ -56,7 +56,7 @@ def rehearse(folder: Path, rank: int, *, cuda: bool = False, **changes: Any) -> 
         args.model.num_layers,
         family.sizes(CONFIG),
         num_stages=args.parallel.pipeline_group_size,
-        tokens=TOKENS,
+        seq_len=TOKENS,
     )
     return DryRun(args, family, CONFIG, split.layers, cuda=cuda).of_rank(rank)
 

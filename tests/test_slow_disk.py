@@ -52,11 +52,11 @@ def slow_checkpoint(topology: Topology) -> Iterator[None]:
     The stages read the state in two and three parts.
     """
     with (
-        patch("optimizer.state_dict._AT_ONCE", 1),
+        patch("optimizer.state_dict._BATCH_ELEMENTS", 1),
         slowed("checkpoint.steps.folder:clear_leftovers", SLOW),
         slowed("checkpoint.resume.load:read_stage_module", SLOW / 2),
         slowed("training.initial_state:read_part", SLOW),
-        slowed("optimizer.state_dict:KeptState.take", SLOW, "0.embed_in"),
+        slowed("optimizer.saved_state:SavedState.read", SLOW, "0.embed_in"),
     ):
         yield
 

@@ -14,7 +14,7 @@ TOKENS = 7
 
 
 def describe(layers: Split, schedule: str, num_microbatches: int, *, recompute: bool) -> str:
-    split = StageSplit(layers, SIZES, num_stages=len(layers), tokens=TOKENS)
+    split = StageSplit(layers, SIZES, num_stages=len(layers), seq_len=TOKENS)
     return split.describe(
         layers, schedule=schedule, num_microbatches=num_microbatches, recompute=recompute
     )

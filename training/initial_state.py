@@ -23,7 +23,8 @@ from comm.run_context import RunContext
 from common.tensors import DTYPES
 from data_parallel.broadcast import same_on_all
 from modules.stage_model import StageModel
-from optimizer.state_dict import KeptState, restore_state
+from optimizer.saved_state import SavedState
+from optimizer.state_dict import restore_state
 from optimizer.update import UpdateStep
 from pipeline_parallel.partition.split import stage_modules
 from training.run_start import RunStart
@@ -85,7 +86,7 @@ def load_state_(
 
     if resume is None or resume.meta is None:
         return
-    folder, first, states = resume.folder, topology.replica == 0, list[KeptState]()
+    folder, first, states = resume.folder, topology.replica == 0, list[SavedState]()
 
     def read() -> None:
         for stage in stages_holding(indices, start.source):
@@ -102,11 +103,11 @@ def load_state_(
 
 def _read_state(
     folder: Path, stage: int, held: range, indices: range, keys: Callable[[int], Iterable[str]]
-) -> KeptState:
+) -> SavedState:
     """What a checkpoint's stage, which has the modules `held`, kept for one that has `indices`."""
-    return KeptState(
+    return SavedState(
         part_file(folder, stage, "optimizer"),
         read_part(folder, stage, "optimizer"),
         names=map_names(held, held, keys).keys(),
-        taken=map_names(held, indices, keys),
+        saved_names=map_names(held, indices, keys),
     )

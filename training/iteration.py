@@ -10,10 +10,9 @@ from comm.lifecycle.stop_signals import StopRequest
 from comm.run_context import RunContext
 from common.seeds import derive_seed
 from monitor.profiling.tracer import Tracer, Track
-from optimizer.clipping import squared_norms
 from optimizer.mixed_precision import MixedPrecisionOptimizer
 from optimizer.state_dict import finite_weights
-from optimizer.update import UpdateResult, UpdateStep
+from optimizer.update import UpdateResult, UpdateStep, squared_norms
 from pipeline_parallel.batch_scatter import BatchPrefetcher, Rows
 from pipeline_parallel.engine import Engine, Losses
 from pipeline_parallel.microbatch import PipelineBatch

@@ -64,7 +64,7 @@ def open_run(settings: Settings, context: RunContext) -> RunStart:
         model.num_layers,
         family.sizes(config),
         num_stages=topology.num_stages,
-        tokens=settings.update.seq_length,
+        seq_len=settings.update.seq_length,
     )
     _check_same_config(model.model_name, context.control)
     data = TrainingData(settings, vocab_size=config.vocab_size) if context.rank == 0 else None

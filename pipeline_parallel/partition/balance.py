@@ -1,8 +1,7 @@
-"""How much work each part of a model is, and the split whose slowest stage has the least of it.
+"""The work of each stage of a split, and the split whose slowest stage has the least work.
 
-The measure is multiply-adds of a forward pass per token: a function of config and sequence length
-alone, in whole numbers, so that the same command gives the same split on every machine. A backward
-pass multiplies all parts alike. Needs no torch.
+Work is multiply-adds of a forward pass per token, in integers; a backward pass multiplies all parts
+alike. Needs no torch.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from pipeline_parallel.partition.split import AUTO, Asked, Split, check_split, f
 
 
 def stage_work(split: Split, work: ModuleWork) -> tuple[int, ...]:
-    """Multiply-adds per token of each stage."""
+    """Returns the multiply-adds per token of each stage."""
     last = len(split) - 1
     return tuple(
         count * work.block + (work.head if stage == last else 0)
@@ -23,8 +22,7 @@ def stage_work(split: Split, work: ModuleWork) -> tuple[int, ...]:
 
 
 def choose_split(asked: Asked, work: ModuleWork, *, num_stages: int, model_layers: int) -> Split:
-    """The split that --num-layers asks for; ValueError as
-    `pipeline_parallel.partition.split.check_split`."""
+    """Returns the split that --num-layers asks for; raises ValueError as `check_split` does."""
     if asked == AUTO:
         check_split(asked, num_stages=num_stages, model_layers=model_layers)
         return balanced_split(work, num_stages=num_stages, model_layers=model_layers)
@@ -34,15 +32,21 @@ def choose_split(asked: Asked, work: ModuleWork, *, num_stages: int, model_layer
 def balanced_split(
     work: ModuleWork, *, num_stages: int, model_layers: int, speeds: Sequence[float] | None = None
 ) -> Split:
-    """The split whose slowest stage has the least work, every stage having a block at least.
+    """Returns the split whose slowest stage has the least work; every stage has a block.
 
-    `speeds`: multiply-adds of each stage's device in a second, where they differ: then the measure
-    is seconds.
+    Of several such splits it is the one whose second-slowest stage has the least work, and so on.
+    Of splits that differ in their order alone, it is the one with the fewest blocks on the first
+    stages, where schedules keep the most activations.
 
-    Of several, the one whose second-slowest stage has the least, and so on; of those that differ in
-    their order alone, the one with the fewest blocks on the first stages, where schedules keep the
-    most activations. Exact: the best of each number of blocks on the first stages, a stage at a
-    time (adding one stage to two splits does not change which of them is better).
+    The result is exact: the best split is found for each number of blocks on the first stages, a
+    stage at a time, since adding one stage to two splits does not change which of them is better.
+
+    Args:
+        work: of a block and of the head.
+        num_stages: the number of stages.
+        model_layers: the number of blocks.
+        speeds: multiply-adds per second of each stage's device, where they differ; the slowest
+            stage is then the one that takes the most seconds.
     """
     best: dict[int, tuple[tuple[float, ...], Split]] = {0: ((), Split())}
     for stage in range(num_stages):
@@ -53,11 +57,11 @@ def balanced_split(
         best = {
             total: min(
                 (
-                    _slowest_first((*costs, _over((total - held) * work.block + head, speed))),
-                    Split((*split, total - held)),
+                    _slowest_first((*costs, _over((total - before) * work.block + head, speed))),
+                    Split((*split, total - before)),
                 )
-                for held, (costs, split) in best.items()
-                if held < total
+                for before, (costs, split) in best.items()
+                if before < total
             )
             for total in totals
         }
@@ -65,7 +69,7 @@ def balanced_split(
 
 
 def _over(work: int, speed: float | None) -> float:
-    return work if speed is None else work / speed  # whole numbers of any size stay exact
+    return work if speed is None else work / speed  # integers of any size stay exact
 
 
 def _slowest_first(costs: tuple[float, ...]) -> tuple[float, ...]:

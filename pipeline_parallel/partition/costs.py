@@ -14,7 +14,7 @@ from pipeline_parallel.schedule.simulator import StageCosts
 def split_costs(
     layers: Split, work: ModuleWork, *, schedule: str, recompute: bool
 ) -> list[StageCosts]:
-    """What a microbatch is to each stage, in multiply-adds per token instead of seconds."""
+    """Returns the costs of a microbatch on each stage, in multiply-adds per token, not seconds."""
     of_blocks, num_stages = stage_work(layers, replace(work, head=0)), len(layers)
     return [
         _costs(
@@ -30,8 +30,11 @@ def split_costs(
 
 
 def _costs(blocks: int, head: int, *, splits: bool, recompute: bool) -> StageCosts:
-    """Of a stage with so many multiply-adds in its blocks and its head, which makes its gradients
-    in forward (those of its weights later, where backward is split) and is never recomputed."""
+    """Returns the costs of a stage, from the multiply-adds of its blocks and its head.
+
+    The head computes its gradients in forward (those of its weights later, where backward is split)
+    and is never recomputed.
+    """
     return StageCosts(
         forward=blocks + (2 if splits else 3) * head,
         input_gradient=(2 if recompute else 1) * blocks,

@@ -1,7 +1,7 @@
-"""How a model's blocks are cut into stages, as flags spell it and as the rest of the code has it.
+"""The split of a model's blocks into stages, as --num-layers spells it and as the code has it.
 
-A flag says `4` (so many to each stage, what is left to the last), `5,3` (each stage's own) or
-`auto`. Below the entry scripts there is one form, `Split`. Needs no torch: flags are checked here.
+The flag is `4` (so many blocks on each stage, the rest on the last), `5,3` (those of each stage) or
+`auto`; the code has one form, `Split`. Needs no torch: flags are checked here.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ _SPELLING = re.compile(r"[0-9]{1,9}(,[0-9]{1,9})*")
 
 
 class Split(tuple[int, ...]):
-    """Blocks of each stage, in order, each at least 1; its text is what a user would write."""
+    """The number of blocks of each stage, each at least 1; its text is that of the flag."""
 
     def __str__(self) -> str:
         return ",".join(map(str, self))
 
 
-Layers = int | Split  # what `4` and `5,3` mean
+Layers = int | Split  # `4` and `5,3`
 Asked = Layers | Literal["auto"]
 
 
 def parse_layers(text: str) -> Layers:
-    """`4` or `5,3`; ValueError, without text, for anything else, numbers below 1 included."""
+    """Parses `4` or `5,3`; raises ValueError, without text, for all else and numbers below 1."""
     if not _SPELLING.fullmatch(text):
         raise ValueError
     counts = Split(map(int, text.split(",")))
@@ -36,13 +36,13 @@ def parse_layers(text: str) -> Layers:
 
 
 def even_split(per_stage: int, *, num_stages: int, model_layers: int) -> tuple[int, ...]:
-    """Stage i has blocks [i * per_stage, (i + 1) * per_stage) of those there are: none, perhaps."""
+    """Returns the blocks of each stage if stage i has those from i * per_stage on: perhaps none."""
     left = (model_layers - stage * per_stage for stage in range(num_stages))
     return tuple(max(0, min(per_stage, count)) for count in left)
 
 
 def fit_split(layers: Layers, *, num_stages: int, model_layers: int) -> Split:
-    """The split that --num-layers asks for; ValueError as `check_split`."""
+    """Returns the split that --num-layers asks for; raises ValueError as `check_split` does."""
     check_split(layers, num_stages=num_stages, model_layers=model_layers)
     if isinstance(layers, Split):
         return layers
@@ -50,8 +50,7 @@ def fit_split(layers: Layers, *, num_stages: int, model_layers: int) -> Split:
 
 
 def check_split(asked: Asked, *, num_stages: int, model_layers: int) -> None:
-    """Raises ValueError, naming --num-layers, where the stages would not hold just the model's
-    blocks, or one would hold none."""
+    """Raises ValueError if the stages do not hold exactly the model's blocks, or one holds none."""
     if isinstance(asked, Split):
         check_length(asked, num_stages)
         if sum(asked) != model_layers:
@@ -72,7 +71,7 @@ def check_split(asked: Asked, *, num_stages: int, model_layers: int) -> None:
 
 
 def check_length(split: Split, num_stages: int) -> None:
-    """Raises ValueError where a list has not one number for each stage."""
+    """Raises ValueError if a list has another number of stages."""
     if len(split) != num_stages:
         raise ValueError(
             f"--num-layers {split} is for {len(split)} stages, but --pipeline-group-size is "
@@ -81,9 +80,9 @@ def check_length(split: Split, num_stages: int) -> None:
 
 
 def stage_modules(stage: int, split: Sequence[int]) -> range:
-    """Which of the model's modules (0 the embedding, 1..L the blocks, L + 1 the head) a stage has.
+    """Returns the modules of a stage: 0 is the embedding, 1..L are the blocks, L + 1 is the head.
 
-    `split` has the number of blocks of each stage; the first stage has the embedding too, the last
+    `split` has the number of blocks of each stage. The first stage also has the embedding, the last
     the head.
     """
     start = sum(split[:stage])

@@ -1,4 +1,4 @@
-"""The split of a run's layers over its stages: how it is chosen and described."""
+"""The split of a run's layers over its stages, chosen by --num-layers and described in a line."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class StageSplit:
     Args:
         asked: the value of --num-layers.
         sizes: the sizes of the model.
-        tokens: the length of a sequence.
+        seq_len: the length of a sequence, in tokens.
 
     Raises:
         ValueError: the model cannot be split so; the text names the flag.
     """
 
-    def __init__(self, asked: Asked, sizes: ModelSizes, *, num_stages: int, tokens: int) -> None:
-        self._work = sizes.work(tokens)
+    def __init__(self, asked: Asked, sizes: ModelSizes, *, num_stages: int, seq_len: int) -> None:
+        self._work = sizes.work(seq_len)
         self.asked = asked
         self.layers: Split = choose_split(
             asked, self._work, num_stages=num_stages, model_layers=sizes.layers
@@ -37,7 +37,7 @@ class StageSplit:
         The line gives each stage's share of the work, the imbalance and the expected bubble.
         """
         work = stage_work(layers, self._work)
-        shares = ", ".join(f"{one / sum(work):.1%}" for one in work)
+        shares = ", ".join(f"{stage / sum(work):.1%}" for stage in work)
         imbalance = max(work) * len(work) / sum(work) - 1
         costs = split_costs(layers, self._work, schedule=schedule, recompute=recompute)
         simulated = simulate(SCHEDULES[schedule], len(layers), num_microbatches, Costs(costs))

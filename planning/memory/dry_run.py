@@ -30,7 +30,7 @@ from monitor.profiling.tracer import NO_TRACER
 from optimizer.adam import Algorithm
 from optimizer.build import ALGORITHMS, build_optimizer, checkpoint_bytes
 from optimizer.mixed_precision import MixedPrecisionOptimizer
-from optimizer.state_dict import collect_state, like_state
+from optimizer.state_dict import collect_state, empty_state
 from pipeline_parallel.build import build_engine
 from pipeline_parallel.p2p import StageLink
 from pipeline_parallel.partition.split import Split, stage_modules
@@ -137,7 +137,7 @@ class DryRun:
         if not self._settings.checkpoint.async_checkpoint or topology.replica != 0:
             return []
         names = optimizer.names
-        state = [part for name in names for part in like_state(optimizer, name).values()]
+        state = [part for name in names for part in empty_state(optimizer, name).values()]
         return [*state, *(torch.empty_like(p, device="cpu") for p in model.parameters())]
 
     def _save(self, optimizer: MixedPrecisionOptimizer, topology: Topology) -> None:

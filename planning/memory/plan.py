@@ -49,7 +49,7 @@ class MemoryPlan:
             settings.model.num_layers,
             self._family.sizes(self._config),
             num_stages=settings.parallel.pipeline_group_size,
-            tokens=settings.update.seq_length,
+            seq_len=settings.update.seq_length,
         )
 
     @cached_property

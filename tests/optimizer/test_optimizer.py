@@ -22,11 +22,12 @@ from data_parallel.replica_gradients import ReplicaGradients
 from data_parallel.zero_partition import ZeroPartition
 from optimizer.adam import Adam, Algorithm
 from optimizer.adam_8bit import Adam8bit
-from optimizer.clipping import clip_factor, squared_norms
 from optimizer.loss_scaler import DynamicScale, make_scaler
 from optimizer.lr_schedule import learning_rate
 from optimizer.mixed_precision import MixedPrecisionOptimizer
-from optimizer.state_dict import KeptState, collect_state, restore_state
+from optimizer.saved_state import SavedState
+from optimizer.state_dict import collect_state, restore_state
+from optimizer.update import clip_factor, squared_norms
 from optimizer.weights import MixedPrecisionWeights
 from tests.data_parallel.gradients import gradients_of
 
@@ -268,7 +269,7 @@ def test_state_restores_to_the_bit(dtype: torch.dtype, algorithm: type[Algorithm
     kept = {name: nn.Parameter(p.detach().float()) for name, p in parted.items()}
     resumed = make_optimizer(kept, algorithm=algorithm(), dtype=dtype)
     same = {name: name for name in resumed.names}
-    states = [KeptState(Path("state"), state, names=same, taken=same)]
+    states = [SavedState(Path("state"), state, names=same, saved_names=same)]
     restore_state(resumed, states, SingleProcessCommunicator(), ALONE, updates=3)
     for optimizer in (one, resumed):
         set_gradients(optimizer, 9)

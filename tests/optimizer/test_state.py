@@ -14,7 +14,8 @@ from comm.backends.single_process import SingleProcessCommunicator
 from comm.topology import Topology
 from optimizer.adam_8bit import Adam8bit
 from optimizer.mixed_precision import MixedPrecisionOptimizer
-from optimizer.state_dict import KeptState, collect_state, finite_weights, restore_state
+from optimizer.saved_state import SavedState
+from optimizer.state_dict import collect_state, finite_weights, restore_state
 from tests.optimizer.test_optimizer import make_optimizer, make_parameters
 
 ALONE, FILE, UPDATES = Topology(0, 1, 1), Path("7/prank_3_optimizer.pt"), 5
@@ -56,8 +57,8 @@ WRONG: dict[str, tuple[Callable[[State], object], str]] = {
 
 def restore(optimizer: MixedPrecisionOptimizer, state: State) -> None:
     names = {name: name for name in optimizer.names}
-    kept = KeptState(FILE, state, names=names, taken=names)
-    restore_state(optimizer, [kept], SingleProcessCommunicator(), ALONE, updates=UPDATES)
+    saved = SavedState(FILE, state, names=names, saved_names=names)
+    restore_state(optimizer, [saved], SingleProcessCommunicator(), ALONE, updates=UPDATES)
 
 
 def good_state(optimizer: MixedPrecisionOptimizer) -> State:
