@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -152,7 +153,8 @@ def test_a_crash_while_old_steps_go_costs_nothing(
         folder = tmp_path / "run" / step
         read_manifest(folder, 0).check(folder)
     assert open_run(**run_parts(again)).step > 0
-    train_with({**run_parts(again), "nonce": "another"})
+    parts = run_parts(again)
+    train_with({**parts, "context": replace(parts["context"], start="another")})
     assert steps_of(tmp_path / "run") == KEPT
     assert states_of(tmp_path / "run") == [str(STEPS)]
     assert same(state(tmp_path / "run", 0, STEPS), state(flags["checkpoint-path"], 0, STEPS))
