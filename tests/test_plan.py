@@ -21,7 +21,7 @@ from dist_clm_train import main
 from modules.layers.rotary import rotation
 from modules.registry import MODELS
 from pipeline_parallel.partition.stage_split import StageSplit
-from planning.memory.dry_run import DryRun, StageMemory
+from planning.memory.dry_run import DryRun, PlannedModel, StageMemory
 from tests.runs import to_argv
 
 HIDDEN, TOKENS, ROWS = 64, 32, 8
@@ -58,7 +58,7 @@ def rehearse(folder: Path, rank: int, *, cuda: bool = False, **changes: Any) -> 
         num_stages=args.parallel.pipeline_group_size,
         seq_len=TOKENS,
     )
-    return DryRun(args, family, CONFIG, split.layers, cuda=cuda).of_rank(rank)
+    return DryRun(args, PlannedModel(family, CONFIG, split.layers), cuda=cuda).of_rank(rank)
 
 
 @pytest.mark.parametrize("cuda", [False, True])

@@ -172,9 +172,7 @@ def test_what_failed_is_let_go_of_before_the_plan() -> None:
         work()
     except MemoryError as error:
         with patch("planning.memory.out_of_memory.DryRun", rehearse):
-            explained = explain_out_of_memory(
-                "here", error, nothing, nothing, nothing, nothing, rank=0, cuda=False
-            )
+            explained = explain_out_of_memory("here", error, nothing, nothing, rank=0, cuda=False)
     assert explained == f"here: out of memory; {NEXT_STEP}"
 
 

@@ -69,14 +69,7 @@ def train(
     measure = MemoryMeasure(wanted=settings.output.measure_memory, device=context.device)
     with _explaining_memory(settings, context, start, activity), measure.measuring():
         stopped = _train(settings, context, start, activity, console, stop, closing)
-    measure.log(
-        settings,
-        start.family,
-        start.config,
-        start.layers,
-        control=context.control,
-        topology=context.topology,
-    )
+    measure.log(settings, start.planned, context)
     return stopped
 
 
@@ -192,14 +185,7 @@ def _explaining_memory(
         if isinstance(error, StageMemoryError):
             place = str(error)
         explained = explain_out_of_memory(
-            place,
-            error,
-            settings,
-            start.family,
-            start.config,
-            start.layers,
-            rank=context.rank,
-            cuda=context.is_cuda,
+            place, error, settings, start.planned, rank=context.rank, cuda=context.is_cuda
         )
         raise OutOfMemoryError(explained) from error
 

@@ -19,6 +19,7 @@ from modules.families.base import Family
 from modules.registry import MODELS
 from pipeline_parallel.partition.split import Split
 from pipeline_parallel.partition.stage_split import StageSplit
+from planning.memory.dry_run import PlannedModel
 from training.data import TrainingData, checkpoint_extras
 from training.resume import find_resume
 
@@ -43,6 +44,11 @@ class RunStart:
     data: TrainingData | None
     store: CheckpointStore
     point: ResumePoint | None
+
+    @property
+    def planned(self) -> PlannedModel:
+        """The model and its split, as plans take it."""
+        return PlannedModel(self.family, self.config, self.layers)
 
     @property
     def step(self) -> int:

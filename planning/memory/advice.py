@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from arguments.flag_table import fixed_flags
 from arguments.settings import Settings
 from checkpoint.steps.folder import any_steps
-from modules.families.base import Family
-from pipeline_parallel.partition.balance import choose_split
 from pipeline_parallel.partition.split import AUTO, Split
-from planning.memory.dry_run import DryRun
+from pipeline_parallel.partition.stage_split import StageSplit
+from planning.memory.dry_run import DryRun, PlannedModel
 
 
 class Change(NamedTuple):
@@ -28,28 +27,21 @@ class Change(NamedTuple):
 
 
 def helpful_changes(
-    settings: Settings,
-    family: Family,
-    config: Any,
-    layers: Split,
-    *,
-    cuda: bool,
-    rank: int,
-    peak: int,
+    settings: Settings, model: PlannedModel, *, cuda: bool, rank: int, peak: int
 ) -> list[Change]:
-    """Each change by itself that lets the process of this rank need less than `peak` bytes, the one
-    that saves most first. More stages are taken by their largest."""
+    """Returns the changes that each let a rank need less than `peak` bytes, the best one first.
+
+    With more stages, the stage that needs most counts.
+    """
     found, has_steps = [], any_steps(settings.checkpoint.checkpoint_path)
     for flags, changed in _variants(settings):
-        split, ranks = layers, [rank]
+        planned, ranks = model, [rank]
         if changed.parallel.pipeline_group_size != settings.parallel.pipeline_group_size:
-            if changed.parallel.pipeline_group_size > config.num_hidden_layers:
+            if changed.parallel.pipeline_group_size > model.config.num_hidden_layers:
                 continue
-            split, ranks = (
-                _even(changed, family, config),
-                _largest(changed.parallel.pipeline_group_size),
-            )
-        dry_run = DryRun(changed, family, config, split, cuda=cuda)
+            planned = model._replace(layers=_even(changed, model))
+            ranks = _largest(changed.parallel.pipeline_group_size)
+        dry_run = DryRun(changed, planned, cuda=cuda)
         left = max(dry_run.of_rank(one).peak for one in ranks)
         starts_anew = has_steps and fixed_flags(changed) != fixed_flags(settings)
         found.append(Change(flags, peak - left, left, starts_anew))
@@ -91,11 +83,7 @@ def _largest(num_stages: int) -> list[int]:
     return sorted({0, 1, num_stages - 2, num_stages - 1})
 
 
-def _even(settings: Settings, family: Family, config: Any) -> Split:
-    work = family.sizes(config).work(settings.update.seq_length)
-    return choose_split(
-        AUTO,
-        work,
-        num_stages=settings.parallel.pipeline_group_size,
-        model_layers=config.num_hidden_layers,
-    )
+def _even(settings: Settings, model: PlannedModel) -> Split:
+    sizes, num_stages = model.family.sizes(model.config), settings.parallel.pipeline_group_size
+    seq_len = settings.update.seq_length
+    return StageSplit(AUTO, sizes, num_stages=num_stages, seq_len=seq_len).layers

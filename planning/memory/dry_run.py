@@ -7,24 +7,21 @@ and what is alive is counted as a run counts it (`planning.memory.live_bytes`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor
 
 from arguments.settings import Settings
 from comm.communicator import Communicator
 from comm.topology import Topology
 from common.tensors import DTYPES, part_sums
-from modules.attention.cpu import MAX_LENGTH_PER_SIZE, causal_mask
+from modules.attention.cpu import MAX_LENGTH_PER_SIZE
 from modules.attention.packed_documents import PackedDocuments
 from modules.families.base import Family
-from modules.layers.dropout import KeyedDropout
-from modules.layers.rotary import rotation
 from modules.stage_model import StageModel
 from monitor.profiling.tracer import NO_TRACER
 from optimizer.adam import Algorithm
@@ -38,6 +35,12 @@ from pipeline_parallel.schedule.schedules import SCHEDULES
 from pipeline_parallel.schedule.validate import peak_in_flight
 from planning.memory.fake_communicators import FakeGloo, FakeNccl, FakeSingleProcess
 from planning.memory.fake_engine import FakeBatch, FakeEngine, peak_of_more
+from planning.memory.fake_model import (
+    WithoutSteps,
+    draw_no_dropout,
+    fill_without_values,
+    tensors_without_memory,
+)
 from planning.memory.live_bytes import LiveBytes
 
 ENOUGH = 5  # microbatches that show what more of them cost, beside those that a schedule holds
@@ -71,18 +74,24 @@ class StageMemory:
         return self.peak - self.weights - self.gradients - self.optimizer - self.copied
 
 
+class PlannedModel(NamedTuple):
+    """A model of a family, and the split of its layers over the stages."""
+
+    family: Family
+    config: Any
+    layers: Split
+
+
 class DryRun:
-    """The processes of a run with these flags, whose model has this config, split like `layers`.
+    """The processes of a run with these settings and this model.
 
     cuda: on GPUs, as far as that can be told without one: attention keeps what flash attention
     (half precision) and the memory-efficient kernel (fp32) keep; what libraries other than torch
     take, and the operators inside themselves, is left out.
     """
 
-    def __init__(
-        self, settings: Settings, family: Family, config: Any, layers: Split, *, cuda: bool
-    ) -> None:
-        self._settings, self._family, self._config, self._layers = settings, family, config, layers
+    def __init__(self, settings: Settings, model: PlannedModel, *, cuda: bool) -> None:
+        self._settings, (self._family, self._config, self._layers) = settings, model
         self._cuda, self._device = cuda, torch.device(GPU if cuda else "cpu")
 
     def of_rank(self, rank: int) -> StageMemory:
@@ -92,8 +101,8 @@ class DryRun:
         documents, algorithm = self._documents(), self._algorithm()
         modules = stage_modules(topology.stage, self._layers)
         model = StageModel(self._family, self._config, modules, device="meta")
-        with _no_memory() as live:
-            _fill_without_values(model, self._device)
+        with tensors_without_memory() as live:
+            fill_without_values(model, self._device)
             return self._run(model, topology, documents, algorithm, live)
 
     def _run(
@@ -106,7 +115,7 @@ class DryRun:
     ) -> StageMemory:
         kind = self._device.type
         if self._cuda:
-            _draw_nothing(model)
+            draw_no_dropout(model)
         replicas = self._group("replicas", topology.replica_ranks(topology.stage), topology)
         settings = self._settings
         optimizer = build_optimizer(
@@ -162,14 +171,11 @@ class DryRun:
         enough = ENOUGH if all_held else topology.num_stages + ENOUGH
         count = min(update.num_microbatches, enough)
         pipeline = self._group("pipeline", topology.pipeline_ranks(topology.replica), topology)
+        shape = (update.micro_batch_size, update.seq_length, self._config.hidden_size)
+        dtype = DTYPES[settings.precision.precision]
         engine = build_engine(
             model,
-            StageLink(
-                pipeline,
-                shape=(update.micro_batch_size, update.seq_length, self._config.hidden_size),
-                dtype=DTYPES[settings.precision.precision],
-                device=self._device,
-            ),
+            StageLink(pipeline, shape=shape, dtype=dtype, device=self._device),
             gradients=optimizer.gradients.buffer,
             schedule=settings.parallel.pp_mode,
             recompute=settings.precision.recompute,
@@ -185,15 +191,9 @@ class DryRun:
         live.reset_peak()
         optimizer.gradients.finish_exchange()
         del batch, ahead
-        gradient = self._boundary_bytes() if topology.stage > 0 else 0
+        gradient = math.prod(shape) * dtype.itemsize if topology.stage > 0 else 0
         more = update.num_microbatches - count if all_held else 0
         return max(peak_of_more(watched, more, sent=gradient), live.peak[self._device.type])
-
-    def _boundary_bytes(self) -> int:
-        """Of a microbatch's activations between two stages."""
-        update = self._settings.update
-        numbers: int = update.micro_batch_size * update.seq_length * self._config.hidden_size
-        return numbers * DTYPES[self._settings.precision.precision].itemsize
 
     def _batch(self, topology: Topology, documents: PackedDocuments | None) -> FakeBatch:
         update = self._settings.update
@@ -236,6 +236,7 @@ class DryRun:
         copied: int,
         peak: int,
     ) -> StageMemory:
+        settings = self._settings
         weights = _storages(model.parameters())
         kept = _storages(_kept(optimizer))
         count = sum(p.numel() for p in model.parameters())
@@ -249,16 +250,16 @@ class DryRun:
             copied=0 if self._cuda else copied,
             peak=peak,
             held=peak_in_flight(
-                SCHEDULES[self._settings.parallel.pp_mode],
+                SCHEDULES[settings.parallel.pp_mode],
                 topology.stage,
                 topology.num_stages,
-                self._settings.update.num_microbatches,
+                settings.update.num_microbatches,
             ),
             checkpoint=sum(
                 checkpoint_bytes(
                     count,
-                    precision=self._settings.precision.precision,
-                    optimizer=self._settings.update.optimizer,
+                    precision=settings.precision.precision,
+                    optimizer=settings.update.optimizer,
                 )
             ),
         )
@@ -267,7 +268,7 @@ class DryRun:
         """That of the flags. What it makes once, from numbers, is made here."""
         algorithm = ALGORITHMS[self._settings.update.optimizer]()
         algorithm.empty_state(torch.zeros(SMALLEST_IN_8_BITS))
-        return _Unstepped(algorithm) if self._cuda else algorithm
+        return WithoutSteps(algorithm) if self._cuda else algorithm
 
     def _group(self, name: str, members: tuple[int, ...], topology: Topology) -> Communicator:
         if len(members) == 1:
@@ -295,48 +296,3 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 def _pinned(size: int) -> int:
     """The bytes of a pinned buffer: torch's CachingHostAllocator takes powers of two."""
     return 1 << max(size - 1, 0).bit_length()
-
-
-class _Unstepped:
-    """An algorithm whose steps, which need no memory on GPUs, are left out."""
-
-    def __init__(self, algorithm: Algorithm) -> None:
-        self._algorithm = algorithm
-        self.kind = algorithm.kind
-
-    def empty_state(self, weight: Tensor) -> dict[str, Tensor]:
-        return self._algorithm.empty_state(weight)
-
-    def step(self, *_: object, **__: object) -> None:
-        """In place."""
-
-
-@contextmanager
-def _no_memory() -> Iterator[LiveBytes]:
-    """Tensors made meanwhile have no memory, and none of them stays in the modules' tables."""
-    forget_tables()
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
-            yield live
-    finally:
-        forget_tables()
-
-
-def _fill_without_values(model: StageModel, device: torch.device) -> None:
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-            module.register_parameter(name, nn.Parameter(empty))
-
-
-def _draw_nothing(model: StageModel) -> None:
-    """The device that stands for a GPU has no generators."""
-    for module in model.modules():
-        if isinstance(module, KeyedDropout):
-            module.draw_ = lambda mask, keys: None  # type: ignore[method-assign]
-
-
-def forget_tables() -> None:
-    """Drops all tables; they are made anew where they are needed."""
-    rotation.cache_clear()
-    causal_mask.cache_clear()

@@ -5,18 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
 from arguments.settings import Settings
-from comm.communicator import Communicator
 from comm.objects import gather_json
-from comm.topology import Topology
+from comm.run_context import RunContext
 from common.text import format_bytes
-from modules.families.base import Family
-from pipeline_parallel.partition.split import Split
-from planning.memory.dry_run import DryRun
+from planning.memory.dry_run import DryRun, PlannedModel
 from planning.memory.live_bytes import CudaBytes, LiveBytes, peak_resident
 
 logger = logging.getLogger(__name__)
@@ -38,28 +34,19 @@ class MemoryMeasure:
         with self._counter:
             yield
 
-    def log(
-        self,
-        settings: Settings,
-        family: Family,
-        config: Any,
-        layers: Split,
-        *,
-        control: Communicator,
-        topology: Topology,
-    ) -> None:
+    def log(self, settings: Settings, model: PlannedModel, context: RunContext) -> None:
         """Logs on rank 0 a line for every rank, beside the plan's number; every rank calls it."""
         if not self._wanted:
             return
         kind = self._device.type
-        dry_run = DryRun(settings, family, config, layers, cuda=kind == "cuda")
+        dry_run = DryRun(settings, model, cuda=kind == "cuda")
         measured, resident = self._counter.peak[kind], peak_resident()
-        planned = dry_run.of_rank(topology.rank).peak
-        found = gather_json(control, [measured, planned, resident])
+        planned = dry_run.of_rank(context.rank).peak
+        found = gather_json(context.control, [measured, planned, resident])
         for rank, (own, expected, held) in enumerate(found):
             logger.info(
                 "memory of %s: peak of live tensors %s, planned %s (%.1f%%); peak RSS %s",
-                topology.describe(rank),
+                context.topology.describe(rank),
                 format_bytes(own),
                 format_bytes(expected),
                 100 * expected / own,

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import gc
 import traceback
-from typing import Any
 
 from arguments.settings import Settings
 from common.text import format_bytes
-from modules.families.base import Family
 from monitor.out_of_memory import causes, is_out_of_memory, requested_size
-from pipeline_parallel.partition.split import Split
-from planning.memory.dry_run import DryRun, StageMemory
+from planning.memory.dry_run import DryRun, PlannedModel, StageMemory
 
 NEXT_STEP = "the same command with --rank 0 --plan --device-memory SIZE lists the flags that help"
 
@@ -20,9 +17,7 @@ def explain_out_of_memory(
     place: str,
     error: BaseException,
     settings: Settings,
-    family: Family,
-    config: Any,
-    layers: Split,
+    model: PlannedModel,
     *,
     rank: int,
     cuda: bool,
@@ -40,7 +35,7 @@ def explain_out_of_memory(
         traceback.clear_frames(cause.__traceback__)
     gc.collect()
     try:
-        planned = DryRun(settings, family, config, layers, cuda=cuda).of_rank(rank)
+        planned = DryRun(settings, model, cuda=cuda).of_rank(rank)
     except Exception as another:
         if not is_out_of_memory(another):
             raise

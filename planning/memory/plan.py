@@ -16,7 +16,7 @@ from modules.families.base import Family
 from modules.registry import MODELS
 from pipeline_parallel.partition.stage_split import StageSplit
 from planning.memory.advice import Change, helpful_changes
-from planning.memory.dry_run import DryRun, StageMemory
+from planning.memory.dry_run import DryRun, PlannedModel, StageMemory
 
 COLUMNS = (
     "stage",
@@ -43,20 +43,19 @@ class MemoryPlan:
         check_model(settings)
         check_optimizer(settings)
         self._settings, self._cuda = settings, plans_for_gpus(settings)
-        self._family: Family = MODELS[settings.model.model_type].load()
-        self._config: Any = self._family.load_config(settings.model.model_name)
+        family: Family = MODELS[settings.model.model_type].load()
+        config: Any = family.load_config(settings.model.model_name)
         self._split = StageSplit(
             settings.model.num_layers,
-            self._family.sizes(self._config),
+            family.sizes(config),
             num_stages=settings.parallel.pipeline_group_size,
             seq_len=settings.update.seq_length,
         )
+        self._model = PlannedModel(family, config, self._split.layers)
 
     @cached_property
     def _stages(self) -> list[StageMemory]:
-        dry_run = DryRun(
-            self._settings, self._family, self._config, self._split.layers, cuda=self._cuda
-        )
+        dry_run = DryRun(self._settings, self._model, cuda=self._cuda)
         num_stages = self._settings.parallel.pipeline_group_size
         return [dry_run.of_rank(stage) for stage in range(num_stages)]
 
@@ -122,7 +121,7 @@ class MemoryPlan:
     def _links(self) -> Iterator[str]:
         settings, last = self._settings, len(self._stages) - 1
         size = DTYPES[settings.precision.precision].itemsize
-        activations = size * self._batch_tokens * self._config.hidden_size
+        activations = size * self._batch_tokens * self._model.config.hidden_size
         for index in range(last):
             sent = format_bytes(activations)
             yield f"stage {index} to {index + 1}: {sent} an iteration, and as much back"
@@ -154,9 +153,7 @@ class MemoryPlan:
         yield f"stage {worst} needs {excess} more than {format_bytes(limit)}"
         changes = helpful_changes(
             self._settings,
-            self._family,
-            self._config,
-            self._split.layers,
+            self._model,
             cuda=self._cuda,
             rank=worst,
             peak=peaks[worst],
@@ -175,11 +172,8 @@ def _outcome(change: Change, limit: int) -> str:
 
 def plans_for_gpus(settings: Settings) -> bool:
     """Whether the run is one on GPUs, which need not be on this machine."""
-    return (
-        torch.cuda.is_available()
-        if settings.parallel.use_cuda is None
-        else bool(settings.parallel.use_cuda)
-    )
+    use_cuda = settings.parallel.use_cuda
+    return torch.cuda.is_available() if use_cuda is None else use_cuda
 
 
 def _cells(*stages: StageMemory) -> list[str]:

@@ -1,0 +1,62 @@
+"""A stage's model and optimizer without memory: nothing in them computes values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from modules.attention.cpu import causal_mask
+from modules.layers.dropout import KeyedDropout
+from modules.layers.rotary import rotation
+from modules.stage_model import StageModel
+from optimizer.adam import Algorithm
+from planning.memory.live_bytes import LiveBytes
+
+
+class WithoutSteps:
+    """An algorithm whose steps, which need no memory on GPUs, are left out."""
+
+    def __init__(self, algorithm: Algorithm) -> None:
+        self._algorithm = algorithm
+        self.kind = algorithm.kind
+
+    def empty_state(self, weight: Tensor) -> dict[str, Tensor]:
+        return self._algorithm.empty_state(weight)
+
+    def step(self, *_: object, **__: object) -> None:
+        """In place."""
+
+
+@contextmanager
+def tensors_without_memory() -> Iterator[LiveBytes]:
+    """Tensors made meanwhile have no memory, and none of them stays in the modules' tables."""
+    _forget_tables()
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
+            yield live
+    finally:
+        _forget_tables()
+
+
+def fill_without_values(model: StageModel, device: torch.device) -> None:
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            module.register_parameter(name, nn.Parameter(empty))
+
+
+def draw_no_dropout(model: StageModel) -> None:
+    """The device that stands for a GPU has no generators."""
+    for module in model.modules():
+        if isinstance(module, KeyedDropout):
+            module.draw_ = lambda mask, keys: None  # type: ignore[method-assign]
+
+
+def _forget_tables() -> None:
+    """Drops all tables; they are made anew where they are needed."""
+    rotation.cache_clear()
+    causal_mask.cache_clear()
