@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Fine-tunes GPT-J-6B on one machine with 2 GPUs.
-# A pipeline of 2 stages, 14 layers each. Edit the paths, then run it in the project's
-# environment (source .venv/bin/activate). Further arguments are passed on and override those here:
-# `--total-steps 10` tries it out. The same command resumes from the last checkpoint.
+# A pipeline of 2 stages, 14 layers each. Edit the paths, then run it in the
+# project's environment (source .venv/bin/activate). Further arguments are passed on and override
+# those here: `--total-steps 10` tries it out. The same command resumes from the last checkpoint.
+# LAUNCHER=torchrun starts the ranks through torchrun instead of one process each.
 #
 # Before: python convert_from_hf_gptj.py --model-name EleutherAI/gpt-j-6B \
 #           --save-dir pretrained_models
@@ -27,8 +28,6 @@ flags=(
   --num-layers 14
   --embedding-dim 4096
   --load-pretrained-model true
-  --dist-url tcp://127.0.0.1:7033
-  --world-size 2
   --pipeline-group-size 2
   --data-group-size 1
   --net-interface lo
@@ -50,7 +49,19 @@ flags=(
   --profiling no-profiling
 )
 
-for rank in {0..1}; do
-  python dist_clm_train.py "${flags[@]}" "$@" --rank "$rank" --cuda-id "$rank" &
-done
-wait_ranks
+case "${LAUNCHER:-shell}" in
+  shell)
+    ranks=(--dist-url tcp://127.0.0.1:7033 --world-size 2)
+    for rank in {0..1}; do
+      python dist_clm_train.py "${flags[@]}" "${ranks[@]}" "$@" --rank "$rank" --cuda-id "$rank" &
+    done
+    wait_ranks
+    ;;
+  torchrun) # passes a signal to stop on, gives the ranks these seconds to save, and returns 1
+    exec torchrun --nproc-per-node 2 --shutdown-timeout 300 dist_clm_train.py "${flags[@]}" "$@"
+    ;;
+  *)
+    echo "LAUNCHER is $LAUNCHER; set it to shell or torchrun" >&2
+    exit 2
+    ;;
+esac

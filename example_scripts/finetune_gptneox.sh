@@ -3,6 +3,7 @@
 # A pipeline of 8 stages, 6 layers each but 2 in the last. Edit the paths, then run it in the
 # project's environment (source .venv/bin/activate). Further arguments are passed on and override
 # those here: `--total-steps 10` tries it out. The same command resumes from the last checkpoint.
+# LAUNCHER=torchrun starts the ranks through torchrun instead of one process each.
 #
 # Before: python convert_from_hf_gptneox.py --model-name EleutherAI/gpt-neox-20b \
 #           --save-dir pretrained_models
@@ -27,8 +28,6 @@ flags=(
   --num-layers 6
   --embedding-dim 6144
   --load-pretrained-model true
-  --dist-url tcp://127.0.0.1:7033
-  --world-size 8
   --pipeline-group-size 8
   --data-group-size 1
   --net-interface lo
@@ -50,7 +49,19 @@ flags=(
   --profiling no-profiling
 )
 
-for rank in {0..7}; do
-  python dist_clm_train.py "${flags[@]}" "$@" --rank "$rank" --cuda-id "$rank" &
-done
-wait_ranks
+case "${LAUNCHER:-shell}" in
+  shell)
+    ranks=(--dist-url tcp://127.0.0.1:7033 --world-size 8)
+    for rank in {0..7}; do
+      python dist_clm_train.py "${flags[@]}" "${ranks[@]}" "$@" --rank "$rank" --cuda-id "$rank" &
+    done
+    wait_ranks
+    ;;
+  torchrun) # passes a signal to stop on, gives the ranks these seconds to save, and returns 1
+    exec torchrun --nproc-per-node 8 --shutdown-timeout 300 dist_clm_train.py "${flags[@]}" "$@"
+    ;;
+  *)
+    echo "LAUNCHER is $LAUNCHER; set it to shell or torchrun" >&2
+    exit 2
+    ;;
+esac

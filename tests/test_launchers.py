@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from arguments.flags import train_parser
 from monitor.metrics import read_metrics
 from tests.dist import free_port, run_ranks
 from tests.kill_lab import Lab, Start, make_lab, marked, numbers, same, state
@@ -115,6 +116,39 @@ def test_a_launch_script_passes_the_signal_on_and_returns_75(lab: Lab) -> None:
         line = rf"rank {rank}: asked to stop (SIGTERM on rank "
         (told,) = [told for told in log.read_text().splitlines() if told.startswith(line)]
         assert told.endswith(f"step {step} is saved, not finished; the same command goes on")
+
+
+@pytest.mark.parametrize(("script", "ranks"), [("finetune_gptj.sh", 2), ("finetune_gptneox.sh", 8)])
+@pytest.mark.parametrize(("launcher", "command"), [("shell", "python"), ("torchrun", "torchrun")])
+def test_the_scripts_start_every_rank_with_either_launcher(
+    tmp_path: Path, script: str, ranks: int, launcher: str, command: str
+) -> None:
+    """A double of the command writes its arguments, a line each; later ones override."""
+    log = tmp_path / "log"
+    log.touch()
+    (tmp_path / command).write_text('#!/usr/bin/env bash\necho "$*" >>"$LOG"\n')
+    (tmp_path / command).chmod(0o755)
+    env = environ(LAUNCHER=launcher, LOG=str(log))
+    env["PATH"] = f"{tmp_path}:{env['PATH']}"
+    subprocess.run(["bash", SCRIPTS / script, "--total-steps", "10"], env=env, check=True)
+    before, own = zip(
+        *(line.split("dist_clm_train.py ") for line in log.read_text().splitlines()), strict=True
+    )
+    args = [train_parser().parse_args(line.split()) for line in own]
+    assert all((a.pipeline_group_size, a.total_steps, a.fp16) == (ranks, 10, True) for a in args)
+    if launcher == "shell":
+        assert sorted((a.rank, a.cuda_id, a.world_size) for a in args) == [
+            (rank, rank, ranks) for rank in range(ranks)
+        ]
+    else:
+        assert before == (f"--nproc-per-node {ranks} --shutdown-timeout 300 ",)
+        assert [(a.rank, a.cuda_id, a.world_size, a.dist_url) for a in args] == [(None,) * 4]
+
+
+def test_a_script_refuses_another_launcher() -> None:
+    script = SCRIPTS / "finetune_gptj.sh"
+    done = subprocess.run(["bash", script], env=environ(LAUNCHER="mpi"), capture_output=True)
+    assert (done.returncode, done.stderr) == (2, b"LAUNCHER is mpi; set it to shell or torchrun\n")
 
 
 @pytest.mark.parametrize(
