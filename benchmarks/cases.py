@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from benchmarks.ours import Ours
 from benchmarks.peer import TorchDataParallel, TorchPipeline
-from benchmarks.work import Contender, Work
+from benchmarks.work import Contender, Workload
 from comm.process_groups import ProcessGroups
 from comm.topology import Topology
 from modules.matmul.backend import Matmul, choose_matmul
@@ -16,11 +16,11 @@ from modules.registry import MODELS
 from pipeline_parallel.partition.balance import balanced_split
 from pipeline_parallel.schedule.schedules import SCHEDULES
 
-WORK = Work()
+WORK = Workload()
 
 
 @dataclass(frozen=True)
-class Entry:
+class ContenderSpec:
     """A contender: its name in the table, and how a process makes its part.
 
     matmul: what multiplies fp32 matrices while it runs; None: what the run was given.
@@ -37,29 +37,29 @@ class Case:
 
     name: str
     title: str
-    work: Work
-    entries: list[Entry]
+    work: Workload
+    entries: list[ContenderSpec]
     ratios: list[tuple[str, str]]
     shape: tuple[int, int] = (2, 1)
 
 
-def auto(work: Work) -> Work:
+def auto(work: Workload) -> Workload:
     """The same with the split of --num-layers auto."""
     weights = MODELS["gptneox"].load().sizes(work.config).work(work.tokens)
     split = balanced_split(weights, num_stages=len(work.split), model_layers=work.layers)
     return work.on(split=tuple(split))
 
 
-def ours(work: Work, pp_mode: str, *, traced: bool = True) -> Entry:
+def ours(work: Workload, pp_mode: str, *, traced: bool = True) -> ContenderSpec:
     name = f"{pp_mode} {'-'.join(map(str, work.split))}{'' if traced else ' untraced'}"
-    return Entry(
+    return ContenderSpec(
         name, lambda topology, groups: Ours(work, pp_mode, topology, groups, traced=traced)
     )
 
 
-def theirs(work: Work, schedule: str, *, fused: bool = True) -> Entry:
+def theirs(work: Workload, schedule: str, *, fused: bool = True) -> ContenderSpec:
     name = f"torch {schedule} {'-'.join(map(str, work.split))}"
-    return Entry(
+    return ContenderSpec(
         name, lambda topology, groups: TorchPipeline(work, schedule, topology, fused=fused)
     )
 
@@ -99,14 +99,14 @@ def _data_parallel() -> Case:
         work,
         [
             ours(work, "1f1b"),
-            Entry(name, lambda topology, _: TorchDataParallel(work, topology, fused=True)),
+            ContenderSpec(name, lambda topology, _: TorchDataParallel(work, topology, fused=True)),
         ],
         [("1f1b 8", name)],
         shape=(1, 2),
     )
 
 
-def _gpipes(name: str, title: str, work: Work) -> Case:
+def _gpipes(name: str, title: str, work: Workload) -> Case:
     return Case(
         name,
         title,

@@ -8,7 +8,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.work import Work
+from benchmarks.work import Workload
 from comm.backends.single_process import SingleProcessCommunicator
 from common.tensors import DTYPES
 from data_parallel.replica_gradients import ReplicaGradients
@@ -54,7 +54,7 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def one_process_seconds(work: Work) -> float:
+def one_process_seconds(work: Workload) -> float:
     """Forward and backward of one microbatch through the whole model in one process."""
     whole = work.on(split=(work.layers,))
     model = StageModel(

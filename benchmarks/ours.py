@@ -9,7 +9,7 @@ import torch
 
 from arguments.settings import UpdateSettings
 from benchmarks.overhead import engine_overhead
-from benchmarks.work import LR, MAX_NORM, WEIGHT_DECAY, Work
+from benchmarks.work import LR, MAX_NORM, WEIGHT_DECAY, Workload
 from comm.lifecycle.stop_signals import StopRequest
 from comm.process_groups import ProcessGroups
 from comm.run_context import RunContext
@@ -43,7 +43,13 @@ class Ours:
     """
 
     def __init__(
-        self, work: Work, pp_mode: str, topology: Topology, groups: ProcessGroups, *, traced: bool
+        self,
+        work: Workload,
+        pp_mode: str,
+        topology: Topology,
+        groups: ProcessGroups,
+        *,
+        traced: bool,
     ) -> None:
         self._steps, self._work = 0, work
         self._pp_mode, self._topology, self._control = pp_mode, topology, groups.control
@@ -63,7 +69,7 @@ class Ours:
             tracer=self._tracer,
         )
         engine = _engine(work, pp_mode, context, model, optimizer, self._tracer)
-        feed: Any = _Feed(work, topology)
+        feed: Any = _RepeatedRows(work, topology)
         scaler = make_scaler(
             work.precision, constant=0, initial=1, minimum=1, window=1, hysteresis=1
         )
@@ -110,10 +116,10 @@ class Ours:
         )
 
 
-class _Feed:
+class _RepeatedRows:
     """One batch, again and again."""
 
-    def __init__(self, work: Work, topology: Topology) -> None:
+    def __init__(self, work: Workload, topology: Topology) -> None:
         tokens = work.rows(topology.replica)
         labels = torch.full_like(tokens, -100)
         labels[:, :-1] = tokens[:, 1:]
@@ -126,7 +132,7 @@ class _Feed:
         return self._rows
 
 
-def _stage_model(work: Work, topology: Topology) -> StageModel:
+def _stage_model(work: Workload, topology: Topology) -> StageModel:
     indices = stage_modules(topology.stage, work.split)
     model = StageModel(FAMILY, work.config, indices, device=CPU)
     state = work.model().state_dict()
@@ -141,7 +147,7 @@ def _stage_model(work: Work, topology: Topology) -> StageModel:
     return model
 
 
-def _settings(work: Work) -> UpdateSettings:
+def _settings(work: Workload) -> UpdateSettings:
     return UpdateSettings(
         total_steps=2**40,
         lr=LR,
@@ -160,7 +166,7 @@ def _settings(work: Work) -> UpdateSettings:
 
 
 def _engine(
-    work: Work,
+    work: Workload,
     pp_mode: str,
     context: RunContext,
     model: StageModel,

@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.work import EPS, LR, MAX_NORM, WEIGHT_DECAY, Work
+from benchmarks.work import EPS, LR, MAX_NORM, WEIGHT_DECAY, Workload
 from comm.topology import Topology
 
 SCHEDULES = {"GPipe": ScheduleGPipe, "1F1B": Schedule1F1B}
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 class HuggingFaceStage(nn.Module):
     """Consecutive layers of Hugging Face's GPT-NeoX, with its embedding and head at the ends."""
 
-    def __init__(self, work: Work, stage: int) -> None:
+    def __init__(self, work: Workload, stage: int) -> None:
         super().__init__()
         model = work.model()
         first = sum(work.split[:stage])
@@ -115,7 +115,7 @@ class Update:
 class TorchPipeline:
     """One stage of torch's pipelining under the schedule named `schedule`."""
 
-    def __init__(self, work: Work, schedule: str, topology: Topology, *, fused: bool) -> None:
+    def __init__(self, work: Workload, schedule: str, topology: Topology, *, fused: bool) -> None:
         module = HuggingFaceStage(work, topology.stage)
         if work.precision == "bf16":
             frequencies = module.rotary.inv_freq.clone()
@@ -141,7 +141,7 @@ class TorchPipeline:
 class TorchDataParallel:
     """One replica of the whole model under DistributedDataParallel."""
 
-    def __init__(self, work: Work, topology: Topology, *, fused: bool) -> None:
+    def __init__(self, work: Workload, topology: Topology, *, fused: bool) -> None:
         whole = work.on(split=(work.layers,))
         self._module = DistributedDataParallel(
             HuggingFaceStage(whole, 0), gradient_as_bucket_view=True, broadcast_buffers=False

@@ -15,7 +15,7 @@ SEED = 7
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """A GPT-NeoX and batches of `batch` sequences, a microbatch being one of them.
 
     `split`: layers of each stage. `precision`: fp32 or bf16 (compute copies of fp32 masters).
@@ -60,7 +60,7 @@ class Work:
         shape = (self.batch, self.tokens)
         return torch.randint(0, self.vocabulary, shape, generator=generator)
 
-    def on(self, **changes: Any) -> Work:
+    def on(self, **changes: Any) -> Workload:
         """The same with some other fields."""
         return replace(self, **changes)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from arguments.flags import train_parser
+from arguments.train import train_parser
 from monitor.metrics import read_metrics
 from tests.dist import free_port, run_ranks
 from tests.kill_lab import Lab, Start, make_lab, marked, numbers, same, state
