@@ -121,7 +121,8 @@ def imports(path: Path, *, strings: bool = False) -> Iterator[Import]:
             start = ".".join([*base, node.module] if node.module else base)
             names = [f"{start}.{alias.name}" for alias in node.names]
         elif strings and isinstance(node, ast.Constant) and isinstance(node.value, str):
-            names = [node.value] if "." in node.value and node.value in modules() else []
+            name = node.value.partition(":")[0]  # of "module" or "module:name"
+            names = [name] if "." in name and name in modules() else []
         else:
             continue
         for name in names:
