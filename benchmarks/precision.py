@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from modules.matmul.cpu_info import CpuInfo
 
 
-class Run(NamedTuple):
+class PrecisionRun(NamedTuple):
     """What sets a run apart, and how far from fp32 with adam it may end, as a fraction."""
 
     flags: list[str]
@@ -33,10 +33,10 @@ class Run(NamedTuple):
 
 
 RUNS = {
-    "fp32": Run([], 0.0),
-    "bf16": Run(["--bf16"], 0.01),
-    "fp16": Run(["--fp16"], 0.01),
-    "fp32 8bit-adam": Run(["--optimizer", "8bit-adam"], 0.02),
+    "fp32": PrecisionRun([], 0.0),
+    "bf16": PrecisionRun(["--bf16"], 0.01),
+    "fp16": PrecisionRun(["--fp16"], 0.01),
+    "fp32 8bit-adam": PrecisionRun(["--optimizer", "8bit-adam"], 0.02),
 }
 
 
