@@ -117,7 +117,7 @@ def step_meta(step: int) -> StepMeta:
     return StepMeta(
         step=step,
         updates=step,
-        updater={},
+        update_step={},
         gave_up=False,
         model_type="gptneox",
         num_layers=Split([1]),

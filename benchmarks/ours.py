@@ -73,7 +73,7 @@ class Ours:
         scaler = make_scaler(
             work.precision, constant=0, initial=1, minimum=1, window=1, hysteresis=1
         )
-        updater = UpdateStep(
+        update_step = UpdateStep(
             optimizer,
             scaler,
             schedule=lambda update: LR,
@@ -87,7 +87,7 @@ class Ours:
             context,
             engine=engine,
             feed=feed,
-            updater=updater,
+            update_step=update_step,
             totals=TotalsReducer(
                 groups.control,
                 topology,

@@ -28,3 +28,9 @@ def part_sums(tensor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits on the host until a GPU has done its work; a CPU has no work in the background."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,8 +1,11 @@
 """The registered task `p3`, the Public Pool of Prompts: inputs (a prompt), and targets (answers).
 
-A row has `inputs_pretokenized` and `targets_pretokenized`, or else `inputs` and `targets`. The
-document is the inputs and the targets, with a space between them unless there is white space; the
-completion is the text after the inputs.
+A row has `inputs_pretokenized` and `targets_pretokenized`, or else `inputs` and `targets`:
+
+    {"inputs_pretokenized": "Is it raining?", "targets_pretokenized": "no"}
+
+The document is the inputs and the targets, with a space between them unless there is white space;
+the completion is the text after the inputs.
 """
 
 from __future__ import annotations

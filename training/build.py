@@ -38,7 +38,7 @@ def build_model(context: RunContext, start: RunStart) -> StageModel:
     return StageModel(start.family, start.config, indices, device=context.device)
 
 
-def build_updater(
+def build_update_step(
     settings: Settings, context: RunContext, model: StageModel, tracer: Tracer
 ) -> UpdateStep:
     """Builds the optimizer, its learning rates and its loss scale."""
@@ -86,7 +86,7 @@ def build_trainer(
     start: RunStart,
     *,
     engine: Engine,
-    updater: UpdateStep,
+    update_step: UpdateStep,
     recorder: Recorder,
     saver: Saver,
     stop: StopRequest,
@@ -126,7 +126,7 @@ def build_trainer(
         context,
         engine=engine,
         feed=feed,
-        updater=updater,
+        update_step=update_step,
         totals=totals,
         report=report,
         stop=stop,
@@ -140,7 +140,7 @@ def build_stage_engine(
     settings: Settings,
     context: RunContext,
     model: StageModel,
-    updater: UpdateStep,
+    update_step: UpdateStep,
     tracer: Tracer,
 ) -> Engine:
     """Builds the engine; ValueError if neighbouring stages would send different shapes."""
@@ -156,7 +156,7 @@ def build_stage_engine(
     return build_engine(
         model,
         link,
-        gradients=updater.optimizer.gradients.buffer,
+        gradients=update_step.optimizer.gradients.buffer,
         schedule=settings.parallel.pp_mode,
         recompute=settings.precision.recompute,
         num_microbatches=update.num_microbatches,

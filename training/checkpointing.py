@@ -76,12 +76,12 @@ class Saver:
         *,
         store: CheckpointStore,
         model: StageModel,
-        updater: UpdateStep,
+        update_step: UpdateStep,
         extra_meta: Callable[[], Mapping[str, Any]],
     ) -> None:
         self._settings, self._store = settings, store
         self._topology, self._control = context.topology, context.control
-        self._model, self._updater, self._extra_meta = model, updater, extra_meta
+        self._model, self._update_step, self._extra_meta = model, update_step, extra_meta
         self._snapshot = Snapshot() if settings.checkpoint.async_checkpoint else None
         if self._snapshot is not None:
             self._parts(0)
@@ -131,12 +131,12 @@ class Saver:
         """This stage's state in host memory; a process that writes none leaves it where it is."""
         parts = {
             "checkpoint": self._model.state_dict(),
-            "optimizer": collect_state(self._updater.optimizer, self._control, self._topology),
+            "optimizer": collect_state(self._update_step.optimizer, self._control, self._topology),
             "scheduler": {
                 "kind": self._settings.update.lr_schedule,
                 "step": step,
-                "updates": self._updater.optimizer.updates,
-                **self._updater.state(),
+                "updates": self._update_step.optimizer.updates,
+                **self._update_step.state(),
             },
         }
         if self._topology.replica != 0:
@@ -146,9 +146,9 @@ class Saver:
     def _meta(self, step: int, data: Mapping[str, Any]) -> StepMeta:
         return StepMeta(
             step=step,
-            updates=self._updater.optimizer.updates,
-            updater=self._updater.state(),
-            gave_up=self._updater.has_given_up,
+            updates=self._update_step.optimizer.updates,
+            update_step=self._update_step.state(),
+            gave_up=self._update_step.has_given_up,
             model_type=self._settings.model.model_type,
             num_replicas=self._topology.num_replicas,
             flags=fixed_flags(self._settings),

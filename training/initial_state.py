@@ -73,7 +73,7 @@ def load_weights_(
 
 
 def load_state_(
-    updater: UpdateStep, context: RunContext, start: RunStart, *, indices: range
+    update_step: UpdateStep, context: RunContext, start: RunStart, *, indices: range
 ) -> None:
     """Fills the optimizer and the loss scale from the run's checkpoint, if there is one.
 
@@ -95,9 +95,13 @@ def load_state_(
 
     run_on_all(control, read if first else None, f"opening the state in {folder}", expected=())
     restore_state(
-        updater.optimizer, states if first else None, control, topology, updates=resume.meta.updates
+        update_step.optimizer,
+        states if first else None,
+        control,
+        topology,
+        updates=resume.meta.updates,
     )
-    updater.load_state(resume.meta.updater)
+    update_step.load_state(resume.meta.update_step)
     logger.info("resumed from step %d of %s", resume.step, resume.folder.parent)
 
 

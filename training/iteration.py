@@ -8,7 +8,7 @@ import math
 from arguments.settings import UpdateSettings
 from comm.lifecycle.stop_signals import StopRequest
 from comm.run_context import RunContext
-from common.seeds import derive_seed
+from common.seeds import dropout_keys
 from monitor.profiling.tracer import Tracer, Track
 from optimizer.mixed_precision import MixedPrecisionOptimizer
 from optimizer.state_dict import finite_weights
@@ -36,13 +36,13 @@ class Iteration:
         *,
         engine: Engine,
         feed: BatchPrefetcher,
-        updater: UpdateStep,
+        update_step: UpdateStep,
         totals: TotalsReducer,
         report: NotFiniteReport,
         stop: StopRequest,
     ) -> None:
         self._settings, self._topology = settings, context.topology
-        self._engine, self.feed, self.updater = engine, feed, updater
+        self._engine, self.feed, self.update_step = engine, feed, update_step
         self._totals, self._report, self._stop = totals, report, stop
         self._tokens_in_update, self._losses_are_finite = 0, True
         self._last_skip = ""  # why the last skipped update was skipped
@@ -50,7 +50,7 @@ class Iteration:
 
     @property
     def _optimizer(self) -> MixedPrecisionOptimizer:
-        return self.updater.optimizer
+        return self.update_step.optimizer
 
     @property
     def _tracer(self) -> Tracer:
@@ -84,9 +84,9 @@ class Iteration:
         """Explains why the run gives up; `saved` says what was saved. Every rank calls it."""
         cause = self._last_skip if self._bad is None else self._report.explain_loss(*self._bad)
         return (
-            f"step {step}: {self.updater.skipped_in_a_row} updates in a row were skipped "
+            f"step {step}: {self.update_step.skipped_in_a_row} updates in a row were skipped "
             f"(--max-skipped-updates), the last since {cause}; the weights are those before them, "
-            f"{saved}; --bf16 or a loss scale below {self.updater.scale:g} may help"
+            f"{saved}; --bf16 or a loss scale below {self.update_step.scale:g} may help"
         )
 
     def _run(self, step: int, is_writing: bool) -> StepTotals:
@@ -96,7 +96,7 @@ class Iteration:
                 settings.gradient_accumulate_step * settings.num_microbatches
             )
         batch = self._batch(step, rows)
-        losses = self._engine.train(batch, loss_scale=self.updater.loss_scale)
+        losses = self._engine.train(batch, loss_scale=self.update_step.loss_scale)
         norms = None
         if settings.ends_update(step):
             self._optimizer.gradients.finish_exchange()
@@ -108,7 +108,7 @@ class Iteration:
             stop_cause=self._stop.asked,
             is_writing=is_writing,
         )
-        if not self.updater.may_skip:
+        if not self.update_step.may_skip:
             self._check_finite(step, totals, batch, losses)
         self._bad = None if math.isfinite(totals.loss) else (batch, losses)
         self._tokens_in_update += totals.tokens
@@ -127,7 +127,7 @@ class Iteration:
         if totals.squared_norm is None:
             return None
         is_finite = self._losses_are_finite
-        result = self.updater.apply(
+        result = self.update_step.apply(
             totals.squared_norm,
             num_trained_tokens=self._tokens_in_update,
             losses_are_finite=is_finite,
@@ -150,10 +150,7 @@ class Iteration:
         settings, topology = self._settings, self._topology
         update, inside = divmod(step - 1, settings.gradient_accumulate_step)
         first = (inside * topology.num_replicas + topology.replica) * settings.batch_size
-        keys = [
-            derive_seed(settings.seed, "dropout", update, sequence)
-            for sequence in range(first, first + settings.batch_size)
-        ]
+        keys = dropout_keys(settings.seed, update=update, first=first, count=settings.batch_size)
         return PipelineBatch(
             rows.token_ids, rows.labels, keys, settings.micro_batch_size, rows.doc_starts
         )

@@ -69,7 +69,7 @@ def find_resume(
             split.layers,
             source,
         )
-    idle = idle_flags(settings.precision, point.meta.updater["scaler"])
+    idle = idle_flags(settings.precision, point.meta.update_step["scaler"])
     for line in describe_changes(point.meta.settings, free_flags(settings), idle=idle):
         logger.info("%s", line)
     store.verify(point)

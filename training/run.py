@@ -21,7 +21,7 @@ from training.build import (
     build_model,
     build_stage_engine,
     build_trainer,
-    build_updater,
+    build_update_step,
     open_run_recorder,
 )
 from training.checkpointing import Saver, check_room
@@ -65,10 +65,10 @@ def train(
             "%d of %d steps are done: nothing to do", start.step, settings.update.total_steps
         )
         return None
-    activity = CurrentOperation()
+    operation = CurrentOperation()
     measure = MemoryMeasure(wanted=settings.output.measure_memory, device=context.device)
-    with _explaining_memory(settings, context, start, activity), measure.measuring():
-        stopped = _train(settings, context, start, activity, console, stop, closing)
+    with _explaining_memory(settings, context, start, operation), measure.measuring():
+        stopped = _train(settings, context, start, operation, console, stop, closing)
     measure.log(settings, start.planned, context)
     return stopped
 
@@ -77,14 +77,14 @@ def _train(
     settings: Settings,
     context: RunContext,
     start: RunStart,
-    activity: CurrentOperation,
+    operation: CurrentOperation,
     console: Console,
     stop: StopRequest,
     closing: ExitStack,
 ) -> str | None:
     """Builds the parts of the run, in an order in which mistakes show early, and runs them.
 
-    `activity` says what memory is used for, for the message of an error.
+    `operation` says what memory is used for, for the message of an error.
     """
     if start.data is not None:
         start.data.check_evaluation()
@@ -97,34 +97,34 @@ def _train(
             saved=None if kept is None else kept.cpu_matmul,
             control=context.control,
         )
-    activity.text = "making the weights"
+    operation.text = "making the weights"
     model = build_model(context, start)
     check_room(settings, start.store, context.control, model=model, done=start.step)
-    activity.text = "reading the weights"
+    operation.text = "reading the weights"
     load_weights_(model, settings, context, start)
     profile = TrainingProfile(settings, context)
-    activity.text = "making gradients, masters and moments"
-    updater = build_updater(settings, context, model, profile.tracer)
-    load_state_(updater, context, start, indices=model.indices)
+    operation.text = "making gradients, masters and moments"
+    update_step = build_update_step(settings, context, model, profile.tracer)
+    load_state_(update_step, context, start, indices=model.indices)
     _log_description(settings, context, start, model)
     stop.phase = training(settings.checkpoint.grace_seconds)
     closing.callback(profile.close)
     recorder = open_run_recorder(settings, context, start, console)
     closing.callback(recorder.close)
-    activity.text = "making the engine and the copy of --async-checkpoint"
+    operation.text = "making the engine and the copy of --async-checkpoint"
     saver = Saver(
         settings,
         context,
         store=start.store,
         model=model,
-        updater=updater,
+        update_step=update_step,
         extra_meta=lambda: {
             "num_layers": start.layers,
             "cpu_matmul": matmul,
             "wandb_id": recorder.run_id,
         },
     )
-    engine = build_stage_engine(settings, context, model, updater, profile.tracer)
+    engine = build_stage_engine(settings, context, model, update_step, profile.tracer)
     loader = None
     if start.data is not None:
         meta = None if start.point is None else start.point.meta
@@ -135,13 +135,13 @@ def _train(
         context,
         start,
         engine=engine,
-        updater=updater,
+        update_step=update_step,
         recorder=recorder,
         saver=saver,
         stop=stop,
         loader=loader,
     )
-    activity.text = "between microbatches"
+    operation.text = "between microbatches"
     stopped = trainer.run(start.step)
     stop.phase = cleanup(settings.checkpoint.grace_seconds)
     saver.close()
@@ -173,7 +173,7 @@ def _log_description(
 
 @contextmanager
 def _explaining_memory(
-    settings: Settings, context: RunContext, start: RunStart, activity: CurrentOperation
+    settings: Settings, context: RunContext, start: RunStart, operation: CurrentOperation
 ) -> Iterator[None]:
     """Turns an error about memory into an OutOfMemoryError that says what helps."""
     try:
@@ -181,7 +181,7 @@ def _explaining_memory(
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        place = f"stage {context.topology.stage}, {activity.text}"
+        place = f"stage {context.topology.stage}, {operation.text}"
         if isinstance(error, StageMemoryError):
             place = str(error)
         explained = explain_out_of_memory(

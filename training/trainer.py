@@ -87,10 +87,10 @@ class Trainer:
 
     def _loss_scale(self, result: UpdateResult | None) -> float | None:
         """Returns the loss scale of the iteration, None if there is none (fp32, bf16)."""
-        updater = self._iteration.updater
-        if not updater.may_skip:
+        update_step = self._iteration.update_step
+        if not update_step.may_skip:
             return None
-        return updater.scale if result is None else result.loss_scale
+        return update_step.scale if result is None else result.loss_scale
 
     def _evaluate(self, step: int) -> HeldOut | None:
         """Evaluates after `step`, unless the run has no held-out data or stops before.
@@ -114,7 +114,7 @@ class Trainer:
 
     def _save_if_due(self, step: int) -> None:
         settings, iteration = self._settings, self._iteration
-        gives_up = settings.update.ends_update(step) and iteration.updater.has_given_up
+        gives_up = settings.update.ends_update(step) and iteration.update_step.has_given_up
         is_due = settings.checkpoint.saves_after(step, settings.update)
         if is_due or self._stops_after(step) or gives_up:
             iteration.check_weights(step)

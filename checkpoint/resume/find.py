@@ -15,7 +15,7 @@ import socket
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from checkpoint.resume.inspect_step import StageRecord, inspect_step, name_files
+from checkpoint.resume.inspect_step import InspectedStep, inspect_step, name_files
 from checkpoint.resume.reshard import ResumeSplit
 from checkpoint.steps.folder import predecessor_step, step_folders
 from checkpoint.steps.latest import check_latest, latest_text
@@ -39,7 +39,7 @@ class StageView(NamedTuple):
     host, path: the machine, and its --checkpoint-path.
     """
 
-    steps: dict[int, StageRecord]
+    steps: dict[int, InspectedStep]
     predecessor: int | None
     latest: str | None
     problem: str | None
@@ -229,7 +229,7 @@ def _encode(view: StageView) -> list[Any]:
 
 
 def _decode(view: list[Any]) -> StageView:
-    records = {step: StageRecord(*record) for step, record in view[0]}
+    records = {step: InspectedStep(*record) for step, record in view[0]}
     for step, record in records.items():
         if record.split is not None:
             records[step] = record._replace(split=Split(record.split))

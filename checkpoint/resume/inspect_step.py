@@ -21,7 +21,7 @@ from checkpoint.steps.meta import META, read_meta
 from pipeline_parallel.partition.split import Split
 
 
-class StageRecord(NamedTuple):
+class InspectedStep(NamedTuple):
     """A step's folder on a stage's machine, judged by the sizes of its files.
 
     save: the id of the save, which the step's other stages share.
@@ -45,15 +45,15 @@ class StageRecord(NamedTuple):
         return self.save is not None or self.problem is not None
 
 
-def inspect_step(folder: Path, stage: int, split: ResumeSplit) -> StageRecord:
+def inspect_step(folder: Path, stage: int, split: ResumeSplit) -> InspectedStep:
     """Returns the record of one step's folder for a stage of a run with that split."""
     try:
         num_stages = count_stages(folder)
         if num_stages is None:
-            return StageRecord()
+            return InspectedStep()
         saved = _saved_split(folder, model_layers=sum(split.resolved))
         sources = [stage] if saved is None else split.sources(stage, saved)
-        record = StageRecord(split=saved, sources=sources)
+        record = InspectedStep(split=saved, sources=sources)
         if saved is None and stage >= num_stages:
             return record
         # Another stage's files may never have been copied here; this stage's own were written here.
@@ -63,7 +63,7 @@ def inspect_step(folder: Path, stage: int, split: ResumeSplit) -> StageRecord:
                 return record._replace(missing=name_files(absent))
         return _check_manifests(folder, record, [read_manifest(folder, s) for s in sources])
     except ValueError as error:
-        return StageRecord(problem=str(error))
+        return InspectedStep(problem=str(error))
 
 
 def name_files(stages: Sequence[int]) -> str:
@@ -97,8 +97,8 @@ def _check_step(folder: Path, manifest: StageManifest) -> None:
 
 
 def _check_manifests(
-    folder: Path, record: StageRecord, manifests: Sequence[StageManifest]
-) -> StageRecord:
+    folder: Path, record: InspectedStep, manifests: Sequence[StageManifest]
+) -> InspectedStep:
     for manifest in manifests:
         _check_step(folder, manifest)
     first = first_manifest(folder)

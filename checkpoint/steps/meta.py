@@ -17,7 +17,7 @@ META = "meta.json"
 _TYPES: dict[str, tuple[type, ...]] = {
     "step": (int,),
     "updates": (int,),
-    "updater": (dict,),
+    "update_step": (dict,),
     "gave_up": (bool,),
     "model_type": (str,),
     "num_stages": (int,),
@@ -39,7 +39,7 @@ class StepMeta:
     """The content of a step's meta.json.
 
     step, updates: the iterations and the optimizer's updates so far.
-    updater: the state of the update step, with the loss scaler's.
+    update_step: the state of the update step, with the loss scaler's.
     gave_up: whether the run ended because it skipped too many updates in a row.
     num_layers: the layers of each stage.
     flags: the flags that a resumed run must share, with their values.
@@ -53,7 +53,7 @@ class StepMeta:
 
     step: int
     updates: int
-    updater: dict[str, Any]
+    update_step: dict[str, Any]
     gave_up: bool
     model_type: str
     num_layers: Split

@@ -169,7 +169,7 @@ class _Joining:
         verdict = json.loads(store.get(_VERDICT))
         if "error" in verdict:
             is_late = verdict["status"] == 1
-            self._leave(store, late_seconds=0.0 if is_late else _LATE_SECONDS)
+            self._await_readers(store, late_seconds=0.0 if is_late else _LATE_SECONDS)
             raise _ERRORS[verdict["status"]](verdict["error"])
         self._deadline.expect(status=1, line=self._unconnected())
         participants = _read(store, range(self._world_size))
@@ -232,7 +232,7 @@ class _Joining:
             return []
         return [rank for rank in ranks if not store.plain.check([_name(rank)])]
 
-    def _leave(self, store: SignedStore, *, late_seconds: float) -> None:
+    def _await_readers(self, store: SignedStore, *, late_seconds: float) -> None:
         """Keeps the host of the store until the others have read the verdict.
 
         For ranks that have not joined yet it waits `late_seconds`.

@@ -183,19 +183,25 @@ def _log(
     wanted: dict[Link, int],
     plan: RunShape | None,
 ) -> None:
-    roster = rendezvous.participants
-    logger.info("%s", rank_table(topology, roster, machines, clocks, rates, plan))
+    participants = rendezvous.participants
+    logger.info("%s", rank_table(topology, participants, machines, clocks, rates, plan))
     if speeds:
-        logger.info("%s", link_table(roster, speeds, wanted))
+        logger.info("%s", link_table(participants, speeds, wanted))
     logger.info("- versions: %s", ", ".join(map(" ".join, machines[0].versions.items())))
-    for line in about_clocks(roster, clocks):
+    for line in about_clocks(participants, clocks):
         logger.info("- %s", line)
     if plan is None:
         logger.info("- no rank has a config.json that fits with the flags: no step is estimated")
         return
     estimate = Estimate(plan, topology, rates=rates, links=speeds)
     for line in advice(
-        topology, roster, plan, speeds, rates, estimate, precision=settings.precision.precision
+        topology,
+        participants,
+        plan,
+        speeds,
+        rates,
+        estimate,
+        precision=settings.precision.precision,
     ):
         logger.info("- %s", line)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from comm.communicator import PointToPoint
+from common.tensors import synchronize
 
 _SHORT = 8  # bytes
 _FIRST = 4096  # bytes of the first message that tells a rate
@@ -89,7 +90,7 @@ def answer(group: PointToPoint, *, source: int, device: torch.device) -> None:
         work = group.receive(message, source=source)
         group.send(word, to=source).wait()
         work.wait()
-        _settle(device)
+        synchronize(device)
         group.send(word, to=source).wait()
 
 
@@ -118,11 +119,11 @@ class _Prober:
     def _announce(self, size: int) -> None:
         header = torch.tensor([size], device=self._device)
         self._group.send(header, to=self._peer).wait()
-        _settle(self._device)
+        synchronize(self._device)
 
     def _hear(self) -> Tensor:
         self._group.receive(self._word, source=self._peer).wait()
-        _settle(self._device)
+        synchronize(self._device)
         return self._word
 
 
@@ -132,9 +133,3 @@ def _median(measure: Callable[[], float], most: int, may_go_on: Callable[[], boo
     while len(found) < most and may_go_on():
         found.append(measure())
     return statistics.median(found)
-
-
-def _settle(device: torch.device) -> None:
-    """On a GPU waiting for a message holds the stream alone: here the host waits, too."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -115,21 +115,21 @@ def versions(settings: Settings, device: torch.device) -> dict[str, str]:
     return found
 
 
-def differences(roster: Sequence[Participant], machines: Sequence[MachineFacts]) -> list[str]:
+def differences(participants: Sequence[Participant], machines: Sequence[MachineFacts]) -> list[str]:
     """What differs between the ranks or is lacking, in a line each, naming who has what."""
     named = [
-        *_differing("", roster, [machine.versions for machine in machines]),
-        *_differing("config.json: ", roster, [machine.config for machine in machines]),
-        *_differing("", roster, [_present(machine.files) for machine in machines]),
+        *_differing("", participants, [machine.versions for machine in machines]),
+        *_differing("config.json: ", participants, [machine.config for machine in machines]),
+        *_differing("", participants, [_present(machine.files) for machine in machines]),
     ]
     if not any(machine.resumes for machine in machines):
-        for arrival, machine in zip(roster, machines, strict=True):
+        for participant, machine in zip(participants, machines, strict=True):
             missing = [name for name, found in machine.files.items() if found is None]
             if missing:
-                named.append(f"{_who(arrival)} has no {', '.join(missing)} in --model-name")
-            named += [f"{_who(arrival)}: {problem}" for problem in machine.damage]
-    for arrival, machine in zip(roster, machines, strict=True):
-        named += [f"{_who(arrival)}: {problem}" for problem in machine.problems]
+                named.append(f"{_who(participant)} has no {', '.join(missing)} in --model-name")
+            named += [f"{_who(participant)}: {problem}" for problem in machine.damage]
+    for participant, machine in zip(participants, machines, strict=True):
+        named += [f"{_who(participant)}: {problem}" for problem in machine.problems]
     return named
 
 
@@ -207,14 +207,14 @@ def _present(files: Mapping[str, str | None]) -> dict[str, str]:
 
 
 def _differing(
-    prefix: str, roster: Sequence[Participant], found: Sequence[Mapping[str, str]]
+    prefix: str, participants: Sequence[Participant], found: Sequence[Mapping[str, str]]
 ) -> list[str]:
     """What does not have one value on all ranks that have it (of config.json: on all)."""
     lines = []
     for name in dict.fromkeys(name for one in found for name in one):
         having = [
-            (arrival, one.get(name, "not there"))
-            for arrival, one in zip(roster, found, strict=True)
+            (participant, one.get(name, "not there"))
+            for participant, one in zip(participants, found, strict=True)
             if name in one or (prefix and one)
         ]
         values = Counter(value for _, value in having)
@@ -230,11 +230,11 @@ def _spread(having: Sequence[tuple[Participant, str]], usual: str) -> str:
         for value in dict.fromkeys(value for _, value in having)
         if value != usual
     ]
-    others = [arrival for arrival, value in having if value == usual]
+    others = [participant for participant, value in having if value == usual]
     return f"{', '.join(told)}, but {usual} on " + (
         _who(others[0]) if len(others) == 1 else "the others"
     )
 
 
-def _who(arrival: Participant) -> str:
-    return f"rank {arrival.rank} (host {arrival.host})"
+def _who(participant: Participant) -> str:
+    return f"rank {participant.rank} (host {participant.host})"

@@ -8,6 +8,7 @@ import time
 import torch
 from torch import Tensor
 
+from common.tensors import synchronize
 from modules.matmul.rounding import linear
 
 _FIRST_ROWS = 16
@@ -53,13 +54,8 @@ def _rows(weight: Tensor, count: int) -> Tensor:
 
 def _seconds(x: Tensor, weight: Tensor) -> float:
     """Of one product, on a GPU until it is done there."""
-    _settle(weight.device)
+    synchronize(weight.device)
     began = time.perf_counter()
     linear(x, weight, None)
-    _settle(weight.device)
+    synchronize(weight.device)
     return time.perf_counter() - began
-
-
-def _settle(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

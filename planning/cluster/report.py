@@ -22,7 +22,7 @@ EXCHANGED = 0.2  # of an update's computing, spent on the replicas' gradients
 
 def rank_table(
     topology: Topology,
-    roster: Sequence[Participant],
+    participants: Sequence[Participant],
     machines: Sequence[MachineFacts],
     clocks: Sequence[tuple[float, float]],
     rates: Sequence[float],
@@ -32,15 +32,17 @@ def rank_table(
     rows = [["rank", "stage", "replica", "host", "interface", "device", "clock", "products"]]
     if plan is not None:
         rows[0].append("layers")
-    for arrival, machine, (ahead, error), rate in zip(roster, machines, clocks, rates, strict=True):
-        rank = arrival.rank
+    for participant, machine, (ahead, error), rate in zip(
+        participants, machines, clocks, rates, strict=True
+    ):
+        rank = participant.rank
         place = [rank % topology.num_stages, rank // topology.num_stages]
         rows.append(
             [
                 str(rank),
                 *map(str, place),
-                arrival.host,
-                _place(arrival),
+                participant.host,
+                _place(participant),
                 machine.device,
                 f"{1e3 * ahead:+.2f} ms +- {1e3 * error:.2f}" if rank else "0",
                 f"{2e-9 * rate:.4g} GFLOP/s",
@@ -52,7 +54,7 @@ def rank_table(
 
 
 def link_table(
-    roster: Sequence[Participant], links: Mapping[Link, LinkSpeed], wanted: Mapping[Link, int]
+    participants: Sequence[Participant], links: Mapping[Link, LinkSpeed], wanted: Mapping[Link, int]
 ) -> str:
     """A line for each link; `wanted` is the size of its messages in a run."""
     rows = [["link", "of", "latency", "message", "takes", "rate"]]
@@ -61,7 +63,7 @@ def link_table(
         measured = format_bytes(speed.nbytes)
         rows.append(
             [
-                _ends(roster, link),
+                _ends(participants, link),
                 link.group,
                 _time(speed.latency),
                 format_bytes(size),
@@ -74,7 +76,7 @@ def link_table(
 
 def advice(
     topology: Topology,
-    roster: Sequence[Participant],
+    participants: Sequence[Participant],
     plan: RunShape,
     links: Mapping[Link, LinkSpeed],
     rates: Sequence[float],
@@ -90,28 +92,28 @@ def advice(
         f"messages; with links that cost nothing {_time(free)}"
     )
     if estimate.slowest_link is not None:
-        yield _about_slowest(topology, roster, plan, links, estimate, precision)
-    yield from _about_replicas(topology, roster, plan, links, estimate)
-    yield from _about_devices(roster, rates)
+        yield _about_slowest(topology, participants, plan, links, estimate, precision)
+    yield from _about_replicas(topology, participants, plan, links, estimate)
+    yield from _about_devices(participants, rates)
     if topology.num_stages > 1:
         yield _about_split(plan, estimate)
 
 
 def about_clocks(
-    roster: Sequence[Participant], clocks: Sequence[tuple[float, float]]
+    participants: Sequence[Participant], clocks: Sequence[tuple[float, float]]
 ) -> Iterator[str]:
-    for arrival, (ahead, error) in zip(roster, clocks, strict=True):
+    for participant, (ahead, error) in zip(participants, clocks, strict=True):
         if abs(ahead) - error > SKEWED:
             yield (
-                f"the clock of rank {arrival.rank} (host {arrival.host}) is {abs(ahead):.1f} s "
-                f"{'ahead of' if ahead > 0 else 'behind'} rank 0's: times in logs and of files do "
-                "not compare"
+                f"the clock of rank {participant.rank} (host {participant.host}) is "
+                f"{abs(ahead):.1f} s {'ahead of' if ahead > 0 else 'behind'} rank 0's: times in "
+                "logs and of files do not compare"
             )
 
 
 def _about_slowest(
     topology: Topology,
-    roster: Sequence[Participant],
+    participants: Sequence[Participant],
     plan: RunShape,
     links: Mapping[Link, LinkSpeed],
     estimate: Estimate,
@@ -124,33 +126,38 @@ def _about_slowest(
     ratio = estimate.iteration / estimate.iteration_with_free_links
     told = (
         f"the pipelines' slowest link is stage {source} -> stage {to} of pipeline "
-        f"{link.source // topology.num_stages} ({_ends(roster, link)}): {_rate(links[link])}, "
-        f"latency {_time(links[link].latency)}; the {format_bytes(plan.message)} of each "
+        f"{link.source // topology.num_stages} ({_ends(participants, link)}): "
+        f"{_rate(links[link])}, latency {_time(links[link].latency)}; the "
+        f"{format_bytes(plan.message)} of each "
         f"microbatch's {kind} take {_time(estimate.message_seconds(link))} there, while stage {to} "
         f"computes {_time(estimate.compute_seconds(link))} on them: "
     )
     if ratio < SLOWED:
         return f"{told}the links make an iteration {ratio - 1:.0%} longer"
-    help_ = _remedies(roster, link, links[link], plan, precision)
+    help_ = _remedies(participants, link, links[link], plan, precision)
     return f"{told}expect iterations {ratio:.1f} times as long as with free links; {help_}"
 
 
 def _remedies(
-    roster: Sequence[Participant], link: Link, speed: LinkSpeed, plan: RunShape, precision: str
+    participants: Sequence[Participant],
+    link: Link,
+    speed: LinkSpeed,
+    plan: RunShape,
+    precision: str,
 ) -> str:
     found = []
     if precision == "fp32":
         found.append("--bf16 or --fp16 halves the messages")
     if speed.latency > speed.message_seconds(plan.message) / 2:
         found.append("a larger --micro-batch-size makes fewer of them")
-    if roster[link.source].host != roster[link.to].host:
+    if participants[link.source].host != participants[link.to].host:
         found.append("both stages on one machine, or a faster link between them, would help")
     return "; ".join(found) or "a faster channel between the two would help"
 
 
 def _about_replicas(
     topology: Topology,
-    roster: Sequence[Participant],
+    participants: Sequence[Participant],
     plan: RunShape,
     links: Mapping[Link, LinkSpeed],
     estimate: Estimate,
@@ -165,7 +172,7 @@ def _about_replicas(
     size = format_bytes(plan.gradient_bytes(stage))
     told = (
         f"at each update the replicas of stage {stage} exchange {size} of gradients, which takes "
-        f"about {_time(seconds)} ({_ends(roster, link)}: "
+        f"about {_time(seconds)} ({_ends(participants, link)}: "
         f"{_rate(links[link])}) beside {_time(update)} of computing and messages"
     )
     if seconds > EXCHANGED * update:
@@ -173,10 +180,10 @@ def _about_replicas(
     yield told
 
 
-def _about_devices(roster: Sequence[Participant], rates: Sequence[float]) -> Iterator[str]:
+def _about_devices(participants: Sequence[Participant], rates: Sequence[float]) -> Iterator[str]:
     slow, fast = rates.index(min(rates)), rates.index(max(rates))
     if rates[fast] > UNLIKE * rates[slow]:
-        ends = (f"{2e-9 * rates[r]:.3g} GFLOP/s on {_end(roster[r])}" for r in (slow, fast))
+        ends = (f"{2e-9 * rates[r]:.3g} GFLOP/s on {_end(participants[r])}" for r in (slow, fast))
         yield "devices differ: {}, but {}; replicas of a stage wait for the slowest".format(*ends)
 
 
@@ -193,16 +200,16 @@ def _about_split(plan: RunShape, estimate: Estimate) -> str:
     )
 
 
-def _ends(roster: Sequence[Participant], link: Link) -> str:
-    return f"{_end(roster[link.source])} -> {_end(roster[link.to])}"
+def _ends(participants: Sequence[Participant], link: Link) -> str:
+    return f"{_end(participants[link.source])} -> {_end(participants[link.to])}"
 
 
-def _end(arrival: Participant) -> str:
-    return f"rank {arrival.rank} ({arrival.host})"
+def _end(participant: Participant) -> str:
+    return f"rank {participant.rank} ({participant.host})"
 
 
-def _place(arrival: Participant) -> str:
-    return f"{arrival.interface} ({arrival.address})" if arrival.interface else "none"
+def _place(participant: Participant) -> str:
+    return f"{participant.interface} ({participant.address})" if participant.interface else "none"
 
 
 def _rate(speed: LinkSpeed) -> str:

@@ -18,11 +18,11 @@ from comm.communicator import CurrentOperation, Done, Work
 from comm.topology import Topology
 
 
-class _Held:
-    """An operation that ends at once; what it works on is held until it is dropped."""
+class _FinishedWork:
+    """An operation that has ended; it keeps its tensors alive until it is dropped."""
 
-    def __init__(self, held: object) -> None:
-        self._held = held
+    def __init__(self, tensors: object) -> None:
+        self._tensors = tensors
 
     def wait(self) -> None:
         """Nothing travels."""
@@ -55,7 +55,7 @@ class FakeGloo(GlooCommunicator):
         )
 
     def _start(self, what: str, post: Callable[[], dist.Work | None]) -> Work:
-        return _Held(post)
+        return _FinishedWork(post)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         return _no_rows(tensor)
@@ -68,10 +68,10 @@ class FakeNccl(GroupMembership):
     """A communicator that sums in place, in libraries whose buffers are not torch's."""
 
     def send(self, tensor: Tensor, *, to: int) -> Work:
-        return _Held(tensor)
+        return _FinishedWork(tensor)
 
     def receive(self, tensor: Tensor, *, source: int) -> Work:
-        return _Held(tensor)
+        return _FinishedWork(tensor)
 
     def all_reduce(self, tensor: Tensor) -> Work:
         return Done()

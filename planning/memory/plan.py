@@ -159,12 +159,12 @@ class MemoryPlan:
             peak=peaks[worst],
         )
         for change in changes:
-            yield f"  {change.flags}: {_outcome(change, limit)}"
+            yield f"  {change.flags}: {_describe_change(change, limit)}"
         if not changes:
             yield "  no flag reduces the memory further"
 
 
-def _outcome(change: Change, limit: int) -> str:
+def _describe_change(change: Change, limit: int) -> str:
     fits = ", which fits" if change.peak <= limit else ""
     anew = " (a new run only)" if change.starts_anew else ""
     return f"{format_bytes(change.saved)} less, {format_bytes(change.peak)} at the peak{fits}{anew}"

@@ -143,7 +143,7 @@ def step_meta(step: int, counts: Sequence[int] = (1,), model_type: str = "gptneo
     return StepMeta(
         step=step,
         updates=step,
-        updater={"skipped_in_a_row": 0, "scaler": {"kind": "constant", "scale": 1.0}},
+        update_step={"skipped_in_a_row": 0, "scaler": {"kind": "constant", "scale": 1.0}},
         gave_up=False,
         model_type=model_type,
         num_layers=Split(counts),
