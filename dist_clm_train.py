@@ -5,8 +5,6 @@ SIGUSR1 after a save, and the same command resumes it; 1 anything else, such as 
 longer than --grace-seconds, or a second request to stop.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterable, Sequence

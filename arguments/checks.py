@@ -3,8 +3,6 @@
 Every check raises a ValueError of one line that names flags, their values and what was expected.
 """
 
-from __future__ import annotations
-
 from arguments.settings import (
     NetworkSettings,
     ParallelSettings,

@@ -1,7 +1,5 @@
 """Checks of the flags against config.json and the packages of this machine. Needs no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The flags of the conversion scripts."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

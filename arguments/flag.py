@@ -1,7 +1,5 @@
 """One flag of dist_clm_train.py: its text, its value and the rules that hold for it."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ new flag is one entry in a file of arguments/flags/, one field of a group in `ar
 and the code that uses it.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from arguments.flag import Flag

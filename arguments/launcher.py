@@ -1,7 +1,5 @@
 """Defaults that depend on the launcher or on other flags. Needs no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The parser of every entry script: a mistake is a ValueError of one line. Needs no torch."""
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys

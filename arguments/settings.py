@@ -3,8 +3,6 @@
 A field has the name of its flag; `arguments.flag_table` says what the flags mean.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -203,7 +201,7 @@ class Settings:
     output: OutputSettings
 
     @classmethod
-    def from_values(cls, values: Mapping[str, Any]) -> Settings:
+    def from_values(cls, values: Mapping[str, Any]) -> "Settings":
         """Makes the groups from values by field name."""
         groups = get_type_hints(cls).items()
         return cls(
@@ -220,7 +218,7 @@ class Settings:
             field.name: getattr(group, field.name) for group in groups for field in fields(group)
         }
 
-    def changed(self, **changes: Any) -> Settings:
+    def changed(self, **changes: Any) -> "Settings":
         """Returns a copy with other values; the names are those of the groups' fields."""
         groups = {}
         for field in fields(self):

@@ -1,7 +1,5 @@
 """Parses the command line of dist_clm_train.py into settings. Needs no torch."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Parses the texts of flags into values; a mistake is an ArgumentTypeError of one line."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import re

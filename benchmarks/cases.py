@@ -1,7 +1,5 @@
 """Which contenders `pipeline.py` runs side by side."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 

@@ -10,8 +10,6 @@ way (--keep-checkpoints 1). The first save of each way is not counted: it is the
 memory. The peer is torch.save of the same state, flushed to disk, without checksums.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -9,8 +9,6 @@ reads them from a .jsonl file in shuffled order, masks, packs and batches them, 
 process on top. Both sides take turns.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import multiprocessing

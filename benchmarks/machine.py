@@ -1,7 +1,5 @@
 """What the machine of a benchmark is, and what one process of it can do."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from statistics import median

@@ -1,7 +1,5 @@
 """How the two processes of a benchmark meet: as those of a run do, over loopback."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

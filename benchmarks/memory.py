@@ -9,8 +9,6 @@ all tensor storages that are alive after it, over the number of parameters: what
 memory; which tensors lie where is the same.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import os

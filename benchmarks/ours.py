@@ -1,7 +1,5 @@
 """Our side of `pipeline.py`: the training loop itself, with a feed that repeats one batch."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

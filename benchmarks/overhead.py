@@ -1,7 +1,5 @@
 """A contender's measured steps over what the simulator makes of the costs measured in them."""
 
-from __future__ import annotations
-
 import statistics
 
 from comm.communicator import Communicator

@@ -4,8 +4,6 @@ Hugging Face's layers, torch.distributed.pipelining's schedules over the same gl
 AdamW on the same parameter groups, one clipping over both stages: what a careful user would write.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from contextlib import nullcontext

@@ -6,8 +6,6 @@ Two processes of one thread each train a GPT-NeoX (hidden 512, 8 layers, vocabul
 256 tokens) with AdamW and clipping. benchmarks/README.md says how to read the tables.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import multiprocessing

@@ -7,8 +7,6 @@ Trains the same model on the same blocks in one process each, and prints the las
 adam. Exit status 1 where a ratio is off by more than its limit, or is no number.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

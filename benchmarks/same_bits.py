@@ -13,8 +13,6 @@ and on the versions of the libraries, so both files are to be made on one machin
 environment.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -5,8 +5,6 @@ them. So they are forks of one server that has imported these libraries and noth
 With `fresh` each is a new interpreter instead, as a user starts it.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import runpy

@@ -3,8 +3,6 @@
 All of it is made from seeds, and with none of the project's own code.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """The work that both sides of `pipeline.py` do: one model, one batch of tokens, one optimizer."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -60,7 +58,7 @@ class Workload:
         shape = (self.batch, self.tokens)
         return torch.randint(0, self.vocabulary, shape, generator=generator)
 
-    def on(self, **changes: Any) -> Workload:
+    def on(self, **changes: Any) -> "Workload":
         """The same with some other fields."""
         return replace(self, **changes)
 

@@ -6,8 +6,6 @@ folder is renamed before it is deleted, and a manifest says that a file is dropp
 is deleted: a crash at any moment leaves a step complete, gone, or marked.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from contextlib import suppress

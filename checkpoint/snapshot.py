@@ -1,7 +1,5 @@
 """A copy of a stage's state in host memory, written to disk while training changes the original."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

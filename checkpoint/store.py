@@ -4,8 +4,6 @@ No shared disk is needed. Replica 0 of each stage writes and reads that stage's 
 machine; the other replicas get weights and state from it over the network.
 """
 
-from __future__ import annotations
-
 import logging
 import shutil
 from collections.abc import Callable, Mapping

@@ -4,8 +4,6 @@ A disk may take longer than --dist-timeout, the limit of one operation between r
 runs in a thread, and every second the ranks exchange whether they are done.
 """
 
-from __future__ import annotations
-
 import logging
 import socket
 import threading

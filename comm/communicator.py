@@ -1,7 +1,5 @@
 """The interface of all communication between processes, whichever library moves the bytes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol

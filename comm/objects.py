@@ -1,7 +1,5 @@
 """Collectives of small JSON values; nothing is pickled."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

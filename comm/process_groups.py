@@ -1,7 +1,5 @@
 """The process groups of one rank, made once: control, its pipeline, and its stage's replicas."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta

@@ -1,7 +1,5 @@
 """What every part of a run needs to know about its process."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Topology: ranks, stages and replicas, as one frozen object that is passed in."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -1,7 +1,5 @@
 """Files that a reader sees either as they were or as they will be, never half written."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

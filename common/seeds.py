@@ -9,8 +9,6 @@ The first parts of a seed are the run's seed and one of these words:
     "dropout"   the masks, by update, sequence and layer
 """
 
-from __future__ import annotations
-
 import hashlib
 
 

@@ -1,7 +1,5 @@
 """Tensor tools of several packages: dtypes by name, and checks for finite values."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

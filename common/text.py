@@ -1,7 +1,5 @@
 """Text for messages: one line, sizes in bytes, tables."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 
 

@@ -1,7 +1,5 @@
 """--dp-mode allreduce: the replicas' gradients are summed while backward computes others."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

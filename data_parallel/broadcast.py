@@ -1,7 +1,5 @@
 """Broadcasts of many tensors between replicas, in messages of limited size."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch

@@ -5,8 +5,6 @@ still computes others. Buckets become ready in one order on all replicas, the re
 layers'.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial

@@ -13,8 +13,6 @@ A mode is a class in a file of this package, and one line in `DP_MODES`:
 replicas, so that a mode may start collective operations at once.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
 DP_MODES = {"allreduce": "data_parallel.allreduce:AllReduce"}
 
 
-def load_dp_mode(name: str) -> type[AllReduce]:
+def load_dp_mode(name: str) -> "type[AllReduce]":
     """Returns the class of a mode of `DP_MODES`; imports torch."""
     module, mode = DP_MODES[name].split(":")
     loaded: type[AllReduce] = getattr(import_module(module), mode)

@@ -1,7 +1,5 @@
 """The owner of a stage's gradients: their buffer, their readiness and their exchange."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn

@@ -3,8 +3,6 @@
 Rajbhandari et al., arXiv 1910.02054.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from torch import nn

@@ -4,8 +4,6 @@ Measures the held-out perplexity, compares it with what training reported, and g
 Exit status 1 where they differ, or where training did not bring it down at least fivefold.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

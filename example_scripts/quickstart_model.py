@@ -4,8 +4,6 @@ The corpus is the documentation strings of Python's standard library, read from 
 importing it. Both are the same each time on one machine.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import inspect

@@ -3,8 +3,6 @@
 A model of L blocks has L + 2 modules: 0 the embedding, 1..L the blocks, L + 1 the head.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,8 +5,6 @@ alone, in integers, so the same command gives the same numbers on every machine.
 and rotations are not counted.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple
 

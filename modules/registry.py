@@ -3,8 +3,6 @@
 A new family needs one line here and one file that defines `FAMILY` (see `modules.families.base`).
 """
 
-from __future__ import annotations
-
 import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,7 +21,7 @@ class ModelEntry:
     num_layers: str
     max_positions: str
 
-    def load(self) -> Family:
+    def load(self) -> "Family":
         """Imports the implementation (torch and transformers with it)."""
         family: Family = importlib.import_module(self.module).FAMILY
         return family

@@ -1,7 +1,5 @@
 """The model of one stage: any consecutive part of embedding, blocks and head."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, cast
 

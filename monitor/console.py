@@ -1,7 +1,5 @@
 """A terminal shared by log lines and one live line: the lines scroll above it."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import threading

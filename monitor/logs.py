@@ -1,7 +1,5 @@
 """Log output: rank 0 prints messages and warnings, the other ranks only warnings."""
 
-from __future__ import annotations
-
 import logging
 from typing import TextIO
 

@@ -4,8 +4,6 @@ Plots are drawn from the file, users' scripts read it, and a resumed run continu
 had never stopped.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import math
@@ -40,8 +38,8 @@ class IterationMetrics:
     num_trained_tokens: int
     step_seconds: float
     loss_scale: float | None = None
-    held_out: HeldOut | None = None
-    held_out_before: HeldOut | None = None
+    held_out: "HeldOut | None" = None
+    held_out_before: "HeldOut | None" = None
     resumed: bool = False
 
     @property

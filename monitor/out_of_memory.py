@@ -1,7 +1,5 @@
 """Detection of errors that mean out of memory: each library words them in its own way."""
 
-from __future__ import annotations
-
 import errno
 import re
 from collections.abc import Iterator

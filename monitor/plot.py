@@ -4,8 +4,6 @@ It uses matplotlib's objects and never pyplot, which has global state and choose
 matplotlib is imported only when a picture is drawn.
 """
 
-from __future__ import annotations
-
 import io
 import itertools
 import logging

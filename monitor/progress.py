@@ -1,7 +1,5 @@
 """Progress of the run: a live line on a terminal, or a plain line every ten seconds elsewhere."""
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Callable, Sequence

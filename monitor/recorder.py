@@ -3,8 +3,6 @@
 Rank 0 has a `FileRecorder`; the other ranks have a `Recorder`, which records nothing.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from pathlib import Path

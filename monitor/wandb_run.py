@@ -4,8 +4,6 @@ Any failure, such as an unreachable server, is only a warning. wandb never promp
 of many ranks would hang them all.
 """
 
-from __future__ import annotations
-
 import configparser
 import contextlib
 import logging

@@ -1,7 +1,5 @@
 """AdamW (Loshchilov and Hutter, arXiv 1711.05101), one weight at a time."""
 
-from __future__ import annotations
-
 from typing import Protocol
 
 import torch

@@ -1,7 +1,5 @@
 """AdamW with moments in 8 bits, from bitsandbytes (Dettmers et al., arXiv 2110.02861)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Builds a stage's optimizer, with the gradients that its replicas exchange."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

@@ -4,8 +4,6 @@ Micikevicius et al., arXiv 1710.03740. All processes have one scale: each has it
 reports the same overflows to it, so all scales change alike.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from typing import Any, Protocol

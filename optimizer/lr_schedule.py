@@ -1,7 +1,5 @@
 """The learning rate of an update: a linear warm-up, then a decay, both counted in updates."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

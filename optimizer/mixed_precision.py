@@ -5,8 +5,6 @@ AdamW), offload to the host and sharding over the replicas. They differ in where
 in which replica steps it; the step is the same, so the numbers are the same.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

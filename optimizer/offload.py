@@ -1,7 +1,5 @@
 """Copies of gradients from the device to the host, one ahead of the one in use."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 

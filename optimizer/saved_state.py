@@ -1,7 +1,5 @@
 """The optimizer state that a checkpoint saved for one stage, read strictly."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path

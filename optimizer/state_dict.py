@@ -4,8 +4,6 @@ Replica 0 writes and reads the state of a stage. The parts that other replicas h
 control group, as tensors whose shapes both sides know.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any

@@ -3,8 +3,6 @@
 All processes of a run end an update alike.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """The fp32 masters of a stage's weights, and the copies that forward and backward compute with."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -6,8 +6,6 @@ Token ids are small, so rank 0 alone reads data. It sends the rows of an iterati
 before is computed, so that no stage waits for text.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 

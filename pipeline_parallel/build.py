@@ -1,7 +1,5 @@
 """Builds the pipeline engine of a stage."""
 
-from __future__ import annotations
-
 from modules.layers.linear import WeightGradBuffer
 from modules.stage_model import StageModel
 from monitor.profiling.tracer import Tracer

@@ -1,7 +1,5 @@
 """Joins schedule, stage and link: runs one iteration of one pipeline's batch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 

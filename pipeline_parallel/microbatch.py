@@ -1,7 +1,5 @@
 """A pipeline's batch, cut into microbatches."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -5,8 +5,6 @@ wait. At a pipeline's ends there is no neighbour: methods return at once, so tha
 not branch on the stage.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """How a stage runs one microbatch forward and backward, and what it keeps in between."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """The registered task `cot`: chain-of-thought prompts of MMLU, one JSON object {key: text}."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass

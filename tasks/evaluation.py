@@ -1,7 +1,5 @@
 """Held-out text for evaluation: packed in order, once, and padded at the end."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace

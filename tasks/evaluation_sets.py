@@ -1,7 +1,5 @@
 """Parses --evaluation-data: sources of held-out text and their names. Needs no torch."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A loader that makes training batches ahead, in a background thread."""
 
-from __future__ import annotations
-
 import contextlib
 import queue
 import threading

@@ -5,8 +5,6 @@ STRATUM consecutive blocks, each has another 1/STRATUM of the unit interval, in 
 probabilities are still the weights, and the shares converge faster than with independent draws.
 """
 
-from __future__ import annotations
-
 import bisect
 import itertools
 import random

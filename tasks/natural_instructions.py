@@ -12,8 +12,6 @@ and its completion is the text after "Output:". Where an instance has several ou
 used, so that an instance is one document. On the hub an instance is a row, with one output.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """Opens a source by its name."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 

@@ -8,8 +8,6 @@ The document is the inputs and the targets, with a space between them unless the
 the completion is the text after the inputs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Previews the training data for a reader: blocks as text, and the mixture in numbers."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import random

@@ -4,8 +4,6 @@ A registered task is one file, which says how its rows are read (see `tasks.sour
 entry in TASKS.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

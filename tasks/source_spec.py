@@ -1,7 +1,5 @@
 """Parses --task-name: sources and their weights. Needs no torch."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal

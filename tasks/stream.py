@@ -1,7 +1,5 @@
 """Opens the training stream: sources, shuffles, encoder, packers and mixture."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What the tests of bad input start from: a folder and flags with nothing wrong in them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

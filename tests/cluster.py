@@ -1,7 +1,5 @@
 """A model that only --check-cluster can do with, and a run's flags for it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

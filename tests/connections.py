@@ -3,8 +3,6 @@
 It takes no privilege: a thread in one of the ranks shuts its ends down.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import select

@@ -1,7 +1,5 @@
 """Real processes for tests: N ranks with a deadline, and a failed rank's traceback brought back."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import multiprocessing

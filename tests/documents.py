@@ -1,7 +1,5 @@
 """The reference for documents kept apart: each by itself in the Hugging Face model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any

@@ -4,8 +4,6 @@ Every rank of every run is a fork of one process that has imported all (tests.pr
 what `python dist_clm_train.py` would.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import signal

@@ -1,7 +1,5 @@
 """How the ranks of a start must end after each kind of fault, and what they must leave behind."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -86,7 +84,7 @@ def _names(hit: Hit, rank: int, lines: Sequence[str]) -> bool:
     return re.search(r"rank \d", text) is not None
 
 
-def damage(lab: FaultLab, name: str) -> list[str]:
+def damage(lab: "FaultLab", name: str) -> list[str]:
     """What is wrong with what `latest` names, by the project's own check and by a comparison with
     the same step of the undisturbed run."""
     found = []
@@ -107,7 +105,7 @@ def damage(lab: FaultLab, name: str) -> list[str]:
 
 
 def differences(
-    lab: FaultLab, name: str, plan: RunPlan, statuses: Sequence[int | None]
+    lab: "FaultLab", name: str, plan: RunPlan, statuses: Sequence[int | None]
 ) -> list[str]:
     """What differs from the undisturbed run at the end."""
     disk, whole = lab.stage_disk(name, 0), lab.stage_disk("whole", 0)

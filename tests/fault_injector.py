@@ -1,7 +1,5 @@
 """Makes the faults of one start happen, from the process that forked its ranks."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import resource

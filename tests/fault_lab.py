@@ -1,7 +1,5 @@
 """Runs that live through drawn faults: each is started again until it is complete."""
 
-from __future__ import annotations
-
 import ctypes
 import subprocess
 import time

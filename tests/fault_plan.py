@@ -1,7 +1,5 @@
 """Faults drawn from a seed: what goes wrong, for which rank and when, run by run."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A fork that lives as `python dist_clm_train.py` would: its output in files, its exit status."""
 
-from __future__ import annotations
-
 import os
 import sys
 import traceback

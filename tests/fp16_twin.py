@@ -14,8 +14,6 @@ fp16's own roundings. So the twin keeps to one order of sums (microbatch by micr
 token) and rounds the clipping once; then all is the same to the bit.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Writes that the system refuses, as those to a full disk."""
 
-from __future__ import annotations
-
 import resource
 import shutil
 import subprocess

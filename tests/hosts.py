@@ -1,7 +1,5 @@
 """Made-up machines: network namespaces that a wire joins, each with a name and an address."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Runs of four ranks under one folder: their data, model and flags, and what a start leaves."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Where a rank may die, from the import to the last file of a save, and plans of such deaths."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """How many bytes of tensors a call holds at once, counted at torch's allocator."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import TypeVar
 

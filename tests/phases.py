@@ -1,7 +1,5 @@
 """What each rank of a start is doing, as its parent sees it at any moment."""
 
-from __future__ import annotations
-
 import mmap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

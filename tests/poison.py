@@ -1,7 +1,5 @@
 """Hooks for tests.runs.Case that put a number which is not finite into one process's training."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager

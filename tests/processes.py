@@ -5,8 +5,6 @@ A process that has imported all (tests.preloaded) forks the ranks, which do what
 the same, the ranks are started as a user starts them.
 """
 
-from __future__ import annotations
-
 import ctypes
 import importlib
 import io

@@ -3,8 +3,6 @@
 Dropout is on: its masks go by a module's place in the model.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from itertools import product

@@ -1,7 +1,5 @@
 """Training runs inside processes that a test has spawned: many runs for one spawn."""
 
-from __future__ import annotations
-
 import io
 import logging
 import shutil
@@ -142,7 +140,7 @@ class _Listener(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(record.getMessage())
 
-    def __enter__(self) -> _Listener:
+    def __enter__(self) -> "_Listener":
         root = logging.getLogger()
         root.setLevel(logging.INFO)
         root.addHandler(self)

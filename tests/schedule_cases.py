@@ -1,7 +1,5 @@
 """Runs of every schedule, for tests that hold them to one process."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager
 from typing import Any
 from unittest.mock import patch

@@ -4,8 +4,6 @@ On CPU, so with doubles at the last line before a GPU: of NCCL's communicator fo
 and gloo's groups for torch's own. Gradients are sums of two replicas: bits may be compared.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A converter's wrong flag gets one line, with what was expected, and exit status 2."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

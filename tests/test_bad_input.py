@@ -4,8 +4,6 @@ The line names the flag or file, the value, and what was expected. In this proce
 are in tests/test_bad_runs.py.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 import sys

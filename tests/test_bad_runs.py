@@ -3,8 +3,6 @@
 Every rank ends with one line, the same, and exit status 2.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import pickle

@@ -1,7 +1,5 @@
 """--check-cluster as users start it: what four real processes tell of themselves and each other."""
 
-from __future__ import annotations
-
 import re
 import socket
 from pathlib import Path

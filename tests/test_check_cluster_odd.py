@@ -3,8 +3,6 @@
 Made so in that process: by a sleep in one channel's sends, a rate, a version or a clock of its own.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 import socket

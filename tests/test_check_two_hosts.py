@@ -1,7 +1,5 @@
 """--check-cluster between two machines, one of which sends at a rate that Linux's shaper sets."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """What --check-cluster makes of rates and links, against numbers worked out by hand."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

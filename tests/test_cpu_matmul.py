@@ -4,8 +4,6 @@ CPUs are put in place of the machine's. torch is then told to use oneDNN, which 
 the machine has AVX-512; elsewhere its default computes all the same.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Iterator

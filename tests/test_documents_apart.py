@@ -2,8 +2,6 @@
 document by itself, as its end-of-text token tells where it ends.
 """
 
-from __future__ import annotations
-
 import json
 from copy import deepcopy
 from pathlib import Path

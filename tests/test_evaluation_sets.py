@@ -3,8 +3,6 @@
 The reference packs the texts itself and evaluates before its 20 updates and after them.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any, NamedTuple

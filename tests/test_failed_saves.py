@@ -4,8 +4,6 @@ The system refuses the writes itself: a rank's files may grow no larger for the 
 where the test may mount one, the disk is a small one that fills up.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

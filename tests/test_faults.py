@@ -8,8 +8,6 @@ The long form: `pytest -s -m slow tests/test_faults.py`; FAULT_SEED draws the sa
 says how many, and FAULT_LOG is a file that tells each run as it ends.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterator, Sequence

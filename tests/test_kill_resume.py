@@ -6,8 +6,6 @@ rank at each moment of tests/kill_plan.py. After each death the others end by th
 a run that nobody disturbed.
 """
 
-from __future__ import annotations
-
 import random
 import shutil
 import time

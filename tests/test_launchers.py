@@ -1,7 +1,5 @@
 """What starts the ranks passes a signal on to them: the example scripts, sbatch's, torchrun."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

@@ -4,8 +4,6 @@ with documents end to end and apart.
 Completions are of digits, and prompts are not, so that the labels follow from a token's characters.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """fp16 and bf16 training over stages and replicas against one process that does the same."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

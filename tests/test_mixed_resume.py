@@ -5,8 +5,6 @@ same metrics and the same files. In fp16 the updates just before and just after 
 skipped, so that the scale, its hysteresis and the count of clean updates must come back too.
 """
 
-from __future__ import annotations
-
 from itertools import product
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Numbers that are not finite: what stops a run and what it says; nothing is trained on them."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator, Sequence

@@ -4,8 +4,6 @@ The reference sees the same blocks, in plain torch: one optimizer, one loss, no 
 what reads the blocks. 20 updates, at a rate where the loss moves.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from itertools import count, islice

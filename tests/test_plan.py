@@ -1,7 +1,5 @@
 """--plan: its numbers against arithmetic, its words, and what it takes as enough."""
 
-from __future__ import annotations
-
 import os
 import re
 import sys

@@ -3,8 +3,6 @@
 Live bytes of tensors do not depend on the machine's speed or load, so this is no timed test.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The benchmark of precisions fails where one ends too far from fp32, and where it ends in NaN."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """--preview-data: the blocks that training sees, and numbers counted by hand."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """--profiling tidy_profiling over whole runs: the traces, the picture, and a run no different."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """The README's table of flags is that of --help; `python -m tests.test_readme` prints it anew."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import re

@@ -4,8 +4,6 @@ Two pipelines of two stages (2,1 of three layers) become four of one, or one of 
 are those of the run that nobody disturbed.
 """
 
-from __future__ import annotations
-
 import shutil
 import signal
 import socket

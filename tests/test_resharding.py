@@ -4,8 +4,6 @@ Every shape trains to its end and saves its middle; from there each goes on at e
 and must tell what the run that stayed as it was tells.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import re

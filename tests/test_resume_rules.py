@@ -1,7 +1,5 @@
 """What a resumed run may change, what it may not, and what it is told, in a world of one."""
 
-from __future__ import annotations
-
 import io
 import logging
 import shutil

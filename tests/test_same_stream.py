@@ -1,7 +1,5 @@
 """Every shape of a run with one global batch gets the same tokens, whoever tokenizes them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The lr column of a training run against transformers' schedules."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path

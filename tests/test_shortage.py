@@ -1,7 +1,5 @@
 """Memory that runs out: the line that every rank ends with."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """A disk that takes longer to read than a rank may wait for another ends no start of a run."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager

@@ -1,7 +1,5 @@
 """Whether a resumed run keeps the split of its checkpoint, as --num-layers says it."""
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil

@@ -5,8 +5,6 @@ chosen moments, and started again with the same command; at its end it has the b
 nobody disturbed. It saves where it is stopped and, but for one start, nowhere else.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

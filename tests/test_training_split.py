@@ -1,7 +1,5 @@
 """The line at the start that tells a split and the bubble to expect of it."""
 
-from __future__ import annotations
-
 import pytest
 
 from modules.model_sizes import ModelSizes

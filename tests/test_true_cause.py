@@ -3,8 +3,6 @@
 Two pipelines of two stages, whose ranks wait for each other for less than the slow one takes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

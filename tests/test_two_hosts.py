@@ -4,8 +4,6 @@ Each is a network namespace with its own address, interface name, host name and 
 are those of one machine, to the bit, also after one of them has died and both were started again.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from pathlib import Path

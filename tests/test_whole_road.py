@@ -1,7 +1,5 @@
 """From Hugging Face's files through training back to them, and from predecessors' files onward."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Tiny models in the Hugging Face format, and our modules filled from them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

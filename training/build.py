@@ -1,7 +1,5 @@
 """Builds the parts of a run from its settings."""
 
-from __future__ import annotations
-
 from functools import partial
 
 from arguments.flag_table import fixed_flags, free_flags

@@ -1,8 +1,6 @@
 """Saving a run's steps: whether there is room, what a checkpoint holds, when it is written, and
 whether a run goes on without it."""
 
-from __future__ import annotations
-
 import logging
 import platform
 import shutil

@@ -4,8 +4,6 @@ Each rank decides by its own processor, and keeps on resume what its checkpoint 
 bits of a run depend on it.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 

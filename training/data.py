@@ -1,7 +1,5 @@
 """What a run reads: rank 0's tokenizer, training batches and held-out text."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path

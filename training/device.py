@@ -1,7 +1,5 @@
 """The device of a rank, and the backends that carry its messages."""
 
-from __future__ import annotations
-
 import logging
 import os
 

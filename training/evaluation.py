@@ -1,7 +1,5 @@
 """Evaluation: the loss on held-out data."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The first weights and optimizer state of a run: from layer shards, a seed or a checkpoint."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable
 from functools import partial

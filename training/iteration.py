@@ -1,7 +1,5 @@
 """One iteration of training: forward, backward, the totals of all ranks, and the update it ends."""
 
-from __future__ import annotations
-
 import logging
 import math
 

@@ -1,7 +1,5 @@
 """Explains numbers that are not finite: which stage, which parameter, which text."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -4,8 +4,6 @@ The simulator knows the pipeline; the optimizer's part of a step is added here, 
 before all have agreed on the gradients' norm.
 """
 
-from __future__ import annotations
-
 import logging
 import statistics
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Finds the checkpoint that a run continues, and checks that it is one of this run."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple

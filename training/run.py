@@ -1,7 +1,5 @@
 """One process's part of a run: from the checkpoint it continues to its last step."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

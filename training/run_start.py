@@ -1,7 +1,5 @@
 """The start of a run: its model, its data, its checkpoints, and the step it continues from."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import dataclass

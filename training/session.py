@@ -3,8 +3,6 @@
 However a run ends, every rank ends with it: with one line, and with one exit status.
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 import traceback

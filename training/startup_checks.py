@@ -1,7 +1,5 @@
 """Checks of this machine before a rank meets the others. Needs no torch."""
 
-from __future__ import annotations
-
 import logging
 import os
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Each number has a slot that one process fills and all others leave zero. One all
 gives exact sums, which are added in one order, so that nothing depends on P.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """The loop over a run's iterations: evaluations, metrics, saves, and requests to stop."""
 
-from __future__ import annotations
-
 from typing import NoReturn
 
 from arguments.settings import Settings

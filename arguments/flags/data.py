@@ -1,7 +1,5 @@
 """Flags of the training data and the held-out data."""
 
-from __future__ import annotations
-
 from arguments.flag import fixed, free, unkept
 from arguments.values import real, whole
 

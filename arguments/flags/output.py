@@ -1,7 +1,5 @@
 """Flags of checkpoints, logs and reports."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from arguments.flag import free, unkept

@@ -1,7 +1,5 @@
 """Flags of the processes, their devices and their network."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from arguments.flag import fixed, free, unkept

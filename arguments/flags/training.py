@@ -1,7 +1,5 @@
 """Flags of the model, the updates, precision and memory."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from arguments.flag import fixed, free, unkept

@@ -3,8 +3,6 @@
 torch is imported here only once the flags are right, so that a mistake is reported at once.
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """Conversion of a model in the Hugging Face format to layer shards, one module at a time."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 from pathlib import Path

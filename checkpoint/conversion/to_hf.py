@@ -1,7 +1,5 @@
 """Conversion of a training checkpoint to a model for transformers, one layer at a time."""
 
-from __future__ import annotations
-
 import functools
 import logging
 from collections.abc import Iterable

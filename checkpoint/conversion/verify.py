@@ -4,8 +4,6 @@ Our modules run on the weights of the stage files, transformers' on those of the
 both in fp32 on the same random tokens, block after block: neither model is ever in memory at once.
 """
 
-from __future__ import annotations
-
 import copy
 import logging
 import math

@@ -5,8 +5,6 @@ every burst of wrong bits up to 32 long, and misses other damage once in 2^32; i
 of memory on any processor. It finds damage, not forgery.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import zlib

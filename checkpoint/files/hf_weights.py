@@ -1,7 +1,5 @@
 """Weights in the Hugging Face format: reading one or many files, writing safetensors shards."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Published shards have no manifest and load unverified. A user who changes a file removes it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The folder of a model: its config and tokenizer files, local or downloaded from the hub."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Sequence

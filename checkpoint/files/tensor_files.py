@@ -4,8 +4,6 @@ Pages of a mapped file count as memory of the process until it is unmapped. So a
 after every few tensors: the memory does not grow with the number of tensors in the file.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import re

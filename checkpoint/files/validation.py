@@ -3,8 +3,6 @@
 An error is one line that names file and key, and shows the actual value and the expected one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any

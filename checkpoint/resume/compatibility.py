@@ -1,7 +1,5 @@
 """Checks that a run may go on from a checkpoint, and lists the flags that have changed."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any

@@ -8,8 +8,6 @@ A step may have been saved by other stages than the run has. Each stage then nee
 machine, the files of those that hold its modules.
 """
 
-from __future__ import annotations
-
 import logging
 import socket
 from pathlib import Path

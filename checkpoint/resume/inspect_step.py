@@ -1,7 +1,5 @@
 """Inspects one step's folder for one stage: complete, damaged, or without files that it needs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple

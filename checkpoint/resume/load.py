@@ -1,7 +1,5 @@
 """Loads weights into a stage, from layer shards, a checkpoint or a seed."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any

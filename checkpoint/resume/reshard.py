@@ -4,8 +4,6 @@ It depends on the checkpoint's split and the run's split alone. Weights and opti
 change.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple

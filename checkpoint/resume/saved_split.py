@@ -1,7 +1,5 @@
 """The split of the layers of a training checkpoint, from its meta.json or from flags."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from checkpoint.steps.meta import META, StepMeta, is_predecessors, read_meta

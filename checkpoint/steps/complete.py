@@ -4,8 +4,6 @@ A crash in a save, or an exchanged disk, leaves a step on some machines and not 
 can go on from such a step.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path

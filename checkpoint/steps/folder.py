@@ -6,8 +6,6 @@ folder. On a shared disk the stages write into one folder; without one each mach
 operations are the same in both cases, so each is harmless if another process has done it already.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import re

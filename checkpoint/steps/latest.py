@@ -5,8 +5,6 @@
 written before `latest` and again after it, so that after a crash at any moment the two agree.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

@@ -4,8 +4,6 @@ All stages of a save write the same meta.json, config and tokenizer, so each man
 for a folder of its own and for a folder that the stages share.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The meta.json of a step: the facts about a run that its checkpoint records."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -67,7 +65,7 @@ class StepMeta:
     start: str = ""
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any], path: Path) -> StepMeta:
+    def from_json(cls, value: Mapping[str, Any], path: Path) -> "StepMeta":
         """Returns the StepMeta that `path` holds as `value`; ValueError names file and field."""
         for name in sorted(_TYPES.keys() ^ value.keys()):
             problem = "missing" if name in _TYPES else "not a field of this version"

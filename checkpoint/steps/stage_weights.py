@@ -4,8 +4,6 @@ A step's folder has one `prank_<i>_checkpoint.pt` per stage with keys `<j>.<name
 stage's modules from 0. Predecessors' files hold buffers too, which are ignored.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

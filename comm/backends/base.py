@@ -1,7 +1,5 @@
 """The base of the communicators between processes: their group, and helpers of torch's."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

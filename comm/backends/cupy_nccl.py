@@ -11,8 +11,6 @@ wait forever for a sender that waits likewise. So every communicator carries one
 opened, in one order for all members. Other pairs are opened at their first message.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial

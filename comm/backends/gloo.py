@@ -5,8 +5,6 @@ added in the order of the members (comm.backends.ordered_reduce), since gloo's o
 position in the buffer.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -119,7 +117,7 @@ class GlooCommunicator(GroupMembership):
     def close(self) -> None:
         dist.destroy_process_group(self._group)
 
-    def _tagged_messages(self, operation: str) -> _TaggedMessages:
+    def _tagged_messages(self, operation: str) -> "_TaggedMessages":
         """Returns those of the next sum; all members start sums in one order, so tags match."""
         self._num_sums += 1
         return _TaggedMessages(self, f"{operation}, ", 1 + self._num_sums % _NUM_SUM_TAGS)

@@ -1,7 +1,5 @@
 """A time limit for messages that are queued on a device, kept without blocking the host."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """CUDA tensors over a communicator of host tensors: slower, but TCP is enough."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

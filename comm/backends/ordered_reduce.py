@@ -6,8 +6,6 @@ are Works: the constructor starts the first messages, while the caller computes;
 rest. Long buffers are cut into slices, two of which are under way, so that copies stay small.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterable, Iterator
 

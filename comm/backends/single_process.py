@@ -1,7 +1,5 @@
 """The group of one process: no message, no wait, no socket."""
 
-from __future__ import annotations
-
 from typing import NoReturn
 
 from torch import Tensor

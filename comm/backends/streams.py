@@ -1,7 +1,5 @@
 """Streams for messages beside the computation: CUDA's, or a worker thread for host tensors."""
 
-from __future__ import annotations
-
 import queue
 import threading
 from collections.abc import Callable

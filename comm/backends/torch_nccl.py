@@ -6,8 +6,6 @@ a group's NCCL communicator at its first operation, which blocks the host until 
 a receive posted ahead would wait forever. So all are made at the start, by a message each.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

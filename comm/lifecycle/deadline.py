@@ -1,7 +1,5 @@
 """A deadline that holds even while the main thread hangs inside a library."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable

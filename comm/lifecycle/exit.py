@@ -1,7 +1,5 @@
 """The end of a process because of an error: one line on stderr, then the exit."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

@@ -5,8 +5,6 @@ writes the signal's number to a pipe, and the thread that reads it keeps the dea
 of a request depends on the phase of the process.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import select

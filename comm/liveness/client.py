@@ -1,7 +1,5 @@
 """A rank's connection to the liveness server on rank 0, with the handshake of both sides."""
 
-from __future__ import annotations
-
 import socket
 from typing import BinaryIO
 

@@ -5,8 +5,6 @@ reports events; a policy decides about them (comm.liveness.failure_policy). Even
 of their own, since the main thread may be stuck in a library that waits for a dead rank.
 """
 
-from __future__ import annotations
-
 import contextlib
 import socket
 import threading

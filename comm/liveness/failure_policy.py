@@ -4,8 +4,6 @@ A run goes on from its latest checkpoint when all ranks start again. Another pol
 without a lost rank, would take the events of the same detector.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 import time
@@ -57,7 +55,7 @@ class ExitPolicy:
     @classmethod
     def connect(
         cls, rendezvous: Rendezvous, topology: Topology, *, stop: StopRequest | None = None
-    ) -> ExitPolicy:
+    ) -> "ExitPolicy":
         """Starts failure detection among all ranks.
 
         A rank that has joined but does not connect before the join deadline ends all.

@@ -4,8 +4,6 @@ Challenge and response, both ways (ISO/IEC 9798-4): each side proves the key ove
 that the other side has just drawn, so that no proof can be replayed or passed on.
 """
 
-from __future__ import annotations
-
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ The connection of a killed process closes, which is noticed at once. A process t
 swaps, or whose machine is gone, leaves its connection open.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable
 

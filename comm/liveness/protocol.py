@@ -1,7 +1,5 @@
 """Messages of the liveness connections: one JSON object a line."""
 
-from __future__ import annotations
-
 import json
 import socket
 from collections.abc import Mapping

@@ -10,8 +10,6 @@ Rank 0 itself also gets {"unresponsive": whether, "rank"}.
 All ranks are checked from time to time (comm.liveness.heartbeat), and whenever one asks for it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import secrets
 import selectors

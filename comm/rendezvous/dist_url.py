@@ -1,7 +1,5 @@
 """--dist-url: the host and the port at which all ranks find rank 0."""
 
-from __future__ import annotations
-
 import socket
 from urllib.parse import urlsplit
 

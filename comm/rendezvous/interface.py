@@ -1,7 +1,5 @@
 """The network interface of a process: named by the user, or the kernel's choice."""
 
-from __future__ import annotations
-
 import ipaddress
 import socket
 from collections.abc import Iterator, Mapping, MutableMapping

@@ -4,8 +4,6 @@ The key is never sent. A proof is its HMAC-SHA256 (RFC 2104) over a message, so 
 learns nothing that it could use for another message.
 """
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 import json

@@ -5,8 +5,6 @@ Every rank posts a description of itself in a shared store. The first rank that 
 once. All ranks read that one verdict, so that they report the same and end alike.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging
@@ -58,7 +56,7 @@ class Rendezvous:
     deadline: Deadline | None
 
     @classmethod
-    def alone(cls) -> Rendezvous:
+    def alone(cls) -> "Rendezvous":
         """Returns a world of one: no socket, no store."""
         participant = Participant(0, socket.gethostname(), "", "", os.getpid(), {})
         return cls(0, (participant,), secrets.token_hex(16), JobKey(""), None, None)

@@ -1,7 +1,5 @@
 """The description of itself that each rank posts when it joins, and the check that all match."""
 
-from __future__ import annotations
-
 import ipaddress
 import json
 from collections.abc import Mapping, Sequence
@@ -26,7 +24,7 @@ class Participant:
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Participant:
+    def from_json(cls, text: str | bytes) -> "Participant":
         return cls(**json.loads(text))
 
     @property

@@ -5,8 +5,6 @@ instead of waiting for its deadline. All other names depend on the key and on th
 The values that decide over a run carry a proof, so that no other client can replace them.
 """
 
-from __future__ import annotations
-
 import secrets
 
 from torch.distributed.distributed_c10d import PrefixStore, Store

@@ -1,7 +1,5 @@
 """The key-value store at --dist-url: rank 0 (or torchrun's agent) hosts it, all connect to it."""
 
-from __future__ import annotations
-
 import errno
 import ipaddress
 import logging

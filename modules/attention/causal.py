@@ -5,8 +5,6 @@ runs row by row. In packed rows it runs document by document: a document's mask 
 sequence and on its number in the row.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

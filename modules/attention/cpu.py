@@ -6,8 +6,6 @@ activations, it is faster to keep them, and to compute each block of queries as 
 over all heads.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any

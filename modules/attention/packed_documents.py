@@ -4,8 +4,6 @@ Documents fill their rows, so the rows one after another are all documents one a
 "packed" tensor below is (rows * seq_len, ...).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 

@@ -4,8 +4,6 @@ torch has no such kernel for the device "meta" and would hold all scores. In a d
 stands for a GPU, so the GPU kernels are called there: they tell their own shapes.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention

@@ -5,8 +5,6 @@ Elsewhere the documents of one length are computed together as if they were rows
 by length makes them contiguous. Rows of one document each use the attention over rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -7,8 +7,6 @@ dropout; `documents` are the documents of the rows (`modules.attention.packed_do
 where attention covers complete rows.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

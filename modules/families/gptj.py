@@ -1,7 +1,5 @@
 """GPT-J (Wang and Komatsuzaki, 2021): attention and feed-forward side by side on one norm."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

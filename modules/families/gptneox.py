@@ -1,8 +1,6 @@
 """GPT-NeoX (Black et al., arXiv 2204.06745) and its family: Pythia, Dolly, RedPajama-INCITE and
 GPT-NeoXT-Chat, which differ only in their config."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

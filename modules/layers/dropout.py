@@ -6,8 +6,6 @@ from call to call: each row of a microbatch has a key, and each mask is drawn fr
 name of its site.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -6,8 +6,6 @@ their product in place, immediately or, where a schedule defers weight gradients
 Without a buffer they are torch's own layers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol

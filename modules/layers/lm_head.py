@@ -5,8 +5,6 @@ chunks and computes the gradients in place of the logits: no logits outlive thei
 second copy of their size exists. (As in Hsu et al., Liger Kernel, arXiv 2410.10989.)
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

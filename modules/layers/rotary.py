@@ -4,8 +4,6 @@ NeoX rotates the first half of the rotated dimensions against the second; GPT-J 
 Backward rotates by the opposite angle, so it needs no tensor saved in forward.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -27,7 +25,7 @@ class Rotation:
     second: slice
     width: int
 
-    def at(self, positions: Tensor) -> Rotation:
+    def at(self, positions: Tensor) -> "Rotation":
         """Returns the rotation for other positions than those in the row: int64 (rows, seq_len)."""
         cos, sin = (table[positions].unsqueeze(1) for table in (self.cos, self.sin))
         return replace(self, cos=cos, sin=sin)

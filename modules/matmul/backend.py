@@ -6,8 +6,6 @@ has AVX-512 (`mkldnn_gemm` and `use_mkldnn_bf32_matmul` in its Matmul.cpp). This
 oneDNN to compute in bf16, which it does only with AMX: without AMX its results are fp32.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Literal
 

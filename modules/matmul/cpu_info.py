@@ -4,8 +4,6 @@ The matmul library and the rounding of half precision follow from it, and they d
 sums: two runs of one command on the same kind of machine must choose alike.
 """
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -35,7 +33,7 @@ class CpuInfo:
     has_fp16_matmul: bool = False
 
     @classmethod
-    def of_this_machine(cls) -> CpuInfo:
+    def of_this_machine(cls) -> "CpuInfo":
         """Reads the first CPU of this machine; one without any flags where nothing is known."""
         try:
             return cls.from_cpuinfo(_first_entry(CPUINFO))
@@ -46,7 +44,7 @@ class CpuInfo:
             return cls.from_flags(UNKNOWN, name, flags)
 
     @classmethod
-    def from_cpuinfo(cls, text: str) -> CpuInfo:
+    def from_cpuinfo(cls, text: str) -> "CpuInfo":
         """Parses an entry of Linux's /proc/cpuinfo; on ARM, with other keys, all is unknown."""
         pairs = (line.partition(":") for line in text.splitlines())
         fields = {key.strip(): value.strip() for key, _, value in pairs}
@@ -57,7 +55,7 @@ class CpuInfo:
         )
 
     @classmethod
-    def from_flags(cls, vendor: str, name: str, flags: Collection[str]) -> CpuInfo:
+    def from_flags(cls, vendor: str, name: str, flags: Collection[str]) -> "CpuInfo":
         """Reads the names of flags as Linux or torch spell them (avx512bw, avx512_bw)."""
         has = {flag.replace("_", "") for flag in flags}
         return cls(

@@ -5,8 +5,6 @@ and rounded once: products of half-precision numbers are exact in fp32, so only 
 sums differs.
 """
 
-from __future__ import annotations
-
 from functools import cache
 
 import torch

@@ -1,7 +1,5 @@
 """Selection of the fp32 matmul of a CPU by the flag, the checkpoint's choice and the CPU."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 

@@ -12,8 +12,6 @@ between two spans. Summed over all ranks, these are the shares of ranks x step. 
 timeline has no spans of messages; its gaps count as waiting for the next computation.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple

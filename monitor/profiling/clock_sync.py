@@ -5,8 +5,6 @@ clock at some time between ping and pong, so the error is at most half a round t
 many round trips is used.
 """
 
-from __future__ import annotations
-
 import time
 from typing import Any, NamedTuple, Protocol
 

@@ -6,8 +6,6 @@ clock drifts from the host's. So every step has its own anchor: an event with a 
 because the host waits for it between two steps. Profiling adds no other wait.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager

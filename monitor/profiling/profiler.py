@@ -1,7 +1,5 @@
 """--profiling of a run: its tracer, and at the end its trace files and timeline.png."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path

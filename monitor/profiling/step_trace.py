@@ -1,7 +1,5 @@
 """One step of all ranks, joined from their traces, which travel as small JSON lists."""
 
-from __future__ import annotations
-
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence

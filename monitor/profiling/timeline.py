@@ -3,8 +3,6 @@
 As in monitor.plot, matplotlib is used without pyplot and imported only when a picture is drawn.
 """
 
-from __future__ import annotations
-
 import io
 import logging
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ The file is one JSON list in which every entry is a span (ph X), which is easy f
 of the first entry hold the offset and the error of the clock.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import re

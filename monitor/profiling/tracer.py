@@ -8,8 +8,6 @@ Only the last steps are kept, so a run of any length needs the memory and the fi
 The file is written each time that so many steps are new; a killed run leaves the last such file.
 """
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence

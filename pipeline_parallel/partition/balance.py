@@ -4,8 +4,6 @@ Work is multiply-adds of a forward pass per token, in integers; a backward pass 
 alike. Needs no torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from modules.model_sizes import ModuleWork

@@ -1,7 +1,5 @@
 """Costs of a microbatch on each stage of a split, in multiply-adds, for the simulator."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from modules.model_sizes import ModuleWork

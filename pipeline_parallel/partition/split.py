@@ -4,8 +4,6 @@ The flag is `4` (so many blocks on each stage, the rest on the last), `5,3` (tho
 `auto`; the code has one form, `Split`. Needs no torch: flags are checked here.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Literal

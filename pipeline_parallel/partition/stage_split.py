@@ -1,7 +1,5 @@
 """The split of a run's layers over its stages, chosen by --num-layers and described in a line."""
 
-from __future__ import annotations
-
 from modules.model_sizes import ModelSizes
 from pipeline_parallel.partition.balance import choose_split, stage_work
 from pipeline_parallel.partition.costs import split_costs

@@ -1,7 +1,5 @@
 """Prints a schedule's timetable: `python -m pipeline_parallel.schedule`."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

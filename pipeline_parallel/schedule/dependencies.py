@@ -6,8 +6,6 @@ Either way an action can start exactly when the action that sends its message ha
 stands for both.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 

@@ -12,8 +12,6 @@ schedule before it runs, its `simulator` computes how long it takes, and
 prints its timetable.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from enum import Enum
 from typing import NamedTuple

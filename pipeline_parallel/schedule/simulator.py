@@ -5,8 +5,6 @@ and the action's message, if it has one, has arrived. A send does not delay the 
 carries one message at a time each way, so messages queue on a slow link.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

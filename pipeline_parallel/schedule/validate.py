@@ -1,7 +1,5 @@
 """Checks of a schedule before it runs, and the number of its microbatches in flight."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 

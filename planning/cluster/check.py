@@ -1,7 +1,5 @@
 """--check-cluster: the ranks meet as for a run, compare what they have, and measure."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Sequence

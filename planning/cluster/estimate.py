@@ -4,8 +4,6 @@ Products and messages alone are counted, so that no step takes less: norms, acti
 optimizer and the host's own time come on top.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property

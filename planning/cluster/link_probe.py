@@ -5,8 +5,6 @@ half a round trip of two short ones: a delay of one direction alone counts half 
 where it is. The receiver is ready before, as in training, where receives are posted ahead of need.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable

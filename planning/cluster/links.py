@@ -1,7 +1,5 @@
 """The links that a run's messages take: between neighbouring stages, and between replicas."""
 
-from __future__ import annotations
-
 from itertools import combinations, pairwise
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """What each rank of --check-cluster tells of its machine, and in what the ranks differ."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import platform

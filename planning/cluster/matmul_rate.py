@@ -1,7 +1,5 @@
 """How fast a device multiplies matrices of a model's sizes, as its layers do: measured."""
 
-from __future__ import annotations
-
 import statistics
 import time
 

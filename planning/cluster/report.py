@@ -1,7 +1,5 @@
 """--check-cluster in words: tables of the ranks and links, and advice."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 
 from comm.rendezvous.participants import Participant

@@ -1,7 +1,5 @@
 """Which flags make a run need less memory, in the order of how much, for this very run."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import NamedTuple

@@ -5,8 +5,6 @@ type and a device, and no memory. The run's own model, optimizer, schedule and e
 and what is alive is counted as a run counts it (`planning.memory.live_bytes`).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass

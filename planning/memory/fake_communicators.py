@@ -3,8 +3,6 @@
 For finding out what a process of a run holds, without the others.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -4,8 +4,6 @@ The engine's own code runs, in the schedule's order, so that what is held when i
 of it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

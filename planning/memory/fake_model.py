@@ -1,7 +1,5 @@
 """A stage's model and optimizer without memory: nothing in them computes values."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

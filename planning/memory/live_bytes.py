@@ -4,8 +4,6 @@ The same counter serves a run that measures itself and a rehearsal with tensors 
 so that the two count alike.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections import Counter
 from collections.abc import Iterable
@@ -95,7 +93,7 @@ class CudaBytes:
     def peak(self) -> Counter[str]:
         return Counter({"cuda": torch.cuda.max_memory_allocated(self._device)})
 
-    def __enter__(self) -> CudaBytes:
+    def __enter__(self) -> "CudaBytes":
         torch.cuda.reset_peak_memory_stats(self._device)
         return self
 

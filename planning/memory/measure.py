@@ -1,7 +1,5 @@
 """What a run holds in memory at most, measured, beside what was to be expected."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager

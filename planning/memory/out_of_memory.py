@@ -1,7 +1,5 @@
 """Explains an error about memory: where it happened, what the plan says, and what to do next."""
 
-from __future__ import annotations
-
 import gc
 import traceback
 

@@ -1,7 +1,5 @@
 """--plan: what every stage of a run will need, without weights, data, or any other rank."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any

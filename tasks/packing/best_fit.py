@@ -6,8 +6,6 @@ al., Fewer Truncations Improve Language Modeling, arXiv 2404.10830). The rest of
 A document longer than a block is cut into segments, which are packed as documents.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Blocks of tokens, and batches of them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 

@@ -4,8 +4,6 @@ Every block is full; the rest of a document opens the next block. `tasks.packing
 documents apart.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import replace

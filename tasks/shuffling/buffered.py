@@ -5,8 +5,6 @@ of the files in a folder. The order depends on (seed, epoch, chunk) alone, so th
 position in a file and an index, and restoring it reads one chunk.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import random

@@ -4,8 +4,6 @@ The row at a position depends on (seed, epoch, position) alone, so the state is 
 restoring it reads nothing.
 """
 
-from __future__ import annotations
-
 from functools import cached_property
 
 from common.seeds import derive_seed

@@ -1,7 +1,5 @@
 """Shuffled orders of any length that are computed per position, without memory."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

@@ -1,7 +1,5 @@
 """The choice between a full and a buffered shuffle."""
 
-from __future__ import annotations
-
 import logging
 
 from common.text import shown

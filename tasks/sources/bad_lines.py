@@ -1,7 +1,5 @@
 """Policy for lines that are no document: an error, or a count and an entry in a file."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Documents, and the interfaces of the files that they are read from, whatever the format."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence

@@ -5,8 +5,6 @@ Their decompression objects know whether a frame (zstd) or member (gzip) is comp
 uses them.
 """
 
-from __future__ import annotations
-
 import io
 import zlib
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """A data set of the hub, streamed: its split `train`, in order."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass

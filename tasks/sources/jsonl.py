@@ -1,7 +1,5 @@
 """Files of one JSON object a line (see `tasks.sources.rows`), plain or compressed, streamed."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import os

@@ -6,8 +6,6 @@ changed. Where it cannot be written there, it is stored in CACHE_FOLDER, named b
 file's path; where that fails too, it stays in memory, and every run rebuilds it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import logging

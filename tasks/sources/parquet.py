@@ -1,7 +1,5 @@
 """Parquet files, a document a row; the columns are the keys of `tasks.sources.rows`."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass

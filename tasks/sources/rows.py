@@ -4,8 +4,6 @@ Where a row has several, messages precede prompt and completion, and these the t
 ignored. Registered tasks have rows of other formats.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A data set that `datasets` saved to disk, as a source."""
 
-from __future__ import annotations
-
 import hashlib
 from functools import cached_property, partial
 from pathlib import Path

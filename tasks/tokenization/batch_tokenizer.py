@@ -1,7 +1,5 @@
 """Tokenization of many texts at once: the same ids as transformers, with bounded memory."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import re

@@ -1,7 +1,5 @@
 """Conversations as one text, and the parts of it that the assistant says."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any

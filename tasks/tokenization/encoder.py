@@ -1,7 +1,5 @@
 """Encodes documents: their tokens, and a mask of the tokens to train on."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 

@@ -1,7 +1,5 @@
 """Reads and encodes the documents of a source ahead of their use, in the source's order."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple

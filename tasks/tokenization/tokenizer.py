@@ -1,7 +1,5 @@
 """Loads and checks the tokenizer, through transformers."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

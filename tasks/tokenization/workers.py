@@ -1,7 +1,5 @@
 """Worker processes that encode documents ahead of training, and return them in order."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import multiprocessing
@@ -111,7 +109,7 @@ class _ResultMessage(NamedTuple):
     errors: dict[int, BadLineError]
 
     @classmethod
-    def pack(cls, results: Results) -> _ResultMessage:
+    def pack(cls, results: Results) -> "_ResultMessage":
         """Joins the arrays of `results`."""
         errors = {i: item for i, item in enumerate(results) if isinstance(item, BadLineError)}
         documents = [EMPTY if isinstance(item, BadLineError) else item for item in results]

@@ -1,7 +1,5 @@
 """Small models on disk, in every form that the converters meet."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

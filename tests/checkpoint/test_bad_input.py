@@ -1,7 +1,5 @@
 """What is wrong with files and flags is one line that names it; nothing is left behind."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import shutil

@@ -4,8 +4,6 @@ Two stages, a disk each, save steps 2, 5 and 8; then something happens to a disk
 saves step 10 and keeps two.
 """
 
-from __future__ import annotations
-
 import logging
 import shutil
 from collections.abc import Callable

@@ -4,8 +4,6 @@ Two stages train four steps and save two; then each case damages a copy of what 
 training and the converter say of it is compared with the name of the file.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Every file of a converted model cut, with a wrong bit, or gone: no training starts from it."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Weights that the compute type cannot hold are refused when they are read, from wherever."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable

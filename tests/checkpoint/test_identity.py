@@ -4,8 +4,6 @@ Two stages train four steps and save two, in one start. Each case then moves who
 copy: nothing is damaged, so no checksum tells.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

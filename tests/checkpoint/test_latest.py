@@ -1,7 +1,5 @@
 """What a power loss leaves of `latest` and its manifest, and what is damage to them."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import stat

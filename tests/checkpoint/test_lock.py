@@ -1,7 +1,5 @@
 """The lock of --checkpoint-path: who is kept out, and where no file system can keep anybody out."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os

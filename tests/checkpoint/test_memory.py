@@ -4,8 +4,6 @@ One process imports the libraries and forks a child per conversion, so that each
 own and the costly import is paid once.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

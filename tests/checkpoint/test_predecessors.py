@@ -3,8 +3,6 @@
 No code of the project makes them, so a mistake in its tables cannot hide itself.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

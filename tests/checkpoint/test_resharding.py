@@ -1,7 +1,5 @@
 """Where the modules of a stage are in a checkpoint of other stages, against tables made by hand."""
 
-from __future__ import annotations
-
 import pytest
 
 from checkpoint.resume.reshard import ResumeSplit, describe_change, find_module, map_names

@@ -1,7 +1,5 @@
 """Older checkpoints go, or lose their optimizer state; what a crash leaves of that is complete."""
 
-from __future__ import annotations
-
 import importlib
 import itertools
 import shutil

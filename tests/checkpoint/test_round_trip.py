@@ -1,7 +1,5 @@
 """Hugging Face -> layer shards -> training checkpoint -> Hugging Face: nothing is lost."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A snapshot is what the state was, in memory that is its own and made once."""
 
-from __future__ import annotations
-
 import io
 
 import torch

@@ -1,7 +1,5 @@
 """What every Communicator promises, whatever moves the bytes: run in each member of a group."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

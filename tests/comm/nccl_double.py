@@ -5,8 +5,6 @@ communicator meet at abstract Unix sockets named after its unique id, as many as
 Every message says what it is: a wrong call, count, dtype or root is an error at the receiver.
 """
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import socket
@@ -62,7 +60,7 @@ class Header(NamedTuple):
         return _HEADER.pack(self.call.encode(), self.root, self.elements, self.datatype)
 
     @classmethod
-    def unpack(cls, data: bytearray) -> Header:
+    def unpack(cls, data: bytearray) -> "Header":
         call, *numbers = _HEADER.unpack(data)
         return cls(call.rstrip(b"\0").decode(), *numbers)
 

@@ -1,7 +1,5 @@
 """Ranks that are expected to fail: real processes whose exit status and stderr are looked at."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

@@ -1,7 +1,5 @@
 """What a rank of a test does to have all its channels, as the entry script would."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 

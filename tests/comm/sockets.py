@@ -1,7 +1,5 @@
 """Which sockets of a process listen, as Linux tells it."""
 
-from __future__ import annotations
-
 import contextlib
 import ipaddress
 import os

@@ -1,7 +1,5 @@
 """Work on files beside that of other processes: how long it may take, who hears of a failure."""
 
-from __future__ import annotations
-
 import logging
 import threading
 import time

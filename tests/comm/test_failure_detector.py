@@ -1,7 +1,5 @@
 """The failure detector apart from any policy: it reports events and ends no process."""
 
-from __future__ import annotations
-
 import queue
 import socket
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """A rank that dies, fails or hangs: every other one ends soon, with one line that names it."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

@@ -4,8 +4,6 @@ Strangers come to every port that a run of four processes listens on; ranks of o
 its --dist-url; the verdict in the store counts only with its proof.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import socket

@@ -1,7 +1,5 @@
 """Channels over gloo: what arrives, in which order, and the very bits of a sum."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Which interface a process talks over, on a machine that is made up here."""
 
-from __future__ import annotations
-
 import re
 import socket
 

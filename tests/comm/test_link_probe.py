@@ -1,7 +1,5 @@
 """The probe of a link, on links whose latency and rate are known: by a clock made up for it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack
 from types import SimpleNamespace

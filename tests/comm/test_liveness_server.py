@@ -1,7 +1,5 @@
 """The liveness server accepts only ranks of this run, whatever else connects."""
 
-from __future__ import annotations
-
 import contextlib
 import queue
 import socket
@@ -27,18 +25,18 @@ class Connection:
         self._lines = self._socket.makefile("rb")
         self.challenge = decode(self._lines.readline())["challenge"]
 
-    def shake_hands(self, rank: int, handshake: Handshake = HANDSHAKE) -> Connection:
+    def shake_hands(self, rank: int, handshake: Handshake = HANDSHAKE) -> "Connection":
         """Does what a rank of `handshake`'s start does."""
         self.reply = handshake.reply(self.challenge, rank=rank)
         return self.send(encode(self.reply))
 
-    def enter(self, rank: int) -> Connection:
+    def enter(self, rank: int) -> "Connection":
         """As `shake_hands`; the server proves itself."""
         answer = decode(self.shake_hands(rank).read())
         assert HANDSHAKE.is_answer(answer, challenge=self.challenge, reply=self.reply)
         return self
 
-    def send(self, data: bytes) -> Connection:
+    def send(self, data: bytes) -> "Connection":
         self._socket.sendall(data)
         return self
 

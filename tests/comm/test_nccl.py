@@ -3,8 +3,6 @@
 What is left for a GPU to show is that class, and comm.backends.streams's streams.
 """
 
-from __future__ import annotations
-
 import inspect
 import os
 import queue

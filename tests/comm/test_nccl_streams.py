@@ -1,7 +1,5 @@
 """How the CuPy/NCCL channel is opened, ordered and limited: several ranks in this process."""
 
-from __future__ import annotations
-
 import queue
 import threading
 from collections import Counter

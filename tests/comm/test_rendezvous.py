@@ -1,7 +1,5 @@
 """Joining: what cannot come together ends on every rank, in time, with one line that says why."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

@@ -1,7 +1,5 @@
 """The stream of host tensors: a worker beside the computation, whose failures come back."""
 
-from __future__ import annotations
-
 import gc
 import threading
 import weakref

@@ -1,7 +1,5 @@
 """Who is who, against literal tables."""
 
-from __future__ import annotations
-
 from comm.topology import Topology
 
 

@@ -1,7 +1,5 @@
 """torch's own NCCL channel on CPU: gloo's groups stand in at the one call that makes NCCL's."""
 
-from __future__ import annotations
-
 import os
 import queue
 import threading

@@ -1,7 +1,5 @@
 """The gradients of a module, as a stage has them."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from comm.backends.single_process import SingleProcessCommunicator

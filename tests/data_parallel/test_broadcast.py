@@ -1,7 +1,5 @@
 """Bucketed broadcasts: messages are bounded, and what arrives is what was sent."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

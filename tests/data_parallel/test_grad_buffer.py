@@ -1,7 +1,5 @@
 """Gradients that go straight into one buffer: autograd's numbers, and buckets that leave early."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager

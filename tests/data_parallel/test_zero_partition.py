@@ -1,7 +1,5 @@
 """The replicas that step each weight."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

@@ -1,7 +1,5 @@
 """Entries of /proc/cpuinfo, shortened to the lines that distinguish CPUs."""
 
-from __future__ import annotations
-
 from modules.matmul.cpu_info import CpuInfo
 
 _AVX2 = "fpu sse sse2 ssse3 fma sse4_1 sse4_2 avx f16c avx2"

@@ -1,7 +1,5 @@
 """Attention over short sequences against torch's own, in double precision, over several blocks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

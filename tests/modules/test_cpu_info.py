@@ -1,7 +1,5 @@
 """CPU flags as they are read, for CPUs that this machine need not have."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

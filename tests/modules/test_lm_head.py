@@ -1,7 +1,5 @@
 """The chunked loss against torch's cross entropy on all logits at once, and what it holds."""
 
-from __future__ import annotations
-
 import copy
 import math
 from typing import NamedTuple

@@ -4,8 +4,6 @@ The check is tried on matmuls that are less exact on purpose, as a CPU might com
 rounded to the numbers of bits that bf16 and tf32 have, in one kind of matmul at a time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

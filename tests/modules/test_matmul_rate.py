@@ -1,7 +1,5 @@
 """The rate of products, against a device whose rate is known: by a clock made up for it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from types import SimpleNamespace
 from unittest.mock import patch

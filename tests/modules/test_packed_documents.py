@@ -1,8 +1,6 @@
 """Documents that share rows and know nothing of each other: against each alone in Hugging Face's
 model, through the loop over lengths and up to the kernel that takes them all at once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial

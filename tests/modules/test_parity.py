@@ -1,7 +1,5 @@
 """Logits and every gradient against the Hugging Face model, over configs of both families."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ The balance is held against brute force over all splits, its weights against the
 real modules.
 """
 
-from __future__ import annotations
-
 from itertools import combinations, pairwise, product
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Clocks and messages that do what a test says, in one process."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Live bytes, against numbers counted by hand and against what torch's allocator reports."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

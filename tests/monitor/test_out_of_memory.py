@@ -1,7 +1,5 @@
 """Every library's words for memory that is not there, as they were met or stand in its source."""
 
-from __future__ import annotations
-
 import errno
 import os
 

@@ -6,8 +6,6 @@ Forwards take 1 s, backwards 2 s, a message half a second; the gradients' exchan
     stage 1   F0 1.5-2.5, F1 2.5-3.5, B0 3.5-5.5, B1 5.5-7.5        exchange 7.5-11, update 11-12
 """
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Trace files: the very entries, and what is in the folder at each moment."""
 
-from __future__ import annotations
-
 import json
 import logging
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tracers against clocks that tick as the test says."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -136,7 +134,7 @@ class FakeEvent:
     def synchronize(self) -> None:
         self._waited_for = True
 
-    def elapsed_time(self, end_event: FakeEvent) -> float:
+    def elapsed_time(self, end_event: "FakeEvent") -> float:
         assert end_event._waited_for, "this event may not have happened"
         return end_event._time - self._time
 

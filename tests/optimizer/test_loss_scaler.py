@@ -1,7 +1,5 @@
 """What a resumed run makes of the scale that its checkpoint holds, when flags have changed."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

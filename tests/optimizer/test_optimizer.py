@@ -1,7 +1,5 @@
 """The update's parts against torch, transformers, bitsandbytes, and literal tables."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

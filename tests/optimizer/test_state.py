@@ -1,7 +1,5 @@
 """Optimizer state that is not this run's, or not finite, is refused, by file and name."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from pathlib import Path

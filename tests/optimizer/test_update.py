@@ -1,7 +1,5 @@
 """What an update makes of its gradients, and when a run gives up."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

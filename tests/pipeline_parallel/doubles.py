@@ -1,7 +1,5 @@
 """A communicator that nobody is behind: it notes what is asked of it, and answers at once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

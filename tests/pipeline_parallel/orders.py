@@ -1,7 +1,5 @@
 """Schedules written down as text, one line of actions for each stage."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 from pipeline_parallel.schedule.schedules import Action, Kind, Schedule

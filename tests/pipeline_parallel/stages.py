@@ -1,7 +1,5 @@
 """Stages of a tiny model, with everything about them but their neighbours."""
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The engine on doubles: its waits, its microbatches in flight, and its failures."""
 
-from __future__ import annotations
-
 from functools import cache, partial
 from typing import Any
 from unittest.mock import patch

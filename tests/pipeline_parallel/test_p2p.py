@@ -1,7 +1,5 @@
 """Messages between stages: posted ahead, sent without waiting, refused where shapes differ."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """The sends that the engine resolves have arrived: by happened-before, in every schedule."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Schedules against literal tables, and against the timetables drawn above them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Simulated times against closed forms, tables by hand, and the longest path of the constraints."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from itertools import pairwise

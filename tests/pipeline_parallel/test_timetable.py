@@ -1,8 +1,6 @@
 """The command line of `python -m pipeline_parallel.schedule`, as a user runs it, and its
 text."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

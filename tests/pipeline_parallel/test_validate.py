@@ -1,7 +1,5 @@
 """The validator against schedules broken by hand, and against a machine that posts receives."""
 
-from __future__ import annotations
-
 from collections import Counter, deque
 from typing import NamedTuple
 

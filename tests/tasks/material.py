@@ -1,7 +1,5 @@
 """Texts, files and a small tokenizer that the tests of `tasks/` share."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Files that are not what they should be: one line that names file, line and reason."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Bad lines that are skipped: counted, named once, and never too many."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import logging

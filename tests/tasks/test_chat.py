@@ -1,7 +1,5 @@
 """Conversations as texts, and the parts that are learned, against what is written down here."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

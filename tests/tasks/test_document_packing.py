@@ -1,7 +1,5 @@
 """Documents that are kept apart: whole in one block where they fit, all there, in order."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 

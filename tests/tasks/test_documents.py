@@ -1,7 +1,5 @@
 """Shuffle documents: complete, reshuffled, restored exactly."""
 
-from __future__ import annotations
-
 import json
 import tracemalloc
 from collections.abc import Callable

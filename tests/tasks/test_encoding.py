@@ -1,7 +1,5 @@
 """Tokens are those of the tokenizer itself, whatever the way they take."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

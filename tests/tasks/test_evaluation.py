@@ -1,7 +1,5 @@
 """Held-out text: all of it, in order, once, padded and masked."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What --evaluation-data may say."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One set of documents in every kind of file, and in every form of line."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Any bytes as a file of any kind: each document is read, or a line says what is wrong."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import json

@@ -1,7 +1,5 @@
 """Names on the hub: streamed from a double of the hub's own line, and where no hub answers."""
 
-from __future__ import annotations
-
 import contextlib
 import http.server
 import logging

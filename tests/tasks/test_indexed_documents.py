@@ -1,7 +1,5 @@
 """A true shuffle over all lines: complete, reshuffled, restored without replay."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

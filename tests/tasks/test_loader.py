@@ -1,7 +1,5 @@
 """Batches made ahead: their labels, the state they carry, errors and the end of the thread."""
 
-from __future__ import annotations
-
 import threading
 import time
 from pathlib import Path

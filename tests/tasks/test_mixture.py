@@ -1,7 +1,5 @@
 """The mixture: its shares, and its state."""
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Blocks against a naive packing, and restored in the middle of documents."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 import random

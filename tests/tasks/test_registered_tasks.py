@@ -1,7 +1,5 @@
 """The registered tasks with a folder of their own, or else a data set of the hub."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What --task-name may say."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Data sets that `datasets` saved to disk: all rows, truly shuffled, restored."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

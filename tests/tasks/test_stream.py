@@ -1,8 +1,6 @@
 """The stream that a run trains on: the same to the token, whoever tokenizes and however often it is
 cut; shares as asked; every document once an epoch."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections import Counter

@@ -1,7 +1,5 @@
 """Loading a tokenizer, and refusing one that is broken or too long."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

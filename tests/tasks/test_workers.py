@@ -1,7 +1,5 @@
 """The processes that tokenize: what ends them, and what does not."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

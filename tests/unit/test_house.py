@@ -6,8 +6,6 @@ loaded on demand: for the floors, such a string counts as an import; for circles
 it is how a registry avoids one.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import re
