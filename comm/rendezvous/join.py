@@ -175,8 +175,8 @@ class _Joining:
 
     def _register(self, store: SignedStore) -> None:
         description = self._participant.to_json()
-        posted = store.plain.compare_set(_name(self._rank), "", description).decode()
-        if posted != description:
+        posted = store.plain.compare_set(_name(self._rank), "", description)
+        if posted != description.encode():
             (other,) = _read(store, [self._rank])
             problem = (
                 f"--rank {self._rank}: two processes have it, on host {other.host} (pid "
