@@ -20,6 +20,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def __init__(self, description: str, *, epilog: str | None = None) -> None:
         super().__init__(
+            usage="python %(prog)s [flags]",
             description=description,
             epilog=epilog,
             allow_abbrev=False,
