@@ -2,14 +2,14 @@
 
 from arguments.flag import fixed, free, unkept
 from arguments.values import real, whole
+from tasks.registry import TASKS
 
 DATA_FLAGS = (
     fixed(
         "--task-name",
         "a[:weight],b[:weight],...: each a .jsonl, .jsonl.zst, .jsonl.gz or .parquet file, a "
         "folder of them, a data set saved to disk by datasets, a hub name (org/name or org/name/"
-        "configuration), or a registered task (cot, natural_instructions or ni, p3, pile); only "
-        "rank 0 needs the files",
+        f"configuration), or a registered task ({', '.join(TASKS)}); only rank 0 needs the files",
         required=True,
         common=True,
         ranks="own",

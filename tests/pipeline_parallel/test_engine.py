@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from comm.communicator import PeerLostError
 from pipeline_parallel.engine import StageError
 from pipeline_parallel.microbatch import PipelineBatch
-from pipeline_parallel.schedule.schedules import SCHEDULES, gpipe, zero_bubble_h1
+from pipeline_parallel.schedule.schedules import SCHEDULES, gpipe, splits_backward, zero_bubble_h1
 from pipeline_parallel.schedule.validate import peak_in_flight
 from tests.memory import peak_bytes
 from tests.pipeline_parallel.doubles import NotedCommunicator
+
+# ---- messages ----
+from tests.pipeline_parallel.schedule_tables import IN_FLIGHT
 from tests.pipeline_parallel.stages import (
     HIDDEN,
     ROWS,
@@ -24,8 +27,6 @@ from tests.pipeline_parallel.stages import (
     make_model,
     make_stage,
 )
-
-# ---- messages ----
 
 
 def test_gpipes_first_stage_runs_all_forwards_before_the_second_begins() -> None:
@@ -68,7 +69,7 @@ def test_microbatches_in_flight_are_those_of_the_schedule(
     engine = make_engine(SCHEDULES[mode], communicator, num_microbatches=M, stage=noted)
     ends = {"first": stage_index == 0, "last": stage_index == P - 1}
     engine.train(batch(M, **ends), loss_scale=1.0)
-    expected = {"gpipe": M, "1f1b": P - stage_index, "zb-h1": min(P, M)}[mode]
+    expected = IN_FLIGHT[mode](stage_index, P, M)
     assert max(in_flight) == peak_in_flight(SCHEDULES[mode], stage_index, P, M) == expected
     assert in_flight[-1] == 0
 
@@ -138,9 +139,6 @@ def test_weight_gradients_that_wait_cost_little_memory(stage_index: int) -> None
 # ---- failures ----
 
 
-BACKWARDS = {"gpipe": "backward", "1f1b": "backward", "zb-h1": "input gradient"}
-
-
 @pytest.mark.parametrize("mode", SCHEDULES)
 def test_a_failure_in_backward_names_stage_microbatch_action_and_shape(mode: str) -> None:
     """On a middle stage, in the fourth microbatch; the cause is chained."""
@@ -162,8 +160,9 @@ def test_a_failure_in_backward_names_stage_microbatch_action_and_shape(mode: str
     with pytest.raises(StageError) as caught:
         engine.train(batch(6, first=False, last=False), loss_scale=1.0)
     assert caught.value.__cause__ is cause
+    action = "input gradient" if splits_backward(SCHEDULES[mode], 1, 3) else "backward"
     assert str(caught.value) == (
-        f"stage 1, {BACKWARDS[mode]} of microbatch 3; last received: "
+        f"stage 1, {action} of microbatch 3; last received: "
         f"({ROWS}, {TOKENS}, {HIDDEN}) torch.float32"
     )
 

@@ -8,44 +8,16 @@ from pipeline_parallel.schedule import schedules as module
 from pipeline_parallel.schedule.__main__ import timetable
 from pipeline_parallel.schedule.schedules import SCHEDULES, Schedule, forward_only
 from pipeline_parallel.schedule.simulator import Costs, StageCosts, simulate
-
-# pp-mode, stages and microbatches to the timetable where F, I and W take one slot, B two
-TIMETABLES = {
-    ("gpipe", 3, 3): """\
-stage 0   F0 F1 F2 .  .  .  .  .  .  B0 == B1 == B2 ==
-stage 1   .  F0 F1 F2 .  .  .  B0 == B1 == B2 == .  .
-stage 2   .  .  F0 F1 F2 B0 == B1 == B2 == .  .  .  .
-""",
-    ("1f1b", 3, 4): """\
-stage 0   F0 F1 F2 .  .  .  .  B0 == F3 B1 == .  B2 == .  B3 ==
-stage 1   .  F0 F1 .  .  B0 == F2 B1 == F3 B2 == .  B3 == .  .
-stage 2   .  .  F0 B0 == F1 B1 == F2 B2 == F3 B3 == .  .  .  .
-""",
-    ("zb-h1", 3, 4): """\
-stage 0   F0 F1 F2 .  .  B0 == F3 B1 == B2 == B3 ==
-stage 1   .  F0 F1 .  I0 F2 I1 W0 F3 I2 W1 I3 W2 W3
-stage 2   .  .  F0 I0 F1 I1 F2 I2 W0 F3 I3 W1 W2 W3
-""",
-}
-
-# what has no timetable above it: fewer microbatches than stages, one stage, one microbatch
-ORDERS = {
-    ("gpipe", 1, 2): ["F0 F1 B0 B1"],
-    ("1f1b", 1, 2): ["F0 B0 F1 B1"],
-    ("1f1b", 4, 2): ["F0 F1 B0 B1", "F0 F1 B0 B1", "F0 F1 B0 B1", "F0 B0 F1 B1"],
-    ("zb-h1", 1, 2): ["F0 B0 F1 B1"],
-    ("zb-h1", 3, 1): ["F0 B0", "F0 I0 W0", "F0 I0 W0"],
-    ("zb-h1", 4, 2): [
-        "F0 F1 B0 B1",
-        "F0 F1 I0 I1 W0 W1",
-        "F0 F1 I0 I1 W0 W1",
-        "F0 I0 F1 I1 W0 W1",
-    ],
-}
+from tests.pipeline_parallel.schedule_tables import ORDERS, TIMETABLES
 
 
 def written(schedule: Schedule, stages: int, microbatches: int) -> list[str]:
     return [" ".join(map(str, schedule(s, stages, microbatches))) for s in range(stages)]
+
+
+def test_every_schedule_has_its_tables() -> None:
+    for table in (TIMETABLES, ORDERS):
+        assert {mode for mode, _, _ in table} == SCHEDULES.keys()
 
 
 @pytest.mark.parametrize("case", TIMETABLES, ids=str)

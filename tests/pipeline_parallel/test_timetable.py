@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline_parallel.schedule.__main__ import main, timetable
-from pipeline_parallel.schedule.schedules import forward_only
+from pipeline_parallel.schedule.schedules import SCHEDULES, forward_only
 from pipeline_parallel.schedule.simulator import Costs, StageCosts, simulate
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -46,7 +46,7 @@ MISTAKES = {
     "--forward 0": "--forward: expected a whole number from 1 to 250, got '0'",
     "--input-gradient x": "--input-gradient: expected a whole number from 1 to 250, got 'x'",
     "--weight-gradient inf": "--weight-gradient: expected a whole number from 1 to 250, got 'inf'",
-    "--pp-mode zb-h2": "--pp-mode: expected one of gpipe, 1f1b, zb-h1, got 'zb-h2'",
+    "--pp-mode zb-h2": f"--pp-mode: expected one of {', '.join(SCHEDULES)}, got 'zb-h2'",
     "--stage 4": "unrecognized arguments: --stage 4",
     "two words": "unrecognized arguments: two words",
 }
