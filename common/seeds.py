@@ -7,6 +7,8 @@ The first parts of a seed are the run's seed and one of these words:
     "order"     the order of an epoch;  "round": a round of its permutation
     "mixture"   the source of each block
     "dropout"   the masks, by update, sequence and layer
+
+Another word or another order of the parts gives other bits: no run made before could be resumed.
 """
 
 import hashlib
