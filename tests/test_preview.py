@@ -172,7 +172,7 @@ def test_epochs_are_those_that_a_run_makes(tmp_path: Path, pack: Pack, rows: int
         train_on="completion",
         pack=pack,
     )
-    blocks = 3000
+    blocks = 1000
     for _ in range(blocks):
         stream.next_block()
     (source,) = stream.state()["sources"]
