@@ -110,8 +110,8 @@ class Engine:
         """Returns the microbatches whose numbers stop being finite in this very stage."""
         self._not_finite = []
         self.evaluate(batch)
-        found, self._not_finite = self._not_finite, None
-        return found
+        microbatches, self._not_finite = self._not_finite, None
+        return microbatches
 
     def _finish(self, batch: PipelineBatch) -> Losses:
         self._link.flush()

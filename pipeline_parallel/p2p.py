@@ -119,8 +119,8 @@ class StageLink:
     def _checked(self, tensor: Tensor | None) -> Tensor:
         shape, dtype, _ = self._spec
         if tensor is None or tensor.shape != shape or tensor.dtype != dtype:
-            found = "nothing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
-            raise RuntimeError(f"to send: {found}, but messages have {shape} {dtype}")
+            actual = "nothing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
+            raise RuntimeError(f"to send: {actual}, but messages have {shape} {dtype}")
         return tensor.contiguous()
 
 
