@@ -1,6 +1,7 @@
 """The ways in which replicas exchange gradients, by the value of --dp-mode. Needs no torch.
 
-A mode is a class in a file of this package, and one line in `DP_MODES`:
+A mode is a class in a file of this package, and one line in `DP_MODES`, whose keys are the choices
+of the flag:
 
     Mode(parameters, partition, replicas, tracer)
     bucket_ready(bucket)    starts the exchange of a bucket whose gradients are complete
