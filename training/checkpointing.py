@@ -95,10 +95,15 @@ class Saver:
         return self._store.is_writing
 
     def save(self, step: int, data: Mapping[str, Any], *, is_last: bool) -> bool:
-        """Whether the step is saved now; it may be pending instead, unless the run ends with it.
+        """Saves a step; no step may be pending.
 
-        Nothing is pending before. SaveFailedError, the same on all, where the run is not to go on
-        after a save that failed: it is the run's last, or --checkpoint-failure says so.
+        Returns:
+            Whether the step is saved now. With --async-checkpoint it is pending, unless it is the
+            run's last.
+
+        Raises:
+            SaveFailedError: the save failed, the same on all processes, and it is the run's last or
+                --checkpoint-failure is fatal.
         """
         self._store.begin(self._meta(step, data), parts=self._parts(step))
         if self._snapshot is not None and not is_last:
@@ -106,7 +111,7 @@ class Saver:
         return self.finish(is_last=is_last)
 
     def finish(self, *, is_last: bool = False) -> bool:
-        """Whether what is pending is saved now; waits for it. SaveFailedError as in `save`."""
+        """Waits until the pending step is written, and returns whether it is saved, as `save`."""
         step = self._store.pending
         try:
             self._store.finish()
@@ -126,7 +131,7 @@ class Saver:
         self._store.finish_cleanup()
 
     def _parts(self, step: int) -> dict[str, Any]:
-        """This stage's state in host memory; a process that writes none leaves it where it is."""
+        """Returns this stage's state, copied to host memory on a process that writes it."""
         parts = {
             "checkpoint": self._model.state_dict(),
             "optimizer": collect_state(self._update_step.optimizer, self._control, self._topology),

@@ -34,7 +34,7 @@ _ZIP_MAGIC = b"PK\x03\x04"
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorInfo:
     """A tensor's shape, and its type by torch's name ("float16"), from the file's header."""
 
     shape: tuple[int, ...]
@@ -50,7 +50,7 @@ class TensorFile(Protocol):
     """A file of named tensors; `entries` describes them without reading them."""
 
     path: Path
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, TensorInfo]
 
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Yields those keys, each with its tensor in memory of its own."""
@@ -61,7 +61,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.entries: Mapping[str, Entry] = {}
+        self.entries: Mapping[str, TensorInfo] = {}
         require_file(path)
         try:
             with safe_open(path, "pt") as file:
@@ -95,8 +95,8 @@ class TorchFile:
             )
         tensors = self._load()
         self._loaded = {} if self._mapped else tensors
-        self.entries: Mapping[str, Entry] = {
-            key: Entry(tuple(tensor.shape), _dtype_name(tensor.dtype))
+        self.entries: Mapping[str, TensorInfo] = {
+            key: TensorInfo(tuple(tensor.shape), _dtype_name(tensor.dtype))
             for key, tensor in tensors.items()
         }
 
@@ -136,9 +136,9 @@ def _is_zip(path: Path) -> bool:
         return file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
 
 
-def _slice_entry(view: Any) -> Entry:
+def _slice_entry(view: Any) -> TensorInfo:
     name = view.get_dtype()
-    return Entry(tuple(view.get_shape()), _SAFETENSORS_NAMES.get(name, name))
+    return TensorInfo(tuple(view.get_shape()), _SAFETENSORS_NAMES.get(name, name))
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint.files.tensor_files import DTYPES, Entry, TensorFile
+from checkpoint.files.tensor_files import DTYPES, TensorFile, TensorInfo
 from common.tensors import is_finite
 from modules.build import make_layer
 from modules.families.base import Family
@@ -40,7 +40,7 @@ def check_keys(path: Path, keys: Iterable[str], expected: Iterable[str]) -> None
         raise ValueError(f"{path}: key {_summarise(extra)} unexpected: no weight of this model")
 
 
-def check_entry(path: Path, key: str, entry: Entry, shape: tuple[int, ...]) -> None:
+def check_entry(path: Path, key: str, entry: TensorInfo, shape: tuple[int, ...]) -> None:
     """Raises ValueError for another shape, or for a type that is not a float."""
     if entry.shape != shape:
         raise ValueError(f"{path}: {key} has shape {entry.shape}, config.json makes it {shape}")

@@ -13,6 +13,7 @@ from checkpoint.conversion.from_hf import convert_from_hf
 from checkpoint.conversion.to_hf import convert_to_hf
 from checkpoint.files import hf_weights as hf_files
 from checkpoint.files.layer_shards import load_layer_shard
+from checkpoint.steps.latest import write_latest
 from pipeline_parallel.partition.split import Split
 from tests.checkpoint.models import (
     NUM_LAYERS,
@@ -53,7 +54,7 @@ def to_hf(name: str, checkpoint: Path, tmp_path: Path, **options: Any) -> Path:
 def ours(name: str, shards: Path, folder: Path, *counts: int) -> Path:
     """A checkpoint as our training leaves it: with config, tokenizer and meta.json."""
     make_checkpoint(shards, folder / "7", counts=counts, meta=step_meta(7, counts, name))
-    (folder / "latest").write_text("7")
+    write_latest(folder, 7)
     copy_config(shards, folder / "7")
     return folder
 
