@@ -45,12 +45,10 @@ class GroupMembership:
 
     @property
     def rank(self) -> int:
-        """This process's index in the group."""
         return self._rank
 
     @property
     def size(self) -> int:
-        """The number of members."""
         return len(self._members)
 
     @property

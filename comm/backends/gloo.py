@@ -5,7 +5,6 @@ added in the order of the members (comm.backends.ordered_reduce), since gloo's o
 position in the buffer.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -34,26 +33,18 @@ class GlooCommunicator(GroupMembership):
         self._num_sums = 0
         self._sums = InTurn()
 
-    def send(self, tensor: Tensor, *, to: int) -> Work:
-        return self.start_message(dist.isend, "send to", tensor, to, tag=_MESSAGE_TAG)
+    def send(self, tensor: Tensor, *, to: int, tag: int = _MESSAGE_TAG, prefix: str = "") -> Work:
+        """Sends to the receive of the same tag; `prefix` begins the name of the operation."""
+        post = partial(dist.isend, as_bytes(tensor), self._members[to], group=self._group, tag=tag)
+        return self._start(f"{prefix}send to {self._peers[to]}", tensor, post)
 
-    def receive(self, tensor: Tensor, *, source: int) -> Work:
-        return self.start_message(dist.irecv, "receive from", tensor, source, tag=_MESSAGE_TAG)
-
-    def start_message(
-        self,
-        call: Callable[..., dist.Work | None],
-        operation: str,
-        tensor: Tensor,
-        peer: int,
-        *,
-        tag: int,
+    def receive(
+        self, tensor: Tensor, *, source: int, tag: int = _MESSAGE_TAG, prefix: str = ""
     ) -> Work:
-        """Starts `call`, torch's isend or irecv, between two members that give the same tag."""
-        if tensor.numel() == 0:
-            return Done()
-        post = partial(call, as_bytes(tensor), self._members[peer], group=self._group, tag=tag)
-        return self._start(f"{operation} {self._peers[peer]}", post)
+        """Receives from the send of the same tag; `prefix` begins the name of the operation."""
+        data, rank = as_bytes(tensor), self._members[source]
+        post = partial(dist.irecv, data, rank, group=self._group, tag=tag)
+        return self._start(f"{prefix}receive from {self._peers[source]}", tensor, post)
 
     def all_reduce(self, tensor: Tensor) -> Work:
         """Adds in the order of the members: the bits depend on neither length nor position.
@@ -65,7 +56,7 @@ class GlooCommunicator(GroupMembership):
             return Done()
         if self.size == 2 and tensor.dtype != torch.bool:  # a + b == b + a
             post = partial(dist.all_reduce, tensor, group=self._group, async_op=True)
-            return self._start(f"all-reduce with {self._others}", post)
+            return self._start(f"all-reduce with {self._others}", tensor, post)
         messages = self._tagged_messages("all-reduce")
         if tensor.nbytes <= _SMALL_BYTES:
             return self._sums.add(GatheredSum(tensor.view(-1), messages))
@@ -97,18 +88,18 @@ class GlooCommunicator(GroupMembership):
     def _tagged_messages(self, operation: str) -> "_TaggedMessages":
         """Returns those of the next sum; all members start sums in one order, so tags match."""
         self._num_sums += 1
-        return _TaggedMessages(self, operation, 1 + self._num_sums % _NUM_SUM_TAGS)
+        return _TaggedMessages(self, f"{operation}, ", 1 + self._num_sums % _NUM_SUM_TAGS)
 
     def _broadcast(self, tensor: Tensor, root: int, *, operation: str) -> Work:
-        if tensor.numel() == 0:
-            return Done()
         data, source = as_bytes(tensor), self._members[root]
         post = partial(dist.broadcast, data, source, group=self._group, async_op=True)
         if root == self._rank:
-            return self._start(f"{operation}, send to {self._others}", post)
-        return self._start(f"{operation}, receive from {self._peers[root]}", post)
+            return self._start(f"{operation}, send to {self._others}", tensor, post)
+        return self._start(f"{operation}, receive from {self._peers[root]}", tensor, post)
 
-    def _start(self, operation: str, post: Post) -> Work:
+    def _start(self, operation: str, tensor: Tensor, post: Post) -> Work:
+        if tensor.numel() == 0:
+            return Done()
         return TorchWork(f"{self._name} {operation}", post, self._operation, self._timeout)
 
 
@@ -117,7 +108,7 @@ class _TaggedMessages:
     """The messages of one sum."""
 
     _channel: GlooCommunicator
-    _sum: str
+    _prefix: str
     _tag: int
 
     @property
@@ -129,9 +120,7 @@ class _TaggedMessages:
         return self._channel.size
 
     def send(self, tensor: Tensor, *, to: int) -> Work:
-        operation = f"{self._sum}, send to"
-        return self._channel.start_message(dist.isend, operation, tensor, to, tag=self._tag)
+        return self._channel.send(tensor, to=to, tag=self._tag, prefix=self._prefix)
 
     def receive(self, tensor: Tensor, *, source: int) -> Work:
-        operation = f"{self._sum}, receive from"
-        return self._channel.start_message(dist.irecv, operation, tensor, source, tag=self._tag)
+        return self._channel.receive(tensor, source=source, tag=self._tag, prefix=self._prefix)

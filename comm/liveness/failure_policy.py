@@ -56,13 +56,9 @@ class ExitPolicy:
     def connect(
         cls, rendezvous: Rendezvous, topology: Topology, *, stop: StopRequest | None = None
     ) -> "ExitPolicy":
-        """Starts failure detection among all ranks.
+        """Starts failure detection among all ranks; raises ConnectionError as `connect_to_server`.
 
         A rank that has joined but does not connect before the join deadline ends all.
-
-        Raises:
-            ConnectionError: rank 0 has gone, cannot be reached at its interface's address, or
-                something else listens there.
         """
         policy = cls(rendezvous, topology, stop=stop or StopRequest())
         missing = policy.detector.connect(rendezvous, master=policy._names[0])

@@ -57,8 +57,8 @@ def export(interface: Interface, environ: MutableMapping[str, str]) -> None:
 
 def _given_name(flag: str | None, environ: Mapping[str, str]) -> tuple[str, str] | None:
     """Returns the flag or variable that names an interface, and the name; all must agree."""
-    named = [("--net-interface", flag)] if flag else []
-    named += [(variable, environ[variable]) for variable in VARIABLES if environ.get(variable)]
+    given = {"--net-interface": flag} | {name: environ.get(name) for name in VARIABLES}
+    named = [(source, name) for source, name in given.items() if name]
     for source, name in named[1:]:
         if name != named[0][1]:
             first, value = named[0]
@@ -66,7 +66,7 @@ def _given_name(flag: str | None, environ: Mapping[str, str]) -> tuple[str, str]
                 f"{first} {value}: {source} is {name}; they must be the same; "
                 f"there are {_listing()}"
             )
-    return (named[0][0], str(named[0][1])) if named else None
+    return named[0] if named else None
 
 
 def _named(name: str, *, source: str, target: str) -> Interface:

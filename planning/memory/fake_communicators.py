@@ -3,13 +3,11 @@
 For finding out what a process of a run holds, without the others.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
-from comm.backends.base import Group, GroupMembership
+from comm.backends.base import Group, GroupMembership, Post
 from comm.backends.gloo import GlooCommunicator
 from comm.backends.single_process import SingleProcessCommunicator
 from comm.communicator import Done, Work
@@ -44,7 +42,7 @@ class FakeGloo(GlooCommunicator):
         torch_group: Any = None  # never asked
         super().__init__(torch_group, group)
 
-    def _start(self, what: str, post: Callable[[], dist.Work | None]) -> Work:
+    def _start(self, what: str, tensor: Tensor, post: Post) -> Work:
         return _FinishedWork(post)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
