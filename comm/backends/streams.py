@@ -117,21 +117,16 @@ class HostStream:
         self._worker.join()
 
     def _work(self) -> None:
-        failure = None
+        failure: Exception | None = None
         while (item := self._queue.get()) is not None:
             if isinstance(item, _HostEvent):
                 item.set_exception(failure)
             elif failure is None:
-                failure = _failure_of(item)
+                try:
+                    item()
+                except Exception as error:
+                    failure = error
             del item  # and with it the tensor, before the next one is awaited
-
-
-def _failure_of(call: Callable[[], None]) -> Exception | None:
-    try:
-        call()
-    except Exception as error:
-        return error
-    return None
 
 
 class _HostEvent(Future[None]):

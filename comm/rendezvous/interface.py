@@ -20,10 +20,6 @@ class Interface:
     name: str
     address: str
 
-    @property
-    def is_loopback(self) -> bool:
-        return ipaddress.ip_address(self.address).is_loopback
-
 
 def choose_interface(
     *, flag: str | None, master_host: str, environ: Mapping[str, str]
@@ -42,7 +38,7 @@ def choose_interface(
         if interface.address == address:
             return interface
     if ipaddress.ip_address(address).is_loopback:  # lo has all of 127.0.0.0/8
-        return next(interface for interface in _interfaces() if interface.is_loopback)
+        return next(i for i in _interfaces() if ipaddress.ip_address(i.address).is_loopback)
     raise ValueError(
         f"--net-interface is needed: no interface holds {address}, this machine's address towards "
         f"--dist-url's host {master_host}; there are {_listing()}"
