@@ -56,8 +56,7 @@ class SharedSum:
     """Each member sums its share of every slice, then sends the sum to all: two rounds."""
 
     def __init__(self, flat: Tensor, messages: PointToPoint, *, slice_bytes: int) -> None:
-        slices = _slices(flat, slice_bytes)
-        self._shares = (part.tensor_split(messages.size) for part in slices)
+        self._shares = (s.tensor_split(messages.size) for s in _slices(flat, slice_bytes))
         self._messages = messages
         self._next = self._start()
 

@@ -17,7 +17,10 @@ def parse_dist_url(url: str) -> tuple[str, int]:
 
 
 def resolve(host: str) -> tuple[socket.AddressFamily, str]:
-    """Returns the family and the address of `host`, IPv4 first; ValueError for an unknown one."""
+    """Returns the family and the address of `host`, IPv4 first.
+
+    Raises ValueError if the host is unknown.
+    """
     try:
         entries = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError as error:
