@@ -16,7 +16,7 @@ from comm.objects import gather_json
 logger = logging.getLogger(__name__)
 
 EXCHANGE_SECONDS = 1.0
-SLOW_SECONDS = 60.0
+SLOW_SECONDS = 60.0  # until slow ranks are reported; again each time the duration has doubled
 
 
 class BackgroundTask:
@@ -30,7 +30,6 @@ class BackgroundTask:
 
     @property
     def has_ended(self) -> bool:
-        """Whether it has returned or failed."""
         return not self._thread.is_alive()
 
     def wait(self) -> None:
@@ -42,7 +41,7 @@ class BackgroundTask:
         self._thread.join(timeout)
         if self._error is not None:
             raise self._error
-        return not self._thread.is_alive()
+        return self.has_ended
 
     def _run(self) -> None:
         try:
@@ -71,7 +70,8 @@ def run_on_all(
         The first expected error with its rank and host, the same on all ranks, if any.
     """
     task = work if work is None or isinstance(work, BackgroundTask) else BackgroundTask(work)
-    done, failure, slow_report = task is None, None, _SlowReport(name)
+    done, failure = task is None, None
+    began, next_report = time.monotonic(), SLOW_SECONDS
     while True:
         try:
             done = task is None or task.done(EXCHANGE_SECONDS)
@@ -80,22 +80,10 @@ def run_on_all(
             where = f"rank {control.rank} on {socket.gethostname()}: " if control.size > 1 else ""
             failure = f"{where}{error}"
         states = gather_json(control, [done, failure])
-        pending = [rank for rank, (is_done, _) in enumerate(states) if not is_done]
+        pending = [f"rank {rank}" for rank, (is_done, _) in enumerate(states) if not is_done]
         if not pending:
             return next((error for _, error in states if error), None)
-        if control.rank == 0:
-            slow_report.update(pending)
-
-
-class _SlowReport:
-    """Reports slow ranks after SLOW_SECONDS, and again each time the duration has doubled."""
-
-    def __init__(self, name: str) -> None:
-        self._name, self._began, self._next = name, time.monotonic(), SLOW_SECONDS
-
-    def update(self, ranks: list[int]) -> None:
-        seconds = time.monotonic() - self._began
-        if seconds > self._next:
-            self._next = 2 * seconds
-            names = ", ".join(f"rank {rank}" for rank in ranks)
-            logger.warning("%s: slow: %s not done after %.0f s", self._name, names, seconds)
+        seconds = time.monotonic() - began
+        if control.rank == 0 and seconds > next_report:
+            next_report = 2 * seconds
+            logger.warning("%s: slow: %s not done after %.0f s", name, ", ".join(pending), seconds)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
+from comm.backends.base import Group
 from comm.backends.cupy_nccl import NcclCommunicator
 from comm.backends.gloo import GlooCommunicator
 from comm.backends.host_staging import HostStagingCommunicator
@@ -64,13 +65,18 @@ def create_process_groups(
     if rendezvous.store is None or rendezvous.deadline is None:
         return ProcessGroups(*(SingleProcessCommunicator() for _ in range(3)))
     factory = _GroupFactory(topology, rendezvous.store.plain, device, dist_timeout, policy)
+    nccl = "nccl" if dist_backend == "nccl" else "cupy_nccl"
     try:
-        factory.init_world(timeout=max(dist_timeout, rendezvous.deadline.remaining))
-        cupy_or_torch = "nccl" if dist_backend == "nccl" else "cupy_nccl"
-        groups = factory.create(
-            pipeline=dist_backend,
-            replicas=cupy_or_torch if dp_backend == "nccl" else "gloo",
+        # this timeout holds for making any group
+        seconds = max(dist_timeout, rendezvous.deadline.remaining)
+        dist.init_process_group(
+            "gloo",
+            store=factory.store,
+            rank=topology.rank,
+            world_size=topology.world_size,
+            timeout=timedelta(seconds=seconds),
         )
+        groups = factory.create(dist_backend, nccl if dp_backend == "nccl" else "gloo")
     except RuntimeError as error:  # gloo's and the store's
         participant = rendezvous.participants[topology.rank]
         raise PeerLostError(
@@ -81,40 +87,24 @@ def create_process_groups(
     return groups
 
 
+@dataclass(frozen=True)
 class _GroupFactory:
-    def __init__(
-        self,
-        topology: Topology,
-        store: Store,
-        device: torch.device,
-        dist_timeout: float,
-        policy: ExitPolicy,
-    ) -> None:
-        self._topology = topology
-        self._store = store
-        self._device = device
-        self._dist_timeout = dist_timeout
-        self._policy = policy
+    topology: Topology
+    store: Store
+    device: torch.device
+    dist_timeout: float
+    policy: ExitPolicy
 
-    def init_world(self, *, timeout: float) -> None:
-        """Makes the gloo group of all ranks; `timeout` (s) holds for making any group."""
-        dist.init_process_group(
-            "gloo",
-            store=self._store,
-            rank=self._topology.rank,
-            world_size=self._topology.world_size,
-            timeout=timedelta(seconds=timeout),
-        )
-
-    def create(self, *, pipeline: str, replicas: str) -> ProcessGroups:
+    def create(self, pipeline: str, replicas: str) -> ProcessGroups:
         """Makes the groups, each over `cupy_nccl`, `nccl` or `gloo`."""
-        topology = self._topology
+        topology = self.topology
         pipelines = [topology.pipeline_ranks(r) for r in range(topology.num_replicas)]
         stages = [topology.replica_ranks(s) for s in range(topology.num_stages)]
         world = dist.group.WORLD
         assert world is not None
+        everyone = tuple(range(topology.world_size))
         return ProcessGroups(
-            control=self._gloo("control", world, range(topology.world_size)),
+            control=GlooCommunicator(world, self._group("control", everyone)),
             pipeline=self._own_group("pipeline", pipelines, pipeline),
             replicas=self._own_group("replicas", stages, replicas),
         )
@@ -125,51 +115,23 @@ class _GroupFactory:
         """Returns this process's group among `groups`; all ranks make all of torch's, in order."""
         if len(groups[0]) == 1:
             return SingleProcessCommunicator()
-        members = next(members for members in groups if self._topology.rank in members)
+        members = next(members for members in groups if self.topology.rank in members)
+        group, device, on_hang = (
+            self._group(name, members),
+            self.device,
+            self.policy.operation_failed,
+        )
         if backend == "cupy_nccl":
-            return self._cupy_nccl(name, members)
+            nccl = NcclCommunicator(group, device=device, store=self.store, on_hang=on_hang)
+            if name == "pipeline":
+                nccl.connect_neighbours()
+            return nccl
         if backend == "nccl":
-            return self._torch_nccl(name, groups, members)
-        torch_groups = {each: dist.new_group(list(each)) for each in groups}
-        gloo = self._gloo(name, torch_groups[members], members)
-        return gloo if self._device.type == "cpu" else HostStagingCommunicator(gloo)
+            made = {ranks: make_groups(ranks, dist_timeout=self.dist_timeout) for ranks in groups}
+            return TorchNcclCommunicator(made[members], group, device=device, on_hang=on_hang)
+        gloo_groups = {ranks: dist.new_group(list(ranks)) for ranks in groups}
+        gloo = GlooCommunicator(gloo_groups[members], group)
+        return gloo if device.type == "cpu" else HostStagingCommunicator(gloo)
 
-    def _torch_nccl(
-        self, name: str, groups: Sequence[tuple[int, ...]], members: Sequence[int]
-    ) -> Communicator:
-        torch_groups = {each: make_groups(each, dist_timeout=self._dist_timeout) for each in groups}
-        return TorchNcclCommunicator(
-            torch_groups[tuple(members)],
-            name=name,
-            members=members,
-            topology=self._topology,
-            device=self._device,
-            operation=self._policy.operation,
-            dist_timeout=self._dist_timeout,
-            on_hang=self._policy.operation_failed,
-        )
-
-    def _cupy_nccl(self, name: str, members: Sequence[int]) -> Communicator:
-        communicator = NcclCommunicator(
-            name=name,
-            members=members,
-            topology=self._topology,
-            device=self._device,
-            store=self._store,
-            operation=self._policy.operation,
-            dist_timeout=self._dist_timeout,
-            on_hang=self._policy.operation_failed,
-        )
-        if name == "pipeline":
-            communicator.connect_neighbours()
-        return communicator
-
-    def _gloo(self, name: str, group: dist.ProcessGroup, members: Sequence[int]) -> Communicator:
-        return GlooCommunicator(
-            group,
-            name=name,
-            members=members,
-            topology=self._topology,
-            operation=self._policy.operation,
-            dist_timeout=self._dist_timeout,
-        )
+    def _group(self, name: str, members: tuple[int, ...]) -> Group:
+        return Group(name, members, self.topology, self.policy.operation, self.dist_timeout)

@@ -1,35 +1,54 @@
 """The base of the communicators between processes: their group, and helpers of torch's."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from comm.communicator import PeerLostError
+from comm.communicator import CurrentOperation, PeerLostError
 from comm.topology import Topology
+
+Post: TypeAlias = Callable[[], dist.Work | None]  # starts an operation of torch's
+_NO_TIMEOUT = timedelta(0)  # torch's kNoTimeout: the limit of torch's group holds
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group of processes, and the way in which this process waits for the others.
+
+    name: for messages: `pipeline`, `replicas`, `control`.
+    members: the global ranks, in the order of the group; this process is one of them.
+    operation: names the operation that this process waits for.
+    dist_timeout: seconds that one operation may wait for a peer.
+    """
+
+    name: str
+    members: tuple[int, ...]
+    topology: Topology
+    operation: CurrentOperation
+    dist_timeout: float
 
 
 class GroupMembership:
-    """This process's place in a group.
+    """This process's place in a group."""
 
-    name: of the group, for messages: `pipeline`, `replicas`, `control`.
-    members: the global ranks, in the order of the group; this process is one of them.
-    """
-
-    def __init__(self, *, name: str, members: Sequence[int], topology: Topology) -> None:
-        self._name = name
-        self._members = tuple(members)
-        self._rank = self._members.index(topology.rank)
-        self._peers = [topology.describe(rank) for rank in self._members]
+    def __init__(self, group: Group) -> None:
+        self._name, self._members = group.name, group.members
+        self._rank = group.members.index(group.topology.rank)
+        self._peers = [group.topology.describe(rank) for rank in group.members]
+        self._operation = group.operation
 
     @property
     def rank(self) -> int:
-        """This process's index in the group."""
         return self._rank
 
     @property
     def size(self) -> int:
-        """The number of members."""
         return len(self._members)
 
     @property
@@ -37,12 +56,41 @@ class GroupMembership:
         return ", ".join(peer for member, peer in enumerate(self._peers) if member != self._rank)
 
 
+class TorchWork:
+    """An operation of torch's; gloo drops it if this object is deleted before it is done.
+
+    The constructor starts the operation. `timeout` limits the wait for it.
+    """
+
+    def __init__(
+        self, name: str, post: Post, operation: CurrentOperation, timeout: timedelta = _NO_TIMEOUT
+    ) -> None:
+        self._name, self._operation, self._timeout = name, operation, timeout
+        try:
+            work = post()
+        except RuntimeError as error:
+            raise _peer_lost(name, error, waited=0.0) from error
+        assert work is not None  # torch's answer to a process outside the group
+        self._work = work
+
+    def is_done(self) -> bool:
+        return bool(self._work.is_completed())
+
+    def wait(self) -> None:
+        started = time.monotonic()
+        with self._operation.during(self._name):
+            try:
+                self._work.wait(self._timeout)
+            except RuntimeError as error:
+                raise _peer_lost(self._name, error, waited=time.monotonic() - started) from error
+
+
 def as_bytes(tensor: Tensor) -> Tensor:
     """Returns the same memory as bytes, (nbytes,), which every backend can send."""
     return tensor.detach().view(-1).view(torch.uint8)
 
 
-def peer_lost(operation: str, error: RuntimeError, *, waited: float) -> PeerLostError:
+def _peer_lost(operation: str, error: RuntimeError, *, waited: float) -> PeerLostError:
     """Returns torch's error in one line, with the operation and the seconds that it waited."""
     reason = str(error).splitlines()[0].rpartition("] ")[2].rstrip(".")
     return PeerLostError(f"{operation} failed after {waited:.1f} s (--dist-timeout): {reason}.")

@@ -13,7 +13,6 @@ opened, in one order for all members. Other pairs are opened at their first mess
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,11 +20,10 @@ from torch import Tensor
 from torch.distributed import DistError
 from torch.distributed.distributed_c10d import Store
 
-from comm.backends.base import GroupMembership
+from comm.backends.base import Group, GroupMembership
 from comm.backends.hang_detector import HangDetector
 from comm.backends.streams import Event, Stream, create_stream
 from comm.communicator import CurrentOperation, Done, PeerLostError, Work
-from comm.topology import Topology
 
 # ncclDataType_t of nccl.h; bool travels as its byte
 DTYPE_CODES = {
@@ -53,34 +51,26 @@ class _Channel:
 class NcclCommunicator(GroupMembership):
     """A Communicator over NCCL.
 
-    name, members: as of GroupMembership.
     store: the first member of a channel posts NCCL's unique id there for the others.
-    operation: names the operation that this process waits for.
-    dist_timeout, on_hang: a wait of more than these seconds is reported to `on_hang`.
+    on_hang: called if a wait takes longer than `group.dist_timeout`.
 
-    Raises:
-        ValueError: CuPy or its NCCL is not installed.
-        PeerLostError: a channel could not be made.
+    Raises ValueError if CuPy or its NCCL is not installed, PeerLostError if a channel could not be
+    made.
     """
 
     def __init__(
         self,
+        group: Group,
         *,
-        name: str,
-        members: Sequence[int],
-        topology: Topology,
         device: torch.device,
         store: Store,
-        operation: CurrentOperation,
-        dist_timeout: float,
         on_hang: Callable[[PeerLostError], object],
     ) -> None:
+        super().__init__(group)
         self._library = load_library()
-        super().__init__(name=name, members=members, topology=topology)
         self._device = device
         self._store = store
-        self._operation = operation
-        self._hang_detector = HangDetector(limit=dist_timeout, on_hang=on_hang)
+        self._hang_detector = HangDetector(limit=group.dist_timeout, on_hang=on_hang)
         self._edges: dict[tuple[int, int], _Channel] = {}
         self._all = self._open("all", range(self.size))
         if self.size > 1:
@@ -94,63 +84,33 @@ class NcclCommunicator(GroupMembership):
 
     def send(self, tensor: Tensor, *, to: int) -> Work:
         channel = self._edge(self._rank, to)
-        return self._run(
-            f"send to {self._peers[to]}",
-            channel,
-            tensor,
-            lambda *message: channel.nccl.send(*message, 1, channel.stream.pointer),
-        )
+        return self._run(f"send to {self._peers[to]}", channel, channel.nccl.send, [tensor], 1)
 
     def receive(self, tensor: Tensor, *, source: int) -> Work:
-        channel = self._edge(source, self._rank)
-        return self._run(
-            f"receive from {self._peers[source]}",
-            channel,
-            tensor,
-            lambda *message: channel.nccl.recv(*message, 0, channel.stream.pointer),
-        )
+        channel, operation = self._edge(source, self._rank), f"receive from {self._peers[source]}"
+        return self._run(operation, channel, channel.nccl.recv, [tensor], 0)
 
     def all_reduce(self, tensor: Tensor) -> Work:
         """NCCL chooses the order of the sum."""
         assert tensor.dtype != torch.bool
-        nccl, stream = self._all.nccl, self._all.stream.pointer
-        return self._run(
-            f"all-reduce with {self._others}",
-            self._all,
-            tensor,
-            lambda data, *kind: nccl.allReduce(data, data, *kind, _SUM, stream),
-        )
+        call, operation = self._all.nccl.allReduce, f"all-reduce with {self._others}"
+        return self._run(operation, self._all, call, [tensor, tensor], _SUM)
 
     def reduce(self, tensor: Tensor, *, root: int) -> Work:
         """NCCL chooses the order of the sum."""
         assert tensor.dtype != torch.bool
-        nccl, stream = self._all.nccl, self._all.stream.pointer
-        return self._run(
-            f"reduce to {self._peers[root]} with {self._others}",
-            self._all,
-            tensor,
-            lambda data, *kind: nccl.reduce(data, data, *kind, _SUM, root, stream),
-        )
+        operation = f"reduce to {self._peers[root]} with {self._others}"
+        return self._run(operation, self._all, self._all.nccl.reduce, [tensor, tensor], _SUM, root)
 
     def broadcast(self, tensor: Tensor, *, root: int) -> None:
-        nccl, stream = self._all.nccl, self._all.stream.pointer
-        self._run(
-            f"broadcast from {self._peers[root]}",
-            self._all,
-            tensor,
-            lambda data, *kind: nccl.broadcast(data, data, *kind, root, stream),
-        ).wait()
+        call, operation = self._all.nccl.broadcast, f"broadcast from {self._peers[root]}"
+        self._run(operation, self._all, call, [tensor, tensor], root).wait()
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         gathered = tensor.new_empty((self.size, *tensor.shape))
         self._all.stream.wait_for_compute(gathered)
-        nccl, stream = self._all.nccl, self._all.stream.pointer
-        self._run(
-            f"all-gather with {self._others}",
-            self._all,
-            tensor,
-            lambda data, *kind: nccl.allGather(data, gathered.data_ptr(), *kind, stream),
-        ).wait()
+        call, operation = self._all.nccl.allGather, f"all-gather with {self._others}"
+        self._run(operation, self._all, call, [tensor, gathered]).wait()
         return gathered
 
     def close(self) -> None:
@@ -161,26 +121,36 @@ class NcclCommunicator(GroupMembership):
         for channel in channels:
             channel.nccl.destroy()
 
-    def _run(self, what: str, channel: _Channel, tensor: Tensor, call: Callable[..., None]) -> Work:
-        """Submits `call(pointer, count, dtype code)` to the channel's stream."""
+    def _run(
+        self,
+        operation: str,
+        channel: _Channel,
+        call: Callable[..., None],
+        buffers: Sequence[Tensor],
+        *arguments: int,
+    ) -> Work:
+        """Submits `call(*pointers, count, dtype code, *arguments, stream)` to the channel's stream.
+
+        Count and dtype are those of the first buffer.
+        """
+        tensor, name = buffers[0], f"{self._name} {operation}"
         assert tensor.is_contiguous()
         if tensor.numel() == 0:
             return Done()
-        operation = f"{self._name} {what}"
 
         def guarded() -> None:
+            pointers = [buffer.data_ptr() for buffer in buffers]
+            kind = tensor.numel(), DTYPE_CODES[tensor.dtype]
             try:
-                call(tensor.data_ptr(), tensor.numel(), DTYPE_CODES[tensor.dtype])
+                call(*pointers, *kind, *arguments, channel.stream.pointer)
             except self._library.NcclError as error:
-                raise PeerLostError(f"{operation} failed: {error}.") from error
+                raise PeerLostError(f"{name} failed: {error}.") from error
 
         channel.stream.wait_for_compute(tensor)
-        with self._operation.during(operation):
+        with self._operation.during(name):
             channel.stream.submit(guarded)
-        event = channel.stream.record_event()
-        check = channel.nccl.check_async_error
-        start_limit = partial(self._hang_detector.add, operation, event, check)
-        return _NcclWork(operation, event, start_limit, self._operation)
+        event, check = channel.stream.record_event(), channel.nccl.check_async_error
+        return _NcclWork(name, event, check, self._hang_detector, self._operation)
 
     def _edge(self, source: int, to: int) -> _Channel:
         """Returns the channel of messages from one member to another."""
@@ -215,9 +185,8 @@ class NcclCommunicator(GroupMembership):
             nccl = self._new(len(ranks), unique_id, list(members).index(self._rank))
         except (self._library.NcclError, DistError) as error:
             peers = ", ".join(self._peers[member] for member in members)
-            raise PeerLostError(
-                f"{self._name}: no NCCL channel between {peers}: {error}."
-            ) from error
+            line = f"{self._name}: no NCCL channel between {peers}: {error}."
+            raise PeerLostError(line) from error
         return _Channel(nccl, create_stream(self._device))
 
     def _new(self, size: int, unique_id: bytes, rank: int) -> Any:
@@ -228,29 +197,30 @@ class NcclCommunicator(GroupMembership):
             return self._library.NcclCommunicator(size, numbers, rank)
 
 
+@dataclass(frozen=True)
 class _NcclWork:
     """A message in its stream: on a GPU, `wait` blocks the computation, not the host."""
 
-    def __init__(
-        self, name: str, event: Event, start_limit: Callable[[], None], operation: CurrentOperation
-    ) -> None:
-        self._name = name
-        self._event = event
-        self._start_limit = start_limit
-        self._operation = operation
+    name: str
+    event: Event
+    check: Callable[[], None]  # raises RuntimeError if NCCL knows of a failure
+    hang_detector: HangDetector
+    operation: CurrentOperation
 
     def wait(self) -> None:
-        self._start_limit()
-        with self._operation.during(self._name):
-            self._event.block_compute()
+        self.hang_detector.add(self.name, self._is_done)
+        with self.operation.during(self.name):
+            self.event.block_compute()
+
+    def _is_done(self) -> bool:
+        is_done = self.event.is_done()
+        if not is_done:
+            self.check()
+        return is_done
 
 
 def load_library() -> Any:
-    """Returns the module `cupy.cuda.nccl`.
-
-    Raises:
-        ValueError: it is not installed; the text says what to install.
-    """
+    """Returns the module `cupy.cuda.nccl`. Raises ValueError if it is not installed."""
     try:
         from cupy.cuda import nccl
     except ImportError as error:

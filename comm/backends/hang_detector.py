@@ -3,19 +3,16 @@
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from comm.backends.streams import Event
 from comm.communicator import PeerLostError
 
 _POLL_SECONDS = 0.25
 
 
-@dataclass(frozen=True)
-class _PendingMessage:
+class _PendingMessage(NamedTuple):
     operation: str
-    event: Event
-    check: Callable[[], None]
+    is_done: Callable[[], bool]
     since: float
 
 
@@ -29,18 +26,16 @@ class HangDetector:
     def __init__(self, *, limit: float, on_hang: Callable[[PeerLostError], object]) -> None:
         self._limit = limit
         self._on_hang = on_hang
-        self._messages: list[_PendingMessage] = []
-        self._lock = threading.Lock()
+        self._messages: list[_PendingMessage] = []  # only the thread removes them
         self._closed = threading.Event()
         threading.Thread(target=self._run, name="hang-detector", daemon=True).start()
 
-    def add(self, operation: str, event: Event, check: Callable[[], None]) -> None:
+    def add(self, operation: str, is_done: Callable[[], bool]) -> None:
         """Adds a message, now that the wait for it begins.
 
-        `check` raises RuntimeError if the library knows of a failure.
+        `is_done` raises RuntimeError if the library knows of a failure.
         """
-        with self._lock:
-            self._messages.append(_PendingMessage(operation, event, check, time.monotonic()))
+        self._messages.append(_PendingMessage(operation, is_done, time.monotonic()))
 
     def close(self) -> None:
         """Ends the checks."""
@@ -54,15 +49,12 @@ class HangDetector:
                 return
 
     def _problem(self) -> PeerLostError | None:
-        with self._lock:
-            messages = list(self._messages)
-        for message in messages:
+        for message in tuple(self._messages):
             waited = time.monotonic() - message.since
             try:
-                if message.event.is_done():
-                    self._remove(message)
+                if message.is_done():
+                    self._messages.remove(message)
                     continue
-                message.check()
             except RuntimeError as error:
                 return PeerLostError(f"{message.operation} failed after {waited:.1f} s: {error}.")
             if waited > self._limit:
@@ -70,7 +62,3 @@ class HangDetector:
                     f"{message.operation} took more than {waited:.0f} s (--dist-timeout)."
                 )
         return None
-
-    def _remove(self, message: _PendingMessage) -> None:
-        with self._lock:
-            self._messages.remove(message)

@@ -1,5 +1,7 @@
 """CUDA tensors over a communicator of host tensors: slower, but TCP is enough."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -22,20 +24,20 @@ class HostStagingCommunicator:
 
     def send(self, tensor: Tensor, *, to: int) -> Work:
         copy = _to_host(tensor)
-        return _CopyWork(self._host.send(copy, to=to), copy, target=None)
+        return _CopyWork(self._host.send(copy, to=to), copy, None)
 
     def receive(self, tensor: Tensor, *, source: int) -> Work:
         copy = torch.empty_like(tensor, device="cpu")
-        return _CopyWork(self._host.receive(copy, source=source), copy, target=tensor)
+        return _CopyWork(self._host.receive(copy, source=source), copy, tensor)
 
     def all_reduce(self, tensor: Tensor) -> Work:
         copy = _to_host(tensor)
-        return _CopyWork(self._host.all_reduce(copy), copy, target=tensor)
+        return _CopyWork(self._host.all_reduce(copy), copy, tensor)
 
     def reduce(self, tensor: Tensor, *, root: int) -> Work:
         copy = _to_host(tensor)
         target = tensor if self.rank == root else None
-        return _CopyWork(self._host.reduce(copy, root=root), copy, target=target)
+        return _CopyWork(self._host.reduce(copy, root=root), copy, target)
 
     def broadcast(self, tensor: Tensor, *, root: int) -> None:
         copy = _to_host(tensor)
@@ -49,18 +51,18 @@ class HostStagingCommunicator:
         self._host.close()
 
 
+@dataclass(frozen=True)
 class _CopyWork:
     """Keeps the host copy while it travels; `wait` copies a received one to the device."""
 
-    def __init__(self, work: Work, copy: Tensor, *, target: Tensor | None) -> None:
-        self._work = work
-        self._copy = copy
-        self._target = target
+    work: Work
+    copy: Tensor
+    target: Tensor | None
 
     def wait(self) -> None:
-        self._work.wait()
-        if self._target is not None:
-            self._target.copy_(self._copy)
+        self.work.wait()
+        if self.target is not None:
+            self.target.copy_(self.copy)
 
 
 def _to_host(tensor: Tensor) -> Tensor:

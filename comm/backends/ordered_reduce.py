@@ -7,7 +7,8 @@ rest. Long buffers are cut into slices, two of which are under way, so that copi
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,93 +32,63 @@ class InTurn:
         return _Turn(work, self._under_way)
 
 
+@dataclass(frozen=True)
 class _Turn:
-    def __init__(self, work: Work, under_way: deque[Work]) -> None:
-        self._work = work
-        self._under_way = under_way
+    work: Work
+    under_way: deque[Work]
 
     def wait(self) -> None:
-        while self._work in self._under_way:
-            self._under_way.popleft().wait()
+        while self.work in self.under_way:
+            self.under_way.popleft().wait()
 
 
 class GatheredSum:
     """Every member gets all tensors and adds them: one round of messages, for short buffers."""
 
     def __init__(self, flat: Tensor, messages: PointToPoint) -> None:
-        self._flat = flat
-        self._rows = flat.new_empty((messages.size, flat.numel()))
-        own_row = self._rows[messages.rank]
-        own_row.copy_(flat)
-        self._works = _receive_rows(self._rows, messages)
-        self._works += [messages.send(own_row, to=member) for member in _others(messages)]
+        self._part = _Part(flat, messages, sent=[flat] * messages.size)
 
     def wait(self) -> None:
-        _wait(self._works)
-        self._flat.copy_(_sum_rows(self._rows))
+        self._part.sum()
 
 
 class SharedSum:
     """Each member sums its share of every slice, then sends the sum to all: two rounds."""
 
     def __init__(self, flat: Tensor, messages: PointToPoint, *, slice_bytes: int) -> None:
-        parts = _slices(flat, slice_bytes)
-        self._slices = (_SharedSlice(part, messages) for part in parts)
-        self._current = next(self._slices, None)
+        self._shares = (s.tensor_split(messages.size) for s in _slices(flat, slice_bytes))
+        self._messages = messages
+        self._next = self._start()
 
     def wait(self) -> None:
-        sends: list[Work] = []
-        while self._current is not None:
-            current, self._current = self._current, next(self._slices, None)
-            sends += current.sum_and_share()
-        _wait(sends)
+        works: list[Work] = []
+        while self._next is not None:
+            (shares, part), self._next = self._next, self._start()
+            part.sum()
+            for member in _others(self._messages):
+                works.append(self._messages.receive(shares[member], source=member))
+                works.append(self._messages.send(shares[self._messages.rank], to=member))
+        _wait(works)
 
-
-class _SharedSlice:
-    def __init__(self, flat: Tensor, messages: PointToPoint) -> None:
-        self._messages = messages
-        self._shares = flat.tensor_split(messages.size)
-        self._own_share = self._shares[messages.rank]
-        self._rows = self._own_share.new_empty((messages.size, self._own_share.numel()))
-        self._rows[messages.rank] = self._own_share
-        self._works = _receive_rows(self._rows, messages)
-        for member in _others(messages):
-            self._works.append(messages.send(self._shares[member], to=member))
-
-    def sum_and_share(self) -> list[Work]:
-        """Sums this member's share; returns the exchange of all members' sums, under way."""
-        _wait(self._works)
-        self._own_share.copy_(_sum_rows(self._rows))
-        works = []
-        for member in _others(self._messages):
-            works.append(self._messages.receive(self._shares[member], source=member))
-            works.append(self._messages.send(self._own_share, to=member))
-        return works
+    def _start(self) -> "tuple[Sequence[Tensor], _Part] | None":
+        """Starts the next slice, if any; returns all members' shares and this member's part."""
+        shares = next(self._shares, None)
+        if shares is None:
+            return None
+        return shares, _Part(shares[self._messages.rank], self._messages, sent=shares)
 
 
 class SumAtRoot:
     """The sum on the root member; the others have a SentToRoot."""
 
     def __init__(self, flat: Tensor, messages: PointToPoint, *, slice_bytes: int) -> None:
-        self._slices = (_RootSlice(part, messages) for part in _slices(flat, slice_bytes))
-        self._current = next(self._slices, None)
+        self._parts = (_Part(part, messages) for part in _slices(flat, slice_bytes))
+        self._next = next(self._parts, None)
 
     def wait(self) -> None:
-        while self._current is not None:
-            current, self._current = self._current, next(self._slices, None)
-            current.sum()
-
-
-class _RootSlice:
-    def __init__(self, flat: Tensor, messages: PointToPoint) -> None:
-        self._flat = flat
-        self._rows = flat.new_empty((messages.size, flat.numel()))
-        self._rows[messages.rank] = flat
-        self._works = _receive_rows(self._rows, messages)
-
-    def sum(self) -> None:
-        _wait(self._works)
-        self._flat.copy_(_sum_rows(self._rows))
+        while self._next is not None:
+            part, self._next = self._next, next(self._parts, None)
+            part.sum()
 
 
 class SentToRoot:
@@ -132,25 +103,33 @@ class SentToRoot:
         _wait(self._works)
 
 
+class _Part:
+    """The elements that this member sums, in `own`; `sent` are the tensors for the others."""
+
+    def __init__(self, own: Tensor, messages: PointToPoint, *, sent: Sequence[Tensor] = ()) -> None:
+        self._own = own
+        self._rows = own.new_empty((messages.size, own.numel()))
+        self._rows[messages.rank] = own
+        others = _others(messages)
+        self._works = [messages.receive(self._rows[member], source=member) for member in others]
+        if sent:
+            self._works += [messages.send(sent[member], to=member) for member in others]
+
+    def sum(self) -> None:
+        """Waits for the other members' elements, and adds all in the order of the members."""
+        _wait(self._works)
+        total = self._rows[0]
+        for row in self._rows[1:]:
+            total += row
+        self._own.copy_(total)
+
+
 def _slices(flat: Tensor, slice_bytes: int) -> Iterator[Tensor]:
     return iter(torch.split(flat, max(1, slice_bytes // flat.element_size())))
 
 
-def _receive_rows(rows: Tensor, messages: PointToPoint) -> list[Work]:
-    """Starts receiving row m from member m."""
-    return [messages.receive(rows[member], source=member) for member in _others(messages)]
-
-
-def _others(messages: PointToPoint) -> Iterator[int]:
-    return (member for member in range(messages.size) if member != messages.rank)
-
-
-def _sum_rows(rows: Tensor) -> Tensor:
-    """Returns the sum over the first dimension, in its order; overwrites the rows."""
-    total = rows[0]
-    for row in rows[1:]:
-        total += row
-    return total
+def _others(messages: PointToPoint) -> list[int]:
+    return [member for member in range(messages.size) if member != messages.rank]
 
 
 def _wait(works: Iterable[Work]) -> None:

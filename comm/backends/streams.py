@@ -3,6 +3,8 @@
 import queue
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -72,16 +74,16 @@ class CudaStream:
         self._stream.synchronize()
 
 
+@dataclass(frozen=True)
 class _CudaEvent:
-    def __init__(self, event: torch.cuda.Event, device: torch.device) -> None:
-        self._event = event
-        self._device = device
+    event: torch.cuda.Event
+    device: torch.device
 
     def is_done(self) -> bool:
-        return bool(self._event.query())
+        return bool(self.event.query())
 
     def block_compute(self) -> None:
-        torch.cuda.current_stream(self._device).wait_event(self._event)
+        torch.cuda.current_stream(self.device).wait_event(self.event)
 
 
 class HostStream:
@@ -118,34 +120,20 @@ class HostStream:
         failure: Exception | None = None
         while (item := self._queue.get()) is not None:
             if isinstance(item, _HostEvent):
-                item.complete(failure)
+                item.set_exception(failure)
             elif failure is None:
-                failure = _failure_of(item)
+                try:
+                    item()
+                except Exception as error:
+                    failure = error
             del item  # and with it the tensor, before the next one is awaited
 
 
-def _failure_of(call: Callable[[], None]) -> Exception | None:
-    try:
-        call()
-    except Exception as error:
-        return error
-    return None
-
-
-class _HostEvent:
-    def __init__(self) -> None:
-        self._done = threading.Event()
-        self._failure: Exception | None = None
-
-    def complete(self, failure: Exception | None) -> None:
-        """Records that all calls before it are done, or have failed."""
-        self._failure = failure
-        self._done.set()
+class _HostEvent(Future[None]):
+    """The result of all calls before it: the exception of one that has failed, if any."""
 
     def is_done(self) -> bool:
-        return self._done.is_set()
+        return self.done()
 
     def block_compute(self) -> None:
-        self._done.wait()
-        if self._failure is not None:
-            raise self._failure
+        self.result()

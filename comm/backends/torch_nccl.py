@@ -6,7 +6,6 @@ a group's NCCL communicator at its first operation, which blocks the host until 
 a receive posted ahead would wait forever. So all are made at the start, by a message each.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,10 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from comm.backends.base import GroupMembership, as_bytes, peer_lost
+from comm.backends.base import Group, GroupMembership, Post, TorchWork, as_bytes
 from comm.backends.hang_detector import HangDetector
 from comm.communicator import CurrentOperation, Done, PeerLostError, Work
-from comm.topology import Topology
 
 _GRACE_SECONDS = 60.0  # after our limit: torch's ends the process without naming a peer
 
@@ -60,30 +58,21 @@ def new_group(ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:
 class TorchNcclCommunicator(GroupMembership):
     """A Communicator over torch's NCCL groups.
 
-    name, members: as of GroupMembership.
-    operation: names the operation that this process waits for.
-    dist_timeout, on_hang: a wait of more than these seconds is reported to `on_hang`.
-
-    Raises:
-        PeerLostError: a channel could not be made.
+    `on_hang` is called if a wait takes longer than `group.dist_timeout`. Raises PeerLostError if a
+    channel could not be made.
     """
 
     def __init__(
         self,
-        groups: TorchGroups,
+        torch_groups: TorchGroups,
+        group: Group,
         *,
-        name: str,
-        members: Sequence[int],
-        topology: Topology,
         device: torch.device,
-        operation: CurrentOperation,
-        dist_timeout: float,
         on_hang: Callable[[PeerLostError], object],
     ) -> None:
-        self._groups = groups
-        super().__init__(name=name, members=members, topology=topology)
-        self._operation = operation
-        self._hang_detector = HangDetector(limit=dist_timeout, on_hang=on_hang)
+        super().__init__(group)
+        self._groups = torch_groups
+        self._hang_detector = HangDetector(limit=group.dist_timeout, on_hang=on_hang)
         self._open(torch.zeros(1, device=device))
 
     def send(self, tensor: Tensor, *, to: int) -> Work:
@@ -114,13 +103,8 @@ class TorchNcclCommunicator(GroupMembership):
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         gathered = tensor.new_empty((self.size, *tensor.shape))
-        post = partial(
-            dist.all_gather_into_tensor,
-            as_bytes(gathered),
-            as_bytes(tensor),
-            group=self._groups.all_members,
-            async_op=True,
-        )
+        buffers, group = (as_bytes(gathered), as_bytes(tensor)), self._groups.all_members
+        post = partial(dist.all_gather_into_tensor, *buffers, group=group, async_op=True)
         self._start(f"all-gather with {self._others}", tensor, post).wait()
         return gathered
 
@@ -140,49 +124,27 @@ class TorchNcclCommunicator(GroupMembership):
             elif self._rank == to:
                 self.receive(scratch, source=source).wait()
 
-    def _start(self, operation: str, tensor: Tensor, post: Callable[[], dist.Work | None]) -> Work:
+    def _start(self, operation: str, tensor: Tensor, post: Post) -> Work:
         assert tensor.is_contiguous()
         if tensor.numel() == 0:
             return Done()
         operation = f"{self._name} {operation}"
         with self._operation.during(operation):
-            try:
-                work = post()
-            except RuntimeError as error:
-                raise peer_lost(operation, error, waited=0.0) from error
-        assert work is not None  # torch's answer to a process outside the group
-        return _TorchNcclWork(operation, work, self._hang_detector, self._operation)
+            return _TorchNcclWork(operation, post, self._operation, self._hang_detector)
 
 
-class _TorchNcclWork:
-    """An operation in torch's stream, and its Event: `wait` blocks the GPU, not the host."""
+class _TorchNcclWork(TorchWork):
+    """An operation in torch's stream: `wait` blocks the GPU, not the host."""
 
     def __init__(
-        self, name: str, work: dist.Work, hang_detector: HangDetector, operation: CurrentOperation
+        self, name: str, post: Post, operation: CurrentOperation, hang_detector: HangDetector
     ) -> None:
-        self._name = name
-        self._work = work
+        super().__init__(name, post, operation)
         self._hang_detector = hang_detector
-        self._operation = operation
 
     def wait(self) -> None:
-        self._hang_detector.add(self._name, self, _nothing_to_check)
-        with self._operation.during(self._name):
-            self.block_compute()
-
-    def is_done(self) -> bool:
-        return bool(self._work.is_completed())
-
-    def block_compute(self) -> None:
-        started = time.monotonic()
-        try:
-            self._work.wait()
-        except RuntimeError as error:
-            raise peer_lost(self._name, error, waited=time.monotonic() - started) from error
-
-
-def _nothing_to_check() -> None:
-    """torch checks its communicators itself."""
+        self._hang_detector.add(self._name, self.is_done)  # torch finds failures itself
+        super().wait()
 
 
 def _directions(size: int) -> list[tuple[int, int]]:

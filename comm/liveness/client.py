@@ -14,9 +14,8 @@ from comm.rendezvous.signed_store import LIVENESS_ADDRESS
 def connect_to_server(rendezvous: Rendezvous, *, master: str) -> tuple[socket.socket, BinaryIO]:
     """Returns a connection to rank 0, named `master` in errors, and the lines that come over it.
 
-    Raises:
-        ConnectionError: rank 0 has gone, cannot be reached at its interface's address, or something
-            else listens there.
+    Raises ConnectionError if rank 0 has gone, cannot be reached at its interface's address, or
+    something else listens there.
     """
     assert rendezvous.store is not None
     assert rendezvous.deadline is not None
@@ -36,8 +35,7 @@ def connect_to_server(rendezvous: Rendezvous, *, master: str) -> tuple[socket.so
         ) from error
     lines = connection.makefile("rb")
     try:
-        handshake = Handshake(rendezvous.key, rendezvous.nonce)
-        _shake_hands(handshake, rendezvous.rank, connection, lines)
+        _shake_hands(rendezvous, connection, lines)
     except (OSError, ValueError) as error:
         raise ConnectionError(
             f"the listener at {address} port {port} does not prove to be rank 0 (host {host}) of "
@@ -48,12 +46,11 @@ def connect_to_server(rendezvous: Rendezvous, *, master: str) -> tuple[socket.so
     return connection, lines
 
 
-def _shake_hands(
-    handshake: Handshake, rank: int, connection: socket.socket, lines: BinaryIO
-) -> None:
+def _shake_hands(rendezvous: Rendezvous, connection: socket.socket, lines: BinaryIO) -> None:
     """Proves this rank to rank 0, and requires the same of rank 0."""
+    handshake = Handshake(rendezvous.key, rendezvous.nonce)
     challenge = decode(lines.readline(MAX_LINE)).get("challenge")
-    reply = handshake.reply(challenge, rank=rank)
+    reply = handshake.reply(challenge, rank=rendezvous.rank)
     connection.sendall(encode(reply))
     answer = decode(lines.readline(MAX_LINE))
     if not handshake.is_answer(answer, challenge=challenge, reply=reply):

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import BinaryIO, NamedTuple, TypeAlias
 
 from comm.lifecycle.stop_signals import StopCause
@@ -71,12 +72,8 @@ class FailureDetector:
     def connect(self, rendezvous: Rendezvous, *, master: str) -> list[int]:
         """Connects this rank to rank 0, named `master` in errors; does nothing in a world of one.
 
-        Returns:
-            On rank 0, the ranks that have joined but did not connect before the join deadline.
-
-        Raises:
-            ConnectionError: rank 0 has gone, cannot be reached at its interface's address, or
-                something else listens there.
+        Returns on rank 0 the ranks that have joined but did not connect before the join deadline.
+        Raises ConnectionError as `connect_to_server`.
         """
         if rendezvous.store is None or rendezvous.deadline is None:
             return []
@@ -143,12 +140,8 @@ class FailureDetector:
 
     def _start_client(self, rendezvous: Rendezvous, master: str) -> None:
         self._connection, lines = connect_to_server(rendezvous, master=master)
-        threading.Thread(
-            target=self._receive, args=(lines,), name="liveness-client", daemon=True
-        ).start()
-        threading.Thread(
-            target=self._check_heartbeat, name="liveness-heartbeat", daemon=True
-        ).start()
+        for target in (partial(self._receive, lines), self._check_heartbeat):
+            threading.Thread(target=target, name="liveness-client", daemon=True).start()
 
     def _send(self, message: Message) -> None:
         if self._connection is not None:

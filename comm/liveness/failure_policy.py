@@ -56,13 +56,9 @@ class ExitPolicy:
     def connect(
         cls, rendezvous: Rendezvous, topology: Topology, *, stop: StopRequest | None = None
     ) -> "ExitPolicy":
-        """Starts failure detection among all ranks.
+        """Starts failure detection among all ranks; raises ConnectionError as `connect_to_server`.
 
         A rank that has joined but does not connect before the join deadline ends all.
-
-        Raises:
-            ConnectionError: rank 0 has gone, cannot be reached at its interface's address, or
-                something else listens there.
         """
         policy = cls(rendezvous, topology, stop=stop or StopRequest())
         missing = policy.detector.connect(rendezvous, master=policy._names[0])
@@ -90,7 +86,10 @@ class ExitPolicy:
         report_line(line if self.detector.is_alone else f"rank {self._rank}: {line}")
         self.detector.publish_failure(status, line)
         if before_exit is not None:
-            _call(before_exit)
+            try:
+                before_exit()
+            except Exception as error:  # only logged: the process ends because of another
+                logger.warning("while ending: %s: %s", type(error).__name__, error)
         self.detector.await_publication(seconds=_LINGER_SECONDS)
         self._exit(status)
 
@@ -153,11 +152,3 @@ class ExitPolicy:
     def _exit(self, status: int) -> NoReturn:
         self.detector.await_departures(seconds=_LINGER_SECONDS)
         exit_process(status)
-
-
-def _call(before_exit: Callable[[], object]) -> None:
-    """Calls it; an error of it is only logged, since the process ends because of another."""
-    try:
-        before_exit()
-    except Exception as error:
-        logger.warning("while ending: %s: %s", type(error).__name__, error)

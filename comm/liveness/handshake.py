@@ -38,11 +38,5 @@ class Handshake:
         self, answer: Mapping[str, Any], *, challenge: object, reply: Mapping[str, Any]
     ) -> bool:
         """Returns whether rank 0 of this start gave this answer to `reply`."""
-        return self.key.is_proof(
-            answer.get("proof"),
-            "rank 0",
-            self.nonce,
-            reply["rank"],
-            str(challenge),
-            reply["challenge"],
-        )
+        message = ("rank 0", self.nonce, reply["rank"], str(challenge), reply["challenge"])
+        return self.key.is_proof(answer.get("proof"), *message)

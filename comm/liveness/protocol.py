@@ -18,11 +18,7 @@ def encode(message: Message) -> bytes:
 
 
 def decode(line: bytes) -> dict[str, Any]:
-    """Returns the message of one line.
-
-    Raises:
-        ValueError: `line` is not a JSON object.
-    """
+    """Returns the message of one line; raises ValueError if it is not a JSON object."""
     try:
         message = json.loads(line)
     except RecursionError as error:

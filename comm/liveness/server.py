@@ -43,8 +43,7 @@ class _Connection:
     def receive(self) -> list[bytes]:
         """Returns the complete lines that have come in.
 
-        Raises:
-            EOFError: the connection ended, or sends more than a line may hold.
+        Raises EOFError if the connection ended, or sends more than a line may hold.
         """
         try:
             data = self.socket.recv(MAX_LINE)

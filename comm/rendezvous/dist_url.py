@@ -19,14 +19,12 @@ def parse_dist_url(url: str) -> tuple[str, int]:
 def resolve(host: str) -> tuple[socket.AddressFamily, str]:
     """Returns the family and the address of `host`, IPv4 first.
 
-    Raises:
-        ValueError: the host is unknown.
+    Raises ValueError if the host is unknown.
     """
     try:
         entries = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise ValueError(
-            f"--dist-url: cannot resolve the host {host!r}: {error.args[-1]}"
-        ) from None
+        reason = error.args[-1]
+        raise ValueError(f"--dist-url: cannot resolve the host {host!r}: {reason}") from None
     family, _, _, _, address = min(entries, key=lambda entry: entry[0] != socket.AF_INET)
     return family, str(address[0])

@@ -20,10 +20,6 @@ class Interface:
     name: str
     address: str
 
-    @property
-    def is_loopback(self) -> bool:
-        return ipaddress.ip_address(self.address).is_loopback
-
 
 def choose_interface(
     *, flag: str | None, master_host: str, environ: Mapping[str, str]
@@ -42,7 +38,7 @@ def choose_interface(
         if interface.address == address:
             return interface
     if ipaddress.ip_address(address).is_loopback:  # lo has all of 127.0.0.0/8
-        return next(interface for interface in _interfaces() if interface.is_loopback)
+        return next(i for i in _interfaces() if ipaddress.ip_address(i.address).is_loopback)
     raise ValueError(
         f"--net-interface is needed: no interface holds {address}, this machine's address towards "
         f"--dist-url's host {master_host}; there are {_listing()}"
@@ -57,8 +53,8 @@ def export(interface: Interface, environ: MutableMapping[str, str]) -> None:
 
 def _given_name(flag: str | None, environ: Mapping[str, str]) -> tuple[str, str] | None:
     """Returns the flag or variable that names an interface, and the name; all must agree."""
-    named = [("--net-interface", flag)] if flag else []
-    named += [(variable, environ[variable]) for variable in VARIABLES if environ.get(variable)]
+    given = {"--net-interface": flag} | {name: environ.get(name) for name in VARIABLES}
+    named = [(source, name) for source, name in given.items() if name]
     for source, name in named[1:]:
         if name != named[0][1]:
             first, value = named[0]
@@ -66,7 +62,7 @@ def _given_name(flag: str | None, environ: Mapping[str, str]) -> tuple[str, str]
                 f"{first} {value}: {source} is {name}; they must be the same; "
                 f"there are {_listing()}"
             )
-    return (named[0][0], str(named[0][1])) if named else None
+    return named[0] if named else None
 
 
 def _named(name: str, *, source: str, target: str) -> Interface:

@@ -33,23 +33,21 @@ class JobKey:
 
 def read_job_key(job_id: str, token_file: Path | None) -> JobKey:
     """Returns the key of a run's flags. ValueError for a file that is missing or too short."""
-    return JobKey(job_id, b"" if token_file is None else _read_token(token_file))
+    if token_file is None:
+        return JobKey(job_id)
+    try:
+        with token_file.open("rb") as file:
+            token = file.read(MAX_TOKEN).strip()
+    except OSError as error:
+        raise ValueError(f"--job-token-file {token_file}: {error.strerror}") from None
+    if len(token) < MIN_TOKEN:
+        raise ValueError(
+            f"--job-token-file {token_file}: it holds {len(token)} bytes, expected at least "
+            f"{MIN_TOKEN} that nobody can guess, as `openssl rand -hex 32` makes them"
+        )
+    return JobKey(job_id, token)
 
 
 def is_readable_by_others(token_file: Path) -> bool:
     """Returns whether another user of this machine may read the file."""
     return token_file.stat().st_mode & 0o077 != 0
-
-
-def _read_token(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            token = file.read(MAX_TOKEN).strip()
-    except OSError as error:
-        raise ValueError(f"--job-token-file {path}: {error.strerror}") from None
-    if len(token) < MIN_TOKEN:
-        raise ValueError(
-            f"--job-token-file {path}: it holds {len(token)} bytes, expected at least {MIN_TOKEN} "
-            "that nobody can guess, as `openssl rand -hex 32` makes them"
-        )
-    return token

@@ -101,14 +101,8 @@ def join(
             its store.
         StopAskedError: a rank was asked to stop.
     """
-    participant = Participant(
-        rank=rank,
-        host=socket.gethostname(),
-        address=interface.address,
-        interface=interface.name,
-        pid=os.getpid(),
-        facts={"--world-size": world_size, **facts},
-    )
+    place = (socket.gethostname(), interface.address, interface.name, os.getpid())
+    participant = Participant(rank, *place, {"--world-size": world_size, **facts})
     deadline = Deadline(join_timeout)
     joining = _Joining(url, participant, world_size, deadline, stop or StopRequest())
     try:

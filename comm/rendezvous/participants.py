@@ -27,11 +27,6 @@ class Participant:
     def from_json(cls, text: str | bytes) -> "Participant":
         return cls(**json.loads(text))
 
-    @property
-    def is_on_loopback(self) -> bool:
-        """Whether only ranks of the same machine can reach its address."""
-        return ipaddress.ip_address(self.address).is_loopback
-
 
 def find_mismatch(participants: Sequence[Participant]) -> str | None:
     """Returns the first mismatch of a participant with the first one, in one line."""
@@ -56,9 +51,12 @@ def _differing_fact(first: Participant, other: Participant) -> str | None:
 
 def _unreachable(first: Participant, other: Participant) -> str | None:
     """A loopback address is of no use to a rank with an address of another kind."""
-    if first.is_on_loopback == other.is_on_loopback:
+    first_inside, other_inside = (
+        ipaddress.ip_address(participant.address).is_loopback for participant in (first, other)
+    )
+    if first_inside == other_inside:
         return None
-    inner, outer = (first, other) if first.is_on_loopback else (other, first)
+    inner, outer = (first, other) if first_inside else (other, first)
     return (
         f"--net-interface: rank {inner.rank} (host {inner.host}) uses {inner.interface} "
         f"({inner.address}), which rank {outer.rank} (host {outer.host}) on {outer.interface} "

@@ -33,10 +33,9 @@ class SignedStore:
         self._all_jobs.set("job", f"{salt} {self._key.prove('job', salt)} {host}")
 
     def check_job(self, *, url: str, rank: int, host: str) -> bool:
-        """Returns whether rank 0 has proved the job; this rank is `rank` on `host`.
+        """Returns whether rank 0 has proved the job. Raises ValueError if it is of another job.
 
-        Raises:
-            ValueError: rank 0 is of another job.
+        This rank is `rank` on `host`.
         """
         if not self._all_jobs.check(["job"]):
             return False
@@ -60,11 +59,9 @@ class SignedStore:
         self.plain.compare_set(name, "", self._sign(name, value))
 
     def get(self, name: str) -> str:
-        """Waits for a value.
+        """Waits for a value; raises ConnectionError if no rank of this job wrote it.
 
-        Raises:
-            ConnectionError: no rank of this job wrote it.
-            DistError: the store is gone, or no value came within its timeout.
+        Raises DistError if the store is gone, or no value came within its timeout.
         """
         proof, _, value = self.plain.get(name).decode(errors="replace").partition(" ")
         if not self._key.is_proof(proof, "value", self._start, name, value):

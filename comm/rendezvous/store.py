@@ -3,6 +3,7 @@
 import errno
 import ipaddress
 import logging
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -109,15 +110,10 @@ def _resolve(host: str, address: str) -> tuple[socket.AddressFamily, str]:
 
 
 def _listen(url: str, family: socket.AddressFamily, address: str, port: int) -> socket.socket:
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((address, port))
-        listener.listen(socket.SOMAXCONN)
+        return socket.create_server((address, port), family=family, backlog=socket.SOMAXCONN)
     except OSError as error:
-        listener.close()
         raise ValueError(f"--dist-url {url}: {_bind_problem(error, address, port)}") from None
-    return listener
 
 
 def _bind_problem(error: OSError, address: str, port: int) -> str:
@@ -131,4 +127,4 @@ def _bind_problem(error: OSError, address: str, port: int) -> str:
             f"no interface of this machine holds {address}; rank 0 must run on the machine that "
             "--dist-url names"
         )
-    return f"cannot listen there: {error.strerror}"
+    return f"cannot listen there: {os.strerror(error.errno or 0)}"

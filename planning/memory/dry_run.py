@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from arguments.settings import Settings
-from comm.communicator import Communicator
+from comm.backends.base import Group
+from comm.communicator import Communicator, CurrentOperation
 from comm.topology import Topology
 from common.tensors import DTYPES, part_sums
 from modules.attention.cpu import MAX_LENGTH_PER_SIZE
@@ -272,11 +273,11 @@ class DryRun:
         if len(members) == 1:
             return FakeSingleProcess()
         if self._cuda:
-            return FakeNccl(name=name, members=members, topology=topology)
+            return FakeNccl(Group(name, members, topology, CurrentOperation(), 1.0))
         return self._gloo(name, members, topology)
 
     def _gloo(self, name: str, members: tuple[int, ...], topology: Topology) -> FakeGloo:
-        return FakeGloo(name=name, members=members, topology=topology)
+        return FakeGloo(Group(name, members, topology, CurrentOperation(), 1.0))
 
 
 def _kept(optimizer: MixedPrecisionOptimizer) -> list[Tensor]:

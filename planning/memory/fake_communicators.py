@@ -3,17 +3,14 @@
 For finding out what a process of a run holds, without the others.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
-from comm.backends.base import GroupMembership
+from comm.backends.base import Group, GroupMembership, Post
 from comm.backends.gloo import GlooCommunicator
 from comm.backends.single_process import SingleProcessCommunicator
-from comm.communicator import CurrentOperation, Done, Work
-from comm.topology import Topology
+from comm.communicator import Done, Work
 
 
 class _FinishedWork:
@@ -41,18 +38,11 @@ class FakeSingleProcess(SingleProcessCommunicator):
 class FakeGloo(GlooCommunicator):
     """gloo's communicator, sums in the order of the members included, without a message."""
 
-    def __init__(self, *, name: str, members: tuple[int, ...], topology: Topology) -> None:
-        group: Any = None  # never asked
-        super().__init__(
-            group,
-            name=name,
-            members=members,
-            topology=topology,
-            operation=CurrentOperation(),
-            dist_timeout=1.0,
-        )
+    def __init__(self, group: Group) -> None:
+        torch_group: Any = None  # never asked
+        super().__init__(torch_group, group)
 
-    def _start(self, what: str, post: Callable[[], dist.Work | None]) -> Work:
+    def _start(self, what: str, tensor: Tensor, post: Post) -> Work:
         return _FinishedWork(post)
 
     def all_gather(self, tensor: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from cupy.cuda import nccl
 from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 
+from comm.backends.base import Group
 from comm.backends.cupy_nccl import DTYPE_CODES, NcclCommunicator, load_library
 from comm.communicator import CurrentOperation, PeerLostError
 from comm.topology import Topology
@@ -39,14 +40,11 @@ def open_channel(
 ) -> tuple[NcclCommunicator, Told]:
     """A pipeline of `size` on the CPU, and what its monitor tells."""
     told: Told = queue.SimpleQueue()
+    topology = Topology(rank=rank, num_stages=size, num_replicas=1)
     channel = NcclCommunicator(
-        name=name,
-        members=range(size),
-        topology=Topology(rank=rank, num_stages=size, num_replicas=1),
+        Group(name, tuple(range(size)), topology, CurrentOperation(), dist_timeout),
         device=torch.device("cpu"),
         store=store,
-        operation=CurrentOperation(),
-        dist_timeout=dist_timeout,
         on_hang=told.put,
     )
     if connect_neighbours:

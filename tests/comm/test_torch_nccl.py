@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from comm.backends.base import Group
 from comm.backends.torch_nccl import TorchNcclCommunicator, make_groups
 from comm.communicator import CurrentOperation, PeerLostError, Work
 from comm.topology import Topology
@@ -81,12 +82,8 @@ def lose_a_peer(rank: int, world_size: int, url: str) -> None:
     with gloo_for_nccl():
         channel = TorchNcclCommunicator(
             make_groups((0, 1), dist_timeout=1.0),
-            name="pipeline",
-            members=(0, 1),
-            topology=Topology(rank=rank, num_stages=2, num_replicas=1),
+            Group("pipeline", (0, 1), Topology(rank, 2, 1), CurrentOperation(), dist_timeout=1.0),
             device=torch.device("cpu"),
-            operation=CurrentOperation(),
-            dist_timeout=1.0,
             on_hang=told.put,
         )
     if rank == 1:
