@@ -10,8 +10,6 @@ from typing import TextIO
 
 logger = logging.getLogger(__name__)
 
-_LOCKED = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # flock's errors for a locked file
-
 
 def make_folder(path: Path) -> None:
     """Creates `path` if it is missing; ValueError names it if it cannot be made or written."""
@@ -37,12 +35,12 @@ def lock_folder(path: Path) -> TextIO:
         raise _unwritable(path, error) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise ValueError(f"--checkpoint-path {path}: in use by {holder}") from error
     except OSError as error:
-        if error.errno in _LOCKED:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            file.close()
-            raise ValueError(f"--checkpoint-path {path}: in use by {holder}") from error
         logger.warning(
             "--checkpoint-path %s: its file system cannot lock files (%s); do not start a second "
             "run that writes there at the same time",

@@ -182,10 +182,7 @@ class CheckpointStore:
         flush(partial)
 
     def needed_bytes(self, saves: int, *, weights: int, state: int) -> int:
-        """Returns the most bytes that so many saves add here.
-
-        `weights` and `state` are the bytes of one save's weights and optimizer state.
-        """
+        """Returns the most bytes that so many saves, each of `weights` and `state`, add here."""
         if not self._writes:
             return 0
         steps, pattern = step_folder.step_folders(self.path), part_name("*", "optimizer")

@@ -35,8 +35,6 @@ def load_weights_(
 ) -> None:
     """Fills the stage's model, which is in fp32; all replicas then hold the same weights.
 
-    The other ranks wait however long a disk takes.
-
     Raises:
         ValueError: a file cannot be used, or replicas have different files.
     """

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from checkpoint.files.hf_weights import HfWeights, hf_names, open_model, read_module
+from checkpoint.files.hf_weights import ModuleWeights, hf_names, open_model, read_module
 from modules.build import make_layer
 from modules.families.base import Family
 
@@ -34,11 +34,7 @@ TOLERANCE = 2 * 2.0**-24
 
 @torch.no_grad()
 def verify(
-    folder: Path,
-    family: Family,
-    config: Any,
-    modules: Sequence[Mapping[str, HfWeights]],
-    dtype: torch.dtype,
+    folder: Path, family: Family, config: Any, modules: Sequence[ModuleWeights], dtype: torch.dtype
 ) -> None:
     """Compares `folder` with `modules`, the stages' weights, cast to `dtype` as they were written.
 
@@ -61,11 +57,7 @@ def verify(
 
 
 def _run_ours(
-    family: Family,
-    config: Any,
-    modules: Sequence[Mapping[str, HfWeights]],
-    dtype: torch.dtype,
-    x: Tensor,
+    family: Family, config: Any, modules: Sequence[ModuleWeights], dtype: torch.dtype, x: Tensor
 ) -> Tensor:
     for index, weights in enumerate(modules):
         module = make_layer(family, config, index, "meta")
@@ -93,7 +85,7 @@ def _run_theirs(folder: Path, family: Family, config: Any, tokens: Tensor) -> Te
 
 
 def _fill(
-    model: nn.Module, family: Family, names: Mapping[str, str], weights: Mapping[str, HfWeights]
+    model: nn.Module, family: Family, names: Mapping[str, str], weights: ModuleWeights
 ) -> None:
     """Copies `weights`, by shard key, to the parameters with those `names`.
 

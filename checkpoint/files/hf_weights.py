@@ -41,9 +41,10 @@ class HfWeights:
         return entry.size * (dtype or DTYPES[entry.dtype]).itemsize
 
 
-def read_module(
-    module: Mapping[str, HfWeights], dtype: torch.dtype | None = None
-) -> dict[str, Tensor]:
+ModuleWeights = dict[str, HfWeights]  # by shard key
+
+
+def read_module(module: ModuleWeights, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Reads a module's weights by shard key, cast to `dtype` if given; ValueError if not finite."""
     weights: dict[str, Tensor] = {}
     for file in dict.fromkeys(source.file for source in module.values()):
@@ -63,8 +64,8 @@ def hf_names(family: Family, config: Any, index: int) -> dict[str, str]:
     return {key: table[key].format(layer=index - 1) for key in shapes}
 
 
-def open_model(folder: Path, family: Family, config: Any) -> list[dict[str, HfWeights]]:
-    """Maps, for each module, shard keys to the weights' places; it reads the files' headers alone.
+def open_model(folder: Path, family: Family, config: Any) -> list[ModuleWeights]:
+    """Returns the places of each module's weights; it reads the files' headers alone.
 
     Raises:
         ValueError: names file and key: a missing or damaged file, a missing or extra key, two
@@ -72,7 +73,7 @@ def open_model(folder: Path, family: Family, config: Any) -> list[dict[str, HfWe
             that is not a float.
     """
     sources = _collect(_open_files(folder), family)
-    modules: list[dict[str, HfWeights]] = []
+    modules: list[ModuleWeights] = []
     for index in range(config.num_hidden_layers + 2):
         modules.append({})
         names = hf_names(family, config, index)

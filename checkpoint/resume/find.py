@@ -51,8 +51,7 @@ class ResumeSearch:
     def __init__(
         self, path: Path, split: ResumeSplit, *, control: Communicator, topology: Topology
     ) -> None:
-        self._path, self._control, self._topology = path, control, topology
-        self._split = split
+        self._path, self._split, self._control, self._topology = path, split, control, topology
         view = _inspect_machine(path, topology.stage, split) if topology.replica == 0 else None
         views = gather_json(control, None if view is None else _encode(view))
         self._views = [_decode(view) for view in views[: topology.num_stages]]
@@ -68,7 +67,7 @@ class ResumeSearch:
             if view.problem is not None:
                 raise ValueError(self._on_rank(rank, view.problem))
         if common := self._common_steps():
-            self._refuse_damaged(max(common), small=True)
+            self.verify(max(common), small=True)
             self._warn_about_newer(max(common))
             return max(common)
         # A save ends with `latest`: without it no save was ever completed. The exception are files
@@ -79,12 +78,11 @@ class ResumeSearch:
             raise ValueError(f"--checkpoint-path {self._path}: {self._describe_steps()}")
         return None
 
-    def verify(self, step: int) -> None:
-        """Reads and checks all files of a step; ValueError as `newest_step`."""
-        self._refuse_damaged(step, small=False)
+    def verify(self, step: int, *, small: bool = False) -> None:
+        """Reads and checks all files of a step, or with `small` those that all stages write.
 
-    def _refuse_damaged(self, step: int, *, small: bool) -> None:
-        """Raises ValueError for a damaged step; it names the newest complete one before it."""
+        Raises ValueError if it is damaged; the text names the newest complete step before it.
+        """
         problem = self._problem(step, small=small)
         if problem is None:
             return
@@ -118,10 +116,7 @@ class ResumeSearch:
         ]
 
     def _problem(self, step: int, *, small: bool) -> str | None:
-        """Describes the damage to a step, found by the sizes of its files or else by reading them.
-
-        With `small` only the files that all stages write are read.
-        """
+        """Describes the damage to a step, found by the sizes of its files or else by reading."""
         for rank, view in enumerate(self._views):
             if (problem := view.steps[step].problem) is not None:
                 return self._on_rank(rank, problem)

@@ -75,8 +75,7 @@ def _saved_split(folder: Path, *, model_layers: int) -> Split | None:
 
     None stands for a split of another model, which is an error once this step is to be resumed.
     """
-    manifest = first_manifest(folder)
-    if manifest is not None:
+    if manifest := first_manifest(folder):
         _check_in_folder(folder, manifest.name, manifest.step)
         manifest.check(folder, [META])
         _check_in_folder(folder, META, read_meta(folder).step)

@@ -37,10 +37,10 @@ def load_shards_(
         ValueError: names file and key. All files must exist before the first is read, and each must
             match the folder's manifest, if there is one.
     """
-    for index in model.indices:
-        require_file(folder / shard_name(index, config.num_hidden_layers))
-    for index, module in zip(model.indices, model, strict=True):
-        path = folder / shard_name(index, config.num_hidden_layers)
+    paths = [folder / shard_name(index, config.num_hidden_layers) for index in model.indices]
+    for path in paths:
+        require_file(path)
+    for index, path, module in zip(model.indices, paths, model, strict=True):
         check_shard(path)
         weights = load_layer_shard(folder, family, config, index)
         check_fits(path, weights, dtype)

@@ -1,7 +1,6 @@
 """The complete steps, those that every stage has: --keep-checkpoints counts them.
 
-A crash in a save, or an exchanged disk, leaves a step on some machines and not on others. No run
-can go on from such a step.
+A crash in a save, or an exchanged disk, leaves a step on some machines alone: no run continues it.
 """
 
 import logging

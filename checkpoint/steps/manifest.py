@@ -66,12 +66,9 @@ def manifest_name(stage: int | str) -> str:
 
 def read_manifest(folder: Path, stage: int) -> StageManifest:
     """Reads a stage's manifest; ValueError names it if it is damaged or of another stage."""
-    return _read(folder / manifest_name(stage))
-
-
-def _read(path: Path) -> StageManifest:
+    path = folder / manifest_name(stage)
     body = checksums.unseal(path)
-    if manifest_name(body["stage"]) != path.name:
+    if body["stage"] != stage:
         raise ValueError(f"{path}: of stage {body['stage']}, which its name does not say")
     del body["format"]
     return StageManifest(**{**body, "files": checksums.decode_sums(body)})
@@ -82,8 +79,7 @@ def count_stages(folder: Path) -> int | None:
 
     None stands for a predecessor's step. ValueError names a damaged file.
     """
-    manifest = first_manifest(folder)
-    if manifest is not None:
+    if manifest := first_manifest(folder):
         return manifest.num_stages
     return None if is_predecessors(folder) else len(read_meta(folder).num_layers)
 
@@ -97,8 +93,8 @@ def manifest_stages(folder: Path) -> list[int]:
 
 def first_manifest(folder: Path) -> StageManifest | None:
     """Reads the first manifest of a step's folder, if any; ValueError names a damaged one."""
-    paths = sorted(folder.glob(manifest_name("*")))
-    return _read(paths[0]) if paths else None
+    stages = manifest_stages(folder)
+    return read_manifest(folder, stages[0]) if stages else None
 
 
 def check_one_save(folder: Path, manifests: Sequence[StageManifest]) -> None:

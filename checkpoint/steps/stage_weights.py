@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from checkpoint.files.hf_weights import HfWeights, read_module
+from checkpoint.files.hf_weights import HfWeights, ModuleWeights, read_module
 from checkpoint.files.tensor_files import TorchFile
 from checkpoint.files.validation import check_entries, module_shapes
 from checkpoint.steps.latest import CHECK, check_latest
@@ -44,11 +44,9 @@ def resolve_checkpoint(path: Path) -> Path:
     )
 
 
-def open_checkpoint(
-    folder: Path, family: Family, config: Any, split: Split
-) -> list[dict[str, HfWeights]]:
+def open_checkpoint(folder: Path, family: Family, config: Any, split: Split) -> list[ModuleWeights]:
     """Returns `open_stage` of all stages, which together have all modules of the model."""
-    modules: list[dict[str, HfWeights]] = []
+    modules: list[ModuleWeights] = []
     for stage in range(len(split)):
         path = folder / part_name(stage, "checkpoint")
         modules += open_stage(path, family, config, stage_modules(stage, split))
@@ -57,10 +55,10 @@ def open_checkpoint(
 
 def open_stage(
     path: Path, family: Family, config: Any, indices: Sequence[int]
-) -> list[dict[str, HfWeights]]:
-    """Maps, for each module `indices` of a stage, shard keys to the weights' places.
+) -> list[ModuleWeights]:
+    """Returns the places of the weights of a stage's modules; it reads the file's header alone.
 
-    Only the file's header is read.
+    `indices` are the modules' numbers in the model.
 
     Raises:
         ValueError: names file and key: a missing or damaged file, a missing or extra key, a shape
