@@ -10,41 +10,37 @@ from typing import TextIO
 
 logger = logging.getLogger(__name__)
 
-_LOCKED = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # flock's errors for a locked file
-
 
 def make_folder(path: Path) -> None:
     """Creates `path` if it is missing; ValueError names it if it cannot be made or written."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(_unwritable(path, error)) from error
+        raise _unwritable(path, error) from error
     if not os.access(path, os.W_OK | os.X_OK):
-        raise ValueError(_unwritable(path, PermissionError(errno.EACCES, "no permission")))
+        raise _unwritable(path, PermissionError(errno.EACCES, "no permission"))
 
 
 def lock_folder(path: Path) -> TextIO:
     """Locks `path`, which is created if it is missing, until the returned file is closed.
 
     The system releases the lock of a process that ends in any way. On a file system without locks
-    (Lustre without `-o flock`, some NFS) a warning is logged, and nothing is locked.
-
-    Raises:
-        ValueError: another process holds the lock, or the folder cannot be made or written.
+    (Lustre without `-o flock`, some NFS) a warning is logged, and nothing is locked. Raises
+    ValueError if another process holds the lock, or the folder cannot be made or written.
     """
     make_folder(path)
     try:
         file = (path / ".lock").open("a+", encoding="utf-8")
     except OSError as error:
-        raise ValueError(_unwritable(path, error)) from error
+        raise _unwritable(path, error) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise ValueError(f"--checkpoint-path {path}: in use by {holder}") from error
     except OSError as error:
-        if error.errno in _LOCKED:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            file.close()
-            raise ValueError(f"--checkpoint-path {path}: in use by {holder}") from error
         logger.warning(
             "--checkpoint-path %s: its file system cannot lock files (%s); do not start a second "
             "run that writes there at the same time",
@@ -57,7 +53,6 @@ def lock_folder(path: Path) -> TextIO:
     return file
 
 
-def _unwritable(path: Path, error: OSError) -> str:
-    return (
-        f"--checkpoint-path {path}: expected a folder, but it cannot be written: {error.strerror}"
-    )
+def _unwritable(path: Path, error: OSError) -> ValueError:
+    text = f"expected a folder, but it cannot be written: {error.strerror}"
+    return ValueError(f"--checkpoint-path {path}: {text}")

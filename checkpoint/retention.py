@@ -31,10 +31,6 @@ class RetentionPolicy:
     steps: int | None = None
     optimizer_states: int | None = None
 
-    @property
-    def keeps_all(self) -> bool:
-        return self.steps is None and self.optimizer_states is None
-
     def added_bytes(self, saves: int, *, present: tuple[int, int], weights: int, state: int) -> int:
         """Returns the most bytes that `saves` further checkpoints add at any time.
 
@@ -80,10 +76,11 @@ class StepDeleter:
         if self._saved is None or any(gather_json(self._control, self.running is not None)):
             return
         self.wait()
-        step, self._saved = self._saved, None
-        complete = self._complete_steps(step)
+        step, self._saved, complete = self._saved, None, None
+        if self._policy != RetentionPolicy():  # which keeps all
+            complete = find_complete_steps(self._path, step, control=self._control)
         if self._path is not None:
-            self._task = BackgroundTask(partial(self._delete, self._path, step, complete))
+            self._task = BackgroundTask(partial(self._delete, self._path, step, complete or []))
         self._deleted_before = step
 
     def wait(self) -> None:
@@ -102,12 +99,6 @@ class StepDeleter:
         self.start()
         self.wait()
 
-    def _complete_steps(self, last: int) -> list[int]:
-        """Returns the complete steps up to `last`; none if nothing is ever deleted."""
-        if self._policy.keeps_all:
-            return []
-        return find_complete_steps(self._path, last, control=self._control) or []
-
     def _delete(self, path: Path, step: int, complete: Sequence[int]) -> None:
         delete_replaced(path / str(step), self._nonce)
         if step in complete:
@@ -120,7 +111,7 @@ def delete_old_steps(
     """Deletes under `path` the steps up to `step` that `policy` does not keep.
 
     It deletes all files of a step, whichever stages saved it: the run may have had others. The
-    stages that share a folder may do so at once.
+    stages that share a folder may do so at once. A folder without a stage's files is a user's.
 
     Args:
         step: the step that was just saved.
@@ -130,28 +121,17 @@ def delete_old_steps(
     Raises:
         OSError: the disk fails.
     """
-    steps = [s for s in step_folders(path) if s <= step and _is_checkpoint(path / str(s))]
+    steps = [s for s in step_folders(path) if s <= step and any(path.glob(f"{s}/prank_*"))]
     for old in _all_but_newest(steps, complete, policy.steps):
         delete_step(path / str(old), nonce)
     for old in _all_but_newest(steps, complete, policy.optimizer_states):
-        if (path / str(old)).is_dir():
-            _drop_optimizers(path / str(old))
-
-
-def _is_checkpoint(folder: Path) -> bool:
-    """Whether it is a step's folder: a user's folder whose name is a number stays."""
-    return any(folder.glob("prank_*"))
+        for stage in manifest_stages(path / str(old)):
+            with suppress(ValueError):  # a damaged manifest could not say what was dropped
+                _drop_optimizer(path / str(old), read_manifest(path / str(old), stage))
 
 
 def _all_but_newest(steps: Sequence[int], complete: Sequence[int], most: int | None) -> list[int]:
     return [] if most is None else [step for step in steps if step not in complete[-most:]]
-
-
-def _drop_optimizers(folder: Path) -> None:
-    """Skips a stage whose manifest is damaged, since it could not say what was dropped."""
-    for stage in manifest_stages(folder):
-        with suppress(ValueError):
-            _drop_optimizer(folder, read_manifest(folder, stage))
 
 
 def _drop_optimizer(folder: Path, manifest: StageManifest) -> None:

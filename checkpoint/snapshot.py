@@ -1,6 +1,6 @@
 """A copy of a stage's state in host memory, written to disk while training changes the original."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,14 +11,7 @@ Key = tuple[str, ...]  # the names on the way to a tensor in nested mappings
 
 def to_host(state: Mapping[str, Any]) -> dict[str, Any]:
     """Returns `state` with its tensors in host memory; those that are there are not copied."""
-    return {
-        name: to_host(value)
-        if isinstance(value, Mapping)
-        else value.cpu()
-        if isinstance(value, Tensor)
-        else value
-        for name, value in state.items()
-    }
+    return _map_tensors(state, lambda _, tensor: tensor.cpu())
 
 
 class Snapshot:
@@ -35,30 +28,30 @@ class Snapshot:
     def take(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Returns `state` with copied tensors, which do not change until the next copy is taken."""
         devices = set[torch.device]()
-        copied = self._copy(state, (), devices)
+
+        def copy(key: Key, tensor: Tensor) -> Tensor:
+            if tensor.is_cuda:
+                devices.add(tensor.device)
+            if key not in self._buffers:
+                self._buffers[key] = torch.empty(
+                    tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda
+                )
+            return self._buffers[key].copy_(tensor, non_blocking=True)
+
+        copied = _map_tensors(state, copy)
         for device in devices:
             torch.cuda.synchronize(device)
         return copied
 
-    def _copy(
-        self, state: Mapping[str, Any], key: Key, devices: set[torch.device]
-    ) -> dict[str, Any]:
-        copied: dict[str, Any] = {}
-        for name, value in state.items():
-            inner = (*key, name)
-            if isinstance(value, Mapping):
-                copied[name] = self._copy(value, inner, devices)
-            elif isinstance(value, Tensor):
-                copied[name] = self._buffer(inner, value).copy_(value, non_blocking=True)
-                if value.is_cuda:
-                    devices.add(value.device)
-            else:
-                copied[name] = value
-        return copied
 
-    def _buffer(self, key: Key, like: Tensor) -> Tensor:
-        if key not in self._buffers:
-            self._buffers[key] = torch.empty(
-                like.shape, dtype=like.dtype, device="cpu", pin_memory=like.is_cuda
-            )
-        return self._buffers[key]
+def _map_tensors(
+    state: Mapping[str, Any], convert: Callable[[Key, Tensor], Tensor], start: Key = ()
+) -> dict[str, Any]:
+    """Returns `state` with each tensor converted; `start` is the key of `state` itself."""
+    converted = dict(state)
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            converted[name] = _map_tensors(value, convert, (*start, name))
+        elif isinstance(value, Tensor):
+            converted[name] = convert((*start, name), value)
+    return converted

@@ -80,9 +80,8 @@ class CheckpointStore:
         self._search: ResumeSearch | None = None
         self._pending: _PendingStep | None = None
         self._writes = topology.replica == 0
-        self._deleter = StepDeleter(
-            path if self._writes else None, policy, control=control, nonce=nonce
-        )
+        written = path if self._writes else None
+        self._deleter = StepDeleter(written, policy, control=control, nonce=nonce)
         clear = partial(step_folder.clear_leftovers, path, nonce) if self._writes else None
         run_on_all(control, clear, "removing what earlier starts left", expected=())
 
@@ -115,13 +114,16 @@ class CheckpointStore:
     def finish(self) -> None:
         """Waits until the step that was begun is written, and publishes it; every process calls it.
 
-        Raises:
-            SaveFailedError: a disk failed, the same error on all processes: it names rank and file.
-                No step was added, or `latest` alone does not name it.
+        Raises SaveFailedError, the same on all processes, with rank and file if a disk failed: no
+        step was added then, or `latest` alone does not name it.
         """
         assert self._pending is not None, "a step was begun"
         (step, folder, task), self._pending = self._pending, None
         final = self.path / str(step)
+
+        def prepare() -> None:
+            step_folder.move_aside(final, self._nonce)
+            expect_latest(self.path)
 
         def drop() -> None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -131,7 +133,7 @@ class CheckpointStore:
             step_folder.delete_step(final, self._nonce)
 
         self._attempt(task, step, undo=drop)
-        self._attempt(lambda: self._prepare(final), step, undo=drop)
+        self._attempt(prepare, step, undo=drop)
         self._attempt(lambda: step_folder.publish(folder, final), step, undo=withdraw)
         self._attempt(lambda: write_latest(self.path, step), step)
         self._deleter.note_saved(step)
@@ -179,38 +181,20 @@ class CheckpointStore:
                 raise with_path(error, partial / name) from error
         flush(partial)
 
-    def _prepare(self, final: Path) -> None:
-        step_folder.move_aside(final, self._nonce)
-        expect_latest(self.path)
-
     def needed_bytes(self, saves: int, *, weights: int, state: int) -> int:
-        """Returns the most bytes that so many saves add here.
-
-        `weights` and `state` are the bytes of one save's weights and optimizer state.
-        """
+        """Returns the most bytes that so many saves, each of `weights` and `state`, add here."""
         if not self._writes:
             return 0
-        folders = [self.path / str(step) for step in step_folder.step_folders(self.path)]
-        states = sum(any(folder.glob(part_name("*", "optimizer"))) for folder in folders)
-        return self._policy.added_bytes(
-            saves, present=(len(folders), states), weights=weights, state=state
-        )
+        steps, pattern = step_folder.step_folders(self.path), part_name("*", "optimizer")
+        present = len(steps), sum(any(self.path.glob(f"{step}/{pattern}")) for step in steps)
+        return self._policy.added_bytes(saves, present=present, weights=weights, state=state)
 
     def find(self, split: ResumeSplit) -> ResumePoint | None:
-        """Finds the newest step of which every stage has all files that it needs.
+        """Finds the newest step of which every stage has all files that it needs, if any.
 
         Every process calls it, and then `verify` before it uses any file of the step other than
-        meta.json and config.json.
-
-        Args:
-            split: the run's split of the layers; the checkpoint may have another.
-
-        Returns:
-            None if no stage has any checkpoint.
-
-        Raises:
-            ValueError: the same on all processes: a file of the newest step is damaged or missing,
-                or the stages have no step in common. Files of different saves are not one step.
+        meta.json and config.json. `split` is the run's; the checkpoint may have another. ValueError
+        as `ResumeSearch.newest_step`.
         """
         search = ResumeSearch(self.path, split, control=self._control, topology=self._topology)
         self._search = search
@@ -220,10 +204,9 @@ class CheckpointStore:
             value = read_meta(folder).to_json() if self._topology.rank == 0 else None
             meta = StepMeta.from_json(broadcast_json(self._control, value), folder / META)
             return ResumePoint(step, folder, meta)
-        old = search.predecessor
-        if old is None:
+        if search.predecessor is None:
             return None
-        return ResumePoint(0, step_folder.predecessor_folder(self.path, old), None)
+        return ResumePoint(0, step_folder.predecessor_folder(self.path, search.predecessor), None)
 
     def verify(self, point: ResumePoint) -> None:
         """Checks all files of the step that `find` returned; ValueError names a damaged one.
@@ -264,17 +247,11 @@ def _write_or_retry(write: Callable[[], None], deletion: BackgroundTask | None) 
         write()
 
 
-def part_file(folder: Path, stage: int, part: str) -> Path:
-    """Returns the file of one part of a stage."""
-    return folder / part_name(stage, part)
-
-
-def read_part(folder: Path, stage: int, part: str) -> dict[str, Any]:
-    """Opens one part of a stage; ValueError names the file if it cannot be read.
+def read_part(path: Path) -> dict[str, Any]:
+    """Opens the file of one part of a stage; ValueError names it if it cannot be read.
 
     Its tensors are mapped from the file: only those that are used are read.
     """
-    path = part_file(folder, stage, part)
     try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch raises its own errors, pickle's, zip's and the system's

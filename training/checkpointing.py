@@ -1,5 +1,4 @@
-"""Saving a run's steps: whether there is room, what a checkpoint holds, when it is written, and
-whether a run goes on without it."""
+"""Saving of a run's steps: room on the disks, content, time, and what a failure means."""
 
 import logging
 import platform
@@ -37,12 +36,9 @@ def check_room(
     model: StageModel,
     done: int,
 ) -> None:
-    """Checks that the disks have room for the saves of this run; every process calls it.
+    """Checks that the disks have room for the saves after `done` steps; every process calls it.
 
-    `done` steps are done already.
-
-    Raises:
-        ValueError: on every rank, if a disk has too little room.
+    Raises ValueError on every rank if a disk has too little room.
     """
     update, path = settings.update, settings.checkpoint.checkpoint_path
     every = settings.checkpoint.checkpoint_steps or update.total_steps
@@ -53,8 +49,7 @@ def check_room(
         precision=settings.precision.precision,
         optimizer=update.optimizer,
     )
-    needed = store.needed_bytes(saves, weights=weights, state=state)
-    check_disk(control, path, needed=needed)
+    check_disk(control, path, needed=store.needed_bytes(saves, weights=weights, state=state))
 
 
 class Saver:
@@ -95,15 +90,10 @@ class Saver:
         return self._store.is_writing
 
     def save(self, step: int, data: Mapping[str, Any], *, is_last: bool) -> bool:
-        """Saves a step; no step may be pending.
+        """Saves a step, when no other is pending; returns whether it is saved, not pending, now.
 
-        Returns:
-            Whether the step is saved now. With --async-checkpoint it is pending, unless it is the
-            run's last.
-
-        Raises:
-            SaveFailedError: the save failed, the same on all processes, and it is the run's last or
-                --checkpoint-failure is fatal.
+        Raises SaveFailedError on all ranks if a save fails that is the run's last, or if
+        --checkpoint-failure says so.
         """
         self._store.begin(self._meta(step, data), parts=self._parts(step))
         if self._snapshot is not None and not is_last:
@@ -111,7 +101,7 @@ class Saver:
         return self.finish(is_last=is_last)
 
     def finish(self, *, is_last: bool = False) -> bool:
-        """Waits until the pending step is written, and returns whether it is saved, as `save`."""
+        """Waits for the pending step; returns whether it is saved. SaveFailedError as `save`."""
         step = self._store.pending
         try:
             self._store.finish()
@@ -131,7 +121,7 @@ class Saver:
         self._store.finish_cleanup()
 
     def _parts(self, step: int) -> dict[str, Any]:
-        """Returns this stage's state, copied to host memory on a process that writes it."""
+        """Returns this stage's state, in host memory if this process writes it."""
         parts = {
             "checkpoint": self._model.state_dict(),
             "optimizer": collect_state(self._update_step.optimizer, self._control, self._topology),
@@ -156,24 +146,20 @@ class Saver:
             num_replicas=self._topology.num_replicas,
             flags=fixed_flags(self._settings),
             settings=free_flags(self._settings),
-            versions=_versions(),
+            versions={
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
             data=data,
             **self._extra_meta(),
         )
 
 
-def _versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
 def check_disk(control: Communicator, path: Path, *, needed: int) -> None:
-    """Every process calls it with the bytes it will write under `path`, which may not exist yet.
+    """Raises ValueError if the processes of this machine need more than is free under `path`.
 
-    ValueError where the processes of this machine together need more than is free.
+    Every process calls it with the bytes that it will write; `path` may not exist yet.
     """
     existing = next(folder for folder in (path, *path.resolve().parents) if folder.exists())
     here = [socket.gethostname(), existing.stat().st_dev]

@@ -1,4 +1,4 @@
-"""What a run reads: rank 0's tokenizer, training batches and held-out text."""
+"""The data of a run: rank 0's tokenizer, training batches and held-out text."""
 
 import tempfile
 from collections.abc import Iterator
@@ -34,18 +34,18 @@ class TrainingData:
         check_vocabulary(self.tokenizer, vocab_size)
 
     def open_loader(self, state: dict[str, Any] | None) -> BatchLoader:
-        """Batches of all replicas, from the start or from where a checkpoint stands."""
-        settings = self._settings
-        stream = _open_stream(settings, self.tokenizer, num_workers=settings.data.data_workers)
+        """Returns the batches of all replicas, from the start or from a checkpoint's `state`."""
+        workers = self._settings.data.data_workers
+        stream = _open_stream(self._settings, self.tokenizer, num_workers=workers)
         if state is not None:
             stream.restore(state)
         return BatchLoader(stream, rows=self._rows)
 
     def open_evaluation(self) -> dict[str, Iterator[TokenBatch]]:
-        """Each set of held-out text from its beginning, by name; none where none is asked for."""
+        """Returns each set of held-out text from its beginning, by name."""
         given = self._settings.data.evaluation_data
         sets = [] if given is None else parse_evaluation_data(given)
-        return {one.name: self._batches_of(one.source) for one in sets}
+        return {held_out.name: self._batches_of(held_out.source) for held_out in sets}
 
     def check_evaluation(self) -> None:
         """Raises ValueError for a set that yields nothing to predict, or is bad up to there."""
@@ -74,17 +74,12 @@ def preview_data(settings: Settings, *, num_blocks: int, colour: bool) -> Iterat
     stream = _open_stream(settings, tokenizer, num_workers=0)
     yield from preview_blocks(stream, tokenizer, num_blocks, colour=colour)
     encoder = Encoder(tokenizer, data.doc_separator, data.train_on)
-    samples = [
-        sample_source(
-            shuffle_source(
-                open_source(source.name), seed=update.seed, bad_lines=_bad_lines(settings)
-            ),
-            encoder,
-            seq_len=update.seq_length,
-            pack=data.pack,
-        )
-        for source in data.sources
-    ]
+    samples = []
+    for spec in data.sources:
+        source = open_source(spec.name)
+        documents = shuffle_source(source, seed=update.seed, bad_lines=_bad_lines(settings))
+        sample = sample_source(documents, encoder, seq_len=update.seq_length, pack=data.pack)
+        samples.append(sample)
     rows = update.total_steps * update.batch_size * settings.parallel.data_group_size
     yield describe_mixture(samples, stream.weights(), run_blocks=rows)
 
@@ -105,23 +100,20 @@ def _open_stream(settings: Settings, tokenizer: Any, *, num_workers: int) -> Blo
 
 
 def _bad_lines(settings: Settings) -> BadLines:
-    """What --bad-lines asks for; all that are skipped in a run are named in one file."""
+    """Returns what --bad-lines asks for; one file names all that a run skips."""
     if settings.data.bad_lines == "error":
         return BadLines()
-    return BadLines(
-        settings.checkpoint.checkpoint_path / "bad_lines.txt", max_share=settings.data.max_bad_share
-    )
+    path = settings.checkpoint.checkpoint_path / "bad_lines.txt"
+    return BadLines(path, max_share=settings.data.max_bad_share)
 
 
 def checkpoint_extras(model_folder: Path, name: str, tokenizer: Any) -> dict[str, bytes]:
-    """The small files that every checkpoint holds: config.json and tokenizer, by name.
+    """Returns the small files that every checkpoint holds: config.json and tokenizer, by name.
 
-    `name` is --tokenizer-name, from which `tokenizer` was loaded; where it is no folder, that is
-    what is kept.
+    `name` is --tokenizer-name; `tokenizer`, loaded from it, is saved if it names no folder.
     """
-    folder = Path(name)
-    if folder.is_dir():
-        files = _read(folder)
+    if Path(name).is_dir():
+        files = _read(Path(name))
     else:
         with tempfile.TemporaryDirectory() as saved:
             tokenizer.save_pretrained(saved)

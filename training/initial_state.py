@@ -1,9 +1,8 @@
 """The first weights and optimizer state of a run: from layer shards, a seed or a checkpoint."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 
 from arguments.settings import Settings
 from checkpoint.files.layer_shards import has_manifest
@@ -15,7 +14,8 @@ from checkpoint.resume.load import (
     share_from_first,
 )
 from checkpoint.resume.reshard import map_names, stages_holding
-from checkpoint.store import part_file, read_part
+from checkpoint.steps.manifest import part_name
+from checkpoint.store import read_part
 from comm.collective_io import run_on_all
 from comm.run_context import RunContext
 from common.tensors import DTYPES
@@ -31,14 +31,9 @@ logger = logging.getLogger(__name__)
 
 
 def load_weights_(
-    model: StageModel,
-    settings: Settings,
-    context: RunContext,
-    start: RunStart,
+    model: StageModel, settings: Settings, context: RunContext, start: RunStart
 ) -> None:
     """Fills the stage's model, which is in fp32; all replicas then hold the same weights.
-
-    The other ranks wait however long a disk takes.
 
     Raises:
         ValueError: a file cannot be used, or replicas have different files.
@@ -78,38 +73,22 @@ def load_state_(
     `indices` are the modules of this stage. A predecessor's checkpoint leaves both as they are.
     """
     topology, control, resume = context.topology, context.control, start.point
-
-    def keys(index: int) -> Iterable[str]:
-        return module_shapes(start.family, start.config, index)
-
     if resume is None or resume.meta is None:
         return
     folder, first, states = resume.folder, topology.replica == 0, list[SavedState]()
 
+    def keys(index: int) -> Iterable[str]:
+        return module_shapes(start.family, start.config, index)
+
     def read() -> None:
         for stage in stages_holding(indices, start.source):
-            held = stage_modules(stage, start.source)
-            states.append(_read_state(folder, stage, held, indices, keys))
+            path, saved = folder / part_name(stage, "optimizer"), stage_modules(stage, start.source)
+            names, needed = map_names(saved, saved, keys), map_names(saved, indices, keys)
+            part = read_part(path)
+            states.append(SavedState(path, part, names=names.keys(), saved_names=needed))
 
     run_on_all(control, read if first else None, f"opening the state in {folder}", expected=())
-    restore_state(
-        update_step.optimizer,
-        states if first else None,
-        control,
-        topology,
-        updates=resume.meta.updates,
-    )
+    saved_states, updates = states if first else None, resume.meta.updates
+    restore_state(update_step.optimizer, saved_states, control, topology, updates=updates)
     update_step.load_state(resume.meta.update_step)
     logger.info("resumed from step %d of %s", resume.step, resume.folder.parent)
-
-
-def _read_state(
-    folder: Path, stage: int, held: range, indices: range, keys: Callable[[int], Iterable[str]]
-) -> SavedState:
-    """What a checkpoint's stage, which has the modules `held`, kept for one that has `indices`."""
-    return SavedState(
-        part_file(folder, stage, "optimizer"),
-        read_part(folder, stage, "optimizer"),
-        names=map_names(held, held, keys).keys(),
-        saved_names=map_names(held, indices, keys),
-    )

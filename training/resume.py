@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class Resumed(NamedTuple):
-    """The checkpoint to continue; the split of the layers now (`layers`) and then (`source`)."""
+    """The checkpoint to continue, if any, and the split of the layers now and in it (`source`)."""
 
     point: ResumePoint | None
     layers: Split
@@ -31,11 +31,7 @@ def find_resume(
 ) -> Resumed:
     """Finds the checkpoint that the run continues, and the split of its layers from now on.
 
-    Every process calls it.
-
-    Returns:
-        The checkpoint (None if there is none), the run's split and the checkpoint's. The split of a
-        predecessor's checkpoint must be the run's own.
+    Every process calls it. The split of a predecessor's checkpoint must be the run's own.
 
     Raises:
         ValueError: the flags forbid a resume, or the checkpoint is damaged or of another run.
@@ -61,12 +57,8 @@ def find_resume(
     if context.rank == 0 and layers != source:
         logger.info("%s", describe_change(source, layers))
     elif context.rank == 0 and layers != split.layers:
-        logger.info(
-            "--num-layers %s would be %s now: the checkpoint's %s is kept",
-            split.asked,
-            split.layers,
-            source,
-        )
+        kept = f"the checkpoint's {source} is kept"
+        logger.info("--num-layers %s would be %s now: %s", split.asked, split.layers, kept)
     idle = idle_flags(settings.precision, point.meta.update_step["scaler"])
     for line in describe_changes(point.meta.settings, free_flags(settings), idle=idle):
         logger.info("%s", line)
@@ -76,10 +68,7 @@ def find_resume(
 
 
 def idle_flags(precision: PrecisionSettings, scaler: Mapping[str, Any]) -> set[str]:
-    """Returns the flags of loss scales that have no effect in a resumed run.
-
-    `scaler` is the state of the checkpoint's loss scaler.
-    """
+    """Returns the loss scale's flags without effect in a run that goes on with `scaler`'s state."""
     dynamic = {"--initial-loss-scale", "--min-loss-scale", "--loss-scale-window", "--hysteresis"}
     if not precision.fp16:
         return dynamic | {"--loss-scale", "--max-skipped-updates"}

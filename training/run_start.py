@@ -24,14 +24,12 @@ from training.resume import find_resume
 
 @dataclass(frozen=True)
 class RunStart:
-    """What a run starts with.
+    """The model, data and checkpoint that a run starts with.
 
-    Attributes:
-        family, config: the model.
-        split: the split that --num-layers asks for.
-        layers, source: the split of the run, and that of the checkpoint.
-        data: rank 0's data; None on other ranks.
-        point: the checkpoint to continue from, if there is one.
+    split: the split that --num-layers asks for.
+    layers, source: the split of the run, and that of the checkpoint.
+    data: rank 0's data; None on other ranks.
+    point: the checkpoint to continue from, if there is one.
     """
 
     family: Family
@@ -57,8 +55,7 @@ class RunStart:
 def open_run(settings: Settings, context: RunContext) -> RunStart:
     """Reads the config and finds the checkpoint to continue from; every process calls it.
 
-    Raises:
-        ValueError: a file is wrong, or belongs to another run; the text names it.
+    Raises ValueError, which names the file, if one is wrong or belongs to another run.
     """
     model, topology = settings.model, context.topology
     check_shard(model.model_name / "config.json")
@@ -75,15 +72,14 @@ def open_run(settings: Settings, context: RunContext) -> RunStart:
     extras = {}
     if data is not None:
         extras = checkpoint_extras(model.model_name, model.tokenizer_name, data.tokenizer)
+    checkpoint = settings.checkpoint
     store = CheckpointStore(
-        settings.checkpoint.checkpoint_path,
+        checkpoint.checkpoint_path,
         control=context.control,
         topology=topology,
         nonce=context.start,
         extras=extras,
-        policy=RetentionPolicy(
-            settings.checkpoint.keep_checkpoints, settings.checkpoint.keep_optimizer_states
-        ),
+        policy=RetentionPolicy(checkpoint.keep_checkpoints, checkpoint.keep_optimizer_states),
     )
     point, layers, source = find_resume(settings, context, store=store, split=split)
     return RunStart(family, config, split, layers, source, data, store, point)

@@ -5,7 +5,8 @@ torch is imported here only once the flags are right, so that a mistake is repor
 
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from common.text import one_line
@@ -14,36 +15,22 @@ from modules.registry import MODELS
 
 def run_from_hf(model_type: str, flags: Mapping[str, Any]) -> None:
     """Converts a Hugging Face model to layer shards; exit status 2 and one line for bad input."""
-
-    def convert() -> None:
+    with _command():
         from checkpoint.conversion.from_hf import convert_from_hf
 
         convert_from_hf(MODELS[model_type].load(), **flags)
 
-    _run(convert)
-
 
 def run_to_hf(model_type: str, flags: Mapping[str, Any]) -> None:
     """Converts a checkpoint to a Hugging Face model; exit status 2 and one line for bad input."""
-
-    def convert() -> None:
+    with _command():
         from checkpoint.conversion.to_hf import convert_to_hf
 
         convert_to_hf(MODELS[model_type].load(), **flags)
 
-    _run(convert)
 
-
-def _run(convert: Callable[[], None]) -> None:
-    _log_progress()
-    try:
-        convert()
-    except (ValueError, OSError) as error:
-        sys.stderr.write(one_line(error) + "\n")
-        raise SystemExit(2) from error
-
-
-def _log_progress() -> None:
+@contextmanager
+def _command() -> Iterator[None]:
     """Sends the project's log lines to stdout, which leaves stderr to errors.
 
     The libraries' warnings are silenced: the conversion checks the same things, as errors.
@@ -55,3 +42,8 @@ def _log_progress() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         disable_progress_bars()
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        sys.stderr.write(one_line(error) + "\n")
+        raise SystemExit(2) from error

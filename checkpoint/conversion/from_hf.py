@@ -4,18 +4,15 @@ import logging
 import shutil
 from pathlib import Path
 
-import torch
-
 from checkpoint.conversion.output_folder import new_folder
 from checkpoint.files.checksums import FileSum, save_summed, sum_file
 from checkpoint.files.hf_weights import open_model, read_module
 from checkpoint.files.layer_shards import shard_name, write_shard_manifest
 from checkpoint.files.model_folder import copy_companions, find_model, folder_name, write_config
+from common.tensors import DTYPES
 from modules.families.base import Family
 
 LOGGER = logging.getLogger(__name__)
-
-DTYPE_NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
 def convert_from_hf(family: Family, *, model_name: str, save_dir: Path, dtype: str) -> Path:
@@ -36,7 +33,7 @@ def convert_from_hf(family: Family, *, model_name: str, save_dir: Path, dtype: s
     source = find_model(model_name, flag="--model-name", weights=True)
     config = family.load_config(source)
     modules = open_model(source, family, config)
-    target = getattr(torch, DTYPE_NAMES[dtype]) if dtype != "keep" else None
+    target = None if dtype == "keep" else DTYPES[dtype]
     needed = sum(weight.num_bytes(target) for module in modules for weight in module.values())
     sums: dict[str, FileSum] = {}
     with new_folder(final, needed=needed) as folder:
@@ -48,7 +45,7 @@ def convert_from_hf(family: Family, *, model_name: str, save_dir: Path, dtype: s
         if target is None:
             shutil.copyfile(source / "config.json", folder / "config.json")
         else:
-            write_config(source, folder, dtype=DTYPE_NAMES[dtype])
+            write_config(source, folder, dtype=str(target).removeprefix("torch."))
         small = [path for path in folder.iterdir() if path.name not in sums]
         write_shard_manifest(folder, sums | {path.name: sum_file(path) for path in small})
     LOGGER.info("%s: done", final)

@@ -14,18 +14,18 @@ from common.text import format_bytes
 def new_folder(final: Path, *, needed: int) -> Iterator[Path]:
     """Yields a temporary folder beside `final`, and renames it to that when the block succeeds.
 
-    The files of a failed block are deleted.
-
-    Args:
-        needed: the bytes that will be written.
-
-    Raises:
-        ValueError: `final` exists and is not an empty folder, or the disk has less than `needed`
-            free. Nothing was created then.
+    The files of a failed block are deleted. Raises ValueError, and creates nothing, if `final`
+    exists and is not an empty folder, or if the disk has less than `needed` bytes free.
     """
     final = Path(os.path.abspath(final))
-    _check_absent(final)
-    _check_space(final, needed)
+    is_empty = final.is_dir() and not any(final.iterdir())
+    if not is_empty and (final.exists() or final.is_symlink()):
+        raise ValueError(f"{final}: exists already, expected a name that is free")
+    free = shutil.disk_usage(next(parent for parent in final.parents if parent.exists())).free
+    if free < needed:
+        raise ValueError(
+            f"{final}: needs {format_bytes(needed)} of disk, {format_bytes(free)} is free there"
+        )
     partial = final.with_name(f"{final.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
@@ -36,19 +36,3 @@ def new_folder(final: Path, *, needed: int) -> Iterator[Path]:
         flush(final.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _check_absent(final: Path) -> None:
-    if final.is_dir() and not any(final.iterdir()):
-        return
-    if final.exists() or final.is_symlink():
-        raise ValueError(f"{final}: exists already, expected a name that is free")
-
-
-def _check_space(final: Path, needed: int) -> None:
-    existing = next(parent for parent in final.parents if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise ValueError(
-            f"{final}: needs {format_bytes(needed)} of disk, {format_bytes(free)} is free there"
-        )

@@ -2,9 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from checkpoint.conversion.output_folder import new_folder
 from checkpoint.conversion.verify import verify as verify_logits
-from checkpoint.files.hf_weights import HfWeights, hf_names, read_module, write_model
+from checkpoint.files.hf_weights import hf_names, read_module, write_model
 from checkpoint.files.model_folder import copy_companions, find_model, write_config
 from checkpoint.files.tensor_files import DTYPES
 from checkpoint.resume.saved_split import read_split
@@ -52,7 +50,14 @@ def convert_to_hf(
     step = resolve_checkpoint(ckpt_path)
     if not check_weights(step, companions=config_name is None):
         LOGGER.info("%s: no manifest: its files are not verified", step)
-    source = _config_folder(step, config_name)
+    source = step
+    if config_name is not None:
+        source = find_model(config_name, flag="--config-name", weights=False)
+    elif not (step / "config.json").is_file():
+        raise ValueError(
+            f"--config-name is missing, and {step} has no config.json: expected a folder or hub "
+            "name of config and tokenizer"
+        )
     config = family.load_config(source)
     split = read_split(
         step,
@@ -62,10 +67,17 @@ def convert_to_hf(
         n_layer_per_stage=n_layer_per_stage,
     )
     modules = open_checkpoint(step, family, config, split)
-    dtype = torch.float16 if fp16 else _widest(w for module in modules for w in module.values())
+    entries = [w.file.entries[w.key] for module in modules for w in module.values()]
+    widest = functools.reduce(torch.promote_types, (DTYPES[entry.dtype] for entry in entries))
+    dtype = torch.float16 if fp16 else widest
     sizes = [sum(weight.num_bytes(dtype) for weight in module.values()) for module in modules]
+
+    def read(index: int) -> dict[str, Tensor]:
+        names = hf_names(family, config, index)
+        return {names[key]: weight for key, weight in read_module(modules[index], dtype).items()}
+
     with new_folder(save_path, needed=sum(sizes)) as folder:
-        write_model(folder, sizes, lambda index: _read(family, config, modules, index, dtype))
+        write_model(folder, sizes, read)
         copy_companions(source, folder)
         architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
         name = str(dtype).removeprefix("torch.")
@@ -74,32 +86,3 @@ def convert_to_hf(
             verify_logits(folder, family, config, modules, dtype)
     LOGGER.info("%s: done", save_path)
     return save_path
-
-
-def _config_folder(step: Path, config_name: str | None) -> Path:
-    if config_name is not None:
-        return find_model(config_name, flag="--config-name", weights=False)
-    if not (step / "config.json").is_file():
-        raise ValueError(
-            f"--config-name is missing, and {step} has no config.json: expected a folder or hub "
-            "name of config and tokenizer"
-        )
-    return step
-
-
-def _widest(weights: Iterable[HfWeights]) -> torch.dtype:
-    """Returns the type that represents every weight exactly."""
-    dtypes = {DTYPES[weight.file.entries[weight.key].dtype] for weight in weights}
-    return functools.reduce(torch.promote_types, dtypes)
-
-
-def _read(
-    family: Family,
-    config: Any,
-    modules: list[dict[str, HfWeights]],
-    index: int,
-    dtype: torch.dtype,
-) -> dict[str, Tensor]:
-    """Reads the weights of module `index` by Hugging Face key."""
-    names = hf_names(family, config, index)
-    return {names[key]: weight for key, weight in read_module(modules[index], dtype).items()}

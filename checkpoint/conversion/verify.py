@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from checkpoint.files.hf_weights import HfWeights, hf_names, open_model, read_module
+from checkpoint.files.hf_weights import ModuleWeights, hf_names, open_model, read_module
 from modules.build import make_layer
 from modules.families.base import Family
 
@@ -24,37 +24,22 @@ LOGGER = logging.getLogger(__name__)
 NUM_ROWS = 2
 NUM_TOKENS = 32
 SEED = 0
-# The number of roundings that two orders of the same fp32 operations may differ by.
-ROUNDINGS = 2
-
-
-def tolerance(config: Any) -> float:
-    """Returns the largest relative difference of logits that rounding alone explains.
-
-    A sum of `hidden` products has an error of about 2^-24 * sqrt(hidden) of its size. Each module
-    has a few such sums in a row, and the errors of the modules add up at worst. Random models of 4
-    to 24 blocks, 32 to 1024 wide, differ by 0 (gptneox) to 1e-6 (gptj), less than a tenth of it; a
-    misplaced matrix changes logits by about their own size.
-    """
-    modules = config.num_hidden_layers + 2
-    return float(ROUNDINGS * 2.0**-24 * math.sqrt(config.hidden_size) * modules)
+# The largest relative difference that rounding alone explains, over sqrt(hidden) and the number of
+# modules. A sum of `hidden` products has an error of about 2^-24 * sqrt(hidden) of its size. Each
+# module has a few such sums in a row, and the errors of the modules add up at worst. Random models
+# of 4 to 24 blocks, 32 to 1024 wide, differ by 0 (gptneox) to 1e-6 (gptj), less than a tenth of it;
+# a misplaced matrix changes logits by about their own size.
+TOLERANCE = 2 * 2.0**-24
 
 
 @torch.no_grad()
 def verify(
-    folder: Path,
-    family: Family,
-    config: Any,
-    modules: Sequence[Mapping[str, HfWeights]],
-    dtype: torch.dtype,
-) -> float:
+    folder: Path, family: Family, config: Any, modules: Sequence[ModuleWeights], dtype: torch.dtype
+) -> None:
     """Compares `folder` with `modules`, the stages' weights, cast to `dtype` as they were written.
 
-    Returns:
-        The largest difference of two logits over the largest absolute logit; it is logged too.
-
-    Raises:
-        RuntimeError: the difference exceeds `tolerance(config)`.
+    Logs the largest difference of two logits over the largest absolute logit; RuntimeError if that
+    is more than rounding explains.
     """
     shape = (NUM_ROWS, min(NUM_TOKENS, config.max_position_embeddings))
     generator = torch.Generator().manual_seed(SEED)
@@ -62,22 +47,17 @@ def verify(
     ours = _run_ours(family, config, modules, dtype, tokens)
     theirs = _run_theirs(folder, family, config, tokens)
     difference = float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1e-30))
-    allowed = tolerance(config)
+    allowed = TOLERANCE * math.sqrt(config.hidden_size) * len(modules)
     LOGGER.info("verified: logits differ by %.2e at most, %.2e allowed", difference, allowed)
     if not difference <= allowed:
         raise RuntimeError(
             f"--verify: logits of {folder} and of the stages differ by {difference:.2e} of the "
             f"largest, more than the {allowed:.2e} that rounding explains"
         )
-    return difference
 
 
 def _run_ours(
-    family: Family,
-    config: Any,
-    modules: Sequence[Mapping[str, HfWeights]],
-    dtype: torch.dtype,
-    x: Tensor,
+    family: Family, config: Any, modules: Sequence[ModuleWeights], dtype: torch.dtype, x: Tensor
 ) -> Tensor:
     for index, weights in enumerate(modules):
         module = make_layer(family, config, index, "meta")
@@ -105,7 +85,7 @@ def _run_theirs(folder: Path, family: Family, config: Any, tokens: Tensor) -> Te
 
 
 def _fill(
-    model: nn.Module, family: Family, names: Mapping[str, str], weights: Mapping[str, HfWeights]
+    model: nn.Module, family: Family, names: Mapping[str, str], weights: ModuleWeights
 ) -> None:
     """Copies `weights`, by shard key, to the parameters with those `names`.
 

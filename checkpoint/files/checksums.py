@@ -61,8 +61,7 @@ class SummingFile:
 def save_summed(state: Any, path: Path) -> FileSum:
     """Saves `state` with torch.save and flushes it to disk; an OSError names the file.
 
-    Returns:
-        The checksum of the bytes in memory, so that a later check finds what the disk changed.
+    Returns the checksum of the bytes in memory, so that a later check finds what the disk changed.
     """
     try:
         with path.open("wb") as file:
@@ -115,7 +114,8 @@ def check_file(path: Path, expected: FileSum, *, manifest: str) -> None:
 
 
 def seal(body: Mapping[str, Any]) -> bytes:
-    """Encodes `body` as JSON with a checksum of itself, for `unseal`."""
+    """Encodes `body` and the format as JSON with a checksum of itself, for `unseal`."""
+    body = {"format": FORMAT, **body}
     return _encode({**body, _SEAL: sum_bytes(_encode(body)).crc32})
 
 

@@ -35,19 +35,16 @@ class HfWeights:
     file: TensorFile
     key: str
 
-    def check(self, shape: tuple[int, ...]) -> None:
-        """Raises ValueError for another shape, or a type that is not a float."""
-        check_entry(self.file.path, self.key, self.file.entries[self.key], shape)
-
     def num_bytes(self, dtype: torch.dtype | None = None) -> int:
         """Returns its size when it is written as `dtype`, or in its own type."""
         entry = self.file.entries[self.key]
         return entry.size * (dtype or DTYPES[entry.dtype]).itemsize
 
 
-def read_module(
-    module: Mapping[str, HfWeights], dtype: torch.dtype | None = None
-) -> dict[str, Tensor]:
+ModuleWeights = dict[str, HfWeights]  # by shard key
+
+
+def read_module(module: ModuleWeights, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Reads a module's weights by shard key, cast to `dtype` if given; ValueError if not finite."""
     weights: dict[str, Tensor] = {}
     for file in dict.fromkeys(source.file for source in module.values()):
@@ -67,36 +64,30 @@ def hf_names(family: Family, config: Any, index: int) -> dict[str, str]:
     return {key: table[key].format(layer=index - 1) for key in shapes}
 
 
-def open_model(folder: Path, family: Family, config: Any) -> list[dict[str, HfWeights]]:
-    """Maps, for each module, shard keys to the weights' places; it reads the files' headers alone.
+def open_model(folder: Path, family: Family, config: Any) -> list[ModuleWeights]:
+    """Returns the places of each module's weights; it reads the files' headers alone.
 
     Raises:
         ValueError: names file and key: a missing or damaged file, a missing or extra key, two
             spellings of a key with different values, a shape other than the config's, or a type
             that is not a float.
     """
-    files = _open_files(folder)
-    sources = _collect(files, family)
-    modules: list[dict[str, HfWeights]] = []
+    sources = _collect(_open_files(folder), family)
+    modules: list[ModuleWeights] = []
     for index in range(config.num_hidden_layers + 2):
-        module: dict[str, HfWeights] = {}
+        modules.append({})
+        names = hf_names(family, config, index)
         for key, shape in module_shapes(family, config, index).items():
-            name = hf_names(family, config, index)[key]
-            module[key] = _take(sources, name, folder, family)
-            module[key].check(shape)
-        modules.append(module)
+            if names[key] not in sources:
+                aliases = [a for a, name in family.hf_aliases.items() if name == names[key]]
+                spelled = " or ".join((names[key], *aliases))
+                raise ValueError(f"{folder}: key {spelled} missing from the weights there")
+            modules[-1][key] = source = sources.pop(names[key])
+            check_entry(source.file, source.key, shape)
     if sources:
         extra = next(iter(sources.values()))
         raise ValueError(f"{extra.file.path}: key {extra.key} unexpected: no weight of this model")
     return modules
-
-
-def _take(sources: dict[str, HfWeights], name: str, folder: Path, family: Family) -> HfWeights:
-    if name not in sources:
-        others = [alias for alias, meant in family.hf_aliases.items() if meant == name]
-        spelled = " or ".join((name, *others))
-        raise ValueError(f"{folder}: key {spelled} missing from the weights there")
-    return sources.pop(name)
 
 
 def _collect(files: Sequence[TensorFile], family: Family) -> dict[str, HfWeights]:
@@ -130,17 +121,15 @@ def _open_files(folder: Path) -> list[TensorFile]:
     weight_map = read_json_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path}: weight_map is {weight_map!r:.40}, expected keys and their files")
-    files = {name: _open_named(folder, name, path) for name in sorted(set(weight_map.values()))}
+    files: dict[str, TensorFile] = {}
+    for name in sorted(set(weight_map.values())):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name}: no such file, {path.name} names it")
+        files[name] = open_tensor_file(folder / name)
     for key, name in weight_map.items():
         if key not in files[name].entries:
             raise ValueError(f"{folder / name}: key {key} missing, {path.name} says it is there")
     return list(files.values())
-
-
-def _open_named(folder: Path, name: str, index: Path) -> TensorFile:
-    if not (folder / name).is_file():
-        raise ValueError(f"{folder / name}: no such file, {index.name} names it")
-    return open_tensor_file(folder / name)
 
 
 def group_modules(sizes: Sequence[int]) -> list[list[int]]:
@@ -157,29 +146,23 @@ def group_modules(sizes: Sequence[int]) -> list[list[int]]:
 
 
 def write_model(
-    folder: Path, sizes: Sequence[int], read_module: Callable[[int], Mapping[str, Tensor]]
+    folder: Path, sizes: Sequence[int], read: Callable[[int], Mapping[str, Tensor]]
 ) -> None:
     """Writes a model as safetensors, with one file's tensors in memory at a time.
 
-    `sizes` are the modules' bytes; `read_module` returns a module's tensors by Hugging Face key.
+    `sizes` are the modules' bytes; `read` returns a module's tensors by Hugging Face key.
     """
     groups = group_modules(sizes)
     weight_map: dict[str, str] = {}
     for number, group in enumerate(groups, 1):
         name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         name = "model.safetensors" if len(groups) == 1 else name
-        weight_map |= dict.fromkeys(_write_file(folder / name, group, read_module), name)
+        tensors = {key: tensor for index in group for key, tensor in read(index).items()}
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+        del tensors  # before the next file's are read
         written = sum(sizes[: group[-1] + 1])
         LOGGER.info("%s: %s of %s", name, format_bytes(written), format_bytes(sum(sizes)))
     if len(groups) > 1:
         index_file = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index_file)
-
-
-def _write_file(
-    path: Path, group: Sequence[int], read_module: Callable[[int], Mapping[str, Tensor]]
-) -> list[str]:
-    """Returns the written keys; the tensors are freed before the next file's are read."""
-    tensors = {key: tensor for index in group for key, tensor in read_module(index).items()}
-    save_file(tensors, path, metadata={"format": "pt"})
-    return list(tensors)

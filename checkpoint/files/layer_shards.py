@@ -9,18 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from checkpoint.files.checksums import (
-    FORMAT,
-    FileSum,
-    check_file,
-    check_size,
-    decode_sums,
-    encode_sums,
-    seal,
-    unseal,
-)
+from checkpoint.files import checksums
+from checkpoint.files.checksums import FileSum, check_file, check_size
 from checkpoint.files.tensor_files import TorchFile
-from checkpoint.files.validation import check_entry, check_keys, module_shapes, read_weights
+from checkpoint.files.validation import check_entries, module_shapes, read_weights
 from modules.families.base import Family
 
 NAME = "manifest.json"
@@ -29,7 +21,7 @@ _REMEDY = f"remove {NAME} to load the folder unverified"
 
 def write_shard_manifest(folder: Path, sums: Mapping[str, FileSum]) -> None:
     """Writes the manifest of a folder whose files have these checksums, by name."""
-    (folder / NAME).write_bytes(seal({"format": FORMAT, "files": encode_sums(sums)}))
+    (folder / NAME).write_bytes(checksums.seal({"files": checksums.encode_sums(sums)}))
 
 
 def has_manifest(folder: Path) -> bool:
@@ -38,10 +30,9 @@ def has_manifest(folder: Path) -> bool:
 
 
 def check_shard(path: Path) -> None:
-    """Reads all of a shard or config.json; ValueError names it if it is damaged.
+    """Reads all of a shard or config.json; ValueError names it if it is damaged or not listed.
 
-    Nothing is checked in a folder without a manifest. A file that the manifest does not list is an
-    error.
+    Nothing is checked in a folder without a manifest.
     """
     _check_listed(path, check_file)
 
@@ -71,7 +62,7 @@ def _check_listed(path: Path, check: Callable[..., None]) -> None:
 
 def _read(folder: Path) -> dict[str, FileSum]:
     try:
-        return decode_sums(unseal(folder / NAME))
+        return checksums.decode_sums(checksums.unseal(folder / NAME))
     except ValueError as error:
         raise ValueError(f"{error}; {_REMEDY}") from error
 
@@ -84,10 +75,7 @@ def _check(path: Path, expected: FileSum, check: Callable[..., None]) -> None:
 
 
 def shard_name(index: int, num_layers: int) -> str:
-    """Returns the file name of module `index` of a model of `num_layers` blocks.
-
-    File names number the blocks from 0: block i is module i + 1.
-    """
+    """Returns the file name of module `index`; names number the blocks from 0."""
     if index == 0:
         return "pytorch_embs.pt"
     return "pytorch_lm_head.pt" if index == num_layers + 1 else f"pytorch_{index - 1}.pt"
@@ -105,7 +93,5 @@ def load_layer_shard(folder: Path, family: Family, config: Any, index: int) -> d
     """
     file = TorchFile(folder / shard_name(index, config.num_hidden_layers))
     shapes = module_shapes(family, config, index)
-    check_keys(file.path, (key for key in file.entries if not family.buffers.search(key)), shapes)
-    for key, shape in shapes.items():
-        check_entry(file.path, key, file.entries[key], shape)
+    check_entries(file, family, shapes)
     return read_weights(file, shapes)

@@ -8,10 +8,10 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,7 +34,7 @@ _ZIP_MAGIC = b"PK\x03\x04"
 
 
 @dataclass(frozen=True)
-class TensorInfo:
+class Entry:
     """A tensor's shape, and its type by torch's name ("float16"), from the file's header."""
 
     shape: tuple[int, ...]
@@ -50,7 +50,7 @@ class TensorFile(Protocol):
     """A file of named tensors; `entries` describes them without reading them."""
 
     path: Path
-    entries: Mapping[str, TensorInfo]
+    entries: dict[str, Entry]
 
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Yields those keys, each with its tensor in memory of its own."""
@@ -61,11 +61,14 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.entries: Mapping[str, TensorInfo] = {}
+        self.entries: dict[str, Entry] = {}
         require_file(path)
         try:
             with safe_open(path, "pt") as file:
-                self.entries = {key: _slice_entry(file.get_slice(key)) for key in file.keys()}  # noqa: SIM118
+                views = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+                for key, view in views.items():
+                    dtype = _SAFETENSORS_NAMES.get(view.get_dtype(), view.get_dtype())
+                    self.entries[key] = Entry(tuple(view.get_shape()), dtype)
         except SafetensorError as error:
             raise _damaged(path, "safetensors file", error) from error
 
@@ -86,7 +89,8 @@ class TorchFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         require_file(path)
-        self._mapped = _is_zip(path)
+        with path.open("rb") as file:
+            self._mapped = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
         if not self._mapped:
             LOGGER.warning(
                 "%s: saved in torch's old format, which cannot be mapped: loading all of it, %s",
@@ -95,8 +99,8 @@ class TorchFile:
             )
         tensors = self._load()
         self._loaded = {} if self._mapped else tensors
-        self.entries: Mapping[str, TensorInfo] = {
-            key: TensorInfo(tuple(tensor.shape), _dtype_name(tensor.dtype))
+        self.entries = {
+            key: Entry(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
             for key, tensor in tensors.items()
         }
 
@@ -129,20 +133,6 @@ def require_file(path: Path) -> None:
     """Raises ValueError if the file does not exist."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-
-
-def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
-
-
-def _slice_entry(view: Any) -> TensorInfo:
-    name = view.get_dtype()
-    return TensorInfo(tuple(view.get_shape()), _SAFETENSORS_NAMES.get(name, name))
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _state_dict(path: Path, loaded: object) -> dict[str, Tensor]:

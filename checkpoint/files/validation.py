@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint.files.tensor_files import DTYPES, TensorFile, TensorInfo
+from checkpoint.files.tensor_files import DTYPES, TensorFile
 from common.tensors import is_finite
 from modules.build import make_layer
 from modules.families.base import Family
@@ -29,19 +29,20 @@ def module_shapes(family: Family, config: Any, index: int) -> dict[str, tuple[in
     return {key: tuple(tensor.shape) for key, tensor in state.items()}
 
 
-def check_keys(path: Path, keys: Iterable[str], expected: Iterable[str]) -> None:
-    """Raises ValueError for a missing or extra key."""
-    keys, expected = set(keys), set(expected)
-    if missing := sorted(expected - keys):
-        raise ValueError(
-            f"{path}: key {_summarise(missing)} missing, expected {len(expected)} keys"
-        )
-    if extra := sorted(keys - expected):
+def check_entries(file: TensorFile, family: Family, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ValueError unless a file has floats of these shapes alone, beside buffers."""
+    path, keys = file.path, {key for key in file.entries if not family.buffers.search(key)}
+    if missing := sorted(shapes.keys() - keys):
+        raise ValueError(f"{path}: key {_summarise(missing)} missing, expected {len(shapes)} keys")
+    if extra := sorted(keys - shapes.keys()):
         raise ValueError(f"{path}: key {_summarise(extra)} unexpected: no weight of this model")
+    for key, shape in shapes.items():
+        check_entry(file, key, shape)
 
 
-def check_entry(path: Path, key: str, entry: TensorInfo, shape: tuple[int, ...]) -> None:
+def check_entry(file: TensorFile, key: str, shape: tuple[int, ...]) -> None:
     """Raises ValueError for another shape, or for a type that is not a float."""
+    path, entry = file.path, file.entries[key]
     if entry.shape != shape:
         raise ValueError(f"{path}: {key} has shape {entry.shape}, config.json makes it {shape}")
     if entry.dtype not in DTYPES:

@@ -11,10 +11,9 @@ from common.files import read_json_object
 def check_same_run(meta: StepMeta, flags: Mapping[str, Any]) -> None:
     """Raises ValueError, naming the flag and both values, if a fixed flag has changed."""
     for flag, value in flags.items():
-        if meta.flags.get(flag) != value:
+        if (saved := meta.flags.get(flag)) != value:
             raise ValueError(
-                f"{flag} is {value}, but the checkpoint of step {meta.step} was made with "
-                f"{meta.flags.get(flag)}"
+                f"{flag} is {value}, but the checkpoint of step {meta.step} was made with {saved}"
             )
 
 

@@ -51,8 +51,7 @@ class ResumeSearch:
     def __init__(
         self, path: Path, split: ResumeSplit, *, control: Communicator, topology: Topology
     ) -> None:
-        self._path, self._control, self._topology = path, control, topology
-        self._split = split
+        self._path, self._split, self._control, self._topology = path, split, control, topology
         view = _inspect_machine(path, topology.stage, split) if topology.replica == 0 else None
         views = gather_json(control, None if view is None else _encode(view))
         self._views = [_decode(view) for view in views[: topology.num_stages]]
@@ -61,15 +60,14 @@ class ResumeSearch:
         """Returns the step of ours to go on from; None if there is none.
 
         Its meta.json, config and tokenizer have been verified, its weights and state have not.
-
-        Raises:
-            ValueError: the same on all ranks: a file is damaged or missing, or the stages have no
-                step in common.
+        Raises ValueError, the same on all ranks, if a file is damaged or missing, or if the stages
+        have no step in common.
         """
-        self._check_latest()
-        common = self._common_steps()
-        if common:
-            self._refuse_damaged(max(common), small=True)
+        for rank, view in enumerate(self._views):
+            if view.problem is not None:
+                raise ValueError(self._on_rank(rank, view.problem))
+        if common := self._common_steps():
+            self.verify(max(common), small=True)
             self._warn_about_newer(max(common))
             return max(common)
         # A save ends with `latest`: without it no save was ever completed. The exception are files
@@ -80,17 +78,16 @@ class ResumeSearch:
             raise ValueError(f"--checkpoint-path {self._path}: {self._describe_steps()}")
         return None
 
-    def verify(self, step: int) -> None:
-        """Reads and checks all files of a step; ValueError as `newest_step`."""
-        self._refuse_damaged(step, small=False)
+    def verify(self, step: int, *, small: bool = False) -> None:
+        """Reads and checks all files of a step, or with `small` those that all stages write.
 
-    def _refuse_damaged(self, step: int, *, small: bool) -> None:
-        """Raises ValueError for a damaged step; it names the newest complete one before it."""
+        Raises ValueError if it is damaged; the text names the newest complete step before it.
+        """
         problem = self._problem(step, small=small)
         if problem is None:
             return
-        older = sorted((other for other in self._common_steps() if other < step), reverse=True)
-        usable = next((other for other in older if self._problem(other, small=False) is None), None)
+        older = sorted(other for other in self._common_steps() if other < step)
+        usable = next((s for s in reversed(older) if self._problem(s, small=False) is None), None)
         if usable is None:
             raise ValueError(f"{problem}; no complete checkpoint before it is there")
         raise ValueError(
@@ -106,11 +103,6 @@ class ResumeSearch:
             raise ValueError(f"--checkpoint-path {self._path}: {self._describe_steps()}")
         return steps.pop()
 
-    def _check_latest(self) -> None:
-        for rank, view in enumerate(self._views):
-            if view.problem is not None:
-                raise ValueError(self._on_rank(rank, view.problem))
-
     def _on_rank(self, rank: int, problem: str) -> str:
         return f"on rank {rank}: {problem}" if self._control.size > 1 else problem
 
@@ -124,10 +116,7 @@ class ResumeSearch:
         ]
 
     def _problem(self, step: int, *, small: bool) -> str | None:
-        """Describes the damage to a step, found by the sizes of its files or else by reading them.
-
-        With `small` only the files that all stages write are read.
-        """
+        """Describes the damage to a step, found by the sizes of its files or else by reading."""
         for rank, view in enumerate(self._views):
             if (problem := view.steps[step].problem) is not None:
                 return self._on_rank(rank, problem)
@@ -146,13 +135,8 @@ class ResumeSearch:
     def _warn_about_newer(self, step: int) -> None:
         if self._topology.rank != 0:
             return
-        newer = {other for other in self._steps() if other > step}
-        newer |= {
-            int(view.latest)
-            for view in self._views
-            if view.latest is not None and view.latest.isdecimal() and int(view.latest) > step
-        }
-        if newer:
+        named = [int(v.latest) for v in self._views if v.latest and v.latest.isdecimal()]
+        if newer := {other for other in (*self._steps(), *named) if other > step}:
             logger.warning(
                 "step %s is not complete on every stage, or not of one save: going back to %d",
                 ", ".join(map(str, sorted(newer))),
@@ -167,8 +151,8 @@ class ResumeSearch:
 
     def _saved_split(self, step: int) -> Split | None:
         """Returns the split of a step, from the first machine that knows it."""
-        records = (view.steps.get(step) for view in self._views)
-        return next((r.split for r in records if r is not None and r.split is not None), None)
+        records = (view.steps[step] for view in self._views if step in view.steps)
+        return next((record.split for record in records if record.split is not None), None)
 
     def _has_other_split(self, step: int) -> bool:
         split = self._saved_split(step)
@@ -183,9 +167,8 @@ class ResumeSearch:
                 names = name_files(self._split.sources(rank, split))
                 missing = f"{names}, and with them config.json, meta.json and the tokenizer's files"
             if missing is not None:
-                needs.append(
-                    f"rank {rank} on {view.host} needs in {Path(view.path) / str(step)} {missing}"
-                )
+                place = Path(view.path) / str(step)
+                needs.append(f"rank {rank} on {view.host} needs in {place} {missing}")
         return "; ".join(needs)
 
     def _describe_steps(self) -> str:
@@ -193,8 +176,8 @@ class ResumeSearch:
         have = "; ".join(
             f"stage {stage} has {_list_steps(view)}" for stage, view in enumerate(self._views)
         )
-        step = max(self._steps(), default=None)
-        missing = "" if step is None else self._describe_missing(step)
+        step = max(self._steps(), default=0)
+        missing = self._describe_missing(step)
         needs = f"step {step}: {missing}; " if missing else ""
         return (
             f"no step is complete on every stage and of one save ({have}); {needs}bring the "
@@ -227,8 +210,9 @@ def _encode(view: StageView) -> list[Any]:
 
 
 def _decode(view: list[Any]) -> StageView:
-    records = {step: InspectedStep(*record) for step, record in view[0]}
-    for step, record in records.items():
-        if record.split is not None:
-            records[step] = record._replace(split=Split(record.split))
+    records = {}
+    for step, fields in view[0]:
+        record = InspectedStep(*fields)
+        split = None if record.split is None else Split(record.split)
+        records[step] = record._replace(split=split)
     return StageView(records, *view[1:])

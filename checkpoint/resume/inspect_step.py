@@ -8,8 +8,8 @@ from checkpoint.resume.reshard import ResumeSplit
 from checkpoint.resume.saved_split import saved_split
 from checkpoint.steps.manifest import (
     StageManifest,
-    check_meta_step,
     check_one_save,
+    check_step,
     count_stages,
     first_manifest,
     part_name,
@@ -75,30 +75,25 @@ def _saved_split(folder: Path, *, model_layers: int) -> Split | None:
 
     None stands for a split of another model, which is an error once this step is to be resumed.
     """
-    manifest = first_manifest(folder)
-    if manifest is not None:
-        _check_step(folder, manifest)
+    if manifest := first_manifest(folder):
+        _check_in_folder(folder, manifest.name, manifest.step)
         manifest.check(folder, [META])
-        check_meta_step(folder, int(folder.name), owner="its folder")
+        _check_in_folder(folder, META, read_meta(folder).step)
     try:
         return saved_split(read_meta(folder), folder, model_layers=model_layers)
     except ValueError:
         return None
 
 
-def _check_step(folder: Path, manifest: StageManifest) -> None:
-    """Raises ValueError for a manifest of another step than the name of its folder."""
-    if manifest.step != int(folder.name):
-        raise ValueError(
-            f"{folder / manifest.name}: of step {manifest.step}, but its folder is of {folder.name}"
-        )
+def _check_in_folder(folder: Path, name: str, step: int) -> None:
+    check_step(folder / name, step, expected=int(folder.name), owner="its folder")
 
 
 def _check_manifests(
     folder: Path, record: InspectedStep, manifests: Sequence[StageManifest]
 ) -> InspectedStep:
     for manifest in manifests:
-        _check_step(folder, manifest)
+        _check_in_folder(folder, manifest.name, manifest.step)
     first = first_manifest(folder)
     assert first is not None, "some have been read"
     check_one_save(folder, [first, *manifests])

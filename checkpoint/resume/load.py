@@ -11,7 +11,8 @@ from checkpoint.files.layer_shards import check_shard, load_layer_shard, shard_n
 from checkpoint.files.tensor_files import require_file
 from checkpoint.files.validation import check_fits
 from checkpoint.resume.reshard import find_module
-from checkpoint.steps.stage_weights import read_stage_module, stage_file
+from checkpoint.steps.manifest import part_name
+from checkpoint.steps.stage_weights import read_stage_module
 from comm.communicator import Communicator
 from modules.build import initialise_
 from modules.families.base import Family
@@ -36,10 +37,10 @@ def load_shards_(
         ValueError: names file and key. All files must exist before the first is read, and each must
             match the folder's manifest, if there is one.
     """
-    for index in model.indices:
-        require_file(folder / shard_name(index, config.num_hidden_layers))
-    for index, module in zip(model.indices, model, strict=True):
-        path = folder / shard_name(index, config.num_hidden_layers)
+    paths = [folder / shard_name(index, config.num_hidden_layers) for index in model.indices]
+    for path in paths:
+        require_file(path)
+    for index, path, module in zip(model.indices, paths, model, strict=True):
         check_shard(path)
         weights = load_layer_shard(folder, family, config, index)
         check_fits(path, weights, dtype)
@@ -61,7 +62,7 @@ def load_checkpoint_(
     """
     for index, module in zip(model.indices, model, strict=True):
         stage, j = find_module(index, split)
-        path = stage_file(folder, stage)
+        path = folder / part_name(stage, "checkpoint")
         weights = read_stage_module(path, family, config, stage_modules(stage, split), j)
         check_fits(path, {f"{j}.{key}": weight for key, weight in weights.items()}, dtype)
         _fill(module, weights)

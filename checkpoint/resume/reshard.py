@@ -1,35 +1,26 @@
 """Resharding: the files of a checkpoint with other stages that hold the modules of a stage.
 
-It depends on the checkpoint's split and the run's split alone. Weights and optimizer state do not
-change.
+It depends on the two splits alone. Weights and optimizer state do not change.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from pipeline_parallel.partition.split import AUTO, Asked, Split, stage_modules
 
 
-class ModuleLocation(NamedTuple):
-    """The stage of a checkpoint that saved a module, and the j of the module's keys there."""
-
-    stage: int
-    j: int
-
-
-def find_module(index: int, split: Split) -> ModuleLocation:
-    """Locates the model's module `index` in a checkpoint of that split."""
+def find_module(index: int, split: Split) -> tuple[int, int]:
+    """Returns the stage that saved module `index` at that split, and the j of its keys there."""
     for stage in range(len(split)):
         modules = stage_modules(stage, split)
         if index in modules:
-            return ModuleLocation(stage, index - modules.start)
+            return stage, index - modules.start
     raise IndexError(f"module {index} is in no stage of {split}")
 
 
 def stages_holding(indices: Iterable[int], split: Split) -> list[int]:
     """Returns the stages of a checkpoint of that split that hold the model's modules `indices`."""
-    return sorted({find_module(index, split).stage for index in indices})
+    return sorted({find_module(index, split)[0] for index in indices})
 
 
 def map_names(saved: range, indices: range, keys: Callable[[int], Iterable[str]]) -> dict[str, str]:

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from checkpoint.steps.manifest import part_name
 from checkpoint.steps.meta import META, StepMeta, is_predecessors, read_meta
-from checkpoint.steps.stage_weights import stage_file
 from pipeline_parallel.partition.split import Layers, Split, even_split
 
 
@@ -29,8 +29,14 @@ def read_split(
         if meta.model_type != model_type:
             raise ValueError(f"{path}: model_type is {meta.model_type!r}, expected {model_type!r}")
         split = saved_split(meta, folder, model_layers=model_layers)
-        _check_flags(path, split, n_stages, n_layer_per_stage)
-    extra = stage_file(folder, len(split))
+        if n_stages not in (None, len(split)):
+            raise ValueError(f"--n-stages is {n_stages}, but {path} says {len(split)}")
+        layers: tuple[int, ...] | Layers | None = n_layer_per_stage
+        if isinstance(layers, int):
+            layers = even_split(layers, num_stages=len(split), model_layers=model_layers)
+        if layers not in (None, split):
+            raise ValueError(f"--n-layer-per-stage is {n_layer_per_stage}, but {path} says {split}")
+    extra = folder / part_name(len(split), "checkpoint")
     if extra.exists():
         raise ValueError(f"{extra}: is there, but --n-stages is {len(split)}")
     return split
@@ -46,32 +52,15 @@ def saved_split(meta: StepMeta, folder: Path, *, model_layers: int) -> Split:
     return meta.num_layers
 
 
-def _check_flags(path: Path, saved: Split, stages: int | None, layers: Layers | None) -> None:
-    """Checks the flags that were given against meta.json; none is needed."""
-    if stages not in (None, len(saved)):
-        raise ValueError(f"--n-stages is {stages}, but {path} says {len(saved)}")
-    if layers is None:
-        return
-    flagged: tuple[int, ...] = (
-        layers
-        if isinstance(layers, Split)
-        else even_split(layers, num_stages=len(saved), model_layers=sum(saved))
-    )
-    if flagged != saved:
-        raise ValueError(f"--n-layer-per-stage is {layers}, but {path} says {saved}")
-
-
 def _split_of_flags(
     path: Path, model_layers: int, stages: int | None, layers: Layers | None
 ) -> Split:
     """Returns the split that the flags give; a list gives the number of stages too."""
     if isinstance(layers, Split) and stages is None:
         stages = len(layers)
-    for flag, value in (("--n-stages", stages), ("--n-layer-per-stage", layers)):
-        if value is None:
-            raise ValueError(f"{flag} is missing, and {path} does not tell it: expected a number")
-    assert stages is not None
-    assert layers is not None
+    if stages is None or layers is None:
+        flag = "--n-stages" if stages is None else "--n-layer-per-stage"
+        raise ValueError(f"{flag} is missing, and {path} does not tell it: expected a number")
     flags = f"--n-stages {stages} with --n-layer-per-stage {layers}"
     if isinstance(layers, Split):
         if (len(layers), sum(layers)) != (stages, model_layers):

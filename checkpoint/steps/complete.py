@@ -1,7 +1,6 @@
 """The complete steps, those that every stage has: --keep-checkpoints counts them.
 
-A crash in a save, or an exchanged disk, leaves a step on some machines and not on others. No run
-can go on from such a step.
+A crash in a save, or an exchanged disk, leaves a step on some machines alone: no run continues it.
 """
 
 import logging
@@ -29,17 +28,16 @@ class StageFiles(NamedTuple):
 def find_complete_steps(path: Path | None, last: int, *, control: Communicator) -> list[int] | None:
     """Finds the steps up to `last` that all stages have, judged by the sizes of their files.
 
-    Every process calls it at once; `path` is None for a process that writes no checkpoints.
-
-    Returns:
-        The same on all processes. None, with a warning from rank 0, if a disk cannot be read.
+    Every process calls it at once; `path` is None for a process that writes no checkpoints. Returns
+    the same on all processes; None, with a warning from rank 0, if a disk cannot be read.
     """
     files: dict[int, list[StageFiles]] = {}
 
     def inspect() -> None:
         assert path is not None
-        steps = [step for step in step_folders(path) if step <= last]
-        files.update({step: _inspect_folder(path / str(step), step) for step in steps})
+        for step in step_folders(path):
+            if step <= last:
+                files[step] = _inspect_folder(path / str(step), step)
 
     name = f"looking at what is older than step {last}"
     failure = run_on_all(control, None if path is None else inspect, name)

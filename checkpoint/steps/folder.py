@@ -40,16 +40,10 @@ def clear_leftovers(path: Path, nonce: str) -> None:
 
 
 def write_stage_files(folder: Path, stage: int, parts: Mapping[str, Any]) -> dict[str, FileSum]:
-    """Saves each part as `prank_<stage>_<part>.pt`, flushed to disk; an OSError names the file.
-
-    Returns:
-        The files' checksums by name.
-    """
+    """Saves each part, flushed to disk; returns checksums by name, or an OSError names the file."""
     folder.mkdir(parents=True, exist_ok=True)
-    return {
-        part_name(stage, part): save_summed(state, folder / part_name(stage, part))
-        for part, state in parts.items()
-    }
+    states = {part_name(stage, part): state for part, state in parts.items()}
+    return {name: save_summed(state, folder / name) for name, state in states.items()}
 
 
 def move_aside(final: Path, nonce: str) -> None:
@@ -111,11 +105,9 @@ def step_folders(path: Path) -> list[int]:
 def predecessor_step(path: Path) -> int | None:
     """Returns the N of `latest` if it means a predecessor's `checkpoint_N`, else None."""
     text = latest_text(path)
-    if text is None or not re.fullmatch(r"[0-9]+", text):
+    if text is None or not re.fullmatch(r"[0-9]+", text) or (path / str(int(text))).is_dir():
         return None
-    step = int(text)
-    is_theirs = not (path / str(step)).is_dir() and predecessor_folder(path, step).is_dir()
-    return step if is_theirs else None
+    return int(text) if predecessor_folder(path, int(text)).is_dir() else None
 
 
 def predecessor_folder(path: Path, step: int) -> Path:
@@ -125,8 +117,5 @@ def predecessor_folder(path: Path, step: int) -> Path:
 
 def any_steps(path: Path) -> bool:
     """Whether `path` holds any checkpoint, complete or not, ours or a predecessor's."""
-    if not path.is_dir():
-        return False
-    return (path / "latest").exists() or any(
-        re.fullmatch(r"(checkpoint_)?[0-9]+", entry.name) for entry in path.iterdir()
-    )
+    names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
+    return any(re.fullmatch("latest|(checkpoint_)?[0-9]+", name) for name in names)

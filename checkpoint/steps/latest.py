@@ -6,11 +6,9 @@ written before `latest` and again after it, so that after a crash at any moment 
 """
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from checkpoint.files.checksums import FORMAT, seal, unseal
+from checkpoint.files.checksums import seal, unseal
 from common.files import replace_file
 
 LATEST = "latest"
@@ -22,15 +20,15 @@ _REMEDY = f"remove {LATEST} and {CHECK} to go on from the newest complete step"
 def expect_latest(path: Path) -> None:
     """Creates the manifest before the first step is published: from then on both files exist."""
     if not (path / CHECK).exists():
-        _write_check(path, {"step": None})
+        replace_file(path / CHECK, seal({"step": None}))
 
 
 def write_latest(path: Path, step: int) -> None:
     """Makes `latest` name `step`; OSError if the disk fails."""
     before = _parse(latest_text(path))
-    _write_check(path, {"step": step, "before": before})
+    replace_file(path / CHECK, seal({"step": step, "before": before}))
     replace_file(path / LATEST, str(step).encode())
-    _write_check(path, {"step": step})
+    replace_file(path / CHECK, seal({"step": step}))
 
 
 def latest_text(path: Path) -> str | None:
@@ -56,7 +54,9 @@ def check_latest(path: Path, *, has_manifests: bool) -> None:
         check = unseal(path / CHECK)
     except ValueError as error:
         raise ValueError(f"{error}; {_REMEDY}") from error
-    if _is_possible(text, check):
+    step = _parse(text)
+    possible = (check["step"], check.get("before", check["step"]))  # None for a missing `latest`
+    if (text is None or step is not None) and step in possible:
         return
     known = "nothing yet" if check["step"] is None else check["step"]
     if text is None:
@@ -66,19 +66,6 @@ def check_latest(path: Path, *, has_manifests: bool) -> None:
     )
 
 
-def _is_possible(text: str | None, check: Mapping[str, Any]) -> bool:
-    """Whether an undamaged `latest` may hold `text`; None stands for a missing file."""
-    step = _parse(text)
-    return (text is None or step is not None) and step in (
-        check["step"],
-        check.get("before", check["step"]),
-    )
-
-
 def _parse(text: str | None) -> int | None:
     """Returns the step that `text` spells, or None if it is missing or damaged."""
     return int(text) if text is not None and _STEP.fullmatch(text) else None
-
-
-def _write_check(path: Path, body: Mapping[str, Any]) -> None:
-    replace_file(path / CHECK, seal({"format": FORMAT, **body}))

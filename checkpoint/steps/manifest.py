@@ -9,16 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from checkpoint.files.checksums import (
-    FORMAT,
-    FileSum,
-    check_file,
-    check_size,
-    decode_sums,
-    encode_sums,
-    seal,
-    unseal,
-)
+from checkpoint.files import checksums
+from checkpoint.files.checksums import FileSum, check_file, check_size
 from checkpoint.steps.meta import META, is_predecessors, read_meta
 
 
@@ -49,7 +41,7 @@ class StageManifest:
 
     def encode(self) -> bytes:
         """Returns the file's content."""
-        return seal({**vars(self), "files": encode_sums(self.files), "format": FORMAT})
+        return checksums.seal({**vars(self), "files": checksums.encode_sums(self.files)})
 
     def check_sizes(self, folder: Path) -> None:
         """Raises ValueError for the first file of `folder` that is missing or of another size."""
@@ -74,21 +66,12 @@ def manifest_name(stage: int | str) -> str:
 
 def read_manifest(folder: Path, stage: int) -> StageManifest:
     """Reads a stage's manifest; ValueError names it if it is damaged or of another stage."""
-    return _read(folder / manifest_name(stage))
-
-
-def _read(path: Path) -> StageManifest:
-    body = unseal(path)
-    if manifest_name(body["stage"]) != path.name:
+    path = folder / manifest_name(stage)
+    body = checksums.unseal(path)
+    if body["stage"] != stage:
         raise ValueError(f"{path}: of stage {body['stage']}, which its name does not say")
-    return StageManifest(
-        step=body["step"],
-        stage=body["stage"],
-        num_stages=body["num_stages"],
-        save=body["save"],
-        files=decode_sums(body),
-        dropped=body["dropped"],
-    )
+    del body["format"]
+    return StageManifest(**{**body, "files": checksums.decode_sums(body)})
 
 
 def count_stages(folder: Path) -> int | None:
@@ -96,8 +79,7 @@ def count_stages(folder: Path) -> int | None:
 
     None stands for a predecessor's step. ValueError names a damaged file.
     """
-    manifest = first_manifest(folder)
-    if manifest is not None:
+    if manifest := first_manifest(folder):
         return manifest.num_stages
     return None if is_predecessors(folder) else len(read_meta(folder).num_layers)
 
@@ -111,41 +93,32 @@ def manifest_stages(folder: Path) -> list[int]:
 
 def first_manifest(folder: Path) -> StageManifest | None:
     """Reads the first manifest of a step's folder, if any; ValueError names a damaged one."""
-    paths = sorted(folder.glob(manifest_name("*")))
-    return _read(paths[0]) if paths else None
+    stages = manifest_stages(folder)
+    return read_manifest(folder, stages[0]) if stages else None
 
 
 def check_one_save(folder: Path, manifests: Sequence[StageManifest]) -> None:
     """Raises ValueError for the first manifest that is not of the first one's step and save."""
     first = manifests[0]
     for manifest in manifests:
-        path = folder / manifest.name
-        if manifest.step != first.step:
-            raise ValueError(
-                f"{path}: of step {manifest.step}, but {first.name} is of {first.step}"
-            )
+        check_step(folder / manifest.name, manifest.step, expected=first.step, owner=first.name)
         if manifest.save != first.save:
-            raise ValueError(f"{path}: of another save than {first.name}")
+            raise ValueError(f"{folder / manifest.name}: of another save than {first.name}")
 
 
-def check_meta_step(folder: Path, step: int, *, owner: str) -> None:
-    """Raises ValueError if meta.json is of another step than `owner`, which is of `step`."""
-    actual = read_meta(folder).step
-    if actual != step:
-        raise ValueError(f"{folder / META}: of step {actual}, but {owner} is of {step}")
+def check_step(path: Path, actual: int, *, expected: int, owner: str) -> None:
+    """Raises ValueError if the step of `path` is not the `expected` one of its `owner`."""
+    if actual != expected:
+        raise ValueError(f"{path}: of step {actual}, but {owner} is of {expected}")
 
 
 def check_weights(folder: Path, *, companions: bool) -> bool:
     """Verifies all files that a conversion of a step reads.
 
     These are the weights of all stages, meta.json and, with `companions`, config and tokenizer. The
-    folder may have any name, but its files must agree.
-
-    Returns:
-        False if the step is a predecessor's, which has no manifests.
-
-    Raises:
-        ValueError: names the first file that is missing, damaged, or of another step or save.
+    folder may have any name, but its files must agree. ValueError names the first file that is
+    missing, damaged, or of another step or save. False stands for a predecessor's step, which has
+    no manifests.
     """
     num_stages = count_stages(folder)
     if num_stages is None:
@@ -156,5 +129,5 @@ def check_weights(folder: Path, *, companions: bool) -> bool:
         manifest.check(folder, [part_name(manifest.stage, "checkpoint")])
     first = manifests[0]
     first.check(folder, first.common_files if companions else [META])
-    check_meta_step(folder, first.step, owner=first.name)
+    check_step(folder / META, read_meta(folder).step, expected=first.step, owner=first.name)
     return True

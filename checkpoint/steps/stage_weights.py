@@ -11,18 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from checkpoint.files.hf_weights import HfWeights, read_module
+from checkpoint.files.hf_weights import HfWeights, ModuleWeights, read_module
 from checkpoint.files.tensor_files import TorchFile
-from checkpoint.files.validation import check_entry, check_keys, module_shapes
+from checkpoint.files.validation import check_entries, module_shapes
 from checkpoint.steps.latest import CHECK, check_latest
 from checkpoint.steps.manifest import manifest_name, part_name
 from modules.families.base import Family
 from pipeline_parallel.partition.split import Split, stage_modules
-
-
-def stage_file(folder: Path, stage: int) -> Path:
-    """Returns the file of one stage's weights in a step's folder."""
-    return folder / part_name(stage, "checkpoint")
 
 
 def resolve_checkpoint(path: Path) -> Path:
@@ -41,8 +36,7 @@ def resolve_checkpoint(path: Path) -> Path:
     text = latest.read_text(encoding="utf-8", errors="replace").strip()
     if not re.fullmatch(r"[0-9]+", text):
         raise ValueError(f"{latest}: holds {text[:40]!r}, expected the number of a step")
-    folders = (path / text, path / f"checkpoint_{text}")
-    for folder in folders:
+    for folder in (path / text, path / f"checkpoint_{text}"):
         if folder.is_dir():
             return folder
     raise ValueError(
@@ -50,24 +44,21 @@ def resolve_checkpoint(path: Path) -> Path:
     )
 
 
-def open_checkpoint(
-    folder: Path, family: Family, config: Any, split: Split
-) -> list[dict[str, HfWeights]]:
-    """Maps, for each module, shard keys to the weights' places; it reads the files' headers alone.
-
-    ValueError as `open_stage`.
-    """
-    modules: list[dict[str, HfWeights]] = []
+def open_checkpoint(folder: Path, family: Family, config: Any, split: Split) -> list[ModuleWeights]:
+    """Returns `open_stage` of all stages, which together have all modules of the model."""
+    modules: list[ModuleWeights] = []
     for stage in range(len(split)):
-        indices = stage_modules(stage, split)
-        modules += open_stage(stage_file(folder, stage), family, config, indices)
+        path = folder / part_name(stage, "checkpoint")
+        modules += open_stage(path, family, config, stage_modules(stage, split))
     return modules
 
 
 def open_stage(
     path: Path, family: Family, config: Any, indices: Sequence[int]
-) -> list[dict[str, HfWeights]]:
-    """Opens one stage, which holds the model's modules `indices`, as `open_checkpoint`.
+) -> list[ModuleWeights]:
+    """Returns the places of the weights of a stage's modules; it reads the file's header alone.
+
+    `indices` are the modules' numbers in the model.
 
     Raises:
         ValueError: names file and key: a missing or damaged file, a missing or extra key, a shape
@@ -75,11 +66,10 @@ def open_stage(
     """
     file = TorchFile(path)
     shapes = [module_shapes(family, config, index) for index in indices]
-    expected = [f"{j}.{key}" for j, module in enumerate(shapes) for key in module]
-    check_keys(path, (key for key in file.entries if not family.buffers.search(key)), expected)
-    for j, module in enumerate(shapes):
-        for key, shape in module.items():
-            check_entry(path, f"{j}.{key}", file.entries[f"{j}.{key}"], shape)
+    expected = {
+        f"{j}.{key}": shape for j, module in enumerate(shapes) for key, shape in module.items()
+    }
+    check_entries(file, family, expected)
     return [
         {key: HfWeights(file, f"{j}.{key}") for key in module} for j, module in enumerate(shapes)
     ]
@@ -90,7 +80,6 @@ def read_stage_module(
 ) -> dict[str, Tensor]:
     """Reads the finite weights of one module of a stage, in the types that the file has.
 
-    `indices` are all modules of the stage, since all of the file is checked; ValueError as
-    `open_stage`.
+    All modules of the stage, `indices`, are checked; ValueError as `open_stage`.
     """
     return read_module(open_stage(path, family, config, indices)[index_in_stage])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint.files.checksums import FORMAT, seal
+from checkpoint.files.checksums import seal
 from checkpoint.steps.latest import check_latest, expect_latest, write_latest
 from common.files import replace_file
 
@@ -79,7 +79,7 @@ def test_another_number_than_the_manifests_is_damage(
 ) -> None:
     """Whether there is such a step or not."""
     (tmp_path / "latest").write_text(text)
-    (tmp_path / "latest_manifest.json").write_bytes(seal({"format": FORMAT, "step": known}))
+    (tmp_path / "latest_manifest.json").write_bytes(seal({"step": known}))
     (tmp_path / text).mkdir()
     with pytest.raises(ValueError, match=r"/latest: damaged: .* remove latest and"):
         check_latest(tmp_path, has_manifests=True)
