@@ -10,13 +10,7 @@ from transformers.activations import ACT2FN
 
 from modules.attention.causal import causal_attention
 from modules.attention.packed_documents import PackedDocuments
-from modules.families.base import (
-    Family,
-    check_activation,
-    check_heads,
-    config_size,
-    dense_sizes,
-)
+from modules.families.base import Family, check_activation, check_heads, config_size, dense_sizes
 from modules.layers.dropout import KeyedDropout, Keys
 from modules.layers.linear import Embedding, Linear
 from modules.layers.lm_head import Head

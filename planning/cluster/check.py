@@ -23,12 +23,7 @@ from pipeline_parallel.partition.balance import choose_split
 from planning.cluster.estimate import Estimate, RunShape
 from planning.cluster.link_probe import LinkSpeed, answer, probe
 from planning.cluster.links import Link, links
-from planning.cluster.machines import (
-    MachineFacts,
-    collect_machine_facts,
-    differences,
-    from_json,
-)
+from planning.cluster.machines import MachineFacts, collect_machine_facts, differences, from_json
 from planning.cluster.matmul_rate import matmul_rate
 from planning.cluster.report import about_clocks, advice, link_table, rank_table
 

@@ -15,13 +15,7 @@ _GROWTH = 4
 
 @torch.no_grad()
 def matmul_rate(
-    *,
-    rows: int,
-    inputs: int,
-    outputs: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    budget: float,
+    *, rows: int, inputs: int, outputs: int, dtype: torch.dtype, device: torch.device, budget: float
 ) -> float:
     """Multiply-adds per second of (rows, inputs) through a layer of `outputs`, in the compute type.
 

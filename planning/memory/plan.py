@@ -150,11 +150,7 @@ class MemoryPlan:
         excess = format_bytes(peaks[worst] - limit)
         yield f"stage {worst} needs {excess} more than {format_bytes(limit)}"
         changes = helpful_changes(
-            self._settings,
-            self._model,
-            cuda=self._cuda,
-            rank=worst,
-            peak=peaks[worst],
+            self._settings, self._model, cuda=self._cuda, rank=worst, peak=peaks[worst]
         )
         for change in changes:
             yield f"  {change.flags}: {_describe_change(change, limit)}"
