@@ -109,18 +109,12 @@ class GPTJBlock(nn.Module):
 class GPTJHead(Head):
     """The head with the names of GPT-J's files."""
 
+    norm_name, projection_name = "ln_f", "lm_head"
+
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.lm_head = Linear(config.n_embd, config.vocab_size)
-
-    @property
-    def norm(self) -> nn.LayerNorm:
-        return self.ln_f
-
-    @property
-    def projection(self) -> Linear:
-        return self.lm_head
 
 
 def _inner_size(config: Any) -> int:

@@ -12,8 +12,8 @@ from itertools import pairwise
 from comm.topology import Topology
 from modules.model_sizes import ModelSizes, ModuleWork
 from pipeline_parallel.partition.balance import balanced_split, stage_work
-from pipeline_parallel.partition.costs import split_costs
 from pipeline_parallel.partition.split import Split
+from pipeline_parallel.partition.stage_split import split_costs
 from pipeline_parallel.schedule.schedules import SCHEDULES
 from pipeline_parallel.schedule.simulator import Costs, StageCosts, simulate
 from planning.cluster.link_probe import Link, LinkSpeed
