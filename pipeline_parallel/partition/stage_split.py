@@ -1,7 +1,5 @@
 """The split of a run's layers over its stages, chosen by --num-layers and described in a line."""
 
-from dataclasses import replace
-
 from modules.model_sizes import ModelSizes, ModuleWork
 from pipeline_parallel.partition.balance import choose_split, stage_work
 from pipeline_parallel.partition.split import Asked, Split
@@ -50,29 +48,20 @@ class StageSplit:
 def split_costs(
     layers: Split, work: ModuleWork, *, schedule: str, recompute: bool
 ) -> list[StageCosts]:
-    """Returns the costs of a microbatch on each stage, in multiply-adds per token, not seconds."""
-    of_blocks, num_stages = stage_work(layers, replace(work, head=0)), len(layers)
-    return [
-        _costs(
-            blocks,
-            of_stage - blocks,
-            splits=splits_backward(SCHEDULES[schedule], stage, num_stages),
-            recompute=recompute,
-        )
-        for stage, (blocks, of_stage) in enumerate(
-            zip(of_blocks, stage_work(layers, work), strict=True)
-        )
-    ]
-
-
-def _costs(blocks: int, head: int, *, splits: bool, recompute: bool) -> StageCosts:
-    """Returns the costs of a stage, from the multiply-adds of its blocks and its head.
+    """Returns the costs of a microbatch on each stage, in multiply-adds per token, not seconds.
 
     The head computes its gradients in forward (those of its weights later, where backward is split)
     and is never recomputed.
     """
-    return StageCosts(
-        forward=blocks + (2 if splits else 3) * head,
-        input_gradient=(2 if recompute else 1) * blocks,
-        weight_gradient=blocks + (head if splits else 0),
-    )
+    costs, last = [], len(layers) - 1
+    for stage, count in enumerate(layers):
+        splits = splits_backward(SCHEDULES[schedule], stage, len(layers))
+        blocks, head = count * work.block, work.head if stage == last else 0
+        costs.append(
+            StageCosts(
+                forward=blocks + (2 if splits else 3) * head,
+                input_gradient=(2 if recompute else 1) * blocks,
+                weight_gradient=blocks + (head if splits else 0),
+            )
+        )
+    return costs
