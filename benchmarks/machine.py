@@ -12,7 +12,7 @@ from common.tensors import DTYPES
 from data_parallel.replica_gradients import ReplicaGradients
 from data_parallel.zero_partition import ZeroPartition
 from modules.build import initialise_
-from modules.matmul.backend import Matmul, can_use_onednn, use_matmul
+from modules.matmul.backend import Matmul, use_matmul
 from modules.matmul.cpu_info import CpuInfo
 from modules.registry import MODELS
 from modules.stage_model import StageModel
@@ -25,7 +25,7 @@ def describe_machine() -> str:
     """The processor, and its peaks in products of matrices on one thread."""
     torch.set_num_threads(1)
     cpu, peaks = CpuInfo.of_this_machine(), []
-    matmuls: list[Matmul] = ["default", "onednn"] if can_use_onednn(cpu) else ["default"]
+    matmuls: list[Matmul] = ["default", "onednn"] if cpu.has_avx512 else ["default"]
     for matmul in matmuls:
         use_matmul(matmul)
         peaks.append(f"fp32 {peak(torch.float32):.0f} ({matmul})")

@@ -10,8 +10,7 @@ from data_parallel.zero_partition import ZeroPartition
 from monitor.profiling.tracer import NO_TRACER, Tracer
 from optimizer.adam import Adam, Algorithm
 from optimizer.adam_8bit import Adam8bit
-from optimizer.mixed_precision import MixedPrecisionOptimizer
-from optimizer.weights import MixedPrecisionWeights
+from optimizer.mixed_precision import MixedPrecisionOptimizer, MixedPrecisionWeights
 
 ALGORITHMS: dict[str, type[Algorithm]] = {"adam": Adam, "8bit-adam": Adam8bit}
 MOMENT_BYTES = {"adam": 8.0, "8bit-adam": 2.1}  # of one parameter

@@ -105,13 +105,7 @@ class DynamicScale:
 
 
 def make_scaler(
-    precision: str,
-    *,
-    constant: float,
-    initial: float,
-    minimum: float,
-    window: int,
-    hysteresis: int,
+    precision: str, *, constant: float, initial: float, minimum: float, window: int, hysteresis: int
 ) -> LossScaler:
     """Returns the scaler of a run: fp16's is dynamic, unless `constant` is above 0."""
     if precision != "fp16":

@@ -1,18 +1,56 @@
-"""The update of a stage's weights from their gradients.
+"""The fp32 masters of a stage's weights, and their update from the gradients.
 
 One class for every combination of compute type (fp32, fp16, bf16), algorithm (AdamW, 8-bit
 AdamW), offload to the host and sharding over the replicas. They differ in where a master lies and
 in which replica steps it; the step is the same, so the numbers are the same.
 """
 
+from collections.abc import Mapping
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_parallel.replica_gradients import ReplicaGradients
+from data_parallel.zero_partition import ZeroPartition
 from monitor.profiling.tracer import NO_TRACER, Tracer, Track
 from optimizer.adam import Algorithm
-from optimizer.offload import HostCopies
-from optimizer.weights import MixedPrecisionWeights
+from optimizer.offload import HostCopies, to_host
+
+
+class MixedPrecisionWeights:
+    """Masters, by name in `masters`, of the weights that this replica steps, and compute copies.
+
+    A master is the fp32 weight itself, or a copy of it on the host; the compute copies are made
+    after the masters.
+
+    Args:
+        parameters: a stage's weights by name, in fp32; they become the compute copies.
+        partition: the replicas that step each weight.
+        dtype: the type of the compute copies.
+        offload: masters lie in host memory.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        partition: ZeroPartition,
+        *,
+        dtype: torch.dtype,
+        offload: bool,
+    ) -> None:
+        self.parameters, self.offload = dict(parameters), offload
+        self.has_own_masters = dtype != torch.float32
+        self.masters: dict[str, Tensor] = {
+            name: to_host(parameters[name].data) if offload else parameters[name].data
+            for name in partition.owned
+        }
+        for parameter in parameters.values():
+            parameter.data = parameter.data.to(dtype)
+
+    def refresh(self, name: str) -> None:
+        """Copies a master to its compute copy, unless both are one tensor."""
+        if self.has_own_masters or self.offload:
+            self.parameters[name].data.copy_(self.masters[name], non_blocking=True)
 
 
 class MixedPrecisionOptimizer:
@@ -39,16 +77,11 @@ class MixedPrecisionOptimizer:
         self._weight_decay, self._tracer = weight_decay, tracer
         self.updates = 0
         self.partition, self.names = gradients.partition, gradients.partition.names
-        self.masters = weights.masters
+        self.masters, self.has_own_masters = weights.masters, weights.has_own_masters
         self.moments = {name: algorithm.empty_state(m) for name, m in self.masters.items()}
         sizes = [weights.parameters[name].numel() for name in self.names]
         device = gradients.buffer.flat.device
         self._copies = HostCopies(max(sizes), device) if weights.offload else None
-
-    @property
-    def has_own_masters(self) -> bool:
-        """Whether masters hold more than the compute copies do."""
-        return self._weights.have_masters
 
     @torch.no_grad()
     def step(self, *, lr: float, factor: float) -> None:
@@ -84,7 +117,3 @@ class MixedPrecisionOptimizer:
     def weight_of(self, name: str) -> Tensor:
         """Returns the compute copy of a weight, which every replica has."""
         return self._weights.parameters[name].data
-
-    def shape_of(self, name: str) -> torch.Size:
-        """Returns the shape of a weight."""
-        return self._weights.parameters[name].shape

@@ -126,7 +126,7 @@ def _batches(optimizer: MixedPrecisionOptimizer, control: Communicator) -> list[
     system's for files.
     """
     sent = {
-        name: optimizer.shape_of(name).numel() * (optimizer.partition.holders(name) != [0])
+        name: optimizer.weight_of(name).numel() * (optimizer.partition.holders(name) != [0])
         for name in optimizer.names
     }
     batches: list[list[str]] = [[]]
@@ -159,7 +159,7 @@ def _tensors(optimizer: MixedPrecisionOptimizer, name: str) -> dict[str, Tensor]
 
 def empty_state(optimizer: MixedPrecisionOptimizer, name: str) -> dict[str, Tensor]:
     """Returns host tensors with the shapes and types of one weight's state, by part."""
-    master = torch.empty(optimizer.shape_of(name), dtype=torch.float32)
+    master = torch.empty(optimizer.weight_of(name).shape, dtype=torch.float32)
     tensors = dict(optimizer.algorithm.empty_state(master))
     if optimizer.has_own_masters:
         tensors[MASTERS] = master

@@ -80,16 +80,11 @@ class BatchScatter:
 
     def _send_replica(self, batch: TokenBatch, replica: int) -> None:
         span = slice(replica * self._rows, (replica + 1) * self._rows)
-        arrays = {
-            "token_ids": batch.token_ids,
-            "labels": batch.labels,
-            "doc_starts": batch.doc_starts,
-        }
         for stage in range(self._topology.num_stages):
             rank = self._topology.rank_of(stage=stage, replica=replica)
             for name, needed in self._needs(stage).items():
                 if needed:
-                    ids = arrays[name]
+                    ids = getattr(batch, name)
                     assert ids is not None, "every batch has the starts of its documents"
                     self._place(name, torch.from_numpy(ids[span].copy()), rank)
 

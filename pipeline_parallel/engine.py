@@ -15,13 +15,6 @@ from pipeline_parallel.schedule.schedules import Action, Kind, Schedule, forward
 from pipeline_parallel.schedule.validate import BACKWARD_BEGINS, check_schedule
 from pipeline_parallel.stage import Stage
 
-NAMES = {
-    Kind.FORWARD: "forward",
-    Kind.BACKWARD: "backward",
-    Kind.INPUT_GRADIENT: "input gradient",
-    Kind.WEIGHT_GRADIENT: "weight gradient",
-}
-
 FORWARDS = (Kind.FORWARD,)
 
 
@@ -128,7 +121,7 @@ class Engine:
             raise
         except Exception as error:
             shape, dtype = self._last_received
-            kind, microbatch = NAMES[action.kind], action.microbatch
+            kind, microbatch = action.kind.name.lower().replace("_", " "), action.microbatch
             place = f"stage {self._link.stage}, {kind} of microbatch {microbatch}"
             received = f"last received: {tuple(shape)} {dtype}"
             if is_out_of_memory(error):

@@ -60,26 +60,12 @@ class StageLink:
         self.stage, self.num_stages = pipeline.rank, pipeline.size
         previous = self.stage - 1 if self.stage > 0 else None
         following = self.stage + 1 if self.stage + 1 < self.num_stages else None
-        self._spec = MessageSpec(shape, dtype, device)
-        _check_alike(pipeline, self._spec)
-        self._activations = _Direction(
-            pipeline,
-            previous,
-            following,
-            self._spec,
-            tracer,
-            Track.FORWARD_RECV,
-            Track.FORWARD_SEND,
-        )
-        self._gradients = _Direction(
-            pipeline,
-            following,
-            previous,
-            self._spec,
-            tracer,
-            Track.BACKWARD_RECV,
-            Track.BACKWARD_SEND,
-        )
+        spec = MessageSpec(shape, dtype, device)
+        _check_alike(pipeline, spec)
+        forward = (Track.FORWARD_RECV, Track.FORWARD_SEND)
+        backward = (Track.BACKWARD_RECV, Track.BACKWARD_SEND)
+        self._activations = _Direction(pipeline, previous, following, spec, tracer, forward)
+        self._gradients = _Direction(pipeline, following, previous, spec, tracer, backward)
 
     def expect(self, *, activations: int, gradients: int) -> None:
         """Begins an iteration that receives so many messages of each kind."""
@@ -96,12 +82,11 @@ class StageLink:
 
     def send_activation(self, activation: Tensor) -> None:
         """Starts a send to the next stage; does nothing on the last."""
-        self._activations.send(self._checked(activation))
+        self._activations.send(activation)
 
     def send_gradient(self, gradient: Tensor | None) -> None:
         """Starts a send to the previous stage; does nothing on the first."""
-        if self._gradients.has_receiver:
-            self._gradients.send(self._checked(gradient))
+        self._gradients.send(gradient)
 
     def resolve(self, *, activations: int = 0, gradients: int = 0) -> None:
         """Waits for the iteration's first sends, so many of each kind, and drops their tensors.
@@ -115,13 +100,6 @@ class StageLink:
         """Waits for all sends."""
         self._activations.flush()
         self._gradients.flush()
-
-    def _checked(self, tensor: Tensor | None) -> Tensor:
-        shape, dtype, _ = self._spec
-        if tensor is None or tensor.shape != shape or tensor.dtype != dtype:
-            actual = "nothing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
-            raise RuntimeError(f"to send: {actual}, but messages have {shape} {dtype}")
-        return tensor.contiguous()
 
 
 class _Direction:
@@ -137,19 +115,14 @@ class _Direction:
         to: int | None,
         spec: MessageSpec,
         tracer: Tracer,
-        receives: Track,
-        sends: Track,
+        tracks: tuple[Track, Track],
     ) -> None:
         self._pipeline, self._source, self._to, self._spec = pipeline, source, to, spec
-        self._tracer, self._receives, self._sends = tracer, receives, sends
+        self._tracer, (self._receives, self._sends) = tracer, tracks
         self._num_to_post = 0
         self._posted: deque[tuple[Tensor, Work]] = deque()
         self._sent: deque[Work] = deque()
         self._num_received = self._num_resolved = 0
-
-    @property
-    def has_receiver(self) -> bool:
-        return self._to is not None
 
     def expect(self, count: int) -> None:
         self._num_to_post, self._num_received, self._num_resolved = count, 0, 0
@@ -166,11 +139,15 @@ class _Direction:
         self._post()
         return tensor
 
-    def send(self, tensor: Tensor) -> None:
+    def send(self, tensor: Tensor | None) -> None:
         if self._to is None:
             return
+        shape, dtype, _ = self._spec
+        if tensor is None or tensor.shape != shape or tensor.dtype != dtype:
+            actual = "nothing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
+            raise RuntimeError(f"to send: {actual}, but messages have {shape} {dtype}")
         with self._tracer.span(self._sends, microbatch=self._num_resolved + len(self._sent)):
-            self._sent.append(self._pipeline.send(tensor, to=self._to))
+            self._sent.append(self._pipeline.send(tensor.contiguous(), to=self._to))
 
     def resolve(self, count: int) -> None:
         while self._sent and self._num_resolved < count:

@@ -1,7 +1,5 @@
 """How a stage runs one microbatch forward and backward, and what it keeps in between."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -9,13 +7,6 @@ from modules.attention.packed_documents import PackedDocuments
 from modules.layers.dropout import Keys
 from modules.layers.linear import Deferred, WeightGradBuffer, attach_grad_buffer
 from modules.stage_model import StageModel
-
-
-class _InFlight(NamedTuple):
-    """A microbatch between forward and backward: the stage's input and output."""
-
-    x: Tensor
-    out: Tensor
 
 
 class Stage:
@@ -33,7 +24,7 @@ class Stage:
     ) -> None:
         self._model, self._recompute, self._splits = model, recompute, splits
         self._gradients = gradients
-        self._after_forward: dict[int, _InFlight] = {}
+        self._after_forward: dict[int, tuple[Tensor, Tensor]] = {}  # a stage's input and output
         self._deferred: dict[int, Deferred] = {}
         attach_grad_buffer(model, gradients)
 
@@ -68,18 +59,8 @@ class Stage:
         if x.is_floating_point():
             x.requires_grad_()
         with self._gradients.deferring(self._deferred_of(microbatch)):
-            if labels is None:
-                out: Tensor = self._model(x, keys, documents=documents, recompute=self._recompute)
-            else:
-                out = self._model.loss(
-                    x,
-                    labels,
-                    keys,
-                    scale=loss_scale,
-                    documents=documents,
-                    recompute=self._recompute,
-                )
-        self._after_forward[microbatch] = _InFlight(x, out)
+            out = self._output(x, labels, keys, documents, scale=loss_scale)
+        self._after_forward[microbatch] = x, out
         return out.detach()
 
     def backward(self, microbatch: int, gradient: Tensor | None) -> Tensor | None:
@@ -103,10 +84,24 @@ class Stage:
         self, x: Tensor, labels: Tensor | None, *, documents: PackedDocuments | None = None
     ) -> Tensor:
         """Returns what `forward` returns, without dropout, and keeps nothing."""
-        if labels is None:
-            out: Tensor = self._model(x, None, documents=documents)
-            return out
-        return self._model.loss(x, labels, None, scale=1.0, documents=documents)
+        return self._output(x, labels, None, documents, scale=1.0)
+
+    def _output(
+        self,
+        x: Tensor,
+        labels: Tensor | None,
+        keys: Keys,
+        documents: PackedDocuments | None,
+        *,
+        scale: float,
+    ) -> Tensor:
+        model, recompute = self._model, self._recompute
+        if labels is not None:
+            return model.loss(
+                x, labels, keys, scale=scale, documents=documents, recompute=recompute
+            )
+        activations: Tensor = model(x, keys, documents=documents, recompute=recompute)
+        return activations
 
     def _deferred_of(self, microbatch: int) -> Deferred | None:
         """Returns the deferred additions of a microbatch; None where backward is not split."""

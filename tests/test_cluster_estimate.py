@@ -9,8 +9,7 @@ from comm.topology import Topology
 from modules.model_sizes import ModelSizes, ModuleWork
 from pipeline_parallel.partition.split import Split
 from planning.cluster.estimate import Estimate, RunShape
-from planning.cluster.link_probe import LinkSpeed
-from planning.cluster.links import Link, links
+from planning.cluster.link_probe import Link, LinkSpeed, links
 from planning.cluster.machines import MachineFacts, differences
 from planning.cluster.report import about_clocks, advice, link_table
 
@@ -80,15 +79,12 @@ def test_what_replicas_exchange() -> None:
 ROSTER = [Participant(r, f"h{r // 2}", "127.0.0.1", "lo", 1, {}) for r in range(4)]
 
 
-def advised(found: Estimate, replicas: int, plan: RunShape = PLAN) -> str:
-    topology = Topology(0, 2, replicas)
-    return "\n".join(
-        advice(topology, ROSTER, plan, found._links, found._rates, found, precision="fp32")
-    )
+def advised(found: Estimate) -> str:
+    return "\n".join(advice(found, ROSTER, precision="fp32"))
 
 
 def test_links_that_cost_little_are_told_so() -> None:
-    told = advised(estimate(1), 1)
+    told = advised(estimate(1))
     assert "takes at least 18 s of products and messages; with links that cost nothing 18 s" in told
     assert "the links make an iteration 0% longer" in told
     assert "expect iterations" not in told
@@ -100,17 +96,7 @@ def test_a_slow_link_between_machines() -> None:
     slow = {Link("pipeline", 1, 0)}
     found = estimate(1, slow, rates={0: 500.0, 1: 500.0})
     apart = [ROSTER[0], ROSTER[2]]
-    told = "\n".join(
-        advice(
-            Topology(0, 2, 1),
-            [apart[0], apart[1]],
-            PLAN,
-            found._links,
-            found._rates,
-            found,
-            precision="bf16",
-        )
-    )
+    told = "\n".join(advice(found, apart, precision="bf16"))
     assert "stage 1 -> stage 0 of pipeline 0 (rank 2 (h1) -> rank 0 (h0)): 250 bytes/s" in told
     assert "the 1.0 kB of each microbatch's gradients take 4 s there" in told
     assert "while stage 0 computes 600 ms on them: expect iterations 3.2 times as long" in told

@@ -34,7 +34,7 @@ _ZIP_MAGIC = b"PK\x03\x04"
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorInfo:
     """A tensor's shape, and its type by torch's name ("float16"), from the file's header."""
 
     shape: tuple[int, ...]
@@ -50,7 +50,7 @@ class TensorFile(Protocol):
     """A file of named tensors; `entries` describes them without reading them."""
 
     path: Path
-    entries: dict[str, Entry]
+    entries: dict[str, TensorInfo]
 
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Yields those keys, each with its tensor in memory of its own."""
@@ -61,14 +61,14 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, TensorInfo] = {}
         require_file(path)
         try:
             with safe_open(path, "pt") as file:
                 views = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
                 for key, view in views.items():
                     dtype = _SAFETENSORS_NAMES.get(view.get_dtype(), view.get_dtype())
-                    self.entries[key] = Entry(tuple(view.get_shape()), dtype)
+                    self.entries[key] = TensorInfo(tuple(view.get_shape()), dtype)
         except SafetensorError as error:
             raise _damaged(path, "safetensors file", error) from error
 
@@ -100,7 +100,7 @@ class TorchFile:
         tensors = self._load()
         self._loaded = {} if self._mapped else tensors
         self.entries = {
-            key: Entry(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            key: TensorInfo(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
             for key, tensor in tensors.items()
         }
 

@@ -9,13 +9,7 @@ from transformers.activations import ACT2FN
 
 from modules.attention.causal import causal_attention
 from modules.attention.packed_documents import PackedDocuments
-from modules.families.base import (
-    Family,
-    check_activation,
-    check_heads,
-    config_size,
-    dense_sizes,
-)
+from modules.families.base import Family, check_activation, check_heads, config_size, dense_sizes
 from modules.layers.dropout import KeyedDropout, Keys
 from modules.layers.linear import Embedding, Linear
 from modules.layers.lm_head import Head
@@ -115,18 +109,12 @@ class GPTJBlock(nn.Module):
 class GPTJHead(Head):
     """The head with the names of GPT-J's files."""
 
+    norm_name, projection_name = "ln_f", "lm_head"
+
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.lm_head = Linear(config.n_embd, config.vocab_size)
-
-    @property
-    def norm(self) -> nn.LayerNorm:
-        return self.ln_f
-
-    @property
-    def projection(self) -> Linear:
-        return self.lm_head
 
 
 def _inner_size(config: Any) -> int:

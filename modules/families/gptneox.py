@@ -10,13 +10,7 @@ from transformers.activations import ACT2FN
 
 from modules.attention.causal import causal_attention
 from modules.attention.packed_documents import PackedDocuments
-from modules.families.base import (
-    Family,
-    check_activation,
-    check_heads,
-    config_size,
-    dense_sizes,
-)
+from modules.families.base import Family, check_activation, check_heads, config_size, dense_sizes
 from modules.layers.dropout import KeyedDropout, Keys
 from modules.layers.linear import Embedding, Linear
 from modules.layers.lm_head import Head
@@ -109,18 +103,12 @@ class GPTNeoXBlock(nn.Module):
 class GPTNeoXHead(Head):
     """The head with the names of GPT-NeoX's files."""
 
+    norm_name, projection_name = "final_layer_norm", "embed_out"
+
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.embed_out = Linear(config.hidden_size, config.vocab_size, bias=False)
-
-    @property
-    def norm(self) -> nn.LayerNorm:
-        return self.final_layer_norm
-
-    @property
-    def projection(self) -> Linear:
-        return self.embed_out
 
 
 def model_sizes(config: Any) -> ModelSizes:

@@ -20,13 +20,18 @@ CHUNK_BYTES = 64 * 2**20  # of a chunk's logits in fp32: large enough for fast m
 class Head(nn.Module):
     """A final norm and a projection onto the vocabulary; each family gives the two their names."""
 
+    norm_name: str
+    projection_name: str
+
     @property
     def norm(self) -> nn.LayerNorm:
-        raise NotImplementedError
+        norm: nn.LayerNorm = getattr(self, self.norm_name)
+        return norm
 
     @property
     def projection(self) -> Linear:
-        raise NotImplementedError
+        projection: Linear = getattr(self, self.projection_name)
+        return projection
 
     def forward(self, x: Tensor, keys: object = None, documents: object = None) -> Tensor:
         """Returns logits (rows, seq_len, vocabulary) of activations (rows, seq_len, hidden)."""

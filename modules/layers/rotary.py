@@ -42,13 +42,7 @@ class Rotation:
 
 @lru_cache(maxsize=16)
 def rotation(
-    seq_len: int,
-    dim: int,
-    base: float,
-    *,
-    pairs: bool,
-    dtype: torch.dtype,
-    device: torch.device,
+    seq_len: int, dim: int, base: float, *, pairs: bool, dtype: torch.dtype, device: torch.device
 ) -> Rotation:
     """Returns the rotation of pair i at position t by the angle t / base^(2i/dim).
 

@@ -31,11 +31,6 @@ def choose_matmul(cpu: CpuInfo) -> Matmul:
     return "onednn" if is_faster else "default"
 
 
-def can_use_onednn(cpu: CpuInfo) -> bool:
-    """Tells whether torch can use oneDNN for fp32 matmuls on this CPU."""
-    return cpu.has_avx512
-
-
 def use_matmul(choice: Matmul) -> None:
     """Makes `choice` compute the fp32 matmuls of this process on the CPU from now on.
 

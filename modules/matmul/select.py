@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 
-from modules.matmul.backend import Matmul, can_use_onednn, choose_matmul, fp32_error, use_matmul
+from modules.matmul.backend import Matmul, choose_matmul, fp32_error, use_matmul
 from modules.matmul.cpu_info import CpuInfo
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ def select_matmul(flag: str, cpu: CpuInfo, saved: Matmul | None) -> Matmul:
         ValueError: --cpu-matmul requests a matmul that is not exact to fp32 on this CPU.
     """
     requested = _requested(flag, cpu, saved)
-    if requested == "onednn" and not can_use_onednn(cpu):
+    if requested == "onednn" and not cpu.has_avx512:
         why = "the checkpoint was made with oneDNN" if flag == "auto" else f"--cpu-matmul {flag}"
         logger.warning(
             "%s: oneDNN fp32 matmul needs AVX-512, which this CPU (%s) lacks; "

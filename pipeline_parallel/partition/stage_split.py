@@ -1,11 +1,10 @@
 """The split of a run's layers over its stages, chosen by --num-layers and described in a line."""
 
-from modules.model_sizes import ModelSizes
+from modules.model_sizes import ModelSizes, ModuleWork
 from pipeline_parallel.partition.balance import choose_split, stage_work
-from pipeline_parallel.partition.costs import split_costs
 from pipeline_parallel.partition.split import Asked, Split
-from pipeline_parallel.schedule.schedules import SCHEDULES
-from pipeline_parallel.schedule.simulator import Costs, simulate
+from pipeline_parallel.schedule.schedules import SCHEDULES, splits_backward
+from pipeline_parallel.schedule.simulator import Costs, StageCosts, simulate
 
 
 class StageSplit:
@@ -44,3 +43,25 @@ class StageSplit:
             f"slowest stage has {imbalance:.1%} more than the mean; {schedule} of "
             f"{num_microbatches} microbatches: expected bubble {simulated.bubble:.1%}"
         )
+
+
+def split_costs(
+    layers: Split, work: ModuleWork, *, schedule: str, recompute: bool
+) -> list[StageCosts]:
+    """Returns the costs of a microbatch on each stage, in multiply-adds per token, not seconds.
+
+    The head computes its gradients in forward (those of its weights later, where backward is split)
+    and is never recomputed.
+    """
+    costs, last = [], len(layers) - 1
+    for stage, count in enumerate(layers):
+        splits = splits_backward(SCHEDULES[schedule], stage, len(layers))
+        blocks, head = count * work.block, work.head if stage == last else 0
+        costs.append(
+            StageCosts(
+                forward=blocks + (2 if splits else 3) * head,
+                input_gradient=(2 if recompute else 1) * blocks,
+                weight_gradient=blocks + (head if splits else 0),
+            )
+        )
+    return costs

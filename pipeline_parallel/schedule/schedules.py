@@ -50,8 +50,7 @@ Schedule = Callable[[int, int, int], Iterator[Action]]
 #   stage 2   .  .  F0 F1 F2 B0 == B1 == B2 == .  .  .  .
 def gpipe(stage: int, num_stages: int, num_microbatches: int) -> Iterator[Action]:
     """All forwards, then all backwards: all microbatches are in flight at once."""
-    for microbatch in range(num_microbatches):
-        yield Action(Kind.FORWARD, microbatch)
+    yield from forward_only(stage, num_stages, num_microbatches)
     for microbatch in range(num_microbatches):
         yield Action(Kind.BACKWARD, microbatch)
 
@@ -89,15 +88,11 @@ def zero_bubble_h1(stage: int, num_stages: int, num_microbatches: int) -> Iterat
     times F + I - min(F, I, W): the paper's F + I - W, which takes W for the shortest (1f1b:
     F + I + W).
     """
-    if stage == 0:
-        yield from one_forward_one_backward(stage, num_stages, num_microbatches)
-        return
-    ahead = min(num_stages - stage - 1, num_microbatches)
-    for microbatch in range(ahead):
-        yield Action(Kind.FORWARD, microbatch)
-    for microbatch in range(num_microbatches):
-        if microbatch + ahead < num_microbatches:
-            yield Action(Kind.FORWARD, microbatch + ahead)
+    for action in one_forward_one_backward(stage, num_stages, num_microbatches):
+        kind, microbatch = action
+        if stage == 0 or kind is Kind.FORWARD:
+            yield action
+            continue
         yield Action(Kind.INPUT_GRADIENT, microbatch)
         if microbatch >= stage:
             yield Action(Kind.WEIGHT_GRADIENT, microbatch - stage)

@@ -1,8 +1,8 @@
-"""--check-cluster: the ranks meet as for a run, compare what they have, and measure."""
+"""--check-cluster: the ranks meet as for a run, compare their machines, and measure."""
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -21,21 +21,15 @@ from modules.model_sizes import ModelSizes
 from monitor.profiling.clock_sync import clock_offset
 from pipeline_parallel.partition.balance import choose_split
 from planning.cluster.estimate import Estimate, RunShape
-from planning.cluster.link_probe import LinkSpeed, answer, probe
-from planning.cluster.links import Link, links
-from planning.cluster.machines import (
-    MachineFacts,
-    collect_machine_facts,
-    differences,
-    from_json,
-)
+from planning.cluster.link_probe import Link, LinkSpeed, answer, links, probe
+from planning.cluster.machines import MachineFacts, collect_machine_facts, differences
 from planning.cluster.matmul_rate import matmul_rate
 from planning.cluster.report import about_clocks, advice, link_table, rank_table
 
 logger = logging.getLogger(__name__)
 
 _LINK_SECONDS = 1.0  # each direction of each link, one after the other
-_PRODUCT_SECONDS = 1.0  # all devices at once, as in training
+_MATMUL_SECONDS = 1.0  # all devices at once, as in training
 
 
 def check_cluster(settings: Settings, context: RunContext, rendezvous: Rendezvous) -> int:
@@ -51,66 +45,76 @@ def check_cluster(settings: Settings, context: RunContext, rendezvous: Rendezvou
     if not context.is_cuda:
         select_matmul(settings.precision.cpu_matmul, CpuInfo.of_this_machine(), saved=None)
     facts = collect_machine_facts(settings, topology, device)
-    machines = [from_json(one) for one in gather_json(control, facts)]
-    sizes = next((one.model for one in machines if one.model is not None), None)
-    clocks = _clocks(control)
+    machines = [MachineFacts.from_json(values) for values in gather_json(control, facts)]
+    sizes = next((machine.model for machine in machines if machine.model is not None), None)
+    offset = clock_offset(control, clock=time.time_ns)
+    clocks = gather_json(control, [-offset.offset / 1e9, offset.error / 1e9])
     rates = gather_json(control, _rate(settings, sizes, device))
-    message = (
-        settings.update.micro_batch_size
-        * settings.update.seq_length
-        * settings.model.embedding_dim
-        * DTYPES[settings.precision.precision].itemsize
-    )
-    shape = None if sizes is None else make_plan(settings, sizes, message)
-    wanted = {link: _message_bytes(topology, link, message, shape) for link in links(topology)}
-    speeds = measure_links(
-        topology, context.groups, wanted, device, dist_timeout=settings.network.dist_timeout
-    )
-    found = differences(rendezvous.participants, machines)
+    plan = None if sizes is None else make_plan(settings, sizes)
+    wanted = {link: _message_bytes(settings, topology, link, plan) for link in links(topology)}
+    dist_timeout = settings.network.dist_timeout
+    speeds = measure_links(topology, context.groups, wanted, device, dist_timeout=dist_timeout)
+    participants = rendezvous.participants
+    problems = differences(participants, machines)
     if context.rank == 0:
-        _log(settings, topology, rendezvous, machines, clocks, rates, speeds, wanted, shape)
-        _log_verdict(found)
-    return 1 if found else 0
+        logger.info("%s", rank_table(topology, participants, machines, clocks, rates, plan))
+        if speeds:
+            logger.info("%s", link_table(participants, speeds, wanted))
+        logger.info("- versions: %s", ", ".join(map(" ".join, machines[0].versions.items())))
+        estimate = None if plan is None else Estimate(plan, topology, rates, speeds)
+        precision = settings.precision.precision
+        for line in about_clocks(participants, clocks):
+            logger.info("- %s", line)
+        for line in advice(estimate, participants, precision=precision):
+            logger.info("- %s", line)
+        _log_verdict(problems)
+    return 1 if problems else 0
 
 
 def measure_links(
     topology: Topology,
     groups: ProcessGroups,
-    wanted: dict[Link, int],
+    wanted: Mapping[Link, int],
     device: torch.device,
     *,
     dist_timeout: float,
 ) -> dict[Link, LinkSpeed]:
-    """Every link of the run, alone: all other ranks wait meanwhile. Every rank calls it.
+    """Measures every link of the run, alone: all other ranks wait. Every rank calls it.
 
-    wanted: the bytes of a message of each link.
+    Args:
+        wanted: the bytes of a message of each link.
+        dist_timeout: seconds after which a rank that waits gives up.
     """
     budget = min(_LINK_SECONDS, dist_timeout / 4)
-    todo = list(wanted)
-    if todo and topology.rank == 0:
+    if wanted and topology.rank == 0:
         logger.info(
             "measuring %d links one after the other, for some %g s at most",
-            len(todo),
-            len(todo) * budget,
+            len(wanted),
+            len(wanted) * budget,
         )
-    mine: list[tuple[int, LinkSpeed]] = []
-    for number, link in enumerate(todo):
-        gather_json(groups.control, number)  # the link before is done
-        group = groups.pipeline if link.group == "pipeline" else groups.replicas
-        peers = _indices(topology, link)
+    measured: list[list[float]] = []
+    for number, (link, nbytes) in enumerate(wanted.items()):
+        gather_json(groups.control, number)  # the previous link is measured
+        if link.group == "pipeline":
+            group: Communicator = groups.pipeline
+            source, to = link.source % topology.num_stages, link.to % topology.num_stages
+        else:
+            group = groups.replicas
+            source, to = link.source // topology.num_stages, link.to // topology.num_stages
         if topology.rank == link.source:
-            speed = probe(group, to=peers[1], nbytes=wanted[link], device=device, budget=budget)
-            mine.append((number, speed))
+            speed = probe(group, to=to, nbytes=nbytes, device=device, budget=budget)
+            measured.append([number, *speed])
         elif topology.rank == link.to:
-            answer(group, source=peers[0], device=device)
-    told = [(n, s.latency, s.nbytes, s.seconds) for n, s in mine]
-    every = [one for of_rank in gather_json(groups.control, told) for one in of_rank]
-    return {todo[number]: LinkSpeed(*numbers) for number, *numbers in sorted(every)}
+            answer(group, source=source, device=device)
+    gathered = [line for of_rank in gather_json(groups.control, measured) for line in of_rank]
+    todo = list(wanted)
+    return {todo[number]: LinkSpeed(*speed) for number, *speed in sorted(gathered)}
 
 
-def make_plan(settings: Settings, sizes: ModelSizes, message: int) -> RunShape | None:
-    """What the flags make of a model; None where it cannot be split so, which is told elsewhere."""
-    work = sizes.work(settings.update.seq_length)
+def make_plan(settings: Settings, sizes: ModelSizes) -> RunShape | None:
+    """Returns what the flags make of a model; None where it cannot be split so."""
+    update = settings.update
+    work = sizes.work(update.seq_length)
     try:
         layers = choose_split(
             settings.model.num_layers,
@@ -119,39 +123,42 @@ def make_plan(settings: Settings, sizes: ModelSizes, message: int) -> RunShape |
             model_layers=sizes.layers,
         )
     except ValueError:
-        return None
+        return None  # a problem of its MachineFacts
     return RunShape(
         model=sizes,
         work=work,
         layers=layers,
         schedule=settings.parallel.pp_mode,
         recompute=settings.precision.recompute,
-        num_microbatches=settings.update.num_microbatches,
-        accumulate=settings.update.gradient_accumulate_step,
-        tokens=settings.update.micro_batch_size * settings.update.seq_length,
-        message=message,
+        num_microbatches=update.num_microbatches,
+        accumulate=update.gradient_accumulate_step,
+        tokens=update.micro_batch_size * update.seq_length,
+        message=_activation_bytes(settings),
     )
 
 
-def _message_bytes(topology: Topology, link: Link, message: int, plan: RunShape | None) -> int:
-    """A microbatch's activations, or a bucket of gradients: of few, all that the stage has."""
+def _activation_bytes(settings: Settings) -> int:
+    update, dtype = settings.update, DTYPES[settings.precision.precision]
+    tokens = update.micro_batch_size * update.seq_length
+    return tokens * settings.model.embedding_dim * dtype.itemsize
+
+
+def _message_bytes(
+    settings: Settings, topology: Topology, link: Link, plan: RunShape | None
+) -> int:
+    """Returns the bytes of a microbatch's activations, or of a bucket of gradients.
+
+    A stage with fewer gradients than a bucket holds has one bucket of all.
+    """
     if link.group == "pipeline":
-        return message
+        return _activation_bytes(settings)
     if plan is None:
         return BUCKET_BYTES
     return min(BUCKET_BYTES, plan.gradient_bytes(link.source % topology.num_stages))
 
 
-def _indices(topology: Topology, link: Link) -> tuple[int, int]:
-    """The two ends in their group."""
-    ends = (link.source, link.to)
-    if link.group == "pipeline":
-        return ends[0] % topology.num_stages, ends[1] % topology.num_stages
-    return ends[0] // topology.num_stages, ends[1] // topology.num_stages
-
-
 def _rate(settings: Settings, sizes: ModelSizes | None, device: torch.device) -> float:
-    """Multiply-adds per second of this rank's device, of the largest product of a block."""
+    """Measures this rank's multiply-adds per second, in the largest matmul of a block."""
     hidden = settings.model.embedding_dim if sizes is None else sizes.hidden
     return matmul_rate(
         rows=settings.update.micro_batch_size * settings.update.seq_length,
@@ -159,55 +166,14 @@ def _rate(settings: Settings, sizes: ModelSizes | None, device: torch.device) ->
         outputs=4 * hidden if sizes is None else sizes.inner,
         dtype=DTYPES[settings.precision.precision],
         device=device,
-        budget=_PRODUCT_SECONDS,
+        budget=_MATMUL_SECONDS,
     )
 
 
-def _clocks(control: Communicator) -> list[tuple[float, float]]:
-    """By rank, the seconds that its clock is ahead of rank 0's, and how far that may be off."""
-    mine = clock_offset(control, clock=time.time_ns)
-    found = gather_json(control, [-mine.offset / 1e9, mine.error / 1e9])
-    return [(ahead, error) for ahead, error in found]
-
-
-def _log(
-    settings: Settings,
-    topology: Topology,
-    rendezvous: Rendezvous,
-    machines: Sequence[MachineFacts],
-    clocks: Sequence[tuple[float, float]],
-    rates: Sequence[float],
-    speeds: dict[Link, LinkSpeed],
-    wanted: dict[Link, int],
-    plan: RunShape | None,
-) -> None:
-    participants = rendezvous.participants
-    logger.info("%s", rank_table(topology, participants, machines, clocks, rates, plan))
-    if speeds:
-        logger.info("%s", link_table(participants, speeds, wanted))
-    logger.info("- versions: %s", ", ".join(map(" ".join, machines[0].versions.items())))
-    for line in about_clocks(participants, clocks):
-        logger.info("- %s", line)
-    if plan is None:
-        logger.info("- no rank has a config.json that fits with the flags: no step is estimated")
-        return
-    estimate = Estimate(plan, topology, rates=rates, links=speeds)
-    for line in advice(
-        topology,
-        participants,
-        plan,
-        speeds,
-        rates,
-        estimate,
-        precision=settings.precision.precision,
-    ):
-        logger.info("- %s", line)
-
-
-def _log_verdict(found: Sequence[str]) -> None:
-    if not found:
+def _log_verdict(problems: Sequence[str]) -> None:
+    if not problems:
         logger.info("check passed: all ranks agree, and nothing that was looked at is missing")
-    for line in found:
+        return
+    for line in problems:
         logger.info("- %s", line)
-    if found:
-        logger.info("check failed: differing or missing, told above: %d", len(found))
+    logger.info("check failed: differing or missing, told above: %d", len(problems))

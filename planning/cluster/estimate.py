@@ -1,27 +1,27 @@
-"""What a step will take, from what devices and links were measured to do.
+"""An estimate of a step's seconds, from the measured speeds of devices and links.
 
-Products and messages alone are counted, so that no step takes less: norms, activations, the
-optimizer and the host's own time come on top.
+It counts matmuls and messages alone, so a step takes no less: norms, activations, the optimizer
+and the host's own time are added to it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from comm.topology import Topology
 from modules.model_sizes import ModelSizes, ModuleWork
 from pipeline_parallel.partition.balance import balanced_split, stage_work
-from pipeline_parallel.partition.costs import split_costs
 from pipeline_parallel.partition.split import Split
+from pipeline_parallel.partition.stage_split import split_costs
 from pipeline_parallel.schedule.schedules import SCHEDULES
 from pipeline_parallel.schedule.simulator import Costs, StageCosts, simulate
-from planning.cluster.link_probe import LinkSpeed
-from planning.cluster.links import Link
+from planning.cluster.link_probe import Link, LinkSpeed
 
 
 @dataclass(frozen=True)
 class RunShape:
-    """What a run will do, as far as its speed is concerned.
+    """The properties of a run that its speed depends on.
 
     tokens: of a microbatch. message: bytes of its activations, or of their gradients.
     """
@@ -37,112 +37,102 @@ class RunShape:
     message: int
 
     def gradient_bytes(self, stage: int) -> int:
-        """Of the fp32 gradients of a stage's matrices, which its replicas sum at each update."""
+        """Returns the bytes of a stage's fp32 gradients, which its replicas sum at each update."""
         model, last = self.model, len(self.layers) - 1
         ends = (stage == 0) + (stage == last)
         return 4 * (self.layers[stage] * model.block_weights + ends * model.head_weights)
 
 
+@dataclass(frozen=True, eq=False)
 class Estimate:
-    """Of a plan on ranks with these rates (multiply-adds per second) and links."""
+    """The times of a run on these devices and links; `rates` are multiply-adds per second."""
 
-    def __init__(
-        self,
-        plan: RunShape,
-        topology: Topology,
-        *,
-        rates: Sequence[float],
-        links: Mapping[Link, LinkSpeed],
-    ) -> None:
-        self._plan, self._topology, self._rates, self._links = plan, topology, rates, links
+    plan: RunShape
+    topology: Topology
+    rates: Sequence[float]
+    links: Mapping[Link, LinkSpeed]
 
     @cached_property
     def speeds(self) -> list[float]:
-        """By stage, the multiply-adds per second of its slowest replica, whom the others await."""
-        topology = self._topology
+        """The multiply-adds per second of each stage's slowest replica; the others wait for it."""
+        topology = self.topology
         return [
-            min(self._rates[rank] for rank in topology.replica_ranks(stage))
+            min(self.rates[rank] for rank in topology.replica_ranks(stage))
             for stage in range(topology.num_stages)
         ]
 
     @cached_property
     def iteration(self) -> float:
         """Seconds of one iteration's forwards and backwards, of the slowest pipeline."""
-        return max(self._pipeline(r, free=False) for r in range(self._topology.num_replicas))
+        return self._slowest_pipeline(self.message_seconds)
 
     @cached_property
     def iteration_with_free_links(self) -> float:
-        return max(self._pipeline(r, free=True) for r in range(self._topology.num_replicas))
+        return self._slowest_pipeline(lambda _: 0.0)
 
     @cached_property
     def slowest_link(self) -> Link | None:
         """The pipelines' link on which a microbatch's message takes longest."""
-        mine = [link for link in self._links if link.group == "pipeline"]
-        return max(mine, key=self.message_seconds, default=None)
+        candidates = (link for link in self.links if link.group == "pipeline")
+        return max(candidates, key=self.message_seconds, default=None)
 
     def message_seconds(self, link: Link) -> float:
-        return self._links[link].message_seconds(self._plan.message)
+        return self.links[link].message_seconds(self.plan.message)
 
     def compute_seconds(self, link: Link) -> float:
-        """What the receiver computes with one message of this pipeline's link."""
-        topology = self._topology
-        stage = link.to % topology.num_stages
-        costs = self._costs(link.to // topology.num_stages)[stage]
+        """Returns the seconds that the receiver computes with one message of a pipeline's link."""
+        replica, stage = divmod(link.to, self.topology.num_stages)
+        costs = self._costs(replica)[stage]
         is_gradient = link.to < link.source
         return costs.input_gradient + costs.weight_gradient if is_gradient else costs.forward
 
     def stage_seconds(self, layers: Split) -> float:
-        """Forward of a microbatch in the slowest stage, were the layers split so."""
-        work = stage_work(layers, self._plan.work)
-        return max(one / s for one, s in zip(work, self.speeds, strict=True)) * self._plan.tokens
+        """Returns the seconds of a microbatch's forward in the slowest stage of a split."""
+        pairs = zip(stage_work(layers, self.plan.work), self.speeds, strict=True)
+        return max(work / speed for work, speed in pairs) * self.plan.tokens
 
     def balanced_layers(self) -> Split:
-        """The split whose slowest stage takes the least."""
+        """Returns the split whose slowest stage takes the least."""
+        num_stages, model_layers = self.topology.num_stages, self.plan.model.layers
         return balanced_split(
-            self._plan.work,
-            num_stages=self._topology.num_stages,
-            model_layers=self._plan.model.layers,
-            speeds=self.speeds,
+            self.plan.work, num_stages=num_stages, model_layers=model_layers, speeds=self.speeds
         )
 
     def exchange(self, stage: int) -> tuple[float, Link] | None:
-        """Seconds that summing a stage's gradients takes over its replicas' slowest link, and that
-        link. Each replica sends 2 (R - 1) / R of them."""
-        ranks = set(self._topology.replica_ranks(stage))
-        mine = [k for k in self._links if k.group == "replicas" and k.source in ranks]
-        if not mine:
-            return None
-        replicas = self._topology.num_replicas
-        nbytes = 2 * (replicas - 1) * self._plan.gradient_bytes(stage) // replicas
-        return max((self._links[link].message_seconds(nbytes), link) for link in mine)
+        """Returns the seconds of summing a stage's gradients over its replicas' slowest link.
 
-    def _pipeline(self, replica: int, *, free: bool) -> float:
-        plan, num_stages = self._plan, self._topology.num_stages
-        first = replica * num_stages
-        onwards = [Link("pipeline", first + i, first + i + 1) for i in range(num_stages - 1)]
+        Returns that link too. Each replica sends 2 (R - 1) / R of the gradients.
+        """
+        replicas = self.topology.num_replicas
+        ranks = self.topology.replica_ranks(stage)
+        nbytes = 2 * (replicas - 1) * self.plan.gradient_bytes(stage) // replicas
+        return max(
+            (
+                (speed.message_seconds(nbytes), link)
+                for link, speed in self.links.items()
+                if link.group == "replicas" and link.source in ranks
+            ),
+            default=None,
+        )
+
+    def _slowest_pipeline(self, seconds: Callable[[Link], float]) -> float:
+        return max(self._pipeline(r, seconds) for r in range(self.topology.num_replicas))
+
+    def _pipeline(self, replica: int, seconds: Callable[[Link], float]) -> float:
+        plan, num_stages = self.plan, self.topology.num_stages
+        pairs = list(pairwise(self.topology.pipeline_ranks(replica)))
         costs = Costs(
             self._costs(replica),
-            [0.0 if free else self.message_seconds(link) for link in onwards],
-            [
-                0.0 if free else self.message_seconds(link._replace(source=link.to, to=link.source))
-                for link in onwards
-            ],
+            [seconds(Link("pipeline", a, b)) for a, b in pairs],
+            [seconds(Link("pipeline", b, a)) for a, b in pairs],
         )
         return simulate(SCHEDULES[plan.schedule], num_stages, plan.num_microbatches, costs).total
 
     def _costs(self, replica: int) -> list[StageCosts]:
-        plan = self._plan
+        plan, ranks = self.plan, self.topology.pipeline_ranks(replica)
         work = split_costs(plan.layers, plan.work, schedule=plan.schedule, recompute=plan.recompute)
-        ranks = self._topology.pipeline_ranks(replica)
+        seconds = [plan.tokens / self.rates[rank] for rank in ranks]
         return [
-            _in_seconds(costs, plan.tokens / self._rates[rank])
-            for costs, rank in zip(work, ranks, strict=True)
+            StageCosts(w.forward * s, w.input_gradient * s, w.weight_gradient * s)
+            for w, s in zip(work, seconds, strict=True)
         ]
-
-
-def _in_seconds(work: StageCosts, seconds: float) -> StageCosts:
-    return StageCosts(
-        forward=work.forward * seconds,
-        input_gradient=work.input_gradient * seconds,
-        weight_gradient=work.weight_gradient * seconds,
-    )

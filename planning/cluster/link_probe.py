@@ -1,32 +1,61 @@
-"""What messages take from one member of a group to another, over the very channel that trains.
+"""The links of a run, and the speed of a link, measured over the communicator that trains.
 
-The sender's clock alone measures: from the start of a message until a short answer comes back, less
-half a round trip of two short ones: a delay of one direction alone counts half in each, a low rate
-where it is. The receiver is ready before, as in training, where receives are posted ahead of need.
+The sender's clock alone measures: from the start of a message until a short answer arrives, less
+half a round trip of two short messages. A delay of one direction therefore counts half in each; a
+low rate counts in the direction that has it. The receiver is ready before, as in training, where
+receives are posted ahead of need.
 """
 
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from itertools import combinations, pairwise
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from comm.communicator import PointToPoint
+from comm.topology import Topology
 from common.tensors import synchronize
 
 _SHORT = 8  # bytes
-_FIRST = 4096  # bytes of the first message that tells a rate
+_FIRST = 4096  # bytes of the first message that measures a rate
 _GROWTH = 16
 _ROUNDS = 20
 _REPEATS = 5
 
 
-@dataclass(frozen=True)
-class LinkSpeed:
-    """Measured: `latency`, the seconds of a message of a few bytes, and the `seconds` of one of
-    `nbytes`, latency included."""
+class Link(NamedTuple):
+    """One direction between two global ranks, in their `pipeline` or `replicas` group."""
+
+    group: str
+    source: int
+    to: int
+
+
+def links(topology: Topology) -> list[Link]:
+    """Returns all links of a run in both directions, pipeline by pipeline, then stage by stage.
+
+    Of replicas these are all pairs: each adds up its share of the sum from all others.
+    """
+    run_links: list[Link] = []
+    for replica in range(topology.num_replicas):
+        run_links += _both_ways("pipeline", pairwise(topology.pipeline_ranks(replica)))
+    for stage in range(topology.num_stages):
+        run_links += _both_ways("replicas", combinations(topology.replica_ranks(stage), 2))
+    return run_links
+
+
+def _both_ways(group: str, pairs: Iterable[tuple[int, int]]) -> list[Link]:
+    return [Link(group, *ends) for a, b in pairs for ends in ((a, b), (b, a))]
+
+
+class LinkSpeed(NamedTuple):
+    """The measured speed of a link.
+
+    latency: seconds of a message of a few bytes.
+    seconds: of a message of `nbytes`, latency included.
+    """
 
     latency: float
     nbytes: int
@@ -34,11 +63,11 @@ class LinkSpeed:
 
     @property
     def bytes_per_second(self) -> float:
-        """What comes through of messages of this size, one after the other."""
+        """The rate of messages of this size, one after the other."""
         return self.nbytes / self.seconds
 
     def message_seconds(self, nbytes: int) -> float:
-        """What a message of `nbytes` takes: what is beyond the latency grows with its length."""
+        """Returns the seconds of a message; those beyond the latency grow with its length."""
         if nbytes == self.nbytes:
             return self.seconds
         return self.latency + max(0.0, self.seconds - self.latency) * nbytes / self.nbytes
@@ -47,10 +76,11 @@ class LinkSpeed:
 def probe(
     group: PointToPoint, *, to: int, nbytes: int, device: torch.device, budget: float
 ) -> LinkSpeed:
-    """The speed towards member `to`, who calls `answer` meanwhile.
+    """Measures the speed towards member `to`, which calls `answer` meanwhile.
 
-    Messages of up to `nbytes` are sent, of fewer where those would take longer than about `budget`
-    seconds in all. PeerLostError as of the channel.
+    Args:
+        nbytes: the size of the largest message; smaller ones are sent where it takes too long.
+        budget: the seconds that all messages may take, about.
     """
     prober = _Prober(group, to, device)
     began = time.monotonic()
@@ -58,8 +88,11 @@ def probe(
     def left() -> float:
         return budget - (time.monotonic() - began)
 
-    prober.round(_SHORT)  # wakes what sleeps
-    latency = _median(lambda: prober.round(_SHORT), _ROUNDS, lambda: left() > 3 * budget / 4) / 2
+    prober.round(_SHORT)  # warms up
+    round_trips = [prober.round(_SHORT)]
+    while len(round_trips) < _ROUNDS and left() > 3 * budget / 4:
+        round_trips.append(prober.round(_SHORT))
+    latency = statistics.median(round_trips) / 2
     size = min(_FIRST, nbytes)
     while True:
         seconds = max(prober.round(size) - latency, latency)
@@ -68,15 +101,15 @@ def probe(
         if size == nbytes or expected > left():
             break
         size = following
-    again = [seconds]
-    while len(again) < _REPEATS and left() > again[-1]:
-        again.append(prober.round(size) - latency)
-    prober.end()
-    return LinkSpeed(latency, size, max(statistics.median(again), latency))
+    repeats = [seconds]
+    while len(repeats) < _REPEATS and left() > repeats[-1]:
+        repeats.append(prober.round(size) - latency)
+    prober.announce(0)
+    return LinkSpeed(latency, size, max(statistics.median(repeats), latency))
 
 
 def answer(group: PointToPoint, *, source: int, device: torch.device) -> None:
-    """The other end of `probe`, until it is through."""
+    """Answers the messages of `probe`, until it ends."""
     header = torch.empty(1, dtype=torch.int64, device=device)
     word = torch.zeros(_SHORT, dtype=torch.uint8, device=device)
     while True:
@@ -100,34 +133,23 @@ class _Prober:
         self._word = torch.empty(_SHORT, dtype=torch.uint8, device=device)
 
     def round(self, size: int) -> float:
-        """Seconds from the start of a message of `size` bytes to its answer."""
-        self._announce(size)
+        """Returns the seconds from the start of a message of `size` bytes to its answer."""
+        self.announce(size)
         message = torch.zeros(size, dtype=torch.uint8, device=self._device)
-        self._hear()
+        self._receive_word()
         began = time.perf_counter()
         work = self._group.send(message, to=self._peer)
-        self._hear()
+        self._receive_word()
         seconds = time.perf_counter() - began
         work.wait()
         return seconds
 
-    def end(self) -> None:
-        self._announce(0)
-
-    def _announce(self, size: int) -> None:
+    def announce(self, size: int) -> None:
+        """Sends the size of the next message; 0 ends the measurement."""
         header = torch.tensor([size], device=self._device)
         self._group.send(header, to=self._peer).wait()
         synchronize(self._device)
 
-    def _hear(self) -> Tensor:
+    def _receive_word(self) -> None:
         self._group.receive(self._word, source=self._peer).wait()
         synchronize(self._device)
-        return self._word
-
-
-def _median(measure: Callable[[], float], most: int, may_go_on: Callable[[], bool]) -> float:
-    """Of up to `most` measurements, of one at least."""
-    found = [measure()]
-    while len(found) < most and may_go_on():
-        found.append(measure())
-    return statistics.median(found)

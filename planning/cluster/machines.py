@@ -1,4 +1,4 @@
-"""What each rank of --check-cluster tells of its machine, and in what the ranks differ."""
+"""The machine of each rank of --check-cluster, and the differences between the ranks."""
 
 import hashlib
 import json
@@ -16,11 +16,12 @@ from arguments.settings import Settings
 from checkpoint.files.layer_shards import check_shard_size, shard_name
 from comm.rendezvous.participants import Participant
 from comm.topology import Topology
+from common.files import read_json_object
 from modules.matmul.cpu_info import CpuInfo
 from modules.model_sizes import ModelSizes
 from modules.registry import MODELS
 from pipeline_parallel.partition.balance import choose_split
-from pipeline_parallel.partition.split import Split, stage_modules
+from pipeline_parallel.partition.split import stage_modules
 
 _ROOT = Path(__file__).parents[2]
 _NOT_SOURCES = {"tests", "benchmarks", "example_scripts", "docs"}
@@ -28,14 +29,15 @@ _SHOWN = 60  # characters of a value in a message
 
 
 class MachineFacts(NamedTuple):
-    """One rank's, as it travels in JSON.
+    """The facts about one rank, as they travel in JSON.
 
     model: None where the rank cannot read a config.json that fits with the flags.
-    problems: what would end a run, in a line each.
-    versions: by name. config: by key. files: of its stage's shards, by name, their size and, where
-    a manifest tells it, their checksum; None where there is no such file. damage: why a run would
-    not take those that are there, in a line each.
-    resumes: its --checkpoint-path has a checkpoint, so that shards are not read.
+    problems: mistakes that would end a run, in a line each.
+    versions: by name. config: by key.
+    files: the size of each shard of its stage and, where a manifest has it, the checksum; None
+        where there is no such file.
+    damage: reasons for which a run would reject existing shards, in a line each.
+    resumes: its --checkpoint-path has a checkpoint, so shards are not read.
     """
 
     device: str
@@ -47,12 +49,19 @@ class MachineFacts(NamedTuple):
     damage: list[str]
     resumes: bool
 
+    @classmethod
+    def from_json(cls, values: Sequence[Any]) -> "MachineFacts":
+        """Returns the facts of another rank, from its JSON."""
+        facts = cls(*values)
+        return facts._replace(model=None if facts.model is None else ModelSizes(*facts.model))
+
 
 def collect_machine_facts(
     settings: Settings, topology: Topology, device: torch.device
 ) -> MachineFacts:
-    """This rank's, without reading a weight."""
+    """Collects the facts about this rank, without reading a weight."""
     problems, model, files = [], None, {}
+    folder, checkpoint = settings.model.model_name, settings.checkpoint
     for check in (check_model, check_optimizer):
         try:
             check(settings)
@@ -60,7 +69,7 @@ def collect_machine_facts(
             problems.append(str(error))
     try:
         family = MODELS[settings.model.model_type].load()
-        model = family.sizes(family.load_config(settings.model.model_name))
+        model = family.sizes(family.load_config(folder))
         if not problems:
             files = _shards(settings, topology, model)
     except (ValueError, OSError) as error:
@@ -71,24 +80,15 @@ def collect_machine_facts(
         model,
         problems,
         versions(settings, device),
-        _config(settings.model.model_name / "config.json"),
+        {key: _short(value) for key, value in _read_json(folder / "config.json").items()},
         files,
-        _damage(
-            settings.model.model_name, [name for name, found in files.items() if found is not None]
-        ),
-        settings.checkpoint.load_checkpoint
-        and (settings.checkpoint.checkpoint_path / "latest").exists(),
+        _damage(folder, [name for name, identity in files.items() if identity is not None]),
+        checkpoint.load_checkpoint and (checkpoint.checkpoint_path / "latest").exists(),
     )
 
 
-def from_json(found: Sequence[Any]) -> MachineFacts:
-    """A Machine as the others get it."""
-    machine = MachineFacts(*found)
-    return machine._replace(model=None if machine.model is None else ModelSizes(*machine.model))
-
-
 def describe_device(device: torch.device) -> str:
-    """The GPU, or the processor and how many of its threads this rank computes in."""
+    """Describes the GPU, or the CPU and the number of its threads that this rank uses."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} (cuda:{device.index})"
     threads = torch.get_num_threads()
@@ -96,7 +96,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def versions(settings: Settings, device: torch.device) -> dict[str, str]:
-    """Of what the ranks compute and talk with."""
+    """Returns the versions of the software that affects the results."""
     found = {"Python": platform.python_version(), "torch": torch.__version__}
     packages = ["transformers"]
     if settings.update.optimizer == "8bit-adam":
@@ -109,41 +109,44 @@ def versions(settings: Settings, device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         found["CUDA"] = str(torch.version.cuda)
         found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
-    found["this program"] = _sources()
-    return found
+    return {**found, "this program": _digest_sources()}
 
 
 def differences(participants: Sequence[Participant], machines: Sequence[MachineFacts]) -> list[str]:
-    """What differs between the ranks or is lacking, in a line each, naming who has what."""
-    named = [
+    """Returns differences between ranks and things that they lack, in a line each, with ranks."""
+    present = [
+        {name: identity for name, identity in machine.files.items() if identity is not None}
+        for machine in machines
+    ]
+    lines = [
         *_differing("", participants, [machine.versions for machine in machines]),
         *_differing("config.json: ", participants, [machine.config for machine in machines]),
-        *_differing("", participants, [_present(machine.files) for machine in machines]),
+        *_differing("", participants, present),
     ]
+    ranks = [(_name(p), machine) for p, machine in zip(participants, machines, strict=True)]
     if not any(machine.resumes for machine in machines):
-        for participant, machine in zip(participants, machines, strict=True):
-            missing = [name for name, found in machine.files.items() if found is None]
+        for rank, machine in ranks:
+            missing = [name for name, identity in machine.files.items() if identity is None]
             if missing:
-                named.append(f"{_who(participant)} has no {', '.join(missing)} in --model-name")
-            named += [f"{_who(participant)}: {problem}" for problem in machine.damage]
-    for participant, machine in zip(participants, machines, strict=True):
-        named += [f"{_who(participant)}: {problem}" for problem in machine.problems]
-    return named
+                lines.append(f"{rank} has no {', '.join(missing)} in --model-name")
+            lines += [f"{rank}: {problem}" for problem in machine.damage]
+    return lines + [f"{rank}: {problem}" for rank, machine in ranks for problem in machine.problems]
 
 
 def _shards(settings: Settings, topology: Topology, model: ModelSizes) -> dict[str, str | None]:
-    """Of the files that this rank's stage reads."""
+    """Returns the identities of the files that this rank's stage reads."""
     if not settings.model.load_pretrained_model:
         return {}
-    split: Split = choose_split(
-        settings.model.num_layers,
-        model.work(settings.update.seq_length),
-        num_stages=topology.num_stages,
-        model_layers=model.layers,
+    work, num_stages = model.work(settings.update.seq_length), topology.num_stages
+    split = choose_split(
+        settings.model.num_layers, work, num_stages=num_stages, model_layers=model.layers
     )
-    sums = _manifest(settings.model.model_name / "manifest.json")
+    folder = settings.model.model_name
+    sums = _read_json(folder / "manifest.json").get("files")
+    if not isinstance(sums, dict):
+        sums = {}
     names = [shard_name(index, model.layers) for index in stage_modules(topology.stage, split)]
-    return {name: _identity(settings.model.model_name / name, sums.get(name)) for name in names}
+    return {name: _identity(folder / name, sums.get(name)) for name in names}
 
 
 def _identity(path: Path, listed: Any) -> str | None:
@@ -153,32 +156,22 @@ def _identity(path: Path, listed: Any) -> str | None:
 
 
 def _damage(folder: Path, names: Sequence[str]) -> list[str]:
-    """What the manifest shows of these shards without reading them; each line once."""
-    found = []
+    """Returns the damage of shards that their sizes in the manifest show; each line once."""
+    lines = []
     for name in names:
         try:
             check_shard_size(folder / name)
         except ValueError as error:
-            found.append(str(error))
-    return list(dict.fromkeys(found))
+            lines.append(str(error))
+    return list(dict.fromkeys(lines))
 
 
-def _manifest(path: Path) -> Mapping[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object; returns an empty one where there is none."""
     try:
-        files = json.loads(path.read_bytes())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_json_object(path)
+    except ValueError:
         return {}
-    return files if isinstance(files, dict) else {}
-
-
-def _config(path: Path) -> dict[str, str]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(config, dict):
-        return {}
-    return {key: _short(value) for key, value in config.items()}
 
 
 def _short(value: Any) -> str:
@@ -188,51 +181,47 @@ def _short(value: Any) -> str:
     return f"{text[: _SHOWN // 2]}... (sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]})"
 
 
-def _sources() -> str:
-    """A digest of the program's own files."""
+def _digest_sources() -> str:
+    """Returns a digest of the program's own files."""
     digest = hashlib.sha256()
     packages = [init.parent for init in _ROOT.glob("*/__init__.py")]
     modules = [
-        path for one in packages if one.name not in _NOT_SOURCES for path in one.rglob("*.py")
+        path
+        for package in packages
+        if package.name not in _NOT_SOURCES
+        for path in package.rglob("*.py")
     ]
     for path in sorted([*_ROOT.glob("*.py"), *modules]):
         digest.update(str(path.relative_to(_ROOT)).encode() + b"\0" + path.read_bytes())
     return f"sha256 {digest.hexdigest()[:12]}"
 
 
-def _present(files: Mapping[str, str | None]) -> dict[str, str]:
-    return {name: found for name, found in files.items() if found is not None}
-
-
 def _differing(
-    prefix: str, participants: Sequence[Participant], found: Sequence[Mapping[str, str]]
+    prefix: str, participants: Sequence[Participant], facts: Sequence[Mapping[str, str]]
 ) -> list[str]:
-    """What does not have one value on all ranks that have it (of config.json: on all)."""
+    """Describes facts without one value on all ranks that have it (of config.json: on all)."""
     lines = []
-    for name in dict.fromkeys(name for one in found for name in one):
-        having = [
-            (participant, one.get(name, "not there"))
-            for participant, one in zip(participants, found, strict=True)
-            if name in one or (prefix and one)
+    for name in dict.fromkeys(name for of_rank in facts for name in of_rank):
+        values = [
+            (participant, of_rank.get(name, "not there"))
+            for participant, of_rank in zip(participants, facts, strict=True)
+            if name in of_rank or (prefix and of_rank)
         ]
-        values = Counter(value for _, value in having)
-        if len(values) > 1:
-            lines.append(f"{prefix}{name} is {_spread(having, values.most_common(1)[0][0])}")
+        counts = Counter(value for _, value in values)
+        if len(counts) > 1:
+            lines.append(f"{prefix}{name} is {_spread(values, counts.most_common(1)[0][0])}")
     return lines
 
 
-def _spread(having: Sequence[tuple[Participant, str]], usual: str) -> str:
-    """Who has which value; the most frequent one is that of all others."""
-    told = [
-        f"{value} on {', '.join(_who(a) for a, v in having if v == value)}"
-        for value in dict.fromkeys(value for _, value in having)
-        if value != usual
-    ]
-    others = [participant for participant, value in having if value == usual]
-    return f"{', '.join(told)}, but {usual} on " + (
-        _who(others[0]) if len(others) == 1 else "the others"
-    )
+def _spread(values: Sequence[tuple[Participant, str]], usual: str) -> str:
+    """Tells the ranks of each value; the most frequent one is that of all others."""
+    ranks: dict[str, list[str]] = {}
+    for participant, value in values:
+        ranks.setdefault(value, []).append(_name(participant))
+    others = ranks.pop(usual)
+    unusual = ", ".join(f"{value} on {', '.join(names)}" for value, names in ranks.items())
+    return f"{unusual}, but {usual} on {others[0] if len(others) == 1 else 'the others'}"
 
 
-def _who(participant: Participant) -> str:
+def _name(participant: Participant) -> str:
     return f"rank {participant.rank} (host {participant.host})"

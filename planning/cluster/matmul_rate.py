@@ -1,4 +1,4 @@
-"""How fast a device multiplies matrices of a model's sizes, as its layers do: measured."""
+"""The measured rate of a device in matmuls of a model's sizes, as its layers compute them."""
 
 import statistics
 import time
@@ -15,43 +15,32 @@ _GROWTH = 4
 
 @torch.no_grad()
 def matmul_rate(
-    *,
-    rows: int,
-    inputs: int,
-    outputs: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    budget: float,
+    *, rows: int, inputs: int, outputs: int, dtype: torch.dtype, device: torch.device, budget: float
 ) -> float:
-    """Multiply-adds per second of (rows, inputs) through a layer of `outputs`, in the compute type.
+    """Measures the multiply-adds per second of (rows, inputs) times (inputs, outputs) in `dtype`.
 
-    Measured for about `budget` seconds, so that processes that share a device and begin together
-    share it to the end; of fewer rows where all would take longer. It keeps the layer's weight for
-    as long: inputs x outputs numbers.
+    It takes about `budget` seconds, so that processes that share a device and start together share
+    it to the end. It uses fewer rows where all would take longer.
     """
     began = time.monotonic()
     weight = torch.ones(outputs, inputs, dtype=dtype, device=device)
     count = min(_FIRST_ROWS, rows)
-    _seconds(_rows(weight, count), weight)  # wakes what sleeps
+    _seconds(weight.new_ones((count, inputs)), weight)  # warms up
     while True:
-        x = _rows(weight, count)
+        x = weight.new_ones((count, inputs))
         seconds = _seconds(x, weight)
         left = budget - (time.monotonic() - began)
         if count == rows or _GROWTH * seconds > left:
             break
         count = min(count * _GROWTH, rows)
-    found = [seconds]
-    while budget - (time.monotonic() - began) > found[-1]:
-        found.append(_seconds(x, weight))
-    return count * inputs * outputs / statistics.median(found)
-
-
-def _rows(weight: Tensor, count: int) -> Tensor:
-    return weight.new_ones((count, weight.shape[1]))
+    measured = [seconds]
+    while budget - (time.monotonic() - began) > measured[-1]:
+        measured.append(_seconds(x, weight))
+    return count * inputs * outputs / statistics.median(measured)
 
 
 def _seconds(x: Tensor, weight: Tensor) -> float:
-    """Of one product, on a GPU until it is done there."""
+    """Returns the seconds of one matmul, on a GPU until it is done there."""
     synchronize(weight.device)
     began = time.perf_counter()
     linear(x, weight, None)

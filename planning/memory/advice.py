@@ -1,4 +1,4 @@
-"""Which flags make a run need less memory, in the order of how much, for this very run."""
+"""Memory advice: the flags that reduce the memory of this run, those that save most first."""
 
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -7,15 +7,15 @@ from typing import NamedTuple
 from arguments.flag_table import fixed_flags
 from arguments.settings import Settings
 from checkpoint.steps.folder import any_steps
-from pipeline_parallel.partition.split import AUTO, Split
+from pipeline_parallel.partition.split import AUTO
 from pipeline_parallel.partition.stage_split import StageSplit
 from planning.memory.dry_run import DryRun, PlannedModel
 
 
 class Change(NamedTuple):
-    """Flags as a user would write them; bytes that they save, and the peak that is left.
+    """Flags as a user writes them, the bytes that they save, and the peak that remains.
 
-    starts_anew: the checkpoints in --checkpoint-path are not ones to go on from with these flags.
+    starts_anew: the checkpoints in --checkpoint-path cannot resume with these flags.
     """
 
     flags: str
@@ -27,27 +27,31 @@ class Change(NamedTuple):
 def helpful_changes(
     settings: Settings, model: PlannedModel, *, cuda: bool, rank: int, peak: int
 ) -> list[Change]:
-    """Returns the changes that each let a rank need less than `peak` bytes, the best one first.
+    """Returns the changes that each reduce a rank's peak of `peak` bytes, the best one first.
 
-    With more stages, the stage that needs most counts.
+    With another number of stages, the stage with the highest peak counts.
     """
-    found, has_steps = [], any_steps(settings.checkpoint.checkpoint_path)
+    changes, has_steps = [], any_steps(settings.checkpoint.checkpoint_path)
     for flags, changed in _variants(settings):
-        planned, ranks = model, [rank]
-        if changed.parallel.pipeline_group_size != settings.parallel.pipeline_group_size:
-            if changed.parallel.pipeline_group_size > model.config.num_hidden_layers:
+        planned, ranks, num_stages = model, [rank], changed.parallel.pipeline_group_size
+        if num_stages != settings.parallel.pipeline_group_size:
+            if num_stages > model.config.num_hidden_layers:
                 continue
-            planned = model._replace(layers=_even(changed, model))
-            ranks = _largest(changed.parallel.pipeline_group_size)
+            sizes, seq_len = model.family.sizes(model.config), changed.update.seq_length
+            split = StageSplit(AUTO, sizes, num_stages=num_stages, seq_len=seq_len)
+            planned = model._replace(layers=split.layers)
+            # The highest peaks are at the ends, which have embedding and head and where schedules
+            # keep most microbatches, and beside them.
+            ranks = sorted({0, 1, num_stages - 2, num_stages - 1})
         dry_run = DryRun(changed, planned, cuda=cuda)
-        left = max(dry_run.of_rank(one).peak for one in ranks)
+        left = max(dry_run.of_rank(r).peak for r in ranks)
         starts_anew = has_steps and fixed_flags(changed) != fixed_flags(settings)
-        found.append(Change(flags, peak - left, left, starts_anew))
-    return sorted((one for one in found if one.saved > 0), key=lambda one: -one.saved)
+        changes.append(Change(flags, peak - left, left, starts_anew))
+    return sorted((c for c in changes if c.saved > 0), key=lambda c: -c.saved)
 
 
 def _variants(settings: Settings) -> Iterator[tuple[str, Settings]]:
-    """Each change of a flag that may help, and the flags with it."""
+    """Yields each change of a flag that may help, and the settings with it."""
     if not settings.precision.recompute:
         yield "--recompute true", settings.changed(recompute=True)
     if settings.parallel.pp_mode != "1f1b":
@@ -65,23 +69,6 @@ def _variants(settings: Settings) -> Iterator[tuple[str, Settings]]:
     if settings.checkpoint.async_checkpoint:
         yield "no --async-checkpoint", settings.changed(async_checkpoint=False)
     stages = 2 * settings.parallel.pipeline_group_size
-    yield (
-        f"--pipeline-group-size {stages} --num-layers auto",
-        settings.changed(
-            pipeline_group_size=stages,
-            world_size=stages * settings.parallel.data_group_size,
-            num_layers=AUTO,
-        ),
-    )
-
-
-def _largest(num_stages: int) -> list[int]:
-    """The stages one of which needs most: at the ends, where embedding and head are and where
-    schedules hold most, and beside them."""
-    return sorted({0, 1, num_stages - 2, num_stages - 1})
-
-
-def _even(settings: Settings, model: PlannedModel) -> Split:
-    sizes, num_stages = model.family.sizes(model.config), settings.parallel.pipeline_group_size
-    seq_len = settings.update.seq_length
-    return StageSplit(AUTO, sizes, num_stages=num_stages, seq_len=seq_len).layers
+    world_size = stages * settings.parallel.data_group_size
+    changed = settings.changed(pipeline_group_size=stages, world_size=world_size, num_layers=AUTO)
+    yield f"--pipeline-group-size {stages} --num-layers auto", changed

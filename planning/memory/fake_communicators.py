@@ -1,7 +1,4 @@
-"""Channels that reach nobody: what they would send and receive is held as long as in earnest.
-
-For finding out what a process of a run holds, without the others.
-"""
+"""Communicators of a dry run: they send nothing, and keep tensors as long as real ones do."""
 
 from typing import Any
 
@@ -20,23 +17,26 @@ class _FinishedWork:
         self._tensors = tensors
 
     def wait(self) -> None:
-        """Nothing travels."""
+        """Returns at once."""
 
 
-def _no_rows(tensor: Tensor) -> Tensor:
-    """What is gathered where nobody answers, whose values nobody can ask for either."""
-    return tensor.new_empty((0, *tensor.shape))
-
-
-class FakeSingleProcess(SingleProcessCommunicator):
-    """The group of one."""
+class _WithoutPeers:
+    """The part that all have in common."""
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        return _no_rows(tensor)
+        """Returns no member's tensor: fake tensors have no values to compare."""
+        return tensor.new_empty((0, *tensor.shape))
+
+    def close(self) -> None:
+        """Does nothing: there is no group."""
 
 
-class FakeGloo(GlooCommunicator):
-    """gloo's communicator, sums in the order of the members included, without a message."""
+class FakeSingleProcess(_WithoutPeers, SingleProcessCommunicator):
+    """The group of one."""
+
+
+class FakeGloo(_WithoutPeers, GlooCommunicator):
+    """gloo's communicator without messages; it sums in the order of the members."""
 
     def __init__(self, group: Group) -> None:
         torch_group: Any = None  # never asked
@@ -45,15 +45,9 @@ class FakeGloo(GlooCommunicator):
     def _start(self, what: str, tensor: Tensor, post: Post) -> Work:
         return _FinishedWork(post)
 
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        return _no_rows(tensor)
 
-    def close(self) -> None:
-        """There is no group."""
-
-
-class FakeNccl(GroupMembership):
-    """A communicator that sums in place, in libraries whose buffers are not torch's."""
+class FakeNccl(_WithoutPeers, GroupMembership):
+    """A communicator that sums in place, in a library whose buffers are not torch's."""
 
     def send(self, tensor: Tensor, *, to: int) -> Work:
         return _FinishedWork(tensor)
@@ -68,10 +62,4 @@ class FakeNccl(GroupMembership):
         return Done()
 
     def broadcast(self, tensor: Tensor, *, root: int) -> None:
-        """Nothing travels."""
-
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        return _no_rows(tensor)
-
-    def close(self) -> None:
-        """There is no group."""
+        """Does nothing."""

@@ -1,10 +1,9 @@
-"""One iteration of a stage with tensors that hold nothing: how much would be alive, and when.
+"""One iteration of a stage with fake tensors: the bytes that are alive, action by action.
 
-The engine's own code runs, in the schedule's order, so that what is held when is no second account
-of it.
+The engine's own code runs, in the schedule's order, so nothing counts tensors a second time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from planning.memory.live_bytes import LiveBytes
 
 
 class Watched(NamedTuple):
-    """The most bytes that were alive during an action, and those that are after it."""
+    """The peak of live bytes during an action, and the live bytes after it."""
 
     action: Action
     peak: int
@@ -26,10 +25,10 @@ class Watched(NamedTuple):
 
 
 class FakeEngine(Engine):
-    """An engine that watches what is alive on `device_type`, and asks no tensor for its values."""
+    """An engine that records the live bytes on `device_type`, and reads no tensor's values."""
 
     def watch(self, live: LiveBytes, device_type: str) -> list[Watched]:
-        """The list that is filled from now on."""
+        """Returns the list that is filled from now on."""
         self._live, self._device_type = live, device_type
         self._watched: list[Watched] = []
         return self._watched
@@ -48,61 +47,56 @@ class FakeEngine(Engine):
         return Losses([], 0)
 
 
-PLACED = ("positions", "bounds", "by_length", "back_in_place")  # of Documents, on the device
-KNOWN = ("lengths_of_rows", "longest", "groups")
+ON_DEVICE = ("positions", "bounds", "by_length", "original_order")  # of PackedDocuments
+ON_HOST = ("lengths_of_rows", "longest", "groups")
 
 
 class FakeBatch(PipelineBatch):
-    """A batch whose documents, where they are kept apart, are in every microbatch those of
-    `documents`, which were made where tensors have values."""
+    """A batch whose microbatches all have the same `documents`, made outside of the dry run."""
 
     def __init__(
         self,
-        tokens: Tensor | None,
+        token_ids: Tensor | None,
         labels: Tensor | None,
-        *,
-        rows: int,
-        num_rows: int,
+        keys: Sequence[int],
+        micro_rows: int,
         documents: PackedDocuments | None,
     ) -> None:
-        super().__init__(tokens, labels, range(num_rows), rows)
+        super().__init__(token_ids, labels, keys, micro_rows)
         self._documents = documents
 
     @staticmethod
-    def documents_of(begins: Tensor) -> PackedDocuments:
-        """Documents for all microbatches; `begins` is as `PackedDocuments` has it."""
-        documents = PackedDocuments(begins, torch.device("cpu"))
-        for name in (*PLACED, *KNOWN):
+    def documents_of(doc_starts: Tensor) -> PackedDocuments:
+        """Returns documents with all properties computed; fake tensors have no values for them."""
+        documents = PackedDocuments(doc_starts, torch.device("cpu"))
+        for name in (*ON_DEVICE, *ON_HOST):
             getattr(documents, name)
         return documents
 
     def documents(self, microbatch: int, device: torch.device) -> PackedDocuments | None:
-        return None if self._documents is None else _without_values(self._documents, device)
+        if self._documents is None:
+            return None
+        fake = PackedDocuments(torch.empty_like(self._documents.doc_starts), device)
+        for name in ON_DEVICE:
+            tensor = getattr(self._documents, name)
+            fake.__dict__[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        for name in ON_HOST:
+            fake.__dict__[name] = getattr(self._documents, name)
+        return fake
 
 
-def _without_values(documents: PackedDocuments, device: torch.device) -> PackedDocuments:
-    found = PackedDocuments(_like(documents.doc_starts, torch.device("cpu")), device)
-    for name in PLACED:
-        found.__dict__[name] = _like(getattr(documents, name), device)
-    for name in KNOWN:
-        found.__dict__[name] = getattr(documents, name)
-    return found
+def peak_of_more(watched: Sequence[Watched], more: int, *, sent: int) -> int:
+    """Returns the peak bytes of an iteration with `more` microbatches than were `watched`.
 
-
-def _like(tensor: Tensor, device: torch.device) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-
-
-def peak_of_more(watched: list[Watched], more: int, *, sent: int) -> int:
-    """The most bytes of an iteration, were `more` microbatches added to those that were `watched`.
-
-    For schedules that hold them all from forward on (gpipe): each then adds what a forward leaves
-    behind, until the backwards have begun; after that, the `sent` bytes of the gradient that waits
-    to be known to have arrived. The first forward makes tables, and the last ones wait for nothing:
-    it is the third that shows it.
+    For schedules that hold all microbatches from forward on (gpipe): each adds the bytes that a
+    forward leaves, until the backwards have begun; later it adds `sent`, the bytes of a gradient
+    that is not yet known to have arrived. The third forward shows those bytes: the first also makes
+    tables, and the last ones wait for nothing.
     """
-    forwards = [one for one in watched if one.action.kind is Kind.FORWARD]
+    forwards = [entry for entry in watched if entry.action.kind is Kind.FORWARD]
     first, rest = watched[: len(forwards) + 2], watched[len(forwards) + 2 :]
     held = forwards[2].after - forwards[1].after if more else 0
-    peaks = [one.peak + more * held for one in first] + [one.peak + more * sent for one in rest]
-    return max(peaks)
+    return max(
+        *(entry.peak + more * held for entry in first),
+        *(entry.peak + more * sent for entry in rest),
+    )

@@ -16,7 +16,7 @@ from planning.memory.live_bytes import LiveBytes
 
 
 class WithoutSteps:
-    """An algorithm whose steps, which need no memory on GPUs, are left out."""
+    """An algorithm without its steps, which need no memory on GPUs."""
 
     def __init__(self, algorithm: Algorithm) -> None:
         self._algorithm = algorithm
@@ -26,21 +26,22 @@ class WithoutSteps:
         return self._algorithm.empty_state(weight)
 
     def step(self, *_: object, **__: object) -> None:
-        """In place."""
+        """Does nothing."""
 
 
 @contextmanager
 def tensors_without_memory() -> Iterator[LiveBytes]:
-    """Tensors made meanwhile have no memory, and none of them stays in the modules' tables."""
-    _forget_tables()
+    """Makes tensors of the block fake; none of them stays in the modules' tables."""
+    _clear_tables()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
             yield live
     finally:
-        _forget_tables()
+        _clear_tables()
 
 
 def fill_without_values(model: StageModel, device: torch.device) -> None:
+    """Replaces all parameters by empty ones on `device`."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
@@ -48,13 +49,12 @@ def fill_without_values(model: StageModel, device: torch.device) -> None:
 
 
 def draw_no_dropout(model: StageModel) -> None:
-    """The device that stands for a GPU has no generators."""
+    """Draws no dropout masks: the device that stands for a GPU has no generators."""
     for module in model.modules():
         if isinstance(module, KeyedDropout):
             module.draw_ = lambda mask, keys: None  # type: ignore[method-assign]
 
 
-def _forget_tables() -> None:
-    """Drops all tables; they are made anew where they are needed."""
+def _clear_tables() -> None:
     rotation.cache_clear()
     causal_mask.cache_clear()

@@ -1,14 +1,14 @@
 """The bytes of all tensors that are alive at once, counted operator by operator.
 
-The same counter serves a run that measures itself and a rehearsal with tensors that hold nothing,
-so that the two count alike.
+The same counter serves a run that measures itself and a dry run with fake tensors, so that the two
+count alike.
 """
 
+import re
 import weakref
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Operators whose CPU kernels are made of torch's: what these make is counted too.
+# Operators whose CPU kernels call torch's: the tensors that these make count too.
 _COMPOUND = frozenset(
     f"bitsandbytes::optimizer_update_{kind}" for kind in ("8bit_blockwise", "32bit")
 )
@@ -26,8 +26,8 @@ class LiveBytes(TorchDispatchMode):
     """While entered, counts the storages of the tensors that operators take and make.
 
     `current` and `peak` are bytes by the type of device. A tensor counts from the first operator
-    that meets it until its storage is freed, each storage once. What an operator makes and drops
-    inside itself is not seen.
+    that meets it until its storage is freed, each storage once. Tensors that an operator makes and
+    drops inside itself do not count.
     """
 
     def __init__(self) -> None:
@@ -38,14 +38,14 @@ class LiveBytes(TorchDispatchMode):
         self._storages: dict[int, weakref.ref[Any]] = {}
 
     def reset_peak(self) -> None:
-        """Lets `peak` begin anew from what is alive now."""
+        """Lets `peak` begin anew from the bytes that are alive now."""
         self.peak = Counter(self.current)
 
-    def see(self, tensors: Iterable[object]) -> None:
-        """Counts tensors that no operator has met yet; what is no tensor is left out."""
-        for tensor in tensors:
-            if isinstance(tensor, Tensor):
-                self._see(tensor)
+    def see(self, leaves: Iterable[object]) -> None:
+        """Counts the tensors among `leaves` that no operator has met yet."""
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                self._count(leaf)
 
     def __torch_dispatch__(
         self, func: Any, types: object, args: Any = (), kwargs: Any = None
@@ -58,7 +58,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
         on_cpu = all(
-            one.device.type == "cpu" for one in tree_leaves(args) if isinstance(one, Tensor)
+            leaf.device.type == "cpu" for leaf in tree_leaves(args) if isinstance(leaf, Tensor)
         )
         if func._schema.name in _COMPOUND and on_cpu:
             with self:
@@ -66,7 +66,7 @@ class LiveBytes(TorchDispatchMode):
                 return func.redispatch(keys, *args, **kwargs)
         return func(*args, **kwargs)
 
-    def _see(self, tensor: Tensor) -> None:
+    def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size, device = storage._cdata, storage.nbytes(), tensor.device.type
         known = self._sizes.get(key)
@@ -83,34 +83,11 @@ class LiveBytes(TorchDispatchMode):
         self.current[device] -= self._sizes.pop(key)
 
 
-class CudaBytes:
-    """The same of one GPU, as torch's allocator there counts it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    @property
-    def peak(self) -> Counter[str]:
-        return Counter({"cuda": torch.cuda.max_memory_allocated(self._device)})
-
-    def __enter__(self) -> "CudaBytes":
-        torch.cuda.reset_peak_memory_stats(self._device)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Nothing was set up."""
-
-
 def peak_resident() -> int:
-    """The most bytes of memory that this process has had at once; 0 where nothing tells."""
+    """Returns the peak bytes of this process's resident memory; 0 on systems without procfs."""
     try:
         text = Path("/proc/self/status").read_text(encoding="utf-8")
     except OSError:
         return 0
-    found = [line.split()[1] for line in text.splitlines() if line.startswith("VmHWM:")]
-    return int(found[0]) * 1024 if found else 0
+    kilobytes = re.search(r"^VmHWM:\s*(\d+)", text, re.MULTILINE)
+    return int(kilobytes[1]) * 1024 if kilobytes else 0

@@ -12,8 +12,7 @@ from torch import Tensor
 from comm.communicator import Done, Work
 from comm.topology import Topology
 from planning.cluster.check import measure_links
-from planning.cluster.link_probe import LinkSpeed, probe
-from planning.cluster.links import Link, links
+from planning.cluster.link_probe import Link, LinkSpeed, links, probe
 from tests.comm.nccl_double import nccl_double
 from tests.comm.ranks import enter
 from tests.comm.test_torch_nccl import gloo_for_nccl

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modules.matmul.backend import can_use_onednn, choose_matmul, fp32_error, use_matmul
+from modules.matmul.backend import choose_matmul, fp32_error, use_matmul
 from modules.matmul.cpu_info import CpuInfo
 from tests.modules.cpus import CPUS
 
@@ -40,7 +40,7 @@ def _torchs_default() -> Iterator[None]:
 @pytest.mark.parametrize("kind", CPUS)
 def test_the_cpu_decides(kind: str) -> None:
     assert choose_matmul(CPUS[kind]) == CHOICES[kind]
-    assert can_use_onednn(CPUS[kind]) == (kind in WITH_AVX512)
+    assert CPUS[kind].has_avx512 == (kind in WITH_AVX512)
 
 
 def test_amd_cpus_with_amx_are_not_known_to_win() -> None:

@@ -22,11 +22,10 @@ from optimizer.adam import Adam, Algorithm
 from optimizer.adam_8bit import Adam8bit
 from optimizer.loss_scaler import DynamicScale, make_scaler
 from optimizer.lr_schedule import learning_rate
-from optimizer.mixed_precision import MixedPrecisionOptimizer
+from optimizer.mixed_precision import MixedPrecisionOptimizer, MixedPrecisionWeights
 from optimizer.saved_state import SavedState
 from optimizer.state_dict import collect_state, restore_state
 from optimizer.update import clip_factor, squared_norms
-from optimizer.weights import MixedPrecisionWeights
 from tests.data_parallel.gradients import gradients_of
 
 ALONE = Topology(0, 1, 1)
