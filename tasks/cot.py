@@ -1,12 +1,18 @@
 """The registered task `cot`: chain-of-thought prompts of MMLU, one JSON object {key: text}."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from common.text import shown
-from tasks.sources.base import BadLineError, DataSource, Document, DocumentRecord
+from tasks.sources.base import (
+    BadLineError,
+    DataSource,
+    Document,
+    DocumentRecord,
+    read_json,
+    row_record,
+)
 from tasks.sources.rows import check_text
 
 
@@ -22,23 +28,12 @@ class CotFile:
     path: str
 
     def read(self, offset: int = 0, line: int = 0) -> Iterator[DocumentRecord]:
-        """See `tasks.sources.base.SourceFile.read`."""
-        for index, (key, value) in enumerate(self._load().items()):
-            if index >= offset:
-                document = _parse(value, f"{self.path}:{shown(key)}")
-                yield DocumentRecord(document, len(str(value)), index + 1, index + 1)
-
-    def _load(self) -> dict[str, Any]:
-        try:
-            with open(self.path, encoding="utf-8-sig") as file:
-                value = json.load(file)
-        except OSError as error:
-            raise ValueError(f"{self.path}: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{self.path}: not JSON in UTF-8: {error}") from error
-        if not isinstance(value, dict):
+        entries = read_json(self.path, "not JSON in UTF-8")
+        if not isinstance(entries, dict):
             raise ValueError(f"{self.path}: expected one object {{key: text}}")
-        return value
+        for index, (key, value) in enumerate(entries.items()):
+            if index >= offset:
+                yield row_record(_parse(value, f"{self.path}:{shown(key)}"), index + 1)
 
 
 def _parse(value: Any, origin: str) -> Document | BadLineError:

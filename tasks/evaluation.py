@@ -31,7 +31,6 @@ def evaluation_batches(
     pack: Pack = "concat",
     bad_lines: BadLines | None = None,
     max_batches: int | None = None,
-    flag: str = EVALUATION_FLAG,
 ) -> Iterator[TokenBatch]:
     """Streams the text of a source in batches; padding is token 0 and not trained.
 
@@ -42,12 +41,11 @@ def evaluation_batches(
         rows: Blocks of a batch; the last batch is filled with padding.
         separator, train_on, pack, bad_lines: As for `tasks.stream.open_training_stream`.
         max_batches: Batches at most; None: all.
-        flag: Names the source in errors.
 
     Raises:
         ValueError: There is no such source, it yields no token to predict, or a line is bad.
     """
-    source = open_source(name, flag=flag)
+    source = open_source(name, flag=EVALUATION_FLAG)
     encoder = Encoder(tokenizer, separator, train_on)
     pack_once = pack_best_fit if pack == "document" else pack_concat
     blocks = pack_once(_encode(source, encoder, bad_lines or BadLines()), seq_len)
@@ -57,10 +55,7 @@ def evaluation_batches(
 def _encode(source: DataSource, encoder: Encoder, bad_lines: BadLines) -> Iterator[EncodedDocument]:
     records = (record.document for file in source.files for record in file.read())
     while items := list(itertools.islice(records, ENCODED_AT_ONCE)):
-        documents = [item for item in items if not isinstance(item, BadLineError)]
-        results = iter(encoder.encode_all(documents))
-        for item in items:
-            result = item if isinstance(item, BadLineError) else next(results)
+        for result in encoder.encode_all(items):
             if isinstance(result, BadLineError):
                 bad_lines.skip(result)
             else:

@@ -26,10 +26,8 @@ def parse_evaluation_data(value: str) -> list[EvaluationSet]:
     """Parses `[name=]source,[name=]source,...`; white space around items and names is ignored.
 
     The default name is that of the file without its suffix, of the folder or of the task. A value
-    or item that is the path of a file or folder is not split.
-
-    Raises:
-        ValueError: An item or a name is empty, a source has a weight, or two names are the same.
+    or item that is the path of a file or folder is not split. Raises ValueError if an item or a
+    name is empty, a source has a weight, or two names are the same.
     """
     if os.path.exists(value):
         return [EvaluationSet("", value)]
@@ -47,8 +45,7 @@ def parse_evaluation_data(value: str) -> list[EvaluationSet]:
 def check_evaluation_data(value: str) -> None:
     """Finds mistakes before training; reads no document.
 
-    Raises:
-        ValueError: As `parse_evaluation_data`, or as `tasks.registry.check_source` for a source.
+    Raises ValueError as `parse_evaluation_data`, or as `tasks.registry.check_source` for a source.
     """
     for evaluation_set in parse_evaluation_data(value):
         check_source(SourceSpec(evaluation_set.source), flag=EVALUATION_FLAG)

@@ -29,8 +29,7 @@ class BatchLoader:
     def next(self) -> TokenBatch:
         """Returns the next batch.
 
-        Raises:
-            ValueError: The stream raised it; every later call raises it again.
+        Raises ValueError if the stream raised it; every later call raises it again.
         """
         assert not self._closed.is_set(), "the loader is closed"
         if self._error is None:

@@ -75,8 +75,7 @@ class BlockStream:
     def next_block(self) -> TokenBlock:
         """Returns the next block.
 
-        Raises:
-            ValueError: The block's source holds a bad line, or no token.
+        Raises ValueError if the block's source holds a bad line, or no token.
         """
         draw = _draw(self._identity.seed, self._num_blocks)
         block = self._packers[bisect.bisect_right(self._bounds, draw)].next_block()
@@ -98,8 +97,7 @@ class BlockStream:
     def restore(self, state: State) -> None:
         """Returns to `state`.
 
-        Raises:
-            ValueError: The state is of another mixture, or its files changed.
+        Raises ValueError if the state is of another mixture, or its files changed.
         """
         for flag, value in self._identity.flags().items():
             saved = state["flags"][flag]

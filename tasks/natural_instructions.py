@@ -25,7 +25,14 @@ from itertools import accumulate
 from typing import Any
 
 from common.text import shown
-from tasks.sources.base import BadLineError, DataSource, Document, IndexedFile, describe_file
+from tasks.sources.base import (
+    BadLineError,
+    DataSource,
+    Document,
+    IndexedFile,
+    describe_file,
+    read_json,
+)
 from tasks.sources.rows import RowFormat, check_text, parse_row, prompt_document
 
 logger = logging.getLogger(__name__)
@@ -33,20 +40,21 @@ logger = logging.getLogger(__name__)
 TRAINING_TASKS = os.path.join("splits", "default", "train_tasks.txt")
 
 
+COLUMNS = ("definition", "inputs", "targets")
+
+
 def _parse(row: Mapping[str, Any], origin: str) -> Document:
-    columns = ("definition", "inputs", "targets")
-    definition, inputs, targets = (check_text(row.get(key), origin, key) for key in columns)
+    definition, inputs, targets = (check_text(row.get(key), origin, key) for key in COLUMNS)
     return prompt_document(f"{definition}\n\nInput: {inputs}\nOutput:", f" {targets}", origin)
 
 
-ROW_FORMAT = RowFormat(("definition", "inputs", "targets"), _parse)
+ROW_FORMAT = RowFormat(COLUMNS, _parse)
 
 
 def open_local(name: str, path: str) -> DataSource:
     """Returns the instances of the training tasks, which are read in any order.
 
-    Raises:
-        ValueError: The folder does not list these tasks, or has none of them.
+    Raises ValueError if the folder does not list these tasks, or has none of them.
     """
     task_list = os.path.join(path, TRAINING_TASKS)
     try:
@@ -69,10 +77,8 @@ class InstanceRows:
     """The instances of several files (see `tasks.sources.base.IndexedRows`).
 
     Each file is parsed once, and its instances are copied to a temporary file, a line each, from
-    which any is read fast; memory holds one file at a time.
-
-    Raises:
-        ValueError: A file cannot be read, or is no task.
+    which any is read fast; memory holds one file at a time. Raises ValueError if a file cannot be
+    read, or is no task.
     """
 
     def __init__(self, paths: Sequence[str]) -> None:
@@ -104,7 +110,6 @@ class InstanceRows:
             ) from error
 
     def read(self, row: int) -> Document | BadLineError | None:
-        """See `tasks.sources.base.IndexedRows.read`."""
         file = bisect_right(self._first_rows, row) - 1
         origin = f"{shown(self._paths[file])}:{row - self._first_rows[file] + 1}"
         start, end = self._line_starts[row : row + 2]
@@ -114,29 +119,18 @@ class InstanceRows:
         output = instance.get("output")
         if isinstance(output, list):
             output = output[0] if output else None
-        value = {
-            "definition": self._definitions[file],
-            "inputs": instance.get("input"),
-            "targets": output,
-        }
-        return parse_row(value, origin, ROW_FORMAT)
+        values = (self._definitions[file], instance.get("input"), output)
+        return parse_row(dict(zip(COLUMNS, values, strict=True)), origin, ROW_FORMAT)
 
 
 def _load_task(path: str) -> tuple[str, list[Any]]:
     """Returns the definition and the instances of a file."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            task = json.load(file)
-    except OSError as error:
-        raise ValueError(f"{shown(path)}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{shown(path)}: no task of natural instructions: {error}") from error
+    problem = "no task of natural instructions"
+    task = read_json(path, problem)
     keys = task if isinstance(task, dict) else {}
     definition, instances = keys.get("Definition"), keys.get("Instances")
     if definition is None or not isinstance(instances, list):
-        raise ValueError(
-            f'{shown(path)}: no task of natural instructions: expected "Definition" and a list of'
-            ' "Instances"'
-        )
+        expected = 'expected "Definition" and a list of "Instances"'
+        raise ValueError(f"{shown(path)}: {problem}: {expected}")
     lines = definition if isinstance(definition, list) else [definition]
     return "\n".join(map(str, lines)), instances

@@ -14,8 +14,7 @@ from tasks.sources.rows import RowFormat
 def open_source(name: str, *, flag: str = TASK_FLAG) -> DataSource:
     """Finds the files of a source; reads none, but asks the hub for a name.
 
-    Raises:
-        ValueError: As `tasks.registry.check_source`.
+    Raises ValueError as `tasks.registry.check_source`.
     """
     location = locate_source(name, flag=flag)
     if location.kind == "task":

@@ -20,6 +20,7 @@ PLAIN = ("inputs", "targets")
 
 
 def _parse(row: Mapping[str, Any], origin: str) -> Document:
+    """Joins inputs and targets; some rows lack the white space between them."""
     keys = PLAIN if row.get(PRETOKENIZED[0]) is None else PRETOKENIZED
     inputs, targets = (check_text(row.get(key), origin, key) for key in keys)
     is_separated = not inputs or inputs[-1].isspace() or targets[:1].isspace()

@@ -4,7 +4,6 @@ A registered task is one file, which says how its rows are read (see `tasks.sour
 entry in TASKS.
 """
 
-import importlib
 import json
 import os
 import re
@@ -41,8 +40,7 @@ class TaskEntry:
     def locate(self, name: str, *, flag: str) -> SourceLocation:
         """Returns where the data is.
 
-        Raises:
-            ValueError: It is not on disk, and has no data set on the hub.
+        Raises ValueError if it is not on disk, and has no data set on the hub.
         """
         if os.path.exists(self.path):
             if self.open_local is not None:
@@ -91,8 +89,7 @@ TASKS: dict[str, TaskEntry] = {
 def check_source(spec: SourceSpec, *, flag: str = TASK_FLAG) -> None:
     """Finds mistakes in a source before training: reads no document, but asks the hub for a name.
 
-    Raises:
-        ValueError: --task-name takes no such source, or it is missing.
+    Raises ValueError if --task-name takes no such source, or it is missing.
     """
     location = locate_source(spec.name, flag=flag)
     if location.kind == "files":
@@ -102,15 +99,15 @@ def check_source(spec: SourceSpec, *, flag: str = TASK_FLAG) -> None:
     elif location.kind == "saved":
         _check_saved_columns(location.path, row_format_of(spec.name))
     else:
-        hub = importlib.import_module("tasks.sources.hub")  # imports datasets, which takes long
-        hub.check_hub(location, row_format_of(spec.name))
+        from tasks.sources.hub import check_hub  # imports datasets, which takes long
+
+        check_hub(location, row_format_of(spec.name))
 
 
 def open_task(name: str, location: SourceLocation) -> DataSource:
     """Opens a registered task of a layout of its own; reads no document.
 
-    Raises:
-        ValueError: The data is laid out differently.
+    Raises ValueError if the data is laid out differently.
     """
     open_local = TASKS[name].open_local
     assert open_local is not None, "the location is of kind task"
@@ -125,8 +122,7 @@ def row_format_of(name: str) -> RowFormat:
 def locate_source(name: str, *, flag: str = TASK_FLAG) -> SourceLocation:
     """Returns where a source is; data on disk is preferred to the hub.
 
-    Raises:
-        ValueError: A registered task is missing, or a saved data set has no split to train on.
+    Raises ValueError if a registered task is missing, or a saved data set has no split to train on.
     """
     if name in TASKS:
         return TASKS[name].locate(name, flag=flag)
@@ -175,8 +171,7 @@ def _check_saved_columns(folder: str, row_format: RowFormat) -> None:
 def find_paths(name: str, *, flag: str) -> list[str]:
     """Returns the files that a path stands for, sorted: itself, or those directly in a folder.
 
-    Raises:
-        ValueError: There is no such file, or its kind is not supported.
+    Raises ValueError if there is no such file, or its kind is not supported.
     """
     prefix = f"{flag} {shown(name)}"
     if os.path.isdir(name):
@@ -195,9 +190,8 @@ def _find_in_folder(folder: str, flag: str) -> list[str]:
         entries = sorted(entry for entry in os.listdir(folder) if not entry.startswith("."))
     except OSError as error:
         raise ValueError(f"{flag} {shown(folder)}: {error.strerror}") from error
-    paths = [os.path.join(folder, entry) for entry in entries if entry.endswith(SUFFIXES)]
-    files = [path for path in paths if os.path.isfile(path)]
-    if not files:
+    paths = (os.path.join(folder, entry) for entry in entries if entry.endswith(SUFFIXES))
+    if not (files := [path for path in paths if os.path.isfile(path)]):
         raise ValueError(f"{flag} {shown(folder)}: the folder holds no {_list_suffixes()} file")
     return files
 

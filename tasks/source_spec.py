@@ -30,21 +30,24 @@ class SourceSpec:
     weight: float = 1.0
 
 
-def parse_task_name(value: str, *, flag: str = TASK_FLAG) -> list[SourceSpec]:
+def parse_task_name(value: str) -> list[SourceSpec]:
     """Parses `a[:w],b[:w],...`; white space around items is ignored.
 
-    Raises:
-        ValueError: An item is empty, or a weight is not positive and finite.
+    Raises ValueError if an item is empty, or a weight is not positive and finite.
     """
-    return [_parse_item(item.strip(), value, flag) for item in value.split(",")]
+    return [_parse_item(item.strip(), value) for item in value.split(",")]
 
 
-def _parse_item(item: str, value: str, flag: str) -> SourceSpec:
+def _parse_item(item: str, value: str) -> SourceSpec:
     name, weight = _split_weight(item)
     if not name:
-        raise ValueError(f"{flag} '{shown(value)}': an item is empty, expected name[:weight],...")
+        raise ValueError(
+            f"{TASK_FLAG} '{shown(value)}': an item is empty, expected name[:weight],..."
+        )
     if not (math.isfinite(weight) and weight > 0):
-        raise ValueError(f"{flag} {shown(item)}: expected a positive, finite weight after the ':'")
+        raise ValueError(
+            f"{TASK_FLAG} {shown(item)}: expected a positive, finite weight after the ':'"
+        )
     return SourceSpec(name, weight)
 
 

@@ -10,7 +10,7 @@ from tasks.packing.best_fit import BestFitPacker
 from tasks.packing.concat import ConcatPacker, Packer
 from tasks.shuffling.buffered import CHUNK_DOCUMENTS
 from tasks.shuffling.shuffle import shuffle_source
-from tasks.source_spec import TASK_FLAG, SourceSpec
+from tasks.source_spec import SourceSpec
 from tasks.sources.bad_lines import BadLines
 from tasks.tokenization.encoder import Encoder, TrainOn
 from tasks.tokenization.prefetch import DocumentPrefetcher
@@ -31,7 +31,6 @@ def open_training_stream(
     bad_lines: BadLines | None = None,
     num_workers: int = 0,
     chunk_documents: int = CHUNK_DOCUMENTS,
-    flag: str = TASK_FLAG,
 ) -> BlockStream:
     """Opens the sources of a mixture (see `tasks.source_spec.parse_task_name`).
 
@@ -46,7 +45,6 @@ def open_training_stream(
         bad_lines: Skips lines that are no document; None: they are errors.
         num_workers: Processes that tokenize; the blocks do not depend on it.
         chunk_documents: Documents of a chunk, where the shuffle is buffered.
-        flag: Names the specs in errors.
 
     Raises:
         ValueError: A source is missing, or there is neither eos_token nor `separator`.
@@ -55,7 +53,7 @@ def open_training_stream(
     packers = []
     for index, spec in enumerate(specs):
         documents = shuffle_source(
-            open_source(spec.name, flag=flag),
+            open_source(spec.name),
             seed=derive_seed(seed, "source", index),  # a path that is given twice has two orders
             chunk_documents=chunk_documents,
             bad_lines=bad_lines,

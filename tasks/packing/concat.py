@@ -28,8 +28,7 @@ class Packer(ABC):
     def next_block(self) -> TokenBlock:
         """Returns the next block that trains any token; the others are skipped.
 
-        Raises:
-            ValueError: A line is no document, or an epoch yields no token to train.
+        Raises ValueError if a line is no document, or an epoch yields no token to train.
         """
         first_skipped: int | None = None  # epoch
         while not (block := self._pack()).predicted.any():
@@ -51,8 +50,7 @@ class Packer(ABC):
     def restore(self, state: State) -> None:
         """Returns to `state`, reading the documents in use again.
 
-        Raises:
-            ValueError: The files differ from those of the state.
+        Raises ValueError if the files differ from those of the state.
         """
         self._documents.restore(state["documents"])
         self._state_before = state["documents"]

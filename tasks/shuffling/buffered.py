@@ -43,6 +43,8 @@ class BufferedShuffle:
     Two equal sources with different seeds have different orders.
     """
 
+    num_rows = None  # unknown until all are read
+
     def __init__(
         self,
         source: DataSource,
@@ -58,11 +60,6 @@ class BufferedShuffle:
         self._chunk_documents = chunk_documents
         self._chunk_bytes = chunk_bytes
         self._begin_epoch(0)
-
-    @property
-    def num_rows(self) -> None:
-        """Returns None: the number of rows is unknown until all are read."""
-        return None
 
     def _begin_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -80,9 +77,8 @@ class BufferedShuffle:
     def next(self) -> Document:
         """Returns the next document; after the last, the first of the next epoch.
 
-        Raises:
-            ValueError: A line is no document (see `tasks.sources.bad_lines`), or the source holds
-                no document.
+        Raises ValueError if a line is no document (see `tasks.sources.bad_lines`), or the source
+        holds no document.
         """
         while self._index == len(self._chunk):
             self._advance()
@@ -94,11 +90,10 @@ class BufferedShuffle:
             self._chunk_index, self._start = self._chunk_index + 1, self._end
             self._chunk, self._index = [], 0
         self._chunk = self._read_chunk()
-        if self._chunk:
-            return
-        if self._chunk_index == 0:
-            raise self.source.error()
-        self._begin_epoch(self.epoch + 1)
+        if not self._chunk:
+            if self._chunk_index == 0:
+                raise self.source.error()
+            self._begin_epoch(self.epoch + 1)
 
     def _read_chunk(self) -> list[Document]:
         documents: list[Document] = []
@@ -146,8 +141,7 @@ class BufferedShuffle:
     def restore(self, state: State) -> None:
         """Returns to `state`, reading one chunk.
 
-        Raises:
-            ValueError: The files differ from those of the state.
+        Raises ValueError if the files differ from those of the state.
         """
         if "chunk" not in state:
             raise self.source.changed_error(

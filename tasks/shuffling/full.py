@@ -33,9 +33,8 @@ class FullShuffle:
     def next(self) -> Document:
         """Returns the next document; after the last, the first of the next epoch.
 
-        Raises:
-            ValueError: A line is no document (see `tasks.sources.bad_lines`), or the source holds
-                no document.
+        Raises ValueError if a line is no document (see `tasks.sources.bad_lines`), or the source
+        holds no document.
         """
         while True:
             if self._position == self._rows.num_rows:
@@ -70,11 +69,7 @@ class FullShuffle:
         return {"epoch": self.epoch, "position": self._position, "files": self._rows.digest}
 
     def restore(self, state: State) -> None:
-        """Returns to `state`.
-
-        Raises:
-            ValueError: The files differ from those of the state.
-        """
+        """Returns to `state`. Raises ValueError if the files differ from those of the state."""
         if "position" not in state:
             raise self.source.changed_error(
                 "it could only be read in file order, and can now be read in any order"

@@ -24,8 +24,7 @@ def shuffle_source(
     if source.open_rows is not None:
         return FullShuffle(source, seed=seed, bad_lines=bad_lines)
     logger.info(
-        "%s: shuffled in chunks of up to %d documents, because it can only be read in file order",
-        shown(source.name),
-        chunk_documents,
+        f"{shown(source.name)}: shuffled in chunks of up to {chunk_documents} documents, because "
+        "it can only be read in file order"
     )
     return BufferedShuffle(source, seed=seed, chunk_documents=chunk_documents, bad_lines=bad_lines)

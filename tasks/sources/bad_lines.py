@@ -29,8 +29,7 @@ class BadLines:
     def skip(self, error: BadLineError, *, is_counted: bool = False) -> None:
         """Skips a bad line; `is_counted`: it was counted as a good one.
 
-        Raises:
-            ValueError: Lines are not skipped, or too many were.
+        Raises ValueError if lines are not skipped, or too many were.
         """
         if self._file is None:
             raise error

@@ -1,6 +1,7 @@
 """Documents, and the interfaces of the files that they are read from, whatever the format."""
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -66,8 +67,7 @@ class SourceFile(Protocol):
     def read(self, offset: int = 0, line: int = 0) -> Iterator[DocumentRecord]:
         """Yields the records from a position on; the default is the beginning.
 
-        Raises:
-            ValueError: The file cannot be read on; the text names it, and the line.
+        Raises ValueError if the file cannot be read on; the text names it, and the line.
         """
 
 
@@ -85,9 +85,19 @@ class IndexedRows(Protocol):
     def read(self, row: int) -> Document | BadLineError | None:
         """Returns the document of a row, or its error; None where the row is blank.
 
-        Raises:
-            ValueError: The data cannot be read, or has changed.
+        Raises ValueError if the data cannot be read, or has changed.
         """
+
+
+def read_json(path: str, problem: str) -> Any:
+    """Returns the value of a JSON file; raises ValueError, with `problem` if it holds no JSON."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return json.load(file)
+    except OSError as error:
+        raise ValueError(f"{shown(path)}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{shown(path)}: {problem}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -118,7 +128,6 @@ class IndexedFile:
     open_rows: Callable[[], IndexedRows]
 
     def read(self, offset: int = 0, line: int = 0) -> Iterator[DocumentRecord]:
-        """See `tasks.sources.base.SourceFile.read`."""
         rows = self.open_rows()
         for row in range(offset, rows.num_rows):
             document = rows.read(row)
@@ -135,8 +144,7 @@ def row_record(document: Document | BadLineError, position: int) -> DocumentReco
 def describe_file(path: str, num_rows: int) -> bytes:
     """Returns a file's name, size, number of rows and a hash of both its ends, for a digest.
 
-    Raises:
-        ValueError: The file cannot be read.
+    Raises ValueError if the file cannot be read.
     """
     try:
         with open(path, "rb") as file:

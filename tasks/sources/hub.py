@@ -20,19 +20,14 @@ HUB_TIMEOUT_SECONDS = 10.0
 def check_hub(location: SourceLocation, row_format: RowFormat) -> None:
     """Asks the hub for the data set and its columns.
 
-    Raises:
-        ValueError: It is not available, or has no column that is read.
+    Raises ValueError if it is not available, or has no column that is read.
     """
     _check_reachable(location)
     _stream_rows(location, row_format)
 
 
 def open_hub(name: str, location: SourceLocation, row_format: RowFormat) -> DataSource:
-    """Returns the source, which can only be read in order.
-
-    Raises:
-        ValueError: The hub cannot be reached, or has no such data set.
-    """
+    """Returns the source, which can only be read in order; raises as `check_hub`."""
     _check_reachable(location)
     return DataSource(name, [HubFile(location, row_format)])
 
@@ -53,7 +48,6 @@ class HubFile:
         return self.location.path
 
     def read(self, offset: int = 0, line: int = 0) -> Iterator[DocumentRecord]:
-        """See `tasks.sources.base.SourceFile.read`."""
         rows = iter(_stream_rows(self.location, self.row_format).skip(offset))
         for number in itertools.count(offset + 1):
             origin = f"{self.path}:{number}"
@@ -95,6 +89,5 @@ def _unavailable(location: SourceLocation, error: Exception) -> ValueError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if isinstance(error, RepositoryNotFoundError):
         reason = "it has none of that name, or none that your token may read"
-    return ValueError(
-        f"{location.missing}; and {_split_path(location.path)[0]} on the hub: {reason}"
-    )
+    name, _ = _split_path(location.path)
+    return ValueError(f"{location.missing}; and {name} on the hub: {reason}")

@@ -33,7 +33,6 @@ class JsonlFile:
     row_format: RowFormat
 
     def read(self, offset: int = 0, line: int = 0) -> Iterator[DocumentRecord]:
-        """See `tasks.sources.base.SourceFile.read`."""
         with self._open() as stream:
             self._skip(stream, offset)
             while raw := self._read_line(stream, line + 1):
@@ -95,7 +94,6 @@ class JsonlRows:
         return digest.hexdigest()
 
     def read(self, row: int) -> Document | BadLineError | None:
-        """See `tasks.sources.base.IndexedRows.read`."""
         file = bisect_right(self._first_rows, row) - 1
         line = row - self._first_rows[file]
         origin = f"{shown(self._paths[file])}:{line + 1}"

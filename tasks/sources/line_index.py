@@ -51,8 +51,7 @@ class LineIndex:
     def ends(self) -> NDArray[np.uint64]:
         """`ends[i]` is the byte after line i, uint64 (lines,).
 
-        Raises:
-            ValueError: The stored index is gone, or is one of another file.
+        Raises ValueError if the stored index is gone, or is one of another file.
         """
         if isinstance(self._storage, Path):
             return _map_index(self._storage, self.digest).ends()
@@ -94,8 +93,7 @@ def _map_index(path: Path, digest: bytes) -> _MappedIndex:
 def load_line_index(path: str) -> LineIndex:
     """Returns the stored index of a file, or builds it.
 
-    Raises:
-        ValueError: The file cannot be read, or changes meanwhile.
+    Raises ValueError if the file cannot be read, or changes meanwhile.
     """
     try:
         stat = os.stat(path)
@@ -169,18 +167,12 @@ def _create_file(path: str, index_paths: Sequence[Path]) -> tuple[Path, Any] | N
             continue
         if refusal:
             logger.info(
-                "%s: the index of its lines is stored as %s, because its folder cannot be written "
-                "(%s)",
-                shown(path),
-                index_path,
-                refusal,
+                f"{shown(path)}: the index of its lines is stored as {index_path}, because its "
+                f"folder cannot be written ({refusal})"
             )
         return index_path, temporary
-    logger.warning(
-        "%s: the index of its lines cannot be stored (%s): each run rebuilds it",
-        shown(path),
-        refusal,
-    )
+    problem = f"the index of its lines cannot be stored ({refusal}): each run rebuilds it"
+    logger.warning("%s: %s", shown(path), problem)
     return None
 
 

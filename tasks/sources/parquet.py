@@ -26,10 +26,8 @@ class ParquetFile:
     row_format: RowFormat
 
     def read(self, offset: int = 0, line: int = 0) -> Iterator[DocumentRecord]:
-        """See `tasks.sources.base.SourceFile.read`."""
         try:
-            # As bytes, because a name may not be UTF-8.
-            with pyarrow.OSFile(os.fsencode(self.path)) as stream:
+            with pyarrow.OSFile(os.fsencode(self.path)) as stream:  # a name may not be UTF-8
                 file = parquet.ParquetFile(stream)
                 for row, value in self._read_rows(file, offset):
                     document = self._parse(value, f"{shown(self.path)}:{row + 1}")

@@ -27,11 +27,7 @@ class RowFormat:
     parse: Callable[[Mapping[str, Any], str], Document]
 
     def select_columns(self, names: Iterable[str], table: str) -> list[str]:
-        """Returns the columns of a table that are read; `table` names it in the error.
-
-        Raises:
-            ValueError: None of them is read.
-        """
+        """Returns the columns of `table` that are read; raises ValueError if none of them is."""
         present = set(names)
         columns = [name for name in self.columns if name in present]
         if not columns:
@@ -42,20 +38,21 @@ class RowFormat:
 def parse_line(raw: bytes, origin: str, row_format: RowFormat) -> Document | BadLineError:
     """Returns the document of a line of JSON in UTF-8, or the error of a bad one."""
     try:
-        value = _parse_json(raw, origin)
-    except BadLineError as error:
-        return error
+        value = _DECODER.decode(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return BadLineError(f"{origin}: not UTF-8: {error.reason} at byte {error.start}")
+    except (ValueError, RecursionError) as error:
+        return BadLineError(f"{origin}: not JSON: {error}")
     return parse_row(value, origin, row_format)
 
 
 def parse_row(value: Any, origin: str, row_format: RowFormat) -> Document | BadLineError:
     """Returns the document of a row of a table, or the error of a bad one."""
+    if not isinstance(value, Mapping):
+        keys = " or ".join(f'"{key}"' for key in row_format.columns)
+        expected = _EXPECTED if row_format == TEXT_OR_CHAT else keys
+        return BadLineError(f"{origin}: expected an object, {expected}, got {_kind(value)}")
     try:
-        if not isinstance(value, Mapping):
-            is_default = row_format == TEXT_OR_CHAT
-            keys = " or ".join(f'"{key}"' for key in row_format.columns)
-            expected = _EXPECTED if is_default else keys
-            raise BadLineError(f"{origin}: expected an object, {expected}, got {_kind(value)}")
         return row_format.parse(value, origin)
     except BadLineError as error:
         return error
@@ -85,8 +82,7 @@ def prompt_document(prompt: str, completion: str, origin: str) -> Document:
 def check_text(value: Any, origin: str, key: str) -> str:
     """Returns the text that a row has as `key`.
 
-    Raises:
-        BadLineError: It is no string, or holds half a surrogate pair.
+    Raises BadLineError if it is no string, or holds half a surrogate pair.
     """
     if not isinstance(value, str):
         raise BadLineError(f'{origin}: expected a string as "{key}", got {_kind(value)}')
@@ -109,19 +105,9 @@ def _parse_messages(value: Any, origin: str) -> tuple[ChatMessage, ...]:
                 f'{origin}: {key}: expected {{"role": "...", "content": "..."}}, got {_kind(item)}'
             )
         role = check_text(item.get("role"), origin, f"{key}.role")
-        messages.append(
-            ChatMessage(role, check_text(item.get("content"), origin, f"{key}.content"))
-        )
+        content = check_text(item.get("content"), origin, f"{key}.content")
+        messages.append(ChatMessage(role, content))
     return tuple(messages)
-
-
-def _parse_json(raw: bytes, origin: str) -> Any:
-    try:
-        return _DECODER.decode(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise BadLineError(f"{origin}: not UTF-8: {error.reason} at byte {error.start}") from error
-    except (ValueError, RecursionError) as error:
-        raise BadLineError(f"{origin}: not JSON: {error}") from error
 
 
 def _kind(value: Any) -> str:

@@ -21,8 +21,7 @@ def open_saved(name: str, folder: str, row_format: RowFormat) -> DataSource:
 class SavedRows:
     """The rows of a folder (see `tasks.sources.base.IndexedRows`).
 
-    Raises:
-        ValueError: The folder is no such data set, or has no column that is read.
+    Raises ValueError if the folder is no such data set, or has no column that is read.
     """
 
     def __init__(self, folder: str, row_format: RowFormat) -> None:
@@ -30,10 +29,8 @@ class SavedRows:
         try:
             dataset = datasets.load_from_disk(folder)
         except Exception as error:  # missing and broken files raise anything
-            reason = one_line(error)
-            raise ValueError(
-                f"{shown(folder)}: not a data set that datasets saved: {reason}"
-            ) from error
+            problem = f"not a data set that datasets saved: {one_line(error)}"
+            raise ValueError(f"{shown(folder)}: {problem}") from error
         columns = row_format.select_columns(dataset.column_names, shown(folder))
         self._paths = [file["filename"] for file in dataset.cache_files]
         # A data set may have been saved with the format of arrays: rows are read as Python values.
@@ -50,7 +47,6 @@ class SavedRows:
         return digest.hexdigest()
 
     def read(self, row: int) -> Document | BadLineError | None:
-        """See `tasks.sources.base.IndexedRows.read`."""
         origin = f"{shown(self._folder)}:{row + 1}"
         try:
             value = self._rows[row]

@@ -57,19 +57,14 @@ class FastTokenizer:
     def _tokenize(
         self, texts: Sequence[str], with_offsets: bool, end_ids: list[int]
     ) -> list[TokenizedText]:
-        if not with_offsets:
-            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-            return [
-                TokenizedText(np.array(encoding.ids + end_ids, dtype=np.int32), None)
-                for encoding in encodings
-            ]
-        encodings = self._backend.encode_batch(texts, add_special_tokens=False)
+        backend = self._backend
+        encode = backend.encode_batch if with_offsets else backend.encode_batch_fast
         return [
             TokenizedText(
                 np.array(encoding.ids + end_ids, dtype=np.int32),
-                np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2),
+                np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2) if with_offsets else None,
             )
-            for encoding in encodings
+            for encoding in encode(texts, add_special_tokens=False)
         ]
 
 
@@ -96,15 +91,13 @@ class SlowTokenizer:
 
     def __call__(self, texts: Sequence[str], _with_offsets: bool) -> list[TokenizedText]:
         """Returns the tokens of each text and `end_ids`."""
-        return [
-            TokenizedText(np.array(self._ids(text) + self._end_ids, dtype=np.int32), None)
-            for text in texts
-        ]
-
-    def _ids(self, text: str) -> list[int]:
-        # verbose=False: no warning about documents longer than the model's context.
-        encoding = self._tokenizer(text, add_special_tokens=False, verbose=False)
-        return list(encoding["input_ids"])
+        tokenized = []
+        for text in texts:
+            # verbose=False: no warning about documents longer than the model's context.
+            encoding = self._tokenizer(text, add_special_tokens=False, verbose=False)
+            token_ids = np.array(list(encoding["input_ids"]) + self._end_ids, dtype=np.int32)
+            tokenized.append(TokenizedText(token_ids, None))
+        return tokenized
 
 
 def split_text(text: str) -> list[str]:

@@ -20,10 +20,10 @@ def find_bot_turns(text: str) -> Spans | None:
     A turn begins with HUMAN or BOT at the beginning of a line. None: the text has no turn.
     """
     marks = list(_TURN.finditer(text))
+    if not marks:
+        return None
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
-    pairs = zip(marks, ends, strict=True) if marks else ()
-    spans = tuple((mark.end(), end) for mark, end in pairs if mark[0] == BOT)
-    return spans if marks else None
+    return tuple((m.end(), end) for m, end in zip(marks, ends, strict=True) if m[0] == BOT)
 
 
 class ChatFormat:
@@ -36,8 +36,7 @@ class ChatFormat:
     def render(self, document: Document) -> str:
         """Returns the text of a document's messages.
 
-        Raises:
-            BadLineError: A role is unknown, or the template refuses the conversation.
+        Raises BadLineError if a role is unknown, or the template refuses the conversation.
         """
         assert document.messages is not None
         if self._tokenizer is not None:
@@ -53,8 +52,7 @@ class ChatFormat:
     def find_completions(self, document: Document, text: str) -> Spans:
         """Returns the assistant's turns in `text`, which `render` made.
 
-        Raises:
-            BadLineError: The template does not render a conversation turn by turn.
+        Raises BadLineError if the template does not render a conversation turn by turn.
         """
         assert document.messages is not None
         if self._tokenizer is not None:
@@ -110,9 +108,8 @@ class ChatFormat:
                 add_generation_prompt=add_header,
             )
         except Exception as error:  # a template raises anything
-            raise BadLineError(
-                f"{origin}: the tokenizer's chat template: {one_line(error)}"
-            ) from error
+            problem = f"the tokenizer's chat template: {one_line(error)}"
+            raise BadLineError(f"{origin}: {problem}") from error
         return text
 
 

@@ -61,25 +61,24 @@ class Encoder:
             )
         self.separator, self.train_on = separator, train_on
         end_ids = [] if separator is not None else [tokenizer.eos_token_id]
-        self._tokenize: FastTokenizer | SlowTokenizer
-        if tokenizer.is_fast:
-            self._tokenize = FastTokenizer(tokenizer, end_ids)
-        else:
-            self._tokenize = SlowTokenizer(tokenizer, end_ids)
+        kind: type[FastTokenizer | SlowTokenizer]
+        kind = FastTokenizer if tokenizer.is_fast else SlowTokenizer
+        self._tokenize = kind(tokenizer, end_ids)
         self._chat = ChatFormat(tokenizer)
 
     def encode(self, document: Document) -> EncodedDocument:
         """Encodes one document; it may have no token where there is a separator.
 
-        Raises:
-            BadLineError: The document is a conversation that cannot be rendered.
+        Raises BadLineError if the document is a conversation that cannot be rendered.
         """
         (encoded,) = self.encode_all([document])
         if isinstance(encoded, BadLineError):
             raise encoded
         return encoded
 
-    def encode_all(self, documents: Sequence[Document]) -> list[EncodedDocument | BadLineError]:
+    def encode_all(
+        self, documents: Sequence[Document | BadLineError]
+    ) -> list[EncodedDocument | BadLineError]:
         """Encodes several documents; a bad one yields its error (see `encode`)."""
         inputs = [self._prepare(document) for document in documents]
         separator = self.separator or ""
@@ -90,7 +89,9 @@ class Encoder:
             for item in inputs
         ]
 
-    def _prepare(self, document: Document) -> _EncoderInput | BadLineError:
+    def _prepare(self, document: Document | BadLineError) -> _EncoderInput | BadLineError:
+        if isinstance(document, BadLineError):
+            return document
         try:
             is_chat = document.messages is not None
             text = self._chat.render(document) if is_chat else document.text

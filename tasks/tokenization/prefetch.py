@@ -22,16 +22,10 @@ class PrefetchedDocument(NamedTuple):
     epoch: int
 
 
-class _ReadDocument(NamedTuple):
-    document: Document
-    state_before: State
-    epoch: int
-
-
 class _PendingBatch(NamedTuple):
-    """Documents that are being encoded, and the error that reading the next one raised."""
+    """Documents that are being encoded, EMPTY yet, and the error of reading the next one."""
 
-    documents: list[_ReadDocument]
+    documents: list[PrefetchedDocument]
     results: Callable[[], Results]
     error: Exception | None
 
@@ -57,8 +51,7 @@ class DocumentPrefetcher:
     def next(self) -> PrefetchedDocument:
         """Returns the next document.
 
-        Raises:
-            ValueError: A line is no document, or an epoch yields no token.
+        Raises ValueError if a line is no document, or an epoch yields no token.
         """
         while True:
             document = next(self._encoded)
@@ -75,8 +68,7 @@ class DocumentPrefetcher:
     def restore(self, state: State) -> None:
         """Returns to before the document whose `state_before` is `state`.
 
-        Raises:
-            ValueError: The files differ from those of the state.
+        Raises ValueError if the files differ from those of the state.
         """
         self._documents.restore(state)
         self._last_productive_epoch = self._documents.epoch
@@ -87,18 +79,17 @@ class DocumentPrefetcher:
             while len(self._pending) <= self._workers.depth and not self._has_failed:
                 self._pending.append(self._read_batch())
             batch = self._pending.popleft()
-            for read, encoded in zip(batch.documents, batch.results(), strict=True):
+            for document, encoded in zip(batch.documents, batch.results(), strict=True):
                 if isinstance(encoded, BadLineError):
                     self._documents.bad_lines.skip(encoded, is_counted=True)
-                    encoded = EMPTY
-                yield PrefetchedDocument(
-                    encoded, read.document.origin, read.state_before, read.epoch
-                )
+                    yield document
+                else:
+                    yield document._replace(encoded=encoded)
             if batch.error is not None:
                 raise batch.error
 
     def _read_batch(self) -> _PendingBatch:
-        batch: list[_ReadDocument] = []
+        batch, documents = list[PrefetchedDocument](), list[Document]()
         size, error = 0, None
         while len(batch) < BATCH_DOCUMENTS and size < BATCH_CHARACTERS:
             state_before = self._documents.state()
@@ -107,7 +98,8 @@ class DocumentPrefetcher:
             except Exception as caught:  # raised when the documents before it are used
                 error, self._has_failed = caught, True
                 break
-            batch.append(_ReadDocument(document, state_before, self._documents.epoch))
+            documents.append(document)
+            epoch = self._documents.epoch
+            batch.append(PrefetchedDocument(EMPTY, document.origin, state_before, epoch))
             size += document.num_characters
-        results = self._workers.encode([read.document for read in batch])
-        return _PendingBatch(batch, results, error)
+        return _PendingBatch(batch, self._workers.encode(documents), error)

@@ -47,7 +47,12 @@ class Workers:
         if self._num_workers == 0:
             return partial(self._encoder.encode_all, documents)
         if self._pool is None:
-            self._pool = self._open()
+            self._pool = ProcessPoolExecutor(
+                self._num_workers,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_start_worker,
+                initargs=(self._encoder,),
+            )
         with self._handle_death(), _signals_blocked():  # a process may start here
             future = self._pool.submit(_encode, documents)
 
@@ -62,26 +67,15 @@ class Workers:
         try:
             yield
         except BrokenProcessPool as error:
-            self._kill()
+            # They ignore the pool's SIGTERM, and may wait forever for a queue's lock that the dead
+            # process held.
+            processes = {} if self._pool is None else self._pool._processes or {}
+            for process in list(processes.values()):
+                process.kill()
             raise ChildProcessError(
                 "a process that tokenizes died, perhaps killed for lack of memory; "
                 "--data-workers 0 tokenizes without processes"
             ) from error
-
-    def _kill(self) -> None:
-        """Kills the processes: they ignore the pool's SIGTERM, and may wait forever for a queue's
-        lock that the dead process held."""
-        processes = {} if self._pool is None else self._pool._processes or {}
-        for process in list(processes.values()):
-            process.kill()
-
-    def _open(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(
-            self._num_workers,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_start_worker,
-            initargs=(self._encoder,),
-        )
 
     def close(self) -> None:
         """Ends the processes; may be called twice."""

@@ -32,8 +32,8 @@ def test_parsed(value: str, expected: list[tuple[str, float]]) -> None:
     "value", ["", " ", "a,", ",a", "a,,b", ":0.5", "a:0", "a:-1", "a:nan", "a:inf", "a:1e999"]
 )
 def test_refused(value: str) -> None:
-    with pytest.raises(ValueError, match="--evaluation-data") as caught:
-        parse_task_name(value, flag="--evaluation-data")
+    with pytest.raises(ValueError, match="--task-name") as caught:
+        parse_task_name(value)
     assert value.strip() in str(caught.value)
     assert "\n" not in str(caught.value)
 
