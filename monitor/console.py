@@ -24,10 +24,7 @@ class Console:
     def print(self, text: str) -> None:
         """Writes `text` as a line, above the live line if there is one."""
         with self._lock:
-            if self._live:
-                self._write(f"{_CLEAR}{text}\n{self._live}")
-            else:
-                self._write(f"{text}\n")
+            self._write(f"{_CLEAR}{text}\n{self._live}" if self._live else f"{text}\n")
 
     def set_live(self, text: str) -> None:
         """Replaces the live line, cut to the width of the terminal."""

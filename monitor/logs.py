@@ -27,10 +27,7 @@ def setup_logging(rank: int, stream: TextIO) -> Console:
     """Sends the log records of the process to `stream`, and replaces any earlier setup.
 
     Rank 0 prints messages from INFO on, unchanged; other ranks print those from WARNING on, as
-    `rank 3: message`.
-
-    Returns:
-        The console, which `monitor.progress.Progress` shares.
+    `rank 3: message`. Returns the console, which `monitor.progress.Progress` shares.
     """
     console = Console(stream)
     handler = ConsoleHandler(console)

@@ -64,15 +64,13 @@ class IterationMetrics:
 
     def _held_out_to_json(self) -> dict[str, Any]:
         values: dict[str, Any] = {}
-        if (after := self.held_out) is not None:
-            values["eval_loss"] = finite_or_none(after.loss)
-            values["eval_perplexity"] = finite_or_none(perplexity(after.loss))
-            if after.sets:
-                values["eval_sets"] = after.sets_to_json()
-        if (before := self.held_out_before) is not None:
-            values["eval_loss_before"] = finite_or_none(before.loss)
-            if before.sets:
-                values["eval_sets_before"] = before.sets_to_json()
+        for suffix, held_out in (("", self.held_out), ("_before", self.held_out_before)):
+            if held_out is not None:
+                values[f"eval_loss{suffix}"] = finite_or_none(held_out.loss)
+                if not suffix:
+                    values["eval_perplexity"] = finite_or_none(perplexity(held_out.loss))
+                if held_out.sets:
+                    values[f"eval_sets{suffix}"] = held_out.sets_to_json()
         return values
 
 
@@ -148,11 +146,11 @@ class HeldOut:
         """Returns each set's loss, perplexity and tokens; numbers that are not finite are None."""
         return {
             name: {
-                "loss": finite_or_none(held_out_set.loss),
-                "perplexity": finite_or_none(perplexity(held_out_set.loss)),
-                "tokens": held_out_set.num_trained_tokens,
+                "loss": finite_or_none(loss),
+                "perplexity": finite_or_none(perplexity(loss)),
+                "tokens": num_trained_tokens,
             }
-            for name, held_out_set in self.sets.items()
+            for name, (loss, num_trained_tokens) in self.sets.items()
         }
 
 

@@ -34,11 +34,6 @@ def draw_loss(metrics_path: Path, png_path: Path) -> None:
         logger.warning("cannot draw %s: %s", png_path, error)
 
 
-def loss_points(lines: Iterable[dict[str, Any]]) -> Points:
-    """Returns the training loss of each iteration."""
-    return _points(lines, "loss")
-
-
 def held_out_curves(lines: Iterable[dict[str, Any]]) -> dict[str, Points]:
     """Returns the held-out losses of each set by name; the name of an unnamed set is empty.
 
@@ -86,7 +81,7 @@ def _render(lines: Sequence[dict[str, Any]]) -> bytes:
     figure = Figure(figsize=(width, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     handles = [
-        *_draw_training(axes, loss_points(lines)),
+        *_draw_training(axes, _points(lines, "loss")),
         *_draw_held_out(axes, curves.get("", [])),
         *_draw_lr(axes.twinx(), _points(lines, "lr")),
         *_draw_restarts(axes, restarts(lines)),

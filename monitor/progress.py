@@ -36,9 +36,11 @@ class Progress:
         self._lr = self._lr if metrics.lr is None else metrics.lr
         if metrics.held_out is not None:
             self.show_evaluation(metrics.step, metrics.held_out)
-        if metrics.step >= self._total_steps or self._is_due():
+        is_due = self._shown_at is None or self._clock() - self._shown_at >= self._interval
+        if metrics.step >= self._total_steps or is_due:
             self._shown_at = self._clock()
-            self._show(self._line(metrics))
+            show = self._console.set_live if self._console.is_terminal else self._console.print
+            show(self._line(metrics))
 
     def show_evaluation(self, step: int, held_out: HeldOut) -> None:
         """Prints the held-out loss, also of each set; step 0 is before the first iteration."""
@@ -49,15 +51,6 @@ class Progress:
     def close(self) -> None:
         """Keeps the last live line on the terminal; later output goes below it."""
         self._console.keep_live()
-
-    def _is_due(self) -> bool:
-        return self._shown_at is None or self._clock() - self._shown_at >= self._interval
-
-    def _show(self, line: str) -> None:
-        if self._console.is_terminal:
-            self._console.set_live(line)
-        else:
-            self._console.print(line)
 
     def _line(self, metrics: IterationMetrics) -> str:
         parts = [f"step {metrics.step}/{self._total_steps}", f"loss {metrics.loss:.4f}"]

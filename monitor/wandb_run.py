@@ -10,7 +10,7 @@ import logging
 import netrc
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -52,9 +52,8 @@ class WandbRun:
         closing.join(_CLOSE_SECONDS)
         if closing.is_alive():
             logger.warning(
-                "wandb is still sending after %.0f s; run `wandb sync %s` to send the rest",
-                _CLOSE_SECONDS,
-                Path(self._run.dir).parent,
+                f"wandb is still sending after {_CLOSE_SECONDS:.0f} s; "
+                f"run `wandb sync {Path(self._run.dir).parent}` to send the rest"
             )
 
     def _try(self, action: Callable[[], object]) -> None:
@@ -129,16 +128,9 @@ def has_login(environ: Mapping[str, str] = os.environ) -> bool:
     """Tells whether wandb will find a key or a token, so that it does not prompt."""
     if environ.get("WANDB_API_KEY") or environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    hosts = {urlsplit(server).netloc for server in _servers(environ)}
-    return bool(hosts & _netrc_hosts(environ))
-
-
-def _servers(environ: Mapping[str, str]) -> Iterator[str]:
     configured = environ.get("WANDB_BASE_URL") or _settings_base_url(environ)
-    if configured:
-        yield configured
-    else:
-        yield from _PUBLIC_SERVERS
+    servers = [configured] if configured else _PUBLIC_SERVERS
+    return not _netrc_hosts(environ).isdisjoint(urlsplit(server).netloc for server in servers)
 
 
 def _settings_base_url(environ: Mapping[str, str]) -> str | None:

@@ -8,20 +8,13 @@ because the host waits for it between two steps. Profiling adds no other wait.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 from torch.cuda import Event
 
-from monitor.profiling.tracer import NO_SPAN, Clock, Span, StepLog, StepTrace, Track
-
-
-class _DeviceSpan(NamedTuple):
-    track: Track
-    begin: Event
-    end: Event
-    microbatch: int | None
-    size: int | None
+from monitor.profiling.tracer import Clock, Span, SpanTracer, StepLog, StepTrace, TimedSpan
 
 
 class _DeviceStep(NamedTuple):
@@ -31,13 +24,13 @@ class _DeviceStep(NamedTuple):
     anchor: Event
     host_time: int
     end: Event
-    spans: list[_DeviceSpan]
+    spans: list[TimedSpan[Event]]
 
     def read(self) -> StepTrace:
         """Returns the step in host times; waits until the device has finished it."""
         spans = [
-            Span(s.track, self._time(s.begin), self._time(s.end), s.microbatch, s.size)
-            for s in self.spans
+            Span(track, self._time(begin), self._time(end), microbatch, size)
+            for track, begin, end, microbatch, size in self.spans
         ]
         return StepTrace(self.step, self.host_time, self._time(self.end), spans)
 
@@ -47,12 +40,10 @@ class _DeviceStep(NamedTuple):
         return self.host_time + round(1e6 * milliseconds)
 
 
-def timing_event() -> Event:
-    """Returns a CUDA event that records its time."""
-    return Event(enable_timing=True)
+timing_event = partial(Event, enable_timing=True)
 
 
-class CudaTracer:
+class CudaTracer(SpanTracer[Event]):
     """A tracer with events on the current stream; `steps` and `close` wait for the last step.
 
     A step begins when the device has finished all work queued before it, and ends when it has
@@ -67,16 +58,15 @@ class CudaTracer:
         make_event: Callable[[], Event] = timing_event,
         clock: Clock = time.perf_counter_ns,
     ) -> None:
-        self._log, self._clock = log, clock
-        self._make_event = make_event
+        super().__init__(log, self.mark)
+        self._make_event, self._clock = make_event, clock
         self._free: list[Event] = []
         self._unread: _DeviceStep | None = None
-        self._spans: list[_DeviceSpan] | None = None
 
     @property
     def steps(self) -> Sequence[StepTrace]:
         self._read()
-        return self._log.steps
+        return super().steps
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
@@ -84,7 +74,7 @@ class CudaTracer:
         anchor.synchronize()
         host_time = self._clock()
         self._read()
-        spans: list[_DeviceSpan] = []
+        spans: list[TimedSpan[Event]] = []
         self._spans = spans
         try:
             yield
@@ -92,16 +82,9 @@ class CudaTracer:
             self._spans = None
             self._unread = _DeviceStep(step, anchor, host_time, self.mark(), spans)
 
-    def span(
-        self, track: Track, *, microbatch: int | None = None, size: int | None = None
-    ) -> AbstractContextManager[None]:
-        if self._spans is None:
-            return NO_SPAN
-        return _CudaSpan(self, self._spans, track, microbatch, size)
-
     def close(self) -> None:
         self._read()
-        self._log.flush()
+        super().close()
 
     def mark(self) -> Event:
         """Records an event on the current stream."""
@@ -116,26 +99,4 @@ class CudaTracer:
         step, self._unread = self._unread, None
         self._log.append(step.read())
         self._free += [step.anchor, step.end]
-        self._free += [event for span in step.spans for event in (span.begin, span.end)]
-
-
-class _CudaSpan:
-    __slots__ = ("_begin", "_microbatch", "_size", "_spans", "_tracer", "_track")
-
-    def __init__(
-        self,
-        tracer: CudaTracer,
-        spans: list[_DeviceSpan],
-        track: Track,
-        microbatch: int | None,
-        size: int | None,
-    ) -> None:
-        self._tracer, self._spans = tracer, spans
-        self._track, self._microbatch, self._size = track, microbatch, size
-
-    def __enter__(self) -> None:
-        self._begin = self._tracer.mark()
-
-    def __exit__(self, *exception: object) -> None:
-        end = self._tracer.mark()
-        self._spans.append(_DeviceSpan(self._track, self._begin, end, self._microbatch, self._size))
+        self._free += [event for span in step.spans for event in span[1:3]]

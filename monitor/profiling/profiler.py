@@ -51,8 +51,8 @@ class Profiler:
         Args:
             gather: gathers a JSON value from all ranks.
             simulate: simulates a measured step.
-            schedule, num_stages, num_replicas, num_microbatches: the shape of the run, for the
-            title. folder: for timeline.png.
+            schedule, num_stages, num_replicas, num_microbatches: of the run, for the title.
+            folder: for timeline.png.
 
         Returns:
             The timeline on rank 0, if there is a step that all ranks have; else None.

@@ -231,21 +231,14 @@ def _draw_legend(figure: Any, timeline: Timeline) -> None:
     from matplotlib.patches import Patch
 
     tracks = {span.track for span in timeline.measured.spans}
-    splits = Track.WEIGHT_GRADIENT in tracks
-    entries = []
-    for track, style in _STYLES.items():
-        label = (
-            "backward, or its input gradient"
-            if splits and style.label == "backward"
-            else style.label
-        )
-        if track in tracks:
-            entries.append(Patch(color=style.colour, label=label))
-    entries.append(Patch(color=_COMMUNICATION, label="exposed communication"))
-    entries.append(Patch(color=_BUBBLE, label="bubble: idle, or waiting for another stage"))
-    figure.legend(
-        handles=entries, loc="outside lower center", ncols=len(entries), frameon=False, fontsize=11
-    )
+    labels = {style.colour: style.label for track, style in _STYLES.items() if track in tracks}
+    if {Track.WEIGHT_GRADIENT, Track.BACKWARD_COMPUTE} <= tracks:
+        labels[_STYLES[Track.BACKWARD_COMPUTE].colour] = "backward, or its input gradient"
+    labels[_COMMUNICATION] = "exposed communication"
+    labels[_BUBBLE] = "bubble: idle, or waiting for another stage"
+    handles = [Patch(color=colour, label=label) for colour, label in labels.items()]
+    place = {"loc": "outside lower center", "ncols": len(handles)}
+    figure.legend(handles=handles, frameon=False, fontsize=11, **place)
 
 
 def _ms(seconds: float) -> str:

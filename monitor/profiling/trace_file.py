@@ -57,6 +57,7 @@ class TraceFile:
 
 def _event(span: Span, *, rank: int, clock: ClockSync) -> dict[str, Any]:
     begin = clock.convert(span.begin)
+    args = {"micro-batch": span.microbatch, "size": span.size}
     return {
         "name": _name(span),
         "ph": "X",
@@ -64,7 +65,7 @@ def _event(span: Span, *, rank: int, clock: ClockSync) -> dict[str, Any]:
         "tid": span.track.value,
         "ts": begin / 1000,
         "dur": (clock.convert(span.end) - begin) / 1000,
-        "args": _args(span),
+        "args": {key: value for key, value in args.items() if value is not None},
     }
 
 
@@ -72,8 +73,3 @@ def _name(span: Span) -> str:
     """Returns `F3` for work of the pipeline, else the track's name without its number."""
     name = _SHORT.get(span.track, f"{span.track.value.partition(' ')[2]} ")
     return f"{name}{'' if span.microbatch is None else span.microbatch}".rstrip()
-
-
-def _args(span: Span) -> dict[str, Any]:
-    args = {"micro-batch": span.microbatch, "size": span.size}
-    return {key: value for key, value in args.items() if value is not None}

@@ -13,11 +13,12 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import Generic, NamedTuple, TypeVar
 
 KEEP_STEPS = 100
 
 Clock = Callable[[], int]  # nanoseconds since an arbitrary time
+Time = TypeVar("Time")
 
 
 class Track(str, Enum):
@@ -50,6 +51,9 @@ class Span(NamedTuple):
     size: int | None = None
 
 
+TimedSpan = tuple[Track, Time, Time, int | None, int | None]  # as `Span`, with other times
+
+
 class StepTrace(NamedTuple):
     """The spans of one step, in the order of their ends; begin and end are as in `Span`."""
 
@@ -59,27 +63,8 @@ class StepTrace(NamedTuple):
     spans: list[Span]
 
 
-class Tracer(Protocol):
-    """The interface of tracers. Spans outside a step are dropped."""
-
-    @property
-    def steps(self) -> Sequence[StepTrace]:
-        """The last complete steps, oldest first."""
-
-    def step(self, step: int) -> AbstractContextManager[None]:
-        """Traces the block as step `step`."""
-
-    def span(
-        self, track: Track, *, microbatch: int | None = None, size: int | None = None
-    ) -> AbstractContextManager[None]:
-        """Traces the block as one span; `size` is a number of elements of parameters or buffers."""
-
-    def close(self) -> None:
-        """Writes the steps that are not written yet."""
-
-
 class _NoSpan:
-    """A block that is not traced."""
+    """A block that is not traced; all of them are one object."""
 
     __slots__ = ()
 
@@ -91,25 +76,31 @@ class _NoSpan:
 NO_SPAN = _NoSpan()
 
 
-class NoTracer:
-    """The tracer of a run without profiling: every block is the same object, which does nothing."""
+class Tracer:
+    """The interface of tracers, and the tracer of nothing. Spans outside a step are dropped."""
 
     __slots__ = ()
 
-    steps: tuple[StepTrace, ...] = ()
+    @property
+    def steps(self) -> Sequence[StepTrace]:
+        """The last complete steps, oldest first."""
+        return ()
 
     def step(self, step: int) -> AbstractContextManager[None]:
+        """Traces the block as step `step`."""
         return NO_SPAN
 
     def span(
         self, track: Track, *, microbatch: int | None = None, size: int | None = None
     ) -> AbstractContextManager[None]:
+        """Traces the block as one span; `size` is a number of elements of parameters or buffers."""
         return NO_SPAN
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Writes the steps that are not written yet."""
 
 
-NO_TRACER = NoTracer()
+NO_TRACER = Tracer()
 
 
 class StepLog:
@@ -134,57 +125,64 @@ class StepLog:
             self._unwritten = 0
 
 
-class HostTracer:
-    """A tracer with the host's clock, which is right where the host does the work, as on CPUs."""
+class SpanTracer(Tracer, Generic[Time]):
+    """A tracer that collects the spans of a step, which begin and end at times of `now`."""
 
-    def __init__(self, log: StepLog, *, clock: Clock = time.perf_counter_ns) -> None:
-        self._log, self._clock = log, clock
-        self._spans: list[Span] | None = None
+    def __init__(self, log: StepLog, now: Callable[[], Time]) -> None:
+        self._log, self._now = log, now
+        self._spans: list[TimedSpan[Time]] | None = None
 
     @property
     def steps(self) -> Sequence[StepTrace]:
         return self._log.steps
-
-    @contextmanager
-    def step(self, step: int) -> Iterator[None]:
-        spans: list[Span] = []
-        self._spans, begin = spans, self._clock()
-        try:
-            yield
-        finally:
-            self._spans = None
-            self._log.append(StepTrace(step, begin, self._clock(), spans))
 
     def span(
         self, track: Track, *, microbatch: int | None = None, size: int | None = None
     ) -> AbstractContextManager[None]:
         if self._spans is None:
             return NO_SPAN
-        return _HostSpan(self._spans, self._clock, track, microbatch, size)
+        return _OpenSpan(self._now, self._spans, track, microbatch, size)
 
     def close(self) -> None:
         self._log.flush()
 
 
-class _HostSpan:
+class _OpenSpan(Generic[Time]):
     """A span that adds itself to its step when it ends; it may end on any thread."""
 
-    __slots__ = ("_begin", "_clock", "_microbatch", "_size", "_spans", "_track")
+    __slots__ = ("_begin", "_microbatch", "_now", "_size", "_spans", "_track")
 
     def __init__(
         self,
-        spans: list[Span],
-        clock: Clock,
+        now: Callable[[], Time],
+        spans: list[TimedSpan[Time]],
         track: Track,
         microbatch: int | None,
         size: int | None,
     ) -> None:
-        self._spans, self._clock = spans, clock
+        self._now, self._spans = now, spans
         self._track, self._microbatch, self._size = track, microbatch, size
 
     def __enter__(self) -> None:
-        self._begin = self._clock()
+        self._begin = self._now()
 
     def __exit__(self, *exception: object) -> None:
-        end = self._clock()
-        self._spans.append(Span(self._track, self._begin, end, self._microbatch, self._size))
+        end = self._now()
+        self._spans.append((self._track, self._begin, end, self._microbatch, self._size))
+
+
+class HostTracer(SpanTracer[int]):
+    """A tracer with the host's clock, which is right where the host does the work, as on CPUs."""
+
+    def __init__(self, log: StepLog, *, clock: Clock = time.perf_counter_ns) -> None:
+        super().__init__(log, clock)
+
+    @contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        spans: list[TimedSpan[int]] = []
+        self._spans, begin = spans, self._now()
+        try:
+            yield
+        finally:
+            self._spans = None
+            self._log.append(StepTrace(step, begin, self._now(), [Span(*span) for span in spans]))
