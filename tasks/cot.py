@@ -5,15 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.text import shown
-from tasks.sources.base import (
-    BadLineError,
-    DataSource,
-    Document,
-    DocumentRecord,
-    read_json,
-    row_record,
-)
-from tasks.sources.rows import check_text
+from tasks.sources.base import BadLineError, DataSource, Document, DocumentRecord, row_record
+from tasks.sources.rows import check_text, read_json
 
 
 def open_local(name: str, path: str) -> DataSource:

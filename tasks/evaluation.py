@@ -75,7 +75,5 @@ def _make_batches(
 
 
 def _padding_like(block: TokenBlock) -> TokenBlock:
-    padding = empty_block(len(block.token_ids))
-    if block.doc_starts is None:
-        return padding
-    return replace(padding, doc_starts=np.zeros_like(block.doc_starts))
+    doc_starts = None if block.doc_starts is None else np.zeros_like(block.doc_starts)
+    return replace(empty_block(len(block.token_ids)), doc_starts=doc_starts)

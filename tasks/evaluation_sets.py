@@ -43,10 +43,7 @@ def parse_evaluation_data(value: str) -> list[EvaluationSet]:
 
 
 def check_evaluation_data(value: str) -> None:
-    """Finds mistakes before training; reads no document.
-
-    Raises ValueError as `parse_evaluation_data`, or as `tasks.registry.check_source` for a source.
-    """
+    """Raises as `parse_evaluation_data` and `tasks.registry.check_source`; reads no document."""
     for evaluation_set in parse_evaluation_data(value):
         check_source(SourceSpec(evaluation_set.source), flag=EVALUATION_FLAG)
 

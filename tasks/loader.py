@@ -27,10 +27,7 @@ class BatchLoader:
         self._thread.start()
 
     def next(self) -> TokenBatch:
-        """Returns the next batch.
-
-        Raises ValueError if the stream raised it; every later call raises it again.
-        """
+        """Returns the next batch, or raises the stream's error, also at every later call."""
         assert not self._closed.is_set(), "the loader is closed"
         if self._error is None:
             item = self._queue.get()

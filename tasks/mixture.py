@@ -73,10 +73,7 @@ class BlockStream:
         self._num_blocks = 0
 
     def next_block(self) -> TokenBlock:
-        """Returns the next block.
-
-        Raises ValueError if the block's source holds a bad line, or no token.
-        """
+        """Returns the next block; raises ValueError if its source holds a bad line, or no token."""
         draw = _draw(self._identity.seed, self._num_blocks)
         block = self._packers[bisect.bisect_right(self._bounds, draw)].next_block()
         self._num_blocks += 1
@@ -95,10 +92,7 @@ class BlockStream:
         }
 
     def restore(self, state: State) -> None:
-        """Returns to `state`.
-
-        Raises ValueError if the state is of another mixture, or its files changed.
-        """
+        """Returns to `state`; raises ValueError if it is of another mixture, or files changed."""
         for flag, value in self._identity.flags().items():
             saved = state["flags"][flag]
             if saved != value:

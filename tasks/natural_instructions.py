@@ -25,15 +25,8 @@ from itertools import accumulate
 from typing import Any
 
 from common.text import shown
-from tasks.sources.base import (
-    BadLineError,
-    DataSource,
-    Document,
-    IndexedFile,
-    describe_file,
-    read_json,
-)
-from tasks.sources.rows import RowFormat, check_text, parse_row, prompt_document
+from tasks.sources.base import BadLineError, DataSource, Document, IndexedFile, describe_file
+from tasks.sources.rows import RowFormat, check_text, parse_row, prompt_document, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +45,7 @@ ROW_FORMAT = RowFormat(COLUMNS, _parse)
 
 
 def open_local(name: str, path: str) -> DataSource:
-    """Returns the instances of the training tasks, which are read in any order.
-
-    Raises ValueError if the folder does not list these tasks, or has none of them.
-    """
+    """Returns the training tasks' instances; raises ValueError if the folder holds none."""
     task_list = os.path.join(path, TRAINING_TASKS)
     try:
         with open(task_list, encoding="utf-8") as file:

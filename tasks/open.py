@@ -1,6 +1,5 @@
 """Opens a source by its name."""
 
-from collections.abc import Sequence
 from functools import partial
 
 from tasks.registry import find_paths, locate_source, open_task, row_format_of
@@ -8,14 +7,10 @@ from tasks.source_spec import TASK_FLAG
 from tasks.sources.base import DataSource, SourceFile
 from tasks.sources.jsonl import JsonlFile, JsonlRows
 from tasks.sources.parquet import ParquetFile
-from tasks.sources.rows import RowFormat
 
 
 def open_source(name: str, *, flag: str = TASK_FLAG) -> DataSource:
-    """Finds the files of a source; reads none, but asks the hub for a name.
-
-    Raises ValueError as `tasks.registry.check_source`.
-    """
+    """Finds the files of a source and reads none; raises as `tasks.registry.check_source`."""
     location = locate_source(name, flag=flag)
     if location.kind == "task":
         return open_task(name, location)
@@ -28,15 +23,11 @@ def open_source(name: str, *, flag: str = TASK_FLAG) -> DataSource:
         from tasks.sources.hub import open_hub
 
         return open_hub(name, location, row_format)
-    return _open_files(name, find_paths(location.path, flag=flag), row_format)
-
-
-def _open_files(name: str, paths: Sequence[str], row_format: RowFormat) -> DataSource:
+    paths = find_paths(location.path, flag=flag)
     is_plain = all(path.endswith(".jsonl") for path in paths)
     open_rows = partial(JsonlRows, paths, row_format) if is_plain else None
-    return DataSource(name, [_open_file(path, row_format) for path in paths], open_rows)
-
-
-def _open_file(path: str, row_format: RowFormat) -> SourceFile:
-    is_parquet = path.endswith(".parquet")
-    return ParquetFile(path, row_format) if is_parquet else JsonlFile(path, row_format)
+    files: list[SourceFile] = [
+        ParquetFile(path, row_format) if path.endswith(".parquet") else JsonlFile(path, row_format)
+        for path in paths
+    ]
+    return DataSource(name, files, open_rows)

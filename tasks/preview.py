@@ -121,11 +121,9 @@ def sample_source(
         except BadLineError as error:
             documents.bad_lines.skip(error, is_counted=True)
         document = documents.next()
-    is_complete, num_rows, is_counted = documents.epoch > 0, documents.num_rows, True
-    if num_rows is None:
-        num_rows = 0
-        if not is_complete:
-            num_rows, is_counted = _count_rows(documents.source, count_seconds)
+    is_complete, num_rows, is_counted = documents.epoch > 0, documents.num_rows or 0, True
+    if documents.num_rows is None and not is_complete:
+        num_rows, is_counted = _count_rows(documents.source, count_seconds)
     return SourceSample(
         name=documents.source.name,
         num_documents=len(encoded),
@@ -157,11 +155,9 @@ def _count_blocks(
 def _count_rows(source: DataSource, seconds: float) -> tuple[int, bool]:
     """Returns the number of rows that were read in that time, and whether these are all."""
     end, num_rows = time.monotonic() + seconds, 0
-    for file in source.files:
-        for _ in file.read():
-            num_rows += 1
-            if time.monotonic() > end:
-                return num_rows, False
+    for num_rows, _ in enumerate((row for file in source.files for row in file.read()), start=1):
+        if time.monotonic() > end:
+            return num_rows, False
     return num_rows, True
 
 
@@ -175,18 +171,14 @@ def describe_mixture(
     columns = {"share": 7, "documents": 13, "tokens": 15, "trained": 15, "epochs": 9}
     lines = ["".join(f"{name:>{width}s}" for name, width in columns.items()) + "  source"]
     for sample, weight in zip(samples, weights, strict=True):
-        more, less = ("~", "~")
-        if sample.has_more_rows:
-            more, less = (">", "<")
-        elif sample.is_complete:
-            more, less = ("", "")
+        more, less = (">", "<") if sample.has_more_rows else ("~", "~")
+        if sample.is_complete:
+            more = less = ""
         numbers = (sample.num_documents, sample.num_tokens, sample.num_trained_tokens)
-        cells = [f"{more}{sample.scale * number:,.0f}" for number in numbers]
+        cells = [f"{weight:.1%}", *(f"{more}{sample.scale * number:,.0f}" for number in numbers)]
         epochs = "?"
         if sample.num_blocks:
             epochs = f"{less}{weight * run_blocks / (sample.scale * sample.num_blocks):.2f}"
-        lines.append(
-            f"{weight:7.1%}{cells[0]:>13s}{cells[1]:>15s}{cells[2]:>15s}{epochs:>9s}"
-            f"  {shown(sample.name)}"
-        )
+        row = "".join(map(str.rjust, [*cells, epochs], columns.values()))
+        lines.append(f"{row}  {shown(sample.name)}")
     return "\n".join(lines)

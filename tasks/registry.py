@@ -38,10 +38,7 @@ class TaskEntry:
     open_local: Callable[[str, str], DataSource] | None = None
 
     def locate(self, name: str, *, flag: str) -> SourceLocation:
-        """Returns where the data is.
-
-        Raises ValueError if it is not on disk, and has no data set on the hub.
-        """
+        """Returns where the data is; raises ValueError if it is missing, and not on the hub."""
         if os.path.exists(self.path):
             if self.open_local is not None:
                 return SourceLocation(self.path, "task")
@@ -105,10 +102,7 @@ def check_source(spec: SourceSpec, *, flag: str = TASK_FLAG) -> None:
 
 
 def open_task(name: str, location: SourceLocation) -> DataSource:
-    """Opens a registered task of a layout of its own; reads no document.
-
-    Raises ValueError if the data is laid out differently.
-    """
+    """Opens a task of a layout of its own; raises ValueError if the data is laid out otherwise."""
     open_local = TASKS[name].open_local
     assert open_local is not None, "the location is of kind task"
     return open_local(name, location.path)
@@ -120,10 +114,7 @@ def row_format_of(name: str) -> RowFormat:
 
 
 def locate_source(name: str, *, flag: str = TASK_FLAG) -> SourceLocation:
-    """Returns where a source is; data on disk is preferred to the hub.
-
-    Raises ValueError if a registered task is missing, or a saved data set has no split to train on.
-    """
+    """Returns where a source is, preferably on disk; raises ValueError if it is missing."""
     if name in TASKS:
         return TASKS[name].locate(name, flag=flag)
     is_file_name = os.path.exists(name) or name.endswith(SUFFIXES)
@@ -135,20 +126,15 @@ def locate_source(name: str, *, flag: str = TASK_FLAG) -> SourceLocation:
 def _locate_path(path: str, flag: str) -> SourceLocation:
     if os.path.isfile(os.path.join(path, "dataset_dict.json")):
         return SourceLocation(os.path.join(path, _training_split(path, flag)), "saved")
-    is_saved = all(
-        os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_info.json")
-    )
+    names = ("state.json", "dataset_info.json")
+    is_saved = all(os.path.isfile(os.path.join(path, name)) for name in names)
     return SourceLocation(path, "saved" if is_saved else "files")
 
 
 def _training_split(folder: str, flag: str) -> str:
     """Finds the split `train` among those that `datasets` saved in one folder."""
     prefix = f"{flag} {shown(folder)}"
-    try:
-        with open(os.path.join(folder, "dataset_dict.json"), encoding="utf-8") as file:
-            splits = [str(split) for split in json.load(file)["splits"]]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ValueError(f"{prefix}: dataset_dict.json does not list the splits") from error
+    splits = _read_names(folder, "dataset_dict.json", "splits", prefix, "splits")
     if "train" not in splits:
         names = shown(", ".join(splits))
         raise ValueError(
@@ -160,19 +146,20 @@ def _training_split(folder: str, flag: str) -> str:
 
 def _check_saved_columns(folder: str, row_format: RowFormat) -> None:
     """Raises ValueError where a saved data set has no column that is read; imports no datasets."""
-    try:
-        with open(os.path.join(folder, "dataset_info.json"), encoding="utf-8") as file:
-            columns = list(json.load(file)["features"])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ValueError(f"{shown(folder)}: dataset_info.json does not list the columns") from error
+    columns = _read_names(folder, "dataset_info.json", "features", shown(folder), "columns")
     row_format.select_columns(columns, shown(folder))
 
 
-def find_paths(name: str, *, flag: str) -> list[str]:
-    """Returns the files that a path stands for, sorted: itself, or those directly in a folder.
+def _read_names(folder: str, file_name: str, key: str, prefix: str, kind: str) -> list[str]:
+    try:
+        with open(os.path.join(folder, file_name), encoding="utf-8") as file:
+            return [str(name) for name in json.load(file)[key]]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"{prefix}: {file_name} does not list the {kind}") from error
 
-    Raises ValueError if there is no such file, or its kind is not supported.
-    """
+
+def find_paths(name: str, *, flag: str) -> list[str]:
+    """Returns a file, or a folder's files, sorted; raises ValueError if none is supported."""
     prefix = f"{flag} {shown(name)}"
     if os.path.isdir(name):
         return _find_in_folder(name, flag)

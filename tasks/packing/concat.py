@@ -26,10 +26,7 @@ class Packer(ABC):
         self._used = self._epoch = 0
 
     def next_block(self) -> TokenBlock:
-        """Returns the next block that trains any token; the others are skipped.
-
-        Raises ValueError if a line is no document, or an epoch yields no token to train.
-        """
+        """Returns the next block that trains any token; raises ValueError if an epoch has none."""
         first_skipped: int | None = None  # epoch
         while not (block := self._pack()).predicted.any():
             first_skipped = self._epoch if first_skipped is None else first_skipped
@@ -48,10 +45,7 @@ class Packer(ABC):
         return {"documents": self._state_before, "used": self._used, "epoch": self._epoch}
 
     def restore(self, state: State) -> None:
-        """Returns to `state`, reading the documents in use again.
-
-        Raises ValueError if the files differ from those of the state.
-        """
+        """Returns to `state`, reading the documents in use; raises ValueError if files changed."""
         self._documents.restore(state["documents"])
         self._state_before = state["documents"]
         self._used = state["used"]

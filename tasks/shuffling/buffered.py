@@ -139,10 +139,7 @@ class BufferedShuffle:
         return digest.hexdigest()
 
     def restore(self, state: State) -> None:
-        """Returns to `state`, reading one chunk.
-
-        Raises ValueError if the files differ from those of the state.
-        """
+        """Returns to `state`, reading one chunk; raises ValueError if the files differ from it."""
         if "chunk" not in state:
             raise self.source.changed_error(
                 "it could be read in any order, and can now only be read in file order"

@@ -31,17 +31,12 @@ class FullShuffle:
         self._order: Permutation | None = None
 
     def next(self) -> Document:
-        """Returns the next document; after the last, the first of the next epoch.
-
-        Raises ValueError if a line is no document (see `tasks.sources.bad_lines`), or the source
-        holds no document.
-        """
+        """Returns and raises as `BufferedShuffle.next`."""
         while True:
             if self._position == self._rows.num_rows:
                 if not self._has_documents:
                     raise self.source.error()
                 self._move_to(self.epoch + 1, 0)
-                continue
             if self._order is None:
                 seed = derive_seed(self._seed, "order", self.epoch)
                 self._order = Permutation(self._rows.num_rows, seed)

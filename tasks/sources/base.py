@@ -1,7 +1,6 @@
 """Documents, and the interfaces of the files that they are read from, whatever the format."""
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -89,17 +88,6 @@ class IndexedRows(Protocol):
         """
 
 
-def read_json(path: str, problem: str) -> Any:
-    """Returns the value of a JSON file; raises ValueError, with `problem` if it holds no JSON."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return json.load(file)
-    except OSError as error:
-        raise ValueError(f"{shown(path)}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{shown(path)}: {problem}: {error}") from error
-
-
 @dataclass(frozen=True)
 class DataSource:
     """A source that --task-name names, with its files, sorted.
@@ -142,10 +130,7 @@ def row_record(document: Document | BadLineError, position: int) -> DocumentReco
 
 
 def describe_file(path: str, num_rows: int) -> bytes:
-    """Returns a file's name, size, number of rows and a hash of both its ends, for a digest.
-
-    Raises ValueError if the file cannot be read.
-    """
+    """Returns a file's name, size, rows and a hash of both its ends, or raises ValueError."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size

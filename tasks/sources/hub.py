@@ -18,10 +18,7 @@ HUB_TIMEOUT_SECONDS = 10.0
 
 
 def check_hub(location: SourceLocation, row_format: RowFormat) -> None:
-    """Asks the hub for the data set and its columns.
-
-    Raises ValueError if it is not available, or has no column that is read.
-    """
+    """Raises ValueError if the hub has no such data set, or it has no column that is read."""
     _check_reachable(location)
     _stream_rows(location, row_format)
 

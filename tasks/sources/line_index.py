@@ -91,10 +91,7 @@ def _map_index(path: Path, digest: bytes) -> _MappedIndex:
 
 
 def load_line_index(path: str) -> LineIndex:
-    """Returns the stored index of a file, or builds it.
-
-    Raises ValueError if the file cannot be read, or changes meanwhile.
-    """
+    """Returns a file's stored index, or builds it; raises ValueError if it cannot be read."""
     try:
         stat = os.stat(path)
         index_paths = _index_paths(path)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from common.text import shown
 from tasks.sources.base import BadLineError, ChatMessage, Document
 
 _EXPECTED = '{"text": "..."}, {"prompt": "...", "completion": "..."} or {"messages": [...]}'
@@ -80,10 +81,7 @@ def prompt_document(prompt: str, completion: str, origin: str) -> Document:
 
 
 def check_text(value: Any, origin: str, key: str) -> str:
-    """Returns the text that a row has as `key`.
-
-    Raises BadLineError if it is no string, or holds half a surrogate pair.
-    """
+    """Returns the text at `key`; raises BadLineError if it is no string of valid Unicode."""
     if not isinstance(value, str):
         raise BadLineError(f'{origin}: expected a string as "{key}", got {_kind(value)}')
     try:
@@ -111,13 +109,19 @@ def _parse_messages(value: Any, origin: str) -> tuple[ChatMessage, ...]:
 
 
 def _kind(value: Any) -> str:
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "a string",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        bytes: "bytes",
-    }
-    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
+    if value is None:
+        return "null"
+    kind = "number" if type(value) in (int, float) else type(value).__name__
+    names = {"dict": "an object", "list": "a list", "str": "a string", "bool": "a boolean"}
+    return "bytes" if kind == "bytes" else names.get(kind, f"a {kind}")
+
+
+def read_json(path: str, problem: str) -> Any:
+    """Returns the value of a JSON file; raises ValueError, with `problem` if it holds no JSON."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return json.load(file)
+    except OSError as error:
+        raise ValueError(f"{shown(path)}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{shown(path)}: {problem}: {error}") from error

@@ -34,10 +34,7 @@ class ChatFormat:
         self._tokenizer = tokenizer if has_template else None
 
     def render(self, document: Document) -> str:
-        """Returns the text of a document's messages.
-
-        Raises BadLineError if a role is unknown, or the template refuses the conversation.
-        """
+        """Returns the text of a document's messages; raises BadLineError if they are refused."""
         assert document.messages is not None
         if self._tokenizer is not None:
             return self._apply_template(document.messages, document.origin)
@@ -50,10 +47,7 @@ class ChatFormat:
         return text.endswith(self._tokenizer.eos_token)
 
     def find_completions(self, document: Document, text: str) -> Spans:
-        """Returns the assistant's turns in `text`, which `render` made.
-
-        Raises BadLineError if the template does not render a conversation turn by turn.
-        """
+        """Returns the assistant's turns in `text`; raises BadLineError if they cannot be found."""
         assert document.messages is not None
         if self._tokenizer is not None:
             return tuple(self._find_spans(document.messages, text, document.origin))

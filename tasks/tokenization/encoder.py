@@ -20,6 +20,7 @@ class EncodedDocument(NamedTuple):
     trained: NDArray[np.bool_]
 
 
+Results = list[EncodedDocument | BadLineError]
 EMPTY = EncodedDocument(np.empty(0, dtype=np.int32), np.empty(0, dtype=np.bool_))
 _BEFORE_ALL = np.iinfo(np.int64).min
 
@@ -67,18 +68,13 @@ class Encoder:
         self._chat = ChatFormat(tokenizer)
 
     def encode(self, document: Document) -> EncodedDocument:
-        """Encodes one document; it may have no token where there is a separator.
-
-        Raises BadLineError if the document is a conversation that cannot be rendered.
-        """
+        """Encodes one document; raises BadLineError if it is a conversation of no known form."""
         (encoded,) = self.encode_all([document])
         if isinstance(encoded, BadLineError):
             raise encoded
         return encoded
 
-    def encode_all(
-        self, documents: Sequence[Document | BadLineError]
-    ) -> list[EncodedDocument | BadLineError]:
+    def encode_all(self, documents: Sequence[Document | BadLineError]) -> Results:
         """Encodes several documents; a bad one yields its error (see `encode`)."""
         inputs = [self._prepare(document) for document in documents]
         separator = self.separator or ""

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from tasks.shuffling.shuffle import Shuffle
 from tasks.sources.base import BadLineError, DataSource, Document, State
-from tasks.tokenization.encoder import EMPTY, EncodedDocument, TrainOn
-from tasks.tokenization.workers import Results, Workers
+from tasks.tokenization.encoder import EMPTY, EncodedDocument, Results, TrainOn
+from tasks.tokenization.workers import Workers
 
 BATCH_CHARACTERS = 1 << 19  # of the documents that are encoded at once, or one document more
 BATCH_DOCUMENTS = 1024
@@ -23,7 +23,7 @@ class PrefetchedDocument(NamedTuple):
 
 
 class _PendingBatch(NamedTuple):
-    """Documents that are being encoded, EMPTY yet, and the error of reading the next one."""
+    """Documents, `encoded` as EMPTY so far, and the error that reading the next one raised."""
 
     documents: list[PrefetchedDocument]
     results: Callable[[], Results]
@@ -49,10 +49,7 @@ class DocumentPrefetcher:
         return self._documents.source
 
     def next(self) -> PrefetchedDocument:
-        """Returns the next document.
-
-        Raises ValueError if a line is no document, or an epoch yields no token.
-        """
+        """Returns the next document; raises ValueError for a bad line, or an epoch of no token."""
         while True:
             document = next(self._encoded)
             if len(document.encoded.token_ids):
@@ -66,10 +63,7 @@ class DocumentPrefetcher:
         return self._documents.state()
 
     def restore(self, state: State) -> None:
-        """Returns to before the document whose `state_before` is `state`.
-
-        Raises ValueError if the files differ from those of the state.
-        """
+        """Returns to before the document of this `state_before`; raises as `Shuffle.restore`."""
         self._documents.restore(state)
         self._last_productive_epoch = self._documents.epoch
         self._begin()

@@ -13,10 +13,7 @@ HUB_TIMEOUT_SECONDS = 10.0
 
 
 def load_tokenizer(name: str) -> Any:
-    """Loads the tokenizer of a folder or a hub name; the hub is asked where it is not cached.
-
-    Raises ValueError if the tokenizer cannot be loaded.
-    """
+    """Loads a tokenizer of a folder or a hub name; raises ValueError if that fails."""
     try:
         return _load_local(name) if os.path.isdir(name) else _load_hub(name)
     except Exception as error:  # broken files raise anything
@@ -46,10 +43,7 @@ def _load_hub(name: str) -> Any:
 
 
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
-    """Checks that the model has an embedding for every token.
-
-    Raises ValueError if the tokenizer has more tokens than the model's vocabulary.
-    """
+    """Raises ValueError if the tokenizer has more tokens than the model's vocabulary."""
     num_tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
     if num_tokens > vocab_size:
         raise ValueError(

@@ -16,9 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.sources.base import BadLineError, Document
-from tasks.tokenization.encoder import EMPTY, EncodedDocument, Encoder
-
-Results = list[EncodedDocument | BadLineError]
+from tasks.tokenization.encoder import EMPTY, EncodedDocument, Encoder, Results
 
 # Signals to all processes of a terminal or a job are handled by the rank, which ends its workers.
 RANK_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -67,8 +65,8 @@ class Workers:
         try:
             yield
         except BrokenProcessPool as error:
-            # They ignore the pool's SIGTERM, and may wait forever for a queue's lock that the dead
-            # process held.
+            # The others ignore the pool's SIGTERM, and may wait forever for a lock of a queue that
+            # the dead process held.
             processes = {} if self._pool is None else self._pool._processes or {}
             for process in list(processes.values()):
                 process.kill()
