@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from monitor.console import Console
 from monitor.metrics import HeldOut, IterationMetrics, MetricsFile
 from monitor.plot import draw_loss
 from monitor.progress import Progress
@@ -95,8 +94,7 @@ class FileRecorder(Recorder):
 def open_recorder(
     folder: Path,
     *,
-    console: Console,
-    total_steps: int,
+    progress: Progress,
     resumed_step: int | None,
     project: str,
     config: Mapping[str, Any],
@@ -105,7 +103,7 @@ def open_recorder(
     """Starts or continues the records in `folder`, which must exist.
 
     Args:
-        console: shows the progress line.
+        progress: shows the progress line.
         resumed_step: the step of the checkpoint that the run continues from; None for a new run.
         project: the project at wandb.
         config: the flags of the run, for wandb.
@@ -117,4 +115,4 @@ def open_recorder(
     else:
         metrics.cut_after(resumed_step)
     wandb = open_wandb(project=project, config=config, run_id=run_id, folder=folder)
-    return FileRecorder(folder, metrics, Progress(total_steps, console), wandb)
+    return FileRecorder(folder, metrics, progress, wandb)

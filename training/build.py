@@ -10,6 +10,7 @@ from common.tensors import DTYPES
 from modules.stage_model import StageModel
 from monitor.console import Console
 from monitor.profiling.tracer import Tracer
+from monitor.progress import Progress
 from monitor.recorder import Recorder, open_recorder
 from optimizer.build import ALGORITHMS, build_optimizer
 from optimizer.loss_scaler import make_scaler
@@ -171,8 +172,7 @@ def open_run_recorder(
     point = start.point
     return open_recorder(
         settings.checkpoint.checkpoint_path,
-        console=console,
-        total_steps=settings.update.total_steps,
+        progress=Progress(settings.update.total_steps, console),
         resumed_step=start.step or None,
         project=settings.output.project_name,
         config={

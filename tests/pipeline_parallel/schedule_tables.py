@@ -1,5 +1,7 @@
 """Literal tables of every schedule: all that a test of schedules in general asks of a new one."""
 
+from collections.abc import Callable
+
 # pp-mode, stages and microbatches to the timetable where F, I and W take one slot, B two
 TIMETABLES = {
     ("gpipe", 3, 3): """\
@@ -35,7 +37,7 @@ ORDERS = {
 }
 
 # the most microbatches in flight: on `stage` of p stages, of m microbatches
-IN_FLIGHT = {
+IN_FLIGHT: dict[str, Callable[[int, int, int], int]] = {
     "gpipe": lambda stage, p, m: m,
     "1f1b": lambda stage, p, m: min(p - stage, m),
     "zb-h1": lambda stage, p, m: min(p, m),
