@@ -14,7 +14,6 @@ from arguments.settings import Settings
 from arguments.train import parse_train
 from comm.lifecycle.stop_signals import StopListener, StopRequest
 from common.text import one_line
-from monitor.console import Console
 from monitor.logs import setup_logging
 from training.startup_checks import check_this_machine
 
@@ -24,13 +23,22 @@ from training.startup_checks import check_this_machine
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one rank; a user's mistake ends it with one line on stderr and exit status 2."""
     settings = parse_train(argv)
-    console = setup_logging(settings.parallel.rank, sys.stdout)
+    parallel = settings.parallel
+    console = setup_logging(parallel.rank, sys.stdout)
     if settings.output.preview_data is not None:
         preview(settings, settings.output.preview_data)
-    elif settings.output.plan:
+        return
+    if settings.output.plan:
         plan(settings)
-    else:
-        train(settings, console)
+        return
+    stop = StopRequest()
+    listener = StopListener(stop, rank=parallel.rank, alone=parallel.world_size == 1)
+    resources = check_this_machine(settings)
+    if resources.problem is not None and parallel.world_size == 1:
+        refuse(resources.problem)
+    from training.session import run_session
+
+    run_session(settings, resources, console, stop, listener)
 
 
 def preview(settings: Settings, num_blocks: int) -> None:
@@ -60,19 +68,6 @@ def plan(settings: Settings) -> None:
         refuse(error)
     if not fits:
         sys.exit(1)
-
-
-def train(settings: Settings, console: Console) -> None:
-    """Trains this rank, or checks the cluster with it, among all ranks."""
-    parallel = settings.parallel
-    stop = StopRequest()
-    listener = StopListener(stop, rank=parallel.rank, alone=parallel.world_size == 1)
-    resources = check_this_machine(settings)
-    if resources.problem is not None and parallel.world_size == 1:
-        refuse(resources.problem)
-    from training.session import run_session
-
-    run_session(settings, resources, console, stop, listener)
 
 
 def show(parts: Iterable[str]) -> None:

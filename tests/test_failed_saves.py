@@ -270,16 +270,13 @@ def test_a_save_that_fails_does_not_hide_why_training_stopped(fails: bool) -> No
         def close(self) -> None:
             """Nothing was dropped."""
 
-    class Stopping(Trainer):
+    class Stopped(Trainer):
         def __init__(self, saver: Any) -> None:
             self._saver, self._recorder = saver, Recorder()
 
-        def _run(self, start: int) -> str | None:
-            raise TrainingStoppedError("step 3: the loss is not finite")
-
     saves = Pending()
     with pytest.raises(TrainingStoppedError) as caught:
-        Stopping(saves).run(0)
+        Stopped(saves).finish_after(TrainingStoppedError("step 3: the loss is not finite"))
     more = "; and step 2 is not saved: the disk is full" if fails else ""
     assert str(caught.value) == f"step 3: the loss is not finite{more}"
     assert not saves.is_pending

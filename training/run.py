@@ -140,7 +140,10 @@ def _train(
         loader=loader,
     )
     operation.text = "between microbatches"
-    stopped = trainer.run(start.step)
+    try:
+        stopped = trainer.run(start.step)
+    except TrainingStoppedError as error:
+        trainer.finish_after(error)
     stop.phase = cleanup(settings.checkpoint.grace_seconds)
     saver.close()
     stop.phase = CLOSING

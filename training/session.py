@@ -74,7 +74,15 @@ def run_session(
     try:
         if resources.problem is not None:
             raise resources.problem
-        end = _work(settings, topology, rendezvous, policy, console, stop, closing)
+        settings, context = _connect(settings, topology, rendezvous, policy)
+        if settings.output.check_cluster:
+            end = End(check_cluster(settings, context, rendezvous))
+        else:
+            stopped = train(settings, context, console=console, stop=stop, closing=closing)
+            end = End(0) if stopped is None else End(STOPPED, stopped)
+        stop.phase = CLOSING
+        closing.close()
+        context.groups.close()
     except PeerLostError as error:
         policy.operation_failed(error, before_exit=closing.close)
     except (TrainingStoppedError, OSError) as error:
@@ -134,20 +142,13 @@ def _job_key(network: NetworkSettings) -> JobKey:
     return key
 
 
-def _work(
-    settings: Settings,
-    topology: Topology,
-    rendezvous: Rendezvous,
-    policy: ExitPolicy,
-    console: Console,
-    stop: StopRequest,
-    closing: ExitStack,
-) -> End:
-    """Trains, or checks the cluster."""
+def _connect(
+    settings: Settings, topology: Topology, rendezvous: Rendezvous, policy: ExitPolicy
+) -> tuple[Settings, RunContext]:
+    """Chooses the device and connects the ranks; the settings then name the backends."""
     transformers_logging.set_verbosity_error()
     device = choose_device(settings.parallel, ranks_here=len(rendezvous.ranks_on_this_host))
     dist_backend, dp_backend = choose_backends(settings.parallel, device)
-    settings = settings.changed(dist_backend=dist_backend, dp_backend=dp_backend)
     groups = create_process_groups(
         topology,
         rendezvous,
@@ -158,16 +159,7 @@ def _work(
         policy=policy,
     )
     context = RunContext(topology, groups, device, rendezvous.nonce)
-    if settings.output.check_cluster:
-        end = End(check_cluster(settings, context, rendezvous))
-        stop.phase = CLOSING
-    else:
-        stopped = train(settings, context, console=console, stop=stop, closing=closing)
-        stop.phase = CLOSING
-        closing.close()
-        end = End(0) if stopped is None else End(STOPPED, stopped)
-    groups.close()
-    return end
+    return settings.changed(dist_backend=dist_backend, dp_backend=dp_backend), context
 
 
 def _fail_with_traceback(

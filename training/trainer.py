@@ -37,17 +37,6 @@ class Trainer:
         Returns:
             A line that says why the run stopped early; None if it is complete.
         """
-        try:
-            return self._run(start)
-        except TrainingStoppedError as stopped:  # on every rank: what was begun must be complete
-            try:
-                self._finish_save(is_last=True)
-                self._saver.close()
-            except OSError as error:
-                raise TrainingStoppedError(f"{stopped}; and {error}") from error
-            raise
-
-    def _run(self, start: int) -> str | None:
         before = self._evaluate(0) if start == 0 else None
         if self._stop_cause is not None:
             return f"{self._stop_cause} {NOT_BEGUN}"
@@ -82,6 +71,15 @@ class Trainer:
                 saved = f"step {step} is saved, not finished"
                 return f"{self._stop_cause}: {saved}; the same command goes on"
         return None
+
+    def finish_after(self, stopped: TrainingStoppedError) -> NoReturn:
+        """Finishes the save that was begun, and raises `stopped` again; every rank calls it."""
+        try:
+            self._finish_save(is_last=True)
+            self._saver.close()
+        except OSError as error:
+            raise TrainingStoppedError(f"{stopped}; and {error}") from error
+        raise stopped
 
     def _loss_scale(self, result: UpdateResult | None) -> float | None:
         """Returns the loss scale of the iteration, None if there is none (fp32, bf16)."""
