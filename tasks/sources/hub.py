@@ -24,7 +24,7 @@ def check_hub(location: SourceLocation, row_format: RowFormat) -> None:
 
 
 def open_hub(name: str, location: SourceLocation, row_format: RowFormat) -> DataSource:
-    """Returns the source, which can only be read in order; raises as `check_hub`."""
+    """Returns the source, to be read in order; raises ValueError if the hub has none of it."""
     _check_reachable(location)
     return DataSource(name, [HubFile(location, row_format)])
 
