@@ -138,12 +138,6 @@ def test_on_gpus_scores_are_never_held(folder: Path) -> None:
     assert long.activations == pytest.approx(short.activations, rel=0.02)
 
 
-@pytest.mark.parametrize("cuda", [False, True])
-def test_documents_take_no_less_than_complete_rows(cuda: bool, folder: Path) -> None:
-    documents = rehearse(folder, 0, cuda=cuda, pack="document")
-    assert documents.activations >= rehearse(folder, 0, cuda=cuda).activations
-
-
 def test_nothing_of_a_rehearsal_stays(folder: Path) -> None:
     rehearse(folder, 0)
     table = rotation(
