@@ -17,7 +17,8 @@ from common.text import one_line
 from monitor.logs import setup_logging
 from training.startup_checks import check_this_machine
 
-# torch is imported by the functions below, after the flags have been checked: it takes seconds.
+# torch is imported below, after the flags have been checked, and the model's libraries after the
+# ranks have met: both take seconds.
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -36,9 +37,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     resources = check_this_machine(settings)
     if resources.problem is not None and parallel.world_size == 1:
         refuse(resources.problem)
+    from training.meeting import meet
+
+    meeting = meet(settings, resources, stop, listener)
     from training.session import run_session
 
-    run_session(settings, resources, console, stop, listener)
+    run_session(settings, resources, meeting, console, stop)
 
 
 def preview(settings: Settings, num_blocks: int) -> None:

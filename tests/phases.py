@@ -15,7 +15,7 @@ STARTING, RENDEZVOUS, LOADING, TRAINING, EVALUATION, SAVING, CLOSING = PHASES = 
 WRITING_BESIDE = "training beside a write"
 JOINING = (STARTING, RENDEZVOUS)
 _MARKS = (  # the function, the phase inside, and the one after it: None, that before
-    ("training.session:meet", RENDEZVOUS, RENDEZVOUS),
+    ("training.meeting:meet", RENDEZVOUS, RENDEZVOUS),
     ("training.run:train", LOADING, CLOSING),
     ("training.trainer:Trainer.run", TRAINING, CLOSING),
     ("training.evaluation:Evaluation.run", EVALUATION, None),

@@ -1,9 +1,8 @@
-"""A rank from the meeting of all ranks to the exit of its process.
+"""The work of a rank among all ranks, up to the exit of its process.
 
 However a run ends, every rank ends with it: with one line, and with one exit status.
 """
 
-import logging
 import sys
 import traceback
 from collections.abc import Callable
@@ -12,36 +11,21 @@ from typing import NamedTuple, NoReturn
 
 from transformers.utils import logging as transformers_logging
 
-from arguments.flag_table import flags_of_all_ranks
-from arguments.parser import refuse
-from arguments.settings import NetworkSettings, Settings
+from arguments.settings import Settings
 from comm.communicator import PeerLostError
 from comm.lifecycle.exit import report_line
-from comm.lifecycle.stop_signals import (
-    CLOSING,
-    LOADING,
-    STOPPED,
-    StopAskedError,
-    StopListener,
-    StopRequest,
-)
+from comm.lifecycle.stop_signals import CLOSING, STOPPED, StopRequest
 from comm.liveness.failure_policy import ExitPolicy
 from comm.process_groups import create_process_groups
-from comm.rendezvous.dist_url import parse_dist_url
-from comm.rendezvous.interface import choose_interface
-from comm.rendezvous.job_key import JobKey, is_readable_by_others, read_job_key
-from comm.rendezvous.join import Rendezvous, join
 from comm.run_context import RunContext
-from comm.topology import Topology
 from common.text import one_line
 from monitor.console import Console
 from planning.cluster.check import check_cluster
 from training.device import choose_backends, choose_device
 from training.iteration import TrainingStoppedError
+from training.meeting import Meeting
 from training.run import train
 from training.startup_checks import LocalResources
-
-logger = logging.getLogger(__name__)
 
 
 class End(NamedTuple):
@@ -54,29 +38,19 @@ class End(NamedTuple):
 def run_session(
     settings: Settings,
     resources: LocalResources,
+    meeting: Meeting,
     console: Console,
     stop: StopRequest,
-    listener: StopListener,
 ) -> None:
-    """Runs this rank among all ranks and ends the process if the run did not complete."""
-    parallel = settings.parallel
-    rank = parallel.rank
-    topology = Topology(rank, parallel.pipeline_group_size, parallel.data_group_size)
-    rendezvous = meet(settings, resources, stop)
-    try:
-        policy = ExitPolicy.connect(rendezvous, topology, stop=stop)
-    except (TimeoutError, ConnectionError) as error:
-        sys.stderr.write(f"rank {rank}: {one_line(error)}\n")
-        sys.exit(1)
-    listener.hand_over(end=policy.fail, forward=policy.detector.forward_stop)
-    stop.phase = LOADING
+    """Trains or checks the cluster; ends the process if the run did not complete."""
+    policy = meeting.policy
     closing = ExitStack()  # closes what may take a minute, after the other ranks know of a failure
     try:
         if resources.problem is not None:
             raise resources.problem
-        settings, context = _connect(settings, topology, rendezvous, policy)
+        settings, context = _connect(settings, meeting)
         if settings.output.check_cluster:
-            end = End(check_cluster(settings, context, rendezvous))
+            end = End(check_cluster(settings, context, meeting.rendezvous))
         else:
             stopped = train(settings, context, console=console, stop=stop, closing=closing)
             end = End(0) if stopped is None else End(STOPPED, stopped)
@@ -93,72 +67,29 @@ def run_session(
         _fail_with_traceback(policy, error, before_exit=closing.close)
     policy.detector.close()
     if end.line is not None:
-        report_line(end.line if parallel.world_size == 1 else f"rank {rank}: {end.line}")
+        parallel = settings.parallel
+        alone = parallel.world_size == 1
+        report_line(end.line if alone else f"rank {parallel.rank}: {end.line}")
     if end.status:
         sys.exit(end.status)
 
 
-def meet(settings: Settings, resources: LocalResources, stop: StopRequest) -> Rendezvous:
-    """Meets the other ranks, also to report a problem; a world of one opens no socket."""
-    network, parallel = settings.network, settings.parallel
-    if parallel.world_size == 1:
-        return Rendezvous.alone()
-    try:
-        key = _job_key(network)
-    except ValueError as error:
-        refuse(error)  # without a key this rank cannot talk to the others
-    try:
-        interface = resources.interface
-        if interface is None:  # --net-interface is wrong, and this rank must report it
-            host, _ = parse_dist_url(network.dist_url)
-            interface = choose_interface(flag=None, master_host=host, environ={})
-        return join(
-            url=network.dist_url,
-            rank=parallel.rank,
-            world_size=parallel.world_size,
-            interface=interface,
-            facts=flags_of_all_ranks(settings),
-            key=key,
-            start=network.start_id,
-            join_timeout=network.join_timeout,
-            host=False if network.agent_store else None,
-            stop=stop,
-        )
-    except ValueError as error:
-        refuse(resources.problem or error)
-    except StopAskedError as error:
-        report_line(f"rank {parallel.rank}: {error}")
-        sys.exit(STOPPED)
-    except (TimeoutError, ConnectionError) as error:
-        sys.stderr.write(f"rank {parallel.rank}: {one_line(error)}\n")
-        sys.exit(1)
-
-
-def _job_key(network: NetworkSettings) -> JobKey:
-    path = network.job_token_file
-    key = read_job_key(network.job_id, path)
-    if path is not None and is_readable_by_others(path):
-        logger.warning("--job-token-file %s: other users may read it: `chmod 600` it", path)
-    return key
-
-
-def _connect(
-    settings: Settings, topology: Topology, rendezvous: Rendezvous, policy: ExitPolicy
-) -> tuple[Settings, RunContext]:
+def _connect(settings: Settings, meeting: Meeting) -> tuple[Settings, RunContext]:
     """Chooses the device and connects the ranks; the settings then name the backends."""
     transformers_logging.set_verbosity_error()
+    rendezvous = meeting.rendezvous
     device = choose_device(settings.parallel, ranks_here=len(rendezvous.ranks_on_this_host))
     dist_backend, dp_backend = choose_backends(settings.parallel, device)
     groups = create_process_groups(
-        topology,
+        meeting.topology,
         rendezvous,
         dist_backend=dist_backend,
         dp_backend=dp_backend,
         device=device,
         dist_timeout=settings.network.dist_timeout,
-        policy=policy,
+        policy=meeting.policy,
     )
-    context = RunContext(topology, groups, device, rendezvous.nonce)
+    context = RunContext(meeting.topology, groups, device, rendezvous.nonce)
     return settings.changed(dist_backend=dist_backend, dp_backend=dp_backend), context
 
 

@@ -1,0 +1,97 @@
+"""The meeting of all ranks, after which each knows at once if another one fails.
+
+It needs no model and no data: the large libraries are imported after it.
+"""
+
+import logging
+import sys
+from typing import NamedTuple
+
+from arguments.flag_table import flags_of_all_ranks
+from arguments.parser import refuse
+from arguments.settings import NetworkSettings, Settings
+from comm.lifecycle.exit import report_line
+from comm.lifecycle.stop_signals import (
+    LOADING,
+    STOPPED,
+    StopAskedError,
+    StopListener,
+    StopRequest,
+)
+from comm.liveness.failure_policy import ExitPolicy
+from comm.rendezvous.dist_url import parse_dist_url
+from comm.rendezvous.interface import choose_interface
+from comm.rendezvous.job_key import JobKey, is_readable_by_others, read_job_key
+from comm.rendezvous.join import Rendezvous, join
+from comm.topology import Topology
+from common.text import one_line
+from training.startup_checks import LocalResources
+
+logger = logging.getLogger(__name__)
+
+
+class Meeting(NamedTuple):
+    """The ranks that met, this rank's place among them, and what happens if one fails."""
+
+    rendezvous: Rendezvous
+    topology: Topology
+    policy: ExitPolicy
+
+
+def meet(
+    settings: Settings, resources: LocalResources, stop: StopRequest, listener: StopListener
+) -> Meeting:
+    """Meets the other ranks, also to report a problem; ends the process if that fails.
+
+    Requests to stop then reach all ranks. A world of one opens no socket.
+    """
+    parallel = settings.parallel
+    topology = Topology(parallel.rank, parallel.pipeline_group_size, parallel.data_group_size)
+    try:
+        rendezvous = _join(settings, resources, stop)
+        policy = ExitPolicy.connect(rendezvous, topology, stop=stop)
+    except ValueError as error:
+        refuse(resources.problem or error)
+    except StopAskedError as error:
+        report_line(f"rank {parallel.rank}: {error}")
+        sys.exit(STOPPED)
+    except (TimeoutError, ConnectionError) as error:
+        sys.stderr.write(f"rank {parallel.rank}: {one_line(error)}\n")
+        sys.exit(1)
+    listener.hand_over(end=policy.fail, forward=policy.detector.forward_stop)
+    stop.phase = LOADING
+    return Meeting(rendezvous, topology, policy)
+
+
+def _join(settings: Settings, resources: LocalResources, stop: StopRequest) -> Rendezvous:
+    network, parallel = settings.network, settings.parallel
+    if parallel.world_size == 1:
+        return Rendezvous.alone()
+    try:
+        key = _job_key(network)
+    except ValueError as error:
+        refuse(error)  # without a key this rank cannot talk to the others
+    interface = resources.interface
+    if interface is None:  # --net-interface is wrong, and this rank must report it
+        host, _ = parse_dist_url(network.dist_url)
+        interface = choose_interface(flag=None, master_host=host, environ={})
+    return join(
+        url=network.dist_url,
+        rank=parallel.rank,
+        world_size=parallel.world_size,
+        interface=interface,
+        facts=flags_of_all_ranks(settings),
+        key=key,
+        start=network.start_id,
+        join_timeout=network.join_timeout,
+        host=False if network.agent_store else None,
+        stop=stop,
+    )
+
+
+def _job_key(network: NetworkSettings) -> JobKey:
+    path = network.job_token_file
+    key = read_job_key(network.job_id, path)
+    if path is not None and is_readable_by_others(path):
+        logger.warning("--job-token-file %s: other users may read it: `chmod 600` it", path)
+    return key
