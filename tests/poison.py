@@ -148,7 +148,7 @@ def _step_noted() -> Iterator[list[int]]:
     """The number of the iteration under way, in a list of one."""
     iterate, now = Iteration._run, [0]
 
-    def noted(loop: Iteration, step: int, is_writing: bool) -> Any:
+    def noted(loop: Iteration, step: int, is_writing: Any) -> Any:
         now[0] = step
         return iterate(loop, step, is_writing)
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Callable
 
 from arguments.settings import UpdateSettings
 from comm.lifecycle.stop_signals import StopRequest
@@ -55,11 +56,12 @@ class Iteration:
         return self._totals.tracer
 
     def advance(
-        self, step: int, *, is_writing: bool = False
+        self, step: int, *, is_writing: Callable[[], bool] = lambda: False
     ) -> tuple[StepTotals, UpdateResult | None]:
         """Runs iteration `step` and the update that it ends, if it ends one.
 
-        `is_writing` tells the other ranks that this process still writes a checkpoint.
+        `is_writing` is asked when backward is done, and tells the other ranks whether this process
+        still writes a checkpoint.
 
         Raises:
             TrainingStoppedError: on every rank, if a number is not finite and none may be skipped.
@@ -87,7 +89,7 @@ class Iteration:
             f"{saved}; --bf16 or a loss scale below {self.update_step.scale:g} may help"
         )
 
-    def _run(self, step: int, is_writing: bool) -> StepTotals:
+    def _run(self, step: int, is_writing: Callable[[], bool]) -> StepTotals:
         settings, rows = self._settings, self.feed.next()
         if settings.begins_update(step):
             self._optimizer.gradients.begin_update(
@@ -104,7 +106,7 @@ class Iteration:
             tokens=losses.num_trained_tokens,
             squared_norms=norms,
             stop_cause=self._stop.asked,
-            is_writing=is_writing,
+            is_writing=is_writing(),
         )
         if not self.update_step.may_skip:
             self._check_finite(step, totals, batch, losses)

@@ -106,6 +106,7 @@ def _train(
     load_state_(update_step, context, start, indices=model.indices)
     _log_description(settings, context, start, model)
     stop.phase = training(settings.checkpoint.grace_seconds)
+    loader_closing = closing.enter_context(ExitStack())  # closed last: it may wait for a batch
     closing.callback(profile.close)
     recorder = open_run_recorder(settings, context, start, console)
     closing.callback(recorder.close)
@@ -127,7 +128,7 @@ def _train(
     if start.data is not None:
         meta = None if start.point is None else start.point.meta
         loader = start.data.open_loader(None if meta is None else dict(meta.data))
-        closing.callback(loader.close)
+        loader_closing.callback(loader.close)
     trainer = build_trainer(
         settings,
         context,

@@ -42,9 +42,9 @@ class Trainer:
             return f"{self._stop_cause} {NOT_BEGUN}"
         if before is not None:
             self._recorder.log_evaluation(0, before)
-        clock = Stopwatch()
+        clock, saver = Stopwatch(), self._saver
         for step in range(start + 1, self._total_steps + 1):
-            totals, result = self._iteration.advance(step, is_writing=self._saver.is_writing)
+            totals, result = self._iteration.advance(step, is_writing=lambda: saver.is_writing)
             self._stop_cause = self._stop_cause or totals.stop_cause
             seconds = clock.lap()
             is_due = self._settings.data.evaluates_after(step, total_steps=self._total_steps)

@@ -76,7 +76,8 @@ class FakeBatch(PipelineBatch):
     def documents(self, microbatch: int, device: torch.device) -> PackedDocuments | None:
         if self._documents is None:
             return None
-        fake = PackedDocuments(torch.empty_like(self._documents.doc_starts), device)
+        doc_starts = torch.empty(self._documents.doc_starts.shape, dtype=torch.int64)
+        fake = PackedDocuments(doc_starts, device)
         for name in ON_DEVICE:
             tensor = getattr(self._documents, name)
             fake.__dict__[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)

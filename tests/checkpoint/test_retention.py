@@ -284,3 +284,36 @@ def test_a_disk_that_does_not_let_latest_catch_up_is_a_warning(
     assert f"{tmp_path / 'latest'} does not name step 4 yet: [Errno 28]" in caplog.text
     store.update_latest(4)
     assert (tmp_path / "latest").read_text() == "4"
+
+
+def test_a_deletion_that_outlasts_a_save_is_caught_up_before_the_next(tmp_path: Path) -> None:
+    """Else the disk would hold one step more than there is room for, and every save would fail."""
+    store = CheckpointStore(
+        tmp_path,
+        control=SingleProcessCommunicator(),
+        topology=Topology(0, 1, 1),
+        nonce="0" * 32,
+        extras={},
+        policy=RetentionPolicy(1, None),
+    )
+    may_end, second_began = threading.Event(), threading.Event()
+
+    def slowly(path: Path, step: int, *given: Any, **more: Any) -> None:
+        if step == 2:
+            second_began.set()
+        assert may_end.wait(30.0)
+        delete_old_steps(path, step, *given, **more)
+
+    parts = {"checkpoint": {"w": torch.zeros(3)}, "optimizer": {}, "scheduler": {}}
+    with patch("checkpoint.retention.delete_old_steps", slowly):
+        for step in (1, 2):
+            store.begin(step_meta(step), parts=parts)
+            store.finish()
+            store.start_cleanup()
+        assert not second_began.is_set(), "the first still runs"
+        may_end.set()
+        store.begin(step_meta(3), parts=parts)
+        assert second_began.wait(30.0)
+        store.finish()
+        store.finish_cleanup()
+    assert steps_of(tmp_path) == ["3"]
