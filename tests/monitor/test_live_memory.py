@@ -60,7 +60,7 @@ def allocated_peak(run: Callable[[], object]) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_peak_of_training_is_that_of_the_allocator(dtype: torch.dtype) -> None:
     """Forward and backward of a transformer layer; what operators drop inside themselves is less
-    than 2% here."""
+    than 2% here, without oneDNN, whose bf16 matmul takes scratch memory on some processors."""
     layer = nn.TransformerEncoderLayer(64, 4, 256, dropout=0.0, batch_first=True).to(dtype)
     given = torch.randn(4, 128, 64, dtype=dtype)
 
@@ -70,12 +70,14 @@ def test_the_peak_of_training_is_that_of_the_allocator(dtype: torch.dtype) -> No
             out.sum().backward()
         layer.zero_grad()
 
-    run()
-    with LiveBytes() as live:
-        live.see([*layer.parameters(), given])
-        before = live.current["cpu"]
+    with torch.backends.mkldnn.flags(enabled=False):
         run()
-    assert live.peak["cpu"] - before == pytest.approx(allocated_peak(run), rel=0.02)
+        with LiveBytes() as live:
+            live.see([*layer.parameters(), given])
+            before = live.current["cpu"]
+            run()
+        allocated = allocated_peak(run)
+    assert live.peak["cpu"] - before == pytest.approx(allocated, rel=0.02)
 
 
 def test_what_bitsandbytes_makes_on_the_way_is_counted() -> None:
@@ -99,6 +101,9 @@ def test_what_bitsandbytes_makes_on_the_way_is_counted() -> None:
 
 
 def test_the_resident_peak_only_rises() -> None:
+    """By what fills more memory than this process has ever had."""
     before = peak_resident()
-    filled = torch.ones(16 * 2**20)
-    assert peak_resident() >= before + filled.nbytes / 2
+    filled = torch.ones((before + 64 * 2**20) // 4)
+    assert peak_resident() >= before + 32 * 2**20
+    del filled
+    assert peak_resident() >= before + 32 * 2**20
