@@ -83,15 +83,6 @@ class StepDeleter:
             self._task = BackgroundTask(partial(self._delete, self._path, step, complete or []))
         self._deleted_before = step
 
-    def catch_up(self) -> None:
-        """Starts the deletion that `start` left out, after waiting for the one before.
-
-        Without it, the disk would hold one step more than was planned for, for ever.
-        """
-        if self._saved is not None:
-            self.wait()
-            self.start()
-
     def wait(self) -> None:
         """Waits until the deletion has ended on all processes; rank 0 warns if it failed."""
         if self._deleted_before is None:

@@ -92,7 +92,7 @@ class CheckpointStore:
         they are written. Rank 0's `meta` is saved.
         """
         assert self._pending is None, "one step is saved at a time"
-        self._deleter.catch_up()
+        self._deleter.start()  # if it was left out after the last save
         text = broadcast_bytes(self._control, replace(meta, start=self._nonce).encode())
         folder = step_folder.partial_folder(self.path, meta.step, self._nonce)
         task = None

@@ -4,6 +4,7 @@ import importlib
 import itertools
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -312,6 +313,10 @@ def test_a_deletion_that_outlasts_a_save_is_caught_up_before_the_next(tmp_path: 
             store.start_cleanup()
         assert not second_began.is_set(), "the first still runs"
         may_end.set()
+        deadline = time.monotonic() + 30.0
+        while store._deleter.running is not None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         store.begin(step_meta(3), parts=parts)
         assert second_began.wait(30.0)
         store.finish()
