@@ -1,7 +1,7 @@
 """Checks the sources that --task-name and --evaluation-data name; needs no torch.
 
-A registered task is one file, which says how its rows are read (see `tasks.sources.rows`), and an
-entry in TASKS.
+A registered task is an entry in TASKS. Its row format (see `tasks.sources.rows`) stands here if it
+is a few lines long, else in a file of its own.
 """
 
 import json
