@@ -1,0 +1,131 @@
+"""--check-cluster as users start it: what four real processes tell of themselves and each other."""
+
+import re
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from arguments.flag_table import flags_of_all_ranks
+from arguments.train import parse_train
+from tests.support.cluster import flags, make_model
+from tests.support.dist import free_port
+from tests.support.entry import Outcome, Rank, Run, run_all
+from tests.support.valid_run import argv
+
+HOST = socket.gethostname()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cluster")
+    make_model(folder / "m")
+    other = make_model(folder / "other", layer_norm_eps=0.125)
+    (other / "pytorch_7.pt").unlink()
+    (other / "pytorch_6.pt").write_text("longer")
+    for name in ("token", "other token"):
+        (folder / name).write_text(f"a secret that is long: {name}")
+    (folder / "token").chmod(0o600)
+    return folder
+
+
+def ranks(home: Path, odd: dict[str, Any], **more: Any) -> list[Rank]:
+    """The four of a run, with `odd` flags on the last."""
+    common = flags(home, **{"dist-url": f"tcp://127.0.0.1:{free_port()}", **more})
+    return [
+        Rank(argv({**common, "rank": rank, **(odd if rank == 3 else {})}), home)
+        for rank in range(4)
+    ]
+
+
+@pytest.fixture(scope="module")
+def outcomes(home: Path) -> dict[str, list[Outcome]]:
+    runs = [
+        Run("missing", ranks(
+            home, {"job-token-file": home / "other token"},
+            **{"job-token-file": home / "token", "join-timeout": 12},
+        )),
+        Run("fine", ranks(home, {})),
+        Run("another model", ranks(home, {"model-name": home / "other"})),
+        Run("another flag", ranks(home, {"seq-length": 16})),
+        Run("no model", ranks(home, {"model-name": home / "nowhere"})),
+    ]  # fmt: skip
+    return run_all([[run] for run in runs], at_once=3, deadline=200.0)
+
+
+def test_ranks_that_agree(home: Path, outcomes: dict[str, list[Outcome]]) -> None:
+    first, *others = outcomes["fine"]
+    assert [one.status for one in (first, *others)] == [0] * 4, first
+    assert [one.stdout + one.stderr for one in others] == [""] * 3
+    lines = first.stdout.splitlines()
+    rows = [re.split("  +", line) for line in lines if "lo (127.0.0.1)" in line]
+    assert [row[:5] for row in rows] == [
+        [str(rank), str(rank % 2), str(rank // 2), HOST, "lo (127.0.0.1)"] for rank in range(4)
+    ]
+    assert all("1 thread" in row[5] for row in rows)
+    assert all(row[7].endswith(" GFLOP/s") and row[8].endswith(" forwards/s") for row in rows)
+    pattern = rf"rank (\d) \({re.escape(HOST)}\) -> rank (\d) .*  (pipeline|replicas)  .*/s$"
+    found = [match.groups() for line in lines if (match := re.match(pattern, line))]
+    assert found == [
+        ("0", "1", "pipeline"), ("1", "0", "pipeline"),
+        ("2", "3", "pipeline"), ("3", "2", "pipeline"),
+        ("0", "2", "replicas"), ("2", "0", "replicas"),
+        ("1", "3", "replicas"), ("3", "1", "replicas"),
+    ]  # fmt: skip
+    assert any(f", torch {torch.__version__}, " in line for line in lines)
+    assert "check passed: all ranks agree" in lines[-1]
+    assert any("2 microbatches per pipeline, gpipe, --num-layers 4,4" in line for line in lines)
+    assert not (home / "none").exists(), "nothing is written"
+
+
+def test_another_model_on_one_rank(outcomes: dict[str, list[Outcome]]) -> None:
+    first = outcomes["another model"][0]
+    assert [one.status for one in outcomes["another model"]] == [1] * 4
+    told = first.stdout.splitlines()
+    who = f"rank 3 (host {HOST})"
+    assert f"- config.json: layer_norm_eps is 0.125 on {who}, but 1e-05 on the others" in told
+    assert (
+        f"- pytorch_6.pt is 6 bytes on {who}, but 0 bytes on rank 1 (host {HOST})" in told
+    ) or f"- pytorch_6.pt is 0 bytes on rank 1 (host {HOST}), but 6 bytes on {who}" in told
+    assert f"- {who} has no pytorch_7.pt in --model-name" in told
+    assert told[-1] == "check failed: differing or missing, told above: 3"
+
+
+def test_no_model_on_one_rank(outcomes: dict[str, list[Outcome]]) -> None:
+    """The others' config.json says what to measure."""
+    told = outcomes["no model"][0].stdout
+    assert [one.status for one in outcomes["no model"]] == [1] * 4
+    assert re.search(r"- rank 3 \(host .*\): --model-name \S*nowhere: no such folder\n", told)
+    assert "an iteration (" in told
+
+
+def test_another_flag_on_one_rank(outcomes: dict[str, list[Outcome]]) -> None:
+    for one in outcomes["another flag"]:
+        assert one.status == 2
+        assert "--seq-length must be the same on all ranks" in one.stderr
+
+
+def test_a_missing_rank_is_named_while_the_others_wait(
+    outcomes: dict[str, list[Outcome]],
+) -> None:
+    """The last rank has another job's token: it goes, and counts as missing."""
+    *waiting, other = outcomes["missing"]
+    for one in waiting:
+        assert one.status == 1
+        assert "waiting for rank 3 (10 s of 12 s)" in one.stdout
+        assert "rank 3 did not join" in one.stderr
+    assert other.status == 2
+    assert f"is not that of rank 3 (host {HOST})" in other.stderr
+    assert other.seconds < waiting[0].seconds
+    assert "other token: other users may read it" in other.stdout
+    for one in outcomes["missing"]:
+        assert "a secret" not in one.stdout + one.stderr
+
+
+def test_what_a_rank_tells_of_its_flags_names_no_job(home: Path) -> None:
+    more = {"job-id": "a secret", "job-token-file": home / "token"}
+    told = flags_of_all_ranks(parse_train(argv(flags(home, **more)), {}))
+    assert told["--seq-length"] == 24
+    assert not [flag for flag in told if flag.startswith("--job")]

@@ -1,0 +1,72 @@
+"""--check-cluster between two machines, one of which sends at a rate that Linux's shaper sets."""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.cluster import make_model
+from tests.support.entry import Rank, Run, run_all
+from tests.support.hosts import HOSTS, wired
+from tests.support.valid_run import argv
+
+RATE = 40e6 / 8  # bytes per second, of the first machine's sends, headers included
+
+
+@pytest.fixture(scope="module")
+def wire() -> Iterator[None]:
+    """The two hosts, as long as the test runs."""
+    with wired():
+        yield
+
+
+@pytest.mark.usefixtures("wire")
+def test_the_rate_of_a_link_is_that_of_its_shaper(tmp_path: Path) -> None:
+    """Each machine has the model and a copy of the token; the flags name their files by other
+    paths."""
+    near, far = HOSTS
+    shape(near.name, near.interface)
+    ranks = []
+    for number, host in enumerate(HOSTS):
+        home = tmp_path / host.name
+        make_model(home / f"model{number}")
+        (home / f"token{number}").write_text("only these two machines know")
+        flags = {
+            "model-name": home / f"model{number}", "model-type": "gptneox", "num-layers": 4,
+            "embedding-dim": 32, "task-name": "none.jsonl", "seq-length": 64, "batch-size": 32,
+            "micro-batch-size": 32, "total-steps": 1, "world-size": 2, "rank": number,
+            "pipeline-group-size": 2, "dist-url": f"tcp://{near.address}:7033",
+            "job-token-file": home / f"token{number}", "check-cluster": "true",
+        }  # fmt: skip
+        ranks.append(Rank(argv(flags), home, host=host.name))
+    outcomes = run_all([[Run("check", ranks)]], at_once=1, deadline=120.0)["check"]
+    assert [one.status for one in outcomes] == [0, 0], outcomes
+    told = outcomes[0].stdout
+    assert "only these" not in told + outcomes[0].stderr + outcomes[1].stderr
+    there, back = (rate_of(told, a.name, b.name) for a, b in ((near, far), (far, near)))
+    assert 0.4 * RATE < there < 1.2 * RATE
+    assert back > 5 * there
+    assert f"stage 0 -> stage 1 of pipeline 0 (rank 0 ({near.name}) -> rank 1 ({far.name}))" in told
+    assert "both stages on one machine, or a faster link between them, would help" in told
+
+
+def shape(host: str, interface: str) -> None:
+    if shutil.which("tc") is None:
+        pytest.skip("needs the command tc (Debian's package iproute2)")
+    shaper = ["tbf", "rate", f"{8 * RATE / 1e6:g}mbit", "burst", "64kb", "latency", "400ms"]
+    command = ["tc", "-n", host, "qdisc", "add", "dev", interface, "root", *shaper]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"may not shape a link here: {error.stderr.strip()}")
+
+
+def rate_of(told: str, source: str, to: str) -> float:
+    """Bytes per second."""
+    pattern = rf"^rank \d \({source}\) -> rank \d \({to}\) .* (\S+) (kB|MB|GB)/s$"
+    found = re.search(pattern, told, re.MULTILINE)
+    assert found, told
+    return float(found[1]) * {"kB": 1e3, "MB": 1e6, "GB": 1e9}[found[2]]

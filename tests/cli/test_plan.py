@@ -1,0 +1,280 @@
+"""--plan: its numbers against arithmetic, its words, and what it takes as enough."""
+
+import os
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+import planning.memory.dry_run
+from arguments.train import parse_train
+from arguments.values import size as parsed_size
+from dist_clm_train import main
+from modules.layers.rotary import rotation
+from modules.registry import MODELS
+from pipeline_parallel.partition.stage_split import StageSplit
+from planning.memory.dry_run import DryRun, PlannedModel, StageMemory
+from tests.support.cases import to_argv
+
+HIDDEN, TOKENS, ROWS = 64, 32, 8
+CONFIG = GPTNeoXConfig(
+    vocab_size=512, hidden_size=HIDDEN, num_hidden_layers=3, num_attention_heads=4,
+    intermediate_size=4 * HIDDEN, max_position_embeddings=64,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With config.json alone."""
+    folder = tmp_path_factory.mktemp("plan")
+    CONFIG.save_pretrained(folder)
+    return folder
+
+
+def argv(folder: Path, **changes: Any) -> list[str]:
+    flags = {
+        "model_name": folder, "model_type": "gptneox", "num_layers": "auto",
+        "embedding_dim": HIDDEN, "seq_length": TOKENS, "batch_size": ROWS, "total_steps": 1,
+        "task_name": "no_such_file.jsonl", "checkpoint_path": folder / "none", **changes,
+    }  # fmt: skip
+    flags["world_size"] = flags.get("pipeline_group_size", 1) * flags.get("data_group_size", 1)
+    return to_argv({name.replace("_", "-"): value for name, value in flags.items()})
+
+
+def rehearse(folder: Path, rank: int, *, cuda: bool = False, **changes: Any) -> StageMemory:
+    args = parse_train(argv(folder, **changes), {})
+    family = MODELS["gptneox"].load()
+    split = StageSplit(
+        args.model.num_layers,
+        family.sizes(CONFIG),
+        num_stages=args.parallel.pipeline_group_size,
+        seq_len=TOKENS,
+    )
+    return DryRun(args, PlannedModel(family, CONFIG, split.layers), cuda=cuda).of_rank(rank)
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "device", "on_host"),
+    [
+        ({}, 16, 0),
+        ({"bf16": True}, 18, 0),
+        ({"fp16": True, "optimizer": "8bit-adam"}, 12, 0),
+        ({"bf16": True, "use_offload": True}, 6, 12),
+        ({"bf16": True, "data_group_size": 2, "zero_stage": 1}, 12, 0),
+    ],
+)
+def test_bytes_of_a_parameter_are_those_of_the_readme(
+    changes: dict[str, Any], device: float, on_host: float, cuda: bool, folder: Path
+) -> None:
+    """Within 4%: zero-stage 1 deals out whole weights, small ones have fp32 moments under
+    8bit-adam, and offload has two buffers of the largest weight."""
+    found = rehearse(folder, 0, cuda=cuda, **changes)
+    count = sum(p.numel() for p in GPTNeoXForCausalLM(CONFIG).parameters())
+    assert found.parameters == count
+    assert found.weights == (2 if "bf16" in changes or "fp16" in changes else 4) * count
+    kept = (found.weights + found.gradients + found.optimizer) / count
+    if cuda:
+        buffers = 2 * 4 * 512 * HIDDEN if on_host else 0
+        assert kept == pytest.approx(device, rel=0.04)
+        assert (found.host - buffers) / count == pytest.approx(on_host, rel=0.04)
+    else:
+        assert kept == pytest.approx(device + on_host, rel=0.04)
+
+
+def sizes() -> list[int]:
+    return [p.numel() for p in GPTNeoXForCausalLM(CONFIG).parameters()]
+
+
+def pinned(size: int) -> int:
+    power = 1
+    while power < size:
+        power *= 2
+    return power
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_the_copy_that_is_saved_is_in_host_memory(cuda: bool, folder: Path) -> None:
+    """Weights, masters and moments; of the replica that saves. Pinned, it is in powers of two."""
+    flags: dict[str, Any] = {"bf16": True, "data_group_size": 2}
+    for rank, size in ((0, 14), (1, 0)):
+        found = rehearse(folder, rank, cuda=cuda, async_checkpoint=True, **flags)
+        plain = rehearse(folder, rank, cuda=cuda, **flags)
+        added = size * found.parameters
+        if cuda and rank == 0:
+            added = sum(pinned(2 * n) + 3 * pinned(4 * n) for n in sizes())
+        assert (found.host, found.copied) == ((added, 0) if cuda else (0, added))
+        assert found.peak == plain.peak + found.copied
+        assert found.activations == plain.activations
+
+
+@pytest.mark.parametrize(
+    ("mode", "recompute"), [("gpipe", True), ("gpipe", False), ("1f1b", False), ("zb-h1", True)]
+)
+def test_a_few_microbatches_tell_of_many(
+    mode: str, recompute: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the losses of a stage's microbatches, 4 bytes each."""
+    flags: dict[str, Any] = {"pp_mode": mode, "recompute": recompute, "pipeline_group_size": 2}
+    few = [rehearse(folder, stage, **flags) for stage in range(2)]
+    monkeypatch.setattr(planning.memory.dry_run, "ENOUGH", ROWS)
+    for stage, found in enumerate(few):
+        whole = rehearse(folder, stage, **flags)
+        assert abs(whole.peak - found.peak) <= 4 * ROWS
+        assert replace(found, peak=whole.peak) == whole
+
+
+def test_on_gpus_scores_are_never_held(folder: Path) -> None:
+    """Twice the tokens in half the microbatches are as many activations, but for scores."""
+    flags: dict[str, Any] = {"recompute": False, "bf16": True, "pp_mode": "1f1b"}
+    short = rehearse(folder, 0, cuda=True, seq_length=32, micro_batch_size=4, **flags)
+    long = rehearse(folder, 0, cuda=True, seq_length=64, micro_batch_size=2, **flags)
+    assert long.activations == pytest.approx(short.activations, rel=0.02)
+
+
+def test_nothing_of_a_rehearsal_stays(folder: Path) -> None:
+    rehearse(folder, 0)
+    table = rotation(
+        TOKENS, HIDDEN // 16, 10_000.0, pairs=False, dtype=torch.float32, device=torch.device("cpu")
+    )
+    assert not isinstance(table.cos, FakeTensor)
+
+
+def plan(folder: Path, capsys: pytest.CaptureFixture[str], **changes: Any) -> tuple[int, list[str]]:
+    """The exit status, and what was printed."""
+    try:
+        main([*argv(folder, **changes), "--plan"])
+        status = 0
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    return status, capsys.readouterr().out.splitlines()
+
+
+def test_what_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, lines = plan(folder, capsys, pipeline_group_size=2, data_group_size=2)
+    assert status == 0
+    assert lines[0].startswith("gptneox, 2 stages x 2 pipelines on CPUs, fp32, adam; gpipe of 8 ")
+    block = 12 * HIDDEN**2 + 13 * HIDDEN
+    embedding, head = 512 * HIDDEN, 512 * HIDDEN + 2 * HIDDEN
+    for line, layers, extra in ((lines[2], 2, embedding), (lines[3], 1, head)):
+        cells = re.split(r"  +", line.strip())
+        millions = (layers * block + extra) / 1e6
+        assert cells[1:3] == [str(layers), f"{millions:.1f} M"]
+        assert cells[3] == cells[4] == in_units(4 * millions)
+        assert cells[5] == in_units(8 * millions)
+        assert cells[8:] == [str(ROWS), in_units(12 * millions)]
+    words = "\n".join(lines)
+    boundary = 4 * ROWS * TOKENS * HIDDEN / 1e3
+    assert f"stage 0 to 1: {boundary:.1f} kB an iteration, and as much back\n" in words
+    assert f"each replica of stage 0: {in_units(4 * (2 * block + embedding) / 1e6)} an" in words
+    assert f"rank 0 to the others: {3 * 8 * ROWS * TOKENS / 1e3:.1f} kB of tokens" in words
+    assert re.search(r"expected bubble \d+\.\d%$", words)
+
+
+def in_units(millions: float) -> str:
+    return f"{millions:.1f} MB" if millions >= 1 else f"{1000 * millions:.1f} kB"
+
+
+def test_what_does_not_fit_is_told_with_what_helps(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each change is what the plan with it says, and the first saves most."""
+    flags: dict[str, Any] = {"recompute": False, "micro_batch_size": 2}
+    peak = rehearse(folder, 0, **flags).peak
+    assert plan(folder, capsys, **flags, device_memory=f"{peak}B")[0] == 0
+    limit = peak - 1
+    status, lines = plan(folder, capsys, **flags, device_memory=f"{limit}B")
+    assert status == 1
+    start = next(i for i, line in enumerate(lines) if line.startswith("stage 0 needs"))
+    found = [
+        re.fullmatch(r"  (--.+): (\S+ .B) less, (\S+ .B) at the peak, which fits", line)
+        for line in lines[start + 1 :]
+    ]
+    assert all(found)
+    assert len(found) >= 4
+    saved = [parsed_size(one[2].replace(" ", "")) for one in found if one]
+    assert saved == sorted(saved, reverse=True)
+    changes: dict[str, dict[str, Any]] = {
+        "--recompute true": {"recompute": True},
+        "--pp-mode 1f1b": {"pp_mode": "1f1b"},
+        "--micro-batch-size 1": {"micro_batch_size": 1},
+    }
+    by_flag = {one[1]: one[3] for one in found if one}
+    for flag, change in changes.items():
+        own = rehearse(folder, 0, **{**flags, **change}).peak
+        assert by_flag[flag] == in_units(own / 1e6)
+
+
+def test_what_no_checkpoint_goes_on_with_is_told_so(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "2").mkdir()
+    flags: dict[str, Any] = {"micro_batch_size": 2, "recompute": False, "device_memory": "1kB"}
+    _, lines = plan(folder, capsys, **flags, checkpoint_path=tmp_path)
+    told = {line.split(":")[0].strip(): line for line in lines if line.startswith("  --")}
+    anew = {flag for flag, line in told.items() if line.endswith(" at the peak (a new run only)")}
+    assert anew == {"--micro-batch-size 1", "--optimizer 8bit-adam", "--bf16"}
+    assert {"--recompute true", "--pp-mode 1f1b"} < told.keys()
+
+
+def to_closed_pipe() -> TextIO:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
+def to_full_disk() -> TextIO:
+    return os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")
+
+
+def plan_to(file: TextIO, folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> int:
+    """The exit status; closing the file fails where it holds what it could not write."""
+    monkeypatch.setattr(sys, "stdout", file)
+    with file:
+        try:
+            main([*argv(folder, **changes), "--plan"])
+        except SystemExit as ended:
+            return int(ended.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize(("memory", "status"), [("1GB", 0), ("1kB", 1)])
+def test_who_stops_reading_still_learns_whether_it_fits(
+    memory: str, status: int, folder: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    found = plan_to(to_closed_pipe(), folder, monkeypatch, device_memory=memory)
+    assert found == status
+    assert capsys.readouterr().err == ""
+
+
+def test_a_full_disk_is_no_plan_that_does_not_fit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan_to(to_full_disk(), folder, monkeypatch) == 2
+    assert capsys.readouterr().err == "standard output: No space left on device\n"
+
+
+def test_the_other_ranks_print_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(folder, capsys, pipeline_group_size=2, rank=1) == (0, [])
+
+
+@pytest.mark.parametrize("size", ["24", "0GB", "-1GB", "24 g", "GB"])
+def test_a_size_without_its_unit_is_refused(
+    size: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*argv(folder), "--plan", f"--device-memory={size}"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("--device-memory: expected a size above 0")
+
+
+@pytest.mark.parametrize(("text", "size"), [("24GB", 24 * 10**9), ("1.5 GiB", 3 * 2**29)])
+def test_sizes(text: str, size: int, folder: Path) -> None:
+    assert parse_train([*argv(folder), "--device-memory", text], {}).output.device_memory == size

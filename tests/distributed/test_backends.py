@@ -1,0 +1,109 @@
+"""The whole training step over every channel: the same losses and weights, to the bit.
+
+On CPU, so with doubles at the last line before a GPU: of NCCL's communicator for CuPy's channel,
+and gloo's groups for torch's own. Gradients are sums of two replicas: bits may be compared.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cupy.cuda import nccl
+
+from monitor.metrics import read_metrics
+from tests.distributed.test_parity import make_shards
+from tests.support.cases import Case, meet_at, run_folder, train_cases
+from tests.support.data import make_texts, write_jsonl
+from tests.support.dist import run_ranks
+from tests.support.nccl_double import Traffic, nccl_double
+from tests.unit.comm.test_torch_nccl import gloo_for_nccl
+
+BACKENDS = ("gloo", "cupy_nccl", "nccl")
+SHAPES = {"fp32": [(2, 2), (4, 1)], "bf16": [(2, 2)], "fp16": [(2, 2)]}
+RUNS = [(precision, shape) for precision, shapes in SHAPES.items() for shape in shapes]
+LAYERS, ROWS, TOKENS, UPDATES = 4, 8, 16, 4
+HIDDEN, MICROBATCH = 32, 1
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"bf16": "true", "zero-stage": 1},
+    "fp16": {"fp16": "true", "gradient-accumulate-step": 2, "total-steps": 2 * UPDATES},
+}
+
+
+def flags(folder: Path) -> dict[str, Any]:
+    return {
+        "model-name": folder / "shards" / "tiny",
+        "model-type": "gptneox",
+        "num-layers": lambda stages, replicas: LAYERS // stages,
+        "embedding-dim": HIDDEN,
+        "task-name": folder / "a.jsonl",
+        "seq-length": TOKENS,
+        "batch-size": lambda stages, replicas: ROWS // replicas,
+        "micro-batch-size": MICROBATCH,
+        "total-steps": UPDATES,
+        "warmup-steps": 1,
+        "lr": 1e-3,
+        "weight-decay": 0.1,
+    }
+
+
+def train_over_each(
+    rank: int, world_size: int, url: str, meetings: dict[str, list[tuple[int, int, str]]],
+    folder: Path,
+) -> Traffic:  # fmt: skip
+    """All cases over every backend; returns what went through NCCL's double."""
+    cases = [
+        Case(name, flags(folder) | changes, shapes=SHAPES[name])
+        for name, changes in PRECISIONS.items()
+    ]
+    with nccl_double() as traffic, gloo_for_nccl() as groups:
+        for backend, shapes in meetings.items():
+            train_cases(rank, world_size, url, shapes, cases, folder / backend, backend)
+            assert bool(traffic) == (backend != "gloo"), "only CuPy's channel, from then on"
+            assert bool(groups) == (backend == "nccl"), "only torch's"
+    return traffic
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Sequence[Traffic]]:
+    folder = tmp_path_factory.mktemp("backends")
+    write_jsonl(folder / "a.jsonl", make_texts(60, seed=1))
+    make_shards(folder, "tiny", "gptneox", {"num_hidden_layers": LAYERS})
+    meetings = {backend: meet_at(SHAPES["fp32"]) for backend in BACKENDS}
+    return folder, run_ranks(4, train_over_each, meetings, folder, deadline=400.0)
+
+
+@pytest.mark.parametrize(("precision", "shape"), RUNS)
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_training_is_that_over_gloo(
+    backend: str, precision: str, shape: tuple[int, int], trained: tuple[Path, Sequence[Traffic]]
+) -> None:
+    folder, _ = trained
+    runs = [run_folder(folder / each, precision, *shape) for each in ("gloo", backend)]
+    expected, found = (read_metrics(run / "metrics.jsonl") for run in runs)
+    for key in ("loss", "grad_norm", "loss_scale", "lr"):
+        assert [line.get(key) for line in found] == [line.get(key) for line in expected], key
+    assert len({line["loss"] for line in found}) == len(found) >= UPDATES, "the loss moves"
+    for stage in range(shape[0]):
+        name = Path((runs[0] / "latest").read_text().strip()) / f"prank_{stage}_checkpoint.pt"
+        theirs, ours = (torch.load(run / name, weights_only=True) for run in runs)
+        assert theirs.keys() == ours.keys()
+        assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
+
+
+def test_activations_and_gradients_went_through_the_double(
+    trained: tuple[Path, Sequence[Traffic]],
+) -> None:
+    """Each in its compute type, and as many bytes as there are, over both shapes in fp32."""
+    total = sum((traffic for traffic in trained[1]), Counter[tuple[str, int]]())
+    elements = 2 * ROWS * TOKENS * HIDDEN * UPDATES  # between two neighbours, both ways
+    opened = 2 * 2 + 2 * 3  # each edge's first message of one number: two pipelines of 2, one of 4
+    assert total["send", nccl.NCCL_FLOAT32] == 4 * (elements + 3 * elements + opened)
+    assert total["send", nccl.NCCL_BFLOAT16] == 2 * elements
+    assert total["send", nccl.NCCL_FLOAT16] == 2 * 2 * elements
+    assert total["allReduce", nccl.NCCL_FLOAT32] > 0, "gradients of fp32 and fp16 runs"
+    assert total["reduce", nccl.NCCL_FLOAT32] > 0, "gradients to their owners"
+    assert total["broadcast", nccl.NCCL_BFLOAT16] > 0, "weights from their owners"

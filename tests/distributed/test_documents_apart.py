@@ -1,0 +1,140 @@
+"""--pack document over stages and replicas, against the Hugging Face model that is given each
+document by itself, as its end-of-text token tells where it ends.
+"""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from monitor.metrics import read_metrics
+from pipeline_parallel.schedule.schedules import SCHEDULES
+from tests.distributed.test_parity import (
+    DROPOUT,
+    MODELS_TRIED,
+    TOLERANCE,
+    blocks,
+    flags,
+    make_shards,
+    reference,
+    worst,
+)
+from tests.support.cases import Case, curve, meet_at, run_folder, train_cases
+from tests.support.data import make_texts, tokenizer, write_jsonl
+from tests.support.dist import run_ranks
+from tests.support.documents import Alone, doc_starts_after, losses_alone
+
+MIDDLE = (4, 1)  # has stages with neither tokens nor labels
+SHAPES = [(2, 2), MIDDLE]
+END = 0  # the tokenizer's end of text
+
+
+APART = {"pack": "document"}
+
+
+class Reference(NamedTuple):
+    """Losses of the iterations, norms of the updates, and the held-out loss before the first."""
+
+    losses: list[float]
+    norms: list[float]
+    held_out: float
+
+
+class Trained(NamedTuple):
+    """The folder of all runs, the reference of each model, and the losses of the first model where
+    documents are not kept apart."""
+
+    folder: Path
+    references: dict[str, Reference]
+    together: list[float]
+
+
+def find(tokens: Tensor) -> Tensor:
+    return doc_starts_after(tokens, END)
+
+
+@torch.no_grad()
+def held_out_loss(model: Alone, path: Path) -> float:
+    """Of all tokens but each document's first, the documents as the file has them."""
+    texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    found = [
+        losses_alone(model.model, torch.tensor([*tokenizer()(text)["input_ids"], END]))
+        for text in texts
+    ]
+    return torch.cat(found).mean().item()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    folder = tmp_path_factory.mktemp("apart")
+    write_jsonl(folder / "a.jsonl", make_texts(60, seed=1, longest=4))
+    write_jsonl(folder / "b.jsonl", make_texts(60, seed=2))
+    held_out = write_jsonl(folder / "c.jsonl", make_texts(5, seed=3, longest=4))
+    models = {name: make_shards(folder, name, *model) for name, model in MODELS_TRIED.items()}
+    make_shards(folder, "dropout", *DROPOUT)
+    together, _ = reference(deepcopy(models["neox"]), blocks(folder), 1)
+    references = {}
+    for name, model in models.items():
+        alone = Alone(model, find)
+        before = held_out_loss(alone, held_out)
+        references[name] = Reference(*reference(alone, blocks(folder, "document"), 1), before)
+    cases = cases_of(folder, held_out)
+    run_ranks(4, train_cases, meet_at(SHAPES), cases, folder, deadline=400.0)
+    return Trained(folder, references, together)
+
+
+def cases_of(folder: Path, held_out: Path) -> list[Case]:
+    """Each model, every schedule with and without recompute, and dropout."""
+    models = [
+        Case(name, flags(folder, name, family, 1) | APART | {"evaluation-data": held_out})
+        for name, (family, _) in MODELS_TRIED.items()
+    ]
+    own = flags(folder, "neox", "gptneox", 1) | APART | {"micro-batch-size": 1}
+    schedules = [
+        Case(f"{mode}-{recompute}", own | {"pp-mode": mode, "recompute": recompute},
+             shapes=[MIDDLE])
+        for mode in SCHEDULES for recompute in ("true", "false")
+    ]  # fmt: skip
+    dropout = Case("dropout", flags(folder, "dropout", DROPOUT[0], 1) | APART)
+    return [*models, *schedules, dropout]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", MODELS_TRIED)
+def test_losses_are_those_of_each_document_alone(
+    name: str, shape: tuple[int, int], trained: Trained
+) -> None:
+    losses, norms, held_out = trained.references[name]
+    assert max(losses) - min(losses) > 0.2, "the loss moves"
+    first = read_metrics(run_folder(trained.folder, name, *shape) / "metrics.jsonl")[0]
+    for key, found, expected in (
+        ("loss", curve(trained.folder, name, *shape), losses),
+        ("grad_norm", curve(trained.folder, name, *shape, key="grad_norm"), norms),
+        ("eval_loss_before", [first["eval_loss_before"]], [held_out]),
+    ):
+        error = worst(found, expected)
+        print(f"{name} apart, P={shape[0]} R={shape[1]}, {key}: {error:.1e}")
+        assert error < TOLERANCE
+    if name == "neox":
+        assert worst(losses, trained.together) > 100 * TOLERANCE, "it matters"
+
+
+def test_bits_depend_on_neither_schedule_nor_recompute(trained: Trained) -> None:
+    losses, norms, _ = trained.references["neox"]
+    for key, expected in (("loss", losses), ("grad_norm", norms)):
+        curves = [
+            curve(trained.folder, f"{mode}-{recompute}", *MIDDLE, key=key)
+            for mode in SCHEDULES for recompute in ("true", "false")
+        ]  # fmt: skip
+        assert curves == [curves[0]] * len(curves)
+        assert worst(curves[0], expected) < TOLERANCE
+
+
+def test_dropout_is_the_same_in_every_shape(trained: Trained) -> None:
+    one, other = (curve(trained.folder, "dropout", *shape) for shape in SHAPES)
+    assert worst(one, other) < TOLERANCE
+    assert worst(one, trained.references["neox"].losses) > 1e-3

@@ -1,0 +1,125 @@
+"""--plan against what a run then measures, in shapes that differ in all that a plan depends on.
+
+Live bytes of tensors do not depend on the machine's speed or load, so this is no timed test.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from transformers import GPTJConfig, GPTNeoXConfig
+
+from tests.support.cases import Case, meet_at, run_folder, train_cases
+from tests.support.data import make_texts, tokenizer, write_jsonl
+from tests.support.dist import run_ranks
+
+WITHIN = 0.01
+WITHIN_DOCUMENTS = 0.05  # whose lengths no plan knows
+NEOX = {
+    "vocab_size": 2048,
+    "hidden_size": 128,
+    "num_hidden_layers": 6,
+    "intermediate_size": 512,
+    "max_position_embeddings": 256,
+    "num_attention_heads": 4,
+}
+GPTJ = {
+    "vocab_size": 2048,
+    "n_embd": 128,
+    "n_layer": 6,
+    "n_positions": 256,
+    "n_head": 8,
+    "rotary_dim": 8,
+}
+MODELS = {
+    "neox": GPTNeoXConfig(**NEOX),  # heads of 32: up to 128 tokens keep their probabilities
+    "dropout": GPTNeoXConfig(**NEOX, hidden_dropout=0.1, attention_dropout=0.1),
+    "wide": GPTNeoXConfig(**{**NEOX, "num_attention_heads": 1, "vocab_size": 6000}),
+    "gptj": GPTJConfig(**GPTJ),
+}
+
+
+class Shape(NamedTuple):
+    """A run: stages and replicas, the model, and its flags."""
+
+    name: str
+    stages: int
+    replicas: int
+    model: str
+    flags: dict[str, Any]
+
+
+SHAPES = [
+    Shape("plain", 1, 1, "neox", {"seq-length": 128}),
+    Shape("offload", 1, 1, "gptj", {
+        "bf16": True, "recompute": False, "use-offload": True, "micro-batch-size": 2}),
+    Shape("long", 1, 1, "gptj", {"seq-length": 256, "recompute": False, "batch-size": 7}),
+    Shape("dropout", 1, 1, "dropout", {"recompute": False, "gradient-accumulate-step": 2}),
+    Shape("many", 2, 1, "neox", {"batch-size": 16, "fp16": True}),
+    Shape("zb", 2, 1, "wide", {"pp-mode": "zb-h1", "recompute": False}),
+    Shape("zb-recompute", 2, 1, "neox", {
+        "pp-mode": "zb-h1", "bf16": True, "optimizer": "8bit-adam", "seq-length": 256}),
+    Shape("documents", 2, 1, "neox", {
+        "pp-mode": "1f1b", "pack": "document", "recompute": False, "micro-batch-size": 2}),
+    Shape("copied", 2, 1, "neox", {
+        "async-checkpoint": True, "bf16": True, "checkpoint-steps": 1}),
+    Shape("8bit", 1, 2, "gptj", {"fp16": True, "optimizer": "8bit-adam", "zero-stage": 1}),
+    Shape("three", 1, 3, "neox", {"zero-stage": 1, "use-offload": True}),
+    Shape("four", 4, 1, "wide", {"pp-mode": "1f1b", "recompute": False, "batch-size": 16}),
+]  # fmt: skip
+LINE = re.compile(
+    r"memory of (rank \d+) .*: peak of live tensors (\S+ \S+), planned (\S+ \S+) "
+    r"\((\S+)%\); peak RSS (\S+ \S+)"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plan")
+    for name, config in MODELS.items():
+        config.save_pretrained(folder / name)
+        tokenizer().save_pretrained(folder / name)
+    write_jsonl(folder / "a.jsonl", make_texts(60, seed=1))
+    return folder
+
+
+def flags(folder: Path, shape: Shape) -> dict[str, Any]:
+    held_out = {"evaluation-data": folder / "a.jsonl", "evaluation-num-batch": 1}
+    if shape.name not in ("plain", "zb"):
+        held_out = {}
+    return {
+        "model-name": folder / shape.model, "load-pretrained-model": False,
+        "model-type": "gptj" if shape.model == "gptj" else "gptneox",
+        "num-layers": "auto", "embedding-dim": 128, "task-name": folder / "a.jsonl",
+        "seq-length": 64, "total-steps": 2, "measure-memory": True, **shape.flags, **held_out,
+    }  # fmt: skip
+
+
+def ratios(told: Sequence[str], name: str) -> Iterator[float]:
+    for line in told:
+        found = LINE.search(line)
+        if found is not None:
+            rank, measured, planned, ratio, resident = found.groups()
+            print(f"{name:14s}{rank:8s}{planned:>10s}{measured:>10s}{ratio:>8s}%{resident:>11s}")
+            yield float(ratio) / 100
+
+
+SLOW = [pytest.param(world, marks=pytest.mark.slow) for world in (3, 4)]
+
+
+@pytest.mark.parametrize("world", [1, 2, *SLOW])
+def test_the_plan_is_what_a_run_measures(world: int, folder: Path) -> None:
+    shapes = [one for one in SHAPES if one.stages * one.replicas == world]
+    places = sorted({(one.stages, one.replicas) for one in shapes})
+    cases = [
+        Case(one.name, flags(folder, one), shapes=[(one.stages, one.replicas)]) for one in shapes
+    ]
+    told, *_ = run_ranks(world, train_cases, meet_at(places), cases, folder, deadline=200.0)
+    for one in shapes:
+        run = run_folder(folder, one.name, one.stages, one.replicas)
+        found = list(ratios(told[run.name].lines, one.name))
+        assert len(found) == world
+        within = WITHIN_DOCUMENTS if one.name == "documents" else WITHIN
+        assert all(abs(ratio - 1) <= within for ratio in found)

@@ -1,0 +1,173 @@
+"""Runs that were stopped, killed or have no shared disk, and go on with other stages.
+
+Two pipelines of two stages (2,1 of three layers) become four of one, or one of three. The losses
+are those of the run that nobody disturbed.
+"""
+
+import shutil
+import signal
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoint.steps.manifest import read_manifest
+from tests.distributed.test_mixed_precision import worst
+from tests.support.dist import run_ranks
+from tests.support.kill_lab import STEPS, WORLD, Lab, leftovers, make_lab, numbers
+from tests.support.kill_plan import PUBLISH
+from tests.support.processes import Kill, Outcome, fork_ranks
+
+_TRAIN = "pipeline_parallel.engine:Engine.train"
+STOPPED = 10
+FOUR_PIPELINES = {"pipeline-group-size": 1, "data-group-size": 4, "batch-size": 1, "num-layers": 3}
+THREE_STAGES = {
+    "pipeline-group-size": 3, "data-group-size": 1, "world-size": 3, "batch-size": 4,
+    "num-layers": 1,
+}  # fmt: skip
+KEEP = {"keep-checkpoints": 2, "keep-optimizer-states": 1}
+# By rank, of which of the two stages it needs files that it has not saved itself.
+NEEDS: dict[str, dict[int, int]] = {"four pipelines": {0: 1}, "three stages": {1: 0, 2: 1}}
+SHAPES: dict[str, dict[str, Any]] = {"four pipelines": FOUR_PIPELINES, "three stages": THREE_STAGES}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A start's end, and what `latest` and the steps under rank 0's folder were after it."""
+
+    outcome: Outcome
+    latest: str
+    steps: list[str]
+
+
+def stop_after(rank: int, iterations: int) -> Kill:
+    return Kill("", rank, _TRAIN, nth=iterations, signals=(signal.SIGTERM,))
+
+
+def start(
+    lab: Lab, name: str, *kills: Kill, own_disks: bool = False, changes: dict[str, Any]
+) -> Seen:
+    argvs = lab.argvs(name, own_disks=own_disks, changes=changes)
+    argvs = argvs[: changes.get("world-size", WORLD)]
+    outcome = fork_ranks(argvs, lab.folder, kills=kills)
+    disk = lab.disk(name, 0 if own_disks else None)
+    steps = sorted((path.name for path in disk.glob("[0-9]*")), key=int)
+    return Seen(outcome, (disk / "latest").read_text(), steps)
+
+
+def live(_rank: int, _world: int, _url: str, lab: Lab) -> dict[str, Seen]:
+    found = {"whole": start(lab, "whole", changes={})}
+    found["kept, two stages"] = start(lab, "kept", stop_after(1, STOPPED), changes=KEEP)
+    again = KEEP | FOUR_PIPELINES
+    # The first save of a run's other shape, at step 12; a save renames once the files are whole.
+    dies = Kill("", 0, PUBLISH)
+    found["kept, dies"] = start(lab, "kept", dies, changes=again)
+    found["kept, stopped"] = start(lab, "kept", stop_after(2, 2), changes=again)
+    shutil.copytree(lab.disk("kept"), lab.folder / "kept at 12")
+    found["kept, back"] = start(lab, "kept", changes=KEEP)
+    for name, shape in SHAPES.items():
+        never = {"checkpoint-steps": 0}
+        found[f"{name}, stopped"] = start(
+            lab, name, stop_after(3, STOPPED), own_disks=True, changes=never
+        )
+        found[f"{name}, apart"] = start(lab, name, own_disks=True, changes=never | shape)
+        gather(lab, name)
+        found[f"{name}, gathered"] = start(lab, name, own_disks=True, changes=never | shape)
+    return found
+
+
+def gather(lab: Lab, name: str) -> None:
+    """Brings what the ranks' lines ask for."""
+    for rank, stage in NEEDS[name].items():
+        target = lab.disk(name, rank) / str(STOPPED)
+        shutil.copytree(lab.disk(name, stage) / str(STOPPED), target, dirs_exist_ok=True)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return make_lab(tmp_path_factory.mktemp("reshard-runs"))
+
+
+@pytest.fixture(scope="module")
+def seen(lab: Lab) -> dict[str, Seen]:
+    (found,) = run_ranks(1, live, lab, deadline=400.0)
+    return found
+
+
+def check_losses(lab: Lab, disk: Path) -> None:
+    whole, others = numbers(lab.disk("whole")), numbers(disk)
+    assert [line["step"] for line in others] == list(range(1, STEPS + 1))
+    assert others[:STOPPED] == whole[:STOPPED]
+    assert worst([line["loss"] for line in others], [line["loss"] for line in whole]) < 1e-5
+    evaluated = [[line.get("eval_loss") for line in lines] for lines in (others, whole)]
+    for one, other in zip(*evaluated, strict=True):
+        assert one is None or one == pytest.approx(other, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_machines_without_the_files_are_told_which_to_bring(
+    name: str, lab: Lab, seen: dict[str, Seen]
+) -> None:
+    """On every rank, with status 2; the run had been stopped by a signal, with status 75."""
+    assert seen[f"{name}, stopped"].outcome.statuses == [75] * WORLD
+    outcome = seen[f"{name}, apart"].outcome
+    assert outcome.statuses == [2] * len(outcome.statuses)
+    for (line,) in outcome.lines:
+        for rank, stage in NEEDS[name].items():
+            place = lab.disk(name, rank) / str(STOPPED)
+            words = f"rank {rank} on {socket.gethostname()} needs in {place} "
+            files = f"prank_{stage}_{{checkpoint.pt,optimizer.pt,scheduler.pt,manifest.json}}"
+            assert words + files in line
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_once_they_are_brought_the_run_goes_on_with_the_same_losses(
+    name: str, lab: Lab, seen: dict[str, Seen]
+) -> None:
+    outcome = seen[f"{name}, gathered"].outcome
+    assert outcome.statuses == [0] * len(outcome.statuses)
+    become = {"four pipelines": "1 of 3", "three stages": "3 of 1,1,1"}[name]
+    words = f"the checkpoint's 2 stages of 2,1 layers become {become}"
+    assert any(line.endswith(words) for line in outcome.told[0])
+    check_losses(lab, lab.disk(name, 0))
+    for rank in range(SHAPES[name]["pipeline-group-size"]):
+        disk = lab.disk(name, rank)
+        assert (disk / "latest").read_text() == str(STEPS)
+        assert leftovers(disk) == []
+        parts = sorted(path.name for path in (disk / str(STEPS)).glob("prank_*"))
+        ends = ("checkpoint.pt", "manifest.json", "optimizer.pt", "scheduler.pt")
+        assert parts == [f"prank_{rank}_{end}" for end in ends]
+
+
+def test_a_death_in_the_first_save_of_other_stages_costs_that_save_alone(
+    lab: Lab, seen: dict[str, Seen]
+) -> None:
+    assert seen["kept, two stages"].outcome.statuses == [75] * WORLD
+    assert seen["kept, two stages"].steps == ["8", "10"]
+    dies = seen["kept, dies"]
+    assert dies.outcome.statuses[0] == -signal.SIGKILL
+    assert (dies.latest, dies.steps) == ("10", ["8", "10"])
+    assert any(line.startswith("resumed from step 10") for line in dies.outcome.told[0])
+
+
+def test_old_steps_of_other_stages_go_as_those_of_these_do(lab: Lab, seen: dict[str, Seen]) -> None:
+    """Steps beyond --keep-checkpoints go whole, and states of all their stages."""
+    stopped = seen["kept, stopped"]
+    assert stopped.outcome.statuses == [75] * WORLD
+    assert (stopped.latest, stopped.steps) == ("12", ["10", "12"])
+    kept = lab.folder / "kept at 12"
+    assert [path.name for path in kept.glob("*/*_optimizer.pt")] == ["prank_0_optimizer.pt"]
+    assert (kept / "12" / "prank_0_optimizer.pt").exists()
+    for step, stages in (("10", 2), ("12", 1)):
+        for stage in range(stages):
+            read_manifest(kept / step, stage).check(kept / step)
+    assert read_manifest(kept / "10", 1).dropped == ["prank_1_optimizer.pt"]
+
+
+def test_a_run_goes_on_and_back_with_the_same_losses(lab: Lab, seen: dict[str, Seen]) -> None:
+    assert seen["kept, back"].outcome.statuses == [0] * WORLD
+    words = "the checkpoint's 1 stage of 3 layers becomes 2 of 2,1"
+    assert any(line.endswith(words) for line in seen["kept, back"].outcome.told[0])
+    check_losses(lab, lab.disk("kept"))

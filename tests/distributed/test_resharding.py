@@ -1,0 +1,221 @@
+"""A run goes on at another number of stages or replicas, or another split, with the same losses.
+
+Every shape trains to its end and saves its middle; from there each goes on at every other shape,
+and must tell what the run that stayed as it was tells.
+"""
+
+import json
+import logging
+import re
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.test_mixed_precision import worst
+from tests.distributed.test_resume_rules import run_parts
+from tests.support.cases import Case, Told, run_folder
+from tests.support.reshard_lab import (
+    KINDS,
+    PAIRS,
+    SAVED,
+    SHAPES,
+    STEPS,
+    Shape,
+    check_resumed,
+    flags,
+    lines_of,
+    resumed,
+    resumed_name,
+    train_all,
+)
+from tests.unit.checkpoint.test_damage import cut, flip
+from training.run_start import RunStart, open_run
+
+FEW: list[tuple[Shape, Shape]] = [((1, 2), (2, 1)), ((4, 1), (1, 2))]
+FEW_KINDS = [*KINDS[1:], ("fp16", "adam")]
+LONG = 12  # steps after the save in the long form
+# Relative, of losses. In fp32 what the project promises: 1e-7 measured over the long form. In half
+# precision losses differ where a weight rounds the other way, which none did: 0 measured.
+TOLERANCES = {
+    ("fp32", "adam"): 1e-5,
+    ("fp32", "8bit-adam"): 1e-4,
+    ("bf16", "adam"): 1e-4,
+    ("bf16", "8bit-adam"): 1e-4,
+    ("fp16", "adam"): 1e-4,
+}
+Spoil = Callable[[Path], object]
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Told]]:
+    """The short form: all pairs for fp32 and adam, and a few for the rest."""
+    folder = tmp_path_factory.mktemp("resharding")
+    whole = [Case("fp32-adam", flags(folder, KINDS[0]))]
+    others = resumed(folder, KINDS[0], PAIRS)
+    for kind in FEW_KINDS:
+        whole.append(
+            Case("-".join(kind), flags(folder, kind), shapes=[source for source, _ in FEW])
+        )
+        others += resumed(folder, kind, FEW, **{"zero-stage": 1, "use-offload": "true"})
+    others.append(
+        Case(
+            "listed",
+            flags(folder, KINDS[0], **{"num-layers": "3,4"}),
+            after=("fp32-adam-2-1", SAVED),
+            shapes=[(2, 1)],
+        )
+    )
+    return folder, train_all(folder, whole, others, deadline=500.0)
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+def test_every_shape_goes_on_at_every_other(
+    source: Shape, target: Shape, ended: tuple[Path, dict[str, Told]]
+) -> None:
+    assert check_resumed(ended[0], KINDS[0], source, target) < TOLERANCES[KINDS[0]]
+
+
+@pytest.mark.parametrize(("source", "target"), FEW)
+@pytest.mark.parametrize("kind", FEW_KINDS)
+def test_every_precision_and_optimizer_does(
+    kind: tuple[str, str], source: Shape, target: Shape, ended: tuple[Path, dict[str, Told]]
+) -> None:
+    """Also where state is sharded and offloaded from then on."""
+    assert check_resumed(ended[0], kind, source, target) < TOLERANCES[kind]
+
+
+@pytest.mark.parametrize("source", SHAPES)
+def test_the_new_stages_are_told_in_one_line(
+    source: Shape, ended: tuple[Path, dict[str, Told]]
+) -> None:
+    told = ended[1][f"{resumed_name(KINDS[0], source)}-2-1"].lines
+    kept = {
+        1: ["the checkpoint's 1 stage of 7 layers becomes 2 of 5,2"],
+        4: ["the checkpoint's 4 stages of 1,3,2,1 layers become 2 of 5,2"],
+    }
+    assert [line for line in told if "become" in line] == kept.get(source[0], [])
+
+
+def test_as_many_stages_may_have_other_layers(ended: tuple[Path, dict[str, Told]]) -> None:
+    folder, told = ended
+    stayed, moved = (lines_of(folder / name) for name in ("fp32-adam-2-1", "listed-2-1"))
+    assert worst([one["loss"] for one in moved], [one["loss"] for one in stayed]) < 1e-5
+    assert "the checkpoint's 2 stages of 5,2 layers become 2 of 3,4" in told["listed-2-1"].lines
+    meta = json.loads((folder / "listed-2-1" / str(STEPS) / "meta.json").read_text())
+    assert (meta["num_stages"], meta["num_layers"]) == (2, [3, 4])
+
+
+# What is done to the last step of four stages (1,3,2,1), and what the first of two (5,2) says then:
+# it needs the files of the first three.
+SPOILT: dict[str, tuple[Spoil, str]] = {
+    "optimizer cut": (
+        lambda step: cut(step / "prank_2_optimizer.pt"),
+        "6/prank_2_optimizer.pt: damaged: ",
+    ),
+    "weights with a wrong bit": (
+        lambda step: flip(step / "prank_1_checkpoint.pt", 0.5),
+        "6/prank_1_checkpoint.pt: damaged: its checksum is",
+    ),
+    "weights gone": (
+        lambda step: (step / "prank_0_checkpoint.pt").unlink(),
+        "6/prank_0_checkpoint.pt: no such file, but prank_0_manifest.json lists it",
+    ),
+    "manifest gone": (
+        lambda step: (step / "prank_2_manifest.json").unlink(),
+        "6/prank_2_manifest.json: no such file, expected a manifest",
+    ),
+    "meta.json with a wrong bit": (
+        lambda step: flip(step / "meta.json", 0.5),
+        "6/meta.json: damaged: its checksum is",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def four(ended: tuple[Path, dict[str, Told]], tmp_path: Path) -> Path:
+    """A copy of what four stages left."""
+    return shutil.copytree(run_folder(ended[0], "fp32-adam", 4, 1), tmp_path / "run")
+
+
+def first_of_two(run: Path, folder: Path) -> RunStart:
+    """The first of two stages, up to where it would read weights."""
+    own = {"checkpoint-path": run, "pipeline-group-size": 2, "world-size": 2, "num-layers": "5,2"}
+    flags_here = flags(folder, KINDS[0]) | own | {"batch-size": 4, "use-cuda": "false"}
+    return open_run(**run_parts(flags_here))
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_file_that_a_stage_needs_and_is_not_whole_is_named(
+    name: str, four: Path, ended: tuple[Path, dict[str, Told]]
+) -> None:
+    """And the step before is offered, which is whole."""
+    spoil, words = SPOILT[name]
+    spoil(four / str(STEPS))
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        first_of_two(four, ended[0])
+    assert f"the newest complete checkpoint before it is step {SAVED}: to go on" in str(error.value)
+
+
+def test_what_a_stage_does_not_need_does_not_matter(
+    four: Path, ended: tuple[Path, dict[str, Told]]
+) -> None:
+    cut(four / str(STEPS) / "prank_3_checkpoint.pt")
+    assert first_of_two(four, ended[0]).step == STEPS
+    for path in (four / str(STEPS)).glob("prank_3_*"):
+        path.unlink()
+    assert first_of_two(four, ended[0]).step == STEPS
+
+
+def test_what_is_not_here_is_told_by_name_rank_and_host(
+    four: Path, ended: tuple[Path, dict[str, Told]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As an error where there is no step to go on from, and as a warning where there is one."""
+    needs = (
+        f"rank 0 on {socket.gethostname()} needs in {{}} "
+        "prank_2_{{checkpoint.pt,optimizer.pt,scheduler.pt,manifest.json}}"
+    )
+    for path in (four / str(STEPS)).glob("prank_2_*"):
+        path.unlink()
+    with caplog.at_level(logging.WARNING):
+        assert first_of_two(four, ended[0]).step == SAVED
+    last = needs.format(four / str(STEPS))
+    assert [record.message for record in caplog.records][1:] == [f"step {STEPS}: {last}"]
+    assert (four / "latest").read_text() == str(SAVED)
+    shutil.rmtree(four / str(STEPS))
+    (four / "latest").unlink()
+    (four / "latest_manifest.json").unlink()
+    for path in (four / str(SAVED)).glob("prank_2_*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=re.escape(needs.format(four / str(SAVED)))) as error:
+        first_of_two(four, ended[0])
+    assert "no step is complete on every stage and of one save (stage 0 has none)" in str(
+        error.value
+    )
+
+
+def test_files_of_another_save_are_not_mixed_in(
+    four: Path, ended: tuple[Path, dict[str, Told]]
+) -> None:
+    other = run_folder(ended[0], resumed_name(KINDS[0], (1, 1)), 4, 1) / str(STEPS)
+    shutil.rmtree(four / str(SAVED))
+    for path in other.glob("prank_1_*"):
+        shutil.copy(path, four / str(STEPS))
+    with pytest.raises(ValueError, match=r"/prank_1_manifest\.json: of another save than prank_0_"):
+        first_of_two(four, ended[0])
+
+
+@pytest.mark.slow
+def test_the_whole_matrix(tmp_path: Path) -> None:
+    """Every pair of shapes in fp32 and bf16 with either optimizer, and for longer."""
+    longer = {"total-steps": SAVED + LONG}
+    whole = [Case("-".join(kind), flags(tmp_path, kind, **longer)) for kind in KINDS]
+    others = [case for kind in KINDS for case in resumed(tmp_path, kind, PAIRS, **longer)]
+    train_all(tmp_path, whole, others, deadline=2400.0)
+    for kind in KINDS:
+        errors = {pair: check_resumed(tmp_path, kind, *pair, steps=SAVED + LONG) for pair in PAIRS}
+        pair = max(errors, key=errors.__getitem__)
+        print(f"{' '.join(kind)}: {errors[pair]:.1e} at most, from {pair[0]} to {pair[1]}")
+        assert errors[pair] < TOLERANCES[kind]

@@ -1,0 +1,182 @@
+"""What a resumed run may change, what it may not, and what it is told, in a world of one."""
+
+import io
+import logging
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from arguments.train import parse_train
+from checkpoint.store import CheckpointStore
+from comm.backends.single_process import SingleProcessCommunicator
+from comm.lifecycle.stop_signals import StopRequest
+from comm.process_groups import ProcessGroups
+from comm.run_context import RunContext
+from comm.topology import Topology
+from monitor.console import Console
+from monitor.metrics import read_metrics
+from tests.distributed.test_parity import make_shards
+from tests.support.cases import to_argv
+from tests.support.data import make_texts, write_jsonl
+from training.run import train
+from training.run_start import open_run
+
+STEPS = 4
+
+
+def run_parts(flags: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `open_run`, of a process that meets no other."""
+    settings, alone = parse_train(to_argv(flags), {}), SingleProcessCommunicator()
+    parallel = settings.parallel
+    topology = Topology(parallel.rank, parallel.pipeline_group_size, parallel.data_group_size)
+    context = RunContext(topology, ProcessGroups(alone, alone, alone), torch.device("cpu"), "0123")
+    return {"settings": settings, "context": context}
+
+
+def train_alone(flags: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    Path(flags["checkpoint-path"]).mkdir(exist_ok=True)
+    train_with(run_parts(flags))
+
+
+def train_with(parts: dict[str, Any]) -> None:
+    with ExitStack() as closing:
+        train(
+            **parts,
+            console=Console(io.StringIO()),
+            stop=StopRequest(),
+            closing=closing,
+        )
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Of a run that has done its four steps, and saved the second and the fourth."""
+    folder = tmp_path_factory.mktemp("rules")
+    write_jsonl(folder / "a.jsonl", make_texts(20, seed=1))
+    write_jsonl(folder / "b.jsonl", make_texts(20, seed=2))
+    make_shards(folder, "model", "gptneox", {})
+    make_shards(folder, "other", "gptneox", {"rotary_pct": 0.5})
+    found = {
+        "model-name": folder / "shards" / "model",
+        "model-type": "gptneox",
+        "num-layers": 3,
+        "embedding-dim": 32,
+        "task-name": f"{folder / 'a.jsonl'}:0.3,{folder / 'b.jsonl'}:0.7",
+        "seq-length": 16,
+        "batch-size": 4,
+        "micro-batch-size": 1,
+        "gradient-accumulate-step": 2,
+        "total-steps": STEPS,
+        "checkpoint-steps": 2,
+        "lr": 1e-3,
+        "use-cuda": "false",
+        "checkpoint-path": folder / "run",
+    }
+    train_alone(found)
+    return found
+
+
+# flag, value, and what of it the message says: by default the flag and both values.
+REFUSED: list[tuple[str, Any, tuple[str, ...]]] = [
+    ("seed", 43, ("--seed is 43", "42")),
+    ("seq-length", 8, ("--seq-length is 8", "16")),
+    ("micro-batch-size", 2, ("--micro-batch-size is 2", "with 1")),
+    ("batch-size", 2, ("global batch (--batch-size x --data-group-size) is 2", "with 4")),
+    ("gradient-accumulate-step", 1, ("--gradient-accumulate-step is 1", "with 2")),
+    ("optimizer", "8bit-adam", ("--optimizer is 8bit-adam", "with adam")),
+    ("bf16", "true", ("the precision is bf16", "with fp32")),
+    ("doc-separator", ";", ("--doc-separator is ;", "with None")),
+    ("task-name", "{folder}/a.jsonl:0.5,{folder}/b.jsonl:0.5", ("--task-name is", "0.5", "0.3")),
+    ("model-name", "{folder}/shards/other", ("--model-name", "0.5", "0.25")),
+]
+ALLOWED: list[tuple[str, Any, str]] = [
+    ("total-steps", 8, "--total-steps is now 8, it was 4"),
+    ("lr", 1e-4, "--lr is now 0.0001, it was 0.001"),
+    ("warmup-steps", 1, "--warmup-steps is now 1, it was 0"),
+    ("checkpoint-steps", 4, "--checkpoint-steps is now 4, it was 2"),
+    ("evaluation-steps", 2, "--evaluation-steps is now 2, it was 0"),
+    ("weight-decay", 0.1, "--weight-decay is now 0.1, it was 0.01"),
+    ("recompute", "false", "--recompute is now False, it was True"),
+    ("project-name", "another", "--project-name is now another, it was dist-clm-train"),
+    ("dist-timeout", 7, "--dist-timeout is now 7.0, it was 300.0"),
+]
+
+
+@pytest.mark.parametrize(("flag", "value", "words"), REFUSED)
+def test_what_may_not_change_is_an_error_that_names_both_values(
+    flag: str, value: Any, words: tuple[str, ...], flags: dict[str, Any]
+) -> None:
+    folder = flags["checkpoint-path"].parent
+    changed = value.format(folder=folder) if isinstance(value, str) else value
+    with pytest.raises(ValueError) as error, patch.object(CheckpointStore, "verify") as verify:
+        open_run(**run_parts({**flags, flag: changed}))
+    verify.assert_not_called()  # which reads weights
+    assert all(word in str(error.value) for word in words), error.value
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("flag", "value", "line"), ALLOWED)
+def test_what_may_change_is_told_in_one_line(
+    flag: str, value: Any, line: str, flags: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        assert open_run(**run_parts({**flags, flag: value})).step == STEPS
+    assert [record.message for record in caplog.records] == [line]
+
+
+def test_more_steps_go_on_with_the_schedule_computed_anew(
+    flags: dict[str, Any], tmp_path: Path
+) -> None:
+    """From the same weights and data as a run that was to have that many steps from the start."""
+    longer = {**flags, "total-steps": 8, "checkpoint-path": tmp_path / "longer"}
+    train_alone({**longer, "total-steps": STEPS})
+    train_alone(longer)
+    lines = read_metrics(tmp_path / "longer" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    rates = [line["lr"] for line in lines if line["lr"] is not None]
+    assert rates == pytest.approx([1e-3, 0.5e-3, 0.5e-3, 0.25e-3])
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_held_out_text_that_predicts_nothing_is_told_before_training(
+    resumed: bool, flags: dict[str, Any], tmp_path: Path
+) -> None:
+    """Also of a set that would be evaluated only after the last iteration."""
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text('{"text": ""}\n')
+    run = tmp_path / "run"
+    if resumed:
+        shutil.copytree(flags["checkpoint-path"], run)
+    given = f"{flags['checkpoint-path'].parent / 'a.jsonl'},{empty}"
+    again = {**flags, "checkpoint-path": run, "total-steps": 8, "evaluation-data": given}
+    with pytest.raises(ValueError, match=f"^{empty}: the source yields nothing to evaluate$"):
+        train_alone(again)
+    assert len(read_metrics(run / "metrics.jsonl")) == (STEPS if resumed else 0)
+    assert (run / "metrics.jsonl").exists() == resumed
+
+
+def test_the_same_step_is_saved_over_one_that_never_was_whole(
+    flags: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a warning. What was moved aside goes; what a dead process was writing goes too."""
+    run = tmp_path / "run"
+    again = {**flags, "checkpoint-path": run}
+    train_alone(again)
+    for path in (*(run / "4").glob("*.json"), run / "4" / "prank_0_optimizer.pt"):
+        path.unlink()
+    (run / f".latest.{'0' * 32}.tmp").write_bytes(b"")
+    (run / ".partial-6-0000").mkdir()
+    with caplog.at_level(logging.WARNING):
+        train_alone(again)
+    (warning,) = [record.message for record in caplog.records]
+    assert warning.startswith("step 4 is not complete")
+    assert warning.endswith("going back to 2")
+    assert (run / "4" / "config.json").is_file()
+    assert (run / "latest").read_text() == "4"
+    assert not list(run.glob(".*"))

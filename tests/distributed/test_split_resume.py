@@ -1,0 +1,168 @@
+"""Whether a resumed run keeps the split of its checkpoint, as --num-layers says it."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.test_parity import make_shards
+from tests.distributed.test_resume_rules import run_parts
+from tests.support.cases import Case, Told, curve, meet_at, run_folder, train_cases
+from tests.support.checkpoint_models import reseal
+from tests.support.data import make_texts, write_jsonl
+from tests.support.dist import run_ranks
+from training.run_start import RunStart, open_run
+
+STEPS, SAVED = 4, 2
+LAYERS = 4  # 3,1 by auto: the head is as much as 1.4 blocks
+KEPT = "--num-layers auto would be 3,1 now: the checkpoint's 1,3 is kept"
+
+
+def flags(folder: Path, num_layers: str) -> dict[str, Any]:
+    return {
+        "model-name": folder / "shards" / "model",
+        "model-type": "gptneox",
+        "num-layers": num_layers,
+        "embedding-dim": 32,
+        "task-name": folder / "a.jsonl",
+        "seq-length": 16,
+        "batch-size": 2,
+        "total-steps": STEPS,
+        "checkpoint-steps": SAVED,
+        "lr": 1e-3,
+    }
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Told]]:
+    """Runs of two stages, 1,3, 2,2 and 3,1; three that go on from their middle; rank 0's words."""
+    folder = tmp_path_factory.mktemp("split-resume")
+    write_jsonl(folder / "a.jsonl", make_texts(20, seed=1))
+    make_shards(folder, "model", "gptneox", {"num_hidden_layers": LAYERS})
+    cases = [
+        Case("listed", flags(folder, "1,3")),
+        Case("even", flags(folder, "2")),
+        Case("auto", flags(folder, "auto")),
+        Case("listed-auto", flags(folder, "auto"), after=("listed-2-1", SAVED)),
+        Case("even-listed", flags(folder, "2,2"), after=("even-2-1", SAVED)),
+        Case("auto-even", flags(folder, "3"), after=("auto-2-1", SAVED)),
+    ]
+    told = run_ranks(2, train_cases, meet_at([(2, 1)]), cases, folder, deadline=200.0)
+    return folder, told[0]
+
+
+def state(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    step = run_folder(folder, name, 2, 1) / str(STEPS)
+    parts = [torch.load(step / f"prank_{i}_checkpoint.pt", weights_only=True) for i in range(2)]
+    return {f"{i}.{key}": value for i, part in enumerate(parts) for key, value in part.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "resumed", "split"),
+    [
+        ("listed", "listed-auto", "1,3"),
+        ("even", "even-listed", "2,2"),
+        ("auto", "auto-even", "3,1"),
+    ],
+)
+def test_a_run_goes_on_with_its_split(
+    name: str, resumed: str, split: str, ended: tuple[Path, dict[str, Told]]
+) -> None:
+    folder, told = ended
+    assert curve(folder, resumed, 2, 1) == curve(folder, name, 2, 1)
+    before, after = state(folder, name), state(folder, resumed)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    meta = json.loads((run_folder(folder, resumed, 2, 1) / str(STEPS) / "meta.json").read_text())
+    assert meta["num_layers"] == list(map(int, split.split(",")))
+    for run in (name, resumed):
+        (line,) = [one for one in told[f"{run}-2-1"].lines if "layers of the stages" in one]
+        assert line.startswith(f"layers of the stages: {split}; ")
+    kept = [line for line in told[f"{resumed}-2-1"].lines if "--num-layers" in line]
+    assert kept == ([KEPT] if name == "listed" else [])
+
+
+def first_rank(folder: Path, run: Path, num_layers: str, stages: int = 2) -> RunStart:
+    """Stage 0 of a resume, up to where it would read weights; the other stages are not needed."""
+    own = flags(folder, num_layers) | {
+        "checkpoint-path": run,
+        "use-cuda": "false",
+        "pipeline-group-size": stages,
+        "world-size": stages,
+    }
+    return open_run(**run_parts(own))
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("listed", "1,3"), ("listed", "01,3"), ("even", "2"), ("even", "2,2"),
+        ("auto", "auto"), ("auto", "3"), ("auto", "3,1"),
+    ],
+)  # fmt: skip
+def test_another_spelling_of_the_same_split_is_no_change(
+    name: str,
+    asked: str,
+    ended: tuple[Path, dict[str, Told]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO):
+        assert first_rank(ended[0], run_folder(ended[0], name, 2, 1), asked).step == STEPS
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "stages", "line"),
+    [
+        ("listed", "3,1", 2, "the checkpoint's 2 stages of 1,3 layers become 2 of 3,1"),
+        ("listed", "2", 2, "the checkpoint's 2 stages of 1,3 layers become 2 of 2,2"),
+        ("even", "3", 2, "the checkpoint's 2 stages of 2,2 layers become 2 of 3,1"),
+        ("auto", "2,2", 2, "the checkpoint's 2 stages of 3,1 layers become 2 of 2,2"),
+        ("auto", "auto", 1, "the checkpoint's 2 stages of 3,1 layers become 1 of 4"),
+        ("listed", "auto", 3, "the checkpoint's 2 stages of 1,3 layers become 3 of 1,2,1"),
+    ],
+)
+def test_another_split_is_told_in_one_line(
+    name: str, asked: str, stages: int, line: str, ended: tuple[Path, dict[str, Told]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """auto keeps the checkpoint's split on as many stages, and chooses anew on others."""
+    run = run_folder(ended[0], name, 2, 1)
+    with caplog.at_level(logging.INFO):
+        assert first_rank(ended[0], run, asked, stages).step == STEPS
+    assert [record.message for record in caplog.records] == [line]
+
+
+def edited(run: Path, target: Path, **changes: Any) -> Path:
+    """A copy of a run whose meta.json says something else, or (None) does not say it."""
+    shutil.copytree(run, target)
+    for path in target.glob("*/meta.json"):
+        meta = json.loads(path.read_text()) | changes
+        left_out = [key for key, value in changes.items() if value is None]
+        path.write_text(json.dumps({k: v for k, v in meta.items() if k not in left_out}))
+        reseal(path.parent)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("counts", "stages", "word"),
+    [
+        ([2, 1], 2, "2,1, 3 in all"),
+        ([4], 2, "[4]"),
+        (2, 2, "num_layers is 2"),
+        (None, None, "missing"),
+    ],
+)
+def test_a_meta_json_that_tells_no_split_of_the_model_is_named(
+    counts: Any, stages: Any, word: str, ended: tuple[Path, dict[str, Told]], tmp_path: Path
+) -> None:
+    run = run_folder(ended[0], "even", 2, 1)
+    spoilt = edited(run, tmp_path / "spoilt", num_layers=counts, num_stages=stages)
+    with pytest.raises(ValueError) as error:
+        first_rank(ended[0], spoilt, "2")
+    assert str(spoilt / str(STEPS) / "meta.json") in str(error.value)
+    assert word in str(error.value)

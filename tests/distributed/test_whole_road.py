@@ -1,0 +1,358 @@
+"""From Hugging Face's files through training back to them, and from predecessors' files onward."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from checkpoint.conversion.from_hf import convert_from_hf
+from checkpoint.conversion.to_hf import convert_to_hf
+from modules.registry import MODELS
+from monitor.metrics import read_metrics
+from tasks.source_spec import SourceSpec
+from tasks.stream import open_training_stream
+from tests.support.cases import to_argv
+from tests.support.checkpoint_models import hf_weights
+from tests.support.data import WORDS, make_texts, tokenizer, write_jsonl
+from tests.support.dist import free_port
+from tests.support.entry import Outcome, Rank, Run, run_all
+from tests.support.models import make_hf
+from tests.unit.checkpoint.test_predecessors import (
+    CONFIGS,
+    buffers,
+    expected_hf,
+    make_checkpoint,
+    make_modules,
+)
+
+ROOT = Path(__file__).parents[2]
+FAMILIES = ("gptneox", "gptj")
+LAYERS = 7
+STAGES = (1, 2, 4)
+SPELLED: dict[str, dict[int, Any]] = {  # --num-layers, by the number of stages
+    "gptneox": {1: 7, 2: 4, 4: 2},
+    "gptj": {1: "auto", 2: "auto", 4: "1,3,1,2"},
+}
+TOKENS, ROWS = 24, 2
+TOLERANCE = 1e-5  # relative, of a loss in fp32
+
+
+def run_of(name: str, folder: Path, stages: int, flags: Mapping[str, Any]) -> Run:
+    """Ranks of one pipeline that work in `folder`."""
+    port = free_port()
+    common = {
+        "task-name": "data.jsonl",
+        "seq-length": TOKENS,
+        "batch-size": ROWS,
+        "checkpoint-path": "run",
+        "world-size": stages,
+        "pipeline-group-size": stages,
+        "dist-url": f"tcp://127.0.0.1:{port}",
+        **flags,
+    }
+    return Run(
+        name,
+        [Rank(to_argv({**common, "rank": rank}), folder) for rank in range(stages)],
+    )
+
+
+def road(base: Path, family: str, stages: int) -> Run:
+    """One iteration at learning rate 0."""
+    folder = base / f"road-{family}-{stages}"
+    folder.mkdir()
+    shutil.copy(base / "data.jsonl", folder)
+    flags = {
+        "model-name": base / "shards" / family,
+        "model-type": family,
+        "num-layers": SPELLED[family][stages],
+        "embedding-dim": 32,
+        "total-steps": 1,
+        "lr": 0,
+    }
+    return run_of(folder.name, folder, stages, flags)
+
+
+def small_tokenizer() -> Any:
+    """One of whole words, for the predecessors' vocabulary of 53."""
+    vocabulary = {word: index for index, word in enumerate(["<eos>", "<unk>", *WORDS])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>", unk_token="<unk>")
+
+
+def old_shards(family: str, folder: Path) -> None:
+    """Layer shards as they were published: fp16, with masks and rotary tables."""
+    folder.mkdir(parents=True)
+    small_tokenizer().save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(CONFIGS[family]))
+    first, *blocks, last = make_modules(family)
+    torch.save(first, folder / "pytorch_embs.pt")
+    for index, block in enumerate(blocks):
+        torch.save({**block, **buffers(family)}, folder / f"pytorch_{index}.pt")
+    torch.save(last, folder / "pytorch_lm_head.pt")
+
+
+def old_flags(family: str) -> dict[str, Any]:
+    return {
+        "model-name": "m",
+        "model-type": family,
+        "num-layers": 2,
+        "embedding-dim": 16,
+        "total-steps": 2,
+        "lr": 1e-4,
+    }
+
+
+def from_old_shards(base: Path, family: str) -> Run:
+    folder = base / f"old-shards-{family}"
+    old_shards(family, folder / "m")
+    shutil.copy(base / "data.jsonl", folder)
+    return run_of(folder.name, folder, 2, old_flags(family))
+
+
+def from_old_checkpoint(base: Path, family: str) -> list[Run]:
+    """A start from a predecessor's checkpoint, and one that finds ours beside it.
+
+    There are no layer shards: nothing may read them.
+    """
+    folder = base / f"old-checkpoint-{family}"
+    old_shards(family, folder / "m")
+    for path in (folder / "m").glob("pytorch_*.pt"):
+        path.unlink()
+    make_checkpoint(family, folder / "run" / "checkpoint_20")
+    (folder / "run" / "latest").write_text("20")
+    shutil.copy(base / "data.jsonl", folder)
+    flags = old_flags(family)
+    return [
+        run_of(f"{folder.name}-1", folder, 2, flags),
+        run_of(f"{folder.name}-2", folder, 2, {**flags, "total-steps": 4}),
+    ]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """hf/<family> and shards/<family>, and data.jsonl."""
+    folder = tmp_path_factory.mktemp("road")
+    for family, layers in (("gptneox", "num_hidden_layers"), ("gptj", "n_layer")):
+        source = folder / "hf" / family
+        make_hf(family, vocab_size=400, **{layers: LAYERS}).save_pretrained(source)
+        tokenizer().save_pretrained(source)
+        convert_from_hf(
+            MODELS[family].load(),
+            model_name=str(source),
+            save_dir=folder / "shards",
+            dtype="keep",
+        )
+    write_jsonl(folder / "data.jsonl", make_texts(60, seed=1))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ended(base: Path) -> dict[str, list[Outcome]]:
+    """How all ranks of all runs ended: every one of them well."""
+    chains = [[road(base, family, stages)] for family in FAMILIES for stages in STAGES]
+    chains += [[from_old_shards(base, family)] for family in FAMILIES]
+    chains += [from_old_checkpoint(base, family) for family in FAMILIES]
+    outcomes = run_all(chains, at_once=2, deadline=300.0)
+    for name, ranks in outcomes.items():
+        for outcome in ranks:
+            assert (outcome.status, outcome.stderr) == (0, ""), (name, outcome)
+    return outcomes
+
+
+def to_hf(family: str, checkpoint: Path, target: Path, config: Path | None = None) -> Any:
+    """The model that transformers loads from a converted checkpoint, with nothing left over."""
+    convert_to_hf(
+        MODELS[family].load(),
+        ckpt_path=checkpoint,
+        save_path=target,
+        n_stages=None,
+        n_layer_per_stage=None,
+        config_name=None if config is None else str(config),
+        fp16=False,
+        verify=True,
+    )
+    return load(target)
+
+
+def load(folder: Path) -> Any:
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, dtype=torch.float32
+    )
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        assert not report[problem]
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    tokens = torch.randint(50, (2, 30), generator=torch.Generator().manual_seed(3))
+    result: Tensor = model(tokens).logits
+    return result
+
+
+@pytest.mark.parametrize(("stages", "place"), [(1, "run/1"), (2, "run"), (4, "run/1")])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_iteration_at_rate_0_changes_no_bit(
+    family: str,
+    stages: int,
+    place: str,
+    base: Path,
+    tmp_path: Path,
+    ended: dict[str, list[Outcome]],
+) -> None:
+    model = to_hf(family, base / f"road-{family}-{stages}" / place, tmp_path / "back")
+    before, after = hf_weights(base / "hf" / family), hf_weights(tmp_path / "back")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert torch.equal(logits(model), logits(load(base / "hf" / family)))
+    (line,) = read_metrics(base / f"road-{family}-{stages}" / "run" / "metrics.jsonl")
+    assert line["grad_norm"] > 0.0
+
+
+def test_the_split_is_told_once(ended: dict[str, list[Outcome]]) -> None:
+    """Blocks of 32 x (4 x 32 + 2 x 128 + 25) multiply-adds, and a head of 32 x 400."""
+    told = [rank.stdout.splitlines() for rank in ended["road-gptj-4"]]
+    lines = [line for rank in told for line in rank if "layers of the stages" in line]
+    assert lines == [
+        "layers of the stages: 1,3,1,2; shares of the multiply-adds: 12.5%, 37.6%, 12.5%, 37.3%; "
+        "the slowest stage has 50.4% more than the mean; gpipe of 2 microbatches: expected bubble "
+        "65.5%"
+    ]
+    assert lines[0] in told[0]
+    assert any(
+        "layers of the stages: 4,3;" in line for line in ended["road-gptj-2"][0].stdout.splitlines()
+    )
+
+
+def old_hf(family: str, folder: Path) -> Any:
+    """The predecessors' weights in fp32, in transformers' own model."""
+    folder.mkdir()
+    weights = {
+        key: value.float() for key, value in expected_hf(family, make_modules(family)).items()
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(CONFIGS[family]))
+    return load(folder)
+
+
+@torch.no_grad()
+def first_loss(model: Any, data: Path) -> float:
+    """Of the model on the blocks of the first iteration."""
+    sources = [SourceSpec(str(data))]
+    stream = open_training_stream(sources, small_tokenizer(), seq_len=TOKENS, seed=42)
+    blocks = islice((stream.next_block().token_ids for _ in iter(int, 1)), ROWS)
+    tokens = torch.from_numpy(np.stack(list(blocks)))
+    return float(model(tokens, labels=tokens).loss.item())
+
+
+@pytest.mark.parametrize("run", ["old-shards", "old-checkpoint"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_goes_on_with_predecessors_weights(
+    family: str, run: str, base: Path, tmp_path: Path, ended: dict[str, list[Outcome]]
+) -> None:
+    lines = read_metrics(base / f"{run}-{family}" / "run" / "metrics.jsonl")
+    expected = first_loss(old_hf(family, tmp_path / "hf"), base / "data.jsonl")
+    assert lines[0]["step"] == 1
+    assert lines[0]["loss"] == pytest.approx(expected, rel=TOLERANCE)
+    assert lines[1]["loss"] != lines[0]["loss"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_predecessors_checkpoint_starts_a_run_of_its_own(
+    family: str, base: Path, ended: dict[str, list[Outcome]]
+) -> None:
+    """Step 0 and a fresh optimizer, said in one line; then ours is the latest."""
+    run = base / f"old-checkpoint-{family}" / "run"
+    told = ended[f"old-checkpoint-{family}-1"][0].stdout.splitlines()
+    (line,) = [line for line in told if "checkpoint_20" in line]
+    assert all(word in line for word in ("weights", "alone", "step 0", "fresh optimizer")), line
+    assert ended[f"old-checkpoint-{family}-1"][1].stdout == ""
+    first, second = (base / f"old-{kind}-{family}" / "run" for kind in ("shards", "checkpoint"))
+    losses = [line["loss"] for line in read_metrics(second / "metrics.jsonl")]
+    assert [line["loss"] for line in read_metrics(first / "metrics.jsonl")] == losses[:2]
+
+    told = ended[f"old-checkpoint-{family}-2"][0].stdout.splitlines()
+    assert any("resumed from step 2" in line for line in told)
+    assert not any("checkpoint_20" in line for line in told)
+    lines = read_metrics(run / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert lines[2]["resumed"]
+    assert (run / "latest").read_text() == "4"
+    assert {path.name for path in run.iterdir() if path.is_dir()} == {"2", "4", "checkpoint_20"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_came_of_predecessors_files_converts(
+    family: str, base: Path, tmp_path: Path, ended: dict[str, list[Outcome]]
+) -> None:
+    """The trained weights differ from the old ones by little; the old checkpoint is as it was."""
+    folder = base / f"old-checkpoint-{family}"
+    expected = expected_hf(family, make_modules(family))
+    to_hf(family, folder / "run", tmp_path / "new")
+    new = hf_weights(tmp_path / "new")
+    assert new.keys() == expected.keys()
+    differences = [float((new[key] - expected[key].float()).abs().max()) for key in expected]
+    assert 0.0 < max(differences) < 2e-3
+    convert_to_hf(
+        MODELS[family].load(),
+        ckpt_path=folder / "run" / "checkpoint_20",
+        save_path=tmp_path / "old",
+        n_stages=2,
+        n_layer_per_stage=2,
+        config_name=str(folder / "m"),
+        fp16=False,
+        verify=True,
+    )
+    old = hf_weights(tmp_path / "old")
+    assert all(torch.equal(old[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("how", ["--master-port", "--standalone"])
+def test_torchrun(how: str, base: Path) -> None:
+    """It gives rank, world size, address and device; the second start goes on from the first."""
+    folder = base / "torchrun"
+    folder.mkdir(exist_ok=True)
+    shutil.copy(base / "data.jsonl", folder)
+    steps = 2 if how == "--master-port" else 3
+    launch = [how, str(free_port())] if how == "--master-port" else [how]
+    flags = {
+        "model-name": base / "shards" / "gptneox",
+        "model-type": "gptneox",
+        "num-layers": 4,
+        "embedding-dim": 32,
+        "task-name": "data.jsonl",
+        "seq-length": TOKENS,
+        "batch-size": ROWS,
+        "pipeline-group-size": 2,
+        "total-steps": steps,
+        "checkpoint-path": "run",
+    }
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", *launch, "--nproc-per-node", "2"),
+            *(str(ROOT / "dist_clm_train.py"), *to_argv(flags)),
+        ],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=150,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"step {steps}/{steps}" in done.stdout
+    assert (folder / "run" / "latest").read_text() == str(steps)

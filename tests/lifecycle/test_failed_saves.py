@@ -1,0 +1,325 @@
+"""A disk that fails costs a save alone: a warning, the checkpoints as they were, the same curve.
+
+The system refuses the writes itself: a rank's files may grow no larger for the time of a save, or,
+where the test may mount one, the disk is a small one that fills up.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from comm.topology import Topology
+from monitor.metrics import IterationMetrics, MetricsFile, read_metrics
+from monitor.recorder import Recorder
+from tests.distributed.test_parity import make_shards
+from tests.support.cases import Case, Told, curve, meet_at, run_folder, to_argv, train_cases
+from tests.support.data import make_texts, write_jsonl
+from tests.support.dist import run_ranks
+from tests.support.full_disk import files_no_larger_than, fill, small_disk
+from tests.support.kill_lab import leftovers, same, state
+from tests.support.valid_run import ROOT
+from training.iteration import TrainingStoppedError
+from training.trainer import Trainer
+
+STEPS, EVERY = 8, 2
+FOLDER = "checkpoint.steps.folder"
+SMALL_FILES = 5000  # bytes: the manifest and meta.json, but no stage's weights
+
+
+@dataclass(frozen=True)
+class Fails:
+    """On `rank`, the calls `nth` of `name`, a function of `module`, fail when it has done its work.
+
+    With `limit`, they fail since the system lets no file of the process grow beyond it.
+    """
+
+    rank: int
+    module: str
+    name: str
+    nth: tuple[int, ...]
+    limit: int | None = None
+
+    @contextmanager
+    def __call__(self, topology: Topology) -> Iterator[None]:
+        module, calls = importlib.import_module(self.module), [0]
+        original = getattr(module, self.name)
+
+        def failing(*args: Any) -> Any:
+            calls[0] += 1
+            if topology.rank != self.rank or calls[0] not in self.nth:
+                return original(*args)
+            if self.limit is None:
+                original(*args)
+                raise PermissionError(13, "no permission any more", str(args[0]))
+            with files_no_larger_than(self.limit):
+                return original(*args)
+
+        with patch.object(module, self.name, failing):
+            yield
+
+
+@contextmanager
+def slow_disk(topology: Topology) -> Iterator[None]:
+    """A stage's files take longer to write than the steps until the next save."""
+    module = importlib.import_module(FOLDER)
+    original = module.write_stage_files
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.5)
+        return original(*args)
+
+    with patch.object(module, "write_stage_files", slow):
+        yield
+
+
+SEEN = "seen.json"
+
+
+@contextmanager
+def no_room_for_a_line(_topology: Topology) -> Iterator[None]:
+    """The disk has room again when the line of step 2, which ends with a save, was refused; and
+    each save notes, before its folder gets its name, which steps the metrics have."""
+    append, publish = MetricsFile.append, importlib.import_module(FOLDER).publish
+    refused: list[int] = []
+
+    def append_later(file: MetricsFile, *lines: IterationMetrics) -> None:
+        if not refused and lines[-1].step == EVERY:
+            refused.append(EVERY)
+            raise OSError(28, "No space left on device")
+        append(file, *lines)
+
+    def note(partial: Path, final: Path) -> None:
+        seen = [line["step"] for line in read_metrics(final.parent / "metrics.jsonl")]
+        (final.parent / SEEN).open("a").write(f"{json.dumps([int(final.name), seen])}\n")
+        publish(partial, final)
+
+    with patch.object(MetricsFile, "append", append_later), patch(f"{FOLDER}.publish", note):
+        yield
+
+
+def full_disk(rank: int, *nth: int) -> Fails:
+    return Fails(rank, FOLDER, "write_stage_files", nth, limit=SMALL_FILES)
+
+
+@dataclass(frozen=True)
+class Story:
+    """What goes wrong, whether that ends the run, and the steps that are there in the end."""
+
+    fails: Fails
+    steps: list[int]
+    words: str
+    flags: dict[str, Any]
+    stops: bool = False
+    latest: int = STEPS
+
+
+LATE = {"checkpoint-steps": EVERY}
+ONE = {**LATE, "keep-checkpoints": 1}  # and it does not go before a newer one is whole
+STORIES = {
+    "a full disk": Story(full_disk(1, 1, 3), [4, 8], "is not saved: rank 1 on", LATE),
+    "a full disk of rank 0": Story(full_disk(0, 2), [2, 6, 8], "is not saved: rank 0 on", LATE),
+    "no renaming": Story(
+        Fails(1, FOLDER, "publish", (2,)), [2, 6, 8], "is not saved: rank 1 on", LATE
+    ),
+    "no latest": Story(
+        Fails(1, "checkpoint.store", "write_latest", (2,)), [2, 4, 6, 8],
+        "is saved, but latest does not name it: rank 1 on", LATE,
+    ),
+    "the last save": Story(
+        full_disk(1, 4), [6], "step 8 is not saved: rank 1 on", ONE, stops=True, latest=6
+    ),
+    "a full disk beside training": Story(
+        full_disk(1, 1, 3), [4, 8], "is not saved: rank 1 on", {**LATE, "async-checkpoint": "true"}
+    ),
+    "no renaming beside training": Story(
+        Fails(0, FOLDER, "publish", (2,)), [2, 6, 8], "is not saved: rank 0 on",
+        {**LATE, "async-checkpoint": "true"},
+    ),
+    "fatal": Story(
+        full_disk(1, 2), [2], "step 4 is not saved: rank 1 on",
+        {**ONE, "checkpoint-failure": "fatal"}, stops=True, latest=2,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ended:
+    folder: Path
+    told: list[dict[str, Told]]
+
+    def run(self, name: str) -> Path:
+        return run_folder(self.folder, name, 2, 1)
+
+
+def make_flags(folder: Path) -> dict[str, Any]:
+    write_jsonl(folder / "a.jsonl", make_texts(20, seed=1))
+    make_shards(folder, "model", "gptneox", {"num_hidden_layers": 3})
+    return {
+        "model-name": folder / "shards" / "model", "model-type": "gptneox", "embedding-dim": 32,
+        "num-layers": 2, "task-name": folder / "a.jsonl", "seq-length": 16, "batch-size": 2,
+        "total-steps": STEPS, "lr": 1e-3, "use-cuda": "false",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    folder = tmp_path_factory.mktemp("failed")
+    flags = make_flags(folder)
+    cases = [
+        Case(name, {**flags, **story.flags}, story.fails, stops=story.stops)
+        for name, story in STORIES.items()
+    ]
+    cases.append(Case("whole", {**flags, **LATE}))
+    cases.append(Case("beside", {**flags, **LATE, "async-checkpoint": "true"}, slow_disk))
+    cases.append(Case("a line", {**flags, **LATE}, no_room_for_a_line))
+    return Ended(folder, run_ranks(2, train_cases, meet_at([(2, 1)]), cases, folder))
+
+
+@pytest.mark.parametrize("name", STORIES)
+def test_the_steps_that_could_be_saved_are_there_and_nothing_else(name: str, ended: Ended) -> None:
+    run, story = ended.run(name), STORIES[name]
+    assert sorted(int(entry.name) for entry in run.iterdir() if entry.is_dir()) == story.steps
+    assert (run / "latest").read_text() == str(story.latest)
+    assert leftovers(run) == []
+
+
+@pytest.mark.parametrize("name", STORIES)
+def test_rank_0_says_what_failed_and_where(name: str, ended: Ended) -> None:
+    """Or every rank does, where it is the end."""
+    story, told = STORIES[name], [told[ended.run(name).name] for told in ended.told]
+    if story.stops:
+        assert all(one.stopped is not None and story.words in one.stopped for one in told)
+        return
+    failures = [line for line in told[0].lines if story.words in line]
+    assert len(failures) == len(story.fails.nth)
+    assert all("training goes on" in line for line in failures)
+    assert not any(story.words in line for line in told[1].lines)
+
+
+@pytest.mark.parametrize("name", [name for name, story in STORIES.items() if not story.stops])
+def test_the_curve_and_the_weights_are_those_of_an_undisturbed_run(name: str, ended: Ended) -> None:
+    for key in ("loss", "grad_norm"):
+        assert curve(ended.folder, name, 2, 1, key) == curve(ended.folder, "whole", 2, 1, key)
+    for stage in range(2):
+        assert same(state(ended.run(name), stage, STEPS), state(ended.run("whole"), stage, STEPS))
+
+
+def test_what_is_written_beside_training_is_what_training_had(ended: Ended) -> None:
+    """Every file of every step, though the weights went on while it was written."""
+    for step in range(EVERY, STEPS + 1, EVERY):
+        for stage in range(2):
+            beside, whole = (state(ended.run(name), stage, step) for name in ("beside", "whole"))
+            assert same(beside, whole)
+    metas = [
+        json.loads((ended.run(name) / str(EVERY) / "meta.json").read_text())
+        for name in ("beside", "whole")
+    ]
+    assert metas[0]["data"] == metas[1]["data"]
+    assert curve(ended.folder, "beside", 2, 1) == curve(ended.folder, "whole", 2, 1)
+    told = [told[ended.run("beside").name].lines for told in ended.told]
+    saved = [line.split()[2] for line in told[0] if line.startswith("saved step")]
+    assert saved == ["2", "4", "6", "8"]
+
+
+def test_a_refused_write_names_the_file(ended: Ended) -> None:
+    (line, *_) = [
+        line
+        for line in ended.told[0][ended.run("a full disk").name].lines
+        if "is not saved" in line
+    ]
+    assert "File too large" in line
+    assert "prank_1_checkpoint.pt" in line
+
+
+def test_a_step_is_not_saved_before_its_line_is_written(ended: Ended) -> None:
+    """Killed after the save, the run goes on from it, and would lack the line for ever."""
+    notes = [json.loads(line) for line in (ended.run("a line") / SEEN).read_text().splitlines()]
+    assert {step for step, _ in notes} == set(range(EVERY, STEPS + 1, EVERY))
+    for step, seen in notes:
+        assert seen[:step] == list(range(1, step + 1))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_save_that_fails_does_not_hide_why_training_stopped(fails: bool) -> None:
+    """What was being written when it stopped is finished first; if that fails, both are told."""
+
+    class Pending:
+        is_pending, is_writing = True, True
+
+        def save(self, step: int, data: object, *, is_last: bool) -> bool:
+            raise AssertionError("nothing is saved any more")
+
+        def finish(self, *, is_last: bool = False) -> bool:
+            assert is_last, "training does not go on"
+            self.is_pending = False
+            if fails:
+                raise OSError("step 2 is not saved: the disk is full")
+            return True
+
+        def close(self) -> None:
+            """Nothing was dropped."""
+
+    class Stopped(Trainer):
+        def __init__(self, saver: Any) -> None:
+            self._saver, self._recorder = saver, Recorder()
+
+    saves = Pending()
+    with pytest.raises(TrainingStoppedError) as caught:
+        Stopped(saves).finish_after(TrainingStoppedError("step 3: the loss is not finite"))
+    more = "; and step 2 is not saved: the disk is full" if fails else ""
+    assert str(caught.value) == f"step 3: the loss is not finite{more}"
+    assert not saves.is_pending
+
+
+def start(flags: dict[str, Any]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "dist_clm_train.py"), *to_argv(flags)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_a_disk_that_is_full_for_the_rest_of_the_run(tmp_path: Path) -> None:
+    """Training goes on to its end, whose save fails: status 1. With room again it is completed."""
+    (tmp_path / "whole").mkdir()
+    flags = {**make_flags(tmp_path), "num-layers": 3, "total-steps": 300, "checkpoint-steps": 100}
+    run = tmp_path / "disk" / "run"
+    with small_disk(tmp_path / "disk", "3m"):
+        first = start({**flags, "checkpoint-path": run})
+        deadline = time.monotonic() + 300.0
+        while not (run / "latest").exists() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        fill(tmp_path / "disk" / "filler")
+        out, err = first.communicate(timeout=300)
+        assert first.returncode == 1, err
+        assert "step 200 is not saved: [Errno 28] No space left on device" in out
+        assert "metrics.jsonl: [Errno 28] No space left on device" in out
+        assert err.startswith("step 300 is not saved: [Errno 28] No space left on device")
+        assert err.count("\n") == 1
+        assert (run / "latest").read_text() == "100"
+        assert leftovers(run) == []
+        (tmp_path / "disk" / "filler").unlink()
+        again = start({**flags, "checkpoint-path": run})
+        whole = start({**flags, "checkpoint-path": tmp_path / "whole"})
+        for process in (again, whole):
+            _, err = process.communicate(timeout=300)
+            assert (process.returncode, err) == (0, "")
+        lines, expected = (
+            [line["loss"] for line in read_metrics(path / "metrics.jsonl")]
+            for path in (run, tmp_path / "whole")
+        )
+        assert lines == expected
+        assert same(state(run, 0, 300), state(tmp_path / "whole", 0, 300))

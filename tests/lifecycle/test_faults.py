@@ -1,0 +1,74 @@
+"""Runs that live through drawn faults end with the bits of the run that nobody disturbed.
+
+SIGKILL and SIGSTOP of any rank, cut connections, full disks, SIGTERM: 1 to 3 a run, at named
+moments and by the clock. After each fault all ranks end in time, with the right statuses and a line
+that says why; `latest` never names a checkpoint that is not whole; the same command goes on.
+
+The long form: `pytest -s -m slow tests/lifecycle/test_faults.py`; FAULT_SEED draws the same again,
+FAULT_RUNS says how many, and FAULT_LOG is a file that tells each run as it ends.
+"""
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.support.dist import run_ranks
+from tests.support.fault_lab import Lived, live, make_fault_lab, problems, report, tell
+from tests.support.fault_plan import ALONE, APART, draw_runs
+from tests.support.hosts import HOSTS, Host, wired
+
+# Few runs that have every kind of fault, most at named moments, which all machines reach.
+SEED, RUNS = 1962, 4
+SEED_APART, RUNS_APART = 12252, 3
+
+
+def lead(folder: Path, seed: int, runs: int, hosts: Sequence[Host] = ()) -> list[Lived]:
+    lab = make_fault_lab(folder, hosts)
+    log = Path(os.environ.get("FAULT_LOG", folder / "log"))
+    plans = draw_runs(seed, runs, APART if hosts else ALONE)
+    (lived,) = run_ranks(1, live, lab, plans, log, deadline=120.0 + 180.0 * runs)
+    return lived
+
+
+def check(lived: Sequence[Lived], kinds: Sequence[str]) -> None:
+    wrong = [tell(one) for one in lived if problems(one)]
+    assert not wrong, "\n".join(wrong)
+    hit = {hit.fault.kind for one in lived for start in one.starts for hit in start.hits}
+    assert hit == set(kinds)
+
+
+def lead_many(folder: Path, hosts: Sequence[Host] = ()) -> None:
+    """Tells the counts, and the seed that draws the same again."""
+    seed = int(os.environ.get("FAULT_SEED", time.time_ns() % 1_000_000))
+    print(f"FAULT_SEED={seed}")
+    lived = lead(folder, seed, int(os.environ.get("FAULT_RUNS", "50")), hosts)
+    print(report(lived))
+    check(lived, APART if hosts else ALONE)
+
+
+@pytest.fixture
+def wire() -> Iterator[None]:
+    with wired():
+        yield
+
+
+def test_drawn_faults(tmp_path: Path) -> None:
+    check(lead(tmp_path, SEED, RUNS), ALONE)
+
+
+def test_drawn_faults_of_two_hosts_that_share_no_disk(wire: None, tmp_path: Path) -> None:
+    """A stage's ranks on each; and the wire between them is pulled."""
+    check(lead(tmp_path, SEED_APART, RUNS_APART, HOSTS), APART)
+
+
+@pytest.mark.slow
+def test_many_drawn_faults(tmp_path: Path) -> None:
+    lead_many(tmp_path)
+
+
+@pytest.mark.slow
+def test_many_drawn_faults_of_two_hosts(wire: None, tmp_path: Path) -> None:
+    lead_many(tmp_path, HOSTS)

@@ -1,0 +1,215 @@
+"""What starts the ranks passes a signal on to them: the example scripts, sbatch's, torchrun."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arguments.train import train_parser
+from monitor.metrics import read_metrics
+from tests.distributed.test_parity import make_shards
+from tests.support.cases import to_argv
+from tests.support.dist import free_port, run_ranks
+from tests.support.kill_lab import Lab, Start, make_lab, marked, numbers, same, state
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "example_scripts"
+STEPS, SAVE, DEADLINE = 60, 10, 90.0
+# Two stages and one replica, with the batch of make_lab's two.
+TWO_RANKS = {
+    "world-size": 2, "data-group-size": 1, "batch-size": 4, "total-steps": STEPS,
+    "checkpoint-steps": SAVE, "evaluation-steps": 0,
+}  # fmt: skip
+# Slurm's commands, as far as finetune_gptneox.sbatch needs them: srun's one task ends with $STATUS,
+# or with 75 once it is asked to; the job is in state $STATE.
+SLURM = {
+    "srun": 'trap "exit 75" TERM\ntouch "$LOG.began"\n'
+            'for _ in $(seq 300); do [ -n "$STATUS" ] && exit "$STATUS"; sleep 0.1; done',
+    "squeue": 'echo "$STATE"',
+    "scontrol": '[ "$1" = show ] && echo node1 || echo "$*" >>"$LOG"',
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return make_lab(tmp_path_factory.mktemp("launchers"))
+
+
+def environ(**more: str) -> dict[str, str]:
+    """With this interpreter's commands first, as in an active environment."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
+
+
+@contextmanager
+def started(
+    command: list[Any], log: Path, env: dict[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process in a session of its own, of which nothing is left at the end."""
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            list(map(str, command)),
+            env=env,
+            cwd=log.parent,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        for pid in [process.pid, *children(process.pid)]:
+            if process.poll() is None or pid != process.pid:
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def children(pid: int) -> list[int]:
+    """The processes that it started."""
+    listed = Path(f"/proc/{pid}/task/{pid}/children")
+    return list(map(int, listed.read_text().split())) if listed.exists() else []
+
+
+def await_true(condition: Callable[[], bool], log: Path) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.01)
+
+
+def steps_done(disk: Path) -> int:
+    path = disk / "metrics.jsonl"
+    return read_metrics(path)[-1]["step"] if path.exists() and path.stat().st_size else 0
+
+
+def test_a_launch_script_passes_the_signal_on_and_returns_75(lab: Lab) -> None:
+    """Ctrl-C: the terminal sends SIGINT to all, which background jobs of a script ignore."""
+    make_shards(lab.folder, "gptj", "gptj", {"n_layer": 3})
+    own = ("num-layers", "task-name", "seq-length", "batch-size", "embedding-dim", "use-cuda")
+    disk, log = lab.disk("script"), lab.folder / "script.log"
+    flags = {flag: lab.flags[flag] for flag in own} | {
+        "model-name": lab.folder / "shards" / "gptj",
+        "tokenizer-name": lab.folder / "shards" / "gptj",
+        "dist-url": f"tcp://127.0.0.1:{free_port()}",
+        "fp16": "false",
+        "total-steps": 100_000,
+        "checkpoint-path": disk,
+    }
+    command = ["bash", SCRIPTS / "finetune_gptj.sh", *to_argv(flags)]
+    with started(command, log, environ()) as script:
+        await_true(lambda: steps_done(disk) >= 2, log)
+        os.killpg(script.pid, signal.SIGINT)
+        assert script.wait(DEADLINE) == 75
+    step = steps_done(disk)
+    assert (disk / "latest").read_text() == str(step)
+    for rank in range(2):
+        line = rf"rank {rank}: asked to stop (SIGTERM on rank "
+        (told,) = [told for told in log.read_text().splitlines() if told.startswith(line)]
+        assert told.endswith(f"step {step} is saved, not finished; the same command goes on")
+
+
+@pytest.mark.parametrize(("script", "ranks"), [("finetune_gptj.sh", 2), ("finetune_gptneox.sh", 8)])
+@pytest.mark.parametrize(("launcher", "command"), [("shell", "python"), ("torchrun", "torchrun")])
+def test_the_scripts_start_every_rank_with_either_launcher(
+    tmp_path: Path, script: str, ranks: int, launcher: str, command: str
+) -> None:
+    """A double of the command writes its arguments, a line each; later ones override."""
+    log = tmp_path / "log"
+    log.touch()
+    (tmp_path / command).write_text('#!/usr/bin/env bash\necho "$*" >>"$LOG"\n')
+    (tmp_path / command).chmod(0o755)
+    env = environ(LAUNCHER=launcher, LOG=str(log))
+    env["PATH"] = f"{tmp_path}:{env['PATH']}"
+    subprocess.run(["bash", SCRIPTS / script, "--total-steps", "10"], env=env, check=True)
+    before, own = zip(
+        *(line.split("dist_clm_train.py ") for line in log.read_text().splitlines()), strict=True
+    )
+    args = [train_parser().parse_args(line.split()) for line in own]
+    assert all((a.pipeline_group_size, a.total_steps, a.fp16) == (ranks, 10, True) for a in args)
+    if launcher == "shell":
+        assert sorted((a.rank, a.cuda_id, a.world_size) for a in args) == [
+            (rank, rank, ranks) for rank in range(ranks)
+        ]
+    else:
+        assert before == (f"--nproc-per-node {ranks} --shutdown-timeout 300 ",)
+        assert [(a.rank, a.cuda_id, a.world_size, a.dist_url) for a in args] == [(None,) * 4]
+
+
+def test_a_script_refuses_another_launcher() -> None:
+    script = SCRIPTS / "finetune_gptj.sh"
+    done = subprocess.run(["bash", script], env=environ(LAUNCHER="mpi"), capture_output=True)
+    assert (done.returncode, done.stderr) == (2, b"LAUNCHER is mpi; set it to shell or torchrun\n")
+
+
+@pytest.mark.parametrize(
+    ("status", "state_of_job", "expected", "requeued"),
+    [
+        ("", "RUNNING", 75, True),
+        ("", "COMPLETING", 75, False),
+        ("1", "RUNNING", 1, False),
+        ("0", "RUNNING", 0, False),
+    ],
+)
+def test_the_sbatch_script_requeues_what_stopped_as_asked(
+    tmp_path: Path, status: str, state_of_job: str, expected: int, requeued: bool
+) -> None:
+    """A job that is cancelled is COMPLETING; it does not come back."""
+    for name, body in SLURM.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    scripts = tmp_path / "example_scripts"
+    shutil.copytree(SCRIPTS, scripts)
+    log = tmp_path / "scontrol.log"
+    slurm = {
+        "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "node1",
+        "SLURM_NTASKS": "8", "STATUS": status, "STATE": state_of_job, "LOG": str(log),
+    }  # fmt: skip
+    env = environ(**slurm)
+    env["PATH"] = f"{tmp_path}:{env['PATH']}"
+    command = ["bash", scripts / "finetune_gptneox.sbatch"]
+    with started(command, tmp_path / "log", env) as job:
+        if not status:
+            await_true(Path(f"{log}.began").exists, tmp_path / "log")
+            job.send_signal(signal.SIGTERM)
+        assert job.wait(DEADLINE) == expected
+    assert (log.read_text() if log.exists() else "") == ("requeue 17\n" if requeued else "")
+
+
+def whole(_rank: int, _world: int, _url: str, lab: Lab) -> Start:
+    return lab.start("whole", changes=TWO_RANKS)
+
+
+def test_torchrun_stops_and_restarts_to_the_same_bits(lab: Lab) -> None:
+    """SIGTERM to torchrun: saved; the same command, and SIGKILL of a rank: brought back."""
+    disk, log = lab.disk("torchrun"), lab.folder / "torchrun.log"
+    given = {k: v for k, v in lab.flags.items() if k != "world-size"}
+    given |= {k: v for k, v in TWO_RANKS.items() if k != "world-size"} | {"checkpoint-path": disk}
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--max-restarts", 1,
+        "--master-port", free_port(), ROOT / "dist_clm_train.py", *to_argv(given),
+    ]  # fmt: skip
+    with started(command, log, environ()) as agent:
+        await_true(lambda: steps_done(disk) >= 2, log)
+        agent.send_signal(signal.SIGTERM)
+        assert agent.wait(DEADLINE) == 1
+    stopped = steps_done(disk)
+    assert (disk / "latest").read_text() == str(stopped)
+    assert stopped < STEPS - 2 * SAVE
+    with started(command, log, environ()) as agent:
+        await_true(lambda: steps_done(disk) >= stopped + SAVE + 2, log)
+        os.kill(children(agent.pid)[1], signal.SIGKILL)
+        assert agent.wait(DEADLINE) == 0
+    assert len(marked(disk)) == 2
+    (reference,) = run_ranks(1, whole, lab, deadline=DEADLINE)
+    assert reference.outcome.statuses[:2] == [0, 0]
+    assert numbers(disk) == numbers(lab.disk("whole"))
+    for stage in range(2):
+        assert same(state(disk, stage, STEPS), state(lab.disk("whole"), stage, STEPS))

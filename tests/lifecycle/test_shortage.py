@@ -1,0 +1,203 @@
+"""Memory that runs out: the line that every rank ends with."""
+
+import os
+import re
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from transformers import GPTNeoXConfig
+
+from comm.topology import Topology
+from modules.families.gptneox import GPTNeoXBlock
+from planning.memory.out_of_memory import NEXT_STEP, explain_out_of_memory
+from tests.support.cases import Case, Told, meet_at, to_argv, train_cases
+from tests.support.data import make_texts, tokenizer, write_jsonl
+from tests.support.dist import free_port, run_ranks
+from tests.support.valid_run import ROOT
+
+HIDDEN, LAYERS = 128, 2
+CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 3 GiB."
+CPU = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 512 bytes."
+
+# A rank whose address space is bounded once all is built: its next activations do not fit.
+BOUNDED = """
+import resource, sys
+import dist_clm_train
+from pipeline_parallel.engine import Engine
+train = Engine.train
+def bounded(self, batch, *, loss_scale):
+    size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + 150_000_000, -1))
+    return train(self, batch, loss_scale=loss_scale)
+Engine.train = bounded
+dist_clm_train.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shortage")
+    GPTNeoXConfig(
+        vocab_size=512,
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        intermediate_size=4 * HIDDEN,
+        max_position_embeddings=256,
+    ).save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    write_jsonl(folder / "a.jsonl", make_texts(60, seed=1))
+    return folder
+
+
+def flags(folder: Path) -> dict[str, Any]:
+    return {
+        "model-name": folder / "model", "load-pretrained-model": False, "model-type": "gptneox",
+        "num-layers": "auto", "embedding-dim": HIDDEN, "task-name": folder / "a.jsonl",
+        "seq-length": 64, "total-steps": 1, "recompute": False, "data-workers": 0,
+        "batch-size": 4,
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Failing:
+    """A name that training calls, and what calling it raises."""
+
+    target: str
+    error: Exception
+
+    def __call__(self, topology: Topology) -> AbstractContextManager[object]:
+        return patch(self.target, side_effect=self.error)
+
+
+@dataclass(frozen=True)
+class FailingBlock:
+    """Memory runs out in this call of a block's forward, of all from the start."""
+
+    number: int
+
+    def __call__(self, topology: Topology) -> AbstractContextManager[object]:
+        calls, forward = iter(range(1000)), GPTNeoXBlock.forward
+
+        def run(block: GPTNeoXBlock, *given: Any) -> Any:
+            if next(calls) == self.number:
+                raise torch.OutOfMemoryError(CUDA)
+            return forward(block, *given)
+
+        return patch.object(GPTNeoXBlock, "forward", run)
+
+
+third_microbatch = FailingBlock(2 * LAYERS + 1)  # its second block
+
+
+@contextmanager
+def even_for_the_plan(topology: Topology) -> Iterator[None]:
+    error = RuntimeError(CPU)
+    rehearsal = patch("planning.memory.out_of_memory.DryRun", side_effect=error)
+    with third_microbatch(topology), rehearsal:
+        yield
+
+
+@pytest.fixture(scope="module")
+def told(folder: Path) -> dict[str, Told]:
+    own = flags(folder)
+    cases = [
+        Case("weights", own, Failing("training.build.StageModel", MemoryError()), stops=True),
+        Case("moments", own, Failing("training.build.build_optimizer", RuntimeError(CPU)),
+             stops=True),
+        Case("microbatch", own | {"total-steps": 2, "checkpoint-steps": 1},
+             FailingBlock((4 + 2) * LAYERS + 1), stops=True),
+        Case("tight", own, even_for_the_plan, stops=True),
+    ]  # fmt: skip
+    (told,) = run_ranks(1, train_cases, meet_at([(1, 1)]), cases, folder, deadline=120.0)
+    return told
+
+
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [
+        ("weights", "stage 0, making the weights: out of memory; by --plan"),
+        ("moments", "stage 0, making gradients, masters and moments: out of memory "
+         "(it asked for 512 bytes); by --plan"),
+        ("microbatch", "stage 0, forward of microbatch 2, with 2 others in flight; last received: "
+         "(1, 64) torch.int64: out of memory (it asked for 2.00 GiB); by --plan"),
+    ],
+)  # fmt: skip
+def test_the_line_says_where_and_what_is_held(name: str, start: str, told: dict[str, Told]) -> None:
+    line = told[f"{name}-1-1"].stopped
+    assert line is not None
+    assert line.startswith(start)
+    check_numbers(line, layers=LAYERS)
+    assert "activations and temporary tensors (4 microbatches)" in line
+
+
+def check_numbers(line: str, *, layers: int) -> None:
+    """Of weights, gradients and moments in fp32, and the command that tells what helps."""
+    parameters = layers * (12 * HIDDEN**2 + 13 * HIDDEN) + 2 * 512 * HIDDEN + 2 * HIDDEN
+    for share, of in ((4, "weights"), (4, "gradients"), (8, "masters and moments")):
+        assert f" {share * parameters / 1e6:.1f} MB of {of}" in line
+    assert line.endswith(f"; {NEXT_STEP}")
+
+
+def test_without_memory_for_the_plan_the_command_is_still_named(told: dict[str, Told]) -> None:
+    line = told["tight-1-1"].stopped
+    assert line is not None
+    assert line.endswith(f"(it asked for 2.00 GiB); {NEXT_STEP}")
+
+
+def test_what_failed_is_let_go_of_before_the_plan() -> None:
+    def work() -> None:
+        held = torch.zeros(10)
+        seen.append(weakref.ref(held))
+        raise MemoryError
+
+    def rehearse(*_: object, **__: object) -> None:
+        assert seen[0]() is None
+        raise MemoryError
+
+    seen: list[weakref.ref[torch.Tensor]] = []
+    nothing: Any = None
+    try:
+        work()
+    except MemoryError as error:
+        with patch("planning.memory.out_of_memory.DryRun", rehearse):
+            explained = explain_out_of_memory("here", error, nothing, nothing, rank=0, cuda=False)
+    assert explained == f"here: out of memory; {NEXT_STEP}"
+
+
+def test_memory_that_truly_runs_out_ends_every_rank(folder: Path) -> None:
+    """Rank 1 of two stages; both say why in one line, and end with status 1."""
+    own = {
+        **flags(folder), "batch-size": 120, "seq-length": 256, "pipeline-group-size": 2,
+        "world-size": 2, "dist-url": f"tcp://127.0.0.1:{free_port()}",
+        "checkpoint-path": folder / "bounded",
+    }  # fmt: skip
+    scripts = [str(ROOT / "dist_clm_train.py")], ["-c", BOUNDED]
+    started = [
+        subprocess.Popen(
+            [sys.executable, *script, *to_argv(own | {"rank": rank})], text=True, cwd=ROOT,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        )
+        for rank, script in enumerate(scripts)
+    ]  # fmt: skip
+    ended = [(process.communicate(timeout=150)[1], process.returncode) for process in started]
+    assert [status for _, status in ended] == [1, 1]
+    first, second = (stderr.splitlines() for stderr, _ in ended)
+    assert len(first) == len(second) == 1
+    assert first[0] == f"rank 0: {second[0]}"
+    assert re.match(
+        r"rank 1: stage 1, forward of microbatch \d+, with \d+ others in flight; last received: "
+        r"\(1, 256, 128\) torch.float32: out of memory \(it asked for \d+ bytes\); by --plan .*; "
+        r"the same command with --rank 0 --plan --device-memory SIZE",
+        second[0],
+    )

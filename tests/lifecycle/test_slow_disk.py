@@ -1,0 +1,81 @@
+"""A disk that takes longer to read than a rank may wait for another ends no start of a run."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from comm.topology import Topology
+from tests.distributed.test_parity import make_shards
+from tests.support.cases import Case, meet_at, run_folder, train_cases
+from tests.support.data import make_texts, write_jsonl
+from tests.support.dist import run_ranks
+from tests.support.kill_lab import same, state
+from tests.support.processes import find
+
+TIMEOUT, SLOW = 3.0, 3.6
+SHAPE = (2, 2)
+
+
+def slowed(target: str, seconds: float, about: str = "") -> Any:
+    """While it is entered, calls of `target` with a text that begins with `about` take longer."""
+    owner, name = find(target)
+    original: Callable[..., Any] = getattr(owner, name)
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        if any(str(arg).startswith(about) for arg in args):
+            time.sleep(seconds)
+        return original(*args, **kwargs)
+
+    return patch.object(owner, name, slow)
+
+
+@contextmanager
+def slow_shards(topology: Topology) -> Iterator[None]:
+    """Those of the second replica."""
+    with ExitStack() as stack:
+        if topology.replica == 1:
+            stack.enter_context(slowed("checkpoint.resume.load:load_layer_shard", SLOW / 2))
+        yield
+
+
+@contextmanager
+def slow_checkpoint(topology: Topology) -> Iterator[None]:
+    """What is left to clear, each module, the optimizer's file, and in it the embedding's state.
+
+    The stages read the state in two and three parts.
+    """
+    with (
+        patch("optimizer.state_dict._BATCH_ELEMENTS", 1),
+        slowed("checkpoint.steps.folder:clear_leftovers", SLOW),
+        slowed("checkpoint.resume.load:read_stage_module", SLOW / 2),
+        slowed("training.initial_state:read_part", SLOW),
+        slowed("optimizer.saved_state:SavedState.read", SLOW, "0.embed_in"),
+    ):
+        yield
+
+
+@pytest.mark.slow
+def test_a_slow_disk_ends_no_start(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", make_texts(20, seed=1))
+    make_shards(tmp_path, "model", "gptneox", {"num_hidden_layers": 3})
+    flags = {
+        "model-name": tmp_path / "shards" / "model", "model-type": "gptneox", "num-layers": "1,2",
+        "embedding-dim": 32, "task-name": tmp_path / "a.jsonl", "seq-length": 24, "batch-size": 4,
+        "total-steps": 2, "checkpoint-steps": 1, "bf16": True,
+    }  # fmt: skip
+    cases = [
+        Case("straight", flags, slow_shards),
+        Case("resumed", flags, slow_checkpoint, after=("straight-2-2", 1)),
+    ]
+    told, *_ = run_ranks(
+        4, train_cases, meet_at([SHAPE]), cases, tmp_path, "gloo", TIMEOUT, deadline=150.0
+    )
+    assert any(line.startswith("resumed from step 1") for line in told["resumed-2-2"].lines)
+    straight, resumed = (run_folder(tmp_path, name, *SHAPE) for name in ("straight", "resumed"))
+    for stage in range(2):
+        assert same(state(resumed, stage, 2), state(straight, stage, 2))

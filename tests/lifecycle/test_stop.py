@@ -1,0 +1,238 @@
+"""Asked to stop by a signal: saved at the next update's end, exit status 75, and nothing is lost.
+
+Two pipelines of two stages, two iterations to an update. One run is stopped again and again, at
+chosen moments, and started again with the same command; at its end it has the bits of a run that
+nobody disturbed. It saves where it is stopped and, but for one start, nowhere else.
+"""
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.support.dist import run_ranks
+from tests.support.kill_lab import (
+    STAGES,
+    STEPS,
+    WORLD,
+    WRITERS,
+    Lab,
+    Start,
+    leftovers,
+    make_lab,
+    marked,
+    numbers,
+    same,
+    state,
+)
+from tests.support.processes import Kill, Outcome, fork_ranks
+
+_ENGINE = "pipeline_parallel.engine:Engine"
+_TRAIN, _EVALUATE = f"{_ENGINE}.train", f"{_ENGINE}.evaluate"
+TERM = (signal.SIGTERM,)
+NOT_BEGUN = "before training began: there is nothing to save, and the same command goes on"
+AGAIN = "and again (SIGTERM): ended at once"
+NOT_DELETED = (
+    "with the last step saved; not all checkpoints that --keep-checkpoints drops are deleted yet, "
+    "a later save deletes them; the same command goes on"
+)
+LATE = (
+    "2 s ago (--grace-seconds): the steps since the last checkpoint are not saved; the same "
+    "command resumes from that checkpoint"
+)
+
+
+def saved(step: int) -> str:
+    return f"step {step} is saved, not finished; the same command goes on"
+
+
+class Stop(NamedTuple):
+    """One start that gets signals, and how every rank of it is to end.
+
+    who: the signal and the rank that all lines name; rest: how they go on; latest: the step that is
+    saved then. changes: of the flags.
+    """
+
+    kills: list[Kill]
+    status: int
+    who: str = ""
+    rest: str = ""
+    latest: int | None = None
+    changes: dict[str, Any] = {}  # noqa: RUF012
+
+    @property
+    def line(self) -> str:
+        colon = ":" if self.rest.startswith("step") else ""
+        return f"asked to stop ({self.who}){colon} {self.rest}"
+
+
+PLAN = {
+    "joining": Stop(
+        [Kill("", 2, "comm.rendezvous.join:_Joining._register", "after", wait=0.5, signals=TERM)],
+        75, "SIGTERM on rank 2", NOT_BEGUN,
+    ),
+    "loading": Stop(
+        [Kill("", 1, "training.run:train", signals=TERM)], 75, "SIGTERM on rank 1", NOT_BEGUN
+    ),
+    "first evaluation": Stop(
+        [Kill("", 0, _EVALUATE, signals=TERM), Kill("a batch too many", 0, _EVALUATE, nth=2)],
+        75, "SIGTERM on rank 0", NOT_BEGUN,
+    ),
+    "inside an update": Stop(
+        [Kill("", 2, _TRAIN, nth=3, signals=TERM)], 75, "SIGTERM on rank 2", saved(4), 4,
+        {"profiling": "tidy_profiling"},
+    ),
+    "Ctrl-C, and a launcher passes it on": Stop(
+        [Kill("", 0, _TRAIN, signals=(signal.SIGINT, signal.SIGTERM), to_all=True,
+              wait=0.2)],
+        75, "SIGINT on rank 0", saved(6), 6,
+    ),
+    "saving": Stop(
+        [Kill("", 1, "checkpoint.steps.folder:write_stage_files", signals=(signal.SIGUSR1,))],
+        75, "SIGUSR1 on rank 1", saved(10), 10, {"checkpoint-steps": 4},
+    ),
+    "evaluation": Stop(
+        [
+            Kill("rank 0 rests until it has heard", 0, _EVALUATE, signals=(0,), wait=1.0),
+            Kill("", 3, _EVALUATE, signals=TERM),
+            Kill("a batch too many", 3, _EVALUATE, nth=2),
+        ],
+        75, "SIGTERM on rank 3", saved(12), 12,
+    ),
+    "beside a write": Stop(
+        [
+            Kill("", 2, _TRAIN, nth=3, signals=TERM),
+            Kill("a slow disk", 1, "checkpoint.steps.folder:write_stage_files", signals=(0,),
+                 wait=1.0),
+        ],
+        75, "SIGTERM on rank 2", saved(16), 16,
+        {"async-checkpoint": True, "zero-stage": 1, "checkpoint-steps": 14, "keep-checkpoints": 2},
+    ),
+    "while old steps go": Stop(
+        [
+            Kill("", 2, _TRAIN, nth=3, signals=TERM),
+            *(Kill("a slow disk", rank, "checkpoint.retention:delete_step", signals=(0,), wait=9.0)
+              for rank in WRITERS),
+        ],
+        75, "SIGTERM on rank 2", NOT_DELETED, 20,
+        {"checkpoint-steps": 2, "keep-checkpoints": 1, "grace-seconds": 4},
+    ),
+    "twice": Stop(
+        [Kill("", 3, _TRAIN, signals=(*TERM, *TERM), wait=2.2)],
+        1, "SIGTERM on rank 3", AGAIN, 20,
+    ),
+    "a rank that hangs": Stop(
+        [Kill("", 2, _TRAIN, signals=TERM), Kill("", 3, _TRAIN, signals=(signal.SIGSTOP,))],
+        1, "SIGTERM on rank 2", LATE, 20, {"grace-seconds": 2},
+    ),
+    "last step": Stop([Kill("", 1, _TRAIN, nth=STEPS - 20, signals=TERM)], 0, latest=STEPS),
+}  # fmt: skip
+LEFT_OUT = {3, 6, 9, 12, 15}  # evaluations that were due when a stop was under way
+
+
+class Lived(NamedTuple):
+    """By name what the starts left; a world of one, and a rank 1 that found no rank 0, stopped."""
+
+    starts: dict[str, Start]
+    alone: Outcome
+    early: Outcome
+
+
+def live(_rank: int, _world: int, _url: str, lab: Lab) -> Lived:
+    os.chdir(lab.folder)  # where traces go
+    found = {"whole": lab.start("whole")}
+    for name, (kills, *_, changes) in PLAN.items():
+        found[name] = lab.start("stopped", *kills, changes={"checkpoint-steps": 0, **changes})
+    one = {"world-size": 1, "pipeline-group-size": 1, "data-group-size": 1, "num-layers": 3}
+    argvs = lab.argvs("alone", changes={**one, "checkpoint-steps": 0})[:1]
+    struck = Kill("", 0, _TRAIN, nth=2, signals=(signal.SIGINT,))
+    alone = fork_ranks(argvs, lab.folder, kills=[struck])
+    waits = Kill("", 0, "comm.rendezvous.join:_Joining._report", signals=TERM)
+    early = fork_ranks(lab.argvs("early")[1:2], lab.folder, kills=[waits])
+    return Lived(found, alone, early)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return make_lab(tmp_path_factory.mktemp("stops"))
+
+
+@pytest.fixture(scope="module")
+def lived(lab: Lab) -> Lived:
+    (found,) = run_ranks(1, live, lab, deadline=400.0)
+    return found
+
+
+@pytest.fixture(scope="module")
+def starts(lived: Lived) -> dict[str, Start]:
+    return lived.starts
+
+
+@pytest.mark.parametrize("name", PLAN)
+def test_all_ranks_end_alike_and_say_so_in_one_line(name: str, starts: dict[str, Start]) -> None:
+    """Those that hear of it from another rank's end say which rank's."""
+    start, stop = starts[name], PLAN[name]
+    assert start.outcome.statuses == [stop.status] * WORLD
+    if stop.kills[0].to_all:  # rank 0 may hear of another's signal first
+        (named,) = re.findall(r"on rank \d", start.outcome.lines[0][0])
+        stop = stop._replace(who=stop.who.replace("on rank 0", named))
+    for rank, lines in enumerate(start.outcome.lines):
+        ends = [f"rank {rank}: {stop.line}"], [f"rank {rank}: rank {stop.who[-1:]}: {stop.line}"]
+        assert lines in (ends if stop.status else ([],))
+
+
+@pytest.mark.parametrize("name", PLAN)
+def test_what_is_saved_is_whole_and_from_an_updates_end(
+    name: str, starts: dict[str, Start]
+) -> None:
+    start, stop = starts[name], PLAN[name]
+    assert start.latest == (None if stop.latest is None else str(stop.latest))
+    assert start.damage == []
+    assert start.steps == (stop.latest or 0)
+
+
+def test_a_run_that_is_asked_in_its_last_step_is_complete(starts: dict[str, Start]) -> None:
+    assert starts["last step"].outcome.statuses == [0] * WORLD
+    assert starts["last step"].steps == STEPS
+
+
+def test_the_run_ends_with_the_bits_of_the_undisturbed_one(
+    lab: Lab, starts: dict[str, Start]
+) -> None:
+    """But for the held-out losses that were left out."""
+    whole, stopped = lab.disk("whole"), lab.disk("stopped")
+    assert starts["whole"].outcome.statuses == [0] * WORLD
+    expected = numbers(whole)
+    for line in expected:
+        if line["step"] in LEFT_OUT:
+            del line["eval_loss"], line["eval_perplexity"]
+    assert numbers(stopped) == expected
+    for stage in range(STAGES):
+        assert same(state(stopped, stage), state(whole, stage))
+    assert marked(stopped) == [5, 7, 11, 13, 17, 21]
+    saves = {folder.name for folder in stopped.iterdir() if folder.is_dir()}
+    # What was before 14 is dropped; later there was no time to drop any.
+    assert saves == {"14", "16", "18", "20", str(STEPS)}
+    assert leftovers(stopped) == []
+
+
+@pytest.mark.parametrize("rank", range(WORLD))
+def test_the_traces_are_written(lab: Lab, starts: dict[str, Start], rank: int) -> None:
+    events = json.loads((lab.folder / "trace_json" / f"disk_rank{rank}.json").read_text())
+    assert {event["args"]["step"] for event in events} == {1, 2, 3, 4}
+
+
+def test_a_rank_that_finds_no_rank_0_stops_alone(lived: Lived) -> None:
+    assert lived.early.statuses == [75]
+    assert lived.early.lines == [[f"rank 1: asked to stop (SIGTERM on rank 1) {NOT_BEGUN}"]]
+
+
+def test_a_world_of_one_stops_too(lab: Lab, lived: Lived) -> None:
+    """Its line needs no rank's number in front."""
+    assert lived.alone.statuses == [75]
+    assert lived.alone.lines == [[f"asked to stop (SIGINT on rank 0): {saved(2)}"]]
+    assert Path(lab.disk("alone"), "latest").read_text() == "2"

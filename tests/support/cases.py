@@ -1,0 +1,197 @@
+"""Training runs inside processes that a test has spawned: many runs for one spawn."""
+
+import io
+import logging
+import shutil
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+
+from arguments.train import parse_train
+from checkpoint.steps.latest import write_latest
+from checkpoint.store import SaveFailedError
+from comm.lifecycle.stop_signals import StopRequest
+from comm.objects import gather_json
+from comm.process_groups import ProcessGroups
+from comm.rendezvous.interface import Interface
+from comm.rendezvous.job_key import JobKey
+from comm.rendezvous.join import Rendezvous, join
+from comm.run_context import RunContext
+from comm.topology import Topology
+from monitor.console import Console
+from monitor.metrics import read_metrics
+from tests.support.connected import link
+from tests.support.dist import free_port
+from training.iteration import TrainingStoppedError
+from training.run import train
+
+
+class Case(NamedTuple):
+    """One run: its name, and flags without dashes, which may be functions of (P, R).
+
+    hook: entered around the run in every process, to make something go wrong there.
+    after: another run's folder and a step: this run goes on from a copy of it at that step.
+    stops: the run ends with a TrainingStoppedError, or a SaveFailedError.
+    shapes: the only (P, R) to run in.
+    """
+
+    name: str
+    flags: dict[str, Any]
+    hook: Callable[[Topology], AbstractContextManager[object]] | None = None
+    after: tuple[str, int] | None = None
+    stops: bool = False
+    shapes: Collection[tuple[int, int]] | None = None
+
+
+class Told(NamedTuple):
+    """What one process logged in a run, and why it stopped."""
+
+    lines: list[str]
+    stopped: str | None
+
+
+def train_cases(
+    rank: int,
+    world_size: int,
+    _url: str,
+    shapes: Sequence[tuple[int, int, str]],
+    cases: Sequence[Case],
+    folder: Path,
+    dist_backend: str = "gloo",
+    dist_timeout: float = 60.0,
+) -> dict[str, Told]:
+    """For every shape (P, R, url) of this world, trains every case.
+
+    The ranks meet at each shape's url. Checkpoints go to `folder`/<name>-<P>-<R>; what this process
+    told is by that name.
+    """
+    told: dict[str, Told] = {}
+    torch.set_num_threads(1)
+    for stages, replicas, shape_url in shapes:
+        topology = Topology(rank, stages, replicas)
+        meeting = connected(topology, shape_url, dist_backend, dist_timeout=dist_timeout)
+        with meeting as (groups, nonce):
+            for case in cases:
+                if case.shapes is None or (stages, replicas) in case.shapes:
+                    path = run_folder(folder, case.name, stages, replicas)
+                    told[path.name] = _train_case(case, path, topology, groups, nonce)
+    return told
+
+
+@contextmanager
+def connected(
+    topology: Topology, url: str, dist_backend: str = "gloo", *, dist_timeout: float = 60.0
+) -> Iterator[tuple[ProcessGroups, str]]:
+    """All channels of one process of a shape whose ranks meet at `url`, and the start's nonce."""
+    rendezvous = _meet(topology.rank, topology.world_size, url)
+    entered = link(topology, rendezvous, dist_backend=dist_backend, dist_timeout=dist_timeout)
+    yield entered.groups, rendezvous.nonce
+    entered.close()
+
+
+def _train_case(
+    case: Case, path: Path, topology: Topology, groups: ProcessGroups, nonce: str
+) -> Told:
+    own = {
+        "checkpoint-path": path,
+        "pipeline-group-size": topology.num_stages,
+        "data-group-size": topology.num_replicas,
+        "world-size": topology.num_stages * topology.num_replicas,
+        "rank": topology.rank,
+    }
+    flags = _at(case.flags, topology.num_stages, topology.num_replicas)
+    # Starting a process to tokenize takes longer than these texts do.
+    settings = parse_train(to_argv({"data-workers": 0, **flags, **own}), {})
+    if topology.rank == 0 and case.after is not None:
+        _copy_run(path.parent / case.after[0], path, step=case.after[1])
+    elif topology.rank == 0:
+        path.mkdir(parents=True, exist_ok=True)
+    gather_json(groups.control, None)  # the folder is there for all
+    hook = nullcontext() if case.hook is None else case.hook(topology)
+    listener = _Listener()
+    with hook, listener, patch("monitor.recorder.draw_loss"), ExitStack() as closing:
+        stopped = None
+        try:
+            train(
+                settings,
+                RunContext(topology, groups, torch.device("cpu"), nonce),
+                console=Console(io.StringIO()),
+                stop=StopRequest(),
+                closing=closing,
+            )
+        except (TrainingStoppedError, SaveFailedError) as error:
+            if not case.stops:
+                raise
+            stopped = str(error)
+    return Told(listener.lines, stopped)
+
+
+class _Listener(logging.Handler):
+    """Keeps what is logged while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+    def __enter__(self) -> "_Listener":
+        root = logging.getLogger()
+        root.setLevel(logging.INFO)
+        root.addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger().removeHandler(self)
+
+
+def _copy_run(source: Path, target: Path, *, step: int) -> None:
+    """The folder as it was when `step` had been saved; what came later in the metrics stays."""
+    shutil.copytree(source, target)
+    for entry in target.iterdir():
+        if entry.name.isdecimal() and int(entry.name) > step:
+            shutil.rmtree(entry)
+    write_latest(target, step)
+
+
+def run_folder(folder: Path, name: str, stages: int, replicas: int) -> Path:
+    return folder / f"{name}-{stages}-{replicas}"
+
+
+def curve(folder: Path, name: str, stages: int, replicas: int, key: str = "loss") -> list[float]:
+    """One key of a run's metrics, over its iterations."""
+    lines = read_metrics(run_folder(folder, name, stages, replicas) / "metrics.jsonl")
+    return [line[key] for line in lines]
+
+
+def to_argv(flags: dict[str, Any]) -> list[str]:
+    return [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
+
+
+def meet_at(shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int, str]]:
+    """Each shape (P, R) with a url of its own."""
+    return [(*shape, f"tcp://127.0.0.1:{free_port()}") for shape in shapes]
+
+
+def _at(flags: dict[str, Any], stages: int, replicas: int) -> dict[str, Any]:
+    return {k: v(stages, replicas) if callable(v) else v for k, v in flags.items()}
+
+
+def _meet(rank: int, world_size: int, url: str) -> Rendezvous:
+    if world_size == 1:
+        return Rendezvous.alone()
+    return join(
+        url=url,
+        rank=rank,
+        world_size=world_size,
+        interface=Interface("lo", "127.0.0.1"),
+        facts={},
+        key=JobKey("test"),
+        start="",
+        join_timeout=60.0,
+    )

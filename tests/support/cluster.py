@@ -1,0 +1,28 @@
+"""A model that only --check-cluster can do with, and a run's flags for it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.support.models import make_hf
+from tests.support.valid_run import right
+
+SHARDS = ["pytorch_embs.pt", *(f"pytorch_{i}.pt" for i in range(8)), "pytorch_lm_head.pt"]
+
+
+def make_model(folder: Path, **changes: Any) -> Path:
+    """config.json of 8 layers, and shards that cannot be read: nothing is in them."""
+    make_hf("gptneox", vocab_size=400, num_hidden_layers=8).config.save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    for name in SHARDS:
+        (folder / name).touch()
+    return folder
+
+
+def flags(home: Path, **more: Any) -> dict[str, Any]:
+    """A run's flags, of the model in m; its data is not there."""
+    return {
+        **right(home), "num-layers": 4, "task-name": home / "none.jsonl",
+        "checkpoint-path": home / "none", "check-cluster": "true", **more,
+    }  # fmt: skip

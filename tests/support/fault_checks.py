@@ -1,0 +1,138 @@
+"""How the ranks of a start must end after each kind of fault, and what they must leave behind."""
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from checkpoint.steps.latest import check_latest
+from checkpoint.steps.manifest import read_manifest
+from monitor.metrics import read_metrics
+from tests.support.fault_injector import Hit
+from tests.support.fault_plan import CUT, FULL, KILL, STOP, TERM, UNPLUGGED, RunPlan
+from tests.support.kill_lab import STAGES, STEPS, WORLD, leftovers, numbers, same, state
+from tests.support.phases import JOINING, LOADING
+from tests.support.processes import Outcome
+
+if TYPE_CHECKING:
+    from tests.support.fault_lab import FaultLab
+
+ENDS = {KILL: 12.0, STOP: 22.0, CUT: 22.0, TERM: 25.0, UNPLUGGED: 22.0}
+ENDS_JOINING = 24.0
+_EVALUATED = ("eval_loss", "eval_perplexity")
+
+
+def misbehaviour(hits: Sequence[Hit], outcome: Outcome, seconds: float | None) -> list[str]:
+    """What is not as it must be at the end of a start."""
+    hung = [rank for rank, status in enumerate(outcome.statuses) if status is None]
+    if hung:
+        return [f"ranks {hung} hung: {outcome.lines}"]
+    if outcome.statuses == [0] * WORLD:
+        return [f"stderr: {outcome.lines}"] if any(outcome.lines) else []
+    if not hits:
+        return [f"failed undisturbed: {outcome.statuses}: {outcome.lines}"]
+    found = [_after(hit, outcome, hits[-1].at, seconds or 0.0) for hit in hits]
+    return [] if not all(found) else found[-1]
+
+
+def _after(hit: Hit, outcome: Outcome, last: float, seconds: float) -> list[str]:
+    """What does not fit a start that this fault ended."""
+    fault, problems = hit.fault, []
+    limit = ENDS_JOINING if hit.phase in JOINING else ENDS.get(fault.kind)
+    if limit is not None and seconds + last - hit.at > limit:
+        problems.append(f"ended {seconds:.1f} s after {fault.kind}, not within {limit:g}")
+    for rank in range(WORLD):
+        if wrong := _ending(rank, hit, outcome):
+            problems.append(f"after {fault.kind} of rank {fault.rank} in {hit.phase}: {wrong}")
+    return problems
+
+
+def _ending(rank: int, hit: Hit, outcome: Outcome) -> str | None:
+    """What is wrong with how a rank ended."""
+    fault, status, lines = hit.fault, outcome.statuses[rank], outcome.lines[rank]
+    told = f"rank {rank} ended with {status}: {lines}"
+    if fault.kind in (KILL, STOP) and rank == fault.rank:
+        return None if status == -9 else told
+    if fault.kind == TERM and hit.phase in JOINING and rank == fault.rank and status == -15:
+        return None  # before it could hear
+    if status == 0 and not lines:  # some were done already
+        return None
+    return None if status in _statuses(hit) and _names(hit, rank, lines) else told
+
+
+def _statuses(hit: Hit) -> tuple[int, ...]:
+    joining = hit.phase in JOINING
+    if hit.fault.kind == TERM:
+        return (75, 1) if joining else (75,)
+    foreseen = hit.fault.kind == FULL and hit.phase == LOADING
+    return (1, 2) if joining or foreseen else (1,)
+
+
+def _names(hit: Hit, rank: int, lines: Sequence[str]) -> bool:
+    """Whether its one line names who is lost, or what happened."""
+    if len(lines) != 1:
+        return False
+    fault, text = hit.fault, lines[0].removeprefix(f"rank {rank}: ")
+    if hit.phase in JOINING and "could not all connect" in text:
+        return "this one over" in text  # nobody can tell it more than its own interface
+    foreseen = hit.phase in (*JOINING, LOADING) and "the checkpoints of this run need" in text
+    if fault.kind == FULL:
+        return foreseen or "is not saved" in text or "latest does not name it" in text
+    if fault.kind == TERM and fault.to_all:
+        return "SIGTERM on rank" in text
+    if fault.kind in (KILL, STOP, TERM):
+        return f"rank {fault.rank}" in lines[0]
+    return re.search(r"rank \d", text) is not None
+
+
+def damage(lab: "FaultLab", name: str) -> list[str]:
+    """What is wrong with what `latest` names, by the project's own check and by a comparison with
+    the same step of the undisturbed run."""
+    found = []
+    for stage in range(STAGES):
+        disk = lab.stage_disk(name, stage)
+        if not (disk / "latest").exists():
+            continue
+        step = int((disk / "latest").read_text())
+        try:
+            check_latest(disk, has_manifests=True)
+            read_manifest(disk / str(step), stage).check(disk / str(step))
+            expected = state(lab.stage_disk("whole", stage), stage, step)
+            if not same(state(disk, stage, step), expected):
+                found.append(f"step {step} of stage {stage} has other bits")
+        except Exception as error:  # whatever is wrong with it
+            found.append(f"step {step} of stage {stage}: {error!r}")
+    return found
+
+
+def differences(
+    lab: "FaultLab", name: str, plan: RunPlan, statuses: Sequence[int | None]
+) -> list[str]:
+    """What differs from the undisturbed run at the end."""
+    disk, whole = lab.stage_disk(name, 0), lab.stage_disk("whole", 0)
+    if list(statuses) != [0] * WORLD:
+        return [f"not complete: {statuses}"]
+    stopped = any(fault.kind == TERM for faults in plan.starts for fault in faults)
+    found = _other_lines(numbers(disk), numbers(whole), stopped=stopped)
+    if len(read_metrics(disk / "metrics.jsonl")) != STEPS:
+        found.append("not one line a step")
+    for stage in range(STAGES):
+        there = lab.stage_disk(name, stage)
+        if (there / "latest").read_text() != str(STEPS):
+            found.append(f"stage {stage}: latest is not the last step")
+        if not same(state(there, stage), state(lab.stage_disk("whole", stage), stage)):
+            found.append(f"stage {stage}: other weights or moments at the end")
+        if left := leftovers(there):
+            found.append(f"stage {stage}: left behind: {left}")
+    return found
+
+
+def _other_lines(
+    lines: list[dict[str, object]], expected: list[dict[str, object]], *, stopped: bool
+) -> list[str]:
+    """An evaluation during which the run was asked to stop is left out."""
+    found = []
+    for line, other in zip(lines, expected, strict=False):
+        left_out = {key: other[key] for key in other if key not in _EVALUATED}
+        if line != other and not (stopped and line == left_out):
+            found.append(f"step {other['step']}: {line}, undisturbed {other}")
+    return found

@@ -1,0 +1,204 @@
+"""Makes the faults of one start happen, from the process that forked its ranks."""
+
+import contextlib
+import os
+import resource
+import select
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from monitor.metrics import read_metrics
+from tests.support.connections import Cutter, between
+from tests.support.fault_plan import CUT, FULL, KILL, STOP, TERM, UNPLUGGED, Fault
+from tests.support.full_disk import fill
+from tests.support.hosts import Host, plug
+from tests.support.kill_lab import STEPS, WORLD, WRITERS
+from tests.support.phases import PhaseMarks, Phases
+from tests.support.processes import Armed, Kill
+
+_SIGNALS = {KILL: signal.SIGKILL, STOP: signal.SIGSTOP, TERM: signal.SIGTERM}
+SMALL_FILES = 30_000  # bytes: more than a rank's output, less than a stage's weights
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A fault that happened: in which phase of its rank, and when."""
+
+    fault: Fault
+    phase: str
+    at: float
+
+
+@dataclass(frozen=True)
+class Point(Kill):
+    """A moment at which a rank waits until its parent has made the fault happen."""
+
+    reached: tuple[int, int] = field(default_factory=os.pipe)
+    go_on: tuple[int, int] = field(default_factory=os.pipe)
+
+    def _strike(self) -> None:
+        time.sleep(self.wait)
+        os.write(self.reached[1], b".")
+        os.read(self.go_on[0], 1)
+
+    def is_reached(self) -> bool:
+        return bool(select.select([self.reached[0]], [], [], 0)[0])
+
+    def leave(self) -> None:
+        os.write(self.go_on[1], b".")
+
+    def close(self) -> None:
+        for descriptor in (*self.reached, *self.go_on):
+            os.close(descriptor)
+
+
+def point(fault: Fault) -> Point:
+    """Where its named moment comes."""
+    assert fault.moment is not None
+    one = fault.moment
+    return Point(one.name, fault.rank, one.target, one.when, one.nth, one.about, one.wait)
+
+
+class SmallDisks:
+    """The disks of a start's stages; a full one takes no more bytes until there is room again.
+
+    Where they are not `mounted`, it is the files of the writing processes that grow no more.
+    """
+
+    def __init__(self, places: Sequence[Path], *, mounted: bool) -> None:
+        self._places, self._mounted = places, mounted
+
+    def fill(self, rank: int, pids: Sequence[int]) -> None:
+        if self._mounted:
+            fill(self._filler(rank))
+            return
+        self._limit(self._writers(rank), pids, SMALL_FILES)
+
+    def make_room(self, rank: int, pids: Sequence[int]) -> None:
+        """`pids` are none where the processes have ended, and with them what limits them."""
+        self._filler(rank).unlink(missing_ok=True)
+        if not self._mounted and pids:
+            self._limit(self._writers(rank), pids, resource.RLIM_INFINITY)
+
+    def _filler(self, rank: int) -> Path:
+        return self._places[rank % len(self._places)] / "filler"
+
+    def _writers(self, rank: int) -> list[int]:
+        """Those that write to the disk that is a rank's."""
+        disks = len(self._places)
+        return [writer for writer in WRITERS if writer % disks == rank % disks]
+
+    @staticmethod
+    def _limit(ranks: Sequence[int], pids: Sequence[int], size: int) -> None:
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                resource.prlimit(pids[rank], resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+class Injector:
+    """Attends the ranks of one start.
+
+    `life` is how many seconds the whole run takes undisturbed, `metrics` its record; `hosts` are
+    the machines of the stages, none where all ranks share one.
+    """
+
+    def __init__(
+        self,
+        faults: Sequence[Fault],
+        *,
+        life: float,
+        metrics: Path,
+        phases: Phases,
+        disks: SmallDisks,
+        hosts: Sequence[Host],
+    ) -> None:
+        self.hits: list[Hit] = []
+        self._waiting = {fault: point(fault) if fault.moment else None for fault in faults}
+        self._cutters = [Cutter(rank) for rank in range(WORLD)]
+        self._points = [one for one in self._waiting.values() if one is not None]
+        self._phases, self._disks, self._hosts = phases, disks, hosts
+        self._metrics, self._done = metrics, len(read_metrics(metrics))
+        self._life = life * (1 - self._done / (STEPS + 1))
+        self._began: float | None = None
+        self._room: dict[Fault, float] = {}  # when a full disk has room again
+
+    def armed(self) -> list[Armed]:
+        """What the ranks are to do to themselves."""
+        self._phases.begin()
+        return [
+            *(PhaseMarks(rank, self._phases) for rank in range(WORLD)),
+            *self._cutters,
+            *self._points,
+        ]
+
+    def attend(self, pids: Sequence[int], ended: Mapping[int, int | None]) -> None:
+        now = time.monotonic()
+        self._began = self._began or now
+        for fault, one in list(self._waiting.items()):
+            due = one.is_reached() if one else fault.share < self._share(now)
+            if due and fault.rank not in ended:
+                del self._waiting[fault]
+                self.hits.append(Hit(fault, self._phases.of(fault.rank), now))
+                self._strike(fault, pids, ended)
+                if one is not None and fault.kind not in (KILL, STOP):
+                    one.leave()
+        for fault, end in list(self._room.items()):
+            if now > end:
+                self._disks.make_room(fault.rank, pids)
+                del self._room[fault]
+        self._end_stopped(pids, ended)
+
+    def close(self) -> None:
+        """As the machine is before the next start."""
+        for hit in self.hits:
+            if hit.fault.kind == FULL:
+                self._disks.make_room(hit.fault.rank, ())
+            if hit.fault.kind == UNPLUGGED:
+                plug(self._hosts[0], up=True)
+        for cutter in self._cutters:
+            cutter.close()
+        for one in self._points:
+            one.close()
+
+    def _share(self, now: float) -> float:
+        """How much of what was left of the run is done: by the clock, or by what the metrics say.
+
+        The clock counts before the first step, and where a full disk keeps the metrics back; but it
+        may lag, where the machine has less to do than it had in the undisturbed run.
+        """
+        assert self._began is not None
+        begun, steps = self._done, len(read_metrics(self._metrics))
+        return max((now - self._began) / self._life, (steps - begun) / max(STEPS - begun, 1))
+
+    def _strike(self, fault: Fault, pids: Sequence[int], ended: Mapping[int, int | None]) -> None:
+        if fault.kind == FULL:
+            self._disks.fill(fault.rank, pids)
+            if fault.rest is not None:
+                self._room[fault] = time.monotonic() + fault.rest
+        elif fault.kind == CUT:
+            self._cut(fault, pids, ended)
+        elif fault.kind == UNPLUGGED:
+            plug(self._hosts[0], up=False)
+        else:
+            all_left = [rank for rank in range(WORLD) if rank not in ended]
+            to_all = fault.kind == TERM and fault.to_all
+            for rank in all_left if to_all else [fault.rank]:
+                os.kill(pids[rank], _SIGNALS[fault.kind])
+
+    def _cut(self, fault: Fault, pids: Sequence[int], ended: Mapping[int, int | None]) -> None:
+        if fault.peer in ended:
+            return
+        found = between(pids[fault.rank], pids[fault.peer])
+        if fault.one and found:
+            found = [found[int(fault.share * len(found))]]
+        self._cutters[fault.rank].cut(found)
+
+    def _end_stopped(self, pids: Sequence[int], ended: Mapping[int, int | None]) -> None:
+        """A stopped rank is not to go on once the others have ended."""
+        for hit in self.hits:
+            alone = hit.fault.rank not in ended and len(ended) == WORLD - 1
+            if hit.fault.kind == STOP and alone:
+                os.kill(pids[hit.fault.rank], signal.SIGKILL)

@@ -1,0 +1,229 @@
+"""Runs that live through drawn faults: each is started again until it is complete."""
+
+import ctypes
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tests.support.dist import free_port
+from tests.support.fault_checks import damage, differences, misbehaviour
+from tests.support.fault_injector import Hit, Injector, SmallDisks
+from tests.support.fault_plan import Fault, RunPlan
+from tests.support.full_disk import mount_disk, unmount_disk
+from tests.support.hosts import Host
+from tests.support.kill_lab import STAGES, WORLD, WRITERS, Lab, make_lab
+from tests.support.phases import Phases
+from tests.support.processes import Outcome, fork_ranks
+
+JOIN, HANG, GRACE = 12.0, 8.0, 20.0  # seconds: --join-timeout, --dist-timeout, --grace-seconds
+_DISK = "48m"
+_LONGEST = 120.0  # seconds of one start
+_RESTARTS = 3  # more than there are faults
+_CLONE_NEWNS = 0x00020000
+
+
+@dataclass(frozen=True)
+class FaultLab:
+    """A lab whose ranks are on `hosts`, stage by stage, each with a disk of its own; or on one.
+
+    mounts: whether disks are small ones, which can be filled.
+    """
+
+    lab: Lab
+    hosts: Sequence[Host] = ()
+    mounts: bool = True
+
+    @property
+    def writers(self) -> list[int]:
+        """The ranks that have a disk."""
+        return list(WRITERS) if self.hosts else [WRITERS[0]]
+
+    def disks(self, name: str) -> list[Path]:
+        return [self.lab.disk(name, rank if self.hosts else None) for rank in self.writers]
+
+    def stage_disk(self, name: str, stage: int) -> Path:
+        disks = self.disks(name)
+        return disks[stage % len(disks)]
+
+    def start(self, name: str, changes: dict[str, Any], injector: Injector) -> Outcome:
+        if self.hosts:
+            changes = {**changes, "dist-url": f"tcp://{self.hosts[0].address}:{free_port()}"}
+        return fork_ranks(
+            self.lab.argvs(name, own_disks=bool(self.hosts), changes=changes),
+            self.lab.folder,
+            kills=injector.armed(),
+            seconds=_LONGEST,
+            attend=injector.attend,
+            hosts=[self.hosts[rank % STAGES].name for rank in range(WORLD)] if self.hosts else None,
+        )
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of a run: what hit it, how long after the last hit all had ended, what is wrong."""
+
+    hits: list[Hit]
+    missed: list[Fault]
+    statuses: list[int | None]
+    seconds: float | None
+    problems: list[str]
+
+
+@dataclass(frozen=True)
+class Lived:
+    """One run from its first start to its last; `problems` are those at its end."""
+
+    plan: RunPlan
+    starts: list[Start]
+    problems: list[str]
+
+
+def make_fault_lab(folder: Path, hosts: Sequence[Host] = ()) -> FaultLab:
+    made = make_lab(folder)
+    flags = {**made.flags, "join-timeout": JOIN, "dist-timeout": HANG, "grace-seconds": GRACE}
+    if hosts:
+        del flags["net-interface"]
+    return FaultLab(replace(made, flags=flags), hosts)
+
+
+def live(
+    _rank: int, _world: int, _url: str, lab: FaultLab, plans: Sequence[RunPlan], log: Path
+) -> list[Lived]:
+    """All runs, one after another, compared with one that nobody disturbed; told in `log`."""
+    lab = replace(lab, mounts=_private_mounts())
+    life = _undisturbed(lab)
+    lived = []
+    for plan in plans:
+        lived.append(_live_one(lab, plan, life))
+        with log.open("a") as file:
+            file.write(tell(lived[-1]) + "\n")
+    return lived
+
+
+def _undisturbed(lab: FaultLab) -> float:
+    """The run to compare with, all of whose steps are saved, and the seconds of an ordinary one."""
+    no_faults = partial(
+        Injector,
+        [],
+        life=1.0,
+        metrics=lab.lab.folder / "none",
+        phases=Phases(WORLD),
+        disks=SmallDisks([], mounted=False),
+        hosts=lab.hosts,
+    )
+    whole = lab.start("whole", {"checkpoint-steps": 2}, no_faults())
+    began = time.monotonic()
+    again = lab.start("again", {}, no_faults())
+    assert whole.statuses == again.statuses == [0] * WORLD, (whole, again)
+    return time.monotonic() - began
+
+
+def _private_mounts() -> bool:
+    """This process and its children get mounts that nobody else sees, and that go with them."""
+    if ctypes.CDLL(None).unshare(_CLONE_NEWNS):
+        return False
+    private = ["mount", "--make-rprivate", "/"]
+    return not subprocess.run(private, capture_output=True).returncode
+
+
+def _live_one(lab: FaultLab, plan: RunPlan, life: float) -> Lived:
+    name = f"run{plan.number}"
+    with _disks(lab, name) as mounted:
+        disks = SmallDisks(lab.disks(name), mounted=mounted)
+        starts: list[Start] = []
+        for faults in [*plan.starts, *[[]] * _RESTARTS]:
+            starts.append(_start(lab, name, plan, faults, disks, life))
+            if starts[-1].statuses == [0] * WORLD:
+                break
+        return Lived(plan, starts, differences(lab, name, plan, starts[-1].statuses))
+
+
+@contextmanager
+def _disks(lab: FaultLab, name: str) -> Iterator[bool]:
+    """Whether the disks of that run can be filled, until the end of it."""
+    places = lab.disks(name)
+    mounted = [lab.mounts and mount_disk(place, _DISK) for place in places]
+    try:
+        yield all(mounted)
+    finally:
+        for place, is_mounted in zip(places, mounted, strict=True):
+            if is_mounted:
+                unmount_disk(place)
+
+
+def _start(
+    lab: FaultLab,
+    name: str,
+    plan: RunPlan,
+    faults: Sequence[Fault],
+    disks: SmallDisks,
+    life: float,
+) -> Start:
+    injector = Injector(
+        faults,
+        life=life,
+        metrics=lab.disks(name)[0] / "metrics.jsonl",
+        phases=Phases(WORLD),
+        disks=disks,
+        hosts=lab.hosts,
+    )
+    try:
+        outcome = lab.start(name, dict(plan.changes), injector)
+        ended = time.monotonic()
+    finally:
+        injector.close()
+    hits = injector.hits
+    seconds = ended - hits[-1].at if hits else None
+    problems = misbehaviour(hits, outcome, seconds) + damage(lab, name)
+    missed = [fault for fault in faults if fault not in [hit.fault for hit in hits]]
+    return Start(hits, missed, outcome.statuses, seconds, problems)
+
+
+def tell(lived: Lived) -> str:
+    """A run in a few lines."""
+    lines = [f"run {lived.plan.number} {dict(lived.plan.changes)}"]
+    for start in lived.starts:
+        hits = [f"{hit.fault} in {hit.phase}" for hit in start.hits]
+        after = "" if start.seconds is None else f", {start.seconds:.1f} s after"
+        lines.append(f"  {'; '.join(hits) or 'nothing'}: {start.statuses}{after}")
+        lines += [f"    missed: {fault}" for fault in start.missed]
+        lines += [f"    WRONG: {problem}" for problem in start.problems]
+    return "\n".join([*lines, *(f"  WRONG: {problem}" for problem in lived.problems)])
+
+
+def report(lived: Sequence[Lived]) -> str:
+    """The counts of all runs."""
+    starts = [start for one in lived for start in one.starts]
+    hits = [hit for start in starts for hit in start.hits]
+    kinds, phases = Counter(h.fault.kind for h in hits), Counter(h.phase for h in hits)
+    worst = {
+        kind: max(s.seconds for s in starts for h in s.hits[-1:]
+                  if h.fault.kind == kind and s.seconds is not None)
+        for kind in {start.hits[-1].fault.kind for start in starts if start.hits}
+    }  # fmt: skip
+    return "\n".join([
+        f"{len(lived)} runs, {len(starts)} starts, {len(starts) - len(lived)} of them restarts",
+        f"{len(hits)} faults: {_counts(kinds)}",
+        f"by what their rank was doing: {_counts(phases)}",
+        f"at named moments: {sum(h.fault.moment is not None for h in hits)}, "
+        f"on top of a full disk: {sum(len(s.hits) > 1 for s in starts)}",
+        f"not reached, as the run had ended: {sum(len(s.missed) for s in starts)}",
+        "seconds from the last fault to the end of the last rank, at most: "
+        + ", ".join(f"{kind} {seconds:.1f}" for kind, seconds in sorted(worst.items())),
+        f"failures: {sum(bool(problems(one)) for one in lived)}",
+    ])  # fmt: skip
+
+
+def problems(lived: Lived) -> list[str]:
+    """All that was wrong with a run."""
+    return [*(problem for start in lived.starts for problem in start.problems), *lived.problems]
+
+
+def _counts(counter: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counter.most_common())

@@ -1,0 +1,106 @@
+"""Faults drawn from a seed: what goes wrong, for which rank and when, run by run."""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tests.support.kill_lab import WORLD
+from tests.support.kill_plan import ANY_STEP, FIRST, JOINING, RENAMING, SAVING, Moment
+
+KILL, STOP, CUT, FULL, TERM = ALONE = "SIGKILL", "SIGSTOP", "cut connection", "full disk", "SIGTERM"
+UNPLUGGED = "pulled wire"  # between two hosts, and nobody is told
+APART = (*ALONE, UNPLUGGED)
+_LINKED = (JOINING[-1], *ANY_STEP, *SAVING, *RENAMING)  # moments when there are connections
+_NAMED_SHARE = 0.5  # of faults, at named moments; the others by the clock
+_FOREVER_SHARE, _ROOM_SECONDS = 0.5, 0.4
+_MOST_FAULTS = 3
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that goes wrong for `rank`.
+
+    moment: a named one; None by the clock, `share` being how much of what is left of the run is
+        done then.
+    peer: the other end of a cut connection; one: a single connection of theirs is cut, not all.
+    to_all: every rank gets the signal.
+    rest: seconds until a full disk has room again; None: not in this start.
+    """
+
+    kind: str
+    rank: int
+    moment: Moment | None
+    share: float
+    peer: int
+    one: bool
+    to_all: bool
+    rest: float | None
+
+    def __str__(self) -> str:
+        when = f"{self.share:.0%}" if self.moment is None else f"at {self.moment.name!r}"
+        return f"{self.kind} of rank {self.rank} ({when})"
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """One run: its flags, and the faults of its starts; the last, beside them, is undisturbed."""
+
+    number: int
+    changes: Mapping[str, Any]
+    starts: Sequence[Sequence[Fault]]
+
+
+def draw_runs(seed: int, count: int, kinds: Sequence[str] = ALONE) -> list[RunPlan]:
+    """Runs of 1 to 3 faults; every second saves, every third tokenizes beside training."""
+    draw = random.Random(seed)
+    deck = _shuffled_for_ever(draw, kinds)
+    return [
+        RunPlan(
+            number,
+            {
+                "async-checkpoint": str(number % 2 == 1).lower(),
+                "data-workers": int(number % 3 == 2),
+            },
+            _draw_starts(draw, deck),
+        )
+        for number in range(count)
+    ]
+
+
+def _shuffled_for_ever(draw: random.Random, kinds: Sequence[str]) -> Iterator[str]:
+    """Every kind once, in any order, and again: few runs have all of them too."""
+    while True:
+        yield from draw.sample(kinds, len(kinds))
+
+
+def _draw_starts(draw: random.Random, deck: Iterator[str]) -> list[list[Fault]]:
+    """One fault a start; but a full disk ends none, so the next may come on top of it."""
+    starts: list[list[Fault]] = []
+    for number in range(draw.randint(1, _MOST_FAULTS)):
+        fault = _draw_fault(draw, next(deck), is_first=number == 0)
+        on_top = bool(starts) and starts[-1][-1].kind == FULL and fault.kind != FULL
+        if on_top and draw.random() < 0.5:
+            starts[-1].append(fault)
+        else:
+            starts.append([fault])
+    return starts
+
+
+def _draw_fault(draw: random.Random, kind: str, *, is_first: bool) -> Fault:
+    moments = [*_LINKED] if kind in (CUT, UNPLUGGED) else [*JOINING, *_LINKED]
+    moments = [*SAVING, *RENAMING] if kind == FULL else moments
+    if is_first and kind != FULL:
+        moments = [one for one in (*moments, *FIRST) if not one.name.startswith("resume")]
+    moment = draw.choice(moments) if draw.random() < _NAMED_SHARE else None
+    rank = draw.choice(range(WORLD) if moment is None else moment.ranks)
+    return Fault(
+        kind=kind,
+        rank=rank,
+        moment=moment,
+        share=draw.random(),
+        peer=draw.choice([other for other in range(WORLD) if other != rank]),
+        one=draw.random() < 0.5,
+        to_all=draw.random() < 0.5,
+        rest=None if draw.random() < _FOREVER_SHARE else draw.uniform(0.0, _ROOM_SECONDS),
+    )

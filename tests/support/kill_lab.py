@@ -1,0 +1,194 @@
+"""Runs of four ranks under one folder: their data, model and flags, and what a start leaves."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from monitor.metrics import read_metrics
+from tests.distributed.test_parity import make_shards
+from tests.support.cases import to_argv
+from tests.support.data import make_texts, write_jsonl
+from tests.support.dist import free_port
+from tests.support.processes import Kill, Outcome, fork_ranks, spawn_ranks
+
+STAGES, REPLICAS, WORLD = 2, 2, 4
+WRITERS, OTHERS = (0, 1), (2, 3)  # the ranks of replica 0, and the rest
+STEPS, SAVE, EVALUATE = 24, 4, 3
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of all ranks, and what it left.
+
+    kill: whose death it was started for.
+    latest: what rank 0's `latest` holds, None where there is none.
+    damage: what is wrong with the folders that each stage's `latest` names.
+    begin: the step that it went on from, None where it did not come so far.
+    steps: how many lines metrics.jsonl has.
+    """
+
+    kill: Kill | None
+    outcome: Outcome
+    latest: str | None
+    damage: list[str]
+    begin: int | None
+    steps: int
+
+
+@dataclass(frozen=True)
+class Lab:
+    """The runs under `folder`, by name; `flags` are what their ranks have in common."""
+
+    folder: Path
+    flags: Mapping[str, Any]
+
+    def disk(self, name: str, rank: int | None = None) -> Path:
+        """The --checkpoint-path that all ranks share, or, with `rank`, its own."""
+        return self.folder / name / ("disk" if rank is None else f"disk{rank}")
+
+    def argvs(
+        self, name: str, *, own_disks: bool = False, changes: Mapping[str, Any] | None = None
+    ) -> list[list[str]]:
+        """The command lines of one start: always the same but for a fresh port."""
+        common = {**self.flags, "dist-url": f"tcp://127.0.0.1:{free_port()}", **(changes or {})}
+        disks = [self.disk(name, rank if own_disks else None) for rank in range(WORLD)]
+        return [
+            to_argv({**common, "rank": rank, "checkpoint-path": disk})
+            for rank, disk in enumerate(disks)
+        ]
+
+    def start(
+        self,
+        name: str,
+        *kills: Kill | None,
+        own_disks: bool = False,
+        changes: Mapping[str, Any] | None = None,
+    ) -> Start:
+        """One start to its end, in forked ranks; it is told of the first of `kills`."""
+        argvs = self.argvs(name, own_disks=own_disks, changes=changes)
+        given = [kill for kill in kills if kill is not None]
+        outcome = fork_ranks(argvs, self._place(name), kills=given)
+        return self._look(name, given[0] if given else None, outcome, own_disks=own_disks)
+
+    def start_python(
+        self, name: str, kill: Kill | None = None, *, changes: Mapping[str, Any] | None = None
+    ) -> Start:
+        """As `start`, but of `python dist_clm_train.py`, and the kill comes from outside."""
+        outcome = spawn_ranks(self.argvs(name, changes=changes), self._place(name), kill=kill)
+        return self._look(name, kill, outcome, own_disks=False)
+
+    def _place(self, name: str) -> Path:
+        """Where its ranks write; runs of other names may go on beside it."""
+        (self.folder / name).mkdir(exist_ok=True)
+        return self.folder / name
+
+    def _look(self, name: str, kill: Kill | None, outcome: Outcome, *, own_disks: bool) -> Start:
+        disks = [self.disk(name, rank if own_disks else None) for rank in WRITERS]
+        latest = disks[0] / "latest"
+        found = [_damage_of_latest(disk, stage) for stage, disk in enumerate(disks)]
+        return Start(
+            kill=kill,
+            outcome=outcome,
+            latest=latest.read_text() if latest.exists() else None,
+            damage=[f"stage {stage}: {one}" for stage, one in enumerate(found) if one],
+            begin=_begin(outcome.told[0]),
+            steps=len(read_metrics(disks[0] / "metrics.jsonl")),
+        )
+
+
+def _damage_of_latest(disk: Path, stage: int) -> str | None:
+    """What is wrong with the folder that `latest` names, as far as `stage` wrote it."""
+    if not (disk / "latest").exists():
+        return None
+    folder = disk / (disk / "latest").read_text()
+    try:
+        for part in ("checkpoint", "optimizer", "scheduler"):
+            torch.load(folder / f"prank_{stage}_{part}.pt", weights_only=True)
+        for name in ("meta.json", "config.json", "tokenizer.json"):
+            json.loads((folder / name).read_text(encoding="utf-8"))
+    except Exception as error:  # whatever is wrong with it
+        return repr(error)
+    return None
+
+
+def _begin(told: list[str]) -> int | None:
+    """What rank 0 says of where it begins; its first words of a fresh run come with the model."""
+    for line in told:
+        if found := re.match(r"resumed from step (\d+)", line):
+            return int(found[1])
+        if "layers in" in line:
+            return 0
+    return None
+
+
+def make_lab(folder: Path) -> Lab:
+    """Two weighted sources that end within the run, held-out data, a model with dropout."""
+    write_jsonl(folder / "a.jsonl", make_texts(6, seed=1))
+    write_jsonl(folder / "b.jsonl.zst", make_texts(10, seed=2))
+    write_jsonl(folder / "held_out.jsonl", make_texts(12, seed=3))
+    changes = {"num_hidden_layers": 3, "hidden_dropout": 0.1, "attention_dropout": 0.1}
+    make_shards(folder, "model", "gptneox", changes)
+    flags = {
+        "model-name": folder / "shards" / "model",
+        "model-type": "gptneox",
+        "num-layers": 2,
+        "embedding-dim": 32,
+        "world-size": WORLD,
+        "pipeline-group-size": STAGES,
+        "data-group-size": REPLICAS,
+        "net-interface": "lo",
+        "use-cuda": "false",
+        "task-name": f"{folder / 'a.jsonl'}:0.3,{folder / 'b.jsonl.zst'}:0.7",
+        "evaluation-data": folder / "held_out.jsonl",
+        "evaluation-steps": EVALUATE,
+        "seq-length": 16,
+        "batch-size": 2,
+        "micro-batch-size": 1,
+        "gradient-accumulate-step": 2,
+        "total-steps": STEPS,
+        "warmup-steps": 2,
+        "lr": 1e-3,
+        "checkpoint-steps": SAVE,
+        "join-timeout": 60,
+        "dist-timeout": 30,
+    }
+    return Lab(folder, flags)
+
+
+def numbers(disk: Path) -> list[dict[str, Any]]:
+    """A run's metrics, without the clock and without the marks of its restarts."""
+    dropped = ("step_seconds", "tokens_per_second", "resumed")
+    lines = read_metrics(disk / "metrics.jsonl")
+    return [{key: line[key] for key in line if key not in dropped} for line in lines]
+
+
+def marked(disk: Path) -> list[int]:
+    """The steps whose lines say that they are the first after a resume."""
+    return [line["step"] for line in read_metrics(disk / "metrics.jsonl") if line.get("resumed")]
+
+
+def state(disk: Path, stage: int, step: int = STEPS) -> dict[str, Any]:
+    """All tensors and numbers that a stage saved of a step, by part."""
+    return {
+        part: torch.load(disk / str(step) / f"prank_{stage}_{part}.pt", weights_only=True)
+        for part in ("checkpoint", "optimizer", "scheduler")
+    }
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two saved states are the same, bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    return bool(one == other)
+
+
+def leftovers(disk: Path) -> list[str]:
+    """What no run should leave: hidden files and folders other than the lock."""
+    return sorted(path.name for path in disk.glob(".*") if path.name != ".lock")

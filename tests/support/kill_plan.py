@@ -1,0 +1,94 @@
+"""Where a rank may die, from the import to the last file of a save, and plans of such deaths."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tests.support.kill_lab import OTHERS, WORLD, WRITERS
+from tests.support.processes import Kill, imports_torch
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where a rank dies; the plan draws which of `ranks` it is."""
+
+    name: str
+    target: str
+    when: str = "before"
+    ranks: Sequence[int] = (*WRITERS, *OTHERS)
+    nth: int = 1
+    about: str = ""
+    wait: float = 0.0
+
+    def drawn(self, draw: random.Random) -> Kill:
+        rank = draw.choice(self.ranks)
+        return Kill(self.name, rank, self.target, self.when, self.nth, self.about, self.wait)
+
+
+_REGISTER = "comm.rendezvous.join:_Joining._register"
+JOINING = (
+    Moment("join: the store stands", _REGISTER, ranks=(0,), wait=1.0),
+    Moment("join: store reached", _REGISTER, ranks=(1, 2, 3)),
+    Moment("join: arrived", _REGISTER, "after", ranks=(1, 2, 3)),
+    Moment(
+        "join: all there",
+        "comm.liveness.failure_detector:FailureDetector._start_server",
+        ranks=(0,),
+        wait=1.0,
+    ),
+    Moment(
+        "join: all there",
+        "comm.liveness.failure_detector:FailureDetector._start_client",
+        ranks=(1, 2, 3),
+    ),
+    Moment("join: linked", "comm.process_groups:create_process_groups"),
+    Moment("join: connected", "training.run:train"),
+)
+_TRAIN = "pipeline_parallel.engine:Engine.train"
+FIRST = (
+    Moment("evaluation before the first step", "pipeline_parallel.engine:Engine.evaluate", nth=2),
+    Moment("first step", _TRAIN),
+    Moment("first step: the update's second half", _TRAIN, nth=2),
+)
+ANY_STEP = (
+    Moment("resume: before the weights", "training.initial_state:share_from_first"),
+    Moment("resume: metrics cut", "monitor.metrics:MetricsFile.cut_after", "after", ranks=(0,)),
+    Moment("step", _TRAIN, nth=3),
+    Moment("step: updated", "optimizer.adam:Adam.step", "after"),
+    Moment("evaluation", "pipeline_parallel.engine:Engine.evaluate", nth=3),
+)
+_FILES, PUBLISH = "checkpoint.steps.folder:write_stage_files", "checkpoint.steps.folder:publish"
+SAVING = (
+    Moment("save: no file yet", _FILES, ranks=WRITERS),
+    Moment("save: half a file", "torch:save", "half", ranks=WRITERS, nth=2),
+    Moment("save: one file", "torch:save", "after", ranks=WRITERS),
+    Moment("save: all tensors", _FILES, "after", ranks=WRITERS),
+    Moment("save: as a replica", "checkpoint.store:CheckpointStore._attempt",
+           ranks=OTHERS, nth=2),
+)  # fmt: skip
+RENAMING = (
+    Moment("save: all files", PUBLISH, ranks=WRITERS),
+    Moment("save: renamed by the other", PUBLISH, ranks=(1,), wait=1.0),
+    Moment("save: renamed", PUBLISH, "after", ranks=WRITERS),
+    Moment("save: half of latest", "os:replace", ranks=WRITERS, about=".latest."),
+    Moment("save: latest", "os:replace", "after", ranks=WRITERS, about=".latest."),
+    Moment("save: latest's manifest", "os:replace", "after", ranks=WRITERS,
+           about=".latest_manifest."),
+)  # fmt: skip
+MOMENTS = (*JOINING, *FIRST, *ANY_STEP, *SAVING, *RENAMING)
+
+
+def draw_plan(seed: int) -> list[Kill]:
+    """Every moment once, shuffled: before any checkpoint exists, and then those that need one."""
+    draw = random.Random(seed)
+    early = [*JOINING, *FIRST, *draw.sample(SAVING, 3)]
+    middle = draw.choice(RENAMING[1:])
+    late = [moment for moment in MOMENTS if moment not in early and moment is not middle]
+    draw.shuffle(early)
+    draw.shuffle(late)
+    return [moment.drawn(draw) for moment in (*early, middle, *late)]
+
+
+def import_kill(seed: int) -> Kill:
+    """From outside, by what the process has mapped."""
+    return Kill("import", random.Random(seed).randrange(WORLD), seen=imports_torch)

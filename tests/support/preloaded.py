@@ -1,0 +1,19 @@
+"""What a process has imported when it is forked for a test, where each would take seconds for it.
+
+It is imported for that alone: by the server that processes are forked from (tests.support.dist),
+and so by all of them.
+"""
+
+import importlib
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read at the import
+
+for name in (
+    "torch", "torch.distributed", "pytest", "dist_clm_train", "training.run", "tests.support.cases",
+    "checkpoint.conversion.to_hf", "comm.process_groups", "monitor.plot", "modules.families.gptj",
+    "modules.families.gptneox",
+    "matplotlib.backends.backend_agg", "transformers.models.auto.tokenization_auto",
+    "transformers.tokenization_utils_tokenizers",
+):  # fmt: skip
+    importlib.import_module(name)

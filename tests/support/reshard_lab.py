@@ -1,0 +1,131 @@
+"""Runs of many shapes (P, R) that go on from each other's middle, and what they tell.
+
+Dropout is on: its masks go by a module's place in the model.
+"""
+
+import time
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from monitor.metrics import read_metrics
+from tests.distributed.test_mixed_precision import rows_of_a_replica, worst
+from tests.distributed.test_parity import make_shards
+from tests.support.cases import Case, Told, meet_at, run_folder, train_cases
+from tests.support.data import make_texts, write_jsonl
+from tests.support.dist import run_ranks
+
+Shape = tuple[int, int]
+LAYERS, STEPS, SAVED = 7, 6, 3
+LISTS = {1: "7", 2: "5,2", 4: "1,3,2,1"}
+SHAPES: list[Shape] = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2)]
+PAIRS = list(product(SHAPES, SHAPES))
+KINDS = list(product(("fp32", "bf16"), ("adam", "8bit-adam")))
+Turn = tuple[tuple[int, int, str], list[Case]]
+
+
+def layers_of(stages: int, _replicas: int) -> str:
+    return LISTS[stages]
+
+
+def flags(folder: Path, kind: tuple[str, str], **changes: object) -> dict[str, Any]:
+    """Of a run in that precision with that optimizer, at any shape."""
+    precision, optimizer = kind
+    return {
+        "model-name": folder / "shards" / "model",
+        "model-type": "gptneox",
+        "num-layers": layers_of,
+        "embedding-dim": 32,
+        "task-name": folder / "a.jsonl",
+        "seq-length": 16,
+        "batch-size": rows_of_a_replica,
+        "micro-batch-size": 1,
+        "total-steps": STEPS,
+        "checkpoint-steps": SAVED,
+        "lr": 2e-3,
+        "weight-decay": 0.1,
+        "optimizer": optimizer,
+        "fp16": str(precision == "fp16"),
+        "bf16": str(precision == "bf16"),
+        **changes,
+    }
+
+
+def resumed_name(kind: tuple[str, str], source: Shape) -> str:
+    return f"{'-'.join(kind)}-from-{source[0]}-{source[1]}"
+
+
+def resumed(
+    folder: Path, kind: tuple[str, str], pairs: Sequence[tuple[Shape, Shape]], **changes: object
+) -> list[Case]:
+    """Runs that go on from the middle of others."""
+    return [
+        Case(
+            resumed_name(kind, source),
+            flags(folder, kind, **changes),
+            after=(f"{'-'.join(kind)}-{source[0]}-{source[1]}", SAVED),
+            shapes=[target],
+        )
+        for source, target in pairs
+    ]
+
+
+def train_in_turn(
+    rank: int, _world_size: int, url: str, turns: Sequence[Turn], folder: Path
+) -> dict[str, Told]:
+    """Worlds of several sizes one after the other: a turn's ranks are the first of all."""
+    told: dict[str, Told] = {}
+    for number, (shape, cases) in enumerate(turns):
+        begun = folder / f"turn-{number}"
+        if rank == 0:
+            begun.touch()
+        if rank < shape[0] * shape[1]:
+            while not begun.exists():
+                time.sleep(0.02)
+            told |= train_cases(rank, shape[0] * shape[1], url, [shape], cases, folder)
+    return told
+
+
+def train_all(
+    folder: Path, whole: list[Case], others: list[Case], *, deadline: float
+) -> dict[str, Told]:
+    """Each shape's runs, then those that go on from them; rank 0's words."""
+    write_jsonl(folder / "a.jsonl", make_texts(60, seed=1))
+    changes = {
+        "num_hidden_layers": LAYERS,
+        "intermediate_size": 128,  # 8-bit from 4096 numbers on
+        "hidden_dropout": 0.1,
+        "attention_dropout": 0.1,
+    }
+    make_shards(folder, "model", "gptneox", changes)
+    turns: list[Turn] = [
+        (meet_at([shape])[0], cases)
+        for cases in (whole, others)
+        for shape in SHAPES
+        if any(case.shapes is None or shape in case.shapes for case in cases)
+    ]
+    told: dict[str, Told] = run_ranks(8, train_in_turn, turns, folder, deadline=deadline)[0]
+    return told
+
+
+def lines_of(run: Path) -> list[dict[str, Any]]:
+    """What a run tells of its steps but for the clock."""
+    left_out = ("step_seconds", "tokens_per_second", "resumed")
+    lines = read_metrics(run / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k not in left_out} for line in lines]
+
+
+def check_resumed(
+    folder: Path, kind: tuple[str, str], source: Shape, target: Shape, *, steps: int = STEPS
+) -> float:
+    """Compares a run with the one that it goes on from; the worst relative difference of losses."""
+    stayed = lines_of(run_folder(folder, "-".join(kind), *source))
+    moved = lines_of(run_folder(folder, resumed_name(kind, source), *target))
+    assert [line["step"] for line in moved] == list(range(1, steps + 1))
+    assert moved[:SAVED] == stayed[:SAVED]
+    for key in ("lr", "tokens", "loss_scale"):
+        assert [line.get(key) for line in moved] == [line.get(key) for line in stayed]
+    if source == target:
+        assert moved == stayed
+    return worst([line["loss"] for line in moved], [line["loss"] for line in stayed])

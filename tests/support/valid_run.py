@@ -1,0 +1,71 @@
+"""What the tests of bad input start from: a folder and flags with nothing wrong in them."""
+
+from pathlib import Path
+from typing import Any
+
+from checkpoint.conversion.from_hf import convert_from_hf
+from modules.registry import MODELS
+from tests.support.cases import to_argv
+from tests.support.data import make_texts, tokenizer, write_jsonl
+from tests.support.models import make_hf
+
+ROOT = Path(__file__).parents[2]
+LAYERS, VOCAB = 3, 400
+Flags = dict[str, Any]
+
+
+def make_home(folder: Path) -> Path:
+    """A folder with layer shards (m, and a GPT-J's in j), and data, good and bad."""
+    for name, family, layers in (("m", "gptneox", "num_hidden_layers"), ("j", "gptj", "n_layer")):
+        make_hf(family, vocab_size=VOCAB, **{layers: LAYERS}).save_pretrained(folder / "hf" / name)
+        tokenizer().save_pretrained(folder / "hf" / name)
+        convert_from_hf(
+            MODELS[family].load(),
+            model_name=str(folder / "hf" / name),
+            save_dir=folder,
+            dtype="keep",
+        )
+    write_jsonl(folder / "data.jsonl", make_texts(60, seed=1))
+    good = '{"text": "the"}\n'
+    (folder / "broken.jsonl").write_text(good * 4200 + '{"Text": "no"}\n')
+    (folder / "broken-at-once.jsonl").write_text("nonsense\n")
+    (folder / "empty").mkdir()
+    (folder / "file").write_text("")
+    return folder
+
+
+def right(home: Path) -> Flags:
+    """Flags with nothing wrong in them."""
+    return {
+        "model-name": home / "m",
+        "model-type": "gptneox",
+        "num-layers": 2,
+        "embedding-dim": 32,
+        "task-name": home / "data.jsonl",
+        "seq-length": 24,
+        "batch-size": 2,
+        "total-steps": 2,
+        "world-size": 4,
+        "rank": 0,
+        "pipeline-group-size": 2,
+        "data-group-size": 2,
+        "join-timeout": 60,
+        "dist-timeout": 60,
+        "checkpoint-path": home / "runs" / "unused",
+    }
+
+
+def argv(flags: Flags) -> list[str]:
+    """A flag that is None is left out."""
+    return to_argv({flag: value for flag, value in flags.items() if value is not None})
+
+
+def the_line(stderr: str) -> str:
+    assert stderr.endswith("\n")
+    assert stderr.count("\n") == 1, stderr
+    assert len(stderr) < 600, stderr
+    return stderr.rstrip("\n")
+
+
+def at(home: Path, value: Any) -> Any:
+    return value.replace("{home}", str(home)) if isinstance(value, str) else value

@@ -1,0 +1,166 @@
+"""What --keep-checkpoints counts: a step that is not complete on every stage is none, and goes.
+
+Two stages, a disk each, save steps 2, 5 and 8; then something happens to a disk, and the next start
+saves step 10 and keeps two.
+"""
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from checkpoint.retention import RetentionPolicy
+from checkpoint.steps.complete import StageFiles, complete_steps
+from checkpoint.store import CheckpointStore
+from comm.objects import gather_json
+from comm.process_groups import ProcessGroups
+from comm.topology import Topology
+from tests.support.cases import connected
+from tests.support.checkpoint_models import step_meta
+from tests.support.dist import run_ranks
+from tests.unit.checkpoint.test_damage import cut
+
+STAGES, OLD, NEW = 2, (2, 5, 8), 10
+
+
+def nothing(_disk: Path) -> None:
+    """As where no start was cut short."""
+
+
+def remove(disk: Path) -> None:
+    """As a crash leaves it when stage 0 alone has renamed its folder."""
+    shutil.rmtree(disk / "8")
+
+
+def cut_weights(disk: Path) -> None:
+    cut(disk / "8" / "prank_1_checkpoint.pt")
+
+
+def cut_manifest(disk: Path) -> None:
+    cut(disk / "8" / "prank_1_manifest.json")
+
+
+def call_by_another_number(disk: Path) -> None:
+    """Both have a whole step 5, but in a folder of step 8."""
+    for one in (disk, disk.with_name("disk0")):
+        shutil.rmtree(one / "8")
+        shutil.copytree(one / "5", one / "8")
+
+
+def bring(disk: Path) -> None:
+    """Stage 1's files are on stage 0's disk, as for a conversion, and not on its own."""
+    for path in (disk / "8").glob("prank_1_*"):
+        shutil.copy(path, disk.with_name("disk0") / "8")
+    shutil.rmtree(disk / "8")
+
+
+def refuse(disk: Path) -> None:
+    """The disk does not say what the manifest is."""
+    (disk / "8" / "prank_1_manifest.json").unlink()
+    (disk / "8" / "prank_1_manifest.json").mkdir()
+
+
+def take_a_number(disk: Path) -> None:
+    """Folders that are no checkpoints, and a step newer than the one that is saved."""
+    (disk / "7").mkdir()
+    shutil.copytree(disk / "8", disk / "12")
+
+
+# What happens to stage 1's disk, and what each stage's has at the end, if it is not the same.
+STORIES: dict[str, tuple[Callable[[Path], None], list[str], list[str] | None]] = {
+    "nothing": (nothing, ["8", "10"], None),
+    "gone": (remove, ["5", "10"], None),
+    "cut weights": (cut_weights, ["5", "10"], None),
+    "cut manifest": (cut_manifest, ["5", "10"], None),
+    "another number": (call_by_another_number, ["5", "10"], None),
+    "on the wrong disk": (bring, ["5", "10"], None),
+    "not readable": (refuse, ["2", "5", "8", "10"], None),
+    "others' numbers": (take_a_number, ["8", "10"], ["7", "8", "10", "12"]),
+}
+
+
+def steps_of(disk: Path) -> list[str]:
+    return sorted((path.name for path in disk.glob("[0-9]*")), key=int)
+
+
+def states_of(disk: Path) -> list[str]:
+    return sorted((path.parent.name for path in disk.glob("*/*_optimizer.pt")), key=int)
+
+
+def save(
+    groups: ProcessGroups, disk: Path, nonce: str, steps: tuple[int, ...], keep: RetentionPolicy
+) -> None:
+    """As one start that saves so many steps."""
+    store = CheckpointStore(
+        disk,
+        control=groups.control,
+        topology=Topology(groups.control.rank, STAGES, 1),
+        nonce=nonce,
+        extras={"config.json": b"{}"},
+        policy=keep,
+    )
+    parts: dict[str, object] = {"checkpoint": {}, "optimizer": {}, "scheduler": {}}
+    for step in steps:
+        store.begin(step_meta(step, [1] * STAGES), parts=parts)
+        store.finish()
+        store.start_cleanup()
+    store.finish_cleanup()
+
+
+def live(rank: int, _world: int, url: str, folder: Path) -> dict[str, tuple[list[str], list[str]]]:
+    """The steps that this stage's disk has at the end of each story, and those with state."""
+    found = {}
+    logging.getLogger().setLevel(logging.ERROR)
+    with connected(Topology(rank, STAGES, 1), url) as (groups, nonce):
+        for name, (happens, *_) in STORIES.items():
+            for keep in (RetentionPolicy(steps=2), RetentionPolicy(optimizer_states=2)):
+                disk = folder / f"{name}, {keep}" / f"disk{rank}"
+                disk.mkdir(parents=True)
+                save(groups, disk, nonce, OLD, RetentionPolicy())
+                if rank == 1:
+                    happens(disk)
+                gather_json(groups.control, None)
+                save(groups, disk, f"{nonce}-again", (NEW,), keep)
+                found[f"{name}, {keep}"] = (steps_of(disk), states_of(disk))
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[list[str], list[str]]]]:
+    return run_ranks(STAGES, live, tmp_path_factory.mktemp("complete-steps"))
+
+
+@pytest.mark.parametrize("name", STORIES)
+def test_only_what_all_stages_have_counts(
+    name: str, found: list[dict[str, tuple[list[str], list[str]]]]
+) -> None:
+    _, first, second = STORIES[name]
+    steps = [of_a_stage[f"{name}, {RetentionPolicy(steps=2)}"][0] for of_a_stage in found]
+    assert steps == [first, first if second is None else second]
+
+
+@pytest.mark.parametrize("name", ["nothing", "gone", "cut weights", "not readable"])
+def test_states_stay_of_as_many_steps_that_can_be_gone_on_from(
+    name: str, found: list[dict[str, tuple[list[str], list[str]]]]
+) -> None:
+    for of_a_stage in found:
+        steps, states = of_a_stage[f"{name}, {RetentionPolicy(optimizer_states=2)}"]
+        assert states == STORIES[name][1]
+        assert set(steps) >= {"2", "5", "10"}
+
+
+def held(save_name: str, num_stages: int, *stages: int) -> list[StageFiles]:
+    return [StageFiles(save_name, num_stages, stage) for stage in stages]
+
+
+def test_a_step_of_other_stages_counts_where_the_disks_together_have_it() -> None:
+    """Of these two stages' own saves, each disk has its own."""
+    views = [
+        {1: held("a", 3, 0, 1), 2: held("b", 3, 0), 3: held("c", 2, 0), 4: held("d", 2, 0, 1),
+         5: held("e", 1, 0), 6: held("f", 2, 0), 7: held("g", 2, 0) + held("h", 2, 0)},
+        {1: held("a", 3, 1, 2), 2: held("b", 3, 1), 3: held("c", 2, 1), 4: [],
+         6: held("another", 2, 1), 7: held("h", 2, 1)},
+    ]  # fmt: skip
+    assert complete_steps(views) == [1, 3, 5, 7]

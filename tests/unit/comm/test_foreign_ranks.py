@@ -1,0 +1,302 @@
+"""Whatever else connects, only this job's ranks are in it, and the job goes on.
+
+Strangers come to every port that a run of four processes listens on; ranks of other jobs come to
+its --dist-url; the verdict in the store counts only with its proof.
+"""
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
+
+from comm.lifecycle.deadline import Deadline
+from comm.lifecycle.exit import report_line
+from comm.liveness.failure_policy import ExitPolicy
+from comm.liveness.handshake import Handshake
+from comm.liveness.protocol import decode, encode
+from comm.rendezvous.dist_url import parse_dist_url
+from comm.rendezvous.interface import Interface
+from comm.rendezvous.job_key import MIN_TOKEN, JobKey, read_job_key
+from comm.rendezvous.join import Rendezvous, join
+from comm.rendezvous.participants import Participant
+from comm.rendezvous.signed_store import LIVENESS_ADDRESS, SignedStore
+from comm.rendezvous.store import host_store
+from comm.topology import Topology
+from tests.support.connected import Rank
+from tests.support.dist import free_port
+from tests.support.members import Process, await_ready, member, start
+from tests.support.sockets import Listener, listeners
+
+LOOPBACK = Interface("lo", "127.0.0.1")
+SECRET = "a secret that nobody can guess"
+KEY, OTHER_KEY = JobKey("job", SECRET.encode()), JobKey("job", b"something else altogether")
+GARBAGE = {
+    "nothing": b"",
+    "half a handshake": b'{"rank": 1, "chal',
+    "a line": b"GET / HTTP/1.1\r\n\r\n",
+    "a wrong proof": encode({"rank": 1, "challenge": "00", "proof": "00" * 32}),
+    "numbers": bytes(range(256)) * 4,
+    "a pickle": b"\x80\x04\x95" + b"\xff" * 64,
+    "too much": b"\xff" * 1_000_000,
+}
+
+
+def meet(ready: Path, rank: int, world_size: int, url: str, key: JobKey, timeout: float) -> None:
+    """Joins and parts: rank 0, which holds the store, last."""
+    met = join(
+        url=url,
+        rank=rank,
+        world_size=world_size,
+        interface=LOOPBACK,
+        facts={},
+        key=key,
+        start="",
+        join_timeout=timeout,
+    )
+    ExitPolicy.connect(met, Topology(rank, world_size, 1)).detector.close()
+    ready.touch()
+
+
+def report_pickles(ready: Path, rank: int, url: str, program: Callable[[Rank], None]) -> None:
+    """A rank of four that says so on stderr where anything is unpickled in it."""
+
+    def tell(event: str, found: tuple[object, ...]) -> None:
+        if event == "pickle.find_class":
+            report_line(f"unpickled: {found}")
+
+    sys.addaudithook(tell)
+    member(ready, rank, url, (2, 2), program, 20.0)
+
+
+def add_until_told(stop_file: Path, rank: Rank) -> None:
+    """Sums over all channels, each of which must be right, until the file is there."""
+    going = True
+    while going:
+        for group in (rank.groups.control, rank.groups.pipeline, rank.groups.replicas):
+            total = torch.full((1000,), float(group.rank + 1))
+            group.all_reduce(total).wait()
+            assert total.tolist() == [group.size * (group.size + 1) / 2] * 1000
+        stop = torch.tensor(float(stop_file.exists()))
+        rank.groups.control.all_reduce(stop).wait()
+        going = stop.item() == 0
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def ended(*processes: Process) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.process.kill()
+            process.process.join()
+
+
+def bother(listener: Listener) -> list[socket.socket]:
+    """Says everything of GARBAGE, on a connection each, and hangs on to all that are left."""
+    links = []
+    for data in GARBAGE.values():
+        link = socket.create_connection(listener, timeout=5.0)
+        links.append(link)
+        link.settimeout(1.0)
+        with contextlib.suppress(OSError):  # who is sent away early need not hear all of it
+            link.sendall(data)
+    return links
+
+
+def test_strangers_at_every_port_of_a_run(tmp_path: Path) -> None:
+    """Nothing listens but on the interface's address, and nothing is unpickled; the sums go on,
+    right, and all end well."""
+    url = f"tcp://127.0.0.1:{free_port()}"
+    program = partial(add_until_told, tmp_path / "stop")
+    ranks = [start(tmp_path, str(r), report_pickles, r, url, program) for r in range(4)]
+    with ended(*ranks):
+        await_ready(ranks)
+        found = [listeners(rank.pid) for rank in ranks]
+        assert {listener.address for of_rank in found for listener in of_rank} == {"127.0.0.1"}
+        assert parse_dist_url(url)[1] in [listener.port for listener in found[0]]
+        assert len(found[0]) >= 3, "the store, the liveness link, and gloo"
+        assert all(found), "gloo listens on every rank"
+        links = [link for of_rank in found for one in of_rank for link in bother(one)]
+        other = start(tmp_path, "other", meet, 1, 4, url, OTHER_KEY, 20.0)
+        with ended(other):
+            assert other.status(within=20.0) == 2
+        assert f"is not that of rank 1 (host {socket.gethostname()})" in other.lines[0]
+        time.sleep(1.0)  # sums among strangers
+        (tmp_path / "stop").touch()
+        for rank in ranks:
+            assert rank.status(within=20.0) == 0, rank.lines
+            assert rank.lines == []
+        for link in links:
+            link.close()
+
+
+def test_a_rank_of_another_job_is_refused(tmp_path: Path) -> None:
+    """With one line; the ranks of this job are not disturbed, also by what connects meanwhile."""
+    url = f"tcp://127.0.0.1:{free_port()}"
+    ranks = [start(tmp_path, str(r), meet, r, 3, url, KEY, 30.0) for r in (0, 1)]
+    with ended(*ranks):
+        other = start(tmp_path, "other", meet, 2, 3, url, OTHER_KEY, 20.0)
+        with ended(other):
+            assert other.status(within=20.0) == 2
+        host = socket.gethostname()
+        (line,) = other.lines
+        assert line.startswith(f"--dist-url {url}: rank 0 there (host {host}) is of another job: ")
+        assert f"its --job-id or --job-token-file is not that of rank 2 (host {host});" in line
+        links = bother(Listener(*parse_dist_url(url)))
+        right = start(tmp_path, "right", meet, 2, 3, url, KEY, 20.0)
+        with ended(right):
+            for rank in (*ranks, right):
+                assert rank.status(within=20.0) == 0, rank.lines
+                assert rank.lines == []
+        for link in links:
+            link.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("verdict", '{"nonce": "ab"}', "holds verdict, which no rank of this job wrote"),
+        ("rank/1", "9", "holds a description of a rank, which no rank of this job wrote"),
+    ],
+)
+def test_the_store_tells_a_stranger_no_secret_and_believes_none(
+    tmp_path: Path, name: str, value: str, words: str
+) -> None:
+    """A stranger may list all keys of torch's store, read and write: that ends the run by name."""
+    port = free_port()
+    url = f"tcp://127.0.0.1:{port}"
+    rank = start(tmp_path, "0", meet, 0, 2, url, KEY, 20.0)
+    with ended(rank):
+        store = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+        deadline = time.monotonic() + 10.0
+        while not any("rank/0" in key for key in store.list_keys()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        told = "".join(f"{key} {store.get(key)!r}" for key in store.list_keys())
+        assert SECRET not in told
+        (key,) = [key for key in store.list_keys() if key.endswith("rank/0")]
+        store.set(key.replace("rank/0", name), value)
+        assert rank.status(within=10.0) == 1
+    (line,) = rank.lines
+    assert words in line
+
+
+def test_a_value_is_good_for_its_name_start_and_job_alone() -> None:
+    plain = HashStore()
+    mine = SignedStore(plain, KEY, start="run/0")
+    mine.set("a", "one two")
+    assert mine.get("a") == "one two"
+    mine.set_first("a", "three")
+    assert mine.get("a") == "one two"
+    signed = mine.plain.get("a").decode()
+    for other, name in (
+        (mine, "b"),
+        (SignedStore(plain, KEY, start="run/1"), "a"),
+        (SignedStore(plain, OTHER_KEY, start="run/0"), "a"),
+    ):
+        other.plain.set(name, signed)
+        with pytest.raises(ConnectionError, match="which no rank of this job wrote"):
+            other.get(name)
+    assert SECRET not in signed
+
+
+def silence(link: socket.socket) -> None:
+    link.recv(1)
+
+
+def nonsense(link: socket.socket) -> None:
+    link.sendall(b"220 mail.example.org ESMTP\r\n")
+    link.recv(1)
+
+
+def another_jobs_server(link: socket.socket) -> None:
+    link.sendall(encode({"challenge": "0123"}))
+    reply = decode(link.makefile("rb").readline())
+    answer = OTHER_KEY.prove("rank 0", "nonce", 1, "0123", reply["challenge"])
+    link.sendall(encode({"proof": answer}))
+
+
+def mirror(link: socket.socket) -> None:
+    """Hands a rank's own proof back to it."""
+    link.sendall(encode({"challenge": "0123"}))
+    link.sendall(link.makefile("rb").readline())
+
+
+@pytest.mark.parametrize("stranger", [silence, nonsense, another_jobs_server, mirror])
+def test_a_rank_connects_to_no_stranger(stranger: Callable[[socket.socket], None]) -> None:
+    """Where something else listens at the address of rank 0's liveness server."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        store = SignedStore(HashStore(), KEY, start="")
+        store.set(LIVENESS_ADDRESS, f"127.0.0.1 {listener.getsockname()[1]}")
+        participants = tuple(Participant(r, f"host{r}", "127.0.0.1", "lo", 1, {}) for r in range(2))
+        deadline = Deadline(1.0)
+        deadline.cancel()
+        serving = threading.Thread(target=lambda: stranger(listener.accept()[0]))
+        serving.start()
+        with pytest.raises(ConnectionError, match=r"does not prove to be rank 0 \(host host0\)"):
+            ExitPolicy.connect(
+                Rendezvous(1, participants, "nonce", KEY, store, deadline), Topology(1, 2, 1)
+            )
+        serving.join(5.0)
+
+
+def test_a_handshake_proves_both_sides() -> None:
+    handshake = Handshake(KEY, "nonce")
+    reply = handshake.reply("0123", rank=3)
+    rank, answer = handshake.check("0123", reply)
+    assert rank == 3
+    assert handshake.is_answer(answer, challenge="0123", reply=reply)
+    assert not handshake.is_answer(answer, challenge="4567", reply=reply)
+    for other in (Handshake(OTHER_KEY, "nonce"), Handshake(KEY, "older")):
+        with pytest.raises(ValueError, match="not of this start"):
+            other.check("0123", reply)
+
+
+def test_a_token_file(tmp_path: Path) -> None:
+    """The key is that of its contents, without the line's end; too little is refused unquoted."""
+    path = tmp_path / "token"
+    path.write_text(f"{SECRET}\n")
+    key = read_job_key("job", path)
+    assert KEY.is_proof(key.prove("x"), "x")
+    assert not KEY.is_proof(read_job_key("other", path).prove("x"), "x")
+    assert not KEY.is_proof(read_job_key("job", None).prove("x"), "x")
+    assert SECRET not in repr(key)
+    path.write_text("short")
+    with pytest.raises(ValueError, match=f"holds 5 bytes, expected at least {MIN_TOKEN}") as error:
+        read_job_key("job", path)
+    assert "short" not in str(error.value).replace(str(path), "")
+    with pytest.raises(ValueError, match=r"--job-token-file .*missing: No such file"):
+        read_job_key("job", tmp_path / "missing")
+
+
+def test_a_name_of_this_machine_itself_stands_for_its_interface(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Hosts files often give it a loopback address; the store listens where others can reach it,
+    and where that is a loopback address too, rank 0 tells."""
+    monkeypatch.setattr(
+        "comm.rendezvous.store.resolve",
+        lambda host: (socket.AF_INET, {"node7": "127.0.1.1"}.get(host, host)),
+    )
+    port = free_port()
+    store = host_store(f"tcp://node7:{port}", address="127.0.0.5", deadline=_no_deadline())
+    found = [listener for listener in listeners(os.getpid()) if listener.port == port]
+    assert found == [("127.0.0.5", port)]
+    assert "node7 is a loopback address here, so that no other machine can join" in caplog.text
+    del store
+
+
+def _no_deadline() -> Deadline:
+    deadline = Deadline(5.0)
+    deadline.cancel()
+    return deadline

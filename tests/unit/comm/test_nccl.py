@@ -1,0 +1,217 @@
+"""The CuPy/NCCL channel without a GPU: the real module, but for its communicator (nccl_double).
+
+What is left for a GPU to show is that class, and comm.backends.streams's streams.
+"""
+
+import inspect
+import os
+import queue
+import re
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+
+import pytest
+import torch
+from cupy.cuda import nccl
+from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import Store
+
+from comm.backends.base import Group
+from comm.backends.cupy_nccl import DTYPE_CODES, NcclCommunicator, load_library
+from comm.communicator import CurrentOperation, PeerLostError
+from comm.topology import Topology
+from tests.support.backend_checks import NUMBERS, check_group
+from tests.support.connected import enter
+from tests.support.dist import free_port, run_ranks
+from tests.support.nccl_double import NcclDouble, nccl_double
+
+Told = queue.SimpleQueue[PeerLostError]
+
+
+def open_channel(
+    store: Store,
+    *,
+    rank: int,
+    size: int,
+    name: str = "pipeline",
+    dist_timeout: float = 30.0,
+    connect_neighbours: bool = True,
+) -> tuple[NcclCommunicator, Told]:
+    """A pipeline of `size` on the CPU, and what its monitor tells."""
+    told: Told = queue.SimpleQueue()
+    topology = Topology(rank=rank, num_stages=size, num_replicas=1)
+    channel = NcclCommunicator(
+        Group(name, tuple(range(size)), topology, CurrentOperation(), dist_timeout),
+        device=torch.device("cpu"),
+        store=store,
+        on_hang=told.put,
+    )
+    if connect_neighbours:
+        channel.connect_neighbours()
+    return channel, told
+
+
+# --- every operation, and errors, between processes over the double ---
+
+
+def all_checks(rank: int, world_size: int, _url: str, shapes: list[tuple[int, int, str]]) -> int:
+    carried = 0
+    for stages, replicas, url in shapes:
+        with nccl_double() as traffic:
+            entered = enter(
+                rank, url, num_stages=stages, num_replicas=replicas, dist_backend="cupy_nccl"
+            )
+            for group in (entered.groups.pipeline, entered.groups.replicas):
+                if group.size > 1:
+                    assert isinstance(group, NcclCommunicator)
+                    check_group(group, sums=NUMBERS)
+            entered.close()
+        kinds = {call for call, _ in traffic}
+        assert kinds == {"send", "broadcast", "allReduce", "reduce", "allGather"}
+        codes = {code for call, code in traffic if call == "send"}
+        assert codes == {DTYPE_CODES[dtype] for dtype in (*NUMBERS, torch.bool)}
+        carried += sum(traffic.values())
+    return carried
+
+
+def test_four_ranks_over_the_double() -> None:
+    """P=2 R=2, and P=4."""
+    shapes = [(p, r, f"tcp://127.0.0.1:{free_port()}") for p, r in ((2, 2), (4, 1))]
+    assert all(run_ranks(4, all_checks, shapes, deadline=120.0))
+
+
+Ends = tuple[Callable[[NcclCommunicator], object], Callable[[NcclCommunicator], object], list[str]]
+
+# what rank 1 does, what rank 0 does, and the words of rank 0's error
+MISMATCHES: dict[str, Ends] = {
+    "count of a message": (
+        lambda channel: channel.send(torch.zeros(6), to=0).wait(),
+        lambda channel: channel.receive(torch.zeros(5), source=1).wait(),
+        ["receive from rank 1 (stage 1, replica 0)", "elements=6", "elements=5"],
+    ),
+    "dtype of a message": (
+        lambda channel: channel.send(torch.zeros(6), to=0).wait(),
+        lambda channel: channel.receive(torch.zeros(6).bfloat16(), source=1).wait(),
+        ["receive from rank 1 (stage 1, replica 0)", "datatype=7", "datatype=9"],
+    ),
+    "count of a sum": (
+        lambda channel: channel.all_reduce(torch.zeros(6)).wait(),
+        lambda channel: channel.all_reduce(torch.zeros(5)).wait(),
+        ["all-reduce with rank 1 (stage 1, replica 0)", "elements=6", "elements=5"],
+    ),
+    "dtype of a sum": (
+        lambda channel: channel.reduce(torch.zeros(6), root=0).wait(),
+        lambda channel: channel.reduce(torch.zeros(6).half(), root=0).wait(),
+        ["reduce to rank 0 (stage 0, replica 0) with rank 1", "datatype=7", "datatype=6"],
+    ),
+    "another operation": (
+        lambda channel: channel.broadcast(torch.zeros(6), root=1),
+        lambda channel: channel.all_reduce(torch.zeros(6)).wait(),
+        ["all-reduce with rank 1 (stage 1, replica 0)", "'broadcast'", "'allReduce'"],
+    ),
+    "another root": (
+        lambda channel: channel.reduce(torch.zeros(6), root=0).wait(),
+        lambda channel: (
+            channel.reduce(torch.zeros(6), root=1),
+            channel.all_gather(torch.zeros(6)),
+        ),
+        [
+            "all-gather with rank 1 (stage 1, replica 0)",
+            "call='reduce', root=0",
+            "call='allGather', root=-1",
+        ],
+    ),
+    "a peer that dies": (
+        lambda channel: os._exit(0),
+        lambda channel: channel.receive(torch.zeros(6), source=1).wait(),
+        ["receive from rank 1 (stage 1, replica 0)", "the peer is gone"],
+    ),
+}
+
+
+def mismatch_each(rank: int, world_size: int, url: str) -> None:
+    host, port = url.removeprefix("tcp://").split(":")
+    store = TCPStore(host, int(port), world_size, is_master=rank == 0)
+    for name, (theirs, ours, words) in MISMATCHES.items():
+        with nccl_double():
+            channel, _ = open_channel(store, rank=rank, size=2, name=name)
+            if rank == 1:
+                with suppress(PeerLostError):  # a sender may have ended before its receiver fails
+                    theirs(channel)
+                continue
+            with pytest.raises(PeerLostError) as caught:
+                ours(channel)
+            text = str(caught.value)
+            assert text.startswith(f"{name} {words[0]}"), text
+            assert " failed: NCCL_ERROR_" in text, text
+            assert all(word in text for word in words), text
+    raise AssertionError("all as it should be")
+
+
+def test_what_does_not_fit_is_an_error_that_names_the_peer() -> None:
+    """Rank 1 dies in the last case, and rank 0 says that it came to the end."""
+    with pytest.raises(RuntimeError) as caught:
+        run_ranks(2, mismatch_each)
+    text = str(caught.value)
+    assert "AssertionError: all as it should be" in text, text
+    assert "rank 1: ended without a result, exit status 0" in text, text
+
+
+# --- against the real module ---
+
+
+def test_dtype_codes_are_those_of_nccl_h() -> None:
+    expected = {
+        torch.int8: 0,
+        torch.uint8: 1,
+        torch.bool: 1,
+        torch.int32: 2,
+        torch.int64: 4,
+        torch.float16: 6,
+        torch.float32: 7,
+        torch.float64: 8,
+        torch.bfloat16: 9,
+    }
+    assert dict(DTYPE_CODES) == expected
+
+
+@pytest.mark.parametrize(
+    "call", ["send", "recv", "broadcast", "allReduce", "reduce", "allGather", "destroy",
+             "check_async_error"],
+)  # fmt: skip
+def test_the_double_is_called_as_the_real_one(call: str) -> None:
+    """CuPy's compiled methods have their parameters in the first line of their docstrings."""
+    line = getattr(nccl.NcclCommunicator, call).__doc__.splitlines()[0]
+    real = re.fullmatch(rf"NcclCommunicator\.{call}\((.*)\)", line)
+    assert real is not None
+    names = [parameter.split()[-1] for parameter in real[1].split(", ")]
+    assert list(inspect.signature(getattr(NcclDouble, call)).parameters) == names
+
+
+def test_an_old_cupy_gets_the_unique_id_as_signed_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    got: list[tuple[int, ...]] = []
+
+    def old(ndev: int, commId: tuple[int, ...], rank: int) -> object:
+        if not isinstance(commId, tuple):
+            raise TypeError("Argument 'commId' has incorrect type (expected tuple, got bytes)")
+        got.append(commId)
+        return object()
+
+    monkeypatch.setattr(nccl, "NcclCommunicator", old)
+    monkeypatch.setattr(nccl, "get_unique_id", lambda: tuple(range(-64, 64)))
+    open_channel(HashStore(), rank=0, size=1)
+    assert got == [tuple(range(-64, 64))]
+
+
+def test_without_cupy_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setitem(sys.modules, "cupy.cuda", None)
+    with pytest.raises(ValueError, match="pip install cupy-cuda12x nvidia-nccl-cu12"):
+        load_library()
+
+
+def test_a_cupy_without_nccl_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nccl, "available", False)
+    with pytest.raises(ValueError, match="this CuPy has no NCCL"):
+        load_library()

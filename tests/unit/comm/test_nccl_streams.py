@@ -1,0 +1,150 @@
+"""How the CuPy/NCCL channel is opened, ordered and limited: several ranks in this process."""
+
+import queue
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from cupy.cuda import nccl
+from torch import Tensor
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+
+from comm.backends.hang_detector import HangDetector
+from comm.backends.streams import Event, HostStream
+from comm.communicator import PeerLostError, Work
+from tests.support.nccl_double import NcclDouble, nccl_double
+from tests.unit.comm.test_nccl import Told, open_channel
+
+
+@pytest.mark.parametrize(("connect_neighbours", "pairs"), [(True, [(0, 1), (1, 2)]), (False, [])])
+def test_every_communicator_has_carried_a_message_before_it_is_used(
+    connect_neighbours: bool, pairs: list[tuple[int, int]]
+) -> None:
+    """NCCL connects at the first, which holds the host until both ends have called."""
+    store, used = HashStore(), queue.SimpleQueue[tuple[str, bytes]]()
+
+    class Noting(NcclDouble):
+        def __init__(self, ndev: int, commId: bytes, rank: int) -> None:
+            super().__init__(ndev, commId, rank, traffic=Counter())
+            self._name = commId
+            made.append(commId)
+
+        def _give(self, *args: Any) -> None:
+            used.put(("give", self._name))
+            super()._give(*args)
+
+        def _take(self, *args: Any) -> None:
+            used.put(("take", self._name))
+            super()._take(*args)
+
+    made: list[bytes] = []
+    with patch.object(nccl, "NcclCommunicator", Noting), ThreadPoolExecutor(3) as pool:
+        opened = pool.map(
+            lambda rank: open_channel(
+                store, rank=rank, size=3, connect_neighbours=connect_neighbours
+            ),
+            range(3),
+        )
+        list(opened)
+    calls = [used.get_nowait() for _ in range(used.qsize())]
+    assert len(made) == 3 + 2 * 2 * len(pairs), "one of all, and two of each pair, at each end"
+    for name in set(made):
+        assert {call for call, one in calls if one == name} == {"give", "take"}
+
+
+def test_a_message_that_nobody_sends_is_reported_with_its_peer() -> None:
+    """Rank 1 of three waits for rank 2, but it is rank 0 that sends to it."""
+    store = HashStore()
+    with nccl_double(), ThreadPoolExecutor(3) as pool:
+        opened = list(
+            pool.map(
+                lambda rank: open_channel(store, rank=rank, size=3, dist_timeout=1.0), range(3)
+            )
+        )
+    (first, _), (middle, told), _ = opened
+    first.send(torch.zeros(1), to=1).wait()
+    wrong = middle.receive(torch.zeros(1), source=2)
+    threading.Thread(target=_wait_in_vain, args=(wrong,), daemon=True).start()
+    text = str(told.get(timeout=20.0))
+    assert text.startswith("pipeline receive from rank 2 (stage 2, replica 0) took more than 1 s")
+
+
+def _wait_in_vain(work: Work) -> None:
+    with suppress(PeerLostError):  # when the test ends and the members go
+        work.wait()
+
+
+def test_a_failure_that_nccl_knows_of_ends_a_message_that_never_ends() -> None:
+    """The stream still waits: it is the library that is asked."""
+    store = HashStore()
+    with nccl_double(), ThreadPoolExecutor(2) as pool:
+        opened = list(pool.map(lambda rank: open_channel(store, rank=rank, size=2), range(2)))
+    channel, told = opened[1]  # the other lives on: if it went, so would the message
+    waiting = channel.receive(torch.zeros(1), source=0)
+    channel._edges[0, 1].nccl._failed = True
+    threading.Thread(target=_wait_in_vain, args=(waiting,), daemon=True).start()
+    text = str(told.get(timeout=20.0))
+    assert text.startswith("pipeline receive from rank 0 (stage 0, replica 0) failed after")
+    assert "the communicator has failed" in text
+
+
+class NotingStream(HostStream):
+    """Notes in which order what is asked of it."""
+
+    def __init__(self, calls: list[tuple[str, int]]) -> None:
+        super().__init__()
+        self._calls = calls
+
+    def wait_for_compute(self, tensor: Tensor) -> None:
+        self._calls.append(("wait_for_compute", tensor.data_ptr()))
+        super().wait_for_compute(tensor)
+
+    def submit(self, call: Callable[[], None]) -> None:
+        self._calls.append(("submit", 0))
+        super().submit(call)
+
+    def record_event(self) -> Event:
+        self._calls.append(("record_event", 0))
+        return super().record_event()
+
+
+def test_a_tensor_is_ready_before_the_call_that_uses_it() -> None:
+    """On a GPU nothing else orders the stream after what made the tensor."""
+    calls: list[tuple[str, int]] = []
+    store, tensor = HashStore(), torch.zeros(3)
+    with (
+        nccl_double(),
+        patch("comm.backends.cupy_nccl.create_stream", lambda device: NotingStream(calls)),
+        ThreadPoolExecutor(2) as pool,
+    ):
+        (sender, _), (receiver, _) = pool.map(
+            lambda rank: open_channel(store, rank=rank, size=2), range(2)
+        )
+        order = [("wait_for_compute", tensor.data_ptr()), ("submit", 0), ("record_event", 0)]
+        calls.clear()
+        sent = sender.send(tensor, to=1)
+        assert calls == order
+        calls.clear()
+        received = receiver.receive(tensor, source=0)
+        assert calls == order
+        received.wait()
+        sent.wait()
+        calls.clear()
+        ours, theirs = pool.map(lambda one: one.all_gather(tensor), (sender, receiver))
+    first = [calls.index(("wait_for_compute", gathered.data_ptr())) for gathered in (ours, theirs)]
+    assert max(first) < len(calls) - 2
+    assert calls.count(("wait_for_compute", tensor.data_ptr())) == 2
+
+
+def test_a_message_that_never_ends_is_reported() -> None:
+    told: Told = queue.SimpleQueue()
+    detector = HangDetector(limit=0.1, on_hang=told.put)
+    detector.add("pipeline receive from rank 1", lambda: True)
+    detector.add("pipeline receive from rank 2", lambda: False)
+    assert str(told.get(timeout=5.0)).startswith("pipeline receive from rank 2 took more than")

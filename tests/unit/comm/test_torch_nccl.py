@@ -1,0 +1,111 @@
+"""torch's own NCCL channel on CPU: gloo's groups stand in at the one call that makes NCCL's."""
+
+import os
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from datetime import timedelta
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from comm.backends.base import Group
+from comm.backends.torch_nccl import TorchNcclCommunicator, make_groups
+from comm.communicator import CurrentOperation, PeerLostError, Work
+from comm.topology import Topology
+from tests.support.backend_checks import NUMBERS, check_group
+from tests.support.connected import enter
+from tests.support.dist import free_port, run_ranks
+
+EXACT = (torch.int64, torch.uint8)  # sums that are the same in any order: here it is gloo's
+MESSAGE = "pipeline receive from rank 1 (stage 1, replica 0)"
+
+
+@contextmanager
+def gloo_for_nccl() -> Iterator[list[tuple[int, ...]]]:
+    """gloo makes the groups; yields the ranks of each, in the order in which they were made."""
+    made: list[tuple[int, ...]] = []
+
+    def new_group(ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:
+        made.append(tuple(ranks))
+        group: dist.ProcessGroup = dist.new_group(list(ranks), timeout=timeout)
+        return group
+
+    with patch("comm.backends.torch_nccl.new_group", new_group):
+        yield made
+
+
+def all_checks(
+    rank: int, world_size: int, _url: str, shapes: list[tuple[int, int, str]]
+) -> list[list[tuple[int, ...]]]:
+    groups = []
+    for stages, replicas, url in shapes:
+        with (
+            gloo_for_nccl() as made,
+            patch("comm.backends.torch_nccl.dist.isend", wraps=dist.isend) as sends,
+            patch("comm.backends.torch_nccl.dist.irecv", wraps=dist.irecv) as receives,
+        ):
+            entered = enter(
+                rank, url, num_stages=stages, num_replicas=replicas, dist_backend="nccl"
+            )
+        groups_here = (entered.groups.pipeline, entered.groups.replicas)
+        neighbours = sum((g.rank > 0) + (g.rank + 1 < g.size) for g in groups_here)
+        assert sends.call_count == receives.call_count == neighbours, "each edge has carried one"
+        for group in (entered.groups.pipeline, entered.groups.replicas):
+            if group.size > 1:
+                assert isinstance(group, TorchNcclCommunicator)
+                check_group(group, sums=NUMBERS if group.size == 2 else EXACT)
+        entered.close()
+        groups.append(made)
+    return groups
+
+
+def test_four_ranks() -> None:
+    """P=2 R=2, and P=4; all ranks make the same groups, one for each direction of neighbours."""
+    shapes = [(p, r, f"tcp://127.0.0.1:{free_port()}") for p, r in ((2, 2), (4, 1))]
+    groups = run_ranks(4, all_checks, shapes, deadline=120.0)
+    assert all(made == groups[0] for made in groups)
+    assert groups[0] == [
+        [(0, 1), (0, 1), (1, 0), (2, 3), (2, 3), (3, 2),
+         (0, 2), (0, 2), (2, 0), (1, 3), (1, 3), (3, 1)],
+        [(0, 1, 2, 3), (0, 1), (1, 0), (1, 2), (2, 1), (2, 3), (3, 2)],
+    ]  # fmt: skip
+
+
+def lose_a_peer(rank: int, world_size: int, url: str) -> None:
+    dist.init_process_group("gloo", init_method=url, rank=rank, world_size=2)
+    told: queue.SimpleQueue[PeerLostError] = queue.SimpleQueue()
+    with gloo_for_nccl():
+        channel = TorchNcclCommunicator(
+            make_groups((0, 1), dist_timeout=1.0),
+            Group("pipeline", (0, 1), Topology(rank, 2, 1), CurrentOperation(), dist_timeout=1.0),
+            device=torch.device("cpu"),
+            on_hang=told.put,
+        )
+    if rank == 1:
+        channel.receive(torch.zeros(1), source=0).wait()
+        os._exit(0)
+    work = channel.receive(torch.zeros(1), source=1)
+    failed: Future[None] = Future()
+    threading.Thread(target=_wait, args=(work, failed), daemon=True).start()
+    assert str(told.get(timeout=20.0)).startswith(f"{MESSAGE} took more than 1 s (--dist-timeout)")
+    channel.send(torch.zeros(1), to=1).wait()
+    failed.result(timeout=20.0)
+
+
+def _wait(work: Work, outcome: Future[None]) -> None:
+    try:
+        work.wait()
+    except PeerLostError as error:
+        outcome.set_exception(error)
+
+
+def test_a_peer_that_hangs_and_then_dies_is_named() -> None:
+    """The first by the monitor, which rank 0 hears; the second ends rank 0."""
+    with pytest.raises(RuntimeError) as caught:
+        run_ranks(2, lose_a_peer)
+    assert f"PeerLostError: {MESSAGE} failed after" in str(caught.value)

@@ -1,0 +1,314 @@
+"""Gradients that go straight into one buffer: autograd's numbers, and buckets that leave early."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise, product
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from data_parallel.grad_buffer import GradBuffer
+from modules.build import initialise_
+from modules.layers.linear import Linear, attach_grad_buffer
+from modules.registry import MODELS
+from modules.stage_model import StageModel
+from pipeline_parallel.stage import Stage
+from tests.support.gradients import gradients_of
+from tests.support.models import make_hf
+from tests.support.pipeline_doubles import NotedCommunicator
+
+ROWS, TOKENS, MICROBATCHES, LAYERS = 2, 9, 3, 2
+MODELS_TRIED: dict[str, tuple[str, dict[str, Any]]] = {
+    "neox": ("gptneox", {"num_hidden_layers": LAYERS}),
+    "neox-sequential": ("gptneox", {"num_hidden_layers": LAYERS, "use_parallel_residual": False}),
+    "neox-no-bias": ("gptneox", {"num_hidden_layers": LAYERS, "attention_bias": False}),
+    "neox-sequential-no-bias": (
+        "gptneox",
+        {"num_hidden_layers": LAYERS, "use_parallel_residual": False, "attention_bias": False},
+    ),
+    "gptj": ("gptj", {"n_layer": LAYERS}),
+}
+WAYS = list(product([False, True], [False, True]))  # recompute, and weight gradients later
+EPS = torch.finfo(torch.float32).eps
+
+
+def make_model(name: str) -> StageModel:
+    family_name, changes = MODELS_TRIED[name]
+    config = make_hf(family_name, **changes).config
+    model = StageModel(MODELS[family_name].load(), config, range(LAYERS + 2), device="cpu")
+    for index, module in enumerate(model):
+        initialise_(module, std=0.2, seed=1, index=index)
+        for parameter in module.parameters():
+            if parameter.dim() == 1:
+                parameter.data.add_(torch.randn(parameter.shape) * 0.1)
+    return model
+
+
+def microbatches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    shape = (ROWS, TOKENS)
+    return [torch.randint(0, 97, shape, generator=generator) for _ in range(MICROBATCHES)]
+
+
+def run(stage: Stage, *, later: bool) -> None:
+    """All microbatches forward and backward; weight gradients two microbatches late, if `later`."""
+    for number, tokens in enumerate(microbatches()):
+        stage.forward(number, tokens, tokens, range(ROWS), loss_scale=1.0)
+        stage.backward(number, None)
+        if later and number >= 1:
+            stage.weight_gradient(number - 1)
+    if later:
+        stage.weight_gradient(MICROBATCHES - 1)
+
+
+def computed(name: str, recompute: bool, later: bool) -> dict[str, Tensor]:
+    torch.manual_seed(2)
+    model = make_model(name)
+    gradients = gradients_of(model)
+    gradients.begin_update(MICROBATCHES)
+    run(Stage(model, recompute=recompute, gradients=gradients.buffer, splits=later), later=later)
+    gradients.finish_exchange()
+    return gradients.buffer.views
+
+
+def autograds(name: str) -> dict[str, Tensor]:
+    """By torch's own layers, in fp64, on all logits at once."""
+    torch.manual_seed(2)
+    model = make_model(name).double()
+    for tokens in microbatches():
+        logits = model(tokens, None).flatten(0, 1)
+        labels = tokens[:, :-1].flatten()  # the stages' labels stand where they are predicted
+        torch.autograd.backward(nn.functional.cross_entropy(logits, labels, reduction="sum"))
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", MODELS_TRIED)
+def test_gradients_are_autograds(name: str) -> None:
+    """To fp32's roundings, of sums of some hundred terms; the same bits whichever way they come."""
+    expected = autograds(name)
+    found = computed(name, *WAYS[0])
+    assert found.keys() == expected.keys()
+    for key, gradient in expected.items():
+        worst = (found[key].double() - gradient).abs().max()
+        assert worst <= 100 * EPS * gradient.abs().max(), key
+        assert gradient.abs().max() > 0
+    for way in WAYS[1:]:
+        other = computed(name, *way)
+        assert all(torch.equal(other[key], found[key]) for key in found), way
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layers_gradients_are_those_of_torch_within_their_roundings(bias: bool) -> None:
+    """n terms x_i g_i in fp32, in any order: at most n roundings of what their sizes add up to."""
+    torch.manual_seed(3)
+    layer = Linear(33, 17, bias=bias)
+    buffer = gradients_of(layer).buffer
+    attach_grad_buffer(layer, buffer)
+    x, out_gradient = torch.randn(MICROBATCHES, 5, 7, 33), torch.randn(MICROBATCHES, 5, 7, 17)
+    for number in range(MICROBATCHES):
+        torch.autograd.backward(layer(x[number]), out_gradient[number])
+    flat_x, flat_gradient = x.flatten(0, 2).double(), out_gradient.flatten(0, 2).double()
+    exact, sizes = flat_gradient.t() @ flat_x, flat_gradient.abs().t() @ flat_x.abs()
+    terms = len(flat_x) + MICROBATCHES
+    assert bool(((buffer.views["weight"] - exact).abs() <= terms * EPS * sizes).all())
+    if bias:
+        found = buffer.views["bias"]
+        allowed = terms * EPS * flat_gradient.abs().sum(0)
+        assert bool(((found - flat_gradient.sum(0)).abs() <= allowed).all())
+
+
+def test_one_microbatch_has_the_bits_of_torch() -> None:
+    torch.manual_seed(3)
+    ours, theirs = Linear(33, 17), nn.Linear(33, 17)
+    theirs.load_state_dict(ours.state_dict())
+    buffer = gradients_of(ours).buffer
+    attach_grad_buffer(ours, buffer)
+    x, gradient = torch.randn(5, 33), torch.randn(5, 17)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    for layer, given in zip((ours, theirs), inputs, strict=True):
+        torch.autograd.backward(layer(given), gradient)
+    assert theirs.weight.grad is not None
+    assert torch.equal(buffer.views["weight"], theirs.weight.grad)
+    assert inputs[0].grad is not None
+    assert inputs[1].grad is not None
+    assert torch.equal(inputs[0].grad, inputs[1].grad)
+
+
+# ---- each parameter, once a microbatch ----
+
+
+@contextmanager
+def noted() -> Iterator[list[str]]:
+    """The parameters that are counted to have got a microbatch's gradient."""
+    names: list[str] = []
+    count = GradBuffer._count_microbatch
+
+    def noting(buffer: GradBuffer, name: str) -> None:
+        names.append(name)
+        count(buffer, name)
+
+    with patch.object(GradBuffer, "_count_microbatch", noting):
+        yield names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("recompute", "later"), WAYS)
+@pytest.mark.parametrize("name", MODELS_TRIED)
+def test_each_parameter_is_noted_once_a_microbatch(
+    name: str, recompute: bool, later: bool, dtype: torch.dtype
+) -> None:
+    model = make_model(name).to(dtype)
+    gradients = gradients_of(model)
+    stage = Stage(model, recompute=recompute, gradients=gradients.buffer, splits=later)
+    with noted() as names:
+        for _ in range(2):  # a second update counts anew
+            gradients.begin_update(MICROBATCHES)
+            run(stage, later=later)
+            gradients.finish_exchange()
+    parameters = dict(model.named_parameters())
+    assert Counter(names) == dict.fromkeys(parameters, 2 * MICROBATCHES)
+    for parameter in parameters.values():
+        grad = parameter.grad
+        assert (grad is None) == (dtype != torch.float32)
+
+
+def test_chunks_of_a_head_are_noted_as_one() -> None:
+    model = make_model("neox")
+    gradients = gradients_of(model)
+    stage = Stage(model, recompute=False, gradients=gradients.buffer, splits=False)
+    with noted() as names, patch("modules.layers.lm_head.CHUNK_BYTES", 4 * 97 * 5):
+        run(stage, later=False)
+    assert Counter(names)[f"{LAYERS + 1}.embed_out.weight"] == MICROBATCHES
+
+
+def test_a_microbatch_too_few_is_found() -> None:
+    model = make_model("neox")
+    gradients = gradients_of(model)
+    gradients.begin_update(MICROBATCHES + 1)
+    run(Stage(model, recompute=False, gradients=gradients.buffer, splits=False), later=False)
+    with pytest.raises(AssertionError, match="no gradients came for"):
+        gradients.finish_exchange()
+
+
+# ---- buckets ----
+
+
+class Update:
+    """What one update of a stage asked of its replicas, with small buckets.
+
+    `starts` are the parameters of each bucket in the order in which the buckets left; `before`
+    how many had left when the last microbatch's backward began, and when the embedding's gradient
+    came, which is the end of backward.
+    """
+
+    def __init__(
+        self, *, rank: int, recompute: bool, later: bool, sharded: bool, name: str = "neox"
+    ) -> None:
+        model, replicas = make_model(name), NotedCommunicator(rank, 2)
+        with patch("data_parallel.grad_buffer.BUCKET_BYTES", 4096):
+            gradients = gradients_of(model, replicas, sharded=sharded)
+        self.owner, buffer = gradients.partition.owner, gradients.buffer
+        stage = Stage(model, recompute=recompute, gradients=gradients.buffer, splits=later)
+        self.left: list[int] = []
+        backward, add_rows = stage.backward, buffer.add_rows
+
+        def at_backward(*args: Any) -> Tensor | None:
+            self.left.append(len(replicas.summed))
+            return backward(*args)
+
+        def at_end(*args: Any) -> None:
+            self.left.append(len(replicas.summed))
+            add_rows(*args)
+
+        with patch.object(stage, "backward", at_backward), patch.object(buffer, "add_rows", at_end):
+            gradients.begin_update(MICROBATCHES)
+            run(stage, later=later)
+        self.waits = [event for event in replicas.events if event.startswith("wait")]
+        gradients.finish_exchange()
+        self.events = replicas.events
+        self.starts = [names_in(summed, buffer.views) for summed, _ in replicas.summed]
+        self.roots = [root for _, root in replicas.summed]
+
+
+def names_in(buffer: Tensor, views: dict[str, Tensor]) -> list[str]:
+    """The parameters whose views lie in `buffer`."""
+    end = buffer.data_ptr() + buffer.nbytes
+    return [n for n, v in views.items() if buffer.data_ptr() <= v.data_ptr() < end]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_buckets_leave_before_backward_is_over(recompute: bool) -> None:
+    """All but the first modules' have left when the embedding's gradient comes; none is waited for
+    before all have."""
+    update = Update(rank=0, recompute=recompute, later=False, sharded=False)
+    *_, begun, ended = update.left
+    assert len(update.starts) > 8
+    assert begun <= 1, "the head's projection is there after forward, and no other"
+    assert len(update.starts) - ended <= 2, "embedding and what is in one bucket with it"
+    assert update.left[:-2] == [0] * (len(update.left) - 2)
+    assert update.waits == []
+    assert update.events[len(update.starts) :] == ["wait for all-reduce"] * len(update.starts)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_buckets_leave_in_one_order_on_all_replicas(sharded: bool) -> None:
+    """Whatever the order in which their gradients come: the reverse of the layers'."""
+    updates = [
+        Update(rank=rank, recompute=recompute, later=later, sharded=sharded)
+        for rank in (0, 1) for recompute, later in WAYS
+    ]  # fmt: skip
+    assert all(update.starts == updates[0].starts for update in updates)
+    starts, order = updates[0].starts, [name for name, _ in make_model("neox").named_parameters()]
+    assert sorted(name for names in starts for name in names) == sorted(order)
+    firsts = [min(map(order.index, names)) for names in starts]
+    assert all(later > sooner for later, sooner in pairwise(firsts))
+
+
+@pytest.mark.parametrize("name", ["neox", "gptj"])
+def test_sharded_gradients_go_to_their_owners(name: str) -> None:
+    update = Update(rank=1, recompute=False, later=True, sharded=True, name=name)
+    assert set(update.roots) == {0, 1}
+    for names, root in zip(update.starts, update.roots, strict=True):
+        assert {update.owner(name) for name in names} == {root}
+    whole = Update(rank=1, recompute=False, later=True, sharded=False, name=name)
+    assert set(whole.roots) == {None}
+
+
+def test_buckets_cover_the_buffer_once() -> None:
+    model = make_model("neox")
+    with patch("data_parallel.grad_buffer.BUCKET_BYTES", 4096):
+        buffer = gradients_of(model, NotedCommunicator(0, 2), sharded=True).buffer
+    buckets = [bucket.gradients for bucket in buffer._buckets]
+    spans = sorted((bucket.data_ptr(), bucket.nbytes) for bucket in buckets)
+    start = buffer.flat.data_ptr()
+    for place, nbytes in spans:
+        assert place == start
+        start += nbytes
+    assert start == buffer.flat.data_ptr() + buffer.flat.nbytes
+
+
+# ---- frozen parameters ----
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_a_frozen_parameter_has_no_gradient(frozen: str) -> None:
+    torch.manual_seed(3)
+    layer, twin = Linear(33, 17), Linear(33, 17)
+    twin.load_state_dict(layer.state_dict())
+    layer.get_parameter(frozen).requires_grad_(False)
+    x, gradient = torch.randn(5, 33), torch.randn(5, 17)
+    found = {}
+    for which in (layer, twin):
+        gradients = gradients_of(which)
+        attach_grad_buffer(which, gradients.buffer)
+        gradients.begin_update(1)
+        torch.autograd.backward(which(x), gradient)
+        gradients.finish_exchange()
+        found[which] = gradients.buffer.views
+    (trained,) = found[layer]
+    assert trained != frozen
+    assert torch.equal(found[layer][trained], found[twin][trained])

@@ -1,0 +1,215 @@
+"""The chunked loss against torch's cross entropy on all logits at once, and what it holds."""
+
+import copy
+import math
+from typing import NamedTuple
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from data_parallel.replica_gradients import ReplicaGradients
+from modules.layers.linear import Deferred, Linear, attach_grad_buffer
+from modules.layers.lm_head import IGNORED, Head
+from modules.registry import MODELS
+from tests.support.gradients import gradients_of
+from tests.support.memory import peak_bytes
+from tests.support.models import make_hf
+
+ROWS, TOKENS, HIDDEN, VOCABULARY = 3, 7, 32, 97
+# (tokens of a chunk, of the 21 there are): one, some that divide them and that do not, all, more.
+CHUNKS = [1, 3, 7, 8, 20, 21, 50]
+EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+# Unit roundings on the way (product, softmax, gradient, product, norm's backward), each one of a
+# sum whose terms are larger than it: 8 is what sums of 97 such terms at random lose, doubled twice.
+ROUNDINGS = 32
+
+
+class Given(NamedTuple):
+    """Loss, and its gradients by name; `x` is that of the input."""
+
+    loss: float
+    gradients: dict[str, Tensor]
+
+
+def make_head(family: str, dtype: torch.dtype) -> Head:
+    config = make_hf(family).config
+    torch.manual_seed(3)
+    head = MODELS[family].load().make_head(config)
+    assert isinstance(head, Head)
+    for parameter in head.parameters():
+        nn.init.normal_(parameter, 0.3, 0.3)
+    return head.to(dtype)
+
+
+def material(dtype: torch.dtype, ignored: str) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(4)
+    x = torch.randn(ROWS, TOKENS, HIDDEN).to(dtype)
+    labels = torch.randint(0, VOCABULARY, (ROWS, TOKENS))
+    if ignored == "some":
+        labels[0, 2:5] = labels[2, 6] = labels[1] = IGNORED
+    elif ignored == "all":
+        labels[:] = IGNORED
+    return x, labels
+
+
+def attached(head: Head) -> ReplicaGradients:
+    gradients = gradients_of(head)
+    attach_grad_buffer(head, gradients.buffer)
+    return gradients
+
+
+def ours(head: Head, x: Tensor, labels: Tensor, scale: float, chunk: int) -> Given:
+    gradients = attached(head)
+    gradients.begin_update(1)
+    x = x.clone().requires_grad_()
+    with patch("modules.layers.lm_head.CHUNK_BYTES", 4 * VOCABULARY * chunk):
+        loss = head.loss(x, labels, scale=scale)
+    torch.autograd.backward(loss)
+    gradients.finish_exchange()  # every parameter has been noted once
+    assert x.grad is not None
+    return Given(loss.item(), {**gradients.buffer.views, "x": x.grad})
+
+
+def reference(head: Head, x: Tensor, labels: Tensor, scale: float) -> Given:
+    """The same numbers in fp64, on all logits, by autograd."""
+    wide = make_head_like(head)
+    x = x.double().requires_grad_()
+    logits = wide(x).flatten(0, 1)
+    loss = functional.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    torch.autograd.backward(loss * scale)
+    gradients = {n: p.grad for n, p in wide.named_parameters() if p.grad is not None}
+    assert x.grad is not None
+    return Given(loss.item(), {**gradients, "x": x.grad})
+
+
+def make_head_like(head: Head) -> Head:
+    """In fp64, without a gradient buffer: torch's own layers."""
+    twin = copy.deepcopy(head).double()
+    for module in twin.modules():
+        if isinstance(module, Linear):
+            module.grad_buffer = None
+    for parameter in twin.parameters():
+        parameter.grad = None
+    return twin
+
+
+@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize("family", ["gptj", "gptneox"])
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("ignored", ["none", "some", "all"])
+def test_loss_and_gradients_are_torchs(
+    family: str, dtype: torch.dtype, chunk: int, ignored: str
+) -> None:
+    head = make_head(family, dtype)
+    x, labels = material(dtype, ignored)
+    scale = 64.0
+    expected = reference(head, x, labels, scale)
+    found = ours(head, x, labels, scale, chunk)
+    tolerance = ROUNDINGS * EPS[dtype]
+    assert found.loss == pytest.approx(expected.loss, rel=tolerance)
+    assert found.gradients.keys() == expected.gradients.keys()
+    for name, gradient in expected.gradients.items():
+        worst = (found.gradients[name].double() - gradient).abs().max()
+        assert worst <= tolerance * gradient.abs().max(), name
+        assert (gradient.abs().max() == 0) == (ignored == "all")
+
+
+@pytest.mark.parametrize("dtype", EPS)
+def test_loss_without_gradients_is_the_same(dtype: torch.dtype) -> None:
+    head, (x, labels) = make_head("gptj", dtype), material(dtype, "some")
+    with torch.no_grad(), patch("modules.layers.lm_head.CHUNK_BYTES", 4 * VOCABULARY * 8):
+        alone = head.loss(x, labels, scale=1.0).item()
+    assert alone == ours(head, x, labels, 1.0, 8).loss
+
+
+def test_each_chunk_has_its_own_logits_alone() -> None:
+    """The bits of the loss's gradients do not depend on what other chunks hold."""
+    head, (x, labels) = make_head("gptneox", torch.float32), material(torch.float32, "none")
+    whole = ours(head, x, labels, 1.0, TOKENS).gradients["x"]
+    one_row = ours(head, x[1:2], labels[1:2], 1.0, TOKENS).gradients["x"]
+    assert torch.equal(whole[1:2], one_row)
+
+
+@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_numbers_that_are_not_finite_show(dtype: torch.dtype, value: float) -> None:
+    head, (x, labels) = make_head("gptj", dtype), material(dtype, "none")
+    with torch.no_grad():
+        head.projection.weight[int(labels[2, 3])] = value
+    found = ours(head, x, labels, 1.0, 8)
+    assert not math.isfinite(found.loss)
+    assert not found.gradients["lm_head.weight"].isfinite().all()
+
+
+def test_logits_beyond_fp16_show() -> None:
+    """Weights and activations that are finite may make logits that fp16 has no number for."""
+    head, (x, labels) = make_head("gptj", torch.float16), material(torch.float16, "none")
+    with torch.no_grad():
+        head.projection.weight[5] = 40000.0
+        head.norm.bias.fill_(3.0)
+    assert not math.isfinite(ours(head, x, labels, 1.0, 8).loss)
+
+
+# ---- memory ----
+
+WIDE, LONG, NARROW = 4096, 512, 16  # a vocabulary, tokens, a hidden size: logits are the largest
+
+
+class WideHead(Head):
+    """A head whose logits are all that counts."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.first, self.second = nn.LayerNorm(NARROW), Linear(NARROW, WIDE, bias=False)
+        self.to(dtype)
+
+    @property
+    def norm(self) -> nn.LayerNorm:
+        return self.first
+
+    @property
+    def projection(self) -> Linear:
+        return self.second
+
+
+def peak_of(dtype: torch.dtype, chunks: int, *, training: bool) -> float:
+    """The most bytes that a loss and its backward hold, in full copies of the logits in fp32."""
+    head = WideHead(dtype)
+    buffer = attached(head).buffer
+    x = torch.randn(1, LONG, NARROW).to(dtype).requires_grad_()
+    labels = torch.randint(0, WIDE, (1, LONG))
+    deferred: Deferred | None = None
+
+    def run() -> None:
+        with torch.set_grad_enabled(training), buffer.deferring(deferred):
+            loss = head.loss(x, labels, scale=1.0)
+        if training:
+            torch.autograd.backward(loss)
+
+    with patch("modules.layers.lm_head.CHUNK_BYTES", 4 * WIDE * LONG // chunks):
+        run()  # what is made once is there
+        _, peak = peak_bytes(run)
+    return peak / (4 * WIDE * LONG)
+
+
+# In units of the logits in fp32, what is not logits: activations, LONG x NARROW each, of which the
+# norm and the loss and their backward hold at most 8; and the weight, WIDE x NARROW, of which
+# half precision makes a copy in fp32 for a product that is made so, and so does its gradient.
+SMALL = 8 * NARROW / WIDE + 2 * NARROW / LONG
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 4, 16])
+@pytest.mark.parametrize("training", [True, False])
+def test_fp32_holds_one_chunk_of_logits(chunks: int, training: bool) -> None:
+    """Where all tokens are one chunk, that is one copy of the logits and never a second."""
+    assert 1 / chunks <= peak_of(torch.float32, chunks, training=training) <= 1 / chunks + SMALL
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 4, 16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_holds_few_chunks_of_logits(dtype: torch.dtype, chunks: int) -> None:
+    """One in fp32 and one in half precision."""
+    assert peak_of(dtype, chunks, training=True) <= 1.5 / chunks + SMALL

@@ -1,0 +1,99 @@
+"""The choice of a matmul library, and the check that detects less than fp32.
+
+The check is tried on matmuls that are less exact on purpose, as a CPU might compute them: operands
+rounded to the numbers of bits that bf16 and tf32 have, in one kind of matmul at a time.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from modules.matmul.backend import choose_matmul, fp32_error, use_matmul
+from modules.matmul.cpu_info import CpuInfo
+from tests.support.cpus import CPUS
+
+CHOICES = {
+    "Zen 3": "default",
+    "Zen 4": "onednn",
+    "Zen 5": "onednn",
+    "Haswell": "default",
+    "Ice Lake": "default",
+    "Sapphire Rapids": "default",
+    "Granite Rapids": "default",
+    "half of AVX-512": "default",
+    "Graviton": "default",
+}
+WITH_AVX512 = {"Zen 4", "Zen 5", "Ice Lake", "Sapphire Rapids", "Granite Rapids"}
+BITS = {"bf16": 8, "tf32": 11}  # of a number's fraction, the leading one included
+
+
+@pytest.fixture(autouse=True)
+def _torchs_default() -> Iterator[None]:
+    yield
+    use_matmul("default")
+
+
+@pytest.mark.parametrize("kind", CPUS)
+def test_the_cpu_decides(kind: str) -> None:
+    assert choose_matmul(CPUS[kind]) == CHOICES[kind]
+    assert CPUS[kind].has_avx512 == (kind in WITH_AVX512)
+
+
+def test_amd_cpus_with_amx_are_not_known_to_win() -> None:
+    assert choose_matmul(CpuInfo("AuthenticAMD", "to come", True, True, True)) == "default"
+
+
+def test_an_unknown_cpu_is_left_alone() -> None:
+    assert choose_matmul(CpuInfo()) == "default"
+
+
+def test_products_on_this_machine() -> None:
+    """oneDNN's are true fp32 but where there is AMX; both choices are torch's settings."""
+    mkldnn: Any = torch.backends.mkldnn
+    use_matmul("onednn")
+    assert mkldnn.matmul.fp32_precision == "bf16"
+    assert (fp32_error() <= 1.0) == (not CpuInfo.of_this_machine().has_amx)
+    use_matmul("default")
+    assert mkldnn.matmul.fp32_precision == "ieee"
+    assert 0.0 < fp32_error() <= 1.0
+
+
+class Rounded(TorchDispatchMode):
+    """Rounds the factors of fp32 products to `bits` bits, in one operation of torch's alone."""
+
+    def __init__(self, operation: str, bits: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operation, self.bits, self.calls = operation, bits, 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if func.overloadpacket.__name__ == self.operation and args[-1].dtype == torch.float32:
+            self.calls += 1
+            args = (*args[:-2], *(self._round(factor) for factor in args[-2:]))
+        return func(*args, **(kwargs or {}))
+
+    def _round(self, x: Tensor) -> Tensor:
+        fraction, exponent = torch.frexp(x)
+        return torch.ldexp(torch.round(fraction * 2**self.bits) / 2**self.bits, exponent)
+
+
+@pytest.mark.parametrize("bits", BITS.values(), ids=BITS)
+@pytest.mark.parametrize("operation", ["addmm", "mm", "addmm_", "baddbmm"])
+def test_products_of_fewer_bits_are_seen(operation: str, bits: int) -> None:
+    with Rounded(operation, bits) as mode:
+        error = fp32_error()
+    assert mode.calls > 0
+    assert error > 2.0
+
+
+@pytest.mark.parametrize("operation", ["addmm", "mm", "addmm_", "baddbmm"])
+def test_products_of_all_bits_pass(operation: str) -> None:
+    with Rounded(operation, 24) as mode:
+        error = fp32_error()
+    assert mode.calls > 0
+    assert error <= 1.0

@@ -1,0 +1,170 @@
+"""What spellings of --num-layers mean, which modules a stage then has, and the balanced split.
+
+The balance is held against brute force over all splits, its weights against the matrices of the
+real modules.
+"""
+
+from itertools import combinations, pairwise, product
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modules.build import make_layer
+from modules.model_sizes import ModuleWork
+from modules.registry import MODELS
+from pipeline_parallel.partition.balance import (
+    balanced_split,
+    choose_split,
+    stage_work,
+)
+from pipeline_parallel.partition.split import Asked, Split, fit_split, parse_layers, stage_modules
+from tests.support.models import make_hf
+
+# asked, stages, layers of the model, layers of each stage
+SPLITS: list[tuple[str, int, int, tuple[int, ...]]] = [
+    ("44", 1, 44, (44,)),
+    ("100", 1, 44, (44,)),
+    ("4", 2, 8, (4, 4)),
+    ("4", 2, 7, (4, 3)),
+    ("6", 8, 44, (6, 6, 6, 6, 6, 6, 6, 2)),
+    ("5,3", 2, 8, (5, 3)),
+    ("1,05,2", 3, 8, (1, 5, 2)),
+]
+
+
+@pytest.mark.parametrize(("text", "stages", "layers", "expected"), SPLITS)
+def test_a_number_or_a_list_is_a_split(
+    text: str, stages: int, layers: int, expected: tuple[int, ...]
+) -> None:
+    asked = parse_layers(text)
+    split = fit_split(asked, num_stages=stages, model_layers=layers)
+    assert split == expected
+    assert isinstance(split, Split)
+    assert str(split) == ",".join(map(str, expected))
+
+
+def test_a_stage_has_its_blocks_and_the_ends_their_modules() -> None:
+    """Of 4 layers: 0 is the embedding, 1 to 4 the blocks, 5 the head."""
+    assert [stage_modules(i, (1, 2, 1)) for i in range(3)] == [range(2), range(2, 4), range(4, 6)]
+    assert stage_modules(0, (4,)) == range(6)
+
+
+def all_splits(stages: int, layers: int) -> list[tuple[int, ...]]:
+    cuts = ((0, *inner, layers) for inner in combinations(range(1, layers), stages - 1))
+    return [tuple(b - a for a, b in pairwise(cut)) for cut in cuts]
+
+
+def slowest_first(split: tuple[int, ...], block: int, head: int) -> list[int]:
+    work = [count * block for count in split]
+    work[-1] += head
+    return sorted(work, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("block", "head"), [(3, 0), (3, 1), (3, 3), (3, 4), (3, 6), (2, 9), (1, 50)]
+)
+def test_auto_is_the_best_of_all_splits(block: int, head: int) -> None:
+    for layers in range(1, 11):
+        for stages in range(1, layers + 1):
+            every = all_splits(stages, layers)
+            best = min(every, key=lambda split: (slowest_first(split, block, head), split))
+            found = balanced_split(ModuleWork(block, head), num_stages=stages, model_layers=layers)
+            assert found == best, (stages, layers)
+            assert max(stage_work(found, ModuleWork(block, head))) == min(
+                slowest_first(split, block, head)[0] for split in every
+            )
+
+
+@pytest.mark.parametrize("speeds", [(1, 1, 1), (3, 1, 2), (1, 10, 1), (0.5, 4, 1e3)])
+def test_a_slower_device_gets_fewer_blocks(speeds: tuple[float, ...]) -> None:
+    """No split has a slowest stage that takes less time."""
+    for layers in range(3, 12):
+        found = balanced_split(ModuleWork(2, 3), num_stages=3, model_layers=layers, speeds=speeds)
+
+        def seconds(split: tuple[int, ...]) -> float:
+            work = stage_work(Split(split), ModuleWork(2, 3))
+            return max(one / speed for one, speed in zip(work, speeds, strict=True))
+
+        assert seconds(found) == min(map(seconds, all_splits(3, layers)))
+
+
+NEOX = {
+    "hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 2048, "vocab_size": 8192,
+}  # fmt: skip
+NEOX_20B = {
+    "hidden_size": 6144, "num_hidden_layers": 44, "intermediate_size": 24576, "vocab_size": 50432,
+}  # fmt: skip
+GPTJ_6B = {"n_embd": 4096, "n_layer": 28, "n_inner": None, "vocab_size": 50400}
+# family, config, tokens, stages, layers of each stage
+BALANCED: list[tuple[str, dict[str, Any], int, int, tuple[int, ...]]] = [
+    ("gptneox", NEOX, 256, 1, (8,)),
+    ("gptneox", NEOX, 256, 2, (5, 3)),
+    ("gptneox", NEOX, 256, 4, (2, 2, 3, 1)),
+    ("gptneox", NEOX, 256, 8, (1, 1, 1, 1, 1, 1, 1, 1)),
+    ("gptneox", NEOX_20B, 2048, 8, (5, 5, 5, 6, 6, 6, 6, 5)),
+    ("gptj", GPTJ_6B, 2048, 2, (14, 14)),
+    ("gptj", GPTJ_6B, 2048, 4, (7, 7, 7, 7)),
+]
+
+
+def hf_config(family: str, values: dict[str, Any]) -> Any:
+    return MODELS[family].load().config_class(**values)
+
+
+@pytest.mark.parametrize(("family", "config", "tokens", "stages", "expected"), BALANCED)
+def test_auto_of_known_models(
+    family: str, config: dict[str, Any], tokens: int, stages: int, expected: tuple[int, ...]
+) -> None:
+    sizes = MODELS[family].load().sizes(hf_config(family, config))
+    chosen = choose_split("auto", sizes.work(tokens), num_stages=stages, model_layers=sizes.layers)
+    assert chosen == expected
+
+
+def test_the_work_of_a_known_model() -> None:
+    """By hand: 4 x 512^2 + 2 x 512 x 2048, and 2 x 512 for each of 128.5 keys; 512 x 8192."""
+    work = MODELS["gptneox"].load().sizes(hf_config("gptneox", NEOX)).work(256)
+    assert work == ModuleWork(block=1048576 + 2097152 + 131584, head=4194304)
+    assert stage_work(Split((5, 3)), work) == (5 * 3277312, 3 * 3277312 + 4194304)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("gptneox", {}),
+        ("gptneox", {"hidden_size": 48, "num_attention_heads": 6, "intermediate_size": 100}),
+        ("gptj", {}),
+        ("gptj", {"n_inner": 50, "vocab_size": 131}),
+    ],
+)
+def test_work_is_that_of_the_modules_matrices(name: str, changes: dict[str, Any]) -> None:
+    """A matrix multiplies each token's vector once; a token meets itself and those before it."""
+    family, config, tokens = MODELS[name].load(), make_hf(name, **changes).config, 9
+    _, block, *_, head = (
+        sum(
+            p.numel() for p in make_layer(family, config, index, "meta").parameters() if p.dim() > 1
+        )
+        for index in range(config.num_hidden_layers + 2)
+    )
+    keys = sum(position + 1 for position in range(tokens))
+    assert (2 * config.hidden_size * keys) % tokens == 0
+    work = family.sizes(config).work(tokens)
+    assert work.block == block + 2 * config.hidden_size * keys // tokens
+    assert work.head == head
+
+
+@pytest.mark.parametrize(("family", "key"), [("gptneox", "intermediate_size"), ("gptj", "n_inner")])
+def test_a_config_with_a_size_of_zero_is_refused(family: str, key: str, tmp_path: Path) -> None:
+    hf_config(family, {key: 0}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"config.json: {key} is 0, expected an integer above 0"):
+        MODELS[family].load().load_config(tmp_path)
+
+
+ASKED: list[Asked] = [2, Split((2, 2)), "auto"]
+
+
+@pytest.mark.parametrize(("one", "other"), product(ASKED, ASKED))
+def test_spellings_of_one_split_are_equal(one: Asked, other: Asked) -> None:
+    work = ModuleWork(block=2, head=1)
+    splits = [choose_split(a, work, num_stages=2, model_layers=4) for a in (one, other)]
+    assert splits[0] == splits[1] == (2, 2)

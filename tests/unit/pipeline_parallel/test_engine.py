@@ -1,0 +1,217 @@
+"""The engine on doubles: its waits, its microbatches in flight, and its failures."""
+
+from functools import cache, partial
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from comm.communicator import PeerLostError
+from pipeline_parallel.engine import StageError
+from pipeline_parallel.microbatch import PipelineBatch
+from pipeline_parallel.schedule.schedules import SCHEDULES, gpipe, splits_backward, zero_bubble_h1
+from pipeline_parallel.schedule.validate import peak_in_flight
+from tests.support.memory import peak_bytes
+from tests.support.pipeline_doubles import NotedCommunicator
+
+# ---- messages ----
+from tests.support.schedule_tables import IN_FLIGHT
+from tests.support.stages import (
+    HIDDEN,
+    ROWS,
+    TOKENS,
+    VOCABULARY,
+    make_engine,
+    make_model,
+    make_stage,
+)
+
+
+def test_gpipes_first_stage_runs_all_forwards_before_the_second_begins() -> None:
+    """No send is waited for, and nobody is there to receive."""
+    communicator = NotedCommunicator(0, 2)
+    communicator.at_receive = nobody_there
+    engine = make_engine(gpipe, communicator, num_microbatches=8)
+    with pytest.raises(PeerLostError):
+        engine.train(batch(8, first=True, last=False), loss_scale=1.0)
+    before = communicator.events[: communicator.events.index("wait for receive from 1")]
+    assert before == ["receive from 1"] * 2 + ["send to 1"] * 8
+
+
+def nobody_there() -> None:
+    raise PeerLostError("nobody there")
+
+
+def batch(count: int, *, first: bool, last: bool) -> PipelineBatch:
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(0, VOCABULARY, (count * ROWS, TOKENS), generator=generator)
+    keys = range(count * ROWS)
+    return PipelineBatch(tokens if first else None, tokens if last else None, keys, ROWS)
+
+
+# ---- microbatches in flight ----
+
+P, M = 4, 32
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("stage_index", range(P))
+@pytest.mark.parametrize("mode", SCHEDULES)
+def test_microbatches_in_flight_are_those_of_the_schedule(
+    mode: str, stage_index: int, recompute: bool
+) -> None:
+    communicator = NotedCommunicator(stage_index, P)
+    stage = make_stage(communicator, schedule=SCHEDULES[mode], recompute=recompute)
+    in_flight: list[int] = []
+    noted: Any = NotedStage(stage, in_flight)
+    engine = make_engine(SCHEDULES[mode], communicator, num_microbatches=M, stage=noted)
+    ends = {"first": stage_index == 0, "last": stage_index == P - 1}
+    engine.train(batch(M, **ends), loss_scale=1.0)
+    expected = IN_FLIGHT[mode](stage_index, P, M)
+    assert max(in_flight) == peak_in_flight(SCHEDULES[mode], stage_index, P, M) == expected
+    assert in_flight[-1] == 0
+
+
+class NotedStage:
+    """A stage that notes after each call how many microbatches are in flight."""
+
+    def __init__(self, stage: Any, in_flight: list[int]) -> None:
+        self._stage, self._in_flight = stage, in_flight
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._stage, name)
+
+        def noted(*args: Any, **options: Any) -> Any:
+            out = call(*args, **options)
+            self._in_flight.append(len(self._stage.in_flight))
+            return out
+
+        return noted
+
+
+@cache
+def peak_of(mode: str, stage_index: int, num_microbatches: int, *, recompute: bool) -> int:
+    communicator = NotedCommunicator(stage_index, P)
+    engine = make_engine(
+        SCHEDULES[mode], communicator, num_microbatches=num_microbatches, recompute=recompute
+    )
+    ends = {"first": stage_index == 0, "last": stage_index == P - 1}
+    rows = batch(num_microbatches, **ends)
+    engine.train(rows, loss_scale=1.0)  # what is made once is there
+    return peak_bytes(lambda: engine.train(rows, loss_scale=1.0))[1]
+
+
+ACTIVATION = 4 * ROWS * TOKENS * HIDDEN  # bytes
+
+
+@pytest.mark.parametrize(("stage_index", "recompute"), [(0, False), (P - 1, False), (1, True)])
+def test_memory_falls_with_the_microbatches_held(stage_index: int, recompute: bool) -> None:
+    """1f1b takes for 32 microbatches what gpipe takes for the few that it holds at once.
+
+    On top of that are what travels: two that are received ahead each way.
+    """
+    gpipe_of = partial(peak_of, "gpipe", stage_index, recompute=recompute)
+    held = P - stage_index
+    of_one = gpipe_of(num_microbatches=5) - gpipe_of(num_microbatches=4)
+    assert gpipe_of(num_microbatches=M) >= M * of_one > 0
+    found = peak_of("1f1b", stage_index, M, recompute=recompute)
+    assert held * of_one < found <= gpipe_of(num_microbatches=held) + 4 * ACTIVATION
+
+
+@pytest.mark.parametrize("stage_index", [0, P - 1])
+def test_weight_gradients_that_wait_cost_little_memory(stage_index: int) -> None:
+    """zb-h1 takes for 32 microbatches what gpipe takes for P, and a little more.
+
+    Between I and W a microbatch of a layer holds inputs and gradients of its four products, 16
+    activations in all, where it held 12.5 before: 7 more for two layers, of `stage_index` of them
+    and of the one that has its I. The last stage has the gradients of its logits besides.
+    """
+    found = peak_of("zb-h1", stage_index, M, recompute=False)
+    as_many = peak_of("gpipe", stage_index, P, recompute=False)
+    waiting = 7 * (stage_index + 1) * ACTIVATION
+    logits = 4 * ROWS * (TOKENS - 1) * VOCABULARY * P if stage_index == P - 1 else 0
+    assert found <= as_many + waiting + logits + 4 * ACTIVATION
+    assert found < peak_of("gpipe", stage_index, M, recompute=False) / 4
+
+
+# ---- failures ----
+
+
+@pytest.mark.parametrize("mode", SCHEDULES)
+def test_a_failure_in_backward_names_stage_microbatch_action_and_shape(mode: str) -> None:
+    """On a middle stage, in the fourth microbatch; the cause is chained."""
+    communicator = NotedCommunicator(1, 3)
+    model = make_model(1, 3)
+    cause, seen = ValueError("no such thing"), list[Tensor]()
+
+    def fail(gradient: Tensor) -> None:
+        raise cause
+
+    def note(module: nn.Module, args: object, out: Tensor) -> None:
+        seen.append(out)
+        if len(seen) == 4:
+            out.register_hook(fail)
+
+    model[0].register_forward_hook(note)
+    stage = make_stage(communicator, schedule=SCHEDULES[mode], recompute=False, model=model)
+    engine = make_engine(SCHEDULES[mode], communicator, num_microbatches=6, stage=stage)
+    with pytest.raises(StageError) as caught:
+        engine.train(batch(6, first=False, last=False), loss_scale=1.0)
+    assert caught.value.__cause__ is cause
+    action = "input gradient" if splits_backward(SCHEDULES[mode], 1, 3) else "backward"
+    assert str(caught.value) == (
+        f"stage 1, {action} of microbatch 3; last received: "
+        f"({ROWS}, {TOKENS}, {HIDDEN}) torch.float32"
+    )
+
+
+def test_a_failure_of_a_weight_gradient_is_named() -> None:
+    communicator = NotedCommunicator(1, 2)
+    stage = make_stage(communicator, schedule=zero_bubble_h1, recompute=False)
+    engine = make_engine(zero_bubble_h1, communicator, num_microbatches=3, stage=stage)
+    with (
+        patch.object(stage, "weight_gradient", side_effect=MemoryError),
+        pytest.raises(StageError, match="stage 1, weight gradient of microbatch 0") as caught,
+    ):
+        engine.train(batch(3, first=False, last=True), loss_scale=1.0)
+    assert isinstance(caught.value.__cause__, MemoryError)
+
+
+def test_a_failure_on_token_ids_has_their_shape() -> None:
+    engine = make_engine(gpipe, NotedCommunicator(0, 2), num_microbatches=1)
+    tokens = torch.full((ROWS, TOKENS), 10**6)
+    with pytest.raises(StageError) as caught:
+        engine.train(PipelineBatch(tokens, None, range(ROWS), ROWS), loss_scale=1.0)
+    assert str(caught.value).endswith(f"received: ({ROWS}, {TOKENS}) torch.int64")
+    assert isinstance(caught.value.__cause__, IndexError)
+
+
+def test_a_lost_peer_is_not_the_stages_failure() -> None:
+    communicator = NotedCommunicator(0, 2)
+    lost = PeerLostError("pipeline receive from rank 1: gone")
+
+    def lose() -> None:
+        raise lost
+
+    communicator.at_receive = lose
+    engine = make_engine(gpipe, communicator, num_microbatches=2)
+    with pytest.raises(PeerLostError) as caught:
+        engine.train(batch(2, first=True, last=False), loss_scale=1.0)
+    assert caught.value is lost
+    assert caught.value.__cause__ is None
+    assert not isinstance(caught.value, StageError)
+
+
+def test_the_last_stage_puts_off_the_weight_gradients_of_its_head_too() -> None:
+    """zb-h1: forward makes the gradients of the logits, and W what they give the projection."""
+    stage: Any = make_stage(NotedCommunicator(1, 2), schedule=zero_bubble_h1, recompute=False)
+    (name,) = (n for n in stage._gradients.views if n.endswith("embed_out.weight"))
+    gradient = stage._gradients.views[name]
+    labels = torch.ones(ROWS, TOKENS, dtype=torch.int64)
+    stage.forward(0, torch.randn(ROWS, TOKENS, HIDDEN), labels, None, loss_scale=1.0)
+    stage.backward(0, None)
+    assert not gradient.any()
+    stage.weight_gradient(0)
+    assert gradient.any()

@@ -1,0 +1,172 @@
+"""Messages between stages: posted ahead, sent without waiting, refused where shapes differ."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from comm.objects import gather_json
+from pipeline_parallel.p2p import StageLink
+from tests.support.connected import enter
+from tests.support.dist import run_ranks
+from tests.support.pipeline_doubles import NotedCommunicator
+
+SHAPE = (2, 5, 8)
+CPU = torch.device("cpu")
+
+
+def make_link(communicator: Any, **changes: Any) -> StageLink:
+    options = {"shape": SHAPE, "dtype": torch.float32, "device": CPU, **changes}
+    return StageLink(communicator, **options)
+
+
+def test_receives_are_posted_ahead() -> None:
+    """Two of each kind are under way, from the start until none is left to come."""
+    communicator = NotedCommunicator(1, 3)
+    link = make_link(communicator)
+    link.expect(activations=4, gradients=1)
+    assert communicator.events == ["receive from 0"] * 2 + ["receive from 2"]
+    under_way = []
+    for _ in range(4):
+        link.receive_activation()
+        events = communicator.events
+        under_way.append(events.count("receive from 0") - events.count("wait for receive from 0"))
+    assert under_way == [2, 2, 1, 0]
+    link.receive_gradient()
+    link.flush()
+    link.expect(activations=1, gradients=0)
+    assert communicator.events[-1] == "receive from 0"
+
+
+def test_received_tensors_are_each_ones_own() -> None:
+    link = make_link(NotedCommunicator(1, 2))
+    link.expect(activations=3, gradients=0)
+    received = [link.receive_activation() for _ in range(3)]
+    assert all(one is not None and one.shape == SHAPE for one in received)
+    assert len({one.data_ptr() for one in received if one is not None}) == 3
+
+
+def test_sends_are_waited_for_where_they_are_resolved() -> None:
+    communicator = NotedCommunicator(1, 3)
+    link = make_link(communicator)
+    link.expect(activations=0, gradients=0)
+    for _ in range(3):
+        link.send_activation(torch.ones(SHAPE))
+    link.send_gradient(torch.ones(SHAPE))
+    waits = [event for event in communicator.events if event.startswith("wait")]
+    assert waits == []
+    for resolved, expected in ((2, 2), (1, 2), (2, 2), (3, 3), (9, 3)):
+        link.resolve(activations=resolved)
+        assert communicator.events.count("wait for send to 2") == expected
+    assert communicator.events.count("wait for send to 0") == 0
+    link.flush()
+    assert communicator.events.count("wait for send to 0") == 1
+    assert communicator.events.count("wait for send to 2") == 3
+
+
+def test_ends_have_no_neighbour() -> None:
+    for rank in (0, 1):
+        communicator = NotedCommunicator(rank, 2)
+        link = make_link(communicator)
+        link.expect(activations=2, gradients=2)
+        assert communicator.events == [f"receive from {1 - rank}"] * 2
+        first, last = link.receive_activation(), link.receive_gradient()
+        assert (first is None, last is None) == (rank == 0, rank == 1)
+        link.send_activation(torch.ones(SHAPE))
+        link.send_gradient(torch.ones(SHAPE))
+        assert [e for e in communicator.events if e.startswith("send")] == [f"send to {1 - rank}"]
+    alone = make_link(NotedCommunicator(0, 1))
+    alone.expect(activations=2, gradients=2)
+    alone.send_gradient(None)
+    assert alone.receive_activation() is alone.receive_gradient() is None
+    alone.flush()
+
+
+@pytest.mark.parametrize(
+    "wrong", [torch.ones(2, 5, 7), torch.ones(2, 5, 8, dtype=torch.float16), torch.ones(10, 8)]
+)
+def test_a_message_of_another_shape_is_not_sent(wrong: torch.Tensor) -> None:
+    link = make_link(NotedCommunicator(0, 2))
+    with pytest.raises(RuntimeError, match=r"messages have \(2, 5, 8\) torch\.float32"):
+        link.send_activation(wrong)
+
+
+def test_a_tensor_that_is_not_contiguous_is_sent_as_it_looks() -> None:
+    communicator = NotedCommunicator(0, 2)
+    tensor = torch.randn(2, 8, 5).transpose(1, 2)
+    make_link(communicator).send_activation(tensor)
+    assert torch.equal(communicator.last_sent, tensor)
+
+
+# ---- two processes ----
+
+COUNT = 12
+LARGE = (1, 1024, 1024)  # 4 MB: more than a socket holds
+OTHERS: dict[str, dict[str, Any]] = {
+    "rows": {"shape": (1, 5, 8)},
+    "tokens": {"shape": (2, 6, 8)},
+    "hidden": {"shape": (2, 5, 4)},
+    "same size": {"shape": (2, 8, 5)},
+    "fp16": {"dtype": torch.float16},
+    "bf16": {"dtype": torch.bfloat16},
+}
+
+
+def two_ranks(rank: int, world_size: int, url: str) -> dict[str, Any]:
+    joined = enter(rank, url, num_stages=2, num_replicas=1)
+    try:
+        pipeline, control = joined.groups.pipeline, joined.groups.control
+        told: dict[str, Any] = {}
+        for name, other in OTHERS.items():
+            told[name] = refusal_of(pipeline, other if rank == 1 else {})
+        both_half = {"dtype": (torch.float16, torch.bfloat16)[rank]}
+        told["fp16, bf16"] = refusal_of(pipeline, both_half)
+        link = make_link(pipeline, shape=LARGE)
+        link.expect(activations=0 if rank == 0 else COUNT, gradients=0)
+        if rank == 0:
+            for number in range(COUNT):
+                link.send_activation(torch.full(LARGE, float(number)))
+        gather_json(control, "all are under way")  # only then does the other begin to take them
+        if rank == 1:
+            received = [link.receive_activation() for _ in range(COUNT)]
+            told["received"] = [one.unique().tolist() for one in received if one is not None]
+        link.flush()
+        return told
+    finally:
+        joined.close()
+
+
+def refusal_of(pipeline: Any, changes: dict[str, Any]) -> str:
+    try:
+        make_link(pipeline, **changes)
+    except ValueError as error:
+        return str(error)
+    return "none"
+
+
+@pytest.fixture(scope="module")
+def told() -> list[dict[str, Any]]:
+    return run_ranks(2, two_ranks, deadline=60.0)
+
+
+@pytest.mark.parametrize("name", [*OTHERS, "fp16, bf16"])
+def test_neighbours_that_differ_are_told_so_on_both_sides(
+    name: str, told: list[dict[str, Any]]
+) -> None:
+    other = OTHERS.get(name, {})
+    both = [f"{other.get('shape', SHAPE)}", f"{SHAPE}"]
+    for rank, one in enumerate(told):
+        message = one[name]
+        assert message.startswith(f"stage {rank} has activations"), message
+        assert f"but stage {1 - rank} of" in message
+        assert all(text in message for text in both)
+        for flag in ("--micro-batch-size", "--seq-length", "--embedding-dim", "--fp16", "--bf16"):
+            assert flag in message
+        assert "\n" not in message
+    if "16" in name:
+        assert all("float16" in one[name] for one in told)
+
+
+def test_sends_end_no_sooner_than_they_must(told: list[dict[str, Any]]) -> None:
+    """All 48 MB are under way before the neighbour takes the first; they arrive in order."""
+    assert told[1]["received"] == [[float(number)] for number in range(COUNT)]

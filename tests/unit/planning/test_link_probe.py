@@ -1,0 +1,131 @@
+"""The probe of a link, on links whose latency and rate are known: by a clock made up for it."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from comm.communicator import Done, Work
+from comm.topology import Topology
+from planning.cluster.check import measure_links
+from planning.cluster.link_probe import Link, LinkSpeed, links, probe
+from tests.support.connected import enter
+from tests.support.dist import free_port, run_ranks
+from tests.support.nccl_double import nccl_double
+from tests.unit.comm.test_torch_nccl import gloo_for_nccl
+
+CPU = torch.device("cpu")
+WORDS = 8  # bytes of the probe's short messages
+
+
+class KnownLink:
+    """Both ends of a link: what is sent, and what is awaited, moves the clock on."""
+
+    def __init__(self, *, latency: float, rate: float) -> None:
+        self._latency, self._rate = latency, rate
+        self.now, self.sizes = 0.0, [0]
+
+    rank, size = 0, 2
+
+    def send(self, tensor: Tensor, *, to: int) -> Work:
+        assert to == 1
+        self.now += self._latency + tensor.nbytes / self._rate
+        if tensor.dtype == torch.uint8:
+            self.sizes.append(tensor.nbytes)
+        return Done()
+
+    def receive(self, tensor: Tensor, *, source: int) -> Work:
+        assert source == 1
+        self.now += self._latency + tensor.nbytes / self._rate
+        return Done()
+
+
+@pytest.fixture
+def slow() -> Iterator[KnownLink]:
+    """A tenth of a second there or back, and 1 kB/s."""
+    link = KnownLink(latency=0.1, rate=1e3)
+    clock = SimpleNamespace(monotonic=lambda: link.now, perf_counter=lambda: link.now)
+    with patch("planning.cluster.link_probe.time", clock):
+        yield link
+
+
+def test_a_message_of_full_size(slow: KnownLink) -> None:
+    found = probe(slow, to=1, nbytes=5000, device=CPU, budget=1000.0)
+    assert found.latency == pytest.approx(0.1 + WORDS / 1e3)
+    assert found.nbytes == 5000
+    assert found.seconds == pytest.approx(0.1 + 5.0)
+    assert found.message_seconds(5000) == found.seconds
+    assert found.bytes_per_second == pytest.approx(5000 / 5.1)
+
+
+def test_a_slow_link_gets_shorter_messages(slow: KnownLink) -> None:
+    """A megabyte would take 1000 s: some kilobytes tell, and what a megabyte takes follows."""
+    found = probe(slow, to=1, nbytes=10**6, device=CPU, budget=20.0)
+    assert found.nbytes == 4096 == max(slow.sizes)
+    assert slow.now < 25.0
+    assert found.message_seconds(10**6) == pytest.approx(1000.0, rel=0.01)
+
+
+def test_messages_grow_as_long_as_time_is_left(slow: KnownLink) -> None:
+    probe(slow, to=1, nbytes=10**6, device=CPU, budget=400.0)
+    assert max(slow.sizes) == 16 * 4096, "which takes 66 s; the next would take 1000 s"
+    assert slow.now < 420.0
+
+
+def test_a_message_of_another_size_takes_latency_and_its_share() -> None:
+    speed = LinkSpeed(latency=1.0, nbytes=100, seconds=3.0)
+    assert speed.message_seconds(200) == 1.0 + 2 * 2.0
+    assert speed.message_seconds(50) == 1.0 + 1.0
+
+
+def test_the_links_of_a_run() -> None:
+    """Neighbours along each pipeline, and all pairs of replicas, both ways."""
+    assert links(Topology(0, 1, 1)) == []
+    assert links(Topology(0, 3, 1)) == [
+        Link("pipeline", 0, 1), Link("pipeline", 1, 0),
+        Link("pipeline", 1, 2), Link("pipeline", 2, 1),
+    ]  # fmt: skip
+    of_replicas = [(link.source, link.to) for link in links(Topology(0, 1, 3))]
+    assert of_replicas == [(0, 1), (1, 0), (0, 2), (2, 0), (1, 2), (2, 1)]
+    both = [(link.group, link.source, link.to) for link in links(Topology(0, 2, 2))]
+    assert both[::2] == [
+        ("pipeline", 0, 1), ("pipeline", 2, 3), ("replicas", 0, 2), ("replicas", 1, 3),
+    ]  # fmt: skip
+
+
+def measure_all(
+    rank: int, world_size: int, _: str, urls: dict[str, str]
+) -> list[dict[Link, LinkSpeed]]:
+    """Over each kind of channel, between three replicas; and what the channel carries then."""
+    found = []
+    for backend, url in urls.items():
+        with ExitStack() as doubles:
+            if backend == "cupy_nccl":
+                doubles.enter_context(nccl_double())
+            if backend == "nccl":
+                doubles.enter_context(gloo_for_nccl())
+            entered = enter(rank, url, num_stages=1, num_replicas=world_size, dist_backend=backend)
+            wanted = dict.fromkeys(links(entered.topology), 300_000)
+            speeds = measure_links(entered.topology, entered.groups, wanted, CPU, dist_timeout=30.0)
+            total = torch.tensor(rank + 1)
+            entered.groups.replicas.all_reduce(total).wait()
+            assert total.item() == 6, "the probe leaves nothing behind"
+            entered.close()
+        found.append(speeds)
+    return found
+
+
+def test_real_channels() -> None:
+    """All pairs, both ways, whichever channel carries them; every rank knows all results."""
+    urls = {backend: f"tcp://127.0.0.1:{free_port()}" for backend in ("gloo", "cupy_nccl", "nccl")}
+    by_rank = run_ranks(3, measure_all, urls)
+    assert by_rank[0] == by_rank[1] == by_rank[2]
+    for speeds in by_rank[0]:
+        assert list(speeds) == links(Topology(0, 1, 3))
+        for speed in speeds.values():
+            assert speed.nbytes == 300_000
+            assert 0 < speed.latency <= speed.seconds < 5.0

@@ -1,0 +1,206 @@
+"""Bad lines that are skipped: counted, named once, and never too many."""
+
+import gzip
+import json
+import logging
+from pathlib import Path
+
+import pyarrow
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from tasks.evaluation import evaluation_batches
+from tasks.mixture import BlockStream
+from tasks.open import open_source
+from tasks.shuffling.shuffle import Shuffle, shuffle_source
+from tasks.source_spec import SourceSpec
+from tasks.sources.bad_lines import BadLines
+from tasks.stream import open_training_stream
+from tests.support.data import make_texts, through_json, tokenizer
+
+TEXTS = make_texts(40, seed=1)
+BAD = {5: b"nonsense", 17: b'{"text": 3}', 33: b'{"messages": []}'}
+ODD_ROLE = b'{"messages": [{"role": "narrator", "content": "once"}]}'
+
+
+def content(bad: dict[int, bytes] = BAD) -> bytes:
+    """The texts, a line each, and bad lines at their places, counted from 1."""
+    lines = [json.dumps({"text": text}).encode() for text in TEXTS]
+    for number, line in bad.items():
+        lines.insert(number - 1, line)
+    return b"\n".join(lines)
+
+
+def write(path: Path, bad: dict[int, bytes] = BAD) -> Path:
+    raw = content(bad)
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_the_others_are_all_there_and_the_bad_ones_named_once(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    path, told = write(tmp_path / name), tmp_path / "run" / "bad_lines.txt"
+    for _ in range(2):  # a run, and one that goes on from it
+        bad = BadLines(told, max_share=0.01)
+        documents = shuffle_source(open_source(str(path)), seed=1, bad_lines=bad)
+        epochs = [[documents.next().text for _ in TEXTS] for _ in range(3)]
+        assert all(sorted(epoch) == sorted(TEXTS) for epoch in epochs)
+    lines = sorted(told.read_text().splitlines())
+    assert [line.split(": ")[0] for line in lines] == sorted(f"{path}:{n}" for n in BAD)
+    assert 'expected a string as "text", got a number' in " ".join(lines)
+    assert caplog.text.count("skipped: ") == 2
+
+
+def test_rows_of_a_table_are_skipped_too(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    rows = [{"text": "a"}, {"text": None}, {"text": "b"}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    bad = BadLines(tmp_path / "bad", max_share=0.01)
+    documents = shuffle_source(open_source(str(path)), seed=1, bad_lines=bad)
+    assert sorted(documents.next().text for _ in range(2)) == ["a", "b"]
+    assert (tmp_path / "bad").read_text().startswith(f"{path}:2: ")
+
+
+def test_a_conversation_that_cannot_be_written_is_skipped(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {2: ODD_ROLE})
+    clean = write(tmp_path / "b.jsonl", {})
+    bad = BadLines(tmp_path / "bad", max_share=0.01)
+    batches = [
+        list(evaluation_batches(str(p), tokenizer(), seq_len=16, rows=2, bad_lines=bad))
+        for p in (path, clean)
+    ]
+    for found, expected in zip(*batches, strict=True):
+        assert found.token_ids.tolist() == expected.token_ids.tolist()
+    assert f"{path}:2: expected a role of" in (tmp_path / "bad").read_text()
+
+
+def test_a_stream_resumes_over_bad_lines(tmp_path: Path) -> None:
+    spec = SourceSpec(str(write(tmp_path / "a.jsonl", {**BAD, 20: ODD_ROLE})))
+
+    def opened() -> BlockStream:
+        bad = BadLines(tmp_path / "bad", max_share=0.2)
+        return open_training_stream([spec], tokenizer(), seq_len=24, seed=1, bad_lines=bad)
+
+    stream = opened()
+    states, blocks = [], []
+    for _ in range(60):
+        states.append(through_json(stream.state()))
+        blocks.append(stream.next_block().token_ids.tolist())
+    for i in range(0, 60, 9):
+        resumed = opened()
+        resumed.restore(states[i])
+        assert [resumed.next_block().token_ids.tolist() for _ in range(60 - i)] == blocks[i:]
+
+
+@pytest.mark.parametrize(
+    ("bad", "share", "stops"), [(10, 0.01, False), (11, 0.01, True), (1, 0.0, True)]
+)
+def test_too_many_end_the_run(bad: int, share: float, stops: bool, tmp_path: Path) -> None:
+    """Of fewer than 1000 lines the share is taken of 1000."""
+    path = write(tmp_path / "a.jsonl", dict.fromkeys(range(1, bad + 1), b"[]"))
+    lines = BadLines(tmp_path / "bad", max_share=share)
+    documents = shuffle_source(open_source(str(path)), seed=1, bad_lines=lines)
+    if not stops:
+        assert sorted(documents.next().text for _ in TEXTS) == sorted(TEXTS)
+        return
+    with pytest.raises(ValueError, match=rf"{bad} of \d+ lines are bad, more than --max-bad-share"):
+        [documents.next() for _ in range(len(TEXTS) + 1)]  # an epoch, and on
+
+
+def test_the_share_is_of_the_lines_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a"}\n' * 3960 + b"bad\n" * 40)
+    lines = BadLines(tmp_path / "bad", max_share=0.02)
+    documents = shuffle_source(open_source(str(path)), seed=1, bad_lines=lines)
+    assert [documents.next().text for _ in range(3960)] == ["a"] * 3960
+    assert len((tmp_path / "bad").read_text().splitlines()) == 40
+
+
+def test_a_cut_file_is_not_skipped(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl.gz")
+    path.write_bytes(path.read_bytes()[:-9])
+    lines = BadLines(tmp_path / "bad", max_share=1.0)
+    documents = shuffle_source(open_source(str(path)), seed=1, bad_lines=lines)
+    with pytest.raises(ValueError, match="the gzip data is truncated"):
+        documents.next()
+
+
+# ---- fuzzed ----
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.sampled_from(["text", "prompt", "completion", "messages", "role",
+                                       "content", "x"]), inner, max_size=4),
+    max_leaves=8,
+)  # fmt: skip
+MESSAGES = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "tool"]),
+                           "content": st.text()}), max_size=4
+)  # fmt: skip
+LINE = (
+    st.binary(max_size=40)
+    | JSON.map(lambda value: json.dumps(value).encode())
+    | MESSAGES.map(lambda messages: json.dumps({"messages": messages}).encode())
+    | st.text().map(
+        lambda text: json.dumps({"text": text}, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    )
+)
+FILE = st.lists(
+    st.tuples(LINE, st.sampled_from([b"\n", b"\r\n", b"\n\n", b"\r", b""])), max_size=12
+)
+
+
+@given(parts=FILE, marked=st.booleans(), train_on=st.sampled_from(["all", "completion"]))
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_any_bytes_are_documents_or_named(
+    parts: list[tuple[bytes, bytes]], marked: bool, train_on: str, tmp_path: Path
+) -> None:
+    """Never a traceback, a hang, or a line that is neither blank, nor read, nor named."""
+    raw = (b"\xef\xbb\xbf" if marked else b"") + b"".join(line + end for line, end in parts)
+    path, told = tmp_path / "a.jsonl", tmp_path / "bad"
+    path.write_bytes(raw)
+    told.unlink(missing_ok=True)
+    lines = [line for line in raw.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()]
+    bad = BadLines(told, max_share=1.0)
+    documents = shuffle_source(open_source(str(path)), seed=1, bad_lines=bad)
+    read, error = places_of_an_epoch(documents)
+    assert error in (None, f"{path}: the source holds no document")
+    named = told.read_text().splitlines() if told.is_file() else []
+    assert len(read) + len(named) == len(lines)
+    stream = open_training_stream(
+        [SourceSpec(str(path))],
+        tokenizer(),
+        seq_len=8,
+        seed=1,
+        bad_lines=bad,
+        train_on=train_on,  # type: ignore[arg-type]
+    )
+    assert error_of_a_block(stream).startswith((f"{path}: the source ", "none"))
+
+
+def places_of_an_epoch(documents: Shuffle) -> tuple[list[str], str | None]:
+    places = []
+    try:
+        place = documents.next().origin
+        while documents.epoch == 0:
+            places.append(place)
+            place = documents.next().origin
+    except ValueError as error:
+        return places, str(error)
+    return places, None
+
+
+def error_of_a_block(stream: BlockStream) -> str:
+    try:
+        stream.next_block()
+    except ValueError as error:
+        return str(error)
+    return "none"

@@ -1,0 +1,226 @@
+"""Names on the hub: streamed from a double of the hub's own line, and where no hub answers."""
+
+import contextlib
+import http.server
+import logging
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import datasets
+import pytest
+from huggingface_hub import constants
+
+from tasks.open import open_source
+from tasks.registry import check_source
+from tasks.shuffling.buffered import BufferedShuffle
+from tasks.shuffling.shuffle import shuffle_source
+from tasks.source_spec import SourceSpec
+from tasks.sources import hub as module
+from tasks.stream import open_training_stream
+from tests.support.data import check_restored_anywhere, make_texts, through_json, tokenizer
+
+TEXTS = make_texts(103, seed=1)
+NAME = "org/some.data_set-1"
+Calls = list[tuple[Any, ...]]
+
+
+def rows() -> list[dict[str, Any]]:
+    return [{"text": text, "meta": {"number": number}} for number, text in enumerate(TEXTS)]
+
+
+def of_shards() -> Any:
+    return datasets.Dataset.from_list(rows()).to_iterable_dataset(num_shards=4)
+
+
+def of_rows() -> Any:
+    """Streams that do not say which columns they have."""
+    return datasets.IterableDataset.from_generator(rows)
+
+
+def no_split() -> Any:
+    raise ValueError("Bad split: train.\nMore")
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], Calls]:
+    """Puts in the hub's place what a function makes; tells what was asked for."""
+
+    def put(make: Callable[[], Any]) -> Calls:
+        calls: Calls = []
+
+        def load_dataset(*args: Any, **options: Any) -> Any:
+            calls.append((*args, options))
+            return make()
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        return calls
+
+    return put
+
+
+def opened(name: str = NAME) -> BufferedShuffle:
+    documents = shuffle_source(open_source(name), seed=7, chunk_documents=10)
+    assert isinstance(documents, BufferedShuffle)
+    return documents
+
+
+@pytest.mark.parametrize("make", [of_shards, of_rows])
+def test_every_row_once_per_epoch_and_from_anywhere(
+    make: Callable[[], Any], serve: Callable[..., Calls], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    calls = serve(make)
+    check_source(SourceSpec(NAME))
+    documents = opened()
+    assert f"{NAME}: shuffled in chunks of up to 10 documents" in caplog.text
+    epochs = [[documents.next() for _ in TEXTS] for _ in range(2)]
+    for epoch in epochs:
+        assert {(document.text, document.origin) for document in epoch} == {
+            (text, f"{NAME}:{number}") for number, text in enumerate(TEXTS, 1)
+        }
+    assert epochs[0] != epochs[1]
+    assert calls[0] == (NAME, None, {"split": "train", "streaming": True})
+    check_restored_anywhere(opened(), opened())
+
+
+def test_a_configuration_is_named_after_it(serve: Callable[..., Calls]) -> None:
+    calls = serve(of_shards)
+    assert opened(f"{NAME}/20220301.en").next().origin.startswith(f"{NAME}/20220301.en:")
+    assert calls[0][:2] == (NAME, "20220301.en")
+
+
+def test_a_stream_of_blocks_resumes(serve: Callable[..., Calls]) -> None:
+    serve(of_shards)
+
+    def stream() -> Any:
+        return open_training_stream([SourceSpec(NAME)], tokenizer(), seq_len=24, seed=1)
+
+    whole, states, blocks = stream(), [], []
+    for _ in range(120):
+        states.append(through_json(whole.state()))
+        blocks.append(whole.next_block().token_ids.tolist())
+    for i in (1, 50, 119):
+        resumed = stream()
+        resumed.restore(states[i])
+        assert resumed.next_block().token_ids.tolist() == blocks[i]
+
+
+def test_a_shorter_data_set_is_not_resumed(serve: Callable[..., Calls]) -> None:
+    serve(of_shards)
+    documents = opened()
+    for _ in range(98):
+        documents.next()
+    state = documents.state()
+    serve(lambda: datasets.Dataset.from_list(rows()[:92]).to_iterable_dataset())
+    with pytest.raises(ValueError, match=f"{NAME}: the source changed since the checkpoint"):
+        opened().restore(state)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: datasets.Dataset.from_dict({"body": ["a"]}).to_iterable_dataset(),
+         f"{NAME} on the hub: it has none of the columns text, prompt, completion, messages"),
+        (lambda: datasets.IterableDataset.from_generator(lambda: iter(())),
+         f"{NAME} on the hub: it has none of the columns text, prompt, completion, messages"),
+        (no_split, f"--task-name {NAME}: there is no such file or folder; and {NAME} on "
+         "the hub: Bad split: train."),
+    ],
+)  # fmt: skip
+def test_refused_before_training(
+    make: Callable[[], Any], reason: str, serve: Callable[..., Calls]
+) -> None:
+    serve(make)
+    with pytest.raises(ValueError) as caught:
+        check_source(SourceSpec(NAME))
+    assert str(caught.value) == reason
+
+
+def test_a_stream_that_breaks_is_named(serve: Callable[..., Calls]) -> None:
+    def breaking() -> Iterator[dict[str, Any]]:
+        yield from rows()[:5]
+        raise ConnectionError("the line\nwas cut")
+
+    serve(lambda: datasets.IterableDataset.from_generator(breaking))
+    with pytest.raises(ValueError) as caught:
+        opened().next()
+    assert str(caught.value).startswith(f"{NAME}:6: the hub: ")
+    assert "\n" not in str(caught.value)
+
+
+# ---- a hub that cannot be reached ----
+
+
+@contextlib.contextmanager
+def closed_port() -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    yield f"http://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def silent_port() -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@contextlib.contextmanager
+def empty_hub() -> Iterator[str]:
+    """Answers as the hub does where it has none of a name."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "reason"),
+    [(closed_port, "Connection refused"), (silent_port, "timed out"),
+     (empty_hub, "it has none of that name, or none that your token may read")],
+)  # fmt: skip
+@pytest.mark.parametrize("flag", ["--task-name", "--evaluation-data"])
+def test_told_at_once(
+    endpoint: Callable[[], contextlib.AbstractContextManager[str]],
+    reason: str,
+    flag: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the first request: `datasets`, which goes on trying for half a minute, is not asked."""
+    monkeypatch.setattr(module, "HUB_TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: pytest.fail("asked"))
+    with endpoint() as url:
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        for refused in (
+            lambda: check_source(SourceSpec("data/train"), flag=flag),
+            lambda: open_source("data/train", flag=flag),
+        ):
+            with pytest.raises(ValueError) as caught:
+                refused()
+            line = str(caught.value)
+            assert line.startswith(
+                f"{flag} data/train: there is no such file or folder; and data/train on the hub: "
+            )
+            assert reason in line
+            assert "\n" not in line
+
+
+def test_offline_is_told_by_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"org/none on the hub: Couldn't reach .*Offline"):
+        check_source(SourceSpec("org/none"))

@@ -1,0 +1,78 @@
+"""Batches made ahead: their labels, the state they carry, errors and the end of the thread."""
+
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tasks.loader import BatchLoader
+from tasks.mixture import BlockStream
+from tasks.packing.blocks import TokenBlock, make_batch
+from tasks.source_spec import SourceSpec
+from tasks.stream import open_training_stream
+from tests.support.data import make_texts, through_json, tokenizer, write_jsonl
+
+
+def _stream(path: Path) -> BlockStream:
+    specs = [SourceSpec(str(path))]
+    return open_training_stream(specs, tokenizer(), seq_len=16, seed=1, chunk_documents=8)
+
+
+def test_labels() -> None:
+    trained = np.array([[True, True, False, True], [True, False, False, False]])
+    tokens = np.array([[5, 6, 7, 8], [1, 2, 3, 4]])
+    batch = make_batch([TokenBlock(*pair) for pair in zip(tokens, trained, strict=True)])
+    assert batch.token_ids.tolist() == tokens.tolist()
+    assert batch.labels.tolist() == [[6, -100, 8, -100], [-100] * 4]
+
+
+def test_batches_are_the_streams_blocks(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", make_texts(40, seed=1))
+    stream = _stream(path)
+    loader = BatchLoader(_stream(path), rows=3)
+    for _ in range(20):
+        batch = loader.next()
+        assert batch.token_ids.tolist() == [
+            stream.next_block().token_ids.tolist() for _ in range(3)
+        ]
+        assert batch.labels[:, :-1].tolist() == batch.token_ids[:, 1:].tolist()
+        assert (batch.labels[:, -1] == -100).all()
+    loader.close()
+
+
+def test_state_is_that_of_the_batch_whatever_was_prefetched(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", make_texts(40, seed=1))
+    loader = BatchLoader(_stream(path), rows=3)
+    batches = [loader.next() for _ in range(30)]
+    loader.close()
+    for i in (0, 7, 20):
+        stream = _stream(path)
+        stream.restore(through_json(batches[i].state))
+        resumed = BatchLoader(stream, rows=3)
+        for expected in batches[i + 1 : i + 9]:
+            assert resumed.next().token_ids.tolist() == expected.token_ids.tolist()
+        resumed.close()
+
+
+def test_an_error_comes_back_as_it_was(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", make_texts(8, seed=1))
+    with path.open("a") as file:
+        file.write("nonsense\n")
+    loader = BatchLoader(_stream(path), rows=200)
+    for _ in range(2):  # and again, rather than waiting for ever
+        with pytest.raises(ValueError, match=r"a\.jsonl:9: not JSON"):
+            loader.next()
+    loader.close()
+
+
+def test_close_ends_the_thread(tmp_path: Path) -> None:
+    before = threading.active_count()
+    loader = BatchLoader(_stream(write_jsonl(tmp_path / "a.jsonl", ["text"])), rows=2, depth=2)
+    time.sleep(0.05)  # the queue is full: the thread waits in it
+    start = time.monotonic()
+    loader.close()
+    loader.close()
+    assert time.monotonic() - start < 1
+    assert threading.active_count() == before

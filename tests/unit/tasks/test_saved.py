@@ -1,0 +1,198 @@
+"""Data sets that `datasets` saved to disk: all rows, truly shuffled, restored."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pytest
+
+from tasks.evaluation import evaluation_batches
+from tasks.open import open_source
+from tasks.registry import check_source
+from tasks.shuffling.full import FullShuffle
+from tasks.shuffling.shuffle import shuffle_source
+from tasks.source_spec import SourceSpec
+from tasks.sources.bad_lines import BadLines
+from tasks.sources.base import ChatMessage, Document
+from tests.support.data import (
+    check_restored_anywhere,
+    make_texts,
+    through_json,
+    tokenizer,
+    write_jsonl,
+)
+
+TEXTS = make_texts(103, seed=1)
+ROOT = Path(__file__).parents[3]
+
+
+def save(folder: Path, texts: list[str] = TEXTS) -> Path:
+    """In three files, and as arrays, as some are saved; with a column that does not count."""
+    data = datasets.Dataset.from_dict({"number": range(len(texts)), "text": texts})
+    data.with_format("numpy").save_to_disk(str(folder), num_shards=3)
+    return folder
+
+
+def opened(path: Path, **options: Any) -> FullShuffle:
+    documents = shuffle_source(open_source(str(path)), seed=7, **options)
+    assert isinstance(documents, FullShuffle)
+    return documents
+
+
+def test_every_row_once_per_epoch_and_from_anywhere(tmp_path: Path) -> None:
+    folder = save(tmp_path / "saved")
+    documents = opened(folder)
+    assert documents.num_rows == 103
+    epochs = [[documents.next() for _ in TEXTS] for _ in range(2)]
+    rows = {Document(text, f"{folder}:{number}") for number, text in enumerate(TEXTS, 1)}
+    assert all(set(epoch) == rows for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    first = sorted(TEXTS.index(document.text) for document in epochs[0][:25])
+    assert first[0] < 20
+    assert first[-1] > 80
+
+
+def test_restored_at_every_point(tmp_path: Path) -> None:
+    folder = save(tmp_path / "saved")
+    check_restored_anywhere(opened(folder), opened(folder))
+
+
+def test_rows_of_every_form(tmp_path: Path) -> None:
+    rows = [
+        {"text": "a", "prompt": None, "completion": None, "messages": None},
+        {"text": None, "prompt": "b", "completion": "c", "messages": None},
+        {"text": None, "prompt": None, "completion": None,
+         "messages": [{"role": "user", "content": "d"}]},
+    ]  # fmt: skip
+    data = datasets.Dataset.from_list(rows).with_format("numpy")
+    data.save_to_disk(str(tmp_path / "saved"))
+    (file,) = open_source(str(tmp_path / "saved")).files
+    found = [record.document for record in file.read()]
+    assert found == [
+        Document("a", f"{tmp_path}/saved:1"),
+        Document("bc", f"{tmp_path}/saved:2", completions=((1, 2),)),
+        Document("", f"{tmp_path}/saved:3", messages=(ChatMessage("user", "d"),)),
+    ]
+    records = list(file.read())
+    assert list(file.read(records[0].offset, records[0].line)) == records[1:]
+
+
+def test_evaluated_in_order(tmp_path: Path) -> None:
+    paths = save(tmp_path / "saved"), write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    batches = [
+        [batch.token_ids.tolist()
+         for batch in evaluation_batches(str(path), tokenizer(), seq_len=16, rows=2)]
+        for path in paths
+    ]  # fmt: skip
+    assert batches[0] == batches[1]
+
+
+def test_a_data_set_that_changed_is_not_resumed(tmp_path: Path) -> None:
+    documents = opened(save(tmp_path / "saved"))
+    for _ in range(55):
+        documents.next()
+    state = through_json(documents.state())
+    shutil.copytree(tmp_path / "saved", tmp_path / "copy")  # another machine's
+    opened(tmp_path / "copy").restore(state)
+    other = list(TEXTS)
+    other[50] = other[50].swapcase()
+    for texts in (other, TEXTS[:-1]):
+        shutil.rmtree(tmp_path / "saved")
+        with pytest.raises(ValueError, match="saved: the source changed since the checkpoint"):
+            opened(save(tmp_path / "saved", texts)).restore(state)
+    write_jsonl(tmp_path / "a.jsonl.gz", TEXTS)
+    with pytest.raises(
+        ValueError, match="could be read in any order, and can now only be read in file"
+    ):
+        shuffle_source(open_source(str(tmp_path / "a.jsonl.gz")), seed=7).restore(state)
+
+
+def test_a_change_far_from_a_file_s_ends_is_seen(tmp_path: Path) -> None:
+    """Of large files the ends alone are read: datasets' own fingerprint tells the rest."""
+    digests = []
+    for middle in ("b", "c", "b"):
+        data = datasets.Dataset.from_dict({"text": ["a" * 200_000, middle, "a" * 200_000]})
+        data.save_to_disk(str(tmp_path / "saved"))
+        open_rows = open_source(str(tmp_path / "saved")).open_rows
+        assert open_rows is not None
+        digests.append(open_rows().digest)
+    assert digests[0] == digests[2] != digests[1]
+
+
+def test_of_several_splits_the_one_to_train_on(tmp_path: Path) -> None:
+    data = datasets.Dataset.from_dict({"text": TEXTS})
+    datasets.DatasetDict({"test": data, "train": data}).save_to_disk(str(tmp_path / "both"))
+    check_source(SourceSpec(str(tmp_path / "both")))
+    assert opened(tmp_path / "both").next().origin.startswith(f"{tmp_path}/both/train:")
+    datasets.DatasetDict({"test": data, "dev": data}).save_to_disk(str(tmp_path / "none"))
+    with pytest.raises(ValueError) as caught:
+        check_source(SourceSpec(str(tmp_path / "none")))
+    assert str(caught.value) == (
+        f"--task-name {tmp_path}/none: the splits saved there are test, dev, and none is train: "
+        f"name the folder of one, as {tmp_path}/none/test"
+    )
+    assert opened(tmp_path / "none" / "test").num_rows == 103
+
+
+def test_no_column_counts_and_datasets_is_not_imported_to_say_so(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"body": ["a"]}).save_to_disk(str(tmp_path / "saved"))
+    code = (
+        "import sys; from tasks.registry import *\n"
+        f"try: check_source(SourceSpec({str(tmp_path / 'saved')!r}))\n"
+        "except ValueError as error: print(error)\n"
+        "print({'datasets', 'pyarrow', 'numpy'} & set(sys.modules))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    expected = f"{tmp_path}/saved: it has none of the columns text, prompt, completion, messages"
+    assert run.stdout == f"{expected}\nset()\n", run.stderr
+    with pytest.raises(ValueError) as caught:
+        opened(tmp_path / "saved").next()
+    assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize("damage", ["cut", "noise", "no file", "state", "info"])
+def test_a_broken_data_set_is_named(damage: str, tmp_path: Path) -> None:
+    folder = save(tmp_path / "saved")
+    file = sorted(folder.glob("*.arrow"))[1]
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    elif damage == "noise":
+        file.write_bytes(b"noise" * 1000)
+    elif damage == "no file":
+        file.unlink()
+    else:
+        name = {"state": "state.json", "info": "dataset_info.json"}[damage]
+        (folder / name).write_text('{"features": [')
+
+    def read() -> None:
+        check_source(SourceSpec(str(folder)))
+        opened(folder).next()
+
+    with pytest.raises(ValueError) as caught:
+        read()
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_rows_that_are_no_document_are_skipped_and_named(tmp_path: Path) -> None:
+    """A text that is null, and one that is no UTF-8, as other programs write them."""
+    texts = pyarrow.array([b"a", None, b"\xff", b"b"]).view(pyarrow.string())
+    data = datasets.Dataset(pyarrow.table({"text": texts}))
+    data.save_to_disk(str(tmp_path / "saved"))
+    bad = BadLines(tmp_path / "bad", max_share=0.01)
+    documents = opened(tmp_path / "saved", bad_lines=bad)
+    assert sorted(documents.next().text for _ in range(2)) == ["a", "b"]
+    assert sorted(documents.next().text for _ in range(2)) == ["a", "b"]
+    told = sorted((tmp_path / "bad").read_text().splitlines())
+    assert [line.split(": ")[0] for line in told] == [f"{tmp_path}/saved:{n}" for n in (2, 3)]
+
+
+def test_a_folder_with_files_of_such_names_is_no_data_set(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", ["a"])
+    (tmp_path / "state.json").write_text(json.dumps({}))
+    assert shuffle_source(open_source(str(tmp_path)), seed=1).next().text == "a"

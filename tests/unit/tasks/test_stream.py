@@ -1,0 +1,125 @@
+"""The stream that a run trains on: the same to the token, whoever tokenizes and however often it is
+cut; shares as asked; every document once an epoch."""
+
+import json
+import random
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tasks.loader import BatchLoader
+from tasks.mixture import BlockStream
+from tasks.source_spec import SourceSpec
+from tasks.stream import open_training_stream
+from tasks.tokenization import prefetch as encoded_documents
+from tests.support.data import make_texts, through_json, tokenizer, write_folder, write_jsonl
+
+WEIGHTS = (0.2, 0.5, 0.3)
+ROWS = 4
+APART = {3, 4, 9, 15}  # which of the parts that a run is cut into a process of its own tokenizes
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> list[SourceSpec]:
+    """A plain file, a folder of plain and compressed ones, and a file of questions and answers."""
+    folder = tmp_path_factory.mktemp("sources")
+    pairs = [{"prompt": text, "completion": " dog"} for text in make_texts(70, seed=3)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    paths = [
+        write_jsonl(folder / "plain.jsonl", make_texts(90, seed=1)),
+        write_folder(folder / "mixed", make_texts(80, seed=2)),
+        folder / "pairs.jsonl",
+    ]
+    return [SourceSpec(str(p), weight) for p, weight in zip(paths, WEIGHTS, strict=True)]
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what is tokenized at once: streams and their cuts come upon many of their ends."""
+    monkeypatch.setattr(encoded_documents, "BATCH_DOCUMENTS", 16)
+
+
+def stream_of(sources: Sequence[SourceSpec], **options: Any) -> BlockStream:
+    return open_training_stream(
+        sources, tokenizer(), seq_len=24, seed=5, chunk_documents=16, **options
+    )
+
+
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"train_on": "completion"},
+    {"pack": "document"},
+    {"pack": "document", "train_on": "completion", "separator": "\n"},
+]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(map(ascii, way.values())) or "plain")
+def test_workers_change_no_token(sources: list[SourceSpec], way: dict[str, Any]) -> None:
+    """0, 1 and 3 processes: 900 blocks, and the states between them, over several epochs."""
+    streams = [stream_of(sources, num_workers=workers, **way) for workers in (0, 1, 3)]
+    for _ in range(900):
+        first, *others = (stream.next_block() for stream in streams)
+        for other in others:
+            np.testing.assert_array_equal(first.token_ids, other.token_ids)
+            np.testing.assert_array_equal(first.predicted, other.predicted)
+            assert first.documents == other.documents
+        assert len({json.dumps(stream.state()) for stream in streams}) == 1
+    for stream in streams:
+        stream.close()
+        stream.close()
+    assert min(source["epoch"] for source in streams[0].state()["sources"]) >= 2
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(map(ascii, way.values())) or "plain")
+def test_cut_at_twenty_steps_it_is_the_same_stream(
+    sources: list[SourceSpec], way: dict[str, Any]
+) -> None:
+    """Batches of 300 steps, against a run that is killed and resumed 20 times, to a process that
+    tokenizes and from one, from one to the next, and where none does."""
+    loader = BatchLoader(stream_of(sources, **way), rows=ROWS)
+    whole = [loader.next() for _ in range(300)]
+    loader.close()
+    cuts = sorted(random.Random(1).sample(range(1, 300), 20))
+    state: dict[str, Any] | None = None
+    for part, (start, end) in enumerate(pairwise([0, *cuts, 300])):
+        stream = stream_of(sources, num_workers=int(part in APART), **way)
+        if state is not None:
+            stream.restore(through_json(state))
+        resumed = BatchLoader(stream, rows=ROWS)
+        for expected in whole[start:end]:
+            batch = resumed.next()
+            np.testing.assert_array_equal(batch.token_ids, expected.token_ids)
+            np.testing.assert_array_equal(batch.labels, expected.labels)
+            assert batch.documents == expected.documents
+            assert through_json(batch.state) == through_json(expected.state)
+            state = batch.state
+        resumed.close()
+
+
+def test_shares_are_the_weights(sources: list[SourceSpec]) -> None:
+    """10,000 blocks: within 1% of each weight (of all blocks: 0.2 is 1980 to 2020 of them)."""
+    stream = stream_of(sources)
+    origins = [stream.next_block().documents[0] for _ in range(10_000)]
+    for spec, weight in zip(sources, WEIGHTS, strict=True):
+        blocks = sum(origin.startswith(spec.name) for origin in origins)
+        assert blocks / 10_000 == pytest.approx(weight, rel=0.01)
+
+
+def test_every_document_comes_once_an_epoch_in_another_order(sources: list[SourceSpec]) -> None:
+    """Of each source, by the places that the blocks name, until every one has three epochs."""
+    stream = stream_of(sources)
+    orders: dict[str, list[str]] = {spec.name: [] for spec in sources}
+    while min(source["epoch"] for source in stream.state()["sources"]) < 3:
+        for origin in stream.next_block().documents:
+            (name,) = (name for name in orders if origin.startswith(name))
+            if not orders[name] or orders[name][-1] != origin:
+                orders[name].append(origin)
+    for name, size in zip(orders, (90, 80, 70), strict=True):
+        epochs = [orders[name][start : start + size] for start in (0, size, 2 * size)]
+        assert all(Counter(epoch) == Counter(epochs[0]) for epoch in epochs)
+        assert len(set(epochs[0])) == size
+        assert len({tuple(epoch) for epoch in epochs}) == 3

@@ -1,0 +1,102 @@
+"""The processes that tokenize: what ends them, and what does not."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from subprocess import PIPE, Popen
+
+import pytest
+
+from tasks.sources.base import Document
+from tasks.tokenization.encoder import Encoder
+from tasks.tokenization.workers import Workers
+from tests.support.data import tokenizer
+
+DOCUMENTS = [Document("the quick brown fox", "a:1")] * 3
+SECONDS = 20.0
+
+
+def is_there(pid: int) -> bool:
+    """Whether a process lives; one that nobody waited for yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_signals_to_all_processes_are_not_for_workers() -> None:
+    """Ctrl-C and a job's SIGTERM reach them too: the rank decides when they end."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    workers = Workers(Encoder(tokenizer()), 1)
+    expected = [one.token_ids.tolist() for one in Encoder(tokenizer()).encode_all(DOCUMENTS)]  # type: ignore[union-attr]
+    result = workers.encode(DOCUMENTS)
+    (child,) = multiprocessing.active_children()
+    for given in (result, workers.encode(DOCUMENTS)):  # as it starts, and when it works
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(child.pid or 0, number)
+        found = given()
+        assert [one.token_ids.tolist() for one in found] == expected  # type: ignore[union-attr]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
+    workers.close()
+    assert not child.is_alive()
+
+
+def encode_until_it_fails(workers: Workers) -> None:
+    """A pool sees a moment later that a process died, and what is left of it works meanwhile."""
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        workers.encode(DOCUMENTS)()
+
+
+def test_one_that_dies_is_told_and_the_others_end() -> None:
+    """Whichever it is: one of them holds the lock of the queue that the others wait for."""
+    for victim in range(2):
+        workers = Workers(Encoder(tokenizer()), 2)
+        results = [workers.encode(DOCUMENTS * 500) for _ in range(20)]
+        for result in results:
+            result()
+        children = sorted(multiprocessing.active_children(), key=lambda child: child.pid or 0)
+        assert len(children) == 2
+        children[victim].kill()
+        for _ in range(2):  # as it breaks, and once it is broken
+            with pytest.raises(ChildProcessError, match=r"that tokenizes died.*--data-workers 0"):
+                encode_until_it_fails(workers)
+        closing = threading.Thread(target=workers.close, daemon=True)
+        closing.start()
+        closing.join(SECONDS)
+        assert not closing.is_alive()
+        assert not any(child.is_alive() for child in children)
+
+
+PARENT = """
+import multiprocessing, sys, time
+from tasks.tokenization.encoder import Encoder
+from tasks.tokenization.workers import Workers
+from tests.unit.tasks.test_workers import DOCUMENTS, tokenizer
+
+if __name__ == "__main__":
+    workers = Workers(Encoder(tokenizer()), 2)
+    for result in [workers.encode(DOCUMENTS) for _ in range(20)]:
+        result()
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    time.sleep(60)
+"""
+
+
+def test_they_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "parent.py").write_text(PARENT)
+    environ = {**os.environ, "PYTHONPATH": os.getcwd()}
+    with Popen([sys.executable, tmp_path / "parent.py"], stdout=PIPE, env=environ) as parent:
+        assert parent.stdout is not None
+        children = [int(pid) for pid in parent.stdout.readline().split()]
+        assert 1 <= len(children) <= 2
+        assert all(map(is_there, children))
+        parent.kill()
+    end = time.monotonic() + SECONDS
+    while any(map(is_there, children)):
+        assert time.monotonic() < end, "a worker outlives its parent"
+        time.sleep(0.05)
