@@ -14,12 +14,12 @@ import torch
 from cupy.cuda import nccl
 
 from monitor.metrics import read_metrics
-from tests.distributed.test_parity import make_shards
 from tests.support.cases import Case, meet_at, run_folder, train_cases
 from tests.support.data import make_texts, write_jsonl
 from tests.support.dist import run_ranks
+from tests.support.models import make_shards
 from tests.support.nccl_double import Traffic, nccl_double
-from tests.unit.comm.test_torch_nccl import gloo_for_nccl
+from tests.support.torch_nccl_double import gloo_for_nccl
 
 BACKENDS = ("gloo", "cupy_nccl", "nccl")
 SHAPES = {"fp32": [(2, 2), (4, 1)], "bf16": [(2, 2)], "fp16": [(2, 2)]}

@@ -13,20 +13,12 @@ from torch import Tensor
 
 from monitor.metrics import read_metrics
 from pipeline_parallel.schedule.schedules import SCHEDULES
-from tests.distributed.test_parity import (
-    DROPOUT,
-    MODELS_TRIED,
-    TOLERANCE,
-    blocks,
-    flags,
-    make_shards,
-    reference,
-    worst,
-)
 from tests.support.cases import Case, curve, meet_at, run_folder, train_cases
 from tests.support.data import make_texts, tokenizer, write_jsonl
 from tests.support.dist import run_ranks
 from tests.support.documents import Alone, doc_starts_after, losses_alone
+from tests.support.models import make_shards
+from tests.support.parity import DROPOUT, MODELS_TRIED, TOLERANCE, blocks, flags, reference, worst
 
 MIDDLE = (4, 1)  # has stages with neither tokens nor labels
 SHAPES = [(2, 2), MIDDLE]

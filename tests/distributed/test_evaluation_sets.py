@@ -12,20 +12,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from monitor.metrics import read_metrics
-from tests.distributed.test_parity import (
-    ROWS,
-    TOKENS,
-    TOLERANCE,
-    UPDATES,
-    blocks,
-    flags,
-    make_shards,
-    reference,
-    worst,
-)
 from tests.support.cases import Case, meet_at, run_folder, train_cases
 from tests.support.data import make_texts, tokenizer, write_jsonl
 from tests.support.dist import run_ranks
+from tests.support.models import make_shards
+from tests.support.parity import ROWS, TOKENS, TOLERANCE, UPDATES, blocks, flags, reference, worst
 
 SETS = {"wiki": make_texts(30, seed=5), "b": make_texts(7, seed=6, longest=9)}
 SHAPE = (2, 2)

@@ -19,11 +19,12 @@ from torch import Tensor
 from tasks.mixture import Pack
 from tasks.source_spec import SourceSpec
 from tasks.stream import open_training_stream
-from tests.distributed.test_parity import TOKENS, TOLERANCE, flags, make_shards, reference, worst
 from tests.support.cases import Case, curve, meet_at, train_cases
 from tests.support.data import WORDS, tokenizer
 from tests.support.dist import run_ranks
 from tests.support.documents import Alone, doc_starts_after
+from tests.support.models import make_shards
+from tests.support.parity import TOKENS, TOLERANCE, flags, reference, worst
 
 SHAPES = [(2, 2), (4, 1)]
 

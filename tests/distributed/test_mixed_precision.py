@@ -1,6 +1,5 @@
 """fp16 and bf16 training over stages and replicas against one process that does the same."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -8,17 +7,17 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from monitor.metrics import read_metrics
-from tests.distributed.test_parity import make_shards
-from tests.support.cases import Case, Told, meet_at, run_folder, train_cases
+from tests.support.cases import Case, Told, meet_at, train_cases, weights_of
 from tests.support.data import make_texts, write_jsonl
 from tests.support.dist import run_ranks
-from tests.support.fp16_twin import LAYERS, LR, ROWS, TOKENS, WARMUP, Recipe, twin
+from tests.support.fp16_twin import LAYERS, LR, TOKENS, WARMUP, Recipe, twin
+from tests.support.mixed import lines_of, model_flags, rows_of_a_replica
+from tests.support.models import make_shards
+from tests.support.parity import worst
 from tests.support.poison import Overflow
 
 SHAPES = {1: [(1, 1)], 2: [(2, 1), (1, 2)], 4: [(4, 1), (2, 2)]}
 ALL_SHAPES = [shape for shapes in SHAPES.values() for shape in shapes]
-KEYS = ("loss", "lr", "grad_norm", "loss_scale")
 HUGE = 2.0**36
 SCHEDULES = [("1f1b", "false"), ("zb-h1", "true")]  # and whether to recompute: gpipe does not
 SCHEDULED = [(2, 1), (2, 2), (4, 1)]
@@ -36,25 +35,6 @@ NORM_TOLERANCE = 1e-6  # 2e-16 measured
 # R=2 adds up (a + b) + (c + d), R=1 ((a + b) + c) + d, in fp32. The norms show it (6e-8 measured);
 # losses would where a weight rounds the other way.
 REPLICAS_TOLERANCE = 1e-4
-
-
-def layers_of_a_stage(stages: int, replicas: int) -> int:
-    return LAYERS // stages
-
-
-def rows_of_a_replica(stages: int, replicas: int) -> int:
-    return ROWS // replicas
-
-
-def model_flags(folder: Path) -> dict[str, Any]:
-    """The model and the data that all runs in mixed precision train on."""
-    return {
-        "model-name": folder / "shards" / "model",
-        "model-type": "gptneox",
-        "num-layers": layers_of_a_stage,
-        "embedding-dim": 32,
-        "task-name": folder / "a.jsonl",
-    }
 
 
 def flags(folder: Path, recipe: Recipe) -> dict[str, Any]:
@@ -80,11 +60,6 @@ def train_with_products_in_fp32(*args: Any) -> dict[str, Told]:
     """As the twin has them, also on a processor that has products of fp16."""
     with patch("modules.matmul.rounding.rounds_matmul", return_value=True):
         return train_cases(*args)
-
-
-def lines_of(folder: Path, name: str, stages: int, replicas: int) -> list[dict[str, Any]]:
-    lines = read_metrics(run_folder(folder, name, stages, replicas) / "metrics.jsonl")
-    return [{key: line[key] for key in KEYS if key in line} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -143,17 +118,6 @@ def test_fp16_is_its_twin(name: str, trained: dict[str, Any]) -> None:
     if recipe.poisoned:
         assert skipped == [update * recipe.accumulate for update in recipe.poisoned]
     assert min(line["loss"] for line in ours) < max(line["loss"] for line in ours) - 0.2
-
-
-def worst(ours: Sequence[float | None], theirs: Sequence[float | None]) -> float:
-    """The largest relative difference; both have their None in the same places."""
-    errors = [0.0]
-    for a, b in zip(ours, theirs, strict=True):
-        if a is None or b is None:
-            assert a is b
-        else:
-            errors.append(abs(a - b) / abs(b))
-    return max(errors)
 
 
 @pytest.mark.parametrize("rank", range(3))
@@ -230,16 +194,3 @@ def test_more_replicas_add_the_same_gradients_in_another_order(
         print(f"{name}, {key}, R=2 against R=1: {error:.1e}")
         assert error < REPLICAS_TOLERANCE
     assert one[-1]["loss"] < one[0]["loss"] - 0.2
-
-
-def weights_of(
-    folder: Path, name: str, stages: int, replicas: int, step: int | None = None
-) -> list[bytes]:
-    """All weights of a checkpoint, by default the last, in the order of the layers, as bytes."""
-    path = run_folder(folder, name, stages, replicas)
-    saved = path / ((path / "latest").read_text() if step is None else str(step))
-    return [
-        tensor.contiguous().view(torch.uint8).numpy().tobytes()
-        for stage in range(stages)
-        for tensor in torch.load(saved / f"prank_{stage}_checkpoint.pt", weights_only=True).values()
-    ]

@@ -16,11 +16,11 @@ from monitor.metrics import read_metrics
 from tasks.packing.blocks import TokenBlock
 from tasks.source_spec import SourceSpec
 from tasks.stream import open_training_stream
-from tests.distributed.test_mixed_precision import lines_of, model_flags, weights_of
-from tests.distributed.test_parity import make_shards
-from tests.support.cases import Case, Told, meet_at, run_folder, train_cases
+from tests.support.cases import Case, Told, meet_at, run_folder, train_cases, weights_of
 from tests.support.data import make_texts, tokenizer, write_jsonl
 from tests.support.dist import run_ranks
+from tests.support.mixed import lines_of, model_flags
+from tests.support.models import make_shards
 from tests.support.poison import BadLogit, BadOutput, InfiniteLoss, Overflow
 
 LAYERS, TOKENS, STEPS, BAD_STEP, MAX_SKIPPED = 4, 16, 5, 3, 3

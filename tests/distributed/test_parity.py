@@ -5,46 +5,32 @@ what reads the blocks. 20 updates, at a rate where the loss moves.
 """
 
 import json
-from collections.abc import Callable, Iterator
-from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from torch import Tensor, nn
-from transformers import get_linear_schedule_with_warmup
 
-from checkpoint.conversion.from_hf import convert_from_hf
-from modules.registry import MODELS
 from pipeline_parallel.schedule.schedules import SCHEDULES
-from tasks.mixture import Pack
-from tasks.source_spec import SourceSpec
-from tasks.stream import open_training_stream
-from tests.support.cases import Case, curve, meet_at, run_folder, train_cases
-from tests.support.data import make_texts, tokenizer, write_jsonl
+from tests.support.cases import Case, curve, meet_at, run_folder, train_cases, weights_of
+from tests.support.data import make_texts, write_jsonl
 from tests.support.dist import run_ranks
-from tests.support.models import make_hf
+from tests.support.models import make_shards
+from tests.support.parity import (
+    DROPOUT,
+    LAYERS,
+    MODELS_TRIED,
+    TOLERANCE,
+    UPDATES,
+    blocks,
+    flags,
+    reference,
+    worst,
+)
 from tests.support.schedule_cases import SCHEDULED, schedule_cases
 
-TOLERANCE = 1e-5  # relative, what the project promises in fp32 on CPU
 CLIPPED = 0.1  # a gradient norm that every update exceeds
-UPDATES, ROWS, TOKENS, LAYERS, LR, WARMUP = 20, 4, 24, 7, 1e-3, 3
 SHAPES = {1: [(1, 1)], 2: [(2, 1), (1, 2)], 4: [(4, 1), (2, 2)], 8: [(4, 2)]}
 ALL_SHAPES = [shape for shapes in SHAPES.values() for shape in shapes]
-MODELS_TRIED: dict[str, tuple[str, dict[str, Any]]] = {
-    "neox": ("gptneox", {"num_hidden_layers": LAYERS}),
-    "neox-sequential": (
-        "gptneox",
-        {"num_hidden_layers": LAYERS, "use_parallel_residual": False},
-    ),
-    "gptj": ("gptj", {"n_layer": LAYERS}),
-}
-DROPOUT = (
-    "gptneox",
-    {"num_hidden_layers": LAYERS, "hidden_dropout": 0.1, "attention_dropout": 0.1},
-)
 
 
 # A head as heavy as three and a half of the blocks: two stages that are even have 5 and 2 of them.
@@ -55,93 +41,6 @@ LISTED_SHAPES = [(2, 1), (2, 2), (4, 1)]
 
 def listed_layers(stages: int, replicas: int) -> str:
     return LISTED[stages]
-
-
-def make_shards(folder: Path, name: str, family: str, changes: dict[str, Any]) -> Any:
-    model = make_hf(family, **{"vocab_size": 400, **changes})
-    model.save_pretrained(folder / "hf" / name)
-    tokenizer().save_pretrained(folder / "hf" / name)
-    convert_from_hf(
-        MODELS[family].load(),
-        model_name=str(folder / "hf" / name),
-        save_dir=folder / "shards",
-        dtype="keep",
-    )
-    return model
-
-
-def layers_of_a_stage(stages: int, replicas: int) -> int:
-    """7 layers as 7; 4, 3; 2, 2, 2, 1."""
-    return -(-LAYERS // stages)
-
-
-def rows_of_a_replica(stages: int, replicas: int) -> int:
-    return ROWS // replicas
-
-
-def rows_of_a_microbatch(stages: int, replicas: int) -> int:
-    """Two microbatches in each shape."""
-    return ROWS // replicas // 2
-
-
-def flags(folder: Path, name: str, family: str, accumulate: int) -> dict[str, Any]:
-    return {
-        "model-name": folder / "shards" / name,
-        "model-type": family,
-        "num-layers": layers_of_a_stage,
-        "embedding-dim": 32,
-        "task-name": f"{folder / 'a.jsonl'}:0.3,{folder / 'b.jsonl'}:0.7",
-        "seq-length": TOKENS,
-        "batch-size": rows_of_a_replica,
-        "micro-batch-size": rows_of_a_microbatch,
-        "recompute": str(accumulate == 1).lower(),
-        "gradient-accumulate-step": accumulate,
-        "total-steps": UPDATES * accumulate,
-        "warmup-steps": WARMUP,
-        "lr": LR,
-        "max-grad-norm": 1.0,
-        "weight-decay": 0.1,
-    }
-
-
-def blocks(folder: Path, pack: Pack = "concat") -> Any:
-    specs = [SourceSpec(str(folder / "a.jsonl"), 0.3), SourceSpec(str(folder / "b.jsonl"), 0.7)]
-    stream = open_training_stream(specs, tokenizer(), seq_len=TOKENS, seed=42, pack=pack)
-    return (stream.next_block().token_ids for _ in count())
-
-
-def reference(
-    model: Any,
-    stream: Iterator[Any],
-    accumulate: int,
-    max_norm: float = 1.0,
-    labels_of: Callable[[Tensor], Tensor] = torch.clone,
-) -> tuple[list[float], list[float]]:
-    """Losses of the iterations and gradient norms of the updates, in one process.
-
-    `stream` has a block's tokens each; `labels_of` makes the labels of some of them.
-    """
-    decayed = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    adamw = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
-        lr=LR,
-        betas=(0.9, 0.999),
-        eps=1e-6,
-    )
-    schedule = get_linear_schedule_with_warmup(adamw, WARMUP, UPDATES)
-    losses, norms = [], []
-    for _ in range(UPDATES):
-        for _ in range(accumulate):
-            tokens = torch.from_numpy(np.stack(list(islice(stream, ROWS))))
-            loss: Tensor = model(tokens, labels=labels_of(tokens)).loss
-            torch.autograd.backward(loss / accumulate)
-            losses.append(loss.item())
-        norms.append(nn.utils.clip_grad_norm_(model.parameters(), max_norm).item())
-        adamw.step()
-        schedule.step()
-        adamw.zero_grad()
-    return losses, norms
 
 
 @pytest.fixture(scope="module")
@@ -174,11 +73,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for world_size, shapes in SHAPES.items():
         run_ranks(world_size, train_cases, meet_at(shapes), cases, folder, deadline=400.0)
     return {"folder": folder, "references": references}
-
-
-def worst(ours: list[float], theirs: list[float]) -> float:
-    assert len(ours) == len(theirs)
-    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("shape", ALL_SHAPES)
@@ -260,24 +154,26 @@ def test_bits_do_not_depend_on_the_schedule_nor_on_recompute(
         found = curve(folder, f"{mode}-{recompute}", *shape, key=key)
         assert found == curve(folder, "gpipe-true", 2, replicas, key)
     _assert_same(
-        _weights(folder, f"{mode}-{recompute}", stages, replicas),
-        _weights(folder, "gpipe-true", 2, replicas),
+        weights_of(folder, f"{mode}-{recompute}", stages, replicas),
+        weights_of(folder, "gpipe-true", 2, replicas),
     )
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1])
 def test_bits_do_not_depend_on_the_buckets(zero_stage: int, trained: dict[str, Any]) -> None:
     folder, name = trained["folder"], f"buckets-{zero_stage}"
-    one = _weights(folder, "one-row", 1, 2)
+    one = weights_of(folder, "one-row", 1, 2)
     for stages in (1, 2):
         for key in ("loss", "grad_norm"):
             assert curve(folder, name, stages, 2, key) == curve(folder, "one-row", 1, 2, key)
-        _assert_same(_weights(folder, name, stages, 2), one)
+        _assert_same(weights_of(folder, name, stages, 2), one)
 
 
 def test_weights_after_training_are_the_same_in_every_shape(trained: dict[str, Any]) -> None:
     """All stages' weights, put together, of P = 4 against P = 1: the same bits."""
-    _assert_same(_weights(trained["folder"], "gptj-1", 1), _weights(trained["folder"], "gptj-1", 4))
+    _assert_same(
+        weights_of(trained["folder"], "gptj-1", 1, 1), weights_of(trained["folder"], "gptj-1", 4, 1)
+    )
 
 
 @pytest.mark.parametrize("shape", LISTED_SHAPES)
@@ -290,7 +186,7 @@ def test_bits_do_not_depend_on_how_layers_are_listed(
         found = curve(folder, "listed", *shape, key=key)
         assert found == curve(folder, "gptj-1", 1, replicas, key)
     if replicas == 1:
-        _assert_same(_weights(folder, "listed", stages), _weights(folder, "gptj-1", 1))
+        _assert_same(weights_of(folder, "listed", stages, 1), weights_of(folder, "gptj-1", 1, 1))
 
 
 def test_bits_do_not_depend_on_what_auto_chooses(trained: dict[str, Any]) -> None:
@@ -300,7 +196,7 @@ def test_bits_do_not_depend_on_what_auto_chooses(trained: dict[str, Any]) -> Non
     for key in ("loss", "grad_norm"):
         one, two = (curve(folder, "weighed", stages, 1, key) for stages in (1, 2))
         assert one == two
-    _assert_same(_weights(folder, "weighed", 2), _weights(folder, "weighed", 1))
+    _assert_same(weights_of(folder, "weighed", 2, 1), weights_of(folder, "weighed", 1, 1))
 
 
 def _split(folder: Path, name: str, stages: int, replicas: int) -> list[int]:
@@ -310,15 +206,6 @@ def _split(folder: Path, name: str, stages: int, replicas: int) -> list[int]:
     return counts
 
 
-def _assert_same(some: list[Tensor], others: list[Tensor]) -> None:
+def _assert_same(some: list[bytes], others: list[bytes]) -> None:
     assert len(some) == len(others) > 0
-    assert all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
-
-
-def _weights(folder: Path, name: str, stages: int, replicas: int = 1) -> list[Tensor]:
-    step = run_folder(folder, name, stages, replicas) / str(UPDATES)
-    parts = [
-        torch.load(step / f"prank_{stage}_checkpoint.pt", weights_only=True)
-        for stage in range(stages)
-    ]
-    return [tensor for part in parts for tensor in part.values()]
+    assert some == others

@@ -16,11 +16,11 @@ import torch
 from comm.topology import Topology
 from monitor.profiling.step_trace import RankSpan, StepOfAllRanks
 from monitor.profiling.tracer import Track
-from tests.distributed.test_parity import make_shards
-from tests.distributed.test_resume_rules import train_alone
+from tests.support.alone import train_alone
 from tests.support.cases import Case, Told, curve, meet_at, train_cases
 from tests.support.data import make_texts, write_jsonl
 from tests.support.dist import run_ranks
+from tests.support.models import make_shards
 from tests.support.poison import BadOutput
 from training.profiling import simulated_step
 

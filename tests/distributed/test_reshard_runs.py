@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from checkpoint.steps.manifest import read_manifest
-from tests.distributed.test_mixed_precision import worst
 from tests.support.dist import run_ranks
 from tests.support.kill_lab import STEPS, WORLD, Lab, leftovers, make_lab, numbers
 from tests.support.kill_plan import PUBLISH
+from tests.support.parity import worst
 from tests.support.processes import Kill, Outcome, fork_ranks
 
 _TRAIN = "pipeline_parallel.engine:Engine.train"

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.test_mixed_precision import worst
-from tests.distributed.test_resume_rules import run_parts
+from tests.support.alone import run_parts
 from tests.support.cases import Case, Told, run_folder
+from tests.support.checkpoint_models import cut, flip
+from tests.support.parity import worst
 from tests.support.reshard_lab import (
     KINDS,
     PAIRS,
@@ -31,7 +32,6 @@ from tests.support.reshard_lab import (
     resumed_name,
     train_all,
 )
-from tests.unit.checkpoint.test_damage import cut, flip
 from training.run_start import RunStart, open_run
 
 FEW: list[tuple[Shape, Shape]] = [((1, 2), (2, 1)), ((4, 1), (1, 2))]

@@ -1,57 +1,21 @@
 """What a resumed run may change, what it may not, and what it is told, in a world of one."""
 
-import io
 import logging
 import shutil
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
-import torch
 
-from arguments.train import parse_train
 from checkpoint.store import CheckpointStore
-from comm.backends.single_process import SingleProcessCommunicator
-from comm.lifecycle.stop_signals import StopRequest
-from comm.process_groups import ProcessGroups
-from comm.run_context import RunContext
-from comm.topology import Topology
-from monitor.console import Console
 from monitor.metrics import read_metrics
-from tests.distributed.test_parity import make_shards
-from tests.support.cases import to_argv
+from tests.support.alone import run_parts, train_alone
 from tests.support.data import make_texts, write_jsonl
-from training.run import train
+from tests.support.models import make_shards
 from training.run_start import open_run
 
 STEPS = 4
-
-
-def run_parts(flags: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `open_run`, of a process that meets no other."""
-    settings, alone = parse_train(to_argv(flags), {}), SingleProcessCommunicator()
-    parallel = settings.parallel
-    topology = Topology(parallel.rank, parallel.pipeline_group_size, parallel.data_group_size)
-    context = RunContext(topology, ProcessGroups(alone, alone, alone), torch.device("cpu"), "0123")
-    return {"settings": settings, "context": context}
-
-
-def train_alone(flags: dict[str, Any]) -> None:
-    torch.set_num_threads(1)
-    Path(flags["checkpoint-path"]).mkdir(exist_ok=True)
-    train_with(run_parts(flags))
-
-
-def train_with(parts: dict[str, Any]) -> None:
-    with ExitStack() as closing:
-        train(
-            **parts,
-            console=Console(io.StringIO()),
-            stop=StopRequest(),
-            closing=closing,
-        )
 
 
 @pytest.fixture(scope="module")

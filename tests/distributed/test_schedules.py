@@ -17,9 +17,9 @@ from transformers import (
 )
 
 from monitor.metrics import read_metrics
-from tests.distributed.test_parity import make_shards
-from tests.distributed.test_resume_rules import train_alone
+from tests.support.alone import train_alone
 from tests.support.data import make_texts, write_jsonl
+from tests.support.models import make_shards
 
 LR, LOWEST, WARMUP, UPDATES, ACCUMULATE = 1e-3, 2e-4, 2, 7, 2
 COUNTS = {"num_warmup_steps": WARMUP, "num_training_steps": UPDATES}

@@ -30,13 +30,7 @@ from tests.support.data import WORDS, make_texts, tokenizer, write_jsonl
 from tests.support.dist import free_port
 from tests.support.entry import Outcome, Rank, Run, run_all
 from tests.support.models import make_hf
-from tests.unit.checkpoint.test_predecessors import (
-    CONFIGS,
-    buffers,
-    expected_hf,
-    make_checkpoint,
-    make_modules,
-)
+from tests.support.predecessors import CONFIGS, buffers, expected_hf, make_checkpoint, make_modules
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = ("gptneox", "gptj")

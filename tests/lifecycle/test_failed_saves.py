@@ -22,12 +22,12 @@ import pytest
 from comm.topology import Topology
 from monitor.metrics import IterationMetrics, MetricsFile, read_metrics
 from monitor.recorder import Recorder
-from tests.distributed.test_parity import make_shards
 from tests.support.cases import Case, Told, curve, meet_at, run_folder, to_argv, train_cases
 from tests.support.data import make_texts, write_jsonl
 from tests.support.dist import run_ranks
 from tests.support.full_disk import files_no_larger_than, fill, small_disk
 from tests.support.kill_lab import leftovers, same, state
+from tests.support.models import make_shards
 from tests.support.valid_run import ROOT
 from training.iteration import TrainingStoppedError
 from training.trainer import Trainer

@@ -15,10 +15,10 @@ import pytest
 
 from arguments.train import train_parser
 from monitor.metrics import read_metrics
-from tests.distributed.test_parity import make_shards
 from tests.support.cases import to_argv
 from tests.support.dist import free_port, run_ranks
 from tests.support.kill_lab import Lab, Start, make_lab, marked, numbers, same, state
+from tests.support.models import make_shards
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "example_scripts"

@@ -10,11 +10,11 @@ from unittest.mock import patch
 import pytest
 
 from comm.topology import Topology
-from tests.distributed.test_parity import make_shards
 from tests.support.cases import Case, meet_at, run_folder, train_cases
 from tests.support.data import make_texts, write_jsonl
 from tests.support.dist import run_ranks
 from tests.support.kill_lab import same, state
+from tests.support.models import make_shards
 from tests.support.processes import find
 
 TIMEOUT, SLOW = 3.0, 3.6

@@ -169,6 +169,19 @@ def curve(folder: Path, name: str, stages: int, replicas: int, key: str = "loss"
     return [line[key] for line in lines]
 
 
+def weights_of(
+    folder: Path, name: str, stages: int, replicas: int, step: int | None = None
+) -> list[bytes]:
+    """All weights of a checkpoint, by default the last, in the order of the layers, as bytes."""
+    path = run_folder(folder, name, stages, replicas)
+    saved = path / ((path / "latest").read_text() if step is None else str(step))
+    return [
+        tensor.contiguous().view(torch.uint8).numpy().tobytes()
+        for stage in range(stages)
+        for tensor in torch.load(saved / f"prank_{stage}_checkpoint.pt", weights_only=True).values()
+    ]
+
+
 def to_argv(flags: dict[str, Any]) -> list[str]:
     return [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTJConfig, GPTNeoXConfig
 
+from checkpoint.conversion.to_hf import convert_to_hf
 from checkpoint.files.checksums import seal, sum_file, unseal
 from checkpoint.steps.manifest import StageManifest
 from checkpoint.steps.meta import StepMeta
@@ -171,3 +172,26 @@ def make_predecessors(folder: Path) -> None:
     """Makes a step's folder one of a predecessor: weights alone."""
     for path in (*folder.glob("prank_*_manifest.json"), folder / "meta.json"):
         path.unlink()
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path, place: float) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 1
+    path.write_bytes(content)
+
+
+def to_hf(run: Path, target: Path, config_name: str | None = None) -> Path:
+    return convert_to_hf(
+        MODELS["gptneox"].load(),
+        ckpt_path=run,
+        save_path=target,
+        n_stages=None,
+        n_layer_per_stage=None,
+        config_name=config_name,
+        fp16=False,
+        verify=False,
+    )

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from monitor.metrics import read_metrics
-from tests.distributed.test_parity import make_shards
 from tests.support.cases import to_argv
 from tests.support.data import make_texts, write_jsonl
 from tests.support.dist import free_port
+from tests.support.models import make_shards
 from tests.support.processes import Kill, Outcome, fork_ranks, spawn_ranks
 
 STAGES, REPLICAS, WORLD = 2, 2, 4

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 from transformers import GPTJConfig, GPTJForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
+from checkpoint.conversion.from_hf import convert_from_hf
 from modules.families.base import Family
 from modules.registry import MODELS
 from modules.stage_model import StageModel
+from tests.support.data import tokenizer
 
 NEOX = {
     "vocab_size": 97,
@@ -47,6 +49,19 @@ def make_hf(family_name: str, *, seed: int = 0, **changes: Any) -> Any:
             else:
                 parameter.mul_(4.0)
     return model.train()
+
+
+def make_shards(folder: Path, name: str, family: str, changes: dict[str, Any]) -> Any:
+    model = make_hf(family, **{"vocab_size": 400, **changes})
+    model.save_pretrained(folder / "hf" / name)
+    tokenizer().save_pretrained(folder / "hf" / name)
+    convert_from_hf(
+        MODELS[family].load(),
+        model_name=str(folder / "hf" / name),
+        save_dir=folder / "shards",
+        dtype="keep",
+    )
+    return model
 
 
 def hf_keys(family: Family, num_layers: int, index: int) -> dict[str, str]:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from monitor.metrics import read_metrics
-from tests.distributed.test_mixed_precision import rows_of_a_replica, worst
-from tests.distributed.test_parity import make_shards
 from tests.support.cases import Case, Told, meet_at, run_folder, train_cases
 from tests.support.data import make_texts, write_jsonl
 from tests.support.dist import run_ranks
+from tests.support.mixed import rows_of_a_replica
+from tests.support.models import make_shards
+from tests.support.parity import worst
 
 Shape = tuple[int, int]
 LAYERS, STEPS, SAVED = 7, 6, 3

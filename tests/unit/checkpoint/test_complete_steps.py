@@ -18,9 +18,8 @@ from comm.objects import gather_json
 from comm.process_groups import ProcessGroups
 from comm.topology import Topology
 from tests.support.cases import connected
-from tests.support.checkpoint_models import step_meta
+from tests.support.checkpoint_models import cut, step_meta
 from tests.support.dist import run_ranks
-from tests.unit.checkpoint.test_damage import cut
 
 STAGES, OLD, NEW = 2, (2, 5, 8), 10
 

@@ -16,19 +16,17 @@ import pytest
 import torch
 
 from arguments.train import parse_train
-from checkpoint.conversion.to_hf import convert_to_hf
 from checkpoint.files.checksums import seal, unseal
 from checkpoint.steps.latest import check_latest, write_latest
 from comm.objects import gather_json
 from comm.run_context import RunContext
 from comm.topology import Topology
 from common.files import replace_file
-from modules.registry import MODELS
-from tests.distributed.test_parity import make_shards
 from tests.support.cases import Case, connected, meet_at, run_folder, to_argv, train_cases
-from tests.support.checkpoint_models import hf_weights
+from tests.support.checkpoint_models import cut, flip, hf_weights, to_hf
 from tests.support.data import make_texts, write_jsonl
 from tests.support.dist import run_ranks
+from tests.support.models import make_shards
 from training.run_start import open_run
 
 STAGES, LAST, FIRST = 2, 4, 2
@@ -46,18 +44,8 @@ STEP_FILES = [f"{LAST}/{name}" for name in (*STAGE_FILES, *MANIFESTS, *COMMON)]
 FILES = [*STEP_FILES, "latest", "latest_manifest.json"]
 
 
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
 def empty(path: Path) -> None:
     path.write_bytes(b"")
-
-
-def flip(path: Path, place: float) -> None:
-    content = bytearray(path.read_bytes())
-    content[int(place * (len(content) - 1))] ^= 1
-    path.write_bytes(content)
 
 
 DAMAGES: dict[str, Callable[[Path], None]] = {
@@ -184,19 +172,6 @@ def test_no_step_is_offered_where_none_is_whole(made: Made) -> None:
         error = opened["last file of both steps"].error
         assert f"{LAST}/{STAGE_FILES[-1]}: " in error
         assert error.endswith("no complete checkpoint before it is there")
-
-
-def to_hf(run: Path, target: Path, config_name: str | None = None) -> Path:
-    return convert_to_hf(
-        MODELS["gptneox"].load(),
-        ckpt_path=run,
-        save_path=target,
-        n_stages=None,
-        n_layer_per_stage=None,
-        config_name=config_name,
-        fp16=False,
-        verify=False,
-    )
 
 
 READ = [file for file in FILES if not file.endswith(("optimizer.pt", "scheduler.pt"))]

@@ -12,9 +12,9 @@ import torch
 from checkpoint.files.checksums import sum_file
 from checkpoint.files.layer_shards import NAME, write_shard_manifest
 from modules.stage_model import StageModel
-from tests.distributed.test_parity import make_shards
-from tests.distributed.test_resume_rules import run_parts
+from tests.support.alone import run_parts
 from tests.support.data import make_texts, write_jsonl
+from tests.support.models import make_shards
 from training.build import build_model
 from training.initial_state import load_weights_
 from training.run_start import open_run

@@ -20,12 +20,11 @@ from checkpoint.steps.manifest import read_manifest
 from comm.objects import gather_json
 from comm.run_context import RunContext
 from comm.topology import Topology
-from tests.distributed.test_parity import make_shards
 from tests.support.cases import Case, connected, meet_at, run_folder, to_argv, train_cases
-from tests.support.checkpoint_models import hf_weights
+from tests.support.checkpoint_models import hf_weights, to_hf
 from tests.support.data import make_texts, write_jsonl
 from tests.support.dist import run_ranks
-from tests.unit.checkpoint.test_damage import to_hf
+from tests.support.models import make_shards
 from training.run_start import open_run
 
 STAGES, LAST, FIRST = 2, 4, 2

@@ -22,12 +22,11 @@ from checkpoint.store import CheckpointStore, SaveFailedError
 from comm.backends.single_process import SingleProcessCommunicator
 from comm.collective_io import BackgroundTask
 from comm.topology import Topology
-from tests.distributed.test_parity import make_shards
-from tests.distributed.test_resume_rules import run_parts, train_alone, train_with
-from tests.support.checkpoint_models import hf_weights, step_meta
+from tests.support.alone import run_parts, train_alone, train_with
+from tests.support.checkpoint_models import hf_weights, step_meta, to_hf
 from tests.support.data import make_texts, write_jsonl
 from tests.support.kill_lab import leftovers, same, state
-from tests.unit.checkpoint.test_damage import to_hf
+from tests.support.models import make_shards
 from training.run_start import open_run
 
 STEPS = 10

@@ -3,10 +3,7 @@
 import os
 import queue
 import threading
-from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
-from datetime import timedelta
 from unittest.mock import patch
 
 import pytest
@@ -20,23 +17,10 @@ from comm.topology import Topology
 from tests.support.backend_checks import NUMBERS, check_group
 from tests.support.connected import enter
 from tests.support.dist import free_port, run_ranks
+from tests.support.torch_nccl_double import gloo_for_nccl
 
 EXACT = (torch.int64, torch.uint8)  # sums that are the same in any order: here it is gloo's
 MESSAGE = "pipeline receive from rank 1 (stage 1, replica 0)"
-
-
-@contextmanager
-def gloo_for_nccl() -> Iterator[list[tuple[int, ...]]]:
-    """gloo makes the groups; yields the ranks of each, in the order in which they were made."""
-    made: list[tuple[int, ...]] = []
-
-    def new_group(ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:
-        made.append(tuple(ranks))
-        group: dist.ProcessGroup = dist.new_group(list(ranks), timeout=timeout)
-        return group
-
-    with patch("comm.backends.torch_nccl.new_group", new_group):
-        yield made
 
 
 def all_checks(

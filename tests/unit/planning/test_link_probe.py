@@ -16,7 +16,7 @@ from planning.cluster.link_probe import Link, LinkSpeed, links, probe
 from tests.support.connected import enter
 from tests.support.dist import free_port, run_ranks
 from tests.support.nccl_double import nccl_double
-from tests.unit.comm.test_torch_nccl import gloo_for_nccl
+from tests.support.torch_nccl_double import gloo_for_nccl
 
 CPU = torch.device("cpu")
 WORDS = 8  # bytes of the probe's short messages

@@ -1,0 +1,120 @@
+"""What parity tests share: the flags of a run, and the Hugging Face model trained in one process.
+
+The reference sees the same blocks, in plain torch: one optimizer, one loss, no code of ours but
+what reads the blocks.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import get_linear_schedule_with_warmup
+
+from tasks.mixture import Pack
+from tasks.source_spec import SourceSpec
+from tasks.stream import open_training_stream
+from tests.support.data import tokenizer
+
+TOLERANCE = 1e-5  # relative, what the project promises in fp32 on CPU
+UPDATES, ROWS, TOKENS, LAYERS, LR, WARMUP = 20, 4, 24, 7, 1e-3, 3
+MODELS_TRIED: dict[str, tuple[str, dict[str, Any]]] = {
+    "neox": ("gptneox", {"num_hidden_layers": LAYERS}),
+    "neox-sequential": (
+        "gptneox",
+        {"num_hidden_layers": LAYERS, "use_parallel_residual": False},
+    ),
+    "gptj": ("gptj", {"n_layer": LAYERS}),
+}
+DROPOUT = (
+    "gptneox",
+    {"num_hidden_layers": LAYERS, "hidden_dropout": 0.1, "attention_dropout": 0.1},
+)
+
+
+def layers_of_a_stage(stages: int, replicas: int) -> int:
+    """7 layers as 7; 4, 3; 2, 2, 2, 1."""
+    return -(-LAYERS // stages)
+
+
+def rows_of_a_replica(stages: int, replicas: int) -> int:
+    return ROWS // replicas
+
+
+def rows_of_a_microbatch(stages: int, replicas: int) -> int:
+    """Two microbatches in each shape."""
+    return ROWS // replicas // 2
+
+
+def flags(folder: Path, name: str, family: str, accumulate: int) -> dict[str, Any]:
+    return {
+        "model-name": folder / "shards" / name,
+        "model-type": family,
+        "num-layers": layers_of_a_stage,
+        "embedding-dim": 32,
+        "task-name": f"{folder / 'a.jsonl'}:0.3,{folder / 'b.jsonl'}:0.7",
+        "seq-length": TOKENS,
+        "batch-size": rows_of_a_replica,
+        "micro-batch-size": rows_of_a_microbatch,
+        "recompute": str(accumulate == 1).lower(),
+        "gradient-accumulate-step": accumulate,
+        "total-steps": UPDATES * accumulate,
+        "warmup-steps": WARMUP,
+        "lr": LR,
+        "max-grad-norm": 1.0,
+        "weight-decay": 0.1,
+    }
+
+
+def blocks(folder: Path, pack: Pack = "concat") -> Any:
+    specs = [SourceSpec(str(folder / "a.jsonl"), 0.3), SourceSpec(str(folder / "b.jsonl"), 0.7)]
+    stream = open_training_stream(specs, tokenizer(), seq_len=TOKENS, seed=42, pack=pack)
+    return (stream.next_block().token_ids for _ in count())
+
+
+def reference(
+    model: Any,
+    stream: Iterator[Any],
+    accumulate: int,
+    max_norm: float = 1.0,
+    labels_of: Callable[[Tensor], Tensor] = torch.clone,
+) -> tuple[list[float], list[float]]:
+    """Losses of the iterations and gradient norms of the updates, in one process.
+
+    `stream` has a block's tokens each; `labels_of` makes the labels of some of them.
+    """
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    adamw = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        lr=LR,
+        betas=(0.9, 0.999),
+        eps=1e-6,
+    )
+    schedule = get_linear_schedule_with_warmup(adamw, WARMUP, UPDATES)
+    losses, norms = [], []
+    for _ in range(UPDATES):
+        for _ in range(accumulate):
+            tokens = torch.from_numpy(np.stack(list(islice(stream, ROWS))))
+            loss: Tensor = model(tokens, labels=labels_of(tokens)).loss
+            torch.autograd.backward(loss / accumulate)
+            losses.append(loss.item())
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), max_norm).item())
+        adamw.step()
+        schedule.step()
+        adamw.zero_grad()
+    return losses, norms
+
+
+def worst(ours: Sequence[float | None], theirs: Sequence[float | None]) -> float:
+    """The largest relative difference; both have their None in the same places."""
+    errors = [0.0]
+    for a, b in zip(ours, theirs, strict=True):
+        if a is None or b is None:
+            assert a is b
+        else:
+            errors.append(abs(a - b) / abs(b))
+    return max(errors)

@@ -1,0 +1,22 @@
+"""gloo's groups at the one call that makes NCCL's, so that torch's own NCCL channel runs on CPU."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from unittest.mock import patch
+
+import torch.distributed as dist
+
+
+@contextmanager
+def gloo_for_nccl() -> Iterator[list[tuple[int, ...]]]:
+    """gloo makes the groups; yields the ranks of each, in the order in which they were made."""
+    made: list[tuple[int, ...]] = []
+
+    def new_group(ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:
+        made.append(tuple(ranks))
+        group: dist.ProcessGroup = dist.new_group(list(ranks), timeout=timeout)
+        return group
+
+    with patch("comm.backends.torch_nccl.new_group", new_group):
+        yield made
