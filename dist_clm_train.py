@@ -13,6 +13,7 @@ from arguments.parser import refuse
 from arguments.settings import Settings
 from arguments.train import parse_train
 from comm.lifecycle.stop_signals import StopListener, StopRequest
+from comm.timing import DEFAULT_TIMING, Timing
 from common.text import one_line
 from monitor.logs import setup_logging
 from training.startup_checks import check_this_machine
@@ -21,8 +22,13 @@ from training.startup_checks import check_this_machine
 # ranks have met: both take seconds.
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one rank; a user's mistake ends it with one line on stderr and exit status 2."""
+def main(argv: Sequence[str] | None = None, timing: Timing = DEFAULT_TIMING) -> None:
+    """Runs one rank; a user's mistake ends it with one line on stderr and exit status 2.
+
+    Args:
+        argv: the flags; left out, those of the command line.
+        timing: the waiting times among the ranks.
+    """
     settings = parse_train(argv)
     parallel = settings.parallel
     console = setup_logging(parallel.rank, sys.stdout)
@@ -33,13 +39,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         plan(settings)
         return
     stop = StopRequest()
-    listener = StopListener(stop, rank=parallel.rank, alone=parallel.world_size == 1)
+    alone = parallel.world_size == 1
+    listener = StopListener(stop, rank=parallel.rank, alone=alone, timing=timing)
     resources = check_this_machine(settings)
-    if resources.problem is not None and parallel.world_size == 1:
+    if resources.problem is not None and alone:
         refuse(resources.problem)
     from training.meeting import meet
 
-    meeting = meet(settings, resources, stop, listener)
+    meeting = meet(settings, resources, stop, listener, timing)
     from training.session import run_session
 
     run_session(settings, resources, meeting, console, stop)

@@ -12,11 +12,9 @@ from collections.abc import Callable
 
 from comm.communicator import Communicator
 from comm.objects import gather_json
+from comm.timing import DEFAULT_TIMING, Timing
 
 logger = logging.getLogger(__name__)
-
-EXCHANGE_SECONDS = 1.0
-SLOW_SECONDS = 60.0  # until slow ranks are reported; again each time the duration has doubled
 
 
 class BackgroundTask:
@@ -56,6 +54,7 @@ def run_on_all(
     name: str,
     *,
     expected: type[Exception] | tuple[type[Exception], ...] = OSError,
+    timing: Timing = DEFAULT_TIMING,
 ) -> str | None:
     """Runs `work`, or waits for a running task, and returns when every rank is done.
 
@@ -71,10 +70,10 @@ def run_on_all(
     """
     task = work if work is None or isinstance(work, BackgroundTask) else BackgroundTask(work)
     done, failure = task is None, None
-    began, next_report = time.monotonic(), SLOW_SECONDS
+    began, next_report = time.monotonic(), timing.slow
     while True:
         try:
-            done = task is None or task.done(EXCHANGE_SECONDS)
+            done = task is None or task.done(timing.exchange)
         except expected as error:
             task, done = None, True
             where = f"rank {control.rank} on {socket.gethostname()}: " if control.size > 1 else ""

@@ -23,6 +23,7 @@ from comm.rendezvous.dist_url import parse_dist_url
 from comm.rendezvous.interface import choose_interface
 from comm.rendezvous.job_key import JobKey, is_readable_by_others, read_job_key
 from comm.rendezvous.join import Rendezvous, join
+from comm.timing import DEFAULT_TIMING, Timing
 from comm.topology import Topology
 from common.text import one_line
 from training.startup_checks import LocalResources
@@ -39,7 +40,11 @@ class Meeting(NamedTuple):
 
 
 def meet(
-    settings: Settings, resources: LocalResources, stop: StopRequest, listener: StopListener
+    settings: Settings,
+    resources: LocalResources,
+    stop: StopRequest,
+    listener: StopListener,
+    timing: Timing = DEFAULT_TIMING,
 ) -> Meeting:
     """Meets the other ranks, also to report a problem; ends the process if that fails.
 
@@ -48,8 +53,8 @@ def meet(
     parallel = settings.parallel
     topology = Topology(parallel.rank, parallel.pipeline_group_size, parallel.data_group_size)
     try:
-        rendezvous = _join(settings, resources, stop)
-        policy = ExitPolicy.connect(rendezvous, topology, stop=stop)
+        rendezvous = _join(settings, resources, stop, timing)
+        policy = ExitPolicy.connect(rendezvous, topology, stop=stop, timing=timing)
     except ValueError as error:
         refuse(resources.problem or error)
     except StopAskedError as error:
@@ -63,7 +68,9 @@ def meet(
     return Meeting(rendezvous, topology, policy)
 
 
-def _join(settings: Settings, resources: LocalResources, stop: StopRequest) -> Rendezvous:
+def _join(
+    settings: Settings, resources: LocalResources, stop: StopRequest, timing: Timing
+) -> Rendezvous:
     network, parallel = settings.network, settings.parallel
     if parallel.world_size == 1:
         return Rendezvous.alone()
@@ -86,6 +93,7 @@ def _join(settings: Settings, resources: LocalResources, stop: StopRequest) -> R
         join_timeout=network.join_timeout,
         host=False if network.agent_store else None,
         stop=stop,
+        timing=timing,
     )
 
 

@@ -5,8 +5,7 @@ import time
 from collections.abc import Callable
 
 from comm.lifecycle.exit import report_and_exit
-
-GRACE_SECONDS = 5.0
+from comm.timing import DEFAULT_TIMING, Timing
 
 
 class Deadline:
@@ -16,8 +15,9 @@ class Deadline:
     It releases the interpreter lock meanwhile, so that the deadline's thread can still act.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, timing: Timing = DEFAULT_TIMING) -> None:
         self.seconds = seconds
+        self._grace = timing.join_grace
         self._started = time.monotonic()
         self._verdict = (1, "")
         self._end: Callable[[int, str], object] = report_and_exit
@@ -52,5 +52,5 @@ class Deadline:
         self._cancelled.set()
 
     def _wait(self) -> None:
-        if not self._cancelled.wait(self.seconds + GRACE_SECONDS):
+        if not self._cancelled.wait(self.seconds + self._grace):
             self._end(*self._verdict)

@@ -15,10 +15,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from comm.lifecycle.exit import report_and_exit
+from comm.timing import DEFAULT_TIMING, Timing
 
 STOPPED = 75  # exit status: asked to stop, nothing is lost, not finished
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-SAME_SECONDS = 2.0  # closer signals are one request: a terminal and a launcher may both send one
 _TICK_SECONDS = 0.1
 _JOIN_SECONDS = 5.0  # for the main thread to tell the ranks that it joins
 
@@ -92,7 +92,15 @@ class StopListener:
     construct a listener.
     """
 
-    def __init__(self, request: StopRequest, *, rank: int, alone: bool) -> None:
+    def __init__(
+        self,
+        request: StopRequest,
+        *,
+        rank: int,
+        alone: bool,
+        timing: Timing = DEFAULT_TIMING,
+    ) -> None:
+        self._same_seconds = timing.same_stop
         self._request, self._rank, self._alone = request, rank, alone
         self._end: Callable[[int, str], object] = self._report_and_exit
         self._forward: Callable[[int], None] = lambda _number: None
@@ -121,7 +129,7 @@ class StopListener:
             if waited >= phase.seconds:
                 self._end(phase.status, f"{asked} {phase.line}")
             again = self._read(_TICK_SECONDS)
-            if again is not None and waited > SAME_SECONDS and phase is not CLOSING:
+            if again is not None and waited > self._same_seconds and phase is not CLOSING:
                 self._end(1, f"{asked} and again ({signal.Signals(again).name}): ended at once")
 
     def _read(self, seconds: float | None) -> int | None:

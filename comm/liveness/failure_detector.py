@@ -18,13 +18,10 @@ from comm.liveness.client import connect_to_server
 from comm.liveness.handshake import Handshake
 from comm.liveness.heartbeat import Heartbeat
 from comm.liveness.protocol import MAX_LINE, Message, decode, encode
-from comm.liveness.server import CHECK_SECONDS, LivenessServer
+from comm.liveness.server import LivenessServer
 from comm.rendezvous.join import Rendezvous
 from comm.rendezvous.signed_store import LIVENESS_ADDRESS
-
-_TICK_SECONDS = 0.5
-_CLOSE_SECONDS = 60.0
-_ANSWER_SECONDS = CHECK_SECONDS + 2.0
+from comm.timing import DEFAULT_TIMING, Timing
 
 
 class RankLost(NamedTuple):
@@ -59,15 +56,18 @@ class FailureDetector:
     be called from any thread.
     """
 
-    def __init__(self, rank: int, on_event: Callable[[Event], object]) -> None:
+    def __init__(
+        self, rank: int, on_event: Callable[[Event], object], timing: Timing = DEFAULT_TIMING
+    ) -> None:
         self._rank = rank
+        self._timing = timing
         self._on_event = on_event
         self._server: LivenessServer | None = None
         self._connection: socket.socket | None = None
         self._failure_received = threading.Event()
         self._all_alive = threading.Event()
         self._closing = False
-        self._heartbeat = Heartbeat()  # of rank 0, which has those of the others
+        self._heartbeat = Heartbeat(timing)  # of rank 0, which has those of the others
 
     def connect(self, rendezvous: Rendezvous, *, master: str) -> list[int]:
         """Connects this rank to rank 0, named `master` in errors; does nothing in a world of one.
@@ -113,17 +113,17 @@ class FailureDetector:
         if self._server is not None:
             self._server.check()
         self._send({"check": True})
-        return self.is_alone or self._all_alive.wait(_ANSWER_SECONDS)
+        return self.is_alone or self._all_alive.wait(self._timing.answer)
 
     def close(self) -> None:
-        """Disconnects in good order; rank 0 waits (a minute at most) until all others have."""
+        """Disconnects in good order; rank 0 waits (Timing.close at most) until all others have."""
         self._closing = True
         self._send({"bye": True})
         if self._connection is not None:
             with contextlib.suppress(OSError):
                 self._connection.shutdown(socket.SHUT_RDWR)
         if self._server is not None:
-            self._server.await_departures(seconds=_CLOSE_SECONDS)
+            self._server.await_departures(seconds=self._timing.close)
             self._server.close()
 
     def _start_server(self, rendezvous: Rendezvous, *, seconds: float) -> list[int]:
@@ -134,6 +134,7 @@ class FailureDetector:
             handshake=Handshake(rendezvous.key, rendezvous.nonce),
             world_size=len(rendezvous.participants),
             on_message=self._on_message,
+            timing=self._timing,
         )
         rendezvous.store.set(LIVENESS_ADDRESS, f"{address} {self._server.port}")
         return self._server.await_all(seconds=seconds)
@@ -161,7 +162,7 @@ class FailureDetector:
         while not self._closing:
             for rank, is_unresponsive in self._heartbeat.changes([0]):
                 self._on_event(HeartbeatChanged(rank, is_unresponsive))
-            time.sleep(_TICK_SECONDS)
+            time.sleep(self._timing.client_tick)
 
     def _on_message(self, message: Message) -> None:
         if "check" in message:

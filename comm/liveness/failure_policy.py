@@ -13,7 +13,6 @@ from typing import NoReturn
 from comm.communicator import CurrentOperation
 from comm.lifecycle.exit import exit_process, report_line
 from comm.lifecycle.stop_signals import StopCause, StopRequest
-from comm.liveness import heartbeat
 from comm.liveness.failure_detector import (
     Event,
     FailureDetector,
@@ -22,12 +21,11 @@ from comm.liveness.failure_detector import (
     RankLost,
 )
 from comm.rendezvous.join import Rendezvous
+from comm.timing import DEFAULT_TIMING, Timing
 from comm.topology import Topology
 
 logger = logging.getLogger(__name__)
 
-_LINGER_SECONDS = 5.0
-_BEFORE_EXIT_SECONDS = 90.0
 _RESUME = "Start all ranks again to resume from the latest checkpoint."
 
 
@@ -39,8 +37,10 @@ class ExitPolicy:
     stop: on rank 0, gets the requests that reached other ranks.
     """
 
-    def __init__(self, rendezvous: Rendezvous, topology: Topology, *, stop: StopRequest) -> None:
-        self.detector = FailureDetector(rendezvous.rank, self._on_event)
+    def __init__(
+        self, rendezvous: Rendezvous, topology: Topology, *, stop: StopRequest, timing: Timing
+    ) -> None:
+        self.detector = FailureDetector(rendezvous.rank, self._on_event, timing)
         self.operation = CurrentOperation()
         self._rank = rendezvous.rank
         self._deadline = rendezvous.deadline
@@ -49,18 +49,24 @@ class ExitPolicy:
             for participant in rendezvous.participants
         ]
         self._stop = stop
+        self._timing = timing
         self._claimed = threading.Lock()
-        self._exit_seconds = 2 * _LINGER_SECONDS
+        self._exit_seconds = 2 * timing.linger
 
     @classmethod
     def connect(
-        cls, rendezvous: Rendezvous, topology: Topology, *, stop: StopRequest | None = None
+        cls,
+        rendezvous: Rendezvous,
+        topology: Topology,
+        *,
+        stop: StopRequest | None = None,
+        timing: Timing = DEFAULT_TIMING,
     ) -> "ExitPolicy":
         """Starts failure detection among all ranks; raises ConnectionError as `connect_to_server`.
 
         A rank that has joined but does not connect before the join deadline ends all.
         """
-        policy = cls(rendezvous, topology, stop=stop or StopRequest())
+        policy = cls(rendezvous, topology, stop=stop or StopRequest(), timing=timing)
         missing = policy.detector.connect(rendezvous, master=policy._names[0])
         if missing:
             names = ", ".join(policy._names[rank] for rank in missing)
@@ -82,7 +88,7 @@ class ExitPolicy:
         """
         self._claim()
         if before_exit is not None:
-            self._exit_seconds = _BEFORE_EXIT_SECONDS
+            self._exit_seconds = self._timing.before_exit
         report_line(line if self.detector.is_alone else f"rank {self._rank}: {line}")
         self.detector.publish_failure(status, line)
         if before_exit is not None:
@@ -90,7 +96,7 @@ class ExitPolicy:
                 before_exit()
             except Exception as error:  # only logged: the process ends because of another
                 logger.warning("while ending: %s: %s", type(error).__name__, error)
-        self.detector.await_publication(seconds=_LINGER_SECONDS)
+        self.detector.await_publication(seconds=self._timing.linger)
         self._exit(status)
 
     def operation_failed(
@@ -120,7 +126,7 @@ class ExitPolicy:
                     "%s has not responded for %g s (suspended, overloaded, or network down); the "
                     "job aborts when an operation exceeds --dist-timeout",
                     self._names[rank],
-                    heartbeat.UNRESPONSIVE_SECONDS,
+                    self._timing.unresponsive,
                 )
             case HeartbeatChanged(rank):
                 logger.warning("%s responds again", self._names[rank])
@@ -150,5 +156,5 @@ class ExitPolicy:
         self._exit(status)
 
     def _exit(self, status: int) -> NoReturn:
-        self.detector.await_departures(seconds=_LINGER_SECONDS)
+        self.detector.await_departures(seconds=self._timing.linger)
         exit_process(status)

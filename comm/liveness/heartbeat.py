@@ -7,14 +7,14 @@ swaps, or whose machine is gone, leaves its connection open.
 import time
 from collections.abc import Iterable
 
-INTERVAL_SECONDS = 10.0  # between the checks that all ranks answer
-UNRESPONSIVE_SECONDS = 30.0  # without a message, until a rank counts as unresponsive
+from comm.timing import Timing
 
 
 class Heartbeat:
     """The time of the last message of each rank."""
 
-    def __init__(self) -> None:
+    def __init__(self, timing: Timing) -> None:
+        self._timing = timing
         self._last_check = self._last_call = time.monotonic()
         self._last_message: dict[int, float] = {}
         self._unresponsive: set[int] = set()
@@ -22,7 +22,7 @@ class Heartbeat:
     def is_due(self) -> bool:
         """Returns whether it is time for a check; if so, the check counts as made."""
         now = time.monotonic()
-        if now - self._last_check < INTERVAL_SECONDS:
+        if now - self._last_check < self._timing.heartbeat_interval:
             return False
         self._last_check = now
         return True
@@ -38,13 +38,13 @@ class Heartbeat:
         get their time anew.
         """
         now = time.monotonic()
-        if now - self._last_call > UNRESPONSIVE_SECONDS / 2:
+        if now - self._last_call > self._timing.unresponsive / 2:
             self._last_message = dict.fromkeys(self._last_message, now)
         self._last_call = now
         unresponsive = {
             rank
             for rank in connected
-            if now - self._last_message.setdefault(rank, now) > UNRESPONSIVE_SECONDS
+            if now - self._last_message.setdefault(rank, now) > self._timing.unresponsive
         }
         changed = sorted(unresponsive ^ self._unresponsive)
         self._unresponsive = unresponsive

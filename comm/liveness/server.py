@@ -21,13 +21,10 @@ from collections.abc import Callable
 from comm.liveness.handshake import Handshake
 from comm.liveness.heartbeat import Heartbeat
 from comm.liveness.protocol import MAX_LINE, Message, decode, encode, set_keep_alive
+from comm.timing import DEFAULT_TIMING, Timing
 
 _MAX_REPLY_BYTES = 1024  # of a connection before its handshake
 _MAX_UNPROVED = 64  # connections before their handshake, beside as many as there are ranks
-_HANDSHAKE_SECONDS = 10.0
-_TICK_SECONDS = 0.2
-_SEND_SECONDS = 2.0
-CHECK_SECONDS = 3.0  # for all ranks to answer that they are alive
 
 
 class _Connection:
@@ -70,7 +67,9 @@ class LivenessServer:
         handshake: Handshake,
         world_size: int,
         on_message: Callable[[Message], None],
+        timing: Timing = DEFAULT_TIMING,
     ) -> None:
+        self._timing = timing
         self._handshake = handshake
         self._world_size = world_size
         self._on_message = on_message
@@ -84,7 +83,7 @@ class LivenessServer:
         self._seen: set[int] = set()
         self._failure: Message | None = None
         self._check: tuple[float, set[int]] | None = None  # until when, the ranks without answer
-        self._heartbeat = Heartbeat()
+        self._heartbeat = Heartbeat(timing)
         self._changed = threading.Condition()
         self._closing = False
         threading.Thread(target=self._serve, name="liveness-server", daemon=True).start()
@@ -124,7 +123,7 @@ class LivenessServer:
         """
         with self._changed:
             if self._check is None:
-                self._check = (time.monotonic() + CHECK_SECONDS, self._connected())
+                self._check = (time.monotonic() + self._timing.check, self._connected())
                 self._broadcast({"check": True})
 
     def close(self) -> None:
@@ -149,7 +148,7 @@ class LivenessServer:
 
     def _serve(self) -> None:
         while True:
-            for key, _ in self._selector.select(_TICK_SECONDS):
+            for key, _ in self._selector.select(self._timing.serve_tick):
                 if key.data is None:
                     self._accept()
                 else:
@@ -161,7 +160,7 @@ class LivenessServer:
     def _accept(self) -> None:
         with contextlib.suppress(OSError):  # it may have gone again
             accepted, _ = self._listener.accept()
-            accepted.settimeout(_SEND_SECONDS)
+            accepted.settimeout(self._timing.send)
             set_keep_alive(accepted)
             connection = _Connection(accepted)
             self._connections.append(connection)
@@ -218,7 +217,7 @@ class LivenessServer:
         unproved = [connection for connection in self._connections if connection.rank is None]
         num_surplus = len(unproved) - _MAX_UNPROVED - self._world_size
         for index, connection in enumerate(unproved):
-            if index < num_surplus or now - connection.opened > _HANDSHAKE_SECONDS:
+            if index < num_surplus or now - connection.opened > self._timing.handshake:
                 self._drop(connection)
 
     def _conclude_check(self) -> None:

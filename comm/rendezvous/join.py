@@ -25,13 +25,10 @@ from comm.rendezvous.job_key import JobKey
 from comm.rendezvous.participants import Fact, Participant, find_mismatch
 from comm.rendezvous.signed_store import SignedStore, foreign_value
 from comm.rendezvous.store import connect_to_store, host_store
+from comm.timing import DEFAULT_TIMING, Timing
 
 logger = logging.getLogger(__name__)
 
-_POLL_SECONDS = 0.1
-_REPORT_SECONDS = 10.0
-_ACKNOWLEDGE_SECONDS = 3.0
-_LATE_SECONDS = 5.0
 _ERRORS = {1: TimeoutError, 2: ValueError, STOPPED: StopAskedError}  # by a verdict's status
 _VERDICT, _NUM_READ = "verdict", "read"
 
@@ -80,6 +77,7 @@ def join(
     join_timeout: float,
     host: bool | None = None,
     stop: StopRequest | None = None,
+    timing: Timing = DEFAULT_TIMING,
 ) -> Rendezvous:
     """Joins the other ranks.
 
@@ -103,8 +101,8 @@ def join(
     """
     place = (socket.gethostname(), interface.address, interface.name, os.getpid())
     participant = Participant(rank, *place, {"--world-size": world_size, **facts})
-    deadline = Deadline(join_timeout)
-    joining = _Joining(url, participant, world_size, deadline, stop or StopRequest())
+    deadline = Deadline(join_timeout, timing)
+    joining = _Joining(url, participant, world_size, deadline, stop or StopRequest(), timing)
     try:
         store = joining.open_store(host=rank == 0 if host is None else host)
         return joining.join(SignedStore(store, key, start=start), key)
@@ -128,8 +126,10 @@ class _Joining:
         world_size: int,
         deadline: Deadline,
         stop: StopRequest,
+        timing: Timing,
     ) -> None:
         self._url = url
+        self._timing = timing
         self._stop = stop
         self._participant = participant
         self._rank = participant.rank
@@ -161,7 +161,7 @@ class _Joining:
         verdict = json.loads(store.get(_VERDICT))
         if "error" in verdict:
             is_late = verdict["status"] == 1
-            self._await_readers(store, late_seconds=0.0 if is_late else _LATE_SECONDS)
+            self._await_readers(store, late_seconds=0.0 if is_late else self._timing.late)
             raise _ERRORS[verdict["status"]](verdict["error"])
         self._deadline.expect(status=1, line=self._unconnected())
         participants = _read(store, range(self._world_size))
@@ -216,7 +216,7 @@ class _Joining:
             return
         joined = "" if self._rank == 0 else f"joined {self._master}; "
         self._report(f"{joined}waiting for {names}")
-        time.sleep(_POLL_SECONDS)
+        time.sleep(self._timing.poll)
 
     def _missing(self, store: SignedStore) -> list[int]:
         ranks = range(self._world_size)
@@ -236,9 +236,9 @@ class _Joining:
                 num_read, waited = store.plain.add(_NUM_READ, 0), time.monotonic() - began
                 num_joined = self._world_size - len(self._missing(store))
                 num_awaited = self._world_size if waited < late_seconds else num_joined
-                if num_read >= num_awaited or waited > max(late_seconds, _ACKNOWLEDGE_SECONDS):
+                if num_read >= num_awaited or waited > max(late_seconds, self._timing.acknowledge):
                     return
-                time.sleep(_POLL_SECONDS)
+                time.sleep(self._timing.poll)
 
     def _unconnected(self) -> str:
         return (
@@ -249,7 +249,7 @@ class _Joining:
         )
 
     def _report(self, what: str) -> None:
-        if self._deadline.elapsed - self._last_report >= _REPORT_SECONDS:
+        if self._deadline.elapsed - self._last_report >= self._timing.report:
             self._last_report = self._deadline.elapsed
             logger.warning("%s (%s)", what, self._deadline.progress)
 

@@ -11,8 +11,8 @@ import torch
 from arguments.flag_table import flags_of_all_ranks
 from arguments.train import parse_train
 from tests.support.cluster import flags, make_model
-from tests.support.dist import free_port
-from tests.support.entry import Outcome, Rank, Run, run_all
+from tests.support.launcher import free_port
+from tests.support.runs import Outcome, Rank, Run, run_all
 from tests.support.valid_run import argv
 
 HOST = socket.gethostname()
@@ -41,7 +41,7 @@ def ranks(home: Path, odd: dict[str, Any], **more: Any) -> list[Rank]:
 
 
 @pytest.fixture(scope="module")
-def outcomes(home: Path) -> dict[str, list[Outcome]]:
+def outcomes(home: Path) -> dict[str, Outcome]:
     runs = [
         Run("missing", ranks(
             home, {"job-token-file": home / "other token"},
@@ -52,10 +52,10 @@ def outcomes(home: Path) -> dict[str, list[Outcome]]:
         Run("another flag", ranks(home, {"seq-length": 16})),
         Run("no model", ranks(home, {"model-name": home / "nowhere"})),
     ]  # fmt: skip
-    return run_all([[run] for run in runs], at_once=3, deadline=200.0)
+    return run_all([[run] for run in runs], at_once=3)
 
 
-def test_ranks_that_agree(home: Path, outcomes: dict[str, list[Outcome]]) -> None:
+def test_ranks_that_agree(home: Path, outcomes: dict[str, Outcome]) -> None:
     first, *others = outcomes["fine"]
     assert [one.status for one in (first, *others)] == [0] * 4, first
     assert [one.stdout + one.stderr for one in others] == [""] * 3
@@ -80,7 +80,7 @@ def test_ranks_that_agree(home: Path, outcomes: dict[str, list[Outcome]]) -> Non
     assert not (home / "none").exists(), "nothing is written"
 
 
-def test_another_model_on_one_rank(outcomes: dict[str, list[Outcome]]) -> None:
+def test_another_model_on_one_rank(outcomes: dict[str, Outcome]) -> None:
     first = outcomes["another model"][0]
     assert [one.status for one in outcomes["another model"]] == [1] * 4
     told = first.stdout.splitlines()
@@ -93,7 +93,7 @@ def test_another_model_on_one_rank(outcomes: dict[str, list[Outcome]]) -> None:
     assert told[-1] == "check failed: differing or missing, told above: 3"
 
 
-def test_no_model_on_one_rank(outcomes: dict[str, list[Outcome]]) -> None:
+def test_no_model_on_one_rank(outcomes: dict[str, Outcome]) -> None:
     """The others' config.json says what to measure."""
     told = outcomes["no model"][0].stdout
     assert [one.status for one in outcomes["no model"]] == [1] * 4
@@ -101,14 +101,14 @@ def test_no_model_on_one_rank(outcomes: dict[str, list[Outcome]]) -> None:
     assert "an iteration (" in told
 
 
-def test_another_flag_on_one_rank(outcomes: dict[str, list[Outcome]]) -> None:
+def test_another_flag_on_one_rank(outcomes: dict[str, Outcome]) -> None:
     for one in outcomes["another flag"]:
         assert one.status == 2
         assert "--seq-length must be the same on all ranks" in one.stderr
 
 
 def test_a_missing_rank_is_named_while_the_others_wait(
-    outcomes: dict[str, list[Outcome]],
+    outcomes: dict[str, Outcome],
 ) -> None:
     """The last rank has another job's token: it goes, and counts as missing."""
     *waiting, other = outcomes["missing"]

@@ -29,7 +29,7 @@ from planning.cluster.machines import versions
 from tests.support.cluster import SHARDS, flags, make_model
 from tests.support.connected import Rank as Entered
 from tests.support.connected import enter
-from tests.support.dist import run_ranks
+from tests.support.launcher import run_ranks
 from tests.support.valid_run import argv
 
 HOST = socket.gethostname()

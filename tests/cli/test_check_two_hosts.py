@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.cluster import make_model
-from tests.support.entry import Rank, Run, run_all
 from tests.support.hosts import HOSTS, wired
+from tests.support.runs import Rank, Run, run_all
 from tests.support.valid_run import argv
 
 RATE = 40e6 / 8  # bytes per second, of the first machine's sends, headers included
@@ -42,7 +42,7 @@ def test_the_rate_of_a_link_is_that_of_its_shaper(tmp_path: Path) -> None:
             "job-token-file": home / f"token{number}", "check-cluster": "true",
         }  # fmt: skip
         ranks.append(Rank(argv(flags), home, host=host.name))
-    outcomes = run_all([[Run("check", ranks)]], at_once=1, deadline=120.0)["check"]
+    outcomes = run_all([[Run("check", ranks)]], at_once=1)["check"]
     assert [one.status for one in outcomes] == [0, 0], outcomes
     told = outcomes[0].stdout
     assert "only these" not in told + outcomes[0].stderr + outcomes[1].stderr

@@ -16,7 +16,7 @@ from cupy.cuda import nccl
 from monitor.metrics import read_metrics
 from tests.support.cases import Case, meet_at, run_folder, train_cases
 from tests.support.data import make_texts, write_jsonl
-from tests.support.dist import run_ranks
+from tests.support.launcher import run_ranks
 from tests.support.models import make_shards
 from tests.support.nccl_double import Traffic, nccl_double
 from tests.support.torch_nccl_double import gloo_for_nccl

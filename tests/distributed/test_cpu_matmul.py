@@ -26,7 +26,7 @@ from modules.matmul.select import saved_choice
 from tests.support.cases import Case, Told, curve, meet_at, run_folder, train_cases
 from tests.support.cpus import CPUS
 from tests.support.data import make_texts, write_jsonl
-from tests.support.dist import run_ranks
+from tests.support.launcher import run_ranks
 from tests.support.mixed import model_flags
 from tests.support.models import make_shards
 from training.cpu_matmul import choose_cpu_matmul

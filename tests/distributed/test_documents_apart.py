@@ -15,8 +15,8 @@ from monitor.metrics import read_metrics
 from pipeline_parallel.schedule.schedules import SCHEDULES
 from tests.support.cases import Case, curve, meet_at, run_folder, train_cases
 from tests.support.data import make_texts, tokenizer, write_jsonl
-from tests.support.dist import run_ranks
 from tests.support.documents import Alone, doc_starts_after, losses_alone
+from tests.support.launcher import run_ranks
 from tests.support.models import make_shards
 from tests.support.parity import DROPOUT, MODELS_TRIED, TOLERANCE, blocks, flags, reference, worst
 

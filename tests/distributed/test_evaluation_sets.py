@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from monitor.metrics import read_metrics
 from tests.support.cases import Case, meet_at, run_folder, train_cases
 from tests.support.data import make_texts, tokenizer, write_jsonl
-from tests.support.dist import run_ranks
+from tests.support.launcher import run_ranks
 from tests.support.models import make_shards
 from tests.support.parity import ROWS, TOKENS, TOLERANCE, UPDATES, blocks, flags, reference, worst
 

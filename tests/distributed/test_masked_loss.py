@@ -21,8 +21,8 @@ from tasks.source_spec import SourceSpec
 from tasks.stream import open_training_stream
 from tests.support.cases import Case, curve, meet_at, train_cases
 from tests.support.data import WORDS, tokenizer
-from tests.support.dist import run_ranks
 from tests.support.documents import Alone, doc_starts_after
+from tests.support.launcher import run_ranks
 from tests.support.models import make_shards
 from tests.support.parity import TOKENS, TOLERANCE, flags, reference, worst
 

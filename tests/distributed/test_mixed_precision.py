@@ -9,8 +9,8 @@ import torch
 
 from tests.support.cases import Case, Told, meet_at, train_cases, weights_of
 from tests.support.data import make_texts, write_jsonl
-from tests.support.dist import run_ranks
 from tests.support.fp16_twin import LAYERS, LR, TOKENS, WARMUP, Recipe, twin
+from tests.support.launcher import run_ranks
 from tests.support.mixed import lines_of, model_flags, rows_of_a_replica
 from tests.support.models import make_shards
 from tests.support.parity import worst

@@ -16,7 +16,7 @@ from torch import Tensor
 from monitor.metrics import read_metrics
 from tests.support.cases import Case, meet_at, run_folder, train_cases
 from tests.support.data import make_texts, write_jsonl
-from tests.support.dist import run_ranks
+from tests.support.launcher import run_ranks
 from tests.support.mixed import model_flags, rows_of_a_replica
 from tests.support.models import make_shards
 from tests.support.parity import worst

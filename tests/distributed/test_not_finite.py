@@ -18,7 +18,7 @@ from tasks.source_spec import SourceSpec
 from tasks.stream import open_training_stream
 from tests.support.cases import Case, Told, meet_at, run_folder, train_cases, weights_of
 from tests.support.data import make_texts, tokenizer, write_jsonl
-from tests.support.dist import run_ranks
+from tests.support.launcher import run_ranks
 from tests.support.mixed import lines_of, model_flags
 from tests.support.models import make_shards
 from tests.support.poison import BadLogit, BadOutput, InfiniteLoss, Overflow

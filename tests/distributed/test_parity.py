@@ -13,7 +13,7 @@ import pytest
 from pipeline_parallel.schedule.schedules import SCHEDULES
 from tests.support.cases import Case, curve, meet_at, run_folder, train_cases, weights_of
 from tests.support.data import make_texts, write_jsonl
-from tests.support.dist import run_ranks
+from tests.support.launcher import run_ranks
 from tests.support.models import make_shards
 from tests.support.parity import (
     DROPOUT,

@@ -13,7 +13,7 @@ from transformers import GPTJConfig, GPTNeoXConfig
 
 from tests.support.cases import Case, meet_at, run_folder, train_cases
 from tests.support.data import make_texts, tokenizer, write_jsonl
-from tests.support.dist import run_ranks
+from tests.support.launcher import run_ranks
 
 WITHIN = 0.01
 WITHIN_DOCUMENTS = 0.05  # whose lengths no plan knows

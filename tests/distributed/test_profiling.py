@@ -19,7 +19,7 @@ from monitor.profiling.tracer import Track
 from tests.support.alone import train_alone
 from tests.support.cases import Case, Told, curve, meet_at, train_cases
 from tests.support.data import make_texts, write_jsonl
-from tests.support.dist import run_ranks
+from tests.support.launcher import run_ranks
 from tests.support.models import make_shards
 from tests.support.poison import BadOutput
 from training.profiling import simulated_step

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 from checkpoint.steps.manifest import read_manifest
-from tests.support.dist import run_ranks
+from tests.support.hooks import Kill
 from tests.support.kill_lab import STEPS, WORLD, Lab, leftovers, make_lab, numbers
 from tests.support.kill_plan import PUBLISH
+from tests.support.launcher import run_ranks
 from tests.support.parity import worst
-from tests.support.processes import Kill, Outcome, fork_ranks
+from tests.support.runs import Outcome, fork_ranks
 
 _TRAIN = "pipeline_parallel.engine:Engine.train"
 STOPPED = 10
@@ -51,7 +52,7 @@ def start(
 ) -> Seen:
     argvs = lab.argvs(name, own_disks=own_disks, changes=changes)
     argvs = argvs[: changes.get("world-size", WORLD)]
-    outcome = fork_ranks(argvs, lab.folder, kills=kills)
+    outcome = fork_ranks(argvs, lab.folder, hooks=kills)
     disk = lab.disk(name, 0 if own_disks else None)
     steps = sorted((path.name for path in disk.glob("[0-9]*")), key=int)
     return Seen(outcome, (disk / "latest").read_text(), steps)

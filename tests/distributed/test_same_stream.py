@@ -14,7 +14,7 @@ from tasks.source_spec import SourceSpec
 from tasks.stream import open_training_stream
 from tests.support.cases import connected, meet_at
 from tests.support.data import make_texts, tokenizer, write_jsonl
-from tests.support.dist import run_ranks
+from tests.support.launcher import run_ranks
 
 SHAPES = [(2, 2), (1, 4), (4, 1)]
 ROWS, TOKENS, BATCHES = 8, 24, 20

@@ -13,7 +13,7 @@ from tests.support.alone import run_parts
 from tests.support.cases import Case, Told, curve, meet_at, run_folder, train_cases
 from tests.support.checkpoint_models import reseal
 from tests.support.data import make_texts, write_jsonl
-from tests.support.dist import run_ranks
+from tests.support.launcher import run_ranks
 from tests.support.models import make_shards
 from training.run_start import RunStart, open_run
 

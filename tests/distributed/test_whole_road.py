@@ -27,10 +27,10 @@ from tasks.stream import open_training_stream
 from tests.support.cases import to_argv
 from tests.support.checkpoint_models import hf_weights
 from tests.support.data import WORDS, make_texts, tokenizer, write_jsonl
-from tests.support.dist import free_port
-from tests.support.entry import Outcome, Rank, Run, run_all
+from tests.support.launcher import free_port
 from tests.support.models import make_hf
 from tests.support.predecessors import CONFIGS, buffers, expected_hf, make_checkpoint, make_modules
+from tests.support.runs import Outcome, Rank, Run, run_all
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = ("gptneox", "gptj")
@@ -155,12 +155,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ended(base: Path) -> dict[str, list[Outcome]]:
+def ended(base: Path) -> dict[str, Outcome]:
     """How all ranks of all runs ended: every one of them well."""
     chains = [[road(base, family, stages)] for family in FAMILIES for stages in STAGES]
     chains += [[from_old_shards(base, family)] for family in FAMILIES]
     chains += [from_old_checkpoint(base, family) for family in FAMILIES]
-    outcomes = run_all(chains, at_once=2, deadline=300.0)
+    outcomes = run_all(chains, at_once=2)
     for name, ranks in outcomes.items():
         for outcome in ranks:
             assert (outcome.status, outcome.stderr) == (0, ""), (name, outcome)
@@ -206,7 +206,7 @@ def test_an_iteration_at_rate_0_changes_no_bit(
     place: str,
     base: Path,
     tmp_path: Path,
-    ended: dict[str, list[Outcome]],
+    ended: dict[str, Outcome],
 ) -> None:
     model = to_hf(family, base / f"road-{family}-{stages}" / place, tmp_path / "back")
     before, after = hf_weights(base / "hf" / family), hf_weights(tmp_path / "back")
@@ -217,7 +217,7 @@ def test_an_iteration_at_rate_0_changes_no_bit(
     assert line["grad_norm"] > 0.0
 
 
-def test_the_split_is_told_once(ended: dict[str, list[Outcome]]) -> None:
+def test_the_split_is_told_once(ended: dict[str, Outcome]) -> None:
     """Blocks of 32 x (4 x 32 + 2 x 128 + 25) multiply-adds, and a head of 32 x 400."""
     told = [rank.stdout.splitlines() for rank in ended["road-gptj-4"]]
     lines = [line for rank in told for line in rank if "layers of the stages" in line]
@@ -256,7 +256,7 @@ def first_loss(model: Any, data: Path) -> float:
 @pytest.mark.parametrize("run", ["old-shards", "old-checkpoint"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_goes_on_with_predecessors_weights(
-    family: str, run: str, base: Path, tmp_path: Path, ended: dict[str, list[Outcome]]
+    family: str, run: str, base: Path, tmp_path: Path, ended: dict[str, Outcome]
 ) -> None:
     lines = read_metrics(base / f"{run}-{family}" / "run" / "metrics.jsonl")
     expected = first_loss(old_hf(family, tmp_path / "hf"), base / "data.jsonl")
@@ -267,7 +267,7 @@ def test_training_goes_on_with_predecessors_weights(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_predecessors_checkpoint_starts_a_run_of_its_own(
-    family: str, base: Path, ended: dict[str, list[Outcome]]
+    family: str, base: Path, ended: dict[str, Outcome]
 ) -> None:
     """Step 0 and a fresh optimizer, said in one line; then ours is the latest."""
     run = base / f"old-checkpoint-{family}" / "run"
@@ -291,7 +291,7 @@ def test_a_predecessors_checkpoint_starts_a_run_of_its_own(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_came_of_predecessors_files_converts(
-    family: str, base: Path, tmp_path: Path, ended: dict[str, list[Outcome]]
+    family: str, base: Path, tmp_path: Path, ended: dict[str, Outcome]
 ) -> None:
     """The trained weights differ from the old ones by little; the old checkpoint is as it was."""
     folder = base / f"old-checkpoint-{family}"

@@ -22,8 +22,8 @@ import torch
 from checkpoint.lock import lock_folder
 from tests.support.checkpoint_models import reseal
 from tests.support.data import tokenizer
-from tests.support.dist import free_port
-from tests.support.entry import Outcome, Rank, Run, run_all
+from tests.support.launcher import free_port
+from tests.support.runs import Outcome, Rank, Run, run_all
 from tests.support.valid_run import LAYERS, ROOT, VOCAB, Flags, argv, at, make_home, right, the_line
 
 
@@ -365,7 +365,7 @@ def first_runs(home: Path, busy: str) -> list[list[Run]]:
 
 
 @pytest.fixture(scope="module")
-def ended(home: Path) -> dict[str, list[Outcome]]:
+def ended(home: Path) -> dict[str, Outcome]:
     """How all runs ended."""
     tokenizer().save_pretrained(home / "longer")
     path = home / "longer" / "tokenizer.json"
@@ -379,8 +379,8 @@ def ended(home: Path) -> dict[str, list[Outcome]]:
     with lock, socket.create_server(("127.0.0.1", 0)) as busy:
         url = f"tcp://127.0.0.1:{busy.getsockname()[1]}"
         chains = [[first_start(home)], *first_runs(home, url)]
-        ends = run_all(chains, at_once=3, deadline=500.0)
-    return ends | run_all(second_runs(home), at_once=3, deadline=300.0)
+        ends = run_all(chains, at_once=3)
+    return ends | run_all(second_runs(home), at_once=3)
 
 
 FIRST = "a first start"
@@ -410,12 +410,12 @@ def second_runs(home: Path) -> list[list[Run]]:
     return chains
 
 
-def test_the_first_start_is_right(ended: dict[str, list[Outcome]]) -> None:
+def test_the_first_start_is_right(ended: dict[str, Outcome]) -> None:
     for outcome in ended[FIRST]:
         assert (outcome.status, outcome.stderr) == (0, "")
 
 
-def the_same_line(outcomes: list[Outcome]) -> str:
+def the_same_line(outcomes: Outcome) -> str:
     """The line that every rank ends with, apart from the names of who says it and who saw it."""
     lines = []
     for rank, outcome in enumerate(outcomes):
@@ -429,7 +429,7 @@ def the_same_line(outcomes: list[Outcome]) -> str:
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_a_model_folder(name: str, home: Path, ended: dict[str, list[Outcome]]) -> None:
+def test_a_model_folder(name: str, home: Path, ended: dict[str, Outcome]) -> None:
     rank, _, words = FOLDERS[name]
     line = the_same_line(ended[name])
     assert all(word in line for word in words), line
@@ -440,19 +440,19 @@ def test_a_model_folder(name: str, home: Path, ended: dict[str, list[Outcome]]) 
 
 
 @pytest.mark.parametrize("name", FLAGS)
-def test_flags_of_some_ranks(name: str, home: Path, ended: dict[str, list[Outcome]]) -> None:
+def test_flags_of_some_ranks(name: str, home: Path, ended: dict[str, Outcome]) -> None:
     line = the_same_line(ended[name])
     assert all(at(home, word) in line for word in FLAGS[name][1]), line
     if "middle" in name:
         assert "step 1/200" in ended[name][0].stdout
 
 
-def test_a_late_rank_hears_of_it_too(ended: dict[str, list[Outcome]]) -> None:
+def test_a_late_rank_hears_of_it_too(ended: dict[str, Outcome]) -> None:
     assert "--lr must be the same on all ranks" in the_same_line(ended[LATE])
 
 
 @pytest.mark.parametrize("name", [*RESUMES, *STATES])
-def test_a_second_start(name: str, home: Path, ended: dict[str, list[Outcome]]) -> None:
+def test_a_second_start(name: str, home: Path, ended: dict[str, Outcome]) -> None:
     line = the_same_line(ended[name])
     words = (RESUMES | STATES)[name][1]
     assert all(at(home, word) in line for word in words), line
@@ -467,7 +467,7 @@ def test_a_second_start(name: str, home: Path, ended: dict[str, list[Outcome]]) 
         ("a GPU that one process lacks", ["--use-cuda true", "0 CUDA devices"]),
     ],
 )
-def test_a_rank_alone(name: str, words: list[str], ended: dict[str, list[Outcome]]) -> None:
+def test_a_rank_alone(name: str, words: list[str], ended: dict[str, Outcome]) -> None:
     (outcome,) = ended[name]
     assert outcome.status == 2, outcome
     assert all(word in the_line(outcome.stderr) for word in words), outcome.stderr

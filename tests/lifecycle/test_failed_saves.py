@@ -24,9 +24,9 @@ from monitor.metrics import IterationMetrics, MetricsFile, read_metrics
 from monitor.recorder import Recorder
 from tests.support.cases import Case, Told, curve, meet_at, run_folder, to_argv, train_cases
 from tests.support.data import make_texts, write_jsonl
-from tests.support.dist import run_ranks
 from tests.support.full_disk import files_no_larger_than, fill, small_disk
 from tests.support.kill_lab import leftovers, same, state
+from tests.support.launcher import run_ranks
 from tests.support.models import make_shards
 from tests.support.valid_run import ROOT
 from training.iteration import TrainingStoppedError

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from comm.liveness import heartbeat
 from comm.liveness.failure_policy import ExitPolicy
 from comm.rendezvous.join import Rendezvous
+from comm.timing import DEFAULT_TIMING, Timing
 from comm.topology import Topology
-from tests.support.connected import Rank
-from tests.support.dist import free_port, process_context
-from tests.support.members import Process, RankProgram, await_ready, member, start
+from tests.support.connected import Rank, RankProgram, member
+from tests.support.launcher import Process, await_ready, fork, free_port, start
+
+QUICK = Timing(check=1.5, linger=1.0)
 
 
 def work_for_ever(rank: Rank) -> None:
@@ -32,11 +33,6 @@ def wait_for(victim: int, rank: Rank) -> None:
     rank.groups.control.all_reduce(torch.ones(4)).wait()
 
 
-def work_for_ever_and_ask_often(rank: Rank) -> None:
-    heartbeat.INTERVAL_SECONDS, heartbeat.UNRESPONSIVE_SECONDS = 0.2, 2.0
-    work_for_ever(rank)
-
-
 def fail_as_rank_two(rank: Rank) -> None:
     if rank.topology.rank == 2:
         rank.policy.fail(2, "--x 3: must be less\nthan 3")
@@ -45,7 +41,7 @@ def fail_as_rank_two(rank: Rank) -> None:
 
 def close_slowly(rank: Rank) -> None:
     if rank.topology.rank == 0:
-        rank.policy.fail(2, "--x 3: must be less", before_exit=lambda: time.sleep(12.0))
+        rank.policy.fail(2, "--x 3: must be less", before_exit=lambda: time.sleep(6.0))
     work_for_ever(rank)
 
 
@@ -61,10 +57,16 @@ class Run:
         self._folder = folder
         self.ranks: list[Process] = []
 
-    def start(self, program: RankProgram, *, dist_timeout: float = 60.0) -> None:
+    def start(
+        self,
+        program: RankProgram,
+        *,
+        dist_timeout: float = 60.0,
+        timing: Timing = DEFAULT_TIMING,
+    ) -> None:
         url = f"tcp://127.0.0.1:{free_port()}"
         self.ranks = [
-            start(self._folder, str(rank), member, rank, url, (2, 2), program, dist_timeout)
+            start(self._folder, str(rank), member, rank, url, (2, 2), program, dist_timeout, timing)
             for rank in range(4)
         ]
 
@@ -73,8 +75,7 @@ class Run:
 
     def kill(self) -> None:
         for rank in self.ranks:
-            rank.process.kill()
-            rank.process.join()
+            rank.kill()
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def test_a_mistake_that_one_rank_sees_ends_all_with_status_2(run: Run) -> None:
 
 
 def test_what_takes_long_comes_after_all_have_heard(run: Run) -> None:
-    run.start(close_slowly, dist_timeout=2.0)
+    run.start(close_slowly, dist_timeout=1.0, timing=QUICK)
     for number in (1, 2, 3, 0):
         assert run.ranks[number].status(within=30.0) == 2
         prefix = f"rank {number}: " if number else ""
@@ -118,7 +119,7 @@ def test_what_takes_long_comes_after_all_have_heard(run: Run) -> None:
 @pytest.mark.parametrize("victim", [3, 0])
 def test_a_hung_rank_is_reported_before_anybody_gives_up(run: Run, victim: int) -> None:
     """By rank 0, which knows of all; and by all where it is that one."""
-    run.start(work_for_ever_and_ask_often)
+    run.start(work_for_ever, timing=Timing(heartbeat_interval=0.2, unresponsive=2.0))
     run.await_ready(but_for=victim)
     tellers = [0] if victim else [1, 2, 3]
     told = {signal.SIGSTOP: " has not responded for 2 s (", signal.SIGCONT: " responds again"}
@@ -127,7 +128,7 @@ def test_a_hung_rank_is_reported_before_anybody_gives_up(run: Run, victim: int) 
         for teller in tellers:
             await_line(run.ranks[teller], f"rank {victim} (stage {victim % 2}, replica ", words)
     for number, rank in enumerate(run.ranks):
-        assert rank.process.is_alive()
+        assert rank.status() is None
         assert len(rank.lines) == (2 if number in tellers else 0)
 
 
@@ -140,7 +141,7 @@ def await_line(process: Process, start: str, words: str) -> None:
 
 @pytest.mark.parametrize("victim", [3, 0])
 def test_a_hung_rank_is_named_after_the_timeout(run: Run, victim: int) -> None:
-    run.start(work_for_ever, dist_timeout=2.0)
+    run.start(work_for_ever, dist_timeout=2.0, timing=QUICK)
     run.await_ready(but_for=victim)
     os.kill(run.ranks[victim].pid, signal.SIGSTOP)
     for number, rank in enumerate(run.ranks):
@@ -158,16 +159,12 @@ def test_an_orderly_end(run: Run) -> None:
         assert rank.lines == []
 
 
-def fail_alone(error: Path) -> None:
-    descriptor = os.open(error, os.O_WRONLY | os.O_CREAT)
-    os.dup2(descriptor, 2)
+def fail_alone() -> None:
     policy = ExitPolicy.connect(Rendezvous.alone(), Topology(0, 1, 1))
     policy.operation_failed(RuntimeError("no peer was lost"))
 
 
 def test_a_world_of_one_just_ends(tmp_path: Path) -> None:
-    process = process_context().Process(target=fail_alone, args=(tmp_path / "err",))
-    process.start()
-    process.join(20.0)
-    assert process.exitcode == 1
-    assert (tmp_path / "err").read_text().startswith("no peer was lost ")
+    process = fork(tmp_path / "alone", fail_alone)
+    assert process.status(within=20.0) == 1
+    assert process.stderr.startswith("no peer was lost ")

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.dist import run_ranks
 from tests.support.fault_lab import Lived, live, make_fault_lab, problems, report, tell
 from tests.support.fault_plan import ALONE, APART, draw_runs
 from tests.support.hosts import HOSTS, Host, wired
+from tests.support.launcher import run_ranks
 
 # Few runs that have every kind of fault, most at named moments, which all machines reach.
 SEED, RUNS = 1962, 4

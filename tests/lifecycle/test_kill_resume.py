@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from monitor.metrics import read_metrics
-from tests.support.dist import run_ranks
+from tests.support.hooks import Kill
 from tests.support.kill_lab import (
     OTHERS,
     SAVE,
@@ -34,7 +34,7 @@ from tests.support.kill_lab import (
     state,
 )
 from tests.support.kill_plan import PUBLISH, draw_plan, import_kill
-from tests.support.processes import Kill
+from tests.support.launcher import run_ranks
 
 SEED = 7
 SHORT_JOIN = 8.0  # seconds, where a rank that never comes is waited for

@@ -16,8 +16,8 @@ import pytest
 from arguments.train import train_parser
 from monitor.metrics import read_metrics
 from tests.support.cases import to_argv
-from tests.support.dist import free_port, run_ranks
 from tests.support.kill_lab import Lab, Start, make_lab, marked, numbers, same, state
+from tests.support.launcher import free_port, run_ranks
 from tests.support.models import make_shards
 
 ROOT = Path(__file__).parents[2]

@@ -21,7 +21,7 @@ from modules.families.gptneox import GPTNeoXBlock
 from planning.memory.out_of_memory import NEXT_STEP, explain_out_of_memory
 from tests.support.cases import Case, Told, meet_at, to_argv, train_cases
 from tests.support.data import make_texts, tokenizer, write_jsonl
-from tests.support.dist import free_port, run_ranks
+from tests.support.launcher import free_port, run_ranks
 from tests.support.valid_run import ROOT
 
 HIDDEN, LAYERS = 128, 2

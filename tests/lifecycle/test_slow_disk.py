@@ -12,10 +12,10 @@ import pytest
 from comm.topology import Topology
 from tests.support.cases import Case, meet_at, run_folder, train_cases
 from tests.support.data import make_texts, write_jsonl
-from tests.support.dist import run_ranks
+from tests.support.hooks import find
 from tests.support.kill_lab import same, state
+from tests.support.launcher import run_ranks
 from tests.support.models import make_shards
-from tests.support.processes import find
 
 TIMEOUT, SLOW = 3.0, 3.6
 SHAPE = (2, 2)

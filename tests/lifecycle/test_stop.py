@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.support.dist import run_ranks
+from tests.support.hooks import Kill
 from tests.support.kill_lab import (
     STAGES,
     STEPS,
@@ -29,7 +29,8 @@ from tests.support.kill_lab import (
     same,
     state,
 )
-from tests.support.processes import Kill, Outcome, fork_ranks
+from tests.support.launcher import run_ranks
+from tests.support.runs import Outcome, fork_ranks
 
 _ENGINE = "pipeline_parallel.engine:Engine"
 _TRAIN, _EVALUATE = f"{_ENGINE}.train", f"{_ENGINE}.evaluate"
@@ -150,9 +151,9 @@ def live(_rank: int, _world: int, _url: str, lab: Lab) -> Lived:
     one = {"world-size": 1, "pipeline-group-size": 1, "data-group-size": 1, "num-layers": 3}
     argvs = lab.argvs("alone", changes={**one, "checkpoint-steps": 0})[:1]
     struck = Kill("", 0, _TRAIN, nth=2, signals=(signal.SIGINT,))
-    alone = fork_ranks(argvs, lab.folder, kills=[struck])
+    alone = fork_ranks(argvs, lab.folder, hooks=[struck])
     waits = Kill("", 0, "comm.rendezvous.join:_Joining._report", signals=TERM)
-    early = fork_ranks(lab.argvs("early")[1:2], lab.folder, kills=[waits])
+    early = fork_ranks(lab.argvs("early")[1:2], lab.folder, hooks=[waits])
     return Lived(found, alone, early)
 
 

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from tests.support.data import make_texts, tokenizer, write_jsonl
-from tests.support.dist import free_port, run_ranks
+from tests.support.hooks import Slow, find
+from tests.support.launcher import free_port, run_ranks
 from tests.support.models import make_hf
-from tests.support.processes import Armed, Outcome, Slow, find, fork_ranks
+from tests.support.runs import Hook, Outcome, fork_ranks
 from tests.support.valid_run import argv
 
 WORLD, TIMEOUT, SLOW = 4, 5, 8.5
-Start = tuple[list[list[str]], Path, list[Armed]]
+Start = tuple[list[list[str]], Path, list[Hook]]
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,10 @@ class Short:
 
 
 def outcomes_of(_rank: int, _world: int, _url: str, starts: Sequence[Start]) -> list[Outcome]:
-    return [fork_ranks(argvs, folder, kills=armed) for argvs, folder, armed in starts]
+    return [fork_ranks(argvs, folder, hooks=armed) for argvs, folder, armed in starts]
 
 
-def start(home: Path, name: str, changes: dict[str, Any], *armed: Armed) -> Start:
+def start(home: Path, name: str, changes: dict[str, Any], *armed: Hook) -> Start:
     folder = home / name
     folder.mkdir()
     common = {

@@ -19,9 +19,10 @@ from modules.registry import MODELS
 from monitor.metrics import read_metrics
 from tests.support.cases import to_argv
 from tests.support.data import make_texts, tokenizer, write_jsonl
-from tests.support.entry import Outcome, Rank, Run, run_all
+from tests.support.hooks import kill_once
 from tests.support.hosts import HOSTS, wired
 from tests.support.models import make_hf
+from tests.support.runs import Outcome, Rank, Run, run_all
 
 STEPS, EVERY = 60, 5
 LAYOUTS = {"one pipeline": (2, 1), "one replica in each": (1, 2)}
@@ -98,7 +99,9 @@ def chain(base: Path, layout: str, port: int, victim: int) -> list[Run]:
             extra = {} if named is None else {"net-interface": named}
             given = to_argv(flags(layout, rank, port) | extra)
             ranks.append(Rank(given, homes[rank], host=host.name))
-        return Run(f"{layout}, {name}", ranks, (victim, homes[0] / "run" / "5") if kill else None)
+        saved = homes[0] / "run" / "5"
+        attend = kill_once(victim, lambda _pid: saved.exists()) if kill else None
+        return Run(f"{layout}, {name}", ranks, attend)
 
     named = (HOSTS[0].interface, HOSTS[1].interface)
     return [
@@ -121,20 +124,18 @@ def alone(base: Path, layout: str, port: int) -> Run:
 
 
 @pytest.fixture(scope="module")
-def ended(wire: None, base: Path) -> dict[str, list[Outcome]]:
+def ended(wire: None, base: Path) -> dict[str, Outcome]:
     """How all processes ended; the layouts run side by side."""
     chains = []
     for index, layout in enumerate(LAYOUTS):
         furnish(base, layout)
         port = 7033 + 10 * index
         chains.append([alone(base, layout, port + 1), *chain(base, layout, port, victim=1 - index)])
-    return run_all(chains, at_once=2, deadline=300.0)
+    return run_all(chains, at_once=2)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_losses_are_those_of_one_host(
-    layout: str, base: Path, ended: dict[str, list[Outcome]]
-) -> None:
+def test_losses_are_those_of_one_host(layout: str, base: Path, ended: dict[str, Outcome]) -> None:
     for name in ("alone", "resumed"):
         for outcome in ended[f"{layout}, {name}"]:
             assert (outcome.status, outcome.stderr) == (0, ""), outcome
@@ -149,7 +150,7 @@ def test_losses_are_those_of_one_host(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_survivor_names_the_rank_and_host_that_died(
-    layout: str, ended: dict[str, list[Outcome]]
+    layout: str, ended: dict[str, Outcome]
 ) -> None:
     victim = 1 - list(LAYOUTS).index(layout)
     outcomes = ended[f"{layout}, killed"]
@@ -163,7 +164,7 @@ def test_the_survivor_names_the_rank_and_host_that_died(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_interface_that_does_not_reach_the_other_host(
-    layout: str, ended: dict[str, list[Outcome]]
+    layout: str, ended: dict[str, Outcome]
 ) -> None:
     for outcome in ended[f"{layout}, astray"]:
         assert outcome.status == 2
@@ -171,7 +172,7 @@ def test_an_interface_that_does_not_reach_the_other_host(
         assert f"--net-interface: rank 1 (host {HOSTS[1].name}) uses lo (127.0.0.1)" in line
 
 
-def test_each_host_keeps_its_own_stage(base: Path, ended: dict[str, list[Outcome]]) -> None:
+def test_each_host_keeps_its_own_stage(base: Path, ended: dict[str, Outcome]) -> None:
     homes = [base / "one pipeline" / host.name for host in HOSTS]
     for stage, home in enumerate(homes):
         step = home / "run" / str(STEPS)
@@ -187,7 +188,7 @@ def test_each_host_keeps_its_own_stage(base: Path, ended: dict[str, list[Outcome
 
 
 def test_gathered_files_become_one_model(
-    base: Path, tmp_path: Path, ended: dict[str, list[Outcome]]
+    base: Path, tmp_path: Path, ended: dict[str, Outcome]
 ) -> None:
     """The far host's weights and their manifest, put beside the near one's, are all it takes."""
     near, far = (base / "one pipeline" / host.name / "run" / str(STEPS) for host in HOSTS)

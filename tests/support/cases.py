@@ -25,7 +25,7 @@ from comm.topology import Topology
 from monitor.console import Console
 from monitor.metrics import read_metrics
 from tests.support.connected import link
-from tests.support.dist import free_port
+from tests.support.launcher import free_port
 from training.iteration import TrainingStoppedError
 from training.run import train
 

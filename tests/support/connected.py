@@ -1,10 +1,15 @@
 """What a rank of a test does to have all its channels, as the entry script would."""
 
 import os
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from comm.communicator import PeerLostError
 from comm.liveness.failure_policy import ExitPolicy
 from comm.process_groups import ProcessGroups, create_process_groups
 from comm.rendezvous.dist_url import parse_dist_url
@@ -12,6 +17,7 @@ from comm.rendezvous.interface import choose_interface, export
 from comm.rendezvous.job_key import JobKey
 from comm.rendezvous.join import Rendezvous, join
 from comm.rendezvous.participants import Fact
+from comm.timing import DEFAULT_TIMING, Timing
 from comm.topology import Topology
 
 
@@ -29,6 +35,9 @@ class Rank:
         self.policy.detector.close()
 
 
+RankProgram = Callable[[Rank], None]
+
+
 def enter(
     rank: int,
     url: str,
@@ -39,6 +48,7 @@ def enter(
     dist_timeout: float = 30.0,
     facts: dict[str, Fact] | None = None,
     dist_backend: str = "gloo",
+    timing: Timing = DEFAULT_TIMING,
 ) -> Rank:
     topology = Topology(rank=rank, num_stages=num_stages, num_replicas=num_replicas)
     interface = choose_interface(flag=None, master_host=parse_dist_url(url)[0], environ=os.environ)
@@ -52,15 +62,27 @@ def enter(
         key=JobKey("test"),
         start="",
         join_timeout=join_timeout,
+        timing=timing,
     )
-    return link(topology, rendezvous, dist_backend=dist_backend, dist_timeout=dist_timeout)
+    return link(
+        topology,
+        rendezvous,
+        dist_backend=dist_backend,
+        dist_timeout=dist_timeout,
+        timing=timing,
+    )
 
 
 def link(
-    topology: Topology, rendezvous: Rendezvous, *, dist_backend: str, dist_timeout: float
+    topology: Topology,
+    rendezvous: Rendezvous,
+    *,
+    dist_backend: str,
+    dist_timeout: float,
+    timing: Timing = DEFAULT_TIMING,
 ) -> Rank:
     """All channels of a process that has met the others."""
-    policy = ExitPolicy.connect(rendezvous, topology)
+    policy = ExitPolicy.connect(rendezvous, topology, timing=timing)
     groups = create_process_groups(
         topology,
         rendezvous,
@@ -71,3 +93,40 @@ def link(
         policy=policy,
     )
     return Rank(topology, rendezvous, policy, groups)
+
+
+def member(
+    ready: Path,
+    rank: int,
+    url: str,
+    shape: tuple[int, int],
+    program: RankProgram,
+    dist_timeout: float,
+    timing: Timing = DEFAULT_TIMING,
+) -> None:
+    """Enters a run and calls `program`, as the entry script would.
+
+    The file `ready` is made once this rank waits for another in it.
+    """
+    entered = enter(
+        rank,
+        url,
+        num_stages=shape[0],
+        num_replicas=shape[1],
+        dist_timeout=dist_timeout,
+        timing=timing,
+    )
+    entered.groups.control.all_reduce(torch.ones(1)).wait()
+    threading.Thread(target=_await_waiting, args=(entered.policy, ready), daemon=True).start()
+    try:
+        program(entered)
+    except PeerLostError as error:
+        entered.policy.operation_failed(error)
+    entered.close()
+
+
+def _await_waiting(policy: ExitPolicy, ready: Path) -> None:
+    before = policy.operation.text
+    while policy.operation.text == before:
+        time.sleep(0.001)
+    ready.touch()

@@ -11,7 +11,7 @@ from tests.support.fault_injector import Hit
 from tests.support.fault_plan import CUT, FULL, KILL, STOP, TERM, UNPLUGGED, RunPlan
 from tests.support.kill_lab import STAGES, STEPS, WORLD, leftovers, numbers, same, state
 from tests.support.phases import JOINING, LOADING
-from tests.support.processes import Outcome
+from tests.support.runs import Outcome
 
 if TYPE_CHECKING:
     from tests.support.fault_lab import FaultLab

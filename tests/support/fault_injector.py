@@ -14,10 +14,11 @@ from monitor.metrics import read_metrics
 from tests.support.connections import Cutter, between
 from tests.support.fault_plan import CUT, FULL, KILL, STOP, TERM, UNPLUGGED, Fault
 from tests.support.full_disk import fill
+from tests.support.hooks import Kill
 from tests.support.hosts import Host, plug
 from tests.support.kill_lab import STEPS, WORLD, WRITERS
 from tests.support.phases import PhaseMarks, Phases
-from tests.support.processes import Armed, Kill
+from tests.support.runs import Hook
 
 _SIGNALS = {KILL: signal.SIGKILL, STOP: signal.SIGSTOP, TERM: signal.SIGTERM}
 SMALL_FILES = 30_000  # bytes: more than a rank's output, less than a stage's weights
@@ -125,7 +126,7 @@ class Injector:
         self._began: float | None = None
         self._room: dict[Fault, float] = {}  # when a full disk has room again
 
-    def armed(self) -> list[Armed]:
+    def armed(self) -> list[Hook]:
         """What the ranks are to do to themselves."""
         self._phases.begin()
         return [

@@ -11,15 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.support.dist import free_port
 from tests.support.fault_checks import damage, differences, misbehaviour
 from tests.support.fault_injector import Hit, Injector, SmallDisks
 from tests.support.fault_plan import Fault, RunPlan
 from tests.support.full_disk import mount_disk, unmount_disk
 from tests.support.hosts import Host
 from tests.support.kill_lab import STAGES, WORLD, WRITERS, Lab, make_lab
+from tests.support.launcher import free_port
 from tests.support.phases import Phases
-from tests.support.processes import Outcome, fork_ranks
+from tests.support.runs import Outcome, fork_ranks
 
 JOIN, HANG, GRACE = 12.0, 8.0, 20.0  # seconds: --join-timeout, --dist-timeout, --grace-seconds
 _DISK = "48m"
@@ -57,7 +57,7 @@ class FaultLab:
         return fork_ranks(
             self.lab.argvs(name, own_disks=bool(self.hosts), changes=changes),
             self.lab.folder,
-            kills=injector.armed(),
+            hooks=injector.armed(),
             seconds=_LONGEST,
             attend=injector.attend,
             hosts=[self.hosts[rank % STAGES].name for rank in range(WORLD)] if self.hosts else None,

@@ -12,9 +12,10 @@ import torch
 from monitor.metrics import read_metrics
 from tests.support.cases import to_argv
 from tests.support.data import make_texts, write_jsonl
-from tests.support.dist import free_port
+from tests.support.hooks import Kill, kill_once
+from tests.support.launcher import free_port
 from tests.support.models import make_shards
-from tests.support.processes import Kill, Outcome, fork_ranks, spawn_ranks
+from tests.support.runs import Outcome, Rank, Run, fork_ranks, run
 
 STAGES, REPLICAS, WORLD = 2, 2, 4
 WRITERS, OTHERS = (0, 1), (2, 3)  # the ranks of replica 0, and the rest
@@ -72,14 +73,19 @@ class Lab:
         """One start to its end, in forked ranks; it is told of the first of `kills`."""
         argvs = self.argvs(name, own_disks=own_disks, changes=changes)
         given = [kill for kill in kills if kill is not None]
-        outcome = fork_ranks(argvs, self._place(name), kills=given)
+        outcome = fork_ranks(argvs, self._place(name), hooks=given)
         return self._look(name, given[0] if given else None, outcome, own_disks=own_disks)
 
     def start_python(
         self, name: str, kill: Kill | None = None, *, changes: Mapping[str, Any] | None = None
     ) -> Start:
         """As `start`, but of `python dist_clm_train.py`, and the kill comes from outside."""
-        outcome = spawn_ranks(self.argvs(name, changes=changes), self._place(name), kill=kill)
+        place, attend = self._place(name), None
+        if kill is not None and kill.seen is not None:
+            attend = kill_once(kill.rank, kill.seen)
+        argvs = self.argvs(name, changes=changes)
+        ranks = [Rank(argv, place, is_forked=False) for argv in argvs]
+        outcome = run(Run("run", ranks, attend, seconds=180.0))
         return self._look(name, kill, outcome, own_disks=False)
 
     def _place(self, name: str) -> Path:

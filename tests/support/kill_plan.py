@@ -4,8 +4,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tests.support.hooks import Kill, imports_torch
 from tests.support.kill_lab import OTHERS, WORLD, WRITERS
-from tests.support.processes import Kill, imports_torch
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from tests.support.processes import find
+from tests.support.hooks import find
 
 STARTING, RENDEZVOUS, LOADING, TRAINING, EVALUATION, SAVING, CLOSING = PHASES = (
     "starting", "rendezvous", "loading", "training", "evaluation", "saving", "closing",

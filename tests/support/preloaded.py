@@ -1,7 +1,7 @@
 """What a process has imported when it is forked for a test, where each would take seconds for it.
 
-It is imported for that alone: by the server that processes are forked from (tests.support.dist),
-and so by all of them.
+It is imported for that alone: by the server that processes are forked from, and so by all of them
+(tests.support.launcher).
 """
 
 import importlib

@@ -44,8 +44,8 @@ TORCH_FREE = [
     "arguments", "tasks.registry", "tasks.source_spec", "modules.registry", "data_parallel.modes",
     "pipeline_parallel.schedule.schedules", "pipeline_parallel.partition.split",
     "pipeline_parallel.partition.balance", "comm.rendezvous.dist_url", "comm.rendezvous.interface",
-    "comm.rendezvous.job_key", "comm.lifecycle", "checkpoint.lock", "common.files", "common.text",
-    "common.seeds",
+    "comm.rendezvous.job_key", "comm.lifecycle", "comm.timing", "checkpoint.lock", "common.files",
+    "common.text", "common.seeds",
 ]  # fmt: skip
 MIN_LINES, MAX_LINES, MAX_PARAMETERS = 30, 300, 8
 IMPORT_ALL = """

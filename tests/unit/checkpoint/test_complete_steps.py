@@ -19,7 +19,7 @@ from comm.process_groups import ProcessGroups
 from comm.topology import Topology
 from tests.support.cases import connected
 from tests.support.checkpoint_models import cut, step_meta
-from tests.support.dist import run_ranks
+from tests.support.launcher import run_ranks
 
 STAGES, OLD, NEW = 2, (2, 5, 8), 10
 

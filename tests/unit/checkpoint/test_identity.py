@@ -23,7 +23,7 @@ from comm.topology import Topology
 from tests.support.cases import Case, connected, meet_at, run_folder, to_argv, train_cases
 from tests.support.checkpoint_models import hf_weights, to_hf
 from tests.support.data import make_texts, write_jsonl
-from tests.support.dist import run_ranks
+from tests.support.launcher import run_ranks
 from tests.support.models import make_shards
 from training.run_start import open_run
 

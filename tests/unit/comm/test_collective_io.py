@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from comm import collective_io
 from comm.backends.single_process import SingleProcessCommunicator
 from comm.collective_io import run_on_all
+from comm.timing import Timing
 from comm.topology import Topology
 from tests.support.cases import connected
-from tests.support.dist import run_ranks
+from tests.support.launcher import run_ranks
 
 
 def fail() -> None:
@@ -50,7 +50,7 @@ def test_a_mistake_of_ours_is_no_failure_of_the_disk() -> None:
         run_on_all(SingleProcessCommunicator(), wrong, "work")
 
 
-def test_slow_work_is_told_while_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_work_is_told_while_it_goes_on() -> None:
     """The work ends when the line has come."""
     told = threading.Event()
 
@@ -63,12 +63,12 @@ def test_slow_work_is_told_while_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> 
     def wait() -> None:
         assert told.wait(30.0)
 
-    monkeypatch.setattr(collective_io, "EXCHANGE_SECONDS", 0.01)
-    monkeypatch.setattr(collective_io, "SLOW_SECONDS", 0.05)
+    often = Timing(exchange=0.01, slow=0.05)
     logger: Any = logging.getLogger("comm.collective_io")
     listener = Listener()
     logger.addHandler(listener)
     try:
-        assert run_on_all(SingleProcessCommunicator(), wait, "saving step 7") is None
+        control = SingleProcessCommunicator()
+        assert run_on_all(control, wait, "saving step 7", timing=often) is None
     finally:
         logger.removeHandler(listener)

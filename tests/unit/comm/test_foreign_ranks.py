@@ -31,9 +31,8 @@ from comm.rendezvous.participants import Participant
 from comm.rendezvous.signed_store import LIVENESS_ADDRESS, SignedStore
 from comm.rendezvous.store import host_store
 from comm.topology import Topology
-from tests.support.connected import Rank
-from tests.support.dist import free_port
-from tests.support.members import Process, await_ready, member, start
+from tests.support.connected import Rank, member
+from tests.support.launcher import Process, await_ready, free_port, start
 from tests.support.sockets import Listener, listeners
 
 LOOPBACK = Interface("lo", "127.0.0.1")
@@ -97,8 +96,7 @@ def ended(*processes: Process) -> Iterator[None]:
         yield
     finally:
         for process in processes:
-            process.process.kill()
-            process.process.join()
+            process.kill()
 
 
 def bother(listener: Listener) -> list[socket.socket]:

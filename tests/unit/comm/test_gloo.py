@@ -6,7 +6,7 @@ import torch
 from comm.backends.host_staging import HostStagingCommunicator
 from tests.support.backend_checks import DTYPES, bits, check_group, values
 from tests.support.connected import Rank, enter
-from tests.support.dist import run_ranks
+from tests.support.launcher import run_ranks
 
 
 def check_slices(rank: Rank) -> None:

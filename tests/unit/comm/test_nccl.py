@@ -23,7 +23,7 @@ from comm.communicator import CurrentOperation, PeerLostError
 from comm.topology import Topology
 from tests.support.backend_checks import NUMBERS, check_group
 from tests.support.connected import enter
-from tests.support.dist import free_port, run_ranks
+from tests.support.launcher import free_port, run_ranks
 from tests.support.nccl_double import NcclDouble, nccl_double
 
 Told = queue.SimpleQueue[PeerLostError]

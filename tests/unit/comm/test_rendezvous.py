@@ -11,25 +11,30 @@ from pathlib import Path
 import pytest
 import torch
 
-from comm.lifecycle import deadline
 from comm.liveness.failure_policy import ExitPolicy
 from comm.process_groups import create_process_groups
-from comm.rendezvous import join as rendezvous
 from comm.rendezvous.dist_url import parse_dist_url
 from comm.rendezvous.interface import Interface
 from comm.rendezvous.job_key import JobKey
 from comm.rendezvous.join import Rendezvous, join
 from comm.rendezvous.participants import Fact, Participant, find_mismatch
+from comm.timing import DEFAULT_TIMING, Timing
 from comm.topology import Topology
 from tests.support.connected import enter
-from tests.support.dist import free_port
-from tests.support.members import Process, start
+from tests.support.launcher import Process, free_port, start
 
 LOOPBACK = Interface("lo", "127.0.0.1")
+LITTLE_GRACE = Timing(join_grace=1.0)
 
 
 def joins(
-    ready: Path, rank: int, world_size: int, url: str, facts: dict[str, Fact], timeout: float
+    ready: Path,
+    rank: int,
+    world_size: int,
+    url: str,
+    facts: dict[str, Fact],
+    timeout: float,
+    timing: Timing = DEFAULT_TIMING,
 ) -> Rendezvous:
     met = join(
         url=url,
@@ -40,6 +45,7 @@ def joins(
         key=JobKey("test"),
         start="",
         join_timeout=timeout,
+        timing=timing,
     )
     ready.touch()
     return met
@@ -64,12 +70,18 @@ def connects(_ready: Path, rank: int, url: str, timeout: float) -> None:
 def links_with_little_grace(
     ready: Path, rank: int, world_size: int, url: str, timeout: float
 ) -> None:
-    deadline.GRACE_SECONDS = 1.0
-    links(ready, rank, world_size, url, timeout)
+    links(ready, rank, world_size, url, timeout, LITTLE_GRACE)
 
 
-def links(ready: Path, rank: int, world_size: int, url: str, timeout: float) -> None:
-    met = joins(ready, rank, world_size, url, {}, timeout)
+def links(
+    ready: Path,
+    rank: int,
+    world_size: int,
+    url: str,
+    timeout: float,
+    timing: Timing = DEFAULT_TIMING,
+) -> None:
+    met = joins(ready, rank, world_size, url, {}, timeout, timing)
     ExitPolicy.connect(met, Topology(rank, world_size, 1))
     time.sleep(60.0)
 
@@ -80,8 +92,7 @@ def running(*processes: Process) -> Iterator[None]:
         yield
     finally:
         for process in processes:
-            process.process.kill()
-            process.process.join()
+            process.kill()
 
 
 def url_here() -> str:
@@ -104,8 +115,7 @@ def test_a_missing_rank_is_named_everywhere(tmp_path: Path) -> None:
 
 
 def joins_telling_often(ready: Path, rank: int, url: str) -> None:
-    rendezvous._REPORT_SECONDS = 0.5
-    joins(ready, rank, 3, url, {}, 4.0)
+    joins(ready, rank, 3, url, {}, 4.0, Timing(report=0.5))
 
 
 def test_waiting_is_told(tmp_path: Path) -> None:
@@ -171,8 +181,7 @@ def test_a_busy_port(tmp_path: Path) -> None:
 def joins_with_little_grace(
     ready: Path, rank: int, world_size: int, url: str, timeout: float
 ) -> None:
-    deadline.GRACE_SECONDS = 1.0
-    joins(ready, rank, world_size, url, {}, timeout)
+    joins(ready, rank, world_size, url, {}, timeout, LITTLE_GRACE)
 
 
 def test_a_foreign_listener_that_never_answers(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from comm.communicator import CurrentOperation, PeerLostError, Work
 from comm.topology import Topology
 from tests.support.backend_checks import NUMBERS, check_group
 from tests.support.connected import enter
-from tests.support.dist import free_port, run_ranks
+from tests.support.launcher import free_port, run_ranks
 from tests.support.torch_nccl_double import gloo_for_nccl
 
 EXACT = (torch.int64, torch.uint8)  # sums that are the same in any order: here it is gloo's

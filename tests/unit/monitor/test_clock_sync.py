@@ -12,7 +12,7 @@ from monitor.profiling.profiler import Profiler, start_profiling
 from monitor.profiling.tracer import Track
 from tests.support.clocks import Alone, Wire, clock_from
 from tests.support.connected import enter
-from tests.support.dist import run_ranks
+from tests.support.launcher import run_ranks
 
 SHIFT = 10**12  # nanoseconds between the clocks of two neighbouring ranks
 

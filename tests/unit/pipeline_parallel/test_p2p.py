@@ -8,7 +8,7 @@ import torch
 from comm.objects import gather_json
 from pipeline_parallel.p2p import StageLink
 from tests.support.connected import enter
-from tests.support.dist import run_ranks
+from tests.support.launcher import run_ranks
 from tests.support.pipeline_doubles import NotedCommunicator
 
 SHAPE = (2, 5, 8)

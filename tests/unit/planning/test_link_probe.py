@@ -14,7 +14,7 @@ from comm.topology import Topology
 from planning.cluster.check import measure_links
 from planning.cluster.link_probe import Link, LinkSpeed, links, probe
 from tests.support.connected import enter
-from tests.support.dist import free_port, run_ranks
+from tests.support.launcher import free_port, run_ranks
 from tests.support.nccl_double import nccl_double
 from tests.support.torch_nccl_double import gloo_for_nccl
 

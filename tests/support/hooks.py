@@ -1,0 +1,118 @@
+"""Hooks that change a rank's process before it begins: it dies, stops, fails or slows down."""
+
+import importlib
+import io
+import itertools
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.support.runs import Attendant
+
+_HEARD_SECONDS = 0.3  # until a signal that does not kill has been heard
+
+
+def find(target: str) -> tuple[Any, str]:
+    """Returns the owner of `module:function` or `module:Class.method`, and the attribute's name."""
+    module, _, path = target.partition(":")
+    *outer, name = path.split(".")
+    owner: Any = importlib.import_module(module)
+    for part in outer:
+        owner = getattr(owner, part)
+    return owner, name
+
+
+@dataclass(frozen=True)
+class Kill:
+    """A signal to one rank at its `nth` call of `module:function` or `module:Class.method`.
+
+    when: `before` or `after` the call; `half`, of torch.save alone: with half of the file written.
+    about: only calls count whose first two arguments have this text in them.
+    wait: seconds that the rank rests before it dies, for the others to go on meanwhile.
+    seen: instead of all that, for a kill from outside: whether the process (pid) is there yet.
+    signals: one `wait` after the other; the rank goes on after those that it survives.
+    to_all: every rank gets them, as if from a terminal.
+    """
+
+    moment: str
+    rank: int
+    target: str = ""
+    when: str = "before"
+    nth: int = 1
+    about: str = ""
+    wait: float = 0.0
+    seen: Callable[[int], bool] | None = None
+    signals: Sequence[int] = (signal.SIGKILL,)
+    to_all: bool = False
+
+    def arm(self) -> None:
+        """Lets this process get the signals at the moment."""
+        owner, name = find(self.target)
+        original, calls = getattr(owner, name), itertools.count(1)
+
+        def armed(*args: Any, **kwargs: Any) -> Any:
+            hit = self.about in str(args[:2]) and next(calls) == self.nth
+            if hit and self.when == "half":
+                _write_half(original, *args)
+            if hit and self.when != "after":
+                self._strike()
+            result = original(*args, **kwargs)
+            if hit and self.when == "after":
+                self._strike()
+            return result
+
+        setattr(owner, name, armed)
+
+    def _strike(self) -> None:
+        for number in self.signals:
+            time.sleep(self.wait)
+            (os.killpg if self.to_all else os.kill)(0 if self.to_all else os.getpid(), number)
+        time.sleep(_HEARD_SECONDS)
+
+
+def _write_half(save: Callable[[Any, Any], None], state: Any, file: Any) -> None:
+    buffer = io.BytesIO()
+    save(state, buffer)
+    file.write(buffer.getvalue()[: buffer.tell() // 2])
+    file.flush()
+
+
+@dataclass(frozen=True)
+class Slow:
+    """A rank whose every call of `module:function` or `module:Class.method` takes longer."""
+
+    rank: int
+    target: str
+    seconds: float
+
+    def arm(self) -> None:
+        owner, name = find(self.target)
+        original = getattr(owner, name)
+
+        def armed(*args: Any, **kwargs: Any) -> Any:
+            time.sleep(self.seconds)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, armed)
+
+
+def kill_once(rank: int, seen: Callable[[int], bool]) -> Attendant:
+    """Returns an attendant that kills a rank as soon as `seen(pid)` is true."""
+
+    def attend(pids: Sequence[int], ended: Mapping[int, int | None]) -> None:
+        if rank not in ended and seen(pids[rank]):
+            os.kill(pids[rank], signal.SIGKILL)
+
+    return attend
+
+
+def imports_torch(pid: int) -> bool:
+    """Returns whether the process has mapped torch's library: it is importing, or has."""
+    try:
+        return b"libtorch_cpu" in Path(f"/proc/{pid}/maps").read_bytes()
+    except OSError:
+        return False
