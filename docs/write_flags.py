@@ -1,6 +1,11 @@
-"""Writes docs/reference/flags.md from the flag table: `python docs/write_flags.py`."""
+"""Writes docs/reference/flags.md from the flag table.
+
+    python docs/write_flags.py            writes the page
+    python docs/write_flags.py --check    exit status 1 if the page is another one
+"""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,5 +78,13 @@ def _default(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str]) -> int:
+    """Writes the page, or checks it; returns the exit status."""
+    if arguments == ["--check"]:
+        return int(PAGE.read_text(encoding="utf-8") != flags_page())
     PAGE.write_text(flags_page(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
