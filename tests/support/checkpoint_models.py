@@ -1,4 +1,4 @@
-"""Small models on disk, in every form that the converters meet."""
+"""Small models on disk, in every form that the converters meet, and damages to files."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTJConfig, GPTNeoXConfig
 
+from checkpoint.conversion.from_hf import convert_from_hf
 from checkpoint.conversion.to_hf import convert_to_hf
 from checkpoint.files.checksums import seal, sum_file, unseal
 from checkpoint.steps.manifest import StageManifest
@@ -174,24 +175,25 @@ def make_predecessors(folder: Path) -> None:
         path.unlink()
 
 
+def to_shards(source: Path | str, save_dir: Path, name: str = "gptneox", **options: Any) -> Path:
+    """Converts a folder in the Hugging Face format; `options` are those of `convert_from_hf`."""
+    options = {"dtype": "keep", **options}
+    return convert_from_hf(family(name), model_name=str(source), save_dir=save_dir, **options)
+
+
+def to_hf(source: Path, save_path: Path, name: str = "gptneox", **options: Any) -> Path:
+    """Converts a checkpoint; `options` are those of `convert_to_hf`."""
+    stages = {"n_stages": None, "n_layer_per_stage": None}
+    options = {**stages, "config_name": None, "fp16": False, "verify": False, **options}
+    return convert_to_hf(family(name), ckpt_path=source, save_path=save_path, **options)
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def flip(path: Path, place: float) -> None:
+def flip(path: Path, place: float = 0.5) -> None:
+    """Changes a bit; `place` is 0 for the first byte and 1 for the last."""
     content = bytearray(path.read_bytes())
     content[int(place * (len(content) - 1))] ^= 1
     path.write_bytes(content)
-
-
-def to_hf(run: Path, target: Path, config_name: str | None = None) -> Path:
-    return convert_to_hf(
-        MODELS["gptneox"].load(),
-        ckpt_path=run,
-        save_path=target,
-        n_stages=None,
-        n_layer_per_stage=None,
-        config_name=config_name,
-        fp16=False,
-        verify=False,
-    )

@@ -13,6 +13,7 @@ from modules.registry import MODELS
 from modules.stage_model import StageModel
 from tests.support.data import tokenizer
 
+TOLERANCE = 1e-5  # of the tensor's largest absolute value: what the project promises in fp32
 NEOX = {
     "vocab_size": 97,
     "hidden_size": 32,
@@ -95,3 +96,8 @@ def from_hf(family_name: str, model: Any, folder: Path) -> StageModel:
             for name, parameter in module.named_parameters():
                 parameter.copy_(hf_parameter(model, keys[name]))
     return ours
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """Returns the largest difference, in terms of their largest absolute value."""
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()

@@ -13,6 +13,7 @@ from checkpoint.files.checksums import sum_file
 from checkpoint.files.layer_shards import NAME, write_shard_manifest
 from modules.stage_model import StageModel
 from tests.support.alone import run_parts
+from tests.support.checkpoint_models import cut, flip
 from tests.support.data import make_texts, write_jsonl
 from tests.support.models import make_shards
 from training.build import build_model
@@ -21,16 +22,6 @@ from training.run_start import open_run
 
 SHARDS = ["pytorch_embs.pt", "pytorch_0.pt", "pytorch_1.pt", "pytorch_lm_head.pt"]
 SMALL = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 DAMAGES: dict[str, Callable[[Path], None]] = {"cut": cut, "flipped": flip, "gone": Path.unlink}

@@ -5,7 +5,6 @@ What is left for a GPU to show is that class, and comm.backends.streams's stream
 
 import inspect
 import os
-import queue
 import re
 import sys
 from collections.abc import Callable
@@ -15,42 +14,13 @@ import pytest
 import torch
 from cupy.cuda import nccl
 from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
-from torch.distributed.distributed_c10d import Store
 
-from comm.backends.base import Group
 from comm.backends.cupy_nccl import DTYPE_CODES, NcclCommunicator, load_library
-from comm.communicator import CurrentOperation, PeerLostError
-from comm.topology import Topology
+from comm.communicator import PeerLostError
 from tests.support.backend_checks import NUMBERS, check_group
 from tests.support.connected import enter
 from tests.support.launcher import free_port, run_ranks
-from tests.support.nccl_double import NcclDouble, nccl_double
-
-Told = queue.SimpleQueue[PeerLostError]
-
-
-def open_channel(
-    store: Store,
-    *,
-    rank: int,
-    size: int,
-    name: str = "pipeline",
-    dist_timeout: float = 30.0,
-    connect_neighbours: bool = True,
-) -> tuple[NcclCommunicator, Told]:
-    """A pipeline of `size` on the CPU, and what its monitor tells."""
-    told: Told = queue.SimpleQueue()
-    topology = Topology(rank=rank, num_stages=size, num_replicas=1)
-    channel = NcclCommunicator(
-        Group(name, tuple(range(size)), topology, CurrentOperation(), dist_timeout),
-        device=torch.device("cpu"),
-        store=store,
-        on_hang=told.put,
-    )
-    if connect_neighbours:
-        channel.connect_neighbours()
-    return channel, told
-
+from tests.support.nccl_double import NcclDouble, nccl_double, open_channel
 
 # --- every operation, and errors, between processes over the double ---
 

@@ -18,8 +18,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from comm.backends.hang_detector import HangDetector
 from comm.backends.streams import Event, HostStream
 from comm.communicator import PeerLostError, Work
-from tests.support.nccl_double import NcclDouble, nccl_double
-from tests.unit.comm.test_nccl import Told, open_channel
+from tests.support.nccl_double import NcclDouble, Told, nccl_double, open_channel
 
 
 @pytest.mark.parametrize(("connect_neighbours", "pairs"), [(True, [(0, 1), (1, 2)]), (False, [])])

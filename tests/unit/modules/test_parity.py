@@ -6,14 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional
 from transformers.activations import ACT2FN
 
 from modules.registry import MODELS
-from tests.support.models import from_hf, hf_keys, hf_parameter, make_hf
-
-TOLERANCE = 1e-5  # of the tensor's largest absolute value: what the project promises in fp32
+from tests.support.models import (
+    TOLERANCE,
+    difference,
+    from_hf,
+    hf_keys,
+    hf_parameter,
+    make_hf,
+)
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("gptneox", {}),
@@ -43,10 +47,6 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("gptj", {"activation_function": "relu"}),
     ("gptj", {"n_layer": 1}),
 ]  # fmt: skip
-
-
-def difference(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 @pytest.mark.parametrize(("name", "changes"), CASES)

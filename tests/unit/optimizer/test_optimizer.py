@@ -16,17 +16,15 @@ from transformers import (
 
 from comm.backends.single_process import SingleProcessCommunicator
 from comm.topology import Topology
-from data_parallel.replica_gradients import ReplicaGradients
-from data_parallel.zero_partition import ZeroPartition
 from optimizer.adam import Adam, Algorithm
 from optimizer.adam_8bit import Adam8bit
 from optimizer.loss_scaler import DynamicScale, make_scaler
 from optimizer.lr_schedule import learning_rate
-from optimizer.mixed_precision import MixedPrecisionOptimizer, MixedPrecisionWeights
+from optimizer.mixed_precision import MixedPrecisionOptimizer
 from optimizer.saved_state import SavedState
 from optimizer.state_dict import collect_state, restore_state
 from optimizer.update import clip_factor, squared_norms
-from tests.support.gradients import gradients_of
+from tests.support.gradients import gradients_of, make_optimizer, make_parameters
 
 ALONE = Topology(0, 1, 1)
 SCHEDULES = {
@@ -94,32 +92,10 @@ def test_a_constant_scale_stays() -> None:
         assert (scaler.scale, scaler.may_skip) == (1.0, False)
 
 
-SHAPES = {"0.weight": (5, 3), "0.bias": (5,), "1.norm.weight": (3,), "1.weight": (70, 90)}
-
-
-def make_parameters(shapes: dict[str, tuple[int, ...]] = SHAPES) -> dict[str, nn.Parameter]:
-    generator = torch.Generator().manual_seed(1)
-    return {k: nn.Parameter(torch.randn(s, generator=generator)) for k, s in shapes.items()}
-
-
 def set_gradients(optimizer: MixedPrecisionOptimizer, step: int) -> None:
     generator = torch.Generator().manual_seed(100 + step)
     for _, view in optimizer.gradients.reported():
         view.copy_(torch.randn(view.shape, generator=generator))
-
-
-def make_optimizer(
-    parameters: dict[str, nn.Parameter],
-    *,
-    algorithm: Algorithm | None = None,
-    dtype: torch.dtype = torch.float32,
-    offload: bool = False,
-) -> MixedPrecisionOptimizer:
-    alone = SingleProcessCommunicator()
-    partition = ZeroPartition(parameters, alone, sharded=False)
-    weights = MixedPrecisionWeights(parameters, partition, dtype=dtype, offload=offload)
-    gradients = ReplicaGradients(parameters, partition, alone)
-    return MixedPrecisionOptimizer(weights, gradients, algorithm or Adam(), weight_decay=0.1)
 
 
 def test_adam_is_adamw_with_decay_on_matrices_alone() -> None:

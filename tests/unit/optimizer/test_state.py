@@ -14,7 +14,7 @@ from optimizer.adam_8bit import Adam8bit
 from optimizer.mixed_precision import MixedPrecisionOptimizer
 from optimizer.saved_state import SavedState
 from optimizer.state_dict import collect_state, finite_weights, restore_state
-from tests.unit.optimizer.test_optimizer import make_optimizer, make_parameters
+from tests.support.gradients import make_optimizer, make_parameters
 
 ALONE, FILE, UPDATES = Topology(0, 1, 1), Path("7/prank_3_optimizer.pt"), 5
 State = dict[str, Any]

@@ -76,11 +76,12 @@ PARENT = """
 import multiprocessing, sys, time
 from tasks.tokenization.encoder import Encoder
 from tasks.tokenization.workers import Workers
-from tests.unit.tasks.test_workers import DOCUMENTS, tokenizer
+from tasks.sources.base import Document
+from tests.support.data import tokenizer
 
 if __name__ == "__main__":
     workers = Workers(Encoder(tokenizer()), 2)
-    for result in [workers.encode(DOCUMENTS) for _ in range(20)]:
+    for result in [workers.encode([Document("the quick brown fox", "a:1")] * 3) for _ in range(20)]:
         result()
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     time.sleep(60)
