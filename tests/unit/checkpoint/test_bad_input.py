@@ -1,24 +1,25 @@
 """What is wrong with files and flags is one line that names it; nothing is left behind."""
 
+import logging
 import os
 import pickle
+import runpy
 import shutil
 import subprocess
 import sys
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from checkpoint.conversion.from_hf import convert_from_hf
-from checkpoint.conversion.to_hf import convert_to_hf
 from checkpoint.files.layer_shards import load_layer_shard
 from pipeline_parallel.partition.split import Split
 from tests.support.checkpoint_models import (
     copy_config,
+    cut,
     edit_json,
     edit_weights,
     family,
@@ -28,7 +29,10 @@ from tests.support.checkpoint_models import (
     reseal,
     save_model,
     step_meta,
+    to_hf,
+    to_shards,
 )
+from tests.support.valid_run import the_line
 
 ROOT = Path(__file__).parents[3]
 NAN = float("nan")
@@ -48,10 +52,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = make_model("gptneox")
     for folder, form in (("st", "single"), ("many", "sharded"), ("bin", "bin")):
         save_model(model, base / folder, form)
-    made = convert_from_hf(
-        family("gptneox"), model_name=str(base / "st"), save_dir=base / "made", dtype="keep"
-    )
-    made.rename(base / "shards")
+    to_shards(base / "st", base / "made").rename(base / "shards")
     make_checkpoint(base / "shards", base / "ck", counts=(2, 1), meta=step_meta(7, (2, 1)))
     copy_config(base / "shards", base / "ck")
     return base
@@ -64,10 +65,6 @@ def refusal(call: Callable[[], object]) -> str:
     assert "\n" not in text
     assert len(text) < 500
     return text
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def first(folder: Path, pattern: str) -> Path:
@@ -156,16 +153,10 @@ def test_from_hf(
     monkeypatch.chdir(tmp_path)
     source = shutil.copytree(originals / case.form, tmp_path / "in")
     case.spoil(source)
-    text = refusal(lambda: from_hf(source, tmp_path / "out"))
+    text = refusal(lambda: to_shards(source, tmp_path / "out"))
     assert all(word in text for word in case.words), text
     assert not list(tmp_path.glob("out/*"))
     assert not (tmp_path / "ran").exists()
-
-
-def from_hf(source: Path | str, save_dir: Path, dtype: str = "keep") -> Path:
-    return convert_from_hf(
-        family("gptneox"), model_name=str(source), save_dir=save_dir, dtype=dtype
-    )
 
 
 SHARD = "pytorch_1.pt"
@@ -286,21 +277,11 @@ def test_to_hf(
     assert not (tmp_path / "ran").exists()
 
 
-def to_hf(source: Path, save_path: Path, **options: Any) -> Path:
-    defaults = {"n_stages": None, "n_layer_per_stage": None, "config_name": None, "fp16": False}
-    return convert_to_hf(
-        family("gptneox"),
-        ckpt_path=source,
-        save_path=save_path,
-        **{**defaults, "verify": False, **options},
-    )
-
-
 def test_nothing_is_overwritten(originals: Path, tmp_path: Path) -> None:
     (tmp_path / "st").mkdir()
     (tmp_path / "st" / "precious").write_text("kept")
     for call in (
-        lambda: from_hf(originals / "st", tmp_path),
+        lambda: to_shards(originals / "st", tmp_path),
         lambda: to_hf(originals / "ck", tmp_path / "st"),
     ):
         assert "st: exists already" in refusal(call)
@@ -314,7 +295,7 @@ def test_a_disk_too_small_is_told_first(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(10**6, 10**6 - 1000, 1000))
     for call in (
-        lambda: from_hf(originals / "st", tmp_path / "out"),
+        lambda: to_shards(originals / "st", tmp_path / "out"),
         lambda: to_hf(originals / "ck", tmp_path / "out" / "hf"),
     ):
         text = refusal(call)
@@ -330,7 +311,7 @@ def test_a_name_that_is_neither_folder_nor_to_be_had(
         raise OSError("name resolution\nfailed")
 
     monkeypatch.setattr("checkpoint.files.model_folder.snapshot_download", unreachable)
-    text = refusal(lambda: from_hf("some-org/some-model", tmp_path))
+    text = refusal(lambda: to_shards("some-org/some-model", tmp_path))
     assert "--model-name some-org/some-model" in text
     text = refusal(lambda: to_hf(originals / "ck", tmp_path / "hf", config_name="nowhere"))
     assert "--config-name nowhere" in text
@@ -345,56 +326,60 @@ def test_an_interrupted_conversion_leaves_nothing(
 
     monkeypatch.setattr("checkpoint.conversion.from_hf.copy_companions", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        from_hf(originals / "st", tmp_path)
+        to_shards(originals / "st", tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def script(name: str, *flags: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / name), *map(str, flags)],
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Runs a script in this process, which gets back the log levels that the script sets."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub", "httpx")]
+    levels = [logger.level for logger in loggers]
+
+    def run_script(name: str, *flags: str | Path) -> None:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+
+    yield run_script
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+def test_scripts_end_with_status_2_and_one_line(
+    originals: Path, tmp_path: Path, run: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = shutil.copytree(originals / "st", tmp_path / "in")
+    weight(source / ST, HF_QKV, (96, 32), NAN)
+    hf = ("--model-name", source, "--save-dir", tmp_path / "s")
+    ours = ("--ckpt-path", originals / "ck", "--save-path", tmp_path / "o")
+    for name, flags, words in (
+        ("convert_from_hf_gptneox.py", hf, [HF_QKV, "not finite"]),
+        ("convert_from_hf_gptj.py", hf, ["config.json", "'gptj'"]),
+        ("convert_to_hf_gptj.py", ours, ["config.json", "'gptj'"]),
+        ("convert_from_hf_gptj.py", (*hf[:2], "--dtype", "int8"), ["int8"]),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            run(name, *flags)
+        assert ended.value.code == 2
+        line = the_line(capsys.readouterr().err)
+        assert all(word in line for word in words), line
+
+
+def test_scripts_convert_both_ways(
+    originals: Path, tmp_path: Path, run: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of them started as a user does: only errors would be on its stderr."""
+    hf = tmp_path / "hf"
+    flags = ("--ckpt-path", originals / "ck", "--save-path", hf, "--verify")
+    done = subprocess.run(
+        [sys.executable, ROOT / "convert_to_hf_gptneox.py", *flags],
         capture_output=True,
         text=True,
         timeout=120,
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )
-
-
-def test_scripts_end_with_status_2_and_one_line(originals: Path, tmp_path: Path) -> None:
-    source = shutil.copytree(originals / "st", tmp_path / "in")
-    weight(source / ST, HF_QKV, (96, 32), NAN)
-    for done, words in (
-        (
-            script(
-                "convert_from_hf_gptneox.py", "--model-name", source, "--save-dir", tmp_path / "s"
-            ),
-            [HF_QKV, "not finite"],
-        ),
-        (
-            script(
-                "convert_to_hf_gptj.py",
-                "--ckpt-path",
-                originals / "ck",
-                "--save-path",
-                tmp_path / "o",
-            ),
-            ["config.json", "'gptj'"],
-        ),
-        (script("convert_from_hf_gptj.py", "--model-name", source, "--dtype", "int8"), ["int8"]),
-    ):
-        assert done.returncode == 2
-        assert done.stderr.count("\n") == 1, done.stderr
-        assert all(word in done.stderr for word in words), done.stderr
-
-
-def test_scripts_convert_both_ways(originals: Path, tmp_path: Path) -> None:
-    done = script(
-        "convert_to_hf_gptneox.py",
-        *("--ckpt-path", originals / "ck", "--save-path", tmp_path / "hf", "--verify"),
-    )
     assert (done.returncode, done.stderr) == (0, "")
     assert "logits differ by" in done.stdout
-    done = script(
-        "convert_from_hf_gptneox.py", "--model-name", tmp_path / "hf", "--save-dir", tmp_path / "s"
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    run("convert_from_hf_gptneox.py", "--model-name", hf, "--save-dir", tmp_path / "s")
+    assert capsys.readouterr().err == ""
     assert (tmp_path / "s" / "hf" / "pytorch_lm_head.pt").exists()

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from checkpoint.conversion.from_hf import convert_from_hf
-from checkpoint.conversion.to_hf import convert_to_hf
 from checkpoint.files import hf_weights as hf_files
 from checkpoint.files.layer_shards import load_layer_shard
 from checkpoint.steps.latest import write_latest
 from pipeline_parallel.partition.split import Split
+from tests.support import checkpoint_models
 from tests.support.checkpoint_models import (
     NUM_LAYERS,
     TOKENIZER_FILES,
@@ -35,20 +34,13 @@ FORMS = ("single", "sharded", "bin", "sharded-bin", "legacy")
 
 
 def to_shards(name: str, source: Path, tmp_path: Path, dtype: str = "keep") -> Path:
-    return convert_from_hf(
-        family(name), model_name=str(source), save_dir=tmp_path / "shards", dtype=dtype
-    )
+    return checkpoint_models.to_shards(source, tmp_path / "shards", name, dtype=dtype)
 
 
 def to_hf(name: str, checkpoint: Path, tmp_path: Path, **options: Any) -> Path:
-    defaults = {"n_stages": None, "n_layer_per_stage": None, "config_name": None, "fp16": False}
+    """Verifies."""
     save_path = tmp_path / "result" / "hf"
-    return convert_to_hf(
-        family(name),
-        ckpt_path=checkpoint,
-        save_path=save_path,
-        **{**defaults, "verify": True, **options},
-    )
+    return checkpoint_models.to_hf(checkpoint, save_path, name, verify=True, **options)
 
 
 def ours(name: str, shards: Path, folder: Path, *counts: int) -> Path:
