@@ -15,7 +15,6 @@ from tasks.loader import BatchLoader
 from tasks.mixture import BlockStream
 from tasks.source_spec import SourceSpec
 from tasks.stream import open_training_stream
-from tasks.tokenization import prefetch as encoded_documents
 from tests.support.data import make_texts, through_json, tokenizer, write_folder, write_jsonl
 
 WEIGHTS = (0.2, 0.5, 0.3)
@@ -35,12 +34,6 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[SourceSpec]:
         folder / "pairs.jsonl",
     ]
     return [SourceSpec(str(p), weight) for p, weight in zip(paths, WEIGHTS, strict=True)]
-
-
-@pytest.fixture(autouse=True)
-def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of what is tokenized at once: streams and their cuts come upon many of their ends."""
-    monkeypatch.setattr(encoded_documents, "BATCH_DOCUMENTS", 16)
 
 
 def stream_of(sources: Sequence[SourceSpec], **options: Any) -> BlockStream:
