@@ -11,11 +11,12 @@ from safetensors.torch import save_file
 from transformers import GPTNeoXConfig
 
 from checkpoint.files import hf_weights as hf_files
+from checkpoint.files.validation import module_shapes
 from modules.families.gptneox import FAMILY
 from modules.stage_model import StageModel
 from pipeline_parallel.partition.split import stage_modules
 from tests.support.checkpoint_models import to_hf, to_shards
-from tests.support.dist import run_ranks
+from tests.support.launcher import run_ranks
 
 FORMS = ("safetensors", "bin", "checkpoint")
 
@@ -37,7 +38,7 @@ def build(form: str, layers: int, hidden: int, folder: Path) -> None:
     state = {}
     for index in range(layers + 2):
         names = hf_files.hf_names(FAMILY, config, index)
-        shapes = hf_files.module_shapes(FAMILY, config, index)
+        shapes = module_shapes(FAMILY, config, index)
         state |= {names[key]: torch.full(shape, 0.01) for key, shape in shapes.items()}
     if form == "safetensors":
         save_file(state, folder / "model.safetensors")
