@@ -131,7 +131,7 @@ def _texts_or_error(path: Path) -> tuple[list[str], str | None]:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst"])
 @settings(
-    max_examples=150,
+    max_examples=60,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
@@ -151,7 +151,7 @@ def test_any_bytes(name: str, tmp_path: Path, lines: list[bytes], end: bytes) ->
 
 
 @settings(
-    max_examples=100,
+    max_examples=50,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -1,7 +1,6 @@
-"""The mixture: its shares, and its state."""
+"""The mixture: its weights, and its state (its shares: test_stream)."""
 
 import random
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,6 @@ def _two_sources(tmp_path: Path) -> list[SourceSpec]:
     return parse_task_name(f"{first}:0.3,{second}:0.7")
 
 
-def test_shares(tmp_path: Path) -> None:
-    paths = [write_jsonl(tmp_path / f"{i}.jsonl", [str(i) * 40]) for i in range(3)]
-    stream = _stream([SourceSpec(str(p), w) for p, w in zip(paths, (2.0, 5.0, 3.0), strict=True)])
-    letters = [tokenizer().decode(stream.next_block().token_ids) for _ in range(2000)]
-    counts = Counter(next(c for c in letter if c in "012") for letter in letters)
-    for digit, share in zip("012", (0.2, 0.5, 0.3), strict=True):
-        assert counts[digit] / 2000 == pytest.approx(share, abs=0.01)
-
-
 def test_weights_may_be_huge(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["a"])
     stream = _stream([SourceSpec(str(path), 1e308)] * 3)
@@ -52,14 +42,14 @@ def test_same_stream_after_restoring_anywhere(tmp_path: Path) -> None:
     specs = _two_sources(tmp_path)
     stream = _stream(specs)
     states, blocks = [], []
-    for _ in range(400):
+    for _ in range(200):
         states.append(through_json(stream.state()))
         blocks.append(stream.next_block().token_ids.tolist())
     resumed = _stream(specs)
-    for i in random.Random(2).sample(range(400), 60):
+    for i in random.Random(2).sample(range(200), 20):
         resumed.restore(states[i])
         assert resumed.state() == states[i]
-        ahead = min(15, 400 - i)
+        ahead = min(15, 200 - i)
         assert [resumed.next_block().token_ids.tolist() for _ in range(ahead)] == blocks[
             i : i + ahead
         ]

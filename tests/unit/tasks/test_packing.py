@@ -57,7 +57,8 @@ def _naive_blocks(texts: Iterable[str], seq_len: int, separator: str | None) -> 
 def test_blocks_equal_a_naive_packing(tmp_path: Path, seq_len: int, separator: str | None) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     packed = _pack(path, seq_len, separator)
-    for expected in itertools.islice(_naive_blocks(_texts(path), seq_len, separator), 200):
+    num_blocks = 200 if seq_len < 500 else 30  # of several epochs
+    for expected in itertools.islice(_naive_blocks(_texts(path), seq_len, separator), num_blocks):
         block = packed.next_block()
         assert block.token_ids.tolist() == expected
         assert block.token_ids.dtype == np.int64
@@ -74,14 +75,14 @@ def test_restored_anywhere(tmp_path: Path, name: str, separator: str | None) -> 
     path = write(tmp_path / name, texts)
     packed = _pack(path, 32, separator)
     states, blocks = [], []
-    for _ in range(300):
+    for _ in range(200):
         states.append(through_json(packed.state()))
         blocks.append(packed.next_block().token_ids.tolist())
     resumed = _pack(path, 32, separator)
-    for i in random.Random(1).sample(range(300), 50):
+    for i in random.Random(1).sample(range(200), 25):
         resumed.restore(states[i])
         assert resumed.state() == states[i]
-        ahead = min(12, 300 - i)
+        ahead = min(12, 200 - i)
         assert [resumed.next_block().token_ids.tolist() for _ in range(ahead)] == blocks[
             i : i + ahead
         ]
