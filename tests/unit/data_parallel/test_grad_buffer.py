@@ -155,9 +155,17 @@ def noted() -> Iterator[list[str]]:
         yield names
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("recompute", "later"), WAYS)
-@pytest.mark.parametrize("name", MODELS_TRIED)
+DTYPES = (torch.float32, torch.bfloat16)
+# Every two of model, way and type by default; all three in the slow tests.
+NOTED = [
+    pytest.param(name, *way, dtype, marks=() if (i + j + k) % 2 == 0 else pytest.mark.slow)
+    for i, name in enumerate(MODELS_TRIED)
+    for j, way in enumerate(WAYS)
+    for k, dtype in enumerate(DTYPES)
+]
+
+
+@pytest.mark.parametrize(("name", "recompute", "later", "dtype"), NOTED)
 def test_each_parameter_is_noted_once_a_microbatch(
     name: str, recompute: bool, later: bool, dtype: torch.dtype
 ) -> None:

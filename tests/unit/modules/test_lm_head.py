@@ -96,10 +96,20 @@ def make_head_like(head: Head) -> Head:
     return twin
 
 
-@pytest.mark.parametrize("dtype", EPS)
-@pytest.mark.parametrize("family", ["gptj", "gptneox"])
-@pytest.mark.parametrize("chunk", CHUNKS)
-@pytest.mark.parametrize("ignored", ["none", "some", "all"])
+# Every two of the four by default; all four in the slow tests.
+CASES = [
+    pytest.param(
+        family, dtype, chunk, ignored,
+        marks=() if (j + k) % 3 == n and (i + j + k) % 2 == 0 else pytest.mark.slow,
+    )
+    for i, family in enumerate(["gptj", "gptneox"])
+    for j, dtype in enumerate(EPS)
+    for k, chunk in enumerate(CHUNKS)
+    for n, ignored in enumerate(["none", "some", "all"])
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "dtype", "chunk", "ignored"), CASES)
 def test_loss_and_gradients_are_torchs(
     family: str, dtype: torch.dtype, chunk: int, ignored: str
 ) -> None:

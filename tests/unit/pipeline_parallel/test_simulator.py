@@ -26,7 +26,7 @@ def even(mode: str, p: int, m: int, f: float, i: float, w: float) -> SimulatedRu
 
 
 @pytest.mark.parametrize("mode", ["gpipe", "1f1b"])
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.integers(1, 6), st.integers(1, 12), SLOTS, SLOTS, SLOTS)
 def test_gpipe_and_1f1b_take_m_and_p_less_one_turns(
     mode: str, p: int, m: int, f: int, i: int, w: int
@@ -36,7 +36,7 @@ def test_gpipe_and_1f1b_take_m_and_p_less_one_turns(
     assert run.bubble == pytest.approx((p - 1) / (m + p - 1))
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(st.integers(1, 6), st.integers(0, 8), SLOTS, SLOTS, SLOTS)
 def test_zb_h1_idles_as_its_paper_says(p: int, more: int, f: int, i: int, w: int) -> None:
     """The paper's (p - 1)(f + i - w) holds where w <= f and w <= i; a longer w hides no more."""
