@@ -22,9 +22,9 @@ from pipeline_parallel.partition.stage_split import StageSplit
 from planning.memory.dry_run import DryRun, PlannedModel, StageMemory
 from tests.support.cases import to_argv
 
-HIDDEN, TOKENS, ROWS = 64, 32, 8
+HIDDEN, TOKENS, ROWS, MANY_ROWS = 64, 32, 4, 8
 CONFIG = GPTNeoXConfig(
-    vocab_size=512, hidden_size=HIDDEN, num_hidden_layers=3, num_attention_heads=4,
+    vocab_size=512, hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=4,
     intermediate_size=4 * HIDDEN, max_position_embeddings=64,
 )  # fmt: skip
 
@@ -59,15 +59,21 @@ def rehearse(folder: Path, rank: int, *, cuda: bool = False, **changes: Any) -> 
     return DryRun(args, PlannedModel(family, CONFIG, split.layers), cuda=cuda).of_rank(rank)
 
 
-@pytest.mark.parametrize("cuda", [False, True])
+BYTES: list[tuple[dict[str, Any], int, int]] = [
+    ({}, 16, 0),
+    ({"bf16": True}, 18, 0),
+    ({"fp16": True, "optimizer": "8bit-adam"}, 12, 0),
+    ({"bf16": True, "use_offload": True}, 6, 12),
+    ({"bf16": True, "data_group_size": 2, "zero_stage": 1}, 12, 0),
+]
+
+
 @pytest.mark.parametrize(
-    ("changes", "device", "on_host"),
+    ("changes", "device", "on_host", "cuda"),
     [
-        ({}, 16, 0),
-        ({"bf16": True}, 18, 0),
-        ({"fp16": True, "optimizer": "8bit-adam"}, 12, 0),
-        ({"bf16": True, "use_offload": True}, 6, 12),
-        ({"bf16": True, "data_group_size": 2, "zero_stage": 1}, 12, 0),
+        *((*case, True) for case in BYTES),
+        (*BYTES[0], False),
+        *(pytest.param(*case, False, marks=pytest.mark.slow) for case in BYTES[1:]),
     ],
 )
 def test_bytes_of_a_parameter_are_those_of_the_readme(
@@ -75,7 +81,7 @@ def test_bytes_of_a_parameter_are_those_of_the_readme(
 ) -> None:
     """Within 4%: zero-stage 1 deals out whole weights, small ones have fp32 moments under
     8bit-adam, and offload has two buffers of the largest weight."""
-    found = rehearse(folder, 0, cuda=cuda, **changes)
+    found = rehearse(folder, 0, cuda=cuda, batch_size=1, **changes)
     count = sum(p.numel() for p in GPTNeoXForCausalLM(CONFIG).parameters())
     assert found.parameters == count
     assert found.weights == (2 if "bf16" in changes or "fp16" in changes else 4) * count
@@ -102,7 +108,7 @@ def pinned(size: int) -> int:
 @pytest.mark.parametrize("cuda", [False, True])
 def test_the_copy_that_is_saved_is_in_host_memory(cuda: bool, folder: Path) -> None:
     """Weights, masters and moments; of the replica that saves. Pinned, it is in powers of two."""
-    flags: dict[str, Any] = {"bf16": True, "data_group_size": 2}
+    flags: dict[str, Any] = {"bf16": True, "data_group_size": 2, "batch_size": 1}
     for rank, size in ((0, 14), (1, 0)):
         found = rehearse(folder, rank, cuda=cuda, async_checkpoint=True, **flags)
         plain = rehearse(folder, rank, cuda=cuda, **flags)
@@ -115,19 +121,33 @@ def test_the_copy_that_is_saved_is_in_host_memory(cuda: bool, folder: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("mode", "recompute"), [("gpipe", True), ("gpipe", False), ("1f1b", False), ("zb-h1", True)]
+    ("mode", "recompute", "stage"),
+    [
+        ("gpipe", False, 0),
+        ("1f1b", False, 0),
+        ("zb-h1", True, 1),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("gpipe", True, 0),
+                ("gpipe", True, 1),
+                ("gpipe", False, 1),
+                ("1f1b", False, 1),
+                ("zb-h1", True, 0),
+            )
+        ),
+    ],
 )
 def test_a_few_microbatches_tell_of_many(
-    mode: str, recompute: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+    mode: str, recompute: bool, stage: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All but the losses of a stage's microbatches, 4 bytes each."""
     flags: dict[str, Any] = {"pp_mode": mode, "recompute": recompute, "pipeline_group_size": 2}
-    few = [rehearse(folder, stage, **flags) for stage in range(2)]
-    monkeypatch.setattr(planning.memory.dry_run, "ENOUGH", ROWS)
-    for stage, found in enumerate(few):
-        whole = rehearse(folder, stage, **flags)
-        assert abs(whole.peak - found.peak) <= 4 * ROWS
-        assert replace(found, peak=whole.peak) == whole
+    found = rehearse(folder, stage, batch_size=MANY_ROWS, **flags)
+    monkeypatch.setattr(planning.memory.dry_run, "ENOUGH", MANY_ROWS)
+    whole = rehearse(folder, stage, batch_size=MANY_ROWS, **flags)
+    assert abs(whole.peak - found.peak) <= 4 * MANY_ROWS
+    assert replace(found, peak=whole.peak) == whole
 
 
 def test_on_gpus_scores_are_never_held(folder: Path) -> None:
@@ -139,7 +159,7 @@ def test_on_gpus_scores_are_never_held(folder: Path) -> None:
 
 
 def test_nothing_of_a_rehearsal_stays(folder: Path) -> None:
-    rehearse(folder, 0)
+    rehearse(folder, 0, batch_size=1)
     table = rotation(
         TOKENS, HIDDEN // 16, 10_000.0, pairs=False, dtype=torch.float32, device=torch.device("cpu")
     )
@@ -159,20 +179,20 @@ def plan(folder: Path, capsys: pytest.CaptureFixture[str], **changes: Any) -> tu
 def test_what_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, lines = plan(folder, capsys, pipeline_group_size=2, data_group_size=2)
     assert status == 0
-    assert lines[0].startswith("gptneox, 2 stages x 2 pipelines on CPUs, fp32, adam; gpipe of 8 ")
+    assert lines[0].startswith("gptneox, 2 stages x 2 pipelines on CPUs, fp32, adam; gpipe of 4 ")
     block = 12 * HIDDEN**2 + 13 * HIDDEN
     embedding, head = 512 * HIDDEN, 512 * HIDDEN + 2 * HIDDEN
-    for line, layers, extra in ((lines[2], 2, embedding), (lines[3], 1, head)):
+    for line, extra in ((lines[2], embedding), (lines[3], head)):
         cells = re.split(r"  +", line.strip())
-        millions = (layers * block + extra) / 1e6
-        assert cells[1:3] == [str(layers), f"{millions:.1f} M"]
+        millions = (block + extra) / 1e6
+        assert cells[1:3] == ["1", f"{millions:.1f} M"]
         assert cells[3] == cells[4] == in_units(4 * millions)
         assert cells[5] == in_units(8 * millions)
         assert cells[8:] == [str(ROWS), in_units(12 * millions)]
     words = "\n".join(lines)
     boundary = 4 * ROWS * TOKENS * HIDDEN / 1e3
     assert f"stage 0 to 1: {boundary:.1f} kB an iteration, and as much back\n" in words
-    assert f"each replica of stage 0: {in_units(4 * (2 * block + embedding) / 1e6)} an" in words
+    assert f"each replica of stage 0: {in_units(4 * (block + embedding) / 1e6)} an" in words
     assert f"rank 0 to the others: {3 * 8 * ROWS * TOKENS / 1e3:.1f} kB of tokens" in words
     assert re.search(r"expected bubble \d+\.\d%$", words)
 
@@ -215,8 +235,8 @@ def test_what_no_checkpoint_goes_on_with_is_told_so(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "2").mkdir()
-    flags: dict[str, Any] = {"micro_batch_size": 2, "recompute": False, "device_memory": "1kB"}
-    _, lines = plan(folder, capsys, **flags, checkpoint_path=tmp_path)
+    flags: dict[str, Any] = {"micro_batch_size": 2, "recompute": False, "seq_length": 64}
+    _, lines = plan(folder, capsys, **flags, device_memory="1kB", checkpoint_path=tmp_path)
     told = {line.split(":")[0].strip(): line for line in lines if line.startswith("  --")}
     anew = {flag for flag, line in told.items() if line.endswith(" at the peak (a new run only)")}
     assert anew == {"--micro-batch-size 1", "--optimizer 8bit-adam", "--bf16"}
@@ -249,7 +269,7 @@ def test_who_stops_reading_still_learns_whether_it_fits(
     memory: str, status: int, folder: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    found = plan_to(to_closed_pipe(), folder, monkeypatch, device_memory=memory)
+    found = plan_to(to_closed_pipe(), folder, monkeypatch, device_memory=memory, batch_size=1)
     assert found == status
     assert capsys.readouterr().err == ""
 

@@ -4,6 +4,7 @@ import io
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -20,7 +21,9 @@ from training.run import train
 
 def run_parts(flags: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `open_run`, of a process that meets no other."""
-    settings, alone = parse_train(to_argv(flags), {}), SingleProcessCommunicator()
+    # Starting a process to tokenize takes longer than these texts do.
+    settings = parse_train(to_argv({"data-workers": 0, **flags}), {})
+    alone = SingleProcessCommunicator()
     parallel = settings.parallel
     topology = Topology(parallel.rank, parallel.pipeline_group_size, parallel.data_group_size)
     context = RunContext(topology, ProcessGroups(alone, alone, alone), torch.device("cpu"), "0123")
@@ -34,7 +37,7 @@ def train_alone(flags: dict[str, Any]) -> None:
 
 
 def train_with(parts: dict[str, Any]) -> None:
-    with ExitStack() as closing:
+    with ExitStack() as closing, patch("monitor.recorder.draw_loss"):
         train(
             **parts,
             console=Console(io.StringIO()),
