@@ -22,10 +22,17 @@ from tasks.preview import (
 from tasks.shuffling.shuffle import shuffle_source
 from tasks.source_spec import SourceSpec
 from tasks.stream import open_training_stream
+from tasks.tokenization import prefetch
 from tasks.tokenization.encoder import Encoder
 from tests.support.data import make_texts, tokenizer, write_jsonl
 
 PAIRS = [{"prompt": f"fox {i}:", "completion": " dog"} for i in range(10)]
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes batches of few documents: these sources are not read many times for one of them."""
+    monkeypatch.setattr(prefetch, "BATCH_DOCUMENTS", 16)
 
 
 @pytest.fixture

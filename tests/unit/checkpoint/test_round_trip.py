@@ -1,6 +1,7 @@
 """Hugging Face -> layer shards -> training checkpoint -> Hugging Face: nothing is lost."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from tests.support.checkpoint_models import (
     step_meta,
 )
 
-FORMS = ("single", "sharded", "bin", "sharded-bin", "legacy")
+FORMS = ("sharded", "bin", "sharded-bin", "legacy")
 
 
 def to_shards(name: str, source: Path, tmp_path: Path, dtype: str = "keep") -> Path:
@@ -65,8 +66,16 @@ def logits(model: Any) -> Tensor:
     return result
 
 
-@pytest.mark.parametrize("counts", [(1, 1, 1), (2, 1), (1, 2), (3,)])
-@pytest.mark.parametrize("name", ["gptj", "gptneox"])
+def half(values: Sequence[Any]) -> list[Any]:
+    """Each value with both families: with one of them, by turns, only in the slow tests."""
+    return [
+        pytest.param(name, value, marks=() if (i + j) % 2 == 0 else pytest.mark.slow)
+        for i, name in enumerate(("gptj", "gptneox"))
+        for j, value in enumerate(values)
+    ]
+
+
+@pytest.mark.parametrize(("name", "counts"), half([(1, 1, 1), (2, 1), (3,), (1, 2)]))
 def test_logits_come_back_to_the_bit(name: str, counts: tuple[int, ...], tmp_path: Path) -> None:
     model = make_model(name)
     shards = to_shards(name, save_model(model, tmp_path / "in"), tmp_path)
@@ -103,8 +112,7 @@ def test_flags_say_what_meta_json_tells_or_stand_in_for_it(
     assert all(torch.equal(written[key], original[key]) for key in original)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["gptj", "gptneox"])
+@pytest.mark.parametrize(("name", "form"), half(FORMS))
 def test_every_input_form_gives_the_same_shards(name: str, form: str, tmp_path: Path) -> None:
     model = make_model(name)
     plain = to_shards(name, save_model(model, tmp_path / "plain"), tmp_path)

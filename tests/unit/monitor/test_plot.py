@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.figure import Figure
 
 from monitor.plot import draw_loss, held_out_curves, restarts, smooth
 
@@ -67,6 +66,8 @@ def test_the_points() -> None:
 
 
 def test_each_set_has_a_line_and_an_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure  # which takes a while
+
     drawn: list[Any] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
     metrics = tmp_path / "metrics.jsonl"

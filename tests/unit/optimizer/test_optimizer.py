@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
 import pytest
 import torch
 from torch import nn
@@ -143,6 +142,8 @@ def test_adam_is_torchs_to_the_bit() -> None:
 
 
 def test_8bit_adam_is_bitsandbytes_to_the_bit() -> None:
+    import bitsandbytes  # which takes seconds
+
     shapes = {"big.weight": (80, 100), "small.bias": (7,)}
     parameters, twin = make_parameters(shapes), make_parameters(shapes)
     ours = make_optimizer(parameters, algorithm=Adam8bit())
@@ -166,6 +167,8 @@ def test_8bit_adam_is_bitsandbytes_to_the_bit() -> None:
 
 def test_8bit_adam_makes_one_optimizer_for_all_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Making one for each weight at each step took longer than the steps."""
+    import bitsandbytes
+
     made = []
     theirs = bitsandbytes.optim.AdamW8bit
 
