@@ -50,7 +50,7 @@ WAYS: list[dict[str, Any]] = [
 ]
 
 
-def ways(*defaults: int) -> Any:
+def ways(*defaults: int) -> pytest.MarkDecorator:
     """The ways of packing; those whose numbers are not given are slow tests."""
     names = ["-".join(map(ascii, way.values())) or "plain" for way in WAYS]
     return pytest.mark.parametrize(
