@@ -230,6 +230,6 @@ def _await(processes: Sequence[Process], deadline: float) -> list[int]:
 def _result(place: Path, process: Process) -> tuple[str, Any]:
     """Returns what was wrong with a rank, empty if nothing was, and its result."""
     status = process.status()
-    if status == 0:
+    if status == 0 and place.exists():
         return "", pickle.loads(place.read_bytes())
     return f"ended without a result, exit status {status}: {process.stderr}", None
