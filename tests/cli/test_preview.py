@@ -170,12 +170,7 @@ def test_epochs_are_those_that_a_run_makes(tmp_path: Path, pack: Pack, rows: int
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     encoder = Encoder(tokenizer(), train_on="completion")
     stream = open_training_stream(
-        [SourceSpec(str(path))],
-        tokenizer(),
-        seq_len=16,
-        seed=1,
-        train_on="completion",
-        pack=pack,
+        [SourceSpec(str(path))], tokenizer(), seq_len=16, seed=1, train_on="completion", pack=pack
     )
     blocks = 1000
     for _ in range(blocks):

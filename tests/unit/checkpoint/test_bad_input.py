@@ -217,9 +217,7 @@ TO_HF = {
     "stages unknown": Case({}, make_predecessors, ["--n-stages", "missing"]),
     "layers unknown": Case({"n_stages": 2}, make_predecessors, ["--n-layer-per-stage", "missing"]),
     "too few stages": Case(
-        {"n_stages": 1, "n_layer_per_stage": 3},
-        make_predecessors,
-        [CK, "--n-stages is 1"],
+        {"n_stages": 1, "n_layer_per_stage": 3}, make_predecessors, [CK, "--n-stages is 1"]
     ),
     "too few layers": Case(
         {"n_stages": 2, "n_layer_per_stage": 1},

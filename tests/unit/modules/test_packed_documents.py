@@ -23,14 +23,7 @@ from modules.attention.packed_documents import PackedDocuments
 from modules.layers.rotary import rotate, rotation
 from modules.registry import MODELS
 from tests.support.documents import doc_starts_of, documents_in, losses_alone
-from tests.support.models import (
-    TOLERANCE,
-    difference,
-    from_hf,
-    hf_keys,
-    hf_parameter,
-    make_hf,
-)
+from tests.support.models import TOLERANCE, difference, from_hf, hf_keys, hf_parameter, make_hf
 
 CPU = torch.device("cpu")
 ROWS = [[5, 1, 12, 7, 8], [33], [16, 16, 1], [11, 11, 11]]  # documents' lengths

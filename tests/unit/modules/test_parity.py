@@ -10,14 +10,7 @@ from torch.nn import functional
 from transformers.activations import ACT2FN
 
 from modules.registry import MODELS
-from tests.support.models import (
-    TOLERANCE,
-    difference,
-    from_hf,
-    hf_keys,
-    hf_parameter,
-    make_hf,
-)
+from tests.support.models import TOLERANCE, difference, from_hf, hf_keys, hf_parameter, make_hf
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("gptneox", {}),

@@ -13,11 +13,7 @@ import pytest
 from modules.build import make_layer
 from modules.model_sizes import ModuleWork
 from modules.registry import MODELS
-from pipeline_parallel.partition.balance import (
-    balanced_split,
-    choose_split,
-    stage_work,
-)
+from pipeline_parallel.partition.balance import balanced_split, choose_split, stage_work
 from pipeline_parallel.partition.split import Asked, Split, fit_split, parse_layers, stage_modules
 from tests.support.models import make_hf
 

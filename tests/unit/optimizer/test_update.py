@@ -41,11 +41,7 @@ def make_updater(
     model = nn.Module()
     model.weight = weight
     optimizer = build_optimizer(
-        model,
-        Descent(),
-        precision="fp32",
-        weight_decay=0.0,
-        replicas=SingleProcessCommunicator(),
+        model, Descent(), precision="fp32", weight_decay=0.0, replicas=SingleProcessCommunicator()
     )
     optimizer.gradients.buffer.views["weight"].fill_(GRADIENT)
     return UpdateStep(

@@ -10,12 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline_parallel.schedule.schedules import SCHEDULES, Kind, Schedule, forward_only
-from pipeline_parallel.schedule.simulator import (
-    Costs,
-    SimulatedRun,
-    StageCosts,
-    simulate,
-)
+from pipeline_parallel.schedule.simulator import Costs, SimulatedRun, StageCosts, simulate
 from tests.support.orders import schedule_of
 
 SLOTS = st.integers(1, 5)

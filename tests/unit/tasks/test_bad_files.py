@@ -131,9 +131,7 @@ def _texts_or_error(path: Path) -> tuple[list[str], str | None]:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst"])
 @settings(
-    max_examples=60,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(lines=st.lists(_LINES, max_size=4), end=st.sampled_from([b"\n", b"\r\n", b"\r"]))
 def test_any_bytes(name: str, tmp_path: Path, lines: list[bytes], end: bytes) -> None:
@@ -151,9 +149,7 @@ def test_any_bytes(name: str, tmp_path: Path, lines: list[bytes], end: bytes) ->
 
 
 @settings(
-    max_examples=50,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(noise=st.binary(max_size=60), cut=st.integers(0, 40))
 def test_any_compressed_bytes(tmp_path: Path, noise: bytes, cut: int) -> None:
