@@ -210,7 +210,7 @@ class Twin:
         for layer in self._wide:
             layer.sums = sums
         logits = self._model(tokens[None], None).float()[0]
-        loss: Tensor = CrossEntropy.apply(logits, tokens[1:])  # type: ignore[no-untyped-call]
+        loss: Tensor = CrossEntropy.apply(logits, tokens[1:])
         return loss
 
     def backward(self, loss: Tensor, sums: Sums) -> None:

@@ -45,7 +45,7 @@ _MEET_SECONDS = 20.0
 _SYSTEM_ERROR, _INVALID_USAGE = 2, 5  # ncclResult_t
 
 
-class DoubleError(nccl.NcclError):  # type: ignore[misc]
+class DoubleError(nccl.NcclError):
     """NCCL's error, with a text of ours."""
 
     def __init__(self, status: int, text: str) -> None:

@@ -66,7 +66,7 @@ class Rounded(TorchDispatchMode):
     """Rounds the factors of fp32 products to `bits` bits, in one operation of torch's alone."""
 
     def __init__(self, operation: str, bits: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.operation, self.bits, self.calls = operation, bits, 0
 
     def __torch_dispatch__(
