@@ -24,7 +24,7 @@ from tests.support.torch_nccl_double import gloo_for_nccl
 BACKENDS = ("gloo", "cupy_nccl", "nccl")
 SHAPES = {"fp32": [(2, 2), (4, 1)], "bf16": [(2, 2)], "fp16": [(2, 2)]}
 RUNS = [(precision, shape) for precision, shapes in SHAPES.items() for shape in shapes]
-LAYERS, ROWS, TOKENS, UPDATES = 4, 8, 16, 4
+LAYERS, ROWS, TOKENS, UPDATES = 4, 4, 16, 3
 HIDDEN, MICROBATCH = 32, 1
 PRECISIONS: dict[str, dict[str, Any]] = {
     "fp32": {},
@@ -43,6 +43,7 @@ def flags(folder: Path) -> dict[str, Any]:
         "seq-length": TOKENS,
         "batch-size": lambda stages, replicas: ROWS // replicas,
         "micro-batch-size": MICROBATCH,
+        "recompute": "false",
         "total-steps": UPDATES,
         "warmup-steps": 1,
         "lr": 1e-3,

@@ -23,7 +23,7 @@ from tests.support.mixed import lines_of, model_flags
 from tests.support.models import make_shards
 from tests.support.poison import BadLogit, BadOutput, InfiniteLoss, Overflow
 
-LAYERS, TOKENS, STEPS, BAD_STEP, MAX_SKIPPED = 4, 16, 5, 3, 3
+LAYERS, TOKENS, STEPS, BAD_STEP, MAX_SKIPPED = 2, 16, 5, 3, 3
 ROWS_OF_A_REPLICA = 4  # in two microbatches
 # The ranks of P=2 R=2 by number: stage 0 and 1 of replica 0, stage 0 and 1 of replica 1.
 FOLDER = "checkpoint.steps.folder"
@@ -40,12 +40,13 @@ def gives_up_on_a_full_disk(topology: Topology) -> Iterator[None]:
 def flags(folder: Path) -> dict[str, Any]:
     return {
         **model_flags(folder),
+        "num-layers": 1,
         "seq-length": TOKENS,
         "batch-size": ROWS_OF_A_REPLICA,
         "micro-batch-size": 2,
         "recompute": "false",
         "total-steps": STEPS,
-        "checkpoint-steps": 1,
+        "checkpoint-steps": BAD_STEP - 1,
         "lr": 2e-3,
         "lr-schedule": "constant",
     }
@@ -59,10 +60,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[s
     make_shards(folder, "model", "gptneox", {"num_hidden_layers": LAYERS})
     own = flags(folder)
     cases = [
-        Case(f"{precision}-{place}", own | {precision: "true"} if precision == "bf16" else own,
-             hook, stops=True)
-        for precision in ("fp32", "bf16") for place, hook in PLACES.items()
-    ]  # fmt: skip
+        Case("fp32-first-stage", own, PLACES["first-stage"], stops=True),
+        Case("bf16-last-stage", own | {"bf16": "true"}, PLACES["last-stage"], stops=True),
+    ]
     cases.append(Case("gradient", own, Overflow(2, [BAD_STEP]), stops=True))
     fp16 = own | {"fp16": "true", "max-skipped-updates": MAX_SKIPPED, "hysteresis": 1}
     cases.append(Case("fp16-loss", fp16, BadLogit(1, BAD_STEP)))
@@ -89,9 +89,9 @@ def more_cases(folder: Path, own: dict[str, Any], fp16: dict[str, Any]) -> list[
     return [
         Case("half-an-update", fp16 | halves, InfiniteLoss(1, step=3)),
         Case("constant", fp16 | constant, Overflow(2, [BAD_STEP])),
-        Case("to-dynamic", fp16 | {"initial-loss-scale": 1024}, after=("constant-2-2", 3)),
+        Case("to-dynamic", fp16 | {"initial-loss-scale": 1024}, after=("constant-2-2", 2)),
         Case("floor", fp16 | {"min-loss-scale": 16384}, Overflow(1, [2, 3])),
-        Case("blown-up", fp16 | {"lr": "1e5"}, stops=True),
+        Case("blown-up", fp16 | {"lr": "1e5", "checkpoint-steps": 1}, stops=True),
         Case("held-out", own | held_out, InfiniteLoss(3, calls=[2 * HELD_OUT_BATCHES - 1])),
         Case("held-out-sets", own | of_sets, InfiniteLoss(3, calls=[3 * HELD_OUT_BATCHES + 1])),
         Case("bad-loss", fp16 | {"max-skipped-updates": 1}, PLACES["last-stage"], stops=True),
@@ -116,17 +116,14 @@ def documents_of(folder: Path, step: int, rows: Sequence[int]) -> str:
     return "; ".join(", ".join(blocks[row].documents) for row in rows)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    ("place", "stage", "rows"), [("first-stage", 0, (4, 5)), ("last-stage", 1, (2, 3))]
+    ("run", "stage", "rows"), [("fp32-first-stage", 0, (4, 5)), ("bf16-last-stage", 1, (2, 3))]
 )
 def test_a_loss_that_is_not_finite_stops_every_rank(
-    precision: str, place: str, stage: int, rows: tuple[int, int],
-    trained: tuple[Path, list[dict[str, Told]]],
-) -> None:  # fmt: skip
+    run: str, stage: int, rows: tuple[int, int], trained: tuple[Path, list[dict[str, Told]]]
+) -> None:
     """Step, stage, and where the very blocks of that replica and microbatch are from."""
     folder, told = trained
-    run = f"{precision}-{place}"
     blocks, named = blocks_of(folder, BAD_STEP), documents_of(folder, BAD_STEP, rows)
     expected = (
         f"step {BAD_STEP}: the loss is not finite, first in stage {stage}, on the blocks from "
@@ -190,7 +187,7 @@ def test_too_many_skips_in_a_row_end_the_run_with_a_checkpoint(
         assert stopped is not None
         assert stopped.startswith(f"step {last}: {MAX_SKIPPED} updates in a row were skipped")
         assert "--max-skipped-updates" in stopped
-        why = "stage 1, layer 2, post_attention_layernorm.bias has a gradient that is not finite"
+        why = "stage 1, layer 1, post_attention_layernorm.bias has a gradient that is not finite"
         assert f"the last since {why}; the weights" in stopped
     assert (run_folder(folder, "given-up", 2, 2) / "latest").read_text() == str(last)
     assert weights_of(folder, "given-up", 2, 2) == weights_of(folder, "fp16-loss", 2, 2, step=2)
@@ -246,7 +243,7 @@ def test_a_run_may_go_on_with_a_dynamic_scale(
 ) -> None:
     folder, told = trained
     scales = [line["loss_scale"] for line in lines_of(folder, "to-dynamic", 2, 2)]
-    assert scales == [64.0] * 3 + [1024.0] * 2
+    assert scales == [64.0] * 2 + [1024.0] * 3
     for one in told:
         lines = one["to-dynamic-2-2"].lines
         assert "--loss-scale is now 0.0, it was 64.0" in lines

@@ -20,7 +20,7 @@ WITHIN_DOCUMENTS = 0.05  # whose lengths no plan knows
 NEOX = {
     "vocab_size": 2048,
     "hidden_size": 128,
-    "num_hidden_layers": 6,
+    "num_hidden_layers": 2,
     "intermediate_size": 512,
     "max_position_embeddings": 256,
     "num_attention_heads": 4,
@@ -28,7 +28,7 @@ NEOX = {
 GPTJ = {
     "vocab_size": 2048,
     "n_embd": 128,
-    "n_layer": 6,
+    "n_layer": 2,
     "n_positions": 256,
     "n_head": 8,
     "rotary_dim": 8,
@@ -37,27 +37,30 @@ MODELS = {
     "neox": GPTNeoXConfig(**NEOX),  # heads of 32: up to 128 tokens keep their probabilities
     "dropout": GPTNeoXConfig(**NEOX, hidden_dropout=0.1, attention_dropout=0.1),
     "wide": GPTNeoXConfig(**{**NEOX, "num_attention_heads": 1, "vocab_size": 6000}),
+    "deep": GPTNeoXConfig(**{**NEOX, "num_hidden_layers": 6, "num_attention_heads": 1}),
     "gptj": GPTJConfig(**GPTJ),
 }
 
 
 class Shape(NamedTuple):
-    """A run: stages and replicas, the model, and its flags."""
+    """A run: stages and replicas, the model, and its flags; whether it is behind `slow`."""
 
     name: str
     stages: int
     replicas: int
     model: str
     flags: dict[str, Any]
+    slow: bool = False
 
 
 SHAPES = [
-    Shape("plain", 1, 1, "neox", {"seq-length": 128}),
+    Shape("plain", 1, 1, "neox", {"seq-length": 128}, slow=True),
     Shape("offload", 1, 1, "gptj", {
         "bf16": True, "recompute": False, "use-offload": True, "micro-batch-size": 2}),
-    Shape("long", 1, 1, "gptj", {"seq-length": 256, "recompute": False, "batch-size": 7}),
+    Shape("long", 1, 1, "gptj", {
+        "seq-length": 256, "recompute": False, "batch-size": 7}, slow=True),
     Shape("dropout", 1, 1, "dropout", {"recompute": False, "gradient-accumulate-step": 2}),
-    Shape("many", 2, 1, "neox", {"batch-size": 16, "fp16": True}),
+    Shape("many", 2, 1, "neox", {"batch-size": 16, "fp16": True}, slow=True),
     Shape("zb", 2, 1, "wide", {"pp-mode": "zb-h1", "recompute": False}),
     Shape("zb-recompute", 2, 1, "neox", {
         "pp-mode": "zb-h1", "bf16": True, "optimizer": "8bit-adam", "seq-length": 256}),
@@ -66,8 +69,9 @@ SHAPES = [
     Shape("copied", 2, 1, "neox", {
         "async-checkpoint": True, "bf16": True, "checkpoint-steps": 1}),
     Shape("8bit", 1, 2, "gptj", {"fp16": True, "optimizer": "8bit-adam", "zero-stage": 1}),
-    Shape("three", 1, 3, "neox", {"zero-stage": 1, "use-offload": True}),
-    Shape("four", 4, 1, "wide", {"pp-mode": "1f1b", "recompute": False, "batch-size": 16}),
+    Shape("three", 1, 3, "neox", {"zero-stage": 1, "use-offload": True}, slow=True),
+    Shape("four", 4, 1, "deep", {
+        "pp-mode": "1f1b", "recompute": False, "batch-size": 16}, slow=True),
 ]  # fmt: skip
 LINE = re.compile(
     r"memory of (rank \d+) .*: peak of live tensors (\S+ \S+), planned (\S+ \S+) "
@@ -93,7 +97,8 @@ def flags(folder: Path, shape: Shape) -> dict[str, Any]:
         "model-name": folder / shape.model, "load-pretrained-model": False,
         "model-type": "gptj" if shape.model == "gptj" else "gptneox",
         "num-layers": "auto", "embedding-dim": 128, "task-name": folder / "a.jsonl",
-        "seq-length": 64, "total-steps": 2, "measure-memory": True, **shape.flags, **held_out,
+        "seq-length": 64, "batch-size": 4, "total-steps": 2, "measure-memory": True,
+        **shape.flags, **held_out,
     }  # fmt: skip
 
 
@@ -106,20 +111,23 @@ def ratios(told: Sequence[str], name: str) -> Iterator[float]:
             yield float(ratio) / 100
 
 
-SLOW = [pytest.param(world, marks=pytest.mark.slow) for world in (3, 4)]
+GROUPS = [
+    pytest.param(size, slow, marks=[pytest.mark.slow] * slow)
+    for size, slow in sorted({(one.stages * one.replicas, one.slow) for one in SHAPES})
+]
 
 
-@pytest.mark.parametrize("world", [1, 2, *SLOW])
-def test_the_plan_is_what_a_run_measures(world: int, folder: Path) -> None:
-    shapes = [one for one in SHAPES if one.stages * one.replicas == world]
+@pytest.mark.parametrize(("size", "slow"), GROUPS)
+def test_the_plan_is_what_a_run_measures(size: int, slow: bool, folder: Path) -> None:
+    shapes = [one for one in SHAPES if (one.stages * one.replicas, one.slow) == (size, slow)]
     places = sorted({(one.stages, one.replicas) for one in shapes})
     cases = [
         Case(one.name, flags(folder, one), shapes=[(one.stages, one.replicas)]) for one in shapes
     ]
-    told, *_ = run_ranks(world, train_cases, meet_at(places), cases, folder, deadline=200.0)
+    told, *_ = run_ranks(size, train_cases, meet_at(places), cases, folder, deadline=200.0)
     for one in shapes:
         run = run_folder(folder, one.name, one.stages, one.replicas)
         found = list(ratios(told[run.name].lines, one.name))
-        assert len(found) == world
+        assert len(found) == size
         within = WITHIN_DOCUMENTS if one.name == "documents" else WITHIN
         assert all(abs(ratio - 1) <= within for ratio in found)

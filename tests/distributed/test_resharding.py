@@ -22,7 +22,6 @@ from tests.support.reshard_lab import (
     KINDS,
     PAIRS,
     SAVED,
-    SHAPES,
     STEPS,
     Shape,
     check_resumed,
@@ -34,8 +33,19 @@ from tests.support.reshard_lab import (
 )
 from training.run_start import RunStart, open_run
 
-FEW: list[tuple[Shape, Shape]] = [((1, 2), (2, 1)), ((4, 1), (1, 2))]
-FEW_KINDS = [*KINDS[1:], ("fp16", "adam")]
+Pair = tuple[Shape, Shape]
+# Every shape is twice a source and twice a target.
+FEW: list[Pair] = [
+    ((1, 1), (4, 1)), ((1, 1), (4, 2)), ((2, 1), (1, 2)), ((2, 1), (2, 2)),
+    ((4, 1), (2, 1)), ((4, 1), (1, 2)), ((1, 2), (2, 1)), ((1, 2), (4, 2)),
+    ((2, 2), (2, 2)), ((2, 2), (1, 1)), ((4, 2), (1, 1)), ((4, 2), (4, 1)),
+]  # fmt: skip
+OTHER_KINDS: list[tuple[tuple[str, str], Pair]] = [
+    (("fp32", "8bit-adam"), ((1, 2), (2, 1))),
+    (("bf16", "adam"), ((4, 1), (1, 2))),
+    (("bf16", "8bit-adam"), ((4, 1), (1, 2))),
+    (("fp16", "adam"), ((1, 2), (2, 1))),
+]
 LONG = 12  # steps after the save in the long form
 # Relative, of losses. In fp32 what the project promises: 1e-7 measured over the long form. In half
 # precision losses differ where a weight rounds the other way, which none did: 0 measured.
@@ -51,19 +61,17 @@ Spoil = Callable[[Path], object]
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Told]]:
-    """The short form: all pairs for fp32 and adam, and a few for the rest."""
+    """Runs of pairs for fp32 and adam, and of one pair for each other kind."""
     folder = tmp_path_factory.mktemp("resharding")
     whole = [Case("fp32-adam", flags(folder, KINDS[0]))]
-    others = resumed(folder, KINDS[0], PAIRS)
-    for kind in FEW_KINDS:
-        whole.append(
-            Case("-".join(kind), flags(folder, kind), shapes=[source for source, _ in FEW])
-        )
-        others += resumed(folder, kind, FEW, **{"zero-stage": 1, "use-offload": "true"})
+    others = resumed(folder, KINDS[0], FEW)
+    for kind, pair in OTHER_KINDS:
+        whole.append(Case("-".join(kind), flags(folder, kind), shapes=[pair[0]]))
+        others += resumed(folder, kind, [pair], **{"zero-stage": 1, "use-offload": "true"})
     others.append(
         Case(
             "listed",
-            flags(folder, KINDS[0], **{"num-layers": "3,4"}),
+            flags(folder, KINDS[0], **{"num-layers": "2,3"}),
             after=("fp32-adam-2-1", SAVED),
             shapes=[(2, 1)],
         )
@@ -71,65 +79,67 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tol
     return folder, train_all(folder, whole, others, deadline=500.0)
 
 
-@pytest.mark.parametrize(("source", "target"), PAIRS)
-def test_every_shape_goes_on_at_every_other(
+@pytest.mark.parametrize(("source", "target"), FEW)
+def test_every_shape_goes_on_at_others(
     source: Shape, target: Shape, ended: tuple[Path, dict[str, Told]]
 ) -> None:
     assert check_resumed(ended[0], KINDS[0], source, target) < TOLERANCES[KINDS[0]]
 
 
-@pytest.mark.parametrize(("source", "target"), FEW)
-@pytest.mark.parametrize("kind", FEW_KINDS)
+@pytest.mark.parametrize(("kind", "pair"), OTHER_KINDS)
 def test_every_precision_and_optimizer_does(
-    kind: tuple[str, str], source: Shape, target: Shape, ended: tuple[Path, dict[str, Told]]
+    kind: tuple[str, str], pair: Pair, ended: tuple[Path, dict[str, Told]]
 ) -> None:
     """Also where state is sharded and offloaded from then on."""
-    assert check_resumed(ended[0], kind, source, target) < TOLERANCES[kind]
+    assert check_resumed(ended[0], kind, *pair) < TOLERANCES[kind]
 
 
-@pytest.mark.parametrize("source", SHAPES)
+@pytest.mark.parametrize(
+    ("source", "target", "expected"),
+    [
+        ((1, 2), (2, 1), ["the checkpoint's 1 stage of 5 layers becomes 2 of 4,1"]),
+        ((4, 1), (2, 1), ["the checkpoint's 4 stages of 1,2,1,1 layers become 2 of 4,1"]),
+        ((2, 1), (2, 2), []),
+    ],
+)
 def test_the_new_stages_are_told_in_one_line(
-    source: Shape, ended: tuple[Path, dict[str, Told]]
+    source: Shape, target: Shape, expected: list[str], ended: tuple[Path, dict[str, Told]]
 ) -> None:
-    told = ended[1][f"{resumed_name(KINDS[0], source)}-2-1"].lines
-    kept = {
-        1: ["the checkpoint's 1 stage of 7 layers becomes 2 of 5,2"],
-        4: ["the checkpoint's 4 stages of 1,3,2,1 layers become 2 of 5,2"],
-    }
-    assert [line for line in told if "become" in line] == kept.get(source[0], [])
+    lines = ended[1][f"{resumed_name(KINDS[0], source)}-{target[0]}-{target[1]}"].lines
+    assert [line for line in lines if "become" in line] == expected
 
 
 def test_as_many_stages_may_have_other_layers(ended: tuple[Path, dict[str, Told]]) -> None:
     folder, told = ended
     stayed, moved = (lines_of(folder / name) for name in ("fp32-adam-2-1", "listed-2-1"))
     assert worst([one["loss"] for one in moved], [one["loss"] for one in stayed]) < 1e-5
-    assert "the checkpoint's 2 stages of 5,2 layers become 2 of 3,4" in told["listed-2-1"].lines
+    assert "the checkpoint's 2 stages of 4,1 layers become 2 of 2,3" in told["listed-2-1"].lines
     meta = json.loads((folder / "listed-2-1" / str(STEPS) / "meta.json").read_text())
-    assert (meta["num_stages"], meta["num_layers"]) == (2, [3, 4])
+    assert (meta["num_stages"], meta["num_layers"]) == (2, [2, 3])
 
 
-# What is done to the last step of four stages (1,3,2,1), and what the first of two (5,2) says then:
+# What is done to the last step of four stages (1,2,1,1), and what the first of two (4,1) says then:
 # it needs the files of the first three.
 SPOILT: dict[str, tuple[Spoil, str]] = {
     "optimizer cut": (
         lambda step: cut(step / "prank_2_optimizer.pt"),
-        "6/prank_2_optimizer.pt: damaged: ",
+        "4/prank_2_optimizer.pt: damaged: ",
     ),
     "weights with a wrong bit": (
         lambda step: flip(step / "prank_1_checkpoint.pt", 0.5),
-        "6/prank_1_checkpoint.pt: damaged: its checksum is",
+        "4/prank_1_checkpoint.pt: damaged: its checksum is",
     ),
     "weights gone": (
         lambda step: (step / "prank_0_checkpoint.pt").unlink(),
-        "6/prank_0_checkpoint.pt: no such file, but prank_0_manifest.json lists it",
+        "4/prank_0_checkpoint.pt: no such file, but prank_0_manifest.json lists it",
     ),
     "manifest gone": (
         lambda step: (step / "prank_2_manifest.json").unlink(),
-        "6/prank_2_manifest.json: no such file, expected a manifest",
+        "4/prank_2_manifest.json: no such file, expected a manifest",
     ),
     "meta.json with a wrong bit": (
         lambda step: flip(step / "meta.json", 0.5),
-        "6/meta.json: damaged: its checksum is",
+        "4/meta.json: damaged: its checksum is",
     ),
 }  # fmt: skip
 
@@ -142,7 +152,7 @@ def four(ended: tuple[Path, dict[str, Told]], tmp_path: Path) -> Path:
 
 def first_of_two(run: Path, folder: Path) -> RunStart:
     """The first of two stages, up to where it would read weights."""
-    own = {"checkpoint-path": run, "pipeline-group-size": 2, "world-size": 2, "num-layers": "5,2"}
+    own = {"checkpoint-path": run, "pipeline-group-size": 2, "world-size": 2, "num-layers": "4,1"}
     flags_here = flags(folder, KINDS[0]) | own | {"batch-size": 4, "use-cuda": "false"}
     return open_run(**run_parts(flags_here))
 

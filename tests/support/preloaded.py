@@ -17,3 +17,6 @@ for name in (
     "transformers.tokenization_utils_tokenizers",
 ):  # fmt: skip
     importlib.import_module(name)
+
+# The tests' sources have some sixty documents: a thousand, ahead, are all of them seventeen times.
+vars(importlib.import_module("tasks.tokenization.prefetch"))["BATCH_DOCUMENTS"] = 32
