@@ -94,10 +94,14 @@ FEW_REPLICAS = [
 ALL_REPLICAS = [OtherReplicas(*one) for one in product(OPTIMIZERS, SWITCHES, (1, 4))]
 
 
+def layers_of_a_stage(stages: int, replicas: int) -> int:
+    return LAYERS // stages
+
+
 def flags(folder: Path, precision: str, optimizer: str, place: Place) -> dict[str, Any]:
     return {
         **model_flags(folder),
-        "num-layers": lambda stages, replicas: LAYERS // stages,
+        "num-layers": layers_of_a_stage,
         "seq-length": 16,
         "batch-size": rows_of_a_replica,
         "recompute": "false",

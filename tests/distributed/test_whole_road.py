@@ -333,6 +333,7 @@ def test_torchrun(how: str, base: Path) -> None:
         "task-name": "data.jsonl",
         "seq-length": TOKENS,
         "batch-size": ROWS,
+        "data-workers": 0,
         "pipeline-group-size": 2,
         "total-steps": 2,
         "checkpoint-path": "run",
