@@ -1,6 +1,7 @@
-"""What needs several ranks, or a machine that is not as it should be, in real processes.
+"""Mistakes in files and flags: every rank ends with one line, the same, and exit status 2.
 
-Every rank ends with one line, the same, and exit status 2.
+By default each mistake is made in the smallest world in which it can be made, and some of each kind
+in a world of four (WORLDS); the slow form makes all of them in worlds of four.
 """
 
 import json
@@ -11,8 +12,8 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,41 +21,43 @@ import pytest
 import torch
 
 from checkpoint.lock import lock_folder
+from comm.timing import Timing
 from tests.support.checkpoint_models import reseal
 from tests.support.data import tokenizer
+from tests.support.hooks import no_picture
 from tests.support.launcher import free_port
-from tests.support.runs import Outcome, Rank, Run, run_all
+from tests.support.runs import Outcome, Rank, Run, run, run_all
 from tests.support.valid_run import LAYERS, ROOT, VOCAB, Flags, argv, at, make_home, right, the_line
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_home(tmp_path_factory.mktemp("bad-input"))
+    """A folder of valid input, with a tokenizer of one token too many and a large weight."""
+    home = make_home(tmp_path_factory.mktemp("bad-input"))
+    tokenizer().save_pretrained(home / "longer")
+    path = home / "longer" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"]["unheard-of"] = VOCAB
+    path.write_text(json.dumps(content))
+    shutil.copytree(home / "m", home / "large")
+    (home / "large" / "manifest.json").unlink()
+    edit(home / "large" / LAST, lambda s: s[QKV][0].fill_(-1e5))
+    return home
 
 
-def commands(*given: list[str]) -> list[subprocess.CompletedProcess[str]]:
-    """What a user would start, all at once, with nothing but this process's environment."""
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(ROOT / "dist_clm_train.py"), *one],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={key: value for key, value in os.environ.items() if key != "TORCH_CPP_LOG_LEVEL"}
-            | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        )
-        for one in given
-    ]  # fmt: skip
-    ended = [(process, *process.communicate(timeout=150)) for process in started]
-    return [subprocess.CompletedProcess(p.args, p.returncode, out, err) for p, out, err in ended]
+def commands(folder: Path, given: list[list[str]]) -> Outcome:
+    """Runs ranks as a user starts them."""
+    return run(Run("user", [Rank(argv, folder, is_forked=False) for argv in given]))
 
 
-def test_a_command_with_a_wrong_flag(home: Path) -> None:
-    flags = [right(home) | {"rank": rank, "lr": "fast"} for rank in range(4)]
-    for done in commands(*map(argv, flags)):
-        assert done.returncode == 2
+def test_a_command_with_a_wrong_flag(home: Path, tmp_path: Path) -> None:
+    for done in commands(tmp_path, [argv(right(home) | {"rank": 1, "lr": "fast"})]):
+        assert done.status == 2
         assert the_line(done.stderr) == "--lr: expected a number of at least 0, got 'fast'"
 
 
-def test_a_command_with_a_shard_that_one_rank_lacks(home: Path) -> None:
+@pytest.mark.slow
+def test_a_command_with_a_shard_that_one_rank_lacks(home: Path, tmp_path: Path) -> None:
     """Nothing but our line on stderr, of torch's C++ side either."""
     model = copy_of(home, "command")
     (model / "pytorch_lm_head.pt").unlink()
@@ -63,8 +66,8 @@ def test_a_command_with_a_shard_that_one_rank_lacks(home: Path) -> None:
     ranks = [flags | {"rank": rank} for rank in range(4)]
     ranks[3]["model-name"] = model
     path = model / "pytorch_lm_head.pt"
-    for rank, done in enumerate(commands(*map(argv, ranks))):
-        assert done.returncode == 2
+    for rank, done in enumerate(commands(tmp_path, list(map(argv, ranks)))):
+        assert done.status == 2
         assert the_line(done.stderr) == ("" if rank == 3 else f"rank {rank}: ") + (
             f"rank 3: {path}: no such file"
         )
@@ -82,6 +85,7 @@ def copy_of(home: Path, name: str) -> Path:
     return copied
 
 
+QUICK = Timing(join_grace=1.0)
 QKV, LAST = "attention.query_key_value.weight", "pytorch_2.pt"  # of stage 1
 
 
@@ -155,7 +159,7 @@ FOLDERS: dict[str, tuple[int, Spoil, list[str]]] = {
     "another shard than replica 0's": (
         3,
         lambda d: edit(d / LAST, lambda s: s[QKV][0].add_(1e-7)),
-        ["--model-name", "stage 1", "not the same for all replicas"],
+        ["--model-name", "stage {stage}", "not the same for all replicas"],
     ),
     "another shard than was converted": (
         3, lambda d: negate_converted(d / LAST),
@@ -163,7 +167,7 @@ FOLDERS: dict[str, tuple[int, Spoil, list[str]]] = {
     ),
     "another config": (
         3, lambda d: edit_config(d, layer_norm_eps=1e-6),
-        ["--model-name", "config.json is not the same on rank 0 and rank 3"],
+        ["--model-name", "config.json is not the same on rank 0 and rank {rank}"],
     ),
     "config of another width": (
         2, lambda d: edit_config(d, hidden_size=64), ["--embedding-dim 32", "config.json", "64"],
@@ -260,10 +264,21 @@ def resealed(spoil: Spoil) -> Spoil:
     return spoil_and_reseal
 
 
+def qkv(state: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Returns the first layer's weight of that name in a stage's state."""
+    return next(value for name, value in state.items() if name.endswith(QKV))
+
+
+def of_last_stage(folder: Path, part: str) -> Path:
+    return sorted((folder / "2").glob(f"prank_*_{part}.pt"))[-1]
+
+
 # Flags of a second start on a checkpoint of the first, and the words of the line.
 RESUMES: dict[str, tuple[Flags, list[str]]] = {
     "another seed": ({"seed": 7}, ["--seed is 7", "made with 42"]),
-    "another batch": ({"batch-size": 4}, ["the global batch", "is 8", "made with 4"]),
+    "another batch": (
+        {"batch-size": 4}, ["the global batch", "is {large batch}", "made with {batch}"],
+    ),
     "other blocks": ({"seq-length": 16}, ["--seq-length is 16", "made with 24"]),
     "other data": ({"task-name": "{home}/broken.jsonl"}, ["--task-name is", "made with"]),
     "no resume wanted": (
@@ -272,29 +287,29 @@ RESUMES: dict[str, tuple[Flags, list[str]]] = {
 }  # fmt: skip
 STATES: dict[str, tuple[Spoil, list[str]]] = {
     "optimizer of nonsense": (
-        resealed(lambda d: torch.save([1], d / "2" / "prank_1_optimizer.pt")),
-        ["prank_1_optimizer.pt", "list"],
+        resealed(lambda d: torch.save([1], of_last_stage(d, "optimizer"))),
+        ["prank_{stage}_optimizer.pt", "list"],
     ),
     "optimizer with NaN": (
         resealed(
             lambda d: edit(
-                d / "2" / "prank_1_optimizer.pt",
-                lambda s: s["exp_avg"][f"0.{QKV}"].fill_(float("nan")),
+                of_last_stage(d, "optimizer"),
+                lambda s: qkv(s["exp_avg"]).fill_(float("nan")),
             )
         ),
-        ["2/prank_1_optimizer.pt: exp_avg: 0.", QKV, "not finite"],
+        ["2/prank_{stage}_optimizer.pt: exp_avg: {layer}.", QKV, "not finite"],
     ),
     "weights with NaN": (
         resealed(
             lambda d: edit(
-                d / "2" / "prank_1_checkpoint.pt", lambda s: s[f"0.{QKV}"].fill_(float("nan"))
+                of_last_stage(d, "checkpoint"), lambda s: qkv(s).fill_(float("nan"))
             )
         ),
-        ["prank_1_checkpoint.pt", QKV, "not finite"],
+        ["prank_{stage}_checkpoint.pt", QKV, "not finite"],
     ),
     "weights of a stage missing": (
-        resealed(lambda d: (d / "2" / "prank_1_checkpoint.pt").unlink()),
-        ["2/prank_1_checkpoint.pt: no such file, but prank_1_manifest.json lists it"],
+        resealed(lambda d: (of_last_stage(d, "checkpoint")).unlink()),
+        ["2/prank_{stage}_checkpoint.pt: no such file, but prank_{stage}_manifest.json lists it"],
     ),
     "meta broken": (
         resealed(lambda d: cut(d / "2" / "meta.json")), ["meta.json", "not readable"],
@@ -308,46 +323,118 @@ STATES: dict[str, tuple[Spoil, list[str]]] = {
         ["2/config.json: no such file, but prank_0_manifest.json lists it"],
     ),
     "weights that are not as saved": (
-        lambda d: edit(d / "2" / "prank_1_checkpoint.pt", lambda s: s[f"0.{QKV}"].neg_()),
-        ["2/prank_1_checkpoint.pt: damaged: ", "manifest.json says", "no complete checkpoint"],
+        lambda d: edit(of_last_stage(d, "checkpoint"), lambda s: qkv(s).neg_()),
+        [
+            "2/prank_{stage}_checkpoint.pt: damaged: ", "manifest.json says",
+            "no complete checkpoint",
+        ],
     ),
 }  # fmt: skip
 
 
-def ranks_of(home: Path, name: str, changes: Mapping[int, Flags]) -> list[Rank]:
-    """Four ranks; their working directory is the run's own."""
-    folder = home / "work" / _slug(name)
-    folder.mkdir(parents=True)
-    flags = right(home) | {
-        "dist-url": f"tcp://127.0.0.1:{free_port()}",
-        "checkpoint-path": folder / "checkpoints",
-    }
-    own = [
-        flags | {"rank": rank} | {k: at(home, v) for k, v in changes.get(rank, {}).items()}
-        for rank in range(4)
-    ]
-    return [Rank(argv(one), folder) for one in own]
-
-
-def _slug(name: str) -> str:
-    return name.replace(" ", "-").replace("'", "")
-
-
+# Where one rank alone cannot make a mistake, or four show that all end alike.
+WORLDS = {
+    "another shard than replica 0's": 2, "another config": 2,
+    "shard missing": 4, "another lr": 4, "held-out data on rank 0 alone": 4, "rank twice": 4,
+    "an interface that is not there": 4, "a bad line in the middle of training": 4,
+    "another seed": 4, "weights that are not as saved": 4,
+}  # fmt: skip
+SHAPES = {1: (1, 1), 2: (1, 2), 4: (2, 2)}  # stages and replicas
 LATE = "another lr, seen before all are there"
 
 
-def first_runs(home: Path, busy: str) -> list[list[Run]]:
-    """A run for each mistake in FOLDERS and FLAGS, and those of a rank that is alone."""
-    chains = []
-    for name, (rank, spoil, _) in FOLDERS.items():
-        model = copy_of(home, _slug(name))
-        spoil(model)
-        chains.append([Run(name, ranks_of(home, name, {rank: {"model-name": model}}))])
-    for name, (changes, _) in FLAGS.items():
-        chains.append([Run(name, ranks_of(home, name, changes))])
-    ranks = ranks_of(home, LATE, {2: {"lr": 0.5}})
-    chains.append([Run(LATE, [*ranks[:3], replace(ranks[3], late=2.0)])])
-    alone: dict[str, Flags] = {
+@dataclass(frozen=True)
+class Worlds:
+    """Runs of all mistakes, each in a world of its size, or all in worlds of four."""
+
+    home: Path
+    in_four: bool
+
+    def size(self, name: str) -> int:
+        return 4 if self.in_four else WORLDS.get(name, 1)
+
+    def folder(self, name: str) -> Path:
+        return self.home / "work" / f"{'four' if self.in_four else 'small'}-{_slug(name)}"
+
+    def rank(self, name: str, rank: int) -> int:
+        """Returns the rank that makes the mistake of `rank` in a world of four."""
+        return min(rank, self.size(name) - 1)
+
+    def words(self, name: str, words: Sequence[str], rank: int = 0) -> list[str]:
+        """Returns the words of a line in this world, of a mistake of `rank`."""
+        stage, rank = SHAPES[self.size(name)][0] - 1, self.rank(name, rank)
+        batch = 2 * SHAPES[self.size(name)][1]
+        values = {
+            "{stage}": stage, "{layer}": 1 - stage, "{rank}": rank, "{home}": self.home,
+            "{batch}": batch, "{large batch}": 2 * batch,
+        }  # fmt: skip
+        return [_replaced(word, values) for word in words]
+
+    def run(self, name: str, changes: Mapping[int, Flags], size: int | None = None) -> Run:
+        """Returns a run whose working directory is its own."""
+        folder, size = self.folder(name), size or self.size(name)
+        folder.mkdir(parents=True)
+        stages, replicas = SHAPES[size]
+        flags = right(self.home) | {
+            "dist-url": f"tcp://127.0.0.1:{free_port()}",
+            "checkpoint-path": folder / "checkpoints",
+            "data-workers": 0,
+            "world-size": size,
+            "pipeline-group-size": stages,
+            "data-group-size": replicas,
+            "num-layers": 2 if stages == 2 else LAYERS,
+        }
+        by_rank = {min(rank, size - 1): changes[rank] for rank in sorted(changes, reverse=True)}
+        own = [
+            flags | {"rank": rank} | {k: at(self.home, v) for k, v in by_rank.get(rank, {}).items()}
+            for rank in range(size)
+        ]
+        return Run(name, [Rank(argv(one), folder, hooks=[no_picture], timing=QUICK) for one in own])
+
+    def first_runs(self, busy: str) -> list[list[Run]]:
+        """A run for each mistake in FOLDERS and FLAGS, and those of a rank that is alone."""
+        chains = []
+        for name, (rank, spoil, _) in FOLDERS.items():
+            model = copy_of(self.home, self.folder(name).name)
+            spoil(model)
+            chains.append([self.run(name, {rank: {"model-name": model}})])
+        for name, (changes, _) in FLAGS.items():
+            chains.append([self.run(name, changes)])
+        late = self.run(LATE, {2: {"lr": 0.5}}, size=4)
+        chains.append([replace(late, ranks=[*late.ranks[:3], replace(late.ranks[3], late=1.5)])])
+        return chains + [[self.alone(name, flags)] for name, flags in mistakes_alone(busy).items()]
+
+    def alone(self, name: str, flags: Flags) -> Run:
+        """One rank of four."""
+        one = self.run(name, {0: flags}, size=4)
+        return replace(one, ranks=one.ranks[:1])
+
+    def first_start(self, size: int) -> Run:
+        """Nothing is wrong; it takes over the lock of a process that is dead."""
+        one = self.run(f"{FIRST} {size}", {}, size)
+        made = self.folder(one.name) / "checkpoints"
+        made.mkdir()
+        (made / ".lock").write_text("process 4194305 on a-machine-that-was")
+        return one
+
+    def second_runs(self) -> list[list[Run]]:
+        """Starts with each mistake of RESUMES and STATES on what the first starts have left."""
+        chains = []
+        more: Flags = {"total-steps": 4}
+        for name in [*RESUMES, *STATES]:
+            flags = more | (RESUMES[name][0] if name in RESUMES else {})
+            one = self.run(name, on_all(flags))
+            first = self.folder(f"{FIRST} {self.size(name)}") / "checkpoints"
+            made = self.folder(name) / "checkpoints"
+            shutil.copytree(first, made)
+            if name in STATES:
+                STATES[name][0](made)
+            chains.append([one])
+        return chains
+
+
+def mistakes_alone(busy: str) -> dict[str, Flags]:
+    return {
         "a port in use": {"dist-url": busy},
         "a master that does not listen": {
             "rank": 1, "dist-url": f"tcp://127.0.0.1:{free_port()}", "join-timeout": 2,
@@ -358,61 +445,47 @@ def first_runs(home: Path, busy: str) -> list[list[Run]]:
             "data-group-size": 1, "num-layers": LAYERS,
         },
     }  # fmt: skip
-    for name, flags in alone.items():
-        ranks = ranks_of(home, name, {0: flags})
-        chains.append([Run(name, ranks[:1])])
-    return chains
 
 
-@pytest.fixture(scope="module")
-def ended(home: Path) -> dict[str, Outcome]:
-    """How all runs ended."""
-    tokenizer().save_pretrained(home / "longer")
-    path = home / "longer" / "tokenizer.json"
-    content = json.loads(path.read_text())
-    content["model"]["vocab"]["unheard-of"] = VOCAB
-    path.write_text(json.dumps(content))
-    shutil.copytree(home / "m", home / "large")
-    (home / "large" / "manifest.json").unlink()
-    edit(home / "large" / LAST, lambda s: s[QKV][0].fill_(-1e5))
+def _slug(name: str) -> str:
+    return name.replace(" ", "-").replace("'", "")
+
+
+def _replaced(word: str, values: Mapping[str, object]) -> str:
+    for name, value in values.items():
+        word = word.replace(name, str(value))
+    return word
+
+
+FIRST = "a first start of"
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The ends of all runs by name."""
+
+    worlds: Worlds
+    outcomes: dict[str, Outcome]
+
+
+@pytest.fixture(
+    scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "in four"]
+)
+def ended(home: Path, request: pytest.FixtureRequest) -> Ends:
+    worlds = Worlds(home, request.param)
     lock = lock_folder(home / "locked")
     with lock, socket.create_server(("127.0.0.1", 0)) as busy:
         url = f"tcp://127.0.0.1:{busy.getsockname()[1]}"
-        chains = [[first_start(home)], *first_runs(home, url)]
-        ends = run_all(chains, at_once=3)
-    return ends | run_all(second_runs(home), at_once=3)
+        firsts = [[worlds.first_start(size)] for size in (4, 1)]
+        ends = run_all([*firsts, *worlds.first_runs(url)], at_once=4)
+    return Ends(worlds, ends | run_all(worlds.second_runs(), at_once=4))
 
 
-FIRST = "a first start"
-
-
-def first_start(home: Path) -> Run:
-    """Nothing is wrong; it takes over the lock of a process that is dead."""
-    ranks = ranks_of(home, FIRST, {})
-    made = home / "work" / _slug(FIRST) / "checkpoints"
-    made.mkdir()
-    (made / ".lock").write_text("process 4194305 on a-machine-that-was")
-    return Run(FIRST, ranks)
-
-
-def second_runs(home: Path) -> list[list[Run]]:
-    """Starts with each mistake of RESUMES and STATES on what the first start has left."""
-    chains = []
-    more: Flags = {"total-steps": 4}
-    for name in [*RESUMES, *STATES]:
-        flags = more | (RESUMES[name][0] if name in RESUMES else {})
-        ranks = ranks_of(home, name, on_all(flags))
-        made = home / "work" / _slug(name) / "checkpoints"
-        shutil.copytree(home / "work" / _slug(FIRST) / "checkpoints", made)
-        if name in STATES:
-            STATES[name][0](made)
-        chains.append([Run(name, ranks)])
-    return chains
-
-
-def test_the_first_start_is_right(ended: dict[str, Outcome]) -> None:
-    for outcome in ended[FIRST]:
-        assert (outcome.status, outcome.stderr) == (0, "")
+def test_the_first_start_is_right(ended: Ends) -> None:
+    for size in (4, 1):
+        outcome = ended.outcomes[f"{FIRST} {size}"]
+        assert outcome.statuses == [0] * size
+        assert outcome.lines == [[]] * size
 
 
 def the_same_line(outcomes: Outcome) -> str:
@@ -429,33 +502,34 @@ def the_same_line(outcomes: Outcome) -> str:
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_a_model_folder(name: str, home: Path, ended: dict[str, Outcome]) -> None:
+def test_a_model_folder(name: str, ended: Ends) -> None:
     rank, _, words = FOLDERS[name]
-    line = the_same_line(ended[name])
-    assert all(word in line for word in words), line
-    if "not the same" not in "".join(words):  # which several ranks see
-        other = 1 if rank == 0 else 0
-        assert f"rank {rank}: " in ended[name][other].stderr, "the others name the rank that saw it"
-    assert not (home / "work" / _slug(name) / "ran").exists()
+    line, worlds = the_same_line(ended.outcomes[name]), ended.worlds
+    assert all(word in line for word in worlds.words(name, words, rank)), line
+    if worlds.size(name) > 1 and "not the same" not in "".join(words):  # which several ranks see
+        seen_by = worlds.rank(name, rank)
+        other = ended.outcomes[name][1 if seen_by == 0 else 0]
+        assert f"rank {seen_by}: " in other.stderr, "the others name the rank that saw it"
+    assert not (worlds.folder(name) / "ran").exists()
 
 
 @pytest.mark.parametrize("name", FLAGS)
-def test_flags_of_some_ranks(name: str, home: Path, ended: dict[str, Outcome]) -> None:
-    line = the_same_line(ended[name])
-    assert all(at(home, word) in line for word in FLAGS[name][1]), line
+def test_flags_of_some_ranks(name: str, ended: Ends) -> None:
+    line = the_same_line(ended.outcomes[name])
+    assert all(word in line for word in ended.worlds.words(name, FLAGS[name][1])), line
     if "middle" in name:
-        assert "step 1/200" in ended[name][0].stdout
+        assert "step 1/200" in ended.outcomes[name][0].stdout
 
 
-def test_a_late_rank_hears_of_it_too(ended: dict[str, Outcome]) -> None:
-    assert "--lr must be the same on all ranks" in the_same_line(ended[LATE])
+def test_a_late_rank_hears_of_it_too(ended: Ends) -> None:
+    assert "--lr must be the same on all ranks" in the_same_line(ended.outcomes[LATE])
 
 
 @pytest.mark.parametrize("name", [*RESUMES, *STATES])
-def test_a_second_start(name: str, home: Path, ended: dict[str, Outcome]) -> None:
-    line = the_same_line(ended[name])
+def test_a_second_start(name: str, ended: Ends) -> None:
+    line = the_same_line(ended.outcomes[name])
     words = (RESUMES | STATES)[name][1]
-    assert all(at(home, word) in line for word in words), line
+    assert all(word in line for word in ended.worlds.words(name, words)), line
 
 
 @pytest.mark.parametrize(
@@ -467,8 +541,8 @@ def test_a_second_start(name: str, home: Path, ended: dict[str, Outcome]) -> Non
         ("a GPU that one process lacks", ["--use-cuda true", "0 CUDA devices"]),
     ],
 )
-def test_a_rank_alone(name: str, words: list[str], ended: dict[str, Outcome]) -> None:
-    (outcome,) = ended[name]
+def test_a_rank_alone(name: str, words: list[str], ended: Ends) -> None:
+    (outcome,) = ended.outcomes[name]
     assert outcome.status == 2, outcome
     assert all(word in the_line(outcome.stderr) for word in words), outcome.stderr
     assert outcome.seconds < 30.0

@@ -6,11 +6,8 @@ where the test may mount one, the disk is a small one that fills up.
 
 import importlib
 import json
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +22,11 @@ from monitor.recorder import Recorder
 from tests.support.cases import Case, Told, curve, meet_at, run_folder, to_argv, train_cases
 from tests.support.data import make_texts, write_jsonl
 from tests.support.full_disk import files_no_larger_than, fill, small_disk
+from tests.support.hooks import Slow, no_picture
 from tests.support.kill_lab import leftovers, same, state
 from tests.support.launcher import run_ranks
 from tests.support.models import make_shards
-from tests.support.valid_run import ROOT
+from tests.support.runs import Attendant, Hook, Rank, Run, run, run_all
 from training.iteration import TrainingStoppedError
 from training.trainer import Trainer
 
@@ -168,7 +166,7 @@ def make_flags(folder: Path) -> dict[str, Any]:
     return {
         "model-name": folder / "shards" / "model", "model-type": "gptneox", "embedding-dim": 32,
         "num-layers": 2, "task-name": folder / "a.jsonl", "seq-length": 16, "batch-size": 2,
-        "total-steps": STEPS, "lr": 1e-3, "use-cuda": "false",
+        "total-steps": STEPS, "lr": 1e-3, "use-cuda": "false", "recompute": "false",
     }  # fmt: skip
 
 
@@ -282,44 +280,41 @@ def test_a_save_that_fails_does_not_hide_why_training_stopped(fails: bool) -> No
     assert not saves.is_pending
 
 
-def start(flags: dict[str, Any]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "dist_clm_train.py"), *to_argv(flags)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-
-
 def test_a_disk_that_is_full_for_the_rest_of_the_run(tmp_path: Path) -> None:
     """Training goes on to its end, whose save fails: status 1. With room again it is completed."""
-    (tmp_path / "whole").mkdir()
-    flags = {**make_flags(tmp_path), "num-layers": 3, "total-steps": 300, "checkpoint-steps": 100}
-    run = tmp_path / "disk" / "run"
+    flags = {
+        **make_flags(tmp_path), "num-layers": 3, "total-steps": 30, "checkpoint-steps": 10,
+        "data-workers": 0,
+    }  # fmt: skip
+    steps = Slow(0, "pipeline_parallel.engine:Engine.train", 0.03)  # slower than the disk fills
+    disk, path = tmp_path / "disk" / "run", tmp_path / "disk" / "filler"
+
+    def fill_after_a_save(_pids: Sequence[int], _ended: Mapping[int, int | None]) -> None:
+        if (disk / "latest").exists() and not path.exists():
+            fill(path)
+
+    def start(name: str, folder: Path, attend: Attendant | None = None, *hooks: Hook) -> Run:
+        argv = to_argv({**flags, "checkpoint-path": folder})
+        return Run(name, [Rank(argv, tmp_path, hooks=[no_picture, *hooks])], attend)
+
     with small_disk(tmp_path / "disk", "3m"):
-        first = start({**flags, "checkpoint-path": run})
-        deadline = time.monotonic() + 300.0
-        while not (run / "latest").exists() and time.monotonic() < deadline:
-            time.sleep(0.005)
-        fill(tmp_path / "disk" / "filler")
-        out, err = first.communicate(timeout=300)
-        assert first.returncode == 1, err
-        assert "step 200 is not saved: [Errno 28] No space left on device" in out
-        assert "metrics.jsonl: [Errno 28] No space left on device" in out
-        assert err.startswith("step 300 is not saved: [Errno 28] No space left on device")
-        assert err.count("\n") == 1
-        assert (run / "latest").read_text() == "100"
-        assert leftovers(run) == []
-        (tmp_path / "disk" / "filler").unlink()
-        again = start({**flags, "checkpoint-path": run})
-        whole = start({**flags, "checkpoint-path": tmp_path / "whole"})
-        for process in (again, whole):
-            _, err = process.communicate(timeout=300)
-            assert (process.returncode, err) == (0, "")
+        (first,) = run(start("first", disk, fill_after_a_save, steps))
+        assert first.status == 1, first
+        assert "step 20 is not saved: [Errno 28] No space left on device" in first.stdout
+        assert "metrics.jsonl: [Errno 28] No space left on device" in first.stdout
+        assert first.stderr.startswith("step 30 is not saved: [Errno 28] No space left on device")
+        assert first.stderr.count("\n") == 1
+        assert (disk / "latest").read_text() == "10"
+        assert leftovers(disk) == []
+        path.unlink()
+        whole = tmp_path / "whole"
+        for outcome in run_all(
+            [[start("again", disk)], [start("whole", whole)]], at_once=2
+        ).values():
+            assert (outcome.statuses, outcome.lines) == ([0], [[]])
         lines, expected = (
-            [line["loss"] for line in read_metrics(path / "metrics.jsonl")]
-            for path in (run, tmp_path / "whole")
+            [line["loss"] for line in read_metrics(folder / "metrics.jsonl")]
+            for folder in (disk, whole)
         )
         assert lines == expected
-        assert same(state(run, 0, 300), state(tmp_path / "whole", 0, 300))
+        assert same(state(disk, 0, 30), state(whole, 0, 30))

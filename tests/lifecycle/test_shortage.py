@@ -1,9 +1,7 @@
 """Memory that runs out: the line that every rank ends with."""
 
-import os
 import re
-import subprocess
-import sys
+import resource
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -18,29 +16,33 @@ from transformers import GPTNeoXConfig
 
 from comm.topology import Topology
 from modules.families.gptneox import GPTNeoXBlock
+from pipeline_parallel.engine import Engine
 from planning.memory.out_of_memory import NEXT_STEP, explain_out_of_memory
 from tests.support.cases import Case, Told, meet_at, to_argv, train_cases
 from tests.support.data import make_texts, tokenizer, write_jsonl
 from tests.support.launcher import free_port, run_ranks
-from tests.support.valid_run import ROOT
+from tests.support.runs import fork_ranks
 
 HIDDEN, LAYERS = 128, 2
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 3 GiB."
 CPU = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 512 bytes."
 
-# A rank whose address space is bounded once all is built: its next activations do not fit.
-BOUNDED = """
-import resource, sys
-import dist_clm_train
-from pipeline_parallel.engine import Engine
-train = Engine.train
-def bounded(self, batch, *, loss_scale):
-    size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + 150_000_000, -1))
-    return train(self, batch, loss_scale=loss_scale)
-Engine.train = bounded
-dist_clm_train.main(sys.argv[1:])
-"""
+
+@dataclass(frozen=True)
+class Bounded:
+    """A rank whose address space is bounded once all is built: its next activations do not fit."""
+
+    rank: int
+
+    def arm(self) -> None:
+        train = Engine.train
+
+        def bounded(engine: Engine, *args: Any, **options: Any) -> Any:
+            size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (size + 150_000_000, -1))
+            return train(engine, *args, **options)
+
+        setattr(Engine, "train", bounded)  # noqa: B010
 
 
 @pytest.fixture(scope="module")
@@ -181,18 +183,10 @@ def test_memory_that_truly_runs_out_ends_every_rank(folder: Path) -> None:
         "world-size": 2, "dist-url": f"tcp://127.0.0.1:{free_port()}",
         "checkpoint-path": folder / "bounded",
     }  # fmt: skip
-    scripts = [str(ROOT / "dist_clm_train.py")], ["-c", BOUNDED]
-    started = [
-        subprocess.Popen(
-            [sys.executable, *script, *to_argv(own | {"rank": rank})], text=True, cwd=ROOT,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        )
-        for rank, script in enumerate(scripts)
-    ]  # fmt: skip
-    ended = [(process.communicate(timeout=150)[1], process.returncode) for process in started]
-    assert [status for _, status in ended] == [1, 1]
-    first, second = (stderr.splitlines() for stderr, _ in ended)
+    argvs = [to_argv(own | {"rank": rank}) for rank in range(2)]
+    outcome = fork_ranks(argvs, folder, hooks=[Bounded(1)])
+    assert outcome.statuses == [1, 1]
+    first, second = outcome.lines
     assert len(first) == len(second) == 1
     assert first[0] == f"rank 0: {second[0]}"
     assert re.match(

@@ -6,7 +6,6 @@ nobody disturbed. It saves where it is stopped and, but for one start, nowhere e
 """
 
 import json
-import os
 import re
 import signal
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.support.hooks import Kill
+from comm.timing import DEFAULT_TIMING, Timing
+from tests.support.hooks import Kill, no_picture
 from tests.support.kill_lab import (
     STAGES,
     STEPS,
@@ -64,6 +64,7 @@ class Stop(NamedTuple):
     rest: str = ""
     latest: int | None = None
     changes: dict[str, Any] = {}  # noqa: RUF012
+    timing: Timing = DEFAULT_TIMING
 
     @property
     def line(self) -> str:
@@ -116,15 +117,15 @@ PLAN = {
     "while old steps go": Stop(
         [
             Kill("", 2, _TRAIN, nth=3, signals=TERM),
-            *(Kill("a slow disk", rank, "checkpoint.retention:delete_step", signals=(0,), wait=9.0)
+            *(Kill("a slow disk", rank, "checkpoint.retention:delete_step", signals=(0,), wait=6.0)
               for rank in WRITERS),
         ],
         75, "SIGTERM on rank 2", NOT_DELETED, 20,
-        {"checkpoint-steps": 2, "keep-checkpoints": 1, "grace-seconds": 4},
+        {"checkpoint-steps": 2, "keep-checkpoints": 1, "grace-seconds": 3},
     ),
     "twice": Stop(
-        [Kill("", 3, _TRAIN, signals=(*TERM, *TERM), wait=2.2)],
-        1, "SIGTERM on rank 3", AGAIN, 20,
+        [Kill("", 3, _TRAIN, signals=(*TERM, *TERM), wait=0.5)],
+        1, "SIGTERM on rank 3", AGAIN, 20, timing=Timing(same_stop=0.2),
     ),
     "a rank that hangs": Stop(
         [Kill("", 2, _TRAIN, signals=TERM), Kill("", 3, _TRAIN, signals=(signal.SIGSTOP,))],
@@ -144,14 +145,14 @@ class Lived(NamedTuple):
 
 
 def live(_rank: int, _world: int, _url: str, lab: Lab) -> Lived:
-    os.chdir(lab.folder)  # where traces go
     found = {"whole": lab.start("whole")}
-    for name, (kills, *_, changes) in PLAN.items():
-        found[name] = lab.start("stopped", *kills, changes={"checkpoint-steps": 0, **changes})
+    for name, stop in PLAN.items():
+        changes = {"checkpoint-steps": 0, **stop.changes}
+        found[name] = lab.start("stopped", *stop.kills, changes=changes, timing=stop.timing)
     one = {"world-size": 1, "pipeline-group-size": 1, "data-group-size": 1, "num-layers": 3}
     argvs = lab.argvs("alone", changes={**one, "checkpoint-steps": 0})[:1]
     struck = Kill("", 0, _TRAIN, nth=2, signals=(signal.SIGINT,))
-    alone = fork_ranks(argvs, lab.folder, hooks=[struck])
+    alone = fork_ranks(argvs, lab.folder, hooks=[struck, no_picture])
     waits = Kill("", 0, "comm.rendezvous.join:_Joining._report", signals=TERM)
     early = fork_ranks(lab.argvs("early")[1:2], lab.folder, hooks=[waits])
     return Lived(found, alone, early)
@@ -223,7 +224,9 @@ def test_the_run_ends_with_the_bits_of_the_undisturbed_one(
 
 @pytest.mark.parametrize("rank", range(WORLD))
 def test_the_traces_are_written(lab: Lab, starts: dict[str, Start], rank: int) -> None:
-    events = json.loads((lab.folder / "trace_json" / f"disk_rank{rank}.json").read_text())
+    events = json.loads(
+        (lab.folder / "stopped" / "trace_json" / f"disk_rank{rank}.json").read_text()
+    )
     assert {event["args"]["step"] for event in events} == {1, 2, 3, 4}
 
 

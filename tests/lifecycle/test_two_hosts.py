@@ -19,12 +19,12 @@ from modules.registry import MODELS
 from monitor.metrics import read_metrics
 from tests.support.cases import to_argv
 from tests.support.data import make_texts, tokenizer, write_jsonl
-from tests.support.hooks import kill_once
+from tests.support.hooks import kill_once, no_picture
 from tests.support.hosts import HOSTS, wired
 from tests.support.models import make_hf
-from tests.support.runs import Outcome, Rank, Run, run_all
+from tests.support.runs import Ended, Outcome, Rank, Run, run_all
 
-STEPS, EVERY = 60, 5
+STEPS, EVERY = 20, 5
 LAYOUTS = {"one pipeline": (2, 1), "one replica in each": (1, 2)}
 LAYERS = 3
 
@@ -78,6 +78,8 @@ def flags(layout: str, rank: int, port: int) -> dict[str, Any]:
         "checkpoint-steps": EVERY,
         "checkpoint-path": "run",
         "lr": 1e-3,
+        "data-workers": 0,
+        "recompute": "false",
         "world-size": 2,
         "rank": rank,
         "pipeline-group-size": stages,
@@ -98,7 +100,7 @@ def chain(base: Path, layout: str, port: int, victim: int) -> list[Run]:
             named = interfaces[rank]
             extra = {} if named is None else {"net-interface": named}
             given = to_argv(flags(layout, rank, port) | extra)
-            ranks.append(Rank(given, homes[rank], host=host.name))
+            ranks.append(Rank(given, homes[rank], host=host.name, hooks=[no_picture]))
         saved = homes[0] / "run" / "5"
         attend = kill_once(victim, lambda _pid: saved.exists()) if kill else None
         return Run(f"{layout}, {name}", ranks, attend)
@@ -117,10 +119,14 @@ def alone(base: Path, layout: str, port: int) -> Run:
     home.mkdir()
     shutil.copytree(base / "m", home / "m")
     shutil.copy(base / "data.jsonl", home / "data.jsonl")
-    ranks = [
-        Rank(to_argv(flags(layout, rank, port)), home, host=HOSTS[0].name) for rank in range(2)
-    ]
+    argvs = [to_argv(flags(layout, rank, port)) for rank in range(2)]
+    ranks = [Rank(argv, home, host=HOSTS[0].name, hooks=[no_picture]) for argv in argvs]
     return Run(f"{layout}, alone", ranks)
+
+
+def our_lines(ended: Ended) -> list[str]:
+    """The lines on stderr, but for torch's about addresses without a name, as these hosts' are."""
+    return [line for line in ended.lines if "hostname of the client socket cannot be" not in line]
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +144,7 @@ def ended(wire: None, base: Path) -> dict[str, Outcome]:
 def test_losses_are_those_of_one_host(layout: str, base: Path, ended: dict[str, Outcome]) -> None:
     for name in ("alone", "resumed"):
         for outcome in ended[f"{layout}, {name}"]:
-            assert (outcome.status, outcome.stderr) == (0, ""), outcome
+            assert (outcome.status, our_lines(outcome)) == (0, []), outcome
     apart = read_metrics(base / layout / HOSTS[0].name / "run" / "metrics.jsonl")
     together = read_metrics(base / layout / "alone" / "run" / "metrics.jsonl")
     for key in ("step", "loss", "grad_norm", "lr"):
@@ -157,7 +163,7 @@ def test_the_survivor_names_the_rank_and_host_that_died(
     assert outcomes[victim].status == -9
     survivor = outcomes[1 - victim]
     assert survivor.status == 1
-    (line,) = survivor.lines
+    (line,) = our_lines(survivor)
     assert line.startswith(f"rank {1 - victim}: rank {victim} (stage ")
     assert f"host {HOSTS[victim].name})" in line
 
@@ -168,7 +174,7 @@ def test_an_interface_that_does_not_reach_the_other_host(
 ) -> None:
     for outcome in ended[f"{layout}, astray"]:
         assert outcome.status == 2
-        (line,) = outcome.lines
+        (line,) = our_lines(outcome)
         assert f"--net-interface: rank 1 (host {HOSTS[1].name}) uses lo (127.0.0.1)" in line
 
 

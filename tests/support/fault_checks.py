@@ -9,7 +9,7 @@ from checkpoint.steps.manifest import read_manifest
 from monitor.metrics import read_metrics
 from tests.support.fault_injector import Hit
 from tests.support.fault_plan import CUT, FULL, KILL, STOP, TERM, UNPLUGGED, RunPlan
-from tests.support.kill_lab import STAGES, STEPS, WORLD, leftovers, numbers, same, state
+from tests.support.kill_lab import STAGES, WORLD, leftovers, numbers, same, state
 from tests.support.phases import JOINING, LOADING
 from tests.support.runs import Outcome
 
@@ -109,17 +109,19 @@ def differences(
 ) -> list[str]:
     """What differs from the undisturbed run at the end."""
     disk, whole = lab.stage_disk(name, 0), lab.stage_disk("whole", 0)
+    steps = lab.lab.steps
     if list(statuses) != [0] * WORLD:
         return [f"not complete: {statuses}"]
     stopped = any(fault.kind == TERM for faults in plan.starts for fault in faults)
     found = _other_lines(numbers(disk), numbers(whole), stopped=stopped)
-    if len(read_metrics(disk / "metrics.jsonl")) != STEPS:
+    if len(read_metrics(disk / "metrics.jsonl")) != steps:
         found.append("not one line a step")
     for stage in range(STAGES):
         there = lab.stage_disk(name, stage)
-        if (there / "latest").read_text() != str(STEPS):
+        if (there / "latest").read_text() != str(steps):
             found.append(f"stage {stage}: latest is not the last step")
-        if not same(state(there, stage), state(lab.stage_disk("whole", stage), stage)):
+        expected = state(lab.stage_disk("whole", stage), stage, steps)
+        if not same(state(there, stage, steps), expected):
             found.append(f"stage {stage}: other weights or moments at the end")
         if left := leftovers(there):
             found.append(f"stage {stage}: left behind: {left}")

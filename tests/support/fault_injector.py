@@ -16,7 +16,7 @@ from tests.support.fault_plan import CUT, FULL, KILL, STOP, TERM, UNPLUGGED, Fau
 from tests.support.full_disk import fill
 from tests.support.hooks import Kill
 from tests.support.hosts import Host, plug
-from tests.support.kill_lab import STEPS, WORLD, WRITERS
+from tests.support.kill_lab import WORLD, WRITERS
 from tests.support.phases import PhaseMarks, Phases
 from tests.support.runs import Hook
 
@@ -102,14 +102,17 @@ class SmallDisks:
 class Injector:
     """Attends the ranks of one start.
 
-    `life` is how many seconds the whole run takes undisturbed, `metrics` its record; `hosts` are
-    the machines of the stages, none where all ranks share one.
+    steps: of the complete run.
+    life: seconds that it takes undisturbed.
+    metrics: its record.
+    hosts: the machines of the stages, none where all ranks share one.
     """
 
     def __init__(
         self,
         faults: Sequence[Fault],
         *,
+        steps: int,
         life: float,
         metrics: Path,
         phases: Phases,
@@ -122,7 +125,8 @@ class Injector:
         self._points = [one for one in self._waiting.values() if one is not None]
         self._phases, self._disks, self._hosts = phases, disks, hosts
         self._metrics, self._done = metrics, len(read_metrics(metrics))
-        self._life = life * (1 - self._done / (STEPS + 1))
+        self._steps = steps
+        self._life = life * (1 - self._done / (steps + 1))
         self._began: float | None = None
         self._room: dict[Fault, float] = {}  # when a full disk has room again
 
@@ -172,7 +176,7 @@ class Injector:
         """
         assert self._began is not None
         begun, steps = self._done, len(read_metrics(self._metrics))
-        return max((now - self._began) / self._life, (steps - begun) / max(STEPS - begun, 1))
+        return max((now - self._began) / self._life, (steps - begun) / max(self._steps - begun, 1))
 
     def _strike(self, fault: Fault, pids: Sequence[int], ended: Mapping[int, int | None]) -> None:
         if fault.kind == FULL:

@@ -16,7 +16,7 @@ from tests.support.fault_injector import Hit, Injector, SmallDisks
 from tests.support.fault_plan import Fault, RunPlan
 from tests.support.full_disk import mount_disk, unmount_disk
 from tests.support.hosts import Host
-from tests.support.kill_lab import STAGES, WORLD, WRITERS, Lab, make_lab
+from tests.support.kill_lab import STAGES, STEPS, WORLD, WRITERS, Lab, make_lab
 from tests.support.launcher import free_port
 from tests.support.phases import Phases
 from tests.support.runs import Outcome, fork_ranks
@@ -84,8 +84,8 @@ class Lived:
     problems: list[str]
 
 
-def make_fault_lab(folder: Path, hosts: Sequence[Host] = ()) -> FaultLab:
-    made = make_lab(folder)
+def make_fault_lab(folder: Path, hosts: Sequence[Host] = (), *, steps: int = STEPS) -> FaultLab:
+    made = make_lab(folder, steps)
     flags = {**made.flags, "join-timeout": JOIN, "dist-timeout": HANG, "grace-seconds": GRACE}
     if hosts:
         del flags["net-interface"]
@@ -111,6 +111,7 @@ def _undisturbed(lab: FaultLab) -> float:
     no_faults = partial(
         Injector,
         [],
+        steps=lab.lab.steps,
         life=1.0,
         metrics=lab.lab.folder / "none",
         phases=Phases(WORLD),
@@ -167,6 +168,7 @@ def _start(
 ) -> Start:
     injector = Injector(
         faults,
+        steps=lab.lab.steps,
         life=life,
         metrics=lab.disks(name)[0] / "metrics.jsonl",
         phases=Phases(WORLD),

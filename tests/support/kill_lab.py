@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
+from comm.timing import DEFAULT_TIMING, Timing
 from monitor.metrics import read_metrics
 from tests.support.cases import to_argv
 from tests.support.data import make_texts, write_jsonl
-from tests.support.hooks import Kill, kill_once
+from tests.support.hooks import Kill, kill_once, no_picture
 from tests.support.launcher import free_port
 from tests.support.models import make_shards
-from tests.support.runs import Outcome, Rank, Run, fork_ranks, run
+from tests.support.runs import Hook, Outcome, Rank, Run, fork_ranks, run
 
 STAGES, REPLICAS, WORLD = 2, 2, 4
 WRITERS, OTHERS = (0, 1), (2, 3)  # the ranks of replica 0, and the rest
@@ -48,6 +49,10 @@ class Lab:
     folder: Path
     flags: Mapping[str, Any]
 
+    @property
+    def steps(self) -> int:
+        return int(self.flags["total-steps"])
+
     def disk(self, name: str, rank: int | None = None) -> Path:
         """The --checkpoint-path that all ranks share, or, with `rank`, its own."""
         return self.folder / name / ("disk" if rank is None else f"disk{rank}")
@@ -69,11 +74,13 @@ class Lab:
         *kills: Kill | None,
         own_disks: bool = False,
         changes: Mapping[str, Any] | None = None,
+        timing: Timing = DEFAULT_TIMING,
     ) -> Start:
         """One start to its end, in forked ranks; it is told of the first of `kills`."""
         argvs = self.argvs(name, own_disks=own_disks, changes=changes)
         given = [kill for kill in kills if kill is not None]
-        outcome = fork_ranks(argvs, self._place(name), hooks=given)
+        hooks: list[Hook] = [no_picture, *given]
+        outcome = fork_ranks(argvs, self._place(name), hooks=hooks, timing=timing)
         return self._look(name, given[0] if given else None, outcome, own_disks=own_disks)
 
     def start_python(
@@ -132,7 +139,7 @@ def _begin(told: list[str]) -> int | None:
     return None
 
 
-def make_lab(folder: Path) -> Lab:
+def make_lab(folder: Path, steps: int = STEPS) -> Lab:
     """Two weighted sources that end within the run, held-out data, a model with dropout."""
     write_jsonl(folder / "a.jsonl", make_texts(6, seed=1))
     write_jsonl(folder / "b.jsonl.zst", make_texts(10, seed=2))
@@ -156,7 +163,9 @@ def make_lab(folder: Path) -> Lab:
         "batch-size": 2,
         "micro-batch-size": 1,
         "gradient-accumulate-step": 2,
-        "total-steps": STEPS,
+        "data-workers": 0,  # starting one takes longer than the run
+        "recompute": "false",
+        "total-steps": steps,
         "warmup-steps": 2,
         "lr": 1e-3,
         "checkpoint-steps": SAVE,

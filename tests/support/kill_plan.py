@@ -25,6 +25,7 @@ class Moment:
         return Kill(self.name, rank, self.target, self.when, self.nth, self.about, self.wait)
 
 
+IMPORT = Moment("import", "dist_clm_train:check_this_machine")  # or soon after it
 _REGISTER = "comm.rendezvous.join:_Joining._register"
 JOINING = (
     Moment("join: the store stands", _REGISTER, ranks=(0,), wait=1.0),
@@ -87,6 +88,17 @@ def draw_plan(seed: int) -> list[Kill]:
     draw.shuffle(early)
     draw.shuffle(late)
     return [moment.drawn(draw) for moment in (*early, middle, *late)]
+
+
+def draw_short_plan(seed: int) -> list[Kill]:
+    """A moment of each family, before any checkpoint exists and after: a run of three saves."""
+    draw = random.Random(seed)
+    of_first_save = SAVING[:-1]  # the last one needs a second save in the same start
+    early = [IMPORT, draw.choice(JOINING[1:5]), draw.choice(JOINING[5:]), *draw.sample(FIRST, 2)]
+    draw.shuffle(early)
+    early.append(draw.choice(of_first_save))
+    late = [draw.choice(ANY_STEP), draw.choice(RENAMING[2:]), draw.choice(of_first_save)]
+    return [moment.drawn(draw) for moment in (*early, draw.choice(RENAMING[1:]), *late)]
 
 
 def import_kill(seed: int) -> Kill:

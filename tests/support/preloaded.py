@@ -10,7 +10,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at the import
 
 for name in (
-    "torch", "torch.distributed", "pytest", "dist_clm_train", "training.run", "tests.support.cases",
+    "torch", "torch.distributed", "pytest", "dist_clm_train", "training.run", "training.session",
+    "tests.support.cases",
     "checkpoint.conversion.to_hf", "comm.process_groups", "monitor.plot", "modules.families.gptj",
     "modules.families.gptneox",
     "matplotlib.backends.backend_agg", "transformers.models.auto.tokenization_auto",
