@@ -1,9 +1,10 @@
-"""What a process has imported when it is forked for a test, where each would take seconds for it.
+"""The imports of the server that tests' processes are forked from (tests.support.launcher).
 
-It is imported for that alone: by the server that processes are forked from, and so by all of them
-(tests.support.launcher). training.session is left out: it binds functions that hooks replace.
+Each of them would take seconds for the imports of its own. training.session is left out: it binds
+functions that hooks replace.
 """
 
+import gc
 import importlib
 import os
 
@@ -14,9 +15,12 @@ for name in (
     "checkpoint.conversion.to_hf", "comm.process_groups", "monitor.plot", "modules.families.gptj",
     "modules.families.gptneox",
     "matplotlib.backends.backend_agg", "transformers.models.auto.tokenization_auto",
-    "transformers.tokenization_utils_tokenizers",
+    "transformers.tokenization_utils_tokenizers", "transformers.models.gptj.modeling_gptj",
+    "transformers.models.gpt_neox.modeling_gpt_neox", "tests.support.models",
 ):  # fmt: skip
     importlib.import_module(name)
 
 # The tests' sources have some sixty documents: a thousand, ahead, are all of them seventeen times.
 vars(importlib.import_module("tasks.tokenization.prefetch"))["BATCH_DOCUMENTS"] = 32
+
+gc.freeze()  # no fork walks through all that was imported, nor copies its pages for that
