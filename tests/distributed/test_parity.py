@@ -1,8 +1,8 @@
 """Pipeline x data shapes against the Hugging Face model trained in one process.
 
-Runs of 20 updates, at a rate where the loss moves, are held against it; they cover models,
-accumulation, schedules and shapes pairwise. Runs of six updates are held against each other, to the
-bit: they differ in all that no sum depends on. The slow test has the whole matrix.
+Runs of 20 iterations, at a rate where the loss moves, are held against it; they cover models,
+accumulation, schedules and shapes pairwise. Runs of few updates are held against each other, to
+the bit: they differ in all that no sum depends on. The slow test has the whole matrix.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,6 +27,7 @@ from tests.support.parity import (
     MODELS_TRIED,
     SHORT,
     TOLERANCE,
+    UPDATES,
     blocks,
     flags,
     reference,
@@ -140,12 +141,12 @@ def small_buckets(topology: Topology) -> AbstractContextManager[object]:
 
 
 def train_all(folder: Path, parity: Sequence[Run], same: Mapping[str, Sequence[Run]]) -> None:
-    """Trains the runs of both kinds, those of six updates in a folder of their own."""
+    """Trains the runs of both kinds, those of few updates in a folder of their own."""
     write_jsonl(folder / "a.jsonl", make_texts(60, seed=1))
     write_jsonl(folder / "b.jsonl", make_texts(60, seed=2))
     for name, model in MODELS.items():
         make_shards(folder, name, *model)
-    cases = [case_of(folder, run) for run in parity]
+    cases = [case_of(folder, run, updates=updates_of(run)) for run in parity]
     short = {run.id: run for runs in same.values() for run in runs}
     cases += [case_of(folder, run, "short/", updates=SHORT) for run in short.values()]
     for size in (1, 2, 4, 8):
@@ -153,8 +154,12 @@ def train_all(folder: Path, parity: Sequence[Run], same: Mapping[str, Sequence[R
         run_ranks(size, train_cases, meet_at(shapes), cases, folder, deadline=1200.0)
 
 
-def case_of(folder: Path, run: Run, place: str = "", **updates: int) -> Case:
-    own = flags(folder, run.model, MODELS[run.model][0], run.accumulate, **updates)
+def updates_of(run: Run) -> int:
+    return UPDATES // run.accumulate
+
+
+def case_of(folder: Path, run: Run, place: str = "", *, updates: int) -> Case:
+    own = flags(folder, run.model, MODELS[run.model][0], run.accumulate, updates=updates)
     hook = small_buckets if "zero-stage" in run.changes else None
     changed = own | dict(run.changes)
     return Case(f"{place}{run.name}", changed, hook, shapes=[run.shape])
@@ -171,7 +176,7 @@ def reference_of(folder: Path, run: Run) -> tuple[list[float], list[float]]:
     family, changes = MODELS[run.model]
     model = make_hf(family, **{"vocab_size": 400, **changes})
     norm = run.changes.get("max-grad-norm", 1.0)
-    return reference(model, blocks(folder), run.accumulate, norm)
+    return reference(model, blocks(folder), run.accumulate, norm, updates=updates_of(run))
 
 
 def check_parity(folder: Path, run: Run, expected: tuple[list[float], list[float]]) -> None:

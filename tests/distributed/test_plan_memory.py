@@ -63,11 +63,11 @@ SHAPES = [
     Shape("many", 2, 1, "neox", {"batch-size": 16, "fp16": True}, slow=True),
     Shape("zb", 2, 1, "wide", {"pp-mode": "zb-h1", "recompute": False}),
     Shape("zb-recompute", 2, 1, "neox", {
-        "pp-mode": "zb-h1", "bf16": True, "optimizer": "8bit-adam", "seq-length": 256}),
+        "pp-mode": "zb-h1", "bf16": True, "optimizer": "8bit-adam", "seq-length": 256}, slow=True),
     Shape("documents", 2, 1, "neox", {
         "pp-mode": "1f1b", "pack": "document", "recompute": False, "micro-batch-size": 2}),
     Shape("copied", 2, 1, "neox", {
-        "async-checkpoint": True, "bf16": True, "checkpoint-steps": 1}),
+        "async-checkpoint": True, "bf16": True, "checkpoint-steps": 1}, slow=True),
     Shape("8bit", 1, 2, "gptj", {"fp16": True, "optimizer": "8bit-adam", "zero-stage": 1}),
     Shape("three", 1, 3, "neox", {"zero-stage": 1, "use-offload": True}, slow=True),
     Shape("four", 4, 1, "deep", {

@@ -21,7 +21,7 @@ from tests.support.data import tokenizer
 
 TOLERANCE = 1e-5  # relative, what the project promises in fp32 on CPU
 UPDATES, ROWS, TOKENS, LAYERS, LR, WARMUP = 20, 4, 24, 5, 1e-3, 3
-SHORT = 6  # updates, for runs that are held against each other, to the bit
+SHORT = 4  # updates, for runs that are held against each other, to the bit
 MODELS_TRIED: dict[str, tuple[str, dict[str, Any]]] = {
     "neox": ("gptneox", {"num_hidden_layers": LAYERS}),
     "neox-sequential": (

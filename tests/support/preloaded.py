@@ -10,14 +10,14 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at the import
 
-for name in (
-    "torch", "torch.distributed", "pytest", "dist_clm_train", "training.run", "tests.support.cases",
-    "checkpoint.conversion.to_hf", "comm.process_groups", "monitor.plot", "modules.families.gptj",
-    "modules.families.gptneox",
-    "matplotlib.backends.backend_agg", "transformers.models.auto.tokenization_auto",
-    "transformers.tokenization_utils_tokenizers", "transformers.models.gptj.modeling_gptj",
-    "transformers.models.gpt_neox.modeling_gpt_neox", "tests.support.models",
-):  # fmt: skip
+MODULES = """
+    torch.distributed pytest bitsandbytes matplotlib.backends.backend_agg matplotlib.figure
+    transformers.models.auto.tokenization_auto transformers.tokenization_utils_tokenizers
+    transformers.models.gptj.modeling_gptj transformers.models.gpt_neox.modeling_gpt_neox
+    dist_clm_train training.run checkpoint.conversion.to_hf comm.process_groups monitor.plot
+    modules.families.gptj modules.families.gptneox tests.support.cases tests.support.models
+"""
+for name in MODULES.split():
     importlib.import_module(name)
 
 # The tests' sources have some sixty documents: a thousand, ahead, are all of them seventeen times.
