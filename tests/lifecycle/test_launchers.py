@@ -230,7 +230,7 @@ def test_torchrun_restarts_and_stops_to_the_same_bits(lab: Lab) -> None:
     given |= {k: v for k, v in TWO_RANKS.items() if k != "world-size"} | {"checkpoint-path": disk}
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--max-restarts", 1,
-        "--master-port", free_port(), ROOT / "dist_clm_train.py", *to_argv(given),
+        "--standalone", ROOT / "dist_clm_train.py", *to_argv(given),
     ]  # fmt: skip
     with started(command, log, environ()) as agent:
         await_true(lambda: steps_done(disk) >= SAVE + 2, log)
