@@ -27,7 +27,6 @@ from comm.run_context import RunContext
 from planning.cluster.check import check_cluster
 from planning.cluster.machines import versions
 from tests.support.cluster import SHARDS, flags, make_model
-from tests.support.connected import Rank as Entered
 from tests.support.connected import enter
 from tests.support.launcher import run_ranks
 from tests.support.valid_run import argv
@@ -97,13 +96,8 @@ def check_cases(rank: int, world_size: int, url: str, home: Path) -> dict[str, A
             )
             status = check_cluster(args, context, entered.rendezvous)
         found[name] = (status, lines)
-    close(entered)
+    entered.close()
     return found
-
-
-def close(entered: Entered) -> None:
-    entered.groups.close()
-    entered.policy.detector.close()
 
 
 # The rank on which it is so.
@@ -124,20 +118,19 @@ def make_odd(name: str, groups: ProcessGroups, stack: ExitStack) -> ProcessGroup
     if name == "slow replicas":
         return throttle(groups, "replicas", to=0)
     if name == "another version":
-        stack.enter_context(
-            patch(
-                "planning.cluster.machines.versions",
-                lambda args, device: {**versions(args, device), "torch": "0.1"},
-            )
-        )
+        theirs = {"side_effect": lambda *args: {**versions(*args), "torch": "0.1"}}
+        stack.enter_context(patch("planning.cluster.machines.versions", **theirs))
     if name == "another clock":
         ahead = SimpleNamespace(time_ns=lambda: time.time_ns() + 100 * 10**9)
         stack.enter_context(patch("planning.cluster.check.time", ahead))
     return groups
 
 
+Found = dict[str, tuple[int, list[str]]]
+
+
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, list[str]]]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     home = tmp_path_factory.mktemp("cluster")
     make_model(home / "m")
     cut = make_model(home / "cut")
@@ -147,11 +140,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, list
     for name in CASES:
         assert len({found[name][0] for found in by_rank}) == 1, "one status on all ranks"
         assert not any(found[name][1] for found in by_rank[1:]), "rank 0 alone tells"
-    first: dict[str, tuple[int, list[str]]] = by_rank[0]
-    return first
-
-
-Found = dict[str, tuple[int, list[str]]]
+    return by_rank[0]
 
 
 def the(lines: list[str], text: str) -> str:
@@ -159,9 +148,11 @@ def the(lines: list[str], text: str) -> str:
     return line
 
 
-def seconds(text: str) -> float:
-    number, unit = text.split()
-    return float(number) / (1 if unit == "s" else 1000)
+def seconds(lines: list[str]) -> float:
+    """Of an iteration."""
+    took = re.search(r"takes at least (\S+) (m?s) of", the(lines, "an iteration ("))
+    assert took
+    return float(took[1]) / {"s": 1, "ms": 1000}[took[2]]
 
 
 def test_a_slow_link_is_named_with_what_steps_become(found: Found) -> None:
@@ -173,12 +164,7 @@ def test_a_slow_link_is_named_with_what_steps_become(found: Found) -> None:
     assert f"is stage 0 -> stage 1 of pipeline 1 ({ends}): " in line
     assert "each microbatch's activations take" in line
     assert "times as long as with free links; --bf16 or --fp16 halves the messages" in line
-    took = re.search(r"takes at least (\S+ m?s) of", the(lines, "an iteration ("))
-    before = re.search(r"takes at least (\S+ m?s) of", the(found["nothing"][1], "an iteration ("))
-    assert took
-    assert before
-    assert seconds(took[1]) > SLEEP
-    assert seconds(took[1]) > 5 * seconds(before[1])
+    assert seconds(lines) > max(SLEEP, 5 * seconds(found["nothing"][1]))
 
 
 def test_slow_replicas_are_named(found: Found) -> None:
@@ -199,8 +185,7 @@ def test_a_slow_device_gets_fewer_layers(found: Found) -> None:
 def test_another_version_is_named(found: Found) -> None:
     status, lines = found["another version"]
     assert status == 1
-    expected = f"- torch is 0.1 on rank 2 (host {HOST}), but {torch.__version__} on the others"
-    assert expected in lines
+    assert f"- torch is 0.1 on rank 2 (host {HOST}), but {torch.__version__} on the others" in lines
     assert lines[-1] == "check failed: differing or missing, told above: 1"
 
 

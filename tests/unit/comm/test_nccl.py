@@ -147,9 +147,18 @@ def test_dtype_codes_are_those_of_nccl_h() -> None:
 
 
 @pytest.mark.parametrize(
-    "call", ["send", "recv", "broadcast", "allReduce", "reduce", "allGather", "destroy",
-             "check_async_error"],
-)  # fmt: skip
+    "call",
+    [
+        "send",
+        "recv",
+        "broadcast",
+        "allReduce",
+        "reduce",
+        "allGather",
+        "destroy",
+        "check_async_error",
+    ],
+)
 def test_the_double_is_called_as_the_real_one(call: str) -> None:
     """CuPy's compiled methods have their parameters in the first line of their docstrings."""
     line = getattr(nccl.NcclCommunicator, call).__doc__.splitlines()[0]

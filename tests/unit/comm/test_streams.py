@@ -99,10 +99,7 @@ def _fail(text: str) -> None:
 def test_a_stream_waits_for_what_made_a_tensor_and_keeps_its_memory() -> None:
     """Else the message would read what is not written yet, or what is written anew."""
     device, tensor = torch.device("cuda", 0), Mock(spec=torch.Tensor)
-    with (
-        patch("torch.cuda.Stream") as make,
-        patch("torch.cuda.current_stream") as current,
-    ):
+    with patch("torch.cuda.Stream") as make, patch("torch.cuda.current_stream") as current:
         torch_stream, stream = make.return_value, CudaStream(device)
         stream.wait_for_compute(tensor)
         torch_stream.wait_stream.assert_called_once_with(current.return_value)

@@ -54,10 +54,22 @@ def test_four_ranks() -> None:
     groups = run_ranks(4, all_checks, shapes, deadline=120.0)
     assert all(made == groups[0] for made in groups)
     assert groups[0] == [
-        [(0, 1), (0, 1), (1, 0), (2, 3), (2, 3), (3, 2),
-         (0, 2), (0, 2), (2, 0), (1, 3), (1, 3), (3, 1)],
+        [
+            (0, 1),
+            (0, 1),
+            (1, 0),
+            (2, 3),
+            (2, 3),
+            (3, 2),
+            (0, 2),
+            (0, 2),
+            (2, 0),
+            (1, 3),
+            (1, 3),
+            (3, 1),
+        ],
         [(0, 1, 2, 3), (0, 1), (1, 0), (1, 2), (2, 1), (2, 3), (3, 2)],
-    ]  # fmt: skip
+    ]
 
 
 def lose_a_peer(rank: int, world_size: int, url: str) -> None:

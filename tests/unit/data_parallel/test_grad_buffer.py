@@ -267,8 +267,9 @@ def test_buckets_leave_in_one_order_on_all_replicas(sharded: bool) -> None:
     """Whatever the order in which their gradients come: the reverse of the layers'."""
     updates = [
         Update(rank=rank, recompute=recompute, later=later, sharded=sharded)
-        for rank in (0, 1) for recompute, later in WAYS
-    ]  # fmt: skip
+        for rank in (0, 1)
+        for recompute, later in WAYS
+    ]
     assert all(update.starts == updates[0].starts for update in updates)
     starts, order = updates[0].starts, [name for name, _ in make_model("neox").named_parameters()]
     assert sorted(name for names in starts for name in names) == sorted(order)

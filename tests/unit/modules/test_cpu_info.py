@@ -42,12 +42,20 @@ def test_this_machine_is_its_first_cpu(tmp_path: Path, monkeypatch: pytest.Monke
 # Where there is no /proc, torch tells the flags in its own spelling, but no vendor.
 TORCH_TELLS = {
     "x86": (
-        {"cpu_name": "a CPU", "avx512_f": True, "avx512_bw": True, "avx512_dq": True,
-         "avx512_vl": True, "avx512_bf16": False, "amx_bf16": True, "num_sockets": 1},
+        {
+            "cpu_name": "a CPU",
+            "avx512_f": True,
+            "avx512_bw": True,
+            "avx512_dq": True,
+            "avx512_vl": True,
+            "avx512_bf16": False,
+            "amx_bf16": True,
+            "num_sockets": 1,
+        },
         CpuInfo("unknown", "a CPU", True, False, True, False),
     ),
     "arm": ({"cpu_name": "Apple M2", "neon": True, "bf16": True}, CpuInfo(name="Apple M2")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", TORCH_TELLS)

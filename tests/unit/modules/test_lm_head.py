@@ -99,14 +99,17 @@ def make_head_like(head: Head) -> Head:
 # Every two of the four by default; all four in the slow tests.
 CASES = [
     pytest.param(
-        family, dtype, chunk, ignored,
+        family,
+        dtype,
+        chunk,
+        ignored,
         marks=() if (j + k) % 3 == n and (i + j + k) % 2 == 0 else pytest.mark.slow,
     )
     for i, family in enumerate(["gptj", "gptneox"])
     for j, dtype in enumerate(EPS)
     for k, chunk in enumerate(CHUNKS)
     for n, ignored in enumerate(["none", "some", "all"])
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("family", "dtype", "chunk", "ignored"), CASES)

@@ -22,8 +22,13 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("gptneox", {"rotary_pct": 0.01}),
     (
         "gptneox",
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 777.0,
-                             "partial_rotary_factor": 0.75}},
+        {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 777.0,
+                "partial_rotary_factor": 0.75,
+            }
+        },
     ),
     ("gptneox", {"hidden_size": 48, "num_attention_heads": 6, "intermediate_size": 100}),
     ("gptneox", {"hidden_size": 40, "num_attention_heads": 1, "vocab_size": 128}),
@@ -39,7 +44,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("gptj", {"activation_function": "gelu", "layer_norm_epsilon": 1e-3}),
     ("gptj", {"activation_function": "relu"}),
     ("gptj", {"n_layer": 1}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "changes"), CASES)

@@ -85,12 +85,13 @@ def test_a_slower_device_gets_fewer_blocks(speeds: tuple[float, ...]) -> None:
         assert seconds(found) == min(map(seconds, all_splits(3, layers)))
 
 
-NEOX = {
-    "hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 2048, "vocab_size": 8192,
-}  # fmt: skip
+NEOX = {"hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 2048, "vocab_size": 8192}
 NEOX_20B = {
-    "hidden_size": 6144, "num_hidden_layers": 44, "intermediate_size": 24576, "vocab_size": 50432,
-}  # fmt: skip
+    "hidden_size": 6144,
+    "num_hidden_layers": 44,
+    "intermediate_size": 24576,
+    "vocab_size": 50432,
+}
 GPTJ_6B = {"n_embd": 4096, "n_layer": 28, "n_inner": None, "vocab_size": 50400}
 # family, config, tokens, stages, layers of each stage
 BALANCED: list[tuple[str, dict[str, Any], int, int, tuple[int, ...]]] = [

@@ -12,17 +12,13 @@ from monitor.profiling.trace_file import TraceFile, trace_events, trace_path
 from monitor.profiling.tracer import HostTracer, Span, StepLog, StepTrace, Track
 from tests.support.clocks import Wire, clock_from
 
+SPANS = [
+    Span(Track.FORWARD_COMPUTE, 1_500_500, 2_500_750, microbatch=0),
+    Span(Track.FORWARD_RECV, 1_000_000, 1_500_000, microbatch=0),
+    Span(Track.OPTIMIZER_COMP, 8_000_000, 9_000_000, size=4096),
+]
 STEPS = [
-    StepTrace(
-        7,
-        1_000_000,
-        9_000_000,
-        [
-            Span(Track.FORWARD_COMPUTE, 1_500_500, 2_500_750, microbatch=0),
-            Span(Track.FORWARD_RECV, 1_000_000, 1_500_000, microbatch=0),
-            Span(Track.OPTIMIZER_COMP, 8_000_000, 9_000_000, size=4096),
-        ],
-    ),
+    StepTrace(7, 1_000_000, 9_000_000, SPANS),
     StepTrace(8, 9_000_000, 9_500_000, [Span(Track.WEIGHT_GRADIENT, 9_000_000, 9_000_001, 11)]),
 ]
 
@@ -31,15 +27,13 @@ def event(name: str, tid: str, ts: float, dur: float, **args: Any) -> dict[str, 
     return {"name": name, "ph": "X", "pid": 3, "tid": tid, "ts": ts, "dur": dur, "args": args}
 
 
+FIRST = {"micro-batch": 0, "step": 7, "clock-offset-us": 0.0, "clock-error-us": 0.0}
 EVENTS = [
-    event(
-        "forward-recv 0", "1. forward-recv", 1000.0, 500.0,
-        **{"micro-batch": 0, "step": 7, "clock-offset-us": 0.0, "clock-error-us": 0.0},
-    ),
+    event("forward-recv 0", "1. forward-recv", 1000.0, 500.0, **FIRST),
     event("F0", "2. forward-compute", 1500.5, 1000.25, **{"micro-batch": 0, "step": 7}),
     event("optimizer-comp", "8. optimizer-comp", 8000.0, 1000.0, size=4096, step=7),
     event("W11", "9. weight-gradient", 9000.0, 0.001, **{"micro-batch": 11, "step": 8}),
-]  # fmt: skip
+]
 
 
 def test_the_entries() -> None:

@@ -68,18 +68,12 @@ def test_host_tracer_keeps_spans_in_the_order_in_which_they_end() -> None:
             pass
         with tracer.span(Track.OPTIMIZER_COMM), tracer.span(Track.OPTIMIZER_COMP, size=12):
             pass
-    assert list(tracer.steps) == [
-        StepTrace(
-            7,
-            100,
-            190,
-            [
-                Span(Track.FORWARD_RECV, 110, 120, microbatch=3),
-                Span(Track.OPTIMIZER_COMP, 140, 150, size=12),
-                Span(Track.OPTIMIZER_COMM, 135, 180),
-            ],
-        )
+    spans = [
+        Span(Track.FORWARD_RECV, 110, 120, microbatch=3),
+        Span(Track.OPTIMIZER_COMP, 140, 150, size=12),
+        Span(Track.OPTIMIZER_COMM, 135, 180),
     ]
+    assert list(tracer.steps) == [StepTrace(7, 100, 190, spans)]
 
 
 def test_what_is_outside_a_step_is_dropped() -> None:
@@ -152,11 +146,13 @@ def run_on(device: Device, host_ticks: Sequence[int]) -> CudaTracer:
 def test_cuda_spans_are_told_in_host_times_anew_at_each_step() -> None:
     device = Device([50.0, 50.5, 52.0, 53.0, 90.0, 90.25, 91.0, 92.0])
     steps = run_on(device, [1_000_000, 41_500_000]).steps
+    first, second = (
+        Span(Track.FORWARD_COMPUTE, start, end, number)
+        for number, start, end in ((1, 1_500_000, 3_000_000), (2, 41_750_000, 42_500_000))
+    )
     assert list(steps) == [
-        StepTrace(1, 1_000_000, 4_000_000, [Span(Track.FORWARD_COMPUTE, 1_500_000, 3_000_000, 1)]),
-        StepTrace(
-            2, 41_500_000, 43_500_000, [Span(Track.FORWARD_COMPUTE, 41_750_000, 42_500_000, 2)]
-        ),
+        StepTrace(1, 1_000_000, 4_000_000, [first]),
+        StepTrace(2, 41_500_000, 43_500_000, [second]),
     ]
 
 

@@ -74,9 +74,15 @@ def test_actions_are_a_timetable_with_messages_on_their_way() -> None:
     costs = Costs([StageCosts(1, 1, 1)] * 2, activation_seconds=0.5, gradient_seconds=0.25)
     run = simulate(SCHEDULES["1f1b"], 2, 2, costs)
     expected = [
-        (0, "F0", 0, 1), (0, "F1", 1, 2), (0, "B0", 4.75, 6.75), (0, "B1", 7.75, 9.75),
-        (1, "F0", 1.5, 2.5), (1, "B0", 2.5, 4.5), (1, "F1", 4.5, 5.5), (1, "B1", 5.5, 7.5),
-    ]  # fmt: skip
+        (0, "F0", 0, 1),
+        (0, "F1", 1, 2),
+        (0, "B0", 4.75, 6.75),
+        (0, "B1", 7.75, 9.75),
+        (1, "F0", 1.5, 2.5),
+        (1, "B0", 2.5, 4.5),
+        (1, "F1", 4.5, 5.5),
+        (1, "B1", 5.5, 7.5),
+    ]
     assert [(s.stage, str(s.action), s.start, s.end) for s in run.actions] == expected
     assert run.total == 9.75
     assert run.bubble == pytest.approx(1 - 12 / (2 * 9.75))
