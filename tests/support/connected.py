@@ -13,12 +13,14 @@ from comm.communicator import PeerLostError
 from comm.liveness.failure_policy import ExitPolicy
 from comm.process_groups import ProcessGroups, create_process_groups
 from comm.rendezvous.dist_url import parse_dist_url
-from comm.rendezvous.interface import choose_interface, export
+from comm.rendezvous.interface import Interface, choose_interface, export
 from comm.rendezvous.job_key import JobKey
 from comm.rendezvous.join import Rendezvous, join
 from comm.rendezvous.participants import Fact
 from comm.timing import DEFAULT_TIMING, Timing
 from comm.topology import Topology
+
+KEY, LOOPBACK = JobKey("test"), Interface("lo", "127.0.0.1")
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,12 @@ def enter(
     topology = Topology(rank=rank, num_stages=num_stages, num_replicas=num_replicas)
     interface = choose_interface(flag=None, master_host=parse_dist_url(url)[0], environ=os.environ)
     export(interface, os.environ)
-    rendezvous = join(
-        url=url,
-        rank=rank,
-        world_size=topology.world_size,
+    rendezvous = meet(
+        rank,
+        topology.world_size,
+        url,
         interface=interface,
-        facts=facts or {},
-        key=JobKey("test"),
-        start="",
+        facts=facts,
         join_timeout=join_timeout,
         timing=timing,
     )
@@ -69,6 +69,31 @@ def enter(
         rendezvous,
         dist_backend=dist_backend,
         dist_timeout=dist_timeout,
+        timing=timing,
+    )
+
+
+def meet(
+    rank: int,
+    world_size: int,
+    url: str,
+    *,
+    interface: Interface = LOOPBACK,
+    facts: dict[str, Fact] | None = None,
+    key: JobKey = KEY,
+    join_timeout: float = 60.0,
+    timing: Timing = DEFAULT_TIMING,
+) -> Rendezvous:
+    """Joins the others."""
+    return join(
+        url=url,
+        rank=rank,
+        world_size=world_size,
+        interface=interface,
+        facts=facts or {},
+        key=key,
+        start="",
+        join_timeout=join_timeout,
         timing=timing,
     )
 

@@ -78,6 +78,9 @@ class Process:
         return self._process.poll()
 
 
+Launch = Callable[..., Process]  # of a function and its arguments
+
+
 def free_port() -> int:
     """Returns a free port on loopback, below those that the system gives to others (32768 on)."""
     pid = os.getpid()
