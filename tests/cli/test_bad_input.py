@@ -238,7 +238,7 @@ def start_alone(arguments_given: list[str], environ: Mapping[str, str]) -> None:
     refuse(problem)
 
 
-def problem_with(arguments_given: list[str], environ: Mapping[str, str]) -> str | None:
+def problem_with(arguments_given: list[str], environ: Mapping[str, str]) -> Exception | None:
     """What a process finds before it meets others, who would be told."""
     machine = check_this_machine(parse_train(arguments_given, environ))
     if machine.lock is not None:

@@ -68,8 +68,8 @@ def test_ranks_that_agree(home: Path, outcomes: dict[str, Outcome]) -> None:
     assert all(row[7].endswith(" GFLOP/s") and row[8].endswith(" forwards/s") for row in rows)
     pattern = rf"rank (\d) \({re.escape(HOST)}\) -> rank (\d) .*  (pipeline|replicas)  .*/s$"
     found = [match.groups() for line in lines if (match := re.match(pattern, line))]
-    pairs = {"pipeline": ("01", "10", "23", "32"), "replicas": ("02", "20", "13", "31")}
-    assert found == [(a, b, channel) for channel in pairs for a, b in pairs[channel]]
+    pairs = {"pipeline": ["01", "10", "23", "32"], "replicas": ["02", "20", "13", "31"]}
+    assert found == [(*pair, channel) for channel in pairs for pair in pairs[channel]]
     assert any(f", torch {torch.__version__}, " in line for line in lines)
     assert "check passed: all ranks agree" in lines[-1]
     assert any("2 microbatches per pipeline, gpipe, --num-layers 4,4" in line for line in lines)

@@ -3,16 +3,14 @@
 Made so in that process: by a sleep in one channel's sends, a rate, a version or a clock of its own.
 """
 
-import logging
 import re
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -26,6 +24,7 @@ from comm.process_groups import ProcessGroups
 from comm.run_context import RunContext
 from planning.cluster.check import check_cluster
 from planning.cluster.machines import versions
+from tests.support.cases import LogLines
 from tests.support.cluster import SHARDS, flags, make_model
 from tests.support.connected import enter
 from tests.support.launcher import run_ranks
@@ -57,24 +56,6 @@ def throttle(groups: ProcessGroups, name: str, *, to: int) -> ProcessGroups:
     return ProcessGroups(control=groups.control, **throttled)
 
 
-class _Told(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines += record.getMessage().splitlines()
-
-
-@contextmanager
-def listening() -> Iterator[list[str]]:
-    told, root = _Told(), logging.getLogger()
-    root.setLevel(logging.INFO)
-    root.addHandler(told)
-    yield told.lines
-    root.removeHandler(told)
-
-
 def check_cases(rank: int, world_size: int, url: str, home: Path) -> dict[str, Any]:
     """Every case's status and what this rank told."""
     torch.set_num_threads(1)
@@ -86,7 +67,7 @@ def check_cases(rank: int, world_size: int, url: str, home: Path) -> dict[str, A
             more |= {"model-name": home / "cut", "load-pretrained-model": "true"}
         args = parse_train(argv(flags(home, **more)), {})
         groups = entered.groups
-        with ExitStack() as stack, listening() as lines:
+        with ExitStack() as stack, LogLines() as log:
             rate = 1e7 if name == "a slow device" and rank == 3 else 1e9
             stack.enter_context(patch("planning.cluster.check.matmul_rate", return_value=rate))
             if rank == odd:
@@ -95,7 +76,7 @@ def check_cases(rank: int, world_size: int, url: str, home: Path) -> dict[str, A
                 entered.topology, groups, torch.device("cpu"), entered.rendezvous.nonce
             )
             status = check_cluster(args, context, entered.rendezvous)
-        found[name] = (status, lines)
+        found[name] = (status, "\n".join(log.lines).splitlines())
     entered.close()
     return found
 
@@ -118,8 +99,8 @@ def make_odd(name: str, groups: ProcessGroups, stack: ExitStack) -> ProcessGroup
     if name == "slow replicas":
         return throttle(groups, "replicas", to=0)
     if name == "another version":
-        theirs = {"side_effect": lambda *args: {**versions(*args), "torch": "0.1"}}
-        stack.enter_context(patch("planning.cluster.machines.versions", **theirs))
+        theirs = Mock(side_effect=lambda *args: {**versions(*args), "torch": "0.1"})
+        stack.enter_context(patch("planning.cluster.machines.versions", theirs))
     if name == "another clock":
         ahead = SimpleNamespace(time_ns=lambda: time.time_ns() + 100 * 10**9)
         stack.enter_context(patch("planning.cluster.check.time", ahead))

@@ -118,10 +118,10 @@ def test_the_mixture_is_counted(folder: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_a_sample_is_told_from_the_whole() -> None:
-    sizes = {"num_documents": 10, "num_tokens": 100, "num_trained_tokens": 50, "num_blocks": 10}
+    rest: dict[str, Any] = {"num_trained_tokens": 50, "num_blocks": 10, "is_complete": False}
     numbers = [
-        SourceSample("a", **sizes, is_complete=False, num_rows=1000),
-        SourceSample("b", **sizes, is_complete=False, num_rows=500, has_more_rows=True),
+        SourceSample("a", 10, 100, **rest, num_rows=1000),
+        SourceSample("b", 10, 100, **rest, num_rows=500, has_more_rows=True),
     ]
     _, first, second = describe_mixture(numbers, [0.5, 0.5], run_blocks=4000).splitlines()
     assert first.split() == ["50.0%", "~1,000", "~10,000", "~5,000", "~2.00", "a"]

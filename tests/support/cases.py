@@ -111,7 +111,7 @@ def _train_case(
         path.mkdir(parents=True, exist_ok=True)
     gather_json(groups.control, None)  # the folder is there for all
     hook = nullcontext() if case.hook is None else case.hook(topology)
-    listener = _Listener()
+    listener = LogLines()
     with hook, listener, patch("monitor.recorder.draw_loss"), ExitStack() as closing:
         stopped = None
         try:
@@ -129,7 +129,7 @@ def _train_case(
     return Told(listener.lines, stopped)
 
 
-class _Listener(logging.Handler):
+class LogLines(logging.Handler):
     """Keeps what is logged while it is entered."""
 
     def __init__(self) -> None:
@@ -139,7 +139,7 @@ class _Listener(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(record.getMessage())
 
-    def __enter__(self) -> "_Listener":
+    def __enter__(self) -> "LogLines":
         root = logging.getLogger()
         root.setLevel(logging.INFO)
         root.addHandler(self)

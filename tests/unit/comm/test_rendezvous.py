@@ -4,7 +4,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from comm.topology import Topology
 from tests.support.connected import enter, meet
 from tests.support.launcher import Launch, Process, free_port
 
+Programs = tuple[Callable[..., object], ...]
 LITTLE_GRACE = Timing(join_grace=1.0)
 
 
@@ -120,7 +121,7 @@ def test_a_master_elsewhere(launch: Launch) -> None:
 
 
 def test_a_rank_that_dies_before_the_groups_stand(launch: Launch, url: str) -> None:
-    programs = (links, links, arrives_and_dies)
+    programs: Programs = (links, links, arrives_and_dies)
     ranks = [launch(program, r, 3, url, join_timeout=4.0) for r, program in enumerate(programs)]
     expect(ranks[:2], 1, "rank 2 (stage 2, replica 0, host ", within=10.0)
 
@@ -135,7 +136,7 @@ def test_a_rank_that_lingers_past_the_deadline_reports_one_line(launch: Launch, 
 
 def test_a_rank_that_hangs_before_the_groups_stand(launch: Launch, url: str) -> None:
     """The others name it, and not whom their own deadline ended first."""
-    programs = (connects, connects, links_and_hangs)
+    programs: Programs = (connects, connects, links_and_hangs)
     ranks = [launch(program, r, 3, url, join_timeout=2.0) for r, program in enumerate(programs)]
     expect(ranks[:2], 1, "rank 2 (stage 2, replica 0, host ", within=20.0)
     assert all("is gone: it does not answer" in rank.lines[-1] for rank in ranks[:2])

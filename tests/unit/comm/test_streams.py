@@ -64,7 +64,7 @@ def test_a_tensor_lives_until_its_call_is_done_and_no_longer() -> None:
     go, tensor = threading.Event(), torch.ones(3)
     alive = weakref.ref(tensor)
     stream.submit(partial(_wait, go))
-    stream.submit(tensor.zero_)
+    stream.submit(partial(_use, tensor))
     del tensor
     gc.collect()
     assert alive() is not None
@@ -73,6 +73,10 @@ def test_a_tensor_lives_until_its_call_is_done_and_no_longer() -> None:
     event.block_compute()
     gc.collect()
     assert alive() is None
+
+
+def _use(tensor: torch.Tensor) -> None:
+    assert tensor.sum() == 3
 
 
 def _wait(event: threading.Event) -> None:

@@ -1,7 +1,6 @@
 """Trace files: the very entries, and what is in the folder at each moment."""
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +51,10 @@ def test_times_are_those_of_the_run_and_the_first_entry_tells_how_well_known() -
 
 
 @pytest.mark.parametrize(
-    ("run", "name"),
-    [
-        ("0", "0_rank2.json"),
-        ("pythia-test", "pythia-test_rank2.json"),
-        ("a/b c", "a_b_c_rank2.json"),
-    ],
+    ("run", "name"), [("0", "0"), ("pythia-test", "pythia-test"), ("a/b c", "a_b_c")]
 )
 def test_the_name(run: str, name: str) -> None:
-    assert trace_path(run, 2) == Path("trace_json") / name
+    assert trace_path(run, 2) == Path("trace_json") / f"{name}_rank2.json"
 
 
 def test_the_file_is_whole_at_every_moment(tmp_path: Path) -> None:
@@ -90,6 +84,5 @@ def test_no_spans_are_an_empty_list(tmp_path: Path) -> None:
 
 def test_a_failure_is_a_warning(tmp_path: Path, caplog: Any) -> None:
     (tmp_path / "trace_json").write_text("not a folder")
-    with caplog.at_level(logging.WARNING):
-        TraceFile(tmp_path / "trace_json" / "t.json", rank=0, clock=clock_from(0)).write(STEPS)
+    TraceFile(tmp_path / "trace_json" / "t.json", rank=0, clock=clock_from(0)).write(STEPS)
     assert "trace_json" in caplog.text
