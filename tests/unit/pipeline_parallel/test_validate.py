@@ -1,15 +1,12 @@
-"""The validator against schedules broken by hand, and against a machine that posts receives."""
+"""The validator against schedules broken by hand."""
 
-from collections import Counter, deque
 from typing import NamedTuple
 
 import pytest
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 
-from pipeline_parallel.schedule.schedules import SCHEDULES, Action, Kind, forward_only
+from pipeline_parallel.schedule.schedules import SCHEDULES, forward_only
 from pipeline_parallel.schedule.validate import check_schedule, peak_in_flight, peak_recomputed
-from tests.support.orders import actions_of, schedule_of
+from tests.support.orders import schedule_of
 from tests.support.schedule_tables import IN_FLIGHT
 
 
@@ -88,93 +85,6 @@ def test_a_pipeline_has_a_stage_and_a_microbatch(size: tuple[int, int]) -> None:
 def test_stages_may_mix_whole_and_split_backwards() -> None:
     check_schedule(schedule_of(["F0 F1 B0 B1", "F0 I0 F1 W0 B1"]), 2, 2)
     check_schedule(schedule_of(["F0 F1 F2 B0 B1 B2", "F0 B0 F1 B1 F2 B2"]), 2, 3)
-
-
-class Machine:
-    """Stages that post their next `ahead` receives, in their order, before they need them.
-
-    A message moves from its sender's queue only into a posted receive, whatever that was meant for.
-    """
-
-    def __init__(self, orders: list[list[Action]], ahead: int) -> None:
-        self.orders, self.ahead = orders, ahead
-        self.position = [0] * len(orders)
-        links = [(a, b) for a in range(len(orders)) for b in (a - 1, a + 1)]
-        self.sent: dict[tuple[int, int], deque[int]] = {link: deque() for link in links}
-        self.received: dict[tuple[int, int], deque[int]] = {link: deque() for link in links}
-
-    def source(self, stage: int, action: Action) -> int | None:
-        if action.kind is Kind.WEIGHT_GRADIENT:
-            return None
-        source = stage - 1 if action.kind is Kind.FORWARD else stage + 1
-        return source if 0 <= source < len(self.orders) else None
-
-    def post(self, stage: int) -> None:
-        coming = self.orders[stage][self.position[stage] :]
-        sources = [s for s in (self.source(stage, action) for action in coming) if s is not None]
-        for source, posted in Counter(sources[: self.ahead]).items():
-            link = (source, stage)
-            while self.sent[link] and len(self.received[link]) < posted:
-                self.received[link].append(self.sent[link].popleft())
-
-    def step(self, stage: int) -> bool:
-        """Runs one action, if it can; AssertionError where it is given another's message."""
-        self.post(stage)
-        if self.position[stage] == len(self.orders[stage]):
-            return False
-        action = self.orders[stage][self.position[stage]]
-        source = self.source(stage, action)
-        if source is not None:
-            if not self.received[source, stage]:
-                return False
-            assert self.received[source, stage].popleft() == action.microbatch
-        self.position[stage] += 1
-        if action.kind is not Kind.WEIGHT_GRADIENT:
-            to = stage + 1 if action.kind is Kind.FORWARD else stage - 1
-            self.sent[stage, to].append(action.microbatch)
-        return True
-
-    def runs(self) -> bool:
-        try:
-            while any(self.step(stage) for stage in range(len(self.orders))):
-                pass
-        except AssertionError:
-            return False
-        return self.position == [len(order) for order in self.orders]
-
-
-@st.composite
-def drawn_order(draw: st.DrawFn, microbatches: int) -> str:
-    """A stage's actions that are right in themselves; some are swapped, where that stays so."""
-    left = [[f"{kind}{m}" for m in range(microbatches)] for kind in "FIW"]
-    order: list[str] = []
-    while any(left):
-        can = [k for k in range(3) if left[k] and (k == 0 or len(left[k]) > len(left[k - 1]))]
-        order.append(left[draw(st.sampled_from(can))].pop(0))
-    other = draw(st.permutations(order)) if draw(st.integers(0, 7)) == 0 else order
-    good = all(
-        other.index(f"F{m}") < other.index(f"I{m}") < other.index(f"W{m}")
-        for m in range(microbatches)
-    )
-    return " ".join(other if good else order)
-
-
-@settings(max_examples=120, deadline=None, derandomize=True)
-@given(st.data())
-def test_what_passes_runs_however_far_ahead_receives_are_posted(data: st.DataObject) -> None:
-    microbatches, stages = data.draw(st.integers(1, 3)), data.draw(st.integers(2, 3))
-    lines = [data.draw(drawn_order(microbatches)) for _ in range(stages)]
-    fault = fault_of(lines, microbatches)
-    assume("gradients would add up" not in fault)  # which is no matter of messages
-    orders = [actions_of(line) for line in lines]
-    assert {Machine(orders, ahead).runs() for ahead in (1, 2, 99)} == {not fault}
-
-
-def test_the_machine_tells_a_run_from_a_deadlock_and_from_garbage() -> None:
-    for ahead in (1, 2, 99):
-        assert Machine([actions_of("F0 F1 B0 B1")] * 2, ahead).runs()
-        for name in ("deadlock", "deadlock of other stages", "activations overtake"):
-            assert not Machine([actions_of(line) for line in BROKEN[name].lines], ahead).runs()
 
 
 def test_live_microbatches_are_bounded_as_the_papers_say() -> None:
