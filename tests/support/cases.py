@@ -17,12 +17,14 @@ from checkpoint.store import SaveFailedError
 from comm.lifecycle.stop_signals import StopRequest
 from comm.objects import gather_json
 from comm.process_groups import ProcessGroups
-from comm.rendezvous.join import Rendezvous
+from comm.rendezvous.interface import Interface
+from comm.rendezvous.job_key import JobKey
+from comm.rendezvous.join import Rendezvous, join
 from comm.run_context import RunContext
 from comm.topology import Topology
 from monitor.console import Console
 from monitor.metrics import read_metrics
-from tests.support.connected import link, meet
+from tests.support.connected import link
 from tests.support.launcher import free_port
 from training.iteration import TrainingStoppedError
 from training.run import train
@@ -85,8 +87,7 @@ def connected(
     topology: Topology, url: str, dist_backend: str = "gloo", *, dist_timeout: float = 60.0
 ) -> Iterator[tuple[ProcessGroups, str]]:
     """All channels of one process of a shape whose ranks meet at `url`, and the start's nonce."""
-    alone = topology.world_size == 1
-    rendezvous = Rendezvous.alone() if alone else meet(topology.rank, topology.world_size, url)
+    rendezvous = _meet(topology.rank, topology.world_size, url)
     entered = link(topology, rendezvous, dist_backend=dist_backend, dist_timeout=dist_timeout)
     yield entered.groups, rendezvous.nonce
     entered.close()
@@ -192,3 +193,18 @@ def meet_at(shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int, str]]:
 
 def _at(flags: dict[str, Any], stages: int, replicas: int) -> dict[str, Any]:
     return {k: v(stages, replicas) if callable(v) else v for k, v in flags.items()}
+
+
+def _meet(rank: int, world_size: int, url: str) -> Rendezvous:
+    if world_size == 1:
+        return Rendezvous.alone()
+    return join(
+        url=url,
+        rank=rank,
+        world_size=world_size,
+        interface=Interface("lo", "127.0.0.1"),
+        facts={},
+        key=JobKey("test"),
+        start="",
+        join_timeout=60.0,
+    )

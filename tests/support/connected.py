@@ -20,8 +20,6 @@ from comm.rendezvous.participants import Fact
 from comm.timing import DEFAULT_TIMING, Timing
 from comm.topology import Topology
 
-KEY, LOOPBACK = JobKey("test"), Interface("lo", "127.0.0.1")
-
 
 @dataclass(frozen=True)
 class Rank:
@@ -55,12 +53,14 @@ def enter(
     topology = Topology(rank=rank, num_stages=num_stages, num_replicas=num_replicas)
     interface = choose_interface(flag=None, master_host=parse_dist_url(url)[0], environ=os.environ)
     export(interface, os.environ)
-    rendezvous = meet(
-        rank,
-        topology.world_size,
-        url,
+    rendezvous = join(
+        url=url,
+        rank=rank,
+        world_size=topology.world_size,
         interface=interface,
-        facts=facts,
+        facts=facts or {},
+        key=JobKey("test"),
+        start="",
         join_timeout=join_timeout,
         timing=timing,
     )
@@ -69,31 +69,6 @@ def enter(
         rendezvous,
         dist_backend=dist_backend,
         dist_timeout=dist_timeout,
-        timing=timing,
-    )
-
-
-def meet(
-    rank: int,
-    world_size: int,
-    url: str,
-    *,
-    interface: Interface = LOOPBACK,
-    facts: dict[str, Fact] | None = None,
-    key: JobKey = KEY,
-    join_timeout: float = 60.0,
-    timing: Timing = DEFAULT_TIMING,
-) -> Rendezvous:
-    """Joins the others."""
-    return join(
-        url=url,
-        rank=rank,
-        world_size=world_size,
-        interface=interface,
-        facts=facts or {},
-        key=key,
-        start="",
-        join_timeout=join_timeout,
         timing=timing,
     )
 
@@ -155,3 +130,27 @@ def _await_waiting(policy: ExitPolicy, ready: Path) -> None:
     while policy.operation.text == before:
         time.sleep(0.001)
     ready.touch()
+
+
+def meet(
+    rank: int,
+    world_size: int,
+    url: str,
+    *,
+    facts: dict[str, Fact] | None = None,
+    key: JobKey | None = None,
+    join_timeout: float = 20.0,
+    timing: Timing = DEFAULT_TIMING,
+) -> Rendezvous:
+    """Joins a run over loopback, and connects nothing yet."""
+    return join(
+        url=url,
+        rank=rank,
+        world_size=world_size,
+        interface=Interface("lo", "127.0.0.1"),
+        facts=facts or {},
+        key=key or JobKey("test"),
+        start="",
+        join_timeout=join_timeout,
+        timing=timing,
+    )

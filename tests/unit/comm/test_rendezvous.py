@@ -26,7 +26,7 @@ LITTLE_GRACE = Timing(join_grace=1.0)
 
 
 def joins(ready: Path, rank: int, world_size: int, url: str, **options: Any) -> Rendezvous:
-    met = meet(rank, world_size, url, **{"join_timeout": 20.0, **options})
+    met = meet(rank, world_size, url, **options)
     ready.touch()
     return met
 
