@@ -22,22 +22,13 @@ from pipeline_parallel.partition.split import Split
 NUM_LAYERS = 3
 VOCAB = 101  # odd: nothing may assume a padded vocabulary
 
+NEOX = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 128}
 CONFIGS: dict[str, dict[str, Any]] = {
     "gptj": {"n_embd": 32, "n_head": 4, "n_layer": NUM_LAYERS, "rotary_dim": 4, "n_positions": 64},
-    "gptneox": {
-        "hidden_size": 32,
-        "num_attention_heads": 4,
-        "num_hidden_layers": NUM_LAYERS,
-        "intermediate_size": 128,
-        "max_position_embeddings": 64,
-    },
+    "gptneox": {**NEOX, "num_hidden_layers": NUM_LAYERS, "max_position_embeddings": 64},
 }
-TOKENIZER_FILES = {
-    "tokenizer.json": '{"version": "1.0"}',
-    "tokenizer_config.json": "{}",
-    "special_tokens_map.json": "{}",
-    "merges.txt": "#version: 0.2\n",
-    "vocab.json": "{}",
+TOKENIZER_FILES = {"tokenizer.json": '{"version": "1.0"}', "merges.txt": "#version: 0.2\n"} | {
+    f"{name}.json": "{}" for name in ("tokenizer_config", "special_tokens_map", "vocab")
 }
 
 
@@ -140,18 +131,17 @@ def make_checkpoint(
 
 
 def step_meta(step: int, counts: Sequence[int] = (1,), model_type: str = "gptneox") -> StepMeta:
+    scaler = {"kind": "constant", "scale": 1.0}
+    nothing: dict[str, Any] = {key: {} for key in ("flags", "settings", "versions", "data")}
     return StepMeta(
         step=step,
         updates=step,
-        update_step={"skipped_in_a_row": 0, "scaler": {"kind": "constant", "scale": 1.0}},
+        update_step={"skipped_in_a_row": 0, "scaler": scaler},
         gave_up=False,
         model_type=model_type,
         num_layers=Split(counts),
         num_replicas=1,
-        flags={},
-        settings={},
-        versions={},
-        data={},
+        **nothing,
     )
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from tests.support.checkpoint_models import (
     to_hf,
     to_shards,
 )
+from tests.support.refusal import refusal
 from tests.support.valid_run import the_line
 
 ROOT = Path(__file__).parents[3]
@@ -58,221 +60,177 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
-def refusal(call: Callable[[], object]) -> str:
-    with pytest.raises(ValueError) as caught:
-        call()
-    text = str(caught.value)
-    assert "\n" not in text
-    assert len(text) < 500
-    return text
+def check_refused(call: Callable[[], object], *words: str) -> None:
+    """One line, with these words."""
+    line = refusal(call)
+    assert len(line) < 500
+    assert all(word in line for word in words), line
 
 
-def first(folder: Path, pattern: str) -> Path:
-    return sorted(folder.glob(pattern))[0]
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working directory in which no code of a file runs, and where nothing is left in `out`."""
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    assert not (tmp_path / "ran").exists()
+    assert not list(tmp_path.glob("out/*"))
 
 
-def weight(path: Path, key: str, shape: tuple[int, ...], fill: float = 0.0) -> None:
-    edit_weights(path, {key: torch.full(shape, fill)})
+Spoil = Callable[[Path], object]
 
 
-def drop(path: Path, key: str) -> None:
-    edit_weights(path, {key: None})
+def weight(key: str, *shape: int, fill: float = 0.0) -> Spoil:
+    return partial(edit_weights, changes={key: torch.full(shape, fill)})
 
 
-def pickled(path: Path) -> None:
-    path.write_bytes(pickle.dumps({"weight": RunsCode()}, protocol=2))
+def edited(**changes: Any) -> Spoil:
+    return partial(edit_json, **changes)
+
+
+def drop(key: str) -> Spoil:
+    return partial(edit_weights, changes={key: None})
+
+
+def written(content: bytes) -> Spoil:
+    return lambda path: path.write_bytes(content)
+
+
+def replace_by_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def as_it_is(_path: Path) -> None:
+    """Nothing is wrong with the files."""
 
 
 QKV = "attention.query_key_value.weight"
 HF_QKV = f"gpt_neox.layers.1.{QKV}"
 ST, BIN, CK = "model.safetensors", "pytorch_model.bin", "prank_1_checkpoint.pt"
-Case = namedtuple("Case", "form spoil words")
+INDEX, CONFIG, META = f"{ST}.index.json", "config.json", "meta.json"
+FIRST, EMBEDDING = "model-00001-of-00011.safetensors", "gpt_neox.embed_in.weight"
+CODE = {"weight": RunsCode()}
+PICKLED = written(pickle.dumps(CODE, protocol=2))
+LATER = written(pickle.dumps(CODE))
+INT8 = partial(edit_weights, changes={HF_QKV: torch.ones(96, 32, dtype=torch.int8)})
 
-FROM_HF = {
-    "missing key": Case("st", lambda d: drop(d / ST, HF_QKV), [HF_QKV, "missing"]),
-    "missing head": Case(
-        "st", lambda d: drop(d / ST, "embed_out.weight"), ["embed_out.weight or lm_head.weight"]
-    ),
-    "extra key": Case("st", lambda d: weight(d / ST, "a.b", (2,)), [ST, "a.b", "unexpected"]),
-    "block too many": Case(
-        "st", lambda d: weight(d / ST, f"gpt_neox.layers.3.{QKV}", (2,)), ["layers.3.", "unexp"]
-    ),
-    "misshapen": Case(
-        "st", lambda d: weight(d / ST, HF_QKV, (5, 6)), [HF_QKV, "(5, 6)", "(96, 32)"]
-    ),
-    "integers": Case(
-        "bin",
-        lambda d: edit_weights(d / BIN, {HF_QKV: torch.ones(96, 32, dtype=torch.int8)}),
-        [BIN, HF_QKV, "int8", "float32"],
-    ),
-    "nan": Case("st", lambda d: weight(d / ST, HF_QKV, (96, 32), NAN), [ST, HF_QKV, "not finite"]),
-    "infinite": Case("bin", lambda d: weight(d / BIN, HF_QKV, (96, 32), 1 / 1e-320), [BIN, HF_QKV]),
-    "two heads": Case(
-        "st", lambda d: weight(d / ST, "lm_head.weight", (101, 32)), ["lm_head.weight", "differs"]
-    ),
-    "truncated safetensors": Case(
-        "st", lambda d: cut(d / ST), [ST, "no complete safetensors file"]
-    ),
-    "truncated bin": Case("bin", lambda d: cut(d / BIN), [BIN, "bytes that are no complete"]),
-    "empty bin": Case("bin", lambda d: (d / BIN).write_bytes(b""), [BIN, "0 bytes"]),
-    "code": Case("bin", lambda d: pickled(d / BIN), [BIN, "refused", "posix.system"]),
-    "code in a later protocol": Case(
-        "bin", lambda d: (d / BIN).write_bytes(pickle.dumps(RunsCode())), [BIN, "refused"]
-    ),
-    "code in a zip": Case(
-        "bin", lambda d: torch.save({"a": RunsCode()}, d / BIN), [BIN, "refused", "posix.system"]
-    ),
-    "no dict": Case("bin", lambda d: torch.save([1], d / BIN), [BIN, "list", "dict of tensors"]),
-    "no tensor": Case("bin", lambda d: torch.save({"a": 1}, d / BIN), [BIN, "a is int"]),
-    "no weights": Case("st", lambda d: (d / ST).unlink(), [ST, BIN, "expected one of"]),
-    "file of the index missing": Case(
-        "many", lambda d: first(d, "*.safetensors").unlink(), ["00001", "index.json names it"]
-    ),
-    "key of the index missing": Case(
-        "many",
-        lambda d: drop(first(d, "*.safetensors"), "gpt_neox.embed_in.weight"),
-        ["00001", "gpt_neox.embed_in.weight"],
-    ),
-    "broken index": Case(
-        "many", lambda d: (d / f"{ST}.index.json").write_text("{"), [f"{ST}.index.json", "JSON"]
-    ),
-    "no config": Case("st", lambda d: (d / "config.json").unlink(), ["config.json", "no such"]),
-    "another family": Case(
-        "st", lambda d: edit_json(d / "config.json", model_type="gptj"), ["'gptj'", "'gpt_neox'"]
-    ),
-    "config of another width": Case(
-        "st", lambda d: edit_json(d / "config.json", hidden_size=64), ["(101, 32)", "(101, 64)"]
-    ),
+# Which form, a file of it, what is done to that, and words of the error.
+FROM_HF: dict[str, tuple[str, str, Spoil, list[str]]] = {
+    "missing key": ("st", ST, drop(HF_QKV), [HF_QKV, "missing"]),
+    "missing head": ("st", ST, drop("embed_out.weight"), ["embed_out.weight or lm_head.weight"]),
+    "extra key": ("st", ST, weight("a.b", 2), [ST, "a.b", "unexpected"]),
+    "block too many": ("st", ST, weight(f"gpt_neox.layers.3.{QKV}", 2), ["layers.3.", "unexp"]),
+    "misshapen": ("st", ST, weight(HF_QKV, 5, 6), [HF_QKV, "(5, 6)", "(96, 32)"]),
+    "integers": ("bin", BIN, INT8, [BIN, HF_QKV, "int8", "float32"]),
+    "nan": ("st", ST, weight(HF_QKV, 96, 32, fill=NAN), [ST, HF_QKV, "not finite"]),
+    "infinite": ("bin", BIN, weight(HF_QKV, 96, 32, fill=1 / 1e-320), [BIN, HF_QKV]),
+    "two heads": ("st", ST, weight("lm_head.weight", 101, 32), ["lm_head.weight", "differs"]),
+    "truncated safetensors": ("st", ST, cut, [ST, "no complete safetensors file"]),
+    "truncated bin": ("bin", BIN, cut, [BIN, "bytes that are no complete"]),
+    "empty bin": ("bin", BIN, written(b""), [BIN, "0 bytes"]),
+    "code": ("bin", BIN, PICKLED, [BIN, "refused", "posix.system"]),
+    "code in a later protocol": ("bin", BIN, LATER, [BIN, "refused"]),
+    "code in a zip": ("bin", BIN, partial(torch.save, CODE), [BIN, "refused", "posix.system"]),
+    "no dict": ("bin", BIN, partial(torch.save, [1]), [BIN, "list", "dict of tensors"]),
+    "no tensor": ("bin", BIN, partial(torch.save, {"a": 1}), [BIN, "a is int"]),
+    "no weights": ("st", ST, Path.unlink, [ST, BIN, "expected one of"]),
+    "file of the index missing": ("many", FIRST, Path.unlink, ["00001", "index.json names it"]),
+    "key of the index missing": ("many", FIRST, drop(EMBEDDING), ["00001", EMBEDDING]),
+    "broken index": ("many", INDEX, written(b"{"), [INDEX, "JSON"]),
+    "no config": ("st", CONFIG, Path.unlink, [CONFIG, "no such"]),
+    "other family": ("st", CONFIG, edited(model_type="gptj"), ["gptj'", "'gpt_neox'"]),
+    "other width": ("st", CONFIG, edited(hidden_size=64), ["(101, 32)", "(101, 64)"]),
 }
 
 
-@pytest.mark.parametrize("case", FROM_HF.values(), ids=FROM_HF.keys())
-def test_from_hf(
-    case: Case, originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    source = shutil.copytree(originals / case.form, tmp_path / "in")
-    case.spoil(source)
-    text = refusal(lambda: to_shards(source, tmp_path / "out"))
-    assert all(word in text for word in case.words), text
-    assert not list(tmp_path.glob("out/*"))
-    assert not (tmp_path / "ran").exists()
+@pytest.mark.parametrize("name", FROM_HF)
+def test_from_hf(name: str, originals: Path, here: Path) -> None:
+    form, file, spoil, words = FROM_HF[name]
+    source = shutil.copytree(originals / form, here / "in")
+    spoil(source / file)
+    check_refused(lambda: to_shards(source, here / "out"), *words)
 
 
 SHARD = "pytorch_1.pt"
-SHARDS = {
-    "missing key": Case("", lambda d: drop(d / SHARD, QKV), [SHARD, QKV, "missing"]),
-    "extra key": Case("", lambda d: weight(d / SHARD, "a.b", (2,)), [SHARD, "a.b", "unexpected"]),
-    "misshapen": Case("", lambda d: weight(d / SHARD, QKV, (3, 4)), [QKV, "(3, 4)", "(96, 32)"]),
-    "nan": Case("", lambda d: weight(d / SHARD, QKV, (96, 32), NAN), [SHARD, QKV, "not finite"]),
-    "missing file": Case("", lambda d: (d / SHARD).unlink(), [SHARD, "no such file"]),
-    "truncated": Case("", lambda d: cut(d / SHARD), [SHARD, "bytes that are no complete"]),
-    "code": Case("", lambda d: pickled(d / SHARD), [SHARD, "refused", "posix.system"]),
-    "a folder": Case("", lambda d: ((d / SHARD).unlink(), (d / SHARD).mkdir()), ["no such file"]),
+SHARDS: dict[str, tuple[Spoil, list[str]]] = {
+    "missing key": (drop(QKV), [SHARD, QKV, "missing"]),
+    "extra key": (weight("a.b", 2), [SHARD, "a.b", "unexpected"]),
+    "misshapen": (weight(QKV, 3, 4), [QKV, "(3, 4)", "(96, 32)"]),
+    "nan": (weight(QKV, 96, 32, fill=NAN), [SHARD, QKV, "not finite"]),
+    "missing file": (Path.unlink, [SHARD, "no such file"]),
+    "truncated": (cut, [SHARD, "bytes that are no complete"]),
+    "code": (PICKLED, [SHARD, "refused", "posix.system"]),
+    "a folder": (replace_by_folder, ["no such file"]),
 }
 
 
-@pytest.mark.parametrize("case", SHARDS.values(), ids=SHARDS.keys())
-def test_shards(
-    case: Case, originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    folder = shutil.copytree(originals / "shards", tmp_path / "in")
-    case.spoil(folder)
-    config = family("gptneox").load_config(folder)
-    text = refusal(lambda: load_layer_shard(folder, family("gptneox"), config, 2))
-    assert all(word in text for word in case.words), text
-    assert not (tmp_path / "ran").exists()
+@pytest.mark.parametrize("name", SHARDS)
+def test_shards(name: str, originals: Path, here: Path) -> None:
+    spoil, words = SHARDS[name]
+    folder = shutil.copytree(originals / "shards", here / "in")
+    spoil(folder / SHARD)
+    neox = family("gptneox")
+    config = neox.load_config(folder)
+    check_refused(lambda: load_layer_shard(folder, neox, config, 2), *words)
 
 
-def meta(folder: Path, **changes: Any) -> None:
-    edit_json(folder / "meta.json", **changes)
-
-
-TO_HF = {
-    "missing stage": Case({}, lambda d: (d / CK).unlink(), [CK, "no such file"]),
-    "missing key": Case({}, lambda d: drop(d / CK, f"0.{QKV}"), [CK, f"0.{QKV}", "missing"]),
-    "extra module": Case({}, lambda d: weight(d / CK, f"2.{QKV}", (96, 32)), [CK, f"2.{QKV}"]),
-    "misshapen": Case({}, lambda d: weight(d / CK, f"0.{QKV}", (4,)), [CK, "(4,)", "(96, 32)"]),
-    "nan": Case({}, lambda d: weight(d / CK, f"0.{QKV}", (96, 32), NAN), [CK, "not finite"]),
-    "beyond fp16": Case(
-        {"fp16": True}, lambda d: weight(d / CK, f"0.{QKV}", (96, 32), 1e5), [CK, "100000", "65504"]
-    ),
-    "truncated": Case({}, lambda d: cut(d / CK), [CK, "bytes that are no complete"]),
-    "code": Case({}, lambda d: pickled(d / CK), [CK, "refused", "posix.system"]),
-    "other stages": Case({"n_stages": 3}, lambda d: None, ["--n-stages is 3", "meta.json says 2"]),
-    "other layers": Case(
-        {"n_layer_per_stage": 3}, lambda d: None, ["--n-layer-per-stage is 3", "meta.json says 2"]
-    ),
-    "other layers by list": Case(
-        {"n_layer_per_stage": Split((1, 2))},
-        lambda d: None,
-        ["--n-layer-per-stage is 1,2", "meta.json says 2,1"],
-    ),
-    "layers of more stages": Case(
-        {"n_layer_per_stage": Split((1, 1, 1))},
-        lambda d: None,
-        ["--n-layer-per-stage is 1,1,1", "meta.json says 2,1"],
-    ),
-    "stages unknown": Case({}, make_predecessors, ["--n-stages", "missing"]),
-    "layers unknown": Case({"n_stages": 2}, make_predecessors, ["--n-layer-per-stage", "missing"]),
-    "too few stages": Case(
-        {"n_stages": 1, "n_layer_per_stage": 3}, make_predecessors, [CK, "--n-stages is 1"]
-    ),
-    "too few layers": Case(
-        {"n_stages": 2, "n_layer_per_stage": 1},
+Q0, LAYERS, NONE = f"0.{QKV}", "--n-layer-per-stage", (None, None)
+# --n-stages and --n-layer-per-stage; a file of a step of stages 2,1, what is done to it; the error.
+TO_HF: dict[str, tuple[int | None, Any, str, Spoil, list[str]]] = {
+    "missing stage": (*NONE, CK, Path.unlink, [CK, "no such file"]),
+    "missing key": (*NONE, CK, drop(Q0), [CK, Q0, "missing"]),
+    "extra module": (*NONE, CK, weight(f"2.{QKV}", 96, 32), [CK, f"2.{QKV}"]),
+    "misshapen": (*NONE, CK, weight(Q0, 4), [CK, "(4,)", "(96, 32)"]),
+    "nan": (*NONE, CK, weight(Q0, 96, 32, fill=NAN), [CK, "not finite"]),
+    "truncated": (*NONE, CK, cut, [CK, "bytes that are no complete"]),
+    "code": (*NONE, CK, PICKLED, [CK, "refused", "posix.system"]),
+    "other stages": (3, None, ".", as_it_is, ["--n-stages is 3", "meta.json says 2"]),
+    "other layers": (None, 3, ".", as_it_is, [f"{LAYERS} is 3", "meta.json says 2"]),
+    "by list": (None, (1, 2), ".", as_it_is, [f"{LAYERS} is 1,2", "meta.json says 2,1"]),
+    "more": (None, (1, 1, 1), ".", as_it_is, [f"{LAYERS} is 1,1,1", "meta.json says 2,1"]),
+    "stages unknown": (*NONE, ".", make_predecessors, ["--n-stages", "missing"]),
+    "layers unknown": (2, None, ".", make_predecessors, [LAYERS, "missing"]),
+    "too few stages": (1, 3, ".", make_predecessors, [CK, "--n-stages is 1"]),
+    "too few layers": (2, 1, ".", make_predecessors, ["--n-stages 2", f"{LAYERS} 1", "3"]),
+    "an empty stage": (2, 3, ".", make_predecessors, ["--n-stages 2", f"{LAYERS} 3", "3"]),
+    "list of others": (
+        3,
+        (2, 1),
+        ".",
         make_predecessors,
-        ["--n-stages 2", "--n-layer-per-stage 1", "3"],
+        [f"3 with {LAYERS} 2,1", "2 st", "3 lay"],
     ),
-    "an empty stage": Case(
-        {"n_stages": 2, "n_layer_per_stage": 3},
-        make_predecessors,
-        ["--n-stages 2", "--n-layer-per-stage 3", "3"],
-    ),
-    "a list of other stages": Case(
-        {"n_stages": 3, "n_layer_per_stage": Split((2, 1))},
-        make_predecessors,
-        ["--n-stages 3", "--n-layer-per-stage 2,1", "2 stages", "3 layers"],
-    ),
-    "a list of other layers": Case(
-        {"n_layer_per_stage": Split((2, 2))},
-        make_predecessors,
-        ["--n-layer-per-stage 2,2", "4 layers", "3 layers"],
-    ),
-    "a list in another order": Case(
-        {"n_layer_per_stage": Split((1, 2))},
-        make_predecessors,
-        ["prank_0_checkpoint.pt", "2.attention", "unexpected"],
-    ),
-    "another model's": Case({}, lambda d: meta(d, model_type="gptj"), ["'gptj'", "'gptneox'"]),
-    "another depth's": Case({}, lambda d: meta(d, num_layers=[2, 2]), ["2,2", "4 in all", "3"]),
-    "an empty stage in meta": Case(
-        {}, lambda d: meta(d, num_layers=[3, 0]), ["meta.json", "[3, 0]"]
-    ),
-    "fewer stages in meta": Case({}, lambda d: meta(d, num_layers=[3]), ["meta.json", "[3]", "2"]),
-    "meta of no sense": Case({}, lambda d: meta(d, num_layers=3), ["meta.json", "num_layers is 3"]),
-    "broken meta": Case({}, lambda d: (d / "meta.json").write_text("{"), ["meta.json", "JSON"]),
-    "no config": Case({}, lambda d: (d / "config.json").unlink(), ["--config-name is missing"]),
-    "latest of no sense": Case({}, lambda d: (d / "latest").write_text("x"), ["latest", "'x'"]),
-    "latest to nowhere": Case(
-        {}, lambda d: (d / "latest").write_text("8"), ["8/", "checkpoint_8/"]
-    ),
-    "no folder": Case({}, lambda d: shutil.rmtree(d), ["in", "no such folder"]),
+    "longer list": (None, (2, 2), ".", make_predecessors, [f"{LAYERS} 2,2", "4 lay", "3 lay"]),
+    "another order": (None, (1, 2), ".", make_predecessors, ["prank_0_", "2.attention", "unexp"]),
+    "other model's": (*NONE, META, edited(model_type="gptj"), ["'gptj'", "'gptneox'"]),
+    "other depth's": (*NONE, META, edited(num_layers=[2, 2]), ["2,2", "4 in all", "3"]),
+    "an empty stage in meta": (*NONE, META, edited(num_layers=[3, 0]), [META, "[3, 0]"]),
+    "fewer stages in meta": (*NONE, META, edited(num_layers=[3]), [META, "[3]", "2"]),
+    "meta of no sense": (*NONE, META, edited(num_layers=3), [META, "num_layers is 3"]),
+    "broken meta": (*NONE, META, written(b"{"), [META, "JSON"]),
+    "no config": (*NONE, CONFIG, Path.unlink, ["--config-name is missing"]),
+    "latest of no sense": (*NONE, "latest", written(b"x"), ["latest", "'x'"]),
+    "latest to nowhere": (*NONE, "latest", written(b"8"), ["8/", "checkpoint_8/"]),
+    "no folder": (*NONE, ".", shutil.rmtree, ["in", "no such folder"]),
 }
 
 
-@pytest.mark.parametrize("case", TO_HF.values(), ids=TO_HF.keys())
-def test_to_hf(
-    case: Case, originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    source = shutil.copytree(originals / "ck", tmp_path / "in")
-    case.spoil(source)
+@pytest.mark.parametrize("name", TO_HF)
+def test_to_hf(name: str, originals: Path, here: Path) -> None:
+    stages, layers, file, spoil, words = TO_HF[name]
+    source = shutil.copytree(originals / "ck", here / "in")
+    spoil(source / file)
     reseal(source)
-    text = refusal(lambda: to_hf(source, tmp_path / "out" / "hf", **case.form))
-    assert all(word in text for word in case.words), text
-    assert not list(tmp_path.glob("out/*"))
-    assert not (tmp_path / "ran").exists()
+    split = Split(layers) if isinstance(layers, tuple) else layers
+    flags: dict[str, Any] = {"n_stages": stages, "n_layer_per_stage": split}
+    check_refused(lambda: to_hf(source, here / "out" / "hf", **flags), *words)
+
+
+def test_weights_beyond_fp16(originals: Path, here: Path) -> None:
+    source = shutil.copytree(originals / "ck", here / "in")
+    weight(Q0, 96, 32, fill=1e5)(source / CK)
+    reseal(source)
+    check_refused(lambda: to_hf(source, here / "out" / "hf", fp16=True), CK, "100000", "65504")
 
 
 def test_nothing_is_overwritten(originals: Path, tmp_path: Path) -> None:
@@ -282,7 +240,7 @@ def test_nothing_is_overwritten(originals: Path, tmp_path: Path) -> None:
         lambda: to_shards(originals / "st", tmp_path),
         lambda: to_hf(originals / "ck", tmp_path / "st"),
     ):
-        assert "st: exists already" in refusal(call)
+        check_refused(call, "st: exists already")
     assert [path.name for path in (tmp_path / "st").iterdir()] == ["precious"]
     assert [path.name for path in tmp_path.iterdir()] == ["st"]
 
@@ -296,9 +254,7 @@ def test_a_disk_too_small_is_told_first(
         lambda: to_shards(originals / "st", tmp_path / "out"),
         lambda: to_hf(originals / "ck", tmp_path / "out" / "hf"),
     ):
-        text = refusal(call)
-        assert "needs 178.6 kB of disk" in text
-        assert "1.0 kB is free" in text
+        check_refused(call, "needs 178.6 kB of disk", "1.0 kB is free")
     assert not (tmp_path / "out").exists()
 
 
@@ -309,10 +265,11 @@ def test_a_name_that_is_neither_folder_nor_to_be_had(
         raise OSError("name resolution\nfailed")
 
     monkeypatch.setattr("checkpoint.files.model_folder.snapshot_download", unreachable)
-    text = refusal(lambda: to_shards("some-org/some-model", tmp_path))
-    assert "--model-name some-org/some-model" in text
-    text = refusal(lambda: to_hf(originals / "ck", tmp_path / "hf", config_name="nowhere"))
-    assert "--config-name nowhere" in text
+    name, ck = "some-org/some-model", originals / "ck"
+    check_refused(lambda: to_shards(name, tmp_path), f"--model-name {name}")
+    check_refused(
+        lambda: to_hf(ck, tmp_path / "hf", config_name="nowhere"), "--config-name nowhere"
+    )
 
 
 def test_an_interrupted_conversion_leaves_nothing(
@@ -347,7 +304,7 @@ def test_scripts_end_with_status_2_and_one_line(
     originals: Path, tmp_path: Path, run: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = shutil.copytree(originals / "st", tmp_path / "in")
-    weight(source / ST, HF_QKV, (96, 32), NAN)
+    weight(HF_QKV, 96, 32, fill=NAN)(source / ST)
     hf = ("--model-name", source, "--save-dir", tmp_path / "s")
     ours = ("--ckpt-path", originals / "ck", "--save-path", tmp_path / "o")
     for name, flags, words in (

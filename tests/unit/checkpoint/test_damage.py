@@ -8,42 +8,39 @@ with the name of the file.
 import json
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 
 from arguments.train import parse_train
 from checkpoint.files.checksums import seal, sum_file, unseal
-from checkpoint.steps.latest import check_latest, write_latest
 from checkpoint.steps.manifest import read_manifest
 from comm.objects import gather_json
 from comm.run_context import RunContext
 from comm.topology import Topology
-from common.files import replace_file
 from tests.support.cases import Case, connected, meet_at, run_folder, to_argv, train_cases
 from tests.support.checkpoint_models import cut, flip, hf_weights, to_hf
 from tests.support.data import make_texts, write_jsonl
+from tests.support.flags import flags_of
 from tests.support.launcher import run_ranks
 from tests.support.models import make_shards
+from tests.support.refusal import refusal
 from training.run_start import open_run
 
 STAGES, LAST, FIRST = 2, 4, 2
+FLAGS = flags_of("""
+    --model-type gptneox --num-layers 2 --embedding-dim 32 --seq-length 16 --batch-size 2
+    --total-steps 4 --checkpoint-steps 2 --use-cuda false
+""")
 PARTS = ("checkpoint", "optimizer", "scheduler")
 STAGE_FILES = [f"prank_{stage}_{part}.pt" for stage in range(STAGES) for part in PARTS]
 MANIFESTS = [f"prank_{stage}_manifest.json" for stage in range(STAGES)]
-COMMON = [
-    "meta.json",
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "generation_config.json",
-]
+CONFIGS = [f"{name}.json" for name in ("config", "tokenizer", "tokenizer_config")]
+COMMON = ["meta.json", "generation_config.json", *CONFIGS]
 STEP_FILES = [f"{LAST}/{name}" for name in (*STAGE_FILES, *MANIFESTS, *COMMON)]
 LATEST = ["latest", "latest_manifest.json"]
 FILES = [*STEP_FILES, *LATEST]
@@ -146,7 +143,7 @@ def train_and_open(
     rank: int,
     world: int,
     url: str,
-    shape: tuple[int, int, str],
+    shape: Any,
     flags: dict[str, Any],
     folder: Path,
     names: list[str],
@@ -189,11 +186,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
     folder = tmp_path_factory.mktemp("damage")
     write_jsonl(folder / "a.jsonl", make_texts(20, seed=1))
     make_shards(folder, "model", "gptneox", {"num_hidden_layers": 3})
-    flags = {
-        "model-name": folder / "shards" / "model", "model-type": "gptneox", "num-layers": 2,
-        "embedding-dim": 32, "task-name": folder / "a.jsonl", "seq-length": 16, "batch-size": 2,
-        "total-steps": LAST, "checkpoint-steps": FIRST, "use-cuda": "false",
-    }  # fmt: skip
+    flags = FLAGS | {"model-name": folder / "shards" / "model", "task-name": folder / "a.jsonl"}
     damaged = [
         "{file}: {damage}".format(**item.callspec.params)
         for item in request.session.items
@@ -213,78 +206,68 @@ def test_the_cases_are_all_files_of_a_checkpoint(made: Made) -> None:
     assert {file for file in found if file.startswith(f"{LAST}/")} == set(STEP_FILES)
 
 
+def error_on_every_rank(name: str, made: Made) -> str:
+    first, *others = (opened[name] for opened in made.opened)
+    assert all(other == first for other in others)
+    assert first.step is None
+    assert "\n" not in first.error
+    return first.error
+
+
 @pytest.mark.parametrize(("file", "damage"), cases(FILES, list(DAMAGES), few=2))
 def test_training_names_the_file_on_every_rank(file: str, damage: str, made: Made) -> None:
     """And the step before it, where the step is damaged and not `latest`."""
-    one, other = (opened[f"{file}: {damage}"] for opened in made.opened)
-    assert one == other
-    assert one.step is None
-    assert f"/{file}: " in one.error
-    assert "\n" not in one.error
+    error = error_on_every_rank(f"{file}: {damage}", made)
+    assert f"/{file}: " in error
     if file in STEP_FILES:
-        assert f"the newest complete checkpoint before it is step {FIRST}" in one.error
-        assert one.error.endswith(f"move {made.folder}/damaged/{LAST} away")
+        assert f"the newest complete checkpoint before it is step {FIRST}" in error
+        assert error.endswith(f"move {made.folder}/damaged/{LAST} away")
 
 
 @pytest.mark.parametrize("name", MOVED)
 def test_training_names_what_is_not_of_the_step(name: str, made: Made) -> None:
     """On every rank, and the step before it that is whole."""
-    one, other = (opened[name] for opened in made.opened)
-    assert one == other
-    assert one.step is None
-    assert MOVED[name][1] in one.error
-    assert "\n" not in one.error
+    error = error_on_every_rank(name, made)
+    assert MOVED[name][1] in error
     older = LAST if name.startswith("called") else FIRST
-    assert f"the newest complete checkpoint before it is step {older}: " in one.error
+    assert f"the newest complete checkpoint before it is step {older}: " in error
 
 
-def test_what_is_whole_opens(made: Made) -> None:
-    assert [opened["as saved"].step for opened in made.opened] == [LAST, LAST]
-
-
-def test_the_step_before_opens_where_the_damaged_one_has_been_moved_away(made: Made) -> None:
-    assert [opened["last step moved away"].step for opened in made.opened] == [FIRST, FIRST]
-
-
-def test_no_step_is_offered_where_none_is_whole(made: Made) -> None:
+def test_the_newest_step_that_is_whole_opens(made: Made) -> None:
     for opened in made.opened:
+        assert opened["as saved"].step == LAST
+        assert opened["last step moved away"].step == FIRST
         error = opened["last file of both steps"].error
         assert f"{LAST}/{STAGE_FILES[-1]}: " in error
         assert error.endswith("no complete checkpoint before it is there")
 
 
 def test_no_two_steps_of_a_start_are_one_save(made: Made) -> None:
-    saves = [
-        [read_manifest(made.run / str(step), stage).save for stage in range(STAGES)]
+    first, last = (
+        {read_manifest(made.run / str(step), stage).save for stage in range(STAGES)}
         for step in (FIRST, LAST)
-    ]
-    assert [len(set(of_a_step)) for of_a_step in saves] == [1, 1]
-    assert saves[0] != saves[1]
+    )
+    assert len(first) == len(last) == 1
+    assert first != last
 
 
 READ = [file for file in FILES if not file.endswith(("optimizer.pt", "scheduler.pt"))]
+KINDS = ["cut", "gone", "a bit in the middle"]
 
 
-@pytest.mark.parametrize(
-    ("file", "damage"), cases(READ, ["cut", "gone", "a bit in the middle"], few=1)
-)
+@pytest.mark.parametrize(("file", "damage"), cases(READ, KINDS, few=1))
 def test_the_converter_names_the_file(file: str, damage: str, made: Made, tmp_path: Path) -> None:
     run = Path(shutil.copytree(made.run, tmp_path / "run"))
     spoil(run, f"{file}: {damage}")
-    check_refused(run, tmp_path, f"/{file}: ")
+    assert f"/{file}: " in refusal(lambda: to_hf(run, tmp_path / "hf"))
+    assert not (tmp_path / "hf").exists()
 
 
 @pytest.mark.parametrize("name", [name for name in MOVED if not name.startswith("called")])
 def test_the_converter_names_what_is_not_of_the_step(name: str, made: Made, tmp_path: Path) -> None:
     run = Path(shutil.copytree(made.run, tmp_path / "run"))
     spoil(run, name)
-    check_refused(run / str(LAST), tmp_path, MOVED[name][1])
-
-
-def check_refused(source: Path, tmp_path: Path, words: str) -> None:
-    with pytest.raises(ValueError, match=words) as caught:
-        to_hf(source, tmp_path / "hf")
-    assert "\n" not in str(caught.value)
+    assert MOVED[name][1] in refusal(lambda: to_hf(run / str(LAST), tmp_path / "hf"))
     assert not (tmp_path / "hf").exists()
 
 
@@ -306,41 +289,3 @@ def test_a_folder_of_any_name_converts_and_only_what_is_read_counts(
     ):
         assert found.keys() == whole.keys()
         assert all(torch.equal(found[key], whole[key]) for key in whole)
-
-
-def test_every_bit_of_latest_counts(made: Made, tmp_path: Path) -> None:
-    """Also where it then names another step that is there."""
-    run = Path(shutil.copytree(made.run, tmp_path / "run"))
-    for step in (0, 6, 20):
-        (run / str(step)).mkdir()
-    for bit in range(8):
-        (run / "latest").write_bytes(bytes([ord(str(LAST)) ^ (1 << bit)]))
-        with pytest.raises(ValueError, match="/latest: damaged"):
-            check_latest(run, has_manifests=True)
-
-
-@pytest.mark.parametrize("step", [FIRST, LAST + 2])
-@pytest.mark.parametrize("written", [0, 1, 2, 3])
-def test_a_crash_while_latest_moves_is_no_damage(
-    step: int, written: int, made: Made, tmp_path: Path
-) -> None:
-    """Down, as where a run goes back since the last step was moved away, and up; after so many of
-    the files that it writes."""
-    run = Path(shutil.copytree(made.run, tmp_path / "run"))
-    (run / str(LAST + 2)).mkdir()
-    if step < LAST:
-        (run / str(LAST)).rename(run / "aside")
-    left = [replace_file] * written
-
-    def dying(path: Path, content: bytes) -> None:
-        if not left:
-            raise KeyboardInterrupt
-        left.pop()(path, content)
-
-    with patch("checkpoint.steps.latest.replace_file", dying), suppress(KeyboardInterrupt):
-        write_latest(run, step)
-    check_latest(run, has_manifests=True)
-    assert (run / "latest").read_text() == str(step if written > 1 else LAST)
-    write_latest(run, FIRST)
-    check_latest(run, has_manifests=True)
-    assert (run / "latest").read_text() == str(FIRST)
