@@ -6,11 +6,8 @@ and `latest`, where there is one, names a whole checkpoint. What the last start 
 with a run that nobody disturbed.
 """
 
-import random
 import shutil
-import time
-from dataclasses import replace
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -32,15 +29,13 @@ from tests.support.kill_lab import (
     same,
     state,
 )
-from tests.support.kill_plan import PUBLISH, draw_plan, draw_short_plan, import_kill
+from tests.support.kill_plan import PUBLISH, draw_plan, draw_short_plan
 from tests.support.launcher import run_ranks
 
 SEED, STEPS = 10, 12
 LONG = 24  # steps of a run that is killed at every moment
 SHORT_JOIN = 5.0  # seconds, where a rank that never comes is waited for
-IMPORT_JOIN = 15.0  # the same, where the ranks import torch at different speeds
-CLOCK_KILLS, CLOCK_STEPS = 8, 100
-END_SECONDS = 15.0  # of the others once all ranks have joined
+END_SECONDS = 15.0  # of the others once all ranks have joined; twice as many until then
 
 
 def waits(kill: Kill) -> bool:
@@ -50,28 +45,21 @@ def waits(kill: Kill) -> bool:
 
 
 def live(
-    rank: int, _world: int, _url: str, lab: Lab, seed: int, full: bool
+    rank: int, _world: int, _url: str, lab: Lab, plan: Sequence[Kill]
 ) -> dict[str, list[Start]]:
     """The reference; the plan's starts, and one more to the end; the run without a shared disk.
 
     The starts that do nothing but wait go on beside all that, and are a run of their own.
-    full: every moment, and the first and the last start as a user's.
     """
-    plan = draw_plan(seed) if full else draw_short_plan(seed)
     if rank == 1:
         changes = {"join-timeout": SHORT_JOIN}
-        return {
-            "waiting": [lab.start("waiting", one, changes=changes) for one in plan if waits(one)]
-        }
+        waiting = [lab.start("waiting", kill, changes=changes) for kill in plan if waits(kill)]
+        return {"waiting": waiting}
     whole = [lab.start("whole")]
-    killed = []
-    if full:
-        changes = {"join-timeout": IMPORT_JOIN}
-        killed.append(lab.start_python("killed", import_kill(seed), changes=changes))
-    killed += [lab.start("killed", kill) for kill in plan if not waits(kill)]
+    killed = [lab.start("killed", kill) for kill in plan if not waits(kill)]
     with (lab.disk("killed") / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step": 99, "lo')
-    killed.append(lab.start_python("killed") if full else lab.start("killed"))
+    killed.append(lab.start("killed"))
     apart = live_apart(lab)
     return {"whole": whole, "killed": killed, "apart": apart, "again": [lab.start("killed")]}
 
@@ -96,30 +84,6 @@ def live_apart(lab: Lab) -> list[Start]:
     return starts
 
 
-def live_by_the_clock(
-    _rank: int, _world: int, _url: str, lab: Lab, seed: int
-) -> dict[str, list[Start]]:
-    """Started as users do, and killed at any time once drawn steps more are done."""
-    draw, metrics = random.Random(seed), lab.disk("clock") / "metrics.jsonl"
-    whole, starts = [lab.start_python("clock whole")], []
-    for _ in range(CLOCK_KILLS):
-        done = 0 if not metrics.exists() else len(read_metrics(metrics))
-        step, rest = done + draw.randrange(-4, 12), draw.uniform(0.0, 0.1)
-        seen = partial(is_past, metrics, time.time(), step, rest)
-        starts.append(lab.start_python("clock", Kill("clock", draw.randrange(WORLD), seen=seen)))
-    starts.append(lab.start_python("clock"))
-    return {"whole": whole, "clock": starts}
-
-
-def is_past(metrics: Path, began: float, step: int, rest: float, _pid: int) -> bool:
-    """Whether the ranks that began then train and `step` is done, `rest` seconds ago."""
-    stale = not metrics.exists() or metrics.stat().st_mtime < began
-    if stale or len(read_metrics(metrics)) < step:
-        return False
-    time.sleep(rest)
-    return True
-
-
 def cut(path: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content[: len(content) * 2 // 3])
@@ -132,11 +96,11 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 @pytest.fixture(scope="module")
 def starts(lab: Lab) -> dict[str, list[Start]]:
-    return live_twice(lab, SEED, full=False)
+    return live_twice(lab, draw_short_plan(SEED))
 
 
-def live_twice(lab: Lab, seed: int, *, full: bool) -> dict[str, list[Start]]:
-    found, waiting = run_ranks(2, live, lab, seed, full, deadline=1800.0)
+def live_twice(lab: Lab, plan: Sequence[Kill]) -> dict[str, list[Start]]:
+    found, waiting = run_ranks(2, live, lab, plan, deadline=1800.0)
     return found | waiting
 
 
@@ -178,7 +142,7 @@ def test_the_others_end_by_themselves_in_time(deaths: list[Start]) -> None:
         statuses = [start.outcome.statuses[rank] for rank in survivors(start)]
         assert statuses == [expected] * 3, start
         joining = start.kill.moment.startswith(("import", "join: "))
-        assert start.outcome.seconds < END_SECONDS + (IMPORT_JOIN if joining else 0.0), start
+        assert start.outcome.seconds < END_SECONDS * (2 if joining else 1), start
 
 
 def test_the_others_name_the_lost_rank_in_one_line(deaths: list[Start]) -> None:
@@ -302,28 +266,10 @@ def test_a_complete_run_does_nothing_more(lab: Lab, starts: dict[str, list[Start
 @pytest.mark.parametrize("seed", range(3))
 def test_other_plans_end_with_the_same_bits_too(seed: int, tmp_path: Path) -> None:
     lab = make_lab(tmp_path, LONG)
-    starts = live_twice(lab, seed, full=True)
+    starts = live_twice(lab, draw_plan(seed))
     dead = deaths_of(starts)
     test_the_plan_hits_every_moment(starts, dead)
     test_the_others_end_by_themselves_in_time(dead)
     test_the_others_name_the_lost_rank_in_one_line(dead)
     test_latest_names_a_whole_checkpoint_after_every_death(dead)
     test_the_run_ends_with_the_bits_of_the_undisturbed_one(lab, starts)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))
-def test_killed_at_any_time_it_ends_with_the_same_bits(seed: int, tmp_path: Path) -> None:
-    """Between any two instructions, not at chosen calls."""
-    made = make_lab(tmp_path)
-    lab = replace(made, flags={**made.flags, "total-steps": CLOCK_STEPS})
-    (starts,) = run_ranks(1, live_by_the_clock, lab, seed, deadline=1800.0)
-    dead = [start for start in starts["clock"] if start.outcome.statuses != [0] * WORLD]
-    assert len(dead) >= CLOCK_KILLS // 2
-    test_the_others_end_by_themselves_in_time(dead)
-    test_the_others_name_the_lost_rank_in_one_line(dead)
-    assert not [start for start in dead if start.damage]
-    whole, killed = lab.disk("clock whole"), lab.disk("clock")
-    assert numbers(killed) == numbers(whole)
-    for stage in range(STAGES):
-        assert same(state(killed, stage, CLOCK_STEPS), state(whole, stage, CLOCK_STEPS))

@@ -9,7 +9,6 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tests.support.runs import Attendant
@@ -34,19 +33,17 @@ class Kill:
     when: `before` or `after` the call; `half`, of torch.save alone: with half of the file written.
     about: only calls count whose first two arguments have this text in them.
     wait: seconds that the rank rests before it dies, for the others to go on meanwhile.
-    seen: instead of all that, for a kill from outside: whether the process (pid) is there yet.
     signals: one `wait` after the other; the rank goes on after those that it survives.
     to_all: every rank gets them, as if from a terminal.
     """
 
     moment: str
     rank: int
-    target: str = ""
+    target: str
     when: str = "before"
     nth: int = 1
     about: str = ""
     wait: float = 0.0
-    seen: Callable[[int], bool] | None = None
     signals: Sequence[int] = (signal.SIGKILL,)
     to_all: bool = False
 
@@ -110,14 +107,6 @@ def kill_once(rank: int, seen: Callable[[int], bool]) -> Attendant:
                 os.kill(pids[rank], signal.SIGKILL)
 
     return attend
-
-
-def imports_torch(pid: int) -> bool:
-    """Returns whether the process has mapped torch's library: it is importing, or has."""
-    try:
-        return b"libtorch_cpu" in Path(f"/proc/{pid}/maps").read_bytes()
-    except OSError:
-        return False
 
 
 @dataclass(frozen=True)
