@@ -26,6 +26,7 @@ from modules.matmul.select import saved_choice
 from tests.support.cases import Case, Told, curve, meet_at, run_folder, train_cases
 from tests.support.cpus import CPUS
 from tests.support.data import make_texts, write_jsonl
+from tests.support.flags import flags_of
 from tests.support.launcher import run_ranks
 from tests.support.mixed import model_flags
 from tests.support.models import make_shards
@@ -196,20 +197,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str,
     path = tmp_path_factory.mktemp("matmul")
     write_jsonl(path / "a.jsonl", make_texts(60, seed=1))
     make_shards(path, "model", "gptneox", {"num_hidden_layers": 2})
-    same = {
-        **model_flags(path),
-        "num-layers": 1,
-        "seq-length": 16,
-        "batch-size": 4,
-        "total-steps": STEPS,
-        "checkpoint-steps": SAVED,
-        "lr": 2e-3,
-    }
-    cases = [
-        Case(name, {**same, "cpu-matmul": flag}, Machines(kinds),
-             None if after is None else (f"{after}-2-1", SAVED))
-        for name, (flag, kinds, after, _) in RUNS.items()
-    ]  # fmt: skip
+    same = model_flags(path) | flags_of(f"""
+        --num-layers 1 --seq-length 16 --batch-size 4 --total-steps {STEPS}
+        --checkpoint-steps {SAVED} --lr 2e-3
+    """)
+    cases = []
+    for name, (flag, kinds, whole, _) in RUNS.items():
+        after = None if whole is None else (f"{whole}-2-1", SAVED)
+        cases.append(Case(name, {**same, "cpu-matmul": flag}, Machines(kinds), after))
     return path, run_ranks(2, train_cases, meet_at([(2, 1)]), cases, path, deadline=200.0)
 
 

@@ -18,6 +18,7 @@ from tasks.source_spec import SourceSpec
 from tasks.stream import open_training_stream
 from tests.support.cases import Case, Told, meet_at, run_folder, train_cases, weights_of
 from tests.support.data import make_texts, tokenizer, write_jsonl
+from tests.support.flags import flags_of
 from tests.support.launcher import run_ranks
 from tests.support.mixed import lines_of, model_flags
 from tests.support.models import make_shards
@@ -38,18 +39,11 @@ def gives_up_on_a_full_disk(topology: Topology) -> Iterator[None]:
 
 
 def flags(folder: Path) -> dict[str, Any]:
-    return {
-        **model_flags(folder),
-        "num-layers": 1,
-        "seq-length": TOKENS,
-        "batch-size": ROWS_OF_A_REPLICA,
-        "micro-batch-size": 2,
-        "recompute": "false",
-        "total-steps": STEPS,
-        "checkpoint-steps": BAD_STEP - 1,
-        "lr": 2e-3,
-        "lr-schedule": "constant",
-    }
+    return model_flags(folder) | flags_of(f"""
+        --num-layers 1 --seq-length {TOKENS} --batch-size {ROWS_OF_A_REPLICA}
+        --micro-batch-size 2 --recompute false --total-steps {STEPS}
+        --checkpoint-steps {BAD_STEP - 1} --lr 2e-3 --lr-schedule constant
+    """)
 
 
 @pytest.fixture(scope="module")

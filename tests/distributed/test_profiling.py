@@ -19,6 +19,7 @@ from monitor.profiling.tracer import Track
 from tests.support.alone import train_alone
 from tests.support.cases import Case, Told, curve, meet_at, train_cases
 from tests.support.data import make_texts, write_jsonl
+from tests.support.flags import flags_of
 from tests.support.launcher import run_ranks
 from tests.support.models import make_shards
 from tests.support.poison import BadOutput
@@ -76,21 +77,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flags(folder: Path, schedule: str) -> dict[str, Any]:
-    return {
-        "model-name": folder / "shards" / "model",
-        "model-type": "gptneox",
-        "num-layers": 1,
-        "embedding-dim": 32,
-        "task-name": folder / "a.jsonl",
-        "evaluation-data": folder / "held-out.jsonl",
-        "evaluation-steps": 2,
-        "pp-mode": schedule,
-        "seq-length": 16,
-        "batch-size": MICROBATCHES,
-        "gradient-accumulate-step": ACCUMULATE,
-        "total-steps": STEPS,
-        "lr": 1e-3,
-    }
+    return flags_of(f"""
+        --model-name {folder}/shards/model --model-type gptneox --num-layers 1 --embedding-dim 32
+        --task-name {folder}/a.jsonl --evaluation-data {folder}/held-out.jsonl
+        --evaluation-steps 2 --pp-mode {schedule} --seq-length 16 --batch-size {MICROBATCHES}
+        --gradient-accumulate-step {ACCUMULATE} --total-steps {STEPS} --lr 1e-3
+    """)
 
 
 @pytest.fixture(scope="module")

@@ -227,8 +227,12 @@ RESUMES: dict[str, tuple[Flags, Spoil, list[str]]] = {
         ["prank_0_checkpoint.pt", QKV, "not finite"],
     ),
     "meta broken": ({}, in_step("meta.json", break_json), ["meta.json", "not readable"]),
-    "config broken": ({}, in_step("config.json", break_json), ["2/config.json", "not readable"]),
-    "config missing": (
+    "config of the step broken": (
+        {},
+        in_step("config.json", break_json),
+        ["2/config.json", "not readable"],
+    ),
+    "config of the step missing": (
         {},
         in_step("config.json", Path.unlink),
         ["2/config.json: no such file, but prank_0_manifest.json lists it"],

@@ -21,6 +21,7 @@ from monitor.metrics import IterationMetrics, MetricsFile, read_metrics
 from monitor.recorder import Recorder
 from tests.support.cases import Case, Told, curve, meet_at, run_folder, to_argv, train_cases
 from tests.support.data import make_texts, write_jsonl
+from tests.support.flags import flags_of
 from tests.support.full_disk import files_no_larger_than, fill, small_disk
 from tests.support.hooks import Slow, no_picture
 from tests.support.kill_lab import leftovers, same, state
@@ -163,11 +164,11 @@ class Ended:
 def make_flags(folder: Path) -> dict[str, Any]:
     write_jsonl(folder / "a.jsonl", make_texts(20, seed=1))
     make_shards(folder, "model", "gptneox", {"num_hidden_layers": 3})
-    return {
-        "model-name": folder / "shards" / "model", "model-type": "gptneox", "embedding-dim": 32,
-        "num-layers": 2, "task-name": folder / "a.jsonl", "seq-length": 16, "batch-size": 2,
-        "total-steps": STEPS, "lr": 1e-3, "use-cuda": "false", "recompute": "false",
-    }  # fmt: skip
+    return flags_of(f"""
+        --model-name {folder}/shards/model --model-type gptneox --embedding-dim 32 --num-layers 2
+        --task-name {folder}/a.jsonl --seq-length 16 --batch-size 2 --total-steps {STEPS}
+        --lr 1e-3 --use-cuda false --recompute false
+    """)
 
 
 @pytest.fixture(scope="module")
@@ -282,10 +283,8 @@ def test_a_save_that_fails_does_not_hide_why_training_stopped(fails: bool) -> No
 
 def test_a_disk_that_is_full_for_the_rest_of_the_run(tmp_path: Path) -> None:
     """Training goes on to its end, whose save fails: status 1. With room again it is completed."""
-    flags = {
-        **make_flags(tmp_path), "num-layers": 3, "total-steps": 30, "checkpoint-steps": 10,
-        "data-workers": 0,
-    }  # fmt: skip
+    changes = "--num-layers 3 --total-steps 30 --checkpoint-steps 10 --data-workers 0"
+    flags = make_flags(tmp_path) | flags_of(changes)
     steps = Slow(0, "pipeline_parallel.engine:Engine.train", 0.03)  # slower than the disk fills
     disk, path = tmp_path / "disk" / "run", tmp_path / "disk" / "filler"
 

@@ -12,6 +12,7 @@ import pytest
 from comm.topology import Topology
 from tests.support.cases import Case, meet_at, run_folder, train_cases
 from tests.support.data import make_texts, write_jsonl
+from tests.support.flags import flags_of
 from tests.support.hooks import find
 from tests.support.kill_lab import same, state
 from tests.support.launcher import run_ranks
@@ -63,11 +64,11 @@ def slow_checkpoint(topology: Topology) -> Iterator[None]:
 def test_a_slow_disk_ends_no_start(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", make_texts(20, seed=1))
     make_shards(tmp_path, "model", "gptneox", {"num_hidden_layers": 3})
-    flags = {
-        "model-name": tmp_path / "shards" / "model", "model-type": "gptneox", "num-layers": "1,2",
-        "embedding-dim": 32, "task-name": tmp_path / "a.jsonl", "seq-length": 24, "batch-size": 4,
-        "total-steps": 2, "checkpoint-steps": 1, "bf16": True,
-    }  # fmt: skip
+    flags = flags_of(f"""
+        --model-name {tmp_path}/shards/model --model-type gptneox --num-layers 1,2 --bf16
+        --embedding-dim 32 --task-name {tmp_path}/a.jsonl --seq-length 24 --batch-size 4
+        --total-steps 2 --checkpoint-steps 1
+    """)
     cases = [
         Case("straight", flags, slow_shards),
         Case("resumed", flags, slow_checkpoint, after=("straight-2-2", 1)),

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.support.data import make_texts, tokenizer, write_jsonl
+from tests.support.flags import flags_of
 from tests.support.hooks import Slow, find
 from tests.support.launcher import free_port, run_ranks
 from tests.support.models import make_hf
@@ -48,14 +49,13 @@ def outcomes_of(_rank: int, _world: int, _url: str, starts: Sequence[Start]) -> 
 def start(home: Path, name: str, changes: dict[str, Any], *armed: Hook) -> Start:
     folder = home / name
     folder.mkdir()
-    common = {
-        "model-name": home / "model", "load-pretrained-model": False, "model-type": "gptneox",
-        "num-layers": "auto", "embedding-dim": 32, "task-name": home / "data.jsonl",
-        "seq-length": 24, "batch-size": 2, "total-steps": 400, "world-size": WORLD,
-        "pipeline-group-size": 2, "data-group-size": 2, "data-workers": 0,
-        "dist-timeout": TIMEOUT, "dist-url": f"tcp://127.0.0.1:{free_port()}",
-        "checkpoint-path": folder / "run",
-    }  # fmt: skip
+    common = flags_of(f"""
+        --model-name {home}/model --load-pretrained-model false --model-type gptneox
+        --num-layers auto --embedding-dim 32 --task-name {home}/data.jsonl --seq-length 24
+        --batch-size 2 --total-steps 400 --world-size {WORLD} --pipeline-group-size 2
+        --data-group-size 2 --data-workers 0 --dist-timeout {TIMEOUT}
+        --dist-url tcp://127.0.0.1:{free_port()} --checkpoint-path {folder}/run
+    """)
     argvs = [argv(common | changes | {"rank": rank}) for rank in range(WORLD)]
     return argvs, folder, list(armed)
 

@@ -19,6 +19,7 @@ from modules.registry import MODELS
 from monitor.metrics import read_metrics
 from tests.support.cases import to_argv
 from tests.support.data import make_texts, tokenizer, write_jsonl
+from tests.support.flags import flags_of
 from tests.support.hooks import kill_once, no_picture
 from tests.support.hosts import HOSTS, wired
 from tests.support.models import make_hf
@@ -66,28 +67,14 @@ def furnish(base: Path, layout: str) -> None:
 
 def flags(layout: str, rank: int, port: int) -> dict[str, Any]:
     stages, replicas = LAYOUTS[layout]
-    return {
-        "model-name": "m",
-        "model-type": "gptneox",
-        "num-layers": LAYERS - stages + 1,
-        "embedding-dim": 32,
-        "task-name": "data.jsonl" if rank == 0 else "nothing-here.jsonl",
-        "seq-length": 24,
-        "batch-size": 4 // replicas,
-        "total-steps": STEPS,
-        "checkpoint-steps": EVERY,
-        "checkpoint-path": "run",
-        "lr": 1e-3,
-        "data-workers": 0,
-        "recompute": "false",
-        "world-size": 2,
-        "rank": rank,
-        "pipeline-group-size": stages,
-        "data-group-size": replicas,
-        "dist-url": f"tcp://{HOSTS[0].address}:{port}",
-        "join-timeout": 60,
-        "dist-timeout": 60,
-    }
+    return flags_of(f"""
+        --model-name m --model-type gptneox --num-layers {LAYERS - stages + 1} --embedding-dim 32
+        --task-name {"data.jsonl" if rank == 0 else "nothing-here.jsonl"} --seq-length 24
+        --batch-size {4 // replicas} --total-steps {STEPS} --checkpoint-steps {EVERY}
+        --checkpoint-path run --lr 1e-3 --data-workers 0 --recompute false --world-size 2
+        --rank {rank} --pipeline-group-size {stages} --data-group-size {replicas}
+        --dist-url tcp://{HOSTS[0].address}:{port} --join-timeout 60 --dist-timeout 60
+    """)
 
 
 def chain(base: Path, layout: str, port: int, victim: int) -> list[Run]:

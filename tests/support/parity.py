@@ -18,16 +18,14 @@ from tasks.mixture import Pack
 from tasks.source_spec import SourceSpec
 from tasks.stream import open_training_stream
 from tests.support.data import tokenizer
+from tests.support.flags import flags_of
 
 TOLERANCE = 1e-5  # relative, what the project promises in fp32 on CPU
 UPDATES, ROWS, TOKENS, LAYERS, LR, WARMUP = 20, 4, 24, 5, 1e-3, 3
 SHORT = 4  # updates, for runs that are held against each other, to the bit
 MODELS_TRIED: dict[str, tuple[str, dict[str, Any]]] = {
     "neox": ("gptneox", {"num_hidden_layers": LAYERS}),
-    "neox-sequential": (
-        "gptneox",
-        {"num_hidden_layers": LAYERS, "use_parallel_residual": False},
-    ),
+    "neox-sequential": ("gptneox", {"num_hidden_layers": LAYERS, "use_parallel_residual": False}),
     "gptj": ("gptj", {"n_layer": LAYERS}),
 }
 DROPOUT = (
@@ -53,22 +51,16 @@ def rows_of_a_microbatch(stages: int, replicas: int) -> int:
 def flags(
     folder: Path, name: str, family: str, accumulate: int, *, updates: int = UPDATES
 ) -> dict[str, Any]:
-    return {
-        "model-name": folder / "shards" / name,
-        "model-type": family,
+    return flags_of(f"""
+        --model-name {folder}/shards/{name} --model-type {family} --embedding-dim 32
+        --task-name {folder}/a.jsonl:0.3,{folder}/b.jsonl:0.7 --seq-length {TOKENS}
+        --recompute {str(accumulate == 1).lower()} --gradient-accumulate-step {accumulate}
+        --total-steps {updates * accumulate} --warmup-steps {WARMUP} --lr {LR}
+        --max-grad-norm 1.0 --weight-decay 0.1
+    """) | {
         "num-layers": layers_of_a_stage,
-        "embedding-dim": 32,
-        "task-name": f"{folder / 'a.jsonl'}:0.3,{folder / 'b.jsonl'}:0.7",
-        "seq-length": TOKENS,
         "batch-size": rows_of_a_replica,
         "micro-batch-size": rows_of_a_microbatch,
-        "recompute": str(accumulate == 1).lower(),
-        "gradient-accumulate-step": accumulate,
-        "total-steps": updates * accumulate,
-        "warmup-steps": WARMUP,
-        "lr": LR,
-        "max-grad-norm": 1.0,
-        "weight-decay": 0.1,
     }
 
 

@@ -7,6 +7,7 @@ from checkpoint.conversion.from_hf import convert_from_hf
 from modules.registry import MODELS
 from tests.support.cases import to_argv
 from tests.support.data import make_texts, tokenizer, write_jsonl
+from tests.support.flags import flags_of
 from tests.support.models import make_hf
 
 ROOT = Path(__file__).parents[2]
@@ -36,23 +37,12 @@ def make_home(folder: Path) -> Path:
 
 def right(home: Path) -> Flags:
     """Flags with nothing wrong in them."""
-    return {
-        "model-name": home / "m",
-        "model-type": "gptneox",
-        "num-layers": 2,
-        "embedding-dim": 32,
-        "task-name": home / "data.jsonl",
-        "seq-length": 24,
-        "batch-size": 2,
-        "total-steps": 2,
-        "world-size": 4,
-        "rank": 0,
-        "pipeline-group-size": 2,
-        "data-group-size": 2,
-        "join-timeout": 60,
-        "dist-timeout": 60,
-        "checkpoint-path": home / "runs" / "unused",
-    }
+    return flags_of(f"""
+        --model-name {home}/m --model-type gptneox --num-layers 2 --embedding-dim 32
+        --task-name {home}/data.jsonl --seq-length 24 --batch-size 2 --total-steps 2
+        --world-size 4 --rank 0 --pipeline-group-size 2 --data-group-size 2 --join-timeout 60
+        --dist-timeout 60 --checkpoint-path {home}/runs/unused
+    """)
 
 
 def argv(flags: Flags) -> list[str]:
