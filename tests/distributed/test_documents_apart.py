@@ -3,7 +3,6 @@ document by itself, as its end-of-text token tells where it ends.
 """
 
 import json
-from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor
 
 from monitor.metrics import read_metrics
-from pipeline_parallel.schedule.schedules import SCHEDULES
 from tests.support.cases import Case, curve, meet_at, run_folder, train_cases
 from tests.support.data import make_texts, tokenizer, write_jsonl
 from tests.support.documents import Alone, doc_starts_after, losses_alone
@@ -35,11 +33,8 @@ SHAPES = [(2, 2), MIDDLE]
 UPDATES = 8
 END = 0  # the tokenizer's end of text
 APART = {"pack": "document"}
-Tried = tuple[str, tuple[int, int]]
-FEW: list[Tried] = [("neox", (2, 2)), ("gptj", MIDDLE)]
-ALL: list[Tried] = [(name, shape) for name in MODELS_TRIED for shape in SHAPES]
+TRIED = [("neox", (2, 2)), ("gptj", MIDDLE)]
 SCHEDULED = [("gpipe", "true"), ("1f1b", "false"), ("zb-h1", "true")]
-ALL_SCHEDULED = [(mode, recompute) for mode in SCHEDULES for recompute in ("true", "false")]
 
 
 class Reference(NamedTuple):
@@ -74,16 +69,16 @@ def held_out_loss(model: Alone, path: Path) -> float:
     return torch.cat(found).mean().item()
 
 
-def train_all(
-    folder: Path, tried: Sequence[Tried], scheduled: Sequence[tuple[str, str]]
-) -> Trained:
-    """Each model in its shapes, schedules with or without recompute, and dropout."""
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Each model in its shape, schedules with or without recompute, and dropout."""
+    folder = tmp_path_factory.mktemp("apart")
     write_jsonl(folder / "a.jsonl", make_texts(60, seed=1, longest=4))
     write_jsonl(folder / "b.jsonl", make_texts(60, seed=2))
     held_out = write_jsonl(folder / "c.jsonl", make_texts(5, seed=3, longest=4))
     make_shards(folder, "dropout", *DROPOUT)
     cases, references = [], {}
-    for name in dict.fromkeys(name for name, _ in tried):
+    for name, shape in TRIED:
         family, changes = MODELS_TRIED[name]
         model = make_shards(folder, name, family, changes)
         if name == "neox":
@@ -93,28 +88,20 @@ def train_all(
         found = reference(alone, blocks(folder, "document"), 1, updates=UPDATES)
         references[name] = Reference(*found, before)
         own = flags(folder, name, family, 1, updates=UPDATES) | APART
-        shapes = [shape for one, shape in tried if one == name]
-        cases.append(Case(name, own | {"evaluation-data": held_out}, shapes=shapes))
+        cases.append(Case(name, own | {"evaluation-data": held_out}, shapes=[shape]))
     short = flags(folder, "neox", "gptneox", 1, updates=SHORT) | APART
-    cases += [
-        Case(
-            f"{mode}-{recompute}",
-            short | {"pp-mode": mode, "recompute": recompute, "micro-batch-size": 1},
-            shapes=[MIDDLE],
-        )
-        for mode, recompute in scheduled
-    ]
+    for mode, recompute in SCHEDULED:
+        changed = short | {"pp-mode": mode, "recompute": recompute, "micro-batch-size": 1}
+        cases.append(Case(f"{mode}-{recompute}", changed, shapes=[MIDDLE]))
     cases.append(Case("dropout", short | {"model-name": folder / "shards" / "dropout"}))
     run_ranks(4, train_cases, meet_at(SHAPES), cases, folder, deadline=400.0)
     return Trained(folder, references, together)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    return train_all(tmp_path_factory.mktemp("apart"), FEW, SCHEDULED)
-
-
-def check_parity(name: str, shape: tuple[int, int], trained: Trained) -> None:
+@pytest.mark.parametrize(("name", "shape"), TRIED)
+def test_losses_are_those_of_each_document_alone(
+    name: str, shape: tuple[int, int], trained: Trained
+) -> None:
     losses, norms, held_out = trained.references[name]
     assert max(losses) - min(losses) > 0.2, "the loss moves"
     first = read_metrics(run_folder(trained.folder, name, *shape) / "metrics.jsonl")[0]
@@ -130,25 +117,13 @@ def check_parity(name: str, shape: tuple[int, int], trained: Trained) -> None:
         assert worst(losses, trained.together) > 100 * TOLERANCE, "it matters"
 
 
-def check_same(folder: Path, scheduled: Sequence[tuple[str, str]]) -> None:
+def test_bits_depend_on_neither_schedule_nor_recompute(trained: Trained) -> None:
+    names = [f"{mode}-{recompute}" for mode, recompute in SCHEDULED]
     for key in ("loss", "grad_norm"):
-        curves = [
-            curve(folder, f"{mode}-{recompute}", *MIDDLE, key=key) for mode, recompute in scheduled
-        ]
+        curves = [curve(trained.folder, name, *MIDDLE, key=key) for name in names]
         assert len(curves[0]) == SHORT
         assert curves == [curves[0]] * len(curves)
-
-
-@pytest.mark.parametrize(("name", "shape"), FEW)
-def test_losses_are_those_of_each_document_alone(
-    name: str, shape: tuple[int, int], trained: Trained
-) -> None:
-    check_parity(name, shape, trained)
-
-
-def test_bits_depend_on_neither_schedule_nor_recompute(trained: Trained) -> None:
-    check_same(trained.folder, SCHEDULED)
-    first = curve(trained.folder, "gpipe-true", *MIDDLE)[0]
+    first = curve(trained.folder, names[0], *MIDDLE)[0]
     assert worst([first], trained.references["neox"].losses[:1]) < TOLERANCE
 
 
@@ -156,11 +131,3 @@ def test_dropout_is_the_same_in_every_shape(trained: Trained) -> None:
     one, other = (curve(trained.folder, "dropout", *shape) for shape in SHAPES)
     assert worst(one, other) < TOLERANCE
     assert worst(one[:1], trained.references["neox"].losses[:1]) > 1e-3
-
-
-@pytest.mark.slow
-def test_every_model_shape_and_schedule(tmp_path: Path) -> None:
-    trained = train_all(tmp_path, ALL, ALL_SCHEDULED)
-    for name, shape in ALL:
-        check_parity(name, shape, trained)
-    check_same(trained.folder, ALL_SCHEDULED)

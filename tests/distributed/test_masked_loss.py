@@ -26,12 +26,6 @@ from tests.support.models import make_shards
 from tests.support.parity import LAYERS, TOKENS, TOLERANCE, flags, reference, worst
 
 UPDATES = 8
-RUNS = [
-    ("concat", (2, 2)),
-    ("document", (4, 1)),
-    pytest.param("concat", (4, 1), marks=pytest.mark.slow),
-    pytest.param("document", (2, 2), marks=pytest.mark.slow),
-]
 
 
 def write_pairs(path: Path) -> Path:
@@ -56,18 +50,14 @@ def labels_of(tokens: Tensor) -> Tensor:
 
 
 def blocks(pairs: Path, pack: Pack) -> Iterator[Any]:
+    specs = [SourceSpec(str(pairs))]
     stream = open_training_stream(
-        [SourceSpec(str(pairs))],
-        tokenizer(),
-        seq_len=TOKENS,
-        seed=42,
-        train_on="completion",
-        pack=pack,
+        specs, tokenizer(), seq_len=TOKENS, seed=42, train_on="completion", pack=pack
     )
     return (stream.next_block().token_ids for _ in count())
 
 
-@pytest.mark.parametrize(("pack", "shape"), RUNS)
+@pytest.mark.parametrize(("pack", "shape"), [("concat", (2, 2)), ("document", (4, 1))])
 def test_the_loss_is_over_completions_alone(
     pack: Pack, shape: tuple[int, int], tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from checkpoint.steps.manifest import read_manifest
+from tests.support.flags import flags_of
 from tests.support.hooks import Kill
 from tests.support.kill_lab import WORLD, Lab, leftovers, make_lab, numbers
 from tests.support.kill_plan import PUBLISH
@@ -22,17 +23,19 @@ from tests.support.parity import worst
 from tests.support.runs import Outcome, fork_ranks
 
 _TRAIN = "pipeline_parallel.engine:Engine.train"
+APART = "three stages"
 STEPS, STOPPED, SAVED = 10, 6, 8  # SAVED: the first step that is saved after the stop
-LENGTH = {"total-steps": STEPS, "checkpoint-steps": 4, "evaluation-steps": 4, "data-workers": 0}
-FOUR_PIPELINES = {"pipeline-group-size": 1, "data-group-size": 4, "batch-size": 1, "num-layers": 3}
-THREE_STAGES = {
-    "pipeline-group-size": 3, "data-group-size": 1, "world-size": 3, "batch-size": 4,
-    "num-layers": 1,
-}  # fmt: skip
-KEEP = {"keep-checkpoints": 2, "keep-optimizer-states": 1}
-# By rank, of which of the two stages it needs files that it has not saved itself.
-NEEDS: dict[str, dict[int, int]] = {"four pipelines": {0: 1}, "three stages": {1: 0, 2: 1}}
-SHAPES: dict[str, dict[str, Any]] = {"four pipelines": FOUR_PIPELINES, "three stages": THREE_STAGES}
+LENGTH = flags_of(
+    f"--total-steps {STEPS} --checkpoint-steps 4 --evaluation-steps 4 --data-workers 0"
+)
+FOUR_PIPELINES = flags_of(
+    "--pipeline-group-size 1 --data-group-size 4 --batch-size 1 --num-layers 3"
+)
+THREE_STAGES = flags_of(
+    "--pipeline-group-size 3 --data-group-size 1 --world-size 3 --batch-size 4 --num-layers 1"
+)
+KEEP = flags_of("--keep-checkpoints 2 --keep-optimizer-states 1")
+NEEDS = {1: 0, 2: 1}  # by rank of three stages, of which of the two it needs files
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def start(
     lab: Lab, name: str, *kills: Kill, own_disks: bool = False, changes: dict[str, Any]
 ) -> Seen:
     argvs = lab.argvs(name, own_disks=own_disks, changes=LENGTH | changes)
-    argvs = argvs[: changes.get("world-size", WORLD)]
+    argvs = argvs[: int(changes.get("world-size", WORLD))]
     outcome = fork_ranks(argvs, lab.folder, hooks=kills)
     disk = lab.disk(name, 0 if own_disks else None)
     steps = sorted((path.name for path in disk.glob("[0-9]*")), key=int)
@@ -72,24 +75,19 @@ def live(_rank: int, _world: int, _url: str, lab: Lab) -> dict[str, Seen]:
     return found
 
 
-def live_apart(_rank: int, _world: int, _url: str, lab: Lab, name: str) -> dict[str, Seen]:
+def live_apart(_rank: int, _world: int, _url: str, lab: Lab) -> dict[str, Seen]:
     """A stop where each rank has its own disk; starts in another shape without and with the files
     that it needs."""
     never = {"checkpoint-steps": 0}
     found = {
-        "stopped": start(lab, name, stop_after(3, STOPPED), own_disks=True, changes=never),
-        "apart": start(lab, name, own_disks=True, changes=never | SHAPES[name]),
+        "stopped": start(lab, APART, stop_after(3, STOPPED), own_disks=True, changes=never),
+        "apart": start(lab, APART, own_disks=True, changes=never | THREE_STAGES),
     }
-    gather(lab, name)
-    found["gathered"] = start(lab, name, own_disks=True, changes=never | SHAPES[name])
+    for rank, stage in NEEDS.items():  # as the ranks' lines ask for
+        target = lab.disk(APART, rank) / str(STOPPED)
+        shutil.copytree(lab.disk(APART, stage) / str(STOPPED), target, dirs_exist_ok=True)
+    found["gathered"] = start(lab, APART, own_disks=True, changes=never | THREE_STAGES)
     return found
-
-
-def gather(lab: Lab, name: str) -> None:
-    """Brings what the ranks' lines ask for."""
-    for rank, stage in NEEDS[name].items():
-        target = lab.disk(name, rank) / str(STOPPED)
-        shutil.copytree(lab.disk(name, stage) / str(STOPPED), target, dirs_exist_ok=True)
 
 
 @pytest.fixture(scope="module")
@@ -113,31 +111,26 @@ def check_losses(lab: Lab, disk: Path) -> None:
         assert one is None or one == pytest.approx(other, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name", ["three stages", pytest.param("four pipelines", marks=pytest.mark.slow)]
-)
 def test_machines_are_told_which_files_to_bring_and_go_on_with_them(
-    name: str, lab: Lab, seen: dict[str, Seen]
+    lab: Lab, seen: dict[str, Seen]
 ) -> None:
     """On every rank, with status 2; the run had been stopped by a signal, with status 75."""
-    (apart,) = run_ranks(1, live_apart, lab, name, deadline=400.0)
+    (apart,) = run_ranks(1, live_apart, lab, deadline=400.0)
     assert apart["stopped"].outcome.statuses == [75] * WORLD
-    outcome = apart["apart"].outcome
-    assert outcome.statuses == [2] * len(outcome.statuses)
-    for (line,) in outcome.lines:
-        for rank, stage in NEEDS[name].items():
-            place = lab.disk(name, rank) / str(STOPPED)
+    assert apart["apart"].outcome.statuses == [2] * 3
+    for (line,) in apart["apart"].outcome.lines:
+        for rank, stage in NEEDS.items():
+            place = lab.disk(APART, rank) / str(STOPPED)
             words = f"rank {rank} on {socket.gethostname()} needs in {place} "
             files = f"prank_{stage}_{{checkpoint.pt,optimizer.pt,scheduler.pt,manifest.json}}"
             assert words + files in line
     outcome = apart["gathered"].outcome
-    assert outcome.statuses == [0] * len(outcome.statuses)
-    become = {"four pipelines": "1 of 3", "three stages": "3 of 1,1,1"}[name]
-    words = f"the checkpoint's 2 stages of 2,1 layers become {become}"
+    assert outcome.statuses == [0] * 3
+    words = "the checkpoint's 2 stages of 2,1 layers become 3 of 1,1,1"
     assert any(line.endswith(words) for line in outcome.told[0])
-    check_losses(lab, lab.disk(name, 0))
-    for rank in range(SHAPES[name]["pipeline-group-size"]):
-        disk = lab.disk(name, rank)
+    check_losses(lab, lab.disk(APART, 0))
+    for rank in range(3):
+        disk = lab.disk(APART, rank)
         assert (disk / "latest").read_text() == str(STEPS)
         assert leftovers(disk) == []
         parts = sorted(path.name for path in (disk / str(STEPS)).glob("prank_*"))

@@ -49,17 +49,13 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tol
 
 
 @pytest.mark.parametrize(
-    ("name", "resumed", "split"),
-    [
-        ("listed", "listed-auto", "1,3"),
-        ("even", "even-listed", "2,2"),
-        ("auto", "auto-even", "3,1"),
-    ],
+    ("name", "spelled", "split"),
+    [("listed", "auto", "1,3"), ("even", "listed", "2,2"), ("auto", "even", "3,1")],
 )
 def test_a_run_goes_on_with_its_split(
-    name: str, resumed: str, split: str, ended: tuple[Path, dict[str, Told]]
+    name: str, spelled: str, split: str, ended: tuple[Path, dict[str, Told]]
 ) -> None:
-    folder, told = ended
+    (folder, told), resumed = ended, f"{name}-{spelled}"
     assert curve(folder, resumed, 2, 1) == curve(folder, name, 2, 1)
     assert weights_of(folder, resumed, 2, 1) == weights_of(folder, name, 2, 1)
     meta = json.loads((run_folder(folder, resumed, 2, 1) / str(STEPS) / "meta.json").read_text())

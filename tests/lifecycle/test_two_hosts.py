@@ -13,16 +13,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from checkpoint.conversion.from_hf import convert_from_hf
 from checkpoint.conversion.to_hf import convert_to_hf
 from modules.registry import MODELS
 from monitor.metrics import read_metrics
 from tests.support.cases import to_argv
-from tests.support.data import make_texts, tokenizer, write_jsonl
+from tests.support.data import make_texts, write_jsonl
 from tests.support.flags import flags_of
 from tests.support.hooks import kill_once, no_picture
 from tests.support.hosts import HOSTS, wired
-from tests.support.models import make_hf
+from tests.support.models import make_shards
 from tests.support.runs import Ended, Outcome, Rank, Run, run_all
 
 STEPS, EVERY = 20, 5
@@ -41,12 +40,7 @@ def wire() -> Iterator[None]:
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with layer shards in m and data in data.jsonl."""
     folder = tmp_path_factory.mktemp("two-hosts")
-    make_hf("gptneox", vocab_size=400, num_hidden_layers=LAYERS).save_pretrained(
-        folder / "hf" / "m"
-    )
-    tokenizer().save_pretrained(folder / "hf" / "m")
-    family = MODELS["gptneox"].load()
-    convert_from_hf(family, model_name=str(folder / "hf" / "m"), save_dir=folder, dtype="keep")
+    make_shards(folder, "m", "gptneox", {"num_hidden_layers": LAYERS}, place="")
     write_jsonl(folder / "data.jsonl", make_texts(60, seed=1))
     return folder
 

@@ -52,16 +52,15 @@ def make_hf(family_name: str, *, seed: int = 0, **changes: Any) -> Any:
     return model.train()
 
 
-def make_shards(folder: Path, name: str, family: str, changes: dict[str, Any]) -> Any:
+def make_shards(
+    folder: Path, name: str, family: str, changes: dict[str, Any], *, place: str = "shards"
+) -> Any:
+    """A model in `folder`/hf/`name`, and its layer shards in `folder`/`place`/`name`."""
     model = make_hf(family, **{"vocab_size": 400, **changes})
     model.save_pretrained(folder / "hf" / name)
     tokenizer().save_pretrained(folder / "hf" / name)
-    convert_from_hf(
-        MODELS[family].load(),
-        model_name=str(folder / "hf" / name),
-        save_dir=folder / "shards",
-        dtype="keep",
-    )
+    source, target = str(folder / "hf" / name), folder / place
+    convert_from_hf(MODELS[family].load(), model_name=source, save_dir=target, dtype="keep")
     return model
 
 
