@@ -33,6 +33,7 @@ from tests.support.models import make_shards
 from training.cpu_matmul import choose_cpu_matmul
 from training.trainer import Trainer
 
+Runs = tuple[Path, list[dict[str, Told]]]  # their folder, and what each rank told
 STEPS, SAVED = 4, 2
 TOLERANCE = 1e-5  # relative, of losses: both libraries' products are fp32
 EPYC, XEON, OLD = "AMD EPYC 9654 96-Core Processor", CPUS["Ice Lake"].name, "Zen 3"
@@ -124,9 +125,7 @@ def test_products_that_are_not_fp32_are_left_where_nobody_asked(
 
 
 @pytest.mark.parametrize("saved", [None, []])
-def test_a_checkpoint_that_does_not_tell_leaves_it_to_the_cpu(
-    saved: list[Matmul] | None,
-) -> None:
+def test_a_checkpoint_that_does_not_tell_leaves_it_to_the_cpu(saved: list[Matmul] | None) -> None:
     """Made on GPUs, or with fewer replicas than now."""
     assert saved_choice(saved, 0) is None
 
@@ -192,7 +191,7 @@ RUNS: dict[str, tuple[str, tuple[str, str], str | None, list[str]]] = {
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Told]]]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """The folder of all runs, and what each rank told."""
     path = tmp_path_factory.mktemp("matmul")
     write_jsonl(path / "a.jsonl", make_texts(60, seed=1))
@@ -210,7 +209,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str,
 
 @pytest.mark.parametrize("name", RUNS)
 def test_each_rank_trains_with_its_choice_and_the_checkpoint_keeps_it(
-    name: str, runs: tuple[Path, list[dict[str, Told]]]
+    name: str, runs: Runs
 ) -> None:
     folder, told = runs
     choices = RUNS[name][3]
@@ -221,7 +220,7 @@ def test_each_rank_trains_with_its_choice_and_the_checkpoint_keeps_it(
         assert f"trains with {value}" in told[rank][f"{name}-2-1"].lines
 
 
-def test_losses_are_those_of_torchs_default(runs: tuple[Path, list[dict[str, Told]]]) -> None:
+def test_losses_are_those_of_torchs_default(runs: Runs) -> None:
     expected = curve(runs[0], "default", 2, 1)
     assert len(expected) == STEPS
     for name in RUNS:
@@ -233,9 +232,7 @@ def test_losses_are_those_of_torchs_default(runs: tuple[Path, list[dict[str, Tol
     [("again", "onednn"), ("resumed", "onednn"), ("default-resumed", "default"),
      ("mixed-resumed", "mixed")],
 )  # fmt: skip
-def test_the_same_choice_gives_the_same_bits(
-    name: str, whole: str, runs: tuple[Path, list[dict[str, Told]]]
-) -> None:
+def test_the_same_choice_gives_the_same_bits(name: str, whole: str, runs: Runs) -> None:
     for key in ("loss", "grad_norm"):
         assert curve(runs[0], name, 2, 1, key) == curve(runs[0], whole, 2, 1, key)
 
@@ -252,7 +249,5 @@ LINES = [
 
 
 @pytest.mark.parametrize(("name", "rank", "line"), LINES)
-def test_it_is_told_in_one_line(
-    name: str, rank: int, line: str, runs: tuple[Path, list[dict[str, Told]]]
-) -> None:
+def test_it_is_told_in_one_line(name: str, rank: int, line: str, runs: Runs) -> None:
     assert runs[1][rank][f"{name}-2-1"].lines.count(line) == 1

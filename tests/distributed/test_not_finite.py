@@ -24,6 +24,7 @@ from tests.support.mixed import lines_of, model_flags
 from tests.support.models import make_shards
 from tests.support.poison import BadLogit, BadOutput, InfiniteLoss, Overflow
 
+Trained = tuple[Path, list[dict[str, Told]]]  # the folder of all runs, and what each rank told
 LAYERS, TOKENS, STEPS, BAD_STEP, MAX_SKIPPED = 2, 16, 5, 3, 3
 ROWS_OF_A_REPLICA = 4  # in two microbatches
 # The ranks of P=2 R=2 by number: stage 0 and 1 of replica 0, stage 0 and 1 of replica 1.
@@ -47,7 +48,7 @@ def flags(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Told]]]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """All runs, and what each rank told in them."""
     folder = tmp_path_factory.mktemp("not-finite")
     write_jsonl(folder / "a.jsonl", make_texts(200, seed=1))
@@ -114,7 +115,7 @@ def documents_of(folder: Path, step: int, rows: Sequence[int]) -> str:
     ("run", "stage", "rows"), [("fp32-first-stage", 0, (4, 5)), ("bf16-last-stage", 1, (2, 3))]
 )
 def test_a_loss_that_is_not_finite_stops_every_rank(
-    run: str, stage: int, rows: tuple[int, int], trained: tuple[Path, list[dict[str, Told]]]
+    run: str, stage: int, rows: tuple[int, int], trained: Trained
 ) -> None:
     """Step, stage, and where the very blocks of that replica and microbatch are from."""
     folder, told = trained
@@ -143,9 +144,7 @@ def nothing_trained_after(folder: Path, run: str, step: int) -> None:
     assert not (path / str(step + 1)).exists()
 
 
-def test_a_gradient_that_is_not_finite_stops_every_rank(
-    trained: tuple[Path, list[dict[str, Told]]],
-) -> None:
+def test_a_gradient_that_is_not_finite_stops_every_rank(trained: Trained) -> None:
     folder, told = trained
     where = "stage 0, layer 0, post_attention_layernorm.weight"
     expected = f"step {BAD_STEP}: the gradient of {where} is not finite; nothing was updated"
@@ -154,9 +153,7 @@ def test_a_gradient_that_is_not_finite_stops_every_rank(
 
 
 @pytest.mark.parametrize("run", ["fp16-loss", "fp16-all"])
-def test_in_fp16_such_a_loss_costs_one_update(
-    run: str, trained: tuple[Path, list[dict[str, Told]]]
-) -> None:
+def test_in_fp16_such_a_loss_costs_one_update(run: str, trained: Trained) -> None:
     """No reason to stop, even where gradients are finite: a logit of -inf has such. Where they are
     not, the loss was bad before them.
 
@@ -171,9 +168,7 @@ def test_in_fp16_such_a_loss_costs_one_update(
     assert skips == [f"step {BAD_STEP}: update skipped at loss scale 32768: the loss is not finite"]
 
 
-def test_too_many_skips_in_a_row_end_the_run_with_a_checkpoint(
-    trained: tuple[Path, list[dict[str, Told]]],
-) -> None:
+def test_too_many_skips_in_a_row_end_the_run_with_a_checkpoint(trained: Trained) -> None:
     folder, told = trained
     last = 2 + MAX_SKIPPED
     for one in told:
@@ -187,9 +182,7 @@ def test_too_many_skips_in_a_row_end_the_run_with_a_checkpoint(
     assert weights_of(folder, "given-up", 2, 2) == weights_of(folder, "fp16-loss", 2, 2, step=2)
 
 
-def test_a_failing_save_does_not_hide_that_the_run_gave_up(
-    trained: tuple[Path, list[dict[str, Told]]],
-) -> None:
+def test_a_failing_save_does_not_hide_that_the_run_gave_up(trained: Trained) -> None:
     folder, told = trained
     last = 2 + MAX_SKIPPED
     for one in told:
@@ -201,7 +194,7 @@ def test_a_failing_save_does_not_hide_that_the_run_gave_up(
     assert not (run_folder(folder, "given-up-unsaved", 2, 2) / "latest").exists()
 
 
-def test_a_run_that_gave_up_goes_on(trained: tuple[Path, list[dict[str, Told]]]) -> None:
+def test_a_run_that_gave_up_goes_on(trained: Trained) -> None:
     folder, _ = trained
     lines = lines_of(folder, "goes-on", 2, 2)
     assert len(lines) == 8
@@ -211,9 +204,7 @@ def test_a_run_that_gave_up_goes_on(trained: tuple[Path, list[dict[str, Told]]])
     ] * 3
 
 
-def test_a_loss_in_the_first_half_of_an_update_costs_all_of_it(
-    trained: tuple[Path, list[dict[str, Told]]],
-) -> None:
+def test_a_loss_in_the_first_half_of_an_update_costs_all_of_it(trained: Trained) -> None:
     """Also where the second half is fine, and every gradient."""
     folder, told = trained
     lines = lines_of(folder, "half-an-update", 2, 2)
@@ -223,18 +214,14 @@ def test_a_loss_in_the_first_half_of_an_update_costs_all_of_it(
     assert skips == ["step 4: update skipped at loss scale 32768: the loss is not finite"]
 
 
-def test_a_constant_scale_stays_through_an_overflow(
-    trained: tuple[Path, list[dict[str, Told]]],
-) -> None:
+def test_a_constant_scale_stays_through_an_overflow(trained: Trained) -> None:
     """--min-loss-scale is above it, and not for it."""
     lines = lines_of(trained[0], "constant", 2, 2)
     assert [line["loss_scale"] for line in lines] == [64.0] * STEPS
     assert [line["grad_norm"] is None for line in lines] == [n == 3 for n in range(1, STEPS + 1)]
 
 
-def test_a_run_may_go_on_with_a_dynamic_scale(
-    trained: tuple[Path, list[dict[str, Told]]],
-) -> None:
+def test_a_run_may_go_on_with_a_dynamic_scale(trained: Trained) -> None:
     folder, told = trained
     scales = [line["loss_scale"] for line in lines_of(folder, "to-dynamic", 2, 2)]
     assert scales == [64.0] * 2 + [1024.0] * 3
@@ -245,14 +232,12 @@ def test_a_run_may_go_on_with_a_dynamic_scale(
         assert said in lines
 
 
-def test_a_scale_halves_down_to_the_smallest(trained: tuple[Path, list[dict[str, Told]]]) -> None:
+def test_a_scale_halves_down_to_the_smallest(trained: Trained) -> None:
     scales = [line["loss_scale"] for line in lines_of(trained[0], "floor", 2, 2)]
     assert scales == [32768.0] * 2 + [16384.0] * 3
 
 
-def test_weights_that_are_not_finite_are_not_saved(
-    trained: tuple[Path, list[dict[str, Told]]],
-) -> None:
+def test_weights_that_are_not_finite_are_not_saved(trained: Trained) -> None:
     """Masters of 1e5 are no fp16: a checkpoint of them would be one that no start accepts."""
     folder, told = trained
     for one in told:
@@ -265,9 +250,7 @@ def test_weights_that_are_not_finite_are_not_saved(
     assert not (path / "1").exists()
 
 
-def test_a_held_out_loss_that_is_not_finite_loses_nothing(
-    trained: tuple[Path, list[dict[str, Told]]],
-) -> None:
+def test_a_held_out_loss_that_is_not_finite_loses_nothing(trained: Trained) -> None:
     """Nothing is trained on it: it is null, its blocks are named, and the run is saved."""
     folder, told = trained
     path = run_folder(folder, "held-out", 2, 2)
@@ -281,9 +264,7 @@ def test_a_held_out_loss_that_is_not_finite_loses_nothing(
     assert said[0].endswith(": 15, 16")
 
 
-def test_a_set_whose_loss_is_not_finite_is_named(
-    trained: tuple[Path, list[dict[str, Told]]],
-) -> None:
+def test_a_set_whose_loss_is_not_finite_is_named(trained: Trained) -> None:
     """The other set has its loss; what is over both has none."""
     folder, told = trained
     path = run_folder(folder, "held-out-sets", 2, 2)
@@ -300,9 +281,7 @@ def test_a_set_whose_loss_is_not_finite_is_named(
         assert said.endswith(": 15, 16")
 
 
-def test_giving_up_names_the_blocks_of_a_bad_loss(
-    trained: tuple[Path, list[dict[str, Told]]],
-) -> None:
+def test_giving_up_names_the_blocks_of_a_bad_loss(trained: Trained) -> None:
     folder, told = trained
     named = documents_of(folder, BAD_STEP, (2, 3))
     why = f"the loss is not finite, first in stage 1, on the blocks from {named}"
@@ -310,9 +289,7 @@ def test_giving_up_names_the_blocks_of_a_bad_loss(
         assert f"the last since {why}; the weights" in (one["bad-loss-2-2"].stopped or "")
 
 
-def test_a_run_that_gave_up_at_its_end_is_no_success_when_started_again(
-    trained: tuple[Path, list[dict[str, Told]]],
-) -> None:
+def test_a_run_that_gave_up_at_its_end_is_no_success_when_started_again(trained: Trained) -> None:
     """Whatever restarts it must not take it for one; more steps are a reason to go on."""
     folder, told = trained
     for one in told:

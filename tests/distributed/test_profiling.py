@@ -45,6 +45,7 @@ ALONE = "F0 B0 F1 B1 F2 B2 F3 B3"  # 1f1b on one stage
 # gradient.
 MESSAGES = [{"3. forward-send", "4. backward-recv"}, {"1. forward-recv", "6. backward-send"}]
 
+OfRanks = list[dict[str, Told]]  # what each told
 PARTS = [("embs", "0"), ("1", "lm_head")]  # the files that each stage's weights are from
 
 Event = dict[str, Any]
@@ -86,7 +87,7 @@ def flags(folder: Path, schedule: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def told(folder: Path) -> list[dict[str, Told]]:
+def told(folder: Path) -> OfRanks:
     """Each schedule with profiling, one without, and a run that stops; what each rank told."""
     cases = [Case("off", flags(folder, "gpipe"), InFolder(folder / "in-off"))]
     for schedule in ORDERS:
@@ -126,7 +127,7 @@ def computed(events: list[Event]) -> str:
 
 @pytest.mark.parametrize("schedule", ORDERS)
 def test_profiling_changes_no_bit_and_traces_nothing_when_off(
-    schedule: str, folder: Path, told: list[dict[str, Told]]
+    schedule: str, folder: Path, told: OfRanks
 ) -> None:
     """One run without is enough, since bits do not depend on the schedule."""
     for key in ("loss", "grad_norm"):
@@ -139,7 +140,7 @@ def test_profiling_changes_no_bit_and_traces_nothing_when_off(
 @pytest.mark.parametrize("rank", range(STAGES * REPLICAS))
 @pytest.mark.parametrize("schedule", ORDERS)
 def test_each_rank_computes_in_the_order_of_the_schedule_asked_for(
-    schedule: str, rank: int, folder: Path, told: list[dict[str, Told]]
+    schedule: str, rank: int, folder: Path, told: OfRanks
 ) -> None:
     steps = by_step(read_trace(folder, schedule, rank))
     assert {step: computed(events) for step, events in steps.items()} == dict.fromkeys(
@@ -150,7 +151,7 @@ def test_each_rank_computes_in_the_order_of_the_schedule_asked_for(
 @pytest.mark.parametrize("rank", range(STAGES * REPLICAS))
 @pytest.mark.parametrize("schedule", ORDERS)
 def test_a_trace_is_as_users_scripts_expect_it(
-    schedule: str, rank: int, folder: Path, told: list[dict[str, Told]]
+    schedule: str, rank: int, folder: Path, told: OfRanks
 ) -> None:
     events = read_trace(folder, schedule, rank)
     for event in events:
@@ -180,7 +181,7 @@ def test_a_trace_is_as_users_scripts_expect_it(
 
 @pytest.mark.parametrize("schedule", ORDERS)
 def test_the_optimizer_is_traced_where_an_update_ends(
-    schedule: str, folder: Path, told: list[dict[str, Told]]
+    schedule: str, folder: Path, told: OfRanks
 ) -> None:
     shards = folder / "shards" / "model"
     # Losses and tokens; each rank's signal to stop and its first rank; whether any still writes.
@@ -205,7 +206,7 @@ def test_the_optimizer_is_traced_where_an_update_ends(
 @pytest.mark.parametrize("replica", range(REPLICAS))
 @pytest.mark.parametrize("schedule", ORDERS)
 def test_nothing_is_received_before_it_is_computed(
-    schedule: str, replica: int, folder: Path, told: list[dict[str, Told]]
+    schedule: str, replica: int, folder: Path, told: OfRanks
 ) -> None:
     """By one clock; and a microbatch is computed on only after that."""
     of_stage = [read_trace(folder, schedule, replica * STAGES + stage) for stage in range(STAGES)]
@@ -232,7 +233,7 @@ def test_nothing_is_received_before_it_is_computed(
 
 @pytest.mark.parametrize("schedule", ORDERS)
 def test_the_picture_is_of_one_step_of_all_ranks(
-    schedule: str, folder: Path, told: list[dict[str, Told]]
+    schedule: str, folder: Path, told: OfRanks
 ) -> None:
     picture = folder / f"in-{schedule}" / "trace_json" / "timeline.png"
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
@@ -258,7 +259,7 @@ def test_the_picture_is_of_one_step_of_all_ranks(
     assert simulated > 0
 
 
-def test_a_run_that_stops_leaves_its_traces(folder: Path, told: list[dict[str, Told]]) -> None:
+def test_a_run_that_stops_leaves_its_traces(folder: Path, told: OfRanks) -> None:
     for rank, of_rank in enumerate(told):
         assert of_rank[f"stopped-{STAGES}-{REPLICAS}"].stopped is not None
         steps = by_step(read_trace(folder, "stopped", rank))

@@ -17,6 +17,7 @@ from tests.support.launcher import run_ranks
 from tests.support.models import make_shards
 from training.run_start import RunStart, open_run
 
+Ended = tuple[Path, dict[str, Told]]  # the folder of all runs, and rank 0's words
 STEPS, SAVED = 4, 2
 LAYERS = 4  # 3,1 by auto: the head is as much as 1.4 blocks
 KEPT = "--num-layers auto would be 3,1 now: the checkpoint's 1,3 is kept"
@@ -31,7 +32,7 @@ def flags(folder: Path, num_layers: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Told]]:
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
     """Runs of two stages, 1,3, 2,2 and 3,1; three that go on from their middle; rank 0's words."""
     folder = tmp_path_factory.mktemp("split-resume")
     write_jsonl(folder / "a.jsonl", make_texts(20, seed=1))
@@ -52,9 +53,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tol
     ("name", "spelled", "split"),
     [("listed", "auto", "1,3"), ("even", "listed", "2,2"), ("auto", "even", "3,1")],
 )
-def test_a_run_goes_on_with_its_split(
-    name: str, spelled: str, split: str, ended: tuple[Path, dict[str, Told]]
-) -> None:
+def test_a_run_goes_on_with_its_split(name: str, spelled: str, split: str, ended: Ended) -> None:
     (folder, told), resumed = ended, f"{name}-{spelled}"
     assert curve(folder, resumed, 2, 1) == curve(folder, name, 2, 1)
     assert weights_of(folder, resumed, 2, 1) == weights_of(folder, name, 2, 1)
@@ -81,7 +80,7 @@ def first_rank(folder: Path, run: Path, num_layers: str, stages: int = 2) -> Run
     [("listed", "1,3"), ("listed", "01,3"), ("even", "2"), ("auto", "auto"), ("auto", "3,1")],
 )
 def test_another_spelling_of_the_same_split_is_no_change(
-    name: str, asked: str, ended: tuple[Path, dict[str, Told]], caplog: pytest.LogCaptureFixture
+    name: str, asked: str, ended: Ended, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
         assert first_rank(ended[0], run_folder(ended[0], name, 2, 1), asked).step == STEPS
@@ -130,7 +129,7 @@ def edited(run: Path, target: Path, **changes: Any) -> Path:
     ],
 )
 def test_a_meta_json_that_tells_no_split_of_the_model_is_named(
-    counts: Any, stages: Any, word: str, ended: tuple[Path, dict[str, Told]], tmp_path: Path
+    counts: Any, stages: Any, word: str, ended: Ended, tmp_path: Path
 ) -> None:
     run = run_folder(ended[0], "even", 2, 1)
     spoilt = edited(run, tmp_path / "spoilt", num_layers=counts, num_stages=stages)

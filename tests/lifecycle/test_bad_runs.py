@@ -30,6 +30,7 @@ from tests.support.launcher import free_port
 from tests.support.runs import Outcome, Rank, Run, run, run_all
 from tests.support.valid_run import LAYERS, ROOT, VOCAB, Flags, argv, at, make_home, right, the_line
 
+Outcomes = dict[str, Outcome]  # by run
 QUICK = Timing(join_grace=1.0)
 QKV, LAST = "attention.query_key_value.weight", "pytorch_2.pt"
 
@@ -336,7 +337,7 @@ FIRST = "a first start of"
 
 
 @pytest.fixture(scope="module")
-def ended(home: Path) -> dict[str, Outcome]:
+def ended(home: Path) -> Outcomes:
     """The ends of all runs by name."""
     with lock_folder(home / "locked"), socket.create_server(("127.0.0.1", 0)) as busy:
         runs = first_runs(home, f"tcp://127.0.0.1:{busy.getsockname()[1]}")
@@ -344,7 +345,7 @@ def ended(home: Path) -> dict[str, Outcome]:
     return ends | run_all([[second_run(home, name)] for name in RESUMES], at_once=4)
 
 
-def test_the_first_start_is_right(ended: dict[str, Outcome]) -> None:
+def test_the_first_start_is_right(ended: Outcomes) -> None:
     for size in (4, 1):
         outcome = ended[f"{FIRST} {size}"]
         assert outcome.statuses == [0] * size
@@ -365,7 +366,7 @@ def the_same_line(outcomes: Outcome) -> str:
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_a_model_folder(name: str, home: Path, ended: dict[str, Outcome]) -> None:
+def test_a_model_folder(name: str, home: Path, ended: Outcomes) -> None:
     line, (rank, _, words) = the_same_line(ended[name]), FOLDERS[name]
     assert all(word in line for word in words), line
     if name == "shard missing":  # which one rank sees
@@ -374,25 +375,25 @@ def test_a_model_folder(name: str, home: Path, ended: dict[str, Outcome]) -> Non
 
 
 @pytest.mark.parametrize("name", FLAGS)
-def test_flags_of_some_ranks(name: str, home: Path, ended: dict[str, Outcome]) -> None:
+def test_flags_of_some_ranks(name: str, home: Path, ended: Outcomes) -> None:
     line = the_same_line(ended[name])
     assert all(at(home, word) in line for word in FLAGS[name][1]), line
     if "middle" in name:
         assert "step 1/200" in ended[name][0].stdout
 
 
-def test_a_late_rank_hears_of_it_too(ended: dict[str, Outcome]) -> None:
+def test_a_late_rank_hears_of_it_too(ended: Outcomes) -> None:
     assert "--lr must be the same on all ranks" in the_same_line(ended[LATE])
 
 
 @pytest.mark.parametrize("name", RESUMES)
-def test_a_second_start(name: str, ended: dict[str, Outcome]) -> None:
+def test_a_second_start(name: str, ended: Outcomes) -> None:
     line = the_same_line(ended[name])
     assert all(word in line for word in RESUMES[name][2]), line
 
 
 @pytest.mark.parametrize("name", ALONE)
-def test_a_rank_alone(name: str, ended: dict[str, Outcome]) -> None:
+def test_a_rank_alone(name: str, ended: Outcomes) -> None:
     (outcome,) = ended[name]
     assert outcome.status == 2, outcome
     assert all(word in the_line(outcome.stderr) for word in ALONE[name][1]), outcome.stderr

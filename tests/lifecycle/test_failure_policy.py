@@ -58,11 +58,7 @@ class Run:
         self.ranks: list[Process] = []
 
     def start(
-        self,
-        program: RankProgram,
-        *,
-        dist_timeout: float = 60.0,
-        timing: Timing = DEFAULT_TIMING,
+        self, program: RankProgram, *, dist_timeout: float = 60.0, timing: Timing = DEFAULT_TIMING
     ) -> None:
         url = f"tcp://127.0.0.1:{free_port()}"
         self.ranks = [

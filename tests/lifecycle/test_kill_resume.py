@@ -32,6 +32,7 @@ from tests.support.kill_lab import (
 from tests.support.kill_plan import PUBLISH, draw_plan, draw_short_plan
 from tests.support.launcher import run_ranks
 
+Starts = dict[str, list[Start]]  # by run
 SEED, STEPS = 10, 12
 LONG = 24  # steps of a run that is killed at every moment
 SHORT_JOIN = 5.0  # seconds, where a rank that never comes is waited for
@@ -44,9 +45,7 @@ def waits(kill: Kill) -> bool:
     return kill.moment == "import" or (kill.rank != 0 and kill.target.startswith(joining))
 
 
-def live(
-    rank: int, _world: int, _url: str, lab: Lab, plan: Sequence[Kill]
-) -> dict[str, list[Start]]:
+def live(rank: int, _world: int, _url: str, lab: Lab, plan: Sequence[Kill]) -> Starts:
     """The reference; the plan's starts, and one more to the end; the run without a shared disk.
 
     The starts that do nothing but wait go on beside all that, and are a run of their own.
@@ -95,21 +94,21 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 
 @pytest.fixture(scope="module")
-def starts(lab: Lab) -> dict[str, list[Start]]:
+def starts(lab: Lab) -> Starts:
     return live_twice(lab, draw_short_plan(SEED))
 
 
-def live_twice(lab: Lab, plan: Sequence[Kill]) -> dict[str, list[Start]]:
+def live_twice(lab: Lab, plan: Sequence[Kill]) -> Starts:
     found, waiting = run_ranks(2, live, lab, plan, deadline=1800.0)
     return found | waiting
 
 
 @pytest.fixture(scope="module")
-def deaths(starts: dict[str, list[Start]]) -> list[Start]:
+def deaths(starts: Starts) -> list[Start]:
     return deaths_of(starts)
 
 
-def deaths_of(starts: dict[str, list[Start]]) -> list[Start]:
+def deaths_of(starts: Starts) -> list[Start]:
     found = (*starts["killed"], *starts["waiting"], *starts["apart"])
     return [start for start in found if start.kill is not None]
 
@@ -123,7 +122,7 @@ def survivors(start: Start) -> list[int]:
     return [rank for rank in range(WORLD) if rank != victim(start)]
 
 
-def test_the_plan_hits_every_moment(starts: dict[str, list[Start]], deaths: list[Start]) -> None:
+def test_the_plan_hits_every_moment(starts: Starts, deaths: list[Start]) -> None:
     """Each kind of moment also before any checkpoint exists, and every rank at some moment."""
     missed = [start.kill for start in deaths if start.outcome.statuses[victim(start)] != -9]
     assert not missed
@@ -157,9 +156,7 @@ def test_latest_names_a_whole_checkpoint_after_every_death(deaths: list[Start]) 
     assert {start.latest for start in deaths} > {None, str(SAVE)}
 
 
-def test_the_run_ends_with_the_bits_of_the_undisturbed_one(
-    lab: Lab, starts: dict[str, list[Start]]
-) -> None:
+def test_the_run_ends_with_the_bits_of_the_undisturbed_one(lab: Lab, starts: Starts) -> None:
     """Losses, rates, norms, tokens, held-out losses of each step once; weights and moments."""
     assert starts["whole"][0].outcome.statuses == [0] * WORLD
     assert starts["killed"][-1].outcome.statuses == [0] * WORLD
@@ -172,9 +169,7 @@ def test_the_run_ends_with_the_bits_of_the_undisturbed_one(
     assert leftovers(killed) == leftovers(whole) == []
 
 
-def test_metrics_mark_the_first_step_after_each_resume(
-    lab: Lab, starts: dict[str, list[Start]]
-) -> None:
+def test_metrics_mark_the_first_step_after_each_resume(lab: Lab, starts: Starts) -> None:
     expected: set[int] = set()
     for start in starts["killed"]:
         if start.begin is not None:
@@ -192,7 +187,7 @@ def test_a_torn_last_line_of_the_metrics_is_mended(lab: Lab) -> None:
 
 
 def test_without_a_shared_disk_stages_that_saved_differently_go_back_together(
-    lab: Lab, starts: dict[str, list[Start]]
+    lab: Lab, starts: Starts
 ) -> None:
     """Stage 0 had its folder renamed, stage 1 had not. The replicas' disks stay empty."""
     first, second = starts["apart"][:2]
@@ -206,7 +201,7 @@ def test_without_a_shared_disk_stages_that_saved_differently_go_back_together(
         assert not any(lab.disk("apart", rank).rglob("*"))
 
 
-def test_latest_of_a_complete_run_catches_up(starts: dict[str, list[Start]]) -> None:
+def test_latest_of_a_complete_run_catches_up(starts: Starts) -> None:
     """Killed between the last folder's rename and its latest, which stayed a save behind."""
     second, third = starts["apart"][1:3]
     assert second.steps == STEPS
@@ -216,9 +211,7 @@ def test_latest_of_a_complete_run_catches_up(starts: dict[str, list[Start]]) -> 
     assert third.damage == []
 
 
-def test_a_cut_file_of_one_stage_is_an_error_that_offers_the_step_before(
-    starts: dict[str, list[Start]],
-) -> None:
+def test_a_cut_file_of_one_stage_is_an_error_that_offers_the_step_before(starts: Starts) -> None:
     outcome = starts["apart"][3].outcome
     assert outcome.statuses == [2] * WORLD
     for (line,) in outcome.lines:
@@ -226,9 +219,7 @@ def test_a_cut_file_of_one_stage_is_an_error_that_offers_the_step_before(
         assert f"complete checkpoint before it is step {STEPS - SAVE}" in line
 
 
-def test_once_it_is_moved_away_all_go_back_to_the_step_before(
-    lab: Lab, starts: dict[str, list[Start]]
-) -> None:
+def test_once_it_is_moved_away_all_go_back_to_the_step_before(lab: Lab, starts: Starts) -> None:
     """With a warning; and the end is the same again, nothing of the old folder left."""
     assert_went_back(starts["apart"][4])
     assert numbers(lab.disk("apart", 0)) == numbers(lab.disk("whole"))
@@ -236,7 +227,7 @@ def test_once_it_is_moved_away_all_go_back_to_the_step_before(
     assert leftovers(lab.disk("apart", 0)) == leftovers(lab.disk("apart", 1)) == []
 
 
-def test_a_step_of_another_run_on_one_stage_is_not_mixed_in(starts: dict[str, list[Start]]) -> None:
+def test_a_step_of_another_run_on_one_stage_is_not_mixed_in(starts: Starts) -> None:
     """As where a machine takes part again that still has the files of an earlier run."""
     assert_went_back(starts["apart"][5])
 
@@ -247,7 +238,7 @@ def assert_went_back(start: Start) -> None:
     assert start.outcome.statuses == [0] * WORLD
 
 
-def test_no_whole_step_is_an_error(starts: dict[str, list[Start]]) -> None:
+def test_no_whole_step_is_an_error(starts: Starts) -> None:
     outcome = starts["apart"][6].outcome
     assert outcome.statuses == [2] * WORLD
     for (line,) in outcome.lines:
@@ -255,7 +246,7 @@ def test_no_whole_step_is_an_error(starts: dict[str, list[Start]]) -> None:
         assert line.endswith("no complete checkpoint before it is there")
 
 
-def test_a_complete_run_does_nothing_more(lab: Lab, starts: dict[str, list[Start]]) -> None:
+def test_a_complete_run_does_nothing_more(lab: Lab, starts: Starts) -> None:
     (start,) = starts["again"]
     assert start.outcome.statuses == [0] * WORLD
     assert start.outcome.told[0][-1] == f"{STEPS} of {STEPS} steps are done: nothing to do"

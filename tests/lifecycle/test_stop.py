@@ -133,13 +133,14 @@ PLAN = {
     ),
     "last step": Stop([Kill("", 1, _TRAIN, nth=STEPS - 20, signals=TERM)], 0, latest=STEPS),
 }  # fmt: skip
+Starts = dict[str, Start]  # by name
 LEFT_OUT = {3, 6, 9, 12, 15}  # evaluations that were due when a stop was under way
 
 
 class Lived(NamedTuple):
     """By name what the starts left; a world of one, and a rank 1 that found no rank 0, stopped."""
 
-    starts: dict[str, Start]
+    starts: Starts
     alone: Outcome
     early: Outcome
 
@@ -170,12 +171,12 @@ def lived(lab: Lab) -> Lived:
 
 
 @pytest.fixture(scope="module")
-def starts(lived: Lived) -> dict[str, Start]:
+def starts(lived: Lived) -> Starts:
     return lived.starts
 
 
 @pytest.mark.parametrize("name", PLAN)
-def test_all_ranks_end_alike_and_say_so_in_one_line(name: str, starts: dict[str, Start]) -> None:
+def test_all_ranks_end_alike_and_say_so_in_one_line(name: str, starts: Starts) -> None:
     """Those that hear of it from another rank's end say which rank's."""
     start, stop = starts[name], PLAN[name]
     assert start.outcome.statuses == [stop.status] * WORLD
@@ -188,23 +189,19 @@ def test_all_ranks_end_alike_and_say_so_in_one_line(name: str, starts: dict[str,
 
 
 @pytest.mark.parametrize("name", PLAN)
-def test_what_is_saved_is_whole_and_from_an_updates_end(
-    name: str, starts: dict[str, Start]
-) -> None:
+def test_what_is_saved_is_whole_and_from_an_updates_end(name: str, starts: Starts) -> None:
     start, stop = starts[name], PLAN[name]
     assert start.latest == (None if stop.latest is None else str(stop.latest))
     assert start.damage == []
     assert start.steps == (stop.latest or 0)
 
 
-def test_a_run_that_is_asked_in_its_last_step_is_complete(starts: dict[str, Start]) -> None:
+def test_a_run_that_is_asked_in_its_last_step_is_complete(starts: Starts) -> None:
     assert starts["last step"].outcome.statuses == [0] * WORLD
     assert starts["last step"].steps == STEPS
 
 
-def test_the_run_ends_with_the_bits_of_the_undisturbed_one(
-    lab: Lab, starts: dict[str, Start]
-) -> None:
+def test_the_run_ends_with_the_bits_of_the_undisturbed_one(lab: Lab, starts: Starts) -> None:
     """But for the held-out losses that were left out."""
     whole, stopped = lab.disk("whole"), lab.disk("stopped")
     assert starts["whole"].outcome.statuses == [0] * WORLD
@@ -223,7 +220,7 @@ def test_the_run_ends_with_the_bits_of_the_undisturbed_one(
 
 
 @pytest.mark.parametrize("rank", range(WORLD))
-def test_the_traces_are_written(lab: Lab, starts: dict[str, Start], rank: int) -> None:
+def test_the_traces_are_written(lab: Lab, starts: Starts, rank: int) -> None:
     events = json.loads(
         (lab.folder / "stopped" / "trace_json" / f"disk_rank{rank}.json").read_text()
     )

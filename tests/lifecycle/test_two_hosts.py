@@ -24,6 +24,7 @@ from tests.support.hosts import HOSTS, wired
 from tests.support.models import make_shards
 from tests.support.runs import Ended, Outcome, Rank, Run, run_all
 
+Outcomes = dict[str, Outcome]  # by run
 STEPS, EVERY = 20, 5
 LAYOUTS = {"one pipeline": (2, 1), "one replica in each": (1, 2)}
 LAYERS = 3
@@ -111,7 +112,7 @@ def our_lines(ended: Ended) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def ended(wire: None, base: Path) -> dict[str, Outcome]:
+def ended(wire: None, base: Path) -> Outcomes:
     """How all processes ended; the layouts run side by side."""
     chains = []
     for index, layout in enumerate(LAYOUTS):
@@ -122,7 +123,7 @@ def ended(wire: None, base: Path) -> dict[str, Outcome]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_losses_are_those_of_one_host(layout: str, base: Path, ended: dict[str, Outcome]) -> None:
+def test_losses_are_those_of_one_host(layout: str, base: Path, ended: Outcomes) -> None:
     for name in ("alone", "resumed"):
         for outcome in ended[f"{layout}, {name}"]:
             assert (outcome.status, our_lines(outcome)) == (0, []), outcome
@@ -136,9 +137,7 @@ def test_losses_are_those_of_one_host(layout: str, base: Path, ended: dict[str, 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_survivor_names_the_rank_and_host_that_died(
-    layout: str, ended: dict[str, Outcome]
-) -> None:
+def test_the_survivor_names_the_rank_and_host_that_died(layout: str, ended: Outcomes) -> None:
     victim = 1 - list(LAYOUTS).index(layout)
     outcomes = ended[f"{layout}, killed"]
     assert outcomes[victim].status == -9
@@ -150,16 +149,14 @@ def test_the_survivor_names_the_rank_and_host_that_died(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_interface_that_does_not_reach_the_other_host(
-    layout: str, ended: dict[str, Outcome]
-) -> None:
+def test_an_interface_that_does_not_reach_the_other_host(layout: str, ended: Outcomes) -> None:
     for outcome in ended[f"{layout}, astray"]:
         assert outcome.status == 2
         (line,) = our_lines(outcome)
         assert f"--net-interface: rank 1 (host {HOSTS[1].name}) uses lo (127.0.0.1)" in line
 
 
-def test_each_host_keeps_its_own_stage(base: Path, ended: dict[str, Outcome]) -> None:
+def test_each_host_keeps_its_own_stage(base: Path, ended: Outcomes) -> None:
     homes = [base / "one pipeline" / host.name for host in HOSTS]
     for stage, home in enumerate(homes):
         step = home / "run" / str(STEPS)
@@ -174,9 +171,7 @@ def test_each_host_keeps_its_own_stage(base: Path, ended: dict[str, Outcome]) ->
     assert not (base / "one replica in each" / HOSTS[1].name / "run").exists()
 
 
-def test_gathered_files_become_one_model(
-    base: Path, tmp_path: Path, ended: dict[str, Outcome]
-) -> None:
+def test_gathered_files_become_one_model(base: Path, tmp_path: Path, ended: Outcomes) -> None:
     """The far host's weights and their manifest, put beside the near one's, are all it takes."""
     near, far = (base / "one pipeline" / host.name / "run" / str(STEPS) for host in HOSTS)
     shutil.copytree(near, tmp_path / "gathered")

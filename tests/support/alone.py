@@ -38,9 +38,4 @@ def train_alone(flags: dict[str, Any]) -> None:
 
 def train_with(parts: dict[str, Any]) -> None:
     with ExitStack() as closing, patch("monitor.recorder.draw_loss"):
-        train(
-            **parts,
-            console=Console(io.StringIO()),
-            stop=StopRequest(),
-            closing=closing,
-        )
+        train(**parts, console=Console(io.StringIO()), stop=StopRequest(), closing=closing)

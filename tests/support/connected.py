@@ -65,11 +65,7 @@ def enter(
         timing=timing,
     )
     return link(
-        topology,
-        rendezvous,
-        dist_backend=dist_backend,
-        dist_timeout=dist_timeout,
-        timing=timing,
+        topology, rendezvous, dist_backend=dist_backend, dist_timeout=dist_timeout, timing=timing
     )
 
 

@@ -112,10 +112,7 @@ def twin(folder: Path, recipe: Recipe) -> list[dict[str, Any]]:
         scaler.unscale_(adamw)
         norm = clip_(masters, recipe.max_norm)
         overflow = not math.isfinite(norm)
-        lines[-1] |= {
-            "lr": schedule.get_last_lr()[0],
-            "grad_norm": None if overflow else norm,
-        }
+        lines[-1] |= {"lr": schedule.get_last_lr()[0], "grad_norm": None if overflow else norm}
         scaler.step(adamw)
         if not overflow:
             schedule.step()

@@ -143,14 +143,7 @@ class NcclDouble:
         self._spread(header, _memory(recvbuf, count, datatype), 0)
 
     def reduce(
-        self,
-        sendbuf: int,
-        recvbuf: int,
-        count: int,
-        datatype: int,
-        op: int,
-        root: int,
-        stream: int,
+        self, sendbuf: int, recvbuf: int, count: int, datatype: int, op: int, root: int, stream: int
     ) -> None:
         assert op == nccl.NCCL_SUM
         header = self._header("reduce", root, count, datatype, stream)
