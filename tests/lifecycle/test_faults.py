@@ -5,8 +5,8 @@ moments and by the clock. After each fault all ranks end in time, with the right
 that says why; `latest` never names a checkpoint that is not whole; the same command goes on.
 
 By default one connection is cut; other tests have the other kinds of faults. The long form:
-`pytest -s -m faults tests/lifecycle/test_faults.py`; FAULT_SEED draws the same again,
-FAULT_RUNS says how many, and FAULT_LOG is a file that tells each run as it ends.
+`pytest -s -m faults tests/lifecycle/test_faults.py`; FAULT_SEED draws others (`clock`: any), and
+FAULT_RUNS says how many. FAULT_LOG is a file that tells each run as it ends.
 """
 
 import os
@@ -28,12 +28,17 @@ SEED, RUNS = 1962, 4
 SEED_APART, RUNS_APART = 12252, 3
 
 
-def lead(folder: Path, seed: int, runs: int, hosts: Sequence[Host] = ()) -> list[Lived]:
-    lab = make_fault_lab(folder, hosts)
-    log = Path(os.environ.get("FAULT_LOG", folder / "log"))
-    plans = draw_runs(seed, runs, APART if hosts else ALONE)
+def lead(folder: Path, seed: int, runs: int, hosts: Sequence[Host] = ()) -> None:
+    """Tells the counts, and the seed that draws the same again."""
+    given = os.environ.get("FAULT_SEED", str(seed))
+    seed = time.time_ns() % 1_000_000 if given == "clock" else int(given)
+    print(f"FAULT_SEED={seed}")
+    runs, kinds = int(os.environ.get("FAULT_RUNS", runs)), APART if hosts else ALONE
+    lab, log = make_fault_lab(folder, hosts), Path(os.environ.get("FAULT_LOG", folder / "log"))
+    plans = draw_runs(seed, runs, kinds)
     (lived,) = run_ranks(1, live, lab, plans, log, deadline=120.0 + 180.0 * runs)
-    return lived
+    print(report(lived))
+    check(lived, kinds)
 
 
 def check(lived: Sequence[Lived], kinds: Sequence[str]) -> None:
@@ -41,15 +46,6 @@ def check(lived: Sequence[Lived], kinds: Sequence[str]) -> None:
     assert not wrong, "\n".join(wrong)
     hit = {hit.fault.kind for one in lived for start in one.starts for hit in start.hits}
     assert hit == set(kinds)
-
-
-def lead_many(folder: Path, hosts: Sequence[Host] = ()) -> None:
-    """Tells the counts, and the seed that draws the same again."""
-    seed = int(os.environ.get("FAULT_SEED", time.time_ns() % 1_000_000))
-    print(f"FAULT_SEED={seed}")
-    lived = lead(folder, seed, int(os.environ.get("FAULT_RUNS", "50")), hosts)
-    print(report(lived))
-    check(lived, APART if hosts else ALONE)
 
 
 @pytest.fixture
@@ -70,20 +66,10 @@ def test_a_run_lives_through_a_cut_connection(tmp_path: Path) -> None:
 
 @pytest.mark.faults
 def test_drawn_faults(tmp_path: Path) -> None:
-    check(lead(tmp_path, SEED, RUNS), ALONE)
+    lead(tmp_path, SEED, RUNS)
 
 
 @pytest.mark.faults
 def test_drawn_faults_of_two_hosts_that_share_no_disk(wire: None, tmp_path: Path) -> None:
     """A stage's ranks on each; and the wire between them is pulled."""
-    check(lead(tmp_path, SEED_APART, RUNS_APART, HOSTS), APART)
-
-
-@pytest.mark.faults
-def test_many_drawn_faults(tmp_path: Path) -> None:
-    lead_many(tmp_path)
-
-
-@pytest.mark.faults
-def test_many_drawn_faults_of_two_hosts(wire: None, tmp_path: Path) -> None:
-    lead_many(tmp_path, HOSTS)
+    lead(tmp_path, SEED_APART, RUNS_APART, HOSTS)

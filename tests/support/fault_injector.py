@@ -55,10 +55,11 @@ class Point(Kill):
             os.close(descriptor)
 
 
-def point(fault: Fault) -> Point:
+def point(fault: Fault) -> Point | None:
     """Where its named moment comes."""
-    assert fault.moment is not None
     one = fault.moment
+    if one is None:
+        return None
     return Point(one.name, fault.rank, one.target, one.when, one.nth, one.about, one.wait)
 
 
@@ -81,7 +82,7 @@ class Injector:
         hosts: Sequence[Host],
     ) -> None:
         self.hits: list[Hit] = []
-        self._waiting = {fault: point(fault) if fault.moment else None for fault in faults}
+        self._waiting = {fault: point(fault) for fault in faults}
         self._cutters = [Cutter(rank) for rank in range(WORLD)]
         self._points = [one for one in self._waiting.values() if one is not None]
         self._phases, self._hosts = Phases(WORLD), hosts
