@@ -229,9 +229,13 @@ def test_losses_are_those_of_torchs_default(runs: Runs) -> None:
 
 @pytest.mark.parametrize(
     ("name", "whole"),
-    [("again", "onednn"), ("resumed", "onednn"), ("default-resumed", "default"),
-     ("mixed-resumed", "mixed")],
-)  # fmt: skip
+    [
+        ("again", "onednn"),
+        ("resumed", "onednn"),
+        ("default-resumed", "default"),
+        ("mixed-resumed", "mixed"),
+    ],
+)
 def test_the_same_choice_gives_the_same_bits(name: str, whole: str, runs: Runs) -> None:
     for key in ("loss", "grad_norm"):
         assert curve(runs[0], name, 2, 1, key) == curve(runs[0], whole, 2, 1, key)
@@ -243,9 +247,13 @@ LINES = [
     ("default", 0, f"CPU matmul: torch's default ({EPYC})"),
     ("mixed", 0, f"CPU matmul: oneDNN ({EPYC}) on rank 0; torch's default ({XEON}) on rank 1"),
     ("asked", 0, "--cpu-matmul is now default, it was onednn"),
-    ("moved", 1, "the checkpoint was made with oneDNN: oneDNN fp32 matmul needs AVX-512, which "
-     f"this CPU ({CPUS[OLD].name}) lacks; using torch's default"),
-]  # fmt: skip
+    (
+        "moved",
+        1,
+        "the checkpoint was made with oneDNN: oneDNN fp32 matmul needs AVX-512, which this CPU "
+        f"({CPUS[OLD].name}) lacks; using torch's default",
+    ),
+]
 
 
 @pytest.mark.parametrize(("name", "rank", "line"), LINES)

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,9 @@ from training.profiling import simulated_step
 
 STAGES, REPLICAS, MICROBATCHES, STEPS, ACCUMULATE = 2, 2, 4, 4, 2
 BAD_STEP = 3
-TRACKS = (
-    "1. forward-recv", "2. forward-compute", "3. forward-send", "4. backward-recv",
-    "5. backward-compute", "6. backward-send", "7. optimizer-comm", "8. optimizer-comp",
-    "9. weight-gradient",
-)  # fmt: skip
+FORWARD = ("1. forward-recv", "2. forward-compute", "3. forward-send")
+BACKWARD = ("4. backward-recv", "5. backward-compute", "6. backward-send")
+TRACKS = (*FORWARD, *BACKWARD, "7. optimizer-comm", "8. optimizer-comp", "9. weight-gradient")
 LETTERS = {"2. forward-compute": "F", "5. backward-compute": "B", "9. weight-gradient": "W"}
 # What each stage computes in a step, in order; under zb-h1 the last one's B is the
 # gradient of the input.
@@ -167,16 +166,9 @@ def test_a_trace_is_as_users_scripts_expect_it(
         else:
             assert args["micro-batch"] in range(MICROBATCHES)
             assert "size" not in args
-    told_of_messages = {
-        (event["tid"], event["args"]["micro-batch"])
-        for event in events
-        if event["tid"][0] in "1346"
-    }
-    assert told_of_messages == {
-        (track, microbatch)
-        for track in MESSAGES[rank % STAGES]
-        for microbatch in range(MICROBATCHES)
-    }
+    messages = [event for event in events if event["tid"][0] in "1346"]
+    found = {(event["tid"], event["args"]["micro-batch"]) for event in messages}
+    assert found == set(product(MESSAGES[rank % STAGES], range(MICROBATCHES)))
 
 
 @pytest.mark.parametrize("schedule", ORDERS)
@@ -190,11 +182,8 @@ def test_the_optimizer_is_traced_where_an_update_ends(
         size = sum(num_elements(shards / f"pytorch_{part}.pt") for part in PARTS[rank % STAGES])
         all_norms = 2 * 12 + 1 + 3  # of two blocks, the embedding and the head
         for step, events in by_step(read_trace(folder, schedule, rank)).items():
-            found = [
-                (event["tid"][0], event["args"]["size"])
-                for event in events
-                if event["tid"][0] in "78"
-            ]
+            of_optimizer = [event for event in events if event["tid"][0] in "78"]
+            found = [(event["tid"][0], event["args"]["size"]) for event in of_optimizer]
             if step % ACCUMULATE == 0:  # replica 0 alone tells the norms
                 norms = size if rank < STAGES else 0
                 gradients, agreement = size, always + all_norms
@@ -281,20 +270,15 @@ def test_a_world_of_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (place / "trace_json" / "timeline.png").is_file()
 
 
-def step_of(
-    number: int, spans: list[tuple[int, Track, int | None, float, float]]
-) -> StepOfAllRanks:
-    return StepOfAllRanks(number, 0.0, 24.0, [RankSpan(*span) for span in spans])
-
-
 def by_hand(optimizer: list[list[tuple[float, float]]]) -> StepOfAllRanks:
     """Two stages, two microbatches, F 1 and B 2; and each rank's optimizer spans."""
-    spans: list[tuple[int, Track, int | None, float, float]] = []
+    spans = []
     for rank, of_rank in enumerate(optimizer):
-        spans += [(rank, Track.FORWARD_COMPUTE, i, float(i), i + 1.0) for i in range(2)]
-        spans += [(rank, Track.BACKWARD_COMPUTE, i, 5.0 + i, 7.0 + i) for i in range(2)]
-        spans += [(rank, Track.OPTIMIZER_COMP, None, start, end) for start, end in of_rank]
-    return step_of(1, spans)
+        for i in range(2):
+            spans.append(RankSpan(rank, Track.FORWARD_COMPUTE, i, float(i), i + 1.0))
+            spans.append(RankSpan(rank, Track.BACKWARD_COMPUTE, i, 5.0 + i, 7.0 + i))
+        spans += [RankSpan(rank, Track.OPTIMIZER_COMP, None, *span) for span in of_rank]
+    return StepOfAllRanks(1, 0.0, 24.0, spans)
 
 
 @pytest.mark.parametrize(
@@ -309,6 +293,6 @@ def by_hand(optimizer: list[list[tuple[float, float]]]) -> StepOfAllRanks:
 def test_a_simulated_step_is_pipeline_norms_and_update(
     optimizer: list[list[tuple[float, float]]], seconds: float
 ) -> None:
-    shape = {"num_stages": 2, "num_microbatches": 2}
-    step = by_hand(optimizer)
-    assert simulated_step([step], schedule="gpipe", **shape) == pytest.approx(seconds)
+    steps = [by_hand(optimizer)]
+    simulated = simulated_step(steps, schedule="gpipe", num_stages=2, num_microbatches=2)
+    assert simulated == pytest.approx(seconds)

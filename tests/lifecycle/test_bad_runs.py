@@ -248,11 +248,17 @@ RESUMES: dict[str, tuple[Flags, Spoil, list[str]]] = {
 
 # Where one rank alone cannot make a mistake, or four show that all end alike.
 WORLDS = {
-    "another shard than replica 0's": 2, "another config": 2,
-    "shard missing": 4, "another lr": 4, "held-out data on rank 0 alone": 4, "rank twice": 4,
-    "an interface that is not there": 4, "a bad line in the middle of training": 4,
-    "another seed": 4, "weights that are not as saved": 4,
-}  # fmt: skip
+    "another shard than replica 0's": 2,
+    "another config": 2,
+    "shard missing": 4,
+    "another lr": 4,
+    "held-out data on rank 0 alone": 4,
+    "rank twice": 4,
+    "an interface that is not there": 4,
+    "a bad line in the middle of training": 4,
+    "another seed": 4,
+    "weights that are not as saved": 4,
+}
 SHAPES = {1: (1, 1), 2: (1, 2), 4: (2, 2)}  # stages and replicas
 LATE = "another lr, seen before all are there"
 

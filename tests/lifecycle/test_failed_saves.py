@@ -6,9 +6,8 @@ where the test may mount one, the disk is a small one that fills up.
 
 import importlib
 import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from tests.support.cases import Case, Told, curve, meet_at, run_folder, to_argv,
 from tests.support.data import make_texts, write_jsonl
 from tests.support.flags import flags_of
 from tests.support.full_disk import files_no_larger_than, fill, small_disk
-from tests.support.hooks import Slow, no_picture
+from tests.support.hooks import Slow, no_picture, slowed
 from tests.support.kill_lab import leftovers, same, state
 from tests.support.launcher import run_ranks
 from tests.support.models import make_shards
@@ -68,18 +67,9 @@ class Fails:
             yield
 
 
-@contextmanager
-def slow_disk(topology: Topology) -> Iterator[None]:
+def slow_disk(_topology: Topology) -> AbstractContextManager[object]:
     """A stage's files take longer to write than the steps until the next save."""
-    module = importlib.import_module(FOLDER)
-    original = module.write_stage_files
-
-    def slow(*args: Any) -> Any:
-        time.sleep(0.5)
-        return original(*args)
-
-    with patch.object(module, "write_stage_files", slow):
-        yield
+    return slowed(f"{FOLDER}:write_stage_files", 0.5)
 
 
 SEEN = "seen.json"
@@ -111,6 +101,10 @@ def full_disk(rank: int, *nth: int) -> Fails:
     return Fails(rank, FOLDER, "write_stage_files", nth, limit=SMALL_FILES)
 
 
+def not_renamed(rank: int) -> Fails:
+    return Fails(rank, FOLDER, "publish", (2,))
+
+
 @dataclass(frozen=True)
 class Story:
     """What goes wrong, whether that ends the run, and the steps that are there in the end."""
@@ -123,33 +117,31 @@ class Story:
     latest: int = STEPS
 
 
-LATE = {"checkpoint-steps": EVERY}
-ONE = {**LATE, "keep-checkpoints": 1}  # and it does not go before a newer one is whole
+LATE = flags_of(f"--checkpoint-steps {EVERY}")
+BESIDE = LATE | flags_of("--async-checkpoint")
+ONE = LATE | flags_of("--keep-checkpoints 1")  # and it does not go before a newer one is whole
+FATAL = ONE | flags_of("--checkpoint-failure fatal")
 STORIES = {
     "a full disk": Story(full_disk(1, 1, 3), [4, 8], "is not saved: rank 1 on", LATE),
     "a full disk of rank 0": Story(full_disk(0, 2), [2, 6, 8], "is not saved: rank 0 on", LATE),
-    "no renaming": Story(
-        Fails(1, FOLDER, "publish", (2,)), [2, 6, 8], "is not saved: rank 1 on", LATE
-    ),
+    "no renaming": Story(not_renamed(1), [2, 6, 8], "is not saved: rank 1 on", LATE),
     "no latest": Story(
-        Fails(1, "checkpoint.store", "write_latest", (2,)), [2, 4, 6, 8],
-        "is saved, but latest does not name it: rank 1 on", LATE,
+        Fails(1, "checkpoint.store", "write_latest", (2,)),
+        [2, 4, 6, 8],
+        "is saved, but latest does not name it: rank 1 on",
+        LATE,
     ),
     "the last save": Story(
         full_disk(1, 4), [6], "step 8 is not saved: rank 1 on", ONE, stops=True, latest=6
     ),
     "a full disk beside training": Story(
-        full_disk(1, 1, 3), [4, 8], "is not saved: rank 1 on", {**LATE, "async-checkpoint": "true"}
+        full_disk(1, 1, 3), [4, 8], "is not saved: rank 1 on", BESIDE
     ),
     "no renaming beside training": Story(
-        Fails(0, FOLDER, "publish", (2,)), [2, 6, 8], "is not saved: rank 0 on",
-        {**LATE, "async-checkpoint": "true"},
+        not_renamed(0), [2, 6, 8], "is not saved: rank 0 on", BESIDE
     ),
-    "fatal": Story(
-        full_disk(1, 2), [2], "step 4 is not saved: rank 1 on",
-        {**ONE, "checkpoint-failure": "fatal"}, stops=True, latest=2,
-    ),
-}  # fmt: skip
+    "fatal": Story(full_disk(1, 2), [2], "step 4 is not saved: rank 1 on", FATAL, True, latest=2),
+}
 
 
 @dataclass(frozen=True)
@@ -176,12 +168,12 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
     folder = tmp_path_factory.mktemp("failed")
     flags = make_flags(folder)
     cases = [
-        Case(name, {**flags, **story.flags}, story.fails, stops=story.stops)
+        Case(name, flags | story.flags, story.fails, stops=story.stops)
         for name, story in STORIES.items()
     ]
-    cases.append(Case("whole", {**flags, **LATE}))
-    cases.append(Case("beside", {**flags, **LATE, "async-checkpoint": "true"}, slow_disk))
-    cases.append(Case("a line", {**flags, **LATE}, no_room_for_a_line))
+    cases.append(Case("whole", flags | LATE))
+    cases.append(Case("beside", flags | BESIDE, slow_disk))
+    cases.append(Case("a line", flags | LATE, no_room_for_a_line))
     return Ended(folder, run_ranks(2, train_cases, meet_at([(2, 1)]), cases, folder))
 
 
@@ -220,10 +212,8 @@ def test_what_is_written_beside_training_is_what_training_had(ended: Ended) -> N
         for stage in range(2):
             beside, whole = (state(ended.run(name), stage, step) for name in ("beside", "whole"))
             assert same(beside, whole)
-    metas = [
-        json.loads((ended.run(name) / str(EVERY) / "meta.json").read_text())
-        for name in ("beside", "whole")
-    ]
+    paths = [ended.run(name) / str(EVERY) / "meta.json" for name in ("beside", "whole")]
+    metas = [json.loads(path.read_text()) for path in paths]
     assert metas[0]["data"] == metas[1]["data"]
     assert curve(ended.folder, "beside", 2, 1) == curve(ended.folder, "whole", 2, 1)
     told = [told[ended.run("beside").name].lines for told in ended.told]
@@ -232,11 +222,8 @@ def test_what_is_written_beside_training_is_what_training_had(ended: Ended) -> N
 
 
 def test_a_refused_write_names_the_file(ended: Ended) -> None:
-    (line, *_) = [
-        line
-        for line in ended.told[0][ended.run("a full disk").name].lines
-        if "is not saved" in line
-    ]
+    lines = ended.told[0][ended.run("a full disk").name].lines
+    (line, *_) = [line for line in lines if "is not saved" in line]
     assert "File too large" in line
     assert "prank_1_checkpoint.pt" in line
 
@@ -307,13 +294,9 @@ def test_a_disk_that_is_full_for_the_rest_of_the_run(tmp_path: Path) -> None:
         assert leftovers(disk) == []
         path.unlink()
         whole = tmp_path / "whole"
-        for outcome in run_all(
-            [[start("again", disk)], [start("whole", whole)]], at_once=2
-        ).values():
+        outcomes = run_all([[start("again", disk)], [start("whole", whole)]], at_once=2)
+        for outcome in outcomes.values():
             assert (outcome.statuses, outcome.lines) == ([0], [[]])
-        lines, expected = (
-            [line["loss"] for line in read_metrics(folder / "metrics.jsonl")]
-            for folder in (disk, whole)
-        )
-        assert lines == expected
+        lines, expected = (read_metrics(folder / "metrics.jsonl") for folder in (disk, whole))
+        assert [line["loss"] for line in lines] == [line["loss"] for line in expected]
         assert same(state(disk, 0, 30), state(whole, 0, 30))

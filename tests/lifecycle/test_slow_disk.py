@@ -1,10 +1,8 @@
 """A disk that takes longer to read than a rank may wait for another ends no start of a run."""
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -13,7 +11,7 @@ from comm.topology import Topology
 from tests.support.cases import Case, meet_at, run_folder, train_cases
 from tests.support.data import make_texts, write_jsonl
 from tests.support.flags import flags_of
-from tests.support.hooks import find
+from tests.support.hooks import slowed
 from tests.support.kill_lab import same, state
 from tests.support.launcher import run_ranks
 from tests.support.models import make_shards
@@ -22,25 +20,11 @@ TIMEOUT, SLOW = 3.0, 3.6
 SHAPE = (2, 2)
 
 
-def slowed(target: str, seconds: float, about: str = "") -> Any:
-    """While it is entered, calls of `target` with a text that begins with `about` take longer."""
-    owner, name = find(target)
-    original: Callable[..., Any] = getattr(owner, name)
-
-    def slow(*args: Any, **kwargs: Any) -> Any:
-        if any(str(arg).startswith(about) for arg in args):
-            time.sleep(seconds)
-        return original(*args, **kwargs)
-
-    return patch.object(owner, name, slow)
-
-
 @contextmanager
 def slow_shards(topology: Topology) -> Iterator[None]:
     """Those of the second replica."""
-    with ExitStack() as stack:
-        if topology.replica == 1:
-            stack.enter_context(slowed("checkpoint.resume.load:load_layer_shard", SLOW / 2))
+    seconds = SLOW / 2 if topology.replica == 1 else 0.0
+    with slowed("checkpoint.resume.load:load_layer_shard", seconds):
         yield
 
 

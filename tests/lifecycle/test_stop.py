@@ -9,11 +9,12 @@ import json
 import re
 import signal
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
 from comm.timing import DEFAULT_TIMING, Timing
+from tests.support.flags import flags_of
 from tests.support.hooks import Kill, no_picture
 from tests.support.kill_lab import (
     STAGES,
@@ -59,11 +60,11 @@ class Stop(NamedTuple):
     """
 
     kills: list[Kill]
-    status: int
-    who: str = ""
-    rest: str = ""
+    who: str
+    rest: str
     latest: int | None = None
-    changes: dict[str, Any] = {}  # noqa: RUF012
+    changes: str = ""
+    status: int = 75
     timing: Timing = DEFAULT_TIMING
 
     @property
@@ -72,67 +73,76 @@ class Stop(NamedTuple):
         return f"asked to stop ({self.who}){colon} {self.rest}"
 
 
+def ask(rank: int, target: str = _TRAIN, nth: int = 1) -> Kill:
+    """SIGTERM of one rank."""
+    return Kill("", rank, target, nth=nth, signals=TERM)
+
+
+def rest(rank: int, target: str, seconds: float) -> Kill:
+    return Kill("a rest", rank, target, signals=(0,), wait=seconds)
+
+
+FILES, DELETE = "checkpoint.steps.folder:write_stage_files", "checkpoint.retention:delete_step"
+REGISTER = "comm.rendezvous.join:_Joining._register"
+CTRL_C = Kill("", 0, _TRAIN, signals=(signal.SIGINT, signal.SIGTERM), to_all=True, wait=0.2)
+TOO_MANY = "a batch too many"
 PLAN = {
     "joining": Stop(
-        [Kill("", 2, "comm.rendezvous.join:_Joining._register", "after", wait=0.5, signals=TERM)],
-        75, "SIGTERM on rank 2", NOT_BEGUN,
+        [Kill("", 2, REGISTER, "after", wait=0.5, signals=TERM)], "SIGTERM on rank 2", NOT_BEGUN
     ),
-    "loading": Stop(
-        [Kill("", 1, "training.run:train", signals=TERM)], 75, "SIGTERM on rank 1", NOT_BEGUN
-    ),
+    "loading": Stop([ask(1, "training.run:train")], "SIGTERM on rank 1", NOT_BEGUN),
     "first evaluation": Stop(
-        [Kill("", 0, _EVALUATE, signals=TERM), Kill("a batch too many", 0, _EVALUATE, nth=2)],
-        75, "SIGTERM on rank 0", NOT_BEGUN,
+        [ask(0, _EVALUATE), Kill(TOO_MANY, 0, _EVALUATE, nth=2)], "SIGTERM on rank 0", NOT_BEGUN
     ),
     "inside an update": Stop(
-        [Kill("", 2, _TRAIN, nth=3, signals=TERM)], 75, "SIGTERM on rank 2", saved(4), 4,
-        {"profiling": "tidy_profiling"},
+        [ask(2, nth=3)], "SIGTERM on rank 2", saved(4), 4, "--profiling tidy_profiling"
     ),
-    "Ctrl-C, and a launcher passes it on": Stop(
-        [Kill("", 0, _TRAIN, signals=(signal.SIGINT, signal.SIGTERM), to_all=True,
-              wait=0.2)],
-        75, "SIGINT on rank 0", saved(6), 6,
-    ),
+    "Ctrl-C, and a launcher passes it on": Stop([CTRL_C], "SIGINT on rank 0", saved(6), 6),
     "saving": Stop(
-        [Kill("", 1, "checkpoint.steps.folder:write_stage_files", signals=(signal.SIGUSR1,))],
-        75, "SIGUSR1 on rank 1", saved(10), 10, {"checkpoint-steps": 4},
+        [Kill("", 1, FILES, signals=(signal.SIGUSR1,))],
+        "SIGUSR1 on rank 1",
+        saved(10),
+        10,
+        "--checkpoint-steps 4",
     ),
-    "evaluation": Stop(
-        [
-            Kill("rank 0 rests until it has heard", 0, _EVALUATE, signals=(0,), wait=1.0),
-            Kill("", 3, _EVALUATE, signals=TERM),
-            Kill("a batch too many", 3, _EVALUATE, nth=2),
-        ],
-        75, "SIGTERM on rank 3", saved(12), 12,
+    "evaluation": Stop(  # rank 0 rests until it has heard
+        [rest(0, _EVALUATE, 1.0), ask(3, _EVALUATE), Kill(TOO_MANY, 3, _EVALUATE, nth=2)],
+        "SIGTERM on rank 3",
+        saved(12),
+        12,
     ),
     "beside a write": Stop(
-        [
-            Kill("", 2, _TRAIN, nth=3, signals=TERM),
-            Kill("a slow disk", 1, "checkpoint.steps.folder:write_stage_files", signals=(0,),
-                 wait=1.0),
-        ],
-        75, "SIGTERM on rank 2", saved(16), 16,
-        {"async-checkpoint": True, "zero-stage": 1, "checkpoint-steps": 14, "keep-checkpoints": 2},
+        [ask(2, nth=3), rest(1, FILES, 1.0)],
+        "SIGTERM on rank 2",
+        saved(16),
+        16,
+        "--async-checkpoint --zero-stage 1 --checkpoint-steps 14 --keep-checkpoints 2",
     ),
     "while old steps go": Stop(
-        [
-            Kill("", 2, _TRAIN, nth=3, signals=TERM),
-            *(Kill("a slow disk", rank, "checkpoint.retention:delete_step", signals=(0,), wait=6.0)
-              for rank in WRITERS),
-        ],
-        75, "SIGTERM on rank 2", NOT_DELETED, 20,
-        {"checkpoint-steps": 2, "keep-checkpoints": 1, "grace-seconds": 3},
+        [ask(2, nth=3), *(rest(rank, DELETE, 6.0) for rank in WRITERS)],
+        "SIGTERM on rank 2",
+        NOT_DELETED,
+        20,
+        "--checkpoint-steps 2 --keep-checkpoints 1 --grace-seconds 3",
     ),
     "twice": Stop(
         [Kill("", 3, _TRAIN, signals=(*TERM, *TERM), wait=0.5)],
-        1, "SIGTERM on rank 3", AGAIN, 20, timing=Timing(same_stop=0.2),
+        "SIGTERM on rank 3",
+        AGAIN,
+        20,
+        status=1,
+        timing=Timing(same_stop=0.2),
     ),
     "a rank that hangs": Stop(
-        [Kill("", 2, _TRAIN, signals=TERM), Kill("", 3, _TRAIN, signals=(signal.SIGSTOP,))],
-        1, "SIGTERM on rank 2", LATE, 20, {"grace-seconds": 2},
+        [ask(2), Kill("", 3, _TRAIN, signals=(signal.SIGSTOP,))],
+        "SIGTERM on rank 2",
+        LATE,
+        20,
+        "--grace-seconds 2",
+        status=1,
     ),
-    "last step": Stop([Kill("", 1, _TRAIN, nth=STEPS - 20, signals=TERM)], 0, latest=STEPS),
-}  # fmt: skip
+    "last step": Stop([ask(1, nth=STEPS - 20)], "", "", STEPS, status=0),
+}
 Starts = dict[str, Start]  # by name
 LEFT_OUT = {3, 6, 9, 12, 15}  # evaluations that were due when a stop was under way
 
@@ -148,7 +158,7 @@ class Lived(NamedTuple):
 def live(_rank: int, _world: int, _url: str, lab: Lab) -> Lived:
     found = {"whole": lab.start("whole")}
     for name, stop in PLAN.items():
-        changes = {"checkpoint-steps": 0, **stop.changes}
+        changes = {"checkpoint-steps": 0, **flags_of(stop.changes)}
         found[name] = lab.start("stopped", *stop.kills, changes=changes, timing=stop.timing)
     one = {"world-size": 1, "pipeline-group-size": 1, "data-group-size": 1, "num-layers": 3}
     argvs = lab.argvs("alone", changes={**one, "checkpoint-steps": 0})[:1]

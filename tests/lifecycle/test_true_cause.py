@@ -67,12 +67,13 @@ def test_the_others_end_for_the_reason_of_one_that_is_slow_to_end(tmp_path: Path
     write_jsonl(tmp_path / "data.jsonl", make_texts(60, seed=1))
     bad = tmp_path / "bad.jsonl"
     bad.write_text((tmp_path / "data.jsonl").read_text() + "nonsense\n")
+    closes = Slow(0, "monitor.recorder:FileRecorder.close", SLOW)
+    explains = Slow(3, "planning.memory.out_of_memory:helpful_changes", SLOW)
+    short_of = Short(3, "pipeline_parallel.engine:Engine.train")
     starts = [
-        start(tmp_path, "bad", {"task-name": bad},
-              Slow(0, "monitor.recorder:FileRecorder.close", SLOW)),
-        start(tmp_path, "short", {}, Short(3, "pipeline_parallel.engine:Engine.train"),
-              Slow(3, "planning.memory.out_of_memory:helpful_changes", SLOW)),
-    ]  # fmt: skip
+        start(tmp_path, "bad", {"task-name": bad}, closes),
+        start(tmp_path, "short", {}, short_of, explains),
+    ]
     (outcomes,) = run_ranks(1, outcomes_of, starts, deadline=150.0)
     bad_line, short = outcomes
     check_all_say(bad_line, 2, f"rank 0: {bad}:61", culprit=0)

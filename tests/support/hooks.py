@@ -8,8 +8,10 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 from tests.support.runs import Attendant
 
@@ -89,13 +91,22 @@ class Slow:
 
     def arm(self) -> None:
         owner, name = find(self.target)
-        original = getattr(owner, name)
+        setattr(owner, name, _slower(getattr(owner, name), self.seconds, ""))
 
-        def armed(*args: Any, **kwargs: Any) -> Any:
-            time.sleep(self.seconds)
-            return original(*args, **kwargs)
 
-        setattr(owner, name, armed)
+def slowed(target: str, seconds: float, about: str = "") -> AbstractContextManager[object]:
+    """While it is entered, calls of `target` with a text that begins with `about` take longer."""
+    owner, name = find(target)
+    return patch.object(owner, name, _slower(getattr(owner, name), seconds, about))
+
+
+def _slower(function: Callable[..., Any], seconds: float, about: str) -> Callable[..., Any]:
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        if not about or any(str(arg).startswith(about) for arg in args):
+            time.sleep(seconds)
+        return function(*args, **kwargs)
+
+    return slow
 
 
 def kill_once(rank: int, seen: Callable[[int], bool]) -> Attendant:

@@ -19,9 +19,7 @@ Attendant = Callable[[Sequence[int], Mapping[int, int | None]], None]
 
 SCRIPT = Path(__file__).parents[2] / "dist_clm_train.py"
 _TICK_SECONDS = 0.01
-_OF_A_USER = (
-    "GLOO_", "LOCAL_RANK", "MASTER_", "NCCL_", "RANK", "WANDB_", "WORLD_SIZE",
-)  # fmt: skip
+_OF_A_USER = ("GLOO_", "LOCAL_RANK", "MASTER_", "NCCL_", "RANK", "WANDB_", "WORLD_SIZE")
 
 
 class Hook(Protocol):
