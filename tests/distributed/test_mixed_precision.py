@@ -1,7 +1,5 @@
 """fp16 and bf16 training over stages and replicas against one process that does the same."""
 
-from collections.abc import Mapping, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -11,6 +9,7 @@ import torch
 
 from tests.support.cases import Case, Told, meet_at, train_cases, weights_of
 from tests.support.data import make_texts, write_jsonl
+from tests.support.flags import flags_of
 from tests.support.fp16_twin import LAYERS, LR, TOKENS, WARMUP, Recipe, twin
 from tests.support.launcher import run_ranks
 from tests.support.mixed import lines_of, model_flags, rows_of_a_replica
@@ -19,20 +18,15 @@ from tests.support.parity import worst
 from tests.support.poison import Overflow
 
 Shape = tuple[int, int]
-SHAPES: list[Shape] = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)]
 # Two shapes that differ in stages alone, and two that differ in replicas.
-FEW: dict[str, list[Shape]] = {
+SHAPES: dict[str, list[Shape]] = {
     "huge": [(4, 1), (1, 2), (2, 2)],
     "bf16": [(2, 1), (4, 1), (2, 2)],
 }
 HUGE = 2.0**28
-RECOMPUTE = {"1f1b": "false", "zb-h1": "true"}  # gpipe does not
-FEW_SCHEDULED: list[tuple[str, str, Shape]] = [
-    ("huge", "zb-h1", (2, 2)),
-    ("bf16", "1f1b", (4, 1)),
-]
-ALL_SCHEDULED = list(product(FEW, RECOMPUTE, SHAPES[1:3] + SHAPES[4:]))
-FEW_RANKS = (0, 3)  # of two stages and two replicas: they differ in both
+# Kind, schedule, recompute and shape; gpipe does not recompute.
+SCHEDULED = [("huge", "zb-h1", "true", (2, 2)), ("bf16", "1f1b", "false", (4, 1))]
+RANKS = (0, 3)  # of two stages and two replicas: they differ in both
 RECIPES = {
     "hysteresis-1": Recipe(hysteresis=1, poisoned=(2, 7)),
     "hysteresis-2": Recipe(hysteresis=2, poisoned=(2, 3, 8)),
@@ -52,19 +46,15 @@ REPLICAS_TOLERANCE = 1e-4
 def flags(folder: Path, recipe: Recipe) -> dict[str, Any]:
     return {
         **model_flags(folder),
-        "seq-length": TOKENS,
+        **flags_of(f"""
+            --seq-length {TOKENS} --gradient-accumulate-step {recipe.accumulate}
+            --total-steps {recipe.updates * recipe.accumulate} --warmup-steps {WARMUP} --lr {LR}
+            --weight-decay 0.1 --recompute false --max-grad-norm {recipe.max_norm}
+            --initial-loss-scale {recipe.scale} --loss-scale-window {recipe.window}
+            --hysteresis {recipe.hysteresis}
+        """),
         "batch-size": rows_of_a_replica,
-        "gradient-accumulate-step": recipe.accumulate,
-        "total-steps": recipe.updates * recipe.accumulate,
-        "warmup-steps": WARMUP,
-        "lr": LR,
-        "weight-decay": 0.1,
-        "recompute": "false",
-        "max-grad-norm": recipe.max_norm,
         "cpu-matmul": "default",  # the twin's
-        "initial-loss-scale": recipe.scale,
-        "loss-scale-window": recipe.window,
-        "hysteresis": recipe.hysteresis,
     }
 
 
@@ -81,46 +71,30 @@ class Trained(NamedTuple):
     told: list[dict[str, Told]]
 
 
-def train_all(
-    folder: Path,
-    shapes: Mapping[str, Sequence[Shape]],
-    scheduled: Sequence[tuple[str, str, Shape]],
-    ranks: Sequence[int],
-) -> Trained:
-    """Trains both kinds in their shapes and schedules, and the recipes with overflows on ranks."""
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Both kinds in their shapes and schedules, and the recipes with overflows on ranks."""
     torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("mixed")
     write_jsonl(folder / "a.jsonl", make_texts(60, seed=1))
     make_shards(folder, "model", "gptneox", {"num_hidden_layers": LAYERS})
     of_fp16 = {name: flags(folder, recipe) | {"fp16": "true"} for name, recipe in RECIPES.items()}
-    own = {
-        "huge": of_fp16["huge"],
-        "bf16": flags(folder, Recipe(max_norm=1.0)) | {"bf16": "true"},
-    }
-    cases = [Case(name, own[name], shapes=places) for name, places in shapes.items()]
-    cases += [
-        Case(
-            f"{name}-{mode}",
-            own[name] | {"pp-mode": mode, "recompute": RECOMPUTE[mode]},
-            shapes=[shape],
-        )
-        for name, mode, shape in scheduled
-    ]
+    bf16 = flags(folder, Recipe(max_norm=1.0)) | {"bf16": "true"}
+    own = {"huge": of_fp16["huge"], "bf16": bf16}
+    cases = [Case(name, own[name], shapes=shapes) for name, shapes in SHAPES.items()]
+    for name, mode, recompute, shape in SCHEDULED:
+        changed = own[name] | {"pp-mode": mode, "recompute": recompute}
+        cases.append(Case(f"{name}-{mode}", changed, shapes=[shape]))
     cases += [
         Case(f"{name}-on-{rank}", of_fp16[name], hook=poison(recipe, rank), shapes=[(2, 2)])
         for name, recipe in RECIPES.items()
         if recipe.poisoned
-        for rank in (ranks if name == "hysteresis-1" else ranks[-1:])
+        for rank in (RANKS if name == "hysteresis-1" else RANKS[-1:])
     ]
-    for size in (1, 2, 4):
-        here = [shape for shape in SHAPES if shape[0] * shape[1] == size]
-        args = (meet_at(here), cases, folder)
+    for size, shapes in {2: [(2, 1), (1, 2)], 4: [(4, 1), (2, 2)]}.items():
+        args = (meet_at(shapes), cases, folder)
         told = run_ranks(size, train_with_products_in_fp32, *args, deadline=300.0)
     return Trained(folder, told)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    return train_all(tmp_path_factory.mktemp("mixed"), FEW, FEW_SCHEDULED, FEW_RANKS)
 
 
 def poison(recipe: Recipe, rank: int) -> Overflow:
@@ -138,22 +112,24 @@ def test_fp16_is_its_twin(name: str, trained: Trained) -> None:
         error = worst([line[key] for line in ours], [line[key] for line in expected])
         print(f"{name}, {key}: {error:.1e}")
         assert error <= tolerance
-    skipped = [
-        i + 1 for i, line in enumerate(ours) if line["lr"] is not None and line["grad_norm"] is None
-    ]
+    ends = enumerate(ours, start=1)
+    skipped = [i for i, line in ends if line["lr"] is not None and line["grad_norm"] is None]
     if recipe.poisoned:
         assert skipped == [update * recipe.accumulate for update in recipe.poisoned]
     assert min(line["loss"] for line in ours) < max(line["loss"] for line in ours) - 0.2
 
 
-def check_overflow(rank: int, trained: Trained) -> None:
-    """Checks one on `rank` against that on rank 3, and the lines about each skip.
+def check_same(folder: Path, one: tuple[str, Shape], other: tuple[str, Shape]) -> None:
+    """Checks that two runs, each a name and a shape, have the same bits."""
+    for read in (lines_of, weights_of):
+        assert read(folder, one[0], *one[1]) == read(folder, other[0], *other[1])
 
-    Every rank logs a line for each skip, of which the console shows rank 0's.
-    """
-    name, other = f"hysteresis-1-on-{rank}", "hysteresis-1-on-3"
-    assert lines_of(trained.folder, name, 2, 2) == lines_of(trained.folder, other, 2, 2)
-    assert weights_of(trained.folder, name, 2, 2) == weights_of(trained.folder, other, 2, 2)
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_an_overflow_is_the_same_wherever_it_happens(rank: int, trained: Trained) -> None:
+    """Every rank logs a line for each skip, of which the console shows rank 0's."""
+    name, shape = f"hysteresis-1-on-{rank}", (2, 2)
+    check_same(trained.folder, (name, shape), ("hysteresis-1-on-3", shape))
     where = (
         "stage 0, layer 0, post_attention_layernorm.weight",
         "stage 1, layer 2, post_attention_layernorm.bias",
@@ -167,9 +143,8 @@ def check_overflow(rank: int, trained: Trained) -> None:
         assert [line for line in lines if "skipped" in line] == expected
 
 
-def check_scales(folder: Path, shapes: Sequence[Shape]) -> None:
-    """Checks that runs from a huge scale find the same scales in every shape."""
-    runs = [lines_of(folder, "huge", *shape) for shape in shapes]
+def test_every_shape_finds_the_same_scales_from_a_huge_one(trained: Trained) -> None:
+    runs = [lines_of(trained.folder, "huge", *shape) for shape in SHAPES["huge"]]
     scales = [line["loss_scale"] for line in runs[0]]
     assert scales[0] == HUGE
     assert scales[-1] < HUGE / 2**5
@@ -179,41 +154,20 @@ def check_scales(folder: Path, shapes: Sequence[Shape]) -> None:
     assert not all(skips[0])
 
 
-def check_stages(folder: Path, name: str, shapes: Sequence[Shape]) -> None:
-    """Checks that runs with as many replicas have the same bits, whatever their stages."""
-    first, *others = shapes
-    assert others
-    for shape in others:
-        assert lines_of(folder, name, *shape) == lines_of(folder, name, *first)
-        assert weights_of(folder, name, *shape) == weights_of(folder, name, *first)
-
-
-def check_schedule(folder: Path, name: str, mode: str, shape: Shape) -> None:
-    assert lines_of(folder, f"{name}-{mode}", *shape) == lines_of(folder, name, *shape)
-    assert weights_of(folder, f"{name}-{mode}", *shape) == weights_of(folder, name, *shape)
-
-
-@pytest.mark.parametrize("rank", FEW_RANKS)
-def test_an_overflow_is_the_same_wherever_it_happens(rank: int, trained: Trained) -> None:
-    check_overflow(rank, trained)
-
-
-def test_every_shape_finds_the_same_scales_from_a_huge_one(trained: Trained) -> None:
-    check_scales(trained.folder, FEW["huge"])
-
-
-@pytest.mark.parametrize(("name", "shapes"), [("bf16", FEW["bf16"][:2]), ("huge", FEW["huge"][1:])])
+@pytest.mark.parametrize(
+    ("name", "one", "other"), [("bf16", (2, 1), (4, 1)), ("huge", (1, 2), (2, 2))]
+)
 def test_bits_do_not_depend_on_the_number_of_stages(
-    name: str, shapes: Sequence[Shape], trained: Trained
+    name: str, one: Shape, other: Shape, trained: Trained
 ) -> None:
-    check_stages(trained.folder, name, shapes)
+    check_same(trained.folder, (name, one), (name, other))
 
 
-@pytest.mark.parametrize(("name", "mode", "shape"), FEW_SCHEDULED)
+@pytest.mark.parametrize(("name", "mode", "_recompute", "shape"), SCHEDULED)
 def test_bits_do_not_depend_on_the_schedule(
-    name: str, mode: str, shape: Shape, trained: Trained
+    name: str, mode: str, _recompute: str, shape: Shape, trained: Trained
 ) -> None:
-    check_schedule(trained.folder, name, mode, shape)
+    check_same(trained.folder, (f"{name}-{mode}", shape), (name, shape))
 
 
 @pytest.mark.parametrize("name", ["bf16", "huge"])
@@ -225,15 +179,3 @@ def test_more_replicas_add_the_same_gradients_in_another_order(name: str, traine
         print(f"{name}, {key}, R=2 against R=1: {error:.1e}")
         assert error < REPLICAS_TOLERANCE
     assert one[-1]["loss"] < one[0]["loss"] - 0.2
-
-
-@pytest.mark.slow
-def test_every_shape_schedule_and_rank(tmp_path: Path) -> None:
-    trained = train_all(tmp_path, dict.fromkeys(FEW, SHAPES), ALL_SCHEDULED, range(4))
-    for rank in range(4):
-        check_overflow(rank, trained)
-    check_scales(tmp_path, SHAPES)
-    for name, mode, shape in ALL_SCHEDULED:
-        check_schedule(tmp_path, name, mode, shape)
-    for name, shapes in product(FEW, (SHAPES[:3], SHAPES[3:])):
-        check_stages(tmp_path, name, shapes)

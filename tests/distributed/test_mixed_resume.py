@@ -18,6 +18,8 @@ from torch import Tensor
 from monitor.metrics import read_metrics
 from tests.support.cases import Case, meet_at, run_folder, train_cases
 from tests.support.data import make_texts, write_jsonl
+from tests.support.flags import flags_of
+from tests.support.kill_lab import numbers
 from tests.support.launcher import run_ranks
 from tests.support.mixed import model_flags, rows_of_a_replica
 from tests.support.models import make_shards
@@ -101,20 +103,14 @@ def layers_of_a_stage(stages: int, replicas: int) -> int:
 def flags(folder: Path, precision: str, optimizer: str, place: Place) -> dict[str, Any]:
     return {
         **model_flags(folder),
+        **flags_of(f"""
+            --seq-length 16 --recompute false --total-steps {STEPS} --checkpoint-steps {SAVED}
+            --lr 2e-3 --weight-decay 0.1 --optimizer {optimizer} --loss-scale-window 2
+            --fp16 {precision == "fp16"} --bf16 {precision == "bf16"}
+            --use-offload {place.offload} --zero-stage {int(place.sharded)}
+        """),
         "num-layers": layers_of_a_stage,
-        "seq-length": 16,
         "batch-size": rows_of_a_replica,
-        "recompute": "false",
-        "total-steps": STEPS,
-        "checkpoint-steps": SAVED,
-        "lr": 2e-3,
-        "weight-decay": 0.1,
-        "optimizer": optimizer,
-        "fp16": str(precision == "fp16"),
-        "bf16": str(precision == "bf16"),
-        "loss-scale-window": 2,
-        "use-offload": str(place.offload),
-        "zero-stage": int(place.sharded),
     }
 
 
@@ -149,10 +145,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def metrics(folder: Path, name: str, stages: int = 2, replicas: int = 2) -> list[dict[str, Any]]:
-    """Without what a clock tells, and without what tells that a run was resumed."""
-    lines = read_metrics(run_folder(folder, name, stages, replicas) / "metrics.jsonl")
-    left_out = ("step_seconds", "tokens_per_second", "resumed")
-    return [{k: v for k, v in line.items() if k not in left_out} for line in lines]
+    return numbers(run_folder(folder, name, stages, replicas))
 
 
 def state(folder: Path, name: str, step: int = STEPS) -> dict[str, Tensor]:
@@ -186,10 +179,10 @@ def check_resumed(folder: Path, kind: Resumed) -> None:
     assert [line["step"] for line in resumed if line.get("resumed")] == [SAVED + 1]
     skipped = [line["step"] for line in lines if line["grad_norm"] is None]
     assert skipped == ([SAVED, SAVED + 1] if kind.precision == "fp16" else [])
-    scales = [32768.0, 32768.0, 65536.0, 65536.0, 32768.0, 32768.0]
-    assert [line.get("loss_scale") for line in lines] == (
-        scales if kind.precision == "fp16" else [None] * STEPS
-    )
+    scales: list[float | None] = [None] * STEPS
+    if kind.precision == "fp16":
+        scales = [32768.0, 32768.0, 65536.0, 65536.0, 32768.0, 32768.0]
+    assert [line.get("loss_scale") for line in lines] == scales
 
 
 def check_content(folder: Path, kind: Resumed) -> None:

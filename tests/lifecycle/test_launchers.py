@@ -16,26 +16,28 @@ import pytest
 from arguments.train import train_parser
 from monitor.metrics import read_metrics
 from tests.support.cases import to_argv
+from tests.support.flags import flags_of
 from tests.support.kill_lab import Lab, Start, make_lab, marked, numbers, same, state
-from tests.support.launcher import free_port, run_ranks
-from tests.support.models import make_shards
+from tests.support.launcher import run_ranks
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "example_scripts"
 STEPS, SAVE, DEADLINE = 40, 5, 90.0
 # Two stages and one replica, with the batch of make_lab's two.
-TWO_RANKS = {
-    "world-size": 2, "data-group-size": 1, "batch-size": 4, "total-steps": STEPS,
-    "checkpoint-steps": SAVE, "evaluation-steps": 0,
-}  # fmt: skip
+TWO_RANKS = flags_of(
+    f"--world-size 2 --data-group-size 1 --batch-size 4 --total-steps {STEPS} "
+    f"--checkpoint-steps {SAVE} --evaluation-steps 0"
+)
 # Slurm's commands, as far as finetune_gptneox.sbatch needs them: srun's one task ends with $STATUS,
 # or with 75 once it is asked to; the job is in state $STATE.
 SLURM = {
-    "srun": 'trap "exit 75" TERM\ntouch "$LOG.began"\n'
-            'for _ in $(seq 300); do [ -n "$STATUS" ] && exit "$STATUS"; sleep 0.1; done',
+    "srun": """\
+trap "exit 75" TERM
+touch "$LOG.began"
+for _ in $(seq 300); do [ -n "$STATUS" ] && exit "$STATUS"; sleep 0.1; done""",
     "squeue": 'echo "$STATE"',
     "scontrol": '[ "$1" = show ] && echo node1 || echo "$*" >>"$LOG"',
-}  # fmt: skip
+}
 # A rank that ends with 75 once it is asked to stop.
 LISTENING = """
 import sys, time
@@ -103,36 +105,11 @@ def steps_done(disk: Path) -> int:
     return read_metrics(path)[-1]["step"] if path.exists() and path.stat().st_size else 0
 
 
-@pytest.mark.slow
-def test_a_launch_script_passes_the_signal_on_and_returns_75(lab: Lab) -> None:
-    """Ctrl-C: the terminal sends SIGINT to all, which background jobs of a script ignore."""
-    make_shards(lab.folder, "gptj", "gptj", {"n_layer": 3})
-    own = ("num-layers", "task-name", "seq-length", "batch-size", "embedding-dim", "use-cuda")
-    disk, log = lab.disk("script"), lab.folder / "script.log"
-    flags = {flag: lab.flags[flag] for flag in own} | {
-        "data-workers": 0,
-        "model-name": lab.folder / "shards" / "gptj",
-        "tokenizer-name": lab.folder / "shards" / "gptj",
-        "dist-url": f"tcp://127.0.0.1:{free_port()}",
-        "fp16": "false",
-        "total-steps": 100_000,
-        "checkpoint-path": disk,
-    }
-    command = ["bash", SCRIPTS / "finetune_gptj.sh", *to_argv(flags)]
-    with started(command, log, environ()) as script:
-        await_true(lambda: steps_done(disk) >= 2, log)
-        os.killpg(script.pid, signal.SIGINT)
-        assert script.wait(DEADLINE) == 75
-    step = steps_done(disk)
-    assert (disk / "latest").read_text() == str(step)
-    for rank in range(2):
-        line = rf"rank {rank}: asked to stop (SIGTERM on rank "
-        (told,) = [told for told in log.read_text().splitlines() if told.startswith(line)]
-        assert told.endswith(f"step {step} is saved, not finished; the same command goes on")
+def test_a_launch_script_passes_the_signal_on_and_returns_75(tmp_path: Path) -> None:
+    """Ctrl-C: the terminal sends SIGINT to all, which background jobs of a script ignore.
 
-
-def test_a_launch_script_passes_the_signal_on_to_what_listens(tmp_path: Path) -> None:
-    """As above, with ranks that only listen: a double of the command python starts them."""
+    A double of the command python starts ranks that only listen.
+    """
     log, script = tmp_path / "log", tmp_path / "listen.py"
     script.write_text(LISTENING)
     double = f'#!/usr/bin/env bash\nPYTHONPATH="{ROOT}" exec "{sys.executable}" "{script}" "$@"\n'
@@ -202,11 +179,9 @@ def test_the_sbatch_script_requeues_what_stopped_as_asked(
     scripts = tmp_path / "example_scripts"
     shutil.copytree(SCRIPTS, scripts)
     log = tmp_path / "scontrol.log"
-    slurm = {
-        "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "node1",
-        "SLURM_NTASKS": "8", "STATUS": status, "STATE": state_of_job, "LOG": str(log),
-    }  # fmt: skip
-    env = environ(**slurm)
+    of_test = {"STATUS": status, "STATE": state_of_job, "LOG": str(log)}
+    slurm = {"SUBMIT_DIR": str(tmp_path), "JOB_ID": "17", "JOB_NODELIST": "node1", "NTASKS": "8"}
+    env = environ(**of_test, **{f"SLURM_{name}": value for name, value in slurm.items()})
     env["PATH"] = f"{tmp_path}:{env['PATH']}"
     command = ["bash", scripts / "finetune_gptneox.sbatch"]
     with started(command, tmp_path / "log", env) as job:
@@ -228,10 +203,8 @@ def test_torchrun_restarts_and_stops_to_the_same_bits(lab: Lab) -> None:
     disk.parent.mkdir()
     given = {k: v for k, v in lab.flags.items() if k != "world-size"}
     given |= {k: v for k, v in TWO_RANKS.items() if k != "world-size"} | {"checkpoint-path": disk}
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--max-restarts", 1,
-        "--standalone", ROOT / "dist_clm_train.py", *to_argv(given),
-    ]  # fmt: skip
+    launch = "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1"
+    command = [sys.executable, *launch.split(), ROOT / "dist_clm_train.py", *to_argv(given)]
     with started(command, log, environ()) as agent:
         await_true(lambda: steps_done(disk) >= SAVE + 2, log)
         os.kill(children(agent.pid)[1], signal.SIGKILL)

@@ -13,10 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from checkpoint.conversion.to_hf import convert_to_hf
-from modules.registry import MODELS
 from monitor.metrics import read_metrics
 from tests.support.cases import to_argv
+from tests.support.checkpoint_models import to_hf
 from tests.support.data import make_texts, write_jsonl
 from tests.support.flags import flags_of
 from tests.support.hooks import kill_once, no_picture
@@ -177,29 +176,18 @@ def test_gathered_files_become_one_model(base: Path, tmp_path: Path, ended: Outc
     shutil.copytree(near, tmp_path / "gathered")
     for name in ("prank_1_checkpoint.pt", "prank_1_manifest.json"):
         shutil.copy(far / name, tmp_path / "gathered")
-    found = [
-        _to_hf(folder, tmp_path / name)
-        for name, folder in (
-            ("apart", tmp_path / "gathered"),
-            ("together", base / "one pipeline" / "alone" / "run"),
-            ("replicas", base / "one replica in each" / "alone" / "run"),
-        )
-    ]
+    places = {
+        "apart": tmp_path / "gathered",
+        "together": base / "one pipeline" / "alone" / "run",
+        "replicas": base / "one replica in each" / "alone" / "run",
+    }
+    found = [converted(place, tmp_path / name) for name, place in places.items()]
     assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
     assert found[0].keys() == found[1].keys() == found[2].keys()
 
 
-def _to_hf(checkpoint: Path, target: Path) -> dict[str, torch.Tensor]:
-    convert_to_hf(
-        MODELS["gptneox"].load(),
-        ckpt_path=checkpoint,
-        save_path=target,
-        n_stages=None,
-        n_layer_per_stage=None,
-        config_name=None,
-        fp16=False,
-        verify=True,
-    )
+def converted(checkpoint: Path, target: Path) -> dict[str, torch.Tensor]:
+    to_hf(checkpoint, target, verify=True)
     model, report = AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
