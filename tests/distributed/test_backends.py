@@ -16,7 +16,9 @@ from monitor.metrics import read_metrics
 from tests.support.cases import Case, meet_at, run_folder, train_cases, weights_of
 from tests.support.data import make_texts, write_jsonl
 from tests.support.flags import flags_of
+from tests.support.fp16_twin import LAYERS, ROWS, TOKENS
 from tests.support.launcher import run_ranks
+from tests.support.mixed import model_flags, rows_of_a_replica
 from tests.support.models import make_shards
 from tests.support.nccl_double import Traffic, nccl_double
 from tests.support.torch_nccl_double import gloo_for_nccl
@@ -24,7 +26,7 @@ from tests.support.torch_nccl_double import gloo_for_nccl
 BACKENDS = ("gloo", "cupy_nccl", "nccl")
 SHAPES = {"fp32": [(2, 2), (4, 1)], "bf16": [(2, 2)], "fp16": [(2, 2)]}
 RUNS = [(precision, shape) for precision, shapes in SHAPES.items() for shape in shapes]
-LAYERS, ROWS, TOKENS, UPDATES = 4, 4, 16, 3
+UPDATES = 3
 HIDDEN, MICROBATCH = 32, 1
 PRECISIONS: dict[str, dict[str, Any]] = {
     "fp32": {},
@@ -34,14 +36,11 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 
 
 def flags(folder: Path) -> dict[str, Any]:
-    return flags_of(f"""
-        --model-name {folder}/shards/tiny --model-type gptneox --embedding-dim {HIDDEN}
-        --task-name {folder}/a.jsonl --seq-length {TOKENS} --micro-batch-size {MICROBATCH}
-        --recompute false --total-steps {UPDATES} --warmup-steps 1 --lr 1e-3 --weight-decay 0.1
-    """) | {
-        "num-layers": lambda stages, replicas: LAYERS // stages,
-        "batch-size": lambda stages, replicas: ROWS // replicas,
-    }
+    own = flags_of(f"""
+        --seq-length {TOKENS} --micro-batch-size {MICROBATCH} --recompute false
+        --total-steps {UPDATES} --warmup-steps 1 --lr 1e-3 --weight-decay 0.1
+    """)
+    return model_flags(folder) | own | {"batch-size": rows_of_a_replica}
 
 
 def train_over_each(
@@ -64,7 +63,7 @@ def train_over_each(
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Sequence[Traffic]]:
     folder = tmp_path_factory.mktemp("backends")
     write_jsonl(folder / "a.jsonl", make_texts(60, seed=1))
-    make_shards(folder, "tiny", "gptneox", {"num_hidden_layers": LAYERS})
+    make_shards(folder, "model", "gptneox", {"num_hidden_layers": LAYERS})
     meetings = {backend: meet_at(SHAPES["fp32"]) for backend in BACKENDS}
     return folder, run_ranks(4, train_over_each, meetings, folder, deadline=400.0)
 

@@ -28,7 +28,7 @@ from tests.support.flags import flags_of
 from tests.support.hooks import no_picture
 from tests.support.launcher import free_port
 from tests.support.runs import Outcome, Rank, Run, run, run_all
-from tests.support.valid_run import LAYERS, ROOT, VOCAB, Flags, argv, at, make_home, right, the_line
+from tests.support.valid_run import LAYERS, ROOT, VOCAB, argv, at, make_home, right, the_line
 
 Outcomes = dict[str, Outcome]  # by run
 QUICK = Timing(join_grace=1.0)
@@ -120,67 +120,60 @@ FOLDERS: dict[str, tuple[int, Spoil, list[str]]] = {
 }
 
 
-def on_all(flags: Flags) -> dict[int, Flags]:
+def on_all(flags: str) -> dict[int, str]:
     return dict.fromkeys(range(4), flags)
 
 
 # Flags of some ranks that differ from the right ones, and the words of the line.
-FLAGS: dict[str, tuple[dict[int, Flags], list[str]]] = {
+FLAGS: dict[str, tuple[dict[int, str], list[str]]] = {
     "another lr": (
-        {2: {"lr": 0.5}},
+        {2: "--lr 0.5"},
         ["--lr must be the same on all ranks", "1e-05 on rank 0", "0.5 on rank 2"],
     ),
     "held-out data on rank 0 alone": (
-        {0: {"evaluation-data": "{home}/data.jsonl"}},
+        {0: "--evaluation-data {home}/data.jsonl"},
         ["--evaluation-data must be the same on all ranks", "true on rank 0", "false on rank "],
     ),
     "no data on rank 0": (
-        {0: {"task-name": "{home}/no.jsonl"}},
+        {0: "--task-name {home}/no.jsonl"},
         ["--task-name", "{home}/no.jsonl", "no such file"],
     ),
     "a bad line of data": (
-        {0: {"task-name": "{home}/broken-at-once.jsonl"}},
+        {0: "--task-name {home}/broken-at-once.jsonl"},
         ["{home}/broken-at-once.jsonl:1", "not JSON"],
     ),
     "a bad line in the middle of training": (
-        on_all(
-            flags_of(
-                "--task-name {home}/broken.jsonl --seq-length 64 --batch-size 8 --total-steps 200"
-            )
-        ),
+        on_all("--task-name {home}/broken.jsonl --seq-length 64 --batch-size 8 --total-steps 200"),
         ["{home}/broken.jsonl:4201", '"text"'],
     ),
     "a bad line of held-out data": (
-        {0: {"evaluation-data": "{home}/data.jsonl,late={home}/broken-at-once.jsonl"}},
+        {0: "--evaluation-data {home}/data.jsonl,late={home}/broken-at-once.jsonl"},
         ["{home}/broken-at-once.jsonl:1", "not JSON"],
     ),
-    "a GPU that is not there": (
-        on_all({"use-cuda": "true"}),
-        ["--use-cuda true", "0 CUDA devices"],
-    ),
+    "a GPU that is not there": (on_all("--use-cuda true"), ["--use-cuda true", "0 CUDA devices"]),
     "an interface that is not there": (
-        {2: {"net-interface": "eth77"}},
+        {2: "--net-interface eth77"},
         ["--net-interface eth77", "no such interface", "lo"],
     ),
-    "rank twice": ({3: {"rank": 2}}, ["--rank 2", "two processes have it"]),
+    "rank twice": ({3: "--rank 2"}, ["--rank 2", "two processes have it"]),
     "a file for a folder": (
-        {0: {"checkpoint-path": "{home}/file"}},
+        {0: "--checkpoint-path {home}/file"},
         ["--checkpoint-path", "{home}/file", "cannot be written"],
     ),
     "a tokenizer from nowhere": (
-        {0: {"tokenizer-name": "no-such/tokenizer"}},
+        {0: "--tokenizer-name no-such/tokenizer"},
         ["--tokenizer-name no-such/tokenizer", "expected a folder"],
     ),
     "a weight beyond fp16": (
-        on_all({"fp16": "true", "model-name": "{home}/large"}),
+        on_all("--fp16 --model-name {home}/large"),
         [LAST, QKV, "holds -100000, which does not fit fp16 (largest 65504): use --bf16"],
     ),
     "a longer tokenizer": (
-        {0: {"tokenizer-name": "{home}/longer"}},
+        {0: "--tokenizer-name {home}/longer"},
         ["--tokenizer-name", "{home}/longer", "401", "vocabulary of 400"],
     ),
     "another run's checkpoints": (
-        {0: {"checkpoint-path": "{home}/locked"}},
+        {0: "--checkpoint-path {home}/locked"},
         ["--checkpoint-path", "{home}/locked", f"in use by process {os.getpid()}"],
     ),
 }
@@ -210,36 +203,36 @@ def negate_last(folder: Path) -> None:
 
 # Flags of a second start on a checkpoint of the first, what is done to that, and the words of the
 # line. The resume's own tests have the other flags.
-RESUMES: dict[str, tuple[Flags, Spoil, list[str]]] = {
-    "another seed": ({"seed": 7}, lambda d: None, ["--seed is 7", "made with 42"]),
+RESUMES: dict[str, tuple[str, Spoil, list[str]]] = {
+    "another seed": ("--seed 7", lambda d: None, ["--seed is 7", "made with 42"]),
     "no resume wanted": (
-        {"load-checkpoint": "false"},
+        "--load-checkpoint false",
         lambda d: None,
         ["--load-checkpoint false", "--checkpoint-path"],
     ),
     "optimizer with NaN": (
-        {},
+        "",
         in_step("prank_0_optimizer.pt", fill_moment),
         ["2/prank_0_optimizer.pt: exp_avg: 1.", QKV, "not finite"],
     ),
     "weights with NaN": (
-        {},
+        "",
         in_step("prank_0_checkpoint.pt", fill_weight),
         ["prank_0_checkpoint.pt", QKV, "not finite"],
     ),
-    "meta broken": ({}, in_step("meta.json", break_json), ["meta.json", "not readable"]),
+    "meta broken": ("", in_step("meta.json", break_json), ["meta.json", "not readable"]),
     "config of the step broken": (
-        {},
+        "",
         in_step("config.json", break_json),
         ["2/config.json", "not readable"],
     ),
     "config of the step missing": (
-        {},
+        "",
         in_step("config.json", Path.unlink),
         ["2/config.json: no such file, but prank_0_manifest.json lists it"],
     ),
     "weights that are not as saved": (
-        {},
+        "",
         negate_last,
         ["2/prank_1_checkpoint.pt: damaged: ", "manifest.json says", "no complete checkpoint"],
     ),
@@ -267,7 +260,7 @@ def folder_of(home: Path, name: str) -> Path:
     return home / "work" / name.replace(" ", "-").replace("'", "")
 
 
-def start(home: Path, name: str, changes: Mapping[int, Flags], size: int | None = None) -> Run:
+def start(home: Path, name: str, changes: Mapping[int, str], size: int | None = None) -> Run:
     """A run whose working directory is its own."""
     folder, size = folder_of(home, name), size or WORLDS.get(name, 1)
     folder.mkdir(parents=True)
@@ -279,8 +272,8 @@ def start(home: Path, name: str, changes: Mapping[int, Flags], size: int | None 
     """
     ranks = []
     for rank in range(size):
-        own = {flag: at(home, value) for flag, value in changes.get(rank, {}).items()}
-        given = argv(right(home) | flags_of(of_all) | {"rank": rank} | own)
+        own = at(home, f"{of_all} --rank {rank} {changes.get(rank, '')}")
+        given = argv(right(home) | flags_of(own))
         ranks.append(Rank(given, folder, hooks=[no_picture], timing=QUICK))
     return Run(name, ranks)
 
@@ -293,12 +286,12 @@ def first_runs(home: Path, busy: str) -> list[Run]:
         model = shutil.copytree(home / "m", home / "copies" / folder_of(home, name).name)
         (model / "manifest.json").unlink()
         spoil(model)
-        runs.append(start(home, name, {rank: {"model-name": model}}))
+        runs.append(start(home, name, {rank: f"--model-name {model}"}))
     runs += [start(home, name, changes) for name, (changes, _) in FLAGS.items()]
-    late = start(home, LATE, {2: {"lr": 0.5}}, size=4)
+    late = start(home, LATE, {2: "--lr 0.5"}, size=4)
     runs.append(replace(late, ranks=[*late.ranks[:3], replace(late.ranks[3], late=1.5)]))
     for name, (flags, _) in ALONE.items():
-        one = start(home, name, {0: flags_of(flags.format(busy=busy))}, size=4)
+        one = start(home, name, {0: flags.format(busy=busy)}, size=4)
         runs.append(replace(one, ranks=one.ranks[:1]))
     return runs
 
@@ -315,7 +308,7 @@ def first_start(home: Path, size: int) -> Run:
 def second_run(home: Path, name: str) -> Run:
     """A start with a mistake of RESUMES on what a first start has left."""
     flags, spoil, _ = RESUMES[name]
-    one = start(home, name, on_all({"total-steps": 4} | flags))
+    one = start(home, name, on_all(f"--total-steps 4 {flags}"))
     made = folder_of(home, name) / "checkpoints"
     shutil.copytree(folder_of(home, f"{FIRST} {len(one.ranks)}") / "checkpoints", made)
     spoil(made)
