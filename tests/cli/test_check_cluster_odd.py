@@ -145,7 +145,7 @@ def test_a_slow_link_is_named_with_what_steps_become(found: Found) -> None:
     assert f"is stage 0 -> stage 1 of pipeline 1 ({ends}): " in line
     assert "each microbatch's activations take" in line
     assert "times as long as with free links; --bf16 or --fp16 halves the messages" in line
-    assert seconds(lines) > max(SLEEP, 5 * seconds(found["nothing"][1]))
+    assert seconds(lines) >= 2 * SLEEP
 
 
 def test_slow_replicas_are_named(found: Found) -> None:
