@@ -203,7 +203,10 @@ def test_what_is_saved_is_whole_and_from_an_updates_end(name: str, starts: Start
     start, stop = starts[name], PLAN[name]
     assert start.latest == (None if stop.latest is None else str(stop.latest))
     assert start.damage == []
-    assert start.steps == (stop.latest or 0)
+    steps = {stop.latest or 0}
+    if stop.rest == AGAIN:  # the step under way may end before the second request
+        steps.add(max(steps) + 1)
+    assert start.steps in steps
 
 
 def test_a_run_that_is_asked_in_its_last_step_is_complete(starts: Starts) -> None:
