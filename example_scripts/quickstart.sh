@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The complete way of a model on a machine without a GPU, in about a minute after the installation:
+# The complete way of a model on a machine without a GPU, in under 90 s after the installation:
 # example_scripts/quickstart.py, which says what it does, in .venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."

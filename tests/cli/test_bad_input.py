@@ -1,7 +1,7 @@
 """Every mistake that a user can make with flags gets one line and exit status 2.
 
 The line names the flag or file, the value, and what was expected. In this process; real processes
-are in tests/lifecycle/test_bad_runs.py.
+are in tests/lifecycle/test_bad_flags.py and test_bad_files.py.
 """
 
 import re

@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import torch
 
+from arguments.settings import Settings
 from arguments.train import parse_train
 from checkpoint.steps.latest import write_latest
 from checkpoint.store import SaveFailedError
@@ -107,8 +108,7 @@ def _train_case(
         --world-size {stages * replicas} --rank {topology.rank}
     """)
     flags = {k: v(stages, replicas) if callable(v) else v for k, v in case.flags.items()}
-    # Starting a process to tokenize takes longer than these texts do.
-    settings = parse_train(to_argv({"data-workers": 0, **flags, **own}), {})
+    settings = settings_of(flags | own)
     if topology.rank == 0 and case.after is not None:
         _copy_run(path.parent / case.after[0], path, step=case.after[1])
     elif topology.rank == 0:
@@ -116,21 +116,27 @@ def _train_case(
     gather_json(groups.control, None)  # the folder is there for all
     hook = nullcontext() if case.hook is None else case.hook(topology)
     listener = LogLines()
-    with hook, listener, patch("monitor.recorder.draw_loss"), ExitStack() as closing:
+    with hook, listener:
         stopped = None
         try:
-            train(
-                settings,
-                RunContext(topology, groups, torch.device("cpu"), nonce),
-                console=Console(io.StringIO()),
-                stop=StopRequest(),
-                closing=closing,
-            )
+            train_with(settings, RunContext(topology, groups, torch.device("cpu"), nonce))
         except (TrainingStoppedError, SaveFailedError) as error:
             if not case.stops:
                 raise
             stopped = str(error)
     return Told(listener.lines, stopped)
+
+
+def settings_of(flags: dict[str, Any]) -> Settings:
+    """Without a process that tokenizes: starting one takes longer than these texts do."""
+    return parse_train(to_argv({"data-workers": 0, **flags}), {})
+
+
+def train_with(settings: Settings, context: RunContext) -> None:
+    """Trains and draws no picture."""
+    with ExitStack() as closing, patch("monitor.recorder.draw_loss"):
+        console = Console(io.StringIO())
+        train(settings, context, console=console, stop=StopRequest(), closing=closing)
 
 
 class LogLines(logging.Handler):

@@ -37,6 +37,32 @@ class Rank:
 
 
 RankProgram = Callable[[Rank], None]
+LOOPBACK = Interface("lo", "127.0.0.1")
+
+
+def meet(
+    rank: int,
+    world_size: int,
+    url: str,
+    *,
+    facts: dict[str, Fact] | None = None,
+    key: JobKey | None = None,
+    interface: Interface = LOOPBACK,
+    join_timeout: float = 20.0,
+    timing: Timing = DEFAULT_TIMING,
+) -> Rendezvous:
+    """Joins a run, and connects nothing yet."""
+    return join(
+        url=url,
+        rank=rank,
+        world_size=world_size,
+        interface=interface,
+        facts=facts or {},
+        key=key or JobKey("test"),
+        start="",
+        join_timeout=join_timeout,
+        timing=timing,
+    )
 
 
 def enter(
@@ -57,14 +83,12 @@ def enter(
     export(interface, os.environ)
     rendezvous = Rendezvous.alone()
     if topology.world_size > 1:
-        rendezvous = join(
-            url=url,
-            rank=rank,
-            world_size=topology.world_size,
+        rendezvous = meet(
+            rank,
+            topology.world_size,
+            url,
+            facts=facts,
             interface=interface,
-            facts=facts or {},
-            key=JobKey("test"),
-            start="",
             join_timeout=join_timeout,
             timing=timing,
         )
@@ -111,27 +135,3 @@ def _await_waiting(policy: ExitPolicy, ready: Path) -> None:
     while policy.operation.text == before:
         time.sleep(0.001)
     ready.touch()
-
-
-def meet(
-    rank: int,
-    world_size: int,
-    url: str,
-    *,
-    facts: dict[str, Fact] | None = None,
-    key: JobKey | None = None,
-    join_timeout: float = 20.0,
-    timing: Timing = DEFAULT_TIMING,
-) -> Rendezvous:
-    """Joins a run over loopback, and connects nothing yet."""
-    return join(
-        url=url,
-        rank=rank,
-        world_size=world_size,
-        interface=Interface("lo", "127.0.0.1"),
-        facts=facts or {},
-        key=key or JobKey("test"),
-        start="",
-        join_timeout=join_timeout,
-        timing=timing,
-    )

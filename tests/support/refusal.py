@@ -1,6 +1,8 @@
-"""What a user's mistake ends with."""
+"""What a user's mistake ends with, and a file that runs code."""
 
+import os
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -12,3 +14,17 @@ def refusal(call: Callable[[], object]) -> str:
     text = str(caught.value)
     assert "\n" not in text
     return text
+
+
+def check_refused(call: Callable[[], object], *words: str) -> None:
+    """One line, with these words."""
+    line = refusal(call)
+    assert len(line) < 500
+    assert all(word in line for word in words), line
+
+
+class RunsCode:
+    """A pickle of it asks the reader to make a file in the working directory."""
+
+    def __reduce__(self) -> Any:
+        return (os.system, ("touch ran",))

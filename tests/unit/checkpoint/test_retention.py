@@ -22,7 +22,8 @@ from checkpoint.store import CheckpointStore, SaveFailedError
 from comm.backends.single_process import SingleProcessCommunicator
 from comm.collective_io import BackgroundTask
 from comm.topology import Topology
-from tests.support.alone import run_parts, train_alone, train_with
+from tests.support.alone import run_parts, train_alone
+from tests.support.cases import train_with
 from tests.support.checkpoint_models import hf_weights, step_meta, to_hf
 from tests.support.data import make_texts, write_jsonl
 from tests.support.flags import flags_of
@@ -144,7 +145,7 @@ def test_a_crash_while_old_steps_go_costs_nothing(
         read_manifest(folder, 0).check(folder)
     assert open_run(**run_parts(again)).step > 0
     parts = run_parts(again)
-    train_with({**parts, "context": replace(parts["context"], start="another")})
+    train_with(parts["settings"], replace(parts["context"], start="another"))
     assert steps_of(tmp_path / "run") == KEPT
     assert states_of(tmp_path / "run") == [str(STEPS)]
     assert same(state(tmp_path / "run", 0, STEPS), state(flags["checkpoint-path"], 0, STEPS))
