@@ -36,9 +36,9 @@ case "$(cat .venv/.installed 2>/dev/null)" in
   "$wanted"*) ;;
   *)
     cat >&2 <<'END'
-Installing torch, transformers and what they need into .venv: some 75 packages, to download 0.4 GB
-where pip finds torch's CPU build, 3 GB with its CUDA build, which PyPI has for Linux. That takes two
-to ten minutes. All that pip says is in .venv/install.log.
+Installing packages into .venv. Training needs some 75: 0.4 GB to download where pip finds torch's CPU
+build, 3 GB with its CUDA build, which PyPI has for Linux. The tests need another 0.5 GB. From nothing
+that takes two to ten minutes. All that pip says is in .venv/install.log.
 END
     : >.venv/install.log
     (
