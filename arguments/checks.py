@@ -13,7 +13,7 @@ from arguments.settings import (
 from comm.rendezvous.dist_url import parse_dist_url
 from pipeline_parallel.partition.split import Split, check_length
 
-MIN_DIST_TIMEOUT = 5.0  # seconds; several times the exchange of comm/timing.py
+MIN_DIST_TIMEOUT = 5.0  # seconds; several times the EXCHANGE_SECONDS of comm/collective_io.py
 
 
 def check_settings(settings: Settings) -> None:

@@ -75,8 +75,8 @@ COMMON = (
     "--use-cuda false --task-name train.jsonl --seq-length 32 --micro-batch-size 1 "
     "--recompute false --total-steps 8 --warmup-steps 2 --lr 1e-2 --data-workers 0"
 )
-# The command of example_scripts/quickstart.sh, for 60 steps where that trains 240. It evaluates
-# after each quarter and saves halfway; a few steps later it is killed.
+# The command of example_scripts/quickstart.py, with other steps and a process that tokenizes. It
+# evaluates after each quarter and saves halfway; a few steps later it is killed.
 _QUICKSTART = (
     "2x2 --seq-length 128 --micro-batch-size 2 --total-steps 60 --warmup-steps 10 --lr 3e-3 "
     "--evaluation-data held_out.jsonl --evaluation-steps 15 --checkpoint-steps 30 "

@@ -12,9 +12,11 @@ from collections.abc import Callable
 
 from comm.communicator import Communicator
 from comm.objects import gather_json
-from comm.timing import DEFAULT_TIMING, Timing
 
 logger = logging.getLogger(__name__)
+
+EXCHANGE_SECONDS = 1.0  # between two exchanges
+SLOW_SECONDS = 60.0  # until slow ranks are reported; again each time the duration has doubled
 
 
 class BackgroundTask:
@@ -54,7 +56,8 @@ def run_on_all(
     name: str,
     *,
     expected: type[Exception] | tuple[type[Exception], ...] = OSError,
-    timing: Timing = DEFAULT_TIMING,
+    exchange_seconds: float = EXCHANGE_SECONDS,
+    slow_seconds: float = SLOW_SECONDS,
 ) -> str | None:
     """Runs `work`, or waits for a running task, and returns when every rank is done.
 
@@ -70,10 +73,10 @@ def run_on_all(
     """
     task = work if work is None or isinstance(work, BackgroundTask) else BackgroundTask(work)
     done, failure = task is None, None
-    began, next_report = time.monotonic(), timing.slow
+    began, next_report = time.monotonic(), slow_seconds
     while True:
         try:
-            done = task is None or task.done(timing.exchange)
+            done = task is None or task.done(exchange_seconds)
         except expected as error:
             task, done = None, True
             where = f"rank {control.rank} on {socket.gethostname()}: " if control.size > 1 else ""

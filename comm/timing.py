@@ -25,8 +25,6 @@ class Timing:
     before_exit: for work between a failure and the exit.
     close: for the other ranks to close their connections at the end of a run.
     same_stop: closer signals are one request: a terminal and a launcher may both send one.
-    exchange: between two exchanges about files that all ranks read or write.
-    slow: until ranks with slow files are reported; again each time the duration has doubled.
     """
 
     poll: float = 0.1
@@ -45,8 +43,6 @@ class Timing:
     before_exit: float = 90.0
     close: float = 60.0
     same_stop: float = 2.0
-    exchange: float = 1.0
-    slow: float = 60.0
 
     @property
     def answer(self) -> float:

@@ -1,4 +1,4 @@
-"""Makes what quickstart.sh trains: a small GPT-NeoX in the Hugging Face format, and a corpus.
+"""Makes what the quick start trains: a small GPT-NeoX in the Hugging Face format, and a corpus.
 
 The corpus is the documentation strings of Python's standard library, read from its source without
 importing it. Both are the same each time on one machine.
@@ -7,6 +7,7 @@ importing it. Both are the same each time on one machine.
 import argparse
 import ast
 import inspect
+import itertools
 import json
 import sysconfig
 import warnings
@@ -29,15 +30,20 @@ def main() -> None:
     """Writes <folder>/hf/small-neox, <folder>/train.jsonl and <folder>/held_out.jsonl."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    folder: Path = parser.parse_args().folder
-    documents = list(unique(docstrings(Path(sysconfig.get_paths()["stdlib"]))))
+    print(make(parser.parse_args().folder))
+
+
+def make(folder: Path, num_documents: int | None = None) -> str:
+    """Writes the model and the corpus, of the first documents or of all; returns their sizes."""
+    found = unique(docstrings(Path(sysconfig.get_paths()["stdlib"])))
+    documents = list(itertools.islice(found, num_documents))
     held_out = documents[::HELD_OUT_EVERY]
     train = [text for number, text in enumerate(documents) if number % HELD_OUT_EVERY]
     write_jsonl(folder / "train.jsonl", train)
     write_jsonl(folder / "held_out.jsonl", held_out)
     num_parameters = write_model(folder / "hf" / "small-neox", train_tokenizer(train))
-    print(
-        f"    {num_parameters / 1e6:.1f} million parameters; {len(train)} documents to train on, "
+    return (
+        f"{num_parameters / 1e6:.1f} million parameters; {len(train)} documents to train on, "
         f"{len(held_out)} held out"
     )
 

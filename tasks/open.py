@@ -6,7 +6,7 @@ from tasks.registry import find_paths, locate_source, open_task, row_format_of
 from tasks.source_spec import TASK_FLAG
 from tasks.sources.base import DataSource, SourceFile
 from tasks.sources.jsonl import JsonlFile, JsonlRows
-from tasks.sources.parquet import ParquetFile
+from tasks.sources.rows import RowFormat
 
 
 def open_source(name: str, *, flag: str = TASK_FLAG) -> DataSource:
@@ -27,7 +27,15 @@ def open_source(name: str, *, flag: str = TASK_FLAG) -> DataSource:
     is_plain = all(path.endswith(".jsonl") for path in paths)
     open_rows = partial(JsonlRows, paths, row_format) if is_plain else None
     files: list[SourceFile] = [
-        ParquetFile(path, row_format) if path.endswith(".parquet") else JsonlFile(path, row_format)
+        _open_parquet(path, row_format)
+        if path.endswith(".parquet")
+        else JsonlFile(path, row_format)
         for path in paths
     ]
     return DataSource(name, files, open_rows)
+
+
+def _open_parquet(path: str, row_format: RowFormat) -> SourceFile:
+    from tasks.sources.parquet import ParquetFile  # pyarrow takes 0.2 s to import, on each rank
+
+    return ParquetFile(path, row_format)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 
 from comm.lifecycle.exit import report_and_exit
-from comm.timing import DEFAULT_TIMING, Timing
+from comm.timing import DEFAULT_TIMING
 
 
 class Deadline:
@@ -15,9 +15,9 @@ class Deadline:
     It releases the interpreter lock meanwhile, so that the deadline's thread can still act.
     """
 
-    def __init__(self, seconds: float, timing: Timing = DEFAULT_TIMING) -> None:
+    def __init__(self, seconds: float, *, grace: float = DEFAULT_TIMING.join_grace) -> None:
         self.seconds = seconds
-        self._grace = timing.join_grace
+        self._grace = grace
         self._started = time.monotonic()
         self._verdict = (1, "")
         self._end: Callable[[int, str], object] = report_and_exit

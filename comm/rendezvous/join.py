@@ -101,7 +101,7 @@ def join(
     """
     place = (socket.gethostname(), interface.address, interface.name, os.getpid())
     participant = Participant(rank, *place, {"--world-size": world_size, **facts})
-    deadline = Deadline(join_timeout, timing)
+    deadline = Deadline(join_timeout, grace=timing.join_grace)
     joining = _Joining(url, participant, world_size, deadline, stop or StopRequest(), timing)
     try:
         store = joining.open_store(host=rank == 0 if host is None else host)

@@ -74,10 +74,22 @@ def _dropout_attention(
         segments = (tensor[row : row + 1].split(lengths, dim=2) for tensor in (query, key, value))
         attended = []
         for segment_site, q, k, v in zip(sites, *segments, strict=True):
-            torch.manual_seed(derive_seed(sequence_key, segment_site))
+            _seed_default_generator(derive_seed(sequence_key, segment_site), query.device)
             attended.append(sdpa_attention(q, k, v, dropout=dropout))
         rows.append(torch.cat(attended, dim=2))
     return torch.cat(rows)
+
+
+def _seed_default_generator(seed: int, device: torch.device) -> None:
+    """Seeds the generator that torch's kernel draws from.
+
+    On a CPU torch.manual_seed would also format a stack trace for each type of device that may be
+    used later, which takes longer than the attention of a short row.
+    """
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 def _segments(

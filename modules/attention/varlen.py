@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
-from torch.nn.attention.varlen import varlen_attn
 
 from modules.attention.cpu import row_attention
 from modules.attention.packed_documents import PackedDocuments
@@ -50,6 +49,9 @@ def _attend_varlen(packed: Sequence[Tensor], documents: PackedDocuments) -> Tens
     `packed` has queries, keys and values (rows * seq_len, heads, head size); the result has that
     shape.
     """
+    # Imported only where it runs: torch.compile's modules, which it imports, take 1.6 s.
+    from torch.nn.attention.varlen import varlen_attn
+
     query, key, value = packed
     bounds, longest = documents.bounds, documents.longest
     out = varlen_attn(query, key, value, bounds, bounds, longest, longest, window_size=CAUSAL)

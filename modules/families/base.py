@@ -16,7 +16,6 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.activations import ACT2FN
 
 from common.files import read_json_object
 from common.text import one_line
@@ -97,14 +96,6 @@ def dense_sizes(config: Any, *, inner: int) -> ModelSizes:
         vocabulary=config_size(config, "vocab_size"),
         block_weights=hidden * (4 * hidden + 2 * inner),
     )
-
-
-def check_activation(field_name: str, activation: str) -> None:
-    """Raises ValueError for an activation that is unknown or has weights of its own."""
-    if activation not in ACT2FN:
-        raise ValueError(f"{field_name} is {activation!r}, unknown to transformers' ACT2FN")
-    if list(ACT2FN[activation].parameters()):
-        raise ValueError(f"{field_name} is {activation!r}, which has weights: it is not built")
 
 
 def check_heads(config: Any) -> None:

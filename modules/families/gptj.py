@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import GPTJConfig
-from transformers.activations import ACT2FN
 
 from modules.attention.causal import causal_attention
 from modules.attention.packed_documents import PackedDocuments
-from modules.families.base import Family, check_activation, check_heads, config_size, dense_sizes
+from modules.families.base import Family, check_heads, config_size, dense_sizes
+from modules.layers.activation import check_activation, make_activation
 from modules.layers.dropout import KeyedDropout, Keys
 from modules.layers.linear import Embedding, Linear
 from modules.layers.lm_head import Head
@@ -81,7 +81,7 @@ class GPTJMLP(nn.Module):
         inner = _inner_size(config)
         self.fc_in = Linear(config.n_embd, inner)
         self.fc_out = Linear(inner, config.n_embd)
-        self.act = ACT2FN[config.activation_function]
+        self.act = make_activation(config.activation_function)
         self.dropout = KeyedDropout(config.resid_pdrop, f"{layer}.mlp")
 
     def forward(self, x: Tensor, keys: Keys) -> Tensor:

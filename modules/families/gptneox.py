@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import GPTNeoXConfig
-from transformers.activations import ACT2FN
 
 from modules.attention.causal import causal_attention
 from modules.attention.packed_documents import PackedDocuments
-from modules.families.base import Family, check_activation, check_heads, config_size, dense_sizes
+from modules.families.base import Family, check_heads, config_size, dense_sizes
+from modules.layers.activation import check_activation, make_activation
 from modules.layers.dropout import KeyedDropout, Keys
 from modules.layers.linear import Embedding, Linear
 from modules.layers.lm_head import Head
@@ -68,7 +68,7 @@ class GPTNeoXMLP(nn.Module):
         super().__init__()
         self.dense_h_to_4h = Linear(config.hidden_size, config.intermediate_size)
         self.dense_4h_to_h = Linear(config.intermediate_size, config.hidden_size)
-        self.act = ACT2FN[config.hidden_act]
+        self.act = make_activation(config.hidden_act)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.dense_4h_to_h(self.act(self.dense_h_to_4h(x)))

@@ -47,6 +47,14 @@ class Linear(nn.Linear):
 
     grad_buffer: WeightGradBuffer | None = None
 
+    def reset_parameters(self) -> None:
+        """Fills the weights, but not on the device meta.
+
+        There it is useless, and torch imports all of torch.compile for it, which takes 1.3 s.
+        """
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, x: Tensor) -> Tensor:
         if self.grad_buffer is None or not torch.is_grad_enabled():
             return linear(x, self.weight, self.bias)
@@ -58,6 +66,11 @@ class Embedding(nn.Embedding):
     """torch's Embedding, with an optional gradient buffer."""
 
     grad_buffer: WeightGradBuffer | None = None
+
+    def reset_parameters(self) -> None:
+        """Fills the weights, but not on the device meta, as `Linear`."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
     def forward(self, token_ids: Tensor) -> Tensor:
         if self.grad_buffer is None or not torch.is_grad_enabled():

@@ -7,61 +7,39 @@ import pytest
 from arguments.conversion import parse_convert_from_hf, parse_convert_to_hf
 from tests.support.valid_run import the_line
 
-Cases = dict[str, tuple[list[str], list[str]]]  # the flags given, and what the line must hold
+Parse = Callable[[str, list[str]], object]
 
-PLACES_FROM = ["--model-name", "a", "--save-dir", "b"]
-PLACES_TO = ["--ckpt-path", "a", "--save-path", "b"]
-FROM: Cases = {
-    "no model": (["--save-dir", "a"], ["--model-name", "required"]),
-    "no place": (["--model-name", "a"], ["--save-dir", "required"]),
-    "another type": (
-        [*PLACES_FROM, "--dtype", "int8"], ["--dtype", "'int8'", "keep", "fp16", "bf16", "fp32"],
-    ),
-    "an unknown flag": ([*PLACES_FROM, "--offload"], ["--offload", "unrecognized"]),
-}  # fmt: skip
-WHOLE = "whole number of at least 1"
-TO: Cases = {
-    "no checkpoint": (["--save-path", "a"], ["--ckpt-path", "required"]),
-    "no place": (["--ckpt-path", "a"], ["--save-path", "required"]),
-    "no switch": ([*PLACES_TO, "--fp16", "yes"], ["--fp16", "true or false", "'yes'"]),
-    "no stages": ([*PLACES_TO, "--n-stages", "0"], ["--n-stages", WHOLE, "'0'"]),
-    **{
-        f"layers of {value}": (
-            [*PLACES_TO, "--n-layer-per-stage", value],
-            ["--n-layer-per-stage", expected, f"'{value}'"],
-        )
-        for value, expected in (
-            ("few", WHOLE),
-            ("-1", WHOLE),
-            ("2,,1", "as in 5,3"),
-            ("2,0", "at least 1"),
-            ("auto", "as in 5,3"),
-        )
-    },
-}
+# the flags given, and what the line must hold
+FROM_HF = """
+--save-dir a | --model-name | required
+--model-name a | --save-dir | required
+--model-name a --save-dir b --dtype int8 | --dtype | 'int8' | keep | fp16 | bf16 | fp32
+--model-name a --save-dir b --offload | --offload | unrecognized
+"""
+TO_HF = """
+--save-path a | --ckpt-path | required
+--ckpt-path a | --save-path | required
+--ckpt-path a --save-path b --fp16 yes | --fp16 | true or false | 'yes'
+--ckpt-path a --save-path b --n-stages 0 | --n-stages | whole number of at least 1 | '0'
+--ckpt-path a --save-path b --n-layer-per-stage few | --n-layer-per-stage | whole number | 'few'
+--ckpt-path a --save-path b --n-layer-per-stage -1 | --n-layer-per-stage | at least 1 | '-1'
+--ckpt-path a --save-path b --n-layer-per-stage 2,,1 | --n-layer-per-stage | as in 5,3 | '2,,1'
+--ckpt-path a --save-path b --n-layer-per-stage 2,0 | --n-layer-per-stage | at least 1 | '2,0'
+--ckpt-path a --save-path b --n-layer-per-stage auto | --n-layer-per-stage | as in 5,3 | 'auto'
+"""
+CASES = [
+    (parse, line)
+    for parse, lines in ((parse_convert_from_hf, FROM_HF), (parse_convert_to_hf, TO_HF))
+    for line in lines.strip().splitlines()
+]
 
 
-@pytest.mark.parametrize("name", FROM)
 @pytest.mark.parametrize("family", ["gptj", "gptneox"])
-def test_from_hf(family: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    check(parse_convert_from_hf, family, *FROM[name], capsys)
-
-
-@pytest.mark.parametrize("name", TO)
-@pytest.mark.parametrize("family", ["gptj", "gptneox"])
-def test_to_hf(family: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    check(parse_convert_to_hf, family, *TO[name], capsys)
-
-
-def check(
-    parse: Callable[[str, list[str]], object],
-    family: str,
-    given: list[str],
-    words: list[str],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+@pytest.mark.parametrize(("parse", "line"), CASES)
+def test_a_flag(parse: Parse, line: str, family: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags, *words = line.split(" | ")
     with pytest.raises(SystemExit) as ended:
-        parse(family, given)
+        parse(family, flags.split())
     assert ended.value.code == 2
-    line = the_line(capsys.readouterr().err)
-    assert all(word in line for word in words), line
+    told = the_line(capsys.readouterr().err)
+    assert all(word in told for word in words), told

@@ -1,15 +1,16 @@
 """Every mistake that a user can make with flags gets one line and exit status 2.
 
 The line names the flag or file, the value, and what was expected. In this process; real processes
-are in tests/lifecycle/test_bad_runs.py.
+are in tests/lifecycle/test_bad_flags.py and test_bad_files.py.
 """
 
 import re
+import shlex
 import shutil
 import sys
 from collections import namedtuple
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import get_type_hints
 
@@ -21,7 +22,8 @@ from arguments.flag_table import FLAGS
 from arguments.parser import refuse
 from arguments.train import parse_train, train_parser
 from comm.backends.single_process import SingleProcessCommunicator
-from tests.support.valid_run import Flags, argv, at, make_home, right, the_line
+from tests.support.flags import flags_of
+from tests.support.valid_run import Flags, argv, make_home, right, the_line
 from training.checkpointing import check_disk
 from training.startup_checks import check_this_machine
 
@@ -31,317 +33,162 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_home(tmp_path_factory.mktemp("bad-input"))
 
 
-@dataclass(frozen=True)
-class Case:
-    """Flags that differ from the right ones, and what the line must hold; {home} is the folder."""
-
-    flags: Flags
-    words: Sequence[str]
-    environ: Mapping[str, str] = field(default_factory=dict)
-
-
-def number_cases() -> dict[str, Case]:
-    whole = "expected a whole number of at least"
-    wrong: dict[str, tuple[str, ...]] = {
-        "embedding-dim": ("0", "x"),
-        "world-size": ("0", "2.5"),
-        "rank": ("-1",),
-        "pipeline-group-size": ("0",),
-        "data-group-size": ("two",),
-        "cuda-id": ("-1",),
-        "total-steps": ("0", "1e3"),
-        "warmup-steps": ("-1",),
-        "batch-size": ("0",),
-        "micro-batch-size": ("0",),
-        "gradient-accumulate-step": ("0",),
-        "seq-length": ("1",),
-        "checkpoint-steps": ("-5",),
-        "evaluation-steps": ("-1",),
-        "evaluation-num-batch": ("0",),
-        "seed": ("-1", "0x10"),
-        "train-warmup-steps": ("-1",),
-        "loss-scale-window": ("0",),
-        "hysteresis": ("0",),
-        "max-skipped-updates": ("0",),
-    }
-    cases = {
-        f"{flag} {value}": Case({flag: value}, [f"--{flag}: {whole}", repr(value)])
-        for flag, values in wrong.items()
-        for value in values
-    }
-    for flag, value in (
-        ("lr", "-1"),
-        ("lr", "nan"),
-        ("lr", "fast"),
-        ("weight-decay", "-0.1"),
-        ("min-lr", "-1"),
-        ("loss-scale", "-1"),
-    ):
-        words = [f"--{flag}: expected a number of at least 0", repr(value)]
-        cases[f"{flag} {value}"] = Case({flag: value}, words)
-    for flag, value in (
-        ("max-grad-norm", "0"),
-        ("join-timeout", "0"),
-        ("dist-timeout", "-3"),
-        ("initial-loss-scale", "0"),
-        ("min-loss-scale", "0"),
-    ):
-        words = [f"--{flag}: expected a number above 0", repr(value)]
-        cases[f"{flag} {value}"] = Case({flag: value}, words)
-    for value in (
-        "2.0",
-        "0",
-        "-2",
-        "5,,3",
-        ",",
-        "2,",
-        ",2",
-        "",
-        " ",
-        "2, 1",
-        "2;1",
-        "2,0",
-        "3,-1",
-        "-1,3",
-        "1e0",
-        "2,auto",
-        "auto ",
-        "Auto",
-        "auto,auto",
-        "\u0662",
-        "9" * 50,
-    ):
-        words = ["--num-layers: expected a whole number", "as in 5,3, or auto", repr(value)]
-        cases[f"num-layers {value[:9]}"] = Case({"num-layers": value}, words)
-    for flag in ("lr", "weight-decay", "join-timeout", "dist-timeout"):
-        words = [f"--{flag}: expected a ", "'inf'"]
-        cases[f"{flag} infinite"] = Case({flag: "inf"}, words)
-    return cases
-
-
-FLAG_CASES: dict[str, Case] = {
-    **number_cases(),
-    "time beyond all clocks": Case({"dist-timeout": "1e300"}, ["--dist-timeout: ", "'1e300'"]),
-    "no time to save in": Case(
-        {"dist-timeout": "4.9"}, ["--dist-timeout 4.9", "at least 5 seconds", "ranks that save"]
-    ),
-    "join time beyond all clocks": Case({"join-timeout": "1e10"}, ["--join-timeout: ", "'1e10'"]),
-    "an unknown flag": Case(
-        {"learning-rate": "1"}, ["--learning-rate 1", "unrecognized", "--help"]
-    ),
-    "an abbreviated flag": Case({"batch": "1"}, ["--batch 1", "unrecognized"]),
-    "no model": Case({"model-name": None}, ["--model-name", "required"]),
-    "no model type": Case({"model-type": None}, ["--model-type", "required"]),
-    "no layers": Case({"num-layers": None}, ["--num-layers", "required"]),
-    "no width": Case({"embedding-dim": None}, ["--embedding-dim", "required"]),
-    "no data": Case({"task-name": None}, ["--task-name", "required"]),
-    "no steps": Case({"total-steps": None}, ["--total-steps", "required"]),
-    "an unknown family": Case({"model-type": "llama"}, ["--model-type", "'llama'", "gptneox"]),
-    "another schedule": Case({"pp-mode": "interleaved"}, ["--pp-mode", "'interleaved'", "gpipe"]),
-    "another dp mode": Case({"dp-mode": "zero"}, ["--dp-mode", "'zero'", "allreduce"]),
-    "another optimizer": Case({"optimizer": "sgd"}, ["--optimizer", "'sgd'", "adam"]),
-    "two precisions": Case({"fp16": "true", "bf16": "true"}, ["--fp16", "--bf16", "at most one"]),
-    "fp16 what": Case({"fp16": "yes"}, ["--fp16", "true or false", "'yes'"]),
-    "a lowest rate above the highest": Case(
-        {"min-lr": "2e-5", "lr": "1e-5"}, ["--min-lr 2e-05", "at most --lr 1e-05"]
-    ),
-    "a lowest rate that is never met": Case(
-        {"min-lr": "1e-6", "lr-schedule": "constant"}, ["--min-lr 1e-06", "--lr-schedule constant"]
-    ),
-    "a smallest scale above the first": Case(
-        {"fp16": "true", "min-loss-scale": 4, "initial-loss-scale": 2},
-        ["--min-loss-scale 4", "at most --initial-loss-scale 2"],
-    ),
-    "more of zero": Case({"zero-stage": 2}, ["--zero-stage", "2", "0, 1"]),
-    "schedule by steps": Case({"lr-schedule": "step"}, ["--lr-schedule", "'step'", "cosine"]),
-    "another dp backend": Case({"dp-backend": "mpi"}, ["--dp-backend", "'mpi'", "nccl", "gloo"]),
-    "another backend": Case({"dist-backend": "mpi"}, ["--dist-backend", "'mpi'", "cupy_nccl"]),
-    "another profiler": Case({"profiling": "yes"}, ["--profiling", "'yes'", "no-profiling"]),
-    "no switch": Case({"use-cuda": "maybe"}, ["--use-cuda", "true or false", "'maybe'"]),
-    "recompute what": Case({"recompute": "1"}, ["--recompute", "true or false", "'1'"]),
-    "load what": Case({"load-checkpoint": "no"}, ["--load-checkpoint", "true or false", "'no'"]),
-    "load nothing": Case(
-        {"load-pretrained-model": "0"}, ["--load-pretrained-model", "true or false", "'0'"]
-    ),
-    "layers for too few stages": Case(
-        {"num-layers": "1,1,1"}, ["--num-layers 1,1,1", "3 stages", "--pipeline-group-size is 2"]
-    ),
-    "layers for too many stages": Case(
-        {"num-layers": "2,1", "pipeline-group-size": 4, "data-group-size": 1},
-        ["--num-layers 2,1", "2 stages", "--pipeline-group-size is 4"],
-    ),
-    "a list of too few layers": Case(
-        {"num-layers": "1,1"}, ["--num-layers 1,1", "holds 2 layers", "the model has 3"]
-    ),
-    "a list of too many layers": Case(
-        {"num-layers": "2,2"}, ["--num-layers 2,2", "holds 4 layers", "the model has 3"]
-    ),
-    "more stages than layers, by themselves": Case(
-        {"num-layers": "auto", "pipeline-group-size": 4, "data-group-size": 1},
-        ["--num-layers auto", "4 stages", "none of the 3 layers"],
-    ),
-    "too few layers": Case({"num-layers": "1"}, ["--num-layers 1", "2 stages", "2 layers", "3"]),
-    "an empty stage": Case({"num-layers": "3"}, ["--num-layers 3", "2 stages", "stage 1 none"]),
-    "world of another size": Case(
-        {"world-size": 3}, ["--world-size 3", "--pipeline-group-size 2", "--data-group-size 2"]
-    ),
-    "rank outside": Case({"rank": 4}, ["--rank 4", "less than --world-size 4"]),
-    "microbatch that does not divide": Case(
-        {"micro-batch-size": 3}, ["--micro-batch-size 3", "divide", "--batch-size 2"]
-    ),
-    "accumulation that does not divide": Case(
-        {"gradient-accumulate-step": 4},
-        ["--gradient-accumulate-step 4", "divide", "--total-steps 2"],
-    ),
-    "warm-up too long": Case({"warmup-steps": 3}, ["--warmup-steps 3", "only 2 updates"]),
-    "url without a port": Case({"dist-url": "tcp://a"}, ["--dist-url tcp://a", "tcp://host:port"]),
-    "url of the web": Case({"dist-url": "http://a:1"}, ["--dist-url http://a:1", "tcp://host:p"]),
-    "url's port too high": Case({"dist-url": "tcp://a:70000"}, ["--dist-url", "70000", "65535"]),
-    "url's port zero": Case({"dist-url": "tcp://a:0"}, ["--dist-url", "tcp://a:0", "from 1"]),
-    "unknown host": Case(
-        {"dist-url": "tcp://no-such-host.invalid:1"}, ["--dist-url", "no-such-host.invalid"]
-    ),
-    "unknown interface": Case(
-        {"net-interface": "eth77"}, ["--net-interface eth77", "no such interface", "lo"]
-    ),
-    "interface against gloo's": Case(
-        {"net-interface": "lo"},
-        ["--net-interface lo", "GLOO_SOCKET_IFNAME is eth77", "must be the same; there are lo"],
-        {"GLOO_SOCKET_IFNAME": "eth77"},
-    ),
-    "interface against nccl's": Case(
-        {"net-interface": "lo"},
-        ["--net-interface lo", "NCCL_SOCKET_IFNAME is eth77"],
-        {"NCCL_SOCKET_IFNAME": "eth77"},
-    ),
-    "unknown interface in the environment": Case(
-        {}, ["GLOO_SOCKET_IFNAME eth77", "lo"], {"GLOO_SOCKET_IFNAME": "eth77"}
-    ),
-    "torchrun's rank": Case(
-        {"rank": None}, ["RANK", "'x'", "whole number"], {"TORCHELASTIC_RUN_ID": "1", "RANK": "x"}
-    ),
-    "torchrun's negative rank": Case(
-        {"rank": None}, ["RANK", "'-1'", "whole number"], {"TORCHELASTIC_RUN_ID": "1", "RANK": "-1"}
-    ),
-    "torchrun's world": Case(
-        {"world-size": None},
-        ["WORLD_SIZE", "'four'", "whole number"],
-        {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "four"},
-    ),
-    "torchrun's local rank": Case(
-        {"cuda-id": None},
-        ["LOCAL_RANK", "''", "whole number"],
-        {"TORCHELASTIC_RUN_ID": "1", "LOCAL_RANK": ""},
-    ),
-    "torchrun's port": Case(
-        {},
-        ["--dist-url tcp://127.0.0.1:http", "tcp://host:port"],
-        {"TORCHELASTIC_RUN_ID": "1", "MASTER_PORT": "http"},
-    ),
-    "no model folder": Case({"model-name": "{home}/none"}, ["--model-name", "{home}/none"]),
-    "model a file": Case({"model-name": "{home}/file"}, ["--model-name", "{home}/file", "folder"]),
-    "model without config": Case({"model-name": "{home}/empty"}, ["--model-name", "config.json"]),
-    "model of another family": Case(
-        {"model-type": "gptj"}, ["--model-type gptj", "'gptj'", "config.json", "'gpt_neox'"]
-    ),
-    "another width": Case(
-        {"embedding-dim": 64}, ["--embedding-dim 64", "{home}/m/config.json", "32"]
-    ),
-    "blocks too long": Case(
-        {"seq-length": 65}, ["--seq-length 65", "{home}/m/config.json", "at most 64"]
-    ),
-    "blocks too long for GPT-J": Case(
-        {"model-type": "gptj", "model-name": "{home}/j", "seq-length": 65},
-        ["--seq-length 65", "{home}/j/config.json", "at most 64"],
-    ),
-    "data of no name": Case({"task-name": "a,,b"}, ["--task-name", "'a,,b'", "empty"]),
-    "data of no weight": Case({"task-name": "a:0"}, ["--task-name", "a:0", "positive"]),
-    "data of a weight that is none": Case(
-        {"task-name": "a:nan"}, ["--task-name", "a:nan", "finit"]
-    ),
-    "data of a negative weight": Case({"task-name": "a:-1"}, ["--task-name", "a:-1", "positive"]),
-    "no data file": Case(
-        {"task-name": "{home}/no.jsonl"}, ["--task-name", "{home}/no.jsonl", "no such file"]
-    ),
-    "an unknown task": Case({"task-name": "books"}, ["--task-name", "books", "cot", ".jsonl"]),
-    "data of an unknown kind": Case({"task-name": "a.csv"}, ["--task-name", "a.csv", ".parquet"]),
-    "no data folder": Case(
-        {"task-name": "{home}/nowhere"}, ["--task-name", "{home}/nowhere", "no such file or folder"]
-    ),
-    "an empty data folder": Case(
-        {"task-name": "{home}/empty"}, ["--task-name", "{home}/empty", ".jsonl"]
-    ),
-    "cot that is not there": Case({"task-name": "cot"}, ["mmlu-cot.json", "data"]),
-    "no evaluation data": Case(
-        {"evaluation-data": "{home}/no.jsonl"},
-        ["--evaluation-data", "{home}/no.jsonl", "no such file"],
-    ),
-    "no second evaluation data": Case(
-        {"evaluation-data": "{home}/data.jsonl,late={home}/no.jsonl"},
-        ["--evaluation-data {home}/no.jsonl: there is no such file"],
-    ),
-    "two sets of one name": Case(
-        {"evaluation-data": "{home}/data.jsonl,{home}/m/data.jsonl"},
-        ["--evaluation-data", "{home}/data.jsonl", "{home}/m/data.jsonl", "named data", "name="],
-    ),
-    "a set of no name": Case(
-        {"evaluation-data": "{home}/data.jsonl,={home}/data.jsonl"},
-        ["--evaluation-data", "a name or a source is empty", "[name=]source"],
-    ),
-    "a set with a weight": Case(
-        {"evaluation-data": "{home}/data.jsonl:0.3"},
-        ["--evaluation-data {home}/data.jsonl:0.3", "takes no weight"],
-    ),
-    "checkpoints in a file": Case(
-        {"checkpoint-path": "{home}/file"},
-        ["--checkpoint-path", "{home}/file", "cannot be written"],
-    ),
-}
+# what is expected, and flags with values that are something else
+WRONG_NUMBERS = """
+whole number of at least | embedding-dim 0 x | world-size 0 2.5 | rank -1 | cuda-id -1
+whole number of at least | pipeline-group-size 0 | data-group-size two | total-steps 0 1e3
+whole number of at least | batch-size 0 | micro-batch-size 0 | gradient-accumulate-step 0
+whole number of at least | seq-length 1 | warmup-steps -1 | train-warmup-steps -1 | hysteresis 0
+whole number of at least | checkpoint-steps -5 | evaluation-steps -1 | evaluation-num-batch 0
+whole number of at least | loss-scale-window 0 | seed -1 0x10 | max-skipped-updates 0
+number of at least 0 | lr -1 nan fast | weight-decay -0.1 | min-lr -1 | loss-scale -1
+number above 0 | max-grad-norm 0 | join-timeout 0 | dist-timeout -3
+number above 0 | initial-loss-scale 0 | min-loss-scale 0
+finite number | lr inf | weight-decay inf | join-timeout inf | dist-timeout inf
+"""
+WRONG_LAYERS = ["2.0", "0", "-2", "5,,3", ",", "2,", ",2", "", " ", "2, 1", "2;1", "2,0", "3,-1"]
+WRONG_LAYERS += ["-1,3", "1e0", "2,auto", "auto ", "Auto", "auto,auto", "\u0662", "9" * 50]
+REQUIRED = ["model-name", "model-type", "num-layers", "embedding-dim", "task-name", "total-steps"]
+# what differs from the right flags, as in a shell, and what the line holds; {home} is the folder
+MISTAKES = """
+--dist-timeout 1e300 | --dist-timeout: | '1e300'
+--dist-timeout 4.9 | --dist-timeout 4.9 | at least 5 seconds | ranks that save
+--join-timeout 1e10 | --join-timeout: | '1e10'
+--learning-rate 1 | --learning-rate 1 | unrecognized | --help
+--batch 1 | --batch 1 | unrecognized
+--model-type llama | --model-type | 'llama' | gptneox
+--pp-mode interleaved | --pp-mode | 'interleaved' | gpipe
+--dp-mode zero | --dp-mode | 'zero' | allreduce
+--optimizer sgd | --optimizer | 'sgd' | adam
+--fp16 true --bf16 true | --fp16 | --bf16 | at most one
+--fp16 yes | --fp16 | true or false | 'yes'
+--min-lr 2e-5 --lr 1e-5 | --min-lr 2e-05 | at most --lr 1e-05
+--min-lr 1e-6 --lr-schedule constant | --min-lr 1e-06 | --lr-schedule constant
+--fp16 true --min-loss-scale 4 --initial-loss-scale 2 | --min-loss-scale 4 \
+| at most --initial-loss-scale 2
+--zero-stage 2 | --zero-stage | 2 | 0, 1
+--lr-schedule step | --lr-schedule | 'step' | cosine
+--dp-backend mpi | --dp-backend | 'mpi' | nccl | gloo
+--dist-backend mpi | --dist-backend | 'mpi' | cupy_nccl
+--profiling yes | --profiling | 'yes' | no-profiling
+--use-cuda maybe | --use-cuda | true or false | 'maybe'
+--recompute 1 | --recompute | true or false | '1'
+--load-checkpoint no | --load-checkpoint | true or false | 'no'
+--load-pretrained-model 0 | --load-pretrained-model | true or false | '0'
+--num-layers 1,1,1 | --num-layers 1,1,1 | 3 stages | --pipeline-group-size is 2
+--num-layers 2,1 --pipeline-group-size 4 --data-group-size 1 | --num-layers 2,1 | 2 stages \
+| size is 4
+--num-layers 1,1 | --num-layers 1,1 | holds 2 layers | the model has 3
+--num-layers 2,2 | --num-layers 2,2 | holds 4 layers | the model has 3
+--num-layers auto --pipeline-group-size 4 --data-group-size 1 | --num-layers auto | 4 stages \
+| none of the 3 layers
+--num-layers 1 | --num-layers 1 | 2 stages | 2 layers | 3
+--num-layers 3 | --num-layers 3 | 2 stages | stage 1 none
+--world-size 3 | --world-size 3 | --pipeline-group-size 2 | --data-group-size 2
+--rank 4 | --rank 4 | less than --world-size 4
+--micro-batch-size 3 | --micro-batch-size 3 | divide | --batch-size 2
+--gradient-accumulate-step 4 | --gradient-accumulate-step 4 | divide | --total-steps 2
+--warmup-steps 3 | --warmup-steps 3 | only 2 updates
+--dist-url tcp://a | --dist-url tcp://a | tcp://host:port
+--dist-url http://a:1 | --dist-url http://a:1 | tcp://host:p
+--dist-url tcp://a:70000 | --dist-url | 70000 | 65535
+--dist-url tcp://a:0 | --dist-url | tcp://a:0 | from 1
+--dist-url tcp://no-such-host.invalid:1 | --dist-url | no-such-host.invalid
+--net-interface eth77 | --net-interface eth77 | no such interface | lo
+GLOO_SOCKET_IFNAME=eth77 --net-interface lo | --net-interface lo | GLOO_SOCKET_IFNAME is eth77 \
+| must be the same; there are lo
+NCCL_SOCKET_IFNAME=eth77 --net-interface lo | --net-interface lo | NCCL_SOCKET_IFNAME is eth77
+GLOO_SOCKET_IFNAME=eth77 | GLOO_SOCKET_IFNAME eth77 | lo
+TORCHELASTIC_RUN_ID=1 RANK=x --rank unset | RANK | 'x' | whole number
+TORCHELASTIC_RUN_ID=1 RANK=-1 --rank unset | RANK | '-1' | whole number
+TORCHELASTIC_RUN_ID=1 WORLD_SIZE=four --world-size unset | WORLD_SIZE | 'four' | whole number
+TORCHELASTIC_RUN_ID=1 LOCAL_RANK= --cuda-id unset | LOCAL_RANK | '' | whole number
+TORCHELASTIC_RUN_ID=1 MASTER_PORT=http | --dist-url tcp://127.0.0.1:http | tcp://host:port
+--model-name {home}/none | --model-name | {home}/none
+--model-name {home}/file | --model-name | {home}/file | folder
+--model-name {home}/empty | --model-name | config.json
+--model-type gptj | --model-type gptj | 'gptj' | config.json | 'gpt_neox'
+--embedding-dim 64 | --embedding-dim 64 | {home}/m/config.json | 32
+--seq-length 65 | --seq-length 65 | {home}/m/config.json | at most 64
+--model-type gptj --model-name {home}/j --seq-length 65 | --seq-length 65 \
+| {home}/j/config.json | at most 64
+--task-name a,,b | --task-name | 'a,,b' | empty
+--task-name a:0 | --task-name | a:0 | positive
+--task-name a:nan | --task-name | a:nan | finit
+--task-name a:-1 | --task-name | a:-1 | positive
+--task-name {home}/no.jsonl | --task-name | {home}/no.jsonl | no such file
+--task-name books | --task-name | books | cot | .jsonl
+--task-name a.csv | --task-name | a.csv | .parquet
+--task-name {home}/nowhere | --task-name | {home}/nowhere | no such file or folder
+--task-name {home}/empty | --task-name | {home}/empty | .jsonl
+--task-name cot | mmlu-cot.json | data
+--evaluation-data {home}/no.jsonl | --evaluation-data | {home}/no.jsonl | no such file
+--evaluation-data {home}/data.jsonl,late={home}/no.jsonl \
+| --evaluation-data {home}/no.jsonl: there is no such file
+--evaluation-data {home}/data.jsonl,{home}/m/data.jsonl | --evaluation-data | {home}/data.jsonl \
+| {home}/m/data.jsonl | named data | name=
+--evaluation-data {home}/data.jsonl,={home}/data.jsonl | --evaluation-data \
+| a name or a source is empty | [name=]source
+--evaluation-data {home}/data.jsonl:0.3 | --evaluation-data {home}/data.jsonl:0.3 | takes no weight
+--checkpoint-path {home}/file | --checkpoint-path | {home}/file | cannot be written
+"""
 
 
-@pytest.mark.parametrize("case", FLAG_CASES.values(), ids=FLAG_CASES.keys())
+def mistakes() -> Iterator[tuple[str, str]]:
+    """Yields what is wrong, as in a shell, and what the line holds, between bars."""
+    for line in WRONG_NUMBERS.strip().splitlines():
+        expected, *flags = line.split(" | ")
+        for flag, *values in map(str.split, flags):
+            for value in values:
+                yield f"--{flag} {value}", f"--{flag}: expected a {expected} | '{value}'"
+    for value in WRONG_LAYERS:
+        words = f"--num-layers: expected a whole number | as in 5,3, or auto | {value!r}"
+        yield f"--num-layers {shlex.quote(value)}", words
+    for flag in REQUIRED:
+        yield f"--{flag} unset", f"--{flag} | required"
+    for line in MISTAKES.strip().splitlines():
+        wrong, _, words = line.partition(" | ")
+        yield wrong, words
+
+
+CASES = dict(mistakes())
+
+
+@pytest.mark.parametrize("wrong", CASES)
 def test_a_flag(
-    case: Case,
+    wrong: str,
     home: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where there is no data/mmlu-cot.json
-    flags = right(home) | {flag: at(home, value) for flag, value in case.flags.items()}
-    line = refusal(argv(flags), case.environ, monkeypatch, capsys)
-    assert all(at(home, word) in line for word in case.words), line
+    parts = shlex.split(wrong.format(home=home))
+    environ = dict(parts.pop(0).split("=", 1) for part in list(parts) if re.match("[A-Z_]+=", part))
+    flags: Flags = {flag[2:]: value for flag, value in zip(parts[::2], parts[1::2], strict=True)}
+    unset = dict.fromkeys(flag for flag, value in flags.items() if value == "unset")
+    line = refusal(argv(right(home) | flags | unset), environ, monkeypatch, capsys)
+    assert all(word in line for word in CASES[wrong].format(home=home).split(" | ")), line
 
 
-DOUBTS: dict[str, tuple[Flags, list[str]]] = {
-    "nothing": ({"fp16": "true"}, []),
-    "an old warm-up": ({"train-warmup-steps": 3}, ["--train-warmup-steps does nothing"]),
-    "no held-out data": ({"evaluation-steps": 3}, ["--evaluation-steps 3 does nothing"]),
-    "giving up before the scale moves": (
-        {"fp16": "true", "hysteresis": 10, "max-skipped-updates": 4},
-        ["--max-skipped-updates 4 ends the run before"],
-    ),
-    "giving up as the scale moves": (
-        {"fp16": "true", "hysteresis": 4, "max-skipped-updates": 4},
-        ["--max-skipped-updates 4 ends the run before"],
-    ),
-    "one update at a lower scale": (
-        {"fp16": "true", "hysteresis": 4, "max-skipped-updates": 5}, [],
-    ),
-    "a constant scale": (
-        {"fp16": "true", "loss-scale": 8, "hysteresis": 10, "max-skipped-updates": 4}, [],
-    ),
-    "no scale": ({"hysteresis": 10, "max-skipped-updates": 4}, []),
-}  # fmt: skip
+# flags that are hardly meant, and how the line that says so begins
+DOUBTS = {
+    "--fp16 true": "",
+    "--train-warmup-steps 3": "--train-warmup-steps does nothing",
+    "--evaluation-steps 3": "--evaluation-steps 3 does nothing",
+    "--fp16 true --hysteresis 10 --max-skipped-updates 4": "--max-skipped-updates 4 ends the run",
+    "--fp16 true --hysteresis 4 --max-skipped-updates 4": "--max-skipped-updates 4 ends the run",
+    "--fp16 true --hysteresis 4 --max-skipped-updates 5": "",
+    "--fp16 true --loss-scale 8 --hysteresis 10 --max-skipped-updates 4": "",
+    "--hysteresis 10 --max-skipped-updates 4": "",
+}
 
 
-@pytest.mark.parametrize("name", DOUBTS)
-def test_what_is_hardly_meant_is_told(name: str, home: Path) -> None:
-    flags, begins = DOUBTS[name]
-    told = warnings_about(parse_train(argv(right(home) | flags), {}))
-    assert [line.startswith(begin) for line, begin in zip(told, begins, strict=True)] == [
-        True
-    ] * len(begins)
+@pytest.mark.parametrize("flags", DOUBTS)
+def test_what_is_hardly_meant_is_told(flags: str, home: Path) -> None:
+    told = warnings_about(parse_train(argv(right(home) | flags_of(flags)), {}))
+    assert len(told) == (DOUBTS[flags] != "")
+    assert all(line.startswith(DOUBTS[flags]) for line in told)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -349,10 +196,7 @@ def test_rank_0_alone_tells_it(
     rank: int, home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     flags = right(home) | {"evaluation-steps": 3, "rank": rank, "checkpoint-path": tmp_path / "c"}
-    machine = check_this_machine(parse_train(argv(flags), {}))
-    assert machine.problem is None
-    if machine.lock is not None:
-        machine.lock.close()
+    assert problem_with(argv(flags), {}) is None
     assert ("--evaluation-steps 3 does nothing" in caplog.text) == (rank == 0)
 
 
@@ -389,23 +233,26 @@ def refusal(
 
 
 def start_alone(arguments_given: list[str], environ: Mapping[str, str]) -> None:
-    """What a process does before it meets others, who would be told its problem."""
+    problem = problem_with(arguments_given, environ)
+    assert problem is not None, "the mistake was not seen"
+    refuse(problem)
+
+
+def problem_with(arguments_given: list[str], environ: Mapping[str, str]) -> Exception | None:
+    """What a process finds before it meets others, who would be told."""
     machine = check_this_machine(parse_train(arguments_given, environ))
     if machine.lock is not None:
         machine.lock.close()
-    assert machine.problem is not None, "the mistake was not seen"
-    refuse(machine.problem)
+    return machine.problem
 
 
 def test_help_has_the_flags_that_most_runs_need_and_help_all_has_all(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    shown = {}
-    for flag in ("--help", "--help-all"):
-        with pytest.raises(SystemExit) as ended:
-            train_parser().parse_args([flag])
-        assert ended.value.code == 0
-        shown[flag] = set(re.findall(r"(?m)^  (--[a-z0-9-]+)", capsys.readouterr().out))
+    shown = {
+        flag: set(re.findall(r"(?m)^  (--[a-z0-9-]+)", printed_by(flag, capsys)))
+        for flag in ("--help", "--help-all")
+    }
     assert {flag.name for flag in FLAGS} <= shown["--help-all"]
     assert {"--model-name", "--total-steps", "--rank", "--lr"} <= shown["--help"]
     assert not {"--hysteresis", "--job-token-file", "--zero-stage"} & shown["--help"]
@@ -413,10 +260,14 @@ def test_help_has_the_flags_that_most_runs_need_and_help_all_has_all(
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert re.fullmatch(r"dist_clm_train \d+\.\d+\.\d+\n", printed_by("--version", capsys))
+
+
+def printed_by(flag: str, capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as ended:
-        train_parser().parse_args(["--version"])
+        train_parser().parse_args([flag])
     assert ended.value.code == 0
-    assert re.fullmatch(r"dist_clm_train \d+\.\d+\.\d+\n", capsys.readouterr().out)
+    return capsys.readouterr().out
 
 
 def test_every_flag_is_a_field_of_one_group() -> None:
@@ -428,22 +279,11 @@ def test_every_flag_is_a_field_of_one_group() -> None:
     assert {flag.dest for flag in FLAGS} <= set(names)
 
 
-def test_right_flags_are_right(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
-    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "")
-    machine = check_this_machine(parse_train(argv(right(home)), {}))
-    assert machine.problem is None
-    assert machine.lock is not None
-    machine.lock.close()
-
-
 def test_too_little_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(10**9, 10**9 - 10**6, 10**6))
     with pytest.raises(ValueError) as caught:
         check_disk(SingleProcessCommunicator(), tmp_path / "not" / "there", needed=2 * 10**6)
-    assert all(
-        word in str(caught.value)
-        for word in ("--checkpoint-path", str(tmp_path / "not" / "there"), "2.0 MB", "1.0 MB")
-    )
+    words = ("--checkpoint-path", str(tmp_path / "not" / "there"), "2.0 MB", "1.0 MB")
+    assert all(word in str(caught.value) for word in words)
     check_disk(SingleProcessCommunicator(), tmp_path, needed=10**5)

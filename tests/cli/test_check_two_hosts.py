@@ -11,7 +11,6 @@ import pytest
 from tests.support.cluster import make_model
 from tests.support.hosts import HOSTS, wired
 from tests.support.runs import Rank, Run, run_all
-from tests.support.valid_run import argv
 
 RATE = 40e6 / 8  # bytes per second, of the first machine's sends, headers included
 
@@ -25,8 +24,7 @@ def wire() -> Iterator[None]:
 
 @pytest.mark.usefixtures("wire")
 def test_the_rate_of_a_link_is_that_of_its_shaper(tmp_path: Path) -> None:
-    """Each machine has the model and a copy of the token; the flags name their files by other
-    paths."""
+    """Each machine has its own copies of model and token, at other paths."""
     near, far = HOSTS
     shape(near.name, near.interface)
     ranks = []
@@ -34,14 +32,12 @@ def test_the_rate_of_a_link_is_that_of_its_shaper(tmp_path: Path) -> None:
         home = tmp_path / host.name
         make_model(home / f"model{number}")
         (home / f"token{number}").write_text("only these two machines know")
-        flags = {
-            "model-name": home / f"model{number}", "model-type": "gptneox", "num-layers": 4,
-            "embedding-dim": 32, "task-name": "none.jsonl", "seq-length": 64, "batch-size": 32,
-            "micro-batch-size": 32, "total-steps": 1, "world-size": 2, "rank": number,
-            "pipeline-group-size": 2, "dist-url": f"tcp://{near.address}:7033",
-            "job-token-file": home / f"token{number}", "check-cluster": "true",
-        }  # fmt: skip
-        ranks.append(Rank(argv(flags), home, host=host.name))
+        flags = f"""--model-name {home}/model{number} --model-type gptneox --num-layers 4
+            --embedding-dim 32 --task-name none.jsonl --seq-length 64 --batch-size 32
+            --micro-batch-size 32 --total-steps 1 --world-size 2 --pipeline-group-size 2
+            --rank {number} --dist-url tcp://{near.address}:7033 --check-cluster true
+            --job-token-file {home}/token{number}"""
+        ranks.append(Rank(flags.split(), home, host=host.name))
     outcomes = run_all([[Run("check", ranks)]], at_once=1)["check"]
     assert [one.status for one in outcomes] == [0, 0], outcomes
     told = outcomes[0].stdout

@@ -5,7 +5,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import pytest
 import torch
@@ -21,12 +21,14 @@ from modules.registry import MODELS
 from pipeline_parallel.partition.stage_split import StageSplit
 from planning.memory.dry_run import DryRun, PlannedModel, StageMemory
 from tests.support.cases import to_argv
+from tests.support.flags import flags_of
 
-HIDDEN, TOKENS, ROWS = 64, 32, 8
-CONFIG = GPTNeoXConfig(
-    vocab_size=512, hidden_size=HIDDEN, num_hidden_layers=3, num_attention_heads=4,
-    intermediate_size=4 * HIDDEN, max_position_embeddings=64,
-)  # fmt: skip
+Capture = pytest.CaptureFixture[str]
+
+HIDDEN, TOKENS, ROWS, MANY_ROWS = 64, 32, 4, 8
+SIZES = {"vocab_size": 512, "hidden_size": HIDDEN, "intermediate_size": 4 * HIDDEN}
+SIZES |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+CONFIG = GPTNeoXConfig(**SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -38,44 +40,41 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def argv(folder: Path, **changes: Any) -> list[str]:
-    flags = {
-        "model_name": folder, "model_type": "gptneox", "num_layers": "auto",
-        "embedding_dim": HIDDEN, "seq_length": TOKENS, "batch_size": ROWS, "total_steps": 1,
-        "task_name": "no_such_file.jsonl", "checkpoint_path": folder / "none", **changes,
-    }  # fmt: skip
-    flags["world_size"] = flags.get("pipeline_group_size", 1) * flags.get("data_group_size", 1)
-    return to_argv({name.replace("_", "-"): value for name, value in flags.items()})
+    right = f"""--model-name {folder} --model-type gptneox --num-layers auto --total-steps 1
+        --embedding-dim {HIDDEN} --seq-length {TOKENS} --batch-size {ROWS}
+        --task-name no_such_file.jsonl --checkpoint-path {folder}/none"""
+    flags = {**flags_of(right), **{name.replace("_", "-"): v for name, v in changes.items()}}
+    flags["world-size"] = flags.get("pipeline-group-size", 1) * flags.get("data-group-size", 1)
+    return to_argv(flags)
 
 
 def rehearse(folder: Path, rank: int, *, cuda: bool = False, **changes: Any) -> StageMemory:
     args = parse_train(argv(folder, **changes), {})
-    family = MODELS["gptneox"].load()
-    split = StageSplit(
-        args.model.num_layers,
-        family.sizes(CONFIG),
-        num_stages=args.parallel.pipeline_group_size,
-        seq_len=TOKENS,
-    )
+    family, stages = MODELS["gptneox"].load(), args.parallel.pipeline_group_size
+    sizes = family.sizes(CONFIG)
+    split = StageSplit(args.model.num_layers, sizes, num_stages=stages, seq_len=TOKENS)
     return DryRun(args, PlannedModel(family, CONFIG, split.layers), cuda=cuda).of_rank(rank)
 
 
-@pytest.mark.parametrize("cuda", [False, True])
+BYTES: list[tuple[dict[str, Any], int, int]] = [
+    ({}, 16, 0),
+    ({"bf16": True}, 18, 0),
+    ({"fp16": True, "optimizer": "8bit-adam"}, 12, 0),
+    ({"bf16": True, "use_offload": True}, 6, 12),
+    ({"bf16": True, "data_group_size": 2, "zero_stage": 1}, 12, 0),
+]
+
+
 @pytest.mark.parametrize(
-    ("changes", "device", "on_host"),
-    [
-        ({}, 16, 0),
-        ({"bf16": True}, 18, 0),
-        ({"fp16": True, "optimizer": "8bit-adam"}, 12, 0),
-        ({"bf16": True, "use_offload": True}, 6, 12),
-        ({"bf16": True, "data_group_size": 2, "zero_stage": 1}, 12, 0),
-    ],
+    ("changes", "device", "on_host", "cuda"),
+    [(*BYTES[0], False), *((*case, True) for case in BYTES)],
 )
 def test_bytes_of_a_parameter_are_those_of_the_readme(
     changes: dict[str, Any], device: float, on_host: float, cuda: bool, folder: Path
 ) -> None:
     """Within 4%: zero-stage 1 deals out whole weights, small ones have fp32 moments under
     8bit-adam, and offload has two buffers of the largest weight."""
-    found = rehearse(folder, 0, cuda=cuda, **changes)
+    found = rehearse(folder, 0, cuda=cuda, batch_size=1, **changes)
     count = sum(p.numel() for p in GPTNeoXForCausalLM(CONFIG).parameters())
     assert found.parameters == count
     assert found.weights == (2 if "bf16" in changes or "fp16" in changes else 4) * count
@@ -88,46 +87,40 @@ def test_bytes_of_a_parameter_are_those_of_the_readme(
         assert kept == pytest.approx(device + on_host, rel=0.04)
 
 
-def sizes() -> list[int]:
-    return [p.numel() for p in GPTNeoXForCausalLM(CONFIG).parameters()]
-
-
 def pinned(size: int) -> int:
-    power = 1
-    while power < size:
-        power *= 2
-    return power
+    """The next power of two."""
+    return 1 << (size - 1).bit_length()
 
 
 @pytest.mark.parametrize("cuda", [False, True])
 def test_the_copy_that_is_saved_is_in_host_memory(cuda: bool, folder: Path) -> None:
     """Weights, masters and moments; of the replica that saves. Pinned, it is in powers of two."""
-    flags: dict[str, Any] = {"bf16": True, "data_group_size": 2}
+    counts = [p.numel() for p in GPTNeoXForCausalLM(CONFIG).parameters()]
+    flags: dict[str, Any] = {"bf16": True, "data_group_size": 2, "batch_size": 1}
     for rank, size in ((0, 14), (1, 0)):
         found = rehearse(folder, rank, cuda=cuda, async_checkpoint=True, **flags)
         plain = rehearse(folder, rank, cuda=cuda, **flags)
         added = size * found.parameters
         if cuda and rank == 0:
-            added = sum(pinned(2 * n) + 3 * pinned(4 * n) for n in sizes())
+            added = sum(pinned(2 * n) + 3 * pinned(4 * n) for n in counts)
         assert (found.host, found.copied) == ((added, 0) if cuda else (0, added))
         assert found.peak == plain.peak + found.copied
         assert found.activations == plain.activations
 
 
 @pytest.mark.parametrize(
-    ("mode", "recompute"), [("gpipe", True), ("gpipe", False), ("1f1b", False), ("zb-h1", True)]
+    ("mode", "recompute", "stage"), [("gpipe", False, 0), ("1f1b", False, 0), ("zb-h1", True, 1)]
 )
 def test_a_few_microbatches_tell_of_many(
-    mode: str, recompute: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+    mode: str, recompute: bool, stage: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All but the losses of a stage's microbatches, 4 bytes each."""
     flags: dict[str, Any] = {"pp_mode": mode, "recompute": recompute, "pipeline_group_size": 2}
-    few = [rehearse(folder, stage, **flags) for stage in range(2)]
-    monkeypatch.setattr(planning.memory.dry_run, "ENOUGH", ROWS)
-    for stage, found in enumerate(few):
-        whole = rehearse(folder, stage, **flags)
-        assert abs(whole.peak - found.peak) <= 4 * ROWS
-        assert replace(found, peak=whole.peak) == whole
+    found = rehearse(folder, stage, batch_size=MANY_ROWS, **flags)
+    monkeypatch.setattr(planning.memory.dry_run, "ENOUGH", MANY_ROWS)
+    whole = rehearse(folder, stage, batch_size=MANY_ROWS, **flags)
+    assert abs(whole.peak - found.peak) <= 4 * MANY_ROWS
+    assert replace(found, peak=whole.peak) == whole
 
 
 def test_on_gpus_scores_are_never_held(folder: Path) -> None:
@@ -139,14 +132,13 @@ def test_on_gpus_scores_are_never_held(folder: Path) -> None:
 
 
 def test_nothing_of_a_rehearsal_stays(folder: Path) -> None:
-    rehearse(folder, 0)
-    table = rotation(
-        TOKENS, HIDDEN // 16, 10_000.0, pairs=False, dtype=torch.float32, device=torch.device("cpu")
-    )
+    rehearse(folder, 0, batch_size=1)
+    options: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
+    table = rotation(TOKENS, HIDDEN // 16, 10_000.0, pairs=False, **options)
     assert not isinstance(table.cos, FakeTensor)
 
 
-def plan(folder: Path, capsys: pytest.CaptureFixture[str], **changes: Any) -> tuple[int, list[str]]:
+def plan(folder: Path, capsys: Capture, **changes: Any) -> tuple[int, list[str]]:
     """The exit status, and what was printed."""
     try:
         main([*argv(folder, **changes), "--plan"])
@@ -156,23 +148,23 @@ def plan(folder: Path, capsys: pytest.CaptureFixture[str], **changes: Any) -> tu
     return status, capsys.readouterr().out.splitlines()
 
 
-def test_what_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_printed(folder: Path, capsys: Capture) -> None:
     status, lines = plan(folder, capsys, pipeline_group_size=2, data_group_size=2)
     assert status == 0
-    assert lines[0].startswith("gptneox, 2 stages x 2 pipelines on CPUs, fp32, adam; gpipe of 8 ")
+    assert lines[0].startswith("gptneox, 2 stages x 2 pipelines on CPUs, fp32, adam; gpipe of 4 ")
     block = 12 * HIDDEN**2 + 13 * HIDDEN
     embedding, head = 512 * HIDDEN, 512 * HIDDEN + 2 * HIDDEN
-    for line, layers, extra in ((lines[2], 2, embedding), (lines[3], 1, head)):
+    for line, extra in ((lines[2], embedding), (lines[3], head)):
         cells = re.split(r"  +", line.strip())
-        millions = (layers * block + extra) / 1e6
-        assert cells[1:3] == [str(layers), f"{millions:.1f} M"]
+        millions = (block + extra) / 1e6
+        assert cells[1:3] == ["1", f"{millions:.1f} M"]
         assert cells[3] == cells[4] == in_units(4 * millions)
         assert cells[5] == in_units(8 * millions)
         assert cells[8:] == [str(ROWS), in_units(12 * millions)]
     words = "\n".join(lines)
     boundary = 4 * ROWS * TOKENS * HIDDEN / 1e3
     assert f"stage 0 to 1: {boundary:.1f} kB an iteration, and as much back\n" in words
-    assert f"each replica of stage 0: {in_units(4 * (2 * block + embedding) / 1e6)} an" in words
+    assert f"each replica of stage 0: {in_units(4 * (block + embedding) / 1e6)} an" in words
     assert f"rank 0 to the others: {3 * 8 * ROWS * TOKENS / 1e3:.1f} kB of tokens" in words
     assert re.search(r"expected bubble \d+\.\d%$", words)
 
@@ -181,9 +173,7 @@ def in_units(millions: float) -> str:
     return f"{millions:.1f} MB" if millions >= 1 else f"{1000 * millions:.1f} kB"
 
 
-def test_what_does_not_fit_is_told_with_what_helps(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_does_not_fit_is_told_with_what_helps(folder: Path, capsys: Capture) -> None:
     """Each change is what the plan with it says, and the first saves most."""
     flags: dict[str, Any] = {"recompute": False, "micro_batch_size": 2}
     peak = rehearse(folder, 0, **flags).peak
@@ -212,31 +202,27 @@ def test_what_does_not_fit_is_told_with_what_helps(
 
 
 def test_what_no_checkpoint_goes_on_with_is_told_so(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     (tmp_path / "2").mkdir()
-    flags: dict[str, Any] = {"micro_batch_size": 2, "recompute": False, "device_memory": "1kB"}
-    _, lines = plan(folder, capsys, **flags, checkpoint_path=tmp_path)
+    flags: dict[str, Any] = {"micro_batch_size": 2, "recompute": False, "seq_length": 64}
+    _, lines = plan(folder, capsys, **flags, device_memory="1kB", checkpoint_path=tmp_path)
     told = {line.split(":")[0].strip(): line for line in lines if line.startswith("  --")}
     anew = {flag for flag, line in told.items() if line.endswith(" at the peak (a new run only)")}
     assert anew == {"--micro-batch-size 1", "--optimizer 8bit-adam", "--bf16"}
     assert {"--recompute true", "--pp-mode 1f1b"} < told.keys()
 
 
-def to_closed_pipe() -> TextIO:
+def closed_pipe() -> int:
     reader, writer = os.pipe()
     os.close(reader)
-    return os.fdopen(writer, "w")
+    return writer
 
 
-def to_full_disk() -> TextIO:
-    return os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")
-
-
-def plan_to(file: TextIO, folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> int:
+def plan_to(output: int, folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> int:
     """The exit status; closing the file fails where it holds what it could not write."""
-    monkeypatch.setattr(sys, "stdout", file)
-    with file:
+    with os.fdopen(output, "w") as file:
+        monkeypatch.setattr(sys, "stdout", file)
         try:
             main([*argv(folder, **changes), "--plan"])
         except SystemExit as ended:
@@ -246,29 +232,26 @@ def plan_to(file: TextIO, folder: Path, monkeypatch: pytest.MonkeyPatch, **chang
 
 @pytest.mark.parametrize(("memory", "status"), [("1GB", 0), ("1kB", 1)])
 def test_who_stops_reading_still_learns_whether_it_fits(
-    memory: str, status: int, folder: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    found = plan_to(to_closed_pipe(), folder, monkeypatch, device_memory=memory)
-    assert found == status
+    memory: str, status: int, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    options = {"device_memory": memory, "batch_size": 1}
+    assert plan_to(closed_pipe(), folder, monkeypatch, **options) == status
     assert capsys.readouterr().err == ""
 
 
 def test_a_full_disk_is_no_plan_that_does_not_fit(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    assert plan_to(to_full_disk(), folder, monkeypatch) == 2
+    assert plan_to(os.open("/dev/full", os.O_WRONLY), folder, monkeypatch) == 2
     assert capsys.readouterr().err == "standard output: No space left on device\n"
 
 
-def test_the_other_ranks_print_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_other_ranks_print_nothing(folder: Path, capsys: Capture) -> None:
     assert plan(folder, capsys, pipeline_group_size=2, rank=1) == (0, [])
 
 
 @pytest.mark.parametrize("size", ["24", "0GB", "-1GB", "24 g", "GB"])
-def test_a_size_without_its_unit_is_refused(
-    size: str, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_size_without_its_unit_is_refused(size: str, folder: Path, capsys: Capture) -> None:
     with pytest.raises(SystemExit) as caught:
         main([*argv(folder), "--plan", f"--device-memory={size}"])
     assert caught.value.code == 2

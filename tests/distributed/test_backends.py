@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from cupy.cuda import nccl
 
 from monitor.metrics import read_metrics
-from tests.support.cases import Case, meet_at, run_folder, train_cases
+from tests.support.cases import Case, meet_at, run_folder, train_cases, weights_of
 from tests.support.data import make_texts, write_jsonl
+from tests.support.flags import flags_of
+from tests.support.fp16_twin import LAYERS, ROWS, TOKENS
 from tests.support.launcher import run_ranks
+from tests.support.mixed import model_flags, rows_of_a_replica
 from tests.support.models import make_shards
 from tests.support.nccl_double import Traffic, nccl_double
 from tests.support.torch_nccl_double import gloo_for_nccl
@@ -24,7 +26,7 @@ from tests.support.torch_nccl_double import gloo_for_nccl
 BACKENDS = ("gloo", "cupy_nccl", "nccl")
 SHAPES = {"fp32": [(2, 2), (4, 1)], "bf16": [(2, 2)], "fp16": [(2, 2)]}
 RUNS = [(precision, shape) for precision, shapes in SHAPES.items() for shape in shapes]
-LAYERS, ROWS, TOKENS, UPDATES = 4, 8, 16, 4
+UPDATES = 3
 HIDDEN, MICROBATCH = 32, 1
 PRECISIONS: dict[str, dict[str, Any]] = {
     "fp32": {},
@@ -34,26 +36,16 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 
 
 def flags(folder: Path) -> dict[str, Any]:
-    return {
-        "model-name": folder / "shards" / "tiny",
-        "model-type": "gptneox",
-        "num-layers": lambda stages, replicas: LAYERS // stages,
-        "embedding-dim": HIDDEN,
-        "task-name": folder / "a.jsonl",
-        "seq-length": TOKENS,
-        "batch-size": lambda stages, replicas: ROWS // replicas,
-        "micro-batch-size": MICROBATCH,
-        "total-steps": UPDATES,
-        "warmup-steps": 1,
-        "lr": 1e-3,
-        "weight-decay": 0.1,
-    }
+    own = flags_of(f"""
+        --seq-length {TOKENS} --micro-batch-size {MICROBATCH} --recompute false
+        --total-steps {UPDATES} --warmup-steps 1 --lr 1e-3 --weight-decay 0.1
+    """)
+    return model_flags(folder) | own | {"batch-size": rows_of_a_replica}
 
 
 def train_over_each(
-    rank: int, world_size: int, url: str, meetings: dict[str, list[tuple[int, int, str]]],
-    folder: Path,
-) -> Traffic:  # fmt: skip
+    rank: int, world_size: int, url: str, meetings: dict[str, Any], folder: Path
+) -> Traffic:
     """All cases over every backend; returns what went through NCCL's double."""
     cases = [
         Case(name, flags(folder) | changes, shapes=SHAPES[name])
@@ -71,7 +63,7 @@ def train_over_each(
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Sequence[Traffic]]:
     folder = tmp_path_factory.mktemp("backends")
     write_jsonl(folder / "a.jsonl", make_texts(60, seed=1))
-    make_shards(folder, "tiny", "gptneox", {"num_hidden_layers": LAYERS})
+    make_shards(folder, "model", "gptneox", {"num_hidden_layers": LAYERS})
     meetings = {backend: meet_at(SHAPES["fp32"]) for backend in BACKENDS}
     return folder, run_ranks(4, train_over_each, meetings, folder, deadline=400.0)
 
@@ -87,11 +79,8 @@ def test_training_is_that_over_gloo(
     for key in ("loss", "grad_norm", "loss_scale", "lr"):
         assert [line.get(key) for line in found] == [line.get(key) for line in expected], key
     assert len({line["loss"] for line in found}) == len(found) >= UPDATES, "the loss moves"
-    for stage in range(shape[0]):
-        name = Path((runs[0] / "latest").read_text().strip()) / f"prank_{stage}_checkpoint.pt"
-        theirs, ours = (torch.load(run / name, weights_only=True) for run in runs)
-        assert theirs.keys() == ours.keys()
-        assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
+    weights = [weights_of(folder / each, precision, *shape) for each in ("gloo", backend)]
+    assert weights[0] == weights[1]
 
 
 def test_activations_and_gradients_went_through_the_double(

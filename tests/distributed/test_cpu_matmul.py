@@ -26,13 +26,15 @@ from modules.matmul.select import saved_choice
 from tests.support.cases import Case, Told, curve, meet_at, run_folder, train_cases
 from tests.support.cpus import CPUS
 from tests.support.data import make_texts, write_jsonl
+from tests.support.flags import flags_of
 from tests.support.launcher import run_ranks
 from tests.support.mixed import model_flags
 from tests.support.models import make_shards
 from training.cpu_matmul import choose_cpu_matmul
 from training.trainer import Trainer
 
-STEPS, SAVED = 6, 3
+Runs = tuple[Path, list[dict[str, Told]]]  # their folder, and what each rank told
+STEPS, SAVED = 4, 2
 TOLERANCE = 1e-5  # relative, of losses: both libraries' products are fp32
 EPYC, XEON, OLD = "AMD EPYC 9654 96-Core Processor", CPUS["Ice Lake"].name, "Zen 3"
 
@@ -123,9 +125,7 @@ def test_products_that_are_not_fp32_are_left_where_nobody_asked(
 
 
 @pytest.mark.parametrize("saved", [None, []])
-def test_a_checkpoint_that_does_not_tell_leaves_it_to_the_cpu(
-    saved: list[Matmul] | None,
-) -> None:
+def test_a_checkpoint_that_does_not_tell_leaves_it_to_the_cpu(saved: list[Matmul] | None) -> None:
     """Made on GPUs, or with fewer replicas than now."""
     assert saved_choice(saved, 0) is None
 
@@ -191,30 +191,25 @@ RUNS: dict[str, tuple[str, tuple[str, str], str | None, list[str]]] = {
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Told]]]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """The folder of all runs, and what each rank told."""
     path = tmp_path_factory.mktemp("matmul")
     write_jsonl(path / "a.jsonl", make_texts(60, seed=1))
-    make_shards(path, "model", "gptneox", {"num_hidden_layers": 4})
-    same = {
-        **model_flags(path),
-        "seq-length": 16,
-        "batch-size": 4,
-        "total-steps": STEPS,
-        "checkpoint-steps": SAVED,
-        "lr": 2e-3,
-    }
-    cases = [
-        Case(name, {**same, "cpu-matmul": flag}, Machines(kinds),
-             None if after is None else (f"{after}-2-1", SAVED))
-        for name, (flag, kinds, after, _) in RUNS.items()
-    ]  # fmt: skip
+    make_shards(path, "model", "gptneox", {"num_hidden_layers": 2})
+    same = model_flags(path) | flags_of(f"""
+        --num-layers 1 --seq-length 16 --batch-size 4 --total-steps {STEPS}
+        --checkpoint-steps {SAVED} --lr 2e-3
+    """)
+    cases = []
+    for name, (flag, kinds, whole, _) in RUNS.items():
+        after = None if whole is None else (f"{whole}-2-1", SAVED)
+        cases.append(Case(name, {**same, "cpu-matmul": flag}, Machines(kinds), after))
     return path, run_ranks(2, train_cases, meet_at([(2, 1)]), cases, path, deadline=200.0)
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_each_rank_trains_with_its_choice_and_the_checkpoint_keeps_it(
-    name: str, runs: tuple[Path, list[dict[str, Told]]]
+    name: str, runs: Runs
 ) -> None:
     folder, told = runs
     choices = RUNS[name][3]
@@ -225,7 +220,7 @@ def test_each_rank_trains_with_its_choice_and_the_checkpoint_keeps_it(
         assert f"trains with {value}" in told[rank][f"{name}-2-1"].lines
 
 
-def test_losses_are_those_of_torchs_default(runs: tuple[Path, list[dict[str, Told]]]) -> None:
+def test_losses_are_those_of_torchs_default(runs: Runs) -> None:
     expected = curve(runs[0], "default", 2, 1)
     assert len(expected) == STEPS
     for name in RUNS:
@@ -234,12 +229,14 @@ def test_losses_are_those_of_torchs_default(runs: tuple[Path, list[dict[str, Tol
 
 @pytest.mark.parametrize(
     ("name", "whole"),
-    [("again", "onednn"), ("resumed", "onednn"), ("default-resumed", "default"),
-     ("mixed-resumed", "mixed")],
-)  # fmt: skip
-def test_the_same_choice_gives_the_same_bits(
-    name: str, whole: str, runs: tuple[Path, list[dict[str, Told]]]
-) -> None:
+    [
+        ("again", "onednn"),
+        ("resumed", "onednn"),
+        ("default-resumed", "default"),
+        ("mixed-resumed", "mixed"),
+    ],
+)
+def test_the_same_choice_gives_the_same_bits(name: str, whole: str, runs: Runs) -> None:
     for key in ("loss", "grad_norm"):
         assert curve(runs[0], name, 2, 1, key) == curve(runs[0], whole, 2, 1, key)
 
@@ -250,13 +247,15 @@ LINES = [
     ("default", 0, f"CPU matmul: torch's default ({EPYC})"),
     ("mixed", 0, f"CPU matmul: oneDNN ({EPYC}) on rank 0; torch's default ({XEON}) on rank 1"),
     ("asked", 0, "--cpu-matmul is now default, it was onednn"),
-    ("moved", 1, "the checkpoint was made with oneDNN: oneDNN fp32 matmul needs AVX-512, which "
-     f"this CPU ({CPUS[OLD].name}) lacks; using torch's default"),
-]  # fmt: skip
+    (
+        "moved",
+        1,
+        "the checkpoint was made with oneDNN: oneDNN fp32 matmul needs AVX-512, which this CPU "
+        f"({CPUS[OLD].name}) lacks; using torch's default",
+    ),
+]
 
 
 @pytest.mark.parametrize(("name", "rank", "line"), LINES)
-def test_it_is_told_in_one_line(
-    name: str, rank: int, line: str, runs: tuple[Path, list[dict[str, Told]]]
-) -> None:
+def test_it_is_told_in_one_line(name: str, rank: int, line: str, runs: Runs) -> None:
     assert runs[1][rank][f"{name}-2-1"].lines.count(line) == 1

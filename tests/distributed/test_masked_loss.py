@@ -7,10 +7,9 @@ Completions are of digits, and prompts are not, so that the labels follow from a
 import json
 import random
 from collections.abc import Iterator
-from copy import deepcopy
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -24,9 +23,9 @@ from tests.support.data import WORDS, tokenizer
 from tests.support.documents import Alone, doc_starts_after
 from tests.support.launcher import run_ranks
 from tests.support.models import make_shards
-from tests.support.parity import TOKENS, TOLERANCE, flags, reference, worst
+from tests.support.parity import LAYERS, TOKENS, TOLERANCE, flags, reference, worst
 
-SHAPES = [(2, 2), (4, 1)]
+UPDATES = 8
 
 
 def write_pairs(path: Path) -> Path:
@@ -50,53 +49,32 @@ def labels_of(tokens: Tensor) -> Tensor:
     return tokens.masked_fill(~torch.tensor(trained).view(tokens.shape), -100)
 
 
-class Trained(NamedTuple):
-    """The folder of all runs, and for each way to pack the reference's losses and norms."""
-
-    folder: Path
-    references: dict[Pack, tuple[list[float], list[float]]]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    folder = tmp_path_factory.mktemp("masked")
-    pairs = write_pairs(folder / "pairs.jsonl")
-    model = make_shards(folder, "model", "gptneox", {"num_hidden_layers": 7})
-    alone = Alone(deepcopy(model), lambda tokens: doc_starts_after(tokens, end=0))
-    references: dict[Pack, tuple[list[float], list[float]]] = {
-        "concat": reference(model, blocks(pairs, "concat"), 1, labels_of=labels_of),
-        "document": reference(alone, blocks(pairs, "document"), 1, labels_of=labels_of),
-    }
-    own = flags(folder, "model", "gptneox", 1) | {"task-name": pairs, "train-on": "completion"}
-    cases = [Case(pack, own | {"pack": pack}) for pack in references]
-    run_ranks(4, train_cases, meet_at(SHAPES), cases, folder, deadline=200.0)
-    return Trained(folder, references)
-
-
 def blocks(pairs: Path, pack: Pack) -> Iterator[Any]:
+    specs = [SourceSpec(str(pairs))]
     stream = open_training_stream(
-        [SourceSpec(str(pairs))],
-        tokenizer(),
-        seq_len=TOKENS,
-        seed=42,
-        train_on="completion",
-        pack=pack,
+        specs, tokenizer(), seq_len=TOKENS, seed=42, train_on="completion", pack=pack
     )
     return (stream.next_block().token_ids for _ in count())
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("pack", ["concat", "document"])
+@pytest.mark.parametrize(("pack", "shape"), [("concat", (2, 2)), ("document", (4, 1))])
 def test_the_loss_is_over_completions_alone(
-    pack: Pack, shape: tuple[int, int], trained: Trained
+    pack: Pack, shape: tuple[int, int], tmp_path: Path
 ) -> None:
-    folder, (losses, norms) = trained.folder, trained.references[pack]
+    pairs = write_pairs(tmp_path / "pairs.jsonl")
+    model = make_shards(tmp_path, "model", "gptneox", {"num_hidden_layers": LAYERS})
+    if pack == "document":
+        model = Alone(model, lambda tokens: doc_starts_after(tokens, end=0))
+    losses, norms = reference(model, blocks(pairs, pack), 1, labels_of=labels_of, updates=UPDATES)
     assert max(losses) - min(losses) > 0.2, "the loss moves"
+    own = flags(tmp_path, "model", "gptneox", 1, updates=UPDATES)
+    own |= {"task-name": pairs, "train-on": "completion", "pack": pack}
+    run_ranks(4, train_cases, meet_at([shape]), [Case("run", own)], tmp_path, deadline=200.0)
     for key, expected in (("loss", losses), ("grad_norm", norms)):
-        found = [float(value) for value in curve(folder, pack, *shape, key=key)]
+        found = [float(value) for value in curve(tmp_path, "run", *shape, key=key)]
         error = worst(found, expected)
         print(f"masked, {pack}, P={shape[0]} R={shape[1]}, {key}: {error:.1e}")
         assert error < TOLERANCE
-    counts = curve(folder, pack, *shape, key="tokens")
+    counts = curve(tmp_path, "run", *shape, key="tokens")
     assert len(set(counts)) > 3, "batches train unequal numbers of tokens"
     assert max(counts) < 4 * (TOKENS - 1) / 2

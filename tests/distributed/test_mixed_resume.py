@@ -1,13 +1,15 @@
 """Resume in every precision, with every optimizer, offloaded and sharded or not: the same bits.
 
 A run goes on from a copy of an uninterrupted one as it was at its middle step, and must end in the
-same metrics and the same files. In fp16 the updates just before and just after the save are
-skipped, so that the scale, its hysteresis and the count of clean updates must come back too.
+same metrics and the same files, also where its state has moved. In fp16 the updates just before and
+just after the save are skipped, so that the scale, its hysteresis and the count of clean updates
+must come back too.
 """
 
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,103 +18,134 @@ from torch import Tensor
 from monitor.metrics import read_metrics
 from tests.support.cases import Case, meet_at, run_folder, train_cases
 from tests.support.data import make_texts, write_jsonl
+from tests.support.flags import flags_of
+from tests.support.kill_lab import numbers
 from tests.support.launcher import run_ranks
 from tests.support.mixed import model_flags, rows_of_a_replica
 from tests.support.models import make_shards
 from tests.support.parity import worst
 from tests.support.poison import Overflow
 
-LAYERS, STEPS, SAVED = 4, 6, 3
+LAYERS, STEPS, SAVED = 2, 6, 3
 PRECISIONS, OPTIMIZERS, SWITCHES = ("fp16", "bf16", "fp32"), ("adam", "8bit-adam"), (False, True)
-KINDS = list(product(PRECISIONS, OPTIMIZERS))
-PLACES = list(product(SWITCHES, SWITCHES))  # offload, sharded
 TOLERANCE = 1e-5  # what the project promises in fp32 for another R
 
 
-def name_of(precision: str, optimizer: str, offload: bool, sharded: bool) -> str:
-    return f"{precision}-{optimizer}{'-offload' * offload}{'-zero' * sharded}"
+class Place(NamedTuple):
+    """Where the optimizer's state lies."""
+
+    offload: bool
+    sharded: bool
+
+    @property
+    def name(self) -> str:
+        return f"{'-offload' * self.offload}{'-zero' * self.sharded}"
 
 
-def flags(
-    folder: Path, precision: str, optimizer: str, offload: bool, sharded: bool
-) -> dict[str, Any]:
+class Resumed(NamedTuple):
+    """Two runs of one kind: a whole one, and one that goes on from its middle with moved state."""
+
+    precision: str
+    optimizer: str
+    whole: Place
+    rest: Place
+
+    @property
+    def whole_name(self) -> str:
+        return f"{self.precision}-{self.optimizer}{self.whole.name}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.whole_name}-to{self.rest.name}"
+
+
+PLAIN, SHARDED, OFFLOADED, BOTH = PLACES = [Place(*one) for one in product(SWITCHES, SWITCHES)]
+# Pairwise: every precision, optimizer, place before and place after.
+FEW = [
+    Resumed("fp16", "adam", PLAIN, BOTH),
+    Resumed("fp16", "8bit-adam", BOTH, BOTH),
+    Resumed("bf16", "adam", BOTH, PLAIN),
+    Resumed("bf16", "8bit-adam", PLAIN, PLAIN),
+    Resumed("fp32", "adam", SHARDED, OFFLOADED),
+    Resumed("fp32", "8bit-adam", OFFLOADED, SHARDED),
+]
+ALL = [
+    *(Resumed(*kind, place, place) for kind in product(PRECISIONS, OPTIMIZERS) for place in PLACES),
+    *(Resumed(kind, "adam", PLAIN, BOTH) for kind in PRECISIONS),
+    *(Resumed(kind, "adam", BOTH, PLAIN) for kind in PRECISIONS),
+]
+
+
+class OtherReplicas(NamedTuple):
+    """A run of one stage, saved with two replicas and resumed with another number."""
+
+    optimizer: str
+    sharded: bool
+    replicas: int
+
+    @property
+    def whole_name(self) -> str:
+        return f"{self.optimizer}{'-zero' * self.sharded}"
+
+
+FEW_REPLICAS = [
+    OtherReplicas("adam", True, 4),
+    OtherReplicas("8bit-adam", True, 1),
+    OtherReplicas("8bit-adam", True, 4),
+]
+ALL_REPLICAS = [OtherReplicas(*one) for one in product(OPTIMIZERS, SWITCHES, (1, 4))]
+
+
+def layers_of_a_stage(stages: int, replicas: int) -> int:
+    return LAYERS // stages
+
+
+def flags(folder: Path, precision: str, optimizer: str, place: Place) -> dict[str, Any]:
     return {
         **model_flags(folder),
-        "seq-length": 16,
+        **flags_of(f"""
+            --seq-length 16 --recompute false --total-steps {STEPS} --checkpoint-steps {SAVED}
+            --lr 2e-3 --weight-decay 0.1 --optimizer {optimizer} --loss-scale-window 2
+            --fp16 {precision == "fp16"} --bf16 {precision == "bf16"}
+            --use-offload {place.offload} --zero-stage {int(place.sharded)}
+        """),
+        "num-layers": layers_of_a_stage,
         "batch-size": rows_of_a_replica,
-        "recompute": "false",
-        "total-steps": STEPS,
-        "checkpoint-steps": SAVED,
-        "lr": 2e-3,
-        "weight-decay": 0.1,
-        "optimizer": optimizer,
-        "fp16": str(precision == "fp16"),
-        "bf16": str(precision == "bf16"),
-        "loss-scale-window": 2,
-        "use-offload": str(offload),
-        "zero-stage": int(sharded),
     }
 
 
-def cases_of_four(folder: Path) -> list[Case]:
-    """Every combination in P=2 R=2: the whole run, and one that goes on from its middle."""
-    cases = []
-    for combination in product(PRECISIONS, OPTIMIZERS, SWITCHES, SWITCHES):
-        name, own = name_of(*combination), flags(folder, *combination)
-        hook = Overflow(3, (SAVED, SAVED + 1)) if combination[0] == "fp16" else None
-        middle = (f"{name}-2-2", SAVED)
-        cases += [Case(name, own, hook), Case(f"{name}-resumed", own, hook, middle)]
-    for precision, (before, after) in product(PRECISIONS, ((False, True), (True, False))):
-        hook = Overflow(3, (SAVED, SAVED + 1)) if precision == "fp16" else None
-        middle = (f"{name_of(precision, 'adam', before, before)}-2-2", SAVED)
-        own = flags(folder, precision, "adam", after, after)
-        cases.append(Case(changed_name(precision, after), own, hook, middle))
-    return [case._replace(shapes=[(2, 2)]) for case in cases]
-
-
-def changed_name(precision: str, after: bool) -> str:
-    return f"{precision}-{'to' if after else 'from'}-zero-and-offload"
-
-
-OTHER_REPLICAS = [1, 4]
-
-
-def cases_of_one_stage(folder: Path) -> list[Case]:
-    """Saved with two replicas, resumed with one and with four."""
-    cases = []
-    for optimizer, sharded in product(OPTIMIZERS, SWITCHES):
-        own = flags(folder, "fp32", optimizer, False, sharded)
-        name = f"{optimizer}{'-zero' * sharded}"
-        cases.append(Case(name, own, shapes=[(1, 2)]))
-        cases.append(
-            Case(
-                f"{name}-resumed",
-                own,
-                after=(f"{name}-1-2", SAVED),
-                shapes=[(1, replicas) for replicas in OTHER_REPLICAS],
-            )
-        )
-    return cases
+def train_all(folder: Path, resumed: Sequence[Resumed], others: Sequence[OtherReplicas]) -> None:
+    write_jsonl(folder / "a.jsonl", make_texts(60, seed=1))
+    changes = {"num_hidden_layers": LAYERS, "intermediate_size": 128}  # 8-bit from 4096 numbers on
+    make_shards(folder, "model", "gptneox", changes)
+    cases: dict[str, Case] = {}
+    for one in others:
+        own = flags(folder, "fp32", one.optimizer, Place(False, one.sharded))
+        name, middle = one.whole_name, (f"{one.whole_name}-1-2", SAVED)
+        cases[name] = Case(name, own, shapes=[(1, 2)])
+        name = f"{name}-to-{one.replicas}"
+        cases[name] = Case(name, own, after=middle, shapes=[(1, one.replicas)])
+    for kind in resumed:
+        hook = Overflow(3, (SAVED, SAVED + 1)) if kind.precision == "fp16" else None
+        own = flags(folder, kind.precision, kind.optimizer, kind.whole)
+        cases[kind.whole_name] = Case(kind.whole_name, own, hook, shapes=[(2, 2)])
+        own = flags(folder, kind.precision, kind.optimizer, kind.rest)
+        middle = (f"{kind.whole_name}-2-2", SAVED)
+        cases[kind.name] = Case(kind.name, own, hook, middle, shapes=[(2, 2)])
+    for world_size, shapes in {2: [(1, 2)], 1: [(1, 1)], 4: [(1, 4), (2, 2)]}.items():
+        args = (meet_at(shapes), list(cases.values()), folder)
+        run_ranks(world_size, train_cases, *args, deadline=400.0)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All runs."""
     path = tmp_path_factory.mktemp("mixed-resume")
-    write_jsonl(path / "a.jsonl", make_texts(60, seed=1))
-    changes = {"num_hidden_layers": LAYERS, "intermediate_size": 128}  # 8-bit from 4096 numbers on
-    make_shards(path, "model", "gptneox", changes)
-    cases = cases_of_one_stage(path) + cases_of_four(path)
-    for world_size, shapes in {2: [(1, 2)], 1: [(1, 1)], 4: [(1, 4), (2, 2)]}.items():
-        run_ranks(world_size, train_cases, meet_at(shapes), cases, path, deadline=400.0)
+    train_all(path, FEW, FEW_REPLICAS)
     return path
 
 
 def metrics(folder: Path, name: str, stages: int = 2, replicas: int = 2) -> list[dict[str, Any]]:
-    """Without what a clock tells, and without what tells that a run was resumed."""
-    lines = read_metrics(run_folder(folder, name, stages, replicas) / "metrics.jsonl")
-    left_out = ("step_seconds", "tokens_per_second", "resumed")
-    return [{k: v for k, v in line.items() if k not in left_out} for line in lines]
+    return numbers(run_folder(folder, name, stages, replicas))
 
 
 def state(folder: Path, name: str, step: int = STEPS) -> dict[str, Tensor]:
@@ -138,71 +171,70 @@ def assert_same(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
     assert not different, different
 
 
-@pytest.mark.parametrize(("offload", "sharded"), PLACES)
-@pytest.mark.parametrize(("precision", "optimizer"), KINDS)
-def test_a_resumed_run_ends_in_the_same_bits(
-    precision: str, optimizer: str, offload: bool, sharded: bool, folder: Path
-) -> None:
-    name = name_of(precision, optimizer, offload, sharded)
-    lines = metrics(folder, name)
-    assert metrics(folder, f"{name}-resumed") == lines
-    assert_same(state(folder, f"{name}-resumed"), state(folder, name))
-    resumed = read_metrics(run_folder(folder, f"{name}-resumed", 2, 2) / "metrics.jsonl")
+def check_resumed(folder: Path, kind: Resumed) -> None:
+    lines = metrics(folder, kind.whole_name)
+    assert metrics(folder, kind.name) == lines
+    assert_same(state(folder, kind.name), state(folder, kind.whole_name))
+    resumed = read_metrics(run_folder(folder, kind.name, 2, 2) / "metrics.jsonl")
     assert [line["step"] for line in resumed if line.get("resumed")] == [SAVED + 1]
     skipped = [line["step"] for line in lines if line["grad_norm"] is None]
-    assert skipped == ([SAVED, SAVED + 1] if precision == "fp16" else [])
-    scales = [32768.0, 32768.0, 65536.0, 65536.0, 32768.0, 32768.0]
-    assert [line.get("loss_scale") for line in lines] == (
-        scales if precision == "fp16" else [None] * STEPS
-    )
+    assert skipped == ([SAVED, SAVED + 1] if kind.precision == "fp16" else [])
+    scales: list[float | None] = [None] * STEPS
+    if kind.precision == "fp16":
+        scales = [32768.0, 32768.0, 65536.0, 65536.0, 32768.0, 32768.0]
+    assert [line.get("loss_scale") for line in lines] == scales
 
 
-@pytest.mark.parametrize(("offload", "sharded"), PLACES[1:])
-@pytest.mark.parametrize(("precision", "optimizer"), KINDS)
-def test_where_state_lies_does_not_show(
-    precision: str, optimizer: str, offload: bool, sharded: bool, folder: Path
-) -> None:
-    plain = name_of(precision, optimizer, False, False)
-    moved = name_of(precision, optimizer, offload, sharded)
-    assert metrics(folder, moved) == metrics(folder, plain)
-    for step in (SAVED, STEPS):
-        assert_same(state(folder, moved, step), state(folder, plain, step))
+def check_content(folder: Path, kind: Resumed) -> None:
+    """Checks that a checkpoint holds what its precision and optimizer need."""
+    compute = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[kind.precision]
+    tensors = state(folder, kind.whole_name)
+    weights = {k: v for k, v in tensors.items() if "checkpoint" in k}
+    masters = {k: v for k, v in tensors.items() if ".masters." in k}
+    assert {v.dtype for v in weights.values()} == {compute}
+    assert len(masters) == (0 if kind.precision == "fp32" else len(weights))
+    assert all(v.dtype == torch.float32 for v in masters.values())
+    for key, master in masters.items():
+        weight = weights[key.replace("optimizer.masters", "checkpoint")]
+        assert torch.equal(master.to(compute), weight)
+    codes = [v for v in tensors.values() if v.dtype == torch.uint8]
+    assert bool(codes) == (kind.optimizer == "8bit-adam")
 
 
-@pytest.mark.parametrize("after", SWITCHES)
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_state_may_move_when_a_run_resumes(precision: str, after: bool, folder: Path) -> None:
-    plain, changed = name_of(precision, "adam", False, False), changed_name(precision, after)
-    assert metrics(folder, changed) == metrics(folder, plain)
-    assert_same(state(folder, changed), state(folder, plain))
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_checkpoint_holds_what_its_kind_needs(precision: str, folder: Path) -> None:
-    compute = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-    for optimizer in OPTIMIZERS:
-        tensors = state(folder, name_of(precision, optimizer, True, True))
-        weights = {k: v for k, v in tensors.items() if "checkpoint" in k}
-        masters = {k: v for k, v in tensors.items() if ".masters." in k}
-        assert {v.dtype for v in weights.values()} == {compute}
-        assert len(masters) == (0 if precision == "fp32" else len(weights))
-        assert all(v.dtype == torch.float32 for v in masters.values())
-        for key, master in masters.items():
-            assert torch.equal(
-                master.to(compute), weights[key.replace("optimizer.masters", "checkpoint")]
-            )
-        codes = [v for v in tensors.values() if v.dtype == torch.uint8]
-        assert bool(codes) == (optimizer == "8bit-adam")
-
-
-@pytest.mark.parametrize("replicas", OTHER_REPLICAS)
-@pytest.mark.parametrize("name", ["adam", "adam-zero", "8bit-adam", "8bit-adam-zero"])
-def test_another_number_of_replicas_goes_on(name: str, replicas: int, folder: Path) -> None:
+def check_replicas(folder: Path, one: OtherReplicas) -> None:
     """Sums over replicas are rounded otherwise; 8-bit moments now and then by a whole code."""
-    whole = [line["loss"] for line in metrics(folder, name, 1, 2)]
-    resumed = [line["loss"] for line in metrics(folder, f"{name}-resumed", 1, replicas)]
+    name = f"{one.whole_name}-to-{one.replicas}"
+    whole = [line["loss"] for line in metrics(folder, one.whole_name, 1, 2)]
+    resumed = [line["loss"] for line in metrics(folder, name, 1, one.replicas)]
     assert len(resumed) == STEPS
     assert resumed[:SAVED] == whole[:SAVED]
     error = worst(resumed, whole)
-    print(f"{name}, from R=2 to R={replicas}: {error:.1e}")
-    assert error < TOLERANCE * (1 if name.startswith("adam") else 10)
+    print(f"{name}, from R=2: {error:.1e}")
+    assert error < TOLERANCE * (1 if one.optimizer == "adam" else 10)
+
+
+@pytest.mark.parametrize("kind", FEW, ids=[kind.name for kind in FEW])
+def test_a_resumed_run_ends_in_the_same_bits(kind: Resumed, folder: Path) -> None:
+    """Also where its state has moved meanwhile."""
+    check_resumed(folder, kind)
+    check_content(folder, kind)
+
+
+@pytest.mark.parametrize("one", FEW_REPLICAS)
+def test_another_number_of_replicas_goes_on(one: OtherReplicas, folder: Path) -> None:
+    check_replicas(folder, one)
+
+
+@pytest.mark.slow
+def test_every_kind_and_place(tmp_path: Path) -> None:
+    """And where state lies does not show, at the save nor at the end."""
+    train_all(tmp_path, ALL, ALL_REPLICAS)
+    for kind in ALL:
+        check_resumed(tmp_path, kind)
+        check_content(tmp_path, kind)
+        plain = kind._replace(whole=PLAIN).whole_name
+        assert metrics(tmp_path, kind.whole_name) == metrics(tmp_path, plain)
+        for step in (SAVED, STEPS):
+            assert_same(state(tmp_path, kind.whole_name, step), state(tmp_path, plain, step))
+    for one in ALL_REPLICAS:
+        check_replicas(tmp_path, one)

@@ -1,24 +1,31 @@
-"""Every pipeline x data shape against the Hugging Face model trained in one process.
+"""Pipeline x data shapes against the Hugging Face model trained in one process.
 
-The reference sees the same blocks, in plain torch: one optimizer, one loss, no code of ours but
-what reads the blocks. 20 updates, at a rate where the loss moves.
+Runs of 20 iterations, at a rate where the loss moves, are held against it; they cover models,
+accumulation, schedules and shapes pairwise. Runs of few updates are held against each other, to
+the bit: they differ in all that no sum depends on. The slow test has the whole matrix.
 """
 
-import json
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 
+from checkpoint.steps.meta import read_meta
+from comm.topology import Topology
 from pipeline_parallel.schedule.schedules import SCHEDULES
 from tests.support.cases import Case, curve, meet_at, run_folder, train_cases, weights_of
 from tests.support.data import make_texts, write_jsonl
 from tests.support.launcher import run_ranks
-from tests.support.models import make_shards
+from tests.support.models import make_hf, make_shards
 from tests.support.parity import (
     DROPOUT,
     LAYERS,
     MODELS_TRIED,
+    SHORT,
     TOLERANCE,
     UPDATES,
     blocks,
@@ -26,186 +33,217 @@ from tests.support.parity import (
     reference,
     worst,
 )
-from tests.support.schedule_cases import SCHEDULED, schedule_cases
 
+Shape = tuple[int, int]
 CLIPPED = 0.1  # a gradient norm that every update exceeds
-SHAPES = {1: [(1, 1)], 2: [(2, 1), (1, 2)], 4: [(4, 1), (2, 2)], 8: [(4, 2)]}
-ALL_SHAPES = [shape for shapes in SHAPES.values() for shape in shapes]
-
-
-# A head as heavy as three and a half of the blocks: two stages that are even have 5 and 2 of them.
+# A head as heavy as three and a half of the blocks: two stages that are even have 4 and 1 of them.
 HEAVY_HEAD = ("gptneox", {"num_hidden_layers": LAYERS, "vocab_size": 1000})
-LISTED = {2: "1,6", 4: "1,3,1,2"}
-LISTED_SHAPES = [(2, 1), (2, 2), (4, 1)]
+MODELS = {**MODELS_TRIED, "dropout": DROPOUT, "heavy-head": HEAVY_HEAD}
+ONE, TWO, FOUR = (1, 1), (2, 1), (4, 1)
+ONE_TWICE, TWO_TWICE, FOUR_TWICE = (1, 2), (2, 2), (4, 2)
+SHAPES = [ONE, TWO, ONE_TWICE, FOUR, TWO_TWICE, FOUR_TWICE]
 
 
-def listed_layers(stages: int, replicas: int) -> str:
-    return LISTED[stages]
+class Run(NamedTuple):
+    """A model, iterations of an update, a shape, and flags beside those of all runs."""
+
+    model: str
+    accumulate: int
+    shape: Shape
+    changes: Mapping[str, Any] = {}
+
+    @property
+    def name(self) -> str:
+        words = (f"{flag}={value}" for flag, value in self.changes.items())
+        return "-".join([self.model, f"{self.accumulate}", *words])
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}-{self.shape[0]}-{self.shape[1]}"
+
+
+def scheduled(schedule: str, recompute: str = "true") -> dict[str, Any]:
+    """In microbatches of one row: four in a pipeline of one replica."""
+    return {"pp-mode": schedule, "recompute": recompute, "micro-batch-size": 1}
+
+
+PARITY = [
+    Run("neox", 1, TWO_TWICE, {"max-grad-norm": CLIPPED, "recompute": "false"}),
+    Run("neox", 2, ONE),
+    Run("neox-sequential", 1, FOUR, scheduled("1f1b")),
+    Run("gptj", 1, ONE_TWICE),
+    Run("gptj", 2, TWO, {"pp-mode": "zb-h1"}),
+]
+PLAIN = {"recompute": "false"}
+# Runs that have the same bits. Those of as many replicas do, whatever their stages and schedules.
+SAME: dict[str, list[Run]] = {
+    "stages": [Run("gptj", 1, shape) for shape in (ONE, TWO, FOUR)],
+    "stages, two replicas": [
+        Run("neox-sequential", 1, ONE_TWICE),
+        Run("neox-sequential", 1, FOUR_TWICE, {"pp-mode": "zb-h1"}),
+    ],
+    "dropout": [Run("dropout", 1, ONE), Run("dropout", 1, FOUR, PLAIN)],
+    "dropout, two replicas": [Run("dropout", 1, ONE_TWICE, PLAIN), Run("dropout", 1, TWO_TWICE)],
+    "schedules": [
+        Run("neox", 1, TWO, scheduled("gpipe", "true")),
+        Run("neox", 1, TWO, scheduled("1f1b", "false")),
+        Run("neox", 1, TWO, scheduled("zb-h1", "true")),
+        Run("neox", 1, FOUR, scheduled("gpipe", "false")),
+        Run("neox", 1, FOUR, scheduled("1f1b", "true")),
+        Run("neox", 1, FOUR, scheduled("zb-h1", "false")),
+    ],
+    "schedules and buckets, two replicas": [
+        Run("neox", 1, TWO_TWICE, scheduled("gpipe", "false")),
+        Run("neox", 1, TWO_TWICE, scheduled("1f1b", "true")),
+        Run("neox", 1, TWO_TWICE, scheduled("zb-h1", "false")),
+        Run("neox", 1, TWO_TWICE, scheduled("zb-h1") | {"zero-stage": 0}),
+        Run("neox", 1, ONE_TWICE, scheduled("zb-h1") | {"zero-stage": 1}),
+    ],
+    "layers listed": [Run("gptj", 1, TWO), Run("gptj", 1, TWO, {"num-layers": "1,4"})],
+    "auto": [Run("heavy-head", 1, shape, {"num-layers": "auto"}) for shape in (ONE, TWO)],
+}
+
+ALL_PARITY = [
+    *(Run(*one) for one in product(MODELS_TRIED, (1, 2), SHAPES)),
+    *(Run("neox", 1, shape, {"max-grad-norm": CLIPPED}) for shape in SHAPES),
+    *(
+        Run("neox", 1, shape, scheduled(mode, recompute))
+        for mode, recompute in product(SCHEDULES, ("true", "false"))
+        for shape in (TWO, TWO_TWICE, FOUR)
+    ),
+]
+BY_REPLICAS = [(ONE, TWO, FOUR), (ONE_TWICE, TWO_TWICE, FOUR_TWICE)]
+ALL_SAME = {
+    **{
+        f"{model}, {accumulate}, R={shapes[0][1]}": [Run(model, accumulate, s) for s in shapes]
+        for model, accumulate, shapes in product([*MODELS_TRIED, "dropout"], (1, 2), BY_REPLICAS)
+    },
+    **{
+        f"schedules, R={shapes[0][1]}": [
+            Run("neox", 1, shape, scheduled(mode, recompute) | zero)
+            for mode, recompute in product(SCHEDULES, ("true", "false"))
+            for shape in shapes
+            for zero in ([{}] if shape[1] == 1 else [{}, {"zero-stage": 0}, {"zero-stage": 1}])
+        ]
+        for shapes in BY_REPLICAS
+    },
+    **{
+        f"listed, {layers}": [Run("gptj", 1, shape), Run("gptj", 1, shape, {"num-layers": layers})]
+        for shape, layers in ((TWO, "1,4"), (TWO_TWICE, "1,4"), (FOUR, "1,2,1,1"))
+    },
+    "auto": SAME["auto"],
+}
+
+
+def small_buckets(topology: Topology) -> AbstractContextManager[object]:
+    """A bucket for each large weight, where all else are in one."""
+    return patch("data_parallel.grad_buffer.BUCKET_BYTES", 4096)
+
+
+def train_all(folder: Path, parity: Sequence[Run], same: Mapping[str, Sequence[Run]]) -> None:
+    """Trains the runs of both kinds, those of few updates in a folder of their own."""
+    write_jsonl(folder / "a.jsonl", make_texts(60, seed=1))
+    write_jsonl(folder / "b.jsonl", make_texts(60, seed=2))
+    for name, model in MODELS.items():
+        make_shards(folder, name, *model)
+    cases = [case_of(folder, run, updates=updates_of(run)) for run in parity]
+    short = {run.id: run for runs in same.values() for run in runs}
+    cases += [case_of(folder, run, "short/", updates=SHORT) for run in short.values()]
+    for size in (1, 2, 4, 8):
+        shapes = [shape for shape in SHAPES if shape[0] * shape[1] == size]
+        run_ranks(size, train_cases, meet_at(shapes), cases, folder, deadline=1200.0)
+
+
+def updates_of(run: Run) -> int:
+    return UPDATES // run.accumulate
+
+
+def case_of(folder: Path, run: Run, place: str = "", *, updates: int) -> Case:
+    own = flags(folder, run.model, MODELS[run.model][0], run.accumulate, updates=updates)
+    hook = small_buckets if "zero-stage" in run.changes else None
+    changed = own | dict(run.changes)
+    return Case(f"{place}{run.name}", changed, hook, shapes=[run.shape])
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """All runs of all shapes, and the references."""
-    folder = tmp_path_factory.mktemp("parity")
-    write_jsonl(folder / "a.jsonl", make_texts(60, seed=1))
-    write_jsonl(folder / "b.jsonl", make_texts(60, seed=2))
-    references: dict[str, Any] = {}
-    cases: list[Case] = []
-    for name, (family, changes) in MODELS_TRIED.items():
-        for accumulate in (1, 2):
-            key = f"{name}-{accumulate}"
-            model = make_shards(folder, key, family, changes)
-            references[key] = reference(model, blocks(folder), accumulate)
-            cases.append(Case(key, flags(folder, key, family, accumulate)))
-    model = make_shards(folder, "clipped", *MODELS_TRIED["neox"])
-    references["clipped"] = reference(model, blocks(folder), 1, CLIPPED)
-    cases.append(
-        Case("clipped", flags(folder, "clipped", "gptneox", 1) | {"max-grad-norm": CLIPPED})
-    )
-    make_shards(folder, "dropout", *DROPOUT)
-    cases.append(Case("dropout", flags(folder, "dropout", DROPOUT[0], 2)))
-    listed = flags(folder, "gptj-1", "gptj", 1) | {"num-layers": listed_layers}
-    cases.append(Case("listed", listed, shapes=LISTED_SHAPES))
-    make_shards(folder, "heavy-head", *HEAVY_HEAD)
-    weighed = flags(folder, "heavy-head", HEAVY_HEAD[0], 1) | {"num-layers": "auto"}
-    cases.append(Case("weighed", weighed, shapes=[(1, 1), (2, 1)]))
-    cases += schedule_cases(flags(folder, "neox-1", "gptneox", 1))
-    for world_size, shapes in SHAPES.items():
-        run_ranks(world_size, train_cases, meet_at(shapes), cases, folder, deadline=400.0)
-    return {"folder": folder, "references": references}
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("parity")
+    train_all(path, PARITY, SAME)
+    return path
 
 
-@pytest.mark.parametrize("shape", ALL_SHAPES)
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("name", MODELS_TRIED)
-def test_losses_are_those_of_one_process(
-    name: str, accumulate: int, shape: tuple[int, int], trained: dict[str, Any]
-) -> None:
-    losses, norms = trained["references"][f"{name}-{accumulate}"]
+def reference_of(folder: Path, run: Run) -> tuple[list[float], list[float]]:
+    family, changes = MODELS[run.model]
+    model = make_hf(family, **{"vocab_size": 400, **changes})
+    norm = run.changes.get("max-grad-norm", 1.0)
+    return reference(model, blocks(folder), run.accumulate, norm, updates=updates_of(run))
+
+
+def check_parity(folder: Path, run: Run, expected: tuple[list[float], list[float]]) -> None:
+    losses, norms = expected
     assert max(losses) - min(losses) > 0.2, "the loss moves"
-    key = f"{name}-{accumulate}"
-    error = worst(curve(trained["folder"], key, *shape), losses)
-    print(f"{name}, accumulation {accumulate}, P={shape[0]} R={shape[1]}: {error:.1e}")
-    assert error < TOLERANCE
-    found = [n for n in curve(trained["folder"], key, *shape, key="grad_norm") if n is not None]
-    error = worst(found, norms)
-    print(f"{name}, accumulation {accumulate}, P={shape[0]} R={shape[1]}, norms: {error:.1e}")
-    assert error < TOLERANCE
+    if "max-grad-norm" in run.changes:
+        assert min(norms) > CLIPPED
     assert max(norms) > 1.0, "clipping bites"
-
-
-@pytest.mark.parametrize("shape", ALL_SHAPES)
-def test_clipping_that_always_bites_is_that_of_one_process(
-    shape: tuple[int, int], trained: dict[str, Any]
-) -> None:
-    losses, norms = trained["references"]["clipped"]
-    assert min(norms) > CLIPPED
-    for key, expected in (("loss", losses), ("grad_norm", norms)):
-        error = worst(curve(trained["folder"], "clipped", *shape, key=key), expected)
-        print(f"clipped, P={shape[0]} R={shape[1]}, {key}: {error:.1e}")
-        assert error < TOLERANCE
-    unclipped, _ = trained["references"]["neox-1"]
-    assert worst(losses, unclipped) > 10 * TOLERANCE, "clipping shows"
-
-
-@pytest.mark.parametrize("replicas", [1, 2])
-@pytest.mark.parametrize("name", ["neox-1", "neox-2", "neox-sequential-1", "gptj-2", "dropout"])
-def test_bits_do_not_depend_on_the_number_of_stages(
-    name: str, replicas: int, trained: dict[str, Any]
-) -> None:
-    curves = [curve(trained["folder"], name, stages, replicas) for stages in (1, 2, 4)]
-    assert curves[0] == curves[1] == curves[2]
-    for key in ("grad_norm", "lr"):
-        rows = [curve(trained["folder"], name, stages, replicas, key) for stages in (1, 2, 4)]
-        assert rows[0] == rows[1] == rows[2]
-
-
-@pytest.mark.parametrize("shape", ALL_SHAPES)
-def test_dropout_is_the_same_in_every_shape(
-    shape: tuple[int, int], trained: dict[str, Any]
-) -> None:
-    folder = trained["folder"]
-    assert worst(curve(folder, "dropout", *shape), curve(folder, "dropout", 1, 1)) < TOLERANCE
-    assert worst(curve(folder, "dropout", 1, 1), curve(folder, "neox-2", 1, 1)) > 1e-4
-
-
-@pytest.mark.parametrize("shape", SCHEDULED)
-@pytest.mark.parametrize("recompute", ["true", "false"])
-@pytest.mark.parametrize("mode", SCHEDULES)
-def test_every_schedule_has_the_losses_of_one_process(
-    mode: str, recompute: str, shape: tuple[int, int], trained: dict[str, Any]
-) -> None:
-    losses, norms = trained["references"]["neox-1"]
-    for key, expected in (("loss", losses), ("grad_norm", norms)):
-        error = worst(curve(trained["folder"], f"{mode}-{recompute}", *shape, key=key), expected)
-        print(f"{mode}, recompute {recompute}, P={shape[0]} R={shape[1]}, {key}: {error:.1e}")
+    for key, theirs in (("loss", losses), ("grad_norm", norms)):
+        ours = curve(folder, run.name, *run.shape, key)
+        error = worst([n for n in ours if n is not None], theirs)
+        print(f"{run.id}, {key}: {error:.1e}")
         assert error < TOLERANCE
 
 
-@pytest.mark.parametrize("shape", SCHEDULED)
-@pytest.mark.parametrize("recompute", ["true", "false"])
-@pytest.mark.parametrize("mode", SCHEDULES)
-def test_bits_do_not_depend_on_the_schedule_nor_on_recompute(
-    mode: str, recompute: str, shape: tuple[int, int], trained: dict[str, Any]
-) -> None:
-    """Of P neither: the other runs with as many replicas are all one."""
-    folder, (stages, replicas) = trained["folder"], shape
-    for key in ("loss", "grad_norm"):
-        found = curve(folder, f"{mode}-{recompute}", *shape, key=key)
-        assert found == curve(folder, "gpipe-true", 2, replicas, key)
-    _assert_same(
-        weights_of(folder, f"{mode}-{recompute}", stages, replicas),
-        weights_of(folder, "gpipe-true", 2, replicas),
-    )
+def check_same(folder: Path, runs: Sequence[Run]) -> None:
+    first, *others = runs
+    for key in ("loss", "grad_norm", "lr"):
+        expected = curve(folder / "short", first.name, *first.shape, key)
+        assert len(expected) == SHORT * first.accumulate
+        for run in others:
+            assert curve(folder / "short", run.name, *run.shape, key) == expected, run.id
+    weights = weights_of(folder / "short", first.name, *first.shape)
+    for run in others:
+        assert weights_of(folder / "short", run.name, *run.shape) == weights, run.id
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1])
-def test_bits_do_not_depend_on_the_buckets(zero_stage: int, trained: dict[str, Any]) -> None:
-    folder, name = trained["folder"], f"buckets-{zero_stage}"
-    one = weights_of(folder, "one-row", 1, 2)
-    for stages in (1, 2):
-        for key in ("loss", "grad_norm"):
-            assert curve(folder, name, stages, 2, key) == curve(folder, "one-row", 1, 2, key)
-        _assert_same(weights_of(folder, name, stages, 2), one)
+@pytest.mark.parametrize("run", PARITY, ids=[run.id for run in PARITY])
+def test_losses_are_those_of_one_process(run: Run, folder: Path) -> None:
+    expected = reference_of(folder, run)
+    check_parity(folder, run, expected)
+    if "max-grad-norm" in run.changes:
+        unclipped, _ = reference_of(folder, run._replace(changes={}))
+        assert worst(expected[0], unclipped) > 10 * TOLERANCE, "clipping shows"
 
 
-def test_weights_after_training_are_the_same_in_every_shape(trained: dict[str, Any]) -> None:
-    """All stages' weights, put together, of P = 4 against P = 1: the same bits."""
-    _assert_same(
-        weights_of(trained["folder"], "gptj-1", 1, 1), weights_of(trained["folder"], "gptj-1", 4, 1)
-    )
+@pytest.mark.parametrize("name", SAME)
+def test_bits_depend_on_replicas_alone(name: str, folder: Path) -> None:
+    """Not on the stages, their layers, the schedule, recompute nor the buckets of gradients."""
+    check_same(folder, SAME[name])
 
 
-@pytest.mark.parametrize("shape", LISTED_SHAPES)
-def test_bits_do_not_depend_on_how_layers_are_listed(
-    shape: tuple[int, int], trained: dict[str, Any]
-) -> None:
-    folder, (stages, replicas) = trained["folder"], shape
-    assert _split(folder, "listed", *shape) == list(map(int, LISTED[stages].split(",")))
-    for key in ("loss", "grad_norm"):
-        found = curve(folder, "listed", *shape, key=key)
-        assert found == curve(folder, "gptj-1", 1, replicas, key)
-    if replicas == 1:
-        _assert_same(weights_of(folder, "listed", stages, 1), weights_of(folder, "gptj-1", 1, 1))
+def test_dropout_is_the_same_for_other_replicas(folder: Path) -> None:
+    one, two = (curve(folder / "short", "dropout-1", *shape) for shape in (ONE, TWO_TWICE))
+    assert worst(two, one) < TOLERANCE
+    without, _ = reference_of(folder, Run("neox", 1, ONE))
+    assert abs(one[0] - without[0]) > 1e-4 * without[0]
 
 
-def test_bits_do_not_depend_on_what_auto_chooses(trained: dict[str, Any]) -> None:
-    folder = trained["folder"]
-    splits = [_split(folder, "weighed", stages, 1) for stages in (1, 2)]
-    assert splits == [[LAYERS], [5, 2]]
-    for key in ("loss", "grad_norm"):
-        one, two = (curve(folder, "weighed", stages, 1, key) for stages in (1, 2))
-        assert one == two
-    _assert_same(weights_of(folder, "weighed", 2, 1), weights_of(folder, "weighed", 1, 1))
+def test_layers_are_split_as_listed_and_as_auto_chooses(folder: Path) -> None:
+    runs = [SAME["layers listed"][1], *SAME["auto"]]
+    splits = [
+        read_meta(run_folder(folder / "short", run.name, *run.shape) / str(SHORT)).num_layers
+        for run in runs
+    ]
+    assert splits == [(1, 4), (LAYERS,), (4, 1)]
 
 
-def _split(folder: Path, name: str, stages: int, replicas: int) -> list[int]:
-    """As the checkpoint tells it."""
-    meta = run_folder(folder, name, stages, replicas) / str(UPDATES) / "meta.json"
-    counts: list[int] = json.loads(meta.read_text())["num_layers"]
-    return counts
-
-
-def _assert_same(some: list[bytes], others: list[bytes]) -> None:
-    assert len(some) == len(others) > 0
-    assert some == others
+@pytest.mark.slow
+def test_the_whole_matrix(tmp_path: Path) -> None:
+    """Every model, accumulation, schedule and shape against one process, and against the rest."""
+    train_all(tmp_path, ALL_PARITY, ALL_SAME)
+    references: dict[tuple[str, int, float | None], Any] = {}
+    for run in ALL_PARITY:
+        key = (run.model, run.accumulate, run.changes.get("max-grad-norm"))
+        if key not in references:
+            references[key] = reference_of(tmp_path, run)
+        check_parity(tmp_path, run, references[key])
+    for runs in ALL_SAME.values():
+        check_same(tmp_path, runs)

@@ -13,62 +13,51 @@ from transformers import GPTJConfig, GPTNeoXConfig
 
 from tests.support.cases import Case, meet_at, run_folder, train_cases
 from tests.support.data import make_texts, tokenizer, write_jsonl
+from tests.support.flags import flags_of
 from tests.support.launcher import run_ranks
 
 WITHIN = 0.01
 WITHIN_DOCUMENTS = 0.05  # whose lengths no plan knows
-NEOX = {
-    "vocab_size": 2048,
-    "hidden_size": 128,
-    "num_hidden_layers": 6,
-    "intermediate_size": 512,
-    "max_position_embeddings": 256,
-    "num_attention_heads": 4,
-}
-GPTJ = {
-    "vocab_size": 2048,
-    "n_embd": 128,
-    "n_layer": 6,
-    "n_positions": 256,
-    "n_head": 8,
-    "rotary_dim": 8,
-}
+SIZES = {"vocab_size": 2048, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+NEOX = SIZES | {"intermediate_size": 512, "max_position_embeddings": 256}
+GPTJ = {"vocab_size": 2048, "n_embd": 128, "n_layer": 2, "n_head": 8}
+GPTJ |= {"n_positions": 256, "rotary_dim": 8}
 MODELS = {
     "neox": GPTNeoXConfig(**NEOX),  # heads of 32: up to 128 tokens keep their probabilities
     "dropout": GPTNeoXConfig(**NEOX, hidden_dropout=0.1, attention_dropout=0.1),
     "wide": GPTNeoXConfig(**{**NEOX, "num_attention_heads": 1, "vocab_size": 6000}),
+    "deep": GPTNeoXConfig(**{**NEOX, "num_hidden_layers": 6, "num_attention_heads": 1}),
     "gptj": GPTJConfig(**GPTJ),
 }
 
 
 class Shape(NamedTuple):
-    """A run: stages and replicas, the model, and its flags."""
+    """A run: stages and replicas, the model, and its flags; whether it is behind `slow`."""
 
     name: str
     stages: int
     replicas: int
     model: str
-    flags: dict[str, Any]
+    flags: str
+    slow: bool = False
 
 
+LONG_8BIT = "--optimizer 8bit-adam --seq-length 256"
+TWO_ROWS = "--recompute false --micro-batch-size 2"
 SHAPES = [
-    Shape("plain", 1, 1, "neox", {"seq-length": 128}),
-    Shape("offload", 1, 1, "gptj", {
-        "bf16": True, "recompute": False, "use-offload": True, "micro-batch-size": 2}),
-    Shape("long", 1, 1, "gptj", {"seq-length": 256, "recompute": False, "batch-size": 7}),
-    Shape("dropout", 1, 1, "dropout", {"recompute": False, "gradient-accumulate-step": 2}),
-    Shape("many", 2, 1, "neox", {"batch-size": 16, "fp16": True}),
-    Shape("zb", 2, 1, "wide", {"pp-mode": "zb-h1", "recompute": False}),
-    Shape("zb-recompute", 2, 1, "neox", {
-        "pp-mode": "zb-h1", "bf16": True, "optimizer": "8bit-adam", "seq-length": 256}),
-    Shape("documents", 2, 1, "neox", {
-        "pp-mode": "1f1b", "pack": "document", "recompute": False, "micro-batch-size": 2}),
-    Shape("copied", 2, 1, "neox", {
-        "async-checkpoint": True, "bf16": True, "checkpoint-steps": 1}),
-    Shape("8bit", 1, 2, "gptj", {"fp16": True, "optimizer": "8bit-adam", "zero-stage": 1}),
-    Shape("three", 1, 3, "neox", {"zero-stage": 1, "use-offload": True}),
-    Shape("four", 4, 1, "wide", {"pp-mode": "1f1b", "recompute": False, "batch-size": 16}),
-]  # fmt: skip
+    Shape("plain", 1, 1, "neox", "--seq-length 128", slow=True),
+    Shape("offload", 1, 1, "gptj", "--bf16 --recompute false --use-offload --micro-batch-size 2"),
+    Shape("long", 1, 1, "gptj", "--seq-length 256 --recompute false --batch-size 7", slow=True),
+    Shape("dropout", 1, 1, "dropout", "--recompute false --gradient-accumulate-step 2"),
+    Shape("many", 2, 1, "neox", "--batch-size 16 --fp16", slow=True),
+    Shape("zb", 2, 1, "wide", "--pp-mode zb-h1 --recompute false"),
+    Shape("zb-recompute", 2, 1, "neox", f"--pp-mode zb-h1 --bf16 {LONG_8BIT}", slow=True),
+    Shape("documents", 2, 1, "neox", f"--pp-mode 1f1b --pack document {TWO_ROWS}"),
+    Shape("copied", 2, 1, "neox", "--async-checkpoint --bf16 --checkpoint-steps 1", slow=True),
+    Shape("8bit", 1, 2, "gptj", "--fp16 --optimizer 8bit-adam --zero-stage 1"),
+    Shape("three", 1, 3, "neox", "--zero-stage 1 --use-offload", slow=True),
+    Shape("four", 4, 1, "deep", "--pp-mode 1f1b --recompute false --batch-size 16", slow=True),
+]
 LINE = re.compile(
     r"memory of (rank \d+) .*: peak of live tensors (\S+ \S+), planned (\S+ \S+) "
     r"\((\S+)%\); peak RSS (\S+ \S+)"
@@ -86,15 +75,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flags(folder: Path, shape: Shape) -> dict[str, Any]:
-    held_out = {"evaluation-data": folder / "a.jsonl", "evaluation-num-batch": 1}
-    if shape.name not in ("plain", "zb"):
-        held_out = {}
-    return {
-        "model-name": folder / shape.model, "load-pretrained-model": False,
-        "model-type": "gptj" if shape.model == "gptj" else "gptneox",
-        "num-layers": "auto", "embedding-dim": 128, "task-name": folder / "a.jsonl",
-        "seq-length": 64, "total-steps": 2, "measure-memory": True, **shape.flags, **held_out,
-    }  # fmt: skip
+    family = "gptj" if shape.model == "gptj" else "gptneox"
+    held_out = f"--evaluation-data {folder}/a.jsonl --evaluation-num-batch 1"
+    return flags_of(f"""
+        --model-name {folder}/{shape.model} --load-pretrained-model false --model-type {family}
+        --num-layers auto --embedding-dim 128 --task-name {folder}/a.jsonl --seq-length 64
+        --batch-size 4 --total-steps 2 --measure-memory {shape.flags}
+        {held_out if shape.name in ("plain", "zb") else ""}
+    """)
 
 
 def ratios(told: Sequence[str], name: str) -> Iterator[float]:
@@ -106,20 +94,23 @@ def ratios(told: Sequence[str], name: str) -> Iterator[float]:
             yield float(ratio) / 100
 
 
-SLOW = [pytest.param(world, marks=pytest.mark.slow) for world in (3, 4)]
+GROUPS = [
+    pytest.param(size, slow, marks=[pytest.mark.slow] * slow)
+    for size, slow in sorted({(one.stages * one.replicas, one.slow) for one in SHAPES})
+]
 
 
-@pytest.mark.parametrize("world", [1, 2, *SLOW])
-def test_the_plan_is_what_a_run_measures(world: int, folder: Path) -> None:
-    shapes = [one for one in SHAPES if one.stages * one.replicas == world]
+@pytest.mark.parametrize(("size", "slow"), GROUPS)
+def test_the_plan_is_what_a_run_measures(size: int, slow: bool, folder: Path) -> None:
+    shapes = [one for one in SHAPES if (one.stages * one.replicas, one.slow) == (size, slow)]
     places = sorted({(one.stages, one.replicas) for one in shapes})
     cases = [
         Case(one.name, flags(folder, one), shapes=[(one.stages, one.replicas)]) for one in shapes
     ]
-    told, *_ = run_ranks(world, train_cases, meet_at(places), cases, folder, deadline=200.0)
+    told, *_ = run_ranks(size, train_cases, meet_at(places), cases, folder, deadline=200.0)
     for one in shapes:
         run = run_folder(folder, one.name, one.stages, one.replicas)
         found = list(ratios(told[run.name].lines, one.name))
-        assert len(found) == world
+        assert len(found) == size
         within = WITHIN_DOCUMENTS if one.name == "documents" else WITHIN
         assert all(abs(ratio - 1) <= within for ratio in found)

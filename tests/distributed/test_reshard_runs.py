@@ -14,24 +14,28 @@ from typing import Any
 import pytest
 
 from checkpoint.steps.manifest import read_manifest
+from tests.support.flags import flags_of
 from tests.support.hooks import Kill
-from tests.support.kill_lab import STEPS, WORLD, Lab, leftovers, make_lab, numbers
+from tests.support.kill_lab import WORLD, Lab, leftovers, make_lab, numbers
 from tests.support.kill_plan import PUBLISH
 from tests.support.launcher import run_ranks
 from tests.support.parity import worst
 from tests.support.runs import Outcome, fork_ranks
 
 _TRAIN = "pipeline_parallel.engine:Engine.train"
-STOPPED = 10
-FOUR_PIPELINES = {"pipeline-group-size": 1, "data-group-size": 4, "batch-size": 1, "num-layers": 3}
-THREE_STAGES = {
-    "pipeline-group-size": 3, "data-group-size": 1, "world-size": 3, "batch-size": 4,
-    "num-layers": 1,
-}  # fmt: skip
-KEEP = {"keep-checkpoints": 2, "keep-optimizer-states": 1}
-# By rank, of which of the two stages it needs files that it has not saved itself.
-NEEDS: dict[str, dict[int, int]] = {"four pipelines": {0: 1}, "three stages": {1: 0, 2: 1}}
-SHAPES: dict[str, dict[str, Any]] = {"four pipelines": FOUR_PIPELINES, "three stages": THREE_STAGES}
+APART = "three stages"
+STEPS, STOPPED, SAVED = 10, 6, 8  # SAVED: the first step that is saved after the stop
+LENGTH = flags_of(
+    f"--total-steps {STEPS} --checkpoint-steps 4 --evaluation-steps 4 --data-workers 0"
+)
+FOUR_PIPELINES = flags_of(
+    "--pipeline-group-size 1 --data-group-size 4 --batch-size 1 --num-layers 3"
+)
+THREE_STAGES = flags_of(
+    "--pipeline-group-size 3 --data-group-size 1 --world-size 3 --batch-size 4 --num-layers 1"
+)
+KEEP = flags_of("--keep-checkpoints 2 --keep-optimizer-states 1")
+NEEDS = {1: 0, 2: 1}  # by rank of three stages, of which of the two it needs files
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,8 @@ def stop_after(rank: int, iterations: int) -> Kill:
 def start(
     lab: Lab, name: str, *kills: Kill, own_disks: bool = False, changes: dict[str, Any]
 ) -> Seen:
-    argvs = lab.argvs(name, own_disks=own_disks, changes=changes)
-    argvs = argvs[: changes.get("world-size", WORLD)]
+    argvs = lab.argvs(name, own_disks=own_disks, changes=LENGTH | changes)
+    argvs = argvs[: int(changes.get("world-size", WORLD))]
     outcome = fork_ranks(argvs, lab.folder, hooks=kills)
     disk = lab.disk(name, 0 if own_disks else None)
     steps = sorted((path.name for path in disk.glob("[0-9]*")), key=int)
@@ -62,28 +66,28 @@ def live(_rank: int, _world: int, _url: str, lab: Lab) -> dict[str, Seen]:
     found = {"whole": start(lab, "whole", changes={})}
     found["kept, two stages"] = start(lab, "kept", stop_after(1, STOPPED), changes=KEEP)
     again = KEEP | FOUR_PIPELINES
-    # The first save of a run's other shape, at step 12; a save renames once the files are whole.
+    # The first save of a run's other shape; a save renames once the files are whole.
     dies = Kill("", 0, PUBLISH)
     found["kept, dies"] = start(lab, "kept", dies, changes=again)
     found["kept, stopped"] = start(lab, "kept", stop_after(2, 2), changes=again)
-    shutil.copytree(lab.disk("kept"), lab.folder / "kept at 12")
+    shutil.copytree(lab.disk("kept"), lab.folder / "kept when saved")
     found["kept, back"] = start(lab, "kept", changes=KEEP)
-    for name, shape in SHAPES.items():
-        never = {"checkpoint-steps": 0}
-        found[f"{name}, stopped"] = start(
-            lab, name, stop_after(3, STOPPED), own_disks=True, changes=never
-        )
-        found[f"{name}, apart"] = start(lab, name, own_disks=True, changes=never | shape)
-        gather(lab, name)
-        found[f"{name}, gathered"] = start(lab, name, own_disks=True, changes=never | shape)
     return found
 
 
-def gather(lab: Lab, name: str) -> None:
-    """Brings what the ranks' lines ask for."""
-    for rank, stage in NEEDS[name].items():
-        target = lab.disk(name, rank) / str(STOPPED)
-        shutil.copytree(lab.disk(name, stage) / str(STOPPED), target, dirs_exist_ok=True)
+def live_apart(_rank: int, _world: int, _url: str, lab: Lab) -> dict[str, Seen]:
+    """A stop where each rank has its own disk; starts in another shape without and with the files
+    that it needs."""
+    never = {"checkpoint-steps": 0}
+    found = {
+        "stopped": start(lab, APART, stop_after(3, STOPPED), own_disks=True, changes=never),
+        "apart": start(lab, APART, own_disks=True, changes=never | THREE_STAGES),
+    }
+    for rank, stage in NEEDS.items():  # as the ranks' lines ask for
+        target = lab.disk(APART, rank) / str(STOPPED)
+        shutil.copytree(lab.disk(APART, stage) / str(STOPPED), target, dirs_exist_ok=True)
+    found["gathered"] = start(lab, APART, own_disks=True, changes=never | THREE_STAGES)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -107,34 +111,26 @@ def check_losses(lab: Lab, disk: Path) -> None:
         assert one is None or one == pytest.approx(other, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_machines_without_the_files_are_told_which_to_bring(
-    name: str, lab: Lab, seen: dict[str, Seen]
+def test_machines_are_told_which_files_to_bring_and_go_on_with_them(
+    lab: Lab, seen: dict[str, Seen]
 ) -> None:
     """On every rank, with status 2; the run had been stopped by a signal, with status 75."""
-    assert seen[f"{name}, stopped"].outcome.statuses == [75] * WORLD
-    outcome = seen[f"{name}, apart"].outcome
-    assert outcome.statuses == [2] * len(outcome.statuses)
-    for (line,) in outcome.lines:
-        for rank, stage in NEEDS[name].items():
-            place = lab.disk(name, rank) / str(STOPPED)
+    (apart,) = run_ranks(1, live_apart, lab, deadline=400.0)
+    assert apart["stopped"].outcome.statuses == [75] * WORLD
+    assert apart["apart"].outcome.statuses == [2] * 3
+    for (line,) in apart["apart"].outcome.lines:
+        for rank, stage in NEEDS.items():
+            place = lab.disk(APART, rank) / str(STOPPED)
             words = f"rank {rank} on {socket.gethostname()} needs in {place} "
             files = f"prank_{stage}_{{checkpoint.pt,optimizer.pt,scheduler.pt,manifest.json}}"
             assert words + files in line
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_once_they_are_brought_the_run_goes_on_with_the_same_losses(
-    name: str, lab: Lab, seen: dict[str, Seen]
-) -> None:
-    outcome = seen[f"{name}, gathered"].outcome
-    assert outcome.statuses == [0] * len(outcome.statuses)
-    become = {"four pipelines": "1 of 3", "three stages": "3 of 1,1,1"}[name]
-    words = f"the checkpoint's 2 stages of 2,1 layers become {become}"
+    outcome = apart["gathered"].outcome
+    assert outcome.statuses == [0] * 3
+    words = "the checkpoint's 2 stages of 2,1 layers become 3 of 1,1,1"
     assert any(line.endswith(words) for line in outcome.told[0])
-    check_losses(lab, lab.disk(name, 0))
-    for rank in range(SHAPES[name]["pipeline-group-size"]):
-        disk = lab.disk(name, rank)
+    check_losses(lab, lab.disk(APART, 0))
+    for rank in range(3):
+        disk = lab.disk(APART, rank)
         assert (disk / "latest").read_text() == str(STEPS)
         assert leftovers(disk) == []
         parts = sorted(path.name for path in (disk / str(STEPS)).glob("prank_*"))
@@ -146,25 +142,25 @@ def test_a_death_in_the_first_save_of_other_stages_costs_that_save_alone(
     lab: Lab, seen: dict[str, Seen]
 ) -> None:
     assert seen["kept, two stages"].outcome.statuses == [75] * WORLD
-    assert seen["kept, two stages"].steps == ["8", "10"]
+    assert seen["kept, two stages"].steps == ["4", str(STOPPED)]
     dies = seen["kept, dies"]
     assert dies.outcome.statuses[0] == -signal.SIGKILL
-    assert (dies.latest, dies.steps) == ("10", ["8", "10"])
-    assert any(line.startswith("resumed from step 10") for line in dies.outcome.told[0])
+    assert (dies.latest, dies.steps) == (str(STOPPED), ["4", str(STOPPED)])
+    assert any(line.startswith(f"resumed from step {STOPPED}") for line in dies.outcome.told[0])
 
 
 def test_old_steps_of_other_stages_go_as_those_of_these_do(lab: Lab, seen: dict[str, Seen]) -> None:
     """Steps beyond --keep-checkpoints go whole, and states of all their stages."""
     stopped = seen["kept, stopped"]
     assert stopped.outcome.statuses == [75] * WORLD
-    assert (stopped.latest, stopped.steps) == ("12", ["10", "12"])
-    kept = lab.folder / "kept at 12"
+    assert (stopped.latest, stopped.steps) == (str(SAVED), [str(STOPPED), str(SAVED)])
+    kept = lab.folder / "kept when saved"
     assert [path.name for path in kept.glob("*/*_optimizer.pt")] == ["prank_0_optimizer.pt"]
-    assert (kept / "12" / "prank_0_optimizer.pt").exists()
-    for step, stages in (("10", 2), ("12", 1)):
+    assert (kept / str(SAVED) / "prank_0_optimizer.pt").exists()
+    for step, stages in ((str(STOPPED), 2), (str(SAVED), 1)):
         for stage in range(stages):
             read_manifest(kept / step, stage).check(kept / step)
-    assert read_manifest(kept / "10", 1).dropped == ["prank_1_optimizer.pt"]
+    assert read_manifest(kept / str(STOPPED), 1).dropped == ["prank_1_optimizer.pt"]
 
 
 def test_a_run_goes_on_and_back_with_the_same_losses(lab: Lab, seen: dict[str, Seen]) -> None:

@@ -12,6 +12,7 @@ from checkpoint.store import CheckpointStore
 from monitor.metrics import read_metrics
 from tests.support.alone import run_parts, train_alone
 from tests.support.data import make_texts, write_jsonl
+from tests.support.flags import flags_of
 from tests.support.models import make_shards
 from training.run_start import open_run
 
@@ -26,22 +27,12 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     write_jsonl(folder / "b.jsonl", make_texts(20, seed=2))
     make_shards(folder, "model", "gptneox", {})
     make_shards(folder, "other", "gptneox", {"rotary_pct": 0.5})
-    found = {
-        "model-name": folder / "shards" / "model",
-        "model-type": "gptneox",
-        "num-layers": 3,
-        "embedding-dim": 32,
-        "task-name": f"{folder / 'a.jsonl'}:0.3,{folder / 'b.jsonl'}:0.7",
-        "seq-length": 16,
-        "batch-size": 4,
-        "micro-batch-size": 1,
-        "gradient-accumulate-step": 2,
-        "total-steps": STEPS,
-        "checkpoint-steps": 2,
-        "lr": 1e-3,
-        "use-cuda": "false",
-        "checkpoint-path": folder / "run",
-    }
+    found = flags_of(f"""
+        --model-name {folder}/shards/model --model-type gptneox --num-layers 3 --embedding-dim 32
+        --task-name {folder}/a.jsonl:0.3,{folder}/b.jsonl:0.7 --seq-length 16 --batch-size 4
+        --micro-batch-size 1 --gradient-accumulate-step 2 --total-steps {STEPS}
+        --checkpoint-steps 2 --lr 1e-3 --use-cuda false
+    """) | {"checkpoint-path": folder / "run"}
     train_alone(found)
     return found
 

@@ -19,23 +19,24 @@ from transformers import (
 from monitor.metrics import read_metrics
 from tests.support.alone import train_alone
 from tests.support.data import make_texts, write_jsonl
+from tests.support.flags import flags_of
 from tests.support.models import make_shards
 
 LR, LOWEST, WARMUP, UPDATES, ACCUMULATE = 1e-3, 2e-4, 2, 7, 2
 COUNTS = {"num_warmup_steps": WARMUP, "num_training_steps": UPDATES}
-SCHEDULES: dict[str, tuple[dict[str, Any], Callable[[Any], Any]]] = {
-    "default": ({}, partial(get_linear_schedule_with_warmup, **COUNTS)),
-    "cosine": ({"lr-schedule": "cosine"}, partial(get_cosine_schedule_with_warmup, **COUNTS)),
+SCHEDULES: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "default": ("", partial(get_linear_schedule_with_warmup, **COUNTS)),
+    "cosine": ("--lr-schedule cosine", partial(get_cosine_schedule_with_warmup, **COUNTS)),
     "constant": (
-        {"lr-schedule": "constant"},
+        "--lr-schedule constant",
         partial(get_constant_schedule_with_warmup, num_warmup_steps=WARMUP),
     ),
     "linear-to": (
-        {"min-lr": LOWEST},
+        f"--min-lr {LOWEST}",
         partial(get_polynomial_decay_schedule_with_warmup, lr_end=LOWEST, **COUNTS),
     ),
     "cosine-to": (
-        {"lr-schedule": "cosine", "min-lr": LOWEST},
+        f"--lr-schedule cosine --min-lr {LOWEST}",
         partial(get_cosine_with_min_lr_schedule_with_warmup, min_lr=LOWEST, **COUNTS),
     ),
 }
@@ -55,22 +56,13 @@ def test_a_run_has_the_rates_of_transformers(
 ) -> None:
     monkeypatch.setattr("monitor.recorder.draw_loss", lambda *_: None)
     own, make_schedule = SCHEDULES[name]
-    flags = {
-        "model-name": folder / "shards" / "model",
-        "model-type": "gptneox",
-        "num-layers": 1,
-        "embedding-dim": 32,
-        "task-name": folder / "a.jsonl",
-        "seq-length": 8,
-        "batch-size": 1,
-        "gradient-accumulate-step": ACCUMULATE,
-        "total-steps": UPDATES * ACCUMULATE,
-        "warmup-steps": WARMUP,
-        "lr": LR,
-        "use-cuda": "false",
-        "checkpoint-path": folder / name,
-    }
-    train_alone(flags | own)
+    flags = flags_of(f"""
+        --model-name {folder}/shards/model --model-type gptneox --num-layers 1 --embedding-dim 32
+        --task-name {folder}/a.jsonl --seq-length 8 --batch-size 1 --use-cuda false
+        --gradient-accumulate-step {ACCUMULATE} --total-steps {UPDATES * ACCUMULATE}
+        --warmup-steps {WARMUP} --lr {LR} --checkpoint-path {folder / name}
+    """)
+    train_alone(flags | flags_of(own))
     lines = read_metrics(folder / name / "metrics.jsonl")
     rates = [line["lr"] for line in lines]
     assert rates[::ACCUMULATE] == [None] * UPDATES, "no update ends there"

@@ -6,12 +6,8 @@ where the test may mount one, the disk is a small one that fills up.
 
 import importlib
 import json
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +20,13 @@ from monitor.metrics import IterationMetrics, MetricsFile, read_metrics
 from monitor.recorder import Recorder
 from tests.support.cases import Case, Told, curve, meet_at, run_folder, to_argv, train_cases
 from tests.support.data import make_texts, write_jsonl
+from tests.support.flags import flags_of
 from tests.support.full_disk import files_no_larger_than, fill, small_disk
+from tests.support.hooks import Slow, no_picture, slowed
 from tests.support.kill_lab import leftovers, same, state
 from tests.support.launcher import run_ranks
 from tests.support.models import make_shards
-from tests.support.valid_run import ROOT
+from tests.support.runs import Attendant, Hook, Rank, Run, run, run_all
 from training.iteration import TrainingStoppedError
 from training.trainer import Trainer
 
@@ -69,18 +67,9 @@ class Fails:
             yield
 
 
-@contextmanager
-def slow_disk(topology: Topology) -> Iterator[None]:
+def slow_disk(_topology: Topology) -> AbstractContextManager[object]:
     """A stage's files take longer to write than the steps until the next save."""
-    module = importlib.import_module(FOLDER)
-    original = module.write_stage_files
-
-    def slow(*args: Any) -> Any:
-        time.sleep(0.5)
-        return original(*args)
-
-    with patch.object(module, "write_stage_files", slow):
-        yield
+    return slowed(f"{FOLDER}:write_stage_files", 0.5)
 
 
 SEEN = "seen.json"
@@ -112,6 +101,10 @@ def full_disk(rank: int, *nth: int) -> Fails:
     return Fails(rank, FOLDER, "write_stage_files", nth, limit=SMALL_FILES)
 
 
+def not_renamed(rank: int) -> Fails:
+    return Fails(rank, FOLDER, "publish", (2,))
+
+
 @dataclass(frozen=True)
 class Story:
     """What goes wrong, whether that ends the run, and the steps that are there in the end."""
@@ -124,33 +117,31 @@ class Story:
     latest: int = STEPS
 
 
-LATE = {"checkpoint-steps": EVERY}
-ONE = {**LATE, "keep-checkpoints": 1}  # and it does not go before a newer one is whole
+LATE = flags_of(f"--checkpoint-steps {EVERY}")
+BESIDE = LATE | flags_of("--async-checkpoint")
+ONE = LATE | flags_of("--keep-checkpoints 1")  # and it does not go before a newer one is whole
+FATAL = ONE | flags_of("--checkpoint-failure fatal")
 STORIES = {
     "a full disk": Story(full_disk(1, 1, 3), [4, 8], "is not saved: rank 1 on", LATE),
     "a full disk of rank 0": Story(full_disk(0, 2), [2, 6, 8], "is not saved: rank 0 on", LATE),
-    "no renaming": Story(
-        Fails(1, FOLDER, "publish", (2,)), [2, 6, 8], "is not saved: rank 1 on", LATE
-    ),
+    "no renaming": Story(not_renamed(1), [2, 6, 8], "is not saved: rank 1 on", LATE),
     "no latest": Story(
-        Fails(1, "checkpoint.store", "write_latest", (2,)), [2, 4, 6, 8],
-        "is saved, but latest does not name it: rank 1 on", LATE,
+        Fails(1, "checkpoint.store", "write_latest", (2,)),
+        [2, 4, 6, 8],
+        "is saved, but latest does not name it: rank 1 on",
+        LATE,
     ),
     "the last save": Story(
         full_disk(1, 4), [6], "step 8 is not saved: rank 1 on", ONE, stops=True, latest=6
     ),
     "a full disk beside training": Story(
-        full_disk(1, 1, 3), [4, 8], "is not saved: rank 1 on", {**LATE, "async-checkpoint": "true"}
+        full_disk(1, 1, 3), [4, 8], "is not saved: rank 1 on", BESIDE
     ),
     "no renaming beside training": Story(
-        Fails(0, FOLDER, "publish", (2,)), [2, 6, 8], "is not saved: rank 0 on",
-        {**LATE, "async-checkpoint": "true"},
+        not_renamed(0), [2, 6, 8], "is not saved: rank 0 on", BESIDE
     ),
-    "fatal": Story(
-        full_disk(1, 2), [2], "step 4 is not saved: rank 1 on",
-        {**ONE, "checkpoint-failure": "fatal"}, stops=True, latest=2,
-    ),
-}  # fmt: skip
+    "fatal": Story(full_disk(1, 2), [2], "step 4 is not saved: rank 1 on", FATAL, True, latest=2),
+}
 
 
 @dataclass(frozen=True)
@@ -165,11 +156,11 @@ class Ended:
 def make_flags(folder: Path) -> dict[str, Any]:
     write_jsonl(folder / "a.jsonl", make_texts(20, seed=1))
     make_shards(folder, "model", "gptneox", {"num_hidden_layers": 3})
-    return {
-        "model-name": folder / "shards" / "model", "model-type": "gptneox", "embedding-dim": 32,
-        "num-layers": 2, "task-name": folder / "a.jsonl", "seq-length": 16, "batch-size": 2,
-        "total-steps": STEPS, "lr": 1e-3, "use-cuda": "false",
-    }  # fmt: skip
+    return flags_of(f"""
+        --model-name {folder}/shards/model --model-type gptneox --embedding-dim 32 --num-layers 2
+        --task-name {folder}/a.jsonl --seq-length 16 --batch-size 2 --total-steps {STEPS}
+        --lr 1e-3 --use-cuda false --recompute false
+    """)
 
 
 @pytest.fixture(scope="module")
@@ -177,12 +168,12 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
     folder = tmp_path_factory.mktemp("failed")
     flags = make_flags(folder)
     cases = [
-        Case(name, {**flags, **story.flags}, story.fails, stops=story.stops)
+        Case(name, flags | story.flags, story.fails, stops=story.stops)
         for name, story in STORIES.items()
     ]
-    cases.append(Case("whole", {**flags, **LATE}))
-    cases.append(Case("beside", {**flags, **LATE, "async-checkpoint": "true"}, slow_disk))
-    cases.append(Case("a line", {**flags, **LATE}, no_room_for_a_line))
+    cases.append(Case("whole", flags | LATE))
+    cases.append(Case("beside", flags | BESIDE, slow_disk))
+    cases.append(Case("a line", flags | LATE, no_room_for_a_line))
     return Ended(folder, run_ranks(2, train_cases, meet_at([(2, 1)]), cases, folder))
 
 
@@ -221,10 +212,8 @@ def test_what_is_written_beside_training_is_what_training_had(ended: Ended) -> N
         for stage in range(2):
             beside, whole = (state(ended.run(name), stage, step) for name in ("beside", "whole"))
             assert same(beside, whole)
-    metas = [
-        json.loads((ended.run(name) / str(EVERY) / "meta.json").read_text())
-        for name in ("beside", "whole")
-    ]
+    paths = [ended.run(name) / str(EVERY) / "meta.json" for name in ("beside", "whole")]
+    metas = [json.loads(path.read_text()) for path in paths]
     assert metas[0]["data"] == metas[1]["data"]
     assert curve(ended.folder, "beside", 2, 1) == curve(ended.folder, "whole", 2, 1)
     told = [told[ended.run("beside").name].lines for told in ended.told]
@@ -233,11 +222,8 @@ def test_what_is_written_beside_training_is_what_training_had(ended: Ended) -> N
 
 
 def test_a_refused_write_names_the_file(ended: Ended) -> None:
-    (line, *_) = [
-        line
-        for line in ended.told[0][ended.run("a full disk").name].lines
-        if "is not saved" in line
-    ]
+    lines = ended.told[0][ended.run("a full disk").name].lines
+    (line, *_) = [line for line in lines if "is not saved" in line]
     assert "File too large" in line
     assert "prank_1_checkpoint.pt" in line
 
@@ -282,44 +268,35 @@ def test_a_save_that_fails_does_not_hide_why_training_stopped(fails: bool) -> No
     assert not saves.is_pending
 
 
-def start(flags: dict[str, Any]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "dist_clm_train.py"), *to_argv(flags)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-
-
 def test_a_disk_that_is_full_for_the_rest_of_the_run(tmp_path: Path) -> None:
     """Training goes on to its end, whose save fails: status 1. With room again it is completed."""
-    (tmp_path / "whole").mkdir()
-    flags = {**make_flags(tmp_path), "num-layers": 3, "total-steps": 300, "checkpoint-steps": 100}
-    run = tmp_path / "disk" / "run"
+    changes = "--num-layers 3 --total-steps 30 --checkpoint-steps 10 --data-workers 0"
+    flags = make_flags(tmp_path) | flags_of(changes)
+    steps = Slow(0, "pipeline_parallel.engine:Engine.train", 0.03)  # slower than the disk fills
+    disk, path = tmp_path / "disk" / "run", tmp_path / "disk" / "filler"
+
+    def fill_after_a_save(_pids: Sequence[int], _ended: Mapping[int, int | None]) -> None:
+        if (disk / "latest").exists() and not path.exists():
+            fill(path)
+
+    def start(name: str, folder: Path, attend: Attendant | None = None, *hooks: Hook) -> Run:
+        argv = to_argv({**flags, "checkpoint-path": folder})
+        return Run(name, [Rank(argv, tmp_path, hooks=[no_picture, *hooks])], attend)
+
     with small_disk(tmp_path / "disk", "3m"):
-        first = start({**flags, "checkpoint-path": run})
-        deadline = time.monotonic() + 300.0
-        while not (run / "latest").exists() and time.monotonic() < deadline:
-            time.sleep(0.005)
-        fill(tmp_path / "disk" / "filler")
-        out, err = first.communicate(timeout=300)
-        assert first.returncode == 1, err
-        assert "step 200 is not saved: [Errno 28] No space left on device" in out
-        assert "metrics.jsonl: [Errno 28] No space left on device" in out
-        assert err.startswith("step 300 is not saved: [Errno 28] No space left on device")
-        assert err.count("\n") == 1
-        assert (run / "latest").read_text() == "100"
-        assert leftovers(run) == []
-        (tmp_path / "disk" / "filler").unlink()
-        again = start({**flags, "checkpoint-path": run})
-        whole = start({**flags, "checkpoint-path": tmp_path / "whole"})
-        for process in (again, whole):
-            _, err = process.communicate(timeout=300)
-            assert (process.returncode, err) == (0, "")
-        lines, expected = (
-            [line["loss"] for line in read_metrics(path / "metrics.jsonl")]
-            for path in (run, tmp_path / "whole")
-        )
-        assert lines == expected
-        assert same(state(run, 0, 300), state(tmp_path / "whole", 0, 300))
+        (first,) = run(start("first", disk, fill_after_a_save, steps))
+        assert first.status == 1, first
+        assert "step 20 is not saved: [Errno 28] No space left on device" in first.stdout
+        assert "metrics.jsonl: [Errno 28] No space left on device" in first.stdout
+        assert first.stderr.startswith("step 30 is not saved: [Errno 28] No space left on device")
+        assert first.stderr.count("\n") == 1
+        assert (disk / "latest").read_text() == "10"
+        assert leftovers(disk) == []
+        path.unlink()
+        whole = tmp_path / "whole"
+        outcomes = run_all([[start("again", disk)], [start("whole", whole)]], at_once=2)
+        for outcome in outcomes.values():
+            assert (outcome.statuses, outcome.lines) == ([0], [[]])
+        lines, expected = (read_metrics(folder / "metrics.jsonl") for folder in (disk, whole))
+        assert [line["loss"] for line in lines] == [line["loss"] for line in expected]
+        assert same(state(disk, 0, 30), state(whole, 0, 30))

@@ -58,11 +58,7 @@ class Run:
         self.ranks: list[Process] = []
 
     def start(
-        self,
-        program: RankProgram,
-        *,
-        dist_timeout: float = 60.0,
-        timing: Timing = DEFAULT_TIMING,
+        self, program: RankProgram, *, dist_timeout: float = 60.0, timing: Timing = DEFAULT_TIMING
     ) -> None:
         url = f"tcp://127.0.0.1:{free_port()}"
         self.ranks = [
@@ -72,6 +68,14 @@ class Run:
 
     def await_ready(self, *, but_for: int) -> None:
         await_ready([rank for number, rank in enumerate(self.ranks) if number != but_for])
+
+    def survivors(self, victim: int, *, within: float) -> Iterator[tuple[int, str]]:
+        """Yields each other rank and its one line; all end with status 1."""
+        for number, rank in enumerate(self.ranks):
+            if number != victim:
+                assert rank.status(within=within) == 1
+                (line,) = rank.lines
+                yield number, line
 
     def kill(self) -> None:
         for rank in self.ranks:
@@ -90,14 +94,11 @@ def test_a_killed_rank_is_named_at_once(run: Run, victim: int) -> None:
     run.start(partial(wait_for, victim))
     run.await_ready(but_for=victim)
     os.kill(run.ranks[victim].pid, signal.SIGKILL)
-    for number, rank in enumerate(run.ranks):
-        if number != victim:
-            assert rank.status(within=8.0) == 1
-            (line,) = rank.lines
-            assert line.startswith(f"rank {number}: rank {victim} (stage {victim % 2}, replica ")
-            assert "is gone: " in line
-            assert "this rank was in: control all-reduce, " in line
-            assert line.endswith("Start all ranks again to resume from the latest checkpoint.")
+    for number, line in run.survivors(victim, within=8.0):
+        assert line.startswith(f"rank {number}: rank {victim} (stage {victim % 2}, replica ")
+        assert "is gone: " in line
+        assert "this rank was in: control all-reduce, " in line
+        assert line.endswith("Start all ranks again to resume from the latest checkpoint.")
 
 
 def test_a_mistake_that_one_rank_sees_ends_all_with_status_2(run: Run) -> None:
@@ -144,12 +145,9 @@ def test_a_hung_rank_is_named_after_the_timeout(run: Run, victim: int) -> None:
     run.start(work_for_ever, dist_timeout=2.0, timing=QUICK)
     run.await_ready(but_for=victim)
     os.kill(run.ranks[victim].pid, signal.SIGSTOP)
-    for number, rank in enumerate(run.ranks):
-        if number != victim:
-            assert rank.status(within=20.0) == 1
-            (line,) = rank.lines
-            assert f"rank {victim} (stage {victim % 2}, replica " in line
-            assert "it does not answer" in line
+    for _, line in run.survivors(victim, within=20.0):
+        assert f"rank {victim} (stage {victim % 2}, replica " in line
+        assert "it does not answer" in line
 
 
 def test_an_orderly_end(run: Run) -> None:

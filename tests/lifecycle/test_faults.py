@@ -4,8 +4,9 @@ SIGKILL and SIGSTOP of any rank, cut connections, full disks, SIGTERM: 1 to 3 a 
 moments and by the clock. After each fault all ranks end in time, with the right statuses and a line
 that says why; `latest` never names a checkpoint that is not whole; the same command goes on.
 
-The long form: `pytest -s -m slow tests/lifecycle/test_faults.py`; FAULT_SEED draws the same again,
-FAULT_RUNS says how many, and FAULT_LOG is a file that tells each run as it ends.
+By default one connection is cut; other tests have the other kinds of faults. The long form:
+`pytest -s -m faults tests/lifecycle/test_faults.py`; FAULT_SEED draws others (`clock`: any), and
+FAULT_RUNS says how many. FAULT_LOG is a file that tells each run as it ends.
 """
 
 import os
@@ -16,21 +17,28 @@ from pathlib import Path
 import pytest
 
 from tests.support.fault_lab import Lived, live, make_fault_lab, problems, report, tell
-from tests.support.fault_plan import ALONE, APART, draw_runs
+from tests.support.fault_plan import ALONE, APART, CUT, Fault, RunPlan, draw_runs
 from tests.support.hosts import HOSTS, Host, wired
+from tests.support.kill_plan import ANY_STEP
 from tests.support.launcher import run_ranks
 
+SHORT = 8  # steps of a run with one fault
 # Few runs that have every kind of fault, most at named moments, which all machines reach.
 SEED, RUNS = 1962, 4
 SEED_APART, RUNS_APART = 12252, 3
 
 
-def lead(folder: Path, seed: int, runs: int, hosts: Sequence[Host] = ()) -> list[Lived]:
-    lab = make_fault_lab(folder, hosts)
-    log = Path(os.environ.get("FAULT_LOG", folder / "log"))
-    plans = draw_runs(seed, runs, APART if hosts else ALONE)
+def lead(folder: Path, seed: int, runs: int, hosts: Sequence[Host] = ()) -> None:
+    """Tells the counts, and the seed that draws the same again."""
+    given = os.environ.get("FAULT_SEED", str(seed))
+    seed = time.time_ns() % 1_000_000 if given == "clock" else int(given)
+    print(f"FAULT_SEED={seed}")
+    runs, kinds = int(os.environ.get("FAULT_RUNS", runs)), APART if hosts else ALONE
+    lab, log = make_fault_lab(folder, hosts), Path(os.environ.get("FAULT_LOG", folder / "log"))
+    plans = draw_runs(seed, runs, kinds)
     (lived,) = run_ranks(1, live, lab, plans, log, deadline=120.0 + 180.0 * runs)
-    return lived
+    print(report(lived))
+    check(lived, kinds)
 
 
 def check(lived: Sequence[Lived], kinds: Sequence[str]) -> None:
@@ -40,35 +48,28 @@ def check(lived: Sequence[Lived], kinds: Sequence[str]) -> None:
     assert hit == set(kinds)
 
 
-def lead_many(folder: Path, hosts: Sequence[Host] = ()) -> None:
-    """Tells the counts, and the seed that draws the same again."""
-    seed = int(os.environ.get("FAULT_SEED", time.time_ns() % 1_000_000))
-    print(f"FAULT_SEED={seed}")
-    lived = lead(folder, seed, int(os.environ.get("FAULT_RUNS", "50")), hosts)
-    print(report(lived))
-    check(lived, APART if hosts else ALONE)
-
-
 @pytest.fixture
 def wire() -> Iterator[None]:
     with wired():
         yield
 
 
+def test_a_run_lives_through_a_cut_connection(tmp_path: Path) -> None:
+    """All connections of two stages of a pipeline, in the middle of a step."""
+    step = next(moment for moment in ANY_STEP if moment.name == "step")
+    fault = Fault(CUT, 3, step, 0.0, peer=2, one=False, to_all=False, rest=None)
+    plan = RunPlan(0, {}, [[fault]])
+    lab = make_fault_lab(tmp_path, steps=SHORT)
+    (lived,) = run_ranks(1, live, lab, [plan], tmp_path / "log", deadline=120.0)
+    check(lived, [CUT])
+
+
+@pytest.mark.faults
 def test_drawn_faults(tmp_path: Path) -> None:
-    check(lead(tmp_path, SEED, RUNS), ALONE)
+    lead(tmp_path, SEED, RUNS)
 
 
+@pytest.mark.faults
 def test_drawn_faults_of_two_hosts_that_share_no_disk(wire: None, tmp_path: Path) -> None:
     """A stage's ranks on each; and the wire between them is pulled."""
-    check(lead(tmp_path, SEED_APART, RUNS_APART, HOSTS), APART)
-
-
-@pytest.mark.slow
-def test_many_drawn_faults(tmp_path: Path) -> None:
-    lead_many(tmp_path)
-
-
-@pytest.mark.slow
-def test_many_drawn_faults_of_two_hosts(wire: None, tmp_path: Path) -> None:
-    lead_many(tmp_path, HOSTS)
+    lead(tmp_path, SEED_APART, RUNS_APART, HOSTS)

@@ -16,26 +16,41 @@ import pytest
 from arguments.train import train_parser
 from monitor.metrics import read_metrics
 from tests.support.cases import to_argv
+from tests.support.flags import flags_of
 from tests.support.kill_lab import Lab, Start, make_lab, marked, numbers, same, state
-from tests.support.launcher import free_port, run_ranks
-from tests.support.models import make_shards
+from tests.support.launcher import run_ranks
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "example_scripts"
-STEPS, SAVE, DEADLINE = 60, 10, 90.0
+STEPS, SAVE, DEADLINE = 40, 5, 90.0
 # Two stages and one replica, with the batch of make_lab's two.
-TWO_RANKS = {
-    "world-size": 2, "data-group-size": 1, "batch-size": 4, "total-steps": STEPS,
-    "checkpoint-steps": SAVE, "evaluation-steps": 0,
-}  # fmt: skip
+TWO_RANKS = flags_of(
+    f"--world-size 2 --data-group-size 1 --batch-size 4 --total-steps {STEPS} "
+    f"--checkpoint-steps {SAVE} --evaluation-steps 0"
+)
 # Slurm's commands, as far as finetune_gptneox.sbatch needs them: srun's one task ends with $STATUS,
 # or with 75 once it is asked to; the job is in state $STATE.
 SLURM = {
-    "srun": 'trap "exit 75" TERM\ntouch "$LOG.began"\n'
-            'for _ in $(seq 300); do [ -n "$STATUS" ] && exit "$STATUS"; sleep 0.1; done',
+    "srun": """\
+trap "exit 75" TERM
+touch "$LOG.began"
+for _ in $(seq 300); do [ -n "$STATUS" ] && exit "$STATUS"; sleep 0.1; done""",
     "squeue": 'echo "$STATE"',
     "scontrol": '[ "$1" = show ] && echo node1 || echo "$*" >>"$LOG"',
-}  # fmt: skip
+}
+# A rank that ends with 75 once it is asked to stop.
+LISTENING = """
+import sys, time
+from comm.lifecycle.stop_signals import STOPPED, StopListener, StopRequest
+rank = int(sys.argv[sys.argv.index("--rank") + 1])
+request = StopRequest()
+StopListener(request, rank=rank, alone=False)
+print("listens", flush=True)
+while request.asked is None:
+    time.sleep(0.01)
+print(f"rank {rank}: {request.asked}", flush=True)
+sys.exit(STOPPED)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -90,30 +105,26 @@ def steps_done(disk: Path) -> int:
     return read_metrics(path)[-1]["step"] if path.exists() and path.stat().st_size else 0
 
 
-def test_a_launch_script_passes_the_signal_on_and_returns_75(lab: Lab) -> None:
-    """Ctrl-C: the terminal sends SIGINT to all, which background jobs of a script ignore."""
-    make_shards(lab.folder, "gptj", "gptj", {"n_layer": 3})
-    own = ("num-layers", "task-name", "seq-length", "batch-size", "embedding-dim", "use-cuda")
-    disk, log = lab.disk("script"), lab.folder / "script.log"
-    flags = {flag: lab.flags[flag] for flag in own} | {
-        "model-name": lab.folder / "shards" / "gptj",
-        "tokenizer-name": lab.folder / "shards" / "gptj",
-        "dist-url": f"tcp://127.0.0.1:{free_port()}",
-        "fp16": "false",
-        "total-steps": 100_000,
-        "checkpoint-path": disk,
-    }
-    command = ["bash", SCRIPTS / "finetune_gptj.sh", *to_argv(flags)]
-    with started(command, log, environ()) as script:
-        await_true(lambda: steps_done(disk) >= 2, log)
-        os.killpg(script.pid, signal.SIGINT)
-        assert script.wait(DEADLINE) == 75
-    step = steps_done(disk)
-    assert (disk / "latest").read_text() == str(step)
-    for rank in range(2):
-        line = rf"rank {rank}: asked to stop (SIGTERM on rank "
-        (told,) = [told for told in log.read_text().splitlines() if told.startswith(line)]
-        assert told.endswith(f"step {step} is saved, not finished; the same command goes on")
+def test_a_launch_script_passes_the_signal_on_and_returns_75(tmp_path: Path) -> None:
+    """Ctrl-C: the terminal sends SIGINT to all, which background jobs of a script ignore.
+
+    A double of the command python starts ranks that only listen.
+    """
+    log, script = tmp_path / "log", tmp_path / "listen.py"
+    script.write_text(LISTENING)
+    double = f'#!/usr/bin/env bash\nPYTHONPATH="{ROOT}" exec "{sys.executable}" "{script}" "$@"\n'
+    (tmp_path / "python").write_text(double)
+    (tmp_path / "python").chmod(0o755)
+    env = environ()
+    env["PATH"] = f"{tmp_path}:{env['PATH']}"
+    with started(["bash", SCRIPTS / "finetune_gptj.sh"], log, env) as running:
+        await_true(lambda: log.read_text().count("listens") == 2, log)
+        os.killpg(running.pid, signal.SIGINT)
+        assert running.wait(DEADLINE) == 75
+    told = [line for line in log.read_text().splitlines() if line.startswith("rank ")]
+    assert sorted(told) == [
+        f"rank {rank}: asked to stop (SIGTERM on rank {rank})" for rank in (0, 1)
+    ]
 
 
 @pytest.mark.parametrize(("script", "ranks"), [("finetune_gptj.sh", 2), ("finetune_gptneox.sh", 8)])
@@ -168,11 +179,9 @@ def test_the_sbatch_script_requeues_what_stopped_as_asked(
     scripts = tmp_path / "example_scripts"
     shutil.copytree(SCRIPTS, scripts)
     log = tmp_path / "scontrol.log"
-    slurm = {
-        "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "node1",
-        "SLURM_NTASKS": "8", "STATUS": status, "STATE": state_of_job, "LOG": str(log),
-    }  # fmt: skip
-    env = environ(**slurm)
+    of_test = {"STATUS": status, "STATE": state_of_job, "LOG": str(log)}
+    slurm = {"SUBMIT_DIR": str(tmp_path), "JOB_ID": "17", "JOB_NODELIST": "node1", "NTASKS": "8"}
+    env = environ(**of_test, **{f"SLURM_{name}": value for name, value in slurm.items()})
     env["PATH"] = f"{tmp_path}:{env['PATH']}"
     command = ["bash", scripts / "finetune_gptneox.sbatch"]
     with started(command, tmp_path / "log", env) as job:
@@ -183,33 +192,31 @@ def test_the_sbatch_script_requeues_what_stopped_as_asked(
     assert (log.read_text() if log.exists() else "") == ("requeue 17\n" if requeued else "")
 
 
-def whole(_rank: int, _world: int, _url: str, lab: Lab) -> Start:
-    return lab.start("whole", changes=TWO_RANKS)
+def finish(_rank: int, _world: int, _url: str, lab: Lab) -> list[Start]:
+    return [lab.start(name, changes=TWO_RANKS) for name in ("torchrun", "whole")]
 
 
-def test_torchrun_stops_and_restarts_to_the_same_bits(lab: Lab) -> None:
-    """SIGTERM to torchrun: saved; the same command, and SIGKILL of a rank: brought back."""
+def test_torchrun_restarts_and_stops_to_the_same_bits(lab: Lab) -> None:
+    """SIGKILL of a rank: all are brought back; SIGTERM to torchrun: saved, and a later start ends
+    as a run that nobody disturbed."""
     disk, log = lab.disk("torchrun"), lab.folder / "torchrun.log"
+    disk.parent.mkdir()
     given = {k: v for k, v in lab.flags.items() if k != "world-size"}
     given |= {k: v for k, v in TWO_RANKS.items() if k != "world-size"} | {"checkpoint-path": disk}
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--max-restarts", 1,
-        "--master-port", free_port(), ROOT / "dist_clm_train.py", *to_argv(given),
-    ]  # fmt: skip
+    launch = "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1"
+    command = [sys.executable, *launch.split(), ROOT / "dist_clm_train.py", *to_argv(given)]
     with started(command, log, environ()) as agent:
-        await_true(lambda: steps_done(disk) >= 2, log)
+        await_true(lambda: steps_done(disk) >= SAVE + 2, log)
+        os.kill(children(agent.pid)[1], signal.SIGKILL)
+        await_true(lambda: len(marked(disk)) == 1, log)
         agent.send_signal(signal.SIGTERM)
         assert agent.wait(DEADLINE) == 1
     stopped = steps_done(disk)
     assert (disk / "latest").read_text() == str(stopped)
-    assert stopped < STEPS - 2 * SAVE
-    with started(command, log, environ()) as agent:
-        await_true(lambda: steps_done(disk) >= stopped + SAVE + 2, log)
-        os.kill(children(agent.pid)[1], signal.SIGKILL)
-        assert agent.wait(DEADLINE) == 0
+    assert stopped < STEPS
+    (starts,) = run_ranks(1, finish, lab, deadline=DEADLINE)
+    assert [start.outcome.statuses[:2] for start in starts] == [[0, 0], [0, 0]]
     assert len(marked(disk)) == 2
-    (reference,) = run_ranks(1, whole, lab, deadline=DEADLINE)
-    assert reference.outcome.statuses[:2] == [0, 0]
     assert numbers(disk) == numbers(lab.disk("whole"))
     for stage in range(2):
         assert same(state(disk, stage, STEPS), state(lab.disk("whole"), stage, STEPS))

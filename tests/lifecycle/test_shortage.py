@@ -1,9 +1,7 @@
 """Memory that runs out: the line that every rank ends with."""
 
-import os
 import re
-import subprocess
-import sys
+import resource
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -14,58 +12,57 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from transformers import GPTNeoXConfig
 
 from comm.topology import Topology
 from modules.families.gptneox import GPTNeoXBlock
+from pipeline_parallel.engine import Engine
 from planning.memory.out_of_memory import NEXT_STEP, explain_out_of_memory
 from tests.support.cases import Case, Told, meet_at, to_argv, train_cases
 from tests.support.data import make_texts, tokenizer, write_jsonl
+from tests.support.flags import flags_of
 from tests.support.launcher import free_port, run_ranks
-from tests.support.valid_run import ROOT
+from tests.support.models import make_hf
+from tests.support.runs import fork_ranks
 
 HIDDEN, LAYERS = 128, 2
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 3 GiB."
 CPU = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 512 bytes."
 
-# A rank whose address space is bounded once all is built: its next activations do not fit.
-BOUNDED = """
-import resource, sys
-import dist_clm_train
-from pipeline_parallel.engine import Engine
-train = Engine.train
-def bounded(self, batch, *, loss_scale):
-    size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + 150_000_000, -1))
-    return train(self, batch, loss_scale=loss_scale)
-Engine.train = bounded
-dist_clm_train.main(sys.argv[1:])
-"""
+
+@dataclass(frozen=True)
+class Bounded:
+    """A rank whose address space is bounded once all is built: its next activations do not fit."""
+
+    rank: int
+
+    def arm(self) -> None:
+        train = Engine.train
+
+        def bounded(engine: Engine, *args: Any, **options: Any) -> Any:
+            size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (size + 150_000_000, -1))
+            return train(engine, *args, **options)
+
+        setattr(Engine, "train", bounded)  # noqa: B010
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shortage")
-    GPTNeoXConfig(
-        vocab_size=512,
-        hidden_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        intermediate_size=4 * HIDDEN,
-        max_position_embeddings=256,
-    ).save_pretrained(folder / "model")
+    sizes = {"vocab_size": 512, "hidden_size": HIDDEN, "intermediate_size": 4 * HIDDEN}
+    model = make_hf("gptneox", num_hidden_layers=LAYERS, max_position_embeddings=256, **sizes)
+    model.config.save_pretrained(folder / "model")
     tokenizer().save_pretrained(folder / "model")
     write_jsonl(folder / "a.jsonl", make_texts(60, seed=1))
     return folder
 
 
 def flags(folder: Path) -> dict[str, Any]:
-    return {
-        "model-name": folder / "model", "load-pretrained-model": False, "model-type": "gptneox",
-        "num-layers": "auto", "embedding-dim": HIDDEN, "task-name": folder / "a.jsonl",
-        "seq-length": 64, "total-steps": 1, "recompute": False, "data-workers": 0,
-        "batch-size": 4,
-    }  # fmt: skip
+    return flags_of(f"""
+        --model-name {folder}/model --load-pretrained-model false --model-type gptneox
+        --num-layers auto --embedding-dim {HIDDEN} --task-name {folder}/a.jsonl --seq-length 64
+        --total-steps 1 --recompute false --data-workers 0 --batch-size 4
+    """)
 
 
 @dataclass(frozen=True)
@@ -110,14 +107,14 @@ def even_for_the_plan(topology: Topology) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def told(folder: Path) -> dict[str, Told]:
     own = flags(folder)
+    saving = own | {"total-steps": 2, "checkpoint-steps": 1}
+    moments = Failing("training.build.build_optimizer", RuntimeError(CPU))
     cases = [
         Case("weights", own, Failing("training.build.StageModel", MemoryError()), stops=True),
-        Case("moments", own, Failing("training.build.build_optimizer", RuntimeError(CPU)),
-             stops=True),
-        Case("microbatch", own | {"total-steps": 2, "checkpoint-steps": 1},
-             FailingBlock((4 + 2) * LAYERS + 1), stops=True),
+        Case("moments", own, moments, stops=True),
+        Case("microbatch", saving, FailingBlock((4 + 2) * LAYERS + 1), stops=True),
         Case("tight", own, even_for_the_plan, stops=True),
-    ]  # fmt: skip
+    ]
     (told,) = run_ranks(1, train_cases, meet_at([(1, 1)]), cases, folder, deadline=120.0)
     return told
 
@@ -126,25 +123,26 @@ def told(folder: Path) -> dict[str, Told]:
     ("name", "start"),
     [
         ("weights", "stage 0, making the weights: out of memory; by --plan"),
-        ("moments", "stage 0, making gradients, masters and moments: out of memory "
-         "(it asked for 512 bytes); by --plan"),
-        ("microbatch", "stage 0, forward of microbatch 2, with 2 others in flight; last received: "
-         "(1, 64) torch.int64: out of memory (it asked for 2.00 GiB); by --plan"),
+        (
+            "moments",
+            "stage 0, making gradients, masters and moments: out of memory (it asked for 512 "
+            "bytes); by --plan",
+        ),
+        (
+            "microbatch",
+            "stage 0, forward of microbatch 2, with 2 others in flight; last received: (1, 64) "
+            "torch.int64: out of memory (it asked for 2.00 GiB); by --plan",
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_line_says_where_and_what_is_held(name: str, start: str, told: dict[str, Told]) -> None:
     line = told[f"{name}-1-1"].stopped
     assert line is not None
     assert line.startswith(start)
-    check_numbers(line, layers=LAYERS)
     assert "activations and temporary tensors (4 microbatches)" in line
-
-
-def check_numbers(line: str, *, layers: int) -> None:
-    """Of weights, gradients and moments in fp32, and the command that tells what helps."""
-    parameters = layers * (12 * HIDDEN**2 + 13 * HIDDEN) + 2 * 512 * HIDDEN + 2 * HIDDEN
+    parameters = LAYERS * (12 * HIDDEN**2 + 13 * HIDDEN) + 2 * 512 * HIDDEN + 2 * HIDDEN
     for share, of in ((4, "weights"), (4, "gradients"), (8, "masters and moments")):
-        assert f" {share * parameters / 1e6:.1f} MB of {of}" in line
+        assert f" {share * parameters / 1e6:.1f} MB of {of}" in line  # all in fp32
     assert line.endswith(f"; {NEXT_STEP}")
 
 
@@ -176,23 +174,14 @@ def test_what_failed_is_let_go_of_before_the_plan() -> None:
 
 def test_memory_that_truly_runs_out_ends_every_rank(folder: Path) -> None:
     """Rank 1 of two stages; both say why in one line, and end with status 1."""
-    own = {
-        **flags(folder), "batch-size": 120, "seq-length": 256, "pipeline-group-size": 2,
-        "world-size": 2, "dist-url": f"tcp://127.0.0.1:{free_port()}",
-        "checkpoint-path": folder / "bounded",
-    }  # fmt: skip
-    scripts = [str(ROOT / "dist_clm_train.py")], ["-c", BOUNDED]
-    started = [
-        subprocess.Popen(
-            [sys.executable, *script, *to_argv(own | {"rank": rank})], text=True, cwd=ROOT,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        )
-        for rank, script in enumerate(scripts)
-    ]  # fmt: skip
-    ended = [(process.communicate(timeout=150)[1], process.returncode) for process in started]
-    assert [status for _, status in ended] == [1, 1]
-    first, second = (stderr.splitlines() for stderr, _ in ended)
+    own = flags(folder) | flags_of(f"""
+        --batch-size 120 --seq-length 256 --pipeline-group-size 2 --world-size 2
+        --dist-url tcp://127.0.0.1:{free_port()} --checkpoint-path {folder}/bounded
+    """)
+    argvs = [to_argv(own | {"rank": rank}) for rank in range(2)]
+    outcome = fork_ranks(argvs, folder, hooks=[Bounded(1)])
+    assert outcome.statuses == [1, 1]
+    first, second = outcome.lines
     assert len(first) == len(second) == 1
     assert first[0] == f"rank 0: {second[0]}"
     assert re.match(

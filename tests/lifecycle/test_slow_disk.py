@@ -1,10 +1,8 @@
 """A disk that takes longer to read than a rank may wait for another ends no start of a run."""
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -12,7 +10,8 @@ import pytest
 from comm.topology import Topology
 from tests.support.cases import Case, meet_at, run_folder, train_cases
 from tests.support.data import make_texts, write_jsonl
-from tests.support.hooks import find
+from tests.support.flags import flags_of
+from tests.support.hooks import slowed
 from tests.support.kill_lab import same, state
 from tests.support.launcher import run_ranks
 from tests.support.models import make_shards
@@ -21,25 +20,11 @@ TIMEOUT, SLOW = 3.0, 3.6
 SHAPE = (2, 2)
 
 
-def slowed(target: str, seconds: float, about: str = "") -> Any:
-    """While it is entered, calls of `target` with a text that begins with `about` take longer."""
-    owner, name = find(target)
-    original: Callable[..., Any] = getattr(owner, name)
-
-    def slow(*args: Any, **kwargs: Any) -> Any:
-        if any(str(arg).startswith(about) for arg in args):
-            time.sleep(seconds)
-        return original(*args, **kwargs)
-
-    return patch.object(owner, name, slow)
-
-
 @contextmanager
 def slow_shards(topology: Topology) -> Iterator[None]:
     """Those of the second replica."""
-    with ExitStack() as stack:
-        if topology.replica == 1:
-            stack.enter_context(slowed("checkpoint.resume.load:load_layer_shard", SLOW / 2))
+    seconds = SLOW / 2 if topology.replica == 1 else 0.0
+    with slowed("checkpoint.resume.load:load_layer_shard", seconds):
         yield
 
 
@@ -63,11 +48,11 @@ def slow_checkpoint(topology: Topology) -> Iterator[None]:
 def test_a_slow_disk_ends_no_start(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", make_texts(20, seed=1))
     make_shards(tmp_path, "model", "gptneox", {"num_hidden_layers": 3})
-    flags = {
-        "model-name": tmp_path / "shards" / "model", "model-type": "gptneox", "num-layers": "1,2",
-        "embedding-dim": 32, "task-name": tmp_path / "a.jsonl", "seq-length": 24, "batch-size": 4,
-        "total-steps": 2, "checkpoint-steps": 1, "bf16": True,
-    }  # fmt: skip
+    flags = flags_of(f"""
+        --model-name {tmp_path}/shards/model --model-type gptneox --num-layers 1,2 --bf16
+        --embedding-dim 32 --task-name {tmp_path}/a.jsonl --seq-length 24 --batch-size 4
+        --total-steps 2 --checkpoint-steps 1
+    """)
     cases = [
         Case("straight", flags, slow_shards),
         Case("resumed", flags, slow_checkpoint, after=("straight-2-2", 1)),

@@ -11,20 +11,19 @@ from unittest.mock import patch
 
 import torch
 
+from arguments.settings import Settings
 from arguments.train import parse_train
 from checkpoint.steps.latest import write_latest
 from checkpoint.store import SaveFailedError
 from comm.lifecycle.stop_signals import StopRequest
 from comm.objects import gather_json
 from comm.process_groups import ProcessGroups
-from comm.rendezvous.interface import Interface
-from comm.rendezvous.job_key import JobKey
-from comm.rendezvous.join import Rendezvous, join
 from comm.run_context import RunContext
 from comm.topology import Topology
 from monitor.console import Console
 from monitor.metrics import read_metrics
-from tests.support.connected import link
+from tests.support.connected import enter
+from tests.support.flags import flags_of
 from tests.support.launcher import free_port
 from training.iteration import TrainingStoppedError
 from training.run import train
@@ -87,42 +86,40 @@ def connected(
     topology: Topology, url: str, dist_backend: str = "gloo", *, dist_timeout: float = 60.0
 ) -> Iterator[tuple[ProcessGroups, str]]:
     """All channels of one process of a shape whose ranks meet at `url`, and the start's nonce."""
-    rendezvous = _meet(topology.rank, topology.world_size, url)
-    entered = link(topology, rendezvous, dist_backend=dist_backend, dist_timeout=dist_timeout)
-    yield entered.groups, rendezvous.nonce
+    entered = enter(
+        topology.rank,
+        url,
+        num_stages=topology.num_stages,
+        num_replicas=topology.num_replicas,
+        join_timeout=60.0,
+        dist_timeout=dist_timeout,
+        dist_backend=dist_backend,
+    )
+    yield entered.groups, entered.rendezvous.nonce
     entered.close()
 
 
 def _train_case(
     case: Case, path: Path, topology: Topology, groups: ProcessGroups, nonce: str
 ) -> Told:
-    own = {
-        "checkpoint-path": path,
-        "pipeline-group-size": topology.num_stages,
-        "data-group-size": topology.num_replicas,
-        "world-size": topology.num_stages * topology.num_replicas,
-        "rank": topology.rank,
-    }
-    flags = _at(case.flags, topology.num_stages, topology.num_replicas)
-    # Starting a process to tokenize takes longer than these texts do.
-    settings = parse_train(to_argv({"data-workers": 0, **flags, **own}), {})
+    stages, replicas = topology.num_stages, topology.num_replicas
+    own = flags_of(f"""
+        --checkpoint-path {path} --pipeline-group-size {stages} --data-group-size {replicas}
+        --world-size {stages * replicas} --rank {topology.rank}
+    """)
+    flags = {k: v(stages, replicas) if callable(v) else v for k, v in case.flags.items()}
+    settings = settings_of(flags | own)
     if topology.rank == 0 and case.after is not None:
         _copy_run(path.parent / case.after[0], path, step=case.after[1])
     elif topology.rank == 0:
         path.mkdir(parents=True, exist_ok=True)
     gather_json(groups.control, None)  # the folder is there for all
     hook = nullcontext() if case.hook is None else case.hook(topology)
-    listener = _Listener()
-    with hook, listener, patch("monitor.recorder.draw_loss"), ExitStack() as closing:
+    listener = LogLines()
+    with hook, listener:
         stopped = None
         try:
-            train(
-                settings,
-                RunContext(topology, groups, torch.device("cpu"), nonce),
-                console=Console(io.StringIO()),
-                stop=StopRequest(),
-                closing=closing,
-            )
+            train_with(settings, RunContext(topology, groups, torch.device("cpu"), nonce))
         except (TrainingStoppedError, SaveFailedError) as error:
             if not case.stops:
                 raise
@@ -130,7 +127,19 @@ def _train_case(
     return Told(listener.lines, stopped)
 
 
-class _Listener(logging.Handler):
+def settings_of(flags: dict[str, Any]) -> Settings:
+    """Without a process that tokenizes: starting one takes longer than these texts do."""
+    return parse_train(to_argv({"data-workers": 0, **flags}), {})
+
+
+def train_with(settings: Settings, context: RunContext) -> None:
+    """Trains and draws no picture."""
+    with ExitStack() as closing, patch("monitor.recorder.draw_loss"):
+        console = Console(io.StringIO())
+        train(settings, context, console=console, stop=StopRequest(), closing=closing)
+
+
+class LogLines(logging.Handler):
     """Keeps what is logged while it is entered."""
 
     def __init__(self) -> None:
@@ -140,7 +149,7 @@ class _Listener(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(record.getMessage())
 
-    def __enter__(self) -> "_Listener":
+    def __enter__(self) -> "LogLines":
         root = logging.getLogger()
         root.setLevel(logging.INFO)
         root.addHandler(self)
@@ -189,22 +198,3 @@ def to_argv(flags: dict[str, Any]) -> list[str]:
 def meet_at(shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int, str]]:
     """Each shape (P, R) with a url of its own."""
     return [(*shape, f"tcp://127.0.0.1:{free_port()}") for shape in shapes]
-
-
-def _at(flags: dict[str, Any], stages: int, replicas: int) -> dict[str, Any]:
-    return {k: v(stages, replicas) if callable(v) else v for k, v in flags.items()}
-
-
-def _meet(rank: int, world_size: int, url: str) -> Rendezvous:
-    if world_size == 1:
-        return Rendezvous.alone()
-    return join(
-        url=url,
-        rank=rank,
-        world_size=world_size,
-        interface=Interface("lo", "127.0.0.1"),
-        facts={},
-        key=JobKey("test"),
-        start="",
-        join_timeout=60.0,
-    )

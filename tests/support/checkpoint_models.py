@@ -1,4 +1,4 @@
-"""Small models on disk, in every form that the converters meet."""
+"""Small models on disk, in every form that the converters meet, and damages to files."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTJConfig, GPTNeoXConfig
 
+from checkpoint.conversion.from_hf import convert_from_hf
 from checkpoint.conversion.to_hf import convert_to_hf
 from checkpoint.files.checksums import seal, sum_file, unseal
 from checkpoint.steps.manifest import StageManifest
@@ -21,22 +22,13 @@ from pipeline_parallel.partition.split import Split
 NUM_LAYERS = 3
 VOCAB = 101  # odd: nothing may assume a padded vocabulary
 
+NEOX = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 128}
 CONFIGS: dict[str, dict[str, Any]] = {
     "gptj": {"n_embd": 32, "n_head": 4, "n_layer": NUM_LAYERS, "rotary_dim": 4, "n_positions": 64},
-    "gptneox": {
-        "hidden_size": 32,
-        "num_attention_heads": 4,
-        "num_hidden_layers": NUM_LAYERS,
-        "intermediate_size": 128,
-        "max_position_embeddings": 64,
-    },
+    "gptneox": {**NEOX, "num_hidden_layers": NUM_LAYERS, "max_position_embeddings": 64},
 }
-TOKENIZER_FILES = {
-    "tokenizer.json": '{"version": "1.0"}',
-    "tokenizer_config.json": "{}",
-    "special_tokens_map.json": "{}",
-    "merges.txt": "#version: 0.2\n",
-    "vocab.json": "{}",
+TOKENIZER_FILES = {"tokenizer.json": '{"version": "1.0"}', "merges.txt": "#version: 0.2\n"} | {
+    f"{name}.json": "{}" for name in ("tokenizer_config", "special_tokens_map", "vocab")
 }
 
 
@@ -139,18 +131,17 @@ def make_checkpoint(
 
 
 def step_meta(step: int, counts: Sequence[int] = (1,), model_type: str = "gptneox") -> StepMeta:
+    scaler = {"kind": "constant", "scale": 1.0}
+    nothing: dict[str, Any] = {key: {} for key in ("flags", "settings", "versions", "data")}
     return StepMeta(
         step=step,
         updates=step,
-        update_step={"skipped_in_a_row": 0, "scaler": {"kind": "constant", "scale": 1.0}},
+        update_step={"skipped_in_a_row": 0, "scaler": scaler},
         gave_up=False,
         model_type=model_type,
         num_layers=Split(counts),
         num_replicas=1,
-        flags={},
-        settings={},
-        versions={},
-        data={},
+        **nothing,
     )
 
 
@@ -174,24 +165,25 @@ def make_predecessors(folder: Path) -> None:
         path.unlink()
 
 
+def to_shards(source: Path | str, save_dir: Path, name: str = "gptneox", **options: Any) -> Path:
+    """Converts a folder in the Hugging Face format; `options` are those of `convert_from_hf`."""
+    options = {"dtype": "keep", **options}
+    return convert_from_hf(family(name), model_name=str(source), save_dir=save_dir, **options)
+
+
+def to_hf(source: Path, save_path: Path, name: str = "gptneox", **options: Any) -> Path:
+    """Converts a checkpoint; `options` are those of `convert_to_hf`."""
+    stages = {"n_stages": None, "n_layer_per_stage": None}
+    options = {**stages, "config_name": None, "fp16": False, "verify": False, **options}
+    return convert_to_hf(family(name), ckpt_path=source, save_path=save_path, **options)
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def flip(path: Path, place: float) -> None:
+def flip(path: Path, place: float = 0.5) -> None:
+    """Changes a bit; `place` is 0 for the first byte and 1 for the last."""
     content = bytearray(path.read_bytes())
     content[int(place * (len(content) - 1))] ^= 1
     path.write_bytes(content)
-
-
-def to_hf(run: Path, target: Path, config_name: str | None = None) -> Path:
-    return convert_to_hf(
-        MODELS["gptneox"].load(),
-        ckpt_path=run,
-        save_path=target,
-        n_stages=None,
-        n_layer_per_stage=None,
-        config_name=config_name,
-        fp16=False,
-        verify=False,
-    )

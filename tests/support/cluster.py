@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tests.support.flags import flags_of
 from tests.support.models import make_hf
 from tests.support.valid_run import right
 
@@ -22,7 +23,5 @@ def make_model(folder: Path, **changes: Any) -> Path:
 
 def flags(home: Path, **more: Any) -> dict[str, Any]:
     """A run's flags, of the model in m; its data is not there."""
-    return {
-        **right(home), "num-layers": 4, "task-name": home / "none.jsonl",
-        "checkpoint-path": home / "none", "check-cluster": "true", **more,
-    }  # fmt: skip
+    own = f"--task-name {home}/none.jsonl --checkpoint-path {home}/none --check-cluster"
+    return right(home) | flags_of(own) | {"num-layers": 4} | more

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from comm.communicator import PeerLostError
 from comm.liveness.failure_policy import ExitPolicy
 from comm.process_groups import ProcessGroups, create_process_groups
 from comm.rendezvous.dist_url import parse_dist_url
-from comm.rendezvous.interface import choose_interface, export
+from comm.rendezvous.interface import Interface, choose_interface, export
 from comm.rendezvous.job_key import JobKey
 from comm.rendezvous.join import Rendezvous, join
 from comm.rendezvous.participants import Fact
@@ -36,6 +37,32 @@ class Rank:
 
 
 RankProgram = Callable[[Rank], None]
+LOOPBACK = Interface("lo", "127.0.0.1")
+
+
+def meet(
+    rank: int,
+    world_size: int,
+    url: str,
+    *,
+    facts: dict[str, Fact] | None = None,
+    key: JobKey | None = None,
+    interface: Interface = LOOPBACK,
+    join_timeout: float = 20.0,
+    timing: Timing = DEFAULT_TIMING,
+) -> Rendezvous:
+    """Joins a run, and connects nothing yet."""
+    return join(
+        url=url,
+        rank=rank,
+        world_size=world_size,
+        interface=interface,
+        facts=facts or {},
+        key=key or JobKey("test"),
+        start="",
+        join_timeout=join_timeout,
+        timing=timing,
+    )
 
 
 def enter(
@@ -50,38 +77,21 @@ def enter(
     dist_backend: str = "gloo",
     timing: Timing = DEFAULT_TIMING,
 ) -> Rank:
+    """Joins a run and connects all channels; a process alone meets nobody."""
     topology = Topology(rank=rank, num_stages=num_stages, num_replicas=num_replicas)
     interface = choose_interface(flag=None, master_host=parse_dist_url(url)[0], environ=os.environ)
     export(interface, os.environ)
-    rendezvous = join(
-        url=url,
-        rank=rank,
-        world_size=topology.world_size,
-        interface=interface,
-        facts=facts or {},
-        key=JobKey("test"),
-        start="",
-        join_timeout=join_timeout,
-        timing=timing,
-    )
-    return link(
-        topology,
-        rendezvous,
-        dist_backend=dist_backend,
-        dist_timeout=dist_timeout,
-        timing=timing,
-    )
-
-
-def link(
-    topology: Topology,
-    rendezvous: Rendezvous,
-    *,
-    dist_backend: str,
-    dist_timeout: float,
-    timing: Timing = DEFAULT_TIMING,
-) -> Rank:
-    """All channels of a process that has met the others."""
+    rendezvous = Rendezvous.alone()
+    if topology.world_size > 1:
+        rendezvous = meet(
+            rank,
+            topology.world_size,
+            url,
+            facts=facts,
+            interface=interface,
+            join_timeout=join_timeout,
+            timing=timing,
+        )
     policy = ExitPolicy.connect(rendezvous, topology, timing=timing)
     groups = create_process_groups(
         topology,
@@ -108,14 +118,9 @@ def member(
 
     The file `ready` is made once this rank waits for another in it.
     """
-    entered = enter(
-        rank,
-        url,
-        num_stages=shape[0],
-        num_replicas=shape[1],
-        dist_timeout=dist_timeout,
-        timing=timing,
-    )
+    stages, replicas = shape
+    timeouts: dict[str, Any] = {"dist_timeout": dist_timeout, "timing": timing}
+    entered = enter(rank, url, num_stages=stages, num_replicas=replicas, **timeouts)
     entered.groups.control.all_reduce(torch.ones(1)).wait()
     threading.Thread(target=_await_waiting, args=(entered.policy, ready), daemon=True).start()
     try:

@@ -10,7 +10,8 @@ import socket
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+
+from tests.support.sockets import descriptors, tcp_lines
 
 _ESTABLISHED = "01"
 _ANSWER_SECONDS = 3.0
@@ -26,24 +27,8 @@ def between(pid: int, other: int) -> list[Ports]:
 
 def _connections(pid: int) -> set[Ports]:
     """Of a process, which may be in a network of its own."""
-    own, found = _sockets(pid), set()
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
-            _, local, remote, state, *_, inode = line.split()[:10]
-            if state == _ESTABLISHED and inode in own:
-                found.add((int(local.split(":")[1], 16), int(remote.split(":")[1], 16)))
-    return found
-
-
-def _sockets(pid: int | str) -> dict[str, int]:
-    """A process's descriptors of sockets by inode."""
-    found = {}
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(OSError):  # closed in the meantime
-            name = os.readlink(entry)
-            if name.startswith("socket:"):
-                found[name[8:-1]] = int(entry.name)
-    return found
+    ends = tcp_lines(pid, _ESTABLISHED)
+    return {(int(own.split(":")[1], 16), int(other.split(":")[1], 16)) for own, other in ends}
 
 
 @dataclass(frozen=True)
@@ -83,7 +68,7 @@ class Cutter:
 
 def _ends(local: int, remote: int) -> Iterator[socket.socket]:
     """This process's ends of the connection between those ports."""
-    for descriptor in _sockets("self").values():
+    for descriptor in descriptors("self").values():
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as end:
             is_ip = end.family in (socket.AF_INET, socket.AF_INET6)
             if is_ip and (end.getsockname()[1], end.getpeername()[1]) == (local, remote):

@@ -9,8 +9,8 @@ from checkpoint.steps.manifest import read_manifest
 from monitor.metrics import read_metrics
 from tests.support.fault_injector import Hit
 from tests.support.fault_plan import CUT, FULL, KILL, STOP, TERM, UNPLUGGED, RunPlan
-from tests.support.kill_lab import STAGES, STEPS, WORLD, leftovers, numbers, same, state
-from tests.support.phases import JOINING, LOADING
+from tests.support.kill_lab import STAGES, WORLD, leftovers, numbers, same, state
+from tests.support.phases import JOINING
 from tests.support.runs import Outcome
 
 if TYPE_CHECKING:
@@ -63,8 +63,7 @@ def _statuses(hit: Hit) -> tuple[int, ...]:
     joining = hit.phase in JOINING
     if hit.fault.kind == TERM:
         return (75, 1) if joining else (75,)
-    foreseen = hit.fault.kind == FULL and hit.phase == LOADING
-    return (1, 2) if joining or foreseen else (1,)
+    return (1, 2) if joining else (1,)
 
 
 def _names(hit: Hit, rank: int, lines: Sequence[str]) -> bool:
@@ -74,9 +73,8 @@ def _names(hit: Hit, rank: int, lines: Sequence[str]) -> bool:
     fault, text = hit.fault, lines[0].removeprefix(f"rank {rank}: ")
     if hit.phase in JOINING and "could not all connect" in text:
         return "this one over" in text  # nobody can tell it more than its own interface
-    foreseen = hit.phase in (*JOINING, LOADING) and "the checkpoints of this run need" in text
     if fault.kind == FULL:
-        return foreseen or "is not saved" in text or "latest does not name it" in text
+        return "is not saved" in text or "latest does not name it" in text
     if fault.kind == TERM and fault.to_all:
         return "SIGTERM on rank" in text
     if fault.kind in (KILL, STOP, TERM):
@@ -109,17 +107,19 @@ def differences(
 ) -> list[str]:
     """What differs from the undisturbed run at the end."""
     disk, whole = lab.stage_disk(name, 0), lab.stage_disk("whole", 0)
+    steps = lab.lab.steps
     if list(statuses) != [0] * WORLD:
         return [f"not complete: {statuses}"]
     stopped = any(fault.kind == TERM for faults in plan.starts for fault in faults)
     found = _other_lines(numbers(disk), numbers(whole), stopped=stopped)
-    if len(read_metrics(disk / "metrics.jsonl")) != STEPS:
+    if len(read_metrics(disk / "metrics.jsonl")) != steps:
         found.append("not one line a step")
     for stage in range(STAGES):
         there = lab.stage_disk(name, stage)
-        if (there / "latest").read_text() != str(STEPS):
+        if (there / "latest").read_text() != str(steps):
             found.append(f"stage {stage}: latest is not the last step")
-        if not same(state(there, stage), state(lab.stage_disk("whole", stage), stage)):
+        whole_state = state(lab.stage_disk("whole", stage), stage, steps)
+        if not same(state(there, stage, steps), whole_state):
             found.append(f"stage {stage}: other weights or moments at the end")
         if left := leftovers(there):
             found.append(f"stage {stage}: left behind: {left}")

@@ -13,10 +13,9 @@ from pathlib import Path
 from monitor.metrics import read_metrics
 from tests.support.connections import Cutter, between
 from tests.support.fault_plan import CUT, FULL, KILL, STOP, TERM, UNPLUGGED, Fault
-from tests.support.full_disk import fill
 from tests.support.hooks import Kill
 from tests.support.hosts import Host, plug
-from tests.support.kill_lab import STEPS, WORLD, WRITERS
+from tests.support.kill_lab import STAGES, WORLD, WRITERS
 from tests.support.phases import PhaseMarks, Phases
 from tests.support.runs import Hook
 
@@ -56,73 +55,40 @@ class Point(Kill):
             os.close(descriptor)
 
 
-def point(fault: Fault) -> Point:
+def point(fault: Fault) -> Point | None:
     """Where its named moment comes."""
-    assert fault.moment is not None
     one = fault.moment
+    if one is None:
+        return None
     return Point(one.name, fault.rank, one.target, one.when, one.nth, one.about, one.wait)
-
-
-class SmallDisks:
-    """The disks of a start's stages; a full one takes no more bytes until there is room again.
-
-    Where they are not `mounted`, it is the files of the writing processes that grow no more.
-    """
-
-    def __init__(self, places: Sequence[Path], *, mounted: bool) -> None:
-        self._places, self._mounted = places, mounted
-
-    def fill(self, rank: int, pids: Sequence[int]) -> None:
-        if self._mounted:
-            fill(self._filler(rank))
-            return
-        self._limit(self._writers(rank), pids, SMALL_FILES)
-
-    def make_room(self, rank: int, pids: Sequence[int]) -> None:
-        """`pids` are none where the processes have ended, and with them what limits them."""
-        self._filler(rank).unlink(missing_ok=True)
-        if not self._mounted and pids:
-            self._limit(self._writers(rank), pids, resource.RLIM_INFINITY)
-
-    def _filler(self, rank: int) -> Path:
-        return self._places[rank % len(self._places)] / "filler"
-
-    def _writers(self, rank: int) -> list[int]:
-        """Those that write to the disk that is a rank's."""
-        disks = len(self._places)
-        return [writer for writer in WRITERS if writer % disks == rank % disks]
-
-    @staticmethod
-    def _limit(ranks: Sequence[int], pids: Sequence[int], size: int) -> None:
-        for rank in ranks:
-            with contextlib.suppress(ProcessLookupError):
-                resource.prlimit(pids[rank], resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 class Injector:
     """Attends the ranks of one start.
 
-    `life` is how many seconds the whole run takes undisturbed, `metrics` its record; `hosts` are
-    the machines of the stages, none where all ranks share one.
+    steps: of the complete run.
+    life: seconds that it takes undisturbed.
+    metrics: its record.
+    hosts: the machines of the stages, none where all ranks share one.
     """
 
     def __init__(
         self,
         faults: Sequence[Fault],
         *,
+        steps: int,
         life: float,
         metrics: Path,
-        phases: Phases,
-        disks: SmallDisks,
         hosts: Sequence[Host],
     ) -> None:
         self.hits: list[Hit] = []
-        self._waiting = {fault: point(fault) if fault.moment else None for fault in faults}
+        self._waiting = {fault: point(fault) for fault in faults}
         self._cutters = [Cutter(rank) for rank in range(WORLD)]
         self._points = [one for one in self._waiting.values() if one is not None]
-        self._phases, self._disks, self._hosts = phases, disks, hosts
+        self._phases, self._hosts = Phases(WORLD), hosts
         self._metrics, self._done = metrics, len(read_metrics(metrics))
-        self._life = life * (1 - self._done / (STEPS + 1))
+        self._steps = steps
+        self._life = life * (1 - self._done / (steps + 1))
         self._began: float | None = None
         self._room: dict[Fault, float] = {}  # when a full disk has room again
 
@@ -148,15 +114,13 @@ class Injector:
                     one.leave()
         for fault, end in list(self._room.items()):
             if now > end:
-                self._disks.make_room(fault.rank, pids)
+                self._limit_files(fault.rank, pids, resource.RLIM_INFINITY)
                 del self._room[fault]
         self._end_stopped(pids, ended)
 
     def close(self) -> None:
         """As the machine is before the next start."""
         for hit in self.hits:
-            if hit.fault.kind == FULL:
-                self._disks.make_room(hit.fault.rank, ())
             if hit.fault.kind == UNPLUGGED:
                 plug(self._hosts[0], up=True)
         for cutter in self._cutters:
@@ -172,11 +136,11 @@ class Injector:
         """
         assert self._began is not None
         begun, steps = self._done, len(read_metrics(self._metrics))
-        return max((now - self._began) / self._life, (steps - begun) / max(STEPS - begun, 1))
+        return max((now - self._began) / self._life, (steps - begun) / max(self._steps - begun, 1))
 
     def _strike(self, fault: Fault, pids: Sequence[int], ended: Mapping[int, int | None]) -> None:
         if fault.kind == FULL:
-            self._disks.fill(fault.rank, pids)
+            self._limit_files(fault.rank, pids, SMALL_FILES)
             if fault.rest is not None:
                 self._room[fault] = time.monotonic() + fault.rest
         elif fault.kind == CUT:
@@ -188,6 +152,14 @@ class Injector:
             to_all = fault.kind == TERM and fault.to_all
             for rank in all_left if to_all else [fault.rank]:
                 os.kill(pids[rank], _SIGNALS[fault.kind])
+
+    def _limit_files(self, rank: int, pids: Sequence[int], size: int) -> None:
+        """Files of those that write to a rank's disk grow no larger than `size`."""
+        for writer in WRITERS:
+            if not self._hosts or writer % STAGES == rank % STAGES:
+                with contextlib.suppress(ProcessLookupError):
+                    limits = (size, resource.RLIM_INFINITY)
+                    resource.prlimit(pids[writer], resource.RLIMIT_FSIZE, limits)
 
     def _cut(self, fault: Fault, pids: Sequence[int], ended: Mapping[int, int | None]) -> None:
         if fault.peer in ended:

@@ -1,55 +1,39 @@
 """Runs that live through drawn faults: each is started again until it is complete."""
 
-import ctypes
-import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tests.support.fault_checks import damage, differences, misbehaviour
-from tests.support.fault_injector import Hit, Injector, SmallDisks
+from tests.support.fault_injector import Hit, Injector
 from tests.support.fault_plan import Fault, RunPlan
-from tests.support.full_disk import mount_disk, unmount_disk
 from tests.support.hosts import Host
-from tests.support.kill_lab import STAGES, WORLD, WRITERS, Lab, make_lab
+from tests.support.kill_lab import STAGES, STEPS, WORLD, WRITERS, Lab, make_lab
 from tests.support.launcher import free_port
-from tests.support.phases import Phases
 from tests.support.runs import Outcome, fork_ranks
 
 JOIN, HANG, GRACE = 12.0, 8.0, 20.0  # seconds: --join-timeout, --dist-timeout, --grace-seconds
-_DISK = "48m"
 _LONGEST = 120.0  # seconds of one start
 _RESTARTS = 3  # more than there are faults
-_CLONE_NEWNS = 0x00020000
 
 
 @dataclass(frozen=True)
 class FaultLab:
-    """A lab whose ranks are on `hosts`, stage by stage, each with a disk of its own; or on one.
-
-    mounts: whether disks are small ones, which can be filled.
-    """
+    """A lab whose ranks are on `hosts`, stage by stage, each with a disk of its own; or on one."""
 
     lab: Lab
     hosts: Sequence[Host] = ()
-    mounts: bool = True
-
-    @property
-    def writers(self) -> list[int]:
-        """The ranks that have a disk."""
-        return list(WRITERS) if self.hosts else [WRITERS[0]]
-
-    def disks(self, name: str) -> list[Path]:
-        return [self.lab.disk(name, rank if self.hosts else None) for rank in self.writers]
 
     def stage_disk(self, name: str, stage: int) -> Path:
-        disks = self.disks(name)
-        return disks[stage % len(disks)]
+        return self.lab.disk(name, WRITERS[stage] if self.hosts else None)
+
+    def injector(self, name: str, faults: Sequence[Fault], life: float) -> Injector:
+        metrics = self.stage_disk(name, 0) / "metrics.jsonl"
+        steps = self.lab.steps
+        return Injector(faults, steps=steps, life=life, metrics=metrics, hosts=self.hosts)
 
     def start(self, name: str, changes: dict[str, Any], injector: Injector) -> Outcome:
         if self.hosts:
@@ -84,8 +68,8 @@ class Lived:
     problems: list[str]
 
 
-def make_fault_lab(folder: Path, hosts: Sequence[Host] = ()) -> FaultLab:
-    made = make_lab(folder)
+def make_fault_lab(folder: Path, hosts: Sequence[Host] = (), *, steps: int = STEPS) -> FaultLab:
+    made = make_lab(folder, steps)
     flags = {**made.flags, "join-timeout": JOIN, "dist-timeout": HANG, "grace-seconds": GRACE}
     if hosts:
         del flags["net-interface"]
@@ -96,7 +80,6 @@ def live(
     _rank: int, _world: int, _url: str, lab: FaultLab, plans: Sequence[RunPlan], log: Path
 ) -> list[Lived]:
     """All runs, one after another, compared with one that nobody disturbed; told in `log`."""
-    lab = replace(lab, mounts=_private_mounts())
     life = _undisturbed(lab)
     lived = []
     for plan in plans:
@@ -108,71 +91,24 @@ def live(
 
 def _undisturbed(lab: FaultLab) -> float:
     """The run to compare with, all of whose steps are saved, and the seconds of an ordinary one."""
-    no_faults = partial(
-        Injector,
-        [],
-        life=1.0,
-        metrics=lab.lab.folder / "none",
-        phases=Phases(WORLD),
-        disks=SmallDisks([], mounted=False),
-        hosts=lab.hosts,
-    )
-    whole = lab.start("whole", {"checkpoint-steps": 2}, no_faults())
+    whole = lab.start("whole", {"checkpoint-steps": 2}, lab.injector("whole", [], life=1.0))
     began = time.monotonic()
-    again = lab.start("again", {}, no_faults())
+    again = lab.start("again", {}, lab.injector("again", [], life=1.0))
     assert whole.statuses == again.statuses == [0] * WORLD, (whole, again)
     return time.monotonic() - began
 
 
-def _private_mounts() -> bool:
-    """This process and its children get mounts that nobody else sees, and that go with them."""
-    if ctypes.CDLL(None).unshare(_CLONE_NEWNS):
-        return False
-    private = ["mount", "--make-rprivate", "/"]
-    return not subprocess.run(private, capture_output=True).returncode
-
-
 def _live_one(lab: FaultLab, plan: RunPlan, life: float) -> Lived:
-    name = f"run{plan.number}"
-    with _disks(lab, name) as mounted:
-        disks = SmallDisks(lab.disks(name), mounted=mounted)
-        starts: list[Start] = []
-        for faults in [*plan.starts, *[[]] * _RESTARTS]:
-            starts.append(_start(lab, name, plan, faults, disks, life))
-            if starts[-1].statuses == [0] * WORLD:
-                break
-        return Lived(plan, starts, differences(lab, name, plan, starts[-1].statuses))
+    name, starts = f"run{plan.number}", list[Start]()
+    for faults in [*plan.starts, *[[]] * _RESTARTS]:
+        starts.append(_start(lab, name, plan, faults, life))
+        if starts[-1].statuses == [0] * WORLD:
+            break
+    return Lived(plan, starts, differences(lab, name, plan, starts[-1].statuses))
 
 
-@contextmanager
-def _disks(lab: FaultLab, name: str) -> Iterator[bool]:
-    """Whether the disks of that run can be filled, until the end of it."""
-    places = lab.disks(name)
-    mounted = [lab.mounts and mount_disk(place, _DISK) for place in places]
-    try:
-        yield all(mounted)
-    finally:
-        for place, is_mounted in zip(places, mounted, strict=True):
-            if is_mounted:
-                unmount_disk(place)
-
-
-def _start(
-    lab: FaultLab,
-    name: str,
-    plan: RunPlan,
-    faults: Sequence[Fault],
-    disks: SmallDisks,
-    life: float,
-) -> Start:
-    injector = Injector(
-        faults,
-        life=life,
-        metrics=lab.disks(name)[0] / "metrics.jsonl",
-        phases=Phases(WORLD),
-        disks=disks,
-        hosts=lab.hosts,
-    )
+def _start(lab: FaultLab, name: str, plan: RunPlan, faults: Sequence[Fault], life: float) -> Start:
+    injector = lab.injector(name, faults, life)
     try:
         outcome = lab.start(name, dict(plan.changes), injector)
         ended = time.monotonic()
@@ -201,23 +137,15 @@ def report(lived: Sequence[Lived]) -> str:
     """The counts of all runs."""
     starts = [start for one in lived for start in one.starts]
     hits = [hit for start in starts for hit in start.hits]
-    kinds, phases = Counter(h.fault.kind for h in hits), Counter(h.phase for h in hits)
-    worst = {
-        kind: max(s.seconds for s in starts for h in s.hits[-1:]
-                  if h.fault.kind == kind and s.seconds is not None)
-        for kind in {start.hits[-1].fault.kind for start in starts if start.hits}
-    }  # fmt: skip
-    return "\n".join([
+    kinds, phases = Counter(hit.fault.kind for hit in hits), Counter(hit.phase for hit in hits)
+    lines = [
         f"{len(lived)} runs, {len(starts)} starts, {len(starts) - len(lived)} of them restarts",
         f"{len(hits)} faults: {_counts(kinds)}",
         f"by what their rank was doing: {_counts(phases)}",
-        f"at named moments: {sum(h.fault.moment is not None for h in hits)}, "
-        f"on top of a full disk: {sum(len(s.hits) > 1 for s in starts)}",
-        f"not reached, as the run had ended: {sum(len(s.missed) for s in starts)}",
-        "seconds from the last fault to the end of the last rank, at most: "
-        + ", ".join(f"{kind} {seconds:.1f}" for kind, seconds in sorted(worst.items())),
+        f"not reached, as the run had ended: {sum(len(start.missed) for start in starts)}",
         f"failures: {sum(bool(problems(one)) for one in lived)}",
-    ])  # fmt: skip
+    ]
+    return "\n".join(lines)
 
 
 def problems(lived: Lived) -> list[str]:

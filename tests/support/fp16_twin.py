@@ -37,6 +37,7 @@ LAYERS, ROWS, TOKENS, UPDATES, WARMUP, LR = 4, 4, 16, 10, 2, 2e-3
 REPLICAS = 2  # of the runs that have a twin
 
 Sums = dict[Tensor, Tensor]  # gradients in fp32
+Scale = tuple[float, int, int]  # the scale, hysteresis that is left, clean updates in a row
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,8 @@ class Recipe:
     poisoned: Collection[int] = ()
 
 
-def moved(scale: float, left: int, clean: int, overflow: bool, recipe: Recipe) -> tuple[
-    float, int, int
-]:  # fmt: skip
-    """The rule: the scale, what is left of the hysteresis, and clean updates in a row, after."""
+def moved(scale: float, left: int, clean: int, overflow: bool, recipe: Recipe) -> Scale:
+    """Returns what the rule makes of them in an update."""
     if overflow:
         left = max(left - 1, 0)
         return (scale / 2 if left == 0 else scale), left, 0
@@ -68,21 +67,16 @@ def twin(folder: Path, recipe: Recipe) -> list[dict[str, Any]]:
     """The lines that a run's metrics should have, from one process."""
     model = Twin(folder)
     masters = [p for module in load_model(folder) for p in module.parameters()]
-    adamw = torch.optim.AdamW(
-        [
-            {"params": [p for p in masters if p.dim() >= 2], "weight_decay": 0.1},
-            {"params": [p for p in masters if p.dim() < 2], "weight_decay": 0.0},
-        ],
-        lr=LR,
-        eps=1e-6,
-        fused=True,
-    )
+    groups = [
+        {"params": [p for p in masters if p.dim() >= 2], "weight_decay": 0.1},
+        {"params": [p for p in masters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=LR, eps=1e-6, fused=True)
     schedule = get_linear_schedule_with_warmup(adamw, WARMUP, recipe.updates)
     scaler = torch.amp.GradScaler("cpu", init_scale=recipe.scale)
     scale, left, clean, lines = recipe.scale, recipe.hysteresis, 0, []
-    blocks = open_training_stream(
-        [SourceSpec(str(folder / "a.jsonl"))], tokenizer(), seq_len=TOKENS, seed=42
-    )
+    specs = [SourceSpec(str(folder / "a.jsonl"))]
+    blocks = open_training_stream(specs, tokenizer(), seq_len=TOKENS, seed=42)
     nominal = recipe.accumulate * ROWS * (TOKENS - 1)
     for update in range(1, recipe.updates + 1):
         sums = [model.empty_sums() for _ in range(REPLICAS)]
@@ -96,14 +90,8 @@ def twin(folder: Path, recipe: Recipe) -> list[dict[str, Any]]:
                     model.backward(scaler.scale(token_loss / nominal), replica)
                     of_replica += token_loss.item()
                 loss += of_replica
-            lines.append(
-                {
-                    "loss": loss / (ROWS * (TOKENS - 1)),
-                    "lr": None,
-                    "grad_norm": None,
-                    "loss_scale": scale,
-                }
-            )
+            mean = loss / (ROWS * (TOKENS - 1))
+            lines.append({"loss": mean, "lr": None, "grad_norm": None, "loss_scale": scale})
         for master, *of_replicas in zip(masters, *(s.values() for s in sums), strict=True):
             master.grad = sum(of_replicas[1:], of_replicas[0])
         if update in recipe.poisoned:
@@ -112,10 +100,7 @@ def twin(folder: Path, recipe: Recipe) -> list[dict[str, Any]]:
         scaler.unscale_(adamw)
         norm = clip_(masters, recipe.max_norm)
         overflow = not math.isfinite(norm)
-        lines[-1] |= {
-            "lr": schedule.get_last_lr()[0],
-            "grad_norm": None if overflow else norm,
-        }
+        lines[-1] |= {"lr": schedule.get_last_lr()[0], "grad_norm": None if overflow else norm}
         scaler.step(adamw)
         if not overflow:
             schedule.step()
@@ -210,7 +195,7 @@ class Twin:
         for layer in self._wide:
             layer.sums = sums
         logits = self._model(tokens[None], None).float()[0]
-        loss: Tensor = CrossEntropy.apply(logits, tokens[1:])  # type: ignore[no-untyped-call]
+        loss: Tensor = CrossEntropy.apply(logits, tokens[1:])
         return loss
 
     def backward(self, loss: Tensor, sums: Sums) -> None:

@@ -21,30 +21,17 @@ def files_no_larger_than(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def mount_disk(place: Path, size: str) -> bool:
-    """Makes the folder `place` a disk of that size, which takes a privilege that not every machine
-    of tests gives: False where it may not."""
-    place.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(place)]
-    return (
-        shutil.which("mount") is not None
-        and not subprocess.run(mount, capture_output=True).returncode
-    )
-
-
-def unmount_disk(place: Path) -> None:
-    subprocess.run(["umount", str(place)], check=True)
-
-
 @contextmanager
 def small_disk(place: Path, size: str) -> Iterator[None]:
-    """A disk of its own, until the end of it."""
-    if not mount_disk(place, size):
+    """A disk of its own, which takes a privilege that not every machine of tests gives."""
+    place.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(place)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("a small disk cannot be mounted here")
     try:
         yield
     finally:
-        unmount_disk(place)
+        subprocess.run(["umount", str(place)], check=True)
 
 
 def fill(path: Path) -> None:

@@ -1,5 +1,6 @@
 """Hooks that change a rank's process before it begins: it dies, stops, fails or slows down."""
 
+import contextlib
 import importlib
 import io
 import itertools
@@ -7,9 +8,10 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from tests.support.runs import Attendant
 
@@ -33,19 +35,17 @@ class Kill:
     when: `before` or `after` the call; `half`, of torch.save alone: with half of the file written.
     about: only calls count whose first two arguments have this text in them.
     wait: seconds that the rank rests before it dies, for the others to go on meanwhile.
-    seen: instead of all that, for a kill from outside: whether the process (pid) is there yet.
     signals: one `wait` after the other; the rank goes on after those that it survives.
     to_all: every rank gets them, as if from a terminal.
     """
 
     moment: str
     rank: int
-    target: str = ""
+    target: str
     when: str = "before"
     nth: int = 1
     about: str = ""
     wait: float = 0.0
-    seen: Callable[[int], bool] | None = None
     signals: Sequence[int] = (signal.SIGKILL,)
     to_all: bool = False
 
@@ -91,13 +91,22 @@ class Slow:
 
     def arm(self) -> None:
         owner, name = find(self.target)
-        original = getattr(owner, name)
+        setattr(owner, name, _slower(getattr(owner, name), self.seconds, ""))
 
-        def armed(*args: Any, **kwargs: Any) -> Any:
-            time.sleep(self.seconds)
-            return original(*args, **kwargs)
 
-        setattr(owner, name, armed)
+def slowed(target: str, seconds: float, about: str = "") -> AbstractContextManager[object]:
+    """While it is entered, calls of `target` with a text that begins with `about` take longer."""
+    owner, name = find(target)
+    return patch.object(owner, name, _slower(getattr(owner, name), seconds, about))
+
+
+def _slower(function: Callable[..., Any], seconds: float, about: str) -> Callable[..., Any]:
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        if not about or any(str(arg).startswith(about) for arg in args):
+            time.sleep(seconds)
+        return function(*args, **kwargs)
+
+    return slow
 
 
 def kill_once(rank: int, seen: Callable[[int], bool]) -> Attendant:
@@ -105,14 +114,22 @@ def kill_once(rank: int, seen: Callable[[int], bool]) -> Attendant:
 
     def attend(pids: Sequence[int], ended: Mapping[int, int | None]) -> None:
         if rank not in ended and seen(pids[rank]):
-            os.kill(pids[rank], signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pids[rank], signal.SIGKILL)
 
     return attend
 
 
-def imports_torch(pid: int) -> bool:
-    """Returns whether the process has mapped torch's library: it is importing, or has."""
-    try:
-        return b"libtorch_cpu" in Path(f"/proc/{pid}/maps").read_bytes()
-    except OSError:
-        return False
+@dataclass(frozen=True)
+class Skip:
+    """A rank whose calls of `module:function` or `module:Class.method` do nothing."""
+
+    rank: int
+    target: str
+
+    def arm(self) -> None:
+        owner, name = find(self.target)
+        setattr(owner, name, lambda *_args, **_kwargs: None)
+
+
+no_picture = Skip(0, "monitor.recorder:draw_loss")  # drawing one takes longer than many steps

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 
+from comm.timing import DEFAULT_TIMING, Timing
 from monitor.metrics import read_metrics
 from tests.support.cases import to_argv
 from tests.support.data import make_texts, write_jsonl
-from tests.support.hooks import Kill, kill_once
+from tests.support.flags import flags_of
+from tests.support.hooks import Kill, no_picture
 from tests.support.launcher import free_port
 from tests.support.models import make_shards
-from tests.support.runs import Outcome, Rank, Run, fork_ranks, run
+from tests.support.runs import Hook, Outcome, fork_ranks
 
 STAGES, REPLICAS, WORLD = 2, 2, 4
 WRITERS, OTHERS = (0, 1), (2, 3)  # the ranks of replica 0, and the rest
@@ -48,6 +50,10 @@ class Lab:
     folder: Path
     flags: Mapping[str, Any]
 
+    @property
+    def steps(self) -> int:
+        return int(self.flags["total-steps"])
+
     def disk(self, name: str, rank: int | None = None) -> Path:
         """The --checkpoint-path that all ranks share, or, with `rank`, its own."""
         return self.folder / name / ("disk" if rank is None else f"disk{rank}")
@@ -69,36 +75,19 @@ class Lab:
         *kills: Kill | None,
         own_disks: bool = False,
         changes: Mapping[str, Any] | None = None,
+        timing: Timing = DEFAULT_TIMING,
     ) -> Start:
         """One start to its end, in forked ranks; it is told of the first of `kills`."""
         argvs = self.argvs(name, own_disks=own_disks, changes=changes)
-        given = [kill for kill in kills if kill is not None]
-        outcome = fork_ranks(argvs, self._place(name), hooks=given)
-        return self._look(name, given[0] if given else None, outcome, own_disks=own_disks)
-
-    def start_python(
-        self, name: str, kill: Kill | None = None, *, changes: Mapping[str, Any] | None = None
-    ) -> Start:
-        """As `start`, but of `python dist_clm_train.py`, and the kill comes from outside."""
-        place, attend = self._place(name), None
-        if kill is not None and kill.seen is not None:
-            attend = kill_once(kill.rank, kill.seen)
-        argvs = self.argvs(name, changes=changes)
-        ranks = [Rank(argv, place, is_forked=False) for argv in argvs]
-        outcome = run(Run("run", ranks, attend, seconds=180.0))
-        return self._look(name, kill, outcome, own_disks=False)
-
-    def _place(self, name: str) -> Path:
-        """Where its ranks write; runs of other names may go on beside it."""
-        (self.folder / name).mkdir(exist_ok=True)
-        return self.folder / name
-
-    def _look(self, name: str, kill: Kill | None, outcome: Outcome, *, own_disks: bool) -> Start:
+        place, hooks = self.folder / name, [kill for kill in kills if kill is not None]
+        place.mkdir(exist_ok=True)  # for the ranks' output: other runs may go on beside it
+        given: list[Hook] = [no_picture, *hooks]
+        outcome = fork_ranks(argvs, place, hooks=given, timing=timing)
         disks = [self.disk(name, rank if own_disks else None) for rank in WRITERS]
         latest = disks[0] / "latest"
         found = [_damage_of_latest(disk, stage) for stage, disk in enumerate(disks)]
         return Start(
-            kill=kill,
+            kill=hooks[0] if hooks else None,
             outcome=outcome,
             latest=latest.read_text() if latest.exists() else None,
             damage=[f"stage {stage}: {one}" for stage, one in enumerate(found) if one],
@@ -132,38 +121,23 @@ def _begin(told: list[str]) -> int | None:
     return None
 
 
-def make_lab(folder: Path) -> Lab:
+def make_lab(folder: Path, steps: int = STEPS) -> Lab:
     """Two weighted sources that end within the run, held-out data, a model with dropout."""
     write_jsonl(folder / "a.jsonl", make_texts(6, seed=1))
     write_jsonl(folder / "b.jsonl.zst", make_texts(10, seed=2))
     write_jsonl(folder / "held_out.jsonl", make_texts(12, seed=3))
     changes = {"num_hidden_layers": 3, "hidden_dropout": 0.1, "attention_dropout": 0.1}
     make_shards(folder, "model", "gptneox", changes)
-    flags = {
-        "model-name": folder / "shards" / "model",
-        "model-type": "gptneox",
-        "num-layers": 2,
-        "embedding-dim": 32,
-        "world-size": WORLD,
-        "pipeline-group-size": STAGES,
-        "data-group-size": REPLICAS,
-        "net-interface": "lo",
-        "use-cuda": "false",
-        "task-name": f"{folder / 'a.jsonl'}:0.3,{folder / 'b.jsonl.zst'}:0.7",
-        "evaluation-data": folder / "held_out.jsonl",
-        "evaluation-steps": EVALUATE,
-        "seq-length": 16,
-        "batch-size": 2,
-        "micro-batch-size": 1,
-        "gradient-accumulate-step": 2,
-        "total-steps": STEPS,
-        "warmup-steps": 2,
-        "lr": 1e-3,
-        "checkpoint-steps": SAVE,
-        "join-timeout": 60,
-        "dist-timeout": 30,
-    }
-    return Lab(folder, flags)
+    flags = f"""
+        --model-name {folder}/shards/model --model-type gptneox --num-layers 2 --embedding-dim 32
+        --world-size {WORLD} --pipeline-group-size {STAGES} --data-group-size {REPLICAS}
+        --task-name {folder}/a.jsonl:0.3,{folder}/b.jsonl.zst:0.7 --net-interface lo
+        --evaluation-data {folder}/held_out.jsonl --evaluation-steps {EVALUATE} --use-cuda false
+        --seq-length 16 --batch-size 2 --micro-batch-size 1 --gradient-accumulate-step 2
+        --data-workers 0 --recompute false --total-steps {steps} --warmup-steps 2 --lr 1e-3
+        --checkpoint-steps {SAVE} --join-timeout 60 --dist-timeout 30
+    """
+    return Lab(folder, flags_of(flags))
 
 
 def numbers(disk: Path) -> list[dict[str, Any]]:

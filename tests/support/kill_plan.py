@@ -4,8 +4,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tests.support.hooks import Kill, imports_torch
-from tests.support.kill_lab import OTHERS, WORLD, WRITERS
+from tests.support.hooks import Kill
+from tests.support.kill_lab import OTHERS, WRITERS
 
 
 @dataclass(frozen=True)
@@ -25,22 +25,15 @@ class Moment:
         return Kill(self.name, rank, self.target, self.when, self.nth, self.about, self.wait)
 
 
+IMPORT = Moment("import", "dist_clm_train:check_this_machine")  # or soon after it
 _REGISTER = "comm.rendezvous.join:_Joining._register"
+_DETECTOR = "comm.liveness.failure_detector:FailureDetector"
 JOINING = (
     Moment("join: the store stands", _REGISTER, ranks=(0,), wait=1.0),
     Moment("join: store reached", _REGISTER, ranks=(1, 2, 3)),
     Moment("join: arrived", _REGISTER, "after", ranks=(1, 2, 3)),
-    Moment(
-        "join: all there",
-        "comm.liveness.failure_detector:FailureDetector._start_server",
-        ranks=(0,),
-        wait=1.0,
-    ),
-    Moment(
-        "join: all there",
-        "comm.liveness.failure_detector:FailureDetector._start_client",
-        ranks=(1, 2, 3),
-    ),
+    Moment("join: all there", f"{_DETECTOR}._start_server", ranks=(0,), wait=1.0),
+    Moment("join: all there", f"{_DETECTOR}._start_client", ranks=(1, 2, 3)),
     Moment("join: linked", "comm.process_groups:create_process_groups"),
     Moment("join: connected", "training.run:train"),
 )
@@ -63,25 +56,23 @@ SAVING = (
     Moment("save: half a file", "torch:save", "half", ranks=WRITERS, nth=2),
     Moment("save: one file", "torch:save", "after", ranks=WRITERS),
     Moment("save: all tensors", _FILES, "after", ranks=WRITERS),
-    Moment("save: as a replica", "checkpoint.store:CheckpointStore._attempt",
-           ranks=OTHERS, nth=2),
-)  # fmt: skip
+    Moment("save: as a replica", "checkpoint.store:CheckpointStore._attempt", ranks=OTHERS, nth=2),
+)
 RENAMING = (
     Moment("save: all files", PUBLISH, ranks=WRITERS),
     Moment("save: renamed by the other", PUBLISH, ranks=(1,), wait=1.0),
     Moment("save: renamed", PUBLISH, "after", ranks=WRITERS),
-    Moment("save: half of latest", "os:replace", ranks=WRITERS, about=".latest."),
-    Moment("save: latest", "os:replace", "after", ranks=WRITERS, about=".latest."),
-    Moment("save: latest's manifest", "os:replace", "after", ranks=WRITERS,
-           about=".latest_manifest."),
-)  # fmt: skip
+    Moment("save: half of latest", "os:replace", "before", WRITERS, about=".latest."),
+    Moment("save: latest", "os:replace", "after", WRITERS, about=".latest."),
+    Moment("save: latest's manifest", "os:replace", "after", WRITERS, about=".latest_manifest."),
+)
 MOMENTS = (*JOINING, *FIRST, *ANY_STEP, *SAVING, *RENAMING)
 
 
 def draw_plan(seed: int) -> list[Kill]:
     """Every moment once, shuffled: before any checkpoint exists, and then those that need one."""
     draw = random.Random(seed)
-    early = [*JOINING, *FIRST, *draw.sample(SAVING, 3)]
+    early = [IMPORT, *JOINING, *FIRST, *draw.sample(SAVING, 3)]
     middle = draw.choice(RENAMING[1:])
     late = [moment for moment in MOMENTS if moment not in early and moment is not middle]
     draw.shuffle(early)
@@ -89,6 +80,12 @@ def draw_plan(seed: int) -> list[Kill]:
     return [moment.drawn(draw) for moment in (*early, middle, *late)]
 
 
-def import_kill(seed: int) -> Kill:
-    """From outside, by what the process has mapped."""
-    return Kill("import", random.Random(seed).randrange(WORLD), seen=imports_torch)
+def draw_short_plan(seed: int) -> list[Kill]:
+    """A moment of each family, before any checkpoint exists and after: a run of three saves."""
+    draw = random.Random(seed)
+    of_first_save = SAVING[:-1]  # the last one needs a second save in the same start
+    early = [IMPORT, draw.choice(JOINING[1:5]), draw.choice(JOINING[5:]), *draw.sample(FIRST, 2)]
+    draw.shuffle(early)
+    early.append(draw.choice(of_first_save))
+    late = [draw.choice(ANY_STEP), draw.choice(RENAMING[2:]), draw.choice(of_first_save)]
+    return [moment.drawn(draw) for moment in (*early, draw.choice(RENAMING[1:]), *late)]

@@ -78,6 +78,9 @@ class Process:
         return self._process.poll()
 
 
+Launch = Callable[..., Process]  # of a function and its arguments
+
+
 def free_port() -> int:
     """Returns a free port on loopback, below those that the system gives to others (32768 on)."""
     pid = os.getpid()
@@ -102,7 +105,6 @@ def _make_process(target: Callable[..., object], *args: object) -> BaseProcess:
     if _is_fork:
         return multiprocessing.get_context("fork").Process(target=target, args=args)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # read when torch is imported
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["tests.support.preloaded"])
     return server.Process(target=target, args=args)
@@ -230,6 +232,6 @@ def _await(processes: Sequence[Process], deadline: float) -> list[int]:
 def _result(place: Path, process: Process) -> tuple[str, Any]:
     """Returns what was wrong with a rank, empty if nothing was, and its result."""
     status = process.status()
-    if status == 0:
+    if status == 0 and place.exists():
         return "", pickle.loads(place.read_bytes())
     return f"ended without a result, exit status {status}: {process.stderr}", None

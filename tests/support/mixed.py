@@ -5,6 +5,7 @@ from typing import Any
 
 from monitor.metrics import read_metrics
 from tests.support.cases import run_folder
+from tests.support.flags import flags_of
 from tests.support.fp16_twin import LAYERS, ROWS
 
 KEYS = ("loss", "lr", "grad_norm", "loss_scale")
@@ -20,13 +21,10 @@ def rows_of_a_replica(stages: int, replicas: int) -> int:
 
 def model_flags(folder: Path) -> dict[str, Any]:
     """The model and the data that all runs in mixed precision train on."""
-    return {
-        "model-name": folder / "shards" / "model",
-        "model-type": "gptneox",
-        "num-layers": layers_of_a_stage,
-        "embedding-dim": 32,
-        "task-name": folder / "a.jsonl",
-    }
+    return flags_of(f"""
+        --model-name {folder}/shards/model --model-type gptneox --embedding-dim 32
+        --task-name {folder}/a.jsonl
+    """) | {"num-layers": layers_of_a_stage}
 
 
 def lines_of(folder: Path, name: str, stages: int, replicas: int) -> list[dict[str, Any]]:

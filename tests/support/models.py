@@ -13,6 +13,7 @@ from modules.registry import MODELS
 from modules.stage_model import StageModel
 from tests.support.data import tokenizer
 
+TOLERANCE = 1e-5  # of the tensor's largest absolute value: what the project promises in fp32
 NEOX = {
     "vocab_size": 97,
     "hidden_size": 32,
@@ -51,16 +52,15 @@ def make_hf(family_name: str, *, seed: int = 0, **changes: Any) -> Any:
     return model.train()
 
 
-def make_shards(folder: Path, name: str, family: str, changes: dict[str, Any]) -> Any:
+def make_shards(
+    folder: Path, name: str, family: str, changes: dict[str, Any], *, place: str = "shards"
+) -> Any:
+    """A model in `folder`/hf/`name`, and its layer shards in `folder`/`place`/`name`."""
     model = make_hf(family, **{"vocab_size": 400, **changes})
     model.save_pretrained(folder / "hf" / name)
     tokenizer().save_pretrained(folder / "hf" / name)
-    convert_from_hf(
-        MODELS[family].load(),
-        model_name=str(folder / "hf" / name),
-        save_dir=folder / "shards",
-        dtype="keep",
-    )
+    source, target = str(folder / "hf" / name), folder / place
+    convert_from_hf(MODELS[family].load(), model_name=source, save_dir=target, dtype="keep")
     return model
 
 
@@ -95,3 +95,8 @@ def from_hf(family_name: str, model: Any, folder: Path) -> StageModel:
             for name, parameter in module.named_parameters():
                 parameter.copy_(hf_parameter(model, keys[name]))
     return ours
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """Returns the largest difference, in terms of their largest absolute value."""
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()

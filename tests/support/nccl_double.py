@@ -7,6 +7,7 @@ Every message says what it is: a wrong call, count, dtype or root is an error at
 
 import ctypes
 import hashlib
+import queue
 import socket
 import struct
 import time
@@ -20,6 +21,12 @@ from unittest.mock import patch
 import torch
 from cupy.cuda import nccl
 from torch import Tensor
+from torch.distributed.distributed_c10d import Store
+
+from comm.backends.base import Group
+from comm.backends.cupy_nccl import NcclCommunicator
+from comm.communicator import CurrentOperation, PeerLostError
+from comm.topology import Topology
 
 Traffic = Counter[tuple[str, int]]  # bytes that this process gave to calls, by call and dtype code
 
@@ -33,11 +40,12 @@ _DTYPES = {
     nccl.NCCL_FLOAT64: torch.float64,
     nccl.NCCL_BFLOAT16: torch.bfloat16,
 }
+Told = queue.SimpleQueue[PeerLostError]
 _MEET_SECONDS = 20.0
 _SYSTEM_ERROR, _INVALID_USAGE = 2, 5  # ncclResult_t
 
 
-class DoubleError(nccl.NcclError):  # type: ignore[misc]
+class DoubleError(nccl.NcclError):
     """NCCL's error, with a text of ours."""
 
     def __init__(self, status: int, text: str) -> None:
@@ -76,6 +84,29 @@ def nccl_double() -> Iterator[Traffic]:
         yield traffic
 
 
+def open_channel(
+    store: Store,
+    *,
+    rank: int,
+    size: int,
+    name: str = "pipeline",
+    dist_timeout: float = 30.0,
+    connect_neighbours: bool = True,
+) -> tuple[NcclCommunicator, Told]:
+    """A pipeline of `size` on the CPU, and what its monitor tells."""
+    told: Told = queue.SimpleQueue()
+    topology = Topology(rank=rank, num_stages=size, num_replicas=1)
+    channel = NcclCommunicator(
+        Group(name, tuple(range(size)), topology, CurrentOperation(), dist_timeout),
+        device=torch.device("cpu"),
+        store=store,
+        on_hang=told.put,
+    )
+    if connect_neighbours:
+        channel.connect_neighbours()
+    return channel, told
+
+
 class NcclDouble:
     """As cupy.cuda.nccl.NcclCommunicator(ndev, commId, rank); a call returns when it is done."""
 
@@ -112,14 +143,7 @@ class NcclDouble:
         self._spread(header, _memory(recvbuf, count, datatype), 0)
 
     def reduce(
-        self,
-        sendbuf: int,
-        recvbuf: int,
-        count: int,
-        datatype: int,
-        op: int,
-        root: int,
-        stream: int,
+        self, sendbuf: int, recvbuf: int, count: int, datatype: int, op: int, root: int, stream: int
     ) -> None:
         assert op == nccl.NCCL_SUM
         header = self._header("reduce", root, count, datatype, stream)

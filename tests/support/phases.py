@@ -9,9 +9,9 @@ from typing import Any
 
 from tests.support.hooks import find
 
-STARTING, RENDEZVOUS, LOADING, TRAINING, EVALUATION, SAVING, CLOSING = PHASES = (
-    "starting", "rendezvous", "loading", "training", "evaluation", "saving", "closing",
-)  # fmt: skip
+STARTING, RENDEZVOUS, LOADING = "starting", "rendezvous", "loading"
+TRAINING, EVALUATION, SAVING, CLOSING = "training", "evaluation", "saving", "closing"
+PHASES = (STARTING, RENDEZVOUS, LOADING, TRAINING, EVALUATION, SAVING, CLOSING)
 WRITING_BESIDE = "training beside a write"
 JOINING = (STARTING, RENDEZVOUS)
 _MARKS = (  # the function, the phase inside, and the one after it: None, that before

@@ -5,81 +5,68 @@ No code of the project makes them, so a mistake in its tables cannot hide itself
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-HIDDEN, INNER, VOCAB, POSITIONS, LAYERS = 16, 64, 53, 32, 3
-CONFIGS = {
-    "gptj": {
+POSITIONS, LAYERS = 32, 3
+CONFIGS: dict[str, dict[str, Any]] = {
+    "gptj": json.loads("""{
         "model_type": "gptj", "n_embd": 16, "n_head": 2, "n_layer": 3, "n_positions": 32,
         "rotary_dim": 4, "vocab_size": 53, "bos_token_id": 0, "eos_token_id": 0,
-        "tie_word_embeddings": False,
-    },
-    "gptneox": {
+        "tie_word_embeddings": false
+    }"""),
+    "gptneox": json.loads("""{
         "model_type": "gpt_neox", "hidden_size": 16, "num_attention_heads": 2, "rotary_pct": 0.25,
         "num_hidden_layers": 3, "max_position_embeddings": 32, "intermediate_size": 64,
-        "vocab_size": 53, "bos_token_id": 0, "eos_token_id": 0, "torch_dtype": "float32",
-    },
-}  # fmt: skip
+        "vocab_size": 53, "bos_token_id": 0, "eos_token_id": 0, "torch_dtype": "float32"
+    }"""),
+}
 Shapes = dict[str, tuple[int, ...]]
-EMBEDDING: dict[str, Shapes] = {
-    "gptj": {"wte.weight": (53, 16)},
-    "gptneox": {"embed_in.weight": (53, 16)},
+
+
+def read_shapes(lines: str) -> Shapes:
+    """Reads names, each with the sizes of its tensor behind it."""
+    words = lines.split()
+    pairs = zip(words[::2], words[1::2], strict=True)
+    return {name: tuple(map(int, sizes.split("x"))) for name, sizes in pairs}
+
+
+EMBEDDING = {
+    "gptj": read_shapes("wte.weight 53x16"),
+    "gptneox": read_shapes("embed_in.weight 53x16"),
 }
-BLOCK: dict[str, Shapes] = {
-    "gptj": {
-        "ln_1.weight": (16,),
-        "ln_1.bias": (16,),
-        "attn.q_proj.weight": (16, 16),
-        "attn.k_proj.weight": (16, 16),
-        "attn.v_proj.weight": (16, 16),
-        "attn.out_proj.weight": (16, 16),
-        "mlp.fc_in.weight": (64, 16),
-        "mlp.fc_in.bias": (64,),
-        "mlp.fc_out.weight": (16, 64),
-        "mlp.fc_out.bias": (16,),
-    },
-    "gptneox": {
-        "input_layernorm.weight": (16,),
-        "input_layernorm.bias": (16,),
-        "post_attention_layernorm.weight": (16,),
-        "post_attention_layernorm.bias": (16,),
-        "attention.query_key_value.weight": (48, 16),
-        "attention.query_key_value.bias": (48,),
-        "attention.dense.weight": (16, 16),
-        "attention.dense.bias": (16,),
-        "mlp.dense_h_to_4h.weight": (64, 16),
-        "mlp.dense_h_to_4h.bias": (64,),
-        "mlp.dense_4h_to_h.weight": (16, 64),
-        "mlp.dense_4h_to_h.bias": (16,),
-    },
+BLOCK = {
+    "gptj": read_shapes("""
+        ln_1.weight 16 ln_1.bias 16
+        attn.q_proj.weight 16x16 attn.k_proj.weight 16x16 attn.v_proj.weight 16x16
+        attn.out_proj.weight 16x16
+        mlp.fc_in.weight 64x16 mlp.fc_in.bias 64 mlp.fc_out.weight 16x64 mlp.fc_out.bias 16
+    """),
+    "gptneox": read_shapes("""
+        input_layernorm.weight 16 input_layernorm.bias 16
+        post_attention_layernorm.weight 16 post_attention_layernorm.bias 16
+        attention.query_key_value.weight 48x16 attention.query_key_value.bias 48
+        attention.dense.weight 16x16 attention.dense.bias 16
+        mlp.dense_h_to_4h.weight 64x16 mlp.dense_h_to_4h.bias 64
+        mlp.dense_4h_to_h.weight 16x64 mlp.dense_4h_to_h.bias 16
+    """),
 }
-HEAD: dict[str, Shapes] = {
-    "gptj": {
-        "ln_f.weight": (16,),
-        "ln_f.bias": (16,),
-        "lm_head.weight": (53, 16),
-        "lm_head.bias": (53,),
-    },
-    "gptneox": {
-        "final_layer_norm.weight": (16,),
-        "final_layer_norm.bias": (16,),
-        "embed_out.weight": (53, 16),
-    },
+HEAD = {
+    "gptj": read_shapes("ln_f.weight 16 ln_f.bias 16 lm_head.weight 53x16 lm_head.bias 53"),
+    "gptneox": read_shapes(
+        "final_layer_norm.weight 16 final_layer_norm.bias 16 embed_out.weight 53x16"
+    ),
 }
 HF_BLOCK = {"gptj": "transformer.h.{}.{}", "gptneox": "gpt_neox.layers.{}.{}"}
-HF_ENDS = {
-    "wte.weight": "transformer.wte.weight",
-    "ln_f.weight": "transformer.ln_f.weight",
-    "ln_f.bias": "transformer.ln_f.bias",
-    "lm_head.weight": "lm_head.weight",
-    "lm_head.bias": "lm_head.bias",
-    "embed_in.weight": "gpt_neox.embed_in.weight",
-    "final_layer_norm.weight": "gpt_neox.final_layer_norm.weight",
-    "final_layer_norm.bias": "gpt_neox.final_layer_norm.bias",
-    "embed_out.weight": "embed_out.weight",
-}
+HF_ENDS = """
+    transformer.wte.weight transformer.ln_f.weight transformer.ln_f.bias
+    lm_head.weight lm_head.bias
+    gpt_neox.embed_in.weight gpt_neox.final_layer_norm.weight gpt_neox.final_layer_norm.bias
+    embed_out.weight
+"""
+HF_NAMES = {".".join(name.split(".")[-2:]): name for name in HF_ENDS.split()}
 
 
 def mask(dtype: torch.dtype) -> Tensor:
@@ -108,7 +95,7 @@ def make_modules(name: str) -> list[dict[str, Tensor]]:
 
 
 def expected_hf(name: str, modules: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    expected = {HF_ENDS[k]: v for end in (modules[0], modules[-1]) for k, v in end.items()}
+    expected = {HF_NAMES[k]: v for end in (modules[0], modules[-1]) for k, v in end.items()}
     for layer, block in enumerate(modules[1:-1]):
         expected |= {HF_BLOCK[name].format(layer, key): value for key, value in block.items()}
     return expected

@@ -9,17 +9,18 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from monitor.metrics import read_metrics
 from tests.support.cases import Case, Told, meet_at, run_folder, train_cases
 from tests.support.data import make_texts, write_jsonl
+from tests.support.flags import flags_of
+from tests.support.kill_lab import numbers
 from tests.support.launcher import run_ranks
-from tests.support.mixed import rows_of_a_replica
+from tests.support.mixed import model_flags, rows_of_a_replica
 from tests.support.models import make_shards
 from tests.support.parity import worst
 
 Shape = tuple[int, int]
-LAYERS, STEPS, SAVED = 7, 6, 3
-LISTS = {1: "7", 2: "5,2", 4: "1,3,2,1"}
+LAYERS, STEPS, SAVED = 5, 4, 2
+LISTS = {1: "5", 2: "4,1", 4: "1,2,1,1"}
 SHAPES: list[Shape] = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2)]
 PAIRS = list(product(SHAPES, SHAPES))
 KINDS = list(product(("fp32", "bf16"), ("adam", "8bit-adam")))
@@ -34,21 +35,14 @@ def flags(folder: Path, kind: tuple[str, str], **changes: object) -> dict[str, A
     """Of a run in that precision with that optimizer, at any shape."""
     precision, optimizer = kind
     return {
-        "model-name": folder / "shards" / "model",
-        "model-type": "gptneox",
+        **model_flags(folder),
+        **flags_of(f"""
+            --seq-length 16 --micro-batch-size 2 --recompute false --total-steps {STEPS}
+            --checkpoint-steps {SAVED} --lr 2e-3 --weight-decay 0.1 --optimizer {optimizer}
+            --fp16 {precision == "fp16"} --bf16 {precision == "bf16"}
+        """),
         "num-layers": layers_of,
-        "embedding-dim": 32,
-        "task-name": folder / "a.jsonl",
-        "seq-length": 16,
         "batch-size": rows_of_a_replica,
-        "micro-batch-size": 1,
-        "total-steps": STEPS,
-        "checkpoint-steps": SAVED,
-        "lr": 2e-3,
-        "weight-decay": 0.1,
-        "optimizer": optimizer,
-        "fp16": str(precision == "fp16"),
-        "bf16": str(precision == "bf16"),
         **changes,
     }
 
@@ -93,13 +87,9 @@ def train_all(
 ) -> dict[str, Told]:
     """Each shape's runs, then those that go on from them; rank 0's words."""
     write_jsonl(folder / "a.jsonl", make_texts(60, seed=1))
-    changes = {
-        "num_hidden_layers": LAYERS,
-        "intermediate_size": 128,  # 8-bit from 4096 numbers on
-        "hidden_dropout": 0.1,
-        "attention_dropout": 0.1,
-    }
-    make_shards(folder, "model", "gptneox", changes)
+    changes = {"num_hidden_layers": LAYERS, "intermediate_size": 128}  # 8-bit from 4096 numbers on
+    dropout = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+    make_shards(folder, "model", "gptneox", changes | dropout)
     turns: list[Turn] = [
         (meet_at([shape])[0], cases)
         for cases in (whole, others)
@@ -110,19 +100,12 @@ def train_all(
     return told
 
 
-def lines_of(run: Path) -> list[dict[str, Any]]:
-    """What a run tells of its steps but for the clock."""
-    left_out = ("step_seconds", "tokens_per_second", "resumed")
-    lines = read_metrics(run / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k not in left_out} for line in lines]
-
-
 def check_resumed(
     folder: Path, kind: tuple[str, str], source: Shape, target: Shape, *, steps: int = STEPS
 ) -> float:
     """Compares a run with the one that it goes on from; the worst relative difference of losses."""
-    stayed = lines_of(run_folder(folder, "-".join(kind), *source))
-    moved = lines_of(run_folder(folder, resumed_name(kind, source), *target))
+    stayed = numbers(run_folder(folder, "-".join(kind), *source))
+    moved = numbers(run_folder(folder, resumed_name(kind, source), *target))
     assert [line["step"] for line in moved] == list(range(1, steps + 1))
     assert moved[:SAVED] == stayed[:SAVED]
     for key in ("lr", "tokens", "loss_scale"):

@@ -1,5 +1,6 @@
 """Runs of dist_clm_train.py: their ranks, on made-up hosts if need be, to the end of each."""
 
+import contextlib
 import importlib
 import os
 import signal
@@ -18,9 +19,7 @@ Attendant = Callable[[Sequence[int], Mapping[int, int | None]], None]
 
 SCRIPT = Path(__file__).parents[2] / "dist_clm_train.py"
 _TICK_SECONDS = 0.01
-_OF_A_USER = (
-    "GLOO_", "LOCAL_RANK", "MASTER_", "NCCL_", "RANK", "TORCH_CPP_", "WANDB_", "WORLD_SIZE",
-)  # fmt: skip
+_OF_A_USER = ("GLOO_", "LOCAL_RANK", "MASTER_", "NCCL_", "RANK", "WANDB_", "WORLD_SIZE")
 
 
 class Hook(Protocol):
@@ -113,7 +112,8 @@ def let_go(pids: Sequence[int], ended: Mapping[int, int | None]) -> None:
     """Lets a rank that was stopped (SIGSTOP) go on once all others have ended."""
     left = set(range(len(pids))) - ended.keys()
     if len(left) == 1:
-        os.kill(pids[left.pop()], signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pids[left.pop()], signal.SIGCONT)
 
 
 def fork_ranks(

@@ -28,12 +28,7 @@ ORDERS = {
     ("1f1b", 4, 2): ["F0 F1 B0 B1", "F0 F1 B0 B1", "F0 F1 B0 B1", "F0 B0 F1 B1"],
     ("zb-h1", 1, 2): ["F0 B0 F1 B1"],
     ("zb-h1", 3, 1): ["F0 B0", "F0 I0 W0", "F0 I0 W0"],
-    ("zb-h1", 4, 2): [
-        "F0 F1 B0 B1",
-        "F0 F1 I0 I1 W0 W1",
-        "F0 F1 I0 I1 W0 W1",
-        "F0 I0 F1 I1 W0 W1",
-    ],
+    ("zb-h1", 4, 2): ["F0 F1 B0 B1", "F0 F1 I0 I1 W0 W1", "F0 F1 I0 I1 W0 W1", "F0 I0 F1 I1 W0 W1"],
 }
 
 # the most microbatches in flight: on `stage` of p stages, of m microbatches

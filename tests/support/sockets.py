@@ -1,4 +1,4 @@
-"""Which sockets of a process listen, as Linux tells it."""
+"""The sockets of processes, as Linux tells them."""
 
 import contextlib
 import ipaddress
@@ -18,27 +18,32 @@ class Listener(NamedTuple):
     port: int
 
 
-def listeners(pid: int) -> list[Listener]:
-    """Every TCP socket of the process that listens."""
-    mine = _inodes(pid)
-    found = []
+def tcp_lines(pid: int, state: str) -> list[tuple[str, str]]:
+    """The local and the remote address of a process's own TCP sockets in a state."""
+    own, found = descriptors(pid), []
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
-            _, local, _, state, *rest = line.split()
-            if state == _LISTENING and rest[5] in mine:
-                address, _, port = local.partition(":")
-                found.append(Listener(_address(address), int(port, 16)))
+            _, local, remote, found_state, *_, inode = line.split()[:10]
+            if found_state == state and inode in own:
+                found.append((local, remote))
     return found
 
 
-def _inodes(pid: int) -> set[str]:
-    found = set()
+def descriptors(pid: int | str) -> dict[str, int]:
+    """A process's descriptors of sockets by inode."""
+    found = {}
     for entry in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # closed in the meantime
             name = os.readlink(entry)
-            if name.startswith("socket:["):
-                found.add(name[8:-1])
+            if name.startswith("socket:"):
+                found[name[8:-1]] = int(entry.name)
     return found
+
+
+def listeners(pid: int) -> list[Listener]:
+    """Every TCP socket of the process that listens."""
+    places = [local.partition(":") for local, _ in tcp_lines(pid, _LISTENING)]
+    return [Listener(_address(address), int(port, 16)) for address, _, port in places]
 
 
 def _address(text: str) -> str:

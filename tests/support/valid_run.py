@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from checkpoint.conversion.from_hf import convert_from_hf
-from modules.registry import MODELS
 from tests.support.cases import to_argv
-from tests.support.data import make_texts, tokenizer, write_jsonl
-from tests.support.models import make_hf
+from tests.support.data import make_texts, write_jsonl
+from tests.support.flags import flags_of
+from tests.support.models import make_shards
 
 ROOT = Path(__file__).parents[2]
 LAYERS, VOCAB = 3, 400
@@ -17,14 +16,7 @@ Flags = dict[str, Any]
 def make_home(folder: Path) -> Path:
     """A folder with layer shards (m, and a GPT-J's in j), and data, good and bad."""
     for name, family, layers in (("m", "gptneox", "num_hidden_layers"), ("j", "gptj", "n_layer")):
-        make_hf(family, vocab_size=VOCAB, **{layers: LAYERS}).save_pretrained(folder / "hf" / name)
-        tokenizer().save_pretrained(folder / "hf" / name)
-        convert_from_hf(
-            MODELS[family].load(),
-            model_name=str(folder / "hf" / name),
-            save_dir=folder,
-            dtype="keep",
-        )
+        make_shards(folder, name, family, {layers: LAYERS}, place="")
     write_jsonl(folder / "data.jsonl", make_texts(60, seed=1))
     good = '{"text": "the"}\n'
     (folder / "broken.jsonl").write_text(good * 4200 + '{"Text": "no"}\n')
@@ -36,23 +28,12 @@ def make_home(folder: Path) -> Path:
 
 def right(home: Path) -> Flags:
     """Flags with nothing wrong in them."""
-    return {
-        "model-name": home / "m",
-        "model-type": "gptneox",
-        "num-layers": 2,
-        "embedding-dim": 32,
-        "task-name": home / "data.jsonl",
-        "seq-length": 24,
-        "batch-size": 2,
-        "total-steps": 2,
-        "world-size": 4,
-        "rank": 0,
-        "pipeline-group-size": 2,
-        "data-group-size": 2,
-        "join-timeout": 60,
-        "dist-timeout": 60,
-        "checkpoint-path": home / "runs" / "unused",
-    }
+    return flags_of(f"""
+        --model-name {home}/m --model-type gptneox --num-layers 2 --embedding-dim 32
+        --task-name {home}/data.jsonl --seq-length 24 --batch-size 2 --total-steps 2
+        --world-size 4 --rank 0 --pipeline-group-size 2 --data-group-size 2 --join-timeout 60
+        --dist-timeout 60 --checkpoint-path {home}/runs/unused
+    """)
 
 
 def argv(flags: Flags) -> list[str]:

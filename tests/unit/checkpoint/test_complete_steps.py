@@ -8,6 +8,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,7 @@ from tests.support.checkpoint_models import cut, step_meta
 from tests.support.launcher import run_ranks
 
 STAGES, OLD, NEW = 2, (2, 5, 8), 10
+Found = dict[str, tuple[list[str], list[str]]]
 
 
 def nothing(_disk: Path) -> None:
@@ -31,14 +33,6 @@ def nothing(_disk: Path) -> None:
 def remove(disk: Path) -> None:
     """As a crash leaves it when stage 0 alone has renamed its folder."""
     shutil.rmtree(disk / "8")
-
-
-def cut_weights(disk: Path) -> None:
-    cut(disk / "8" / "prank_1_checkpoint.pt")
-
-
-def cut_manifest(disk: Path) -> None:
-    cut(disk / "8" / "prank_1_manifest.json")
 
 
 def call_by_another_number(disk: Path) -> None:
@@ -71,8 +65,8 @@ def take_a_number(disk: Path) -> None:
 STORIES: dict[str, tuple[Callable[[Path], None], list[str], list[str] | None]] = {
     "nothing": (nothing, ["8", "10"], None),
     "gone": (remove, ["5", "10"], None),
-    "cut weights": (cut_weights, ["5", "10"], None),
-    "cut manifest": (cut_manifest, ["5", "10"], None),
+    "cut weights": (lambda disk: cut(disk / "8" / "prank_1_checkpoint.pt"), ["5", "10"], None),
+    "cut manifest": (lambda disk: cut(disk / "8" / "prank_1_manifest.json"), ["5", "10"], None),
     "another number": (call_by_another_number, ["5", "10"], None),
     "on the wrong disk": (bring, ["5", "10"], None),
     "not readable": (refuse, ["2", "5", "8", "10"], None),
@@ -92,14 +86,9 @@ def save(
     groups: ProcessGroups, disk: Path, nonce: str, steps: tuple[int, ...], keep: RetentionPolicy
 ) -> None:
     """As one start that saves so many steps."""
-    store = CheckpointStore(
-        disk,
-        control=groups.control,
-        topology=Topology(groups.control.rank, STAGES, 1),
-        nonce=nonce,
-        extras={"config.json": b"{}"},
-        policy=keep,
-    )
+    topology = Topology(groups.control.rank, STAGES, 1)
+    places: dict[str, Any] = {"control": groups.control, "topology": topology, "nonce": nonce}
+    store = CheckpointStore(disk, **places, extras={"config.json": b"{}"}, policy=keep)
     parts: dict[str, object] = {"checkpoint": {}, "optimizer": {}, "scheduler": {}}
     for step in steps:
         store.begin(step_meta(step, [1] * STAGES), parts=parts)
@@ -108,7 +97,7 @@ def save(
     store.finish_cleanup()
 
 
-def live(rank: int, _world: int, url: str, folder: Path) -> dict[str, tuple[list[str], list[str]]]:
+def live(rank: int, _world: int, url: str, folder: Path) -> Found:
     """The steps that this stage's disk has at the end of each story, and those with state."""
     found = {}
     logging.getLogger().setLevel(logging.ERROR)
@@ -127,14 +116,12 @@ def live(rank: int, _world: int, url: str, folder: Path) -> dict[str, tuple[list
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[list[str], list[str]]]]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
     return run_ranks(STAGES, live, tmp_path_factory.mktemp("complete-steps"))
 
 
 @pytest.mark.parametrize("name", STORIES)
-def test_only_what_all_stages_have_counts(
-    name: str, found: list[dict[str, tuple[list[str], list[str]]]]
-) -> None:
+def test_only_what_all_stages_have_counts(name: str, found: list[Found]) -> None:
     _, first, second = STORIES[name]
     steps = [of_a_stage[f"{name}, {RetentionPolicy(steps=2)}"][0] for of_a_stage in found]
     assert steps == [first, first if second is None else second]
@@ -142,7 +129,7 @@ def test_only_what_all_stages_have_counts(
 
 @pytest.mark.parametrize("name", ["nothing", "gone", "cut weights", "not readable"])
 def test_states_stay_of_as_many_steps_that_can_be_gone_on_from(
-    name: str, found: list[dict[str, tuple[list[str], list[str]]]]
+    name: str, found: list[Found]
 ) -> None:
     for of_a_stage in found:
         steps, states = of_a_stage[f"{name}, {RetentionPolicy(optimizer_states=2)}"]
@@ -156,10 +143,14 @@ def held(save_name: str, num_stages: int, *stages: int) -> list[StageFiles]:
 
 def test_a_step_of_other_stages_counts_where_the_disks_together_have_it() -> None:
     """Of these two stages' own saves, each disk has its own."""
-    views = [
-        {1: held("a", 3, 0, 1), 2: held("b", 3, 0), 3: held("c", 2, 0), 4: held("d", 2, 0, 1),
-         5: held("e", 1, 0), 6: held("f", 2, 0), 7: held("g", 2, 0) + held("h", 2, 0)},
-        {1: held("a", 3, 1, 2), 2: held("b", 3, 1), 3: held("c", 2, 1), 4: [],
-         6: held("another", 2, 1), 7: held("h", 2, 1)},
-    ]  # fmt: skip
+    by_step = {
+        1: (held("a", 3, 0, 1), held("a", 3, 1, 2)),
+        2: (held("b", 3, 0), held("b", 3, 1)),
+        3: (held("c", 2, 0), held("c", 2, 1)),
+        4: (held("d", 2, 0, 1), []),
+        5: (held("e", 1, 0), []),
+        6: (held("f", 2, 0), held("another", 2, 1)),
+        7: (held("g", 2, 0) + held("h", 2, 0), held("h", 2, 1)),
+    }
+    views = [{step: both[stage] for step, both in by_step.items()} for stage in (0, 1)]
     assert complete_steps(views) == [1, 3, 5, 7]

@@ -1,64 +1,134 @@
-"""Every file of a checkpoint cut, with a wrong bit, or gone, one at a time: an error that names it.
+"""Every file of a checkpoint damaged, or of another step or save: an error that names it.
 
-Two stages train four steps and save two; then each case damages a copy of what they left. What
-training and the converter say of it is compared with the name of the file.
+Two stages train four steps and save two; then each case damages a copy of what they left, or moves
+whole files about in it, of which no checksum tells. What training and the converter say is compared
+with the name of the file.
 """
 
+import json
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 
 from arguments.train import parse_train
-from checkpoint.files.checksums import seal, unseal
-from checkpoint.steps.latest import check_latest, write_latest
+from checkpoint.files.checksums import seal, sum_file, unseal
+from checkpoint.steps.manifest import read_manifest
 from comm.objects import gather_json
 from comm.run_context import RunContext
 from comm.topology import Topology
-from common.files import replace_file
 from tests.support.cases import Case, connected, meet_at, run_folder, to_argv, train_cases
 from tests.support.checkpoint_models import cut, flip, hf_weights, to_hf
 from tests.support.data import make_texts, write_jsonl
+from tests.support.flags import flags_of
 from tests.support.launcher import run_ranks
 from tests.support.models import make_shards
+from tests.support.refusal import refusal
 from training.run_start import open_run
 
 STAGES, LAST, FIRST = 2, 4, 2
+FLAGS = flags_of("""
+    --model-type gptneox --num-layers 2 --embedding-dim 32 --seq-length 16 --batch-size 2
+    --total-steps 4 --checkpoint-steps 2 --use-cuda false
+""")
 PARTS = ("checkpoint", "optimizer", "scheduler")
 STAGE_FILES = [f"prank_{stage}_{part}.pt" for stage in range(STAGES) for part in PARTS]
 MANIFESTS = [f"prank_{stage}_manifest.json" for stage in range(STAGES)]
-COMMON = [
-    "meta.json",
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "generation_config.json",
-]
+CONFIGS = [f"{name}.json" for name in ("config", "tokenizer", "tokenizer_config")]
+COMMON = ["meta.json", "generation_config.json", *CONFIGS]
 STEP_FILES = [f"{LAST}/{name}" for name in (*STAGE_FILES, *MANIFESTS, *COMMON)]
-FILES = [*STEP_FILES, "latest", "latest_manifest.json"]
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-DAMAGES: dict[str, Callable[[Path], None]] = {
+LATEST = ["latest", "latest_manifest.json"]
+FILES = [*STEP_FILES, *LATEST]
+DAMAGES: dict[str, Callable[[Path], object]] = {
     "cut": cut,
-    "empty": empty,
+    "empty": lambda path: path.write_bytes(b""),
     "gone": Path.unlink,
-    "a bit of the first byte": lambda path: flip(path, 0.0),
-    "a bit in the middle": lambda path: flip(path, 0.5),
-    "a bit of the last byte": lambda path: flip(path, 1.0),
+    "a bit of the first byte": partial(flip, place=0.0),
+    "a bit in the middle": flip,
+    "a bit of the last byte": partial(flip, place=1.0),
 }
-CASES = [(file, damage) for file in FILES for damage in DAMAGES]
-# What is no damage of one file, and what comes of it.
-STATES = ("as saved", "last step moved away", "last file of both steps")
+
+
+def cases(files: list[str], damages: list[str], few: int) -> list[Any]:
+    """Each file with `few` of the damages, by turns, and with the others in the slow tests; what
+    says which step is the latest has all."""
+    found = []
+    for number, file in enumerate(files):
+        for turn, damage in enumerate(damages):
+            is_default = file in LATEST or (turn - number) % (len(damages) // few) == 0
+            found.append(pytest.param(file, damage, marks=() if is_default else pytest.mark.slow))
+    return found
+
+
+def bring_stage_of_first(run: Path) -> None:
+    """As where stage 1's disk is gathered from, and the wrong folder is named."""
+    for path in (run / str(FIRST)).glob("prank_1_*"):
+        shutil.copy(path, run / str(LAST))
+
+
+def call_by_another_number(run: Path) -> None:
+    shutil.copytree(run / str(LAST), run / "6")
+    for path in run.glob("latest*"):
+        path.unlink()
+
+
+def reseal(path: Path, **changes: object) -> None:
+    path.write_bytes(seal({**unseal(path), **changes}))
+
+
+def bring_another_save(run: Path) -> None:
+    reseal(run / str(LAST) / MANIFESTS[1], save="another")
+
+
+def take_one_for_the_other(run: Path) -> None:
+    shutil.copy(run / str(LAST) / MANIFESTS[0], run / str(LAST) / MANIFESTS[1])
+
+
+def alter_meta(run: Path) -> None:
+    """All that one disk's folder has is of one save, but for the step in its meta.json."""
+    path = run / str(LAST) / "meta.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "step": FIRST}))
+    for name in MANIFESTS:
+        files = unseal(path.with_name(name))["files"]
+        reseal(path.with_name(name), files={**files, path.name: sum_file(path)._asdict()})
+
+
+# What is done to a run, and what training says, from the step's folder on.
+MOVED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "called 6": (call_by_another_number, f"/6/{MANIFESTS[0]}: of step {LAST}"),
+    "stage 1 of the first": (bring_stage_of_first, f"/{LAST}/{MANIFESTS[1]}: of step {FIRST}"),
+    "another save": (bring_another_save, f"/{LAST}/{MANIFESTS[1]}: of another save"),
+    "another name": (take_one_for_the_other, f"/{LAST}/{MANIFESTS[1]}: of stage 0"),
+    "another meta.json": (alter_meta, f"/{LAST}/meta.json: of step {FIRST}"),
+}
+
+
+def cut_both_steps(run: Path) -> None:
+    for step in (FIRST, LAST):
+        cut(run / str(step) / STAGE_FILES[-1])
+
+
+# What is neither damage of one file nor a file of another step, and what comes of it.
+STATES: dict[str, Callable[[Path], object]] = {
+    "as saved": lambda run: None,
+    "last step moved away": lambda run: (run / str(LAST)).rename(run / "aside"),
+    "last file of both steps": cut_both_steps,
+}
+
+
+def spoil(run: Path, name: str) -> None:
+    file, _, damage = name.partition(": ")
+    if damage:
+        DAMAGES[damage](run / file)
+    elif name in MOVED:
+        MOVED[name][0](run)
+    else:
+        STATES[name](run)
 
 
 @dataclass(frozen=True)
@@ -69,36 +139,32 @@ class Opened:
     error: str
 
 
-def spoil(run: Path, state: str) -> None:
-    if state == "last step moved away":
-        (run / str(LAST)).rename(run / "aside")
-    if state == "last file of both steps":
-        for step in (FIRST, LAST):
-            cut(run / str(step) / STAGE_FILES[-1])
-
-
-def open_all(
-    rank: int, _world: int, url: str, flags: dict[str, Any], folder: Path, whole: Path
+def train_and_open(
+    rank: int,
+    world: int,
+    url: str,
+    shape: Any,
+    flags: dict[str, Any],
+    folder: Path,
+    names: list[str],
 ) -> dict[str, Opened]:
-    """Opens a damaged copy of the run `whole` for each case, as a start that resumes does."""
+    """Trains, and opens a spoilt copy of the run for each name, as a start that resumes does."""
+    train_cases(rank, world, url, [shape], [Case("run", flags)], folder)
+    whole, run = run_folder(folder, "run", STAGES, 1), folder / "damaged"
     found: dict[str, Opened] = {}
     topology = Topology(rank, STAGES, 1)
-    torch.set_num_threads(1)
+    own = {"world-size": STAGES, "pipeline-group-size": STAGES, "rank": rank}
+    settings = parse_train(to_argv({**flags, **own, "checkpoint-path": run}), {})
     with connected(topology, url) as (groups, nonce):
-        for name in (*STATES, *(f"{file}: {damage}" for file, damage in CASES)):
-            run = folder / "damaged"
+        for name in names:
             if rank == 0:
                 shutil.rmtree(run, ignore_errors=True)
                 shutil.copytree(whole, run)
-                file, _, damage = name.partition(": ")
-                DAMAGES[damage](run / file) if damage else spoil(run, name)
+                spoil(run, name)
             gather_json(groups.control, None)
-            own = {"checkpoint-path": run, "rank": rank, "total-steps": LAST}
-            settings = parse_train(to_argv({**flags, **own}), {})
             try:
                 context = RunContext(topology, groups, torch.device("cpu"), nonce)
-                opened = open_run(settings, context)
-                found[name] = Opened(opened.step, "")
+                found[name] = Opened(open_run(settings, context).step, "")
             except ValueError as error:
                 found[name] = Opened(None, str(error))
             gather_json(groups.control, None)
@@ -107,7 +173,7 @@ def open_all(
 
 @dataclass(frozen=True)
 class Made:
-    """The run that nothing is wrong with, and how opening each damaged copy of it went, by rank."""
+    """The run that nothing is wrong with, and how opening each spoilt copy of it went, by rank."""
 
     folder: Path
     run: Path
@@ -115,28 +181,22 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+def made(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Made:
+    """Of the damages only those whose tests are selected: the slow ones are many."""
     folder = tmp_path_factory.mktemp("damage")
     write_jsonl(folder / "a.jsonl", make_texts(20, seed=1))
     make_shards(folder, "model", "gptneox", {"num_hidden_layers": 3})
-    flags = {
-        "model-name": folder / "shards" / "model",
-        "model-type": "gptneox",
-        "num-layers": 2,
-        "embedding-dim": 32,
-        "task-name": folder / "a.jsonl",
-        "seq-length": 16,
-        "batch-size": 2,
-        "total-steps": LAST,
-        "checkpoint-steps": FIRST,
-        "use-cuda": "false",
-    }
-    ((*shape, url),) = meet_at([(STAGES, 1)])
-    run_ranks(STAGES, train_cases, [(*shape, url)], [Case("run", flags)], folder)
-    whole = run_folder(folder, "run", STAGES, 1)
-    flags |= {"world-size": STAGES, "pipeline-group-size": STAGES}
-    opened = run_ranks(STAGES, open_all, flags, folder, whole, deadline=240.0)
-    return Made(folder, whole, opened)
+    flags = FLAGS | {"model-name": folder / "shards" / "model", "task-name": folder / "a.jsonl"}
+    damaged = [
+        "{file}: {damage}".format(**item.callspec.params)
+        for item in request.session.items
+        if isinstance(item, pytest.Function)
+        and item.function is test_training_names_the_file_on_every_rank
+    ]
+    names = [*STATES, *MOVED, *damaged]
+    (shape,) = meet_at([(STAGES, 1)])
+    opened = run_ranks(STAGES, train_and_open, shape, flags, folder, names, deadline=240.0)
+    return Made(folder, run_folder(folder, "run", STAGES, 1), opened)
 
 
 def test_the_cases_are_all_files_of_a_checkpoint(made: Made) -> None:
@@ -146,103 +206,86 @@ def test_the_cases_are_all_files_of_a_checkpoint(made: Made) -> None:
     assert {file for file in found if file.startswith(f"{LAST}/")} == set(STEP_FILES)
 
 
-@pytest.mark.parametrize(("file", "damage"), CASES)
+def error_on_every_rank(name: str, made: Made) -> str:
+    first, *others = (opened[name] for opened in made.opened)
+    assert all(other == first for other in others)
+    assert first.step is None
+    assert "\n" not in first.error
+    return first.error
+
+
+@pytest.mark.parametrize(("file", "damage"), cases(FILES, list(DAMAGES), few=2))
 def test_training_names_the_file_on_every_rank(file: str, damage: str, made: Made) -> None:
     """And the step before it, where the step is damaged and not `latest`."""
-    one, other = (opened[f"{file}: {damage}"] for opened in made.opened)
-    assert one == other
-    assert one.step is None
-    assert f"/{file}: " in one.error
-    assert "\n" not in one.error
+    error = error_on_every_rank(f"{file}: {damage}", made)
+    assert f"/{file}: " in error
     if file in STEP_FILES:
-        assert f"the newest complete checkpoint before it is step {FIRST}" in one.error
-        assert one.error.endswith(f"move {made.folder}/damaged/{LAST} away")
+        assert f"the newest complete checkpoint before it is step {FIRST}" in error
+        assert error.endswith(f"move {made.folder}/damaged/{LAST} away")
 
 
-def test_what_is_whole_opens(made: Made) -> None:
-    assert [opened["as saved"].step for opened in made.opened] == [LAST, LAST]
+@pytest.mark.parametrize("name", MOVED)
+def test_training_names_what_is_not_of_the_step(name: str, made: Made) -> None:
+    """On every rank, and the step before it that is whole."""
+    error = error_on_every_rank(name, made)
+    assert MOVED[name][1] in error
+    older = LAST if name.startswith("called") else FIRST
+    assert f"the newest complete checkpoint before it is step {older}: " in error
 
 
-def test_the_step_before_opens_where_the_damaged_one_has_been_moved_away(made: Made) -> None:
-    assert [opened["last step moved away"].step for opened in made.opened] == [FIRST, FIRST]
-
-
-def test_no_step_is_offered_where_none_is_whole(made: Made) -> None:
+def test_the_newest_step_that_is_whole_opens(made: Made) -> None:
     for opened in made.opened:
+        assert opened["as saved"].step == LAST
+        assert opened["last step moved away"].step == FIRST
         error = opened["last file of both steps"].error
         assert f"{LAST}/{STAGE_FILES[-1]}: " in error
         assert error.endswith("no complete checkpoint before it is there")
 
 
+def test_no_two_steps_of_a_start_are_one_save(made: Made) -> None:
+    first, last = (
+        {read_manifest(made.run / str(step), stage).save for stage in range(STAGES)}
+        for step in (FIRST, LAST)
+    )
+    assert len(first) == len(last) == 1
+    assert first != last
+
+
 READ = [file for file in FILES if not file.endswith(("optimizer.pt", "scheduler.pt"))]
+KINDS = ["cut", "gone", "a bit in the middle"]
 
 
-@pytest.mark.parametrize("file", READ)
-@pytest.mark.parametrize("damage", ["cut", "gone", "a bit in the middle"])
+@pytest.mark.parametrize(("file", "damage"), cases(READ, KINDS, few=1))
 def test_the_converter_names_the_file(file: str, damage: str, made: Made, tmp_path: Path) -> None:
     run = Path(shutil.copytree(made.run, tmp_path / "run"))
-    DAMAGES[damage](run / file)
-    with pytest.raises(ValueError, match=f"/{file}: ") as caught:
-        to_hf(run, tmp_path / "hf")
-    assert "\n" not in str(caught.value)
+    spoil(run, f"{file}: {damage}")
+    assert f"/{file}: " in refusal(lambda: to_hf(run, tmp_path / "hf"))
     assert not (tmp_path / "hf").exists()
 
 
-def test_the_converter_checks_what_it_reads_alone(made: Made, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [name for name in MOVED if not name.startswith("called")])
+def test_the_converter_names_what_is_not_of_the_step(name: str, made: Made, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(made.run, tmp_path / "run"))
+    spoil(run, name)
+    assert MOVED[name][1] in refusal(lambda: to_hf(run / str(LAST), tmp_path / "hf"))
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_folder_of_any_name_converts_and_only_what_is_read_counts(
+    made: Made, tmp_path: Path
+) -> None:
     """As where a user gathers the weights on one machine, and names a config of its own."""
     step = tmp_path / "gathered"
     step.mkdir()
     weights = [f"prank_{stage}_checkpoint.pt" for stage in range(STAGES)]
     for name in (*weights, *MANIFESTS, "meta.json"):
         shutil.copy(made.run / str(LAST) / name, step / name)
-    to_hf(step, tmp_path / "hf", str(made.folder / "shards" / "model"))
+    config = str(made.folder / "shards" / "model")
     whole = hf_weights(to_hf(made.run, tmp_path / "whole"))
-    converted = hf_weights(tmp_path / "hf")
-    assert converted.keys() == whole.keys()
-    assert all(torch.equal(converted[key], whole[key]) for key in whole)
-
-
-def test_stages_of_different_saves_do_not_convert(made: Made, tmp_path: Path) -> None:
-    step = Path(shutil.copytree(made.run / str(LAST), tmp_path / "mixed"))
-    path = step / MANIFESTS[1]
-    path.write_bytes(seal({**unseal(path), "save": "another"}))
-    with pytest.raises(ValueError, match=f"/{MANIFESTS[1]}: of another save"):
-        to_hf(step, tmp_path / "hf")
-
-
-def test_every_bit_of_latest_counts(made: Made, tmp_path: Path) -> None:
-    """Also where it then names another step that is there."""
-    run = Path(shutil.copytree(made.run, tmp_path / "run"))
-    for step in (0, 6, 20):
-        (run / str(step)).mkdir()
-    for bit in range(8):
-        (run / "latest").write_bytes(bytes([ord(str(LAST)) ^ (1 << bit)]))
-        with pytest.raises(ValueError, match="/latest: damaged"):
-            check_latest(run, has_manifests=True)
-
-
-@pytest.mark.parametrize("step", [FIRST, LAST + 2])
-@pytest.mark.parametrize("written", [0, 1, 2, 3])
-def test_a_crash_while_latest_moves_is_no_damage(
-    step: int, written: int, made: Made, tmp_path: Path
-) -> None:
-    """Down, as where a run goes back since the last step was moved away, and up; after so many of
-    the files that it writes."""
-    run = Path(shutil.copytree(made.run, tmp_path / "run"))
-    (run / str(LAST + 2)).mkdir()
-    if step < LAST:
-        (run / str(LAST)).rename(run / "aside")
-    left = [replace_file] * written
-
-    def dying(path: Path, content: bytes) -> None:
-        if not left:
-            raise KeyboardInterrupt
-        left.pop()(path, content)
-
-    with patch("checkpoint.steps.latest.replace_file", dying), suppress(KeyboardInterrupt):
-        write_latest(run, step)
-    check_latest(run, has_manifests=True)
-    assert (run / "latest").read_text() == str(step if written > 1 else LAST)
-    write_latest(run, FIRST)
-    check_latest(run, has_manifests=True)
-    assert (run / "latest").read_text() == str(FIRST)
+    numbered = Path(shutil.copytree(made.run / str(LAST), tmp_path / "6"))
+    for found in (
+        hf_weights(to_hf(step, tmp_path / "hf", config_name=config)),
+        hf_weights(to_hf(numbered, tmp_path / "6 converted")),
+    ):
+        assert found.keys() == whole.keys()
+        assert all(torch.equal(found[key], whole[key]) for key in whole)

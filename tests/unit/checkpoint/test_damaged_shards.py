@@ -13,26 +13,21 @@ from checkpoint.files.checksums import sum_file
 from checkpoint.files.layer_shards import NAME, write_shard_manifest
 from modules.stage_model import StageModel
 from tests.support.alone import run_parts
+from tests.support.checkpoint_models import cut, flip
 from tests.support.data import make_texts, write_jsonl
+from tests.support.flags import flags_of
 from tests.support.models import make_shards
+from tests.support.refusal import refusal
 from training.build import build_model
 from training.initial_state import load_weights_
 from training.run_start import open_run
 
 SHARDS = ["pytorch_embs.pt", "pytorch_0.pt", "pytorch_1.pt", "pytorch_lm_head.pt"]
 SMALL = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
+FLAGS = flags_of("""
+    --model-type gptneox --num-layers 2 --embedding-dim 32 --seq-length 16 --batch-size 2
+    --total-steps 1 --use-cuda false
+""")
 DAMAGES: dict[str, Callable[[Path], None]] = {"cut": cut, "flipped": flip, "gone": Path.unlink}
 
 
@@ -49,11 +44,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     folder = tmp_path_factory.mktemp("shards")
     write_jsonl(folder / "a.jsonl", make_texts(10, seed=1))
     make_shards(folder, "model", "gptneox", {"num_hidden_layers": 2})
-    flags = {
-        "model-type": "gptneox", "num-layers": 2, "embedding-dim": 32, "seq-length": 16,
-        "task-name": folder / "a.jsonl", "batch-size": 2, "total-steps": 1, "use-cuda": "false",
-    }  # fmt: skip
-    return Home(folder / "shards" / "model", flags)
+    return Home(folder / "shards" / "model", FLAGS | {"task-name": folder / "a.jsonl"})
 
 
 def start(model: Path, home: Home) -> StageModel:
@@ -86,9 +77,7 @@ def test_a_damaged_file_is_an_error_that_names_it(
 ) -> None:
     model = Path(shutil.copytree(home.model, tmp_path / "model"))
     DAMAGES[damage](model / file)
-    with pytest.raises(ValueError, match=f"/model/{file}: ") as caught:
-        start(model, home)
-    assert "\n" not in str(caught.value)
+    assert f"/model/{file}: " in refusal(lambda: start(model, home))
 
 
 def test_without_a_manifest_the_same_weights_load(home: Home, tmp_path: Path) -> None:
@@ -101,10 +90,8 @@ def test_without_a_manifest_the_same_weights_load(home: Home, tmp_path: Path) ->
     state = torch.load(model / SHARDS[1], weights_only=True)
     state["attention.dense.weight"][0, 0] += 1.0
     torch.save(state, model / SHARDS[1])
-    assert not torch.equal(
-        start(model, home).state_dict()["1.attention.dense.weight"],
-        whole["1.attention.dense.weight"],
-    )
+    key = "1.attention.dense.weight"
+    assert not torch.equal(start(model, home).state_dict()[key], whole[key])
 
 
 def test_a_shard_that_the_manifest_does_not_list_is_an_error(home: Home, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,9 +59,8 @@ def write(model: StageModel, folder: Path, value: float, kind: torch.dtype) -> N
 @pytest.mark.parametrize(("value", "kind", "dtype", "words"), VALUES)
 @pytest.mark.parametrize("load", LOADS)
 def test_what_does_not_fit_is_named(
-    load: str, value: float, kind: torch.dtype, dtype: torch.dtype, words: str | None,
-    tmp_path: Path,
-) -> None:  # fmt: skip
+    load: str, value: float, kind: Any, dtype: Any, words: str | None, tmp_path: Path
+) -> None:
     """A finite fp32 weight of 1e5 used to become inf in fp16, silently."""
     run, file, key = LOADS[load]
     model = from_hf("gptneox", make_hf("gptneox"), tmp_path)

@@ -4,7 +4,9 @@ import itertools
 import os
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -71,6 +73,21 @@ def test_no_loss_of_power_is_taken_for_damage(
         look()
         assert (tmp_path / "latest").read_text() == str(step)
     assert seen == {None, "4", "8", "2", "10"}
+
+
+@pytest.mark.parametrize("step", [2, 8])
+@pytest.mark.parametrize("written", [0, 1, 2, 3])
+def test_the_next_run_goes_on_after_a_crash(step: int, written: int, tmp_path: Path) -> None:
+    """While `latest` moves down or up, after so many of the files that it writes."""
+    write_latest(tmp_path, 4)
+    left = [replace_file] * written
+    dying = patch("checkpoint.steps.latest.replace_file", lambda *file: left.pop()(*file))
+    with dying, suppress(IndexError):
+        write_latest(tmp_path, step)
+    for _ in range(2):
+        check_latest(tmp_path, has_manifests=True)
+        write_latest(tmp_path, 2)
+    assert (tmp_path / "latest").read_text() == "2"
 
 
 @pytest.mark.parametrize(("text", "known"), [("8", 4), ("4", 8), ("8", None), ("x", 4)])

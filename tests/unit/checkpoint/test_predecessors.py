@@ -6,11 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from checkpoint.conversion.to_hf import convert_to_hf
 from checkpoint.files.layer_shards import load_layer_shard
 from checkpoint.steps.stage_weights import read_stage_module, resolve_checkpoint
 from modules.registry import MODELS
-from tests.support.checkpoint_models import hf_weights
+from tests.support.checkpoint_models import hf_weights, to_hf
 from tests.support.predecessors import (
     HEAD,
     buffers,
@@ -26,16 +25,9 @@ def test_published_shards_load(name: str, tmp_path: Path) -> None:
     family = MODELS[name].load()
     config = family.load_config(write_config(name, tmp_path))
     modules = make_modules(name)
-    names = [
-        "pytorch_embs.pt",
-        "pytorch_0.pt",
-        "pytorch_1.pt",
-        "pytorch_2.pt",
-        "pytorch_lm_head.pt",
-    ]
-    for index, file in enumerate(names):
+    for index, file in enumerate(("embs", "0", "1", "2", "lm_head")):
         extra = buffers(name) if 0 < index < 4 else {}
-        torch.save({**modules[index], **extra}, tmp_path / file)
+        torch.save({**modules[index], **extra}, tmp_path / f"pytorch_{file}.pt")
         loaded = load_layer_shard(tmp_path, family, config, index)
         assert loaded.keys() == modules[index].keys()
         assert all(torch.equal(loaded[key], modules[index][key]) for key in loaded)
@@ -50,16 +42,9 @@ def test_checkpoints_convert_with_every_tensor_equal(
     make_checkpoint(name, tmp_path / "run" / "checkpoint_20", meta)
     make_checkpoint(name, tmp_path / "run" / "10")
     (tmp_path / "run" / "latest").write_text("20\n")
-    convert_to_hf(
-        MODELS[name].load(),
-        ckpt_path=tmp_path / "run",
-        save_path=tmp_path / "hf",
-        n_stages=2,
-        n_layer_per_stage=2,
-        config_name=str(write_config(name, tmp_path / "config")),
-        fp16=False,
-        verify=True,
-    )
+    config = str(write_config(name, tmp_path / "config"))
+    flags = {"n_stages": 2, "n_layer_per_stage": 2, "config_name": config, "verify": True}
+    to_hf(tmp_path / "run", tmp_path / "hf", name, **flags)
     written, expected = hf_weights(tmp_path / "hf"), expected_hf(name, make_modules(name))
     assert written.keys() == expected.keys()
     assert all(torch.equal(written[key], expected[key]) for key in expected)

@@ -41,9 +41,8 @@ def test_a_stage_needs_the_files_of_those_that_had_its_modules(
 def test_names_are_those_of_the_stage_that_saved_them() -> None:
     """Stage 1 of 1,3,2,1, modules 2 to 4, for stage 1 of 3,4, which has 4 to 8."""
     keys = {index: [f"w{index}", "bias"] for index in range(9)}
-    assert map_names(range(2, 5), range(4, 9), lambda index: keys[index]) == {
-        "0.w4": "2.w4", "0.bias": "2.bias",
-    }  # fmt: skip
+    found = map_names(range(2, 5), range(4, 9), lambda index: keys[index])
+    assert found == {"0.w4": "2.w4", "0.bias": "2.bias"}
     assert map_names(range(0, 2), range(4, 9), lambda index: keys[index]) == {}
 
 

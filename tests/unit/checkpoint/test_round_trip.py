@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from checkpoint.conversion.from_hf import convert_from_hf
-from checkpoint.conversion.to_hf import convert_to_hf
 from checkpoint.files import hf_weights as hf_files
 from checkpoint.files.layer_shards import load_layer_shard
 from checkpoint.steps.latest import write_latest
 from pipeline_parallel.partition.split import Split
+from tests.support import checkpoint_models
 from tests.support.checkpoint_models import (
     NUM_LAYERS,
     TOKENIZER_FILES,
@@ -31,32 +30,33 @@ from tests.support.checkpoint_models import (
     step_meta,
 )
 
-FORMS = ("single", "sharded", "bin", "sharded-bin", "legacy")
-
 
 def to_shards(name: str, source: Path, tmp_path: Path, dtype: str = "keep") -> Path:
-    return convert_from_hf(
-        family(name), model_name=str(source), save_dir=tmp_path / "shards", dtype=dtype
-    )
+    return checkpoint_models.to_shards(source, tmp_path / "shards", name, dtype=dtype)
 
 
 def to_hf(name: str, checkpoint: Path, tmp_path: Path, **options: Any) -> Path:
-    defaults = {"n_stages": None, "n_layer_per_stage": None, "config_name": None, "fp16": False}
+    """Verifies."""
     save_path = tmp_path / "result" / "hf"
-    return convert_to_hf(
-        family(name),
-        ckpt_path=checkpoint,
-        save_path=save_path,
-        **{**defaults, "verify": True, **options},
-    )
+    return checkpoint_models.to_hf(checkpoint, save_path, name, verify=True, **options)
 
 
-def ours(name: str, shards: Path, folder: Path, *counts: int) -> Path:
-    """A checkpoint as our training leaves it: with config, tokenizer and meta.json."""
-    make_checkpoint(shards, folder / "7", counts=counts, meta=step_meta(7, counts, name))
-    write_latest(folder, 7)
-    copy_config(shards, folder / "7")
-    return folder
+def ours(
+    name: str, model: Any, tmp_path: Path, *counts: int, dtype: str = "keep"
+) -> tuple[dict[str, Tensor], Path]:
+    """The weights of a model's files, and a checkpoint of it as our training leaves it: with
+    config, tokenizer and meta.json."""
+    source = save_model(model, tmp_path / "in")
+    shards, run = to_shards(name, source, tmp_path, dtype), tmp_path / "run"
+    make_checkpoint(shards, run / "7", counts=counts, meta=step_meta(7, counts, name))
+    write_latest(run, 7)
+    copy_config(shards, run / "7")
+    return hf_weights(source), run
+
+
+def check_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def load_back(folder: Path) -> Any:
@@ -73,16 +73,16 @@ def logits(model: Any) -> Tensor:
     return result
 
 
-@pytest.mark.parametrize("counts", [(1, 1, 1), (2, 1), (1, 2), (3,)])
-@pytest.mark.parametrize("name", ["gptj", "gptneox"])
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [("gptj", (1, 1, 1)), ("gptj", (3,)), ("gptneox", (2, 1)), ("gptneox", (1, 2))],
+)
 def test_logits_come_back_to_the_bit(name: str, counts: tuple[int, ...], tmp_path: Path) -> None:
     model = make_model(name)
-    shards = to_shards(name, save_model(model, tmp_path / "in"), tmp_path)
-    result = to_hf(name, ours(name, shards, tmp_path / "run", *counts), tmp_path)
+    original, run = ours(name, model, tmp_path, *counts)
+    result = to_hf(name, run, tmp_path)
     assert torch.equal(logits(load_back(result)), logits(model))
-    written, original = hf_weights(result), hf_weights(tmp_path / "in")
-    assert written.keys() == original.keys()
-    assert all(torch.equal(written[key], original[key]) for key in original)
+    check_same(hf_weights(result), original)
     assert all((result / file).read_text() == text for file, text in TOKENIZER_FILES.items())
 
 
@@ -99,30 +99,23 @@ SAID: list[tuple[tuple[int, ...], dict[str, Any]]] = [
 def test_flags_say_what_meta_json_tells_or_stand_in_for_it(
     counts: tuple[int, ...], said: dict[str, Any], told: bool, tmp_path: Path
 ) -> None:
-    shards = to_shards("gptj", save_model(make_model("gptj"), tmp_path / "in"), tmp_path)
-    run = ours("gptj", shards, tmp_path / "run", *counts)
+    original, run = ours("gptj", make_model("gptj"), tmp_path, *counts)
     if not told:
         make_predecessors(run / "7")
-    written, original = (
-        hf_weights(to_hf("gptj", run, tmp_path, **said)),
-        hf_weights(tmp_path / "in"),
-    )
-    assert written.keys() == original.keys()
-    assert all(torch.equal(written[key], original[key]) for key in original)
+    check_same(hf_weights(to_hf("gptj", run, tmp_path, **said)), original)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["gptj", "gptneox"])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("gptj", "sharded"), ("gptj", "sharded-bin"), ("gptneox", "bin"), ("gptneox", "legacy")],
+)
 def test_every_input_form_gives_the_same_shards(name: str, form: str, tmp_path: Path) -> None:
     model = make_model(name)
     plain = to_shards(name, save_model(model, tmp_path / "plain"), tmp_path)
     other = to_shards(name, save_model(model, tmp_path / form, form), tmp_path)
     for index in range(NUM_LAYERS + 2):
-        loads = [
-            load_layer_shard(folder, family(name), model.config, index) for folder in (plain, other)
-        ]
-        assert loads[0].keys() == loads[1].keys()
-        assert all(torch.equal(loads[0][key], loads[1][key]) for key in loads[0])
+        config, kind = model.config, family(name)
+        check_same(*(load_layer_shard(path, kind, config, index) for path in (plain, other)))
     assert (other / "config.json").read_bytes() == (tmp_path / form / "config.json").read_bytes()
 
 
@@ -134,36 +127,29 @@ def test_dtype_is_that_asked_for(
     dtype: str, torch_dtype: torch.dtype, saved: torch.dtype, tmp_path: Path
 ) -> None:
     model = make_model("gptneox", dtype=saved)
-    source = save_model(model, tmp_path / "in")
-    shards = to_shards("gptneox", source, tmp_path, dtype)
-    assert json.loads((shards / "config.json").read_text())["dtype"] == f"{torch_dtype}"[6:]
-    result = to_hf("gptneox", ours("gptneox", shards, tmp_path / "run", 2, 1), tmp_path)
-    back = load_back(result)
-    assert back.dtype == torch_dtype
-    original = hf_weights(source)
-    assert all(torch.equal(v, original[k].to(torch_dtype)) for k, v in hf_weights(result).items())
+    original, run = ours("gptneox", model, tmp_path, 2, 1, dtype=dtype)
+    assert json.loads((run / "7" / "config.json").read_text())["dtype"] == f"{torch_dtype}"[6:]
+    result = to_hf("gptneox", run, tmp_path)
+    assert load_back(result).dtype == torch_dtype
+    check_same(hf_weights(result), {k: v.to(torch_dtype) for k, v in original.items()})
 
 
 def test_fp16_flag_and_kept_bf16(tmp_path: Path) -> None:
-    shards = to_shards(
-        "gptj", save_model(make_model("gptj", dtype=torch.bfloat16), tmp_path / "in"), tmp_path
-    )
-    run = ours("gptj", shards, tmp_path / "run", 2, 1)
+    _, run = ours("gptj", make_model("gptj", dtype=torch.bfloat16), tmp_path, 2, 1)
     edit_json(run / "7" / "config.json", torch_dtype="float32")
     kept = to_hf("gptj", run, tmp_path / "kept")
     assert load_back(kept).dtype == torch.bfloat16
-    config = json.loads(
-        (to_hf("gptj", run, tmp_path / "fp16", fp16=True) / "config.json").read_text()
-    )
+    half = to_hf("gptj", run, tmp_path / "fp16", fp16=True)
+    config = json.loads((half / "config.json").read_text())
     assert config["dtype"] == config["torch_dtype"] == "float16"
     assert config["architectures"] == ["GPTJForCausalLM"]
-    assert load_back(tmp_path / "fp16" / "result" / "hf").dtype == torch.float16
+    assert load_back(half).dtype == torch.float16
 
 
 def test_neox_without_attention_bias_and_in_series(tmp_path: Path) -> None:
     model = make_model("gptneox", attention_bias=False, use_parallel_residual=False)
-    shards = to_shards("gptneox", save_model(model, tmp_path / "in"), tmp_path)
-    result = to_hf("gptneox", ours("gptneox", shards, tmp_path / "run", 2, 1), tmp_path)
+    _, run = ours("gptneox", model, tmp_path, 2, 1)
+    result = to_hf("gptneox", run, tmp_path)
     assert torch.equal(logits(load_back(result)), logits(model))
 
 
@@ -188,9 +174,9 @@ def test_buffers_of_old_hugging_face_files_are_ignored(tmp_path: Path) -> None:
 
 
 def test_output_shards_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shards = to_shards("gptj", save_model(make_model("gptj"), tmp_path / "in"), tmp_path)
+    _, run = ours("gptj", make_model("gptj"), tmp_path, 2, 1)
     monkeypatch.setattr(hf_files, "SHARD_BYTES", 70_000)  # a block has 50,816 bytes, an end 13,000
-    result = to_hf("gptj", ours("gptj", shards, tmp_path / "run", 2, 1), tmp_path)
+    result = to_hf("gptj", run, tmp_path)
     names = sorted(path.name for path in result.glob("*.safetensors"))
     assert names == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     load_back(result)
@@ -210,8 +196,7 @@ def test_the_empty_folder_of_that_name_is_filled(tmp_path: Path) -> None:
 
 def test_verify_rejects_other_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tensor written under another's name: here query and key swapped."""
-    shards = to_shards("gptj", save_model(make_model("gptj"), tmp_path / "in"), tmp_path)
-    run = ours("gptj", shards, tmp_path / "run", 2, 1)
+    _, run = ours("gptj", make_model("gptj"), tmp_path, 2, 1)
 
     def swap(key: str) -> str:
         return key.translate(str.maketrans("qk", "kq")) if "_proj" in key else key

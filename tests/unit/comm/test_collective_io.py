@@ -9,7 +9,6 @@ import pytest
 
 from comm.backends.single_process import SingleProcessCommunicator
 from comm.collective_io import run_on_all
-from comm.timing import Timing
 from comm.topology import Topology
 from tests.support.cases import connected
 from tests.support.launcher import run_ranks
@@ -63,12 +62,14 @@ def test_slow_work_is_told_while_it_goes_on() -> None:
     def wait() -> None:
         assert told.wait(30.0)
 
-    often = Timing(exchange=0.01, slow=0.05)
     logger: Any = logging.getLogger("comm.collective_io")
     listener = Listener()
     logger.addHandler(listener)
     try:
         control = SingleProcessCommunicator()
-        assert run_on_all(control, wait, "saving step 7", timing=often) is None
+        assert (
+            run_on_all(control, wait, "saving step 7", exchange_seconds=0.01, slow_seconds=0.05)
+            is None
+        )
     finally:
         logger.removeHandler(listener)

@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -24,18 +24,16 @@ from comm.liveness.failure_policy import ExitPolicy
 from comm.liveness.handshake import Handshake
 from comm.liveness.protocol import decode, encode
 from comm.rendezvous.dist_url import parse_dist_url
-from comm.rendezvous.interface import Interface
 from comm.rendezvous.job_key import MIN_TOKEN, JobKey, read_job_key
-from comm.rendezvous.join import Rendezvous, join
+from comm.rendezvous.join import Rendezvous
 from comm.rendezvous.participants import Participant
 from comm.rendezvous.signed_store import LIVENESS_ADDRESS, SignedStore
 from comm.rendezvous.store import host_store
 from comm.topology import Topology
-from tests.support.connected import Rank, member
-from tests.support.launcher import Process, await_ready, free_port, start
+from tests.support.connected import Rank, meet, member
+from tests.support.launcher import Launch, Process, await_ready, free_port
 from tests.support.sockets import Listener, listeners
 
-LOOPBACK = Interface("lo", "127.0.0.1")
 SECRET = "a secret that nobody can guess"
 KEY, OTHER_KEY = JobKey("job", SECRET.encode()), JobKey("job", b"something else altogether")
 GARBAGE = {
@@ -49,18 +47,9 @@ GARBAGE = {
 }
 
 
-def meet(ready: Path, rank: int, world_size: int, url: str, key: JobKey, timeout: float) -> None:
+def joins(ready: Path, rank: int, world_size: int, url: str, key: JobKey = KEY) -> None:
     """Joins and parts: rank 0, which holds the store, last."""
-    met = join(
-        url=url,
-        rank=rank,
-        world_size=world_size,
-        interface=LOOPBACK,
-        facts={},
-        key=key,
-        start="",
-        join_timeout=timeout,
-    )
+    met = meet(rank, world_size, url, key=key, join_timeout=30.0)
     ExitPolicy.connect(met, Topology(rank, world_size, 1)).detector.close()
     ready.touch()
 
@@ -90,15 +79,6 @@ def add_until_told(stop_file: Path, rank: Rank) -> None:
         time.sleep(0.01)
 
 
-@contextlib.contextmanager
-def ended(*processes: Process) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for process in processes:
-            process.kill()
-
-
 def bother(listener: Listener) -> list[socket.socket]:
     """Says everything of GARBAGE, on a connection each, and hangs on to all that are left."""
     links = []
@@ -111,80 +91,71 @@ def bother(listener: Listener) -> list[socket.socket]:
     return links
 
 
-def test_strangers_at_every_port_of_a_run(tmp_path: Path) -> None:
+def test_strangers_at_every_port_of_a_run(launch: Launch, tmp_path: Path) -> None:
     """Nothing listens but on the interface's address, and nothing is unpickled; the sums go on,
     right, and all end well."""
     url = f"tcp://127.0.0.1:{free_port()}"
     program = partial(add_until_told, tmp_path / "stop")
-    ranks = [start(tmp_path, str(r), report_pickles, r, url, program) for r in range(4)]
-    with ended(*ranks):
-        await_ready(ranks)
-        found = [listeners(rank.pid) for rank in ranks]
-        assert {listener.address for of_rank in found for listener in of_rank} == {"127.0.0.1"}
-        assert parse_dist_url(url)[1] in [listener.port for listener in found[0]]
-        assert len(found[0]) >= 3, "the store, the liveness link, and gloo"
-        assert all(found), "gloo listens on every rank"
-        links = [link for of_rank in found for one in of_rank for link in bother(one)]
-        other = start(tmp_path, "other", meet, 1, 4, url, OTHER_KEY, 20.0)
-        with ended(other):
-            assert other.status(within=20.0) == 2
-        assert f"is not that of rank 1 (host {socket.gethostname()})" in other.lines[0]
-        time.sleep(1.0)  # sums among strangers
-        (tmp_path / "stop").touch()
-        for rank in ranks:
-            assert rank.status(within=20.0) == 0, rank.lines
-            assert rank.lines == []
-        for link in links:
-            link.close()
+    ranks = [launch(report_pickles, r, url, program) for r in range(4)]
+    await_ready(ranks)
+    found = [listeners(rank.pid) for rank in ranks]
+    assert {listener.address for of_rank in found for listener in of_rank} == {"127.0.0.1"}
+    assert parse_dist_url(url)[1] in [listener.port for listener in found[0]]
+    assert len(found[0]) >= 3, "the store, the liveness link, and gloo"
+    assert all(found), "gloo listens on every rank"
+    links = [link for of_rank in found for one in of_rank for link in bother(one)]
+    other = launch(joins, 1, 4, url, OTHER_KEY)
+    assert other.status(within=20.0) == 2
+    assert f"is not that of rank 1 (host {socket.gethostname()})" in other.lines[0]
+    time.sleep(1.0)  # sums among strangers
+    (tmp_path / "stop").touch()
+    expect_good_ends(ranks, links)
 
 
-def test_a_rank_of_another_job_is_refused(tmp_path: Path) -> None:
+def expect_good_ends(ranks: list[Process], links: list[socket.socket]) -> None:
+    for rank in ranks:
+        assert rank.status(within=20.0) == 0, rank.lines
+        assert rank.lines == []
+    for link in links:
+        link.close()
+
+
+def test_a_rank_of_another_job_is_refused(launch: Launch) -> None:
     """With one line; the ranks of this job are not disturbed, also by what connects meanwhile."""
     url = f"tcp://127.0.0.1:{free_port()}"
-    ranks = [start(tmp_path, str(r), meet, r, 3, url, KEY, 30.0) for r in (0, 1)]
-    with ended(*ranks):
-        other = start(tmp_path, "other", meet, 2, 3, url, OTHER_KEY, 20.0)
-        with ended(other):
-            assert other.status(within=20.0) == 2
-        host = socket.gethostname()
-        (line,) = other.lines
-        assert line.startswith(f"--dist-url {url}: rank 0 there (host {host}) is of another job: ")
-        assert f"its --job-id or --job-token-file is not that of rank 2 (host {host});" in line
-        links = bother(Listener(*parse_dist_url(url)))
-        right = start(tmp_path, "right", meet, 2, 3, url, KEY, 20.0)
-        with ended(right):
-            for rank in (*ranks, right):
-                assert rank.status(within=20.0) == 0, rank.lines
-                assert rank.lines == []
-        for link in links:
-            link.close()
+    ranks = [launch(joins, r, 3, url) for r in (0, 1)]
+    other = launch(joins, 2, 3, url, OTHER_KEY)
+    assert other.status(within=20.0) == 2
+    host = socket.gethostname()
+    (line,) = other.lines
+    assert line.startswith(f"--dist-url {url}: rank 0 there (host {host}) is of another job: ")
+    assert f"its --job-id or --job-token-file is not that of rank 2 (host {host});" in line
+    links = bother(Listener(*parse_dist_url(url)))
+    expect_good_ends([*ranks, launch(joins, 2, 3, url)], links)
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "words"),
-    [
-        ("verdict", '{"nonce": "ab"}', "holds verdict, which no rank of this job wrote"),
-        ("rank/1", "9", "holds a description of a rank, which no rank of this job wrote"),
-    ],
-)
-def test_the_store_tells_a_stranger_no_secret_and_believes_none(
-    tmp_path: Path, name: str, value: str, words: str
-) -> None:
+STRANGE = {
+    "verdict": ('{"nonce": "ab"}', "holds verdict, which no rank of this job wrote"),
+    "rank/1": ("9", "holds a description of a rank, which no rank of this job wrote"),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_the_store_tells_a_stranger_no_secret_and_believes_none(launch: Launch, name: str) -> None:
     """A stranger may list all keys of torch's store, read and write: that ends the run by name."""
+    value, words = STRANGE[name]
     port = free_port()
-    url = f"tcp://127.0.0.1:{port}"
-    rank = start(tmp_path, "0", meet, 0, 2, url, KEY, 20.0)
-    with ended(rank):
-        store = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
-        deadline = time.monotonic() + 10.0
-        while not any("rank/0" in key for key in store.list_keys()):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        told = "".join(f"{key} {store.get(key)!r}" for key in store.list_keys())
-        assert SECRET not in told
-        (key,) = [key for key in store.list_keys() if key.endswith("rank/0")]
-        store.set(key.replace("rank/0", name), value)
-        assert rank.status(within=10.0) == 1
+    rank = launch(joins, 0, 2, f"tcp://127.0.0.1:{port}")
+    store = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    deadline = time.monotonic() + 10.0
+    while not any("rank/0" in key for key in store.list_keys()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    told = "".join(f"{key} {store.get(key)!r}" for key in store.list_keys())
+    assert SECRET not in told
+    (key,) = [key for key in store.list_keys() if key.endswith("rank/0")]
+    store.set(key.replace("rank/0", name), value)
+    assert rank.status(within=10.0) == 1
     (line,) = rank.lines
     assert words in line
 
@@ -197,11 +168,11 @@ def test_a_value_is_good_for_its_name_start_and_job_alone() -> None:
     mine.set_first("a", "three")
     assert mine.get("a") == "one two"
     signed = mine.plain.get("a").decode()
-    for other, name in (
-        (mine, "b"),
-        (SignedStore(plain, KEY, start="run/1"), "a"),
-        (SignedStore(plain, OTHER_KEY, start="run/0"), "a"),
-    ):
+    later, foreign = (
+        SignedStore(plain, key, start=start)
+        for key, start in ((KEY, "run/1"), (OTHER_KEY, "run/0"))
+    )
+    for other, name in ((mine, "b"), (later, "a"), (foreign, "a")):
         other.plain.set(name, signed)
         with pytest.raises(ConnectionError, match="which no rank of this job wrote"):
             other.get(name)
@@ -237,14 +208,11 @@ def test_a_rank_connects_to_no_stranger(stranger: Callable[[socket.socket], None
         store = SignedStore(HashStore(), KEY, start="")
         store.set(LIVENESS_ADDRESS, f"127.0.0.1 {listener.getsockname()[1]}")
         participants = tuple(Participant(r, f"host{r}", "127.0.0.1", "lo", 1, {}) for r in range(2))
-        deadline = Deadline(1.0)
-        deadline.cancel()
+        met = Rendezvous(1, participants, "nonce", KEY, store, _no_deadline())
         serving = threading.Thread(target=lambda: stranger(listener.accept()[0]))
         serving.start()
         with pytest.raises(ConnectionError, match=r"does not prove to be rank 0 \(host host0\)"):
-            ExitPolicy.connect(
-                Rendezvous(1, participants, "nonce", KEY, store, deadline), Topology(1, 2, 1)
-            )
+            ExitPolicy.connect(met, Topology(1, 2, 1))
         serving.join(5.0)
 
 

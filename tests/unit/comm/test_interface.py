@@ -44,24 +44,18 @@ def test_choice(flag: str | None, environ: dict[str, str], expected: Interface) 
     assert choose_interface(flag=flag, master_host="127.0.0.1", environ=environ) == expected
 
 
+NCCL_LO = {"NCCL_SOCKET_IFNAME": "lo"}
+BOTH = {"GLOO_SOCKET_IFNAME": "eth0", **NCCL_LO}
+
+
 @pytest.mark.parametrize(
     ("flag", "environ", "master", "message"),
     [
         ("eth7", {}, "127.0.0.1", "--net-interface eth7: no such interface here; there are lo, "),
         (None, {"GLOO_SOCKET_IFNAME": "x"}, "127.0.0.1", "GLOO_SOCKET_IFNAME x: no such interface"),
         ("down0", {}, "127.0.0.1", "--net-interface down0: this interface has no address"),
-        (
-            "eth0",
-            {"NCCL_SOCKET_IFNAME": "lo"},
-            "127.0.0.1",
-            "--net-interface eth0: NCCL_SOCKET_IFNAME is lo; they must be the same",
-        ),
-        (
-            None,
-            {"GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "lo"},
-            "127.0.0.1",
-            "GLOO_SOCKET_IFNAME eth0: NCCL_SOCKET_IFNAME is lo",
-        ),
+        ("eth0", NCCL_LO, "127.0.0.1", "--net-interface eth0: NCCL_SOCKET_IFNAME is lo; they must"),
+        (None, BOTH, "127.0.0.1", "GLOO_SOCKET_IFNAME eth0: NCCL_SOCKET_IFNAME is lo"),
         (None, {}, "no.such.host.invalid", "--dist-url: cannot resolve the host 'no.such.host"),
     ],
 )

@@ -5,7 +5,6 @@ What is left for a GPU to show is that class, and comm.backends.streams's stream
 
 import inspect
 import os
-import queue
 import re
 import sys
 from collections.abc import Callable
@@ -15,42 +14,13 @@ import pytest
 import torch
 from cupy.cuda import nccl
 from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
-from torch.distributed.distributed_c10d import Store
 
-from comm.backends.base import Group
 from comm.backends.cupy_nccl import DTYPE_CODES, NcclCommunicator, load_library
-from comm.communicator import CurrentOperation, PeerLostError
-from comm.topology import Topology
+from comm.communicator import PeerLostError
 from tests.support.backend_checks import NUMBERS, check_group
 from tests.support.connected import enter
 from tests.support.launcher import free_port, run_ranks
-from tests.support.nccl_double import NcclDouble, nccl_double
-
-Told = queue.SimpleQueue[PeerLostError]
-
-
-def open_channel(
-    store: Store,
-    *,
-    rank: int,
-    size: int,
-    name: str = "pipeline",
-    dist_timeout: float = 30.0,
-    connect_neighbours: bool = True,
-) -> tuple[NcclCommunicator, Told]:
-    """A pipeline of `size` on the CPU, and what its monitor tells."""
-    told: Told = queue.SimpleQueue()
-    topology = Topology(rank=rank, num_stages=size, num_replicas=1)
-    channel = NcclCommunicator(
-        Group(name, tuple(range(size)), topology, CurrentOperation(), dist_timeout),
-        device=torch.device("cpu"),
-        store=store,
-        on_hang=told.put,
-    )
-    if connect_neighbours:
-        channel.connect_neighbours()
-    return channel, told
-
+from tests.support.nccl_double import NcclDouble, nccl_double, open_channel
 
 # --- every operation, and errors, between processes over the double ---
 
@@ -82,50 +52,53 @@ def test_four_ranks_over_the_double() -> None:
 
 
 Ends = tuple[Callable[[NcclCommunicator], object], Callable[[NcclCommunicator], object], list[str]]
+SIX, PEER = torch.zeros(6), "rank 1 (stage 1, replica 0)"
+
+
+def sends(channel: NcclCommunicator) -> None:
+    channel.send(SIX, to=0).wait()
+
+
+def reduces(channel: NcclCommunicator) -> None:
+    channel.reduce(SIX, root=0).wait()
+
 
 # what rank 1 does, what rank 0 does, and the words of rank 0's error
 MISMATCHES: dict[str, Ends] = {
     "count of a message": (
-        lambda channel: channel.send(torch.zeros(6), to=0).wait(),
+        sends,
         lambda channel: channel.receive(torch.zeros(5), source=1).wait(),
-        ["receive from rank 1 (stage 1, replica 0)", "elements=6", "elements=5"],
+        [f"receive from {PEER}", "elements=6", "elements=5"],
     ),
     "dtype of a message": (
-        lambda channel: channel.send(torch.zeros(6), to=0).wait(),
-        lambda channel: channel.receive(torch.zeros(6).bfloat16(), source=1).wait(),
-        ["receive from rank 1 (stage 1, replica 0)", "datatype=7", "datatype=9"],
+        sends,
+        lambda channel: channel.receive(SIX.bfloat16(), source=1).wait(),
+        [f"receive from {PEER}", "datatype=7", "datatype=9"],
     ),
     "count of a sum": (
-        lambda channel: channel.all_reduce(torch.zeros(6)).wait(),
+        lambda channel: channel.all_reduce(SIX).wait(),
         lambda channel: channel.all_reduce(torch.zeros(5)).wait(),
-        ["all-reduce with rank 1 (stage 1, replica 0)", "elements=6", "elements=5"],
+        [f"all-reduce with {PEER}", "elements=6", "elements=5"],
     ),
     "dtype of a sum": (
-        lambda channel: channel.reduce(torch.zeros(6), root=0).wait(),
-        lambda channel: channel.reduce(torch.zeros(6).half(), root=0).wait(),
+        reduces,
+        lambda channel: channel.reduce(SIX.half(), root=0).wait(),
         ["reduce to rank 0 (stage 0, replica 0) with rank 1", "datatype=7", "datatype=6"],
     ),
     "another operation": (
-        lambda channel: channel.broadcast(torch.zeros(6), root=1),
-        lambda channel: channel.all_reduce(torch.zeros(6)).wait(),
-        ["all-reduce with rank 1 (stage 1, replica 0)", "'broadcast'", "'allReduce'"],
+        lambda channel: channel.broadcast(SIX, root=1),
+        lambda channel: channel.all_reduce(SIX).wait(),
+        [f"all-reduce with {PEER}", "'broadcast'", "'allReduce'"],
     ),
     "another root": (
-        lambda channel: channel.reduce(torch.zeros(6), root=0).wait(),
-        lambda channel: (
-            channel.reduce(torch.zeros(6), root=1),
-            channel.all_gather(torch.zeros(6)),
-        ),
-        [
-            "all-gather with rank 1 (stage 1, replica 0)",
-            "call='reduce', root=0",
-            "call='allGather', root=-1",
-        ],
+        reduces,
+        lambda channel: (channel.reduce(SIX, root=1), channel.all_gather(SIX)),
+        [f"all-gather with {PEER}", "call='reduce', root=0", "call='allGather', root=-1"],
     ),
     "a peer that dies": (
         lambda channel: os._exit(0),
-        lambda channel: channel.receive(torch.zeros(6), source=1).wait(),
-        ["receive from rank 1 (stage 1, replica 0)", "the peer is gone"],
+        lambda channel: channel.receive(SIX.clone(), source=1).wait(),
+        [f"receive from {PEER}", "the peer is gone"],
     ),
 }
 
@@ -162,24 +135,16 @@ def test_what_does_not_fit_is_an_error_that_names_the_peer() -> None:
 
 
 def test_dtype_codes_are_those_of_nccl_h() -> None:
-    expected = {
-        torch.int8: 0,
-        torch.uint8: 1,
-        torch.bool: 1,
-        torch.int32: 2,
-        torch.int64: 4,
-        torch.float16: 6,
-        torch.float32: 7,
-        torch.float64: 8,
-        torch.bfloat16: 9,
-    }
-    assert dict(DTYPE_CODES) == expected
+    codes = {0: "int8", 1: "uint8", 2: "int32", 4: "int64"}
+    codes |= {6: "float16", 7: "float32", 8: "float64", 9: "bfloat16"}
+    expected = {getattr(torch, name): code for code, name in codes.items()}
+    assert dict(DTYPE_CODES) == {**expected, torch.bool: 1}
 
 
-@pytest.mark.parametrize(
-    "call", ["send", "recv", "broadcast", "allReduce", "reduce", "allGather", "destroy",
-             "check_async_error"],
-)  # fmt: skip
+CALLS = "send recv broadcast allReduce reduce allGather destroy check_async_error"
+
+
+@pytest.mark.parametrize("call", CALLS.split())
 def test_the_double_is_called_as_the_real_one(call: str) -> None:
     """CuPy's compiled methods have their parameters in the first line of their docstrings."""
     line = getattr(nccl.NcclCommunicator, call).__doc__.splitlines()[0]

@@ -15,11 +15,19 @@ from cupy.cuda import nccl
 from torch import Tensor
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
+from comm.backends.cupy_nccl import NcclCommunicator
 from comm.backends.hang_detector import HangDetector
 from comm.backends.streams import Event, HostStream
 from comm.communicator import PeerLostError, Work
-from tests.support.nccl_double import NcclDouble, nccl_double
-from tests.unit.comm.test_nccl import Told, open_channel
+from tests.support.nccl_double import NcclDouble, Told, nccl_double, open_channel
+
+
+def open_all(size: int, **options: Any) -> list[tuple[NcclCommunicator, Told]]:
+    """A channel of `size` ranks in this process, and what each one's monitor tells."""
+    store = HashStore()
+    with ThreadPoolExecutor(size) as pool:
+        ranks = range(size)
+        return list(pool.map(lambda r: open_channel(store, rank=r, size=size, **options), ranks))
 
 
 @pytest.mark.parametrize(("connect_neighbours", "pairs"), [(True, [(0, 1), (1, 2)]), (False, [])])
@@ -27,7 +35,7 @@ def test_every_communicator_has_carried_a_message_before_it_is_used(
     connect_neighbours: bool, pairs: list[tuple[int, int]]
 ) -> None:
     """NCCL connects at the first, which holds the host until both ends have called."""
-    store, used = HashStore(), queue.SimpleQueue[tuple[str, bytes]]()
+    used = queue.SimpleQueue[tuple[str, bytes]]()
 
     class Noting(NcclDouble):
         def __init__(self, ndev: int, commId: bytes, rank: int) -> None:
@@ -44,14 +52,8 @@ def test_every_communicator_has_carried_a_message_before_it_is_used(
             super()._take(*args)
 
     made: list[bytes] = []
-    with patch.object(nccl, "NcclCommunicator", Noting), ThreadPoolExecutor(3) as pool:
-        opened = pool.map(
-            lambda rank: open_channel(
-                store, rank=rank, size=3, connect_neighbours=connect_neighbours
-            ),
-            range(3),
-        )
-        list(opened)
+    with patch.object(nccl, "NcclCommunicator", Noting):
+        open_all(3, connect_neighbours=connect_neighbours)
     calls = [used.get_nowait() for _ in range(used.qsize())]
     assert len(made) == 3 + 2 * 2 * len(pairs), "one of all, and two of each pair, at each end"
     for name in set(made):
@@ -60,13 +62,8 @@ def test_every_communicator_has_carried_a_message_before_it_is_used(
 
 def test_a_message_that_nobody_sends_is_reported_with_its_peer() -> None:
     """Rank 1 of three waits for rank 2, but it is rank 0 that sends to it."""
-    store = HashStore()
-    with nccl_double(), ThreadPoolExecutor(3) as pool:
-        opened = list(
-            pool.map(
-                lambda rank: open_channel(store, rank=rank, size=3, dist_timeout=1.0), range(3)
-            )
-        )
+    with nccl_double():
+        opened = open_all(3, dist_timeout=1.0)
     (first, _), (middle, told), _ = opened
     first.send(torch.zeros(1), to=1).wait()
     wrong = middle.receive(torch.zeros(1), source=2)
@@ -82,9 +79,8 @@ def _wait_in_vain(work: Work) -> None:
 
 def test_a_failure_that_nccl_knows_of_ends_a_message_that_never_ends() -> None:
     """The stream still waits: it is the library that is asked."""
-    store = HashStore()
-    with nccl_double(), ThreadPoolExecutor(2) as pool:
-        opened = list(pool.map(lambda rank: open_channel(store, rank=rank, size=2), range(2)))
+    with nccl_double():
+        opened = open_all(2)
     channel, told = opened[1]  # the other lives on: if it went, so would the message
     waiting = channel.receive(torch.zeros(1), source=0)
     channel._edges[0, 1].nccl._failed = True
@@ -117,15 +113,13 @@ class NotingStream(HostStream):
 def test_a_tensor_is_ready_before_the_call_that_uses_it() -> None:
     """On a GPU nothing else orders the stream after what made the tensor."""
     calls: list[tuple[str, int]] = []
-    store, tensor = HashStore(), torch.zeros(3)
+    tensor = torch.zeros(3)
     with (
         nccl_double(),
         patch("comm.backends.cupy_nccl.create_stream", lambda device: NotingStream(calls)),
         ThreadPoolExecutor(2) as pool,
     ):
-        (sender, _), (receiver, _) = pool.map(
-            lambda rank: open_channel(store, rank=rank, size=2), range(2)
-        )
+        (sender, _), (receiver, _) = open_all(2)
         order = [("wait_for_compute", tensor.data_ptr()), ("submit", 0), ("record_event", 0)]
         calls.clear()
         sent = sender.send(tensor, to=1)

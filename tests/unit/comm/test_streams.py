@@ -3,6 +3,7 @@
 import gc
 import threading
 import weakref
+from functools import partial
 from unittest.mock import Mock, patch
 
 import pytest
@@ -14,21 +15,22 @@ from comm.backends.streams import CudaStream, HostStream, create_stream
 def test_calls_run_in_order_beside_the_computation() -> None:
     stream = HostStream()
     go, done = threading.Event(), list[int]()
-    stream.submit(lambda: _append(done, 0))
+    stream.submit(partial(done.append, 0))
     first = stream.record_event()
     first.block_compute()
     assert done == [0]
-    stream.submit(lambda: _wait(go))
+    stream.submit(partial(_wait, go))
     for i in (1, 2, 3):
-        stream.submit(lambda i=i: _append(done, i))  # type: ignore[misc]
+        stream.submit(partial(done.append, i))
     last = stream.record_event()
     assert first.is_done()
     assert not last.is_done(), "a call blocks the stream, not this thread"
     go.set()
     last.block_compute()
     assert last.is_done()
-    assert done == [0, 1, 2, 3]
+    stream.submit(partial(done.append, 4))
     stream.close()
+    assert done == [0, 1, 2, 3, 4], "closing waits for what is queued"
 
 
 def test_two_streams_do_not_wait_for_each_other() -> None:
@@ -42,11 +44,11 @@ def test_two_streams_do_not_wait_for_each_other() -> None:
 def test_a_failure_comes_back_at_every_later_point() -> None:
     stream = HostStream()
     ran: list[int] = []
-    stream.submit(lambda: _append(ran, 0))
+    stream.submit(partial(ran.append, 0))
     before = stream.record_event()
-    stream.submit(lambda: _fail("the tale"))
+    stream.submit(Mock(side_effect=LookupError("the tale")))
     after = stream.record_event()
-    stream.submit(lambda: _append(ran, 1))
+    stream.submit(partial(ran.append, 1))
     later = stream.record_event()
     for point in (after, later, after):
         with pytest.raises(LookupError, match="the tale"):
@@ -57,20 +59,12 @@ def test_a_failure_comes_back_at_every_later_point() -> None:
     stream.close()
 
 
-def test_closing_waits_for_what_is_queued() -> None:
-    stream = HostStream()
-    ran: list[int] = []
-    stream.submit(lambda: _append(ran, 0))
-    stream.close()
-    assert ran == [0]
-
-
 def test_a_tensor_lives_until_its_call_is_done_and_no_longer() -> None:
     stream = HostStream()
     go, tensor = threading.Event(), torch.ones(3)
     alive = weakref.ref(tensor)
-    stream.submit(lambda: _wait(go))
-    stream.submit(lambda kept=tensor: _append([], int(kept.sum())))  # type: ignore[misc]
+    stream.submit(partial(_wait, go))
+    stream.submit(partial(_use, tensor))
     del tensor
     gc.collect()
     assert alive() is not None
@@ -81,28 +75,18 @@ def test_a_tensor_lives_until_its_call_is_done_and_no_longer() -> None:
     assert alive() is None
 
 
-def _append(target: list[int], value: int) -> None:
-    target.append(value)
+def _use(tensor: torch.Tensor) -> None:
+    assert tensor.sum() == 3
 
 
 def _wait(event: threading.Event) -> None:
     assert event.wait(20.0)
 
 
-def _fail(text: str) -> None:
-    raise LookupError(text)
-
-
-# --- streams, without a GPU ---
-
-
 def test_a_stream_waits_for_what_made_a_tensor_and_keeps_its_memory() -> None:
     """Else the message would read what is not written yet, or what is written anew."""
     device, tensor = torch.device("cuda", 0), Mock(spec=torch.Tensor)
-    with (
-        patch("torch.cuda.Stream") as make,
-        patch("torch.cuda.current_stream") as current,
-    ):
+    with patch("torch.cuda.Stream") as make, patch("torch.cuda.current_stream") as current:
         torch_stream, stream = make.return_value, CudaStream(device)
         stream.wait_for_compute(tensor)
         torch_stream.wait_stream.assert_called_once_with(current.return_value)

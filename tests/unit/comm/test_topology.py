@@ -5,14 +5,8 @@ from comm.topology import Topology
 
 def test_two_replicas_of_three_stages() -> None:
     table = [(t.stage, t.replica, t.is_first, t.is_last) for t in map(three_by_two, range(6))]
-    assert table == [
-        (0, 0, True, False),
-        (1, 0, False, False),
-        (2, 0, False, True),
-        (0, 1, True, False),
-        (1, 1, False, False),
-        (2, 1, False, True),
-    ]
+    one = [(0, True, False), (1, False, False), (2, False, True)]
+    assert table == [(stage, r, *ends) for r in (0, 1) for stage, *ends in one]
 
 
 def test_groups() -> None:

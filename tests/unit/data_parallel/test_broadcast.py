@@ -1,5 +1,7 @@
 """Bucketed broadcasts: messages are bounded, and what arrives is what was sent."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -47,20 +49,12 @@ def test_buckets_are_bounded_and_whole() -> None:
     assert all(map(torch.equal, ours, kept))
 
 
+@pytest.mark.parametrize("sharded", [True, False])
 @pytest.mark.parametrize("replicas", [1, 2])
-def test_one_replica_has_nothing_to_share(replicas: int) -> None:
-    sent: list[Tensor] = []
-    communicator = Wire(0, sent) if replicas == 2 else SingleProcessCommunicator()
-    calls: list[int] = []
-    broadcast = communicator.broadcast
-
-    def counted(tensor: Tensor, *, root: int) -> None:
-        calls.append(root)
-        if root == 0:
-            broadcast(tensor, root=root)
-
-    communicator.broadcast = counted  # type: ignore[method-assign]
-    model = nn.Linear(4, 5)
-    gradients = gradients_of(model, communicator, sharded=True)
-    gradients.after_update()
-    assert calls == ([] if replicas == 1 else [0, 1])
+def test_owners_of_sharded_weights_broadcast_them(replicas: int, sharded: bool) -> None:
+    """Each of two replicas in its turn; one has nothing to share."""
+    communicator = Wire(0, []) if replicas == 2 else SingleProcessCommunicator()
+    with patch.object(communicator, "broadcast") as broadcast:
+        gradients_of(nn.Linear(4, 5), communicator, sharded=sharded).after_update()
+    roots = [call.kwargs["root"] for call in broadcast.call_args_list]
+    assert roots == ([0, 1] if replicas == 2 and sharded else [])

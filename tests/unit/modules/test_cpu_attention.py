@@ -31,16 +31,7 @@ def run(attend: Callable[..., Tensor], qkv: list[Tensor], gradient: Tensor) -> l
 
 
 @pytest.mark.parametrize(
-    "tokens",
-    [
-        1,
-        QUERY_BLOCK - 1,
-        QUERY_BLOCK,
-        QUERY_BLOCK + 1,
-        2 * QUERY_BLOCK + 1,
-        200,
-        LONGEST,
-    ],
+    "tokens", [1, QUERY_BLOCK - 1, QUERY_BLOCK, QUERY_BLOCK + 1, 2 * QUERY_BLOCK + 1, 200, LONGEST]
 )
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_it_is_torchs_attention(tokens: int, dtype: torch.dtype, allowed: float) -> None:

@@ -4,7 +4,7 @@ The balance is held against brute force over all splits, its weights against the
 real modules.
 """
 
-from itertools import combinations, pairwise, product
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,8 @@ import pytest
 from modules.build import make_layer
 from modules.model_sizes import ModuleWork
 from modules.registry import MODELS
-from pipeline_parallel.partition.balance import (
-    balanced_split,
-    choose_split,
-    stage_work,
-)
-from pipeline_parallel.partition.split import Asked, Split, fit_split, parse_layers, stage_modules
+from pipeline_parallel.partition.balance import balanced_split, choose_split, stage_work
+from pipeline_parallel.partition.split import Split, fit_split, parse_layers, stage_modules
 from tests.support.models import make_hf
 
 # asked, stages, layers of the model, layers of each stage
@@ -37,8 +33,7 @@ SPLITS: list[tuple[str, int, int, tuple[int, ...]]] = [
 def test_a_number_or_a_list_is_a_split(
     text: str, stages: int, layers: int, expected: tuple[int, ...]
 ) -> None:
-    asked = parse_layers(text)
-    split = fit_split(asked, num_stages=stages, model_layers=layers)
+    split = fit_split(parse_layers(text), num_stages=stages, model_layers=layers)
     assert split == expected
     assert isinstance(split, Split)
     assert str(split) == ",".join(map(str, expected))
@@ -65,15 +60,14 @@ def slowest_first(split: tuple[int, ...], block: int, head: int) -> list[int]:
     ("block", "head"), [(3, 0), (3, 1), (3, 3), (3, 4), (3, 6), (2, 9), (1, 50)]
 )
 def test_auto_is_the_best_of_all_splits(block: int, head: int) -> None:
+    work = ModuleWork(block, head)
     for layers in range(1, 11):
         for stages in range(1, layers + 1):
             every = all_splits(stages, layers)
             best = min(every, key=lambda split: (slowest_first(split, block, head), split))
-            found = balanced_split(ModuleWork(block, head), num_stages=stages, model_layers=layers)
+            found = balanced_split(work, num_stages=stages, model_layers=layers)
             assert found == best, (stages, layers)
-            assert max(stage_work(found, ModuleWork(block, head))) == min(
-                slowest_first(split, block, head)[0] for split in every
-            )
+            assert max(stage_work(found, work)) == slowest_first(best, block, head)[0]
 
 
 @pytest.mark.parametrize("speeds", [(1, 1, 1), (3, 1, 2), (1, 10, 1), (0.5, 4, 1e3)])
@@ -89,12 +83,12 @@ def test_a_slower_device_gets_fewer_blocks(speeds: tuple[float, ...]) -> None:
         assert seconds(found) == min(map(seconds, all_splits(3, layers)))
 
 
-NEOX = {
-    "hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 2048, "vocab_size": 8192,
-}  # fmt: skip
-NEOX_20B = {
-    "hidden_size": 6144, "num_hidden_layers": 44, "intermediate_size": 24576, "vocab_size": 50432,
-}  # fmt: skip
+def neox(hidden: int, layers: int, vocabulary: int) -> dict[str, int]:
+    sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden}
+    return {**sizes, "num_hidden_layers": layers, "vocab_size": vocabulary}
+
+
+NEOX, NEOX_20B = neox(512, 8, 8192), neox(6144, 44, 50432)
 GPTJ_6B = {"n_embd": 4096, "n_layer": 28, "n_inner": None, "vocab_size": 50400}
 # family, config, tokens, stages, layers of each stage
 BALANCED: list[tuple[str, dict[str, Any], int, int, tuple[int, ...]]] = [
@@ -140,12 +134,8 @@ def test_the_work_of_a_known_model() -> None:
 def test_work_is_that_of_the_modules_matrices(name: str, changes: dict[str, Any]) -> None:
     """A matrix multiplies each token's vector once; a token meets itself and those before it."""
     family, config, tokens = MODELS[name].load(), make_hf(name, **changes).config, 9
-    _, block, *_, head = (
-        sum(
-            p.numel() for p in make_layer(family, config, index, "meta").parameters() if p.dim() > 1
-        )
-        for index in range(config.num_hidden_layers + 2)
-    )
+    layers = [make_layer(family, config, i, "meta") for i in range(config.num_hidden_layers + 2)]
+    _, block, *_, head = (sum(p.numel() for p in x.parameters() if p.dim() > 1) for x in layers)
     keys = sum(position + 1 for position in range(tokens))
     assert (2 * config.hidden_size * keys) % tokens == 0
     work = family.sizes(config).work(tokens)
@@ -158,13 +148,3 @@ def test_a_config_with_a_size_of_zero_is_refused(family: str, key: str, tmp_path
     hf_config(family, {key: 0}).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"config.json: {key} is 0, expected an integer above 0"):
         MODELS[family].load().load_config(tmp_path)
-
-
-ASKED: list[Asked] = [2, Split((2, 2)), "auto"]
-
-
-@pytest.mark.parametrize(("one", "other"), product(ASKED, ASKED))
-def test_spellings_of_one_split_are_equal(one: Asked, other: Asked) -> None:
-    work = ModuleWork(block=2, head=1)
-    splits = [choose_split(a, work, num_stages=2, model_layers=4) for a in (one, other)]
-    assert splits[0] == splits[1] == (2, 2)

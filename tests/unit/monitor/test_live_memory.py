@@ -1,14 +1,12 @@
 """Live bytes, against numbers counted by hand and against what torch's allocator reports."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from optimizer.adam_8bit import Adam8bit
 from planning.memory.live_bytes import LiveBytes, peak_resident
+from tests.support.memory import peak_bytes
 
 
 def test_storages_count_once_and_until_they_are_freed() -> None:
@@ -42,21 +40,6 @@ def test_a_storage_that_grows_counts_as_it_is() -> None:
         assert live.current["cpu"] == 800
 
 
-def allocated_peak(run: Callable[[], object]) -> int:
-    """By the allocations and frees that torch's profiler is told of."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        run()
-    assert found.profiler is not None
-    results = found.profiler.kineto_results
-    assert results is not None
-    events = [event for event in results.events() if event.name() == "[memory]"]
-    level = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        level += event.nbytes()
-        peak = max(peak, level)
-    return peak
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_peak_of_training_is_that_of_the_allocator(dtype: torch.dtype) -> None:
     """Forward and backward of a transformer layer; what operators drop inside themselves is less
@@ -76,7 +59,7 @@ def test_the_peak_of_training_is_that_of_the_allocator(dtype: torch.dtype) -> No
             live.see([*layer.parameters(), given])
             before = live.current["cpu"]
             run()
-        allocated = allocated_peak(run)
+        _, allocated = peak_bytes(run)
     assert live.peak["cpu"] - before == pytest.approx(allocated, rel=0.02)
 
 
@@ -96,7 +79,7 @@ def test_what_bitsandbytes_makes_on_the_way_is_counted() -> None:
         before = live.current["cpu"]
         run()
     found = live.peak["cpu"] - before
-    assert found == pytest.approx(allocated_peak(run), rel=0.02)
+    assert found == pytest.approx(peak_bytes(run)[1], rel=0.02)
     assert found >= 4 * weight.nbytes
 
 

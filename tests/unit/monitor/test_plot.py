@@ -1,16 +1,15 @@
 import json
-import logging
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.figure import Figure
 
 from monitor.plot import draw_loss, held_out_curves, restarts, smooth
 
 PNG = b"\x89PNG"
+LONG = "a $ and a name that is much too long to be shown"
 CASES: dict[str, list[dict[str, Any]]] = {
     "one point": [{"step": 1, "loss": 3.0, "lr": 1e-3}],
     "nothing but nulls": [{"step": 1, "loss": None, "lr": None}],
@@ -21,33 +20,34 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"step": 30, "loss": 0.1, "lr": 0.0, "eval_loss": 0.2, "resumed": True},
     ],
     "sets that came later": [
-        {"step": 1, "loss": 5.0, "lr": 0.1, "eval_loss_before": 6.0, "eval_loss": 5.0},
-        {"step": 2, "loss": 5.0, "lr": 0.1, "eval_loss": 3.0, "eval_sets": {
-            "wiki": {"loss": 4.0}, "a $ and a name that is much too long to be shown": {"loss": 2.0}
-        }},
-        {"step": 3, "loss": 5.0, "lr": 0.1, "eval_loss": None, "eval_sets": {
-            "wiki": {"loss": 3.0},
-            "a $ and a name that is much too long to be shown": {"loss": None},
-        }},
+        {"step": step, "loss": 5.0, "lr": 0.1, **more}
+        for step, more in (
+            (1, {"eval_loss_before": 6.0, "eval_loss": 5.0}),
+            (2, {"eval_loss": 3.0, "eval_sets": {"wiki": {"loss": 4.0}, LONG: {"loss": 2.0}}}),
+            (3, {"eval_loss": None, "eval_sets": {"wiki": {"loss": 3.0}, LONG: {"loss": None}}}),
+        )
     ],
-}  # fmt: skip
+}
+
+
+def write_metrics(folder: Path, lines: list[dict[str, Any]]) -> Path:
+    path = folder / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
 
 
 @pytest.mark.parametrize("lines", CASES.values(), ids=CASES.keys())
 def test_draws(tmp_path: Path, lines: list[dict[str, Any]], caplog: Any) -> None:
-    metrics, picture = tmp_path / "metrics.jsonl", tmp_path / "loss.png"
-    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    draw_loss(metrics, picture)
+    picture = tmp_path / "loss.png"
+    draw_loss(write_metrics(tmp_path, lines), picture)
     assert caplog.text == ""
     assert picture.read_bytes().startswith(PNG)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
 
 
 def test_a_failure_is_a_warning(tmp_path: Path, caplog: Any) -> None:
-    metrics = tmp_path / "metrics.jsonl"
-    metrics.write_text('{"step": 1, "loss": "high"}\n')
-    with caplog.at_level(logging.WARNING):
-        draw_loss(metrics, tmp_path / "no such folder" / "loss.png")
+    metrics = write_metrics(tmp_path, [{"step": 1, "loss": "high"}])
+    draw_loss(metrics, tmp_path / "no such folder" / "loss.png")
     assert "no such folder" in caplog.text
 
 
@@ -61,18 +61,17 @@ def test_the_points() -> None:
     assert held_out_curves(CASES["sets that came later"]) == {
         "": [(0, 6.0), (1, 5.0)],
         "wiki": [(2, 4.0), (3, 3.0)],
-        "a $ and a name that is much too long to be shown": [(2, 2.0)],
+        LONG: [(2, 2.0)],
     }
     assert restarts(CASES["everything"]) == [30]
 
 
 def test_each_set_has_a_line_and_an_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure  # which takes a while
+
     drawn: list[Any] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
-    metrics = tmp_path / "metrics.jsonl"
-    lines = CASES["sets that came later"]
-    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    draw_loss(metrics, tmp_path / "loss.png")
+    draw_loss(write_metrics(tmp_path, CASES["sets that came later"]), tmp_path / "loss.png")
     (figure,) = drawn
     entries = [[text.get_text() for text in legend.get_texts()] for legend in figure.legends]
     assert entries == [

@@ -41,15 +41,11 @@ def test_a_step_travels_as_json() -> None:
     rows = json.loads(
         json.dumps([step_rows(steps, 4, rank=r, clock=clock) for r, steps in enumerate(traces)])
     )
-    assert join_step(4, times, rows) == StepOfAllRanks(
-        4,
-        0.0,
-        3.0,
-        [
-            RankSpan(0, Track.OPTIMIZER_COMP, None, 1.0, 2.0),
-            RankSpan(1, Track.FORWARD_RECV, 5, 1.0, 9.0),
-        ],
-    )
+    spans = [
+        RankSpan(0, Track.OPTIMIZER_COMP, None, 1.0, 2.0),
+        RankSpan(1, Track.FORWARD_RECV, 5, 1.0, 9.0),
+    ]
+    assert join_step(4, times, rows) == StepOfAllRanks(4, 0.0, 3.0, spans)
 
 
 def test_costs_are_medians_of_a_stage_over_its_replicas() -> None:

@@ -6,7 +6,6 @@ Forwards take 1 s, backwards 2 s, a message half a second; the gradients' exchan
     stage 1   F0 1.5-2.5, F1 2.5-3.5, B0 3.5-5.5, B1 5.5-7.5        exchange 7.5-11, update 11-12
 """
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -125,11 +124,8 @@ def test_subtraction(left: list[Interval], right: list[Interval], expected: list
 
 
 def test_union_drops_what_is_empty_and_joins_what_meets() -> None:
-    assert union([(5, 6), (1, 1), (2, 3), (3, 4), (0, 1), (7, 2), (5.5, 5.7)]) == [
-        (0, 1),
-        (2, 4),
-        (5, 6),
-    ]
+    intervals: list[Interval] = [(5, 6), (1, 1), (2, 3), (3, 4), (0, 1), (7, 2), (5.5, 5.7)]
+    assert union(intervals) == [(0, 1), (2, 4), (5, 6)]
 
 
 def boxes(axes: Any) -> list[tuple[float, float]]:
@@ -154,11 +150,8 @@ def test_the_words() -> None:
     assert figure.get_suptitle() == "gpipe, 2 stages x 1 replica, 2 microbatches: step 57"
     measured, simulated = figure.axes
     assert measured.get_title(loc="left") == ("measured: 12000.0 ms, of which pipeline 10000.0 ms")
-    assert measured.get_title(loc="right").split("    ") == [
-        "compute 58.3%",
-        "exposed communication 12.5%",
-        "bubble 29.2%",
-    ]
+    told = ["compute 58.3%", "exposed communication 12.5%", "bubble 29.2%"]
+    assert measured.get_title(loc="right").split("    ") == told
     assert "bubble 35.0%" in simulated.get_title(loc="right")
     assert "measured pipeline 1.000 x as long" in simulated.get_title(loc="left")
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
@@ -175,23 +168,20 @@ def test_the_simulation_begins_with_the_first_forward() -> None:
     assert (2000.0, 3000.0) in simulated
 
 
-def test_the_picture_is_1400_pixels_wide(tmp_path: Path, caplog: Any) -> None:
+def test_the_picture_is_1400_pixels_wide_and_a_failure_is_a_warning(
+    tmp_path: Path, caplog: Any
+) -> None:
     draw_timeline(timeline(SIMULATED), tmp_path / "timeline.png")
     picture = (tmp_path / "timeline.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert int.from_bytes(picture[16:20], "big") == 1400  # the width in PNG's header
     assert caplog.text == ""
-
-
-def test_a_failure_is_a_warning(tmp_path: Path, caplog: Any) -> None:
-    with caplog.at_level(logging.WARNING):
-        draw_timeline(timeline(SIMULATED), tmp_path / "no such folder" / "timeline.png")
+    draw_timeline(timeline(SIMULATED), tmp_path / "no such folder" / "timeline.png")
     assert "no such folder" in caplog.text
 
 
 def test_two_digits_fit_into_each_of_many_boxes() -> None:
     spans = [RankSpan(0, F, i % 100, 10.0 * i, 10.0 * i + 10.0) for i in range(120)]
-    figure = timeline_figure(
-        Timeline(StepOfAllRanks(1, 0.0, 1200.0, spans), [], "gpipe", 1, 1, 100)
-    )
+    step = StepOfAllRanks(1, 0.0, 1200.0, spans)
+    figure = timeline_figure(Timeline(step, [], "gpipe", 1, 1, 100))
     assert len(figure.axes[0].texts) == 120

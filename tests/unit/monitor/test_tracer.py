@@ -9,36 +9,16 @@ import pytest
 from monitor.profiling.cuda_tracer import CudaTracer
 from monitor.profiling.tracer import NO_SPAN, NO_TRACER, HostTracer, Span, StepLog, StepTrace, Track
 
-TRACKS = (
-    "1. forward-recv",
-    "2. forward-compute",
-    "3. forward-send",
-    "4. backward-recv",
-    "5. backward-compute",
-    "6. backward-send",
-    "7. optimizer-comm",
-    "8. optimizer-comp",
-    "9. weight-gradient",
-)
 
-
-class Written:
-    """The steps that each write was given."""
-
-    def __init__(self) -> None:
-        self.writes: list[list[int]] = []
-
-    def __call__(self, steps: Sequence[StepTrace]) -> None:
-        self.writes.append([step.step for step in steps])
-
-
-def host_tracer(ticks: Sequence[int]) -> HostTracer:
-    times = iter(ticks)
-    return HostTracer(StepLog(Written()), clock=lambda: next(times))
+def unwritten() -> StepLog:
+    return StepLog(lambda steps: None)
 
 
 def test_the_tracks_have_the_names_that_scripts_look_for() -> None:
-    assert tuple(track.value for track in Track) == TRACKS
+    names = "forward-recv forward-compute forward-send backward-recv backward-compute backward-send"
+    names += " optimizer-comm optimizer-comp weight-gradient"
+    expected = [f"{number}. {name}" for number, name in enumerate(names.split(), 1)]
+    assert [track.value for track in Track] == expected
 
 
 def test_no_tracer_gives_one_object_for_every_block() -> None:
@@ -62,28 +42,23 @@ def test_no_tracer_swallows_no_error() -> None:
 
 
 def test_host_tracer_keeps_spans_in_the_order_in_which_they_end() -> None:
-    tracer = host_tracer([100, 110, 120, 135, 140, 150, 180, 190])
+    ticks = iter([100, 110, 120, 135, 140, 150, 180, 190])
+    tracer = HostTracer(unwritten(), clock=ticks.__next__)
     with tracer.step(7):
         with tracer.span(Track.FORWARD_RECV, microbatch=3):
             pass
         with tracer.span(Track.OPTIMIZER_COMM), tracer.span(Track.OPTIMIZER_COMP, size=12):
             pass
-    assert list(tracer.steps) == [
-        StepTrace(
-            7,
-            100,
-            190,
-            [
-                Span(Track.FORWARD_RECV, 110, 120, microbatch=3),
-                Span(Track.OPTIMIZER_COMP, 140, 150, size=12),
-                Span(Track.OPTIMIZER_COMM, 135, 180),
-            ],
-        )
+    spans = [
+        Span(Track.FORWARD_RECV, 110, 120, microbatch=3),
+        Span(Track.OPTIMIZER_COMP, 140, 150, size=12),
+        Span(Track.OPTIMIZER_COMM, 135, 180),
     ]
+    assert list(tracer.steps) == [StepTrace(7, 100, 190, spans)]
 
 
 def test_what_is_outside_a_step_is_dropped() -> None:
-    tracer = HostTracer(StepLog(Written()))
+    tracer = HostTracer(unwritten())
     assert tracer.span(Track.FORWARD_COMPUTE, microbatch=0) is NO_SPAN
     with tracer.step(1):
         assert tracer.span(Track.FORWARD_COMPUTE, microbatch=0) is not NO_SPAN
@@ -91,22 +66,23 @@ def test_what_is_outside_a_step_is_dropped() -> None:
 
 
 def test_a_step_that_fails_is_kept() -> None:
-    tracer = HostTracer(StepLog(Written()))
+    tracer = HostTracer(unwritten())
     with pytest.raises(KeyError), tracer.step(4), tracer.span(Track.FORWARD_COMPUTE):
         raise KeyError
     assert [(trace.step, len(trace.spans)) for trace in tracer.steps] == [(4, 1)]
 
 
 def test_the_last_steps_are_written_whenever_so_many_are_new_and_at_the_end() -> None:
-    written = Written()
-    tracer = HostTracer(StepLog(written, keep=3))
+    writes: list[list[int]] = []
+    log = StepLog(lambda steps: writes.append([step.step for step in steps]), keep=3)
+    tracer = HostTracer(log)
     for step in range(1, 8):
         with tracer.step(step):
             pass
-    assert written.writes == [[1, 2, 3], [4, 5, 6]]
+    assert writes == [[1, 2, 3], [4, 5, 6]]
     tracer.close()
     tracer.close()
-    assert written.writes == [[1, 2, 3], [4, 5, 6], [5, 6, 7]]
+    assert writes == [[1, 2, 3], [4, 5, 6], [5, 6, 7]]
 
 
 class Device:
@@ -139,32 +115,26 @@ class FakeEvent:
         return end_event._time - self._time
 
 
-def run_on(device: Device, host_ticks: Sequence[int]) -> CudaTracer:
-    times = iter(host_ticks)
-    log = StepLog(Written())
-    tracer = CudaTracer(log, make_event=device.make_event, clock=lambda: next(times))
+def test_cuda_spans_are_told_in_host_times_anew_at_each_step() -> None:
+    device = Device([50.0, 50.5, 52.0, 53.0, 90.0, 90.25, 91.0, 92.0])
+    times = iter([1_000_000, 41_500_000])
+    tracer = CudaTracer(unwritten(), make_event=device.make_event, clock=times.__next__)
     for step in (1, 2):
         with tracer.step(step), tracer.span(Track.FORWARD_COMPUTE, microbatch=step):
             pass
-    return tracer
-
-
-def test_cuda_spans_are_told_in_host_times_anew_at_each_step() -> None:
-    device = Device([50.0, 50.5, 52.0, 53.0, 90.0, 90.25, 91.0, 92.0])
-    steps = run_on(device, [1_000_000, 41_500_000]).steps
-    assert list(steps) == [
-        StepTrace(1, 1_000_000, 4_000_000, [Span(Track.FORWARD_COMPUTE, 1_500_000, 3_000_000, 1)]),
-        StepTrace(
-            2, 41_500_000, 43_500_000, [Span(Track.FORWARD_COMPUTE, 41_750_000, 42_500_000, 2)]
-        ),
+    first, second = (
+        Span(Track.FORWARD_COMPUTE, start, end, number)
+        for number, start, end in ((1, 1_500_000, 3_000_000), (2, 41_750_000, 42_500_000))
+    )
+    assert list(tracer.steps) == [
+        StepTrace(1, 1_000_000, 4_000_000, [first]),
+        StepTrace(2, 41_500_000, 43_500_000, [second]),
     ]
 
 
 def test_cuda_events_are_used_again() -> None:
     device = Device([float(tick) for tick in range(400)])
-    tracer = CudaTracer(
-        StepLog(Written()), make_event=device.make_event, clock=time.perf_counter_ns
-    )
+    tracer = CudaTracer(unwritten(), make_event=device.make_event, clock=time.perf_counter_ns)
     for step in range(50):
         with tracer.step(step):
             for _ in range(3):

@@ -75,19 +75,10 @@ def test_each_set_of_an_evaluation_has_a_chart() -> None:
     log = SimpleNamespace(id="abc", log=lambda values, step: logged.append((values, step)))
     run = WandbRun(log)
     wiki, chat = {"loss": 2.0, "perplexity": 7.4, "tokens": 3}, {"loss": None}
-    run.log(
-        {
-            "eval_loss": 3.0,
-            "eval_sets": {"wiki": wiki, "chat": chat},
-            "eval_loss_before": 4.0,
-            "eval_sets_before": {"wiki": {"loss": 5.0}},
-        },
-        7,
-    )
-    assert logged == [
-        ({"eval_loss": 3.0, "eval_loss/wiki": 2.0, "eval_loss_before": 4.0,
-          "eval_loss_before/wiki": 5.0}, 7)
-    ]  # fmt: skip
+    after = {"eval_loss": 3.0, "eval_sets": {"wiki": wiki, "chat": chat}}
+    run.log({**after, "eval_loss_before": 4.0, "eval_sets_before": {"wiki": {"loss": 5.0}}}, 7)
+    charts = {"eval_loss": 3.0, "eval_loss/wiki": 2.0}
+    assert logged == [({**charts, "eval_loss_before": 4.0, "eval_loss_before/wiki": 5.0}, 7)]
 
 
 def test_a_run_that_fails_later_warns_once(caplog: Any) -> None:

@@ -10,6 +10,7 @@ from arguments.train import parse_train
 from checkpoint.resume.compatibility import describe_changes
 from optimizer.loss_scaler import ConstantScale, DynamicScale
 from tests.support.cases import to_argv
+from tests.support.flags import flags_of
 from training.resume import idle_flags
 
 
@@ -78,25 +79,22 @@ def test_what_is_left_of_the_hysteresis_comes_back() -> None:
 
 
 DYNAMIC = {"--initial-loss-scale", "--min-loss-scale", "--loss-scale-window", "--hysteresis"}
-IDLE: dict[str, tuple[dict[str, Any], dict[str, Any], set[str]]] = {
-    "fp32": ({}, ConstantScale(1.0, may_skip=False).state(),
-             DYNAMIC | {"--loss-scale", "--max-skipped-updates"}),
-    "a constant scale": ({"fp16": "true", "loss-scale": 8}, dynamic().state(), DYNAMIC),
-    "the same dynamic scale": ({"fp16": "true"}, dynamic().state(), {"--initial-loss-scale"}),
-    "from constant to dynamic": (
-        {"fp16": "true"}, ConstantScale(8.0, may_skip=True).state(), set()
-    ),
-}  # fmt: skip
+ONE, EIGHT = (ConstantScale(scale, may_skip=scale > 1).state() for scale in (1.0, 8.0))
+# flags, the scaler's state of the checkpoint, and the flags that then have no effect
+IDLE: dict[str, tuple[str, dict[str, Any], set[str]]] = {
+    "fp32": ("", ONE, DYNAMIC | {"--loss-scale", "--max-skipped-updates"}),
+    "a constant scale": ("--fp16 --loss-scale 8", dynamic().state(), DYNAMIC),
+    "the same dynamic scale": ("--fp16", dynamic().state(), {"--initial-loss-scale"}),
+    "from constant to dynamic": ("--fp16", EIGHT, set()),
+}
 
 
 @pytest.mark.parametrize("case", IDLE)
 def test_a_change_without_effect_says_so(case: str) -> None:
     flags, scaler, idle = IDLE[case]
-    required = {
-        "model-name": "m", "model-type": "gptneox", "num-layers": 2, "embedding-dim": 8,
-        "task-name": "cot", "total-steps": 4,
-    }  # fmt: skip
-    args = parse_train(to_argv(required | flags), {})
+    required = "--model-name m --model-type gptneox --num-layers 2 --embedding-dim 8"
+    flags = f"{required} --task-name cot --total-steps 4 {flags}"
+    args = parse_train(to_argv(flags_of(flags)), {})
     kept = dict.fromkeys(free_flags(args), "other")
     told = describe_changes(kept, free_flags(args), idle=idle_flags(args.precision, scaler))
     assert len(told) == len(free_flags(args))

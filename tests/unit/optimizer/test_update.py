@@ -22,30 +22,17 @@ class Descent:
     def empty_state(self, weight: Tensor) -> dict[str, Tensor]:
         return {}
 
-    def step(
-        self,
-        weight: Tensor,
-        gradient: Tensor,
-        state: dict[str, Tensor],
-        *,
-        lr: float,
-        weight_decay: float,
-        update: int,
-    ) -> None:
+    def step(self, weight: Tensor, gradient: Tensor, *_: object, lr: float, **__: object) -> None:
         weight.sub_(gradient, alpha=lr)
 
 
 def make_updater(
-    weight: nn.Parameter, *, max_norm: float = math.inf, max_skipped: int = 3
+    weight: nn.Parameter | None = None, *, max_norm: float = math.inf, max_skipped: int = 3
 ) -> UpdateStep:
     model = nn.Module()
-    model.weight = weight
+    model.weight = nn.Parameter(torch.zeros(1)) if weight is None else weight
     optimizer = build_optimizer(
-        model,
-        Descent(),
-        precision="fp32",
-        weight_decay=0.0,
-        replicas=SingleProcessCommunicator(),
+        model, Descent(), precision="fp32", weight_decay=0.0, replicas=SingleProcessCommunicator()
     )
     optimizer.gradients.buffer.views["weight"].fill_(GRADIENT)
     return UpdateStep(
@@ -90,7 +77,7 @@ def test_a_skip_changes_nothing(bad: str) -> None:
 
 
 def test_skips_count_in_a_row() -> None:
-    updater = make_updater(nn.Parameter(torch.zeros(1)), max_skipped=2)
+    updater = make_updater(max_skipped=2)
     for bad in ("loss", "", "gradient"):
         apply(updater, bad=bad)
         assert not updater.has_given_up
@@ -99,7 +86,7 @@ def test_skips_count_in_a_row() -> None:
 
 
 def test_skips_count_on_after_a_resume() -> None:
-    before, after = (make_updater(nn.Parameter(torch.zeros(1))) for _ in range(2))
+    before, after = make_updater(), make_updater()
     for _ in range(2):
         apply(before, bad="gradient")
     after.load_state(before.state())
@@ -109,7 +96,7 @@ def test_skips_count_on_after_a_resume() -> None:
 
 
 def test_a_run_that_gave_up_counts_anew() -> None:
-    before, after = (make_updater(nn.Parameter(torch.zeros(1))) for _ in range(2))
+    before, after = make_updater(), make_updater()
     for _ in range(3):
         apply(before, bad="gradient")
     assert before.has_given_up

@@ -2,7 +2,7 @@
 
 from functools import cache, partial
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -15,8 +15,6 @@ from pipeline_parallel.schedule.schedules import SCHEDULES, gpipe, splits_backwa
 from pipeline_parallel.schedule.validate import peak_in_flight
 from tests.support.memory import peak_bytes
 from tests.support.pipeline_doubles import NotedCommunicator
-
-# ---- messages ----
 from tests.support.schedule_tables import IN_FLIGHT
 from tests.support.stages import (
     HIDDEN,
@@ -28,23 +26,21 @@ from tests.support.stages import (
     make_stage,
 )
 
+# ---- messages ----
+
 
 def test_gpipes_first_stage_runs_all_forwards_before_the_second_begins() -> None:
     """No send is waited for, and nobody is there to receive."""
     communicator = NotedCommunicator(0, 2)
-    communicator.at_receive = nobody_there
+    communicator.at_receive = Mock(side_effect=PeerLostError)
     engine = make_engine(gpipe, communicator, num_microbatches=8)
     with pytest.raises(PeerLostError):
-        engine.train(batch(8, first=True, last=False), loss_scale=1.0)
+        engine.train(batch(8, first=True), loss_scale=1.0)
     before = communicator.events[: communicator.events.index("wait for receive from 1")]
     assert before == ["receive from 1"] * 2 + ["send to 1"] * 8
 
 
-def nobody_there() -> None:
-    raise PeerLostError("nobody there")
-
-
-def batch(count: int, *, first: bool, last: bool) -> PipelineBatch:
+def batch(count: int, *, first: bool = False, last: bool = False) -> PipelineBatch:
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randint(0, VOCABULARY, (count * ROWS, TOKENS), generator=generator)
     keys = range(count * ROWS)
@@ -53,7 +49,7 @@ def batch(count: int, *, first: bool, last: bool) -> PipelineBatch:
 
 # ---- microbatches in flight ----
 
-P, M = 4, 32
+P, M = 4, 16
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -66,11 +62,12 @@ def test_microbatches_in_flight_are_those_of_the_schedule(
     stage = make_stage(communicator, schedule=SCHEDULES[mode], recompute=recompute)
     in_flight: list[int] = []
     noted: Any = NotedStage(stage, in_flight)
-    engine = make_engine(SCHEDULES[mode], communicator, num_microbatches=M, stage=noted)
-    ends = {"first": stage_index == 0, "last": stage_index == P - 1}
-    engine.train(batch(M, **ends), loss_scale=1.0)
-    expected = IN_FLIGHT[mode](stage_index, P, M)
-    assert max(in_flight) == peak_in_flight(SCHEDULES[mode], stage_index, P, M) == expected
+    count = 2 * P
+    engine = make_engine(SCHEDULES[mode], communicator, num_microbatches=count, stage=noted)
+    rows = batch(count, first=stage_index == 0, last=stage_index == P - 1)
+    engine.train(rows, loss_scale=1.0)
+    expected = IN_FLIGHT[mode](stage_index, P, count)
+    assert max(in_flight) == peak_in_flight(SCHEDULES[mode], stage_index, P, count) == expected
     assert in_flight[-1] == 0
 
 
@@ -97,8 +94,7 @@ def peak_of(mode: str, stage_index: int, num_microbatches: int, *, recompute: bo
     engine = make_engine(
         SCHEDULES[mode], communicator, num_microbatches=num_microbatches, recompute=recompute
     )
-    ends = {"first": stage_index == 0, "last": stage_index == P - 1}
-    rows = batch(num_microbatches, **ends)
+    rows = batch(num_microbatches, first=stage_index == 0, last=stage_index == P - 1)
     engine.train(rows, loss_scale=1.0)  # what is made once is there
     return peak_bytes(lambda: engine.train(rows, loss_scale=1.0))[1]
 
@@ -108,7 +104,7 @@ ACTIVATION = 4 * ROWS * TOKENS * HIDDEN  # bytes
 
 @pytest.mark.parametrize(("stage_index", "recompute"), [(0, False), (P - 1, False), (1, True)])
 def test_memory_falls_with_the_microbatches_held(stage_index: int, recompute: bool) -> None:
-    """1f1b takes for 32 microbatches what gpipe takes for the few that it holds at once.
+    """1f1b takes for 16 microbatches what gpipe takes for the few that it holds at once.
 
     On top of that are what travels: two that are received ahead each way.
     """
@@ -122,7 +118,7 @@ def test_memory_falls_with_the_microbatches_held(stage_index: int, recompute: bo
 
 @pytest.mark.parametrize("stage_index", [0, P - 1])
 def test_weight_gradients_that_wait_cost_little_memory(stage_index: int) -> None:
-    """zb-h1 takes for 32 microbatches what gpipe takes for P, and a little more.
+    """zb-h1 takes for 16 microbatches what gpipe takes for P, and a little more.
 
     Between I and W a microbatch of a layer holds inputs and gradients of its four products, 16
     activations in all, where it held 12.5 before: 7 more for two layers, of `stage_index` of them
@@ -133,7 +129,7 @@ def test_weight_gradients_that_wait_cost_little_memory(stage_index: int) -> None
     waiting = 7 * (stage_index + 1) * ACTIVATION
     logits = 4 * ROWS * (TOKENS - 1) * VOCABULARY * P if stage_index == P - 1 else 0
     assert found <= as_many + waiting + logits + 4 * ACTIVATION
-    assert found < peak_of("gpipe", stage_index, M, recompute=False) / 4
+    assert found < peak_of("gpipe", stage_index, M, recompute=False) / 2
 
 
 # ---- failures ----
@@ -146,19 +142,16 @@ def test_a_failure_in_backward_names_stage_microbatch_action_and_shape(mode: str
     model = make_model(1, 3)
     cause, seen = ValueError("no such thing"), list[Tensor]()
 
-    def fail(gradient: Tensor) -> None:
-        raise cause
-
     def note(module: nn.Module, args: object, out: Tensor) -> None:
         seen.append(out)
         if len(seen) == 4:
-            out.register_hook(fail)
+            out.register_hook(Mock(side_effect=cause))
 
     model[0].register_forward_hook(note)
     stage = make_stage(communicator, schedule=SCHEDULES[mode], recompute=False, model=model)
     engine = make_engine(SCHEDULES[mode], communicator, num_microbatches=6, stage=stage)
     with pytest.raises(StageError) as caught:
-        engine.train(batch(6, first=False, last=False), loss_scale=1.0)
+        engine.train(batch(6), loss_scale=1.0)
     assert caught.value.__cause__ is cause
     action = "input gradient" if splits_backward(SCHEDULES[mode], 1, 3) else "backward"
     assert str(caught.value) == (
@@ -175,7 +168,7 @@ def test_a_failure_of_a_weight_gradient_is_named() -> None:
         patch.object(stage, "weight_gradient", side_effect=MemoryError),
         pytest.raises(StageError, match="stage 1, weight gradient of microbatch 0") as caught,
     ):
-        engine.train(batch(3, first=False, last=True), loss_scale=1.0)
+        engine.train(batch(3, last=True), loss_scale=1.0)
     assert isinstance(caught.value.__cause__, MemoryError)
 
 
@@ -191,17 +184,12 @@ def test_a_failure_on_token_ids_has_their_shape() -> None:
 def test_a_lost_peer_is_not_the_stages_failure() -> None:
     communicator = NotedCommunicator(0, 2)
     lost = PeerLostError("pipeline receive from rank 1: gone")
-
-    def lose() -> None:
-        raise lost
-
-    communicator.at_receive = lose
+    communicator.at_receive = Mock(side_effect=lost)
     engine = make_engine(gpipe, communicator, num_microbatches=2)
     with pytest.raises(PeerLostError) as caught:
-        engine.train(batch(2, first=True, last=False), loss_scale=1.0)
+        engine.train(batch(2, first=True), loss_scale=1.0)
     assert caught.value is lost
     assert caught.value.__cause__ is None
-    assert not isinstance(caught.value, StageError)
 
 
 def test_the_last_stage_puts_off_the_weight_gradients_of_its_head_too() -> None:

@@ -9,13 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline_parallel.schedule.schedules import SCHEDULES, Kind, Schedule, forward_only
-from pipeline_parallel.schedule.simulator import (
-    Costs,
-    SimulatedRun,
-    StageCosts,
-    simulate,
-)
+from pipeline_parallel.schedule.schedules import SCHEDULES, Kind, Schedule
+from pipeline_parallel.schedule.simulator import Costs, SimulatedRun, StageCosts, simulate
 from tests.support.orders import schedule_of
 
 SLOTS = st.integers(1, 5)
@@ -26,7 +21,7 @@ def even(mode: str, p: int, m: int, f: float, i: float, w: float) -> SimulatedRu
 
 
 @pytest.mark.parametrize("mode", ["gpipe", "1f1b"])
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.integers(1, 6), st.integers(1, 12), SLOTS, SLOTS, SLOTS)
 def test_gpipe_and_1f1b_take_m_and_p_less_one_turns(
     mode: str, p: int, m: int, f: int, i: int, w: int
@@ -36,7 +31,7 @@ def test_gpipe_and_1f1b_take_m_and_p_less_one_turns(
     assert run.bubble == pytest.approx((p - 1) / (m + p - 1))
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(st.integers(1, 6), st.integers(0, 8), SLOTS, SLOTS, SLOTS)
 def test_zb_h1_idles_as_its_paper_says(p: int, more: int, f: int, i: int, w: int) -> None:
     """The paper's (p - 1)(f + i - w) holds where w <= f and w <= i; a longer w hides no more."""
@@ -54,20 +49,6 @@ def test_zb_h1_is_never_behind_1f1b_with_few_microbatches() -> None:
             assert even("zb-h1", p, m, 1, 1, 1).total < even("1f1b", p, m, 1, 1, 1).total
 
 
-def test_a_single_stage_never_idles() -> None:
-    for mode in SCHEDULES:
-        run = even(mode, 1, 4, 0.25, 0.5, 0.125)
-        assert (run.total, run.bubble) == (3.5, 0.0)
-
-
-def test_the_slowest_stage_sets_the_pace() -> None:
-    """Stage 1 of 2 is the slower: it starts after one forward, and one backward ends the step."""
-    costs = Costs([StageCosts(1, 1, 1), StageCosts(2, 2, 1)])
-    run = simulate(SCHEDULES["1f1b"], 2, 3, costs)
-    assert run.total == 1 + 3 * (2 + 3) + 2
-    assert run.bubble == pytest.approx(1 - (3 * 3 + 3 * 5) / (2 * 18))
-
-
 def test_backward_may_cost_less_than_its_parts() -> None:
     costs = Costs([StageCosts(1, 1, 1, backward=1.5)] * 2)
     assert simulate(SCHEDULES["gpipe"], 2, 3, costs).total == (3 + 2 - 1) * 2.5
@@ -79,33 +60,15 @@ def test_actions_are_a_timetable_with_messages_on_their_way() -> None:
     costs = Costs([StageCosts(1, 1, 1)] * 2, activation_seconds=0.5, gradient_seconds=0.25)
     run = simulate(SCHEDULES["1f1b"], 2, 2, costs)
     expected = [
-        (0, "F0", 0, 1), (0, "F1", 1, 2), (0, "B0", 4.75, 6.75), (0, "B1", 7.75, 9.75),
-        (1, "F0", 1.5, 2.5), (1, "B0", 2.5, 4.5), (1, "F1", 4.5, 5.5), (1, "B1", 5.5, 7.5),
-    ]  # fmt: skip
-    assert [(s.stage, str(s.action), s.start, s.end) for s in run.actions] == expected
+        ["F0 0 1", "F1 1 2", "B0 4.75 6.75", "B1 7.75 9.75"],
+        ["F0 1.5 2.5", "B0 2.5 4.5", "F1 4.5 5.5", "B1 5.5 7.5"],
+    ]
+    for stage, actions in enumerate(expected):
+        found = [f"{s.action} {s.start:g} {s.end:g}" for s in run.actions if s.stage == stage]
+        assert found == actions
     assert run.total == 9.75
     assert run.bubble == pytest.approx(1 - 12 / (2 * 9.75))
     assert run.peak_in_flight == (2, 1)
-
-
-def test_messages_that_hide_behind_compute_cost_nothing_more() -> None:
-    """Only the first activation is waited for; the others arrive while the stage is busy."""
-    costs = Costs([StageCosts(1, 1, 1)] * 2, activation_seconds=0.75)
-    run = simulate(SCHEDULES["gpipe"], 2, 8, costs)
-    assert run.total == (8 + 2 - 1) * 3 + 0.75
-
-
-def test_each_link_may_take_its_own_time() -> None:
-    """One microbatch there and back over two links: 2 s and 3 s onwards, 5 s and 7 s back."""
-    costs = Costs([StageCosts(1, 1, 1)] * 3, activation_seconds=(2, 3), gradient_seconds=(5, 7))
-    there, back = 1 + 2 + 1 + 3 + 1, 2 + 7 + 2 + 5 + 2
-    assert simulate(SCHEDULES["gpipe"], 3, 1, costs).total == there + back
-
-
-def test_a_slow_link_carries_one_message_at_a_time() -> None:
-    costs = Costs([StageCosts(1, 1, 1)] * 2, activation_seconds=3)
-    run = simulate(forward_only, 2, 4, costs)
-    assert [s.start for s in run.actions if s.stage == 1] == [4, 7, 10, 13]
 
 
 def longest_path(schedule: Schedule, num_stages: int, microbatches: int, costs: Costs) -> float:

@@ -14,16 +14,9 @@ from planning.cluster.machines import MachineFacts, differences
 from planning.cluster.report import about_clocks, advice, link_table
 
 # A block is 10 multiply-adds per token and the head 20; a microbatch has 5 tokens.
+MODEL = ModelSizes(layers=4, hidden=2, inner=3, vocabulary=7, block_weights=28)
 PLAN = RunShape(
-    model=ModelSizes(layers=4, hidden=2, inner=3, vocabulary=7, block_weights=28),
-    work=ModuleWork(10, 20),
-    layers=Split((3, 1)),
-    schedule="gpipe",
-    recompute=False,
-    num_microbatches=1,
-    accumulate=1,
-    tokens=5,
-    message=1000,
+    MODEL, ModuleWork(10, 20), Split((3, 1)), "gpipe", False, 1, 1, tokens=5, message=1000
 )
 FAST, SLOW = LinkSpeed(0.0, 1000, 0.001), LinkSpeed(1.0, 1000, 4.0)
 
@@ -79,12 +72,8 @@ def test_what_replicas_exchange() -> None:
 ROSTER = [Participant(r, f"h{r // 2}", "127.0.0.1", "lo", 1, {}) for r in range(4)]
 
 
-def advised(found: Estimate) -> str:
-    return "\n".join(advice(found, ROSTER, precision="fp32"))
-
-
 def test_links_that_cost_little_are_told_so() -> None:
-    told = advised(estimate(1))
+    told = "\n".join(advice(estimate(1), ROSTER, precision="fp32"))
     assert "takes at least 18 s of products and messages; with links that cost nothing 18 s" in told
     assert "the links make an iteration 0% longer" in told
     assert "expect iterations" not in told
@@ -113,23 +102,13 @@ def test_a_table_tells_by_what_a_slow_link_was_measured() -> None:
 
 def test_clocks_that_may_be_right_are_not_told_of() -> None:
     told = list(about_clocks(ROSTER, [(0, 0), (-1.5, 0.2), (1.5, 0.6), (0.9, 0.0)]))
-    assert told == [
-        "the clock of rank 1 (host h0) is 1.5 s behind rank 0's: times in logs and of files do "
-        "not compare"
-    ]
+    (line,) = told
+    assert line.startswith("the clock of rank 1 (host h0) is 1.5 s behind rank 0's: times in logs ")
 
 
 def machine(**changes: Any) -> MachineFacts:
-    same = MachineFacts(
-        device="",
-        model=None,
-        problems=[],
-        versions={"torch": "2"},
-        config={"a": "1"},
-        files={"x.pt": "5 bytes"},
-        damage=[],
-        resumes=False,
-    )
+    files: dict[str, str | None] = {"x.pt": "5 bytes"}
+    same = MachineFacts("", None, [], {"torch": "2"}, {"a": "1"}, files, damage=[], resumes=False)
     return same._replace(**changes)
 
 

@@ -5,20 +5,16 @@ import json
 import logging
 from pathlib import Path
 
-import pyarrow
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from pyarrow import parquet
 
 from tasks.evaluation import evaluation_batches
 from tasks.mixture import BlockStream
 from tasks.open import open_source
-from tasks.shuffling.shuffle import Shuffle, shuffle_source
+from tasks.shuffling.shuffle import shuffle_source
 from tasks.source_spec import SourceSpec
 from tasks.sources.bad_lines import BadLines
 from tasks.stream import open_training_stream
-from tests.support.data import make_texts, through_json, tokenizer
+from tests.support.data import check_blocks_restored_anywhere, make_texts, tokenizer
 
 TEXTS = make_texts(40, seed=1)
 BAD = {5: b"nonsense", 17: b'{"text": 3}', 33: b'{"messages": []}'}
@@ -56,16 +52,6 @@ def test_the_others_are_all_there_and_the_bad_ones_named_once(
     assert caplog.text.count("skipped: ") == 2
 
 
-def test_rows_of_a_table_are_skipped_too(tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
-    rows = [{"text": "a"}, {"text": None}, {"text": "b"}]
-    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    bad = BadLines(tmp_path / "bad", max_share=0.01)
-    documents = shuffle_source(open_source(str(path)), seed=1, bad_lines=bad)
-    assert sorted(documents.next().text for _ in range(2)) == ["a", "b"]
-    assert (tmp_path / "bad").read_text().startswith(f"{path}:2: ")
-
-
 def test_a_conversation_that_cannot_be_written_is_skipped(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {2: ODD_ROLE})
     clean = write(tmp_path / "b.jsonl", {})
@@ -86,15 +72,7 @@ def test_a_stream_resumes_over_bad_lines(tmp_path: Path) -> None:
         bad = BadLines(tmp_path / "bad", max_share=0.2)
         return open_training_stream([spec], tokenizer(), seq_len=24, seed=1, bad_lines=bad)
 
-    stream = opened()
-    states, blocks = [], []
-    for _ in range(60):
-        states.append(through_json(stream.state()))
-        blocks.append(stream.next_block().token_ids.tolist())
-    for i in range(0, 60, 9):
-        resumed = opened()
-        resumed.restore(states[i])
-        assert [resumed.next_block().token_ids.tolist() for _ in range(60 - i)] == blocks[i:]
+    check_blocks_restored_anywhere(opened)
 
 
 @pytest.mark.parametrize(
@@ -128,79 +106,3 @@ def test_a_cut_file_is_not_skipped(tmp_path: Path) -> None:
     documents = shuffle_source(open_source(str(path)), seed=1, bad_lines=lines)
     with pytest.raises(ValueError, match="the gzip data is truncated"):
         documents.next()
-
-
-# ---- fuzzed ----
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["text", "prompt", "completion", "messages", "role",
-                                       "content", "x"]), inner, max_size=4),
-    max_leaves=8,
-)  # fmt: skip
-MESSAGES = st.lists(
-    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "tool"]),
-                           "content": st.text()}), max_size=4
-)  # fmt: skip
-LINE = (
-    st.binary(max_size=40)
-    | JSON.map(lambda value: json.dumps(value).encode())
-    | MESSAGES.map(lambda messages: json.dumps({"messages": messages}).encode())
-    | st.text().map(
-        lambda text: json.dumps({"text": text}, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    )
-)
-FILE = st.lists(
-    st.tuples(LINE, st.sampled_from([b"\n", b"\r\n", b"\n\n", b"\r", b""])), max_size=12
-)
-
-
-@given(parts=FILE, marked=st.booleans(), train_on=st.sampled_from(["all", "completion"]))
-@settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-def test_any_bytes_are_documents_or_named(
-    parts: list[tuple[bytes, bytes]], marked: bool, train_on: str, tmp_path: Path
-) -> None:
-    """Never a traceback, a hang, or a line that is neither blank, nor read, nor named."""
-    raw = (b"\xef\xbb\xbf" if marked else b"") + b"".join(line + end for line, end in parts)
-    path, told = tmp_path / "a.jsonl", tmp_path / "bad"
-    path.write_bytes(raw)
-    told.unlink(missing_ok=True)
-    lines = [line for line in raw.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()]
-    bad = BadLines(told, max_share=1.0)
-    documents = shuffle_source(open_source(str(path)), seed=1, bad_lines=bad)
-    read, error = places_of_an_epoch(documents)
-    assert error in (None, f"{path}: the source holds no document")
-    named = told.read_text().splitlines() if told.is_file() else []
-    assert len(read) + len(named) == len(lines)
-    stream = open_training_stream(
-        [SourceSpec(str(path))],
-        tokenizer(),
-        seq_len=8,
-        seed=1,
-        bad_lines=bad,
-        train_on=train_on,  # type: ignore[arg-type]
-    )
-    assert error_of_a_block(stream).startswith((f"{path}: the source ", "none"))
-
-
-def places_of_an_epoch(documents: Shuffle) -> tuple[list[str], str | None]:
-    places = []
-    try:
-        place = documents.next().origin
-        while documents.epoch == 0:
-            places.append(place)
-            place = documents.next().origin
-    except ValueError as error:
-        return places, str(error)
-    return places, None
-
-
-def error_of_a_block(stream: BlockStream) -> str:
-    try:
-        stream.next_block()
-    except ValueError as error:
-        return str(error)
-    return "none"

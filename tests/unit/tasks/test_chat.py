@@ -11,13 +11,9 @@ from tasks.tokenization.chat import ChatFormat, find_bot_turns
 from tasks.tokenization.encoder import Encoder
 from tests.support.data import tokenizer
 
-TALK = (
-    ChatMessage("system", "be brief"),
-    ChatMessage("user", "hello fox"),
-    ChatMessage("assistant", "jumps"),
-    ChatMessage("user", "why?"),
-    ChatMessage("assistant", "over\na dog"),
-)
+ROLES = ("system", "user", "assistant", "user", "assistant")
+SAID = ("be brief", "hello fox", "jumps", "why?", "over\na dog")
+TALK = tuple(map(ChatMessage, ROLES, SAID))
 OIG = "be brief\n<human>: hello fox\n<bot>: jumps\n<human>: why?\n<bot>: over\na dog"
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}[/]{% endfor %}"
@@ -39,9 +35,8 @@ class Templated:
         return tokenizer()(*args, **options)
 
     def apply_chat_template(self, messages: Any, **options: Any) -> Any:
-        return tokenizer().apply_chat_template(
-            messages, chat_template=self.chat_template, **options
-        )
+        options["chat_template"] = self.chat_template
+        return tokenizer().apply_chat_template(messages, **options)
 
 
 def parts(text: str, spans: Any) -> list[str]:
@@ -146,15 +141,6 @@ def test_a_text_that_is_no_conversation_is_trained_whole() -> None:
     assert learned(PAIR) == "quick brown fox<eos>"
 
 
-def test_what_is_trained_changes_no_token() -> None:
-    for document in (PAIR, Document(OIG, "a:1"), Document("", "a:1", messages=TALK)):
-        of_all, of_answers = (
-            Encoder(tokenizer(), train_on=train_on).encode(document).token_ids.tolist()
-            for train_on in ("all", "completion")
-        )
-        assert of_all == of_answers
-
-
 def test_a_tokenizer_that_knows_no_characters_is_refused() -> None:
     class Slow:
         eos_token_id, is_fast = 0, False
@@ -165,12 +151,8 @@ def test_a_tokenizer_that_knows_no_characters_is_refused() -> None:
 
 
 def test_an_assistant_that_speaks_first_does_not_learn_its_header() -> None:
-    talk = (
-        ChatMessage("assistant", "hello"),
-        ChatMessage("user", "fox"),
-        ChatMessage("assistant", "dog"),
-    )
-    document = Document("", "a:1", messages=talk)
+    said = (("assistant", "hello"), ("user", "fox"), ("assistant", "dog"))
+    document = Document("", "a:1", messages=tuple(ChatMessage(*one) for one in said))
     template = (
         "start{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -1,6 +1,5 @@
 """Documents that are kept apart: whole in one block where they fit, all there, in order."""
 
-import random
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,13 @@ from tasks.packing.blocks import TokenBlock, make_batch
 from tasks.packing.concat import Packer
 from tasks.shuffling.shuffle import shuffle_source
 from tasks.tokenization.encoder import EncodedDocument, Encoder
-from tests.support.data import make_texts, packed, through_json, tokenizer, write_jsonl
+from tests.support.data import (
+    check_blocks_restored_anywhere,
+    make_texts,
+    packed,
+    tokenizer,
+    write_jsonl,
+)
 
 ROOM = 24
 EOS = 0
@@ -45,9 +50,8 @@ def test_a_literal_group() -> None:
         [0, 1, 1, 1, 1, 5, 5, 5],
     ]
     assert [block.padding for block in blocks] == [0, 0, 0, 3]
-    labels = make_batch(blocks).labels
     none = IGNORED
-    assert labels.tolist() == [
+    assert make_batch(blocks).labels.tolist() == [
         [1, 1, none, 2, 2, 2, 2, none],
         [3, none, 4, 4, 4, 4, 4, none],
         [5, 5, 5, 5, 5, 5, 5, none],
@@ -100,23 +104,7 @@ def test_no_document_is_cut_that_fits_and_all_come(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.zst"])
 def test_goes_on_from_any_block(tmp_path: Path, kind: str) -> None:
     path = write_jsonl(tmp_path / f"a.{kind}", make_texts(40, seed=3, longest=60))
-    source, states, blocks = source_of(path), [], []
-    for _ in range(200):
-        states.append(through_json(source.state()))
-        blocks.append(source.next_block())
-    counts = through_json(source.state())
-    for start in random.Random(0).sample(range(200), 20):
-        resumed = source_of(path)
-        resumed.restore(states[start])
-        for expected in blocks[start : start + 40]:
-            block = resumed.next_block()
-            np.testing.assert_array_equal(block.token_ids, expected.token_ids)
-            np.testing.assert_array_equal(block.doc_starts, expected.doc_starts)
-            assert block.documents == expected.documents
-    resumed.restore(states[0])
-    for _ in range(200):
-        resumed.next_block()
-    assert through_json(resumed.state()) == counts
+    check_blocks_restored_anywhere(lambda: source_of(path))
 
 
 def test_a_document_that_shrank_is_not_resumed(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from tasks.packing.concat import Packer, pack_concat
 from tasks.shuffling.buffered import BufferedShuffle
 from tasks.sources.base import BadLineError, ChatMessage, Document
 from tasks.tokenization.encoder import Encoder
-from tests.support.data import make_texts, packed, through_json, tokenizer
+from tests.support.data import make_texts, packed, tokenizer
+from tests.support.refusal import refusal
 
 ROWS: list[dict[str, Any]] = [
     *({"text": text} for text in make_texts(20, seed=4)),
@@ -32,24 +34,16 @@ def write_all(folder: Path) -> dict[str, Path]:
     paths["jsonl"].write_bytes(LINES)
     paths["jsonl.gz"].write_bytes(gzip.compress(LINES[:half]) + gzip.compress(LINES[half:]))
     paths["jsonl.zst"].write_bytes(zstandard.compress(LINES))
-    parquet.write_table(
-        pyarrow.Table.from_pylist(
-            [
-                {"text": None, "prompt": None, "completion": None, "messages": None, "other": 1}
-                | row
-                for row in ROWS
-            ]
-        ),
-        paths["parquet"],
-        row_group_size=7,
-    )
+    columns = dict.fromkeys(("text", "prompt", "completion", "messages", "other"))
+    table = pyarrow.Table.from_pylist([{**columns, "other": 1, **row} for row in ROWS])
+    parquet.write_table(table, paths["parquet"], row_group_size=7)
     return paths
 
 
-def read(path: Path, *place: int) -> list[Document]:
+def read(path: Path) -> list[Document]:
     (file,) = open_source(str(path)).files
     documents = []
-    for record in file.read(*place):
+    for record in file.read():
         if isinstance(record.document, BadLineError):
             raise record.document
         documents.append(record.document)
@@ -58,7 +52,12 @@ def read(path: Path, *place: int) -> list[Document]:
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"])
 def test_every_kind_of_file_has_the_same_documents(kind: str, tmp_path: Path) -> None:
+    """They can be read on from any record, too."""
     path = write_all(tmp_path)[kind]
+    (file,) = open_source(str(path)).files
+    records = list(file.read())
+    for index, record in enumerate(records):
+        assert list(file.read(record.offset, record.line)) == records[index + 1 :]
     found = read(path)
     for number, (document, row) in enumerate(zip(found, ROWS, strict=True), 1):
         assert document.origin == f"{path}:{number}"
@@ -68,43 +67,16 @@ def test_every_kind_of_file_has_the_same_documents(kind: str, tmp_path: Path) ->
     assert found[-1].messages == (ChatMessage("user", "a"), ChatMessage("assistant", "b"))
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"])
-def test_a_file_is_read_on_from_any_record(kind: str, tmp_path: Path) -> None:
-    (file,) = open_source(str(write_all(tmp_path)[kind])).files
-    records = list(file.read())
-    for index, record in enumerate(records):
-        assert list(file.read(record.offset, record.line)) == records[index + 1 :]
-
-
-def stream_of(path: str, train_on: Any) -> Packer:
-    documents = BufferedShuffle(open_source(path), seed=1, chunk_documents=5)
-    return packed(documents, Encoder(tokenizer(), train_on=train_on), 12)
-
-
-@pytest.mark.parametrize("train_on", ["all", "completion"])
-def test_a_stream_of_any_kind_resumes_anywhere(train_on: Any, tmp_path: Path) -> None:
-    for path in map(str, write_all(tmp_path).values()):
-        stream = stream_of(path, train_on)
-        states, blocks = [], []
-        for _ in range(40):
-            states.append(through_json(stream.state()))
-            blocks.append(stream.next_block())
-        for state, expected in list(zip(states, blocks, strict=True))[::7]:
-            resumed = stream_of(path, train_on)
-            resumed.restore(state)
-            block = resumed.next_block()
-            assert block.token_ids.tolist() == expected.token_ids.tolist()
-            assert block.trained.tolist() == expected.trained.tolist()
+def answers(path: Path) -> Packer:
+    """Blocks of which the answers alone are trained."""
+    documents = BufferedShuffle(open_source(str(path)), seed=1)
+    return packed(documents, Encoder(tokenizer(), train_on="completion"), 16)
 
 
 def test_blocks_that_train_nothing_are_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"prompt": "fox " * 200, "completion": "dog"}) + "\n")
-    stream = packed(
-        BufferedShuffle(open_source(str(path)), seed=1),
-        Encoder(tokenizer(), train_on="completion"),
-        16,
-    )
+    stream = answers(path)
     assert all(stream.next_block().trained[1:].any() for _ in range(5))
     encoder = Encoder(tokenizer(), train_on="completion")
     assert 1 <= len(list(pack_concat(map(encoder.encode, read(path)), 16))) <= 2
@@ -113,47 +85,104 @@ def test_blocks_that_train_nothing_are_passed_over(tmp_path: Path) -> None:
 def test_a_source_that_trains_nothing_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "asked.jsonl"
     path.write_text(json.dumps({"text": "<human>: fox?\n" * 9}) + "\n")
-    stream = packed(
-        BufferedShuffle(open_source(str(path)), seed=1),
-        Encoder(tokenizer(), train_on="completion"),
-        16,
-    )
-    with pytest.raises(
-        ValueError, match=r"asked.jsonl: the source yields no token to train \(--tr"
-    ):
-        stream.next_block()
+    with pytest.raises(ValueError, match=r"asked.jsonl: the source yields no token to train \(--t"):
+        answers(path).next_block()
 
 
-BAD = [
-    ({"prompt": "a"}, 'no "text"'),
-    ({"prompt": 1, "completion": "a"}, 'expected a string as "prompt", got a number'),
-    ({"messages": []}, "got an empty list"),
-    ({"messages": {"role": "user"}}, "got an object"),
-    ({"messages": ["a"]}, "messages[0]: expected"),
-    ({"messages": [{"role": "user"}]}, 'expected a string as "messages[0].content", got null'),
+DAMAGES: list[tuple[str, Callable[[bytes], bytes], str]] = [
+    ("jsonl.gz", lambda raw: raw[:-9], ":23: the gzip data is truncated"),
+    ("jsonl.zst", lambda raw: raw[:-5], ":1: the zstd data is truncated"),
+    ("jsonl.zst", lambda raw: raw + raw[:10], ":23: the zstd data is truncated"),
+    ("parquet", lambda raw: raw[:-9], ": not valid parquet"),
+    ("jsonl.gz", lambda raw: b"plain", ":1: not valid gzip data: "),
+    ("jsonl.zst", lambda raw: b"plain", ":1: not valid zstd data: "),
 ]
 
 
-@pytest.mark.parametrize(("row", "reason"), BAD)
-def test_a_bad_line_is_named(row: dict[str, Any], reason: str, tmp_path: Path) -> None:
-    path = tmp_path / "bad.jsonl"
-    path.write_text(json.dumps({"text": "good"}) + "\n" + json.dumps(row) + "\n")
-    with pytest.raises(ValueError) as caught:
-        read(path)
-    assert str(caught.value).startswith(f"{path}:2: ")
-    assert reason in str(caught.value)
+@pytest.mark.parametrize(("kind", "damage", "reason"), DAMAGES)
+def test_a_damaged_file_is_named(
+    kind: str, damage: Callable[[bytes], bytes], reason: str, tmp_path: Path
+) -> None:
+    path = write_all(tmp_path)[kind]
+    path.write_bytes(damage(path.read_bytes()))
+    assert f"/a.{kind}{reason}" in refusal(lambda: read(path))
 
 
-def test_damaged_files_are_named(tmp_path: Path) -> None:
-    paths = write_all(tmp_path)
-    for kind, reason in (("jsonl.gz", "the gzip data is truncated"), ("parquet", "not valid parq")):
-        paths[kind].write_bytes(paths[kind].read_bytes()[:-9])
-        with pytest.raises(ValueError, match=reason) as caught:
-            read(paths[kind])
-        assert "\n" not in str(caught.value)
-    paths["jsonl.gz"].write_bytes(b"plain")
-    with pytest.raises(ValueError, match=r"a.jsonl.gz:1: not valid gzip data: "):
-        read(paths["jsonl.gz"])
-    parquet.write_table(pyarrow.table({"body": ["a"]}), paths["parquet"])
+def test_a_table_without_a_column_that_counts(tmp_path: Path) -> None:
+    parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"a.parquet: it has none of the columns text, prompt, "):
-        read(paths["parquet"])
+        read(tmp_path / "a.parquet")
+
+
+# ---- lines and files that are no documents: one line names file, line and reason ----
+
+GOOD = b'{"text": "good"}\n'
+BAD_LINES = [
+    (b"nonsense", "not JSON"),
+    (b'{"text": "cut', "not JSON"),
+    (b'{"text": "a"} {"text": "b"}', "not JSON: Extra data"),
+    (b'{"text": "\xff"}', "not UTF-8: invalid start byte at byte 10"),
+    ('{"text": "utf-16"}'.encode("utf-16"), "not UTF-8"),
+    (b'["text"]', '{"messages": [...]}, got a list'),
+    (b'"text"', "got a string"),
+    (b"null", "got null"),
+    (b"12", "got a number"),
+    (b"{}", 'the object has no "text"'),
+    (b'{"Text": "a"}', 'the object has no "text"'),
+    (b'{"text": null}', 'expected a string as "text", got null'),
+    (b'{"text": true}', "got a boolean"),
+    (b'{"text": {"a": 1}}', "got an object"),
+    (b'{"text": "\\ud800"}', "lone surrogate"),
+    (b"[" * 100_000, "not JSON"),
+    (b'{"text": ' + b"1" * 5000 + b"}", "not JSON"),
+    (b'\xef\xbb\xbf{"text": "a mark in the middle"}', "not JSON"),
+    (b'{"prompt": "a"}', 'no "text"'),
+    (b'{"prompt": 1, "completion": "a"}', 'expected a string as "prompt", got a number'),
+    (b'{"messages": []}', "got an empty list"),
+    (b'{"messages": {"role": "user"}}', "got an object"),
+    (b'{"messages": ["a"]}', "messages[0]: expected"),
+    (b'{"messages": [{"role": "user"}]}', 'expected a string as "messages[0].content", got null'),
+]
+
+
+def _error(source: str | Path) -> str:
+    return refusal(lambda: BufferedShuffle(open_source(str(source)), seed=0).next())
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.zst"])
+@pytest.mark.parametrize(("line", "reason"), BAD_LINES)
+def test_bad_line(line: bytes, reason: str, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"bad.{suffix}"
+    content = GOOD + b"\n" + line + b"\n" + GOOD
+    path.write_bytes(zstandard.compress(content) if suffix.endswith("zst") else content)
+    error = _error(path)
+    assert error.startswith(f"{path}:3: ")
+    assert reason in error
+
+
+def test_vanished_file(tmp_path: Path) -> None:
+    path = tmp_path / "gone.jsonl"
+    path.write_bytes(GOOD)
+    documents = BufferedShuffle(open_source(str(path)), seed=0)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"gone\.jsonl: No such file"):
+        documents.next()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"{", "not JSON in UTF-8"),
+        (b"\xff", "not JSON in UTF-8"),
+        (b"[]", "expected one object {key: text}"),
+        (b'{"a": 1}', 'mmlu-cot.json:a: expected a string as "text", got a number'),
+        (b"{}", "holds no document"),
+    ],
+)
+def test_bad_cot(
+    content: bytes, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    Path("data/mmlu-cot.json").write_bytes(content)
+    assert reason in _error("cot")

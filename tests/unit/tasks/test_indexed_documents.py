@@ -5,7 +5,6 @@ import logging
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +32,10 @@ def write_parts(path: Path, texts: list[str]) -> Path:
     return path
 
 
-WRITERS: dict[str, Callable[[Path, list[str]], Path]] = {
-    "plain.jsonl": write_jsonl,
-    "folder": write_parts,
-}
-
-
-@pytest.fixture(params=WRITERS)
+@pytest.fixture(params=[write_jsonl, write_parts])
 def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    return WRITERS[request.param](tmp_path / request.param, TEXTS)
+    written: Path = request.param(tmp_path / "a.jsonl", TEXTS)
+    return written
 
 
 def opened(path: Path, seed: int = 7) -> FullShuffle:
@@ -59,6 +53,7 @@ def test_every_document_once_per_epoch_in_new_orders(path: Path) -> None:
     assert len({tuple(epoch) for epoch in [*epochs, TEXTS]}) == 4
     first, same, other = (take(opened(path, seed), 103) for seed in (7, 7, 8))
     assert first == same == epochs[0] != other
+    check_restored_anywhere(opened(path), opened(path))
 
 
 def test_the_shuffle_reaches_over_the_whole_source(path: Path) -> None:
@@ -67,29 +62,6 @@ def test_the_shuffle_reaches_over_the_whole_source(path: Path) -> None:
     first = sorted(TEXTS.index(text) for text in order[:25])
     assert first[0] < 20
     assert first[-1] > 80
-
-
-def test_restored_at_every_point(path: Path) -> None:
-    check_restored_anywhere(opened(path), opened(path))
-
-
-def test_where_names_file_and_line(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(
-        b'\xef\xbb\xbf{"text": "one"}\r\n\r\n  \n{"text": "two", "x": NaN}\n\n{"text": ""}'
-    )
-    documents = opened(path)
-    found = {documents.next() for _ in range(3)}
-    expected = {("one", f"{path}:1"), ("two", f"{path}:4"), ("", f"{path}:6")}
-    assert {(document.text, document.origin) for document in found} == expected
-
-
-@pytest.mark.parametrize("content", [b"", b"\n\n", b" \r\n\n"])
-def test_no_document(content: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "empty.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"empty.jsonl: the source holds no document$"):
-        opened(path).next()
 
 
 def test_a_source_that_changed_is_not_resumed(path: Path) -> None:
@@ -121,9 +93,7 @@ def test_lines_that_moved_in_the_middle_are_seen(tmp_path: Path) -> None:
 
 def test_a_buffered_shuffle_is_not_taken_for_this_one(tmp_path: Path) -> None:
     documents = opened(write_jsonl(tmp_path / "a.jsonl", TEXTS))
-    with pytest.raises(
-        ValueError, match=r"a.jsonl: the source changed .* only be read in file order"
-    ):
+    with pytest.raises(ValueError, match=r"a.jsonl: the source changed .* read in file order"):
         documents.restore({"epoch": 0, "chunk": 1, "index": 2})
 
 
@@ -165,23 +135,21 @@ def test_the_index_is_kept_while_it_is_true(
     made = Counter[str]()
     real = module._build
     monkeypatch.setattr(module, "_build", lambda *args: made.update("m") or real(*args))
-    expected = naive(path.read_bytes())
 
     def times_made() -> int:
         before = made["m"]
-        assert load_line_index(str(path)).ends.tolist() == expected
+        assert load_line_index(str(path)).ends.tolist() == naive(path.read_bytes())
         return made["m"] - before
 
-    assert [times_made(), times_made()] == [1, 0]
-    kept.write_bytes(kept.read_bytes()[:-3])  # a crash, or a full disk
-    assert [times_made(), times_made()] == [1, 0]
-    kept.write_bytes(b"short")
-    assert [times_made(), times_made()] == [1, 0]
-    os.utime(path, (5, 5))
-    assert [times_made(), times_made()] == [1, 0]
-    path.write_bytes(path.read_bytes() + b"{}\n")
-    expected = naive(path.read_bytes())
-    assert [times_made(), times_made()] == [1, 0]
+    for happens in (
+        lambda: None,
+        lambda: kept.write_bytes(kept.read_bytes()[:-3]),  # a crash, or a full disk
+        lambda: kept.write_bytes(b"short"),
+        lambda: os.utime(path, (5, 5)),
+        lambda: path.write_bytes(path.read_bytes() + b"{}\n"),
+    ):
+        happens()
+        assert [times_made(), times_made()] == [1, 0]
 
 
 def test_where_the_index_cannot_be_kept_it_is_made_and_told(
@@ -256,12 +224,15 @@ def test_a_permutation_has_each_number_once(size: int) -> None:
         assert sorted(order[i] for i in range(size)) == list(range(size))
 
 
-@pytest.mark.parametrize("size", [5, 16, 100])
+@pytest.mark.parametrize("size", [5, 16])
 def test_each_number_may_stand_anywhere(size: int) -> None:
-    """Chi-square of the number at one position over 4000 seeds; five deviations above its mean."""
+    """Chi-square of the number at one position over the seeds; five deviations above its mean."""
+    orders = [Permutation(size, seed) for seed in range(1000)]
+    for order in orders:
+        _ = order[0]  # computes the positions after it, too
     for position in (0, size // 2, size - 1):
-        counts = Counter(Permutation(size, seed)[position] for seed in range(4000))
-        expected = 4000 / size
+        counts = Counter(order[position] for order in orders)
+        expected = 1000 / size
         chi_square = sum((counts[n] - expected) ** 2 / expected for n in range(size))
         assert chi_square < (size - 1) + 5 * (2 * (size - 1)) ** 0.5
 

@@ -12,7 +12,7 @@ from tasks.mixture import BlockStream
 from tasks.packing.blocks import TokenBlock, make_batch
 from tasks.source_spec import SourceSpec
 from tasks.stream import open_training_stream
-from tests.support.data import make_texts, through_json, tokenizer, write_jsonl
+from tests.support.data import make_texts, tokenizer, write_jsonl
 
 
 def _stream(path: Path) -> BlockStream:
@@ -40,20 +40,6 @@ def test_batches_are_the_streams_blocks(tmp_path: Path) -> None:
         assert batch.labels[:, :-1].tolist() == batch.token_ids[:, 1:].tolist()
         assert (batch.labels[:, -1] == -100).all()
     loader.close()
-
-
-def test_state_is_that_of_the_batch_whatever_was_prefetched(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", make_texts(40, seed=1))
-    loader = BatchLoader(_stream(path), rows=3)
-    batches = [loader.next() for _ in range(30)]
-    loader.close()
-    for i in (0, 7, 20):
-        stream = _stream(path)
-        stream.restore(through_json(batches[i].state))
-        resumed = BatchLoader(stream, rows=3)
-        for expected in batches[i + 1 : i + 9]:
-            assert resumed.next().token_ids.tolist() == expected.token_ids.tolist()
-        resumed.close()
 
 
 def test_an_error_comes_back_as_it_was(tmp_path: Path) -> None:

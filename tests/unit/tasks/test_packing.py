@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -14,9 +13,9 @@ from tasks.packing.concat import Packer
 from tasks.shuffling.buffered import BufferedShuffle
 from tasks.tokenization.encoder import Encoder
 from tests.support.data import (
+    check_blocks_restored_anywhere,
     make_texts,
     packed,
-    through_json,
     tokenizer,
     write_folder,
     write_jsonl,
@@ -57,7 +56,8 @@ def _naive_blocks(texts: Iterable[str], seq_len: int, separator: str | None) -> 
 def test_blocks_equal_a_naive_packing(tmp_path: Path, seq_len: int, separator: str | None) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     packed = _pack(path, seq_len, separator)
-    for expected in itertools.islice(_naive_blocks(_texts(path), seq_len, separator), 200):
+    num_blocks = 200 if seq_len < 500 else 30  # of several epochs
+    for expected in itertools.islice(_naive_blocks(_texts(path), seq_len, separator), num_blocks):
         block = packed.next_block()
         assert block.token_ids.tolist() == expected
         assert block.token_ids.dtype == np.int64
@@ -65,26 +65,12 @@ def test_blocks_equal_a_naive_packing(tmp_path: Path, seq_len: int, separator: s
         assert block.trained.all()
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst", "folder"])
 @pytest.mark.parametrize("separator", [None, "\n"])
-def test_restored_anywhere(tmp_path: Path, name: str, separator: str | None) -> None:
+def test_restored_anywhere(tmp_path: Path, separator: str | None) -> None:
     """Also in the middle of a document of many blocks."""
     texts = [*TEXTS, " ".join(make_texts(60, seed=5))]
-    write = write_folder if name == "folder" else write_jsonl
-    path = write(tmp_path / name, texts)
-    packed = _pack(path, 32, separator)
-    states, blocks = [], []
-    for _ in range(300):
-        states.append(through_json(packed.state()))
-        blocks.append(packed.next_block().token_ids.tolist())
-    resumed = _pack(path, 32, separator)
-    for i in random.Random(1).sample(range(300), 50):
-        resumed.restore(states[i])
-        assert resumed.state() == states[i]
-        ahead = min(12, 300 - i)
-        assert [resumed.next_block().token_ids.tolist() for _ in range(ahead)] == blocks[
-            i : i + ahead
-        ]
+    path = write_folder(tmp_path / "folder", texts)
+    check_blocks_restored_anywhere(lambda: _pack(path, 32, separator))
 
 
 def test_long_documents_warn_of_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import datasets
 import pyarrow
 import pytest
-import zstandard
 from huggingface_hub import constants
 from pyarrow import parquet
 
@@ -20,7 +19,8 @@ from tasks.shuffling.full import FullShuffle
 from tasks.shuffling.shuffle import shuffle_source
 from tasks.source_spec import SourceSpec
 from tasks.sources.base import BadLineError, Document
-from tests.support.data import check_restored_anywhere, make_texts
+from tests.support.data import check_restored_anywhere, make_texts, write_folder
+from tests.support.refusal import refusal
 
 NI = Path("data/natural-instructions")
 
@@ -51,12 +51,11 @@ def write_task(name: str, count: int, **changes: Any) -> list[str]:
     """A task's file; the outputs that are to be trained."""
     texts = make_texts(count, seed=len(name))
     task = {
-        "Contributors": ["é"], "Definition": [f"Define {name} 漢字."],
+        "Definition": [f"Define {name} 漢字."],
         "Positive Examples": [{"input": "no", "output": "no", "Instances": []}],
-        "Instances": [{"id": f"{name}-{n}", "input": f"in {text}", "output": [text, "another"]}
-                      for n, text in enumerate(texts)],
-        "Instance License": ["MIT"],
-    } | changes  # fmt: skip
+        "Instances": [{"input": f"in {text}", "output": [text, "another"]} for text in texts],
+        **changes,
+    }
     (NI / "tasks").mkdir(parents=True, exist_ok=True)
     indent = len(name) % 3 or None
     raw = json.dumps(task, indent=indent, ensure_ascii=count % 2 == 0)
@@ -94,9 +93,7 @@ def test_instances_of_the_training_tasks(name: str, caplog: pytest.LogCaptureFix
         assert {text_and_answer(document) for document in epoch} == expected
     assert len({document.origin.split(":")[0] for document in epoch[:30]}) == 3  # tasks are mixed
     assert "4 of 5 training tasks are there" in caplog.text
-    check_restored_anywhere(
-        shuffle_source(open_source(name), seed=1), shuffle_source(open_source(name), seed=1)
-    )
+    check_restored_anywhere(*(shuffle_source(open_source(name), seed=1) for _ in range(2)))
 
 
 def test_changed_tasks_are_not_resumed() -> None:
@@ -110,17 +107,13 @@ def test_changed_tasks_are_not_resumed() -> None:
 
 
 BAD_TASKS = [
-    (b"", "no task of natural instructions"),
     (b"[]", "no task of natural instructions"),
     (b"nonsense", "no task of natural instructions"),
     (b'{"Definition": ["d"]}', 'expected "Definition" and a list of "Instances"'),
     (b'{"Definition": ["d"], "Instances": {}}', "no task of natural instructions"),
-    (b'{"Definition": ["d"], "Instances": [{}', "no task of natural instructions"),
-    (b'{"Definition": ["d"], "Instances": [{}]', "no task of natural instructions"),
     (b'{"Definition": ["\xff"], "Instances": []}', "no task of natural instructions"),
     (b'{"Definition": ["d"], "Instances": [' + b"[" * 100_000, "no task of natural instructions"),
     (b'{"Definition": ["d"], "Instances": [3]}', "task1.json:1: expected"),
-    (b'{"Definition": ["d"], "Instances": [{"input": "\xff"}]}', "no task of natural instructions"),
     (b'{"Definition": ["d"], "Instances": [{"input": 1, "output": ["a"]}]}', '"inputs", got a num'),
     (b'{"Definition": ["d"], "Instances": [{"input": "a", "output": []}]}', '"targets", got null'),
     (b'{"Definition": ["d"], "Instances": []}', "ni: the source holds no document"),
@@ -132,10 +125,7 @@ def test_a_file_that_is_no_task_is_named(raw: bytes, reason: str) -> None:
     write_task("task1", 1)
     write_list("task1")
     (NI / "tasks" / "task1.json").write_bytes(raw)
-    with pytest.raises(ValueError) as caught:
-        shuffle_source(open_source("ni"), seed=1).next()
-    assert reason in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert reason in refusal(lambda: shuffle_source(open_source("ni"), seed=1).next())
 
 
 def test_a_mark_before_the_task_and_one_string_for_definition() -> None:
@@ -157,14 +147,15 @@ def test_a_folder_without_its_list_is_not_taken_from_the_hub() -> None:
 
 # ---- p3 ----
 
+PRETOKENIZED = {"inputs_pretokenized": "Is it?", "targets_pretokenized": "No"}
+TOKENIZED = {"inputs": [1, 2], "targets": [3], **PRETOKENIZED}
 PAIRS: list[tuple[dict[str, Any], tuple[str, str]]] = [
     ({"inputs": "Is it so?", "targets": "Yes"}, ("Is it so?", " Yes")),
     ({"inputs": "Is it so?\n", "targets": "Yes"}, ("Is it so?\n", "Yes")),
     ({"inputs": "Is it so?", "targets": "\nYes"}, ("Is it so?", "\nYes")),
     ({"inputs": "", "targets": "Yes"}, ("", "Yes")),
-    ({"inputs": [1, 2], "targets": [3], "inputs_pretokenized": "Is it?",
-      "targets_pretokenized": "No"}, ("Is it?", " No")),
-]  # fmt: skip
+    (TOKENIZED, ("Is it?", " No")),
+]
 
 
 def test_prompts_of_the_pool_in_every_kind_of_file() -> None:
@@ -182,17 +173,18 @@ def test_prompts_of_the_pool_in_every_kind_of_file() -> None:
 
 @pytest.mark.parametrize(
     ("row", "reason"),
-    [({"text": "a"}, 'expected a string as "inputs", got null'),
-     ({"inputs": "a", "targets": [3]}, 'expected a string as "targets", got a list'),
-     (["a"], 'expected an object, "inputs_pretokenized" or')],
-)  # fmt: skip
+    [
+        ({"text": "a"}, 'expected a string as "inputs", got null'),
+        ({"inputs": "a", "targets": [3]}, 'expected a string as "targets", got a list'),
+        (["a"], 'expected an object, "inputs_pretokenized" or'),
+    ],
+)
 def test_a_line_of_another_form_is_named(row: Any, reason: str) -> None:
     Path("data/p3").mkdir()
     Path("data/p3/a.jsonl").write_text(json.dumps(row))
-    with pytest.raises(ValueError) as caught:
-        shuffle_source(open_source("p3"), seed=1).next()
-    assert str(caught.value).startswith("data/p3/a.jsonl:1: ")
-    assert reason in str(caught.value)
+    refused = refusal(lambda: shuffle_source(open_source("p3"), seed=1).next())
+    assert refused.startswith("data/p3/a.jsonl:1: ")
+    assert reason in refused
 
 
 def test_a_data_set_saved_in_the_task_s_folder() -> None:
@@ -205,12 +197,8 @@ def test_a_data_set_saved_in_the_task_s_folder() -> None:
 
 
 def test_the_pile_s_own_files() -> None:
-    Path("data/pile").mkdir()
     texts = make_texts(30, seed=3)
-    lines = [json.dumps({"text": text, "meta": {"pile_set_name": "x"}}) + "\n" for text in texts]
-    for part in range(3):
-        raw = "".join(lines[part::3]).encode()
-        Path(f"data/pile/{part:02d}.jsonl.zst").write_bytes(zstandard.compress(raw))
+    write_folder(Path("data/pile"), texts)
     check_source(SourceSpec("pile"))
     documents = shuffle_source(open_source("pile"), seed=1)
     assert sorted(documents.next().text for _ in texts) == sorted(texts)
@@ -224,19 +212,23 @@ def test_an_empty_folder_is_not_taken_from_the_hub() -> None:
 
 # ---- from the hub ----
 
-HUB: list[tuple[str, str, dict[str, Any], str]] = [
-    ("ni", "Muennighoff/natural-instructions",
-     {"task_name": "t", "id": "1", "definition": "d", "inputs": "a", "targets": "b"},
-     "d\n\nInput: a\nOutput: b"),
-    ("p3", "Muennighoff/P3", {"inputs": "a", "targets": "b"}, "a b"),
-    ("pile", "monology/pile-uncopyrighted", {"text": "a", "meta": {"x": "y"}}, "a"),
-]  # fmt: skip
+NI_ROW = {"task_name": "t", "id": "1", "definition": "d", "inputs": "a", "targets": "b"}
+# By task: its name there, a row and the text of that; the folder that is looked for first.
+HUB: dict[str, tuple[str, dict[str, Any], str, str]] = {
+    "ni": (
+        "Muennighoff/natural-instructions",
+        NI_ROW,
+        "d\n\nInput: a\nOutput: b",
+        "natural-instructions",
+    ),
+    "p3": ("Muennighoff/P3", {"inputs": "a", "targets": "b"}, "a b", "p3"),
+    "pile": ("monology/pile-uncopyrighted", {"text": "a", "meta": {"x": "y"}}, "a", "pile"),
+}
 
 
-@pytest.mark.parametrize(("task", "name", "row", "text"), HUB)
-def test_else_from_the_hub(
-    task: str, name: str, row: dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("task", HUB)
+def test_else_from_the_hub(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, row, text, _ = HUB[task]
     asked: list[Any] = []
 
     def load_dataset(*args: Any, **options: Any) -> Any:
@@ -253,21 +245,15 @@ def test_else_from_the_hub(
     assert asked[0] == (name, None, {"split": "train", "streaming": True})
 
 
-@pytest.mark.parametrize(
-    ("task", "folder", "hub"),
-    [("ni", "natural-instructions", "Muennighoff/natural-instructions"),
-     ("p3", "p3", "Muennighoff/P3"), ("pile", "pile", "monology/pile-uncopyrighted")],
-)  # fmt: skip
+@pytest.mark.parametrize("task", HUB)
 @pytest.mark.parametrize("read", [lambda task: check_source(SourceSpec(task)), in_order])
 def test_neither_here_nor_there(
-    read: Callable[[str], object], task: str, folder: str, hub: str,
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    read: Callable[[str], object], task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub, _, _, folder = HUB[task]
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError) as caught:
-        read(task)
-    line = str(caught.value)
+    line = refusal(lambda: read(task))
     assert line.startswith(f"--task-name {task}: there is no {tmp_path}/data/{folder}: put there ")
     assert f"; and {hub} on the hub: Couldn't reach" in line
     assert "\n" not in line

@@ -1,8 +1,6 @@
 """What --task-name may say."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,7 @@ import pytest
 from tasks.registry import check_source
 from tasks.source_spec import SourceSpec, parse_task_name
 from tests.support.data import write_jsonl
+from tests.support.refusal import refusal
 
 
 @pytest.mark.parametrize(
@@ -32,10 +31,9 @@ def test_parsed(value: str, expected: list[tuple[str, float]]) -> None:
     "value", ["", " ", "a,", ",a", "a,,b", ":0.5", "a:0", "a:-1", "a:nan", "a:inf", "a:1e999"]
 )
 def test_refused(value: str) -> None:
-    with pytest.raises(ValueError, match="--task-name") as caught:
-        parse_task_name(value)
-    assert value.strip() in str(caught.value)
-    assert "\n" not in str(caught.value)
+    refused = refusal(lambda: parse_task_name(value))
+    assert "--task-name" in refused
+    assert value.strip() in refused
 
 
 @pytest.mark.parametrize(
@@ -50,10 +48,7 @@ def test_refused(value: str) -> None:
         ("../other/data", "../other/data: there is no such file or folder, expected a registered"),
         ("~/data", "--task-name ~/data: there is no such file or folder, expected a registered"),
         ("two\nlines", "--task-name 'two\\nlines': expected a registered task"),
-        (
-            "empty",
-            "--task-name empty: the folder holds no .jsonl, .jsonl.zst, .jsonl.gz or .parq",
-        ),
+        ("empty", "--task-name empty: the folder holds no .jsonl, .jsonl.zst, .jsonl.gz or .parq"),
         ("cot", "data/mmlu-cot.json: put there the chain-of-thought prompts of MMLU"),
     ],
 )
@@ -63,10 +58,7 @@ def test_source_refused(
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     Path("text.txt").touch()
-    with pytest.raises(ValueError) as caught:
-        check_source(SourceSpec(name))
-    assert expected in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert expected in refusal(lambda: check_source(SourceSpec(name)))
 
 
 def test_source_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,15 +71,3 @@ def test_source_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     write_jsonl(Path("data/train/a.jsonl"), ["a"])
     for name in ("cot", "data", "data/a.jsonl", "b.jsonl.zst", "data/train"):
         check_source(SourceSpec(name))
-
-
-def test_flags_are_checked_without_torch() -> None:
-    code = (
-        "import sys; from tasks.registry import *\n"
-        "try: check_source(SourceSpec('cot'))\n"
-        "except ValueError: pass\n"
-        "print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
-    )
-    root = Path(__file__).parents[3]
-    out = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
-    assert out.stdout == "set()\n", out.stderr

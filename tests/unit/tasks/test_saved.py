@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from tests.support.data import (
     tokenizer,
     write_jsonl,
 )
+from tests.support.refusal import refusal
 
 TEXTS = make_texts(103, seed=1)
 ROOT = Path(__file__).parents[3]
@@ -52,24 +54,17 @@ def test_every_row_once_per_epoch_and_from_anywhere(tmp_path: Path) -> None:
     rows = {Document(text, f"{folder}:{number}") for number, text in enumerate(TEXTS, 1)}
     assert all(set(epoch) == rows for epoch in epochs)
     assert epochs[0] != epochs[1]
-    first = sorted(TEXTS.index(document.text) for document in epochs[0][:25])
-    assert first[0] < 20
-    assert first[-1] > 80
-
-
-def test_restored_at_every_point(tmp_path: Path) -> None:
-    folder = save(tmp_path / "saved")
     check_restored_anywhere(opened(folder), opened(folder))
 
 
 def test_rows_of_every_form(tmp_path: Path) -> None:
-    rows = [
-        {"text": "a", "prompt": None, "completion": None, "messages": None},
-        {"text": None, "prompt": "b", "completion": "c", "messages": None},
-        {"text": None, "prompt": None, "completion": None,
-         "messages": [{"role": "user", "content": "d"}]},
-    ]  # fmt: skip
-    data = datasets.Dataset.from_list(rows).with_format("numpy")
+    rows: list[dict[str, Any]] = [
+        {"text": "a"},
+        {"prompt": "b", "completion": "c"},
+        {"messages": [{"role": "user", "content": "d"}]},
+    ]
+    none = dict.fromkeys(("text", "prompt", "completion", "messages"))
+    data = datasets.Dataset.from_list([none | row for row in rows]).with_format("numpy")
     data.save_to_disk(str(tmp_path / "saved"))
     (file,) = open_source(str(tmp_path / "saved")).files
     found = [record.document for record in file.read()]
@@ -84,12 +79,11 @@ def test_rows_of_every_form(tmp_path: Path) -> None:
 
 def test_evaluated_in_order(tmp_path: Path) -> None:
     paths = save(tmp_path / "saved"), write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    batches = [
-        [batch.token_ids.tolist()
-         for batch in evaluation_batches(str(path), tokenizer(), seq_len=16, rows=2)]
-        for path in paths
-    ]  # fmt: skip
-    assert batches[0] == batches[1]
+    saved, lines = (
+        evaluation_batches(str(path), tokenizer(), seq_len=16, rows=2) for path in paths
+    )
+    for found, expected in zip(saved, lines, strict=True):
+        assert found.token_ids.tolist() == expected.token_ids.tolist()
 
 
 def test_a_data_set_that_changed_is_not_resumed(tmp_path: Path) -> None:
@@ -106,9 +100,7 @@ def test_a_data_set_that_changed_is_not_resumed(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="saved: the source changed since the checkpoint"):
             opened(save(tmp_path / "saved", texts)).restore(state)
     write_jsonl(tmp_path / "a.jsonl.gz", TEXTS)
-    with pytest.raises(
-        ValueError, match="could be read in any order, and can now only be read in file"
-    ):
+    with pytest.raises(ValueError, match="in any order, and can now only be read in file"):
         shuffle_source(open_source(str(tmp_path / "a.jsonl.gz")), seed=7).restore(state)
 
 
@@ -130,9 +122,7 @@ def test_of_several_splits_the_one_to_train_on(tmp_path: Path) -> None:
     check_source(SourceSpec(str(tmp_path / "both")))
     assert opened(tmp_path / "both").next().origin.startswith(f"{tmp_path}/both/train:")
     datasets.DatasetDict({"test": data, "dev": data}).save_to_disk(str(tmp_path / "none"))
-    with pytest.raises(ValueError) as caught:
-        check_source(SourceSpec(str(tmp_path / "none")))
-    assert str(caught.value) == (
+    assert refusal(lambda: check_source(SourceSpec(str(tmp_path / "none")))) == (
         f"--task-name {tmp_path}/none: the splits saved there are test, dev, and none is train: "
         f"name the folder of one, as {tmp_path}/none/test"
     )
@@ -150,33 +140,31 @@ def test_no_column_counts_and_datasets_is_not_imported_to_say_so(tmp_path: Path)
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     expected = f"{tmp_path}/saved: it has none of the columns text, prompt, completion, messages"
     assert run.stdout == f"{expected}\nset()\n", run.stderr
-    with pytest.raises(ValueError) as caught:
-        opened(tmp_path / "saved").next()
-    assert str(caught.value) == expected
+    assert refusal(lambda: opened(tmp_path / "saved").next()) == expected
 
 
-@pytest.mark.parametrize("damage", ["cut", "noise", "no file", "state", "info"])
-def test_a_broken_data_set_is_named(damage: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("pattern", "damage"),
+    [
+        ("*1-of*.arrow", lambda file: file.write_bytes(file.read_bytes()[:3000])),
+        ("*1-of*.arrow", lambda file: file.write_bytes(b"noise" * 1000)),
+        ("*1-of*.arrow", Path.unlink),
+        ("state.json", lambda file: file.write_text('{"features": [')),
+        ("dataset_info.json", lambda file: file.write_text('{"features": [')),
+    ],
+)
+def test_a_broken_data_set_is_named(
+    pattern: str, damage: Callable[[Path], object], tmp_path: Path
+) -> None:
     folder = save(tmp_path / "saved")
-    file = sorted(folder.glob("*.arrow"))[1]
-    if damage == "cut":
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    elif damage == "noise":
-        file.write_bytes(b"noise" * 1000)
-    elif damage == "no file":
-        file.unlink()
-    else:
-        name = {"state": "state.json", "info": "dataset_info.json"}[damage]
-        (folder / name).write_text('{"features": [')
+    (file,) = folder.glob(pattern)
+    damage(file)
 
     def read() -> None:
         check_source(SourceSpec(str(folder)))
         opened(folder).next()
 
-    with pytest.raises(ValueError) as caught:
-        read()
-    assert str(folder) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert str(folder) in refusal(read)
 
 
 def test_rows_that_are_no_document_are_skipped_and_named(tmp_path: Path) -> None:
@@ -186,8 +174,8 @@ def test_rows_that_are_no_document_are_skipped_and_named(tmp_path: Path) -> None
     data.save_to_disk(str(tmp_path / "saved"))
     bad = BadLines(tmp_path / "bad", max_share=0.01)
     documents = opened(tmp_path / "saved", bad_lines=bad)
-    assert sorted(documents.next().text for _ in range(2)) == ["a", "b"]
-    assert sorted(documents.next().text for _ in range(2)) == ["a", "b"]
+    for _ in range(2):  # epochs
+        assert sorted(documents.next().text for _ in range(2)) == ["a", "b"]
     told = sorted((tmp_path / "bad").read_text().splitlines())
     assert [line.split(": ")[0] for line in told] == [f"{tmp_path}/saved:{n}" for n in (2, 3)]
 

@@ -15,12 +15,18 @@ from tasks.loader import BatchLoader
 from tasks.mixture import BlockStream
 from tasks.source_spec import SourceSpec
 from tasks.stream import open_training_stream
-from tasks.tokenization import prefetch as encoded_documents
-from tests.support.data import make_texts, through_json, tokenizer, write_folder, write_jsonl
+from tests.support.data import (
+    content,
+    make_texts,
+    through_json,
+    tokenizer,
+    write_folder,
+    write_jsonl,
+)
 
 WEIGHTS = (0.2, 0.5, 0.3)
 ROWS = 4
-APART = {3, 4, 9, 15}  # which of the parts that a run is cut into a process of its own tokenizes
+APART = {3, 4}  # which of the parts that a run is cut into a process of its own tokenizes
 
 
 @pytest.fixture(scope="module")
@@ -37,55 +43,41 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[SourceSpec]:
     return [SourceSpec(str(p), weight) for p, weight in zip(paths, WEIGHTS, strict=True)]
 
 
-@pytest.fixture(autouse=True)
-def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of what is tokenized at once: streams and their cuts come upon many of their ends."""
-    monkeypatch.setattr(encoded_documents, "BATCH_DOCUMENTS", 16)
-
-
 def stream_of(sources: Sequence[SourceSpec], **options: Any) -> BlockStream:
     return open_training_stream(
         sources, tokenizer(), seq_len=24, seed=5, chunk_documents=16, **options
     )
 
 
-WAYS: list[dict[str, Any]] = [
-    {},
-    {"train_on": "completion"},
-    {"pack": "document"},
-    {"pack": "document", "train_on": "completion", "separator": "\n"},
-]
-
-
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(map(ascii, way.values())) or "plain")
+@pytest.mark.parametrize(
+    "way", [{}, {"pack": "document", "train_on": "completion", "separator": "\n"}]
+)
 def test_workers_change_no_token(sources: list[SourceSpec], way: dict[str, Any]) -> None:
-    """0, 1 and 3 processes: 900 blocks, and the states between them, over several epochs."""
-    streams = [stream_of(sources, num_workers=workers, **way) for workers in (0, 1, 3)]
-    for _ in range(900):
-        first, *others = (stream.next_block() for stream in streams)
-        for other in others:
-            np.testing.assert_array_equal(first.token_ids, other.token_ids)
-            np.testing.assert_array_equal(first.predicted, other.predicted)
-            assert first.documents == other.documents
-        assert len({json.dumps(stream.state()) for stream in streams}) == 1
+    """0 and 3 processes: 900 blocks, and the states between them, over several epochs."""
+    streams = [stream_of(sources, num_workers=workers, **way) for workers in (0, 3)]
+    for number in range(900):
+        alone, apart = (content(stream.next_block()) for stream in streams)
+        assert alone == apart
+        if number % 7 == 0:
+            assert len({json.dumps(stream.state()) for stream in streams}) == 1
     for stream in streams:
         stream.close()
         stream.close()
     assert min(source["epoch"] for source in streams[0].state()["sources"]) >= 2
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(map(ascii, way.values())) or "plain")
-def test_cut_at_twenty_steps_it_is_the_same_stream(
+@pytest.mark.parametrize("way", [{"train_on": "completion"}, {"pack": "document"}])
+def test_cut_at_ten_steps_it_is_the_same_stream(
     sources: list[SourceSpec], way: dict[str, Any]
 ) -> None:
-    """Batches of 300 steps, against a run that is killed and resumed 20 times, to a process that
+    """Batches of 120 steps, against a run that is killed and resumed 10 times, to a process that
     tokenizes and from one, from one to the next, and where none does."""
     loader = BatchLoader(stream_of(sources, **way), rows=ROWS)
-    whole = [loader.next() for _ in range(300)]
+    whole = [loader.next() for _ in range(120)]
     loader.close()
-    cuts = sorted(random.Random(1).sample(range(1, 300), 20))
+    cuts = sorted(random.Random(1).sample(range(1, 120), 10))
     state: dict[str, Any] | None = None
-    for part, (start, end) in enumerate(pairwise([0, *cuts, 300])):
+    for part, (start, end) in enumerate(pairwise([0, *cuts, 120])):
         stream = stream_of(sources, num_workers=int(part in APART), **way)
         if state is not None:
             stream.restore(through_json(state))
@@ -101,12 +93,12 @@ def test_cut_at_twenty_steps_it_is_the_same_stream(
 
 
 def test_shares_are_the_weights(sources: list[SourceSpec]) -> None:
-    """10,000 blocks: within 1% of each weight (of all blocks: 0.2 is 1980 to 2020 of them)."""
+    """3000 blocks: within 1% of each weight (of all blocks: 0.2 is 594 to 606 of them)."""
     stream = stream_of(sources)
-    origins = [stream.next_block().documents[0] for _ in range(10_000)]
+    origins = [stream.next_block().documents[0] for _ in range(3000)]
     for spec, weight in zip(sources, WEIGHTS, strict=True):
         blocks = sum(origin.startswith(spec.name) for origin in origins)
-        assert blocks / 10_000 == pytest.approx(weight, rel=0.01)
+        assert blocks / 3000 == pytest.approx(weight, rel=0.01)
 
 
 def test_every_document_comes_once_an_epoch_in_another_order(sources: list[SourceSpec]) -> None:

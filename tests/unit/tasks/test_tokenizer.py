@@ -7,6 +7,7 @@ import pytest
 
 from tasks.tokenization.tokenizer import check_vocabulary, load_tokenizer
 from tests.support.data import tokenizer
+from tests.support.refusal import refusal
 
 
 def test_loaded_from_a_folder(tmp_path: Path) -> None:
@@ -21,10 +22,8 @@ def test_broken_folder(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         tokenizer().save_pretrained(tmp_path)
         (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(ValueError) as caught:
-        load_tokenizer(str(tmp_path))
-    assert str(caught.value).startswith(f"--tokenizer-name {tmp_path}: ")
-    assert "\n" not in str(caught.value)
+    refused = refusal(lambda: load_tokenizer(str(tmp_path)))
+    assert refused.startswith(f"--tokenizer-name {tmp_path}: ")
 
 
 @pytest.mark.parametrize("model_type", ["gpt_neox", "gptj"])
@@ -37,9 +36,7 @@ def test_a_config_alone_is_no_tokenizer(tmp_path: Path, model_type: str) -> None
 
 @pytest.mark.parametrize("name", ["", "a b", "/no/such/folder", "./none"])
 def test_no_folder_and_no_hub_name(name: str) -> None:
-    with pytest.raises(ValueError, match="--tokenizer-name") as caught:
-        load_tokenizer(name)
-    assert "\n" not in str(caught.value)
+    assert "--tokenizer-name" in refusal(lambda: load_tokenizer(name))
 
 
 def test_longer_than_the_vocabulary() -> None:

@@ -1,13 +1,12 @@
 """The processes that tokenize: what ends them, and what does not."""
 
+import json
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
-from subprocess import PIPE, Popen
 
 import pytest
 
@@ -56,7 +55,7 @@ def test_one_that_dies_is_told_and_the_others_end() -> None:
     """Whichever it is: one of them holds the lock of the queue that the others wait for."""
     for victim in range(2):
         workers = Workers(Encoder(tokenizer()), 2)
-        results = [workers.encode(DOCUMENTS * 500) for _ in range(20)]
+        results = [workers.encode(DOCUMENTS * 100) for _ in range(20)]
         for result in results:
             result()
         children = sorted(multiprocessing.active_children(), key=lambda child: child.pid or 0)
@@ -72,30 +71,32 @@ def test_one_that_dies_is_told_and_the_others_end() -> None:
         assert not any(child.is_alive() for child in children)
 
 
-PARENT = """
-import multiprocessing, sys, time
-from tasks.tokenization.encoder import Encoder
-from tasks.tokenization.workers import Workers
-from tests.unit.tasks.test_workers import DOCUMENTS, tokenizer
-
-if __name__ == "__main__":
+def live_and_wait(pipe: int) -> None:
+    """Tells the numbers of this process's workers, and waits to be killed."""
     workers = Workers(Encoder(tokenizer()), 2)
     for result in [workers.encode(DOCUMENTS) for _ in range(20)]:
         result()
-    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    os.write(pipe, json.dumps([child.pid for child in multiprocessing.active_children()]).encode())
     time.sleep(60)
-"""
 
 
-def test_they_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
-    (tmp_path / "parent.py").write_text(PARENT)
-    environ = {**os.environ, "PYTHONPATH": os.getcwd()}
-    with Popen([sys.executable, tmp_path / "parent.py"], stdout=PIPE, env=environ) as parent:
-        assert parent.stdout is not None
-        children = [int(pid) for pid in parent.stdout.readline().split()]
+def test_they_end_with_a_parent_that_is_killed() -> None:
+    reader, writer = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        try:
+            live_and_wait(writer)
+        finally:
+            os._exit(1)
+    os.close(writer)
+    try:
+        children = json.loads(os.read(reader, 1000))
         assert 1 <= len(children) <= 2
         assert all(map(is_there, children))
-        parent.kill()
+    finally:
+        os.close(reader)
+        os.kill(parent, signal.SIGKILL)
+        os.waitpid(parent, 0)
     end = time.monotonic() + SECONDS
     while any(map(is_there, children)):
         assert time.monotonic() < end, "a worker outlives its parent"

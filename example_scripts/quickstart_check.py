@@ -1,10 +1,5 @@
-"""Looks at what quickstart.sh trained, with plain transformers and nothing of this project.
+"""Checks what the quick start trained, with plain transformers and nothing of this project."""
 
-Measures the held-out perplexity, compares it with what training reported, and generates a sample.
-Exit status 1 where they differ, or where training did not bring it down at least fivefold.
-"""
-
-import argparse
 import json
 import math
 import sys
@@ -23,23 +18,42 @@ NEEDED_FALL = 5.0
 PROMPT = "Return"
 
 
-def main() -> None:
-    """Prints both perplexities and a sample; raises SystemExit where a check fails."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--held-out", type=Path, required=True)
-    parser.add_argument("--metrics", type=Path, required=True)
-    parser.add_argument("--seq-length", type=int, required=True)
-    args = parser.parse_args()
+def check_curve(metrics: Path, *, total_steps: int, resumed_from: int) -> None:
+    """Checks that each step was recorded once, and that the run was resumed where it should.
+
+    Raises SystemExit if not.
+    """
+    lines = read_metrics(metrics)
+    steps = [line["step"] for line in lines]
+    resumed = [line["step"] for line in lines if line.get("resumed")]
+    if steps != list(range(1, total_steps + 1)) or resumed != [resumed_from + 1]:
+        sys.exit(f"{metrics}: steps {steps}, resumed at {resumed}")
+
+
+def check_model(
+    folder: Path, *, held_out: Path, metrics: Path, seq_length: int
+) -> tuple[float, float, str]:
+    """Compares the held-out perplexity with the reported one, and generates a sample.
+
+    Returns:
+        The perplexity before training, the one after it, and an indented sample.
+
+    Raises:
+        SystemExit: the two perplexities differ, or training reduced it less than fivefold.
+    """
     logging.disable_progress_bar()
-    model, tokenizer = load(args.model)
-    ours = math.exp(held_out_loss(model, blocks(tokenizer, args.held_out, args.seq_length)))
-    before, reported = reported_perplexities(args.metrics)
-    print(f"    held-out perplexity before training:                    {before:.2f}")
-    print(f"    held-out perplexity after it, as training reported it:  {reported:.2f}")
-    print(f"    held-out perplexity after it, computed by transformers: {ours:.2f}")
+    model, tokenizer = load(folder)
+    ours = math.exp(held_out_loss(model, blocks(tokenizer, held_out, seq_length)))
+    before, reported = reported_perplexities(metrics)
     check(before, reported, ours)
-    print(textwrap.indent(f"a sample:\n{sample(model, tokenizer)}", "    "))
+    text = sample(model, tokenizer)
+    return before, reported, textwrap.indent(f"a sample:\n{text}", "    ")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of metrics.jsonl that are complete."""
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def load(folder: Path) -> tuple[Any, Any]:
@@ -75,7 +89,7 @@ def held_out_loss(model: Any, token_blocks: Iterator[list[int]]) -> float:
 
 def reported_perplexities(path: Path) -> tuple[float, float]:
     """The perplexities that training wrote to metrics.jsonl: before it, and the last one."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = read_metrics(path)
     return math.exp(lines[0]["eval_loss_before"]), lines[-1]["eval_perplexity"]
 
 
@@ -96,7 +110,3 @@ def sample(model: Any, tokenizer: Any) -> str:
     )
     text: str = tokenizer.decode(tokens[0], skip_special_tokens=True)
     return text
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,59 @@
+"""Activation functions of feed-forward layers, under their names in a config.
+
+The three that published GPT-J and GPT-NeoX models use are built here. `transformers.activations`,
+which has all others, takes 1.8 s to import, on each rank: it is imported for those alone.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SCALE = math.sqrt(2.0 / math.pi)
+
+
+class GELUNew(nn.Module):
+    """The tanh approximation of GELU, in the order of operations of transformers' `gelu_new`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # One expression: the order of its parts is the order in which backward adds gradients.
+        return 0.5 * x * (1.0 + torch.tanh(SCALE * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+class GELUFast(nn.Module):
+    """The tanh approximation of GELU, in the order of operations of transformers' `gelu_fast`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
+
+
+PUBLISHED: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_fast": GELUFast,
+    "gelu_new": GELUNew,
+}
+
+
+def make_activation(name: str) -> nn.Module:
+    """Returns the activation `name`, which `check_activation` accepts."""
+    activation: nn.Module = PUBLISHED[name]() if name in PUBLISHED else _all_activations()[name]
+    return activation
+
+
+def check_activation(field_name: str, activation: str) -> None:
+    """Raises ValueError for an activation that is unknown or has weights of its own."""
+    if activation in PUBLISHED:
+        return
+    activations = _all_activations()
+    if activation not in activations:
+        raise ValueError(f"{field_name} is {activation!r}, unknown to transformers' ACT2FN")
+    if list(activations[activation].parameters()):
+        raise ValueError(f"{field_name} is {activation!r}, which has weights: it is not built")
+
+
+def _all_activations() -> Any:
+    from transformers.activations import ACT2FN  # see the docstring of this file
+
+    return ACT2FN

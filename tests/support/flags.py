@@ -1,0 +1,12 @@
+"""Flags of dist_clm_train.py as a user writes them, by name."""
+
+from typing import Any
+
+
+def flags_of(line: str) -> dict[str, Any]:
+    """Returns the values by name of `--lr 1e-3 --bf16`; a flag without a value is true."""
+    flags: dict[str, Any] = {}
+    for part in f" {' '.join(line.split())}".split(" --")[1:]:
+        name, _, value = part.partition(" ")
+        flags[name] = value or "true"
+    return flags

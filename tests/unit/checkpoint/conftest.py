@@ -1,0 +1,27 @@
+"""Models that several tests of `checkpoint/` spoil a copy of."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.checkpoint_models import (
+    copy_config,
+    make_checkpoint,
+    make_model,
+    save_model,
+    step_meta,
+    to_shards,
+)
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A NeoX model in every form: st, many, bin, shards, ck (a step of ours: stages of 2 and 1)."""
+    base = tmp_path_factory.mktemp("originals")
+    model = make_model("gptneox")
+    for folder, form in (("st", "single"), ("many", "sharded"), ("bin", "bin")):
+        save_model(model, base / folder, form)
+    to_shards(base / "st", base / "made").rename(base / "shards")
+    make_checkpoint(base / "shards", base / "ck", counts=(2, 1), meta=step_meta(7, (2, 1)))
+    copy_config(base / "shards", base / "ck")
+    return base

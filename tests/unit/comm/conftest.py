@@ -1,0 +1,24 @@
+"""Processes of a test, which end with it."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.support.launcher import Launch, Process, start
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Launch]:
+    """Calls `function(ready, *args, **options)` in a process of its own."""
+    started: list[Process] = []
+
+    def launch_one(function: Callable[..., object], *args: object, **options: object) -> Process:
+        program = partial(function, **options)
+        started.append(start(tmp_path, str(len(started)), program, *args))
+        return started[-1]
+
+    yield launch_one
+    for process in started:
+        process.kill()

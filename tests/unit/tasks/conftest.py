@@ -1,0 +1,16 @@
+"""Settings of the tests of `tasks/`."""
+
+from collections.abc import Iterator
+from unittest.mock import patch
+
+import pytest
+
+from tasks.tokenization import prefetch
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_batches() -> Iterator[None]:
+    """Makes batches of few documents: small sources are not read many times for one of them, and
+    streams meet many ends of batches."""
+    with patch.object(prefetch, "BATCH_DOCUMENTS", 16):
+        yield

@@ -1,0 +1,58 @@
+"""What a rank imports before its first step: its start takes seconds for each large library."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+HELP = "import runpy; runpy.run_path('dist_clm_train.py', run_name='__main__')"
+LARGE = ["datasets", "matplotlib", "pandas", "pyarrow", "sympy", "torch._dynamo", "wandb"]
+REPORT = """
+import atexit, json, os, sys
+atexit.register(lambda: os.write(2, b"\\n" + json.dumps(sorted(sys.modules)).encode()))
+"""
+SESSION = """
+from pathlib import Path
+import training.session
+from modules.layers.activation import PUBLISHED
+from modules.registry import MODELS
+from modules.stage_model import StageModel
+from tasks.open import open_source
+from transformers import GPTJConfig, GPTNeoXConfig
+
+open_source("text.jsonl")
+sizes = {"vocab_size": 8, "num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 1}
+for activation in PUBLISHED:
+    for name, config in (
+        ("gptneox", GPTNeoXConfig(**sizes, hidden_act=activation)),
+        ("gptj", GPTJConfig(**sizes, rotary_dim=4, activation_function=activation)),
+    ):
+        family = MODELS[name].load()
+        family.check_config(config)
+        StageModel(family, config, range(3), device="cpu")
+"""
+
+
+def imported_by(code: str, *arguments: str, folder: Path) -> set[str]:
+    """Returns the modules that a process has imported when it ends well."""
+    command = [sys.executable, "-c", REPORT + code, *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=True)
+    return set(json.loads(done.stderr.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("flag", ["--help", "--help-all"])
+def test_help_imports_neither_torch_nor_transformers(flag: str) -> None:
+    assert imported_by(HELP, flag, folder=ROOT).isdisjoint({"torch", "transformers", "numpy"})
+
+
+def test_a_rank_imports_no_library_that_its_model_does_not_need(tmp_path: Path) -> None:
+    """Covers the imports, and the model that is made on a CPU, whatever its usual activation."""
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n')
+    imported = imported_by(SESSION, folder=tmp_path)
+    assert "training.run" in imported
+    assert imported.isdisjoint(LARGE)
