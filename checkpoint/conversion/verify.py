@@ -38,7 +38,7 @@ def verify(
 ) -> None:
     """Compares `folder` with `modules`, the stages' weights, cast to `dtype` as they were written.
 
-    Logs the largest difference of two logits over the largest absolute logit; RuntimeError if that
+    Logs the largest difference of two logits over the largest absolute logit; ValueError if that
     is more than rounding explains.
     """
     shape = (NUM_ROWS, min(NUM_TOKENS, config.max_position_embeddings))
@@ -50,9 +50,10 @@ def verify(
     allowed = TOLERANCE * math.sqrt(config.hidden_size) * len(modules)
     LOGGER.info("verified: logits differ by %.2e at most, %.2e allowed", difference, allowed)
     if not difference <= allowed:
-        raise RuntimeError(
+        raise ValueError(
             f"--verify: logits of {folder} and of the stages differ by {difference:.2e} of the "
-            f"largest, more than the {allowed:.2e} that rounding explains"
+            f"largest, more than the {allowed:.2e} that rounding explains; convert again, and report "
+            f"it if the difference remains"
         )
 
 

@@ -1,0 +1,124 @@
+"""README and docs: the site builds, links and flags are right, and every shown command runs."""
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from example_scripts import quickstart_model
+from tests.support.pages import PAGES, ROOT, blocks_of, copy_project, run_block
+
+README = ROOT / "README.md"
+LINK = re.compile(r"\]\((?!https?://)([^)#\s]*)(?:#([^)\s]*))?\)")
+LOADED = re.compile(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=\"?(https?:[^\" >]*)")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site; --strict fails for a link or an anchor of docs/ that leads nowhere."""
+    folder = tmp_path_factory.mktemp("docs") / "site"
+    env = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_the_site_loads_nothing_from_a_network(site: Path) -> None:
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > 30
+    assert {link for page in pages for link in LOADED.findall(page.read_text())} == set()
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_into_the_project_lead_somewhere(page: str, site: Path) -> None:
+    """mkdocs checks the links between its own pages; an anchor is looked up in the built page."""
+    for target, anchor in LINK.findall((ROOT / page).read_text(encoding="utf-8")):
+        assert (ROOT / target).exists(), target
+        if anchor:
+            html = site / Path(target).relative_to("docs").with_suffix(".html")
+            assert f'id="{anchor}"' in html.read_text(), f"{target}#{anchor}"
+
+
+def test_the_page_of_flags_is_that_of_the_flag_table() -> None:
+    """`python docs/write_flags.py` writes it."""
+    command = [sys.executable, "docs/write_flags.py", "--check"]
+    assert subprocess.run(command, cwd=ROOT, timeout=60).returncode == 0
+
+
+def test_readme_is_short_and_has_every_package() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 200
+    for package in ROOT.glob("*/__init__.py"):
+        if package.parent.name not in ("tests", "example_scripts"):
+            assert f"{package.parent.name}/ " in text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_file_that_is_named_exists(page: Path) -> None:
+    """A name without a folder may be in any folder of the project; recipes name files to write."""
+    text = re.sub(r"```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+    names = set(re.findall(r"(?<![\w/.<>-])[\w/]*\w\.(?:py|sh|sbatch)\b", text))
+    files = [path.relative_to(ROOT) for path in ROOT.glob("[!.]*/**/*")]
+    names -= {str(path) for path in files} | {path.name for path in files}
+    assert {name for name in names if not (ROOT / name).exists()} == set()
+
+
+def test_the_licence_is_apache_2_0_to_the_letter() -> None:
+    """The checksum is that of apache.org/licenses/LICENSE-2.0.txt."""
+    digest = hashlib.sha256((ROOT / "LICENSE").read_bytes()).hexdigest()
+    assert digest == "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
+    assert "Apache License 2.0: see `LICENSE`." in README.read_text(encoding="utf-8")
+
+
+def test_readmes_commands_take_a_model_from_hugging_face_and_back(tmp_path: Path) -> None:
+    """The five steps, with a part of the quick start's corpus."""
+    project = copy_project(tmp_path)
+    quickstart_model.make(project / "quickstart", 100)
+    for block in blocks_of(README):
+        if block.is_run:
+            run_block(block, project)
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """Makes a copy of the project for a page, in which the quick start has run."""
+    first = copy_project(tmp_path_factory.mktemp("shown"))
+    command = [sys.executable, "-m", "example_scripts.quickstart"]
+    subprocess.run(command, cwd=first, check=True, timeout=600)
+
+    def copy(folder: Path) -> Path:
+        project = copy_project(folder)
+        subprocess.run(["cp", "-r", first / "quickstart", project], check=True)
+        return project
+
+    return copy
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if any(block.is_run for block in blocks_of(page))],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
+def test_every_shown_command_runs(
+    page: Path, shown: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    """Page by page and in order, after the quick start."""
+    project = shown(tmp_path)
+    for block in blocks_of(page):
+        if block.is_run:
+            run_block(block, project)
+
+
+def test_every_block_of_commands_is_seen() -> None:
+    """No page hides one from the tests, by an indentation or another name of the language."""
+    for page in PAGES:
+        fences = re.findall(r"^\s*```(\w+)", page.read_text(encoding="utf-8"), flags=re.M)
+        assert not {"sh", "shell", "console"}.intersection(fences), page
+        assert fences.count("bash") == len(list(blocks_of(page))), page

@@ -1,0 +1,85 @@
+"""The pages of the documentation, their bash blocks, and a copy of the project that runs them."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support.launcher import free_port
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")])
+NOT_RUN = ("# needs GPUs", "# needs a network")  # the first line of a block that no test runs
+_BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+_DEADLINE = 300.0
+# bash's own `wait` returns 0 whatever the jobs returned.
+_WAIT = 'wait() { local job; for job in $(jobs -p); do builtin wait "$job" || return; done; }\n'
+
+
+@dataclass(frozen=True)
+class Block:
+    """A bash block of a page; `line` is the line of its first command."""
+
+    page: Path
+    line: int
+    text: str
+
+    @property
+    def is_run(self) -> bool:
+        return not self.text.startswith(NOT_RUN)
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks_of(page: Path) -> Iterator[Block]:
+    text = page.read_text(encoding="utf-8")
+    for match in _BLOCK.finditer(text):
+        yield Block(page, text.count("\n", 0, match.start()) + 2, match[1])
+
+
+def copy_project(folder: Path) -> Path:
+    """Copies the project to `folder`/project, with this interpreter's environment as .venv."""
+    copy = folder / "project"
+    made = shutil.ignore_patterns(".*", "__pycache__", "htmlcov", "wandb", "site")
+    shutil.copytree(ROOT, copy, ignore=made)
+    for name in ("quickstart", "data", "pretrained_models", "model_checkpoints", "trace_json"):
+        shutil.rmtree(copy / name, ignore_errors=True)
+    (copy / ".venv").symlink_to(sys.prefix)
+    return copy
+
+
+def run_block(block: Block, project: Path) -> None:
+    """Runs a block in a copy of the project; asserts that every command of it succeeds.
+
+    A port that the page names may be in use here, so a free one takes its place.
+    """
+    script = _WAIT + block.text.replace("7033", str(free_port()))
+    process = subprocess.Popen(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=project,
+        env={
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "WANDB_MODE": "disabled",
+        },
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=_DEADLINE)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == 0, f"{block} ended with {process.returncode}:\n{output}"
