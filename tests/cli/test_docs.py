@@ -10,11 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from example_scripts import quickstart_model
+from arguments.train import train_parser
 from tests.support.pages import PAGES, ROOT, blocks_of, copy_project, run_block
 
 README = ROOT / "README.md"
 LINK = re.compile(r"\]\((?!https?://)([^)#\s]*)(?:#([^)\s]*))?\)")
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
+# Flags of the converters, of `python -m pipeline_parallel.schedule`, of scripts and of other programs;
+# --log-every is the example of the recipe "Add a flag".
+OTHER_FLAGS = {
+    *("--save-dir", "--dtype", "--ckpt-path", "--save-path", "--n-stages", "--n-layer-per-stage"),
+    *("--config-name", "--verify", "--stages", "--microbatches", "--forward", "--input-gradient"),
+    *("--weight-gradient", "--check", "--checkout", "--only", "--out", "--nproc-per-node"),
+    *("--max-restarts", "--shutdown-timeout", "--signals-to-handle", "--signal", "--strict"),
+    "--log-every",
+}
 LOADED = re.compile(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=\"?(https?:[^\" >]*)")
 
 
@@ -61,12 +71,19 @@ def test_readme_is_short_and_has_every_package() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_file_that_is_named_exists(page: Path) -> None:
-    """A name without a folder may be in any folder of the project; recipes name files to write."""
+    """A name may leave out the first folders of the path; blocks of code name files to write."""
     text = re.sub(r"```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
     names = set(re.findall(r"(?<![\w/.<>-])[\w/]*\w\.(?:py|sh|sbatch)\b", text))
-    files = [path.relative_to(ROOT) for path in ROOT.glob("[!.]*/**/*")]
-    names -= {str(path) for path in files} | {path.name for path in files}
-    assert {name for name in names if not (ROOT / name).exists()} == set()
+    files = [f"/{path.relative_to(ROOT)}" for path in ROOT.glob("[!.]*/**/*")]
+    names = {name for name in names if not (ROOT / name).exists()}
+    assert {name for name in names if not any(file.endswith(f"/{name}") for file in files)} == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_flag_that_is_named_exists(page: Path) -> None:
+    actions = train_parser(shows_all=True)._actions
+    flags = {name for action in actions for name in action.option_strings} | OTHER_FLAGS
+    assert set(FLAG.findall(page.read_text(encoding="utf-8"))) - flags == set()
 
 
 def test_the_licence_is_apache_2_0_to_the_letter() -> None:
@@ -74,15 +91,6 @@ def test_the_licence_is_apache_2_0_to_the_letter() -> None:
     digest = hashlib.sha256((ROOT / "LICENSE").read_bytes()).hexdigest()
     assert digest == "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
     assert "Apache License 2.0: see `LICENSE`." in README.read_text(encoding="utf-8")
-
-
-def test_readmes_commands_take_a_model_from_hugging_face_and_back(tmp_path: Path) -> None:
-    """The five steps, with a part of the quick start's corpus."""
-    project = copy_project(tmp_path)
-    quickstart_model.make(project / "quickstart", 100)
-    for block in blocks_of(README):
-        if block.is_run:
-            run_block(block, project)
 
 
 @pytest.fixture(scope="module")
