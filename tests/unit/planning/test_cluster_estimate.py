@@ -74,7 +74,7 @@ ROSTER = [Participant(r, f"h{r // 2}", "127.0.0.1", "lo", 1, {}) for r in range(
 
 def test_links_that_cost_little_are_told_so() -> None:
     told = "\n".join(advice(estimate(1), ROSTER, precision="fp32"))
-    assert "takes at least 18 s of products and messages; with links that cost nothing 18 s" in told
+    assert "takes at least 18 s for matmuls and messages; with free links 18 s" in told
     assert "the links make an iteration 0% longer" in told
     assert "expect iterations" not in told
     assert "--num-layers 3,1 is even enough for devices as fast as measured" in told
