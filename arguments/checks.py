@@ -65,7 +65,7 @@ def _check_network(network: NetworkSettings) -> None:
     if network.dist_timeout < MIN_DIST_TIMEOUT:
         raise ValueError(
             f"--dist-timeout {network.dist_timeout:g}: expected at least {MIN_DIST_TIMEOUT:g} "
-            "seconds, because ranks report to each other every second during a save"
+            "seconds, because ranks that save report to each other every second"
         )
 
 
