@@ -72,7 +72,7 @@ DATA_FLAGS = (
     ),
     free(
         "--evaluation-steps",
-        "iterations between evaluations; 0: evaluate only before the first and after the last",
+        "iterations between evaluations; 0: only before the first and after the last iteration",
         0,
         whole(0),
         common=True,

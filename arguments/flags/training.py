@@ -118,7 +118,7 @@ PRECISION_FLAGS = (
     free("--hysteresis", "fp16: overflows before the scale halves", 2, whole(1)),
     free(
         "--max-skipped-updates",
-        "fp16: so many overflows in a row save a checkpoint and end the run",
+        "fp16: number of overflows in a row after which the run saves a checkpoint and ends",
         50,
         whole(1),
     ),
