@@ -187,6 +187,6 @@ def test_memory_that_truly_runs_out_ends_every_rank(folder: Path) -> None:
     assert re.match(
         r"rank 1: stage 1, forward of microbatch \d+, with \d+ others in flight; last received: "
         r"\(1, 256, 128\) torch.float32: out of memory \(requested \d+ bytes\); according to "
-        r"--plan .*; the same command with --rank 0 --plan --device-memory SIZE",
+        r"--plan, .*; the same command with --rank 0 --plan --device-memory SIZE",
         second[0],
     )
