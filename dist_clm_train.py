@@ -1,8 +1,12 @@
-"""Trains one rank of a run, or previews, plans or checks the run.
+"""Entry script of one rank: trains, previews the data, plans the memory or checks the cluster.
 
-Exit status: 0 the run is complete; 2 a user's mistake; 75 the run was stopped by SIGTERM, SIGINT or
-SIGUSR1 after a save, and the same command resumes it; 1 anything else, such as a stop that took
-longer than --grace-seconds, or a second request to stop.
+Exit statuses:
+    0: the run is complete.
+    1: another failure, for example a stop that took longer than --grace-seconds, or a second
+        request to stop.
+    2: the user made a mistake.
+    75: SIGTERM, SIGINT or SIGUSR1 stopped the run without a loss of progress; the same command
+        resumes the run.
 """
 
 import os
@@ -23,10 +27,10 @@ from training.startup_checks import check_this_machine
 
 
 def main(argv: Sequence[str] | None = None, timing: Timing = DEFAULT_TIMING) -> None:
-    """Runs one rank; a user's mistake ends it with one line on stderr and exit status 2.
+    """Runs one rank; on a user's mistake, exits with one line on stderr and status 2.
 
     Args:
-        argv: the flags; left out, those of the command line.
+        argv: the flags; None: the flags of this process's command line.
         timing: the waiting times among the ranks.
     """
     settings = parse_train(argv)
@@ -53,7 +57,7 @@ def main(argv: Sequence[str] | None = None, timing: Timing = DEFAULT_TIMING) -> 
 
 
 def preview(settings: Settings, num_blocks: int) -> None:
-    """Prints the first blocks and the mixture; only rank 0 reads data and prints."""
+    """Prints the first blocks and numbers about the mixture; only rank 0 reads data and prints."""
     if settings.parallel.rank != 0:
         return
     from training.data import preview_data
@@ -66,7 +70,7 @@ def preview(settings: Settings, num_blocks: int) -> None:
 
 
 def plan(settings: Settings) -> None:
-    """Prints what each stage needs; exit status 1 if that is more than --device-memory."""
+    """Prints the needs of each stage; exits with status 1 if a stage exceeds --device-memory."""
     if settings.parallel.rank != 0:
         return
     from planning.memory.plan import MemoryPlan
@@ -82,16 +86,16 @@ def plan(settings: Settings) -> None:
 
 
 def show(parts: Iterable[str]) -> None:
-    """Prints parts one by one, until the reader closes the pipe.
+    """Prints the parts one after another; stops when the reader closes the pipe.
 
     Raises:
-        ValueError: standard output cannot be written, for example because a disk is full.
+        ValueError: a write to standard output fails, for example because the disk is full.
     """
     for part in parts:
         try:
             sys.stdout.write(part)
             sys.stdout.flush()
-        except OSError as error:  # the rest of the buffer must not fail again at the exit
+        except OSError as error:  # the exit must not fail again on the rest of the buffer
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             if isinstance(error, BrokenPipeError):
                 return

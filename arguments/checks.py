@@ -1,6 +1,6 @@
 """Checks that need more than one flag. Needs no torch.
 
-Every check raises a ValueError of one line that names flags, their values and what was expected.
+Each check raises a ValueError of one line, which names flags, their values and the expected values.
 """
 
 from arguments.settings import (
@@ -17,7 +17,7 @@ MIN_DIST_TIMEOUT = 5.0  # seconds; several times the EXCHANGE_SECONDS of comm/co
 
 
 def check_settings(settings: Settings) -> None:
-    """Raises ValueError for a mistake that the flags alone show; every rank finds the same one."""
+    """Raises ValueError if the flags are invalid or contradict each other."""
     _check_shape(settings.parallel)
     if isinstance(settings.model.num_layers, Split):
         check_length(settings.model.num_layers, settings.parallel.pipeline_group_size)
@@ -41,8 +41,8 @@ def warnings_about(settings: Settings) -> list[str]:
         warnings.append("--device-memory does nothing without --plan")
     if precision.scales_dynamically and precision.max_skipped_updates <= precision.hysteresis:
         warnings.append(
-            f"--max-skipped-updates {precision.max_skipped_updates} ends the run before a lower "
-            f"loss scale has been tried, which --hysteresis {precision.hysteresis} overflows bring"
+            f"--max-skipped-updates {precision.max_skipped_updates} ends the run before an update "
+            f"uses a lower loss scale, which needs --hysteresis {precision.hysteresis} overflows"
         )
     return warnings
 
@@ -65,7 +65,7 @@ def _check_network(network: NetworkSettings) -> None:
     if network.dist_timeout < MIN_DIST_TIMEOUT:
         raise ValueError(
             f"--dist-timeout {network.dist_timeout:g}: expected at least {MIN_DIST_TIMEOUT:g} "
-            "seconds, for ranks that save tell each other every second that they are still at it"
+            "seconds, because ranks that save report to each other every second"
         )
 
 
@@ -103,5 +103,6 @@ def _check_rates(update: UpdateSettings) -> None:
         raise ValueError(f"--min-lr {update.min_lr:g}: expected at most --lr {update.lr:g}")
     if update.min_lr and update.lr_schedule == "constant":
         raise ValueError(
-            f"--min-lr {update.min_lr:g}: --lr-schedule constant falls to nothing lower"
+            f"--min-lr {update.min_lr:g}: expected 0 with --lr-schedule constant, which never "
+            "lowers the rate"
         )

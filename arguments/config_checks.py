@@ -15,7 +15,7 @@ def check_model(settings: Settings) -> None:
     """Checks the flags against the config.json of --model-name.
 
     Raises:
-        ValueError: they contradict each other, or the file is not readable.
+        ValueError: flags contradict config.json, or config.json is not readable.
     """
     model, seq_length = settings.model, settings.update.seq_length
     entry, path = MODELS[model.model_type], model.model_name / "config.json"

@@ -10,7 +10,7 @@ from arguments.values import layers, switch, whole
 
 
 def parse_convert_from_hf(family: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags of convert_from_hf_<family>.py; ends the process with status 2 on a mistake."""
+    """Parses the flags of convert_from_hf_<family>.py; exits with status 2 on a mistake."""
     parser = OneLineParser(f"Converts a Hugging Face {family} model to layer shards.")
     add = parser.add_argument
     add("--model-name", required=True, help="folder in the Hugging Face format, or hub name")
@@ -18,33 +18,44 @@ def parse_convert_from_hf(family: str, argv: Sequence[str] | None = None) -> arg
         "--save-dir",
         required=True,
         type=Path,
-        help="the shards go to <save-dir>/<model name with / as _>",
+        help="the shards are written to <save-dir>/<model name with / as _>",
     )
-    add("--dtype", choices=("keep", "fp16", "bf16", "fp32"), default="keep", help="of the shards")
+    add(
+        "--dtype",
+        choices=("keep", "fp16", "bf16", "fp32"),
+        default="keep",
+        help="type of the shards; keep: the type of the model",
+    )
     return _parse_or_refuse(parser, argv)
 
 
 def parse_convert_to_hf(family: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags of convert_to_hf_<family>.py; ends the process with status 2 on a mistake."""
+    """Parses the flags of convert_to_hf_<family>.py; exits with status 2 on a mistake."""
     parser = OneLineParser(f"Converts a {family} training checkpoint to the Hugging Face format.")
     add = parser.add_argument
     add(
         "--ckpt-path",
         required=True,
         type=Path,
-        help="a step's folder, or the --checkpoint-path of training for the latest",
+        help="a step's folder, or the --checkpoint-path of training for the latest step",
     )
     add("--save-path", required=True, type=Path, help="the folder to write")
-    add("--n-stages", type=whole(1), help="stages of the run; needed where no meta.json tells")
+    add("--n-stages", type=whole(1), help="stages of the run; needed without meta.json")
     add(
         "--n-layer-per-stage",
         type=layers(auto=False),
-        help="layers per stage, or a list of each stage's; needed likewise",
+        help="layers per stage, or a list such as 5,3; needed without meta.json",
     )
-    add("--config-name", help="folder or hub name of config and tokenizer, for checkpoints without")
+    add(
+        "--config-name",
+        help="folder or hub name of config and tokenizer, for checkpoints without them",
+    )
     for flag, text in (
-        ("--fp16", "write fp16, whatever the checkpoint holds"),
-        ("--verify", "compare the result's logits with the stages', layer by layer"),
+        ("--fp16", "write fp16 weights; false: the type in the checkpoint"),
+        (
+            "--verify",
+            "compare the logits of the result with those of the checkpoint, layer by layer",
+        ),
     ):
         Flag(flag, text, default=False, type=switch).add_to(parser, is_shown=True)
     return _parse_or_refuse(parser, argv)

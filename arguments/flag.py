@@ -1,4 +1,4 @@
-"""One flag of dist_clm_train.py: its text, its value and the rules that hold for it."""
+"""A flag of dist_clm_train.py: its help text, its type, and its rules for resume and ranks."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -11,16 +11,18 @@ from arguments.values import switch
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag, as `arguments.flag_table` lists it.
+    """A flag in the table of `arguments.flag_table`.
 
     Attributes:
-        common: most runs need the flag, so that --help shows it; --help-all shows every flag.
-        resume: "must match": a resumed run has the checkpoint's value, else it is an error;
-            "may change": a change is logged in one line; "not kept": the checkpoint does not hold
-            the value, or logs its changes in another way.
-        ranks: "same": every rank has the same value, else the job does not start; "own": the value
-            may differ, since it names things of one machine or is read by rank 0 alone; "proven":
-            the same everywhere, but secret, so that ranks prove it and never send it.
+        common: whether most runs need the flag. --help shows only these flags; --help-all shows
+            every flag.
+        resume: the rule for a resumed run. "must match": a value that differs from the checkpoint's
+            is an error; "may change": a changed value is logged in one line; "not kept": the
+            checkpoint does not hold the value, or other code logs a change.
+        ranks: the rule for the ranks. "same": the job starts only if all ranks have the same value;
+            "own": the ranks' values may differ, because the flag names something on one machine or
+            only rank 0 reads it; "proven": all ranks need the same secret, and each rank proves
+            that it has the secret without sending it.
     """
 
     name: str
@@ -36,11 +38,11 @@ class Flag:
 
     @property
     def dest(self) -> str:
-        """The field of a settings group that holds the value."""
+        """Returns the name of the settings field that holds the value."""
         return self.name.removeprefix("--").replace("-", "_")
 
     def add_to(self, group: Any, *, is_shown: bool) -> None:
-        """Adds the flag to an argparse group; help leaves it out if `is_shown` is false."""
+        """Adds the flag to an argparse group; the help hides the flag if `is_shown` is false."""
         options: dict[str, Any] = {"help": self.help if is_shown else argparse.SUPPRESS}
         if self.type is switch:
             options |= {"nargs": "?", "const": True, "metavar": "true|false"}

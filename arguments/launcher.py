@@ -12,10 +12,11 @@ _TORCHRUN = (
 
 
 def fill_defaults(values: dict[str, Any], environ: Mapping[str, str]) -> None:
-    """Fills in the flags that were not given, from torchrun's variables if it launched the process.
+    """Sets the flags that were not given; uses torchrun's variables if torchrun runs the process.
 
     Args:
-        values: the parsed flags by field name; `start_id` and `agent_store` are added.
+        values: the parsed flags by field name. The function changes this dictionary, and adds
+            `start_id` and `agent_store`.
         environ: the environment variables.
 
     Raises:

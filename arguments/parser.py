@@ -1,4 +1,4 @@
-"""The parser of every entry script: a mistake is a ValueError of one line. Needs no torch."""
+"""The parser of every entry script; a mistake raises a ValueError of one line. Needs no torch."""
 
 import argparse
 import re
@@ -9,14 +9,14 @@ from common.text import one_line
 
 
 class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the default of a flag that has one."""
+    """A help formatter that shows the default of each flag that has a default."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser that raises ValueError for a mistake and takes no abbreviated flags."""
+    """A parser that raises ValueError for a mistake and accepts no abbreviated flags."""
 
     def __init__(self, description: str, *, epilog: str | None = None) -> None:
         super().__init__(
@@ -26,7 +26,7 @@ class OneLineParser(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=DefaultsFormatter,
         )
-        # A text that begins like a negative number is a value, since no flag begins so.
+        # No flag begins like a negative number, so a text that does is a value.
         self._negative_number_matcher = re.compile(r"-[0-9.]")
 
     def error(self, message: str) -> NoReturn:
@@ -35,6 +35,6 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def refuse(error: BaseException) -> NoReturn:
-    """Ends the process as a user's mistake: one line on stderr, exit status 2."""
+    """Prints a user's mistake as one line on stderr and ends the process with exit status 2."""
     sys.stderr.write(one_line(error) + "\n")
     raise SystemExit(2)

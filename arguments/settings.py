@@ -1,6 +1,6 @@
-"""The settings of a run: frozen groups, made once from the command line.
+"""The settings of a run: frozen groups, created once from the command line.
 
-A field has the name of its flag; `arguments.flag_table` says what the flags mean.
+Each field has the name of its flag; the help texts in `arguments.flag_table` explain the flags.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from tasks.source_spec import SourceSpec
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The model and how its layers are cut into stages."""
+    """The settings of the model and of the split of its layers over the stages."""
 
     model_name: Path
     tokenizer_name: str
@@ -26,7 +26,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class ParallelSettings:
-    """The processes, and how they share a model and its batch."""
+    """The settings of the processes: stages, replicas, devices and backends."""
 
     world_size: int
     rank: int
@@ -43,10 +43,10 @@ class ParallelSettings:
 
 @dataclass(frozen=True)
 class NetworkSettings:
-    """How the ranks meet.
+    """The settings of the network between the ranks.
 
-    `start_id` tells torchrun's starts of one job apart; `agent_store`: torchrun's agent hosts the
-    store.
+    `start_id` identifies one start of the job by torchrun. `agent_store` says whether torchrun's
+    agent hosts the TCPStore. Timeouts are in seconds.
     """
 
     dist_url: str
@@ -61,7 +61,10 @@ class NetworkSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """The training data and the held-out data. `sources`, parsed from task_name, is rank 0's."""
+    """The settings of the training data and the held-out data.
+
+    `sources` is parsed from --task-name on rank 0, and is empty on other ranks.
+    """
 
     task_name: str
     sources: tuple[SourceSpec, ...]
@@ -83,10 +86,11 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class UpdateSettings:
-    """The size of batches, the number of updates and the optimizer.
+    """The settings of the batches, the updates and the optimizer.
 
-    A step is an iteration; `gradient_accumulate_step` of them make an update. `batch_size` is the
-    batch of one pipeline and `micro_batch_size` a microbatch, in sequences of `seq_length` tokens.
+    A step is an iteration; `gradient_accumulate_step` iterations make one update. `batch_size` is
+    the number of sequences in the batch of one pipeline, `micro_batch_size` the number in a
+    microbatch. A sequence has `seq_length` tokens.
     """
 
     total_steps: int
@@ -112,7 +116,7 @@ class UpdateSettings:
         return self.batch_size // self.micro_batch_size
 
     def nominal_tokens(self, num_replicas: int) -> int:
-        """Returns the predicted tokens of an update in which every token is trained."""
+        """Returns the number of predicted tokens of an update in which every token is trained."""
         sequences = self.gradient_accumulate_step * num_replicas * self.batch_size
         return sequences * (self.seq_length - 1)
 
@@ -125,7 +129,7 @@ class UpdateSettings:
 
 @dataclass(frozen=True)
 class PrecisionSettings:
-    """Precision, the loss scale of fp16, and what is traded for memory."""
+    """The settings of precision, of the loss scale of fp16, and of flags that reduce memory."""
 
     fp16: bool
     bf16: bool
@@ -150,7 +154,7 @@ class PrecisionSettings:
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """Where and when steps are saved, and which of them are kept."""
+    """The settings of checkpoints: the folder, the steps to save, and the steps to keep."""
 
     checkpoint_path: Path
     checkpoint_steps: int
@@ -164,7 +168,7 @@ class CheckpointSettings:
     def saves_after(self, step: int, update: UpdateSettings) -> bool:
         """Returns whether a save is due after iteration `step`.
 
-        A save that is due inside an accumulation happens at the update that ends it.
+        A save that is due before the end of an update is delayed until the update ends.
         """
         if not update.ends_update(step):
             return False
@@ -175,7 +179,7 @@ class CheckpointSettings:
 
 @dataclass(frozen=True)
 class OutputSettings:
-    """What a start prints or records besides training."""
+    """The settings of the plan, the data preview, the cluster check and the reports."""
 
     plan: bool
     device_memory: int | None
@@ -202,7 +206,7 @@ class Settings:
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> "Settings":
-        """Makes the groups from values by field name."""
+        """Creates the groups from values by field name."""
         groups = get_type_hints(cls).items()
         return cls(
             **{
@@ -212,14 +216,14 @@ class Settings:
         )
 
     def values(self) -> dict[str, Any]:
-        """Returns the values of all groups by field name; `from_values` inverts it."""
+        """Returns the values of all groups by field name; `from_values` is the inverse."""
         groups = (getattr(self, field.name) for field in fields(self))
         return {
             field.name: getattr(group, field.name) for group in groups for field in fields(group)
         }
 
     def changed(self, **changes: Any) -> "Settings":
-        """Returns a copy with other values; the names are those of the groups' fields."""
+        """Returns a copy with new values for the fields named in `changes`."""
         groups = {}
         for field in fields(self):
             group = getattr(self, field.name)

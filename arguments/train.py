@@ -1,4 +1,4 @@
-"""Parses the command line of dist_clm_train.py into settings. Needs no torch."""
+"""The command line of dist_clm_train.py, parsed into settings. Needs no torch."""
 
 import argparse
 import os
@@ -16,7 +16,7 @@ VERSION = "0.2.0"
 
 
 def train_parser(*, shows_all: bool = False) -> argparse.ArgumentParser:
-    """Returns the parser; its help has the flags that most runs need, or all of them."""
+    """Returns the parser; its help shows the flags that most runs need, or all if `shows_all`."""
     parser = OneLineParser(
         "Fine-tunes a model that is cut into layer-sharded stages; one process per rank.",
         epilog=None if shows_all else "--help-all lists every flag.",
@@ -35,11 +35,11 @@ def train_parser(*, shows_all: bool = False) -> argparse.ArgumentParser:
 def parse_train(
     argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None
 ) -> Settings:
-    """Parses and checks the flags; a mistake ends the process with one line and status 2.
+    """Parses and checks the flags; on a mistake, exits with one line and status 2.
 
     Args:
-        argv: the command line without the program's name; None: that of this process.
-        environ: the environment variables; None: those of this process.
+        argv: the command line without the program's name; None: the command line of this process.
+        environ: the environment variables; None: the variables of this process.
     """
     try:
         values = vars(train_parser().parse_args(argv))
@@ -54,7 +54,7 @@ def parse_train(
 
 
 class _HelpAll(argparse.Action):
-    """Prints the help of all flags and ends the process."""
+    """An argparse action that prints the help of all flags and ends the process."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         train_parser(shows_all=True).print_help()

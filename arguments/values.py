@@ -1,4 +1,4 @@
-"""Parses the texts of flags into values; a mistake is an ArgumentTypeError of one line."""
+"""Parsers of flag values; a mistake raises an ArgumentTypeError of one line."""
 
 import argparse
 import math
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pipeline_parallel.partition.split import AUTO, Asked, parse_layers
 
 MAX_RATE = 1e6  # a larger rate makes weights that fp32 cannot hold after one step
-MAX_SECONDS = 1e9  # the longest time that clocks and locks can wait for
+MAX_SECONDS = 1e9  # the longest wait that clocks and locks support
 
 
 def switch(text: str) -> bool:
@@ -37,7 +37,7 @@ def layers(*, auto: bool) -> Callable[[str], Asked]:
         try:
             return AUTO if auto and text == AUTO else parse_layers(text)
         except ValueError:
-            forms = "one for each stage as in 5,3" + (", or auto" if auto else "")
+            forms = "one number for each stage, as in 5,3" + (", or auto" if auto else "")
             raise argparse.ArgumentTypeError(
                 f"expected a whole number of at least 1, or {forms}, got {text!r}"
             ) from None
@@ -69,7 +69,7 @@ def size(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?)(i?)B", text)
     if found is None or float(found[1]) == 0:
         raise argparse.ArgumentTypeError(
-            f"expected a size above 0 with its unit, as 24GB or 24GiB, got {text!r}"
+            f"expected a size above 0 with its unit, such as 24GB or 24GiB, got {text!r}"
         )
     power = " kMGT".index(found[2] or " ")
     unit: int = (1024 if found[3] else 1000) ** power

@@ -1,4 +1,4 @@
-"""Files that a reader sees either as they were or as they will be, never half written."""
+"""Atomic replacement of files: a reader sees the old or the new content, never a part of it."""
 
 import json
 import os
@@ -11,10 +11,12 @@ _TEMPORARY = r"\..+\.[0-9a-f]{32}\.tmp"
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Gives `path` the content at once, also for one who looks after a crash.
+    """Replaces the content of `path` atomically, also if the process or the machine crashes.
 
-    It is on disk before anything that is written later, also where power is lost. Raises OSError
-    where the folder cannot be written or its disk is full.
+    The new content is on disk when the function returns, so a power failure cannot lose it.
+
+    Raises:
+        OSError: the folder is not writable, or its disk is full.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -29,7 +31,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def flush(path: Path) -> None:
-    """Lets a file, or a folder's entries, be on disk also where power is lost."""
+    """Forces a file, or a folder's entries, to disk, so that a power failure cannot lose them."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -38,12 +40,16 @@ def flush(path: Path) -> None:
 
 
 def leftover_files(folder: Path) -> list[Path]:
-    """What a process that died while it replaced a file under `folder` left there."""
+    """Returns the temporary files that a killed `replace_file` left in `folder`."""
     return [path for path in folder.glob(".*.tmp") if re.fullmatch(_TEMPORARY, path.name)]
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Raises ValueError, naming the file, where it is not a JSON object."""
+    """Returns the JSON object in a file.
+
+    Raises:
+        ValueError: the file is not readable or holds no JSON object; the text names the file.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Seeds derived from their purpose, so that no generator's state need be saved.
+"""Seeds derived from the run's seed and a purpose, so no random generator's state is saved.
 
 The first parts of a seed are the run's seed and one of these words:
 
@@ -8,7 +8,7 @@ The first parts of a seed are the run's seed and one of these words:
     "mixture"   the source of each block
     "dropout"   the masks, by update, sequence and layer
 
-Another word or another order of the parts gives other bits: no run made before could be resumed.
+Do not change these words or the order of the parts: older runs could then not resume exactly.
 """
 
 import hashlib
@@ -21,10 +21,10 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def dropout_keys(seed: int, *, update: int, first: int, count: int) -> list[int]:
-    """Derives the dropout keys of `count` sequences of an update, from sequence `first` on.
+    """Returns the dropout keys of `count` sequences of an update, from sequence `first` on.
 
-    A key depends on the run's seed, the update and the number of the sequence in the global batch
-    alone: the masks are the same for every number of stages and replicas, in recomputation, and
-    after a resume.
+    A key depends only on the run's seed, the update, and the number of the sequence in the global
+    batch. The dropout masks are therefore the same for every number of stages and replicas, in
+    recomputation, and after a resume.
     """
     return [derive_seed(seed, "dropout", update, first + number) for number in range(count)]

@@ -9,10 +9,11 @@ _FINITE_CHUNK = 1 << 22  # elements checked at once, so that the check needs lit
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Tells whether no element is NaN or infinite.
+    """Returns whether no element is NaN or infinite.
 
-    A sum is finite only if all its terms are, and is 50 times as fast as a check of each element.
-    If the sum overflows, each element is checked.
+    The function first checks sums, which is 50 times as fast as a check of each element. A finite
+    sum means that all its elements are finite. If a sum is not finite, the function checks each
+    element.
     """
     return all(
         bool(total.isfinite()) or bool(part.isfinite().all()) for part, total in part_sums(tensor)
@@ -20,7 +21,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def part_sums(tensor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields the parts of `tensor`, each with its sum ()."""
+    """Yields the parts of the flattened `tensor`, each with its sum, a tensor of shape ()."""
     for part in torch.split(tensor.flatten(), _FINITE_CHUNK):
         yield part, part.sum()
 
@@ -29,6 +30,6 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits on the host until a GPU has done its work; a CPU has no work in the background."""
+    """Waits until the GPU has finished its work; returns at once for a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 
 def shown(value: str) -> str:
-    """Returns `value`, escaped if it would break a message of one line."""
+    """Returns `value`, escaped if it has characters that are not printable."""
     return value if value.isprintable() else ascii(value)
 
 
@@ -14,7 +14,7 @@ def one_line(error: BaseException) -> str:
 
 
 def format_bytes(num_bytes: int) -> str:
-    """Formats as `812.3 MB`, in powers of 1000; below 1000 as `812 bytes`."""
+    """Formats a number of bytes: `812.3 MB`, in powers of 1000, or `812 bytes` below 1000."""
     for size, unit in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
         if num_bytes >= size:
             return f"{num_bytes / size:.1f} {unit}"

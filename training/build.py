@@ -1,4 +1,4 @@
-"""Builds the parts of a run from its settings."""
+"""Builders of the parts of a run: model, optimizer, engine, training loop and recorder."""
 
 from functools import partial
 
@@ -32,7 +32,7 @@ from training.trainer import Trainer
 
 
 def build_model(context: RunContext, start: RunStart) -> StageModel:
-    """Builds the model of this stage in fp32; its weights are not set."""
+    """Builds this stage's model in fp32; the weights are not initialized."""
     indices = stage_modules(context.topology.stage, start.layers)
     return StageModel(start.family, start.config, indices, device=context.device)
 
@@ -40,7 +40,7 @@ def build_model(context: RunContext, start: RunStart) -> StageModel:
 def build_update_step(
     settings: Settings, context: RunContext, model: StageModel, tracer: Tracer
 ) -> UpdateStep:
-    """Builds the optimizer, its learning rates and its loss scale."""
+    """Builds the optimizer with its learning-rate schedule and its loss scaler."""
     update, precision = settings.update, settings.precision
     optimizer = build_optimizer(
         model,
@@ -91,7 +91,7 @@ def build_trainer(
     stop: StopRequest,
     loader: BatchLoader | None,
 ) -> Trainer:
-    """Builds the loop over iterations; `loader` is rank 0's."""
+    """Builds the training loop; `loader` is None on ranks other than 0."""
     names = names_by_stage(start.family, start.config, start.layers)
     totals = TotalsReducer(
         context.control,
@@ -142,7 +142,11 @@ def build_stage_engine(
     update_step: UpdateStep,
     tracer: Tracer,
 ) -> Engine:
-    """Builds the engine; ValueError if neighbouring stages would send different shapes."""
+    """Builds the engine of this stage.
+
+    Raises:
+        ValueError: neighbouring stages would send different shapes.
+    """
     update = settings.update
     hidden_size = settings.model.embedding_dim
     link = StageLink(
@@ -166,7 +170,7 @@ def build_stage_engine(
 def open_run_recorder(
     settings: Settings, context: RunContext, start: RunStart, console: Console
 ) -> Recorder:
-    """Opens the run's records, or continues those of the checkpoint; only rank 0 records."""
+    """Opens the run's records, or continues the checkpoint's records; only rank 0 records."""
     if context.rank != 0:
         return Recorder()
     point = start.point

@@ -1,4 +1,4 @@
-"""Saving of a run's steps: room on the disks, content, time, and what a failure means."""
+"""Saves of a run's steps: free disk space, content, and the reaction to a failed save."""
 
 import logging
 import platform
@@ -38,11 +38,12 @@ def check_room(
 ) -> None:
     """Checks that the disks have room for the saves after `done` steps; every process calls it.
 
-    Raises ValueError on every rank if a disk has too little room.
+    Raises:
+        ValueError: on every rank, if a disk has too little room.
     """
     update, path = settings.update, settings.checkpoint.checkpoint_path
     every = settings.checkpoint.checkpoint_steps or update.total_steps
-    every = max(every, update.gradient_accumulate_step)  # saves wait for an update's end
+    every = max(every, update.gradient_accumulate_step)  # a save waits for the end of an update
     saves = -(-(update.total_steps - done) // every)
     weights, state = checkpoint_bytes(
         sum(p.numel() for p in model.parameters()),
@@ -53,13 +54,13 @@ def check_room(
 
 
 class Saver:
-    """Saves steps; every process calls all of it alike.
+    """The writer of checkpoints; every process calls each method.
 
-    With --async-checkpoint a step is copied to host memory and written beside training; the memory
-    of the copy is allocated here.
+    With --async-checkpoint, `save` copies the state to host memory, and training continues while
+    the copy is written to disk. The constructor allocates the memory of the copy.
 
     Args:
-        extra_meta: returns the fields of meta.json that only the run knows.
+        extra_meta: a function that returns more fields of meta.json.
     """
 
     def __init__(
@@ -81,19 +82,23 @@ class Saver:
 
     @property
     def is_pending(self) -> bool:
-        """Whether a step was begun and is not saved yet."""
+        """Returns whether a save began and is not complete yet."""
         return self._store.pending is not None
 
     @property
     def is_writing(self) -> bool:
-        """Whether this process still writes what is pending."""
+        """Returns whether this process still writes the pending step."""
         return self._store.is_writing
 
     def save(self, step: int, data: Mapping[str, Any], *, is_last: bool) -> bool:
-        """Saves a step, when no other is pending; returns whether it is saved, not pending, now.
+        """Saves a step; returns whether the step is completely saved. No other save may be pending.
 
-        Raises SaveFailedError on all ranks if a save fails that is the run's last, or if
-        --checkpoint-failure says so.
+        With --async-checkpoint, the save is still pending when `save` returns, unless `is_last` is
+        true.
+
+        Raises:
+            SaveFailedError: on all ranks, if the save fails and is the run's last, or if it fails
+                with --checkpoint-failure fatal.
         """
         self._store.begin(self._meta(step, data), parts=self._parts(step))
         if self._snapshot is not None and not is_last:
@@ -101,7 +106,7 @@ class Saver:
         return self.finish(is_last=is_last)
 
     def finish(self, *, is_last: bool = False) -> bool:
-        """Waits for the pending step; returns whether it is saved. SaveFailedError as `save`."""
+        """Waits for the pending save; returns whether it succeeded. Raises errors like `save`."""
         step = self._store.pending
         try:
             self._store.finish()
@@ -109,7 +114,7 @@ class Saver:
             if is_last or self._settings.checkpoint.checkpoint_failure == "fatal":
                 raise
             if self._topology.rank == 0:
-                logger.warning("%s; training goes on", error)
+                logger.warning("%s; training continues", error)
             return False
         logger.info("saved step %s in %s", step, self._settings.checkpoint.checkpoint_path)
         if not is_last:
@@ -117,11 +122,11 @@ class Saver:
         return True
 
     def close(self) -> None:
-        """Deletes what the saves made superfluous, and waits for it; every process calls it."""
+        """Waits until old checkpoints are deleted; every process calls it."""
         self._store.finish_cleanup()
 
     def _parts(self, step: int) -> dict[str, Any]:
-        """Returns this stage's state, in host memory if this process writes it."""
+        """Returns this stage's state; a process that writes it gets a host-memory copy."""
         parts = {
             "checkpoint": self._model.state_dict(),
             "optimizer": collect_state(self._update_step.optimizer, self._control, self._topology),
@@ -157,9 +162,10 @@ class Saver:
 
 
 def check_disk(control: Communicator, path: Path, *, needed: int) -> None:
-    """Raises ValueError if the processes of this machine need more than is free under `path`.
+    """Raises ValueError if this machine's processes need more bytes than are free at `path`.
 
-    Every process calls it with the bytes that it will write; `path` may not exist yet.
+    Every process calls it; `needed` is the number of bytes that this process will write. `path`
+    need not exist.
     """
     existing = next(folder for folder in (path, *path.resolve().parents) if folder.exists())
     here = [socket.gethostname(), existing.stat().st_dev]

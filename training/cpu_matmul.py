@@ -1,7 +1,7 @@
-"""How a run multiplies matrices on CPUs: settled before the first product, told, and kept.
+"""The choice of the fp32 matmul library on CPUs: made before the first matmul, logged and saved.
 
-Each rank decides by its own processor, and keeps on resume what its checkpoint was made with: the
-bits of a run depend on it.
+Each rank chooses the library for its own CPU. On resume, a rank keeps the library in the
+checkpoint, because the exact results of a run depend on the library.
 """
 
 import logging
@@ -30,14 +30,14 @@ def choose_cpu_matmul(
     """Selects and logs the matmul of each rank's CPU; every rank calls it.
 
     Args:
-        saved: the choices of the checkpoint to resume from, by rank, if it has any.
-        cpu: the CPU of this machine.
+        saved: each rank's choice in the checkpoint to resume from; None without such a choice.
+        cpu: the CPU; None: the CPU of this machine.
 
     Returns:
         Every rank's choice, for the checkpoint.
 
     Raises:
-        ValueError: --cpu-matmul requests a matmul that is not exact to fp32 here.
+        ValueError: the matmul that --cpu-matmul requests is less exact than fp32 on this CPU.
     """
     cpu = cpu or CpuInfo.of_this_machine()
     choice = select_matmul(flag, cpu, saved_choice(saved, control.rank))
@@ -61,7 +61,7 @@ def _half(fast: bool) -> str:
 
 
 def _by_rank(told: Sequence[str]) -> str:
-    """What all ranks have in common, or who has what."""
+    """Returns the text if it is the same on all ranks, else each text with its ranks."""
     if len(set(told)) == 1:
         return told[0]
     ranks: dict[str, list[str]] = {}

@@ -23,7 +23,7 @@ from tasks.tokenization.tokenizer import check_vocabulary, load_tokenizer
 
 
 class TrainingData:
-    """Rank 0's data. Other ranks, which read none, do not make one."""
+    """The tokenizer and the data of rank 0. Other ranks read no data and have no TrainingData."""
 
     def __init__(self, settings: Settings, *, vocab_size: int) -> None:
         self._settings = settings
@@ -34,7 +34,7 @@ class TrainingData:
         check_vocabulary(self.tokenizer, vocab_size)
 
     def open_loader(self, state: dict[str, Any] | None) -> BatchLoader:
-        """Returns the batches of all replicas, from the start or from a checkpoint's `state`."""
+        """Returns the loader of all replicas' batches, from the start or from a saved `state`."""
         workers = self._settings.data.data_workers
         stream = _open_stream(self._settings, self.tokenizer, num_workers=workers)
         if state is not None:
@@ -42,13 +42,13 @@ class TrainingData:
         return BatchLoader(stream, rows=self._rows)
 
     def open_evaluation(self) -> dict[str, Iterator[TokenBatch]]:
-        """Returns each set of held-out text from its beginning, by name."""
+        """Returns the batches of each held-out set, from its beginning, by the name of the set."""
         given = self._settings.data.evaluation_data
         sets = [] if given is None else parse_evaluation_data(given)
         return {held_out.name: self._batches_of(held_out.source) for held_out in sets}
 
     def check_evaluation(self) -> None:
-        """Raises ValueError for a set that yields nothing to predict, or is bad up to there."""
+        """Raises ValueError if the first batch of a held-out set is empty or has a bad line."""
         for batches in self.open_evaluation().values():
             next(batches)
 
@@ -68,7 +68,7 @@ class TrainingData:
 
 
 def preview_data(settings: Settings, *, num_blocks: int, colour: bool) -> Iterator[str]:
-    """Yields the text of --preview-data: the first blocks, and the mixture in numbers."""
+    """Yields the text of --preview-data: the first blocks, then numbers about the mixture."""
     data, update = settings.data, settings.update
     tokenizer = load_tokenizer(settings.model.tokenizer_name)
     stream = _open_stream(settings, tokenizer, num_workers=0)
@@ -100,7 +100,7 @@ def _open_stream(settings: Settings, tokenizer: Any, *, num_workers: int) -> Blo
 
 
 def _bad_lines(settings: Settings) -> BadLines:
-    """Returns what --bad-lines asks for; one file names all that a run skips."""
+    """Returns the handling of bad lines by --bad-lines; one file lists all skipped lines."""
     if settings.data.bad_lines == "error":
         return BadLines()
     path = settings.checkpoint.checkpoint_path / "bad_lines.txt"
@@ -108,9 +108,10 @@ def _bad_lines(settings: Settings) -> BadLines:
 
 
 def checkpoint_extras(model_folder: Path, name: str, tokenizer: Any) -> dict[str, bytes]:
-    """Returns the small files that every checkpoint holds: config.json and tokenizer, by name.
+    """Returns the content of config.json and the tokenizer's files, for every checkpoint, by name.
 
-    `name` is --tokenizer-name; `tokenizer`, loaded from it, is saved if it names no folder.
+    `name` is --tokenizer-name. If it is a folder, the files of the folder are read; else the loaded
+    `tokenizer` is saved to a temporary folder and read from there.
     """
     if Path(name).is_dir():
         files = _read(Path(name))

@@ -11,13 +11,13 @@ logger = logging.getLogger(__name__)
 
 
 def choose_device(parallel: ParallelSettings, *, ranks_here: int) -> torch.device:
-    """Chooses the device that the flags name, and activates it.
+    """Returns the device that the flags select; makes a GPU the current device.
 
-    On a CPU, the `ranks_here` processes of this machine share its cores, unless OMP_NUM_THREADS is
-    set.
+    On a CPU, the `ranks_here` processes of this machine share its cores equally, unless
+    OMP_NUM_THREADS is set.
 
     Raises:
-        ValueError: a flag asks for a GPU that this machine lacks.
+        ValueError: a flag requests a GPU that this machine lacks.
     """
     present = torch.cuda.device_count() if torch.cuda.is_available() else 0
     use_cuda = present > 0 if parallel.use_cuda is None else parallel.use_cuda
@@ -35,11 +35,11 @@ def choose_device(parallel: ParallelSettings, *, ranks_here: int) -> torch.devic
 
 
 def choose_backends(parallel: ParallelSettings, device: torch.device) -> tuple[str, str]:
-    """Returns the backends of --dist-backend and --dp-backend; on a CPU both are gloo."""
+    """Returns the backends for --dist-backend and --dp-backend; on a CPU, both are gloo."""
     if device.type == "cuda":
         return parallel.dist_backend or "cupy_nccl", parallel.dp_backend or "nccl"
     asked = {"--dist-backend": parallel.dist_backend, "--dp-backend": parallel.dp_backend}
     for flag, backend in asked.items():
         if backend not in (None, "gloo") and parallel.rank == 0:
-            logger.warning("%s %s needs a GPU: on CPU it is gloo", flag, backend)
+            logger.warning("%s %s needs a GPU: using gloo on the CPU", flag, backend)
     return "gloo", "gloo"

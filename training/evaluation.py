@@ -22,12 +22,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The held-out loss of all evaluation data, and of each set of it.
+    """The measurement of the held-out loss, over all evaluation data and over each set.
 
     Attributes:
-        open_sets: opens the sets from their beginning on rank 0, by name; None on other ranks,
-            which get the names from rank 0.
-        stop: the request to stop that this process knows of; rank 0 knows of every rank's.
+        open_sets: on rank 0, opens all sets from their beginning, by name; None on other ranks,
+            which receive the names from rank 0.
+        stop: the request to stop that this process knows of; rank 0 knows the requests of all
+            ranks.
     """
 
     settings: UpdateSettings
@@ -39,10 +40,11 @@ class Evaluation:
     stop: StopRequest
 
     def run(self, *, may_stop: bool) -> HeldOut | StopCause:
-        """Returns the mean loss of a trained token; every rank calls it and gets the same.
+        """Returns the mean loss per trained token, the same on every rank; every rank calls it.
 
-        A loss that is not finite is only a warning, since nothing is trained on it. With
-        `may_stop`, a request to stop ends the evaluation after a batch and is returned.
+        A loss that is not finite causes only a warning, because evaluation does not change the
+        weights. With `may_stop`, a request to stop ends the evaluation after a batch, and the
+        request is returned.
         """
         sets = {} if self.open_sets is None else self.open_sets()
         found: dict[str, StepTotals] = {}
@@ -62,9 +64,12 @@ class Evaluation:
     def _run_set(
         self, name: str, batches: Iterator[TokenBatch] | None, *, may_stop: bool
     ) -> StepTotals:
-        """The sums over one set, or over what of it came before a request to stop; rank 0 has its
-        batches."""
-        if batches is not None and may_stop:  # the others end where rank 0's batches end
+        """Returns the totals of one set; `batches` is None on ranks other than 0.
+
+        With `may_stop`, a request to stop ends the set early; the totals then cover the batches
+        before the request.
+        """
+        if batches is not None and may_stop:  # other ranks stop after rank 0's last batch
             batches = takewhile(lambda _: self.stop.asked is None, batches)
         loss, tokens, bad = 0.0, 0, list[tuple[int, int]]()
         for number, rows in enumerate(
@@ -86,7 +91,11 @@ class Evaluation:
         return totals
 
     def _warn(self, name: str, found: Sequence[Sequence[tuple[int, int]]]) -> None:
-        """`found` has for each rank the numbers of a batch and a microbatch in it, from 0."""
+        """Logs a warning that lists the blocks whose loss is not finite.
+
+        `found` has, for each rank, pairs of a batch's number and the number of a microbatch in it,
+        from 0.
+        """
         blocks = [
             (number * self.context.topology.num_replicas + rank // self.context.topology.num_stages)
             * self.settings.batch_size
@@ -97,10 +106,10 @@ class Evaluation:
             for row in range(self.settings.micro_batch_size)
         ]
         logger.warning(
-            "the held-out loss%s is not finite: it is null in the metrics; the blocks of "
-            "--evaluation-data%s behind it are, from 1 on: %s",
+            "the held-out loss%s is not finite, and the metrics show null; the loss is not finite "
+            "in these blocks of --evaluation-data%s (the first block is 1): %s",
             f" of {name}" if name else "",
-            f", {name}," if name else "",
+            f", set {name}" if name else "",
             _listed(sorted(blocks)),
         )
 

@@ -1,4 +1,4 @@
-"""The first weights and optimizer state of a run: from layer shards, a seed or a checkpoint."""
+"""The initial weights and optimizer state of a run: from layer shards, a seed or a checkpoint."""
 
 import logging
 from collections.abc import Iterable
@@ -33,10 +33,10 @@ logger = logging.getLogger(__name__)
 def load_weights_(
     model: StageModel, settings: Settings, context: RunContext, start: RunStart
 ) -> None:
-    """Fills the stage's model, which is in fp32; all replicas then hold the same weights.
+    """Sets the weights of this stage's fp32 model; all replicas then hold the same weights.
 
     Raises:
-        ValueError: a file cannot be used, or replicas have different files.
+        ValueError: a file is missing or invalid, or replicas have different files.
     """
     topology, control, replicas = context.topology, context.control, context.groups.replicas
     family, config, resume = start.family, start.config, start.point
@@ -44,7 +44,7 @@ def load_weights_(
     if resume is None:
         if settings.model.load_pretrained_model:
             if topology.rank == 0 and not has_manifest(model_name):
-                logger.info("%s has no manifest.json: not verified", model_name)
+                logger.info("%s has no manifest.json: its files are not verified", model_name)
             read = partial(load_shards_, model, model_name, family, config, dtype=dtype)
             run_on_all(control, read, f"reading {model_name}", expected=())
         else:
@@ -62,15 +62,19 @@ def load_weights_(
     run_on_all(control, read if first else None, f"reading {resume.folder}", expected=())
     share_from_first(model.parameters(), replicas)
     if resume.meta is None:
-        logger.info("weights from %s alone: step 0, fresh optimizer", resume.folder)
+        logger.info(
+            "only the weights come from %s: training starts at step 0 with a new optimizer state",
+            resume.folder,
+        )
 
 
 def load_state_(
     update_step: UpdateStep, context: RunContext, start: RunStart, *, indices: range
 ) -> None:
-    """Fills the optimizer and the loss scale from the run's checkpoint, if there is one.
+    """Restores the optimizer and the loss scale from the checkpoint, if the run resumes.
 
-    `indices` are the modules of this stage. A predecessor's checkpoint leaves both as they are.
+    `indices` are the numbers of this stage's modules. A predecessor's checkpoint changes neither
+    the optimizer nor the loss scale.
     """
     topology, control, resume = context.topology, context.control, start.point
     if resume is None or resume.meta is None:

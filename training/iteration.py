@@ -1,4 +1,4 @@
-"""One iteration of training: forward, backward, the totals of all ranks, and the update it ends."""
+"""One iteration of training: forward, backward, the totals of all ranks, and the update if due."""
 
 import logging
 import math
@@ -22,11 +22,11 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingStoppedError(RuntimeError):
-    """Training cannot continue, for example because numbers are no longer finite."""
+    """An error after which training cannot continue, for example a loss that is not finite."""
 
 
 class Iteration:
-    """Runs iterations; every process runs each of them alike."""
+    """The runner of iterations; every process runs each iteration."""
 
     def __init__(
         self,
@@ -58,13 +58,17 @@ class Iteration:
     def advance(
         self, step: int, *, is_writing: Callable[[], bool] = lambda: False
     ) -> tuple[StepTotals, UpdateResult | None]:
-        """Runs iteration `step` and the update that it ends, if it ends one.
+        """Runs iteration `step` and, if the iteration ends an update, the update.
 
-        `is_writing` is asked when backward is done, and tells the other ranks whether this process
-        still writes a checkpoint.
+        After backward, `is_writing` is called; its result tells the other ranks whether this
+        process still writes a checkpoint.
+
+        Returns:
+            The totals of the iteration, and the result of the update; None without an update.
 
         Raises:
-            TrainingStoppedError: on every rank, if a number is not finite and none may be skipped.
+            TrainingStoppedError: on every rank, if a number is not finite and the update cannot be
+                skipped.
         """
         with self._tracer.step(step):
             totals = self._run(step, is_writing)
@@ -75,18 +79,19 @@ class Iteration:
         bad = self._totals.first_bad(finite_weights(self._optimizer))
         if bad is not None:
             raise TrainingStoppedError(
-                f"step {step}: {self._report.parameter_names[bad]} is not finite any more, or its "
-                "optimizer state is not: this step is not saved, and checkpoints are as they were; "
-                "a lower --lr may help, or --bf16 in place of --fp16"
+                f"step {step}: {self._report.parameter_names[bad]} or its optimizer state is no "
+                "longer finite: this step is not saved, and the checkpoints are unchanged; a lower "
+                "--lr may help, or --bf16 in place of --fp16"
             )
 
     def explain_skips(self, step: int, saved: str) -> str:
-        """Explains why the run gives up; `saved` says what was saved. Every rank calls it."""
+        """Returns why the run gives up; `saved` tells the result of the save. All ranks call it."""
         cause = self._last_skip if self._bad is None else self._report.explain_loss(*self._bad)
         return (
             f"step {step}: {self.update_step.skipped_in_a_row} updates in a row were skipped "
-            f"(--max-skipped-updates), the last since {cause}; the weights are those before them, "
-            f"{saved}; --bf16 or a loss scale below {self.update_step.scale:g} may help"
+            f"(--max-skipped-updates), the last one because {cause}; the weights are those before "
+            f"these updates, {saved}; --bf16 or a loss scale below {self.update_step.scale:g} may "
+            "help"
         )
 
     def _run(self, step: int, is_writing: Callable[[], bool]) -> StepTotals:
@@ -116,7 +121,7 @@ class Iteration:
         return totals
 
     def _squared_norms(self) -> list[float]:
-        """Returns the squared norms of this stage's gradients; 0 for those another replica owns."""
+        """Returns the squared norm of each gradient of this stage; 0 if another replica owns it."""
         gradients = dict(self._optimizer.gradients.reported())
         size = sum(gradient.numel() for gradient in gradients.values())
         with self._tracer.span(Track.OPTIMIZER_COMP, size=size):
@@ -168,6 +173,6 @@ class Iteration:
         else:
             problem = self._report.explain_loss(batch, losses)
         raise TrainingStoppedError(
-            f"step {step}: {problem}; nothing was updated, and checkpoints are as they were; a "
+            f"step {step}: {problem}; nothing was updated, and the checkpoints are unchanged; a "
             "lower --lr or cleaner data may help"
         )

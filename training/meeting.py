@@ -1,6 +1,6 @@
-"""The meeting of all ranks, after which each knows at once if another one fails.
+"""The rendezvous of all ranks; after it, every rank learns at once of another rank's failure.
 
-It needs no model and no data: the large libraries are imported after it.
+The rendezvous needs no model and no data, so the large libraries are imported after it.
 """
 
 import logging
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class Meeting(NamedTuple):
-    """The ranks that met, this rank's place among them, and what happens if one fails."""
+    """The result of the rendezvous: the participants, the topology and the failure policy."""
 
     rendezvous: Rendezvous
     topology: Topology
@@ -46,9 +46,10 @@ def meet(
     listener: StopListener,
     timing: Timing = DEFAULT_TIMING,
 ) -> Meeting:
-    """Meets the other ranks, also to report a problem; ends the process if that fails.
+    """Joins the rendezvous of all ranks; ends the process if the rendezvous fails.
 
-    Requests to stop then reach all ranks. A world of one opens no socket.
+    A rank with a problem in `resources` joins too, to report the problem to the other ranks. After
+    the rendezvous, a request to stop reaches all ranks. A run of one process opens no socket.
     """
     parallel = settings.parallel
     topology = Topology(parallel.rank, parallel.pipeline_group_size, parallel.data_group_size)
@@ -101,5 +102,5 @@ def _job_key(network: NetworkSettings) -> JobKey:
     path = network.job_token_file
     key = read_job_key(network.job_id, path)
     if path is not None and is_readable_by_others(path):
-        logger.warning("--job-token-file %s: other users may read it: `chmod 600` it", path)
+        logger.warning("--job-token-file %s: other users can read it; run `chmod 600` on it", path)
     return key

@@ -1,4 +1,4 @@
-"""Explains numbers that are not finite: which stage, which parameter, which text."""
+"""Reports of numbers that are not finite, with the stage, the parameter and the data."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from training.step_totals import StepTotals
 
 
 class NotFiniteReport:
-    """Finds the place and the text behind a number that is not finite."""
+    """A report that names the stage, parameter and data of a number that is not finite."""
 
     def __init__(
         self,
@@ -29,13 +29,13 @@ class NotFiniteReport:
         self.parameter_names = parameter_names
 
     def explain_gradients(self, totals: StepTotals) -> str:
-        """Names the first parameter whose gradient is not finite."""
+        """Returns a text that names the first parameter whose gradient is not finite."""
         if totals.first_bad is None:  # each gradient is finite, but their sum is not
             return "the gradient norm is not finite"
         return f"{self.parameter_names[totals.first_bad]} has a gradient that is not finite"
 
     def explain_loss(self, batch: PipelineBatch, losses: Losses) -> str:
-        """Names the stage and the text of a loss that is not finite; every rank calls it."""
+        """Returns the stage and data of a loss that is not finite, as text; all ranks call it."""
         num_stages, settings = self._context.topology.num_stages, self._settings
         bad = [i for i, loss in enumerate(losses.of_microbatches) if not math.isfinite(loss)]
         reports = gather_json(self._context.control, [bad, self._engine.find_not_finite(batch)])
@@ -49,5 +49,5 @@ class NotFiniteReport:
         documents = self._feed.documents
         blocks = "; ".join(", ".join(documents[row]) for row in rows) if documents else ""
         blocks = broadcast_json(self._context.control, blocks)
-        place = f"in stage {stages[0]}" if stages else "with dropout alone"
-        return f"the loss is not finite, first {place}, on the blocks from {blocks}"
+        place = f"first in stage {stages[0]}" if stages else "only with dropout"
+        return f"the loss is not finite, {place}, on the blocks from {blocks}"

@@ -1,7 +1,7 @@
-"""--profiling of a run: what its steps took, held against what the simulator makes of their costs.
+"""--profiling of a run: the measured time of a step, compared with a simulation.
 
-The simulator knows the pipeline; the optimizer's part of a step is added here, since no stage steps
-before all have agreed on the gradients' norm.
+The simulator covers only the pipeline. This module adds the optimizer's part of a step: no stage
+can begin its update before all stages know the gradient norm.
 """
 
 import logging
@@ -28,15 +28,17 @@ logger = logging.getLogger(__name__)
 def simulate_pipeline(
     steps: Sequence[StepOfAllRanks], *, schedule: str, num_stages: int, num_microbatches: int
 ) -> SimulatedRun:
-    """Forward and backward of a step for the median costs measured in `steps`, messages for
-    nothing."""
+    """Simulates the forward and backward of a step with the median costs measured in `steps`.
+
+    In the simulation, messages take no time.
+    """
     spans = [span for step in steps for span in step.spans]
     found = compute_costs(spans, num_stages=num_stages)
 
     def seconds(stage: int, track: Track) -> float:
         return found.get((stage, track), 0.0)
 
-    # Where backward is not split, all of it is on its one track.
+    # If backward is not split, the track BACKWARD_COMPUTE has its complete time.
     costs = [
         StageCosts(
             forward=seconds(stage, Track.FORWARD_COMPUTE),
@@ -51,8 +53,11 @@ def simulate_pipeline(
 def simulated_step(
     steps: Sequence[StepOfAllRanks], *, schedule: str, num_stages: int, num_microbatches: int
 ) -> float:
-    """Seconds that a step should take, given the costs measured in `steps`: the pipeline; the norms
-    of each stage's gradients as it ends; once all have theirs, the update."""
+    """Returns the seconds that a step should take, given the costs measured in `steps`.
+
+    Each stage computes the norms of its gradients when its part of the pipeline ends. The update
+    begins when all stages have their norms.
+    """
     simulation = simulate_pipeline(
         steps, schedule=schedule, num_stages=num_stages, num_microbatches=num_microbatches
     )
@@ -62,10 +67,10 @@ def simulated_step(
 
 
 class TrainingProfile:
-    """The tracer of a run, and the timeline that it makes at the end; every rank has one.
+    """The tracer of a run, and the timeline that is drawn at the end; every rank has one.
 
-    Without --profiling tidy_profiling it traces, writes and logs nothing. The files have the name
-    of the checkpoint path and lie under the working directory.
+    Without --profiling tidy_profiling, nothing is traced, written or logged. The files have the
+    name of the checkpoint folder and are written under the working directory.
     """
 
     def __init__(self, settings: Settings, context: RunContext) -> None:
@@ -79,7 +84,7 @@ class TrainingProfile:
         self.tracer: Tracer = NO_TRACER if self._profiler is None else self._profiler.tracer
 
     def finish(self) -> None:
-        """Ends a run that went well: traces, timeline.png, and on rank 0 a line in the log."""
+        """Writes the traces and timeline.png of a successful run; rank 0 logs a summary."""
         if self._profiler is None:
             return
         timeline = self._profiler.finish(
@@ -94,7 +99,7 @@ class TrainingProfile:
             logger.info("%s", self._summary(timeline))
 
     def close(self) -> None:
-        """Writes what has been traced, however the run ends."""
+        """Writes the recorded trace; the run calls it after success and after failure."""
         self.tracer.close()
 
     def _simulated_spans(self, step: StepOfAllRanks) -> list[SimulatedSpan]:
@@ -125,7 +130,10 @@ class TrainingProfile:
 def _optimizer_seconds(
     steps: Sequence[StepOfAllRanks], num_stages: int
 ) -> tuple[list[float], list[float]]:
-    """By stage, what the norms and what the update took: medians over steps and replicas."""
+    """Returns the seconds of the norms by stage, and the seconds of the update by stage.
+
+    Each number is a median over steps and replicas.
+    """
     norms: list[list[float]] = [[] for _ in range(num_stages)]
     updates: list[list[float]] = [[] for _ in range(num_stages)]
     for step in steps:
@@ -137,6 +145,6 @@ def _optimizer_seconds(
 
 
 def _optimizer_spans(spans: Sequence[RankSpan], rank: int) -> list[float]:
-    """Seconds of a rank's optimizer spans in one step, in order: the norms, then the update."""
+    """Returns the seconds of a rank's optimizer spans in one step: the norms, then the update."""
     of_rank = (s for s in spans if s.rank == rank and s.track is Track.OPTIMIZER_COMP)
     return [s.end - s.start for s in sorted(of_rank, key=lambda span: span.start)]

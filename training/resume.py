@@ -1,4 +1,4 @@
-"""Finds the checkpoint that a run continues, and checks that it is one of this run."""
+"""The search for the checkpoint that a run continues, and checks that it belongs to the run."""
 
 import logging
 from collections.abc import Mapping
@@ -19,7 +19,13 @@ logger = logging.getLogger(__name__)
 
 
 class Resumed(NamedTuple):
-    """The checkpoint to continue, if any, and the split of the layers now and in it (`source`)."""
+    """The checkpoint from which a run resumes, and the splits of the layers.
+
+    Attributes:
+        point: the checkpoint; None if the run starts without one.
+        layers: the split of the run.
+        source: the split in the checkpoint.
+    """
 
     point: ResumePoint | None
     layers: Split
@@ -29,12 +35,13 @@ class Resumed(NamedTuple):
 def find_resume(
     settings: Settings, context: RunContext, *, store: CheckpointStore, split: StageSplit
 ) -> Resumed:
-    """Finds the checkpoint that the run continues, and the split of its layers from now on.
+    """Returns the checkpoint that the run continues, and the split of the run's layers.
 
-    Every process calls it. The split of a predecessor's checkpoint must be the run's own.
+    Every process calls it. A predecessor's checkpoint must have the same split as the run.
 
     Raises:
-        ValueError: the flags forbid a resume, or the checkpoint is damaged or of another run.
+        ValueError: the flags forbid a resume, or the checkpoint is damaged or belongs to another
+            run.
     """
     resume_split = ResumeSplit(split.asked, split.layers)
     if not settings.checkpoint.load_checkpoint:
@@ -57,8 +64,8 @@ def find_resume(
     if context.rank == 0 and layers != source:
         logger.info("%s", describe_change(source, layers))
     elif context.rank == 0 and layers != split.layers:
-        kept = f"the checkpoint's {source} is kept"
-        logger.info("--num-layers %s would be %s now: %s", split.asked, split.layers, kept)
+        kept = f"the run keeps the checkpoint's {source}"
+        logger.info("--num-layers %s would give %s now, but %s", split.asked, split.layers, kept)
     idle = idle_flags(settings.precision, point.meta.update_step["scaler"])
     for line in describe_changes(point.meta.settings, free_flags(settings), idle=idle):
         logger.info("%s", line)
@@ -68,7 +75,7 @@ def find_resume(
 
 
 def idle_flags(precision: PrecisionSettings, scaler: Mapping[str, Any]) -> set[str]:
-    """Returns the loss scale's flags without effect in a run that goes on with `scaler`'s state."""
+    """Returns the loss-scale flags that have no effect on a run resumed with `scaler`'s state."""
     dynamic = {"--initial-loss-scale", "--min-loss-scale", "--loss-scale-window", "--hysteresis"}
     if not precision.fp16:
         return dynamic | {"--loss-scale", "--max-skipped-updates"}

@@ -1,4 +1,4 @@
-"""One process's part of a run: from the checkpoint it continues to its last step."""
+"""The training of one process, from the start or a checkpoint to the last step."""
 
 import logging
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class OutOfMemoryError(TrainingStoppedError):
-    """A process needs more memory than there is; the text says for what, and what helps."""
+    """An out-of-memory error whose text names the operation and a remedy."""
 
 
 def train(
@@ -44,10 +44,10 @@ def train(
     stop: StopRequest,
     closing: ExitStack,
 ) -> str | None:
-    """Trains as the settings say; every process calls it.
+    """Runs the training that the settings describe; every process calls it.
 
     Args:
-        closing: gets what must be closed however the run ends.
+        closing: a stack for cleanup functions, which run after success and after failure.
 
     Returns:
         A line that says why `stop` ended the run early; None if the run is complete.
@@ -80,9 +80,9 @@ def _train(
     stop: StopRequest,
     closing: ExitStack,
 ) -> str | None:
-    """Builds the parts of the run, in an order in which mistakes show early, and runs them.
+    """Builds the parts of the run and trains; the order of the parts shows mistakes early.
 
-    `operation` says what memory is used for, for the message of an error.
+    `operation` gets the name of the operation that uses memory, for an out-of-memory error.
     """
     if start.data is not None:
         start.data.check_evaluation()
@@ -106,7 +106,7 @@ def _train(
     load_state_(update_step, context, start, indices=model.indices)
     _log_description(settings, context, start, model)
     stop.phase = training(settings.checkpoint.grace_seconds)
-    loader_closing = closing.enter_context(ExitStack())  # closed last: it may wait for a batch
+    loader_closing = closing.enter_context(ExitStack())  # closed last: it can wait for a batch
     closing.callback(profile.close)
     recorder = open_run_recorder(settings, context, start, console)
     closing.callback(recorder.close)
@@ -177,7 +177,7 @@ def _log_description(
 def _explaining_memory(
     settings: Settings, context: RunContext, start: RunStart, operation: CurrentOperation
 ) -> Iterator[None]:
-    """Turns an error about memory into an OutOfMemoryError that says what helps."""
+    """Turns an out-of-memory error into an OutOfMemoryError whose text names a remedy."""
     try:
         yield
     except Exception as error:
@@ -193,9 +193,9 @@ def _explaining_memory(
 
 
 def _check_success(point: ResumePoint | None) -> None:
-    """Raises TrainingStoppedError if the run, at its last step, got there by giving up."""
+    """Raises TrainingStoppedError if the run gave up at the step of its checkpoint."""
     if point is not None and point.meta is not None and point.meta.gave_up:
         raise TrainingStoppedError(
             f"the run gave up at its last step, {point.step}: too many updates in a row were "
-            "skipped; a larger --total-steps lets it go on"
+            "skipped; a larger --total-steps continues the run"
         )

@@ -26,10 +26,12 @@ from training.resume import find_resume
 class RunStart:
     """The model, data and checkpoint that a run starts with.
 
-    split: the split that --num-layers asks for.
-    layers, source: the split of the run, and that of the checkpoint.
-    data: rank 0's data; None on other ranks.
-    point: the checkpoint to continue from, if there is one.
+    Attributes:
+        split: the split that --num-layers requests.
+        layers: the split of the run.
+        source: the split in the checkpoint.
+        data: the data on rank 0; None on other ranks.
+        point: the checkpoint to continue from; None without one.
     """
 
     family: Family
@@ -43,19 +45,20 @@ class RunStart:
 
     @property
     def planned(self) -> PlannedModel:
-        """The model and its split, as plans take it."""
+        """Returns the model and its split, as the memory plan needs them."""
         return PlannedModel(self.family, self.config, self.layers)
 
     @property
     def step(self) -> int:
-        """The steps that are done already."""
+        """Returns the number of steps that are done already."""
         return 0 if self.point is None else self.point.step
 
 
 def open_run(settings: Settings, context: RunContext) -> RunStart:
     """Reads the config and finds the checkpoint to continue from; every process calls it.
 
-    Raises ValueError, which names the file, if one is wrong or belongs to another run.
+    Raises:
+        ValueError: a file is invalid or belongs to another run; the text names the file.
     """
     model, topology = settings.model, context.topology
     check_shard(model.model_name / "config.json")
@@ -86,7 +89,7 @@ def open_run(settings: Settings, context: RunContext) -> RunStart:
 
 
 def _check_same_config(model_name: Path, control: Communicator) -> None:
-    """Raises ValueError on every rank if ranks have different config.json in `model_name`."""
+    """Raises ValueError on every rank if config.json in `model_name` differs between ranks."""
     config = json.loads((model_name / "config.json").read_text(encoding="utf-8"))
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
     digests = gather_json(control, digest)

@@ -1,6 +1,6 @@
-"""The work of a rank among all ranks, up to the exit of its process.
+"""The work of one rank, from the connection to the other ranks to the exit of the process.
 
-However a run ends, every rank ends with it: with one line, and with one exit status.
+If a run ends on one rank, it ends on every rank, with one line and the same exit status.
 """
 
 import sys
@@ -29,7 +29,7 @@ from training.startup_checks import LocalResources
 
 
 class End(NamedTuple):
-    """The exit status of a run that ended by itself, and a line that says why."""
+    """The exit status of a run that ended without an error, and a line with the reason."""
 
     status: int
     line: str | None = None
@@ -44,7 +44,7 @@ def run_session(
 ) -> None:
     """Trains or checks the cluster; ends the process if the run did not complete."""
     policy = meeting.policy
-    closing = ExitStack()  # closes what may take a minute, after the other ranks know of a failure
+    closing = ExitStack()  # slow cleanup, which runs after the other ranks know of a failure
     try:
         if resources.problem is not None:
             raise resources.problem
@@ -75,7 +75,7 @@ def run_session(
 
 
 def _connect(settings: Settings, meeting: Meeting) -> tuple[Settings, RunContext]:
-    """Chooses the device and connects the ranks; the settings then name the backends."""
+    """Chooses the device and connects the ranks; the returned settings name the backends."""
     transformers_logging.set_verbosity_error()
     rendezvous = meeting.rendezvous
     device = choose_device(settings.parallel, ranks_here=len(rendezvous.ranks_on_this_host))
@@ -96,7 +96,7 @@ def _connect(settings: Settings, meeting: Meeting) -> tuple[Settings, RunContext
 def _fail_with_traceback(
     policy: ExitPolicy, error: Exception, *, before_exit: Callable[[], object]
 ) -> NoReturn:
-    """Ends the run after an unforeseen error: a traceback here, one line on the other ranks."""
+    """Ends the run after an unexpected error: a traceback here, one line on the other ranks."""
     traceback.print_exc()
     causes = [error, error.__cause__] if error.__cause__ is not None else [error]
     line = ": ".join(f"{type(cause).__name__}: {one_line(cause)}" for cause in causes)

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class LocalResources:
-    """The resources of this machine for the run; `problem` is the first that is missing."""
+    """The resources of this machine for the run; `problem` is the first failed check."""
 
     problem: ValueError | None = None
     interface: Interface | None = None
@@ -27,10 +27,10 @@ class LocalResources:
 
 
 def check_this_machine(settings: Settings) -> LocalResources:
-    """Checks what needs neither torch nor the other ranks.
+    """Checks everything on this machine that needs neither torch nor the other ranks.
 
-    A problem is kept, not raised: only this rank sees it, so the rank joins the others, reports it,
-    and all end.
+    A problem is returned, not raised. Only this rank sees the problem, so this rank first joins the
+    other ranks and reports it; then all ranks exit.
     """
     resources, parallel = LocalResources(), settings.parallel
     for warning in warnings_about(settings) if parallel.rank == 0 else []:

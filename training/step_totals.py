@@ -1,7 +1,8 @@
 """Totals of an iteration over all processes: loss, tokens, gradient norm, requests to stop.
 
-Each number has a slot that one process fills and all others leave zero. One all-reduce therefore
-gives exact sums, which are added in one order, so that nothing depends on P.
+Each number has its own slot, which one process fills and all other processes leave zero. One
+all-reduce therefore gives every process the exact numbers. Each process adds the numbers in the
+same order, so the totals do not depend on P.
 """
 
 import math
@@ -26,9 +27,9 @@ class StepTotals(NamedTuple):
     Attributes:
         loss: the sum of the token losses, in nats.
         tokens: the number of trained tokens.
-        squared_norm: the squared norm of all stages' gradients; None if it was not asked for.
+        squared_norm: the squared norm of all stages' gradients; None if no update ends here.
         first_bad: the number of the first parameter, over all stages, whose gradient is not finite.
-        stop_cause: the request to stop of the first rank that knows of one.
+        stop_cause: the request to stop, of the lowest rank that knows of a request; or None.
         is_writing: whether a process still writes a checkpoint.
     """
 
@@ -41,14 +42,15 @@ class StepTotals(NamedTuple):
 
 
 class TotalsReducer:
-    """Sums the totals over all processes, with one all-reduce of float64 slots.
+    """A reducer that sums the totals over all processes, with one all-reduce of float64 slots.
 
-    The slots: loss and tokens of each replica; for each rank, the signal that asked it to stop and
-    the rank that got the signal first (both plus one, zero if there is none); a flag for a write
-    that goes on; and, at the end of an update, the squared norm of each parameter of all stages.
+    The slots are: the loss and tokens of each replica; for each rank, the rank that first got a
+    signal to stop and the signal's number (both plus one; zero without a signal); a flag that is
+    positive while a process writes a checkpoint; and, at the end of an update, the squared norm of
+    each parameter of all stages.
 
     Args:
-        num_parameters: the parameters of each stage.
+        num_parameters: the number of parameters of each stage.
     """
 
     def __init__(
@@ -72,12 +74,13 @@ class TotalsReducer:
         stop_cause: StopCause | None = None,
         is_writing: bool = False,
     ) -> StepTotals:
-        """Sums over all processes; every process calls it alike.
+        """Returns the totals over all processes; every process calls it.
 
         Args:
-            loss, tokens: of this process; 0 and 0 if it computes no loss.
-            squared_norms: of this stage's parameters, in order, after the replicas' sum; 0 for
-                those that another replica owns; None if no update ends here.
+            loss, tokens: the numbers of this process; 0 and 0 if it computes no loss.
+            squared_norms: the squared norm of each gradient of this stage, in order, after the sum
+                over the replicas; 0 if another replica owns the gradient; None if no update ends
+                here.
             stop_cause: the request to stop that this process knows of.
             is_writing: whether this process still writes a checkpoint.
         """
@@ -109,9 +112,10 @@ class TotalsReducer:
         )
 
     def first_bad(self, finite: Sequence[bool]) -> int | None:
-        """Returns the number of the first parameter, over all stages, that is not finite anywhere.
+        """Returns the number of the first parameter, over all stages, that is not finite.
 
-        `finite` tells it of this stage's parameters, in order; every process calls it.
+        `finite` says, for each parameter of this stage in order, whether it is finite. Returns None
+        if all parameters are finite on every process. Every process calls it.
         """
         slots = torch.zeros(self._norm_slots)
         slots[self._first_slot : self._first_slot + len(finite)] = ~torch.tensor(finite)
@@ -121,7 +125,7 @@ class TotalsReducer:
 
 
 def names_by_stage(family: Family, config: Any, split: Sequence[int]) -> list[list[str]]:
-    """Returns the parameters of each stage, in the order of the layers."""
+    """Returns the names of the parameters of each stage, in the order of the layers."""
     return [
         [
             f"stage {stage}, {name}"

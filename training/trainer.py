@@ -1,4 +1,4 @@
-"""The loop over a run's iterations: evaluations, metrics, saves, and requests to stop."""
+"""The training loop: iterations, evaluations, metrics, saves, and requests to stop."""
 
 from typing import NoReturn
 
@@ -13,7 +13,7 @@ from training.iteration import Iteration, TrainingStoppedError
 
 
 class Trainer:
-    """Trains from one step to the last; every process runs it alike."""
+    """The training loop from one step to the last; every process runs it."""
 
     def __init__(
         self,
@@ -27,15 +27,16 @@ class Trainer:
         self._settings, self._iteration = settings, iteration
         self._evaluation, self._recorder, self._saver = evaluation, recorder, saver
         self._total_steps = settings.update.total_steps
-        self._stop_cause: StopCause | None = None  # as all ranks know it
+        self._stop_cause: StopCause | None = None  # the same on all ranks
 
     def run(self, start: int) -> str | None:
         """Runs iterations `start` + 1 to the last; `start` is 0 or the step of the checkpoint.
 
-        If a rank is asked to stop, all ranks save at the next update's end and return.
+        After a request to stop on any rank, all ranks save at the end of the next update and
+        return.
 
         Returns:
-            A line that says why the run stopped early; None if it is complete.
+            A line that says why the run stopped early; None if the run is complete.
         """
         before = self._evaluate(0) if start == 0 else None
         if self._stop_cause is not None:
@@ -68,12 +69,12 @@ class Trainer:
                     self._finish_save()
                 self._save_if_due(step)
             if self._stops_after(step):
-                saved = f"step {step} is saved, not finished"
-                return f"{self._stop_cause}: {saved}; the same command goes on"
+                saved = f"step {step} is saved, but the run is not complete"
+                return f"{self._stop_cause}: {saved}; the same command resumes it"
         return None
 
     def finish_after(self, stopped: TrainingStoppedError) -> NoReturn:
-        """Finishes the save that was begun, and raises `stopped` again; every rank calls it."""
+        """Waits for the pending save, then raises `stopped` again; every rank calls it."""
         try:
             self._finish_save(is_last=True)
             self._saver.close()
@@ -82,7 +83,7 @@ class Trainer:
         raise stopped
 
     def _loss_scale(self, result: UpdateResult | None) -> float | None:
-        """Returns the loss scale of the iteration, None if there is none (fp32, bf16)."""
+        """Returns the loss scale of the iteration; None without a loss scale (fp32, bf16)."""
         update_step = self._iteration.update_step
         if not update_step.may_skip:
             return None
@@ -91,7 +92,8 @@ class Trainer:
     def _evaluate(self, step: int) -> HeldOut | None:
         """Evaluates after `step`, unless the run has no held-out data or stops before.
 
-        The evaluation after the last step always ends: the run is complete only with it.
+        A request to stop does not end the evaluation after the last step: a complete run needs its
+        result.
         """
         may_stop = step < self._total_steps
         if self._evaluation is None or (self._stop_cause is not None and may_stop):
@@ -103,7 +105,7 @@ class Trainer:
         return result
 
     def _stops_after(self, step: int) -> bool:
-        """Returns whether the run stops early; after the last step it is complete instead."""
+        """Returns whether the run stops early; after the last step, the run is complete instead."""
         if self._stop_cause is None or step == self._total_steps:
             return False
         return self._settings.update.ends_update(step)
@@ -125,7 +127,7 @@ class Trainer:
                     self._give_up(step, f"but {error}")
                 raise
         if gives_up:
-            self._give_up(step, "and saved")
+            self._give_up(step, "and are saved")
 
     def _give_up(self, step: int, saved: str) -> NoReturn:
         raise TrainingStoppedError(self._iteration.explain_skips(step, saved))

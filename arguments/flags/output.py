@@ -8,7 +8,7 @@ from arguments.values import MAX_SECONDS, real, switch, whole
 CHECKPOINT_FLAGS = (
     unkept(
         "--checkpoint-path",
-        "default: model_checkpoints/<model folder's name>",
+        "folder of the checkpoints; default: model_checkpoints/<model folder's name>",
         None,
         Path,
         common=True,
@@ -16,7 +16,7 @@ CHECKPOINT_FLAGS = (
     ),
     free(
         "--checkpoint-steps",
-        "save every so many iterations; 0: only at the end",
+        "iterations between saves; 0: save only at the end",
         0,
         whole(0),
         common=True,
@@ -26,37 +26,37 @@ CHECKPOINT_FLAGS = (
     ),
     free(
         "--keep-checkpoints",
-        "keep only the newest N, once a newer one is complete; default: all",
+        "keep only the newest N checkpoints, and delete older ones after a save; default: keep all",
         None,
         whole(1),
         metavar="N",
     ),
     free(
         "--keep-optimizer-states",
-        "only the newest N checkpoints keep their optimizer state; older ones can be converted, "
-        "but training cannot resume from them; default: all",
+        "only the newest N checkpoints keep their optimizer state; older checkpoints can be "
+        "converted, but training cannot resume from them; default: all",
         None,
         whole(1),
         metavar="N",
     ),
     free(
         "--async-checkpoint",
-        "training stops only while its state is copied to host memory; the copy is written beside "
-        "training",
+        "training pauses only while its state is copied to host memory; the copy is written to "
+        "disk during training",
         False,
         switch,
     ),
     free(
         "--checkpoint-failure",
-        "when a save fails, of a full disk for example: warn, and training goes on, or end the "
-        "run; a failure of the last save always ends it",
+        "if a save fails, for example because a disk is full: warn logs a warning and training "
+        "continues; fatal ends the run; a failure of the last save always ends the run",
         "warn",
         choices=("warn", "fatal"),
     ),
     free(
         "--grace-seconds",
-        "seconds after SIGTERM, SIGINT or SIGUSR1 for the update to end and be saved, before exit "
-        "status 75; later, 1",
+        "seconds after SIGTERM, SIGINT or SIGUSR1 in which the update must end and be saved; exit "
+        "status 75 if it is saved in time, else 1",
         300.0,
         real(positive=True, at_most=MAX_SECONDS),
     ),
@@ -65,8 +65,8 @@ CHECKPOINT_FLAGS = (
 OUTPUT_FLAGS = (
     unkept(
         "--check-cluster",
-        "meet, compare the machines, measure devices and links, print what to expect, and end; "
-        "reads no weights and no data",
+        "compare the machines of all ranks, measure devices and links, print expected times and "
+        "remedies, then exit; reads no weights and no data",
         False,
         switch,
         common=True,
@@ -74,8 +74,8 @@ OUTPUT_FLAGS = (
     free("--project-name", "Weights & Biases project", "dist-clm-train", ranks="own"),
     unkept(
         "--profiling",
-        "tidy_profiling: a trace of every rank, and timeline.png of one step of all, in trace_json "
-        "under the working directory",
+        "tidy_profiling: write a trace of every rank, and timeline.png of one step of all ranks, "
+        "to trace_json under the working directory",
         "no-profiling",
         choices=("no-profiling", "tidy_profiling"),
     ),

@@ -15,10 +15,10 @@ PARALLEL_FLAGS = (
     unkept("--pipeline-group-size", "stages of a pipeline", 1, whole(1), common=True),
     free("--data-group-size", "pipelines (data-parallel replicas)", 1, whole(1), common=True),
     free("--pp-mode", "pipeline schedule", "gpipe", choices=tuple(SCHEDULES), common=True),
-    fixed("--dp-mode", "how replicas stay one model", "allreduce", choices=tuple(DP_MODES)),
+    fixed("--dp-mode", "how replicas keep the same weights", "allreduce", choices=tuple(DP_MODES)),
     free(
         "--zero-stage",
-        "1: each replica keeps its share of master weights and moments",
+        "1: each replica keeps only its share of master weights and moments",
         0,
         int,
         choices=(0, 1),
@@ -26,17 +26,19 @@ PARALLEL_FLAGS = (
     unkept(
         "--cuda-id", "GPU of this process; default: 0", None, whole(0), common=True, ranks="own"
     ),
-    unkept("--use-cuda", "default: true where there is a GPU", None, switch, ranks="own"),
+    unkept(
+        "--use-cuda", "train on a GPU; default: true if there is one", None, switch, ranks="own"
+    ),
     free(
         "--dist-backend",
-        "activations and gradients between stages; nccl is torch's own, without CuPy; default: "
-        "cupy_nccl, on CPU gloo",
+        "backend for activations and gradients between stages; nccl is torch's own, without CuPy; "
+        "default: cupy_nccl on GPU, gloo on CPU",
         choices=("cupy_nccl", "nccl", "gloo"),
     ),
     free(
         "--dp-backend",
-        "gradients between replicas; nccl is torch's own where --dist-backend is nccl, else "
-        "CuPy's; default: nccl, on CPU gloo",
+        "backend for gradients between replicas; nccl is torch's own if --dist-backend is nccl, "
+        "else CuPy's; default: nccl on GPU, gloo on CPU",
         choices=("nccl", "gloo"),
     ),
 )
@@ -44,28 +46,33 @@ PARALLEL_FLAGS = (
 NETWORK_FLAGS = (
     unkept(
         "--dist-url",
-        "where rank 0 listens; default: tcp://127.0.0.1:7033",
+        "address on which rank 0 listens; default: tcp://127.0.0.1:7033",
         common=True,
         ranks="own",
     ),
     free(
         "--net-interface",
-        "network interface; default: the one that leads to rank 0",
+        "network interface; default: the interface of the route to rank 0",
         common=True,
         ranks="own",
     ),
-    unkept("--job-id", "tells this job from others at the same --dist-url", "0", ranks="proven"),
+    unkept(
+        "--job-id",
+        "name that distinguishes this job from other jobs at the same --dist-url",
+        "0",
+        ranks="proven",
+    ),
     unkept(
         "--job-token-file",
-        "file with a secret that only this job's ranks have, each on its own disk; without it, "
-        "everyone who knows --job-id can join",
+        "file with a secret that only this job's ranks have; each rank reads it from its own disk; "
+        "without the file, everyone who knows --job-id can join",
         None,
         Path,
         ranks="proven",
     ),
     free(
         "--join-timeout",
-        "seconds for all ranks to meet",
+        "seconds in which all ranks must meet",
         300.0,
         real(positive=True, at_most=MAX_SECONDS),
     ),

@@ -16,12 +16,16 @@ MODEL_FLAGS = (
         common=True,
         ranks="own",
     ),
-    free("--tokenizer-name", "folder or hub name; default: --model-name", ranks="own"),
+    free(
+        "--tokenizer-name",
+        "folder or hub name of the tokenizer; default: --model-name",
+        ranks="own",
+    ),
     fixed("--model-type", "model family", choices=sorted(MODELS), required=True, common=True),
     unkept(
         "--num-layers",
-        "layers per stage, of which the last may have fewer; or a list of each stage's, as 5,3; or "
-        "auto: the split whose slowest stage has the fewest multiply-adds",
+        "layers per stage (the last stage may have fewer); or a list with the number of each "
+        "stage, such as 5,3; or auto: the split whose slowest stage has the fewest multiply-adds",
         None,
         layers(auto=True),
         required=True,
@@ -29,21 +33,24 @@ MODEL_FLAGS = (
     ),
     unkept(
         "--embedding-dim",
-        "hidden size, as config.json has it",
+        "hidden size; must be the value in config.json",
         None,
         whole(1),
         required=True,
         common=True,
     ),
     unkept(
-        "--load-pretrained-model", "false: random weights from config.json and --seed", True, switch
+        "--load-pretrained-model",
+        "load the weights in --model-name; false: draw random weights with --seed",
+        True,
+        switch,
     ),
 )
 
 UPDATE_FLAGS = (
     free(
         "--total-steps",
-        "iterations; --gradient-accumulate-step of them make one update",
+        "number of iterations; --gradient-accumulate-step iterations make one update",
         None,
         whole(1),
         required=True,
@@ -53,8 +60,13 @@ UPDATE_FLAGS = (
         "--lr", "learning rate at the end of the warm-up", 1e-5, real(at_most=MAX_RATE), common=True
     ),
     free("--warmup-steps", "updates of linear warm-up", 0, whole(0), common=True),
-    free("--lr-schedule", "after the warm-up", "linear", choices=("linear", "cosine", "constant")),
-    free("--min-lr", "where the schedule ends", 0.0, real()),
+    free(
+        "--lr-schedule",
+        "schedule of the learning rate after the warm-up",
+        "linear",
+        choices=("linear", "cosine", "constant"),
+    ),
+    free("--min-lr", "learning rate at the end of the schedule", 0.0, real()),
     fixed(
         "--optimizer",
         "adam is AdamW; 8bit-adam needs bitsandbytes",
@@ -62,10 +74,15 @@ UPDATE_FLAGS = (
         choices=("adam", "8bit-adam"),
         common=True,
     ),
-    free("--weight-decay", "of matrices; biases and norms have none", 0.01, real(at_most=MAX_RATE)),
+    free(
+        "--weight-decay",
+        "weight decay of matrices; biases and norms have none",
+        0.01,
+        real(at_most=MAX_RATE),
+    ),
     free(
         "--max-grad-norm",
-        "gradient norm to clip to; inf: never",
+        "largest gradient norm; larger gradients are clipped; inf: no clipping",
         1.0,
         real(positive=True, finite=False),
     ),
@@ -73,19 +90,19 @@ UPDATE_FLAGS = (
     free("--batch-size", "sequences per pipeline and iteration", 8, whole(1), common=True),
     fixed("--micro-batch-size", "sequences per microbatch", 1, whole(1), common=True),
     fixed("--gradient-accumulate-step", "iterations per update", 1, whole(1), common=True),
-    fixed("--seed", "of data order, dropout and random weights", 42, whole(0)),
-    unkept("--train-warmup-steps", "accepted from old scripts; does nothing", None, whole(0)),
+    fixed("--seed", "seed of data order, dropout and random weights", 42, whole(0)),
+    unkept("--train-warmup-steps", "accepted for old scripts; does nothing", None, whole(0)),
 )
 
 PRECISION_FLAGS = (
     unkept("--fp16", "compute in fp16, weights and moments in fp32", False, switch, common=True),
     unkept("--bf16", "compute in bf16, weights and moments in fp32", False, switch, common=True),
     free("--recompute", "recompute a block's activations in backward", True, switch),
-    free("--use-offload", "master weights and moments in host memory", False, switch),
+    free("--use-offload", "keep master weights and moments in host memory", False, switch),
     unkept(
         "--cpu-matmul",
-        "what multiplies fp32 matrices on a CPU: torch's default (MKL) or oneDNN; auto: what the "
-        "checkpoint was made with, else oneDNN on AMD processors with AVX-512",
+        "library of fp32 matmuls on a CPU: torch's default (MKL) or oneDNN; auto: the library of "
+        "the checkpoint, else oneDNN on AMD CPUs with AVX-512 and torch's default on others",
         "auto",
         choices=("auto", "default", "onednn"),
     ),
@@ -94,37 +111,37 @@ PRECISION_FLAGS = (
     free("--min-loss-scale", "fp16: the smallest dynamic scale", 1.0, real(positive=True)),
     free(
         "--loss-scale-window",
-        "fp16: clean updates in a row before the scale doubles",
+        "fp16: updates in a row without overflow before the scale doubles",
         1000,
         whole(1),
     ),
     free("--hysteresis", "fp16: overflows before the scale halves", 2, whole(1)),
     free(
         "--max-skipped-updates",
-        "fp16: overflows in a row that end the run, with a checkpoint",
+        "fp16: number of overflows in a row after which the run saves a checkpoint and ends",
         50,
         whole(1),
     ),
     unkept(
         "--plan",
-        "print what each stage will need, and end; needs config.json alone: no weights, no data, "
-        "no other rank, and with --use-cuda true no GPU",
+        "print the memory and messages of each stage, then exit; needs only config.json: no "
+        "weights, no data, no other rank, and no GPU even with --use-cuda true",
         False,
         switch,
         common=True,
     ),
     unkept(
         "--device-memory",
-        "with --plan: the memory of a device, as 24GB (10^9 bytes) or 24GiB (2^30); where a stage "
-        "needs more, the plan lists the flags that help, and the exit status is 1",
+        "with --plan: the memory of a device, such as 24GB (10^9 bytes) or 24GiB (2^30); if a "
+        "stage needs more, the plan lists the flags that help, and the exit status is 1",
         None,
         size,
         metavar="SIZE",
     ),
     unkept(
         "--measure-memory",
-        "log at the end the peak memory of tensors on each rank, beside the plan's; on a CPU the "
-        "run takes longer",
+        "at the end, log the peak memory of tensors on each rank and the plan's number; on a CPU, "
+        "the run takes longer",
         False,
         switch,
     ),

@@ -1,4 +1,4 @@
-"""--check-cluster: the ranks meet as for a run, compare their machines, and measure."""
+"""--check-cluster: the ranks compare their machines and measure devices and links."""
 
 import logging
 import time
@@ -28,15 +28,15 @@ from planning.cluster.report import about_clocks, advice, link_table, rank_table
 
 logger = logging.getLogger(__name__)
 
-_LINK_SECONDS = 1.0  # each direction of each link, one after the other
-_MATMUL_SECONDS = 1.0  # all devices at once, as in training
+_LINK_SECONDS = 1.0  # per direction of each link, one link after another
+_MATMUL_SECONDS = 1.0  # all devices measure at once, as in training
 
 
 def check_cluster(settings: Settings, context: RunContext, rendezvous: Rendezvous) -> int:
     """Compares machines and measures devices and links; every rank calls it, rank 0 logs.
 
     Returns:
-        The exit status: 0, or 1 if ranks differ or lack something.
+        The exit status: 0, or 1 if ranks differ or something is missing on a rank.
 
     Raises:
         PeerLostError: a rank does not answer.
@@ -79,22 +79,22 @@ def measure_links(
     *,
     dist_timeout: float,
 ) -> dict[Link, LinkSpeed]:
-    """Measures every link of the run, alone: all other ranks wait. Every rank calls it.
+    """Measures the links of the run one after another; every rank calls it.
 
     Args:
-        wanted: the bytes of a message of each link.
-        dist_timeout: seconds after which a rank that waits gives up.
+        wanted: the bytes of a message in a run, by link.
+        dist_timeout: the timeout of a waiting rank, in seconds.
     """
     budget = min(_LINK_SECONDS, dist_timeout / 4)
     if wanted and topology.rank == 0:
         logger.info(
-            "measuring %d links one after the other, for some %g s at most",
+            "measuring %d links one after another; this takes at most about %g s",
             len(wanted),
             len(wanted) * budget,
         )
     measured: list[list[float]] = []
     for number, (link, nbytes) in enumerate(wanted.items()):
-        gather_json(groups.control, number)  # the previous link is measured
+        gather_json(groups.control, number)  # waits until the previous link is measured
         if link.group == "pipeline":
             group: Communicator = groups.pipeline
             source, to = link.source % topology.num_stages, link.to % topology.num_stages
@@ -112,7 +112,7 @@ def measure_links(
 
 
 def make_plan(settings: Settings, sizes: ModelSizes) -> RunShape | None:
-    """Returns what the flags make of a model; None where it cannot be split so."""
+    """Returns the shape of the run for this model; None if the flags cannot split the model."""
     update = settings.update
     work = sizes.work(update.seq_length)
     try:
@@ -123,7 +123,7 @@ def make_plan(settings: Settings, sizes: ModelSizes) -> RunShape | None:
             model_layers=sizes.layers,
         )
     except ValueError:
-        return None  # a problem of its MachineFacts
+        return None  # MachineFacts.problems has this error
     return RunShape(
         model=sizes,
         work=work,
@@ -148,7 +148,7 @@ def _message_bytes(
 ) -> int:
     """Returns the bytes of a microbatch's activations, or of a bucket of gradients.
 
-    A stage with fewer gradients than a bucket holds has one bucket of all.
+    If all gradients of a stage fit into one bucket, the bytes of these gradients are returned.
     """
     if link.group == "pipeline":
         return _activation_bytes(settings)
@@ -158,7 +158,7 @@ def _message_bytes(
 
 
 def _rate(settings: Settings, sizes: ModelSizes | None, device: torch.device) -> float:
-    """Measures this rank's multiply-adds per second, in the largest matmul of a block."""
+    """Returns this rank's multiply-adds per second in the largest matmul of a block."""
     hidden = settings.model.embedding_dim if sizes is None else sizes.hidden
     return matmul_rate(
         rows=settings.update.micro_batch_size * settings.update.seq_length,
@@ -172,8 +172,8 @@ def _rate(settings: Settings, sizes: ModelSizes | None, device: torch.device) ->
 
 def _log_verdict(problems: Sequence[str]) -> None:
     if not problems:
-        logger.info("check passed: all ranks agree, and nothing that was looked at is missing")
+        logger.info("check passed: all ranks agree, and no checked item is missing")
         return
     for line in problems:
         logger.info("- %s", line)
-    logger.info("check failed: differing or missing, told above: %d", len(problems))
+    logger.info("check failed: differences and missing items, listed above: %d", len(problems))

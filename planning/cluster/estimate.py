@@ -1,7 +1,7 @@
 """An estimate of a step's seconds, from the measured speeds of devices and links.
 
-It counts matmuls and messages alone, so a step takes no less: norms, activations, the optimizer
-and the host's own time are added to it.
+The estimate is a lower bound, because it counts only matmuls and messages. Norms, activation
+functions, the optimizer and the host need more time.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,9 +21,12 @@ from planning.cluster.link_probe import Link, LinkSpeed
 
 @dataclass(frozen=True)
 class RunShape:
-    """The properties of a run that its speed depends on.
+    """The properties of a run that determine its speed.
 
-    tokens: of a microbatch. message: bytes of its activations, or of their gradients.
+    Attributes:
+        tokens: the tokens of a microbatch.
+        message: the bytes of a microbatch's activations, which are the bytes of their gradients
+            too.
     """
 
     model: ModelSizes
@@ -45,7 +48,7 @@ class RunShape:
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
-    """The times of a run on these devices and links; `rates` are multiply-adds per second."""
+    """The expected times of a run; `rates` has the multiply-adds per second of each rank."""
 
     plan: RunShape
     topology: Topology
@@ -54,7 +57,7 @@ class Estimate:
 
     @cached_property
     def speeds(self) -> list[float]:
-        """The multiply-adds per second of each stage's slowest replica; the others wait for it."""
+        """Returns the multiply-adds per second of each stage's slowest replica."""
         topology = self.topology
         return [
             min(self.rates[rank] for rank in topology.replica_ranks(stage))
@@ -63,7 +66,7 @@ class Estimate:
 
     @cached_property
     def iteration(self) -> float:
-        """Seconds of one iteration's forwards and backwards, of the slowest pipeline."""
+        """Returns the seconds of an iteration's forwards and backwards in the slowest pipeline."""
         return self._slowest_pipeline(self.message_seconds)
 
     @cached_property
@@ -72,7 +75,7 @@ class Estimate:
 
     @cached_property
     def slowest_link(self) -> Link | None:
-        """The pipelines' link on which a microbatch's message takes longest."""
+        """Returns the link between stages on which a microbatch's message takes longest."""
         candidates = (link for link in self.links if link.group == "pipeline")
         return max(candidates, key=self.message_seconds, default=None)
 
@@ -80,7 +83,7 @@ class Estimate:
         return self.links[link].message_seconds(self.plan.message)
 
     def compute_seconds(self, link: Link) -> float:
-        """Returns the seconds that the receiver computes with one message of a pipeline's link."""
+        """Returns the seconds of the receiver's computation on one message of a pipeline link."""
         replica, stage = divmod(link.to, self.topology.num_stages)
         costs = self._costs(replica)[stage]
         is_gradient = link.to < link.source
@@ -92,16 +95,16 @@ class Estimate:
         return max(work / speed for work, speed in pairs) * self.plan.tokens
 
     def balanced_layers(self) -> Split:
-        """Returns the split whose slowest stage takes the least."""
+        """Returns the split that minimizes the time of the slowest stage."""
         num_stages, model_layers = self.topology.num_stages, self.plan.model.layers
         return balanced_split(
             self.plan.work, num_stages=num_stages, model_layers=model_layers, speeds=self.speeds
         )
 
     def exchange(self, stage: int) -> tuple[float, Link] | None:
-        """Returns the seconds of summing a stage's gradients over its replicas' slowest link.
+        """Returns the seconds in which replicas sum a stage's gradients, and their slowest link.
 
-        Returns that link too. Each replica sends 2 (R - 1) / R of the gradients.
+        Each replica sends 2 (R - 1) / R of the gradients' bytes. Returns None for a single replica.
         """
         replicas = self.topology.num_replicas
         ranks = self.topology.replica_ranks(stage)

@@ -1,9 +1,9 @@
-"""The links of a run, and the speed of a link, measured over the communicator that trains.
+"""The links of a run, and their speeds, measured with the communicator of training.
 
-The sender's clock alone measures: from the start of a message until a short answer arrives, less
-half a round trip of two short messages. A delay of one direction therefore counts half in each; a
-low rate counts in the direction that has it. The receiver is ready before, as in training, where
-receives are posted ahead of need.
+Only the sender's clock measures: the seconds from the start of a message to the arrival of a short
+answer, minus half the round trip of two short messages. A delay in one direction therefore counts
+half in each direction. A low rate counts only in its own direction. The receiver posts its receive
+before the message starts, as in training.
 """
 
 import statistics
@@ -26,7 +26,7 @@ _REPEATS = 5
 
 
 class Link(NamedTuple):
-    """One direction between two global ranks, in their `pipeline` or `replicas` group."""
+    """One direction between two global ranks, in the group `pipeline` or `replicas`."""
 
     group: str
     source: int
@@ -36,7 +36,8 @@ class Link(NamedTuple):
 def links(topology: Topology) -> list[Link]:
     """Returns all links of a run in both directions, pipeline by pipeline, then stage by stage.
 
-    Of replicas these are all pairs: each adds up its share of the sum from all others.
+    All pairs of a stage's replicas are links, because each replica receives a share of the
+    gradients from all other replicas.
     """
     run_links: list[Link] = []
     for replica in range(topology.num_replicas):
@@ -53,8 +54,10 @@ def _both_ways(group: str, pairs: Iterable[tuple[int, int]]) -> list[Link]:
 class LinkSpeed(NamedTuple):
     """The measured speed of a link.
 
-    latency: seconds of a message of a few bytes.
-    seconds: of a message of `nbytes`, latency included.
+    Attributes:
+        latency: the seconds of a message of a few bytes.
+        nbytes: the bytes of the largest message that was measured.
+        seconds: the seconds of a message of `nbytes` bytes, latency included.
     """
 
     latency: float
@@ -63,11 +66,11 @@ class LinkSpeed(NamedTuple):
 
     @property
     def bytes_per_second(self) -> float:
-        """The rate of messages of this size, one after the other."""
+        """Returns the rate of consecutive messages of `self.nbytes` bytes."""
         return self.nbytes / self.seconds
 
     def message_seconds(self, nbytes: int) -> float:
-        """Returns the seconds of a message; those beyond the latency grow with its length."""
+        """Returns the seconds of a message: the latency, and a part proportional to `nbytes`."""
         if nbytes == self.nbytes:
             return self.seconds
         return self.latency + max(0.0, self.seconds - self.latency) * nbytes / self.nbytes
@@ -76,11 +79,11 @@ class LinkSpeed(NamedTuple):
 def probe(
     group: PointToPoint, *, to: int, nbytes: int, device: torch.device, budget: float
 ) -> LinkSpeed:
-    """Measures the speed towards member `to`, which calls `answer` meanwhile.
+    """Measures the speed of the link to member `to`, which must call `answer` at the same time.
 
     Args:
-        nbytes: the size of the largest message; smaller ones are sent where it takes too long.
-        budget: the seconds that all messages may take, about.
+        nbytes: the size of the largest message; on a slow link, only smaller messages are sent.
+        budget: the approximate seconds for all messages.
     """
     prober = _Prober(group, to, device)
     began = time.monotonic()
@@ -109,7 +112,7 @@ def probe(
 
 
 def answer(group: PointToPoint, *, source: int, device: torch.device) -> None:
-    """Answers the messages of `probe`, until it ends."""
+    """Answers the messages of `probe` until `probe` ends the measurement."""
     header = torch.empty(1, dtype=torch.int64, device=device)
     word = torch.zeros(_SHORT, dtype=torch.uint8, device=device)
     while True:
@@ -126,14 +129,14 @@ def answer(group: PointToPoint, *, source: int, device: torch.device) -> None:
 
 
 class _Prober:
-    """The sender's end of one link."""
+    """The sender of the messages on one link."""
 
     def __init__(self, group: PointToPoint, peer: int, device: torch.device) -> None:
         self._group, self._peer, self._device = group, peer, device
         self._word = torch.empty(_SHORT, dtype=torch.uint8, device=device)
 
     def round(self, size: int) -> float:
-        """Returns the seconds from the start of a message of `size` bytes to its answer."""
+        """Sends `size` bytes; returns the seconds from the start of the message to its answer."""
         self.announce(size)
         message = torch.zeros(size, dtype=torch.uint8, device=self._device)
         self._receive_word()

@@ -1,4 +1,4 @@
-"""The machine of each rank of --check-cluster, and the differences between the ranks."""
+"""Facts about each rank's machine for --check-cluster, and the differences between ranks."""
 
 import hashlib
 import json
@@ -29,15 +29,19 @@ _SHOWN = 60  # characters of a value in a message
 
 
 class MachineFacts(NamedTuple):
-    """The facts about one rank, as they travel in JSON.
+    """The facts about one rank, which the ranks exchange as JSON.
 
-    model: None where the rank cannot read a config.json that fits with the flags.
-    problems: mistakes that would end a run, in a line each.
-    versions: by name. config: by key.
-    files: the size of each shard of its stage and, where a manifest has it, the checksum; None
-        where there is no such file.
-    damage: reasons for which a run would reject existing shards, in a line each.
-    resumes: its --checkpoint-path has a checkpoint, so shards are not read.
+    Attributes:
+        model: the sizes of the model; None if the rank cannot read a config.json that fits the
+            flags.
+        problems: a line for each mistake that would end a run.
+        versions: the versions of software, by name.
+        config: the values of config.json, by key.
+        files: the size of each shard of the rank's stage, and the checksum if a manifest has it;
+            None for a missing file.
+        damage: a line for each reason to reject an existing shard.
+        resumes: whether --checkpoint-path has a checkpoint, so that a run would not read the
+            shards.
     """
 
     device: str
@@ -51,7 +55,7 @@ class MachineFacts(NamedTuple):
 
     @classmethod
     def from_json(cls, values: Sequence[Any]) -> "MachineFacts":
-        """Returns the facts of another rank, from its JSON."""
+        """Returns the facts of a rank from their JSON."""
         facts = cls(*values)
         return facts._replace(model=None if facts.model is None else ModelSizes(*facts.model))
 
@@ -59,7 +63,7 @@ class MachineFacts(NamedTuple):
 def collect_machine_facts(
     settings: Settings, topology: Topology, device: torch.device
 ) -> MachineFacts:
-    """Collects the facts about this rank, without reading a weight."""
+    """Collects the facts about this rank, without reading weights."""
     problems, model, files = [], None, {}
     folder, checkpoint = settings.model.model_name, settings.checkpoint
     for check in (check_model, check_optimizer):
@@ -88,7 +92,7 @@ def collect_machine_facts(
 
 
 def describe_device(device: torch.device) -> str:
-    """Describes the GPU, or the CPU and the number of its threads that this rank uses."""
+    """Returns the name of the GPU, or the name of the CPU and the number of its threads in use."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} (cuda:{device.index})"
     threads = torch.get_num_threads()
@@ -113,7 +117,7 @@ def versions(settings: Settings, device: torch.device) -> dict[str, str]:
 
 
 def differences(participants: Sequence[Participant], machines: Sequence[MachineFacts]) -> list[str]:
-    """Returns differences between ranks and things that they lack, in a line each, with ranks."""
+    """Returns lines that name the ranks with differences, missing files or other problems."""
     present = [
         {name: identity for name, identity in machine.files.items() if identity is not None}
         for machine in machines
@@ -134,7 +138,7 @@ def differences(participants: Sequence[Participant], machines: Sequence[MachineF
 
 
 def _shards(settings: Settings, topology: Topology, model: ModelSizes) -> dict[str, str | None]:
-    """Returns the identities of the files that this rank's stage reads."""
+    """Returns the size and checksum of each file that this rank's stage reads, by file name."""
     if not settings.model.load_pretrained_model:
         return {}
     work, num_stages = model.work(settings.update.seq_length), topology.num_stages
@@ -156,7 +160,7 @@ def _identity(path: Path, listed: Any) -> str | None:
 
 
 def _damage(folder: Path, names: Sequence[str]) -> list[str]:
-    """Returns the damage of shards that their sizes in the manifest show; each line once."""
+    """Returns the errors of shards whose size differs from the manifest, each line once."""
     lines = []
     for name in names:
         try:
@@ -167,7 +171,7 @@ def _damage(folder: Path, names: Sequence[str]) -> list[str]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; returns an empty one where there is none."""
+    """Returns the JSON object in a file, or an empty one if the file is missing or invalid."""
     try:
         return read_json_object(path)
     except ValueError:
@@ -182,7 +186,7 @@ def _short(value: Any) -> str:
 
 
 def _digest_sources() -> str:
-    """Returns a digest of the program's own files."""
+    """Returns a digest of the program's source files."""
     digest = hashlib.sha256()
     packages = [init.parent for init in _ROOT.glob("*/__init__.py")]
     modules = [
@@ -199,7 +203,10 @@ def _digest_sources() -> str:
 def _differing(
     prefix: str, participants: Sequence[Participant], facts: Sequence[Mapping[str, str]]
 ) -> list[str]:
-    """Describes facts without one value on all ranks that have it (of config.json: on all)."""
+    """Returns a line for each fact whose value differs between the ranks that have it.
+
+    For config.json, a missing key is a difference too.
+    """
     lines = []
     for name in dict.fromkeys(name for of_rank in facts for name in of_rank):
         values = [
@@ -214,7 +221,7 @@ def _differing(
 
 
 def _spread(values: Sequence[tuple[Participant, str]], usual: str) -> str:
-    """Tells the ranks of each value; the most frequent one is that of all others."""
+    """Returns the values with their ranks as text; `usual` is the most frequent value."""
     ranks: dict[str, list[str]] = {}
     for participant, value in values:
         ranks.setdefault(value, []).append(_name(participant))

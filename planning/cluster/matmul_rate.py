@@ -1,4 +1,4 @@
-"""The measured rate of a device in matmuls of a model's sizes, as its layers compute them."""
+"""The measured speed of a device in matmuls of a model's sizes."""
 
 import statistics
 import time
@@ -17,10 +17,11 @@ _GROWTH = 4
 def matmul_rate(
     *, rows: int, inputs: int, outputs: int, dtype: torch.dtype, device: torch.device, budget: float
 ) -> float:
-    """Measures the multiply-adds per second of (rows, inputs) times (inputs, outputs) in `dtype`.
+    """Measures multiply-adds per second of a (rows, inputs) x (inputs, outputs) matmul in `dtype`.
 
-    It takes about `budget` seconds, so that processes that share a device and start together share
-    it to the end. It uses fewer rows where all would take longer.
+    The measurement takes about `budget` seconds. Processes that share a device start together and
+    take equally long, so they share the device during the complete measurement. If a matmul of all
+    rows would take too long, fewer rows are used.
     """
     began = time.monotonic()
     weight = torch.ones(outputs, inputs, dtype=dtype, device=device)
@@ -40,7 +41,7 @@ def matmul_rate(
 
 
 def _seconds(x: Tensor, weight: Tensor) -> float:
-    """Returns the seconds of one matmul, on a GPU until it is done there."""
+    """Returns the seconds of one matmul, until the device has finished it."""
     synchronize(weight.device)
     began = time.perf_counter()
     linear(x, weight, None)

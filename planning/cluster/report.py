@@ -9,12 +9,12 @@ from planning.cluster.estimate import Estimate, RunShape
 from planning.cluster.link_probe import Link, LinkSpeed
 from planning.cluster.machines import MachineFacts
 
-# From these on, a line reports:
-SLOWED = 1.1  # iterations by their length with free links
-UNEVEN = 1.05  # the slowest stage's time by that of the best split
-UNLIKE = 1.5  # the fastest device's rate by the slowest one's
+# The report has a line or a remedy above these limits:
+SLOWED = 1.1  # time of an iteration / time with free links
+UNEVEN = 1.05  # time of the slowest stage / its time with the best split
+UNLIKE = 1.5  # rate of the fastest device / rate of the slowest device
 SKEWED = 1.0  # seconds between two clocks
-EXCHANGED = 0.2  # the exchange of gradients by an update's computing
+EXCHANGED = 0.2  # time of the gradients' exchange / time of an update's iterations
 
 
 def rank_table(
@@ -25,11 +25,12 @@ def rank_table(
     rates: Sequence[float],
     plan: RunShape | None,
 ) -> str:
-    """Returns a line for each rank.
+    """Returns a table with a line for each rank.
 
-    clocks: the seconds that each rank's clock is ahead of rank 0's, and their error.
+    `clocks` has, for each rank, the seconds that its clock is ahead of rank 0's clock, and the
+    error in seconds.
     """
-    rows = [["rank", "stage", "replica", "host", "interface", "device", "clock", "products"]]
+    rows = [["rank", "stage", "replica", "host", "interface", "device", "clock", "matmul"]]
     if plan is not None:
         rows[0].append("layers")
     ranks = zip(participants, machines, clocks, rates, strict=True)
@@ -48,7 +49,7 @@ def rank_table(
 def link_table(
     participants: Sequence[Participant], links: Mapping[Link, LinkSpeed], wanted: Mapping[Link, int]
 ) -> str:
-    """Returns a line for each link; `wanted` has the bytes of its messages in a run."""
+    """Returns a table with a line for each link; `wanted` has the bytes of a message in a run."""
     rows = [["link", "of", "latency", "message", "takes", "rate"]]
     for link, speed in links.items():
         ends, size = _ends(participants, link), wanted[link]
@@ -63,15 +64,15 @@ def link_table(
 def advice(
     estimate: Estimate | None, participants: Sequence[Participant], *, precision: str
 ) -> Iterator[str]:
-    """Yields the expected times and the remedies for long ones, in a line each."""
+    """Yields lines with the expected times, and with remedies for long times."""
     if estimate is None:
-        yield "no rank has a config.json that fits with the flags: no step is estimated"
+        yield "no rank has a config.json that matches the flags, so no step time is estimated"
         return
     plan = estimate.plan
     yield (
         f"an iteration ({plan.num_microbatches} microbatches per pipeline, {plan.schedule}, "
-        f"--num-layers {plan.layers}) takes at least {_time(estimate.iteration)} of products and "
-        f"messages; with links that cost nothing {_time(estimate.iteration_with_free_links)}"
+        f"--num-layers {plan.layers}) takes at least {_time(estimate.iteration)} for matmuls and "
+        f"messages; with free links {_time(estimate.iteration_with_free_links)}"
     )
     if estimate.slowest_link is not None:
         yield _about_slowest(estimate, estimate.slowest_link, participants, precision)
@@ -84,13 +85,13 @@ def advice(
 def about_clocks(
     participants: Sequence[Participant], clocks: Sequence[Sequence[float]]
 ) -> Iterator[str]:
-    """Yields a line for each clock that differs from rank 0's."""
+    """Yields a line for each clock that differs from rank 0's by more than SKEWED seconds."""
     for participant, (ahead, error) in zip(participants, clocks, strict=True):
         if abs(ahead) - error > SKEWED:
             yield (
                 f"the clock of rank {participant.rank} (host {participant.host}) is "
-                f"{abs(ahead):.1f} s {'ahead of' if ahead > 0 else 'behind'} rank 0's: times in "
-                "logs and of files do not compare"
+                f"{abs(ahead):.1f} s {'ahead of' if ahead > 0 else 'behind'} rank 0's: do not "
+                "compare times in logs and of files"
             )
 
 
@@ -114,15 +115,15 @@ def _about_slowest(
     if precision == "fp32":
         remedies.append("--bf16 or --fp16 halves the messages")
     if speed.latency > speed.message_seconds(plan.message) / 2:
-        remedies.append("a larger --micro-batch-size makes fewer of them")
+        remedies.append("a larger --micro-batch-size makes fewer messages")
     if participants[link.source].host != participants[link.to].host:
         remedies.append("both stages on one machine, or a faster link between them, would help")
-    remedy = "; ".join(remedies) or "a faster channel between the two would help"
+    remedy = "; ".join(remedies) or "a faster connection between the two stages would help"
     return f"{description}expect iterations {ratio:.1f} times as long as with free links; {remedy}"
 
 
 def _about_replicas(estimate: Estimate, participants: Sequence[Participant]) -> Iterator[str]:
-    """Describes the exchange of the stage whose replicas take longest to sum their gradients."""
+    """Yields a line about the stage whose replicas take longest to sum their gradients."""
     stages = range(estimate.topology.num_stages)
     exchanges = [(exchange, stage) for stage in stages if (exchange := estimate.exchange(stage))]
     if not exchanges:

@@ -1,4 +1,4 @@
-"""Memory advice: the flags that reduce the memory of this run, those that save most first."""
+"""Memory advice: the flags that reduce the memory of a run, sorted by the saved bytes."""
 
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -13,9 +13,11 @@ from planning.memory.dry_run import DryRun, PlannedModel
 
 
 class Change(NamedTuple):
-    """Flags as a user writes them, the bytes that they save, and the peak that remains.
+    """A change of flags, the bytes that it saves, and the peak bytes that remain.
 
-    starts_anew: the checkpoints in --checkpoint-path cannot resume with these flags.
+    Attributes:
+        flags: the changed flags, as a user writes them.
+        starts_anew: whether a run with these flags cannot resume from --checkpoint-path.
     """
 
     flags: str
@@ -27,9 +29,9 @@ class Change(NamedTuple):
 def helpful_changes(
     settings: Settings, model: PlannedModel, *, cuda: bool, rank: int, peak: int
 ) -> list[Change]:
-    """Returns the changes that each reduce a rank's peak of `peak` bytes, the best one first.
+    """Returns the changes that reduce a rank's peak of `peak` bytes, the best one first.
 
-    With another number of stages, the stage with the highest peak counts.
+    If a change alters the number of stages, the highest peak of all stages counts.
     """
     changes, has_steps = [], any_steps(settings.checkpoint.checkpoint_path)
     for flags, changed in _variants(settings):
@@ -40,8 +42,8 @@ def helpful_changes(
             sizes, seq_len = model.family.sizes(model.config), changed.update.seq_length
             split = StageSplit(AUTO, sizes, num_stages=num_stages, seq_len=seq_len)
             planned = model._replace(layers=split.layers)
-            # The highest peaks are at the ends, which have embedding and head and where schedules
-            # keep most microbatches, and beside them.
+            # One of the first two or last two stages has the highest peak: the ends hold embedding
+            # and head, and schedules keep most microbatches in flight there.
             ranks = sorted({0, 1, num_stages - 2, num_stages - 1})
         dry_run = DryRun(changed, planned, cuda=cuda)
         left = max(dry_run.of_rank(r).peak for r in ranks)
@@ -51,7 +53,7 @@ def helpful_changes(
 
 
 def _variants(settings: Settings) -> Iterator[tuple[str, Settings]]:
-    """Yields each change of a flag that may help, and the settings with it."""
+    """Yields each change that can reduce memory, as flags and as the changed settings."""
     if not settings.precision.recompute:
         yield "--recompute true", settings.changed(recompute=True)
     if settings.parallel.pp_mode != "1f1b":

@@ -1,8 +1,9 @@
-"""The memory of a process of a run: an iteration and an update with fake tensors.
+"""The memory of one process of a run, from an iteration and an update with fake tensors.
 
-No weights, no data, no other process: torch's FakeTensorMode makes tensors that have a shape, a
-type and a device, and no memory. The run's own model, optimizer, schedule and engine work on them,
-and live bytes are counted as in a run (`planning.memory.live_bytes`).
+A dry run needs no weights, no data and no other process: torch's FakeTensorMode creates tensors
+with a shape, a dtype and a device, but without memory. The model, optimizer, schedule and engine of
+a real run use these tensors, and live bytes are counted as in a real run
+(`planning.memory.live_bytes`).
 """
 
 import math
@@ -42,19 +43,24 @@ from planning.memory.fake_model import (
 )
 from planning.memory.live_bytes import LiveBytes
 
-ENOUGH = 5  # microbatches that show what more of them cost, beside those that a schedule holds
-SMALLEST_IN_8_BITS = 4096  # numbers of a weight, below which bitsandbytes keeps fp32 moments
-GPU = "meta"  # torch's device without memory stands for a GPU, which need not be there
+ENOUGH = 5  # simulated microbatches beyond those in flight; they show the cost of further ones
+SMALLEST_IN_8_BITS = 4096  # elements; for smaller weights, bitsandbytes keeps fp32 moments
+GPU = "meta"  # torch's device without memory stands for a GPU; no GPU is needed
 
 
 @dataclass(frozen=True)
 class StageMemory:
-    """The bytes of one process; `peak` is the most that is alive on its device at once.
+    """The memory of one process, in bytes; `peak` is the maximum on its device.
 
-    `weights`, `gradients` and `optimizer` (masters and moments) lie on the device all the time.
-    `host` is the state that --use-offload keeps in host memory, and the copy of --async-checkpoint;
-    on a CPU that copy is `copied`. `held` is the number of microbatches in flight at once;
-    `checkpoint` is on disk.
+    Attributes:
+        parameters: the number of parameters.
+        weights, gradients: bytes on the device all the time.
+        optimizer: bytes of masters and moments, on the device all the time.
+        host: bytes in host memory, for --use-offload and for the copy of --async-checkpoint on a
+            GPU.
+        copied: bytes of the copy of --async-checkpoint on a CPU.
+        held: the number of microbatches in flight at once.
+        checkpoint: bytes on disk.
     """
 
     parameters: int
@@ -69,7 +75,7 @@ class StageMemory:
 
     @property
     def activations(self) -> int:
-        """The rest of the peak: activations, messages and temporary tensors."""
+        """Returns the rest of the peak: activations, messages and temporary tensors."""
         return self.peak - self.weights - self.gradients - self.optimizer - self.copied
 
 
@@ -82,11 +88,11 @@ class PlannedModel(NamedTuple):
 
 
 class DryRun:
-    """The processes of a run with these settings and this model.
+    """A dry run of the processes of a run with these settings and this model.
 
-    cuda: on GPUs, which need not be there: attention keeps the tensors of flash attention (half
-    precision) and of the memory-efficient kernel (fp32). The memory of other libraries than torch,
-    and that of operators inside themselves, is left out.
+    With `cuda`, the dry run models processes on GPUs; this machine needs no GPU. Attention then
+    keeps the tensors of flash attention (half precision) or of the memory-efficient kernel (fp32).
+    Memory of libraries other than torch, and memory inside an operator, is not counted.
     """
 
     def __init__(self, settings: Settings, model: PlannedModel, *, cuda: bool) -> None:
@@ -100,7 +106,7 @@ class DryRun:
 
 
 class _Process:
-    """One process of a run. Its model is on no device before `run`."""
+    """One process of a dry run; `run` puts its model on the device."""
 
     def __init__(
         self, settings: Settings, model: PlannedModel, topology: Topology, *, cuda: bool
@@ -133,10 +139,10 @@ class _Process:
         return self._memory(optimizer, host=host, copied=copied, peak=peak)
 
     def _make_documents(self) -> PackedDocuments | None:
-        """Returns documents that need as much memory as any: their lengths depend on the data.
+        """Returns documents whose lengths need the most memory; None without --pack document.
 
-        On CPUs they are those of which attention keeps the most. On GPUs in half precision one
-        kernel covers them as it covers complete rows.
+        The lengths of real documents depend on the data. On CPUs, attention keeps the most for
+        these lengths. On GPUs in half precision, documents need as much memory as complete rows.
         """
         if self._settings.data.pack != "document":
             return None
@@ -149,7 +155,7 @@ class _Process:
         return FakeBatch.documents_of(doc_starts.repeat(self._settings.update.micro_batch_size, 1))
 
     def _make_algorithm(self) -> Algorithm:
-        """Makes the algorithm of the flags, and with it the tables that it computes once."""
+        """Creates the algorithm of --optimizer and the tables that it computes once."""
         algorithm = ALGORITHMS[self._settings.update.optimizer]()
         algorithm.empty_state(torch.zeros(SMALLEST_IN_8_BITS))
         return WithoutSteps(algorithm) if self._cuda else algorithm
@@ -168,7 +174,7 @@ class _Process:
         )
 
     def _copy(self, optimizer: MixedPrecisionOptimizer) -> list[Tensor]:
-        """Makes the copy that --async-checkpoint keeps in host memory."""
+        """Creates the copy that --async-checkpoint keeps in host memory; empty without the flag."""
         if not self._settings.checkpoint.async_checkpoint or self._topology.replica != 0:
             return []
         names = optimizer.names
@@ -261,17 +267,17 @@ class _Process:
 
 
 def _kept(optimizer: MixedPrecisionOptimizer) -> list[Tensor]:
-    """Masters and moments."""
+    """Returns the masters and the moments."""
     moments = (moment for state in optimizer.moments.values() for moment in state.values())
     return [*optimizer.masters.values(), *moments]
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Returns the bytes of each storage, by its address."""
+    """Returns the bytes of each storage, by the storage's address."""
     storages = (tensor.untyped_storage() for tensor in tensors)
     return {storage._cdata: storage.nbytes() for storage in storages}
 
 
 def _pinned(size: int) -> int:
-    """Returns the bytes of a pinned buffer: torch's CachingHostAllocator takes powers of two."""
+    """Returns the bytes of a pinned buffer: torch's CachingHostAllocator uses powers of two."""
     return 1 << max(size - 1, 0).bit_length()

@@ -1,4 +1,4 @@
-"""Communicators of a dry run: they send nothing, and keep tensors as long as real ones do."""
+"""Communicators of a dry run: they send nothing, but keep tensors as long as real ones."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from comm.communicator import Done, Work
 
 
 class _FinishedWork:
-    """An operation that has ended; it keeps its tensors alive until it is dropped."""
+    """An operation that is complete; the object keeps the operation's tensors alive."""
 
     def __init__(self, tensors: object) -> None:
         self._tensors = tensors
@@ -21,25 +21,25 @@ class _FinishedWork:
 
 
 class _WithoutPeers:
-    """The part that all have in common."""
+    """The methods that all fake communicators share."""
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """Returns no member's tensor: fake tensors have no values to compare."""
+        """Returns an empty tensor (0, ...), because fake tensors have no values to compare."""
         return tensor.new_empty((0, *tensor.shape))
 
     def close(self) -> None:
-        """Does nothing: there is no group."""
+        """Does nothing, because there is no process group."""
 
 
 class FakeSingleProcess(_WithoutPeers, SingleProcessCommunicator):
-    """The group of one."""
+    """The communicator of a group with one member."""
 
 
 class FakeGloo(_WithoutPeers, GlooCommunicator):
-    """gloo's communicator without messages; it sums in the order of the members."""
+    """The gloo communicator without messages; it sums in the order of the members."""
 
     def __init__(self, group: Group) -> None:
-        torch_group: Any = None  # never asked
+        torch_group: Any = None  # never used
         super().__init__(torch_group, group)
 
     def _start(self, what: str, tensor: Tensor, post: Post) -> Work:
@@ -47,7 +47,7 @@ class FakeGloo(_WithoutPeers, GlooCommunicator):
 
 
 class FakeNccl(_WithoutPeers, GroupMembership):
-    """A communicator that sums in place, in a library whose buffers are not torch's."""
+    """An NCCL communicator without messages; it sums in place and allocates no torch tensors."""
 
     def send(self, tensor: Tensor, *, to: int) -> Work:
         return _FinishedWork(tensor)

@@ -1,6 +1,7 @@
-"""One iteration of a stage with fake tensors: the bytes that are alive, action by action.
+"""The engine of a dry run: it records the live bytes of each action of an iteration.
 
-The engine's own code runs, in the schedule's order, so nothing counts tensors a second time.
+The code of the real engine runs, in the order of the schedule. The dry run therefore needs no
+separate count of the engine's tensors.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from planning.memory.live_bytes import LiveBytes
 
 
 class Watched(NamedTuple):
-    """The peak of live bytes during an action, and the live bytes after it."""
+    """The peak of the live bytes during an action, and the live bytes after the action."""
 
     action: Action
     peak: int
@@ -25,10 +26,10 @@ class Watched(NamedTuple):
 
 
 class FakeEngine(Engine):
-    """An engine that records the live bytes on `device_type`, and reads no tensor's values."""
+    """An engine that records the live bytes on `device_type` and reads no values of tensors."""
 
     def watch(self, live: LiveBytes, device_type: str) -> list[Watched]:
-        """Returns the list that is filled from now on."""
+        """Returns a list; each later action appends its live bytes to the list."""
         self._live, self._device_type = live, device_type
         self._watched: list[Watched] = []
         return self._watched
@@ -47,12 +48,12 @@ class FakeEngine(Engine):
         return Losses([], 0)
 
 
-ON_DEVICE = ("positions", "bounds", "by_length", "original_order")  # of PackedDocuments
+ON_DEVICE = ("positions", "bounds", "by_length", "original_order")  # properties of PackedDocuments
 ON_HOST = ("lengths_of_rows", "longest", "groups")
 
 
 class FakeBatch(PipelineBatch):
-    """A batch whose microbatches all have the same `documents`, made outside of the dry run."""
+    """A batch whose microbatches share `documents`, which are created outside the dry run."""
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class FakeBatch(PipelineBatch):
 
     @staticmethod
     def documents_of(doc_starts: Tensor) -> PackedDocuments:
-        """Returns documents with all properties computed; fake tensors have no values for them."""
+        """Returns documents with all properties computed, since fake tensors have no values."""
         documents = PackedDocuments(doc_starts, torch.device("cpu"))
         for name in (*ON_DEVICE, *ON_HOST):
             getattr(documents, name)
@@ -87,12 +88,13 @@ class FakeBatch(PipelineBatch):
 
 
 def peak_of_more(watched: Sequence[Watched], more: int, *, sent: int) -> int:
-    """Returns the peak bytes of an iteration with `more` microbatches than were `watched`.
+    """Returns the peak bytes of an iteration with `more` additional microbatches.
 
-    For schedules that hold all microbatches from forward on (gpipe): each adds the bytes that a
-    forward leaves, until the backwards have begun; later it adds `sent`, the bytes of a gradient
-    that is not yet known to have arrived. The third forward shows those bytes: the first also makes
-    tables, and the last ones wait for nothing.
+    `watched` has the live bytes of the actions that ran. The function serves schedules that hold
+    all microbatches from the forward on (gpipe). Until the backwards begin, each additional
+    microbatch adds the bytes that a forward leaves. After that, each adds `sent`: the bytes of a
+    gradient whose send is not known to be complete. The third forward shows the bytes of a forward,
+    because the first forward also creates tables and the last ones need less.
     """
     forwards = [entry for entry in watched if entry.action.kind is Kind.FORWARD]
     first, rest = watched[: len(forwards) + 2], watched[len(forwards) + 2 :]

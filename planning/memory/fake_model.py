@@ -1,4 +1,4 @@
-"""A stage's model and optimizer without memory: nothing in them computes values."""
+"""The model and optimizer of a stage for a dry run: they need no memory and compute no values."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from planning.memory.live_bytes import LiveBytes
 
 
 class WithoutSteps:
-    """An algorithm without its steps, which need no memory on GPUs."""
+    """An optimizer algorithm whose steps do nothing, since on GPUs steps need no memory."""
 
     def __init__(self, algorithm: Algorithm) -> None:
         self._algorithm = algorithm
@@ -31,7 +31,7 @@ class WithoutSteps:
 
 @contextmanager
 def tensors_without_memory() -> Iterator[LiveBytes]:
-    """Makes tensors of the block fake; none of them stays in the modules' tables."""
+    """Makes the tensors of the block fake; clears cached tables before and after the block."""
     _clear_tables()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
@@ -41,7 +41,7 @@ def tensors_without_memory() -> Iterator[LiveBytes]:
 
 
 def fill_without_values(model: StageModel, device: torch.device) -> None:
-    """Replaces all parameters by empty ones on `device`."""
+    """Replaces all parameters with uninitialized ones on `device`."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
@@ -49,7 +49,7 @@ def fill_without_values(model: StageModel, device: torch.device) -> None:
 
 
 def draw_no_dropout(model: StageModel) -> None:
-    """Draws no dropout masks: the device that stands for a GPU has no generators."""
+    """Turns off dropout masks: torch's meta device, which stands for a GPU, has no generator."""
     for module in model.modules():
         if isinstance(module, KeyedDropout):
             module.draw_ = lambda mask, keys: None  # type: ignore[method-assign]

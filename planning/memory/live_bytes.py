@@ -1,7 +1,7 @@
-"""The bytes of all tensors that are alive at once, counted operator by operator.
+"""A counter of the bytes of all live tensors, updated at each operator.
 
-The same counter serves a run that measures itself and a dry run with fake tensors, so that the two
-count alike.
+A run with --measure-memory and a dry run with fake tensors use the same counter, so their numbers
+can be compared.
 """
 
 import re
@@ -16,18 +16,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Operators whose CPU kernels call torch's: the tensors that these make count too.
+# Operators whose CPU kernels call torch operators: tensors of the called operators count too.
 _COMPOUND = frozenset(
     f"bitsandbytes::optimizer_update_{kind}" for kind in ("8bit_blockwise", "32bit")
 )
 
 
 class LiveBytes(TorchDispatchMode):
-    """While entered, counts the storages of the tensors that operators take and make.
+    """A dispatch mode that counts the storages of the tensors that operators take and create.
 
-    `current` and `peak` are bytes by the type of device. A tensor counts from the first operator
-    that meets it until its storage is freed, each storage once. Tensors that an operator makes and
-    drops inside itself do not count.
+    `current` and `peak` are bytes by device type. A tensor counts from the first operator that uses
+    it until its storage is freed; each storage counts once. A tensor that an operator creates and
+    frees inside itself does not count.
     """
 
     def __init__(self) -> None:
@@ -38,11 +38,11 @@ class LiveBytes(TorchDispatchMode):
         self._storages: dict[int, weakref.ref[Any]] = {}
 
     def reset_peak(self) -> None:
-        """Lets `peak` begin anew from the bytes that are alive now."""
+        """Sets `peak` to the bytes that are alive now."""
         self.peak = Counter(self.current)
 
     def see(self, leaves: Iterable[object]) -> None:
-        """Counts the tensors among `leaves` that no operator has met yet."""
+        """Counts the tensors among `leaves` that are not counted yet."""
         for leaf in leaves:
             if isinstance(leaf, Tensor):
                 self._count(leaf)
@@ -84,7 +84,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak_resident() -> int:
-    """Returns the peak bytes of this process's resident memory; 0 on systems without procfs."""
+    """Returns the peak resident memory of this process, in bytes; 0 on systems without procfs."""
     try:
         text = Path("/proc/self/status").read_text(encoding="utf-8")
     except OSError:

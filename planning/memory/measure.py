@@ -1,4 +1,4 @@
-"""The measured peak of a run's memory, logged beside the plan's."""
+"""The measured peak memory of a run, logged beside the planned peak."""
 
 import logging
 from collections.abc import Iterator
@@ -17,9 +17,9 @@ logger = logging.getLogger(__name__)
 
 
 class MemoryMeasure:
-    """The peak of live tensor bytes of a process; without `wanted` nothing is measured or logged.
+    """The measured peak of live tensor bytes of a process; disabled without `wanted`.
 
-    On a GPU it is the peak of torch's allocator.
+    On a GPU, the peak is the peak of torch's allocator.
     """
 
     def __init__(self, *, wanted: bool, device: torch.device) -> None:
@@ -27,7 +27,7 @@ class MemoryMeasure:
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Measures the memory of the block; on a CPU this takes a multiple of its time."""
+        """Measures the memory of the block; on a CPU, the block takes several times as long."""
         if not self._wanted:
             yield
         elif self._device.type == "cuda":
@@ -38,7 +38,7 @@ class MemoryMeasure:
                 yield
 
     def log(self, settings: Settings, model: PlannedModel, context: RunContext) -> None:
-        """Logs on rank 0 a line for every rank, beside the plan's number; every rank calls it."""
+        """Logs the measured and the planned peak of every rank, on rank 0; every rank calls it."""
         if not self._wanted:
             return
         is_cuda = self._device.type == "cuda"

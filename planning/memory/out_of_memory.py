@@ -1,4 +1,4 @@
-"""Explains an error about memory: where it happened, what the plan says, and what to do next."""
+"""Explanation of an out-of-memory error: the operation, the planned memory, and the next step."""
 
 import gc
 import traceback
@@ -20,15 +20,15 @@ def explain_out_of_memory(
     rank: int,
     cuda: bool,
 ) -> str:
-    """Explains an error about memory in one line.
+    """Returns one line that explains an out-of-memory error.
 
-    The memory that the error's frames hold is released first, since the plan needs some.
+    First, the memory that the error's stack frames hold is released, because the plan needs memory.
 
     Args:
-        place: the stage, and what it did when `error` was raised.
+        place: the stage, and its operation when `error` was raised.
     """
     asked = requested_size(error)
-    line = f"{place}: out of memory" + (f" (it asked for {asked})" if asked else "")
+    line = f"{place}: out of memory" + (f" (requested {asked})" if asked else "")
     for cause in causes(error):
         traceback.clear_frames(cause.__traceback__)
     gc.collect()
@@ -46,7 +46,7 @@ def _describe(planned: StageMemory) -> str:
     if planned.copied:
         copied = f"{format_bytes(planned.copied)} for the copy of --async-checkpoint, "
     return (
-        f"by --plan this rank holds {format_bytes(planned.weights)} of weights, "
+        f"according to --plan, this rank holds {format_bytes(planned.weights)} of weights, "
         f"{format_bytes(planned.gradients)} of gradients, {format_bytes(planned.optimizer)} of "
         f"masters and moments, {copied}and up to {format_bytes(planned.activations)} of "
         f"activations and temporary tensors ({planned.held} microbatches): "

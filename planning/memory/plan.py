@@ -1,4 +1,4 @@
-"""--plan: the needs of every stage of a run, without weights, data, or any other rank."""
+"""--plan: the memory and messages of each stage, without weights, data or other ranks."""
 
 from collections.abc import Iterator
 from functools import cached_property
@@ -15,16 +15,16 @@ from planning.memory.advice import Change, helpful_changes
 from planning.memory.dry_run import DryRun, PlannedModel, StageMemory
 
 EXPLAINED = """\
-all of it on the device, of replica 0, which saves; activations: with messages and all that is made
-on the way; peak: the most at once; held: microbatches between forward and the end of backward
+memory on the device of replica 0, which saves; activations: with messages and temporary tensors;
+peak: the most bytes at once; held: microbatches between forward and the end of backward
 """
 
 
 class MemoryPlan:
-    """The plan of a run, from dry runs of its stages.
+    """The memory plan of a run, from dry runs of its stages.
 
     Raises:
-        ValueError: flags or config are wrong.
+        ValueError: a flag or config.json is wrong.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -50,7 +50,7 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether no stage needs more than --device-memory, where that was given."""
+        """Returns whether each stage fits into --device-memory; true without --device-memory."""
         limit = self._settings.output.device_memory
         return limit is None or all(stage.peak <= limit for stage in self._stages)
 
@@ -83,7 +83,7 @@ class MemoryPlan:
         )
 
     def _columns(self) -> Iterator[list[str]]:
-        """Yields the table's columns: a title, the number of each stage, and that of all."""
+        """Yields the columns of the table: a title, a value for each stage, and the total."""
         stages, limit = self._stages, self._settings.output.device_memory
         layers, counts = self._split.layers, [stage.parameters for stage in stages]
         yield ["stage", *map(str, range(len(stages))), "all"]
@@ -122,7 +122,7 @@ class MemoryPlan:
             yield f"rank 0 to the others: {sent} of tokens an iteration"
 
     def _num_token_messages(self) -> int:
-        """Returns the number of messages to the stages of all pipelines, without rank 0's own."""
+        """Returns the number of token messages from rank 0 to the other ranks."""
         settings, num_stages = self._settings, len(self._stages)
         documents = settings.data.pack == "document"
         needs = [(s == 0) + (s == num_stages - 1) + documents for s in range(num_stages)]

@@ -85,7 +85,7 @@ def test_another_model_on_one_rank(outcomes: dict[str, Outcome]) -> None:
     sizes = f"6 bytes on {who}", f"0 bytes on rank 1 (host {HOST})"
     assert {f"- pytorch_6.pt is {a}, but {b}" for a, b in permutations(sizes)} & set(told)
     assert f"- {who} has no pytorch_7.pt in --model-name" in told
-    assert told[-1] == "check failed: differing or missing, told above: 3"
+    assert told[-1] == "check failed: differences and missing items, listed above: 3"
 
 
 def test_no_model_on_one_rank(outcomes: dict[str, Outcome]) -> None:
@@ -112,7 +112,7 @@ def test_a_missing_rank_is_named_while_the_others_wait(outcomes: dict[str, Outco
     assert other.status == 2
     assert f"is not that of rank 3 (host {HOST})" in other.stderr
     assert other.seconds < waiting[0].seconds
-    assert "other-token: other users may read it" in other.stdout
+    assert "other-token: other users can read it" in other.stdout
     for one in outcomes["missing"]:
         assert "a secret" not in one.stdout + one.stderr
 

@@ -167,7 +167,7 @@ def test_another_version_is_named(found: Found) -> None:
     status, lines = found["another version"]
     assert status == 1
     assert f"- torch is 0.1 on rank 2 (host {HOST}), but {torch.__version__} on the others" in lines
-    assert lines[-1] == "check failed: differing or missing, told above: 1"
+    assert lines[-1] == "check failed: differences and missing items, listed above: 1"
 
 
 def test_another_clock_is_named(found: Found) -> None:
@@ -187,4 +187,4 @@ def test_a_cut_shard_is_named_by_all_whose_stage_reads_it(found: Found) -> None:
     for line, rank in zip(told, (1, 3), strict=True):
         assert line.startswith(f"- rank {rank} (host {HOST}): ")
         assert f"cut/{CUT}: damaged: 5 bytes, manifest.json says 6; convert" in line
-    assert lines[-1] == "check failed: differing or missing, told above: 2"
+    assert lines[-1] == "check failed: differences and missing items, listed above: 2"

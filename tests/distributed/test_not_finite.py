@@ -170,7 +170,7 @@ def test_too_many_skips_in_a_row_end_the_run_with_a_checkpoint(trained: Trained)
         assert stopped.startswith(f"step {last}: {MAX_SKIPPED} updates in a row were skipped")
         assert "--max-skipped-updates" in stopped
         why = "stage 1, layer 1, post_attention_layernorm.bias has a gradient that is not finite"
-        assert f"the last since {why}; the weights" in stopped
+        assert f"the last one because {why}; the weights" in stopped
     assert (run_folder(folder, "given-up", 2, 2) / "latest").read_text() == str(last)
     assert weights_of(folder, "given-up", 2, 2) == weights_of(folder, "fp16-loss", 2, 2, step=2)
 
@@ -229,7 +229,9 @@ def test_weights_that_are_not_finite_are_not_saved(trained: Trained) -> None:
     """Masters of 1e5 are no fp16: a checkpoint of them would be one that no start accepts."""
     folder = trained[0]
     for stopped in ends_of(trained, "blown-up"):
-        assert stopped.startswith("step 1: stage 0, embedding, embed_in.weight is not finite")
+        assert stopped.startswith(
+            "step 1: stage 0, embedding, embed_in.weight or its optimizer state is no longer finite"
+        )
         assert "not saved" in stopped
     path = run_folder(folder, "blown-up", 2, 2)
     assert len(read_metrics(path / "metrics.jsonl")) == 1
@@ -264,7 +266,7 @@ def test_a_set_whose_loss_is_not_finite_is_named(trained: Trained) -> None:
     for rank in told:  # those that have no data hear what the sets are
         (said,) = [line for line in rank["held-out-sets-2-2"].lines if "held-out loss" in line]
         assert said.startswith("the held-out loss of two is not finite")
-        assert "--evaluation-data, two, behind it" in said
+        assert "--evaluation-data, set two" in said
         assert said.endswith(": 15, 16")
 
 
@@ -273,7 +275,7 @@ def test_giving_up_names_the_blocks_of_a_bad_loss(trained: Trained) -> None:
     named = documents_of(folder, BAD_STEP, (2, 3))
     why = f"the loss is not finite, first in stage 1, on the blocks from {named}"
     for stopped in ends_of(trained, "bad-loss"):
-        assert f"the last since {why}; the weights" in stopped
+        assert f"the last one because {why}; the weights" in stopped
 
 
 def test_a_run_that_gave_up_at_its_end_is_no_success_when_started_again(trained: Trained) -> None:

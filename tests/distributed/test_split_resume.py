@@ -20,7 +20,7 @@ from training.run_start import RunStart, open_run
 Ended = tuple[Path, dict[str, Told]]  # the folder of all runs, and rank 0's words
 STEPS, SAVED = 4, 2
 LAYERS = 4  # 3,1 by auto: the head is as much as 1.4 blocks
-KEPT = "--num-layers auto would be 3,1 now: the checkpoint's 1,3 is kept"
+KEPT = "--num-layers auto would give 3,1 now, but the run keeps the checkpoint's 1,3"
 
 
 def flags(folder: Path, num_layers: str) -> dict[str, Any]:

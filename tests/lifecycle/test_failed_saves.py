@@ -194,7 +194,7 @@ def test_rank_0_says_what_failed_and_where(name: str, ended: Ended) -> None:
         return
     failures = [line for line in told[0].lines if story.words in line]
     assert len(failures) == len(story.fails.nth)
-    assert all("training goes on" in line for line in failures)
+    assert all("training continues" in line for line in failures)
     assert not any(story.words in line for line in told[1].lines)
 
 

@@ -122,16 +122,16 @@ def told(folder: Path) -> dict[str, Told]:
 @pytest.mark.parametrize(
     ("name", "start"),
     [
-        ("weights", "stage 0, making the weights: out of memory; by --plan"),
+        ("weights", "stage 0, making the weights: out of memory; according to --plan"),
         (
             "moments",
-            "stage 0, making gradients, masters and moments: out of memory (it asked for 512 "
-            "bytes); by --plan",
+            "stage 0, making gradients, masters and moments: out of memory (requested 512 "
+            "bytes); according to --plan",
         ),
         (
             "microbatch",
             "stage 0, forward of microbatch 2, with 2 others in flight; last received: (1, 64) "
-            "torch.int64: out of memory (it asked for 2.00 GiB); by --plan",
+            "torch.int64: out of memory (requested 2.00 GiB); according to --plan",
         ),
     ],
 )
@@ -149,7 +149,7 @@ def test_the_line_says_where_and_what_is_held(name: str, start: str, told: dict[
 def test_without_memory_for_the_plan_the_command_is_still_named(told: dict[str, Told]) -> None:
     line = told["tight-1-1"].stopped
     assert line is not None
-    assert line.endswith(f"(it asked for 2.00 GiB); {NEXT_STEP}")
+    assert line.endswith(f"(requested 2.00 GiB); {NEXT_STEP}")
 
 
 def test_what_failed_is_let_go_of_before_the_plan() -> None:
@@ -186,7 +186,7 @@ def test_memory_that_truly_runs_out_ends_every_rank(folder: Path) -> None:
     assert first[0] == f"rank 0: {second[0]}"
     assert re.match(
         r"rank 1: stage 1, forward of microbatch \d+, with \d+ others in flight; last received: "
-        r"\(1, 256, 128\) torch.float32: out of memory \(it asked for \d+ bytes\); by --plan .*; "
-        r"the same command with --rank 0 --plan --device-memory SIZE",
+        r"\(1, 256, 128\) torch.float32: out of memory \(requested \d+ bytes\); according to "
+        r"--plan, .*; the same command with --rank 0 --plan --device-memory SIZE",
         second[0],
     )

@@ -49,7 +49,7 @@ LATE = (
 
 
 def saved(step: int) -> str:
-    return f"step {step} is saved, not finished; the same command goes on"
+    return f"step {step} is saved, but the run is not complete; the same command resumes it"
 
 
 class Stop(NamedTuple):
