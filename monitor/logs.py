@@ -1,6 +1,7 @@
 """Log output: rank 0 prints messages and warnings, the other ranks only warnings."""
 
 import logging
+import os
 from typing import TextIO
 
 from monitor.console import Console
@@ -27,8 +28,11 @@ def setup_logging(rank: int, stream: TextIO) -> Console:
     """Sends the log records of the process to `stream`, and replaces any earlier setup.
 
     Rank 0 prints messages from INFO on, unchanged; other ranks print those from WARNING on, as
-    `rank 3: message`. Returns the console, which `monitor.progress.Progress` shares.
+    `rank 3: message`. torch's C++ warnings are hidden where TORCH_CPP_LOG_LEVEL is unset and torch
+    is not imported yet: its sockets log a lost peer before the line that names the rank.
+    Returns the console, which `monitor.progress.Progress` shares.
     """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     console = Console(stream)
     handler = ConsoleHandler(console)
     prefix, level = ("", logging.INFO) if rank == 0 else (f"rank {rank}: ", logging.WARNING)

@@ -105,6 +105,7 @@ def _make_process(target: Callable[..., object], *args: object) -> BaseProcess:
     if _is_fork:
         return multiprocessing.get_context("fork").Process(target=target, args=args)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as setup_logging does before torch
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["tests.support.preloaded"])
     return server.Process(target=target, args=args)
