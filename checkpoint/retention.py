@@ -79,7 +79,7 @@ class StepDeleter:
     def start(self) -> None:
         """Starts a deletion after a new step.
 
-        If an earlier deletion still runs on any process, it starts nothing; a later call does.
+        If an earlier deletion still runs on any process, the deletion starts with a later call.
         """
         if self._saved is None or any(gather_json(self._control, self.running is not None)):
             return

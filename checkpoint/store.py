@@ -130,7 +130,8 @@ class CheckpointStore:
 
         Raises:
             SaveFailedError: a disk failed. The text names rank and file, and is the same on all
-                processes. Either the step is not saved, or only `latest` does not name it.
+                processes. Either the step is not saved, or it is saved but `latest` does not name
+                it.
         """
         assert self._pending is not None, "a step was begun"
         (step, folder, task), self._pending = self._pending, None
@@ -283,7 +284,7 @@ def _write_or_retry(write: Callable[[], None], deletion: BackgroundTask | None) 
 def read_part(path: Path) -> dict[str, Any]:
     """Returns the content of the file of one part of a stage.
 
-    The tensors are memory-mapped: the disk reads only tensors that are used.
+    The tensors are memory-mapped, so a tensor is read from disk only when it is used.
 
     Raises:
         ValueError: the file cannot be read; the text names it.

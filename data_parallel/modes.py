@@ -1,4 +1,6 @@
-"""The dp modes: how replicas exchange gradients, by the value of --dp-mode. Imports no torch.
+"""The dp modes: how replicas exchange gradients, by the value of --dp-mode.
+
+The module imports no torch until `load_dp_mode` is called.
 
 A dp mode is a class in a file of this package, and one line in `DP_MODES`. The keys of `DP_MODES`
 are the choices of the flag. The class has these methods:

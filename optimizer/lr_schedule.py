@@ -35,7 +35,7 @@ def learning_rate(
 
     Args:
         update: the number of the update; the first is 0.
-        kind: one of `DECAYS`.
+        kind: a key of `DECAYS`.
         warmup: the number of updates before the peak.
         total: the number of updates of the run.
         peak: the highest rate.

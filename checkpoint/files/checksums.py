@@ -98,7 +98,7 @@ def sum_file(path: Path) -> FileSum:
 def check_size(path: Path, expected: FileSum, *, manifest: str) -> None:
     """Raises ValueError if the file is missing or its size differs from `expected`.
 
-    `manifest` is the name of the manifest that lists the file; the error text names both.
+    `manifest` is the name of the manifest that lists the file. The error text has both names.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file, but {manifest} lists it")
@@ -110,7 +110,7 @@ def check_size(path: Path, expected: FileSum, *, manifest: str) -> None:
 def check_file(path: Path, expected: FileSum, *, manifest: str) -> None:
     """Reads a file; raises ValueError if its size or checksum differs from `expected`.
 
-    `manifest` is the name of the manifest that lists the file; the error text names both.
+    `manifest` is the name of the manifest that lists the file. The error text has both names.
     """
     check_size(path, expected, manifest=manifest)
     try:

@@ -1,4 +1,4 @@
-"""Weights in the Hugging Face format: reads one or more files, and writes safetensors files."""
+"""Weights in the Hugging Face format: reading from one or more files, writing to safetensors."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence

@@ -14,7 +14,7 @@ _SPELLING = re.compile(r"[0-9]{1,9}(,[0-9]{1,9})*")
 
 
 class Split(tuple[int, ...]):
-    """The number of blocks on each stage, at least 1; str() gives the form of the flag, as 5,3."""
+    """The number of blocks on each stage, at least 1; str() returns the form of the flag: `5,3`."""
 
     def __str__(self) -> str:
         return ",".join(map(str, self))
