@@ -12,7 +12,11 @@ logger = logging.getLogger(__name__)
 
 
 def make_folder(path: Path) -> None:
-    """Creates `path` if it is missing; ValueError names it if it cannot be made or written."""
+    """Creates the folder `path` if it is missing.
+
+    Raises:
+        ValueError: the folder cannot be created or written; the text names the folder.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -22,11 +26,14 @@ def make_folder(path: Path) -> None:
 
 
 def lock_folder(path: Path) -> TextIO:
-    """Locks `path`, which is created if it is missing, until the returned file is closed.
+    """Locks the folder `path` until the returned file is closed; creates the folder if missing.
 
-    The system releases the lock of a process that ends in any way. On a file system without locks
-    (Lustre without `-o flock`, some NFS) a warning is logged, and nothing is locked. Raises
-    ValueError if another process holds the lock, or the folder cannot be made or written.
+    The operating system releases the lock when the process ends, even after a crash. On a file
+    system without locks (Lustre without `-o flock`, some NFS) the function logs a warning and locks
+    nothing.
+
+    Raises:
+        ValueError: another process holds the lock, or the folder cannot be created or written.
     """
     make_folder(path)
     try:
@@ -54,5 +61,5 @@ def lock_folder(path: Path) -> TextIO:
 
 
 def _unwritable(path: Path, error: OSError) -> ValueError:
-    text = f"expected a folder, but it cannot be written: {error.strerror}"
+    text = f"this folder cannot be written: {error.strerror}"
     return ValueError(f"--checkpoint-path {path}: {text}")

@@ -1,9 +1,10 @@
-"""Deletion of older steps, and of the optimizer state of those that stay.
+"""Deletion of older steps, and of the optimizer state in other older steps.
 
-Only steps before the one that was just saved are touched, once it is complete on every stage and
-`latest` names it. A step that is not complete on every stage does not count, and is deleted too. A
-folder is renamed before it is deleted, and a manifest says that a file is dropped before the file
-is deleted: a crash at any moment leaves a step complete, gone, or marked.
+The deletion starts when a new step is complete on every stage and `latest` names this step. Only
+earlier steps are deleted. An incomplete earlier step is deleted too, and does not count as a kept
+step. A folder is renamed before it is deleted, and a manifest lists a file as dropped before the
+file is deleted. So after a crash at any moment, a step is complete, deleted, or marked in its
+manifest.
 """
 
 import logging
@@ -26,16 +27,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RetentionPolicy:
-    """How many of the newest steps stay, and how many with optimizer state; None is all."""
+    """The number of newest steps to keep, and of steps to keep with optimizer state.
+
+    None keeps all steps, or all optimizer states.
+    """
 
     steps: int | None = None
     optimizer_states: int | None = None
 
     def added_bytes(self, saves: int, *, present: tuple[int, int], weights: int, state: int) -> int:
-        """Returns the most bytes that `saves` further checkpoints add at any time.
+        """Returns the largest number of bytes that `saves` more checkpoints add at any time.
 
         Args:
-            present: the number of steps on disk, and of those with optimizer state.
+            saves: the number of checkpoints that will be saved.
+            present: the number of steps on disk, and the number of steps with optimizer state.
             weights: bytes of one step's weights.
             state: bytes of one step's optimizer state.
         """
@@ -48,53 +53,56 @@ class RetentionPolicy:
 
 
 class StepDeleter:
-    """Deletes older steps under `path` in the background, as `policy` says.
+    """Background deletion of the steps under `path` that `policy` does not keep.
 
-    Every process calls all of it alike but for `running`; `path` is None for a process that writes
-    no checkpoints.
+    Every process must call each method except `running` at the same time. `path` is None for a
+    process that writes no checkpoints.
     """
 
     def __init__(
         self, path: Path | None, policy: RetentionPolicy, *, control: Communicator, nonce: str
     ) -> None:
         self._path, self._policy, self._control, self._nonce = path, policy, control, nonce
-        self._saved: int | None = None  # the newest step for which nothing was deleted yet
+        self._saved: int | None = None  # the newest step, until a deletion starts
         self._deleted_before: int | None = None
         self._task: BackgroundTask | None = None
 
     def note_saved(self, step: int) -> None:
-        """Lets the next `start` delete what `step` makes superfluous."""
+        """Records that `step` was saved; the next `start` deletes steps that it replaces."""
         self._saved = step
 
     @property
     def running(self) -> BackgroundTask | None:
-        """The deletion that still runs in this process, if any."""
+        """Returns the deletion that still runs in this process, or None."""
         return None if self._task is None or self._task.has_ended else self._task
 
     def start(self) -> None:
-        """Starts to delete, unless an earlier deletion still runs anywhere: the next call does."""
+        """Starts a deletion after a new step.
+
+        If an earlier deletion still runs on any process, the deletion starts with a later call.
+        """
         if self._saved is None or any(gather_json(self._control, self.running is not None)):
             return
         self.wait()
         step, self._saved, complete = self._saved, None, None
-        if self._policy != RetentionPolicy():  # which keeps all
+        if self._policy != RetentionPolicy():  # the default policy keeps all steps
             complete = find_complete_steps(self._path, step, control=self._control)
         if self._path is not None:
             self._task = BackgroundTask(partial(self._delete, self._path, step, complete or []))
         self._deleted_before = step
 
     def wait(self) -> None:
-        """Waits until the deletion has ended on all processes; rank 0 warns if it failed."""
+        """Waits until the deletion has ended on all processes; rank 0 logs a warning on errors."""
         if self._deleted_before is None:
             return
-        name = f"removing what is older than step {self._deleted_before}"
+        name = f"removing checkpoints older than step {self._deleted_before}"
         failure = run_on_all(self._control, self._task, name)
         self._task = self._deleted_before = None
         if failure is not None and self._control.rank == 0:
             logger.warning("older checkpoints could not be removed: %s", failure)
 
     def finish(self) -> None:
-        """Deletes all that is superfluous, and waits for it."""
+        """Deletes all steps that the policy does not keep, and waits for the end."""
         self.wait()
         self.start()
         self.wait()
@@ -108,15 +116,18 @@ class StepDeleter:
 def delete_old_steps(
     path: Path, step: int, policy: RetentionPolicy, *, complete: Sequence[int], nonce: str
 ) -> None:
-    """Deletes under `path` the steps up to `step` that `policy` does not keep.
+    """Deletes the steps up to `step` under `path` that `policy` does not keep.
 
-    It deletes all files of a step, whichever stages saved it: the run may have had others. The
-    stages that share a folder may do so at once. A folder without a stage's files is a user's.
+    It deletes the files of all stages, also of stages that the run no longer has. Stages that share
+    a folder can call it at the same time. A folder without files of a stage may be a user's, and is
+    not deleted.
 
     Args:
+        path: the folder of the steps.
         step: the step that was just saved.
-        complete: the complete steps in order, of which `step` is the last.
-        nonce: the same for all processes of a start.
+        policy: the number of steps to keep.
+        complete: the complete steps in ascending order; `step` is the last.
+        nonce: an id of this start of the run, the same for all processes.
 
     Raises:
         OSError: the disk fails.
@@ -126,7 +137,7 @@ def delete_old_steps(
         delete_step(path / str(old), nonce)
     for old in _all_but_newest(steps, complete, policy.optimizer_states):
         for stage in manifest_stages(path / str(old)):
-            with suppress(ValueError):  # a damaged manifest could not say what was dropped
+            with suppress(ValueError):  # a damaged manifest cannot record the dropped file
                 _drop_optimizer(path / str(old), read_manifest(path / str(old), stage))
 
 

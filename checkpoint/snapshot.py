@@ -1,4 +1,4 @@
-"""A copy of a stage's state in host memory, written to disk while training changes the original."""
+"""A copy of a stage's state in host memory; it is written to disk while training continues."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -6,19 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Key = tuple[str, ...]  # the names on the way to a tensor in nested mappings
+Key = tuple[str, ...]  # the names that lead to a tensor in nested mappings
 
 
 def to_host(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `state` with its tensors in host memory; those that are there are not copied."""
+    """Returns `state` with its tensors in host memory; copies only tensors on a GPU."""
     return _map_tensors(state, lambda _, tensor: tensor.cpu())
 
 
 class Snapshot:
-    """Buffers in host memory, allocated and touched by the first copy.
+    """Buffers in host memory for copies of a state; the first copy allocates them.
 
-    Later copies are of states with the same names, shapes and types. Copies from a GPU use pinned
-    memory, all at once.
+    Every later state must have the same names, shapes and types. The buffers of GPU tensors are
+    pinned, and the copies of all these tensors run at the same time.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class Snapshot:
 
     @torch.no_grad()
     def take(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns `state` with copied tensors, which do not change until the next copy is taken."""
+        """Returns `state` with copied tensors, which stay unchanged until the next call."""
         devices = set[torch.device]()
 
         def copy(key: Key, tensor: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class Snapshot:
 def _map_tensors(
     state: Mapping[str, Any], convert: Callable[[Key, Tensor], Tensor], start: Key = ()
 ) -> dict[str, Any]:
-    """Returns `state` with each tensor converted; `start` is the key of `state` itself."""
+    """Returns `state` with `convert` applied to each tensor; `start` is the key of `state`."""
     converted = dict(state)
     for name, value in state.items():
         if isinstance(value, Mapping):

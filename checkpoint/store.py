@@ -1,7 +1,7 @@
-"""Training checkpoints: every stage saves together, every stage resumes from the same step.
+"""Training checkpoints: all stages save together, and all stages resume from the same step.
 
-No shared disk is needed. Replica 0 of each stage writes and reads that stage's files on its own
-machine; the other replicas get weights and state from it over the network.
+No shared disk is needed. Replica 0 of each stage writes and reads the files of this stage on its
+own machine. It sends weights and optimizer state to the other replicas over the network.
 """
 
 import logging
@@ -32,13 +32,13 @@ logger = logging.getLogger(__name__)
 
 
 class SaveFailedError(OSError):
-    """A step could not be saved; the earlier checkpoints are unchanged."""
+    """An error while a step was saved; the earlier checkpoints are unchanged."""
 
 
 class ResumePoint(NamedTuple):
-    """The step that training goes on from, and its folder on replica 0's machines.
+    """The step from which training resumes, and its folder on the machines of replica 0.
 
-    `meta` is None for a predecessor's checkpoint, of which only the weights are used.
+    `meta` is None for a predecessor's checkpoint. In this case only the weights are used.
     """
 
     step: int
@@ -47,7 +47,7 @@ class ResumePoint(NamedTuple):
 
 
 class _PendingStep(NamedTuple):
-    """A step that is being written: its folder, and the writing on a process that writes."""
+    """A step that is being written, and its folder; `task` writes it, or is None."""
 
     step: int
     folder: Path
@@ -55,12 +55,16 @@ class _PendingStep(NamedTuple):
 
 
 class CheckpointStore:
-    """The checkpoints under one --checkpoint-path, as all processes of a run see them.
+    """The checkpoints of a run under --checkpoint-path; every process of the run has a store.
 
     Args:
-        nonce: names this start of the run.
-        extras: rank 0's small files (config.json, tokenizer) by name, for every step's folder.
-        policy: the older steps that stay.
+        path: the value of --checkpoint-path.
+        control: the group of all processes.
+        topology: the stage and replica of this process.
+        nonce: an id of this start of the run.
+        extras: the small files of rank 0 (config.json, tokenizer) by name; every step's folder gets
+            a copy.
+        policy: the number of older steps to keep.
     """
 
     def __init__(
@@ -83,16 +87,20 @@ class CheckpointStore:
         written = path if self._writes else None
         self._deleter = StepDeleter(written, policy, control=control, nonce=nonce)
         clear = partial(step_folder.clear_leftovers, path, nonce) if self._writes else None
-        run_on_all(control, clear, "removing what earlier starts left", expected=())
+        run_on_all(control, clear, "removing incomplete files of earlier starts", expected=())
 
     def begin(self, meta: StepMeta, *, parts: Mapping[str, Any]) -> None:
-        """Starts to write `parts` (checkpoint, optimizer, scheduler) of this stage as `meta.step`.
+        """Starts to write the checkpoint of step `meta.step` in the background.
 
-        Every process calls it, and `finish` before the next `begin`. `parts` must not change until
-        they are written. Rank 0's `meta` is saved.
+        Every process must call it, and call `finish` before the next `begin`.
+
+        Args:
+            meta: the content of meta.json; only rank 0's content is saved.
+            parts: this stage's data by part (checkpoint, optimizer, scheduler). They must not
+                change until they are written.
         """
         assert self._pending is None, "one step is saved at a time"
-        self._deleter.start()  # if it was left out after the last save
+        self._deleter.start()  # if it was not started after the last save
         text = broadcast_bytes(self._control, replace(meta, start=self._nonce).encode())
         folder = step_folder.partial_folder(self.path, meta.step, self._nonce)
         task = None
@@ -103,20 +111,27 @@ class CheckpointStore:
 
     @property
     def pending(self) -> int | None:
-        """The step that was begun and is not finished; the same for every process."""
+        """Returns the step between `begin` and `finish`, or None; it is the same on all ranks."""
         return None if self._pending is None else self._pending.step
 
     @property
     def is_writing(self) -> bool:
-        """Whether this process still writes; if none does, `finish` only renames folders."""
+        """Returns whether this process still writes files of the step.
+
+        If no process does, `finish` only renames folders and is fast.
+        """
         task = None if self._pending is None else self._pending.task
         return task is not None and not task.has_ended
 
     def finish(self) -> None:
-        """Waits until the step that was begun is written, and publishes it; every process calls it.
+        """Waits until the pending step is written, and renames its folder to the final name.
 
-        Raises SaveFailedError, the same on all processes, with rank and file if a disk failed: no
-        step was added then, or `latest` alone does not name it.
+        Every process must call it.
+
+        Raises:
+            SaveFailedError: a disk failed. The text names rank and file, and is the same on all
+                processes. Either the step is not saved, or it is saved but `latest` does not name
+                it.
         """
         assert self._pending is not None, "a step was begun"
         (step, folder, task), self._pending = self._pending, None
@@ -140,11 +155,11 @@ class CheckpointStore:
         self._deleter.note_saved(step)
 
     def start_cleanup(self) -> None:
-        """Starts to delete what the last save made superfluous; every process calls it."""
+        """Starts to delete steps that are not kept; every process must call it after a save."""
         self._deleter.start()
 
     def finish_cleanup(self) -> None:
-        """Deletes what the saves made superfluous, and waits for it; every process calls it."""
+        """Deletes all steps that are not kept, and waits for it; every process must call it."""
         self._deleter.finish()
 
     def _attempt(
@@ -154,21 +169,24 @@ class CheckpointStore:
         *,
         undo: Callable[[], None] | None = None,
     ) -> None:
-        """Runs one part of a save on every writer; if it fails on one of them, all undo it.
+        """Runs one part of a save on every process that writes; `undo` runs if any of them fails.
 
-        Without `undo` the step stays, complete, but `latest` does not name it.
+        Without `undo` the step stays complete, but `latest` does not name it.
+
+        Raises:
+            SaveFailedError: `work` failed on a process.
         """
         work_here = work if self._writes else None
         failure = run_on_all(self._control, work_here, f"saving step {step}")
         if failure is None:
             return
-        if undo is not None:  # a later start deletes what the failing disk does not delete now
+        if undo is not None:  # a later start deletes files that the failing disk keeps now
             run_on_all(self._control, undo if self._writes else None, f"undoing step {step}")
         result = "is not saved" if undo is not None else "is saved, but latest does not name it"
         raise SaveFailedError(f"step {step} {result}: {failure}")
 
     def _write(self, partial: Path, step: int, parts: Mapping[str, Any], meta: bytes) -> None:
-        """Writes this stage's files, those that every stage writes, and last the manifest."""
+        """Writes the stage's own files, then the files of every stage, and last the manifest."""
         topology = self._topology
         sums = step_folder.write_stage_files(partial, topology.stage, parts)
         common = {**self._extras, META: meta}
@@ -183,7 +201,13 @@ class CheckpointStore:
         flush(partial)
 
     def needed_bytes(self, saves: int, *, weights: int, state: int) -> int:
-        """Returns the most bytes that so many saves, each of `weights` and `state`, add here."""
+        """Returns the largest number of bytes that future saves of this process add to the disk.
+
+        Args:
+            saves: the number of saves.
+            weights: the bytes of the weights in one save.
+            state: the bytes of the optimizer state in one save.
+        """
         if not self._writes:
             return 0
         steps, pattern = step_folder.step_folders(self.path), part_name("*", "optimizer")
@@ -191,11 +215,11 @@ class CheckpointStore:
         return self._policy.added_bytes(saves, present=present, weights=weights, state=state)
 
     def find(self, split: ResumeSplit) -> ResumePoint | None:
-        """Finds the newest step of which every stage has all files that it needs, if any.
+        """Returns the newest step of which every stage has all its files, or None.
 
-        Every process calls it, and then `verify` before it uses any file of the step other than
-        meta.json and config.json. `split` is the run's; the checkpoint may have another. ValueError
-        as `ResumeSearch.newest_step`.
+        Every process must call it, and then call `verify` before it reads other files of the step
+        than meta.json and config.json. `split` is the split of the run; the checkpoint can have
+        another split. Raises ValueError as `ResumeSearch.newest_step` does.
         """
         search = ResumeSearch(self.path, split, control=self._control, topology=self._topology)
         self._search = search
@@ -210,35 +234,44 @@ class CheckpointStore:
         return ResumePoint(0, step_folder.predecessor_folder(self.path, search.predecessor), None)
 
     def verify(self, point: ResumePoint) -> None:
-        """Checks all files of the step that `find` returned; ValueError names a damaged one.
+        """Checks all files of the step that `find` returned; every process must call it.
 
-        A predecessor's checkpoint has no checksums. Every process calls it.
+        A predecessor's checkpoint has no checksums, so it is not checked.
+
+        Raises:
+            ValueError: a file is damaged; the text names it.
         """
         if point.meta is not None:
             assert self._search is not None
             self._search.verify(point.step)
 
     def update_latest(self, step: int) -> None:
-        """Makes `latest` name the step that the run goes on from.
+        """Writes to `latest` the step from which the run resumes.
 
-        It is older after a crash between the rename of a folder and its own, and newer if the step
-        that it names was moved away. No start relies on it alone, so a failing disk is a warning.
+        `latest` names an older step if a save crashed before `latest` was written. It names a newer
+        step if a user moved that step away. No start depends only on `latest`, so a disk error is
+        logged as a warning.
         """
         if not self._writes or latest_text(self.path) == str(step):
             return
         try:
             write_latest(self.path, step)
         except OSError as error:
-            logger.warning("%s does not name step %d yet: %s", self.path / LATEST, step, error)
+            logger.warning(
+                "%s could not be changed to step %d: %s", self.path / LATEST, step, error
+            )
 
     def exists(self) -> bool:
-        """Whether any stage has any checkpoint, complete or not; every process calls it."""
+        """Returns whether any stage has a checkpoint, complete or incomplete.
+
+        Every process must call it.
+        """
         has_checkpoint = self._writes and step_folder.any_steps(self.path)
         return any(gather_json(self._control, has_checkpoint))
 
 
 def _write_or_retry(write: Callable[[], None], deletion: BackgroundTask | None) -> None:
-    """Writes, and once more after `deletion` has freed space if the first attempt fails."""
+    """Calls `write`; after an error it waits until `deletion` has freed space, and tries again."""
     try:
         write()
     except OSError:
@@ -249,13 +282,16 @@ def _write_or_retry(write: Callable[[], None], deletion: BackgroundTask | None) 
 
 
 def read_part(path: Path) -> dict[str, Any]:
-    """Opens the file of one part of a stage; ValueError names it if it cannot be read.
+    """Returns the content of the file of one part of a stage.
 
-    Its tensors are mapped from the file: only those that are used are read.
+    The tensors are memory-mapped, so a tensor is read from disk only when it is used.
+
+    Raises:
+        ValueError: the file cannot be read; the text names it.
     """
     try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # torch raises its own errors, pickle's, zip's and the system's
+    except Exception as error:  # torch raises errors of its own, of pickle, zip and the system
         raise ValueError(f"{path}: not readable: {error}") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path}: expected a dict, found {type(state).__name__}")

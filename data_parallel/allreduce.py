@@ -1,4 +1,4 @@
-"""--dp-mode allreduce: the replicas' gradients are summed while backward computes others."""
+"""The dp mode allreduce: replicas sum gradients while backward computes further gradients."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,10 +13,10 @@ from monitor.profiling.tracer import Tracer, Track
 
 
 class AllReduce:
-    """Sums each bucket over the replicas; every replica gets the sum.
+    """All-reduce of each bucket: every replica gets the sum of the replicas' gradients.
 
-    With a sharded partition only the owner of a bucket gets its sum, and broadcasts its weights
-    after the update.
+    With ZeRO only the owner of a bucket gets the sum. It steps the weights of the bucket, and
+    broadcasts them after the update.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class AllReduce:
         self._works: list[Work] = []
 
     def bucket_ready(self, bucket: Bucket) -> None:
-        """Starts the sum of a bucket."""
+        """Starts the sum of a bucket over the replicas."""
         if self._partition.sharded:
             work = self._replicas.reduce(bucket.gradients, root=bucket.owner)
         else:
@@ -39,22 +39,22 @@ class AllReduce:
         self._works.append(work)
 
     def finish(self) -> None:
-        """Waits for all sums."""
+        """Waits until the sums of all buckets are complete."""
         with self._tracer.span(Track.OPTIMIZER_COMM, size=self._partition.num_elements):
             for work in self._works:
                 work.wait()
         self._works.clear()
 
     def after_update(self) -> None:
-        """Gives every replica the weights that the other replicas have stepped."""
+        """Broadcasts the updated weights from their owners to all replicas, if ZeRO is on."""
         if self._partition.sharded and self._replicas.size > 1:
             with self._tracer.span(Track.OPTIMIZER_COMM, size=self._partition.num_elements):
                 broadcast_owned(self._parameters, self._partition, self._replicas)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns nothing: an update depends on its own gradients alone."""
+        """Returns an empty state: an update depends only on its own gradients."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores nothing."""
+        """Does nothing: an all-reduce has no state."""
         assert not state, "an all-reduce has no state"

@@ -14,13 +14,14 @@ from data_parallel.zero_partition import ZeroPartition
 def broadcast_bucketed(
     tensors: Sequence[Tensor], replicas: Communicator, *, root: int, bucket_bytes: int
 ) -> None:
-    """Fills `tensors` on every replica with those of replica `root`.
+    """Copies the values of `tensors` on replica `root` to the same tensors on every replica.
 
     Args:
-        tensors: contiguous tensors of one type; the same shapes on all replicas.
+        tensors: contiguous tensors of one type; the shapes are the same on all replicas.
         replicas: the processes that take part.
         root: the replica that sends.
-        bucket_bytes: the limit of a message; a larger tensor is a message of its own, uncopied.
+        bucket_bytes: the largest message in bytes. A larger tensor is one message, and is not
+            copied first.
     """
     for bucket in _buckets(tensors, bucket_bytes):
         if len(bucket) == 1:
@@ -48,7 +49,7 @@ def _buckets(tensors: Sequence[Tensor], bucket_bytes: int) -> Iterator[list[Tens
 def broadcast_owned(
     parameters: Mapping[str, nn.Parameter], partition: ZeroPartition, replicas: Communicator
 ) -> None:
-    """Fills every weight on every replica with that of its owner, owner after owner."""
+    """Copies every weight from its owner to all replicas; the owners send one after another."""
     for owner in range(replicas.size):
         names = [name for name in partition.names if partition.owner(name) == owner]
         weights = [parameters[name].data for name in names]
@@ -56,7 +57,7 @@ def broadcast_owned(
 
 
 def same_on_all(tensors: Iterable[Tensor], replicas: Communicator) -> bool:
-    """Returns whether every replica holds the same bits, by a checksum of each tensor."""
+    """Returns whether all replicas hold the same values; compares a checksum of each tensor."""
     sums = [t.contiguous().view(torch.int32).sum(dtype=torch.int64) for t in tensors]
     gathered = replicas.all_gather(torch.stack(sums))
     return bool((gathered == gathered[0]).all())

@@ -1,8 +1,8 @@
-"""All gradients of a stage in one fp32 buffer, cut into buckets that are exchanged as wholes.
+"""One fp32 buffer for all gradients of a stage, cut into buckets for the exchange.
 
-Backward adds into the buffer. A bucket is ready when all its gradients are complete, while backward
-still computes others. Buckets become ready in one order on all replicas, the reverse of the
-layers'.
+Backward adds gradients to the buffer. A bucket is ready when all its gradients are complete; at
+this time backward still computes other gradients. Buckets become ready in the reverse order of the
+layers, the same order on all replicas.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,12 +17,16 @@ from modules.layers.linear import Deferred
 from modules.matmul.rounding import add_matmul_
 
 ALIGNMENT = 16  # elements: every gradient starts on a 64-byte boundary
-BUCKET_BYTES = 25 * 2**20  # as torch's DistributedDataParallel has it
+BUCKET_BYTES = 25 * 2**20  # as in torch's DistributedDataParallel
 
 
 class Bucket:
-    """Neighbouring gradients of one owner, by `names`; they fill the slice `gradients` of the
-    buffer. `num_incomplete` counts those that microbatches have yet to add to."""
+    """Neighbouring gradients of weights with the same owner, exchanged in one operation.
+
+    names: the names of the weights.
+    gradients: the slice of the buffer with all their gradients, in one dimension.
+    num_incomplete: the number of gradients to which not all microbatches have added.
+    """
 
     def __init__(self, owner: int, names: Sequence[str]) -> None:
         self.owner, self.names = owner, names
@@ -31,16 +35,17 @@ class Bucket:
 
 
 class GradBuffer:
-    """One fp32 buffer, `flat`, with a view of it for each parameter, by name in `views`.
+    """One fp32 buffer, `flat`, with a view for the gradient of each parameter, by name in `views`.
 
-    It is the `modules.layers.linear.WeightGradBuffer` of the large weights. The gradient of another
-    fp32 parameter is its view; that of a half-precision one is added to its view when backward has
-    made it, and dropped. Frozen parameters have no place in the buffer.
+    Linear layers and the embedding add their gradients through the methods of
+    `modules.layers.linear.WeightGradBuffer`. For all other parameters autograd makes the gradient:
+    if the parameter is fp32, its `grad` is the view; in half precision, a hook adds `grad` to the
+    view and deletes it. Frozen parameters have no gradient in the buffer.
 
     Args:
-        parameters: a stage's weights by name, already in the type of their compute copies.
-        partition: the replicas that step each weight; gradients of one owner lie side by side.
-        on_ready: is called with each bucket whose gradients are complete.
+        parameters: the weights of a stage by name, already in the compute type.
+        partition: the replicas that step each weight; gradients with the same owner are neighbours.
+        on_ready: a function that is called with each bucket whose gradients are complete.
     """
 
     def __init__(
@@ -65,17 +70,17 @@ class GradBuffer:
         self._num_expected: dict[str, int] = {}
         self._pending: list[Bucket] = []
         self._deferred: Deferred | None = None
-        self._handed_over: set[str] = set()  # parameters whose gradients autograd does not make
+        self._handed_over: set[str] = set()  # parameters with gradients not made by autograd
 
     def expect(self, num_microbatches: int) -> None:
-        """Begins an update of so many microbatches, each of which adds to every parameter once."""
+        """Begins an update of `num_microbatches`; each of them adds to every gradient once."""
         self._num_expected = dict.fromkeys(self.views, num_microbatches)
         self._pending = list(self._buckets)
         for bucket in self._buckets:
             bucket.num_incomplete = len(bucket.names)
 
     def check_complete(self) -> None:
-        """Asserts that all gradients of the update are complete."""
+        """Raises AssertionError unless all gradients of the update are complete."""
         incomplete = [name for bucket in self._pending for name in bucket.names]
         assert not incomplete, f"no gradients came for {incomplete}"
 
@@ -83,11 +88,15 @@ class GradBuffer:
         """Sets all gradients to zero."""
         self.flat.zero_()
 
-    # ---- what backward adds ----
+    # ---- additions of backward ----
 
     @contextmanager
     def deferring(self, deferred: Deferred | None) -> Iterator[None]:
-        """Defers the products of this block: `deferred` gets a call for each."""
+        """Defers the additions of linear layers in this block.
+
+        Each addition is appended to `deferred` as a function without arguments. None defers no
+        addition.
+        """
         self._deferred = deferred
         try:
             yield
@@ -97,7 +106,7 @@ class GradBuffer:
     def add_linear(
         self, weight: Tensor, bias: Tensor | None, gradient: Tensor, x: Tensor, *, last: bool
     ) -> None:
-        """Adds to the gradients of a linear layer, as `WeightGradBuffer.add_linear` says."""
+        """Adds to the gradients of a linear layer; see `WeightGradBuffer.add_linear`."""
         trained = [p for p in (weight, bias) if p is not None and p.requires_grad]
         self._handed_over.update(self._names[id(p)] for p in trained)
         call = partial(self._add_linear, weight, bias, gradient, x, last)
@@ -108,11 +117,11 @@ class GradBuffer:
 
     @torch.no_grad()
     def add_rows(self, weight: Tensor, rows: Tensor, gradient: Tensor) -> None:
-        """Adds to the gradient of an embedding, as `WeightGradBuffer.add_rows` says."""
+        """Adds to the gradient of an embedding; see `WeightGradBuffer.add_rows`."""
         name = self._names[id(weight)]
         self._handed_over.add(name)
         view = self.views[name]
-        if view.is_cuda:  # there index_add_ adds in no fixed order
+        if view.is_cuda:  # on a GPU index_add_ adds in no fixed order
             view.index_put_((rows,), gradient.float(), accumulate=True)
         else:
             view.index_add_(0, rows, gradient.float())
@@ -140,7 +149,7 @@ class GradBuffer:
 
         def accumulated(parameter: Tensor) -> None:
             if name in self._handed_over:
-                return  # torch calls this also where autograd made nothing
+                return  # torch calls the hook also if autograd made no gradient
             if parameter.dtype != torch.float32:
                 assert parameter.grad is not None
                 view.add_(parameter.grad)
@@ -150,9 +159,9 @@ class GradBuffer:
         parameter.register_post_accumulate_grad_hook(accumulated)
 
     def _count_microbatch(self, name: str) -> None:
-        """Counts a microbatch that has added to a parameter, and reports buckets that are ready."""
+        """Counts a microbatch that has added to a gradient; calls `on_ready` for ready buckets."""
         if name not in self._num_expected:
-            return  # outside of an update
+            return  # no update has begun
         self._num_expected[name] -= 1
         if self._num_expected[name] == 0:
             self._bucket_of[name].num_incomplete -= 1
@@ -161,7 +170,10 @@ class GradBuffer:
 
 
 def _cut(partition: ZeroPartition, sizes: Mapping[str, int]) -> list[Bucket]:
-    """Returns buckets of about BUCKET_BYTES, owner after owner, in the order of the layers."""
+    """Returns buckets of about BUCKET_BYTES, sorted by owner and then in the order of the layers.
+
+    `sizes` are the elements of each weight's gradient, by name.
+    """
     buckets: list[Bucket] = []
     for owner in sorted({partition.owner(name) for name in sizes}):
         names: list[str] = []
@@ -181,7 +193,7 @@ def _place(
     parameters: Mapping[str, nn.Parameter],
     sizes: Mapping[str, int],
 ) -> Iterator[tuple[str, Tensor]]:
-    """Gives every bucket its slice of the buffer, and yields every parameter's view."""
+    """Sets `gradients` of every bucket; yields the name and view of every parameter."""
     offset = 0
     for bucket in buckets:
         start = offset

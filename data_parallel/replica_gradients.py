@@ -1,4 +1,4 @@
-"""The owner of a stage's gradients: their buffer, their readiness and their exchange."""
+"""The gradients of a stage: their buffer, and their exchange between the replicas."""
 
 from collections.abc import Iterator, Mapping
 
@@ -13,12 +13,12 @@ from monitor.profiling.tracer import NO_TRACER, Tracer
 
 
 class ReplicaGradients:
-    """The gradients of a stage's weights, which its replicas exchange as the --dp-mode says.
+    """The gradients of a stage's weights; --dp-mode sets how the replicas exchange them.
 
-    Backward adds to `buffer`, the optimizer reads its views.
+    Backward adds to `buffer`, and the optimizer reads its views.
 
     Args:
-        parameters: the stage's weights by name, already in the type of their compute copies.
+        parameters: the stage's weights by name, already in the compute type.
         partition: the replicas that step each weight.
         replicas: the processes that train this stage.
         mode: the value of --dp-mode.
@@ -39,25 +39,31 @@ class ReplicaGradients:
         self.buffer = GradBuffer(parameters, partition, self.exchange.bucket_ready)
 
     def begin_update(self, num_microbatches: int) -> None:
-        """Begins an update of so many microbatches, whose gradients are zero so far."""
+        """Begins an update of `num_microbatches` microbatches; the gradients must be zero."""
         self.buffer.expect(num_microbatches)
 
     def finish_exchange(self) -> None:
-        """Waits until the gradients are exchanged, on the replicas that step with them."""
+        """Waits until the gradients of all buckets are exchanged.
+
+        Afterwards a replica has the exchanged gradients of the weights that it steps.
+        """
         self.buffer.check_complete()
         self.exchange.finish()
 
     def reported(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields the exchanged gradients that this process reports; each has one that does."""
+        """Yields names and exchanged gradients of the weights whose owner is this process.
+
+        Each weight has one owner among the replicas, so each gradient is reported once.
+        """
         for name in self.partition.names:
             if self.partition.owner(name) == self._replicas.rank:
                 yield name, self.buffer.views[name]
 
     def after_update(self) -> None:
-        """Runs what the mode does after an update of the weights."""
+        """Runs the action of the dp mode after an update of the weights."""
         self.exchange.after_update()
 
     def share_weights(self) -> None:
-        """Gives every replica the weights that only another replica steps and has loaded."""
+        """Broadcasts loaded weights from their owners to all replicas, if ZeRO is on."""
         if self.partition.sharded and self._replicas.size > 1:
             broadcast_owned(self._parameters, self.partition, self._replicas)

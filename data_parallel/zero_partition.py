@@ -1,6 +1,6 @@
-"""The replicas that step each weight of a stage: all of them, or one (ZeRO stage 1).
+"""The replicas that step each weight of a stage: all replicas, or one replica (ZeRO stage 1).
 
-Rajbhandari et al., arXiv 1910.02054.
+ZeRO is from Rajbhandari et al., arXiv 1910.02054.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,14 +11,15 @@ from comm.communicator import Communicator
 
 
 class ZeroPartition:
-    """The replicas that hold the master and the moments of each weight, and step it.
+    """The replicas that hold master and moments of each weight, and step the weight.
 
-    Frozen weights have no place in it.
+    Frozen weights are not part of the partition.
 
     Args:
-        parameters: a stage's weights by name.
+        parameters: the weights of a stage by name.
         replicas: the processes that train this stage.
-        sharded: one replica steps each weight; otherwise every replica steps every weight.
+        sharded: whether only one replica steps each weight; if False, every replica steps every
+            weight.
     """
 
     def __init__(
@@ -33,11 +34,11 @@ class ZeroPartition:
 
     @property
     def owned(self) -> list[str]:
-        """The weights that this process steps."""
+        """Returns the names of the weights that this process steps."""
         return [name for name in self.names if self._replicas.rank in self.holders(name)]
 
     def owner(self, name: str) -> int:
-        """Returns the replica that reports the gradient of a weight: the first that steps it."""
+        """Returns the first replica that steps a weight; it reports the weight's gradient."""
         return self._owners[name]
 
     def holders(self, name: str) -> list[int]:
@@ -46,10 +47,10 @@ class ZeroPartition:
 
 
 def assign_owners(sizes: Sequence[int], num_owners: int) -> list[int]:
-    """Returns the owner of each weight, such that all own about the same number of elements.
+    """Returns the owner of each weight; all owners get about the same number of elements.
 
-    The largest weight is assigned first, each to the owner with the fewest elements so far. All
-    processes get the same result.
+    The weights are assigned from the largest to the smallest, each to the owner with the fewest
+    elements so far. All processes get the same result.
     """
     totals, owners = [0] * num_owners, [0] * len(sizes)
     for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):

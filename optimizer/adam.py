@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov and Hutter, arXiv 1711.05101), one weight at a time."""
+"""AdamW (Loshchilov and Hutter, arXiv 1711.05101), which steps one weight at a time."""
 
 from typing import Protocol
 
@@ -35,7 +35,7 @@ class Algorithm(Protocol):
 
 
 class Adam:
-    """torch's fused AdamW, which passes over memory once, with moments in fp32."""
+    """torch's fused AdamW, with moments in fp32; it reads and writes each tensor only once."""
 
     kind = "adam"
 

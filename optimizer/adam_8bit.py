@@ -1,4 +1,4 @@
-"""AdamW with moments in 8 bits, from bitsandbytes (Dettmers et al., arXiv 2110.02861)."""
+"""AdamW with 8-bit moments, from bitsandbytes (Dettmers et al., arXiv 2110.02861)."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ from optimizer.adam import BETAS, EPS, State
 
 
 class Adam8bit:
-    """bitsandbytes' AdamW8bit, one weight at a time.
+    """AdamW8bit of bitsandbytes, which steps one weight at a time.
 
-    One bitsandbytes optimizer steps every weight, which is put into it with its state: making an
-    optimizer takes longer than its step. Weights of fewer than 4096 numbers keep fp32 moments, as
-    bitsandbytes has it.
+    One optimizer of bitsandbytes steps every weight: before a step, the weight and its state are
+    put into this optimizer. A new optimizer for each step would take longer than the step.
+    bitsandbytes keeps fp32 moments for weights with fewer than 4096 elements.
 
     Raises:
         ValueError: bitsandbytes is not installed.
@@ -31,7 +31,7 @@ class Adam8bit:
         self._adam: Any = optim.AdamW8bit([nn.Parameter(torch.empty(0))], betas=BETAS, eps=EPS)
 
     def empty_state(self, weight: Tensor) -> State:
-        """Returns codes, their tables and block maxima."""
+        """Returns the initial state of a weight: 8-bit codes, code tables and block maxima."""
         parameter = nn.Parameter(weight, requires_grad=False)
         self._put_in(parameter, {})
         self._adam.init_state(self._adam.param_groups[0], parameter, 0, 0)
@@ -59,7 +59,7 @@ class Adam8bit:
         self._adam.state[parameter] = state
 
     def _take_out(self, parameter: nn.Parameter) -> dict[str, Any]:
-        """Returns the state of a parameter, and drops every reference to it."""
+        """Removes a parameter from the optimizer of bitsandbytes, and returns its state."""
         self._adam.param_groups[0]["params"] = []
         state: dict[str, Any] = self._adam.state.pop(parameter)
         return state

@@ -1,4 +1,4 @@
-"""Builds a stage's optimizer, with the gradients that its replicas exchange."""
+"""Construction of a stage's optimizer, and the memory of its state in a checkpoint."""
 
 import torch
 from torch import nn
@@ -28,18 +28,19 @@ def build_optimizer(
     replicas: Communicator,
     tracer: Tracer = NO_TRACER,
 ) -> MixedPrecisionOptimizer:
-    """Builds a stage's optimizer and its `gradients`, to whose buffer the pipeline stage adds.
+    """Returns a stage's optimizer; its `gradients` own the buffer to which backward adds.
 
-    The gradients are built after the compute copies, since backward makes them in that type.
+    The compute copies are made before the gradients, because backward produces gradients in the
+    type of the compute copies.
 
     Args:
         model: the stage, in fp32; its weights become the compute copies.
-        algorithm: an instance of one of `ALGORITHMS`.
-        precision: the type of the compute copies, one of `common.tensors.DTYPES`.
-        weight_decay: of matrices; biases and norms have none.
-        offload: masters and moments lie in host memory.
-        zero_stage: 1: one replica steps each weight; 0: every replica steps every weight.
-        dp_mode: one of `data_parallel.modes.DP_MODES`.
+        algorithm: an instance of a class in `ALGORITHMS`.
+        precision: the type of the compute copies, a key of `common.tensors.DTYPES`.
+        weight_decay: the weight decay of matrices; it is 0 for biases and norms.
+        offload: whether masters and moments are in host memory.
+        zero_stage: 0: every replica steps every weight. 1: one replica steps each weight.
+        dp_mode: a key of `data_parallel.modes.DP_MODES`.
         replicas: the processes that train this stage.
         tracer: records how long steps and communication take.
     """
@@ -53,7 +54,7 @@ def build_optimizer(
 
 
 def checkpoint_bytes(num_parameters: int, *, precision: str, optimizer: str) -> tuple[int, int]:
-    """Returns the bytes of a checkpoint's weights, and those of its masters and moments."""
+    """Returns two sizes in a checkpoint: bytes of the weights; bytes of masters and moments."""
     dtype = DTYPES[precision]
     masters = 0 if dtype == torch.float32 else 4
     state = num_parameters * (masters + MOMENT_BYTES[optimizer])

@@ -1,7 +1,7 @@
-"""The factor of fp16 losses, which keeps small gradients from vanishing.
+"""Loss scaling: a factor of the loss in fp16 that keeps small gradients from vanishing.
 
-Micikevicius et al., arXiv 1710.03740. All processes have one scale: each has its own scaler and
-reports the same overflows to it, so all scales change alike.
+Micikevicius et al., arXiv 1710.03740. Each process has its own scaler. All scalers get the same
+overflows, so the scale is the same on all processes.
 """
 
 import logging
@@ -14,24 +14,24 @@ CONSTANT, DYNAMIC = "constant", "dynamic"  # kinds of scalers, in their states
 
 
 class LossScaler(Protocol):
-    """The scale of losses.
+    """The scale of the losses.
 
-    scale: the factor of the next update's losses.
-    may_skip: gradients that are not finite (an fp16 overflow) skip an update; otherwise they end
-        the run.
+    scale: the factor of the losses of the next update.
+    may_skip: whether gradients that are not finite (an fp16 overflow) only skip the update; if
+        False, they end the run.
     """
 
     scale: float
     may_skip: bool
 
     def update(self, *, overflow: bool) -> None:
-        """Adapts the scale to an update that overflowed or did not."""
+        """Adapts the scale after an update; `overflow` says whether the update overflowed."""
 
     def state(self) -> dict[str, Any]:
-        """Returns the state for `load_state`, with the scaler's kind."""
+        """Returns the state for `load_state`, including the kind of the scaler."""
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restores a state of either kind, within the limits of the flags."""
+        """Restores the state of a constant or dynamic scaler; the limits of the flags apply."""
 
 
 class ConstantScale:
@@ -47,18 +47,19 @@ class ConstantScale:
         return {"kind": CONSTANT, "scale": self.scale}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Does nothing: the flag alone sets a constant scale."""
+        """Does nothing: only the flag sets a constant scale."""
 
 
 class DynamicScale:
-    """A scale that halves after overflows and doubles after a long time without.
+    """A scale that halves after overflows, and doubles after many updates without an overflow.
 
     Args:
         initial: the scale of the first update.
         minimum: the lowest scale.
-        window: so many updates in a row without overflow double the scale, and restore the
-            hysteresis.
-        hysteresis: the scale halves at the overflow of this number, and at each later one.
+        window: the number of updates in a row without overflow after which the scale doubles, and
+            the count of overflows returns to 0.
+        hysteresis: the number of overflows at which the scale halves for the first time. Every
+            further overflow halves the scale again.
     """
 
     may_skip = True
@@ -76,7 +77,7 @@ class DynamicScale:
                 self.scale = max(self.scale / 2, self._minimum)
             return
         self._clean += 1
-        if self._clean >= self._window:  # above it where a resumed run has a shorter one
+        if self._clean >= self._window:  # larger if the resumed run has a shorter window
             self._clean, self._hysteresis_left = 0, self._hysteresis
             self.scale *= 2
 
@@ -92,13 +93,16 @@ class DynamicScale:
         saved = float(state["scale"])
         if state["kind"] != DYNAMIC:
             logger.info(
-                "the loss scale was constant, %g: a dynamic one starts at --initial-loss-scale %g",
+                "the saved loss scale was constant, %g: the dynamic loss scale starts at "
+                "--initial-loss-scale %g",
                 saved,
                 self.scale,
             )
             return
         if saved < self._minimum:
-            logger.info("the loss scale, %g, rises to --min-loss-scale %g", saved, self._minimum)
+            logger.info(
+                "the saved loss scale, %g, rises to --min-loss-scale %g", saved, self._minimum
+            )
         self.scale = max(saved, self._minimum)
         self._hysteresis_left = min(int(state["hysteresis_left"]), self._hysteresis)
         self._clean = int(state["clean"])
@@ -107,7 +111,11 @@ class DynamicScale:
 def make_scaler(
     precision: str, *, constant: float, initial: float, minimum: float, window: int, hysteresis: int
 ) -> LossScaler:
-    """Returns the scaler of a run: fp16's is dynamic, unless `constant` is above 0."""
+    """Returns the scaler of a run.
+
+    For fp16 the scale is dynamic, or `constant` if `constant` is above 0. For other precisions it
+    is 1.
+    """
     if precision != "fp16":
         return ConstantScale(1.0, may_skip=False)
     if constant > 0:

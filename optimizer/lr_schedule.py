@@ -1,4 +1,4 @@
-"""The learning rate of an update: a linear warm-up, then a decay, both counted in updates."""
+"""The learning rate of each update: a linear warm-up, followed by a decay."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,8 @@ def _constant(progress: float) -> float:
     return 1.0
 
 
-# The part of the peak, from 1 to 0, by the part of the updates after the warm-up that are done.
+# Functions of the fraction of updates done after the warm-up (0 to 1); they return the fraction of
+# the peak rate.
 DECAYS: dict[str, Callable[[float], float]] = {
     "linear": _linear,
     "cosine": _cosine,
@@ -29,13 +30,13 @@ def learning_rate(
 ) -> float:
     """Returns the learning rate of an update.
 
-    With `lowest` 0 it is exactly that of transformers' get_{linear,cosine,constant}_schedule_with_
-    warmup: the first update of a warm-up has rate 0.
+    If `lowest` is 0, it equals the rate of get_linear_schedule_with_warmup in transformers (or
+    get_cosine_..., get_constant_...). The first update of a warm-up has rate 0.
 
     Args:
         update: the number of the update; the first is 0.
-        kind: one of `DECAYS`.
-        warmup: the number of updates until the peak.
+        kind: a key of `DECAYS`.
+        warmup: the number of updates before the peak.
         total: the number of updates of the run.
         peak: the highest rate.
         lowest: the rate after the last update.

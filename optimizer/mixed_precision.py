@@ -1,8 +1,9 @@
 """The fp32 masters of a stage's weights, and their update from the gradients.
 
-One class for every combination of compute type (fp32, fp16, bf16), algorithm (AdamW, 8-bit
-AdamW), offload to the host and sharding over the replicas. They differ in where a master lies and
-in which replica steps it; the step is the same, so the numbers are the same.
+The same class serves every combination of compute type (fp32, fp16, bf16), algorithm (AdamW, 8-bit
+AdamW), offload to the host, and sharding over the replicas. The combinations differ in the memory
+that holds a master and in the replica that steps it. Offload and sharding do not change the step,
+so they do not change the weights.
 """
 
 from collections.abc import Mapping
@@ -18,16 +19,16 @@ from optimizer.offload import HostCopies, to_host
 
 
 class MixedPrecisionWeights:
-    """Masters, by name in `masters`, of the weights that this replica steps, and compute copies.
+    """The fp32 masters and the compute copies of a stage's weights.
 
-    A master is the fp32 weight itself, or a copy of it on the host; the compute copies are made
-    after the masters.
+    `masters` holds, by name, the masters of the weights that this replica steps. A master is the
+    fp32 weight itself or, with offload, a copy in host memory.
 
     Args:
-        parameters: a stage's weights by name, in fp32; they become the compute copies.
+        parameters: the weights of a stage by name, in fp32; they become the compute copies.
         partition: the replicas that step each weight.
         dtype: the type of the compute copies.
-        offload: masters lie in host memory.
+        offload: whether the masters are in host memory.
     """
 
     def __init__(
@@ -48,19 +49,19 @@ class MixedPrecisionWeights:
             parameter.data = parameter.data.to(dtype)
 
     def refresh(self, name: str) -> None:
-        """Copies a master to its compute copy, unless both are one tensor."""
+        """Copies a master to its compute copy, unless both are the same tensor."""
         if self.has_own_masters or self.offload:
             self.parameters[name].data.copy_(self.masters[name], non_blocking=True)
 
 
 class MixedPrecisionOptimizer:
-    """Steps the masters of a stage's weights, and holds their moments.
+    """The optimizer of a stage: it steps the masters, and holds their moments.
 
     Args:
-        weights: masters and compute copies.
-        gradients: the gradients of the compute copies, which the replicas have exchanged.
-        algorithm: steps one weight.
-        weight_decay: of matrices; biases and norms have none.
+        weights: the masters and compute copies.
+        gradients: the gradients of the compute copies, after the exchange between replicas.
+        algorithm: the algorithm that steps one weight.
+        weight_decay: the weight decay of matrices; it is 0 for biases and norms.
         tracer: records how long steps take.
     """
 
@@ -85,7 +86,7 @@ class MixedPrecisionOptimizer:
 
     @torch.no_grad()
     def step(self, *, lr: float, factor: float) -> None:
-        """Updates all weights from the gradients times `factor`, and zeroes the gradients."""
+        """Updates all weights with the gradients times `factor`; then sets the gradients to 0."""
         owned = sum(master.numel() for master in self.masters.values())
         with self._tracer.span(Track.OPTIMIZER_COMP, size=owned):
             self._step_owned(lr=lr, factor=factor)
@@ -109,11 +110,11 @@ class MixedPrecisionOptimizer:
 
     @torch.no_grad()
     def refresh_weights(self) -> None:
-        """Makes all compute copies anew, on all replicas, after the masters were loaded."""
+        """Copies the masters to the compute copies on all replicas, after masters were loaded."""
         for name in self.masters:
             self._weights.refresh(name)
         self.gradients.share_weights()
 
     def weight_of(self, name: str) -> Tensor:
-        """Returns the compute copy of a weight, which every replica has."""
+        """Returns the compute copy of a weight; every replica has a copy."""
         return self._weights.parameters[name].data

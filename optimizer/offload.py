@@ -1,4 +1,4 @@
-"""Copies of gradients from the device to the host, one ahead of the one in use."""
+"""Copies of gradients from the device to the host; the next copy runs while one is used."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -13,7 +13,7 @@ class _Copy(NamedTuple):
 
 
 class HostCopies:
-    """Two host buffers of `largest` elements each, pinned where the device is a GPU."""
+    """Two host buffers of `largest` elements each; the buffers are pinned if `device` is a GPU."""
 
     def __init__(self, largest: int, device: torch.device) -> None:
         cuda = device.type == "cuda"
@@ -22,7 +22,10 @@ class HostCopies:
         self._device = device
 
     def of(self, gradients: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Yields a host copy of each gradient; the next is copied while one is in use."""
+        """Yields a host copy of each gradient; the next gradient is copied in the meantime.
+
+        A copy is valid until the next copy is yielded.
+        """
         ahead = self._start(gradients[0], 0) if gradients else None
         for index in range(len(gradients)):
             current = ahead
@@ -44,6 +47,6 @@ class HostCopies:
 
 
 def to_host(weight: Tensor) -> Tensor:
-    """Returns a copy in host memory, pinned where the weight is on a GPU."""
+    """Returns a copy of a weight in host memory; it is pinned if the weight is on a GPU."""
     copy = torch.empty(weight.shape, dtype=weight.dtype, pin_memory=weight.is_cuda)
     return copy.copy_(weight)

@@ -1,4 +1,4 @@
-"""The optimizer state that a checkpoint saved for one stage, read strictly."""
+"""The optimizer state of one stage in a checkpoint; every part is checked when it is read."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -14,10 +14,12 @@ HEADER = ("kind", "updates")  # the other entries of a state are its parts, dict
 
 @dataclass(frozen=True)
 class SavedState:
-    """The optimizer state that one stage of a checkpoint saved in the file `source`.
+    """The optimizer state of one stage in a checkpoint.
 
-    names: all weights that the stage had.
-    saved_names: its names of the weights to restore from it, by this run's names.
+    source: the file of the state, for error texts.
+    state: the content of the file.
+    names: the names of all weights of the saved stage.
+    saved_names: the names in the file, by this run's names, of the weights to restore.
     """
 
     source: Path
@@ -30,7 +32,10 @@ class SavedState:
         return {key: value for key, value in self.state.items() if key not in HEADER}
 
     def check(self, *, kind: str, updates: int) -> None:
-        """Raises ValueError for another algorithm, number of updates or set of weights."""
+        """Raises ValueError if the algorithm or the number of updates differ, or a weight is extra.
+
+        `kind` is the expected algorithm, and `updates` the expected number of updates.
+        """
         for key, expected in (("kind", kind), ("updates", updates)):
             if self.state.get(key) != expected:
                 raise ValueError(
@@ -43,15 +48,15 @@ class SavedState:
                 )
             if extra := sorted(map(str, weights.keys() - set(self.names))):
                 raise ValueError(
-                    f"{self.source}: {part}: {extra[0]} unexpected: no weight of this stage's"
+                    f"{self.source}: {part}: {extra[0]} unexpected: the stage has no such weight"
                 )
 
     def read(self, name: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the parts of one weight's state, by part.
+        """Returns the state of one weight, by part.
 
         Args:
-            name: this run's name of the weight, one of `saved_names`.
-            like: tensors of the expected shapes and types, by part.
+            name: the name of the weight in this run, a key of `saved_names`.
+            like: tensors with the expected shapes and types, by part.
 
         Raises:
             ValueError: a part is missing, unexpected, of another shape or type, or not finite.

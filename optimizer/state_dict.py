@@ -1,7 +1,7 @@
-"""Optimizer state to and from a checkpoint, independent of the number of replicas.
+"""Optimizer state for a checkpoint, independent of the number of replicas.
 
-Replica 0 writes and reads the state of a stage. The parts that other replicas hold travel over the
-control group, as tensors whose shapes both sides know.
+Replica 0 writes and reads the state of a stage. Other replicas send and receive their parts of the
+state over the control group. Sender and receiver both know the shapes of these tensors.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,16 +20,18 @@ from optimizer.mixed_precision import MixedPrecisionOptimizer
 from optimizer.saved_state import SavedState
 
 MASTERS = "masters"
-# Elements of the weights whose state, some 3 GB, a host keeps in memory from reading to sending.
+# The largest number of elements in a batch of weights. A host keeps the state of a batch (about
+# 3 GB) in memory from reading to sending.
 _BATCH_ELEMENTS = 2**28
 
 
 def collect_state(
     optimizer: MixedPrecisionOptimizer, control: Communicator, topology: Topology
 ) -> dict[str, Any]:
-    """Returns the state of the stage on replica 0; other replicas get the part that they hold.
+    """Returns the state of the stage on replica 0; on other replicas, only their part of it.
 
-    Tensors are the optimizer's own, on its device, unless another replica sent them.
+    The tensors are the optimizer's own tensors on its device. Tensors that another replica sent are
+    in host memory.
     """
     state: dict[str, Any] = {"kind": optimizer.algorithm.kind, "updates": optimizer.updates}
     for name in optimizer.names:
@@ -56,19 +58,19 @@ def restore_state(
     *,
     updates: int,
 ) -> None:
-    """Fills the optimizer from the states that `collect_state` returned.
+    """Fills the optimizer from saved states, which `collect_state` returned.
 
-    Every process of the run calls it, and waits for the slowest disk.
+    Every process of the run must call it, and waits for the slowest disk.
 
     Args:
-        optimizer: is filled.
+        optimizer: the optimizer to fill.
         states: on replica 0, states that together have all its weights; None on other replicas.
         control: the group of all processes.
-        topology: the place of this process.
+        topology: the stage and replica of this process.
         updates: the number of updates that the states must have.
 
     Raises:
-        ValueError: a state is not of this optimizer; the text names its file and the part.
+        ValueError: a state does not match the optimizer; the text names the file and the part.
     """
     optimizer.updates = updates
     for state in states or ():
@@ -91,7 +93,10 @@ def _read(
     sources: Mapping[str, SavedState],
     to_send: dict[str, dict[str, Tensor]],
 ) -> None:
-    """Fills replica 0's part of the weights `names`; `to_send` gets that of other replicas."""
+    """Reads the state of the weights `names` on replica 0.
+
+    It fills the optimizer of replica 0, and adds the state for other replicas to `to_send`.
+    """
     for name in names:
         values = sources[name].read(name, empty_state(optimizer, name))
         holders = optimizer.partition.holders(name)
@@ -108,7 +113,10 @@ def _share(
     control: Communicator,
     topology: Topology,
 ) -> None:
-    """Sends `values` from replica 0, where they were read, to the others that hold the weight."""
+    """Sends a weight's state from replica 0 to the other replicas that step the weight.
+
+    `values` is the state on replica 0; None on other replicas, and if no replica needs the state.
+    """
     others = [replica for replica in optimizer.partition.holders(name) if replica != 0]
     if topology.replica in others:
         received = empty_state(optimizer, name)
@@ -120,10 +128,10 @@ def _share(
 
 
 def _batches(optimizer: MixedPrecisionOptimizer, control: Communicator) -> list[list[str]]:
-    """Returns the weights in batches, the same number on every process.
+    """Returns the names of the weights in batches; every process has the same number of batches.
 
-    A batch is read before it is sent. Its files are mapped, so that reading takes no memory but the
-    system's for files.
+    Replica 0 reads the state of a complete batch before it sends the state. The files are
+    memory-mapped, so reading needs only memory of the system's file cache.
     """
     sent = {
         name: optimizer.weight_of(name).numel() * (optimizer.partition.holders(name) != [0])
@@ -142,7 +150,7 @@ def _batches(optimizer: MixedPrecisionOptimizer, control: Communicator) -> list[
 
 
 def finite_weights(optimizer: MixedPrecisionOptimizer) -> list[bool]:
-    """Returns for each weight whether it is finite here, and its state with it."""
+    """Returns for each weight whether the weight and its state on this process are finite."""
     return [
         all(map(is_finite, (optimizer.weight_of(name), *_tensors(optimizer, name).values())))
         for name in optimizer.names
@@ -150,7 +158,7 @@ def finite_weights(optimizer: MixedPrecisionOptimizer) -> list[bool]:
 
 
 def _tensors(optimizer: MixedPrecisionOptimizer, name: str) -> dict[str, Tensor]:
-    """Returns the state of one weight, by part; nothing where another process steps it."""
+    """Returns the state of one weight, by part; an empty dict if another process steps it."""
     tensors = dict(optimizer.moments.get(name, {}))
     if optimizer.has_own_masters and name in optimizer.masters:
         tensors[MASTERS] = optimizer.masters[name]

@@ -1,6 +1,6 @@
-"""The end of an update: gradient norm, clipping, and a step of the weights or a skip.
+"""The last part of an update: gradient norm, clipping, and a step of the optimizer or a skip.
 
-All processes of a run end an update alike.
+All processes of a run make the same decision.
 """
 
 import math
@@ -17,7 +17,7 @@ from optimizer.mixed_precision import MixedPrecisionOptimizer
 class UpdateResult(NamedTuple):
     """The learning rate of an update, its gradient norm before clipping, and its loss scale.
 
-    grad_norm: None where the update was skipped.
+    grad_norm: None if the update was skipped.
     """
 
     lr: float
@@ -26,15 +26,18 @@ class UpdateResult(NamedTuple):
 
 
 class UpdateStep:
-    """Unscales gradients, corrects them for the exact number of trained tokens, clips and steps.
+    """The update step: it unscales and clips the gradients, and steps the optimizer.
+
+    Backward divides the token losses by a fixed number, `nominal_tokens`. The update step corrects
+    the gradients for the exact number of trained tokens.
 
     Args:
         optimizer: steps the weights.
         scaler: the loss scale.
-        schedule: returns the learning rate of an update by its number; the first is 0.
-        nominal_tokens: the number that backward divided the token losses by.
+        schedule: returns the learning rate of the update with a given number, counted from 0.
+        nominal_tokens: the divisor of the token losses in backward.
         max_grad_norm: the limit of the gradient norm.
-        max_skipped: the number of skips in a row after which the run gives up.
+        max_skipped: the number of skipped updates in a row after which the run ends.
     """
 
     def __init__(
@@ -54,35 +57,36 @@ class UpdateStep:
 
     @property
     def loss_scale(self) -> float:
-        """The factor of a sum of token losses before backward."""
+        """Returns the factor of a sum of token losses in backward, `scale` / `nominal_tokens`."""
         return self._scaler.scale / self._nominal
 
     @property
     def scale(self) -> float:
-        """The loss scale by itself."""
+        """Returns the loss scale, without the division by `nominal_tokens`."""
         return self._scaler.scale
 
     @property
     def may_skip(self) -> bool:
-        """Whether gradients that are not finite skip the update; otherwise they end the run."""
+        """Returns whether gradients that are not finite skip the update; else they end the run."""
         return self._scaler.may_skip
 
     @property
     def has_given_up(self) -> bool:
-        """Whether `max_skipped` updates in a row have been skipped."""
+        """Returns whether `max_skipped` updates in a row have been skipped."""
         return self.skipped_in_a_row >= self._max_skipped
 
     def apply(
         self, squared_norm: float, *, num_trained_tokens: int, losses_are_finite: bool
     ) -> UpdateResult:
-        """Ends an update, whose gradients have been exchanged.
+        """Steps the optimizer with the exchanged gradients, or skips the update.
 
-        A logit of -inf makes an infinite loss whose gradients are finite, so losses count too.
+        The update is skipped if the gradients or the losses are not finite. Both are checked: a
+        logit of -inf makes an infinite loss, but its gradients are finite.
 
         Args:
-            squared_norm: of all gradients of all stages.
-            num_trained_tokens: of all microbatches of all replicas.
-            losses_are_finite: whether all their losses are.
+            squared_norm: the squared norm of the gradients of all stages.
+            num_trained_tokens: the number of trained tokens in all microbatches of all replicas.
+            losses_are_finite: whether the losses of all these microbatches are finite.
         """
         scale, lr = self._scaler.scale, self._schedule(self.optimizer.updates)
         overflow = not (losses_are_finite and math.isfinite(squared_norm))
@@ -99,18 +103,18 @@ class UpdateStep:
         return UpdateResult(lr, norm, scale)
 
     def state(self) -> dict[str, Any]:
-        """Returns the state that a checkpoint keeps beside weights and moments."""
+        """Returns the state for a checkpoint: the count of skipped updates, and the scaler's."""
         return {"skipped_in_a_row": self.skipped_in_a_row, "scaler": self._scaler.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restores `state()`; a run that had given up starts counting anew."""
+        """Restores `state()`; after too many skipped updates the count of skips restarts at 0."""
         skipped = int(state["skipped_in_a_row"])
         self.skipped_in_a_row = skipped if skipped < self._max_skipped else 0
         self._scaler.load_state(state["scaler"])
 
 
 def squared_norms(gradients: Sequence[Tensor]) -> list[float]:
-    """Returns each gradient's sum of squares, from its norm in fp32."""
+    """Returns the sum of squares of each gradient, computed from its norm in fp32."""
     if not gradients:
         return []
     norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients])

@@ -1,9 +1,9 @@
-"""Token blocks on their way from global rank 0 to the first and last stage of every pipeline.
+"""The transfer of batches from rank 0 to the first and last stage of every pipeline.
 
-Where documents are kept apart, every stage attends inside them, so every stage gets their starts.
+If attention is limited to single documents, every stage also gets the starts of the documents.
 
-Token ids are small, so rank 0 alone reads data. It sends the rows of an iteration while the one
-before is computed, so that no stage waits for text.
+Token ids are small, so only rank 0 reads data. It sends the rows of an iteration while the previous
+iteration is computed, so no stage waits for data.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,11 +19,12 @@ from tasks.packing.blocks import TokenBatch
 
 
 class Rows(NamedTuple):
-    """The rows of one process.
+    """The rows of a batch that one process gets.
 
-    token_ids: (rows, seq_len), on the device of a first stage; None on the others.
-    labels: (rows, seq_len), on the device of a last stage; None on the others.
-    doc_starts: (rows, seq_len), on the host of every stage, where documents are kept apart.
+    token_ids: (rows, seq_len), on the device; None unless the stage is the first.
+    labels: (rows, seq_len), on the device; None unless the stage is the last.
+    doc_starts: (rows, seq_len), in host memory, on every stage; None if attention is not limited to
+        single documents.
     """
 
     token_ids: Tensor | None
@@ -32,9 +33,17 @@ class Rows(NamedTuple):
 
 
 class BatchScatter:
-    """Sends the batches of rank 0 to the stages that need them; every rank calls it.
+    """The transfer of batches from rank 0 to the stages that need them.
 
-    A pipeline has `rows` rows of `seq_len` tokens. keeps_apart: the batches have `doc_starts`.
+    Every rank must call its methods.
+
+    Args:
+        control: the group of all processes.
+        topology: the stage and replica of this process.
+        rows: the number of rows of a pipeline's batch.
+        seq_len: the number of tokens in a row.
+        keeps_apart: whether attention is limited to single documents: batches have `doc_starts`.
+        device: the device for token ids and labels.
     """
 
     def __init__(
@@ -54,7 +63,7 @@ class BatchScatter:
         self._buffers: dict[str, Tensor] = {}
 
     def start(self, batch: TokenBatch | None) -> None:
-        """Starts sending one batch, which rank 0 gives; it is None on the other ranks."""
+        """Starts to send `batch` from rank 0; on other ranks `batch` is None."""
         self._buffers = {}
         if batch is None:
             for name, needed in self._needs(self._topology.stage).items():
@@ -66,7 +75,7 @@ class BatchScatter:
             self._send_replica(batch, replica)
 
     def finish(self) -> Rows:
-        """Waits for the batch of the last `start`; returns this process's rows of it."""
+        """Waits for the batch of the last `start`; returns the rows of this process."""
         for work in self._works:
             work.wait()
         self._works.clear()
@@ -96,14 +105,14 @@ class BatchScatter:
 
 
 class BatchPrefetcher:
-    """Training batches, each sent one iteration before it is used.
+    """Training batches, each sent one iteration before its use.
 
-    On rank 0, `state` is the state of the data after the batch that `next` returned last, and
-    `documents` names the sources of each of its rows.
+    On rank 0, `state` and `documents` belong to the last batch that `next` returned: `state` is the
+    state of the data stream after this batch, and `documents` names the sources of each row.
 
     Args:
         scatter: sends the batches.
-        loader: reads them on rank 0; None on the other ranks.
+        loader: reads the batches on rank 0; None on other ranks.
         num_batches: the number of batches that will be used.
     """
 
@@ -117,7 +126,7 @@ class BatchPrefetcher:
         self._send()
 
     def next(self) -> Rows:
-        """Returns the rows of the next batch, and sends the one after it."""
+        """Returns the rows of the next batch, and starts to send the batch after it."""
         rows = self._scatter.finish()
         if self._sent is not None:
             self.state, self.documents = self._sent.state, self._sent.documents
@@ -135,9 +144,10 @@ class BatchPrefetcher:
 def scatter_evaluation(
     scatter: BatchScatter, control: Communicator, batches: Iterator[TokenBatch] | None
 ) -> Iterator[Rows]:
-    """Yields the rows of every batch of an evaluation; rank 0 gives `batches`.
+    """Yields this process's rows of every batch of an evaluation.
 
-    Before each batch rank 0 broadcasts whether there is one.
+    `batches` is None except on rank 0. Before each batch, rank 0 broadcasts whether there is a
+    further batch.
     """
     while True:
         batch = None if batches is None else next(batches, None)

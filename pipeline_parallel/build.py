@@ -1,4 +1,4 @@
-"""Builds the pipeline engine of a stage."""
+"""Construction of the pipeline engine of a stage."""
 
 from modules.layers.linear import WeightGradBuffer
 from modules.stage_model import StageModel
@@ -20,15 +20,15 @@ def build_engine(
     tracer: Tracer,
     kind: type[Engine] = Engine,
 ) -> Engine:
-    """Builds the engine of a stage; every stage calls it with the same numbers.
+    """Returns the engine of a stage; `schedule` and `num_microbatches` must be equal on all stages.
 
     Args:
         model: the stage's part of the model.
-        link: its neighbours.
+        link: the connection with the neighbouring stages.
         gradients: the buffer to which backward adds the gradients of large weights.
-        schedule: one of `SCHEDULES`.
-        recompute: backward computes the activations again.
-        num_microbatches: of a pipeline's batch.
+        schedule: a key of `SCHEDULES`.
+        recompute: whether backward computes the activations again.
+        num_microbatches: the number of microbatches in a pipeline's batch.
         tracer: records how long actions take.
         kind: the class of the engine.
     """

@@ -1,4 +1,4 @@
-"""Joins schedule, stage and link: runs one iteration of one pipeline's batch."""
+"""The pipeline engine: runs an iteration on a stage, with its schedule and its link."""
 
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
@@ -19,9 +19,9 @@ FORWARDS = (Kind.FORWARD,)
 
 
 class Losses(NamedTuple):
-    """The sum of token losses of each microbatch, and the number of trained tokens of all.
+    """The sum of token losses of each microbatch, and the number of trained tokens in the batch.
 
-    Only the last stage has losses; other stages have none, over 0 tokens.
+    Only the last stage has losses. On other stages the list is empty, and the number is 0.
     """
 
     of_microbatches: list[float]
@@ -33,21 +33,21 @@ class Losses(NamedTuple):
 
 
 class StageError(RuntimeError):
-    """A failure of a microbatch in a stage; the text has the stage, the microbatch and shapes."""
+    """An error in a stage; the text names stage, action, microbatch and the last received shape."""
 
 
 class StageMemoryError(StageError):
-    """A failure for want of memory; the text also has the number of microbatches in flight."""
+    """An out-of-memory error in a stage; the text also has the number of microbatches in flight."""
 
 
 class Engine:
-    """Runs batches of `num_microbatches` through this process's stage.
+    """The engine of this process's stage; it runs batches of `num_microbatches` microbatches.
 
     Args:
         stage: computes forward and backward.
-        link: exchanges messages with the neighbours.
-        schedule: yields the order of actions.
-        num_microbatches: of a pipeline's batch.
+        link: exchanges messages with the neighbouring stages.
+        schedule: yields the actions of a stage in order.
+        num_microbatches: the number of microbatches in a pipeline's batch.
         tracer: records how long actions take.
 
     Raises:
@@ -85,7 +85,10 @@ class Engine:
         self._last_received = torch.Size(), torch.float32
 
     def train(self, batch: PipelineBatch, *, loss_scale: float) -> Losses:
-        """Adds the gradients of the batch's token losses times `loss_scale`."""
+        """Runs forward and backward of a batch; returns its losses.
+
+        Backward adds the gradients of the sum of the token losses times `loss_scale`.
+        """
         self._loss_scale = loss_scale
         self._link.expect(activations=self._num_microbatches, gradients=self._num_microbatches)
         for action in self._train:
@@ -93,14 +96,17 @@ class Engine:
         return self._finish(batch)
 
     def evaluate(self, batch: PipelineBatch) -> Losses:
-        """Returns the batch's losses."""
+        """Runs only forward of a batch, without dropout; returns the losses of the batch."""
         self._link.expect(activations=self._num_microbatches, gradients=0)
         for action in self._evaluate:
             self._run(action, self._evaluate_one, batch)
         return self._finish(batch)
 
     def find_not_finite(self, batch: PipelineBatch) -> list[int]:
-        """Returns the microbatches whose numbers stop being finite in this very stage."""
+        """Returns the microbatches whose activations become NaN or infinite in this stage.
+
+        Such a microbatch has a finite input and an output that is not finite.
+        """
         self._not_finite = []
         self.evaluate(batch)
         microbatches, self._not_finite = self._not_finite, None
@@ -182,12 +188,13 @@ class Engine:
 def _arrived(
     neighbour: Sequence[Action], receiving: Collection[Kind], *, with_: Collection[Kind]
 ) -> dict[int, int]:
-    """Returns the number of messages that a neighbour had received when it sent each microbatch's.
+    """Returns the number of messages that a neighbour has received before it sends a message.
 
-    A message from the neighbour thus tells this stage which of its own messages have arrived.
+    The result has this number for each sent message, by microbatch. When a message from the
+    neighbour arrives, this stage knows that so many of its own messages have arrived there.
 
     Args:
-        neighbour: its actions, in order.
+        neighbour: the actions of the neighbour, in order.
         receiving: the kinds of actions that begin with a message from this stage.
         with_: the kinds of actions that end with a message to this stage.
     """

@@ -14,12 +14,12 @@ class PipelineBatch:
     """The rows of one pipeline in one iteration, cut into microbatches.
 
     Args:
-        token_ids: (rows, seq_len); None where the stage is not the first.
-        labels: (rows, seq_len); None where the stage is not the last.
+        token_ids: (rows, seq_len); None unless the stage is the first.
+        labels: (rows, seq_len); None unless the stage is the last.
         keys: the dropout keys of the rows.
-        micro_rows: the number of rows of a microbatch.
-        doc_starts: (rows, seq_len), on the host: the index in its row of the first token of each
-            token's document; None where documents are not kept apart.
+        micro_rows: the number of rows in a microbatch.
+        doc_starts: (rows, seq_len), in host memory. For each token, the index in its row of the
+            first token of its document. None if attention is not limited to single documents.
     """
 
     def __init__(
@@ -34,11 +34,11 @@ class PipelineBatch:
         self._micro_rows, self._doc_starts = micro_rows, doc_starts
 
     def token_ids(self, microbatch: int) -> Tensor | None:
-        """Returns the token ids of a microbatch, on a first stage."""
+        """Returns the token ids of a microbatch; None unless the stage is the first."""
         return None if self._token_ids is None else self._token_ids[self._span(microbatch)]
 
     def labels(self, microbatch: int) -> Tensor | None:
-        """Returns the labels of a microbatch, on a last stage."""
+        """Returns the labels of a microbatch; None unless the stage is the last."""
         return None if self._labels is None else self._labels[self._span(microbatch)]
 
     def keys(self, microbatch: int) -> Keys:
@@ -46,13 +46,13 @@ class PipelineBatch:
         return self._keys[self._span(microbatch)]
 
     def documents(self, microbatch: int, device: torch.device) -> PackedDocuments | None:
-        """Returns the documents of a microbatch, where they are kept apart."""
+        """Returns the documents of a microbatch; None if attention crosses documents."""
         if self._doc_starts is None:
             return None
         return PackedDocuments(self._doc_starts[self._span(microbatch)], device)
 
     def num_trained_tokens(self) -> int:
-        """Returns the number of tokens that are predicted; 0 where the stage is not the last."""
+        """Returns the number of trained tokens in the batch; 0 unless the stage is the last."""
         return 0 if self._labels is None else int((self._labels != IGNORED).sum())
 
     def _span(self, microbatch: int) -> slice:

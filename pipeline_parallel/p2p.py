@@ -1,8 +1,8 @@
-"""Messages between a stage and its neighbours: activations to the next, gradients to the previous.
+"""Messages between neighbouring stages: activations to the next, gradients to the previous stage.
 
-Receives are posted ahead of need, so that messages travel while the stage computes; sends do not
-wait. At a pipeline's ends there is no neighbour: methods return at once, so that the engine does
-not branch on the stage.
+Receives are posted early, so messages travel while the stage computes. Sends do not wait. The first
+and the last stage have only one neighbour: methods for the missing neighbour return at once, so the
+engine runs the same code on every stage.
 """
 
 from collections import deque
@@ -15,7 +15,7 @@ from comm.communicator import Communicator, Work
 from common.tensors import DTYPES
 from monitor.profiling.tracer import NO_TRACER, Tracer, Track
 
-AHEAD = 2  # receives in flight in each direction: the next one to use, and the one after it
+AHEAD = 2  # receives that are posted in each direction: for the next two messages
 
 _DTYPES = list(DTYPES.values())
 
@@ -28,24 +28,25 @@ class MessageSpec(NamedTuple):
     device: torch.device
 
     def empty(self) -> Tensor:
-        """Returns a tensor for a message to come."""
+        """Returns an uninitialised tensor that can receive a message."""
         return torch.empty(self.shape, dtype=self.dtype, device=self.device)
 
 
 class StageLink:
-    """The messages of a stage with its neighbours.
+    """The connection of a stage with its neighbours, for activations and gradients.
 
-    `stage` and `num_stages` are the stage's place in its pipeline.
+    `stage` is the number of the stage, and `num_stages` the number of stages in the pipeline.
 
     Args:
         pipeline: the processes of the pipeline, in the order of their stages.
-        shape: of a microbatch's activations, (rows, seq_len, hidden); gradients have the same.
-        dtype: their type.
-        device: their device.
-        tracer: records how long sends and receives keep the host.
+        shape: the shape of a microbatch's activations and of their gradients, (rows, seq_len,
+            hidden).
+        dtype: the type of activations and gradients.
+        device: the device of activations and gradients.
+        tracer: records how long sends and receives block the host.
 
     Raises:
-        ValueError: a neighbour has another shape or type; raised by both.
+        ValueError: the stages of the pipeline have different shapes or types. All stages raise it.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class StageLink:
         self._gradients = _Direction(pipeline, following, previous, spec, tracer, backward)
 
     def expect(self, *, activations: int, gradients: int) -> None:
-        """Begins an iteration that receives so many messages of each kind."""
+        """Begins an iteration that receives this number of activations and of gradients."""
         self._activations.expect(activations)
         self._gradients.expect(gradients)
 
@@ -81,31 +82,33 @@ class StageLink:
         return self._gradients.receive()
 
     def send_activation(self, activation: Tensor) -> None:
-        """Starts a send to the next stage; does nothing on the last."""
+        """Starts a send to the next stage; does nothing on the last stage."""
         self._activations.send(activation)
 
     def send_gradient(self, gradient: Tensor | None) -> None:
-        """Starts a send to the previous stage; does nothing on the first."""
+        """Starts a send to the previous stage; does nothing on the first stage."""
         self._gradients.send(gradient)
 
     def resolve(self, *, activations: int = 0, gradients: int = 0) -> None:
-        """Waits for the iteration's first sends, so many of each kind, and drops their tensors.
+        """Waits for the iteration's first sends of each kind, and frees the tensors of these sends.
 
-        The neighbours are known to have received them, so the wait is short.
+        `activations` and `gradients` are the numbers of sends, counted from the iteration's start.
+        The neighbours must have received these messages already, so the wait is short.
         """
         self._activations.resolve(activations)
         self._gradients.resolve(gradients)
 
     def flush(self) -> None:
-        """Waits for all sends."""
+        """Waits until all sends are complete."""
         self._activations.flush()
         self._gradients.flush()
 
 
 class _Direction:
-    """Messages from `source` to this stage and from it to `to`; either may be None.
+    """Messages in one direction: from rank `source` to this stage, and from this stage to `to`.
 
-    The messages of an iteration are counted from 0, as its microbatches are.
+    `source` or `to` is None if there is no such neighbour. In each iteration the numbers of
+    messages start at 0, as the numbers of microbatches do.
     """
 
     def __init__(
@@ -145,7 +148,7 @@ class _Direction:
         shape, dtype, _ = self._spec
         if tensor is None or tensor.shape != shape or tensor.dtype != dtype:
             actual = "nothing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
-            raise RuntimeError(f"to send: {actual}, but messages have {shape} {dtype}")
+            raise RuntimeError(f"the message to send is {actual}, expected {shape} {dtype}")
         with self._tracer.span(self._sends, microbatch=self._num_resolved + len(self._sent)):
             self._sent.append(self._pipeline.send(tensor.contiguous(), to=self._to))
 
@@ -168,13 +171,13 @@ class _Direction:
 
 
 def _check_alike(pipeline: Communicator, spec: MessageSpec) -> None:
-    """Raises ValueError where the stages' messages differ."""
+    """Raises ValueError if the stages' messages differ in shape or type."""
     own = torch.tensor([*spec.shape, _DTYPES.index(spec.dtype)], device=spec.device)
     for stage, other in enumerate(pipeline.all_gather(own).tolist()):
         if other != own.tolist():
             raise ValueError(
                 f"stage {pipeline.rank} has activations (rows, tokens, hidden) of {spec.shape} in "
-                f"{spec.dtype}, but stage {stage} of {tuple(other[:3])} in {_DTYPES[other[3]]}: "
+                f"{spec.dtype}, but stage {stage} has {tuple(other[:3])} in {_DTYPES[other[3]]}: "
                 "--micro-batch-size, --seq-length, --embedding-dim, --fp16 and --bf16 must be the "
                 "same on all ranks"
             )

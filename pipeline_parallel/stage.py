@@ -1,4 +1,4 @@
-"""How a stage runs one microbatch forward and backward, and what it keeps in between."""
+"""Forward and backward of a microbatch on a stage, and the tensors that are kept in between."""
 
 import torch
 from torch import Tensor
@@ -10,13 +10,13 @@ from modules.stage_model import StageModel
 
 
 class Stage:
-    """Forward and backward of one stage; first, middle and last stages are this one class.
+    """Forward and backward of a stage; first, middle and last stages use the same class.
 
     Args:
         model: the stage's part of the model.
-        recompute: backward computes the activations again.
+        recompute: whether backward computes the activations again.
         gradients: the buffer to which backward adds the gradients of large weights.
-        splits: backward comes in two parts, `backward` and `weight_gradient`.
+        splits: whether backward is split into `backward` and `weight_gradient`.
     """
 
     def __init__(
@@ -24,13 +24,13 @@ class Stage:
     ) -> None:
         self._model, self._recompute, self._splits = model, recompute, splits
         self._gradients = gradients
-        self._after_forward: dict[int, tuple[Tensor, Tensor]] = {}  # a stage's input and output
+        self._after_forward: dict[int, tuple[Tensor, Tensor]] = {}  # the stage's input and output
         self._deferred: dict[int, Deferred] = {}
         attach_grad_buffer(model, gradients)
 
     @property
     def in_flight(self) -> set[int]:
-        """The microbatches between forward and the end of backward."""
+        """Returns the microbatches between forward and the end of backward."""
         return self._after_forward.keys() | self._deferred.keys()
 
     def forward(
@@ -43,18 +43,18 @@ class Stage:
         loss_scale: float,
         documents: PackedDocuments | None = None,
     ) -> Tensor:
-        """Runs a microbatch forward and keeps what its backward needs.
+        """Runs forward of a microbatch, and keeps the tensors that backward needs.
 
         Args:
-            microbatch: its number.
-            x: token ids (rows, seq_len), or the activations of the stage before.
-            labels: (rows, seq_len), on a last stage.
+            microbatch: the number of the microbatch.
+            x: token ids (rows, seq_len), or the activations of the previous stage.
+            labels: (rows, seq_len) on the last stage; None on other stages.
             keys: the dropout keys of the rows.
             loss_scale: the factor of the loss in backward.
-            documents: those of the rows, where they are kept apart.
+            documents: the documents of the rows; None if attention crosses documents.
 
         Returns:
-            The activations for the next stage or, given labels, the sum of the token losses.
+            The activations for the next stage; with labels, the sum of the token losses.
         """
         if x.is_floating_point():
             x.requires_grad_()
@@ -64,10 +64,11 @@ class Stage:
         return out.detach()
 
     def backward(self, microbatch: int, gradient: Tensor | None) -> Tensor | None:
-        """Adds to the gradients of the weights; returns that of the stage's input, if it has one.
+        """Adds to the gradients of the weights, and returns the gradient of the stage's input.
 
-        `gradient` is that of the output, or None where the output was a loss. Where backward is
-        split, the gradients of large weights follow in `weight_gradient`.
+        Returns None on the first stage, because token ids have no gradient. `gradient` is the
+        gradient of the stage's output, or None if the output is a loss. If backward is split,
+        `weight_gradient` adds the gradients of large weights later.
         """
         x, out = self._after_forward.pop(microbatch)
         with self._gradients.deferring(self._deferred_of(microbatch)):
@@ -75,7 +76,7 @@ class Stage:
         return x.grad
 
     def weight_gradient(self, microbatch: int) -> None:
-        """Adds to the gradients of large weights: the second part of a backward that is split."""
+        """Adds to the gradients of large weights; this is the second part of a split backward."""
         for add in self._deferred.pop(microbatch):
             add()
 
@@ -83,7 +84,7 @@ class Stage:
     def evaluate(
         self, x: Tensor, labels: Tensor | None, *, documents: PackedDocuments | None = None
     ) -> Tensor:
-        """Returns what `forward` returns, without dropout, and keeps nothing."""
+        """Returns the result of `forward` without dropout; keeps no tensors for backward."""
         return self._output(x, labels, None, documents, scale=1.0)
 
     def _output(
@@ -104,5 +105,5 @@ class Stage:
         return activations
 
     def _deferred_of(self, microbatch: int) -> Deferred | None:
-        """Returns the deferred additions of a microbatch; None where backward is not split."""
+        """Returns the list of deferred additions of a microbatch; None if backward is not split."""
         return self._deferred.setdefault(microbatch, []) if self._splits else None

@@ -1,6 +1,7 @@
-"""The commands of the convert scripts, after their flags are parsed.
+"""Entry points of the convert scripts, called after the flags are parsed.
 
-torch is imported here only once the flags are right, so that a mistake is reported at once.
+The functions import torch only when they run. So a script reports a wrong flag at once, and does
+not wait for the import first.
 """
 
 import logging
@@ -14,7 +15,10 @@ from modules.registry import MODELS
 
 
 def run_from_hf(model_type: str, flags: Mapping[str, Any]) -> None:
-    """Converts a Hugging Face model to layer shards; exit status 2 and one line for bad input."""
+    """Converts a Hugging Face model to layer shards.
+
+    Exits with status 2 and one line on stderr if the input is bad.
+    """
     with _command():
         from checkpoint.conversion.from_hf import convert_from_hf
 
@@ -22,7 +26,10 @@ def run_from_hf(model_type: str, flags: Mapping[str, Any]) -> None:
 
 
 def run_to_hf(model_type: str, flags: Mapping[str, Any]) -> None:
-    """Converts a checkpoint to a Hugging Face model; exit status 2 and one line for bad input."""
+    """Converts a checkpoint to a Hugging Face model.
+
+    Exits with status 2 and one line on stderr if the input is bad.
+    """
     with _command():
         from checkpoint.conversion.to_hf import convert_to_hf
 
@@ -31,9 +38,10 @@ def run_to_hf(model_type: str, flags: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _command() -> Iterator[None]:
-    """Sends the project's log lines to stdout, which leaves stderr to errors.
+    """Writes log lines to stdout and errors to stderr; exits with status 2 after an error.
 
-    The libraries' warnings are silenced: the conversion checks the same things, as errors.
+    The warnings of the libraries are silenced, because the conversion raises an error for each of
+    these problems.
     """
     from huggingface_hub.utils.tqdm import disable_progress_bars
 

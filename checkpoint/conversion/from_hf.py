@@ -16,18 +16,18 @@ LOGGER = logging.getLogger(__name__)
 
 
 def convert_from_hf(family: Family, *, model_name: str, save_dir: Path, dtype: str) -> Path:
-    """Writes the layer shards of a model, and a manifest of all files that it writes.
+    """Writes the layer shards of a model, and a manifest that lists all written files.
 
     Args:
-        model_name: a folder or a hub name.
+        model_name: a local folder or the name of a model on the hub.
         dtype: "keep", or the type to write: "fp16", "bf16" or "fp32".
 
     Returns:
-        The folder of the shards: `save_dir`/<model name with / as _>, for a local folder its base
-        name.
+        The folder of the shards inside `save_dir`. Its name is the base name of a local folder, or
+        the hub name with / replaced by _.
 
     Raises:
-        ValueError: names the flag or file that is wrong; nothing is left on disk then.
+        ValueError: a flag or a file is wrong; the text names it. No files are left on disk.
     """
     final = save_dir / folder_name(model_name)
     source = find_model(model_name, flag="--model-name", weights=True)
@@ -39,7 +39,7 @@ def convert_from_hf(family: Family, *, model_name: str, save_dir: Path, dtype: s
     with new_folder(final, needed=needed) as folder:
         for index, module in enumerate(modules):
             name = shard_name(index, config.num_hidden_layers)
-            LOGGER.info("%s (%d of %d)", name, index + 1, len(modules))
+            LOGGER.info("writing %s (%d of %d)", name, index + 1, len(modules))
             sums[name] = save_summed(read_module(module, target), folder / name)
         copy_companions(source, folder)
         if target is None:
@@ -48,5 +48,5 @@ def convert_from_hf(family: Family, *, model_name: str, save_dir: Path, dtype: s
             write_config(source, folder, dtype=str(target).removeprefix("torch."))
         small = [path for path in folder.iterdir() if path.name not in sums]
         write_shard_manifest(folder, sums | {path.name: sum_file(path) for path in small})
-    LOGGER.info("%s: done", final)
+    LOGGER.info("%s is complete", final)
     return final

@@ -1,4 +1,4 @@
-"""An output folder that appears under its name only when it is complete."""
+"""An output folder that gets its final name only when it is complete."""
 
 import os
 import shutil
@@ -12,19 +12,23 @@ from common.text import format_bytes
 
 @contextmanager
 def new_folder(final: Path, *, needed: int) -> Iterator[Path]:
-    """Yields a temporary folder beside `final`, and renames it to that when the block succeeds.
+    """Yields a temporary folder beside `final`; renames it to `final` when the block succeeds.
 
-    The files of a failed block are deleted. Raises ValueError, and creates nothing, if `final`
-    exists and is not an empty folder, or if the disk has less than `needed` bytes free.
+    If the block fails, the temporary folder is deleted.
+
+    Raises:
+        ValueError: `final` exists and is not an empty folder, or fewer than `needed` bytes are free
+            on the disk. No folder is created.
     """
     final = Path(os.path.abspath(final))
     is_empty = final.is_dir() and not any(final.iterdir())
     if not is_empty and (final.exists() or final.is_symlink()):
-        raise ValueError(f"{final}: exists already, expected a name that is free")
+        raise ValueError(f"{final}: exists already; choose a new name or an empty folder")
     free = shutil.disk_usage(next(parent for parent in final.parents if parent.exists())).free
     if free < needed:
         raise ValueError(
-            f"{final}: needs {format_bytes(needed)} of disk, {format_bytes(free)} is free there"
+            f"{final}: needs {format_bytes(needed)} of disk space, but only {format_bytes(free)} "
+            "is free"
         )
     partial = final.with_name(f"{final.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Conversion of a training checkpoint to a model for transformers, one layer at a time."""
+"""Conversion of a training checkpoint to the Hugging Face format, one layer at a time."""
 
 import functools
 import logging
@@ -33,23 +33,24 @@ def convert_to_hf(
     fp16: bool,
     verify: bool,
 ) -> Path:
-    """Writes `save_path` from a training checkpoint.
+    """Converts a training checkpoint to a Hugging Face model; returns `save_path`, its folder.
 
     Args:
-        ckpt_path: a step's folder, or one with `latest`.
-        n_stages, n_layer_per_stage: the split, which a predecessor's step needs; that of others is
-            checked against meta.json.
-        config_name: a folder or hub name of config and tokenizer; by default the step's folder.
-        fp16: whether to write fp16; else weights keep their type, the widest if there are several.
-        verify: whether to compare the logits of the result with the checkpoint's.
+        ckpt_path: the folder of a step, or a folder with the file `latest`.
+        n_stages, n_layer_per_stage: the split of the layers. They are required for a predecessor's
+            step, which does not record its split. For other steps they are compared with meta.json.
+        config_name: a local folder or hub name with config and tokenizer; None stands for the
+            step's folder.
+        fp16: whether to write fp16. Otherwise all weights get the widest type in the checkpoint.
+        verify: whether to compare the logits of the written model with those of the checkpoint.
 
     Raises:
-        ValueError: names the flag or file that is wrong or damaged; nothing is left on disk then.
-        RuntimeError: the logits differ; nothing is left on disk then.
+        ValueError: a flag or file is wrong or damaged, or the logits differ. The text names the
+            flag or file. No files are left on disk.
     """
     step = resolve_checkpoint(ckpt_path)
     if not check_weights(step, companions=config_name is None):
-        LOGGER.info("%s: no manifest: its files are not verified", step)
+        LOGGER.info("%s has no manifest: its files are not verified", step)
     source = step
     if config_name is not None:
         source = find_model(config_name, flag="--config-name", weights=False)
@@ -84,5 +85,5 @@ def convert_to_hf(
         write_config(source, folder, architectures=[architecture], dtype=name)
         if verify:
             verify_logits(folder, family, config, modules, dtype)
-    LOGGER.info("%s: done", save_path)
+    LOGGER.info("%s is complete", save_path)
     return save_path

@@ -1,7 +1,8 @@
 """Comparison of a converted model with its checkpoint, by one forward pass of each.
 
-Our modules run on the weights of the stage files, transformers' on those of the new safetensors,
-both in fp32 on the same random tokens, block after block: neither model is ever in memory at once.
+The modules of this project run on the weights of the stage files. The model of transformers runs on
+the weights of the new safetensors files. Both run in fp32 on the same random tokens, one block
+after another, so the memory never holds all weights of a model.
 """
 
 import copy
@@ -24,11 +25,11 @@ LOGGER = logging.getLogger(__name__)
 NUM_ROWS = 2
 NUM_TOKENS = 32
 SEED = 0
-# The largest relative difference that rounding alone explains, over sqrt(hidden) and the number of
-# modules. A sum of `hidden` products has an error of about 2^-24 * sqrt(hidden) of its size. Each
-# module has a few such sums in a row, and the errors of the modules add up at worst. Random models
-# of 4 to 24 blocks, 32 to 1024 wide, differ by 0 (gptneox) to 1e-6 (gptj), less than a tenth of it;
-# a misplaced matrix changes logits by about their own size.
+# The largest relative difference that rounding alone explains, divided by sqrt(hidden) and by the
+# number of modules. A sum of `hidden` products has a relative error of about 2^-24 * sqrt(hidden).
+# Each module has a few such sums in a row, and in the worst case the errors of the modules add up.
+# Random models of 4 to 24 blocks, 32 to 1024 wide, differ by 0 (gptneox) to 1e-6 (gptj), which is
+# less than a tenth of the limit. A misplaced matrix changes logits by about their own size.
 TOLERANCE = 2 * 2.0**-24
 
 
@@ -36,10 +37,19 @@ TOLERANCE = 2 * 2.0**-24
 def verify(
     folder: Path, family: Family, config: Any, modules: Sequence[ModuleWeights], dtype: torch.dtype
 ) -> None:
-    """Compares `folder` with `modules`, the stages' weights, cast to `dtype` as they were written.
+    """Compares the logits of a converted model with the logits of its checkpoint.
 
-    Logs the largest difference of two logits over the largest absolute logit; ValueError if that
-    is more than rounding explains.
+    Logs the largest difference of two logits, divided by the largest absolute logit.
+
+    Args:
+        folder: the converted model.
+        family: the architecture of the model.
+        config: the model's config.
+        modules: the weights of the checkpoint, module by module.
+        dtype: the type in which the converted model was written; `modules` are cast to it.
+
+    Raises:
+        ValueError: the difference is larger than rounding explains.
     """
     shape = (NUM_ROWS, min(NUM_TOKENS, config.max_position_embeddings))
     generator = torch.Generator().manual_seed(SEED)
@@ -51,9 +61,9 @@ def verify(
     LOGGER.info("verified: logits differ by %.2e at most, %.2e allowed", difference, allowed)
     if not difference <= allowed:
         raise ValueError(
-            f"--verify: logits of {folder} and of the stages differ by {difference:.2e} of the "
-            f"largest, more than the {allowed:.2e} that rounding explains; convert again, and report "
-            f"it if the difference remains"
+            f"--verify: the logits of {folder} and of the checkpoint differ by {difference:.2e} of "
+            f"the largest logit, and rounding explains at most {allowed:.2e}; convert again, and "
+            f"report it if the difference remains"
         )
 
 
@@ -69,7 +79,10 @@ def _run_ours(
 
 
 def _run_theirs(folder: Path, family: Family, config: Any, tokens: Tensor) -> Tensor:
-    """Runs transformers' own model of one block, which is filled with each block in turn."""
+    """Returns the logits of the model of transformers for `tokens` (rows, tokens).
+
+    The model is made with a single block. The weights of each block are copied into it in turn.
+    """
     small = copy.deepcopy(config)
     small.num_hidden_layers = 1
     model = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
@@ -88,9 +101,10 @@ def _run_theirs(folder: Path, family: Family, config: Any, tokens: Tensor) -> Te
 def _fill(
     model: nn.Module, family: Family, names: Mapping[str, str], weights: ModuleWeights
 ) -> None:
-    """Copies `weights`, by shard key, to the parameters with those `names`.
+    """Copies `weights` (by shard key) to the parameters of `model`.
 
-    transformers names some parameters differently than its files do: such a name is an alias.
+    `names` maps a shard key to a Hugging Face key. A few parameters of transformers have another
+    name than their key in the file; `family.hf_aliases` lists these names.
     """
     parameters = dict(model.named_parameters())
     attributes = {name: alias for alias, name in family.hf_aliases.items()}

@@ -1,8 +1,9 @@
-"""Checksums of files, and manifests that hold them, so that no incomplete file is ever read.
+"""Checksums of files, and manifests (JSON files) that list them.
 
-A manifest is JSON that ends with a checksum of itself, and is compared byte by byte. CRC-32 finds
-every burst of wrong bits up to 32 long, and misses other damage once in 2^32; it runs at the speed
-of memory on any processor. It finds damage, not forgery.
+They detect an incomplete or damaged file before its content is used. A manifest ends with a
+checksum of its own content, and is compared byte by byte. CRC-32 detects every burst of up to 32
+wrong bits, and misses other damage once in 2^32 cases. It is as fast as the memory on any
+processor. CRC-32 detects damage, but not a file that was changed on purpose.
 """
 
 import json
@@ -15,7 +16,7 @@ from typing import IO, Any, BinaryIO, NamedTuple, cast
 import torch
 
 FORMAT = 1
-_CHUNK = 1 << 22  # bytes of a file that are in memory together while its checksum is computed
+_CHUNK = 1 << 22  # bytes of a file that are read at once for its checksum
 _SEAL = "zz_checksum"  # sorts last
 
 
@@ -27,9 +28,9 @@ class FileSum(NamedTuple):
 
 
 class SummingFile:
-    """A writable file for torch.save that computes the checksum of everything written to it.
+    """A writable file for torch.save that computes the checksum of the written bytes.
 
-    `error` is the OSError of a failed write, which torch hides behind an error of its own.
+    `error` is the OSError of a failed write. torch.save raises a RuntimeError in its place.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -59,16 +60,19 @@ class SummingFile:
 
 
 def save_summed(state: Any, path: Path) -> FileSum:
-    """Saves `state` with torch.save and flushes it to disk; an OSError names the file.
+    """Saves `state` with torch.save, flushes the file to disk, and returns its checksum.
 
-    Returns the checksum of the bytes in memory, so that a later check finds what the disk changed.
+    The checksum is computed in memory, so a later check detects bytes that the disk changed.
+
+    Raises:
+        OSError: the disk fails; the error names the file.
     """
     try:
         with path.open("wb") as file:
             summing = SummingFile(file)
             try:
                 torch.save(state, cast(IO[bytes], summing))
-            except RuntimeError as error:  # torch raises its own, also where the disk failed
+            except RuntimeError as error:  # torch raises RuntimeError also if the disk fails
                 raise summing.error or error from error
             file.flush()
             os.fsync(file.fileno())
@@ -78,12 +82,12 @@ def save_summed(state: Any, path: Path) -> FileSum:
 
 
 def sum_bytes(content: bytes) -> FileSum:
-    """Returns the checksum of a file with that content."""
+    """Returns the checksum of a file that contains `content`."""
     return FileSum(len(content), f"{zlib.crc32(content):08x}")
 
 
 def sum_file(path: Path) -> FileSum:
-    """Reads a file in chunks and returns its checksum; OSError if it cannot be read."""
+    """Reads a file in chunks and returns its checksum; raises OSError if reading fails."""
     size, crc = 0, 0
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(_CHUNK):
@@ -92,7 +96,10 @@ def sum_file(path: Path) -> FileSum:
 
 
 def check_size(path: Path, expected: FileSum, *, manifest: str) -> None:
-    """Raises ValueError, naming `path`, if it is missing or its size differs from its manifest."""
+    """Raises ValueError if the file is missing or its size differs from `expected`.
+
+    `manifest` is the name of the manifest that lists the file. The error text has both names.
+    """
     if not path.is_file():
         raise ValueError(f"{path}: no such file, but {manifest} lists it")
     size = path.stat().st_size
@@ -101,7 +108,10 @@ def check_size(path: Path, expected: FileSum, *, manifest: str) -> None:
 
 
 def check_file(path: Path, expected: FileSum, *, manifest: str) -> None:
-    """Checks the size, then reads the complete file and compares its checksum; ValueError."""
+    """Reads a file; raises ValueError if its size or checksum differs from `expected`.
+
+    `manifest` is the name of the manifest that lists the file. The error text has both names.
+    """
     check_size(path, expected, manifest=manifest)
     try:
         actual = sum_file(path)
@@ -114,13 +124,18 @@ def check_file(path: Path, expected: FileSum, *, manifest: str) -> None:
 
 
 def seal(body: Mapping[str, Any]) -> bytes:
-    """Encodes `body` and the format as JSON with a checksum of itself, for `unseal`."""
+    """Returns `body` as JSON, with the number of the format and a checksum of this content."""
     body = {"format": FORMAT, **body}
     return _encode({**body, _SEAL: sum_bytes(_encode(body)).crc32})
 
 
 def unseal(path: Path) -> dict[str, Any]:
-    """Reads a sealed file; ValueError, naming `path`, if it is missing or differs in any byte."""
+    """Returns the content of a file that `seal` encoded.
+
+    Raises:
+        ValueError: the file is missing, not readable, damaged in any byte, or of another format.
+            The text names the file.
+    """
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:
@@ -134,7 +149,7 @@ def unseal(path: Path) -> dict[str, Any]:
     except Exception:  # damage can turn JSON into anything
         is_intact = False
     if not is_intact:
-        raise ValueError(f"{path}: damaged: it is not the manifest that was written")
+        raise ValueError(f"{path}: damaged: its content does not match its own checksum")
     if body.get("format") != FORMAT:
         raise ValueError(f"{path}: format is {body.get('format')!r}, expected {FORMAT}")
     return body
@@ -145,15 +160,15 @@ def _encode(body: Mapping[str, Any]) -> bytes:
 
 
 def encode_sums(sums: Mapping[str, FileSum]) -> dict[str, dict[str, Any]]:
-    """Encodes checksums by file name for a manifest."""
+    """Returns checksums by file name, as a manifest stores them in JSON."""
     return {name: file_sum._asdict() for name, file_sum in sums.items()}
 
 
 def decode_sums(body: Mapping[str, Any]) -> dict[str, FileSum]:
-    """Returns a manifest's checksums by file name."""
+    """Returns the checksums of a manifest's content, by file name."""
     return {name: FileSum(**file_sum) for name, file_sum in body["files"].items()}
 
 
 def with_path(error: OSError, path: Path) -> OSError:
-    """Returns the same error with the name of the file that it is about."""
+    """Returns a copy of `error` that names the file `path`."""
     return OSError(error.errno, error.strerror or str(error), str(path))

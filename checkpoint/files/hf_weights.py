@@ -1,4 +1,4 @@
-"""Weights in the Hugging Face format: reading one or many files, writing safetensors shards."""
+"""Weights in the Hugging Face format: reading from one or more files, writing to safetensors."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -30,13 +30,13 @@ _LAYOUTS = (
 
 @dataclass(frozen=True)
 class HfWeights:
-    """The place of a weight: a file, and the key as that file spells it."""
+    """The place of one weight: a file, and the weight's key in this file."""
 
     file: TensorFile
     key: str
 
     def num_bytes(self, dtype: torch.dtype | None = None) -> int:
-        """Returns its size when it is written as `dtype`, or in its own type."""
+        """Returns the size of the weight in bytes as `dtype`; None stands for its own type."""
         entry = self.file.entries[self.key]
         return entry.size * (dtype or DTYPES[entry.dtype]).itemsize
 
@@ -45,7 +45,10 @@ ModuleWeights = dict[str, HfWeights]  # by shard key
 
 
 def read_module(module: ModuleWeights, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Reads a module's weights by shard key, cast to `dtype` if given; ValueError if not finite."""
+    """Returns a module's weights by shard key, cast to `dtype` if it is given.
+
+    Raises ValueError if a weight is not finite.
+    """
     weights: dict[str, Tensor] = {}
     for file in dict.fromkeys(source.file for source in module.values()):
         names = {source.key: key for key, source in module.items() if source.file is file}
@@ -55,7 +58,7 @@ def read_module(module: ModuleWeights, dtype: torch.dtype | None = None) -> dict
 
 
 def hf_names(family: Family, config: Any, index: int) -> dict[str, str]:
-    """Maps shard keys to Hugging Face keys, for each weight of module `index`."""
+    """Returns the Hugging Face key of each weight of module `index`, by shard key."""
     if index == 0:
         table = family.hf_embedding
     else:
@@ -65,12 +68,12 @@ def hf_names(family: Family, config: Any, index: int) -> dict[str, str]:
 
 
 def open_model(folder: Path, family: Family, config: Any) -> list[ModuleWeights]:
-    """Returns the places of each module's weights; it reads the files' headers alone.
+    """Returns the places of the weights of each module; reads only the headers of the files.
 
     Raises:
-        ValueError: names file and key: a missing or damaged file, a missing or extra key, two
-            spellings of a key with different values, a shape other than the config's, or a type
-            that is not a float.
+        ValueError: a file is missing or damaged, a key is missing or extra, two names of one weight
+            have different values, a shape differs from the config's, or a type is not a float. The
+            text names file and key.
     """
     sources = _collect(_open_files(folder), family)
     modules: list[ModuleWeights] = []
@@ -81,17 +84,22 @@ def open_model(folder: Path, family: Family, config: Any) -> list[ModuleWeights]
             if names[key] not in sources:
                 aliases = [a for a, name in family.hf_aliases.items() if name == names[key]]
                 spelled = " or ".join((names[key], *aliases))
-                raise ValueError(f"{folder}: key {spelled} missing from the weights there")
+                raise ValueError(f"{folder}: key {spelled} is missing from the weights")
             modules[-1][key] = source = sources.pop(names[key])
             check_entry(source.file, source.key, shape)
     if sources:
         extra = next(iter(sources.values()))
-        raise ValueError(f"{extra.file.path}: key {extra.key} unexpected: no weight of this model")
+        raise ValueError(
+            f"{extra.file.path}: key {extra.key} is unexpected: the model has no such weight"
+        )
     return modules
 
 
 def _collect(files: Sequence[TensorFile], family: Family) -> dict[str, HfWeights]:
-    """Returns every weight by its canonical key, without buffers."""
+    """Returns the place of every weight by its canonical key; omits the buffers.
+
+    Raises ValueError if two names of one weight have different values.
+    """
     sources: dict[str, HfWeights] = {}
     for file in files:
         for key in file.entries:
@@ -102,7 +110,7 @@ def _collect(files: Sequence[TensorFile], family: Family) -> dict[str, HfWeights
             if name in sources and not _same(sources[name], source):
                 raise ValueError(
                     f"{file.path}: {key} differs from {sources[name].key} in "
-                    f"{sources[name].file.path.name}, expected one value for that weight"
+                    f"{sources[name].file.path.name}, but both keys belong to the same weight"
                 )
             sources.setdefault(name, source)
     return sources
@@ -115,25 +123,28 @@ def _same(one: HfWeights, other: HfWeights) -> bool:
 def _open_files(folder: Path) -> list[TensorFile]:
     path = next((folder / name for name in _LAYOUTS if (folder / name).is_file()), None)
     if path is None:
-        raise ValueError(f"{folder}: no weights there, expected one of {', '.join(_LAYOUTS)}")
+        raise ValueError(f"{folder}: no weights found, expected one of {', '.join(_LAYOUTS)}")
     if path.suffix != ".json":
         return [open_tensor_file(path)]
     weight_map = read_json_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{path}: weight_map is {weight_map!r:.40}, expected keys and their files")
+        raise ValueError(f"{path}: weight_map is {weight_map!r:.40}, expected a file for each key")
     files: dict[str, TensorFile] = {}
     for name in sorted(set(weight_map.values())):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder / name}: no such file, {path.name} names it")
+            raise ValueError(f"{folder / name}: no such file, but {path.name} names it")
         files[name] = open_tensor_file(folder / name)
     for key, name in weight_map.items():
         if key not in files[name].entries:
-            raise ValueError(f"{folder / name}: key {key} missing, {path.name} says it is there")
+            raise ValueError(f"{folder / name}: key {key} is missing, but {path.name} lists it")
     return list(files.values())
 
 
 def group_modules(sizes: Sequence[int]) -> list[list[int]]:
-    """Groups modules into output files of at most SHARD_BYTES, or of one module alone."""
+    """Groups modules into output files of at most SHARD_BYTES; a larger module is one file.
+
+    `sizes` are the bytes of the modules. Returns the indices of the modules of each file.
+    """
     groups: list[list[int]] = []
     filled = SHARD_BYTES
     for index, size in enumerate(sizes):
@@ -148,9 +159,10 @@ def group_modules(sizes: Sequence[int]) -> list[list[int]]:
 def write_model(
     folder: Path, sizes: Sequence[int], read: Callable[[int], Mapping[str, Tensor]]
 ) -> None:
-    """Writes a model as safetensors, with one file's tensors in memory at a time.
+    """Writes a model as safetensors files; the memory holds the tensors of one file at a time.
 
-    `sizes` are the modules' bytes; `read` returns a module's tensors by Hugging Face key.
+    `sizes` are the bytes of the modules. `read` returns the tensors of the module with a given
+    index, by Hugging Face key.
     """
     groups = group_modules(sizes)
     weight_map: dict[str, str] = {}
@@ -160,9 +172,11 @@ def write_model(
         tensors = {key: tensor for index in group for key, tensor in read(index).items()}
         save_file(tensors, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
-        del tensors  # before the next file's are read
+        del tensors  # before the tensors of the next file are read
         written = sum(sizes[: group[-1] + 1])
-        LOGGER.info("%s: %s of %s", name, format_bytes(written), format_bytes(sum(sizes)))
+        LOGGER.info(
+            "%s is written: %s of %s", name, format_bytes(written), format_bytes(sum(sizes))
+        )
     if len(groups) > 1:
         index_file = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index_file)

@@ -1,6 +1,7 @@
 """Layer shards, one file for each module of a model, and the optional manifest.json of the folder.
 
-Published shards have no manifest and load unverified. A user who changes a file removes it.
+Published shards have no manifest, so they are loaded without verification. A user who changes a
+file must remove the manifest.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,34 +17,37 @@ from checkpoint.files.validation import check_entries, module_shapes, read_weigh
 from modules.families.base import Family
 
 NAME = "manifest.json"
-_REMEDY = f"remove {NAME} to load the folder unverified"
+_REMEDY = f"remove {NAME} to load the folder without verification"
 
 
 def write_shard_manifest(folder: Path, sums: Mapping[str, FileSum]) -> None:
-    """Writes the manifest of a folder whose files have these checksums, by name."""
+    """Writes the manifest of a folder; `sums` are the checksums by file name."""
     (folder / NAME).write_bytes(checksums.seal({"files": checksums.encode_sums(sums)}))
 
 
 def has_manifest(folder: Path) -> bool:
-    """Whether a folder of shards has a manifest to verify its files."""
+    """Returns whether a folder of shards has a manifest that lists its files."""
     return (folder / NAME).exists()
 
 
 def check_shard(path: Path) -> None:
-    """Reads all of a shard or config.json; ValueError names it if it is damaged or not listed.
+    """Reads a shard or config.json, and compares its checksum with the folder's manifest.
 
-    Nothing is checked in a folder without a manifest.
+    In a folder without a manifest the function does nothing.
+
+    Raises:
+        ValueError: the file is missing, damaged, or not listed in the manifest; the text names it.
     """
     _check_listed(path, check_file)
 
 
 def check_shard_size(path: Path) -> None:
-    """Checks the size alone, as `check_shard`, without reading the file."""
+    """Checks only the size of a shard, without reading it; raises the errors of `check_shard`."""
     _check_listed(path, check_size)
 
 
 def check_companions(folder: Path) -> None:
-    """Checks the listed tokenizer files and generation settings, as `check_shard`."""
+    """Checks the tokenizer files and generation settings in the manifest, as `check_shard` does."""
     if not has_manifest(folder):
         return
     for name, expected in sorted(_read(folder).items()):
@@ -56,7 +60,7 @@ def _check_listed(path: Path, check: Callable[..., None]) -> None:
         return
     sums = _read(path.parent)
     if path.name not in sums:
-        raise ValueError(f"{path}: not one of the files that {NAME} lists; {_REMEDY}")
+        raise ValueError(f"{path}: {NAME} does not list this file; {_REMEDY}")
     _check(path, sums[path.name], check)
 
 
@@ -75,21 +79,21 @@ def _check(path: Path, expected: FileSum, check: Callable[..., None]) -> None:
 
 
 def shard_name(index: int, num_layers: int) -> str:
-    """Returns the file name of module `index`; names number the blocks from 0."""
+    """Returns the file name of module `index`; the numbers of blocks in file names start at 0."""
     if index == 0:
         return "pytorch_embs.pt"
     return "pytorch_lm_head.pt" if index == num_layers + 1 else f"pytorch_{index - 1}.pt"
 
 
 def load_layer_shard(folder: Path, family: Family, config: Any, index: int) -> dict[str, Tensor]:
-    """Reads the weights of module `index` from its shard in `folder`, in the types of the file.
+    """Returns the weights of module `index` from its shard in `folder`, in the types of the file.
 
     The family's buffers (masks, rotary tables) are ignored.
 
     Raises:
-        ValueError: names the file: it is missing, damaged or unsafe, a key is missing or extra, or
-            a weight has another shape than the config's, a type that is not a float, or a value
-            that is not finite.
+        ValueError: the file is missing, damaged or unsafe; a key is missing or extra; or a weight
+            has another shape than in the config, a type that is not a float, or a value that is
+            not finite. The text names the file.
     """
     file = TorchFile(folder / shard_name(index, config.num_hidden_layers))
     shapes = module_shapes(family, config, index)

@@ -32,7 +32,7 @@ def companion_files(folder: Path) -> list[Path]:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copies the companion files of `source`, if it has any."""
+    """Copies the tokenizer files and generation settings of `source` to `target`, if any exist."""
     for path in companion_files(source):
         shutil.copyfile(path, target / path.name)
 
@@ -40,7 +40,8 @@ def copy_companions(source: Path, target: Path) -> None:
 def write_config(source: Path, target: Path, **changes: object) -> None:
     """Writes the config.json of `source` with `changes` to `target`.
 
-    `dtype` is also written under its name before transformers 4.56 if the config uses that name.
+    If the config has the field `torch_dtype`, a change of `dtype` changes this field too: it is
+    the name of `dtype` before transformers 4.56.
     """
     config = read_json_object(source / "config.json") | changes
     if "dtype" in changes and "torch_dtype" in config:
@@ -49,18 +50,19 @@ def write_config(source: Path, target: Path, **changes: object) -> None:
 
 
 def folder_name(model_name: str) -> str:
-    """Returns a local folder's base name, or a hub name with / as _."""
+    """Returns the base name of a local folder, or a hub name with / replaced by _."""
     if Path(model_name).is_dir():
         return os.path.basename(os.path.abspath(model_name))
     return model_name.replace("/", "_")
 
 
 def find_model(model_name: str, *, flag: str, weights: bool) -> Path:
-    """Returns the local folder `model_name`, or downloads the hub's model of that name.
+    """Returns the local folder of a model; downloads the model from the hub if necessary.
 
     Args:
-        flag: the flag that gave the name, for errors.
-        weights: whether to download the weights, beside config and tokenizer.
+        model_name: a local folder or the name of a model on the hub.
+        flag: the flag that gave `model_name`, for error texts.
+        weights: whether to download the weights too; config and tokenizer are always downloaded.
 
     Raises:
         ValueError: there is no such folder, and the hub lacks the model or cannot be reached.
@@ -82,6 +84,6 @@ def _download(model_name: str, flag: str, patterns: Sequence[str]) -> Path:
     except (OSError, ValueError) as error:
         reason = one_line(error)[:200]
         raise ValueError(
-            f"{flag} {model_name}: no such folder, and not to be had from the hub: {reason}"
+            f"{flag} {model_name}: no such folder, and the download from the hub failed: {reason}"
         ) from error
     return Path(folder)

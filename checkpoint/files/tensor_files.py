@@ -1,7 +1,7 @@
-"""Files of named tensors, of torch.save or safetensors, read one tensor at a time.
+"""Files of named tensors, from torch.save or safetensors, read one tensor at a time.
 
-Pages of a mapped file count as memory of the process until it is unmapped. So a file is reopened
-after every few tensors: the memory does not grow with the number of tensors in the file.
+The pages of a memory-mapped file count as memory of the process until the file is unmapped. So a
+file is reopened after every few tensors, and the memory does not grow with the number of tensors.
 """
 
 import logging
@@ -28,36 +28,36 @@ DTYPES = {
     "float64": torch.float64,
 }
 _SAFETENSORS_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
-# A state dict is reopened after so many bytes have been read: that costs about 0.1 ms a key.
+# The bytes that are read from a state dict before it is reopened. Reopening costs 0.1 ms per key.
 MAPPED_BYTES = 64_000_000
 _ZIP_MAGIC = b"PK\x03\x04"
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor's shape, and its type by torch's name ("float16"), from the file's header."""
+    """The shape and type of a tensor, from the file's header; the type is a name as "float16"."""
 
     shape: tuple[int, ...]
     dtype: str
 
     @property
     def size(self) -> int:
-        """The number of elements."""
+        """Returns the number of elements."""
         return math.prod(self.shape)
 
 
 class TensorFile(Protocol):
-    """A file of named tensors; `entries` describes them without reading them."""
+    """A file of named tensors; `entries` holds their shapes and types by key."""
 
     path: Path
     entries: dict[str, TensorInfo]
 
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yields those keys, each with its tensor in memory of its own."""
+        """Yields each of `keys` with a copy of its tensor in memory."""
 
 
 class SafetensorsFile:
-    """A .safetensors file; ValueError names a missing or damaged one."""
+    """A .safetensors file; raises ValueError with the path if the file is missing or damaged."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -81,9 +81,12 @@ class SafetensorsFile:
 class TorchFile:
     """A state dict saved by torch.save, read without running any code from the file.
 
-    ValueError names a file that is missing or damaged, holds anything but dense tensors, or asks to
-    run code. A file of the old format (before torch 1.6) cannot be mapped: it is loaded completely,
-    after a warning.
+    A file in the old format (before torch 1.6) cannot be memory-mapped. It is loaded completely,
+    and a warning is logged.
+
+    Raises:
+        ValueError: the file is missing or damaged, contains code, or holds other objects than dense
+            tensors. The text names the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -93,7 +96,7 @@ class TorchFile:
             self._mapped = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
         if not self._mapped:
             LOGGER.warning(
-                "%s: saved in torch's old format, which cannot be mapped: loading all of it, %s",
+                "%s: torch's old format cannot be memory-mapped: loading the complete file, %s",
                 path,
                 format_bytes(path.stat().st_size),
             )
@@ -115,17 +118,17 @@ class TorchFile:
     def _load(self) -> dict[str, Tensor]:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of other pickle protocols
+                warnings.simplefilter("ignore")  # torch warns about other pickle protocols
                 loaded = torch.load(
                     self.path, map_location="cpu", mmap=self._mapped, weights_only=True
                 )
-        except Exception as error:  # what a damaged pickle raises depends on its bytes
+        except Exception as error:  # a damaged pickle can raise any error
             raise _damaged(self.path, "state dict saved by torch.save", error) from error
         return _state_dict(self.path, loaded)
 
 
 def open_tensor_file(path: Path) -> TensorFile:
-    """Opens a safetensors file or one of torch.save, by the ending of its name."""
+    """Opens a file of tensors: safetensors if its name ends so, otherwise a file of torch.save."""
     return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
 
 
@@ -140,18 +143,21 @@ def _state_dict(path: Path, loaded: object) -> dict[str, Tensor]:
         raise ValueError(f"{path}: holds {type(loaded).__name__}, expected a dict of tensors")
     for key, value in loaded.items():
         if not isinstance(key, str):
-            raise ValueError(f"{path}: key {key!r} is {type(key).__name__}, expected a name")
+            raise ValueError(f"{path}: key {key!r} is {type(key).__name__}, expected a string")
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
             raise ValueError(f"{path}: {key} is {type(value).__name__}, expected a dense tensor")
     return loaded
 
 
 def _damaged(path: Path, expected: str, error: Exception) -> ValueError:
-    """Returns one line for the library's error, without its advice on unsafe loading."""
+    """Returns a one-line ValueError for an error of the library that failed to load `path`.
+
+    torch's advice to load the file unsafely is left out.
+    """
     if code := re.search(r"GLOBAL (\S+)", str(error)):
-        return ValueError(f"{path}: refused: it asks to run {code[1]}, expected tensors alone")
+        return ValueError(f"{path}: refused: it asks to run {code[1]}, expected only tensors")
     if refused := re.search(r"WeightsUnpickler error: (.*)", str(error)):
-        return ValueError(f"{path}: refused: no pickle of tensors alone: {refused[1][:160]}")
+        return ValueError(f"{path}: refused: not a pickle of only tensors: {refused[1][:160]}")
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
     size = path.stat().st_size
-    return ValueError(f"{path}: {size} bytes that are no complete {expected}: {reason}")
+    return ValueError(f"{path}: its {size} bytes are not a complete {expected}: {reason}")

@@ -1,6 +1,6 @@
-"""Validation of weights: a module has exactly those that its config defines, all finite.
+"""Validation of weights: a module has exactly the weights of its config, and all are finite.
 
-An error is one line that names file and key, and shows the actual value and the expected one.
+An error text is one line. It names file and key, and shows the actual and the expected value.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,27 +24,35 @@ _FITTING = {
 
 
 def module_shapes(family: Family, config: Any, index: int) -> dict[str, tuple[int, ...]]:
-    """Returns names and shapes of the weights of module `index`, as `modules.build` counts."""
+    """Returns the shapes of the weights of module `index`, by name.
+
+    0 is the embedding, 1 to L are the L blocks, and L + 1 is the head.
+    """
     state = make_layer(family, config, index, "meta").state_dict()
     return {key: tuple(tensor.shape) for key, tensor in state.items()}
 
 
 def check_entries(file: TensorFile, family: Family, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises ValueError unless a file has floats of these shapes alone, beside buffers."""
+    """Raises ValueError unless a file has exactly the weights in `shapes`, as floats.
+
+    The buffers of the family are ignored.
+    """
     path, keys = file.path, {key for key in file.entries if not family.buffers.search(key)}
     if missing := sorted(shapes.keys() - keys):
-        raise ValueError(f"{path}: key {_summarise(missing)} missing, expected {len(shapes)} keys")
+        raise ValueError(f"{path}: missing key {_summarise(missing)}, expected {len(shapes)} keys")
     if extra := sorted(keys - shapes.keys()):
-        raise ValueError(f"{path}: key {_summarise(extra)} unexpected: no weight of this model")
+        raise ValueError(
+            f"{path}: unexpected key {_summarise(extra)}: the model has no such weight"
+        )
     for key, shape in shapes.items():
         check_entry(file, key, shape)
 
 
 def check_entry(file: TensorFile, key: str, shape: tuple[int, ...]) -> None:
-    """Raises ValueError for another shape, or for a type that is not a float."""
+    """Raises ValueError if a tensor has another shape than `shape`, or is not of a float type."""
     path, entry = file.path, file.entries[key]
     if entry.shape != shape:
-        raise ValueError(f"{path}: {key} has shape {entry.shape}, config.json makes it {shape}")
+        raise ValueError(f"{path}: {key} has shape {entry.shape}, config.json expects {shape}")
     if entry.dtype not in DTYPES:
         raise ValueError(f"{path}: {key} is {entry.dtype}, expected one of {', '.join(DTYPES)}")
 
@@ -52,9 +60,10 @@ def check_entry(file: TensorFile, key: str, shape: tuple[int, ...]) -> None:
 def read_weights(
     file: TensorFile, keys: Iterable[str], dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """Reads tensors of a file, cast to `dtype` if given.
+    """Returns tensors of a file by key, cast to `dtype` if it is given.
 
-    ValueError names file and key of a tensor that is not finite, or would not be as `dtype`.
+    Raises:
+        ValueError: a tensor is not finite, before or after the cast; the text names file and key.
     """
     return {key: _checked(file.path, key, tensor, dtype) for key, tensor in file.read(keys)}
 
@@ -67,14 +76,14 @@ def _checked(path: Path, key: str, tensor: Tensor, dtype: torch.dtype | None) ->
     cast = tensor.to(dtype)
     if not is_finite(cast):
         raise ValueError(
-            f"{path}: {key} holds {tensor.abs().max().item():g}, beyond {dtype}'s largest "
-            f"value {torch.finfo(dtype).max:g}: choose a wider type"
+            f"{path}: {key} holds {tensor.abs().max().item():g}, but the largest value of {dtype} "
+            f"is {torch.finfo(dtype).max:g}: choose a wider type"
         )
     return cast
 
 
 def check_fits(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Raises ValueError for a finite weight that is infinite in fp32, or then in `dtype`."""
+    """Raises ValueError if a weight is too large for fp32 or for `dtype`, the compute type."""
     for key, tensor in weights.items():
         low, high = tensor.aminmax()
         largest = high if high >= -low else low
@@ -88,5 +97,5 @@ def check_fits(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) ->
 
 
 def _summarise(keys: list[str]) -> str:
-    """Returns `a`, or `a and 3 more`: an error stays one readable line."""
+    """Returns `a` for one key and `a and 3 more` for four, to keep an error text short."""
     return keys[0] if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more"

@@ -1,4 +1,4 @@
-"""Checks that a run may go on from a checkpoint, and lists the flags that have changed."""
+"""Checks whether a run can resume from a checkpoint, and a list of the changed flags."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -9,7 +9,10 @@ from common.files import read_json_object
 
 
 def check_same_run(meta: StepMeta, flags: Mapping[str, Any]) -> None:
-    """Raises ValueError, naming the flag and both values, if a fixed flag has changed."""
+    """Raises ValueError if a flag that must not change differs from the checkpoint's.
+
+    The text names the flag and both values. `flags` are the values of the run.
+    """
     for flag, value in flags.items():
         if (saved := meta.flags.get(flag)) != value:
             raise ValueError(
@@ -18,7 +21,10 @@ def check_same_run(meta: StepMeta, flags: Mapping[str, Any]) -> None:
 
 
 def check_same_config(folder: Path, model_folder: Path) -> None:
-    """Raises ValueError, naming the field and both values, if the two config.json differ."""
+    """Raises ValueError if the config.json of checkpoint and model differ.
+
+    The text names the first field that differs, and both values.
+    """
     saved = read_json_object(folder / "config.json")
     now = read_json_object(model_folder / "config.json")
     for key in sorted(saved.keys() | now.keys()):
@@ -32,7 +38,7 @@ def check_same_config(folder: Path, model_folder: Path) -> None:
 def describe_changes(
     saved: Mapping[str, Any], settings: Mapping[str, Any], *, idle: Collection[str] = ()
 ) -> list[str]:
-    """Returns one line for each setting that differs from the checkpoint's.
+    """Returns one line for each setting that the run has changed since the checkpoint.
 
     Args:
         saved: the settings of the checkpoint, by flag.
@@ -41,7 +47,7 @@ def describe_changes(
     """
     return [
         f"{flag} is now {_format(value)}, it was {_format(saved.get(flag))}"
-        + (", which has no effect here" if flag in idle else "")
+        + ("; this flag has no effect in this run" if flag in idle else "")
         for flag, value in settings.items()
         if saved.get(flag) != value
     ]

@@ -1,11 +1,12 @@
-"""Finds the step that training goes on from: the newest one that every stage has, of one save.
+"""Search for the step to resume from: the newest step of which every stage has its files.
 
-A crash in a save leaves a step on some machines and not on others: the stages then go back to the
-step before, with a warning. No crash damages a step that all stages had: a damaged or missing file
-of such a step is an error, which names the step before as a remedy.
+All files of a step must come from the same save. A crash during a save leaves the new step on some
+machines only: the stages then return to the previous step, with a warning. No crash damages a step
+that was complete on all stages. So a damaged or missing file of a complete step is an error; its
+text names the previous complete step as a remedy.
 
-A step may have been saved by other stages than the run has. Each stage then needs, on its own
-machine, the files of those that hold its modules.
+A step can come from a run with another split into stages. Then each stage needs, on its own
+machine, the files of the stages that saved its modules.
 """
 
 import logging
@@ -30,11 +31,11 @@ logger = logging.getLogger(__name__)
 class StageView(NamedTuple):
     """The checkpoints on one stage's machine.
 
-    steps: the record of each step that has a folder there.
-    predecessor: the step of a predecessor's checkpoint that `latest` names.
-    latest: the text of `latest`.
-    problem: the damage to `latest`, in words.
-    host, path: the machine, and its --checkpoint-path.
+    steps: the state of each step that has a folder on the machine.
+    predecessor: the step in `latest` if it is a predecessor's checkpoint.
+    latest: the text in the file `latest`.
+    problem: an error text if the file `latest` is damaged.
+    host, path: the name of the machine, and its --checkpoint-path.
     """
 
     steps: dict[int, InspectedStep]
@@ -46,7 +47,10 @@ class StageView(NamedTuple):
 
 
 class ResumeSearch:
-    """The checkpoints of all stages under --checkpoint-path; every process makes one at once."""
+    """The checkpoints of all stages under --checkpoint-path.
+
+    Every process must create its instance at the same time, because they exchange data.
+    """
 
     def __init__(
         self, path: Path, split: ResumeSplit, *, control: Communicator, topology: Topology
@@ -57,11 +61,14 @@ class ResumeSearch:
         self._views = [_decode(view) for view in views[: topology.num_stages]]
 
     def newest_step(self) -> int | None:
-        """Returns the step of ours to go on from; None if there is none.
+        """Returns the newest step that the run can resume from; None if there is no such step.
 
-        Its meta.json, config and tokenizer have been verified, its weights and state have not.
-        Raises ValueError, the same on all ranks, if a file is damaged or missing, or if the stages
-        have no step in common.
+        Predecessors' checkpoints are ignored. The method verifies the step's meta.json, config and
+        tokenizer, but not its weights and optimizer state.
+
+        Raises:
+            ValueError: a file is damaged or missing, or no step is complete on every stage. All
+                ranks raise the same error.
         """
         for rank, view in enumerate(self._views):
             if view.problem is not None:
@@ -70,8 +77,8 @@ class ResumeSearch:
             self.verify(max(common), small=True)
             self._warn_about_newer(max(common))
             return max(common)
-        # A save ends with `latest`: without it no save was ever completed. The exception are files
-        # of other stages, which may have been copied here without it.
+        # A save ends by writing `latest`, so without `latest` no save was ever complete. The
+        # exception are files of other stages, which a user may have copied without `latest`.
         has_saved = any(view.latest is not None for view in self._views)
         has_saved |= any(map(self._has_other_split, self._steps()))
         if has_saved and self.predecessor is None:
@@ -79,9 +86,14 @@ class ResumeSearch:
         return None
 
     def verify(self, step: int, *, small: bool = False) -> None:
-        """Reads and checks all files of a step, or with `small` those that all stages write.
+        """Reads and checks all files of a step that this run needs.
 
-        Raises ValueError if it is damaged; the text names the newest complete step before it.
+        `small` limits the check to the small files that every stage writes: meta.json, config,
+        tokenizer.
+
+        Raises:
+            ValueError: a file is damaged or missing. The text names the file, and the newest
+                complete step before this step. All ranks raise the same error.
         """
         problem = self._problem(step, small=small)
         if problem is None:
@@ -89,15 +101,18 @@ class ResumeSearch:
         older = sorted(other for other in self._common_steps() if other < step)
         usable = next((s for s in reversed(older) if self._problem(s, small=False) is None), None)
         if usable is None:
-            raise ValueError(f"{problem}; no complete checkpoint before it is there")
+            raise ValueError(f"{problem}; there is no complete checkpoint before this step")
         raise ValueError(
-            f"{problem}; the newest complete checkpoint before it is step {usable}: to go on from "
-            f"that, move {self._path / str(step)} away"
+            f"{problem}; the newest complete checkpoint before it is step {usable}: to resume from "
+            f"that step, move {self._path / str(step)} away"
         )
 
     @property
     def predecessor(self) -> int | None:
-        """The step of a predecessor's checkpoint that every stage has."""
+        """Returns the step of a predecessor's checkpoint that every stage has, or None.
+
+        Raises ValueError if the stages have different steps.
+        """
         steps = {view.predecessor for view in self._views}
         if len(steps) > 1:
             raise ValueError(f"--checkpoint-path {self._path}: {self._describe_steps()}")
@@ -107,7 +122,10 @@ class ResumeSearch:
         return f"on rank {rank}: {problem}" if self._control.size > 1 else problem
 
     def _common_steps(self) -> list[int]:
-        """Returns the steps of one save that were complete on every stage once."""
+        """Returns the steps that one save completed on every stage.
+
+        A file of such a step can be damaged or deleted later.
+        """
         return [
             step
             for step in set.intersection(*(set(view.steps) for view in self._views))
@@ -116,7 +134,10 @@ class ResumeSearch:
         ]
 
     def _problem(self, step: int, *, small: bool) -> str | None:
-        """Describes the damage to a step, found by the sizes of its files or else by reading."""
+        """Returns an error text if files of a step are damaged, or None; the same on all ranks.
+
+        It first uses the file sizes that are known, and then reads the files.
+        """
         for rank, view in enumerate(self._views):
             if (problem := view.steps[step].problem) is not None:
                 return self._on_rank(rank, problem)
@@ -138,7 +159,8 @@ class ResumeSearch:
         named = [int(v.latest) for v in self._views if v.latest and v.latest.isdecimal()]
         if newer := {other for other in (*self._steps(), *named) if other > step}:
             logger.warning(
-                "step %s is not complete on every stage, or not of one save: going back to %d",
+                "step %s is not complete on every stage, or has files of different saves: going "
+                "back to step %d",
                 ", ".join(map(str, sorted(newer))),
                 step,
             )
@@ -150,7 +172,7 @@ class ResumeSearch:
         return sorted({step for view in self._views for step in view.steps})
 
     def _saved_split(self, step: int) -> Split | None:
-        """Returns the split of a step, from the first machine that knows it."""
+        """Returns the split that a step was saved with; None if no machine knows the split."""
         records = (view.steps[step] for view in self._views if step in view.steps)
         return next((record.split for record in records if record.split is not None), None)
 
@@ -159,20 +181,20 @@ class ResumeSearch:
         return split is not None and self._split.differs_from(split)
 
     def _describe_missing(self, step: int) -> str:
-        """Names the files of a step that must be copied, and the machines that need them."""
+        """Returns a text that lists the missing files of a step, for each machine."""
         split, needs = self._saved_split(step), []
         for rank, view in enumerate(self._views):
             missing = view.steps[step].missing if step in view.steps else None
             if step not in view.steps and split is not None:
                 names = name_files(self._split.sources(rank, split))
-                missing = f"{names}, and with them config.json, meta.json and the tokenizer's files"
+                missing = f"{names}, and also config.json, meta.json and the tokenizer's files"
             if missing is not None:
                 place = Path(view.path) / str(step)
                 needs.append(f"rank {rank} on {view.host} needs in {place} {missing}")
         return "; ".join(needs)
 
     def _describe_steps(self) -> str:
-        """Describes the steps of each stage if they have none in common, with the remedy."""
+        """Returns the error text for stages without a common step: each stage's steps, a remedy."""
         have = "; ".join(
             f"stage {stage} has {_list_steps(view)}" for stage, view in enumerate(self._views)
         )
@@ -180,8 +202,8 @@ class ResumeSearch:
         missing = self._describe_missing(step)
         needs = f"step {step}: {missing}; " if missing else ""
         return (
-            f"no step is complete on every stage and of one save ({have}); {needs}bring the "
-            "missing files to their machines, or name another folder"
+            f"no step of one save is complete on every stage ({have}); {needs}copy the missing "
+            "files to their machines, or choose another folder"
         )
 
 

@@ -1,4 +1,4 @@
-"""Inspects one step's folder for one stage: complete, damaged, or without files that it needs."""
+"""Inspection of a step's folder for one stage: complete, damaged, or with missing files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,15 +20,15 @@ from pipeline_parallel.partition.split import Split
 
 
 class InspectedStep(NamedTuple):
-    """A step's folder on a stage's machine, judged by the sizes of its files.
+    """The state of a step's folder on a stage's machine, found from the sizes of its files.
 
-    save: the id of the save, which the step's other stages share.
-    problem: names the first file that is damaged, dropped, or of another step or save.
+    save: the id of the save; it is the same for all stages of one save.
+    problem: an error text for the first file that is damaged, deleted, or of another step or save.
     split: the split of the layers in the save, if it is known.
-    sources: the save's stages whose files this stage needs.
-    missing: the files of these stages that are not here, in words.
+    sources: the stages of the save whose files this stage needs.
+    missing: a text that lists the missing files of `sources`.
 
-    A folder with neither save nor problem was never complete here.
+    If both `save` and `problem` are None, the folder was never complete on this machine.
     """
 
     save: str | None = None
@@ -39,12 +39,12 @@ class InspectedStep(NamedTuple):
 
     @property
     def is_candidate(self) -> bool:
-        """Whether all files that this stage needs of the step were complete here once."""
+        """Returns whether this machine once had all files of the step that the stage needs."""
         return self.save is not None or self.problem is not None
 
 
 def inspect_step(folder: Path, stage: int, split: ResumeSplit) -> InspectedStep:
-    """Returns the record of one step's folder for a stage of a run with that split."""
+    """Returns the state of a step's folder for `stage` of a run with the split `split`."""
     try:
         num_stages = count_stages(folder)
         if num_stages is None:
@@ -54,7 +54,8 @@ def inspect_step(folder: Path, stage: int, split: ResumeSplit) -> InspectedStep:
         record = InspectedStep(split=saved, sources=sources)
         if saved is None and stage >= num_stages:
             return record
-        # Another stage's files may never have been copied here; this stage's own were written here.
+        # The files of another stage may never have been copied to this machine. The stage's own
+        # files were written on this machine.
         if saved is not None and split.differs_from(saved):
             absent = [source for source in sources if not any(folder.glob(f"prank_{source}_*"))]
             if absent:
@@ -65,15 +66,18 @@ def inspect_step(folder: Path, stage: int, split: ResumeSplit) -> InspectedStep:
 
 
 def name_files(stages: Sequence[int]) -> str:
-    """Returns the patterns, as a shell expands them, of the files that stages write."""
+    """Returns shell patterns for the files that the given stages write."""
     ends = "checkpoint.pt,optimizer.pt,scheduler.pt,manifest.json"
     return ", ".join(f"prank_{stage}_{{{ends}}}" for stage in stages)
 
 
 def _saved_split(folder: Path, *, model_layers: int) -> Split | None:
-    """Returns the split in meta.json; ValueError if that is damaged or of another step.
+    """Returns the split in meta.json, or None if the split is not of this model.
 
-    None stands for a split of another model, which is an error once this step is to be resumed.
+    In the latter case, an attempt to resume from the step raises an error later.
+
+    Raises:
+        ValueError: meta.json or the manifest is damaged or of another step.
     """
     if manifest := first_manifest(folder):
         _check_in_folder(folder, manifest.name, manifest.step)
@@ -95,15 +99,15 @@ def _check_manifests(
     for manifest in manifests:
         _check_in_folder(folder, manifest.name, manifest.step)
     first = first_manifest(folder)
-    assert first is not None, "some have been read"
+    assert first is not None, "manifests of this folder have been read"
     check_one_save(folder, [first, *manifests])
     record = record._replace(save=manifests[0].save)
     for manifest in manifests:
         optimizer = part_name(manifest.stage, "optimizer")
         if optimizer in manifest.dropped:
             return record._replace(
-                problem=f"{folder / optimizer}: dropped (--keep-optimizer-states): the step can be "
-                "converted, but training cannot go on from it"
+                problem=f"{folder / optimizer}: deleted (--keep-optimizer-states): the step can be "
+                "converted, but training cannot resume from it"
             )
         try:
             manifest.check_sizes(folder)

@@ -1,4 +1,4 @@
-"""Loads weights into a stage, from layer shards, a checkpoint or a seed."""
+"""Initial weights of a stage, from layer shards, a checkpoint or a seed."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,14 +28,15 @@ def load_shards_(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Fills a stage from its layer shards, one layer at a time.
+    """Fills a stage with weights from its layer shards in `folder`, one layer at a time.
 
     Args:
-        dtype: the type in which training will compute; the weights must fit it.
+        dtype: the compute type of the training; the weights must fit this type.
 
     Raises:
-        ValueError: names file and key. All files must exist before the first is read, and each must
-            match the folder's manifest, if there is one.
+        ValueError: a file is missing, differs from the folder's manifest (if there is a manifest),
+            or has wrong weights. The text names file and key. If any file is missing, no file is
+            read.
     """
     paths = [folder / shard_name(index, config.num_hidden_layers) for index in model.indices]
     for path in paths:
@@ -56,9 +57,12 @@ def load_checkpoint_(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Fills a stage from a training checkpoint of that split, ours or a predecessor's.
+    """Fills a stage with weights from a training checkpoint, of this project or a predecessor.
 
-    It reads the modules that the stage needs; ValueError as `load_shards_`.
+    It reads only the modules of the stage. `split` is the split of the checkpoint.
+
+    Raises:
+        ValueError: a file is missing or has wrong weights. The text names file and key.
     """
     for index, module in zip(model.indices, model, strict=True):
         stage, j = find_module(index, split)
@@ -69,13 +73,13 @@ def load_checkpoint_(
 
 
 def initialise_model_(model: StageModel, config: Any, *, seed: int) -> None:
-    """Fills a stage with random weights, which depend on the seed and each module's index alone."""
+    """Fills a stage with random weights, which depend only on the seed and the module's index."""
     for index, module in zip(model.indices, model, strict=True):
         initialise_(module, std=config.initializer_range, seed=seed, index=index)
 
 
 def share_from_first(tensors: Iterable[Tensor], replicas: Communicator) -> None:
-    """Gives every replica the first replica's values."""
+    """Copies the tensors of replica 0 to every other replica."""
     for tensor in tensors:
         replicas.broadcast(tensor.detach(), root=0)
 

@@ -1,6 +1,7 @@
-"""Resharding: the files of a checkpoint with other stages that hold the modules of a stage.
+"""Resharding: the use of a checkpoint by a run with another split into stages.
 
-It depends on the two splits alone. Weights and optimizer state do not change.
+For each stage, it finds the files of the checkpoint that hold the stage's modules. Weights and
+optimizer state keep their values.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,7 +11,10 @@ from pipeline_parallel.partition.split import AUTO, Asked, Split, stage_modules
 
 
 def find_module(index: int, split: Split) -> tuple[int, int]:
-    """Returns the stage that saved module `index` at that split, and the j of its keys there."""
+    """Returns the stage that holds module `index` in `split`, and the module's number in it.
+
+    This number, counted from 0, is the first part of the keys in the stage's file.
+    """
     for stage in range(len(split)):
         modules = stage_modules(stage, split)
         if index in modules:
@@ -19,17 +23,19 @@ def find_module(index: int, split: Split) -> tuple[int, int]:
 
 
 def stages_holding(indices: Iterable[int], split: Split) -> list[int]:
-    """Returns the stages of a checkpoint of that split that hold the model's modules `indices`."""
+    """Returns the stages of a checkpoint that hold the modules `indices` of the model, in order."""
     return sorted({find_module(index, split)[0] for index in indices})
 
 
 def map_names(saved: range, indices: range, keys: Callable[[int], Iterable[str]]) -> dict[str, str]:
-    """Maps the names of a stage's weights to their names in a saved stage that has them too.
+    """Returns the names in a saved stage by the names in a stage of the run.
+
+    Only weights of modules that both stages hold are in the result.
 
     Args:
         saved: the modules of the saved stage.
         indices: the modules of the run's stage.
-        keys: returns the weights' names in a module of the model.
+        keys: returns the names of the weights in the module with a given index.
     """
     return {
         f"{index - indices.start}.{key}": f"{index - saved.start}.{key}"
@@ -41,34 +47,35 @@ def map_names(saved: range, indices: range, keys: Callable[[int], Iterable[str]]
 
 @dataclass(frozen=True)
 class ResumeSplit:
-    """The split of the layers of a run that may go on from a checkpoint.
+    """The split of the layers in a run that can resume from a checkpoint.
 
     requested: the value of --num-layers.
-    resolved: the split that it gives on this run's stages without a checkpoint.
+    resolved: the split into this run's stages if there is no checkpoint.
     """
 
     requested: Asked
     resolved: Split
 
     def after(self, saved: Split) -> Split:
-        """Returns the run's split if it goes on from a checkpoint with the split `saved`.
+        """Returns the run's split if the run resumes from a checkpoint with the split `saved`.
 
-        `auto` keeps it on as many stages, since another version may weigh the layers differently.
+        With --num-layers auto and the same number of stages the run keeps `saved`: another version
+        of the program can estimate the work of the layers differently.
         """
         keeps = self.requested == AUTO and len(saved) == len(self.resolved)
         return saved if keeps else self.resolved
 
     def differs_from(self, saved: Split) -> bool:
-        """Whether the run has another split than its checkpoint."""
+        """Returns whether the run's split differs from the checkpoint's split `saved`."""
         return self.after(saved) != saved
 
     def sources(self, stage: int, saved: Split) -> list[int]:
-        """Returns the checkpoint's stages whose files this run's `stage` needs."""
+        """Returns the stages of the checkpoint whose files this run's `stage` needs."""
         return stages_holding(stage_modules(stage, self.after(saved)), saved)
 
 
 def describe_change(saved: Split, now: Split) -> str:
-    """Returns `the checkpoint's 4 stages of 2,2,2,2 layers become 2 of 4,4`."""
+    """Returns a log line such as `the checkpoint's 4 stages of 2,2,2,2 layers become 2 of 4,4`."""
     stages = "1 stage" if len(saved) == 1 else f"{len(saved)} stages"
     become = "becomes" if len(saved) == 1 else "become"
     return f"the checkpoint's {stages} of {saved} layers {become} {len(now)} of {now}"

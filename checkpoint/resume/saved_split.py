@@ -15,11 +15,12 @@ def read_split(
     n_stages: int | None,
     n_layer_per_stage: Layers | None,
 ) -> Split:
-    """Returns the split in a step's meta.json or, for a predecessor's step, that of the flags.
+    """Returns the split in a step's meta.json; for a predecessor's step, the split of the flags.
 
     Raises:
-        ValueError: names the flag and both values if the two differ, if neither gives the split, if
-            the checkpoint is of another model type, or if the split is not one of `model_layers`.
+        ValueError: flags and meta.json differ, or both lack the split; the model type is not
+            `model_type`; or the sum of the split is not `model_layers`. The text names the flag or
+            file and both values.
     """
     path = folder / META
     if is_predecessors(folder):
@@ -38,16 +39,16 @@ def read_split(
             raise ValueError(f"--n-layer-per-stage is {n_layer_per_stage}, but {path} says {split}")
     extra = folder / part_name(len(split), "checkpoint")
     if extra.exists():
-        raise ValueError(f"{extra}: is there, but --n-stages is {len(split)}")
+        raise ValueError(f"{extra}: this file exists, but --n-stages is {len(split)}")
     return split
 
 
 def saved_split(meta: StepMeta, folder: Path, *, model_layers: int) -> Split:
-    """Returns a step's split; ValueError names meta.json if it is not one of `model_layers`."""
+    """Returns the split in `meta`; raises ValueError if its sum is not `model_layers`."""
     if sum(meta.num_layers) != model_layers:
         raise ValueError(
-            f"{folder / META}: num_layers is {meta.num_layers}, {sum(meta.num_layers)} in all, but "
-            f"config.json has {model_layers} layers"
+            f"{folder / META}: num_layers is {meta.num_layers}, a total of {sum(meta.num_layers)}, "
+            f"but config.json has {model_layers} layers"
         )
     return meta.num_layers
 
@@ -55,12 +56,16 @@ def saved_split(meta: StepMeta, folder: Path, *, model_layers: int) -> Split:
 def _split_of_flags(
     path: Path, model_layers: int, stages: int | None, layers: Layers | None
 ) -> Split:
-    """Returns the split that the flags give; a list gives the number of stages too."""
+    """Returns the split from --n-stages and --n-layer-per-stage.
+
+    If `layers` is a list, its length gives the number of stages. `path` is meta.json, for an error
+    text. Raises ValueError if a flag is missing or the flags do not fit the model.
+    """
     if isinstance(layers, Split) and stages is None:
         stages = len(layers)
     if stages is None or layers is None:
         flag = "--n-stages" if stages is None else "--n-layer-per-stage"
-        raise ValueError(f"{flag} is missing, and {path} does not tell it: expected a number")
+        raise ValueError(f"{flag} is missing, and {path} lacks its value: expected a number")
     flags = f"--n-stages {stages} with --n-layer-per-stage {layers}"
     if isinstance(layers, Split):
         if (len(layers), sum(layers)) != (stages, model_layers):

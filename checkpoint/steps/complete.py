@@ -1,6 +1,7 @@
-"""The complete steps, those that every stage has: --keep-checkpoints counts them.
+"""Complete steps: the steps of which every stage has its files. --keep-checkpoints counts them.
 
-A crash in a save, or an exchanged disk, leaves a step on some machines alone: no run continues it.
+After a crash during a save, or after a disk was replaced, a step is on some machines only. No run
+can resume from such a step.
 """
 
 import logging
@@ -18,7 +19,10 @@ logger = logging.getLogger(__name__)
 
 
 class StageFiles(NamedTuple):
-    """The id of a save by `num_stages` stages, of which a disk has all files of `stage`."""
+    """A stage whose files of one save are all on a disk.
+
+    `save` is the id of the save, and `num_stages` the number of stages in it.
+    """
 
     save: str
     num_stages: int
@@ -26,10 +30,11 @@ class StageFiles(NamedTuple):
 
 
 def find_complete_steps(path: Path | None, last: int, *, control: Communicator) -> list[int] | None:
-    """Finds the steps up to `last` that all stages have, judged by the sizes of their files.
+    """Returns the steps up to `last` that are complete on all stages; checks only file sizes.
 
-    Every process calls it at once; `path` is None for a process that writes no checkpoints. Returns
-    the same on all processes; None, with a warning from rank 0, if a disk cannot be read.
+    Every process must call it at the same time, and all get the same result. `path` is None for a
+    process that writes no checkpoints. If a disk cannot be read, it returns None, and rank 0 logs a
+    warning.
     """
     files: dict[int, list[StageFiles]] = {}
 
@@ -39,12 +44,14 @@ def find_complete_steps(path: Path | None, last: int, *, control: Communicator) 
             if step <= last:
                 files[step] = _inspect_folder(path / str(step), step)
 
-    name = f"looking at what is older than step {last}"
+    name = f"checking the files of checkpoints up to step {last}"
     failure = run_on_all(control, None if path is None else inspect, name)
     disks = gather_json(control, None if path is None else list(files.items()))
     if failure is not None:
         if control.rank == 0:
-            logger.warning("older checkpoints stay, since one cannot be read: %s", failure)
+            logger.warning(
+                "older checkpoints are not deleted, because one of them cannot be read: %s", failure
+            )
         return None
     return complete_steps(
         [
@@ -56,15 +63,15 @@ def find_complete_steps(path: Path | None, last: int, *, control: Communicator) 
 
 
 def complete_steps(disks: Sequence[Mapping[int, Sequence[StageFiles]]]) -> list[int]:
-    """Returns the complete steps in order, given the files on each stage's disk by step."""
+    """Returns the complete steps in ascending order; `disks` has the files of each disk by step."""
     steps = {step for disk in disks for step in disk}
     return sorted(step for step in steps if _is_complete([disk.get(step, ()) for disk in disks]))
 
 
 def _is_complete(disks: Sequence[Sequence[StageFiles]]) -> bool:
-    """Whether each stage has its own files on its own disk.
+    """Returns whether each stage has its own files on its own disk.
 
-    If the step was saved by another number of stages, the disks together must have all files.
+    If the step was saved with another number of stages, the files can be on any of the disks.
     """
     available = {files for disk in disks for files in disk}
     for save, num_stages in {(files.save, files.num_stages) for files in available}:
@@ -78,7 +85,10 @@ def _is_complete(disks: Sequence[Sequence[StageFiles]]) -> bool:
 
 
 def _inspect_folder(folder: Path, step: int) -> list[StageFiles]:
-    """Raises OSError if the disk fails, which must not count as an incomplete step."""
+    """Returns the stages whose files in `folder` are complete.
+
+    Raises OSError if the disk fails: a disk error does not mean that the step is incomplete.
+    """
     complete = []
     for stage in manifest_stages(folder):
         try:

@@ -1,9 +1,10 @@
-"""The folder of a step, written so that a crash at any moment leaves the last step complete.
+"""The folder of a step, written so that the previous step stays complete after any crash.
 
-Files are written to a hidden folder beside the final one and flushed to disk. The folder is renamed
-when every stage has written its own files, and `latest` follows when every stage sees the renamed
-folder. On a shared disk the stages write into one folder; without one each machine has its own. The
-operations are the same in both cases, so each is harmless if another process has done it already.
+Files are written to a hidden folder beside the final folder, and flushed to disk. When every stage
+has written its files, the hidden folder is renamed. When every stage sees the renamed folder,
+`latest` is changed. On a shared disk the stages write into one folder; otherwise each machine has
+its own folder. The operations are the same in both cases, so an operation does no harm if another
+process has done it already.
 """
 
 import errno
@@ -25,12 +26,15 @@ _WITHDRAWN = ".withdrawn-"
 
 
 def partial_folder(path: Path, step: int, nonce: str) -> Path:
-    """Returns the hidden folder of a step; `nonce` is the same for all processes of a start."""
+    """Returns the hidden folder of a step; `nonce` is an id of this start of the run."""
     return path / f"{_PARTIAL}{step}-{nonce}"
 
 
 def clear_leftovers(path: Path, nonce: str) -> None:
-    """Deletes what interrupted saves of earlier starts left under `path`."""
+    """Deletes the incomplete files and folders that earlier starts left under `path`.
+
+    `nonce` is the id of this start; its own folders are kept.
+    """
     kinds = (_PARTIAL, _REPLACED, _WITHDRAWN)
     for folder in [folder for kind in kinds for folder in path.glob(f"{kind}*")]:
         if not folder.name.endswith(nonce):
@@ -40,19 +44,22 @@ def clear_leftovers(path: Path, nonce: str) -> None:
 
 
 def write_stage_files(folder: Path, stage: int, parts: Mapping[str, Any]) -> dict[str, FileSum]:
-    """Saves each part, flushed to disk; returns checksums by name, or an OSError names the file."""
+    """Saves each part of a stage to a file on disk; returns the checksums by file name.
+
+    Raises OSError if the disk fails; the error names the file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     states = {part_name(stage, part): state for part, state in parts.items()}
     return {name: save_summed(state, folder / name) for name, state in states.items()}
 
 
 def move_aside(final: Path, nonce: str) -> None:
-    """Renames a folder that an earlier crash left under the final name."""
+    """Renames a folder that already has the final name, for example from a save before a crash."""
     _rename_if_exists(final, _replaced_folder(final, nonce))
 
 
 def delete_replaced(final: Path, nonce: str) -> None:
-    """Deletes the folder that `move_aside` renamed, once a complete folder has the final name."""
+    """Deletes the folder that `move_aside` renamed; call it after the new folder is complete."""
     _delete_tree(_replaced_folder(final, nonce))
 
 
@@ -61,9 +68,10 @@ def _replaced_folder(final: Path, nonce: str) -> Path:
 
 
 def delete_step(folder: Path, nonce: str) -> None:
-    """Deletes a step's folder so that a crash at any moment leaves it complete or gone.
+    """Deletes the folder of a step; after a crash at any moment it is complete or deleted.
 
-    Several processes may do so at once. An OSError names the file that cannot be deleted.
+    Several processes can call it at the same time. Raises OSError with the name of a file that
+    cannot be deleted.
     """
     aside = folder.with_name(f"{_WITHDRAWN}{folder.name}-{nonce}")
     _rename_if_exists(folder, aside)
@@ -79,11 +87,14 @@ def _delete_tree(folder: Path) -> None:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Renames a step's folder to its final name; several processes may do so at once."""
+    """Renames a step's folder to its final name; several processes can call it at the same time.
+
+    Raises OSError if the folder does not get this name.
+    """
     _rename_if_exists(partial, final)
-    flush(final.parent)  # opening it also refreshes the entries that a network disk's client caches
+    flush(final.parent)  # opening the folder also refreshes the cache of a network disk's client
     if not final.is_dir():
-        text = "its parts were written, but it is not there"
+        text = "the files of the folder were written, but the folder does not exist"
         raise FileNotFoundError(errno.ENOENT, text, str(final))
 
 
@@ -96,14 +107,14 @@ def _rename_if_exists(source: Path, target: Path) -> None:
 
 
 def step_folders(path: Path) -> list[int]:
-    """Returns the steps that have a folder under `path`, complete or not."""
+    """Returns the steps that have a folder under `path`, complete or incomplete, in order."""
     if not path.is_dir():
         return []
     return sorted(int(e.name) for e in path.iterdir() if re.fullmatch(r"[0-9]+", e.name))
 
 
 def predecessor_step(path: Path) -> int | None:
-    """Returns the N of `latest` if it means a predecessor's `checkpoint_N`, else None."""
+    """Returns the step in `latest` if its folder is a predecessor's `checkpoint_N`, else None."""
     text = latest_text(path)
     if text is None or not re.fullmatch(r"[0-9]+", text) or (path / str(int(text))).is_dir():
         return None
@@ -111,11 +122,11 @@ def predecessor_step(path: Path) -> int | None:
 
 
 def predecessor_folder(path: Path, step: int) -> Path:
-    """Returns the folder of a step in a predecessor's layout."""
+    """Returns the folder of a step in a predecessor's checkpoints."""
     return path / f"checkpoint_{step}"
 
 
 def any_steps(path: Path) -> bool:
-    """Whether `path` holds any checkpoint, complete or not, ours or a predecessor's."""
+    """Returns whether `path` has any checkpoint, also if incomplete or from a predecessor."""
     names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
     return any(re.fullmatch("latest|(checkpoint_)?[0-9]+", name) for name in names)

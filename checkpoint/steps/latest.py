@@ -1,8 +1,9 @@
-"""`latest`, the file that names the newest step, and the manifest that detects damage to it.
+"""The file `latest`, which names the newest step, and the manifest that detects damage to it.
 
-`latest` holds a bare number, so a wrong bit can make it the name of another step.
-`latest_manifest.json` holds the number too and, while `latest` changes, the previous number: it is
-written before `latest` and again after it, so that after a crash at any moment the two agree.
+`latest` contains only a number, so a wrong bit can change it to the number of another step. The
+manifest, `latest_manifest.json`, contains the number too. It is written before `latest` and again
+after `latest`. Between these two writes it contains the new and the previous number, so the two
+files agree after a crash at any moment.
 """
 
 import re
@@ -14,17 +15,17 @@ from common.files import replace_file
 LATEST = "latest"
 CHECK = "latest_manifest.json"
 _STEP = re.compile(r"0|[1-9][0-9]*")
-_REMEDY = f"remove {LATEST} and {CHECK} to go on from the newest complete step"
+_REMEDY = f"remove {LATEST} and {CHECK} to resume from the newest complete step"
 
 
 def expect_latest(path: Path) -> None:
-    """Creates the manifest before the first step is published: from then on both files exist."""
+    """Creates the manifest of `latest` if it is missing; call it before a step is published."""
     if not (path / CHECK).exists():
         replace_file(path / CHECK, seal({"step": None}))
 
 
 def write_latest(path: Path, step: int) -> None:
-    """Makes `latest` name `step`; OSError if the disk fails."""
+    """Writes `step` to `latest` and its manifest; raises OSError if the disk fails."""
     before = _parse(latest_text(path))
     replace_file(path / CHECK, seal({"step": step, "before": before}))
     replace_file(path / LATEST, str(step).encode())
@@ -40,10 +41,10 @@ def latest_text(path: Path) -> str | None:
 
 
 def check_latest(path: Path, *, has_manifests: bool) -> None:
-    """Raises ValueError, naming the file, if `latest` or its manifest is missing or damaged.
+    """Raises ValueError if `latest` or its manifest is missing or damaged; the text names the file.
 
-    `has_manifests` is whether any step under `path` has manifests. A predecessor's steps have none,
-    and its `latest` has no manifest either: nothing is checked then.
+    `has_manifests` says whether any step under `path` has a manifest. A predecessor writes no
+    manifests. So if neither `latest` nor any step has a manifest, nothing is checked.
     """
     text = latest_text(path)
     if not (path / CHECK).exists():
@@ -58,14 +59,14 @@ def check_latest(path: Path, *, has_manifests: bool) -> None:
     possible = (check["step"], check.get("before", check["step"]))  # None for a missing `latest`
     if (text is None or step is not None) and step in possible:
         return
-    known = "nothing yet" if check["step"] is None else check["step"]
+    known = "no step" if check["step"] is None else check["step"]
     if text is None:
-        raise ValueError(f"{path / LATEST}: no such file, {CHECK} says {known}; {_REMEDY}")
+        raise ValueError(f"{path / LATEST}: no such file, but {CHECK} names {known}; {_REMEDY}")
     raise ValueError(
-        f"{path / LATEST}: damaged: it holds {text[:40]!r}, {CHECK} says {known}; {_REMEDY}"
+        f"{path / LATEST}: damaged: it holds {text[:40]!r}, but {CHECK} names {known}; {_REMEDY}"
     )
 
 
 def _parse(text: str | None) -> int | None:
-    """Returns the step that `text` spells, or None if it is missing or damaged."""
+    """Returns the number in `text`, or None if `text` is None or not a number."""
     return int(text) if text is not None and _STEP.fullmatch(text) else None

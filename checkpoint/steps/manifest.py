@@ -1,7 +1,7 @@
-"""The manifests of a step's folder: each stage writes one that lists all files that it wrote.
+"""The manifests of a step's folder: each stage writes a manifest of all its files.
 
-All stages of a save write the same meta.json, config and tokenizer, so each manifest is valid both
-for a folder of its own and for a folder that the stages share.
+All stages write the same meta.json, config and tokenizer. So a manifest is valid if the stage has
+its own folder, and also if several stages share a folder.
 """
 
 import re
@@ -18,9 +18,9 @@ from checkpoint.steps.meta import META, is_predecessors, read_meta
 class StageManifest:
     """The files that one stage wrote in one save.
 
-    save: an id that the stages of a save share, and no two saves.
-    files: checksums by name, of the stage's own files and of those that every stage writes.
-    dropped: files that were deleted later, to make room.
+    save: the id of the save, the same for all its stages and different for every save.
+    files: checksums by name, of the stage's own files and of the files that every stage writes.
+    dropped: the names of files that were deleted later, to free disk space.
     """
 
     step: int
@@ -36,48 +36,54 @@ class StageManifest:
 
     @property
     def common_files(self) -> list[str]:
-        """The files that every stage writes: meta.json, config, tokenizer."""
+        """Returns the names of the files that every stage writes: meta.json, config, tokenizer."""
         return [name for name in self.files if not name.startswith("prank_")]
 
     def encode(self) -> bytes:
-        """Returns the file's content."""
+        """Returns the content of the manifest's file."""
         return checksums.seal({**vars(self), "files": checksums.encode_sums(self.files)})
 
     def check_sizes(self, folder: Path) -> None:
-        """Raises ValueError for the first file of `folder` that is missing or of another size."""
+        """Raises ValueError for the first file in `folder` that is missing or has a wrong size."""
         for name, expected in self.files.items():
             check_size(folder / name, expected, manifest=self.name)
 
     def check(self, folder: Path, names: Iterable[str] | None = None) -> None:
-        """Reads all files, or those `names`; ValueError names the first that is damaged."""
+        """Reads all files, or only the files `names`, and checks their sizes and checksums.
+
+        Raises ValueError for the first missing or damaged file; the text names the file.
+        """
         for name in self.files if names is None else names:
             check_file(folder / name, self.files[name], manifest=self.name)
 
 
 def part_name(stage: int | str, part: str) -> str:
-    """Returns the file name of one part of a stage; "*" gives a pattern for all stages."""
+    """Returns the file name of one part of a stage; stage "*" gives a pattern for all stages."""
     return f"prank_{stage}_{part}.pt"
 
 
 def manifest_name(stage: int | str) -> str:
-    """Returns the file name of a stage's manifest; "*" gives a pattern for all stages."""
+    """Returns the file name of a stage's manifest; stage "*" gives a pattern for all stages."""
     return f"prank_{stage}_manifest.json"
 
 
 def read_manifest(folder: Path, stage: int) -> StageManifest:
-    """Reads a stage's manifest; ValueError names it if it is damaged or of another stage."""
+    """Returns the manifest of a stage; raises ValueError if it is damaged or of another stage."""
     path = folder / manifest_name(stage)
     body = checksums.unseal(path)
     if body["stage"] != stage:
-        raise ValueError(f"{path}: of stage {body['stage']}, which its name does not say")
+        raise ValueError(
+            f"{path}: belongs to stage {body['stage']}, but the name of the file has another stage"
+        )
     del body["format"]
     return StageManifest(**{**body, "files": checksums.decode_sums(body)})
 
 
 def count_stages(folder: Path) -> int | None:
-    """Returns the number of stages that saved a step, from a manifest or else from meta.json.
+    """Returns the number of stages that saved a step; None for a predecessor's step.
 
-    None stands for a predecessor's step. ValueError names a damaged file.
+    It is read from a manifest or, if there is no manifest, from meta.json. Raises ValueError if
+    this file is damaged; the text names the file.
     """
     if manifest := first_manifest(folder):
         return manifest.num_stages
@@ -85,40 +91,50 @@ def count_stages(folder: Path) -> int | None:
 
 
 def manifest_stages(folder: Path) -> list[int]:
-    """Returns the stages that have a manifest in a step's folder."""
+    """Returns the stages that have a manifest in a step's folder, in order."""
     names = (path.name for path in folder.glob(manifest_name("*")))
     matches = (re.fullmatch(manifest_name("([0-9]+)"), name) for name in names)
     return sorted(int(match[1]) for match in matches if match)
 
 
 def first_manifest(folder: Path) -> StageManifest | None:
-    """Reads the first manifest of a step's folder, if any; ValueError names a damaged one."""
+    """Returns the manifest of the first stage in a step's folder, or None if there is no manifest.
+
+    Raises ValueError if the manifest is damaged; the text names the file.
+    """
     stages = manifest_stages(folder)
     return read_manifest(folder, stages[0]) if stages else None
 
 
 def check_one_save(folder: Path, manifests: Sequence[StageManifest]) -> None:
-    """Raises ValueError for the first manifest that is not of the first one's step and save."""
+    """Raises ValueError unless all manifests are of the same step and the same save."""
     first = manifests[0]
     for manifest in manifests:
         check_step(folder / manifest.name, manifest.step, expected=first.step, owner=first.name)
         if manifest.save != first.save:
-            raise ValueError(f"{folder / manifest.name}: of another save than {first.name}")
+            raise ValueError(f"{folder / manifest.name}: belongs to another save than {first.name}")
 
 
 def check_step(path: Path, actual: int, *, expected: int, owner: str) -> None:
-    """Raises ValueError if the step of `path` is not the `expected` one of its `owner`."""
+    """Raises ValueError if `actual`, the step of the file `path`, is not `expected`.
+
+    `owner` names the file or folder that has the expected step, for the error text.
+    """
     if actual != expected:
-        raise ValueError(f"{path}: of step {actual}, but {owner} is of {expected}")
+        raise ValueError(f"{path}: belongs to step {actual}, but {owner} is of step {expected}")
 
 
 def check_weights(folder: Path, *, companions: bool) -> bool:
-    """Verifies all files that a conversion of a step reads.
+    """Verifies all files of a step that a conversion reads.
 
-    These are the weights of all stages, meta.json and, with `companions`, config and tokenizer. The
-    folder may have any name, but its files must agree. ValueError names the first file that is
-    missing, damaged, or of another step or save. False stands for a predecessor's step, which has
-    no manifests.
+    These files are the weights of all stages, meta.json and, with `companions`, config and
+    tokenizer. The folder can have any name.
+
+    Returns:
+        False for a predecessor's step, which has no manifests and cannot be verified; else True.
+
+    Raises:
+        ValueError: a file is missing, damaged, or of another step or save. The text names the file.
     """
     num_stages = count_stages(folder)
     if num_stages is None:

@@ -1,4 +1,4 @@
-"""The meta.json of a step: the facts about a run that its checkpoint records."""
+"""The meta.json of a step: the data about the run that a checkpoint stores."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -36,17 +36,17 @@ _TYPES: dict[str, tuple[type, ...]] = {
 class StepMeta:
     """The content of a step's meta.json.
 
-    step, updates: the iterations and the optimizer's updates so far.
-    update_step: the state of the update step, with the loss scaler's.
+    step, updates: the number of iterations, and of updates by the optimizer, so far.
+    update_step: the state of the update step and of the loss scaler.
     gave_up: whether the run ended because it skipped too many updates in a row.
-    num_layers: the layers of each stage.
-    flags: the flags that a resumed run must share, with their values.
-    settings: the flags that a resumed run may change.
-    versions: of Python and of the libraries.
+    num_layers: the number of layers on each stage.
+    flags: the values of the flags that must be the same when the run resumes.
+    settings: the values of the flags that can change when the run resumes.
+    versions: the versions of Python and of the libraries.
     data: the state of the data stream.
-    cpu_matmul: the matmul of each rank on a CPU; None on GPUs.
-    wandb_id: the run's id at Weights & Biases.
-    start: the nonce of the start that saved the step.
+    cpu_matmul: the matmul library of each rank on CPUs; None on GPUs.
+    wandb_id: the id of the run at Weights & Biases.
+    start: the id of the start of the run that saved the step.
     """
 
     step: int
@@ -66,7 +66,10 @@ class StepMeta:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], path: Path) -> "StepMeta":
-        """Returns the StepMeta that `path` holds as `value`; ValueError names file and field."""
+        """Returns the StepMeta of `value`, the JSON content of `path`.
+
+        Raises ValueError if a field is missing, unknown or wrong; the text names file and field.
+        """
         for name in sorted(_TYPES.keys() ^ value.keys()):
             problem = "missing" if name in _TYPES else "not a field of this version"
             raise ValueError(f"{path}: {name} is {problem}")
@@ -86,20 +89,26 @@ class StepMeta:
         return cls(**{**fields, "num_layers": Split(counts)})
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the object that meta.json holds."""
+        """Returns the content of meta.json as a JSON object."""
         return {**vars(self), "num_stages": len(self.num_layers), "format": FORMAT}
 
     def encode(self) -> bytes:
-        """Returns the file's content."""
+        """Returns the content of meta.json as bytes."""
         return json.dumps(self.to_json(), indent=1, sort_keys=True).encode()
 
 
 def read_meta(folder: Path) -> StepMeta:
-    """Reads a step's meta.json; ValueError names the file, and the field that is wrong."""
+    """Returns the content of a step's meta.json.
+
+    Raises ValueError if the file or a field is wrong; the text names file and field.
+    """
     return StepMeta.from_json(read_json_object(folder / META), folder / META)
 
 
 def is_predecessors(folder: Path) -> bool:
-    """Whether a step's folder lacks a meta.json, or has one that holds the step alone."""
+    """Returns whether a predecessor wrote the folder of a step.
+
+    Such a folder has no meta.json, or a meta.json with the step only.
+    """
     path = folder / META
     return not path.is_file() or read_json_object(path).keys() <= {"step"}

@@ -1,7 +1,8 @@
-"""The weights of a training checkpoint, ours or a predecessor's.
+"""The weights of a training checkpoint, from this project or a predecessor.
 
-A step's folder has one `prank_<i>_checkpoint.pt` per stage with keys `<j>.<name>`, j counting the
-stage's modules from 0. Predecessors' files hold buffers too, which are ignored.
+A step's folder has one file `prank_<i>_checkpoint.pt` per stage. Its keys are `<j>.<name>`, where
+the number j counts the modules of the stage from 0. A predecessor's files contain buffers too,
+which are ignored.
 """
 
 import re
@@ -21,10 +22,13 @@ from pipeline_parallel.partition.split import Split, stage_modules
 
 
 def resolve_checkpoint(path: Path) -> Path:
-    """Returns the folder of a step: `path` itself, or the one that `path`/latest names.
+    """Returns the folder of a step: `path` itself, or the folder that `path`/latest names.
 
-    `latest` holds a bare number N, which means the folder `N` if it exists, else `checkpoint_N`.
-    ValueError names the file or folder that is missing, or a damaged `latest`.
+    `latest` contains only a number N. It means the folder `N` if this folder exists, else
+    `checkpoint_N`.
+
+    Raises:
+        ValueError: a file or folder is missing, or `latest` is damaged. The text names it.
     """
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder, expected a training checkpoint")
@@ -40,12 +44,15 @@ def resolve_checkpoint(path: Path) -> Path:
         if folder.is_dir():
             return folder
     raise ValueError(
-        f"{latest}: names step {text}, but neither {text}/ nor checkpoint_{text}/ is there"
+        f"{latest}: names step {text}, but neither {text}/ nor checkpoint_{text}/ exists"
     )
 
 
 def open_checkpoint(folder: Path, family: Family, config: Any, split: Split) -> list[ModuleWeights]:
-    """Returns `open_stage` of all stages, which together have all modules of the model."""
+    """Returns the places of the weights of each module of the model, from the files of all stages.
+
+    Raises ValueError as `open_stage` does.
+    """
     modules: list[ModuleWeights] = []
     for stage in range(len(split)):
         path = folder / part_name(stage, "checkpoint")
@@ -56,13 +63,13 @@ def open_checkpoint(folder: Path, family: Family, config: Any, split: Split) -> 
 def open_stage(
     path: Path, family: Family, config: Any, indices: Sequence[int]
 ) -> list[ModuleWeights]:
-    """Returns the places of the weights of a stage's modules; it reads the file's header alone.
+    """Returns the places of the weights of a stage's modules; reads only the file's header.
 
-    `indices` are the modules' numbers in the model.
+    `indices` are the numbers of these modules in the model.
 
     Raises:
-        ValueError: names file and key: a missing or damaged file, a missing or extra key, a shape
-            other than the config's, or a type that is not a float.
+        ValueError: the file is missing or damaged, a key is missing or extra, a shape differs from
+            the config's, or a type is not a float. The text names file and key.
     """
     file = TorchFile(path)
     shapes = [module_shapes(family, config, index) for index in indices]
@@ -78,8 +85,12 @@ def open_stage(
 def read_stage_module(
     path: Path, family: Family, config: Any, indices: Sequence[int], index_in_stage: int
 ) -> dict[str, Tensor]:
-    """Reads the finite weights of one module of a stage, in the types that the file has.
+    """Returns the weights of one module of a stage by name, in the types of the file.
 
-    All modules of the stage, `indices`, are checked; ValueError as `open_stage`.
+    `indices` are the numbers of the stage's modules in the model. Keys and shapes of all these
+    modules are checked.
+
+    Raises:
+        ValueError: a weight is not finite, or `open_stage` finds an error.
     """
     return read_module(open_stage(path, family, config, indices)[index_in_stage])

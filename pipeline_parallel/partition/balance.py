@@ -1,7 +1,7 @@
-"""The work of each stage of a split, and the split whose slowest stage has the least work.
+"""The work of each stage in a split, and the search for the most balanced split.
 
-Work is multiply-adds of a forward pass per token, in integers; a backward pass multiplies all parts
-alike. Needs no torch.
+Work is the number of multiply-adds per token in a forward pass. A backward pass multiplies the work
+of all stages by the same factor, so it does not change the best split. The module imports no torch.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ def stage_work(split: Split, work: ModuleWork) -> tuple[int, ...]:
 
 
 def choose_split(asked: Asked, work: ModuleWork, *, num_stages: int, model_layers: int) -> Split:
-    """Returns the split that --num-layers asks for; raises ValueError as `check_split` does."""
+    """Returns the split that --num-layers requests; raises ValueError as `check_split` does."""
     if asked == AUTO:
         check_split(asked, num_stages=num_stages, model_layers=model_layers)
         return balanced_split(work, num_stages=num_stages, model_layers=model_layers)
@@ -32,19 +32,20 @@ def balanced_split(
 ) -> Split:
     """Returns the split whose slowest stage has the least work; every stage has a block.
 
-    Of several such splits it is the one whose second-slowest stage has the least work, and so on.
-    Of splits that differ in their order alone, it is the one with the fewest blocks on the first
-    stages, where schedules keep the most activations.
+    If the slowest stages of several splits have the same work, the second-slowest stages decide,
+    and so on. If the splits differ only in the order of the stages, the result has the fewest
+    blocks on the first stages, because schedules keep the most activations there.
 
-    The result is exact: the best split is found for each number of blocks on the first stages, a
-    stage at a time, since adding one stage to two splits does not change which of them is better.
+    The result is exact. The search adds one stage at a time, and finds the best split for each
+    number of blocks on the stages so far. This is correct because a further stage with the same
+    work does not change which of two splits is better.
 
     Args:
-        work: of a block and of the head.
+        work: the work of a block and of the head.
         num_stages: the number of stages.
         model_layers: the number of blocks.
-        speeds: multiply-adds per second of each stage's device, where they differ; the slowest
-            stage is then the one that takes the most seconds.
+        speeds: the multiply-adds per second of each stage's device, if the devices differ. Then the
+            seconds of a stage replace its work.
     """
     best: dict[int, tuple[tuple[float, ...], Split]] = {0: ((), Split())}
     for stage in range(num_stages):

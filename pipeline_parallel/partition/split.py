@@ -1,7 +1,8 @@
-"""The split of a model's blocks into stages, as --num-layers spells it and as the code has it.
+"""The split of a model's blocks into stages: the value of --num-layers, and the class `Split`.
 
-The flag is `4` (so many blocks on each stage, the rest on the last), `5,3` (those of each stage) or
-`auto`; the code has one form, `Split`. Needs no torch: flags are checked here.
+The value is `4` (4 blocks on each stage, and the rest on the last stage), `5,3` (5 blocks on the
+first stage and 3 on the second) or `auto`. The module imports no torch, because flags are checked
+before torch is loaded.
 """
 
 import re
@@ -13,7 +14,7 @@ _SPELLING = re.compile(r"[0-9]{1,9}(,[0-9]{1,9})*")
 
 
 class Split(tuple[int, ...]):
-    """The number of blocks of each stage, each at least 1; its text is that of the flag."""
+    """The number of blocks on each stage, at least 1; str() returns the form of the flag: `5,3`."""
 
     def __str__(self) -> str:
         return ",".join(map(str, self))
@@ -24,7 +25,10 @@ Asked = Layers | Literal["auto"]
 
 
 def parse_layers(text: str) -> Layers:
-    """Parses `4` or `5,3`; raises ValueError, without text, for all else and numbers below 1."""
+    """Returns the value of a flag such as `4` or `5,3`.
+
+    Raises ValueError without a text if the form is different or a number is below 1.
+    """
     if not _SPELLING.fullmatch(text):
         raise ValueError
     counts = Split(map(int, text.split(",")))
@@ -34,13 +38,16 @@ def parse_layers(text: str) -> Layers:
 
 
 def even_split(per_stage: int, *, num_stages: int, model_layers: int) -> tuple[int, ...]:
-    """Returns the blocks of each stage if stage i has those from i * per_stage on: perhaps none."""
+    """Returns the number of blocks on each stage if every stage but the last has `per_stage`.
+
+    If the model has too few blocks, the last stages have fewer blocks or none.
+    """
     left = (model_layers - stage * per_stage for stage in range(num_stages))
     return tuple(max(0, min(per_stage, count)) for count in left)
 
 
 def fit_split(layers: Layers, *, num_stages: int, model_layers: int) -> Split:
-    """Returns the split that --num-layers asks for; raises ValueError as `check_split` does."""
+    """Returns the split that --num-layers requests; raises ValueError as `check_split` does."""
     check_split(layers, num_stages=num_stages, model_layers=model_layers)
     if isinstance(layers, Split):
         return layers
@@ -48,7 +55,10 @@ def fit_split(layers: Layers, *, num_stages: int, model_layers: int) -> Split:
 
 
 def check_split(asked: Asked, *, num_stages: int, model_layers: int) -> None:
-    """Raises ValueError if the stages do not hold exactly the model's blocks, or one holds none."""
+    """Raises ValueError if the blocks on the stages are not exactly the model's blocks.
+
+    Also raises ValueError if a stage has no block. `asked` is the value of --num-layers.
+    """
     if isinstance(asked, Split):
         check_length(asked, num_stages)
         if sum(asked) != model_layers:
@@ -59,17 +69,19 @@ def check_split(asked: Asked, *, num_stages: int, model_layers: int) -> None:
     split = f"--num-layers {asked} on {num_stages} stages"
     if asked == AUTO:
         if num_stages > model_layers:
-            raise ValueError(f"{split} leaves stages none of the {model_layers} layers")
+            raise ValueError(f"{split}: some stages would hold none of the {model_layers} layers")
     elif asked * num_stages < model_layers:
         raise ValueError(
             f"{split} holds {asked * num_stages} layers, but the model has {model_layers}"
         )
     elif asked * (num_stages - 1) >= model_layers:
-        raise ValueError(f"{split} leaves stage {num_stages - 1} none of the {model_layers} layers")
+        raise ValueError(
+            f"{split}: stage {num_stages - 1} would hold none of the {model_layers} layers"
+        )
 
 
 def check_length(split: Split, num_stages: int) -> None:
-    """Raises ValueError if a list has another number of stages."""
+    """Raises ValueError if the length of a split is not the number of stages."""
     if len(split) != num_stages:
         raise ValueError(
             f"--num-layers {split} is for {len(split)} stages, but --pipeline-group-size is "
@@ -80,8 +92,8 @@ def check_length(split: Split, num_stages: int) -> None:
 def stage_modules(stage: int, split: Sequence[int]) -> range:
     """Returns the modules of a stage: 0 is the embedding, 1..L are the blocks, L + 1 is the head.
 
-    `split` has the number of blocks of each stage. The first stage also has the embedding, the last
-    the head.
+    `split` has the number of blocks on each stage. The first stage also has the embedding, and the
+    last stage has the head.
     """
     start = sum(split[:stage])
     first = 0 if stage == 0 else start + 1

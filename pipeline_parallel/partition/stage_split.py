@@ -1,4 +1,4 @@
-"""The split of a run's layers over its stages, chosen by --num-layers and described in a line."""
+"""The split of the layers over the stages of a run, from --num-layers, and its description."""
 
 from modules.model_sizes import ModelSizes, ModuleWork
 from pipeline_parallel.partition.balance import choose_split, stage_work
@@ -8,15 +8,16 @@ from pipeline_parallel.schedule.simulator import Costs, StageCosts, simulate
 
 
 class StageSplit:
-    """The split that --num-layers gives a model, with the work of each layer.
+    """The split of a model's layers that --num-layers requests, with the work of each layer.
 
     Args:
         asked: the value of --num-layers.
         sizes: the sizes of the model.
+        num_stages: the number of stages.
         seq_len: the length of a sequence, in tokens.
 
     Raises:
-        ValueError: the model cannot be split so; the text names the flag.
+        ValueError: this split of the model is not possible; the text names the flag.
     """
 
     def __init__(self, asked: Asked, sizes: ModelSizes, *, num_stages: int, seq_len: int) -> None:
@@ -29,9 +30,9 @@ class StageSplit:
     def describe(
         self, layers: Split, *, schedule: str, num_microbatches: int, recompute: bool
     ) -> str:
-        """Describes `layers`, a split of this model, in one line.
+        """Returns a log line about `layers`, a split of this model.
 
-        The line gives each stage's share of the work, the imbalance and the expected bubble.
+        The line shows each stage's share of the work, the imbalance, and the expected bubble.
         """
         work = stage_work(layers, self._work)
         shares = ", ".join(f"{stage / sum(work):.1%}" for stage in work)
@@ -50,8 +51,8 @@ def split_costs(
 ) -> list[StageCosts]:
     """Returns the costs of a microbatch on each stage, in multiply-adds per token, not seconds.
 
-    The head computes its gradients in forward (those of its weights later, where backward is split)
-    and is never recomputed.
+    The head computes its gradients during forward, and is never recomputed. If backward is split,
+    the gradients of the head's weights are computed in W.
     """
     costs, last = [], len(layers) - 1
     for stage, count in enumerate(layers):

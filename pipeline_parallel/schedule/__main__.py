@@ -1,4 +1,4 @@
-"""Prints a schedule's timetable: `python -m pipeline_parallel.schedule`."""
+"""The command `python -m pipeline_parallel.schedule`, which prints a schedule's timetable."""
 
 import argparse
 import sys
@@ -20,10 +20,11 @@ input-gradient action (I) to its weight-gradient action (W), or within B; at mos
 
 
 def timetable(run: SimulatedRun) -> str:
-    """Returns a line for each stage; time runs to the right, a slot for each second of the costs.
+    """Returns the timetable of a simulated run, with one line for each stage.
 
-    An action of several slots continues as ==, and an idle slot is a dot. The costs of `run` must
-    be whole seconds, and at least one for each action.
+    Time runs from left to right. A slot is one second of `run`. An action of several slots
+    continues as ==, and an idle slot is a dot. The time of each action in `run` must be an integer
+    number of seconds, at least 1.
     """
     rows = [[IDLE] * round(run.total) for _ in run.peak_in_flight]
     for stage, action, start_second, end_second in run.actions:
@@ -39,7 +40,10 @@ def timetable(run: SimulatedRun) -> str:
 
 
 def describe(schedule: Schedule, num_stages: int, num_microbatches: int, costs: StageCosts) -> str:
-    """Returns the timetable where every stage has these costs in slots, with its totals."""
+    """Returns a schedule's timetable, its total time, bubble, and microbatches in flight.
+
+    `costs` are the slots of each action; they are the same on every stage.
+    """
     run = simulate(schedule, num_stages, num_microbatches, Costs([costs] * num_stages))
     text = timetable(run) + (
         f"\ntotal       {run.total:.0f} slots"
@@ -54,7 +58,10 @@ def describe(schedule: Schedule, num_stages: int, num_microbatches: int, costs: 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints what `describe` returns; a mistake is one line on stderr and exit status 2."""
+    """Prints the result of `describe`.
+
+    A wrong flag ends the command with exit status 2 and one line on stderr.
+    """
     args = _parser().parse_args(argv)
     schedule = SCHEDULES[args.pp_mode]
     check_schedule(schedule, args.stages, args.microbatches)
@@ -72,17 +79,20 @@ class _OneLineParser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _OneLineParser(
         prog="python -m pipeline_parallel.schedule",
-        description="Prints when each stage runs which microbatch: F forward, B backward, or its "
-        "two parts, I the gradient of the stage's input and W those of its weights. An action of "
-        "several slots continues as ==; an idle slot is a dot. B takes the slots of I and W.",
+        description="Prints a timetable of the microbatches on each stage. F is forward and B is "
+        "backward. Some schedules split B into I, the gradient of the stage's input, and W, the "
+        "gradients of the stage's weights. An action of several slots continues as ==; an idle "
+        "slot is a dot. B takes the slots of I and W together.",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--pp-mode", type=_mode, default="gpipe", help=", ".join(SCHEDULES))
-    parser.add_argument("--stages", type=_whole, default=4, help="stages of the pipeline")
-    parser.add_argument("--microbatches", type=_whole, default=8, help="microbatches of a batch")
+    parser.add_argument("--stages", type=_whole, default=4, help="number of stages")
+    parser.add_argument("--microbatches", type=_whole, default=8, help="number of microbatches")
     for action, name in (("forward", "F"), ("input-gradient", "I"), ("weight-gradient", "W")):
-        parser.add_argument(f"--{action}", type=_whole, default=1, help=f"slots that {name} takes")
+        parser.add_argument(
+            f"--{action}", type=_whole, default=1, help=f"duration of {name}, in slots"
+        )
     return parser
 
 

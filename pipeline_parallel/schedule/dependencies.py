@@ -1,9 +1,9 @@
-"""All stages of a schedule in an order in which they can run, or the deadlock they end in.
+"""An execution order of the actions of all stages, or the deadlock that prevents it.
 
-The validator asks only whether that order exists; the simulator puts times to it. Sends do not
-wait, and a stage may post its receives as far ahead as it likes, in the order of its own actions.
-Either way an action can start exactly when the action that sends its message has run, so one order
-stands for both.
+The validator checks only that an execution order exists. The simulator computes times for the
+actions in this order. Sends do not wait, and receives are posted early, in the order of the stage's
+actions. So an action can start when the action that sends its message has run; the number of
+receives that are posted early makes no difference.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,10 @@ from pipeline_parallel.schedule.schedules import Action, Kind
 
 
 class Transfer(NamedTuple):
-    """A message of a microbatch from stage `source`: its activation onwards or a gradient back."""
+    """A message of a microbatch from stage `source`.
+
+    It is an activation for the next stage, or a gradient for the previous stage.
+    """
 
     source: int
     is_gradient: bool
@@ -25,7 +28,11 @@ class Transfer(NamedTuple):
 
 
 def received(stage: int, action: Action, num_stages: int) -> Transfer | None:
-    """Returns the message that `action` of `stage` starts with; None at the ends, and for W."""
+    """Returns the message that `action` of `stage` needs before it starts.
+
+    Returns None if no message is needed: for W, for F on the first stage, and for B and I on the
+    last stage.
+    """
     if action.kind is Kind.FORWARD:
         return Transfer(stage - 1, False, action.microbatch) if stage > 0 else None
     if action.kind is Kind.WEIGHT_GRADIENT or stage == num_stages - 1:
@@ -34,7 +41,11 @@ def received(stage: int, action: Action, num_stages: int) -> Transfer | None:
 
 
 def sent(stage: int, action: Action, num_stages: int) -> Transfer | None:
-    """Returns the message that `action` of `stage` ends with; None at the ends, and for W."""
+    """Returns the message that `action` of `stage` sends at its end.
+
+    Returns None if no message is sent: for W, for F on the last stage, and for B and I on the first
+    stage.
+    """
     if action.kind is Kind.FORWARD:
         return Transfer(stage, False, action.microbatch) if stage < num_stages - 1 else None
     if action.kind is Kind.WEIGHT_GRADIENT or stage == 0:
@@ -43,10 +54,10 @@ def sent(stage: int, action: Action, num_stages: int) -> Transfer | None:
 
 
 def execution_order(actions: Sequence[Sequence[Action]]) -> Iterator[tuple[int, Action]]:
-    """Yields every action of every stage, each after the one that sends its message.
+    """Yields pairs (stage, action) of all stages, each after the action that sends its message.
 
     Args:
-        actions: those of each stage, in its order.
+        actions: the actions of each stage, in the order of the schedule.
 
     Raises:
         ValueError: no stage can continue. The text names the stages that wait for each other, or
@@ -77,13 +88,17 @@ def execution_order(actions: Sequence[Sequence[Action]]) -> Iterator[tuple[int, 
 
 
 def _deadlock(waiting: dict[int, Action], num_stages: int) -> str:
-    """Follows each stage that waits to the one it waits for, until a stage comes up again."""
+    """Returns the error text for a deadlock.
+
+    `waiting` has the next action of each stage that waits. The function follows the chain of
+    stages from a waiting stage to the sender of its message, until it finds a stage twice.
+    """
     path = [min(waiting)]
     while True:
         message = received(path[-1], waiting[path[-1]], num_stages)
-        assert message is not None, "only a message is waited for"
+        assert message is not None, "an action waits only for a message"
         if message.source not in waiting:
-            return f"stage {path[-1]}, {waiting[path[-1]]}: waits for {message}, which never comes"
+            return f"stage {path[-1]}, {waiting[path[-1]]}: waits for {message}, but none is sent"
         if message.source in path:
             return "deadlock: " + ", while ".join(
                 f"stage {stage} waits before {waiting[stage]} for "

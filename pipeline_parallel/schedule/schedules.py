@@ -1,15 +1,16 @@
-"""The order in which a stage runs microbatches, as pure data: no tensor, no rank, no I/O.
+"""Schedules: the order in which a stage runs microbatches, without tensors, ranks or I/O.
 
-A schedule yields one stage's actions in order. The engine receives before an action and sends
-after it, so a schedule names no messages. Backward visits the microbatches in one order on every
-stage, for any number of stages: gradients then add up to the same bits.
+A schedule yields the actions of one stage in order. The engine receives a message before an action
+and sends a message after the action, so a schedule does not contain messages. Every schedule runs
+backward of the microbatches in the same order on every stage, for any number of stages. So the sums
+of the gradients are equal to the last bit.
 
-Adding a schedule is one generator and one line in `SCHEDULES`. The package's `validate` checks any
-schedule before it runs, its `simulator` computes how long it takes, and
+A new schedule is one generator function and one line in `SCHEDULES`. The module `validate` checks a
+schedule before it runs, the module `simulator` computes the time of a schedule, and the command
 
     python -m pipeline_parallel.schedule --pp-mode zb-h1 --stages 4 --microbatches 8
 
-prints its timetable.
+prints the timetable of a schedule.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from typing import NamedTuple
 
 
 class Kind(Enum):
-    """The kinds of actions; a backward pass is B, or in its two parts first I and later W."""
+    """The kinds of actions; a backward pass is B, or it is split into I and a later W."""
 
     FORWARD = "F"
     BACKWARD = "B"
@@ -27,7 +28,7 @@ class Kind(Enum):
 
 
 class Action(NamedTuple):
-    """One pass of a microbatch through a stage in one direction."""
+    """An action: forward, backward or a part of backward of one microbatch on a stage."""
 
     kind: Kind
     microbatch: int
@@ -36,7 +37,7 @@ class Action(NamedTuple):
         return f"{self.kind.value}{self.microbatch}"
 
 
-# A schedule: (stage, num_stages, num_microbatches) to the actions of that stage.
+# A schedule: a function of (stage, num_stages, num_microbatches) that yields the stage's actions.
 Schedule = Callable[[int, int, int], Iterator[Action]]
 
 
@@ -49,7 +50,7 @@ Schedule = Callable[[int, int, int], Iterator[Action]]
 #   stage 1   .  F0 F1 F2 .  .  .  B0 == B1 == B2 == .  .
 #   stage 2   .  .  F0 F1 F2 B0 == B1 == B2 == .  .  .  .
 def gpipe(stage: int, num_stages: int, num_microbatches: int) -> Iterator[Action]:
-    """All forwards, then all backwards: all microbatches are in flight at once."""
+    """Yields all forwards, then all backwards; all microbatches are in flight at the same time."""
     yield from forward_only(stage, num_stages, num_microbatches)
     for microbatch in range(num_microbatches):
         yield Action(Kind.BACKWARD, microbatch)
@@ -63,7 +64,10 @@ def gpipe(stage: int, num_stages: int, num_microbatches: int) -> Iterator[Action
 def one_forward_one_backward(
     stage: int, num_stages: int, num_microbatches: int
 ) -> Iterator[Action]:
-    """Backward as early as possible: at most num_stages - stage microbatches are in flight."""
+    """Yields backward as early as possible.
+
+    At most num_stages - stage microbatches are in flight.
+    """
     ahead = min(num_stages - stage - 1, num_microbatches)
     for microbatch in range(ahead):
         yield Action(Kind.FORWARD, microbatch)
@@ -73,20 +77,21 @@ def one_forward_one_backward(
         yield Action(Kind.BACKWARD, microbatch)
 
 
-# ZB-H1 (Qi et al., arXiv 2401.10241), 3 stages, 4 microbatches; backward in its two parts:
+# ZB-H1 (Qi et al., arXiv 2401.10241), 3 stages, 4 microbatches; backward is split:
 #
 #   stage 0   F0 F1 F2 .  .  B0 == F3 B1 == B2 == B3 ==
 #   stage 1   .  F0 F1 .  I0 F2 I1 W0 F3 I2 W1 I3 W2 W3
 #   stage 2   .  .  F0 I0 F1 I1 F2 I2 W0 F3 I3 W1 W2 W3
 def zero_bubble_h1(stage: int, num_stages: int, num_microbatches: int) -> Iterator[Action]:
-    """1f1b with `stage` weight gradients deferred to where the stage would otherwise wait.
+    """Yields 1f1b with weight gradients that run later, when the stage would otherwise wait.
 
-    No stage waits for a gradient of the first stage, so its backward is not split.
+    Stage i delays each weight gradient by i microbatches. No other stage waits for a gradient from
+    the first stage, so the first stage does not split backward.
 
-    From forward to weight gradient at most num_stages microbatches are in flight. Where all stages
-    cost the same and num_microbatches is at least num_stages, each stage idles (num_stages - 1)
-    times F + I - min(F, I, W): the paper's F + I - W, which takes W for the shortest (1f1b:
-    F + I + W).
+    At most num_stages microbatches are in flight (from F to the end of W). If all stages have the
+    same costs and num_microbatches >= num_stages, each stage is idle for (num_stages - 1) *
+    (F + I - min(F, I, W)). The paper assumes that W is the shortest and gives F + I - W. For 1f1b
+    the factor is F + I + W.
     """
     for action in one_forward_one_backward(stage, num_stages, num_microbatches):
         kind, microbatch = action
@@ -101,13 +106,13 @@ def zero_bubble_h1(stage: int, num_stages: int, num_microbatches: int) -> Iterat
 
 
 def forward_only(stage: int, num_stages: int, num_microbatches: int) -> Iterator[Action]:
-    """The order of an evaluation."""
+    """Yields only forwards, for an evaluation."""
     for microbatch in range(num_microbatches):
         yield Action(Kind.FORWARD, microbatch)
 
 
 def splits_backward(schedule: Schedule, stage: int, num_stages: int) -> bool:
-    """Returns whether backward comes in two parts on this stage."""
+    """Returns whether the schedule splits backward into I and W on this stage."""
     return any(action.kind is Kind.WEIGHT_GRADIENT for action in schedule(stage, num_stages, 1))
 
 

@@ -1,8 +1,8 @@
-"""Simulates how long a schedule takes, from the costs of its actions and messages.
+"""Simulation of the time that a schedule takes, from the seconds of its actions and messages.
 
-It follows the engine: a stage runs its actions one after another, each as soon as the stage is free
-and the action's message, if it has one, has arrived. A send does not delay the sender. A link
-carries one message at a time each way, so messages queue on a slow link.
+It follows the engine. A stage runs its actions one after another. An action starts when the stage
+is free and the message for the action has arrived. A send does not delay the sender. A link carries
+one message at a time in each direction, so messages queue on a slow link.
 """
 
 import math
@@ -17,7 +17,10 @@ from pipeline_parallel.schedule.validate import peak_in_flight
 
 @dataclass(frozen=True)
 class StageCosts:
-    """Seconds of one microbatch's actions on a stage; B takes I and W together, unless given."""
+    """Seconds of each action of a microbatch on a stage.
+
+    If `backward` is None, B takes the seconds of I and W together.
+    """
 
     forward: float
     input_gradient: float
@@ -33,13 +36,13 @@ class StageCosts:
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of each stage's actions, and of a message between two neighbours.
+    """Seconds of the actions of each stage, and of a message between two neighbouring stages.
 
-    The seconds of messages are one number for all links, or a list with one for each link i between
-    the stages i and i + 1.
+    The seconds of a message are the same number for all links, or a list with a number for each
+    link; link i is between the stages i and i + 1.
 
     Raises:
-        ValueError: seconds are negative or not finite, or a list has another length.
+        ValueError: a number is negative or not finite, or the length of a list is wrong.
     """
 
     stages: Sequence[StageCosts]
@@ -54,13 +57,14 @@ class Costs:
             cost = getattr(self, name)
             if isinstance(cost, Sequence) and len(cost) != len(self.stages) - 1:
                 raise ValueError(
-                    f"{name}: expected {len(self.stages) - 1}, one for each link, got {len(cost)}"
+                    f"{name}: expected {len(self.stages) - 1} numbers, one for each link, "
+                    f"got {len(cost)}"
                 )
             for seconds in cost if isinstance(cost, Sequence) else (cost,):
                 _check_seconds(name, seconds)
 
     def message_seconds(self, message: Transfer) -> float:
-        """Returns the seconds of a message on its link."""
+        """Returns the seconds that a message takes on its link."""
         cost = self.gradient_seconds if message.is_gradient else self.activation_seconds
         if not isinstance(cost, Sequence):
             return cost
@@ -78,19 +82,22 @@ class ScheduledAction(NamedTuple):
 
 @dataclass(frozen=True)
 class SimulatedRun:
-    """The times of all actions, stage by stage, and each stage's most microbatches in flight."""
+    """The times of all actions, and the largest number of microbatches in flight on each stage.
+
+    The actions are sorted by stage.
+    """
 
     actions: tuple[ScheduledAction, ...]
     peak_in_flight: tuple[int, ...]
 
     @property
     def total(self) -> float:
-        """Seconds until all stages have ended."""
+        """Returns the seconds until all stages have ended."""
         return max((action.end for action in self.actions), default=0.0)
 
     @property
     def bubble(self) -> float:
-        """The share, 0 to 1, of all stages' time in which they run nothing."""
+        """Returns the fraction (0 to 1) of the time in which stages are idle, over all stages."""
         if self.total == 0:
             return 0.0
         busy = math.fsum(action.end - action.start for action in self.actions)
@@ -100,7 +107,9 @@ class SimulatedRun:
 def simulate(
     schedule: Schedule, num_stages: int, num_microbatches: int, costs: Costs
 ) -> SimulatedRun:
-    """Simulates a schedule that passes `check_schedule`, or `forward_only`.
+    """Simulates a schedule, and returns the times of its actions.
+
+    The schedule must pass `check_schedule`, or be `forward_only`.
 
     Raises:
         ValueError: the schedule deadlocks, or `costs` has another number of stages.
@@ -119,7 +128,10 @@ def simulate(
 
 
 class _Clock:
-    """The times at which each stage and link is free again; actions come in execution order."""
+    """The simulated time at which each stage and each link is free again.
+
+    `run` must get the actions of all stages in execution order.
+    """
 
     def __init__(self, costs: Costs) -> None:
         self._costs = costs

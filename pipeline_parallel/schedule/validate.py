@@ -1,4 +1,4 @@
-"""Checks of a schedule before it runs, and the number of its microbatches in flight."""
+"""Checks of a schedule before it runs, and the number of microbatches in flight."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -9,18 +9,22 @@ from pipeline_parallel.schedule.schedules import Action, Kind, Schedule
 BACKWARD_BEGINS = (Kind.BACKWARD, Kind.INPUT_GRADIENT)
 BACKWARD_ENDS = (Kind.BACKWARD, Kind.WEIGHT_GRADIENT)
 
-OUT_OF_TURN = "would be given the message of {theirs} of stage {first}, which is sent earlier"
-SUMS = "stage {first} has {theirs} in its place: gradients would add up in another order"
+OUT_OF_TURN = "would receive the message of {theirs} of stage {first}, which is sent earlier"
+SUMS = "stage {first} runs {theirs} at this position: gradients would be summed in another order"
 
 
 def check_schedule(schedule: Schedule, num_stages: int, num_microbatches: int) -> None:
-    """Raises ValueError, naming stage, action and fault, unless on `num_stages` stages
+    """Raises ValueError if a schedule cannot run on `num_stages` stages.
 
-    - each stage runs each microbatch forward once and then backward once: B, or I and later W;
-    - each stage receives activations and gradients in the order in which its neighbour sends them,
-      for messages between two stages do not overtake each other;
-    - gradients are added to the weights in one order on all stages;
-    - no stage waits for a message that is never sent, nor two for each other.
+    A schedule must have these properties:
+
+    - Each stage runs forward of each microbatch once, and then backward once: B, or I and later W.
+    - Each stage receives activations and gradients in the order in which its neighbour sends them,
+      because messages between two stages keep their order.
+    - All stages add the gradients of the microbatches in the same order.
+    - No stage waits for a message that is never sent, and no stages wait for each other.
+
+    The error text names stage, action and problem.
     """
     if num_stages < 1 or num_microbatches < 1:
         raise ValueError(
@@ -39,18 +43,19 @@ def check_schedule(schedule: Schedule, num_stages: int, num_microbatches: int) -
 
 
 def peak_in_flight(schedule: Schedule, stage: int, num_stages: int, num_microbatches: int) -> int:
-    """Returns the most microbatches in flight at once on `stage`, each from F until B or W ends.
+    """Returns the largest number of microbatches in flight at the same time on `stage`.
 
-    Without recompute, the activations of so many microbatches are in memory.
+    A microbatch is in flight from the start of F to the end of B or W. Without recompute, the
+    memory holds the activations of all microbatches in flight.
     """
     return _peak(schedule(stage, num_stages, num_microbatches), (Kind.FORWARD,))
 
 
 def peak_recomputed(schedule: Schedule, stage: int, num_stages: int, num_microbatches: int) -> int:
-    """Returns the most microbatches whose recomputed activations are in memory at once on `stage`.
+    """Returns the largest number of microbatches with recomputed activations in memory on `stage`.
 
-    B recomputes and drops them block by block; I recomputes those of all blocks of the stage, which
-    stay until W ends.
+    B recomputes and frees activations block by block. I recomputes the activations of all blocks of
+    the stage, and they stay in memory until W ends.
     """
     return _peak(schedule(stage, num_stages, num_microbatches), BACKWARD_BEGINS)
 
@@ -65,7 +70,7 @@ def _peak(actions: Iterable[Action], begins: Sequence[Kind]) -> int:
 
 
 def _check_actions(stage: int, actions: Sequence[Action], num_microbatches: int) -> None:
-    """Checks the actions of one stage."""
+    """Raises ValueError unless a stage runs the actions of each microbatch once and in order."""
     positions: dict[Action, int] = {}
     for position, action in enumerate(actions):
         if not 0 <= action.microbatch < num_microbatches:
@@ -82,25 +87,33 @@ def _check_actions(stage: int, actions: Sequence[Action], num_microbatches: int)
 
 
 def _path(stage: int, positions: Mapping[Action, int], microbatch: int) -> list[Action]:
-    """Returns the actions of a microbatch in the order they must have; checks that all are there
-    and no other."""
+    """Returns the actions of a microbatch in the required order: F and B, or F, I and W.
+
+    `positions` are the positions of the stage's actions. Raises ValueError if an action of the
+    microbatch is missing, or if both B and one of its parts are present.
+    """
     f, b, i, w = (Action(kind, microbatch) for kind in Kind)
     path = [f, b] if b in positions else [f, i, w]
     if not positions.keys() & {b, i, w}:
-        raise ValueError(f"stage {stage}, {b}: never runs, nor do {i} and {w}")
+        raise ValueError(f"stage {stage}, {b}: never runs, and {i} and {w} never run")
     for action in path:
         if action not in positions:
             raise ValueError(f"stage {stage}, {action}: never runs")
     for action in (i, w):
         if b in positions and action in positions:
-            raise ValueError(f"stage {stage}, {action}: runs although {b} does all of backward")
+            raise ValueError(
+                f"stage {stage}, {action}: runs, but {b} is already the complete backward"
+            )
     return path
 
 
 def _check_order(
     kinds: Sequence[Kind], fault: str, first: int, then: int, orders: Sequence[Sequence[Action]]
 ) -> None:
-    """Checks that stage `then` visits microbatches as `first` does, in actions of these kinds."""
+    """Raises ValueError if the stages `first` and `then` run microbatches in different orders.
+
+    Only actions of the given kinds are compared. `fault` is a template of the error text.
+    """
     pairs = ([a for a in orders[stage] if a.kind in kinds] for stage in (first, then))
     for theirs, ours in zip(*pairs, strict=True):
         if theirs.microbatch != ours.microbatch:

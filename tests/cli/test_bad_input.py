@@ -83,7 +83,7 @@ MISTAKES = """
 --num-layers auto --pipeline-group-size 4 --data-group-size 1 | --num-layers auto | 4 stages \
 | none of the 3 layers
 --num-layers 1 | --num-layers 1 | 2 stages | 2 layers | 3
---num-layers 3 | --num-layers 3 | 2 stages | stage 1 none
+--num-layers 3 | --num-layers 3 | 2 stages | stage 1 would hold none
 --world-size 3 | --world-size 3 | --pipeline-group-size 2 | --data-group-size 2
 --rank 4 | --rank 4 | less than --world-size 4
 --micro-batch-size 3 | --micro-batch-size 3 | divide | --batch-size 2

@@ -216,7 +216,10 @@ def test_a_run_may_go_on_with_a_dynamic_scale(trained: Trained) -> None:
     for one in told:
         lines = one["to-dynamic-2-2"].lines
         assert "--loss-scale is now 0.0, it was 64.0" in lines
-        said = "the loss scale was constant, 64: a dynamic one starts at --initial-loss-scale 1024"
+        said = (
+            "the saved loss scale was constant, 64: the dynamic loss scale starts at "
+            "--initial-loss-scale 1024"
+        )
         assert said in lines
 
 

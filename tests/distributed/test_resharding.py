@@ -162,7 +162,9 @@ def test_a_file_that_a_stage_needs_and_is_not_whole_is_named(
     spoil(four / str(STEPS))
     with pytest.raises(ValueError, match=re.escape(words)) as error:
         first_of_two(four, ended[0])
-    assert f"the newest complete checkpoint before it is step {SAVED}: to go on" in str(error.value)
+    assert f"the newest complete checkpoint before it is step {SAVED}: to resume" in str(
+        error.value
+    )
 
 
 def test_what_a_stage_does_not_need_does_not_matter(four: Path, ended: Ended) -> None:
@@ -195,9 +197,7 @@ def test_what_is_not_here_is_told_by_name_rank_and_host(
         path.unlink()
     with pytest.raises(ValueError, match=re.escape(needs.format(four / str(SAVED)))) as error:
         first_of_two(four, ended[0])
-    assert "no step is complete on every stage and of one save (stage 0 has none)" in str(
-        error.value
-    )
+    assert "no step of one save is complete on every stage (stage 0 has none)" in str(error.value)
 
 
 def test_files_of_another_save_are_not_mixed_in(four: Path, ended: Ended) -> None:
@@ -205,7 +205,9 @@ def test_files_of_another_save_are_not_mixed_in(four: Path, ended: Ended) -> Non
     shutil.rmtree(four / str(SAVED))
     for path in other.glob("prank_1_*"):
         shutil.copy(path, four / str(STEPS))
-    with pytest.raises(ValueError, match=r"/prank_1_manifest\.json: of another save than prank_0_"):
+    with pytest.raises(
+        ValueError, match=r"/prank_1_manifest\.json: belongs to another save than prank_0_"
+    ):
         first_of_two(four, ended[0])
 
 

@@ -131,7 +131,7 @@ def test_the_same_step_is_saved_over_one_that_never_was_whole(
         train_alone(again)
     (warning,) = [record.message for record in caplog.records]
     assert warning.startswith("step 4 is not complete")
-    assert warning.endswith("going back to 2")
+    assert warning.endswith("going back to step 2")
     assert (run / "4" / "config.json").is_file()
     assert (run / "latest").read_text() == "4"
     assert not list(run.glob(".*"))

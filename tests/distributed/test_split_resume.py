@@ -122,7 +122,7 @@ def edited(run: Path, target: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("counts", "stages", "word"),
     [
-        ([2, 1], 2, "2,1, 3 in all"),
+        ([2, 1], 2, "2,1, a total of 3"),
         ([4], 2, "[4]"),
         (2, 2, "num_layers is 2"),
         (None, None, "missing"),

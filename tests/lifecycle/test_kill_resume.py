@@ -194,9 +194,9 @@ def test_without_a_shared_disk_stages_that_saved_differently_go_back_together(
     assert first.latest == str(SAVE)
     assert second.begin == SAVE
     assert (
-        f"step {2 * SAVE} is not complete on every stage, or not of one save: going back to {SAVE}"
-        in (second.outcome.told[0])
-    )
+        f"step {2 * SAVE} is not complete on every stage, or has files of different saves: going "
+        f"back to step {SAVE}"
+    ) in second.outcome.told[0]
     for rank in OTHERS:
         assert not any(lab.disk("apart", rank).rglob("*"))
 
@@ -243,7 +243,7 @@ def test_no_whole_step_is_an_error(starts: Starts) -> None:
     assert outcome.statuses == [2] * WORLD
     for (line,) in outcome.lines:
         assert f"disk0/{STEPS}/prank_0_checkpoint.pt: damaged" in line
-        assert line.endswith("no complete checkpoint before it is there")
+        assert line.endswith("there is no complete checkpoint before this step")
 
 
 def test_a_complete_run_does_nothing_more(lab: Lab, starts: Starts) -> None:

@@ -100,11 +100,14 @@ def alter_meta(run: Path) -> None:
 
 # What is done to a run, and what training says, from the step's folder on.
 MOVED: dict[str, tuple[Callable[[Path], None], str]] = {
-    "called 6": (call_by_another_number, f"/6/{MANIFESTS[0]}: of step {LAST}"),
-    "stage 1 of the first": (bring_stage_of_first, f"/{LAST}/{MANIFESTS[1]}: of step {FIRST}"),
-    "another save": (bring_another_save, f"/{LAST}/{MANIFESTS[1]}: of another save"),
-    "another name": (take_one_for_the_other, f"/{LAST}/{MANIFESTS[1]}: of stage 0"),
-    "another meta.json": (alter_meta, f"/{LAST}/meta.json: of step {FIRST}"),
+    "called 6": (call_by_another_number, f"/6/{MANIFESTS[0]}: belongs to step {LAST}"),
+    "stage 1 of the first": (
+        bring_stage_of_first,
+        f"/{LAST}/{MANIFESTS[1]}: belongs to step {FIRST}",
+    ),
+    "another save": (bring_another_save, f"/{LAST}/{MANIFESTS[1]}: belongs to another save"),
+    "another name": (take_one_for_the_other, f"/{LAST}/{MANIFESTS[1]}: belongs to stage 0"),
+    "another meta.json": (alter_meta, f"/{LAST}/meta.json: belongs to step {FIRST}"),
 }
 
 
@@ -239,7 +242,7 @@ def test_the_newest_step_that_is_whole_opens(made: Made) -> None:
         assert opened["last step moved away"].step == FIRST
         error = opened["last file of both steps"].error
         assert f"{LAST}/{STAGE_FILES[-1]}: " in error
-        assert error.endswith("no complete checkpoint before it is there")
+        assert error.endswith("there is no complete checkpoint before this step")
 
 
 def test_no_two_steps_of_a_start_are_one_save(made: Made) -> None:

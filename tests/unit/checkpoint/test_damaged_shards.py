@@ -99,5 +99,5 @@ def test_a_shard_that_the_manifest_does_not_list_is_an_error(home: Home, tmp_pat
     model = Path(shutil.copytree(home.model, tmp_path / "model"))
     listed = [path for path in model.iterdir() if path.name not in (NAME, SHARDS[1])]
     write_shard_manifest(model, {path.name: sum_file(path) for path in listed})
-    with pytest.raises(ValueError, match=f"/{SHARDS[1]}: not one of the files"):
+    with pytest.raises(ValueError, match=f"/{SHARDS[1]}: manifest.json does not list"):
         start(model, home)

@@ -101,9 +101,9 @@ def test_training_does_not_go_on_without_optimizer_state(
     shutil.rmtree(run / str(STEPS))
     parts = run_parts({**flags, "checkpoint-path": run})
     refused = refusal(lambda: open_run(**parts))
-    assert "/8/prank_0_optimizer.pt: dropped" in refused
+    assert "/8/prank_0_optimizer.pt: deleted" in refused
     assert "--keep-optimizer-states" in refused
-    # what is gone is not taken for dropped
+    # what is gone is not taken for deleted
     shutil.copytree(flags["checkpoint-path"] / str(STEPS), run / str(STEPS))
     (run / str(STEPS) / "prank_0_optimizer.pt").unlink()
     assert "prank_0_optimizer.pt: no such file" in refusal(lambda: open_run(**parts))
@@ -260,7 +260,7 @@ def test_a_disk_that_does_not_let_latest_catch_up_is_a_warning(
     full = OSError(28, "No space left on device")
     with patch("checkpoint.store.write_latest", side_effect=full):
         store.update_latest(4)
-    assert f"{tmp_path / 'latest'} does not name step 4 yet: [Errno 28]" in caplog.text
+    assert f"{tmp_path / 'latest'} could not be changed to step 4: [Errno 28]" in caplog.text
     store.update_latest(4)
     assert (tmp_path / "latest").read_text() == "4"
 

@@ -207,6 +207,6 @@ def test_verify_rejects_other_weights(tmp_path: Path, monkeypatch: pytest.Monkey
         real(folder, sizes, lambda index: {swap(k): v for k, v in read(index).items()})
 
     monkeypatch.setattr("checkpoint.conversion.to_hf.write_model", swapped)
-    with pytest.raises(ValueError, match="--verify: logits"):
+    with pytest.raises(ValueError, match="--verify: the logits"):
         to_hf("gptj", run, tmp_path)
     assert list((tmp_path / "result").iterdir()) == []

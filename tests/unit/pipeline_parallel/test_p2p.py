@@ -87,7 +87,7 @@ def test_ends_have_no_neighbour() -> None:
 )
 def test_a_message_of_another_shape_is_not_sent(wrong: torch.Tensor) -> None:
     link = make_link(NotedCommunicator(0, 2))
-    with pytest.raises(RuntimeError, match=r"messages have \(2, 5, 8\) torch\.float32"):
+    with pytest.raises(RuntimeError, match=r"expected \(2, 5, 8\) torch\.float32"):
         link.send_activation(wrong)
 
 
@@ -158,7 +158,7 @@ def test_neighbours_that_differ_are_told_so_on_both_sides(
     for rank, one in enumerate(told):
         message = one[name]
         assert message.startswith(f"stage {rank} has activations"), message
-        assert f"but stage {1 - rank} of" in message
+        assert f"but stage {1 - rank} has" in message
         assert all(text in message for text in both)
         for flag in ("--micro-batch-size", "--seq-length", "--embedding-dim", "--fp16", "--bf16"):
             assert flag in message

@@ -139,7 +139,7 @@ def test_costs_are_looked_up_by_kind() -> None:
         ([StageCosts(1, 1, 1)], (-1, 0), "activation_seconds: .* got -1"),
         ([StageCosts(1, 1, 1)], (0, -1), "gradient_seconds: .* got -1"),
         ([StageCosts(1, 1, 1)] * 3, (0, (1, -1)), "gradient_seconds: .* got -1"),
-        ([StageCosts(1, 1, 1)] * 3, ((1,), 0), "activation_seconds: expected 2, .* got 1"),
+        ([StageCosts(1, 1, 1)] * 3, ((1,), 0), "activation_seconds: expected 2 numbers, .* got 1"),
     ],
 )
 def test_costs_that_are_no_times_are_refused(

@@ -33,29 +33,35 @@ class Broken(NamedTuple):
 
 BROKEN = {
     "no forward": Broken(["F0 F1 B0 B1", "F0 B0 B1"], "stage 1, F1: never runs"),
-    "no backward": Broken(["F0 F1 B0 B1", "F0 F1 B1"], "stage 1, B0: never runs, nor do I0 and W0"),
-    "evaluation": Broken(["F0 F1", "F0 F1"], "stage 0, B0: never runs, nor do I0 and W0"),
+    "no backward": Broken(
+        ["F0 F1 B0 B1", "F0 F1 B1"], "stage 1, B0: never runs, and I0 and W0 never run"
+    ),
+    "evaluation": Broken(["F0 F1", "F0 F1"], "stage 0, B0: never runs, and I0 and W0 never run"),
     "no W": Broken(["F0 F1 B0 B1", "F0 F1 I0 I1 W1"], "stage 1, W0: never runs"),
     "no I": Broken(["F0 F1 B0 B1", "F0 F1 I0 W0 W1"], "stage 1, I1: never runs"),
     "two F": Broken(["F0 F1 B0 F0 B1", "F0 F1 B0 B1"], "stage 0, F0: runs twice"),
     "two W": Broken(["F0 I0 W0 W0"], "stage 0, W0: runs twice", 1),
-    "B and I": Broken(["F0 F1 B0 I0 B1"], "stage 0, I0: runs although B0 does all of backward"),
-    "B and W": Broken(["F0 F1 B0 B1 W1"], "stage 0, W1: runs although B1 does all of backward"),
+    "B and I": Broken(
+        ["F0 F1 B0 I0 B1"], "stage 0, I0: runs, but B0 is already the complete backward"
+    ),
+    "B and W": Broken(
+        ["F0 F1 B0 B1 W1"], "stage 0, W1: runs, but B1 is already the complete backward"
+    ),
     "W before I": Broken(["F0 F1 I0 W1 I1 W0"], "stage 0, W1: runs before I1"),
     "backward first": Broken(["B0 F0 F1 B1", "F0 F1 B0 B1"], "stage 0, B0: runs before F0"),
     "one too many": Broken(["F0 F1 B0 B1 F2 B2"], "stage 0, F2: the microbatches are 0 to 1"),
     "below zero": Broken(["F0 B0 F-1"], "stage 0, F-1: the microbatches are 0 to 0", 1),
     "activations overtake": Broken(
         ["F0 F1 B0 B1", "F1 F0 B0 B1"],
-        "stage 1, F1: would be given the message of F0 of stage 0, which is sent earlier",
+        "stage 1, F1: would receive the message of F0 of stage 0, which is sent earlier",
     ),
     "gradients overtake": Broken(
         ["F0 F1 B1 B0", "F0 F1 I0 I1 W0 W1"],
-        "stage 0, B1: would be given the message of I0 of stage 1, which is sent earlier",
+        "stage 0, B1: would receive the message of I0 of stage 1, which is sent earlier",
     ),
     "another order of sums": Broken(
         ["F0 F1 I0 I1 W0 W1", "F0 F1 I0 I1 W1 W0"],
-        "stage 1, W1: stage 0 has W0 in its place: gradients would add up in another order",
+        "stage 1, W1: stage 0 runs W0 at this position: gradients would be summed in another order",
     ),
     "deadlock": Broken(
         ["F0 B0 F1 B1", "F0 F1 B0 B1"],
