@@ -28,7 +28,7 @@ A switch takes an optional `true` or `false`; without a value it means `true`. F
 abbreviated.
 
 - **Resume** is the rule for a run that resumes with another value. *fixed*: it is an error.
-  *free*: the run goes on, and the log names the change. *-*: another rule applies.
+  *free*: the run continues, and the log names the change. *-*: another rule applies.
   `--fp16`, `--bf16`, `--train-on` and `--pack` may not change either.
   [Checkpoints](../guides/checkpoints.md#which-flags-may-change) has all rules.
 - **Ranks** is the rule for ranks with different values. *same*: all ranks need the same value, or

@@ -130,7 +130,7 @@ def main() -> None:
         f"computes too; killed at step {killed_at}, resumed from {resumed_from}."
     )
     print(f"Made: the loss curve {CHECKPOINTS / 'loss.png'}, and the model {TRAINED}.")
-    print('Next: your own model and data, in docs/getting-started/own-data.md.')
+    print("Next: your own model and data, in docs/getting-started/own-data.md.")
 
 
 def say(text: str) -> None:

@@ -16,8 +16,8 @@ from tests.support.pages import PAGES, ROOT, blocks_of, copy_project, run_block
 README = ROOT / "README.md"
 LINK = re.compile(r"\]\((?!https?://)([^)#\s]*)(?:#([^)\s]*))?\)")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
-# Flags of the converters, of `python -m pipeline_parallel.schedule`, of scripts and of other programs;
-# --log-every is the example of the recipe "Add a flag".
+# Flags of the converters, of other commands of this project, and of other programs; --log-every is
+# the example of the recipe "Add a flag".
 OTHER_FLAGS = {
     *("--save-dir", "--dtype", "--ckpt-path", "--save-path", "--n-stages", "--n-layer-per-stage"),
     *("--config-name", "--verify", "--stages", "--microbatches", "--forward", "--input-gradient"),
