@@ -69,7 +69,7 @@ def test_parsed(value: str, expected: list[tuple[str, str]]) -> None:
         (
             "b.jsonl,plain/b.jsonl.gz",
             "--evaluation-data: b.jsonl and plain/b.jsonl.gz are both named b: expected "
-            "name=source with a name of its own for each",
+            "name=source with a different name for each",
         ),
         ("x=b.jsonl,y=b.jsonl,x=cot", "--evaluation-data: b.jsonl and cot are both named x"),
         ("b=cot,b.jsonl", "--evaluation-data: cot and b.jsonl are both named b"),
