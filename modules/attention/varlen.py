@@ -80,7 +80,7 @@ def _as_rows(packed: Tensor, count: int, length: int) -> Tensor:
 
 
 def _reorder(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """Returns x[order]; backward indexes with `inverse`, which is faster than a scatter-add."""
+    """Returns x[order]; backward indexes with `inverse` instead of a scatter-add."""
     out: Tensor = _Reorder.apply(x, order, inverse)  # type: ignore[no-untyped-call]
     return out
 
