@@ -106,7 +106,7 @@ def test_strangers_at_every_port_of_a_run(launch: Launch, tmp_path: Path) -> Non
     links = [link for of_rank in found for one in of_rank for link in bother(one)]
     other = launch(joins, 1, 4, url, OTHER_KEY)
     assert other.status(within=20.0) == 2
-    assert f"is not that of rank 1 (host {socket.gethostname()})" in other.lines[0]
+    assert f"differs from that of rank 1 (host {socket.gethostname()})" in other.lines[0]
     time.sleep(1.0)  # sums among strangers
     (tmp_path / "stop").touch()
     expect_good_ends(ranks, links)
