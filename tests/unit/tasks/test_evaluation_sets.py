@@ -83,5 +83,5 @@ def test_every_source_is_looked_for() -> None:
     check_evaluation_data("plain,b.jsonl,a.jsonl=plain/a.jsonl")
     with pytest.raises(ValueError, match=r"^--evaluation-data no\.jsonl: there is no such file$"):
         check_evaluation_data("b.jsonl,x=no.jsonl")
-    with pytest.raises(ValueError, match=r"^--evaluation-data cot: there is no .*mmlu-cot"):
+    with pytest.raises(ValueError, match=r"^--evaluation-data cot: .*mmlu-cot\.json does not"):
         check_evaluation_data("b.jsonl,cot")
