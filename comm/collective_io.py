@@ -1,7 +1,7 @@
-"""File I/O that all ranks do at the same time; an error of one rank is returned on all.
+"""File I/O that all ranks do at the same time; an error of one rank is returned on all ranks.
 
-A disk may take longer than --dist-timeout, the limit of one operation between ranks. So the I/O
-runs in a thread, and every second the ranks exchange whether they are done.
+Slow disk I/O may take longer than --dist-timeout, the time limit of one operation between ranks. So
+the I/O runs in a thread, and every second the ranks exchange whether they are done.
 """
 
 import logging
@@ -16,7 +16,7 @@ from comm.objects import gather_json
 logger = logging.getLogger(__name__)
 
 EXCHANGE_SECONDS = 1.0  # between two exchanges
-SLOW_SECONDS = 60.0  # until slow ranks are reported; again each time the duration has doubled
+SLOW_SECONDS = 60.0  # until the first report of slow ranks; then each time the duration doubles
 
 
 class BackgroundTask:
@@ -33,11 +33,14 @@ class BackgroundTask:
         return not self._thread.is_alive()
 
     def wait(self) -> None:
-        """Waits until it has returned or failed."""
+        """Waits until the function has returned or failed."""
         self._thread.join()
 
     def done(self, timeout: float) -> bool:
-        """Waits at most `timeout` seconds; returns whether it has ended, or raises its error."""
+        """Waits at most `timeout` seconds; returns whether the function has ended.
+
+        Raises the function's error.
+        """
         self._thread.join(timeout)
         if self._error is not None:
             raise self._error
@@ -61,15 +64,15 @@ def run_on_all(
 ) -> str | None:
     """Runs `work`, or waits for a running task, and returns when every rank is done.
 
-    Every rank calls it.
+    Every rank calls this function.
 
     Args:
-        work: None for nothing to do on this rank.
-        name: of the work, for the log, which reports ranks that take long.
-        expected: errors that are returned on all ranks; others are raised on their own rank.
+        work: a function or a running task; None if this rank has nothing to do.
+        name: the name of the work in the log, which reports slow ranks.
+        expected: errors that are returned on all ranks; any other error is raised on its rank.
 
     Returns:
-        The first expected error with its rank and host, the same on all ranks, if any.
+        The first expected error with its rank and host, the same on all ranks; None without error.
     """
     task = work if work is None or isinstance(work, BackgroundTask) else BackgroundTask(work)
     done, failure = task is None, None

@@ -1,4 +1,4 @@
-"""The interface of all communication between processes, whichever library moves the bytes."""
+"""The interface of all communication between processes; each library has an implementation."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,17 +8,17 @@ from torch import Tensor
 
 
 class PeerLostError(RuntimeError):
-    """An operation failed because a peer died, hung or could not be reached; the text names it."""
+    """The error of an operation whose peer died, hung or could not be reached; names the peer."""
 
 
 class Work(Protocol):
-    """An operation under way. Its tensor must stay untouched until `wait` returns.
+    """A running operation; its tensor must not be read or written until `wait` returns.
 
     Every Work must be waited for; otherwise the operation may never complete on any rank.
     """
 
     def wait(self) -> None:
-        """Returns when the tensor may be read and written; raises PeerLostError. Called once."""
+        """Waits until the tensor may be read and written; raises PeerLostError. Called once."""
 
 
 class Done:
@@ -29,7 +29,7 @@ class Done:
 
 
 class PointToPoint(Protocol):
-    """Messages between the members of a group, which are addressed by their index in it.
+    """Messages between the members of a group; a member's address is its index in the group.
 
     Messages between two members arrive in the order in which they were sent.
     """
@@ -46,43 +46,44 @@ class PointToPoint(Protocol):
         """Starts sending `tensor` to member `to`."""
 
     def receive(self, tensor: Tensor, *, source: int) -> Work:
-        """Starts receiving a message of member `source` into `tensor`."""
+        """Starts receiving a message from member `source` into `tensor`."""
 
 
 class Communicator(PointToPoint, Protocol):
-    """A group of processes, addressed by their index in it (not by global rank).
+    """A group of processes; a member's address is its index in the group, not its global rank.
 
-    A send does not wait for its receiver, and several operations may be under way. Every tensor is
-    contiguous, on the backend's device. All operations raise PeerLostError, which names the
-    operation, the peers by global rank and how long it waited.
+    A send does not wait for its receiver, and several operations may run at once. Every tensor is
+    contiguous and on the backend's device. Every operation can raise PeerLostError, which names the
+    operation, the global ranks of the peers and the seconds waited.
 
-    Operations of the whole group (all but send and receive) are started in the same order by all
-    its members.
+    All members must start the collective operations (all except send and receive) in the same
+    order.
     """
 
     def all_reduce(self, tensor: Tensor) -> Work:
-        """Starts summing `tensor` over the members in place, in their order on CPU."""
+        """Starts summing `tensor` in place over the members; on CPU in the order of the members."""
 
     def reduce(self, tensor: Tensor, *, root: int) -> Work:
-        """As `all_reduce`, to the same bits on CPU, but only member `root` gets the sum.
+        """Starts summing `tensor` over the members; only member `root` gets the sum.
 
-        The values of the tensor are undefined on the others afterwards.
+        On CPU the sum has the same bits as `all_reduce`. On the other members the values of
+        `tensor` are undefined afterwards.
         """
 
     def broadcast(self, tensor: Tensor, *, root: int) -> None:
-        """Copies member `root`'s tensor into `tensor` on every member."""
+        """Copies the tensor of member `root` into `tensor` on every member."""
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """Returns the members' tensors, stacked: (size, *tensor.shape)."""
+        """Returns the tensors of all members, stacked: (size, *tensor.shape)."""
 
     def close(self) -> None:
-        """Releases the group's resources; it cannot be used again."""
+        """Releases the group's resources; the group cannot be used again."""
 
 
 class CurrentOperation:
-    """The name of the operation that this process waits for, reported when a rank is lost.
+    """The name of the operation that this process waits for; the error of a lost rank quotes it.
 
-    Cheap to set; read by another thread.
+    Another thread reads the name.
     """
 
     def __init__(self) -> None:
@@ -90,7 +91,7 @@ class CurrentOperation:
 
     @contextmanager
     def during(self, text: str) -> Iterator[None]:
-        """Sets `text` for a block; after an error it stays, to be reported."""
+        """Sets the name to `text` for a block; after an error the name stays, for the report."""
         before, self.text = self.text, text
         yield
         self.text = before

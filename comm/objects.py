@@ -1,4 +1,4 @@
-"""Collectives of small JSON values; nothing is pickled."""
+"""Collectives of bytes and small JSON values, without pickle."""
 
 import json
 from typing import Any
@@ -9,7 +9,7 @@ from comm.communicator import Communicator
 
 
 def broadcast_bytes(group: Communicator, value: bytes, *, root: int = 0) -> bytes:
-    """Returns member `root`'s value on every member."""
+    """Returns the bytes of member `root` on every member."""
     is_root = group.rank == root
     size = torch.tensor([len(value) if is_root else 0])
     group.broadcast(size, root=root)
@@ -23,13 +23,13 @@ def broadcast_bytes(group: Communicator, value: bytes, *, root: int = 0) -> byte
 
 
 def broadcast_json(group: Communicator, value: Any, *, root: int = 0) -> Any:
-    """Returns member `root`'s value on every member."""
+    """Returns the JSON value of member `root` on every member."""
     encoded = json.dumps(value).encode() if group.rank == root else b""
     return json.loads(broadcast_bytes(group, encoded, root=root))
 
 
 def gather_json(group: Communicator, value: Any) -> list[Any]:
-    """Returns every member's value, in the order of the members."""
+    """Returns the JSON values of all members, in the order of the members."""
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     sizes = group.all_gather(torch.tensor([data.numel()])).flatten().tolist()
     padded = torch.zeros(max(sizes), dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""The process groups of one rank, made once: control, its pipeline, and its stage's replicas."""
+"""The process groups of one rank: all ranks (control), its pipeline, and its stage's replicas."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,9 +24,9 @@ from comm.topology import Topology
 class ProcessGroups:
     """The groups of this process.
 
-    control: all ranks, host tensors, over connections of its own, apart from activations.
+    control: all ranks, for host tensors; its connections are separate from the other groups'.
     pipeline: the stages of this replica, indexed by stage.
-    replicas: this stage in all replicas, indexed by replica.
+    replicas: the ranks that hold this stage, indexed by replica.
     """
 
     control: Communicator
@@ -34,7 +34,7 @@ class ProcessGroups:
     replicas: Communicator
 
     def close(self) -> None:
-        """Closes every group; none can be used again."""
+        """Closes every group; a closed group cannot be used again."""
         for communicator in (self.replicas, self.pipeline, self.control):
             communicator.close()
 
@@ -49,17 +49,17 @@ def create_process_groups(
     dist_timeout: float,
     policy: ExitPolicy,
 ) -> ProcessGroups:
-    """Makes the groups; every rank calls it, after `ExitPolicy.connect`.
+    """Creates the groups; every rank calls this, after `ExitPolicy.connect`.
 
     Args:
         dist_backend: `cupy_nccl`, `nccl` (torch's own) or `gloo`, for the pipeline.
         dp_backend: `nccl` or `gloo`, for the replicas; `nccl` is CuPy's, or torch's if dist_backend
             is `nccl`. On a CPU only gloo works, unless a test replaces NCCL.
         dist_timeout: seconds that one operation may wait for a peer.
-        policy: gets the name of the current operation, and an operation on CUDA that hangs.
+        policy: gets the name of the current operation, and the error of a hanging CUDA operation.
 
     Raises:
-        ValueError: cupy_nccl is asked for and CuPy is not installed.
+        ValueError: a backend is `cupy_nccl`, but CuPy is not installed.
         PeerLostError: a peer could not be reached.
     """
     if rendezvous.store is None or rendezvous.deadline is None:
@@ -67,7 +67,7 @@ def create_process_groups(
     factory = _GroupFactory(topology, rendezvous.store.plain, device, dist_timeout, policy)
     nccl = "nccl" if dist_backend == "nccl" else "cupy_nccl"
     try:
-        # this timeout holds for making any group
+        # this timeout limits the creation of every group
         seconds = max(dist_timeout, rendezvous.deadline.remaining)
         dist.init_process_group(
             "gloo",
@@ -77,7 +77,7 @@ def create_process_groups(
             timeout=timedelta(seconds=seconds),
         )
         groups = factory.create(dist_backend, nccl if dp_backend == "nccl" else "gloo")
-    except RuntimeError as error:  # gloo's and the store's
+    except RuntimeError as error:  # from gloo or from the store
         participant = rendezvous.participants[topology.rank]
         raise PeerLostError(
             f"{topology.describe(topology.rank, host=participant.host)} could not connect to the "
@@ -96,7 +96,7 @@ class _GroupFactory:
     policy: ExitPolicy
 
     def create(self, pipeline: str, replicas: str) -> ProcessGroups:
-        """Makes the groups, each over `cupy_nccl`, `nccl` or `gloo`."""
+        """Creates the groups; `pipeline` and `replicas` are `cupy_nccl`, `nccl` or `gloo`."""
         topology = self.topology
         pipelines = [topology.pipeline_ranks(r) for r in range(topology.num_replicas)]
         stages = [topology.replica_ranks(s) for s in range(topology.num_stages)]
@@ -112,7 +112,10 @@ class _GroupFactory:
     def _own_group(
         self, name: str, groups: Sequence[tuple[int, ...]], backend: str
     ) -> Communicator:
-        """Returns this process's group among `groups`; all ranks make all of torch's, in order."""
+        """Returns the communicator of this process's group among `groups`.
+
+        All ranks create torch's groups for all `groups`, in the same order.
+        """
         if len(groups[0]) == 1:
             return SingleProcessCommunicator()
         members = next(members for members in groups if self.topology.rank in members)

@@ -1,4 +1,4 @@
-"""What every part of a run needs to know about its process."""
+"""The context of a run: topology, process groups and device of this process."""
 
 from dataclasses import dataclass
 
@@ -11,9 +11,9 @@ from comm.topology import Topology
 
 @dataclass(frozen=True)
 class RunContext:
-    """The place of this process in the run, its communicators and its device.
+    """The topology, the communicators and the device of this process.
 
-    `start` names this start of the run: it is the same on all ranks, and no other start has it.
+    `start` identifies this start of the run: the same text on all ranks, another at each start.
     """
 
     topology: Topology

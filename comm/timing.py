@@ -1,6 +1,6 @@
-"""The waiting times of ranks that start, watch each other and end.
+"""Waiting times of rendezvous, liveness and exit.
 
-Tests pass shorter ones, so that they need neither sleep nor patch.
+Tests pass shorter times, so that the tests are fast.
 """
 
 from dataclasses import dataclass
@@ -8,23 +8,24 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Timing:
-    """Waiting times in seconds, beside those that have a flag of their own.
+    """Waiting times in seconds; other waiting times have a flag.
 
-    poll: between two looks at the store while ranks join.
-    report: until a rank that waits for others says so, and between such lines.
-    acknowledge: for the ranks that have joined to read why the others end.
-    late: for ranks that have not joined yet to come and read a user's mistake.
-    join_grace: after --join-timeout, until a rank that is stuck in a library is ended.
-    handshake: for a new connection to prove its rank.
-    send: for a message to be taken over by the system.
-    serve_tick, client_tick: between two looks at the heartbeats, on rank 0 and on the others.
-    heartbeat_interval: between the checks that all ranks answer.
-    unresponsive: without a message, until a rank counts as unresponsive.
-    check: for all ranks to answer that they are alive.
-    linger: for the others to hear of a failure before this rank ends.
-    before_exit: for work between a failure and the exit.
-    close: for the other ranks to close their connections at the end of a run.
-    same_stop: closer signals are one request: a terminal and a launcher may both send one.
+    poll: the interval of reading the store while ranks join.
+    report: the interval of log lines from a rank that waits for others.
+    acknowledge: the time for ranks that have joined to read the verdict.
+    late: the time for ranks that have not joined yet to read a verdict about a user's mistake.
+    join_grace: the time after --join-timeout until the process ends, even if a library hangs.
+    handshake: the time for a new connection to prove its rank.
+    send: the timeout of sending a message.
+    serve_tick, client_tick: the interval of heartbeat checks, on rank 0 and on the other ranks.
+    heartbeat_interval: the interval of messages that every rank must answer.
+    unresponsive: the time without a message until a rank counts as unresponsive.
+    check: the time for all ranks to answer that they are alive.
+    linger: the time for the other ranks to receive a failure before this rank ends.
+    before_exit: the time for the work between a failure and the exit.
+    close: the time for the other ranks to disconnect at the end of a run.
+    same_stop: signals within this time are one stop request; a terminal and a launcher may each
+        send a signal.
     """
 
     poll: float = 0.1
@@ -46,7 +47,7 @@ class Timing:
 
     @property
     def answer(self) -> float:
-        """For rank 0 to answer whether all ranks are alive."""
+        """The time in seconds for rank 0 to answer whether all ranks are alive."""
         return self.check + 2.0
 
 

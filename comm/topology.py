@@ -1,13 +1,13 @@
-"""Topology: ranks, stages and replicas, as one frozen object that is passed in."""
+"""Topology: the ranks, stages and replicas of a run, in one frozen object."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Topology:
-    """The place of one process: rank = replica * num_stages + stage.
+    """The stage and replica of one process: rank = replica * num_stages + stage.
 
-    Pipelines are contiguous ranks; the replicas of one stage are `num_stages` apart.
+    The ranks of a pipeline are contiguous; the ranks of a stage's replicas differ by `num_stages`.
     """
 
     rank: int
@@ -40,14 +40,14 @@ class Topology:
         return replica * self.num_stages + stage
 
     def pipeline_ranks(self, replica: int) -> tuple[int, ...]:
-        """Returns the ranks of one pipeline, first stage first."""
+        """Returns the ranks of one pipeline, in the order of the stages."""
         return tuple(range(replica * self.num_stages, (replica + 1) * self.num_stages))
 
     def replica_ranks(self, stage: int) -> tuple[int, ...]:
-        """Returns the ranks that hold one stage, first replica first."""
+        """Returns the ranks that hold one stage, in the order of the replicas."""
         return tuple(range(stage, self.world_size, self.num_stages))
 
     def describe(self, rank: int, *, host: str | None = None) -> str:
-        """Returns `rank 3 (stage 1, replica 1)`, with `, host name` after the replica if given."""
+        """Returns `rank 3 (stage 1, replica 1)`, or `rank 3 (stage 1, replica 1, host <host>)`."""
         place = f"stage {rank % self.num_stages}, replica {rank // self.num_stages}"
         return f"rank {rank} ({place})" if host is None else f"rank {rank} ({place}, host {host})"

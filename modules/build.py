@@ -1,4 +1,4 @@
-"""Construction of single modules of a model, uninitialised or with seeded random weights.
+"""Construction of a model's modules, one by one, uninitialised or with seeded random weights.
 
 A model of L blocks has L + 2 modules: 0 the embedding, 1..L the blocks, L + 1 the head.
 """
@@ -13,9 +13,9 @@ from modules.families.base import Family
 
 
 def make_layer(family: Family, config: Any, index: int, device: torch.device | str) -> nn.Module:
-    """Makes module `index` of the model (see above), uninitialised, in fp32 on `device`.
+    """Returns module `index` of the model (see above), uninitialised, in fp32 on `device`.
 
-    On the device "meta" it takes no memory and has names and shapes only.
+    On the device "meta" the module uses no memory: it has only names and shapes.
     """
     with torch.device("meta"):
         if index == 0:
@@ -31,9 +31,9 @@ def make_layer(family: Family, config: Any, index: int, device: torch.device | s
 
 
 def _allocate_(module: nn.Module, device: torch.device | str) -> None:
-    """Gives a module on "meta" memory on `device`, uninitialised.
+    """Replaces a module's "meta" parameters by uninitialised parameters on `device`.
 
-    As `Module.to_empty`, for which torch imports sympy, which takes 0.3 s.
+    `Module.to_empty` does the same, but makes torch import sympy, which takes 0.3 s.
     """
     assert not list(module.buffers())
     for part in module.modules():
@@ -52,9 +52,10 @@ def parameter_names(family: Family, config: Any, index: int) -> list[str]:
 
 @torch.no_grad()
 def initialise_(module: nn.Module, *, std: float, seed: int, index: int) -> None:
-    """Fills a module with random weights, as transformers does, that depend on (seed, index) alone.
+    """Fills a module with random weights, which depend only on (seed, index).
 
-    Matrices are normal with standard deviation `std`; biases are 0; norms are 1 and 0.
+    As in transformers, matrices are normal with standard deviation `std`, biases are 0, and norms
+    have weight 1 and bias 0.
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, "weights", index))
     for part in module.modules():

@@ -1,8 +1,8 @@
-"""The sizes of a model that its speed depends on, and its work in multiply-adds. Needs no torch.
+"""The sizes of a model, and its work in multiply-adds. Needs no torch.
 
-Multiply-adds of a forward pass per token are a function of the config and the sequence length
-alone, in integers, so the same command gives the same numbers on every machine. Norms, activations
-and rotations are not counted.
+The multiply-adds of a forward pass per token depend only on the config and the sequence length.
+They are integers, so a command gives the same numbers on every machine. Norms, activations and
+rotations are not counted.
 """
 
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class ModuleWork:
-    """Multiply-adds per token of a block and of the head; the embedding, a lookup, has none."""
+    """The multiply-adds per token of a block and of the head; the embedding needs none."""
 
     block: int
     head: int
 
 
 class ModelSizes(NamedTuple):
-    """The sizes of a model; its family reads them from the config.
+    """The sizes of a model; its family reads the sizes from the config.
 
     hidden: the width of activations. inner: the width of the feed-forward part.
-    block_weights: elements of a block's matrices, each of which multiplies every token once.
+    block_weights: the number of elements in a block's matrices: multiply-adds per token.
     """
 
     layers: int
@@ -31,16 +31,16 @@ class ModelSizes(NamedTuple):
     block_weights: int
 
     def work(self, seq_len: int) -> ModuleWork:
-        """Returns the work per token in sequences of `seq_len` tokens.
+        """Returns the multiply-adds per token in sequences of `seq_len` tokens.
 
-        Attention multiplies each token twice, for scores and values, by `hidden` numbers of every
-        key up to its own: (seq_len + 1) / 2 keys on average. (A kernel may also compute the causal
-        mask's other half, which is waste.)
+        In attention a token needs `hidden` multiply-adds for scores and `hidden` for values, for
+        every key up to its own position: (seq_len + 1) / 2 keys on average. (Some kernels also
+        compute the masked half; this is not counted.)
         """
         attention = self.hidden * (seq_len + 1)
         return ModuleWork(self.block_weights + attention, self.head_weights)
 
     @property
     def head_weights(self) -> int:
-        """Elements of the projection onto the vocabulary, and of the embedding."""
+        """The number of elements in the projection onto the vocabulary, and in the embedding."""
         return self.hidden * self.vocabulary

@@ -1,4 +1,4 @@
-"""The table of model families: plain names, so that flags can be checked without torch.
+"""The table of model families; it has only names, so that flags can be checked without torch.
 
 A new family needs one line here and one file that defines `FAMILY` (see `modules.families.base`).
 """
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """The module of a family, its Hugging Face name, and the keys of its config for flag checks."""
+    """A model family: its module, its Hugging Face name, and config keys for flag checks."""
 
     module: str
     hf_model_type: str
@@ -22,7 +22,7 @@ class ModelEntry:
     max_positions: str
 
     def load(self) -> "Family":
-        """Imports the implementation (torch and transformers with it)."""
+        """Imports the family's module (and so torch and transformers) and returns the family."""
         family: Family = importlib.import_module(self.module).FAMILY
         return family
 

@@ -1,4 +1,4 @@
-"""The model of one stage: any consecutive part of embedding, blocks and head."""
+"""The model of one stage: consecutive modules out of embedding, blocks and head."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -15,7 +15,10 @@ from modules.layers.lm_head import Head
 
 
 class StageModel(nn.ModuleList):
-    """Modules `indices` of a model, in fp32, uninitialised; keys are `<j>.<name>`, j from 0."""
+    """A stage's modules, in fp32, uninitialised; `indices` are the numbers in the complete model.
+
+    A key of its state dict is `<j>.<name>`; j counts the stage's modules from 0.
+    """
 
     def __init__(
         self, family: Family, config: Any, indices: range, *, device: torch.device | str
@@ -33,14 +36,15 @@ class StageModel(nn.ModuleList):
         documents: PackedDocuments | None = None,
         recompute: bool = False,
     ) -> Tensor:
-        """Returns activations or, on the last stage, logits of all positions but the last.
+        """Returns activations or, on the last stage, logits of all positions except the last.
 
         Args:
             x: activations (rows, seq_len, hidden); on the first stage token ids (rows, seq_len).
             keys: the dropout key of each row; None for no dropout.
-            documents: the documents of the rows, which attention and positions stay inside; None
-                where they cover complete rows.
-            recompute: keep only the input of each block, and compute the rest again in backward.
+            documents: the documents of packed rows, which do not attend to each other; None if
+                attention covers complete rows.
+            recompute: whether to save only each block's input, and compute the rest again in
+                backward.
         """
         x = self._up_to_head(x, keys, documents, recompute=recompute)
         return self.head(x[:, :-1], keys, documents) if self.has_head else x
@@ -55,10 +59,10 @@ class StageModel(nn.ModuleList):
         documents: PackedDocuments | None = None,
         recompute: bool = False,
     ) -> Tensor:
-        """Returns the sum of token losses, on the last stage.
+        """Returns the sum of the token losses; called only on the last stage.
 
-        Backward gives the gradients of the sum times `scale` (`modules.layers.lm_head`). `labels`
-        are (rows, seq_len), of which the last position is not used.
+        Backward returns the gradients of the sum times `scale` (`modules.layers.lm_head`). `labels`
+        are (rows, seq_len); the last position is not used.
         """
         x = self._up_to_head(x, keys, documents, recompute=recompute)
         return self.head.loss(x[:, :-1], labels[:, :-1], scale=scale)

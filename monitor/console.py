@@ -1,4 +1,4 @@
-"""A terminal shared by log lines and one live line: the lines scroll above it."""
+"""A terminal with log lines and one live line; the log lines scroll above the live line."""
 
 import contextlib
 import os

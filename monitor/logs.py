@@ -6,7 +6,7 @@ from typing import TextIO
 
 from monitor.console import Console
 
-# Libraries whose INFO messages say nothing about the run.
+# The INFO messages of these libraries are not about the run.
 _QUIET = ("datasets", "filelock", "httpx", "huggingface_hub", "matplotlib", "torch", "urllib3")
 
 
@@ -20,17 +20,17 @@ class ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self.console.print(self.format(record))
-        except Exception:  # like logging's own handlers: a bad record must not end the run
+        except Exception:  # as in logging's handlers: a bad record must not end the run
             self.handleError(record)
 
 
 def setup_logging(rank: int, stream: TextIO) -> Console:
     """Sends the log records of the process to `stream`, and replaces any earlier setup.
 
-    Rank 0 prints messages from INFO on, unchanged; other ranks print those from WARNING on, as
-    `rank 3: message`. torch's C++ warnings are hidden where TORCH_CPP_LOG_LEVEL is unset and torch
-    is not imported yet: its sockets log a lost peer before the line that names the rank.
-    Returns the console, which `monitor.progress.Progress` shares.
+    Rank 0 prints messages of level INFO and higher. Other ranks print messages of level WARNING and
+    higher, as `rank 3: message`. Sets TORCH_CPP_LOG_LEVEL if it is unset and torch is not imported
+    yet: torch's sockets would log a lost peer before the line that names the rank. Returns the
+    console; `monitor.progress.Progress` uses it too.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     console = Console(stream)

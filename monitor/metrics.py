@@ -1,7 +1,7 @@
 """metrics.jsonl: the metrics of each iteration, one JSON object per line, readable during the run.
 
-Plots are drawn from the file, users' scripts read it, and a resumed run continues it as if the run
-had never stopped.
+The plots and users' scripts read the file. A resumed run continues the file as if the run had never
+stopped.
 """
 
 import errno
@@ -23,12 +23,13 @@ class IterationMetrics:
     """The metrics of iteration `step`, counted from 1: one line of the file.
 
     loss: mean over the trained tokens of all replicas and microbatches, in nats.
-    lr, grad_norm: of the update that this iteration ended, if any; grad_norm is None also for a
-        skipped update.
-    step_seconds: without saves and evaluations.
-    held_out, held_out_before: of the evaluation after this iteration, and before the first one.
+    lr, grad_norm: of the update at the end of this iteration; None without an update. grad_norm is
+        also None for a skipped update.
+    step_seconds: the time of the iteration, without saves and evaluations.
+    held_out: the evaluation after this iteration.
+    held_out_before: the evaluation before the first iteration.
 
-    From `loss_scale` on, fields that are None are left out of the line.
+    If loss_scale, held_out or held_out_before is None, its keys are not in the line.
     """
 
     step: int
@@ -44,7 +45,7 @@ class IterationMetrics:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """None if no time passed."""
+        """The trained tokens per second of all replicas; None if no time passed."""
         return self.num_trained_tokens / self.step_seconds if self.step_seconds > 0 else None
 
     def to_json(self) -> dict[str, Any]:
@@ -75,7 +76,7 @@ class IterationMetrics:
 
 
 class MetricsFile:
-    """The writer of one metrics.jsonl, whose folder must exist at the first write."""
+    """The writer of one metrics.jsonl; the folder must exist before the first write."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -90,7 +91,7 @@ class MetricsFile:
         replace_file(self.path, b"".join(map(_encode, lines)))
 
     def append(self, *metrics: IterationMetrics) -> None:
-        """Adds lines in one write: all of them or, if it raises OSError, none."""
+        """Appends a line for each iteration; if it raises OSError, the file is unchanged."""
         content = b"".join(_encode(iteration.to_json()) for iteration in metrics)
         with self.path.open("ab", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
@@ -100,9 +101,9 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Reads the complete lines of a metrics.jsonl, in order; none if the file does not exist.
+    """Returns the complete lines of a metrics.jsonl, in order; [] if the file does not exist.
 
-    A line that is no JSON object with a step, for example one that is being written, is left out.
+    Skips any line that is not a JSON object with a step, for example an incomplete line.
     """
     try:
         content = path.read_bytes()
@@ -125,7 +126,7 @@ def _decode(line: bytes) -> dict[str, Any] | None:
 
 
 class SetLoss(NamedTuple):
-    """The mean loss of a set's trained tokens, in nats, and their number."""
+    """The mean loss over the trained tokens of an evaluation set, in nats, and their number."""
 
     loss: float
     num_trained_tokens: int
@@ -136,14 +137,14 @@ class HeldOut:
     """The result of an evaluation on held-out data.
 
     loss: mean over the trained tokens of all sets, in nats.
-    sets: by name; empty if the data is one set without a name.
+    sets: the loss of each set, by name; empty if the data is one set without a name.
     """
 
     loss: float
     sets: Mapping[str, SetLoss] = field(default_factory=dict)
 
     def sets_to_json(self) -> dict[str, dict[str, float | None]]:
-        """Returns each set's loss, perplexity and tokens; numbers that are not finite are None."""
+        """Returns the loss, perplexity and tokens of each set; a number is None if not finite."""
         return {
             name: {
                 "loss": finite_or_none(loss),
@@ -155,7 +156,7 @@ class HeldOut:
 
 
 def perplexity(loss: float) -> float:
-    """Returns exp(loss) of a mean loss in nats; infinity if a float cannot hold it."""
+    """Returns exp(loss) of a mean loss in nats; infinity if the result overflows a float."""
     try:
         return math.exp(loss)
     except OverflowError:
@@ -163,25 +164,25 @@ def perplexity(loss: float) -> float:
 
 
 def finite_or_none(value: float | None) -> float | None:
-    """Returns a number if JSON can hold it, else None."""
+    """Returns `value` if it is finite, else None, because JSON has no infinity and no NaN."""
     return value if value is not None and math.isfinite(value) else None
 
 
 class Stopwatch:
-    """A stopwatch that starts when it is made."""
+    """A stopwatch, which starts when it is created."""
 
     def __init__(self) -> None:
         self._since = time.perf_counter()
 
     def lap(self) -> float:
-        """Returns the seconds since the last lap, without pauses."""
+        """Returns the seconds since the last call (or the start), without pauses."""
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         return seconds
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves the time of the block out of the lap."""
+        """Excludes the time of the block from the lap."""
         start = time.perf_counter()
         yield
         self._since += time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""Detection of errors that mean out of memory: each library words them in its own way."""
+"""Detection of out-of-memory errors; each library reports them with another type or text."""
 
 import errno
 import re
@@ -11,12 +11,12 @@ _REQUEST = re.compile(r"tried to allocate ([\d.]+ \w+)", re.IGNORECASE)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tells whether `error`, or an error in its chain of causes, means out of memory."""
+    """Returns whether `error`, or an error in its chain of causes, means out of memory."""
     return any(map(_means_out_of_memory, causes(error)))
 
 
 def requested_size(error: BaseException) -> str:
-    """Returns the size of the failed allocation, such as `2.00 GiB`; empty if it is unknown."""
+    """Returns the size of the failed allocation, such as `2.00 GiB`; "" if it is unknown."""
     matches = (_REQUEST.search(str(e)) for e in causes(error) if _means_out_of_memory(e))
     return next((match[1] for match in matches if match is not None), "")
 

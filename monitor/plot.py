@@ -1,7 +1,7 @@
-"""loss.png, drawn from metrics.jsonl: losses, learning rate and restarts in one picture.
+"""The plot loss.png, drawn from metrics.jsonl: losses, learning rate and restarts.
 
-It uses matplotlib's objects and never pyplot, which has global state and chooses a window system.
-matplotlib is imported only when a picture is drawn.
+The plot uses matplotlib's objects and not pyplot, because pyplot has global state and chooses a
+window system. matplotlib is imported only when a picture is drawn.
 """
 
 import io
@@ -25,19 +25,19 @@ Points = list[tuple[int, float]]  # (step, value)
 
 
 def draw_loss(metrics_path: Path, png_path: Path) -> None:
-    """Draws the metrics so far and replaces the last picture; a failure is only a warning."""
+    """Draws the metrics so far and replaces the last picture; a failure only logs a warning."""
     try:
         lines = read_metrics(metrics_path)
         if lines:
             replace_file(png_path, _render(lines))
-    except Exception as error:  # any failure of matplotlib: training goes on
+    except Exception as error:  # training continues after any failure of matplotlib
         logger.warning("cannot draw %s: %s", png_path, error)
 
 
 def held_out_curves(lines: Iterable[dict[str, Any]]) -> dict[str, Points]:
-    """Returns the held-out losses of each set by name; the name of an unnamed set is empty.
+    """Returns the held-out losses of each set by name; the key of an unnamed set is "".
 
-    The evaluation before the first iteration is at step 0.
+    The evaluation before the first iteration has step 0.
     """
     curves: dict[str, Points] = {}
     for line in lines:
@@ -55,7 +55,7 @@ def restarts(lines: Iterable[dict[str, Any]]) -> list[int]:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Returns a running mean over a twentieth of the run, with a shorter window at both ends.
+    """Returns a running mean over a twentieth of the values, with a shorter window at both ends.
 
     The window is centred, so that the mean does not lag behind a falling loss.
     """
@@ -123,7 +123,7 @@ def _draw_sets(axes: Any, curves: Mapping[str, Points]) -> list[Any]:
 
 
 def _short(name: str) -> str:
-    """Returns a name for the legend: cut, and with $ escaped, which would start a formula."""
+    """Returns a name for the legend: cut if long, with $ escaped ($ starts a formula)."""
     cut = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
     return cut.replace("$", r"\$")
 

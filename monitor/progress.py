@@ -9,11 +9,11 @@ from monitor.metrics import HeldOut, IterationMetrics, perplexity
 
 _PLAIN_INTERVAL = 10.0  # seconds between plain lines
 _LIVE_INTERVAL = 0.1  # seconds between updates of the live line
-_RECENT = 50  # iterations for the estimate of the time left
+_RECENT = 50  # recent iterations that estimate the remaining time
 
 
 class Progress:
-    """The progress line of a run of `total_steps`, on the console of its logs.
+    """The progress line of a run of `total_steps`, on the same console as the log lines.
 
     The first and the last iteration and every evaluation are always shown.
     """
@@ -31,7 +31,7 @@ class Progress:
         self._eval_loss: float | None = None
 
     def update(self, metrics: IterationMetrics) -> None:
-        """Shows an iteration if a line is due, and its evaluation if there was one."""
+        """Shows an iteration if the interval has passed, and its evaluation if there was one."""
         self._recent.append(metrics.step_seconds)
         self._lr = self._lr if metrics.lr is None else metrics.lr
         if metrics.held_out is not None:
@@ -43,13 +43,13 @@ class Progress:
             show(self._line(metrics))
 
     def show_evaluation(self, step: int, held_out: HeldOut) -> None:
-        """Prints the held-out loss, also of each set; step 0 is before the first iteration."""
+        """Prints the held-out loss, in total and of each set; step 0 is before iteration 1."""
         self._eval_loss = held_out.loss
         sets = [f"; {name}: {_format(of_set.loss)}" for name, of_set in held_out.sets.items()]
         self._console.print(f"step {step}: held-out {_format(held_out.loss)}{''.join(sets)}")
 
     def close(self) -> None:
-        """Keeps the last live line on the terminal; later output goes below it."""
+        """Keeps the last live line on the terminal; later output is printed below this line."""
         self._console.keep_live()
 
     def _line(self, metrics: IterationMetrics) -> str:
@@ -71,16 +71,16 @@ def _format(loss: float) -> str:
 
 
 def recent_average(seconds: Sequence[float]) -> float:
-    """Returns the mean without the shortest and the longest, if there are at least five.
+    """Returns the mean of the times; of five or more, it excludes the shortest and the longest.
 
-    A median would be wrong with gradient accumulation, where every n-th iteration is longer.
+    A median would be wrong with gradient accumulation, because every n-th iteration is longer.
     """
     usual = sorted(seconds)[1:-1] if len(seconds) >= 5 else seconds
     return sum(usual) / len(usual)
 
 
 def format_duration(seconds: float) -> str:
-    """Formats as `42 s`, `3:07 min`, `5:02 h` or `2 d 5 h`, in the largest unit that fits."""
+    """Formats a duration in its largest unit: `42 s`, `3:07 min`, `5:02 h` or `2 d 5 h`."""
     total = round(seconds)
     if total < 60:
         return f"{total} s"

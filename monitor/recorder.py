@@ -1,4 +1,4 @@
-"""The records of a run (metrics, plot, progress line, wandb) behind one object.
+"""Recorders of a run: one object for metrics, plot, progress line and wandb.
 
 Rank 0 has a `FileRecorder`; the other ranks have a `Recorder`, which records nothing.
 """
@@ -20,9 +20,9 @@ PLOT_NAME = "loss.png"
 
 
 class Recorder:
-    """A recorder of the events of a run that records nothing.
+    """The recorder of ranks other than 0: the interface of recorders, and records nothing.
 
-    run_id: the id of the run at wandb, which checkpoints keep.
+    run_id: the id of the run at wandb; checkpoints save the id.
     """
 
     run_id: str | None = None
@@ -34,19 +34,19 @@ class Recorder:
         """Records an iteration, with its evaluation if one was due."""
 
     def before_save(self) -> None:
-        """Prepares for a checkpoint that is about to be written."""
+        """Writes pending metrics before a checkpoint is written."""
 
     def after_save(self) -> None:
         """Updates the plot after a checkpoint was written."""
 
     def close(self) -> None:
-        """Ends the records of the run."""
+        """Closes the records of the run."""
 
 
 class FileRecorder(Recorder):
-    """The records of a run: metrics.jsonl and loss.png in `folder`, the progress line, and wandb.
+    """The recorder of rank 0: metrics.jsonl and loss.png in `folder`, the progress line, and wandb.
 
-    If the disk is full, lines of metrics wait in memory until they can be written.
+    If the disk is full, the lines of metrics stay in memory until the disk has space.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class FileRecorder(Recorder):
         self._wandb.log(metrics.to_json(), metrics.step)
 
     def before_save(self) -> None:
-        """Writes the lines that wait, since a run that resumes from the checkpoint lacks them."""
+        """Writes the pending lines, because a resumed run cannot write lines of earlier steps."""
         if self._unwritten:
             self._write(warn=False)
 
@@ -80,13 +80,13 @@ class FileRecorder(Recorder):
         self._wandb.close()
 
     def _write(self, *, warn: bool) -> None:
-        """Writes the lines that wait; a full disk is only a warning."""
+        """Writes the pending lines; a full disk only logs a warning, if `warn` is true."""
         try:
             self._metrics.append(*self._unwritten)
         except OSError as error:
             if warn:
                 path = self._metrics.path
-                logger.warning("cannot write %s: %s; its lines wait for free space", path, error)
+                logger.warning("cannot write %s: %s; will write again later", path, error)
             return
         self._unwritten.clear()
 
@@ -100,14 +100,14 @@ def open_recorder(
     config: Mapping[str, Any],
     run_id: str | None,
 ) -> FileRecorder:
-    """Starts or continues the records in `folder`, which must exist.
+    """Starts or continues the records in `folder`; the folder must exist.
 
     Args:
         progress: shows the progress line.
         resumed_step: the step of the checkpoint that the run continues from; None for a new run.
         project: the project at wandb.
         config: the flags of the run, for wandb.
-        run_id: the id of the run at wandb to continue; None for a new one.
+        run_id: the id of the wandb run to continue; None for a new wandb run.
     """
     metrics = MetricsFile(folder / METRICS_NAME)
     if resumed_step is None:

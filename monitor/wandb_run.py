@@ -1,7 +1,7 @@
-"""Weights & Biases, beside the run's own metrics, if it is configured.
+"""Weights & Biases (wandb): an additional record of the metrics, if the user has configured it.
 
-Any failure, such as an unreachable server, is only a warning. wandb never prompts: a prompt on one
-of many ranks would hang them all.
+Any failure, such as an unreachable server, only logs a warning. wandb never prompts for input,
+because a prompt on one rank would make all ranks wait.
 """
 
 import configparser
@@ -24,10 +24,10 @@ _CLOSE_SECONDS = 60.0
 
 
 class WandbRun:
-    """A run at wandb, which is logged to until the first failure.
+    """A run at wandb; after the first failure it logs nothing.
 
-    run: of `wandb.init`; None logs nothing.
-    run_id: the id of an earlier run, which a later one may continue, if there is no `run`.
+    run: the result of `wandb.init`; None logs nothing.
+    run_id: if `run` is None, the id of an earlier wandb run, so that a later start can continue it.
     """
 
     def __init__(self, run: Any = None, *, run_id: str | None = None) -> None:
@@ -35,16 +35,16 @@ class WandbRun:
         self.run_id: str | None = run_id if run is None else run.id
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Logs the values of iteration `step` that are not None; wandb's own process sends them.
+        """Logs the values of iteration `step`, except None; wandb's own process sends the values.
 
-        The held-out loss of a set is `eval_loss/<name>`, so that the charts of sets share a
-        section.
+        The key of a set's held-out loss is `eval_loss/<name>`, so that wandb shows the charts of
+        all sets in one section.
         """
         values = {key: value for key, value in _flat(metrics).items() if value is not None}
         self._try(lambda: self._run.log(values, step=step))
 
     def close(self) -> None:
-        """Ends the run; data that is not sent within a minute stays on disk."""
+        """Ends the wandb run; data that wandb cannot send within a minute stays on disk."""
         if not self._is_active:
             return
         closing = threading.Thread(target=lambda: self._try(self._run.finish), daemon=True)
@@ -61,33 +61,33 @@ class WandbRun:
             return
         try:
             action()
-        except Exception as error:  # of any kind: training does not stop for it
+        except Exception as error:  # no error of wandb stops the training
             self._is_active = False
-            logger.warning("wandb failed, the run goes on without it: %s", one_line(error))
+            logger.warning("wandb failed, the run continues without it: %s", one_line(error))
 
 
 def open_wandb(
     *, project: str | None, config: Mapping[str, Any], run_id: str | None, folder: Path
 ) -> WandbRun:
-    """Opens a wandb run if wandb is configured, else a run that logs nothing.
+    """Opens a wandb run if wandb is configured, else returns a run that logs nothing.
 
-    Configured means a key, a login, or WANDB_MODE; otherwise wandb is not imported. wandb itself
-    reads the run's name from WANDB_NAME.
+    wandb is configured if there is a key, a login, or WANDB_MODE; otherwise wandb is not imported.
+    wandb itself reads the run's name from WANDB_NAME.
 
     Args:
-        run_id: the id of the run to continue; None for a new one.
-        folder: holds the files of wandb; it must exist.
+        run_id: the id of the wandb run to continue; None for a new wandb run.
+        folder: the folder for wandb's files; it must exist.
     """
     mode = wandb_mode()
     if mode == "disabled" or (mode is None and not has_login()):
         return WandbRun(run_id=run_id)
     if mode != "offline" and not has_login():
-        logger.warning("WANDB_MODE is %s, but wandb has neither a key nor a login: not used", mode)
+        logger.warning("WANDB_MODE is %s, but wandb has no key and no login: wandb is off", mode)
         return WandbRun(run_id=run_id)
     try:
         return WandbRun(_init(project, config, run_id, folder))
-    except Exception as error:  # of any kind: training does not stop for it
-        logger.warning("wandb could not start, the run goes on without it: %s", one_line(error))
+    except Exception as error:  # no error of wandb stops the training
+        logger.warning("wandb could not start, the run continues without it: %s", one_line(error))
         return WandbRun(run_id=run_id)
 
 
@@ -95,7 +95,7 @@ def _init(project: str | None, config: Mapping[str, Any], run_id: str | None, fo
     import wandb
 
     settings = wandb.Settings(init_timeout=_INIT_SECONDS, console="off")
-    with contextlib.suppress(AttributeError, ValueError):  # older versions lack it, and block
+    with contextlib.suppress(AttributeError, ValueError):  # older versions lack it
         settings.finish_timeout = _CLOSE_SECONDS
     return wandb.init(
         project=project,
@@ -119,13 +119,13 @@ _PUBLIC_SERVERS = ("https://api.wandb.ai", "https://api.forge.coreweave.com")
 
 
 def wandb_mode(environ: Mapping[str, str] = os.environ) -> str | None:
-    """Returns WANDB_MODE as wandb reads it; None if it is not set."""
+    """Returns the value of WANDB_MODE in lower case, as wandb reads it; None if not set."""
     mode = environ.get("WANDB_MODE", "").strip().lower()
     return "offline" if mode == "dryrun" else mode or None
 
 
 def has_login(environ: Mapping[str, str] = os.environ) -> bool:
-    """Tells whether wandb will find a key or a token, so that it does not prompt."""
+    """Returns whether wandb will find a key or a token; without them wandb would prompt."""
     if environ.get("WANDB_API_KEY") or environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     configured = environ.get("WANDB_BASE_URL") or _settings_base_url(environ)

@@ -1,4 +1,4 @@
-"""The registered task `cot`: chain-of-thought prompts of MMLU, one JSON object {key: text}."""
+"""The registered task `cot`: chain-of-thought prompts of MMLU in one JSON object {key: text}."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from tasks.sources.rows import check_text, read_json
 
 
 def open_local(name: str, path: str) -> DataSource:
-    """Returns the source of the task's one file."""
+    """Returns the data source of the task's only file."""
     return DataSource(name, [CotFile(path)])
 
 
 @dataclass(frozen=True)
 class CotFile:
-    """A small file, loaded at once; the offset and line of a record count its entries."""
+    """The task's JSON file, loaded into memory; a record's offset and line count entries."""
 
     path: str
 

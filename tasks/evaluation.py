@@ -1,4 +1,4 @@
-"""Held-out text for evaluation: packed in order, once, and padded at the end."""
+"""Held-out text for evaluation: read once, packed in order, and padded at the end."""
 
 import itertools
 from collections.abc import Iterator
@@ -32,18 +32,18 @@ def evaluation_batches(
     bad_lines: BadLines | None = None,
     max_batches: int | None = None,
 ) -> Iterator[TokenBatch]:
-    """Streams the text of a source in batches; padding is token 0 and not trained.
+    """Yields the text of a source in batches; padding is token 0 and not trained.
 
     Args:
-        name: A file, folder, registered task or data set of the hub.
-        tokenizer: One of transformers.
-        seq_len: Tokens of a block.
-        rows: Blocks of a batch; the last batch is filled with padding.
+        name: A file, folder, registered task or data set on the hub.
+        tokenizer: A tokenizer of transformers.
+        seq_len: The number of tokens in a block.
+        rows: The number of blocks in a batch; padding fills the last batch.
         separator, train_on, pack, bad_lines: As for `tasks.stream.open_training_stream`.
-        max_batches: Batches at most; None: all.
+        max_batches: The largest number of batches; None: no limit.
 
     Raises:
-        ValueError: There is no such source, it yields no token to predict, or a line is bad.
+        ValueError: The source does not exist, has no token to predict, or has a bad line.
     """
     source = open_source(name, flag=EVALUATION_FLAG)
     encoder = Encoder(tokenizer, separator, train_on)

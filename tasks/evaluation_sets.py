@@ -1,4 +1,4 @@
-"""Parses --evaluation-data: sources of held-out text and their names. Needs no torch."""
+"""The flag --evaluation-data: sources of held-out text and their names. Needs no torch."""
 
 import os
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ EVALUATION_FLAG = "--evaluation-data"
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """A source of held-out text, and the name by which its loss is reported, printable.
+    """A source of held-out text, and a printable name for its loss.
 
-    The name is empty where this is the only set, and has no name.
+    The name is empty if this is the only set and the user gave no name.
     """
 
     name: str
@@ -23,11 +23,11 @@ class EvaluationSet:
 
 
 def parse_evaluation_data(value: str) -> list[EvaluationSet]:
-    """Parses `[name=]source,[name=]source,...`; white space around items and names is ignored.
+    """Parses `[name=]source,[name=]source,...`; ignores white space around items and names.
 
-    The default name is that of the file without its suffix, of the folder or of the task. A value
-    or item that is the path of a file or folder is not split. Raises ValueError if an item or a
-    name is empty, a source has a weight, or two names are the same.
+    The default name is the name of the file without its suffix, of the folder, or of the task. A
+    value or item that is an existing path is not split. Raises ValueError if an item or a name is
+    empty, a source has a weight, or two names are the same.
     """
     if os.path.exists(value):
         return [EvaluationSet("", value)]
@@ -43,7 +43,10 @@ def parse_evaluation_data(value: str) -> list[EvaluationSet]:
 
 
 def check_evaluation_data(value: str) -> None:
-    """Raises as `parse_evaluation_data` and `tasks.registry.check_source`; reads no document."""
+    """Checks the flag's value and the sources; reads no document.
+
+    Raises ValueError like `parse_evaluation_data` and `tasks.registry.check_source`.
+    """
     for evaluation_set in parse_evaluation_data(value):
         check_source(SourceSpec(evaluation_set.source), flag=EVALUATION_FLAG)
 
@@ -64,7 +67,10 @@ def _parse_item(item: str, value: str) -> tuple[str | None, str]:
 
 
 def _split_name(item: str) -> tuple[str | None, str]:
-    """Splits at the first '=' unless it is in a path, such as `/data/lang=en/a.jsonl`."""
+    """Splits an item at the first '='; a path such as `/data/lang=en/a.jsonl` is not split.
+
+    Returns the name, or None without a name, and the source.
+    """
     name, equals, source = item.partition("=")
     if not equals or "/" in name or os.path.exists(item):
         return None, item
@@ -92,6 +98,6 @@ def _check_names(sets: Sequence[EvaluationSet]) -> None:
         if item.name in sources:
             raise ValueError(
                 f"{EVALUATION_FLAG}: {shown(sources[item.name])} and {shown(item.source)} are both "
-                f"named {item.name}: expected name=source with a name of its own for each"
+                f"named {item.name}: expected name=source with a different name for each"
             )
         sources[item.name] = item.source

@@ -1,4 +1,4 @@
-"""A loader that makes training batches ahead, in a background thread."""
+"""A loader that prepares training batches in a background thread before they are needed."""
 
 import contextlib
 import queue
@@ -11,10 +11,10 @@ DEPTH = 3
 
 
 class BatchLoader:
-    """Makes batches of `rows` blocks of `stream`, at most `depth` batches ahead.
+    """A loader of batches with `rows` blocks of `stream`; it prepares at most `depth` batches.
 
-    The loader owns the stream: restore it before. The state in a batch is the stream's right after
-    that batch's blocks, however far the loader is ahead.
+    The loader owns the stream: restore the stream before you create the loader. The state in a
+    batch is the state of the stream right after the blocks of this batch.
     """
 
     def __init__(self, stream: BlockStream, *, rows: int, depth: int = DEPTH) -> None:
@@ -27,7 +27,7 @@ class BatchLoader:
         self._thread.start()
 
     def next(self) -> TokenBatch:
-        """Returns the next batch, or raises the stream's error, also at every later call."""
+        """Returns the next batch; after an error of the stream, every call raises this error."""
         assert not self._closed.is_set(), "the loader is closed"
         if self._error is None:
             item = self._queue.get()
@@ -37,7 +37,7 @@ class BatchLoader:
         raise self._error
 
     def close(self) -> None:
-        """Ends the thread, after its batch, and closes the stream; may be called twice."""
+        """Ends the thread after its current batch, and closes the stream; can be called twice."""
         self._closed.set()
         with contextlib.suppress(queue.Empty):
             while True:
@@ -56,5 +56,5 @@ class BatchLoader:
         try:
             blocks = [self._stream.next_block() for _ in range(self._rows)]
             return make_batch(blocks, self._stream.state())
-        except Exception as error:  # raised by `next`, in the thread that handles it
+        except Exception as error:  # `next` raises it in the caller's thread
             return error

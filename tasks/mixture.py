@@ -1,8 +1,9 @@
-"""One stream of blocks from several sources, each block drawn by the sources' weights.
+"""A mixture: one stream of blocks from several sources, drawn at random by the sources' weights.
 
-The source of a block depends on (seed, index of the block) alone. The draws are stratified: of
-STRATUM consecutive blocks, each has another 1/STRATUM of the unit interval, in random order. The
-probabilities are still the weights, and the shares converge faster than with independent draws.
+The source of a block depends only on (seed, index of the block). The draws are stratified: the unit
+interval is divided into STRATUM parts, and STRATUM consecutive blocks draw from different parts, in
+random order. The probabilities are still the weights, and the shares converge faster than with
+independent draws.
 """
 
 import bisect
@@ -26,7 +27,7 @@ Pack = Literal["concat", "document"]
 
 @dataclass(frozen=True)
 class StreamIdentity:
-    """Settings that must be the same where a stream is restored."""
+    """Settings that must be the same when a stream is saved and when it is restored."""
 
     sources: Sequence[SourceSpec]
     seq_len: int
@@ -37,12 +38,12 @@ class StreamIdentity:
 
     def weights(self) -> list[float]:
         """Returns the sources' weights, normalised to a sum of 1."""
-        largest = max(spec.weight for spec in self.sources)  # the sum of huge ones may be infinite
+        largest = max(spec.weight for spec in self.sources)  # a sum of huge weights can overflow
         total = sum(spec.weight / largest for spec in self.sources)
         return [spec.weight / largest / total for spec in self.sources]
 
     def flags(self) -> dict[str, str]:
-        """Returns the value of each flag; `a:1,b:1` and `a:2,b:2` are the same mixture."""
+        """Returns flag -> value, with normalised weights: `a:1,b:1` equals `a:2,b:2`."""
         pairs = zip(self.sources, self.weights(), strict=True)
         return {
             TASK_FLAG: ",".join(f"{spec.name}:{weight:.6g}" for spec, weight in pairs),
@@ -55,7 +56,7 @@ class StreamIdentity:
 
 
 class BlockStream:
-    """The blocks of a mixture, endless; `packers[i]` packs `identity.sources[i]`.
+    """An endless stream of a mixture's blocks; `packers[i]` packs `identity.sources[i]`.
 
     close: ends the processes that the stream uses.
     """
@@ -73,14 +74,14 @@ class BlockStream:
         self._num_blocks = 0
 
     def next_block(self) -> TokenBlock:
-        """Returns the next block; raises ValueError if its source holds a bad line, or no token."""
+        """Returns the next block; raises ValueError if its source has a bad line or no token."""
         draw = _draw(self._identity.seed, self._num_blocks)
         block = self._packers[bisect.bisect_right(self._bounds, draw)].next_block()
         self._num_blocks += 1
         return block
 
     def weights(self) -> list[float]:
-        """Returns the sources' shares of the blocks."""
+        """Returns the share of each source in the blocks; the shares sum to 1."""
         return self._identity.weights()
 
     def state(self) -> State:
@@ -92,7 +93,7 @@ class BlockStream:
         }
 
     def restore(self, state: State) -> None:
-        """Returns to `state`; raises ValueError if it is of another mixture, or files changed."""
+        """Restores `state`; raises ValueError if it is of another mixture or if files changed."""
         for flag, value in self._identity.flags().items():
             saved = state["flags"][flag]
             if saved != value:
@@ -103,7 +104,7 @@ class BlockStream:
 
 
 def _draw(seed: int, block: int) -> float:
-    """Returns the draw of a block, in [0, 1)."""
+    """Returns the random number of a block, in [0, 1)."""
     group, index = divmod(block, STRATUM)
     generator = random.Random(derive_seed(seed, "mixture", group))
     strata = generator.sample(range(STRATUM), STRATUM)

@@ -1,6 +1,6 @@
 """The registered task `natural_instructions`, or `ni`: definitions of tasks, and their instances.
 
-The folder is laid out as the repository allenai/natural-instructions: a JSON file for each task,
+The folder has the layout of the repository allenai/natural-instructions: a JSON file for each task,
 and a list of the tasks to train on. The document of an instance is
 
     <definition>
@@ -8,8 +8,8 @@ and a list of the tasks to train on. The document of an instance is
     Input: <input>
     Output: <output>
 
-and its completion is the text after "Output:". Where an instance has several outputs, the first is
-used, so that an instance is one document. On the hub an instance is a row, with one output.
+and its completion is the text after "Output:". If an instance has several outputs, the first output
+is used, so that an instance is one document. On the hub an instance is a row with one output.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ ROW_FORMAT = RowFormat(COLUMNS, _parse)
 
 
 def open_local(name: str, path: str) -> DataSource:
-    """Returns the training tasks' instances; raises ValueError if the folder holds none."""
+    """Returns the source of the training tasks; raises ValueError if the folder has none."""
     task_list = os.path.join(path, TRAINING_TASKS)
     try:
         with open(task_list, encoding="utf-8") as file:
@@ -56,9 +56,9 @@ def open_local(name: str, path: str) -> DataSource:
     paths = [task_path for task_path in expected if os.path.isfile(task_path)]
     if not paths:
         folder = shown(os.path.join(path, "tasks"))
-        raise ValueError(f"{name}: {folder}: none of the {len(expected)} training tasks is there")
+        raise ValueError(f"{name}: {folder}: has none of the {len(expected)} training tasks")
     if len(paths) < len(expected):
-        logger.info("%s: %d of %d training tasks are there", name, len(paths), len(expected))
+        logger.info("%s: found %d of %d training tasks", name, len(paths), len(expected))
     files = [IndexedFile(task_path, partial(InstanceRows, [task_path])) for task_path in paths]
     return DataSource(name, files, partial(InstanceRows, paths))
 
@@ -66,9 +66,9 @@ def open_local(name: str, path: str) -> DataSource:
 class InstanceRows:
     """The instances of several files (see `tasks.sources.base.IndexedRows`).
 
-    Each file is parsed once, and its instances are copied to a temporary file, a line each, from
-    which any is read fast; memory holds one file at a time. Raises ValueError if a file cannot be
-    read, or is no task.
+    Each file is parsed once, and its instances are copied to a temporary file, one per line, for
+    fast reads in any order. Memory holds only one file at a time. Raises ValueError if a file
+    cannot be read or is not a task.
     """
 
     def __init__(self, paths: Sequence[str]) -> None:
@@ -114,8 +114,8 @@ class InstanceRows:
 
 
 def _load_task(path: str) -> tuple[str, list[Any]]:
-    """Returns the definition and the instances of a file."""
-    problem = "no task of natural instructions"
+    """Returns definition and instances of a task file; raises ValueError for any other file."""
+    problem = "not a task of natural instructions"
     task = read_json(path, problem)
     keys = task if isinstance(task, dict) else {}
     definition, instances = keys.get("Definition"), keys.get("Instances")

@@ -1,4 +1,4 @@
-"""Opens a source by its name."""
+"""The data source of a name: a task, files, a saved data set, or a data set on the hub."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ from tasks.sources.rows import RowFormat
 
 
 def open_source(name: str, *, flag: str = TASK_FLAG) -> DataSource:
-    """Finds the files of a source and reads none; raises as `tasks.registry.check_source`."""
+    """Returns the data source of `name`; raises ValueError like `tasks.registry.check_source`."""
     location = locate_source(name, flag=flag)
     if location.kind == "task":
         return open_task(name, location)
@@ -36,6 +36,6 @@ def open_source(name: str, *, flag: str = TASK_FLAG) -> DataSource:
 
 
 def _open_parquet(path: str, row_format: RowFormat) -> SourceFile:
-    from tasks.sources.parquet import ParquetFile  # pyarrow takes 0.2 s to import, on each rank
+    from tasks.sources.parquet import ParquetFile  # the import of pyarrow takes 0.2 s
 
     return ParquetFile(path, row_format)

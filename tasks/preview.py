@@ -1,4 +1,4 @@
-"""Previews the training data for a reader: blocks as text, and the mixture in numbers."""
+"""A preview of the training data: blocks as text, and the mixture in numbers."""
 
 import itertools
 import math
@@ -19,12 +19,12 @@ from tasks.shuffling.shuffle import Shuffle
 from tasks.sources.base import BadLineError, DataSource
 from tasks.tokenization.encoder import EncodedDocument, Encoder
 
-SAMPLE_DOCUMENTS = 2000  # documents of a source that are tokenized for the numbers
-SAMPLE_TOKENS = 1 << 23  # the sample is smaller where it has more tokens
-MIN_BLOCKS = 1024  # a sample is packed into so many, because the packing depends on the order
+SAMPLE_DOCUMENTS = 2000  # documents of a source in the sample, at most
+SAMPLE_TOKENS = 1 << 23  # tokens of a sample, at most
+MIN_BLOCKS = 1024  # a sample is packed repeatedly into this many blocks, since the order matters
 COUNT_SECONDS = 30.0
 GREEN, GREY, PLAIN = "\x1b[32m", "\x1b[90m", "\x1b[0m"
-# Characters that would move a terminal's cursor or change its colour are shown escaped.
+# Control characters are escaped, because they could move a terminal's cursor or change its colour.
 _ESCAPED = {
     code: ascii(chr(code))[1:-1]
     for code in (*range(0x20), *range(0x7F, 0xA0))
@@ -35,9 +35,9 @@ _ESCAPED = {
 def preview_blocks(
     stream: BlockStream, tokenizer: Any, count: int, *, colour: bool
 ) -> Iterator[str]:
-    """Yields the origins and the text of each of the first `count` blocks.
+    """Yields two texts for each of the next `count` blocks: its origins and its text.
 
-    Trained text is green and the rest grey; without `colour` the rest is in [- -].
+    With `colour`, trained text is green and other text is grey. Without it, other text is in [- -].
     """
     for number in range(1, count + 1):
         block = stream.next_block()
@@ -70,10 +70,11 @@ def _mark(text: str, is_trained: bool, colour: bool) -> str:
 class SourceSample:
     """The numbers of a sample of a source.
 
-    num_documents, num_tokens, num_trained_tokens: in the sample.
-    num_blocks: blocks to train on that the sample fills, without padding and skipped blocks.
-    is_complete: the sample is the source.
-    num_rows: rows of the source, where the sample is not complete; more, where `has_more_rows`.
+    num_documents, num_tokens, num_trained_tokens: the numbers in the sample.
+    num_blocks: the blocks that the sample fills, without padding and skipped blocks.
+    is_complete: whether the sample contains the complete source.
+    num_rows: if the sample is not complete, the number of rows that were counted in the source.
+    has_more_rows: whether the source has more rows than were counted.
     """
 
     name: str
@@ -87,7 +88,7 @@ class SourceSample:
 
     @property
     def scale(self) -> float:
-        """Returns the size of the source over that of the sample, or a lower bound of it."""
+        """The ratio of the source's size to the sample's size; a lower bound if has_more_rows."""
         if self.is_complete or not self.num_documents:
             return 1.0
         return self.num_rows / self.num_documents
@@ -102,15 +103,15 @@ def sample_source(
     max_documents: int = SAMPLE_DOCUMENTS,
     count_seconds: float = COUNT_SECONDS,
 ) -> SourceSample:
-    """Samples a source from its beginning.
+    """Tokenizes the first documents of a source and returns their numbers.
 
     Args:
-        documents: The source, of which no document was read.
+        documents: The source; no document of it may have been read.
         encoder: Tokenizes the sample.
-        seq_len: Tokens of a block.
-        pack: Whether blocks keep documents apart ("document").
-        max_documents: Documents of the sample, at most.
-        count_seconds: Time for counting the rows of a source that has no index.
+        seq_len: The number of tokens in a block.
+        pack: "document" keeps documents apart in blocks; "concat" does not.
+        max_documents: The largest number of documents in the sample.
+        count_seconds: The time limit for counting the rows of a source without an index.
     """
     encoded, num_tokens = list[EncodedDocument](), 0
     document = documents.next()
@@ -139,9 +140,9 @@ def sample_source(
 def _count_blocks(
     encoded: Sequence[EncodedDocument], num_tokens: int, seq_len: int, pack: Pack
 ) -> float:
-    """Returns the mean number of blocks that an epoch of the documents fills and trains on.
+    """Returns the mean number of trained blocks that the documents fill in one epoch.
 
-    The documents are packed several times, in different orders, into at least MIN_BLOCKS.
+    The documents are packed several times, in different orders, into at least MIN_BLOCKS blocks.
     """
     repeats = math.ceil(MIN_BLOCKS * seq_len / num_tokens) if num_tokens else 1
     orders = (random.Random(seed).sample(encoded, len(encoded)) for seed in range(repeats))
@@ -153,7 +154,7 @@ def _count_blocks(
 
 
 def _count_rows(source: DataSource, seconds: float) -> tuple[int, bool]:
-    """Returns the number of rows that were read in that time, and whether these are all."""
+    """Returns the number of rows counted within `seconds`, and whether all rows were counted."""
     end, num_rows = time.monotonic() + seconds, 0
     for num_rows, _ in enumerate((row for file in source.files for row in file.read()), start=1):
         if time.monotonic() > end:
@@ -164,9 +165,10 @@ def _count_rows(source: DataSource, seconds: float) -> tuple[int, bool]:
 def describe_mixture(
     samples: Sequence[SourceSample], weights: Sequence[float], *, run_blocks: int
 ) -> str:
-    """Returns a table with a line for each source; `run_blocks` are the blocks of the run.
+    """Returns a table with a line for each source; `run_blocks` is the run's number of blocks.
 
-    Numbers that a sample estimates are marked with ~; with > and < where rows were not all counted.
+    The mark ~ means: estimated from a sample. The marks > and < mean: a lower or upper bound,
+    because not all rows were counted.
     """
     columns = {"share": 7, "documents": 13, "tokens": 15, "trained": 15, "epochs": 9}
     lines = ["".join(f"{name:>{width}s}" for name, width in columns.items()) + "  source"]

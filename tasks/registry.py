@@ -1,7 +1,7 @@
-"""Checks the sources that --task-name and --evaluation-data name; needs no torch.
+"""The registered tasks, and checks of the sources in --task-name and --evaluation-data. No torch.
 
-A registered task is an entry in TASKS. Its row format (see `tasks.sources.rows`) stands here if it
-is a few lines long, else in a file of its own.
+A registered task is an entry in TASKS. A task with its own row format (see `tasks.sources.rows`)
+has a separate file.
 """
 
 import json
@@ -24,11 +24,11 @@ _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(?:/\w[\w.-]*)?", re.ASCII)
 class TaskEntry:
     """A registered task.
 
-    path: where its data is on disk.
-    description: of the data that belongs there, for the error that says that it is missing.
-    row_format: how its rows are read.
-    hub: the data set that replaces a missing `path`, if there is one.
-    open_local: opens `path`, where that is neither files of rows nor a saved data set.
+    path: the location of its data on disk.
+    description: describes the expected data, for the error about a missing `path`.
+    row_format: the format of its rows.
+    hub: the data set on the hub that is used if `path` is missing; None: there is none.
+    open_local: opens `path` if its layout is neither files of rows nor a saved data set.
     """
 
     path: str
@@ -38,13 +38,13 @@ class TaskEntry:
     open_local: Callable[[str, str], DataSource] | None = None
 
     def locate(self, name: str, *, flag: str) -> SourceLocation:
-        """Returns where the data is; raises ValueError if it is missing, and not on the hub."""
+        """Returns the location of the data; raises ValueError without `path` and without `hub`."""
         if os.path.exists(self.path):
             if self.open_local is not None:
                 return SourceLocation(self.path, "task")
             return _locate_path(self.path, flag)
         path = shown(os.path.abspath(self.path))
-        missing = f"{flag} {name}: there is no {path}: put there {self.description}"
+        missing = f"{flag} {name}: {path} does not exist: put this data there: {self.description}"
         if self.hub is None:
             raise ValueError(missing)
         return SourceLocation(self.hub, "hub", missing)
@@ -84,9 +84,9 @@ TASKS: dict[str, TaskEntry] = {
 
 
 def check_source(spec: SourceSpec, *, flag: str = TASK_FLAG) -> None:
-    """Finds mistakes in a source before training: reads no document, but asks the hub for a name.
+    """Checks before training that a source exists; reads no document, but may ask the hub.
 
-    Raises ValueError if --task-name takes no such source, or it is missing.
+    Raises ValueError if the source is missing or not supported.
     """
     location = locate_source(spec.name, flag=flag)
     if location.kind == "files":
@@ -96,25 +96,25 @@ def check_source(spec: SourceSpec, *, flag: str = TASK_FLAG) -> None:
     elif location.kind == "saved":
         _check_saved_columns(location.path, row_format_of(spec.name))
     else:
-        from tasks.sources.hub import check_hub  # imports datasets, which takes long
+        from tasks.sources.hub import check_hub  # imports datasets, which is slow
 
         check_hub(location, row_format_of(spec.name))
 
 
 def open_task(name: str, location: SourceLocation) -> DataSource:
-    """Opens a task of a layout of its own; raises ValueError if the data is laid out otherwise."""
+    """Opens a task with its own layout; raises ValueError if the data has another layout."""
     open_local = TASKS[name].open_local
     assert open_local is not None, "the location is of kind task"
     return open_local(name, location.path)
 
 
 def row_format_of(name: str) -> RowFormat:
-    """Returns how the rows of a source are read: a registered task has its own format."""
+    """Returns the row format of a source: a registered task's own format, else TEXT_OR_CHAT."""
     return TASKS[name].row_format if name in TASKS else TEXT_OR_CHAT
 
 
 def locate_source(name: str, *, flag: str = TASK_FLAG) -> SourceLocation:
-    """Returns where a source is, preferably on disk; raises ValueError if it is missing."""
+    """Returns the location of a source, on disk if it is there; raises ValueError if missing."""
     if name in TASKS:
         return TASKS[name].locate(name, flag=flag)
     is_file_name = os.path.exists(name) or name.endswith(SUFFIXES)
@@ -132,20 +132,20 @@ def _locate_path(path: str, flag: str) -> SourceLocation:
 
 
 def _training_split(folder: str, flag: str) -> str:
-    """Finds the split `train` among those that `datasets` saved in one folder."""
+    """Returns "train" if a saved data set has this split; raises ValueError otherwise."""
     prefix = f"{flag} {shown(folder)}"
     splits = _read_names(folder, "dataset_dict.json", "splits", prefix, "splits")
     if "train" not in splits:
         names = shown(", ".join(splits))
         raise ValueError(
-            f"{prefix}: the splits saved there are {names}, and none is train: name the folder of "
-            f"one, as {shown(os.path.join(folder, splits[0] if splits else '...'))}"
+            f"{prefix}: the saved splits are {names}, there is no split train: give the folder of "
+            f"a split, such as {shown(os.path.join(folder, splits[0] if splits else '...'))}"
         )
     return "train"
 
 
 def _check_saved_columns(folder: str, row_format: RowFormat) -> None:
-    """Raises ValueError where a saved data set has no column that is read; imports no datasets."""
+    """Raises ValueError if a saved data set has no usable column; does not import datasets."""
     columns = _read_names(folder, "dataset_info.json", "features", shown(folder), "columns")
     row_format.select_columns(columns, shown(folder))
 
@@ -159,7 +159,10 @@ def _read_names(folder: str, file_name: str, key: str, prefix: str, kind: str) -
 
 
 def find_paths(name: str, *, flag: str) -> list[str]:
-    """Returns a file, or a folder's files, sorted; raises ValueError if none is supported."""
+    """Returns the path of a file, or the sorted paths of a folder's supported files.
+
+    Raises ValueError if there is no supported file.
+    """
     prefix = f"{flag} {shown(name)}"
     if os.path.isdir(name):
         return _find_in_folder(name, flag)
@@ -184,7 +187,7 @@ def _find_in_folder(folder: str, flag: str) -> list[str]:
 
 
 def describe_supported() -> str:
-    """Returns what a source may be, for messages and --help."""
+    """Returns a description of the supported kinds of sources, for errors and --help."""
     return (
         f"a registered task ({', '.join(TASKS)}), a {_list_suffixes()} file, a folder of such "
         "files, a data set saved to disk by datasets, or a hub name (org/name)"

@@ -1,4 +1,4 @@
-"""Parses --task-name: sources and their weights. Needs no torch."""
+"""The flag --task-name: sources and their weights. Needs no torch."""
 
 import math
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ TASK_FLAG = "--task-name"
 
 @dataclass(frozen=True)
 class SourceLocation:
-    """The location of a source's documents: a path of some kind, or a name on the hub.
+    """The location of a source's documents: a path, or a name on the hub.
 
-    kind: "task" is a layout of its own, which the module of a registered task opens.
-    missing: the path that is missing, where the hub replaces it, for errors.
+    kind: the kind of location; "task" is a special layout, opened by a registered task's module.
+    missing: for kind "hub", the beginning of an error about a missing path.
     """
 
     path: str
@@ -24,16 +24,16 @@ class SourceLocation:
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """An item of --task-name: a task, path or hub name, and its weight before normalisation."""
+    """An item of --task-name: a task, path or hub name, and its weight, not normalised."""
 
     name: str
     weight: float = 1.0
 
 
 def parse_task_name(value: str) -> list[SourceSpec]:
-    """Parses `a[:w],b[:w],...`; white space around items is ignored.
+    """Returns the items of `a[:w],b[:w],...`; ignores white space around items.
 
-    Raises ValueError if an item is empty, or a weight is not positive and finite.
+    Raises ValueError if an item is empty, or if a weight is not positive and finite.
     """
     return [_parse_item(item.strip(), value) for item in value.split(",")]
 
@@ -52,7 +52,7 @@ def _parse_item(item: str, value: str) -> SourceSpec:
 
 
 def _split_weight(item: str) -> tuple[str, float]:
-    """Splits at the last ':' where a number follows it, so that `C:/x` and `/a:b` stay whole."""
+    """Returns name and weight; splits at the last ':' only if a number follows, unlike `C:/x`."""
     name, colon, tail = item.rpartition(":")
     try:
         return (name.strip(), float(tail)) if colon else (item, 1.0)

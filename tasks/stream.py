@@ -1,4 +1,4 @@
-"""Opens the training stream: sources, shuffles, encoder, packers and mixture."""
+"""The training stream: sources, shuffles, encoder, packers and mixture together."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -32,29 +32,29 @@ def open_training_stream(
     num_workers: int = 0,
     chunk_documents: int = CHUNK_DOCUMENTS,
 ) -> BlockStream:
-    """Opens the sources of a mixture (see `tasks.source_spec.parse_task_name`).
+    """Opens the sources and returns their mixture as a stream of blocks.
 
     Args:
-        specs: The sources and their weights.
-        tokenizer: One of transformers.
-        seq_len: Tokens of a block.
-        seed: Determines all orders and the mixture.
-        separator: Text before each document; None: the end-of-text token after it.
-        train_on: The tokens to train on.
-        pack: Whether blocks keep documents apart ("document").
-        bad_lines: Skips lines that are no document; None: they are errors.
-        num_workers: Processes that tokenize; the blocks do not depend on it.
-        chunk_documents: Documents of a chunk, where the shuffle is buffered.
+        specs: The sources and their weights (see `tasks.source_spec.parse_task_name`).
+        tokenizer: A tokenizer of transformers.
+        seq_len: The number of tokens in a block.
+        seed: Determines the order of each source and the mixture.
+        separator: The text before each document; None: the end-of-text token after each document.
+        train_on: "all" trains on all tokens, "completion" only on answers.
+        pack: "document" keeps documents apart in blocks; "concat" does not.
+        bad_lines: The policy for bad lines; None: a bad line is an error.
+        num_workers: The number of processes that tokenize; it does not change the blocks.
+        chunk_documents: The number of documents in a chunk of a buffered shuffle.
 
     Raises:
-        ValueError: A source is missing, or there is neither eos_token nor `separator`.
+        ValueError: A source is missing, or there is no eos_token and no `separator`.
     """
     workers = Workers(Encoder(tokenizer, separator, train_on), num_workers)
     packers = []
     for index, spec in enumerate(specs):
         documents = shuffle_source(
             open_source(spec.name),
-            seed=derive_seed(seed, "source", index),  # a path that is given twice has two orders
+            seed=derive_seed(seed, "source", index),  # the same path given twice has two orders
             chunk_documents=chunk_documents,
             bad_lines=bad_lines,
         )

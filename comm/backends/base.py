@@ -1,4 +1,4 @@
-"""The base of the communicators between processes: their group, and helpers of torch's."""
+"""Base classes of the communicators: the group of processes, and torch's async operations."""
 
 import time
 from collections.abc import Callable
@@ -13,17 +13,17 @@ from torch import Tensor
 from comm.communicator import CurrentOperation, PeerLostError
 from comm.topology import Topology
 
-Post: TypeAlias = Callable[[], dist.Work | None]  # starts an operation of torch's
-_NO_TIMEOUT = timedelta(0)  # torch's kNoTimeout: the limit of torch's group holds
+Post: TypeAlias = Callable[[], dist.Work | None]  # starts a torch operation
+_NO_TIMEOUT = timedelta(0)  # torch's kNoTimeout: the timeout of torch's group applies
 
 
 @dataclass(frozen=True)
 class Group:
-    """A group of processes, and the way in which this process waits for the others.
+    """A group of processes, with the settings for waiting on a peer.
 
-    name: for messages: `pipeline`, `replicas`, `control`.
+    name: `pipeline`, `replicas` or `control`; errors quote the name.
     members: the global ranks, in the order of the group; this process is one of them.
-    operation: names the operation that this process waits for.
+    operation: gets the name of the operation that this process waits for.
     dist_timeout: seconds that one operation may wait for a peer.
     """
 
@@ -35,7 +35,7 @@ class Group:
 
 
 class GroupMembership:
-    """This process's place in a group."""
+    """The index of this process in a group, and the names of its peers."""
 
     def __init__(self, group: Group) -> None:
         self._name, self._members = group.name, group.members
@@ -57,9 +57,9 @@ class GroupMembership:
 
 
 class TorchWork:
-    """An operation of torch's; gloo drops it if this object is deleted before it is done.
+    """A torch operation; the constructor starts the operation, and `timeout` limits the wait.
 
-    The constructor starts the operation. `timeout` limits the wait for it.
+    gloo cancels the operation if this object is deleted before the operation is done.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class TorchWork:
             work = post()
         except RuntimeError as error:
             raise _peer_lost(name, error, waited=0.0) from error
-        assert work is not None  # torch's answer to a process outside the group
+        assert work is not None  # torch returns None only outside the group
         self._work = work
 
     def is_done(self) -> bool:
@@ -86,11 +86,11 @@ class TorchWork:
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """Returns the same memory as bytes, (nbytes,), which every backend can send."""
+    """Returns a view of the tensor as bytes, (nbytes,); every backend can send bytes."""
     return tensor.detach().view(-1).view(torch.uint8)
 
 
 def _peer_lost(operation: str, error: RuntimeError, *, waited: float) -> PeerLostError:
-    """Returns torch's error in one line, with the operation and the seconds that it waited."""
+    """Returns a one-line error with the operation, the seconds waited and torch's reason."""
     reason = str(error).splitlines()[0].rpartition("] ")[2].rstrip(".")
     return PeerLostError(f"{operation} failed after {waited:.1f} s (--dist-timeout): {reason}.")

@@ -1,14 +1,16 @@
-"""Communicators over NCCL, by CuPy: tensors go from GPU to GPU. (Not yet run on a GPU.)
+"""Communicators over NCCL, through CuPy: tensors travel from GPU to GPU. (Not yet run on a GPU.)
 
-For host tensors everything but NCCL's own communicator runs as on a GPU, with threads instead of
-CUDA streams: tests replace that class alone.
+Tests use host tensors: they replace only CuPy's NCCL communicator with a double, and threads take
+the place of CUDA streams.
 
 A pipeline stage's activation and its neighbour's gradient travel at the same time. On one NCCL
-communicator each would wait until the other is done, so every direction between two neighbours has
-a communicator of two members and a stream of its own. NCCL connects two members at their first
-message, which blocks the host until the other member has called, too: a receive posted ahead would
-wait forever for a sender that waits likewise. So every communicator carries one message when it is
-opened, in one order for all members. Other pairs are opened at their first message.
+communicator the second message would wait until the first is done. So every direction between two
+neighbours has its own communicator of two members and its own stream.
+
+NCCL connects two members at their first message, and blocks the host until both members have
+called. Two members that both post a receive first would wait for each other forever. So every
+communicator carries one message when it is opened, and all members open the communicators in the
+same order. Pairs of members that are not neighbours are opened at their first message.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +27,7 @@ from comm.backends.hang_detector import HangDetector
 from comm.backends.streams import Event, Stream, create_stream
 from comm.communicator import CurrentOperation, Done, PeerLostError, Work
 
-# ncclDataType_t of nccl.h; bool travels as its byte
+# ncclDataType_t of nccl.h; a bool is sent as one byte
 DTYPE_CODES = {
     torch.int8: 0,
     torch.uint8: 1,
@@ -51,11 +53,11 @@ class _Channel:
 class NcclCommunicator(GroupMembership):
     """A Communicator over NCCL.
 
-    store: the first member of a channel posts NCCL's unique id there for the others.
+    store: through the store, the first member of a channel gives the others NCCL's unique id.
     on_hang: called if a wait takes longer than `group.dist_timeout`.
 
-    Raises ValueError if CuPy or its NCCL is not installed, PeerLostError if a channel could not be
-    made.
+    Raises ValueError if CuPy or its NCCL is not installed, PeerLostError if a channel cannot be
+    opened.
     """
 
     def __init__(
@@ -77,8 +79,8 @@ class NcclCommunicator(GroupMembership):
             self.all_reduce(self._scratch()).wait()
 
     def connect_neighbours(self) -> None:
-        """Opens the channels between neighbours; every member calls it before their messages."""
-        for left in range(self.size - 1):  # in one order: no circle of members that wait
+        """Opens the channels between neighbours; every member calls this before its messages."""
+        for left in range(self.size - 1):  # the same order on all members, so no deadlock
             if self._rank in (left, left + 1):
                 self._open_pair(left, left + 1)
 
@@ -91,13 +93,13 @@ class NcclCommunicator(GroupMembership):
         return self._run(operation, channel, channel.nccl.recv, [tensor], 0)
 
     def all_reduce(self, tensor: Tensor) -> Work:
-        """NCCL chooses the order of the sum."""
+        """Starts summing `tensor` in place on all members; NCCL chooses the order of the sum."""
         assert tensor.dtype != torch.bool
         call, operation = self._all.nccl.allReduce, f"all-reduce with {self._others}"
         return self._run(operation, self._all, call, [tensor, tensor], _SUM)
 
     def reduce(self, tensor: Tensor, *, root: int) -> Work:
-        """NCCL chooses the order of the sum."""
+        """Starts summing `tensor` in place on all members; NCCL chooses the order of the sum."""
         assert tensor.dtype != torch.bool
         operation = f"reduce to {self._peers[root]} with {self._others}"
         return self._run(operation, self._all, self._all.nccl.reduce, [tensor, tensor], _SUM, root)
@@ -115,7 +117,7 @@ class NcclCommunicator(GroupMembership):
 
     def close(self) -> None:
         channels = (*self._edges.values(), self._all)
-        for channel in channels:  # the hang detector still runs
+        for channel in channels:  # the hang detector still watches these waits
             channel.stream.close()
         self._hang_detector.close()
         for channel in channels:
@@ -131,7 +133,7 @@ class NcclCommunicator(GroupMembership):
     ) -> Work:
         """Submits `call(*pointers, count, dtype code, *arguments, stream)` to the channel's stream.
 
-        Count and dtype are those of the first buffer.
+        The first buffer gives count and dtype.
         """
         tensor, name = buffers[0], f"{self._name} {operation}"
         assert tensor.is_contiguous()
@@ -153,13 +155,13 @@ class NcclCommunicator(GroupMembership):
         return _NcclWork(name, event, check, self._hang_detector, self._operation)
 
     def _edge(self, source: int, to: int) -> _Channel:
-        """Returns the channel of messages from one member to another."""
+        """Returns the channel for messages from member `source` to member `to`; opens it if new."""
         if (source, to) not in self._edges:
             self._open_pair(min(source, to), max(source, to))
         return self._edges[source, to]
 
     def _open_pair(self, left: int, right: int) -> None:
-        """Opens both directions between two members, in one order at both."""
+        """Opens both directions between two members, in the same order on both members."""
         for source, to in ((left, right), (right, left)):
             self._edges[source, to] = self._open("edge", (source, to))
             if self._rank == source:
@@ -171,9 +173,10 @@ class NcclCommunicator(GroupMembership):
         return torch.zeros(1, device=self._device)
 
     def _open(self, kind: str, members: Sequence[int]) -> _Channel:
-        """Opens a communicator of `members` (indices in the group), who all call this.
+        """Opens a communicator of `members` (indices in the group); each of them calls this.
 
-        `kind` tells the group of all from an edge between the same two members.
+        `kind` is part of the store's key: `all` for the complete group, `edge` for one direction
+        between two members.
         """
         ranks = [self._members[member] for member in members]
         key = f"nccl/{self._name}/{kind}/{'-'.join(map(str, ranks))}"
@@ -192,18 +195,18 @@ class NcclCommunicator(GroupMembership):
     def _new(self, size: int, unique_id: bytes, rank: int) -> Any:
         try:
             return self._library.NcclCommunicator(size, unique_id, rank)
-        except TypeError:  # CuPy before 14 wants a tuple of signed numbers
+        except TypeError:  # CuPy before version 14 expects a tuple of signed numbers
             numbers = tuple(number - 256 if number > 127 else number for number in unique_id)
             return self._library.NcclCommunicator(size, numbers, rank)
 
 
 @dataclass(frozen=True)
 class _NcclWork:
-    """A message in its stream: on a GPU, `wait` blocks the computation, not the host."""
+    """A message in a stream; on a GPU, `wait` blocks the computation and not the host."""
 
     name: str
     event: Event
-    check: Callable[[], None]  # raises RuntimeError if NCCL knows of a failure
+    check: Callable[[], None]  # raises RuntimeError if NCCL reports a failure
     hang_detector: HangDetector
     operation: CurrentOperation
 
@@ -220,19 +223,19 @@ class _NcclWork:
 
 
 def load_library() -> Any:
-    """Returns the module `cupy.cuda.nccl`. Raises ValueError if it is not installed."""
+    """Returns the module `cupy.cuda.nccl`; raises ValueError if CuPy or NCCL is not installed."""
     try:
         from cupy.cuda import nccl
     except ImportError as error:
         raise ValueError(
             f"--dist-backend cupy_nccl: {error}; install CuPy and NCCL for your CUDA version: "
             "`pip install cupy-cuda12x nvidia-nccl-cu12` or `pip install cupy-cuda13x "
-            "nvidia-nccl-cu13`, or use --dist-backend nccl (torch's own), or gloo for it and for "
-            "--dp-backend"
+            "nvidia-nccl-cu13`, or use --dist-backend nccl (torch's own), or --dist-backend gloo "
+            "with --dp-backend gloo"
         ) from None
     if not nccl.available:
         raise ValueError(
             "--dist-backend cupy_nccl: this CuPy has no NCCL; `pip install nvidia-nccl-cu12` (or "
-            "-cu13, as your CUDA version is)"
+            "nvidia-nccl-cu13 for CUDA 13)"
         )
     return nccl

@@ -1,8 +1,8 @@
 """Communicators over torch.distributed's gloo groups: host tensors, TCP between hosts.
 
-Messages and broadcasts carry bytes, so that every dtype works. Sums of more than two members are
-added in the order of the members (comm.backends.ordered_reduce), since gloo's order depends on the
-position in the buffer.
+Messages and broadcasts carry bytes, so that every dtype works. A sum over more than two members is
+computed in the order of the members (comm.backends.ordered_reduce), because gloo's order depends on
+the position in the buffer.
 """
 
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ from comm.backends.base import Group, GroupMembership, Post, TorchWork, as_bytes
 from comm.backends.ordered_reduce import GatheredSum, InTurn, SentToRoot, SharedSum, SumAtRoot
 from comm.communicator import Done, Work
 
-_SLICE_BYTES = 8 * 2**20  # of long buffers, two at once: bounded copies
-_SMALL_BYTES = 32 * 2**10  # below this, one round of larger messages beats two
-_MESSAGE_TAG = 0  # of send and receive; each sum has a tag of its own
-_NUM_SUM_TAGS = 2**30  # gloo's tags are positive ints; so many sums are never under way
+_SLICE_BYTES = 8 * 2**20  # long buffers are cut into slices, so that the copies stay small
+_SMALL_BYTES = 32 * 2**10  # below this size, one round of larger messages is faster than two
+_MESSAGE_TAG = 0  # for send and receive; each sum has its own tag
+_NUM_SUM_TAGS = 2**30  # gloo's tags are positive ints; fewer sums than this run at once
 
 
 class GlooCommunicator(GroupMembership):
-    """A Communicator over `torch_group`, torch's gloo group of the members."""
+    """A Communicator over torch's gloo group `torch_group`, which has the same members."""
 
     def __init__(self, torch_group: dist.ProcessGroup, group: Group) -> None:
         super().__init__(group)
@@ -34,23 +34,24 @@ class GlooCommunicator(GroupMembership):
         self._sums = InTurn()
 
     def send(self, tensor: Tensor, *, to: int, tag: int = _MESSAGE_TAG, prefix: str = "") -> Work:
-        """Sends to the receive of the same tag; `prefix` begins the name of the operation."""
+        """Starts a send to the receive of the same tag; `prefix` begins the operation's name."""
         post = partial(dist.isend, as_bytes(tensor), self._members[to], group=self._group, tag=tag)
         return self._start(f"{prefix}send to {self._peers[to]}", tensor, post)
 
     def receive(
         self, tensor: Tensor, *, source: int, tag: int = _MESSAGE_TAG, prefix: str = ""
     ) -> Work:
-        """Receives from the send of the same tag; `prefix` begins the name of the operation."""
+        """Starts a receive from the send of the same tag; `prefix` begins the operation's name."""
         data, rank = as_bytes(tensor), self._members[source]
         post = partial(dist.irecv, data, rank, group=self._group, tag=tag)
         return self._start(f"{prefix}receive from {self._peers[source]}", tensor, post)
 
     def all_reduce(self, tensor: Tensor) -> Work:
-        """Adds in the order of the members: the bits depend on neither length nor position.
+        """Starts a sum in the order of the members.
 
-        gloo's threads do the sum of two members. Of more, the first messages travel from this call
-        on; additions and the other messages follow in `wait`.
+        The result's bits do not depend on the buffer's length or on an element's position. With two
+        members, gloo's threads compute the sum. With more members, this call starts the first
+        messages; `wait` sends the other messages and adds.
         """
         if tensor.numel() == 0:
             return Done()
@@ -63,7 +64,10 @@ class GlooCommunicator(GroupMembership):
         return self._sums.add(SharedSum(tensor.view(-1), messages, slice_bytes=_SLICE_BYTES))
 
     def reduce(self, tensor: Tensor, *, root: int) -> Work:
-        """Adds in the order of the members, on `root`, in `wait`; the first slice travels now."""
+        """Starts a sum on `root`, in the order of the members.
+
+        This call starts the first messages. On `root`, `wait` adds.
+        """
         if tensor.numel() == 0:
             return Done()
         flat, messages = tensor.view(-1), self._tagged_messages("reduce")
@@ -86,7 +90,10 @@ class GlooCommunicator(GroupMembership):
         dist.destroy_process_group(self._group)
 
     def _tagged_messages(self, operation: str) -> "_TaggedMessages":
-        """Returns those of the next sum; all members start sums in one order, so tags match."""
+        """Returns the messages of the next sum.
+
+        Their tag is the same on all members, because all members start sums in the same order.
+        """
         self._num_sums += 1
         return _TaggedMessages(self, f"{operation}, ", 1 + self._num_sums % _NUM_SUM_TAGS)
 
@@ -105,7 +112,7 @@ class GlooCommunicator(GroupMembership):
 
 @dataclass(frozen=True)
 class _TaggedMessages:
-    """The messages of one sum."""
+    """The messages of one sum, which share a tag."""
 
     _channel: GlooCommunicator
     _prefix: str

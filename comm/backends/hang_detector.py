@@ -1,4 +1,4 @@
-"""A time limit for messages that are queued on a device, kept without blocking the host."""
+"""A time limit for messages that are queued on a device; a thread checks the limit."""
 
 import threading
 import time
@@ -17,23 +17,23 @@ class _PendingMessage(NamedTuple):
 
 
 class HangDetector:
-    """Checks pending messages from a thread of its own.
+    """A thread that checks pending messages.
 
-    limit: seconds that a message may take after the wait for it began: it may be queued earlier.
-    on_hang: called, in that thread, for the first message that takes longer or fails.
+    limit: the longest time in seconds from the start of the wait to the end of the message.
+    on_hang: called in that thread for the first message that takes longer or fails.
     """
 
     def __init__(self, *, limit: float, on_hang: Callable[[PeerLostError], object]) -> None:
         self._limit = limit
         self._on_hang = on_hang
-        self._messages: list[_PendingMessage] = []  # only the thread removes them
+        self._messages: list[_PendingMessage] = []  # only the thread removes messages
         self._closed = threading.Event()
         threading.Thread(target=self._run, name="hang-detector", daemon=True).start()
 
     def add(self, operation: str, is_done: Callable[[], bool]) -> None:
-        """Adds a message, now that the wait for it begins.
+        """Adds a message; called when the wait for the message begins.
 
-        `is_done` raises RuntimeError if the library knows of a failure.
+        `is_done` raises RuntimeError if the library reports a failure.
         """
         self._messages.append(_PendingMessage(operation, is_done, time.monotonic()))
 

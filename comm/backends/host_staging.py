@@ -1,4 +1,4 @@
-"""CUDA tensors over a communicator of host tensors: slower, but TCP is enough."""
+"""Communication of CUDA tensors through copies in host memory: slower, but it needs only TCP."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from comm.communicator import Communicator, Work
 
 
 class HostStagingCommunicator:
-    """A Communicator for device tensors, over one for host tensors."""
+    """A Communicator for device tensors; `host` is a Communicator for host tensors."""
 
     def __init__(self, host: Communicator) -> None:
         self._host = host
@@ -53,7 +53,7 @@ class HostStagingCommunicator:
 
 @dataclass(frozen=True)
 class _CopyWork:
-    """Keeps the host copy while it travels; `wait` copies a received one to the device."""
+    """The Work of a host copy; `wait` copies a received message to the device tensor `target`."""
 
     work: Work
     copy: Tensor

@@ -1,9 +1,9 @@
 """Sums over the members of a group, added in the order of the members.
 
 Libraries add in an order that depends on an element's position in the buffer and on the buffer's
-length. These sums are added on the host, from point-to-point messages with tags of their own. All
-are Works: the constructor starts the first messages, while the caller computes; `wait` does the
-rest. Long buffers are cut into slices, two of which are under way, so that copies stay small.
+length. Here the host adds the tensors, which arrive as point-to-point messages; each sum has its
+own tag. Every sum is a Work: the constructor starts the first messages, and `wait` does the rest.
+Long buffers are cut into slices, and at most two slices are in transfer, so that copies stay small.
 """
 
 from collections import deque
@@ -17,17 +17,17 @@ from comm.communicator import PointToPoint, Work
 
 
 class InTurn:
-    """The sums of a group that are under way: they complete in the order of their start.
+    """The unfinished sums of a group, which complete in the order of their start.
 
-    To wait for a sum completes the earlier ones first. Otherwise one member could wait for the
-    second round of one sum while another waits for that of the next, forever.
+    A wait for one sum completes all earlier sums first. Without this order two members could wait
+    for each other forever: each for the second round of a different sum.
     """
 
     def __init__(self) -> None:
         self._under_way: deque[Work] = deque()
 
     def add(self, work: Work) -> Work:
-        """Returns the same sum, which completes after the earlier ones."""
+        """Returns a Work for the same sum; the Work completes all earlier sums first."""
         self._under_way.append(work)
         return _Turn(work, self._under_way)
 
@@ -43,7 +43,7 @@ class _Turn:
 
 
 class GatheredSum:
-    """Every member gets all tensors and adds them: one round of messages, for short buffers."""
+    """An all-reduce in one round, for short buffers: every member receives and adds all tensors."""
 
     def __init__(self, flat: Tensor, messages: PointToPoint) -> None:
         self._part = _Part(flat, messages, sent=[flat] * messages.size)
@@ -53,7 +53,7 @@ class GatheredSum:
 
 
 class SharedSum:
-    """Each member sums its share of every slice, then sends the sum to all: two rounds."""
+    """An all-reduce in two rounds: each member sums its share of a slice and sends it to all."""
 
     def __init__(self, flat: Tensor, messages: PointToPoint, *, slice_bytes: int) -> None:
         self._shares = (s.tensor_split(messages.size) for s in _slices(flat, slice_bytes))
@@ -71,7 +71,10 @@ class SharedSum:
         _wait(works)
 
     def _start(self) -> "tuple[Sequence[Tensor], _Part] | None":
-        """Starts the next slice, if any; returns all members' shares and this member's part."""
+        """Starts the next slice; returns all members' shares and this member's part.
+
+        Returns None after the last slice.
+        """
         shares = next(self._shares, None)
         if shares is None:
             return None
@@ -79,7 +82,7 @@ class SharedSum:
 
 
 class SumAtRoot:
-    """The sum on the root member; the others have a SentToRoot."""
+    """The root member's side of a reduce; each other member has a SentToRoot."""
 
     def __init__(self, flat: Tensor, messages: PointToPoint, *, slice_bytes: int) -> None:
         self._parts = (_Part(part, messages) for part in _slices(flat, slice_bytes))
@@ -92,7 +95,7 @@ class SumAtRoot:
 
 
 class SentToRoot:
-    """The other members' side of a SumAtRoot; sends all slices at once, from the buffer."""
+    """A non-root member's side of a reduce; it sends all slices at once, without a copy."""
 
     def __init__(
         self, flat: Tensor, messages: PointToPoint, *, root: int, slice_bytes: int
@@ -104,7 +107,7 @@ class SentToRoot:
 
 
 class _Part:
-    """The elements that this member sums, in `own`; `sent` are the tensors for the others."""
+    """The elements `own` that this member sums; `sent` has the tensor for each other member."""
 
     def __init__(self, own: Tensor, messages: PointToPoint, *, sent: Sequence[Tensor] = ()) -> None:
         self._own = own
@@ -116,7 +119,7 @@ class _Part:
             self._works += [messages.send(sent[member], to=member) for member in others]
 
     def sum(self) -> None:
-        """Waits for the other members' elements, and adds all in the order of the members."""
+        """Waits for the other members' elements; sums all into `own` in the members' order."""
         _wait(self._works)
         total = self._rows[0]
         for row in self._rows[1:]:

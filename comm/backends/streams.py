@@ -1,4 +1,4 @@
-"""Streams for messages beside the computation: CUDA's, or a worker thread for host tensors."""
+"""Streams that move messages during the computation: CUDA streams, or threads for host tensors."""
 
 import queue
 import threading
@@ -15,33 +15,33 @@ class Event(Protocol):
     """A point in a stream."""
 
     def is_done(self) -> bool:
-        """Returns whether all calls before it are done (or have failed); does not wait."""
+        """Returns whether all calls before this point are done (or have failed); does not wait."""
 
     def block_compute(self) -> None:
-        """Makes the computation that is queued from now on wait for this point.
+        """Makes all computation that is queued later wait for this point.
 
-        Raises the error of an earlier call, if the stream knows of one.
+        A HostStream raises the error of an earlier call here.
         """
 
 
 class Stream(Protocol):
-    """A stream runs its calls in order, beside the computation."""
+    """A queue of calls that run in order, at the same time as the computation."""
 
     @property
     def pointer(self) -> int:
-        """The stream for a C library."""
+        """The stream's address, for a C library; 0 for a host stream."""
 
     def wait_for_compute(self, tensor: Tensor) -> None:
-        """Makes later calls see `tensor` as the computation queued so far leaves it."""
+        """Makes later calls wait until the queued computation has written `tensor`."""
 
     def submit(self, call: Callable[[], None]) -> None:
-        """Runs `call`, which works on `pointer`'s stream, after all calls submitted before."""
+        """Queues `call` after all earlier calls; `call` uses the stream at `pointer`."""
 
     def record_event(self) -> Event:
-        """Returns the point after all calls submitted so far."""
+        """Returns the point after all calls that were submitted so far."""
 
     def close(self) -> None:
-        """Returns when all calls are done; no more can be submitted."""
+        """Waits until all calls are done; no call can be submitted afterwards."""
 
 
 def create_stream(device: torch.device) -> Stream:
@@ -50,7 +50,7 @@ def create_stream(device: torch.device) -> Stream:
 
 
 class CudaStream:
-    """A CUDA stream. The host only queues: `block_compute` blocks the current stream."""
+    """A CUDA stream; `block_compute` blocks the current stream and not the host."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -62,7 +62,7 @@ class CudaStream:
 
     def wait_for_compute(self, tensor: Tensor) -> None:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        tensor.record_stream(self._stream)  # its memory is not reused while a message needs it
+        tensor.record_stream(self._stream)  # keeps the memory until the message is done
 
     def submit(self, call: Callable[[], None]) -> None:
         call()
@@ -87,7 +87,7 @@ class _CudaEvent:
 
 
 class HostStream:
-    """A worker thread. `block_compute` blocks the calling thread, which computes.
+    """A worker thread that runs the calls; `block_compute` blocks the calling thread.
 
     After a call has failed, no later call runs, and every later event raises the same error.
     """
@@ -102,7 +102,7 @@ class HostStream:
         return 0
 
     def wait_for_compute(self, tensor: Tensor) -> None:
-        """The host computes at once: nothing is left to wait for."""
+        """Does nothing: the host has already computed `tensor`."""
 
     def submit(self, call: Callable[[], None]) -> None:
         self._queue.put(call)
@@ -126,11 +126,11 @@ class HostStream:
                     item()
                 except Exception as error:
                     failure = error
-            del item  # and with it the tensor, before the next one is awaited
+            del item  # releases the tensor before the wait for the next call
 
 
 class _HostEvent(Future[None]):
-    """The result of all calls before it: the exception of one that has failed, if any."""
+    """A point in a host stream; it holds the exception of the first earlier call that failed."""
 
     def is_done(self) -> bool:
         return self.done()

@@ -1,9 +1,10 @@
 """Communicators over torch.distributed's NCCL groups, without CuPy. (Not yet run on a GPU.)
 
-As in comm.backends.cupy_nccl, each direction between two neighbours has a group of two members and
-with it a stream: on one, an activation and a gradient would wait for each other. torch makes
-a group's NCCL communicator at its first operation, which blocks the host until all members call it:
-a receive posted ahead would wait forever. So all are made at the start, by a message each.
+As in comm.backends.cupy_nccl, each direction between two neighbours has its own group of two
+members, and so its own stream: on one stream an activation would wait for a gradient. torch creates
+a group's NCCL communicator at the group's first operation, and blocks the host until all members
+have called. A receive that is posted early could block forever. So each group sends one message at
+the start, which creates its communicator.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,15 +20,15 @@ from comm.backends.base import Group, GroupMembership, Post, TorchWork, as_bytes
 from comm.backends.hang_detector import HangDetector
 from comm.communicator import CurrentOperation, Done, PeerLostError, Work
 
-_GRACE_SECONDS = 60.0  # after our limit: torch's ends the process without naming a peer
+_GRACE_SECONDS = 60.0  # longer than --dist-timeout, because torch's timeout names no peer
 
 
 @dataclass(frozen=True)
 class TorchGroups:
-    """torch's groups for one set of processes.
+    """torch's process groups for one set of processes.
 
-    all_members: for collectives, and for messages between members that are no neighbours.
-    edges: by (source, to), indices of neighbours in the set.
+    all_members: for collectives, and for messages between members that are not neighbours.
+    edges: one group for each direction; the key is (source, to), the indices of two neighbours.
     """
 
     all_members: dist.ProcessGroup
@@ -35,9 +36,10 @@ class TorchGroups:
 
 
 def make_groups(members: Sequence[int], *, dist_timeout: float) -> TorchGroups:
-    """Makes the groups of `members` (global ranks).
+    """Creates the groups of `members` (global ranks).
 
-    All processes of the world call this for the same sets in the same order, members or not.
+    Every process of the world calls this, also a process outside `members`. All processes create
+    the same groups in the same order.
     """
     timeout = timedelta(seconds=dist_timeout + _GRACE_SECONDS)
     return TorchGroups(
@@ -50,7 +52,7 @@ def make_groups(members: Sequence[int], *, dist_timeout: float) -> TorchGroups:
 
 
 def new_group(ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:
-    """Makes a group; the only call that needs GPUs."""
+    """Creates a torch group; this is the only call here that needs GPUs."""
     group: dist.ProcessGroup = dist.new_group(list(ranks), backend="nccl", timeout=timeout)
     return group
 
@@ -59,7 +61,7 @@ class TorchNcclCommunicator(GroupMembership):
     """A Communicator over torch's NCCL groups.
 
     `on_hang` is called if a wait takes longer than `group.dist_timeout`. Raises PeerLostError if a
-    channel could not be made.
+    group cannot be connected.
     """
 
     def __init__(
@@ -86,12 +88,12 @@ class TorchNcclCommunicator(GroupMembership):
         return self._start(f"receive from {self._peers[source]}", tensor, post)
 
     def all_reduce(self, tensor: Tensor) -> Work:
-        """NCCL chooses the order of the sum."""
+        """Starts summing `tensor` in place on all members; NCCL chooses the order of the sum."""
         post = partial(dist.all_reduce, tensor, group=self._groups.all_members, async_op=True)
         return self._start(f"all-reduce with {self._others}", tensor, post)
 
     def reduce(self, tensor: Tensor, *, root: int) -> Work:
-        """NCCL chooses the order of the sum."""
+        """Starts summing `tensor` in place on all members; NCCL chooses the order of the sum."""
         group, rank = self._groups.all_members, self._members[root]
         post = partial(dist.reduce, tensor, rank, group=group, async_op=True)
         return self._start(f"reduce to {self._peers[root]} with {self._others}", tensor, post)
@@ -116,7 +118,7 @@ class TorchNcclCommunicator(GroupMembership):
         dist.destroy_process_group(self._groups.all_members)
 
     def _open(self, scratch: Tensor) -> None:
-        """Makes torch create every communicator, in one order: no circle of members that wait."""
+        """Makes torch create every NCCL communicator, in the same order on all members."""
         self.all_reduce(scratch).wait()
         for source, to in _directions(self.size):
             if self._rank == source:
@@ -134,7 +136,7 @@ class TorchNcclCommunicator(GroupMembership):
 
 
 class _TorchNcclWork(TorchWork):
-    """An operation in torch's stream: `wait` blocks the GPU, not the host."""
+    """An operation in torch's stream; `wait` blocks the GPU and not the host."""
 
     def __init__(
         self, name: str, post: Post, operation: CurrentOperation, hang_detector: HangDetector
@@ -143,11 +145,11 @@ class _TorchNcclWork(TorchWork):
         self._hang_detector = hang_detector
 
     def wait(self) -> None:
-        self._hang_detector.add(self._name, self.is_done)  # torch finds failures itself
+        self._hang_detector.add(self._name, self.is_done)  # torch detects failures itself
         super().wait()
 
 
 def _directions(size: int) -> list[tuple[int, int]]:
-    """Returns both directions of every two neighbours in a group of `size`, in order."""
+    """Returns (source, to) for both directions of all neighbours in a group of `size`, in order."""
     pairs = [(left, left + 1) for left in range(size - 1)]
     return [edge for left, right in pairs for edge in ((left, right), (right, left))]

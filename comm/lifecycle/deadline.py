@@ -1,4 +1,4 @@
-"""A deadline that holds even while the main thread hangs inside a library."""
+"""A deadline that ends the process even if the main thread hangs inside a library."""
 
 import threading
 import time
@@ -9,10 +9,10 @@ from comm.timing import DEFAULT_TIMING
 
 
 class Deadline:
-    """Ends the process `seconds` (plus a small grace) from now unless it is cancelled before.
+    """A deadline: ends the process after `seconds` plus `grace`, unless it is cancelled before.
 
-    torch's TCPStore client can hang past its own timeout if a foreign program listens at the port.
-    It releases the interpreter lock meanwhile, so that the deadline's thread can still act.
+    torch's TCPStore client can hang longer than its timeout if another program listens at the port.
+    The client releases the interpreter lock while it hangs, so the deadline's thread still runs.
     """
 
     def __init__(self, seconds: float, *, grace: float = DEFAULT_TIMING.join_grace) -> None:
@@ -31,24 +31,24 @@ class Deadline:
 
     @property
     def remaining(self) -> float:
-        """Seconds until the deadline (without the grace); negative once it has passed."""
+        """Seconds until the deadline, without the grace; negative after the deadline."""
         return self.seconds - self.elapsed
 
     @property
     def progress(self) -> str:
-        """`20 s of 300 s`."""
+        """The elapsed time and the limit for log lines, such as `20 s of 300 s`."""
         return f"{self.elapsed:.0f} s of {self.seconds:g} s"
 
     def expect(self, *, status: int, line: str) -> None:
-        """Sets the line and the exit status for the case that the deadline passes."""
+        """Sets the exit status and the error line that are used if the deadline passes."""
         self._verdict = (status, line)
 
     def hand_over(self, end: Callable[[int, str], object]) -> None:
-        """Lets `end` end the process from now on; it is called with exit status and line."""
+        """Makes the deadline call `end(status, line)` instead of ending the process itself."""
         self._end = end
 
     def cancel(self) -> None:
-        """Lifts the deadline."""
+        """Cancels the deadline."""
         self._cancelled.set()
 
     def _wait(self) -> None:

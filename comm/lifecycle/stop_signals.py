@@ -1,8 +1,8 @@
-"""Signals that ask this process to stop, received in a thread of their own.
+"""Signals that ask this process to stop; a separate thread receives them.
 
-The main thread may be stuck in a library, where Python runs no handler. So the system's handler
-writes the signal's number to a pipe, and the thread that reads it keeps the deadline. The meaning
-of a request depends on the phase of the process.
+If the main thread hangs in a library, Python runs no signal handler. So the C-level handler writes
+the signal's number to a pipe. A thread reads the pipe and enforces the time limit of the stop. The
+effect of a stop request depends on the phase of the process.
 """
 
 import math
@@ -17,14 +17,14 @@ from typing import NamedTuple
 from comm.lifecycle.exit import report_and_exit
 from comm.timing import DEFAULT_TIMING, Timing
 
-STOPPED = 75  # exit status: asked to stop, nothing is lost, not finished
+STOPPED = 75  # exit status: the run was asked to stop, lost nothing, and is not finished
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _TICK_SECONDS = 0.1
-_JOIN_SECONDS = 5.0  # for the main thread to tell the ranks that it joins
+_JOIN_SECONDS = 5.0  # for the main thread to inform the ranks that it joins
 
 
 class StopCause(NamedTuple):
-    """The rank that was asked to stop, and the number of the signal."""
+    """The cause of a stop: the rank that received the signal, and the signal's number."""
 
     rank: int
     number: int
@@ -34,14 +34,14 @@ class StopCause(NamedTuple):
 
 
 class StopAskedError(Exception):
-    """A rank was asked to stop before the ranks had joined."""
+    """The error of a stop request that came before all ranks had joined."""
 
 
 class Phase(NamedTuple):
-    """The meaning of a request to stop during a phase of the process.
+    """The effect of a stop request during one phase of the process.
 
-    seconds: after these the thread that received the signal ends this process.
-    status, line: the exit status and the line of that end.
+    seconds: if the process still runs after this time, the listener's thread ends it.
+    status, line: the exit status and the error line in that case.
     """
 
     seconds: float
@@ -49,14 +49,14 @@ class Phase(NamedTuple):
     line: str
 
 
-NOT_BEGUN = "before training began: there is nothing to save, and the same command goes on"
+NOT_BEGUN = "before training began: nothing to save; start the same command again to continue"
 JOINING = Phase(_JOIN_SECONDS, STOPPED, NOT_BEGUN)
 LOADING = Phase(0.0, STOPPED, NOT_BEGUN)
 CLOSING = Phase(math.inf, STOPPED, "")
 
 
 def training(grace_seconds: float) -> Phase:
-    """Returns the phase of the training loop, which has `grace_seconds` to follow a request."""
+    """Returns the phase of the training loop, which must stop within `grace_seconds`."""
     line = (
         f"{grace_seconds:g} s ago (--grace-seconds): the steps since the last checkpoint are not "
         "saved; the same command resumes from that checkpoint"
@@ -65,16 +65,17 @@ def training(grace_seconds: float) -> Phase:
 
 
 def cleanup(grace_seconds: float) -> Phase:
-    """Returns the phase after the last save, in which superfluous checkpoints are deleted."""
+    """Returns the phase after the last save, when old checkpoints are deleted."""
     line = (
-        "with the last step saved; not all checkpoints that --keep-checkpoints drops are deleted "
-        "yet, a later save deletes them; the same command goes on"
+        "and ended during cleanup: the last step is saved; some checkpoints beyond "
+        "--keep-checkpoints are not deleted yet, a later save deletes them; start the same command "
+        "again to continue"
     )
     return Phase(grace_seconds, STOPPED, line)
 
 
 class StopRequest:
-    """The first request to stop that this process knows of, if any, and the current phase."""
+    """The first stop request that reached this process, or None, and the current phase."""
 
     def __init__(self) -> None:
         self.asked: StopCause | None = None
@@ -86,9 +87,9 @@ class StopRequest:
 
 
 class StopListener:
-    """Turns SIGNALS into a request, and ends the process if it does not follow in time.
+    """A listener that turns SIGNALS into a stop request, and ends the process if it is too slow.
 
-    A signal that the parent made this process ignore stays ignored. Only the main thread may
+    A signal that the parent process set to ignored stays ignored. Only the main thread can
     construct a listener.
     """
 
@@ -115,7 +116,10 @@ class StopListener:
     def hand_over(
         self, *, end: Callable[[int, str], object], forward: Callable[[int], None]
     ) -> None:
-        """Lets `end` end the process from now on, and `forward` tell others a signal's number."""
+        """Sets the functions to end the process (`end`) and to send a signal on (`forward`).
+
+        `end` gets the exit status and the error line; `forward` gets the signal's number.
+        """
         self._end, self._forward = end, forward
 
     def _listen(self) -> None:
@@ -133,7 +137,7 @@ class StopListener:
                 self._end(1, f"{asked} and again ({signal.Signals(again).name}): ended at once")
 
     def _read(self, seconds: float | None) -> int | None:
-        """Returns the number of the next signal; None if none comes in time."""
+        """Returns the number of the next signal; None if no signal comes within `seconds`."""
         if not select.select([self._pipe], [], [], seconds)[0]:
             return None
         (number,) = os.read(self._pipe, 1)

@@ -1,8 +1,8 @@
-"""Failure detection: notices within seconds that a rank died, hangs, failed or was asked to stop.
+"""Failure detection: events for a rank that died, hangs, failed or was asked to stop.
 
 Every rank keeps one connection to a server on rank 0 (comm.liveness.server). The detector only
-reports events; a policy decides about them (comm.liveness.failure_policy). Events come from threads
-of their own, since the main thread may be stuck in a library that waits for a dead rank.
+reports events; a policy decides about them (comm.liveness.failure_policy). The detector's threads
+report the events, because the main thread may hang in a library that waits for a dead rank.
 """
 
 import contextlib
@@ -25,14 +25,14 @@ from comm.timing import DEFAULT_TIMING, Timing
 
 
 class RankLost(NamedTuple):
-    """A rank died, or does not answer any more."""
+    """The event that a rank died or no longer answers."""
 
     rank: int
     reason: str
 
 
 class RankFailed(NamedTuple):
-    """An error of a rank, with the exit status and the line for all ranks."""
+    """The event that a rank failed, with the exit status and the error line for all ranks."""
 
     rank: int
     status: int
@@ -40,7 +40,7 @@ class RankFailed(NamedTuple):
 
 
 class HeartbeatChanged(NamedTuple):
-    """A rank sends nothing for a while, though its connection stands, or it sends again."""
+    """The event that a connected rank stopped sending messages, or sends messages again."""
 
     rank: int
     is_unresponsive: bool
@@ -50,10 +50,10 @@ Event: TypeAlias = RankLost | RankFailed | HeartbeatChanged | StopCause
 
 
 class FailureDetector:
-    """This rank's part: rank 0 runs the server, every other rank is its client.
+    """A rank's failure detector: rank 0 runs the server, and every other rank is a client.
 
-    `on_event` is called in threads of the detector; only rank 0 gets a StopCause. All methods may
-    be called from any thread.
+    The detector's threads call `on_event`; only rank 0 gets a StopCause. All methods can be called
+    from any thread.
     """
 
     def __init__(
@@ -67,13 +67,13 @@ class FailureDetector:
         self._failure_received = threading.Event()
         self._all_alive = threading.Event()
         self._closing = False
-        self._heartbeat = Heartbeat(timing)  # of rank 0, which has those of the others
+        self._heartbeat = Heartbeat(timing)  # of rank 0; the server has the others'
 
     def connect(self, rendezvous: Rendezvous, *, master: str) -> list[int]:
-        """Connects this rank to rank 0, named `master` in errors; does nothing in a world of one.
+        """Connects this rank to rank 0, which errors call `master`; a single rank does nothing.
 
-        Returns on rank 0 the ranks that have joined but did not connect before the join deadline.
-        Raises ConnectionError as `connect_to_server`.
+        Returns, on rank 0, the ranks that joined but did not connect before the join deadline; an
+        empty list on other ranks. Raises ConnectionError like `connect_to_server`.
         """
         if rendezvous.store is None or rendezvous.deadline is None:
             return []
@@ -88,35 +88,38 @@ class FailureDetector:
         return self._server is None and self._connection is None
 
     def forward_stop(self, number: int) -> None:
-        """Sends rank 0 the number of a signal that asked this rank to stop."""
+        """Sends rank 0 the number of the stop signal that this rank received."""
         self._send({"stop": number})
 
     def publish_failure(self, status: int, line: str) -> None:
-        """Sends an error of this rank, which ends it with `status`, to all other ranks."""
+        """Sends this rank's exit status and error line to all other ranks."""
         message = {"failed": status, "line": line, "rank": self._rank}
         if self._server is not None:
             self._server.publish(message)
         self._send(message)
 
     def await_publication(self, *, seconds: float) -> None:
-        """Waits until rank 0 has published a failure of any rank; on rank 0 it is done at once."""
+        """Waits until rank 0 has published a failure of any rank; returns at once on rank 0."""
         if self._connection is not None:
             self._failure_received.wait(seconds)
 
     def await_departures(self, *, seconds: float) -> None:
-        """On rank 0, waits until all other ranks have ended; elsewhere returns at once."""
+        """Waits on rank 0 until all other ranks have disconnected; returns at once elsewhere."""
         if self._server is not None:
             self._server.await_departures(seconds=seconds)
 
     def all_alive(self) -> bool:
-        """Asks all ranks. False if rank 0 does not answer; another silent rank is an event."""
+        """Asks all ranks whether they are alive; returns False if no positive answer comes in time.
+
+        A rank other than 0 that does not answer is reported as an event.
+        """
         if self._server is not None:
             self._server.check()
         self._send({"check": True})
         return self.is_alone or self._all_alive.wait(self._timing.answer)
 
     def close(self) -> None:
-        """Disconnects in good order; rank 0 waits (Timing.close at most) until all others have."""
+        """Disconnects; rank 0 waits up to `Timing.close` for all other ranks to disconnect."""
         self._closing = True
         self._send({"bye": True})
         if self._connection is not None:
@@ -146,7 +149,7 @@ class FailureDetector:
 
     def _send(self, message: Message) -> None:
         if self._connection is not None:
-            with contextlib.suppress(OSError):  # a lost connection is noticed where it is read
+            with contextlib.suppress(OSError):  # the reading thread reports a lost connection
                 self._connection.sendall(encode(message))
 
     def _receive(self, lines: BinaryIO) -> None:

@@ -1,7 +1,7 @@
-"""The decision about a failure: today every failure of a rank ends all processes.
+"""The policy for failures: every failure of a rank ends all processes.
 
-A run goes on from its latest checkpoint when all ranks start again. Another policy, which goes on
-without a lost rank, would take the events of the same detector.
+A run continues from its latest checkpoint when all ranks start again. A future policy could
+continue without a lost rank; it would use the events of the same detector.
 """
 
 import logging
@@ -30,11 +30,11 @@ _RESUME = "Start all ranks again to resume from the latest checkpoint."
 
 
 class ExitPolicy:
-    """Ends this process for the first failure of any rank, with one line that names the cause.
+    """A policy that ends this process at the first failure of any rank; one line names the cause.
 
     detector: passes every event to this policy.
-    operation: the communication that this rank waits for, named in the line about a lost rank.
-    stop: on rank 0, gets the requests that reached other ranks.
+    operation: the communication that this rank waits for; the error of a lost rank names it.
+    stop: on rank 0, gets the stop requests of other ranks.
     """
 
     def __init__(
@@ -62,9 +62,9 @@ class ExitPolicy:
         stop: StopRequest | None = None,
         timing: Timing = DEFAULT_TIMING,
     ) -> "ExitPolicy":
-        """Starts failure detection among all ranks; raises ConnectionError as `connect_to_server`.
+        """Starts failure detection on this rank; raises ConnectionError like `connect_to_server`.
 
-        A rank that has joined but does not connect before the join deadline ends all.
+        If a rank joined but does not connect to rank 0 before the join deadline, all ranks end.
         """
         policy = cls(rendezvous, topology, stop=stop or StopRequest(), timing=timing)
         missing = policy.detector.connect(rendezvous, master=policy._names[0])
@@ -79,12 +79,12 @@ class ExitPolicy:
     def fail(
         self, status: int, line: str, *, before_exit: Callable[[], object] | None = None
     ) -> NoReturn:
-        """Ends this process because of an error of its own, and with it all others.
+        """Ends this process because of its own error, and all other ranks with the same error.
 
         Args:
             status: the exit status of all ranks.
-            line: the error, reported once by every rank.
-            before_exit: called after the error was sent to the others; may take a minute.
+            line: the error; every rank reports it once.
+            before_exit: called after the error was sent to the other ranks; it may take a minute.
         """
         self._claim()
         if before_exit is not None:
@@ -94,25 +94,26 @@ class ExitPolicy:
         if before_exit is not None:
             try:
                 before_exit()
-            except Exception as error:  # only logged: the process ends because of another
-                logger.warning("while ending: %s: %s", type(error).__name__, error)
+            except Exception as error:  # only logged: the first error ends the process
+                logger.warning("error during the exit: %s: %s", type(error).__name__, error)
         self.detector.await_publication(seconds=self._timing.linger)
         self._exit(status)
 
     def operation_failed(
         self, error: BaseException, *, before_exit: Callable[[], object] | None = None
     ) -> NoReturn:
-        """Ends this process because an operation with other ranks failed, naming the cause.
+        """Ends this process because an operation with other ranks failed; the line names the cause.
 
-        The error is only the symptom of a rank that died or hangs. So all ranks are asked first;
-        the text of `error` is reported only if all are alive. `before_exit` is as for `fail`.
+        The cause is often another rank that died or hangs. So this rank first asks all ranks
+        whether they are alive. It reports the text of `error` only if all are alive. `before_exit`
+        is used as in `fail`.
         """
         if self.detector.all_alive():
             self.fail(1, f"{error} {_RESUME}", before_exit=before_exit)
         self._end(1, self._lost(0, "it does not answer"))
 
     def _join_deadline_passed(self, status: int, line: str) -> NoReturn:
-        """Ends this process because the groups were not made in time; names a rank that hangs."""
+        """Ends this process because the groups were not created in time; names a hanging rank."""
         if self.detector.all_alive():
             self.fail(status, line.removeprefix(f"rank {self._rank}: "))
         self._end(status, self._lost(0, "it does not answer"))
@@ -142,15 +143,15 @@ class ExitPolicy:
         )
 
     def _claim(self) -> None:
-        """Lets only the first thread pass; another thread stays here until the process ends."""
+        """Returns for the first thread only; any other thread waits here and ends the process."""
         if not self._claimed.acquire(blocking=False):
             time.sleep(self._exit_seconds)
             exit_process(1)
         if self._deadline is not None:
-            self._deadline.cancel()  # it would report another line while this process lingers
+            self._deadline.cancel()  # or it would report a second error line
 
     def _end(self, status: int, line: str) -> NoReturn:
-        """Ends this process because of another rank, unless it is ending already."""
+        """Ends this process because of another rank's failure, unless it already ends."""
         self._claim()
         report_line(f"rank {self._rank}: {line}")
         self._exit(status)

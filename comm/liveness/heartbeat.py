@@ -1,7 +1,7 @@
 """Heartbeats: warns about an unresponsive rank long before a collective times out.
 
-The connection of a killed process closes, which is noticed at once. A process that is suspended or
-swaps, or whose machine is gone, leaves its connection open.
+When a process is killed, its connection closes, and the server notices this at once. When a process
+is suspended or swaps, or its machine loses power, the connection stays open.
 """
 
 import time
@@ -20,7 +20,7 @@ class Heartbeat:
         self._unresponsive: set[int] = set()
 
     def is_due(self) -> bool:
-        """Returns whether it is time for a check; if so, the check counts as made."""
+        """Returns whether a check is due; if so, starts the interval until the next check."""
         now = time.monotonic()
         if now - self._last_check < self._timing.heartbeat_interval:
             return False
@@ -28,14 +28,14 @@ class Heartbeat:
         return True
 
     def record(self, rank: int) -> None:
-        """Records that a message of `rank` came."""
+        """Records that a message of `rank` arrived now."""
         self._last_message[rank] = time.monotonic()
 
     def changes(self, connected: Iterable[int]) -> list[tuple[int, bool]]:
         """Returns the connected ranks that became unresponsive (True) or responsive again (False).
 
-        Must be called often: after a long pause, this process itself was suspended, and all ranks
-        get their time anew.
+        Must be called often. A long pause between two calls means that this process itself was
+        suspended; then every rank's waiting time starts again.
         """
         now = time.monotonic()
         if now - self._last_call > self._timing.unresponsive / 2:

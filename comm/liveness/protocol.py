@@ -1,4 +1,4 @@
-"""Messages of the liveness connections: one JSON object a line."""
+"""Messages of the liveness connections: one JSON object per line."""
 
 import json
 import socket
@@ -12,13 +12,13 @@ _MAX_TEXT = 8000  # characters of one value
 
 
 def encode(message: Message) -> bytes:
-    """Returns the message as one line; long texts are cut so that it stays within MAX_LINE."""
+    """Returns the message as one line; cuts long texts so that the line fits in MAX_LINE."""
     short = {k: v[:_MAX_TEXT] if isinstance(v, str) else v for k, v in message.items()}
     return json.dumps(short).encode() + b"\n"
 
 
 def decode(line: bytes) -> dict[str, Any]:
-    """Returns the message of one line; raises ValueError if it is not a JSON object."""
+    """Returns the message of one line; raises ValueError if the line is not a JSON object."""
     try:
         message = json.loads(line)
     except RecursionError as error:
@@ -29,7 +29,7 @@ def decode(line: bytes) -> dict[str, Any]:
 
 
 def set_keep_alive(connection: socket.socket) -> None:
-    """Lets a cut network show after about half a minute instead of two hours."""
+    """Sets TCP keep-alive: a cut network is detected after about 30 seconds, not two hours."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
         if hasattr(socket, option):

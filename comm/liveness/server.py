@@ -1,13 +1,13 @@
-"""The liveness server on rank 0: collects the failures of all ranks and sends them to all.
+"""The liveness server on rank 0: collects the failures of all ranks and sends them to all ranks.
 
-Messages are JSON objects, one a line. The server opens with {"challenge"}; a rank replies with
-{"rank", "challenge", "proof"}, the server answers {"proof"} (comm.liveness.handshake); then
+A message is one JSON object per line. The server first sends {"challenge"}. A rank replies with
+{"rank", "challenge", "proof"}, and the server answers {"proof"} (comm.liveness.handshake). Then:
     to the server: {"failed": status, "line"} | {"check": true} | {"alive": true} | {"bye": true}
                    | {"stop": signal}: the rank was asked to stop; only rank 0 gets this
     to the ranks:  {"lost": rank} | {"silent": rank} | {"failed": status, "line", "rank"}
                    | {"check": true} | {"all_alive": true} | {"bye": true}
 Rank 0 itself also gets {"unresponsive": whether, "rank"}.
-All ranks are checked from time to time (comm.liveness.heartbeat), and whenever one asks for it.
+The server checks all ranks at regular intervals (comm.liveness.heartbeat), and when a rank asks.
 """
 
 import contextlib
@@ -23,12 +23,12 @@ from comm.liveness.heartbeat import Heartbeat
 from comm.liveness.protocol import MAX_LINE, Message, decode, encode, set_keep_alive
 from comm.timing import DEFAULT_TIMING, Timing
 
-_MAX_REPLY_BYTES = 1024  # of a connection before its handshake
-_MAX_UNPROVED = 64  # connections before their handshake, beside as many as there are ranks
+_MAX_REPLY_BYTES = 1024  # limit for a connection before its handshake
+_MAX_UNPROVED = 64  # connections without a handshake, in addition to one for each rank
 
 
 class _Connection:
-    """One connection; `rank` is None until its handshake."""
+    """A rank's connection to the server; `rank` is None until the handshake."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
@@ -38,9 +38,9 @@ class _Connection:
         self._buffer = b""
 
     def receive(self) -> list[bytes]:
-        """Returns the complete lines that have come in.
+        """Receives data and returns the lines that are complete.
 
-        Raises EOFError if the connection ended, or sends more than a line may hold.
+        Raises EOFError if the connection ended, or if a line is longer than the limit.
         """
         try:
             data = self.socket.recv(MAX_LINE)
@@ -53,12 +53,12 @@ class _Connection:
         return lines
 
     def send(self, line: bytes) -> None:
-        with contextlib.suppress(OSError):  # a lost connection is noticed where it is read
+        with contextlib.suppress(OSError):  # the next read detects a lost connection
             self.socket.sendall(line)
 
 
 class LivenessServer:
-    """Listens on `address`, in a thread of its own; rank 0 gets its messages by `on_message`."""
+    """A server that listens on `address` in its own thread; it calls `on_message` for rank 0."""
 
     def __init__(
         self,
@@ -79,10 +79,10 @@ class LivenessServer:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._connections: list[_Connection] = []
-        self._departed: set[int] = set()  # in good order
+        self._departed: set[int] = set()  # ranks that said bye
         self._seen: set[int] = set()
         self._failure: Message | None = None
-        self._check: tuple[float, set[int]] | None = None  # until when, the ranks without answer
+        self._check: tuple[float, set[int]] | None = None  # deadline, ranks without an answer
         self._heartbeat = Heartbeat(timing)
         self._changed = threading.Condition()
         self._closing = False
@@ -93,21 +93,24 @@ class LivenessServer:
         return int(self._listener.getsockname()[1])
 
     def await_all(self, *, seconds: float) -> list[int]:
-        """Waits until all other ranks are connected; returns those that are not by then."""
+        """Waits up to `seconds` until all other ranks are connected; returns the missing ranks."""
         ranks = set(range(1, self._world_size))
         self._await(lambda: self._seen == ranks, seconds)
         missing = ranks - self._seen
-        self._seen |= missing  # their departure is not waited for
+        self._seen |= missing  # so that `await_departures` does not wait for missing ranks
         return sorted(missing)
 
     def await_departures(self, *, seconds: float) -> None:
-        """Waits until every rank has connected and left: a late one must get a failure, too."""
+        """Waits up to `seconds` until every other rank has connected and disconnected.
+
+        A rank that connects late must also receive a failure.
+        """
         self._await(
             lambda: len(self._seen) == self._world_size - 1 and not self._connected(), seconds
         )
 
     def publish(self, message: Message) -> None:
-        """Sends a failure or a loss to all, rank 0 included; only the first is sent."""
+        """Sends a failed or lost rank to all ranks, rank 0 included; sends only the first one."""
         with self._changed:
             if self._closing:
                 return
@@ -119,7 +122,7 @@ class LivenessServer:
     def check(self) -> None:
         """Asks all ranks whether they are alive.
 
-        The result is published: `silent`, or `all_alive` to all.
+        Later the server sends the result to all ranks: `silent` or `all_alive`.
         """
         with self._changed:
             if self._check is None:
@@ -127,7 +130,7 @@ class LivenessServer:
                 self._broadcast({"check": True})
 
     def close(self) -> None:
-        """Announces the end to connected ranks; a connection that ends from now on is no loss."""
+        """Announces the end to all connected ranks; a connection that closes then is no failure."""
         with self._changed:
             self._closing = True
         self._broadcast({"bye": True})
@@ -158,7 +161,7 @@ class LivenessServer:
             self._check_heartbeats()
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):  # it may have gone again
+        with contextlib.suppress(OSError):  # the client may have closed it already
             accepted, _ = self._listener.accept()
             accepted.settimeout(self._timing.send)
             set_keep_alive(accepted)
@@ -193,7 +196,7 @@ class LivenessServer:
     def _shake_hands(self, connection: _Connection, reply: Message) -> None:
         rank, answer = self._handshake.check(connection.challenge, reply)
         if not 0 < rank < self._world_size or rank in self._connected():
-            raise ValueError("not a rank that is missing")
+            raise ValueError("the rank is unknown or already connected")
         connection.send(encode(answer))
         with self._changed:
             connection.rank = rank
@@ -212,7 +215,7 @@ class LivenessServer:
             self.publish({"lost": connection.rank})
 
     def _drop_unproved(self) -> None:
-        """Drops connections whose handshake takes too long, and the oldest of too many."""
+        """Drops connections without a handshake: slow ones, and the oldest if there are many."""
         now = time.monotonic()
         unproved = [connection for connection in self._connections if connection.rank is None]
         num_surplus = len(unproved) - _MAX_UNPROVED - self._world_size
@@ -236,7 +239,7 @@ class LivenessServer:
         self.publish({"silent": min(silent)})
         for connection in list(self._connections):
             if connection.rank in silent:
-                self._drop(connection)  # its departure is not waited for
+                self._drop(connection)  # so that `await_departures` does not wait for this rank
 
     def _check_heartbeats(self) -> None:
         if self._heartbeat.is_due():

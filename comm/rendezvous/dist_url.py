@@ -1,11 +1,11 @@
-"""--dist-url: the host and the port at which all ranks find rank 0."""
+"""The flag --dist-url: the host and the port of rank 0, to which all ranks connect."""
 
 import socket
 from urllib.parse import urlsplit
 
 
 def parse_dist_url(url: str) -> tuple[str, int]:
-    """Returns host and port of tcp://host:port. ValueError for anything else."""
+    """Returns host and port of a URL tcp://host:port; raises ValueError for any other text."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
@@ -17,7 +17,7 @@ def parse_dist_url(url: str) -> tuple[str, int]:
 
 
 def resolve(host: str) -> tuple[socket.AddressFamily, str]:
-    """Returns the family and the address of `host`, IPv4 first.
+    """Returns the address family and the address of `host`; prefers IPv4.
 
     Raises ValueError if the host is unknown.
     """

@@ -1,4 +1,4 @@
-"""The network interface of a process: named by the user, or the kernel's choice."""
+"""The network interface of a process: named by the user, or that of the route to rank 0."""
 
 import ipaddress
 import socket
@@ -27,7 +27,7 @@ def choose_interface(
     """Returns the interface of --net-interface, of the environment, or of the route to rank 0.
 
     Raises:
-        ValueError: no such interface; flag and variables disagree; the master's name is unknown.
+        ValueError: no such interface; flag and variables differ; `master_host` is unknown.
     """
     given = _given_name(flag, environ)
     if given is not None:
@@ -37,22 +37,25 @@ def choose_interface(
     for interface in _interfaces():
         if interface.address == address:
             return interface
-    if ipaddress.ip_address(address).is_loopback:  # lo has all of 127.0.0.0/8
+    if ipaddress.ip_address(address).is_loopback:  # lo serves all addresses of 127.0.0.0/8
         return next(i for i in _interfaces() if ipaddress.ip_address(i.address).is_loopback)
     raise ValueError(
-        f"--net-interface is needed: no interface holds {address}, this machine's address towards "
-        f"--dist-url's host {master_host}; there are {_listing()}"
+        f"--net-interface is needed: no interface holds {address}, this machine's address on the "
+        f"route to --dist-url's host {master_host}; there are {_listing()}"
     )
 
 
 def export(interface: Interface, environ: MutableMapping[str, str]) -> None:
-    """Sets the environment variables of gloo and NCCL, except where the user has set them."""
+    """Sets the interface variables of gloo and NCCL, except those that the user has set."""
     for variable in VARIABLES:
         environ.setdefault(variable, interface.name)
 
 
 def _given_name(flag: str | None, environ: Mapping[str, str]) -> tuple[str, str] | None:
-    """Returns the flag or variable that names an interface, and the name; all must agree."""
+    """Returns the flag or variable that names an interface, and the interface's name.
+
+    Returns None if no flag or variable is set; raises ValueError if two of them differ.
+    """
     given = {"--net-interface": flag} | {name: environ.get(name) for name in VARIABLES}
     named = [(source, name) for source, name in given.items() if name]
     for source, name in named[1:]:
@@ -77,21 +80,21 @@ def _named(name: str, *, source: str, target: str) -> Interface:
 
 
 def _local_address_towards(host: str) -> str:
-    """Returns this machine's address on the route to `host`; a UDP connect sends nothing."""
+    """Returns this machine's address on the route to `host`; the UDP connect sends no packet."""
     family, address = resolve(host)
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((address, 9))
         except OSError as error:
             raise ValueError(
-                f"--dist-url: no way to the host {host} from here: {error.strerror}; "
+                f"--dist-url: no route to the host {host} from here: {error.strerror}; "
                 f"the interfaces are {_listing()}"
             ) from None
         return str(probe.getsockname()[0])
 
 
 def _interfaces() -> Iterator[Interface]:
-    """Yields every (interface, address) pair of this machine, IPv4 addresses first for each."""
+    """Yields every interface of this machine with each of its addresses, IPv4 before IPv6."""
     for name in netifaces.interfaces():
         addresses = netifaces.ifaddresses(name)
         for family in _FAMILIES:

@@ -1,7 +1,7 @@
-"""The key of a job, by which its ranks prove to each other that they belong to it.
+"""The secret key of a job: with it, ranks prove to each other that they belong to the same job.
 
-The key is never sent. A proof is its HMAC-SHA256 (RFC 2104) over a message, so that a listener
-learns nothing that it could use for another message.
+The key is never sent. A proof is an HMAC-SHA256 (RFC 2104) of a message with the key. A listener
+cannot use a proof for another message.
 """
 
 import hashlib
@@ -9,30 +9,30 @@ import hmac
 import json
 from pathlib import Path
 
-MIN_TOKEN = 16  # bytes; fewer can be guessed
+MIN_TOKEN = 16  # bytes; a shorter token can be guessed
 MAX_TOKEN = 64 * 1024
 
 
 class JobKey:
-    """The key of --job-id and, if there is one, of a token file's contents."""
+    """A secret key, derived from --job-id and, if given, the contents of --job-token-file."""
 
     def __init__(self, job_id: str, token: bytes = b"") -> None:
         named = json.dumps(job_id).encode()
         self._secret = hashlib.sha256(b"%d %b %b" % (len(named), named, token)).digest()
 
     def prove(self, *message: str | int) -> str:
-        """Returns the proof that its sender knows the key, valid for `message` alone; hex."""
+        """Returns a hex proof that the sender of `message` knows the key."""
         return hmac.new(self._secret, json.dumps(message).encode(), hashlib.sha256).hexdigest()
 
     def is_proof(self, proof: object, *message: str | int) -> bool:
-        """Returns whether `proof` is that of `message`, in a time that reveals nothing of it."""
+        """Returns whether `proof` is the proof of `message`; compares in constant time."""
         return isinstance(proof, str) and hmac.compare_digest(
             proof.encode(errors="replace"), self.prove(*message).encode()
         )
 
 
 def read_job_key(job_id: str, token_file: Path | None) -> JobKey:
-    """Returns the key of a run's flags. ValueError for a file that is missing or too short."""
+    """Returns the key of a job; raises ValueError if the token file is missing or too short."""
     if token_file is None:
         return JobKey(job_id)
     try:
@@ -43,11 +43,11 @@ def read_job_key(job_id: str, token_file: Path | None) -> JobKey:
     if len(token) < MIN_TOKEN:
         raise ValueError(
             f"--job-token-file {token_file}: it holds {len(token)} bytes, expected at least "
-            f"{MIN_TOKEN} that nobody can guess, as `openssl rand -hex 32` makes them"
+            f"{MIN_TOKEN} random bytes, for example from `openssl rand -hex 32`"
         )
     return JobKey(job_id, token)
 
 
 def is_readable_by_others(token_file: Path) -> bool:
-    """Returns whether another user of this machine may read the file."""
+    """Returns whether the file's mode gives group or others any permission."""
     return token_file.stat().st_mode & 0o077 != 0

@@ -1,8 +1,9 @@
-"""Rendezvous: the processes of a run find each other, and any mismatch ends all of them at once.
+"""Rendezvous of all ranks at the start of a run; a mismatch between ranks ends all of them.
 
-Every rank posts a description of itself in a shared store. The first rank that knows the outcome
-(rank 0 when all are there; any rank that sees a mistake or runs out of time) writes the verdict,
-once. All ranks read that one verdict, so that they report the same and end alike.
+Every rank writes a description of itself to a shared store. One rank writes the verdict: rank 0
+when all ranks have joined, or the first rank that finds a mistake or reaches the deadline. Later
+verdicts are ignored. All ranks read the same verdict, so they report the same error and exit with
+the same status.
 """
 
 import contextlib
@@ -29,20 +30,21 @@ from comm.timing import DEFAULT_TIMING, Timing
 
 logger = logging.getLogger(__name__)
 
-_ERRORS = {1: TimeoutError, 2: ValueError, STOPPED: StopAskedError}  # by a verdict's status
+_ERRORS = {1: TimeoutError, 2: ValueError, STOPPED: StopAskedError}  # keys: exit statuses
 _VERDICT, _NUM_READ = "verdict", "read"
 
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """The result of joining.
+    """The result of a rendezvous.
 
-    rank: this process's.
-    participants: every rank's description, by rank.
-    nonce: random hex that names this start.
-    key: known to all ranks of the job, to prove themselves on connections of their own.
-    store: values of this start (None in a world of one).
-    deadline: still running; `create_process_groups` cancels it when the groups exist.
+    rank: the rank of this process.
+    participants: the description of every rank, in the order of the ranks.
+    nonce: random hex that identifies this start.
+    key: the key of the job, for proofs on other connections.
+    store: the values of this start; None in a world of one rank.
+    deadline: still active; `create_process_groups` cancels it when the groups exist. None in a
+        world of one rank.
     """
 
     rank: int
@@ -54,13 +56,13 @@ class Rendezvous:
 
     @classmethod
     def alone(cls) -> "Rendezvous":
-        """Returns a world of one: no socket, no store."""
+        """Returns the rendezvous of a world of one rank, without socket and store."""
         participant = Participant(0, socket.gethostname(), "", "", os.getpid(), {})
         return cls(0, (participant,), secrets.token_hex(16), JobKey(""), None, None)
 
     @property
     def ranks_on_this_host(self) -> tuple[int, ...]:
-        """The ranks whose machine has this one's host name, this rank included."""
+        """The ranks on machines with this machine's host name, this rank included."""
         host = self.participants[self.rank].host
         return tuple(other.rank for other in self.participants if other.host == host)
 
@@ -79,24 +81,24 @@ def join(
     stop: StopRequest | None = None,
     timing: Timing = DEFAULT_TIMING,
 ) -> Rendezvous:
-    """Joins the other ranks.
+    """Joins the other ranks and waits for the verdict.
 
     Args:
         url: --dist-url.
-        facts: flag -> value, the same on all ranks; the world size is always one of them.
-        key: ranks with another key are of another job.
-        start: tells the job's starts on one store from each other (torchrun's restarts).
-        join_timeout: seconds, a hard deadline for all of it.
-        host: whether this process holds the store; left out, rank 0 does (under torchrun its agent
-            does, so it is False there).
-        stop: a request to stop ends the rendezvous of all ranks.
+        facts: flag -> value; must be the same on all ranks. The world size is always added.
+        key: the key of the job; a rank with another key belongs to another job.
+        start: the name of this start, if one store serves several starts (torchrun's restarts).
+        join_timeout: seconds; the process ends if the ranks are not connected by then.
+        host: whether this process hosts the store; None: rank 0 does. Under torchrun the agent
+            hosts the store, so `host` is False.
+        stop: a stop request that ends the rendezvous of all ranks.
 
     Raises:
-        ValueError: a user's mistake: the master is not there or of another job, its port is taken,
-            facts differ, a rank is given twice.
-        TimeoutError: ranks are missing at the deadline; the text names them.
-        ConnectionError: the master went away while the ranks joined, or something else writes to
-            its store.
+        ValueError: a user's mistake: no master answers, the master belongs to another job, its port
+            is in use, facts differ, or two processes have the same rank.
+        TimeoutError: ranks are missing at the deadline; the text names the missing ranks.
+        ConnectionError: the master ended while the ranks joined, or another program writes to its
+            store.
         StopAskedError: a rank was asked to stop.
     """
     place = (socket.gethostname(), interface.address, interface.name, os.getpid())
@@ -109,7 +111,7 @@ def join(
     except DistError as error:
         deadline.cancel()
         raise ConnectionError(
-            f"the master at {url} went away while the ranks were joining; see rank 0's message"
+            f"lost the connection to the master at {url} while ranks joined; see rank 0's message"
         ) from error
     except (ValueError, OSError, StopAskedError):
         deadline.cancel()
@@ -117,7 +119,7 @@ def join(
 
 
 class _Joining:
-    """One rank's part in the rendezvous."""
+    """The rendezvous from the view of one rank."""
 
     def __init__(
         self,
@@ -139,7 +141,7 @@ class _Joining:
         self._last_report = 0.0
 
     def open_store(self, *, host: bool) -> Store:
-        """Returns the store at the master, hosted here or elsewhere."""
+        """Returns the store: hosts it if `host` is true, else connects to the master."""
         address = self._participant.address
         if host:
             return host_store(self._url, address=address, deadline=self._deadline)
@@ -153,7 +155,7 @@ class _Joining:
         self._report(f"waiting for {self._master}")
 
     def join(self, store: SignedStore, key: JobKey) -> Rendezvous:
-        """Posts this rank's description, waits for the verdict, and follows it."""
+        """Posts this rank's description and waits for the verdict; raises the verdict's error."""
         if self._rank == 0:
             store.prove_job(self._participant.host)
         self._register(store)
@@ -225,9 +227,9 @@ class _Joining:
         return [rank for rank in ranks if not store.plain.check([_name(rank)])]
 
     def _await_readers(self, store: SignedStore, *, late_seconds: float) -> None:
-        """Keeps the host of the store until the others have read the verdict.
+        """Makes rank 0, which may host the store, wait until the other ranks have read the verdict.
 
-        For ranks that have not joined yet it waits `late_seconds`.
+        Rank 0 waits at most `late_seconds` for ranks that have not joined yet.
         """
         began = time.monotonic()
         with contextlib.suppress(DistError):
@@ -266,5 +268,5 @@ def _read(store: SignedStore, ranks: Sequence[int]) -> tuple[Participant, ...]:
 
 
 def _conclude(store: SignedStore, **verdict: str | int) -> None:
-    """Writes the verdict unless there is one."""
+    """Writes the verdict, unless another rank has written one already."""
     store.set_first(_VERDICT, json.dumps(verdict))

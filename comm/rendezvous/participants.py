@@ -1,4 +1,4 @@
-"""The description of itself that each rank posts when it joins, and the check that all match."""
+"""Descriptions of the ranks that join a run, and the check that the descriptions match."""
 
 import ipaddress
 import json
@@ -11,7 +11,7 @@ Fact: TypeAlias = str | int | float | bool | None
 
 @dataclass(frozen=True)
 class Participant:
-    """One rank; `facts` (flag -> value) must be the same on all ranks."""
+    """The description of one rank; `facts` (flag -> value) must be the same on all ranks."""
 
     rank: int
     host: str
@@ -29,7 +29,10 @@ class Participant:
 
 
 def find_mismatch(participants: Sequence[Participant]) -> str | None:
-    """Returns the first mismatch of a participant with the first one, in one line."""
+    """Returns a one-line error for the first participant that does not match `participants[0]`.
+
+    Returns None if all participants match.
+    """
     first = participants[0]
     for other in participants[1:]:
         problem = _differing_fact(first, other) or _unreachable(first, other)
@@ -50,7 +53,10 @@ def _differing_fact(first: Participant, other: Participant) -> str | None:
 
 
 def _unreachable(first: Participant, other: Participant) -> str | None:
-    """A loopback address is of no use to a rank with an address of another kind."""
+    """Returns an error if only one of both addresses is a loopback address, else None.
+
+    Another machine cannot reach a loopback address.
+    """
     first_inside, other_inside = (
         ipaddress.ip_address(participant.address).is_loopback for participant in (first, other)
     )
@@ -65,5 +71,5 @@ def _unreachable(first: Participant, other: Participant) -> str | None:
 
 
 def _format(value: Fact) -> str:
-    """Returns the value as the user would type it."""
+    """Returns the value as the user writes it on the command line, or `not given`."""
     return "not given" if value is None else json.dumps(value).strip('"')

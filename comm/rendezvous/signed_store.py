@@ -1,8 +1,8 @@
-"""Proofs in torch's TCPStore, which accepts any client: ranks of another job may come by mistake.
+"""A store with proofs. torch's TCPStore accepts any client, even a rank of another job.
 
-Rank 0 proves its job under a name that all jobs share, so that a rank with another key ends at once
-instead of waiting for its deadline. All other names depend on the key and on the start of the job.
-The values that decide over a run carry a proof, so that no other client can replace them.
+Rank 0 writes a proof of its job under a name that all jobs share. So a rank with another job key
+ends at once and does not wait for its deadline. All other names depend on the job key and on the
+start of the job. Important values carry a proof, so that a value from another client is detected.
 """
 
 import secrets
@@ -11,15 +11,15 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from comm.rendezvous.job_key import JobKey
 
-LIVENESS_ADDRESS = "liveness"  # the name of the value
-_MAX_HOST = 64  # characters of a foreign host's name that are reported
+LIVENESS_ADDRESS = "liveness"  # the name of the stored value
+_MAX_HOST = 64  # an error shows at most this many characters of a foreign host name
 
 
 class SignedStore:
-    """Text by name; a value without the proof of this job, start and name is an error.
+    """A store of text values; each value needs a proof for this job, this start and its name.
 
-    start: distinguishes this start of the job from others in the same store.
-    plain: torch's store under this start's names, for values without a proof.
+    start: distinguishes this start of the job from other starts in the same store.
+    plain: torch's store with a name prefix for this start, for values without a proof.
     """
 
     def __init__(self, store: Store, key: JobKey, *, start: str) -> None:
@@ -28,14 +28,14 @@ class SignedStore:
         self.plain = PrefixStore(f"{start}/{key.prove('prefix', start)}", store)
 
     def prove_job(self, host: str) -> None:
-        """Proves the job of this rank, which is rank 0 on `host`."""
+        """Writes the proof of this rank's job; only rank 0, on `host`, calls this."""
         salt = secrets.token_hex(16)
         self._all_jobs.set("job", f"{salt} {self._key.prove('job', salt)} {host}")
 
     def check_job(self, *, url: str, rank: int, host: str) -> bool:
-        """Returns whether rank 0 has proved the job. Raises ValueError if it is of another job.
+        """Returns whether rank 0 has written its proof; raises ValueError if its job is another.
 
-        This rank is `rank` on `host`.
+        `rank` and `host` describe this process.
         """
         if not self._all_jobs.check(["job"]):
             return False
@@ -45,23 +45,23 @@ class SignedStore:
             return True
         shown = "".join(filter(str.isprintable, rank_0_host))[:_MAX_HOST]
         raise ValueError(
-            f"--dist-url {url}: rank 0 there (host {shown}) is of another job: its --job-id or "
-            f"--job-token-file is not that of rank {rank} (host {host}); give all ranks of a job "
-            "the same, and each job a port of its own"
+            f"--dist-url {url}: rank 0 there (host {shown}) belongs to another job: its --job-id "
+            f"or --job-token-file differs from that of rank {rank} (host {host}); use the same "
+            "values on all ranks of a job, and a different port for each job"
         )
 
     def set(self, name: str, value: str) -> None:
-        """Writes a value."""
+        """Writes a value with its proof."""
         self.plain.set(name, self._sign(name, value))
 
     def set_first(self, name: str, value: str) -> None:
-        """Writes a value unless there is one."""
+        """Writes a value with its proof, unless the store has a value of this name already."""
         self.plain.compare_set(name, "", self._sign(name, value))
 
     def get(self, name: str) -> str:
-        """Waits for a value; raises ConnectionError if no rank of this job wrote it.
+        """Waits for a value and returns it; raises ConnectionError if its proof is wrong.
 
-        Raises DistError if the store is gone, or no value came within its timeout.
+        Raises DistError if the store's host ended, or if no value came within the store's timeout.
         """
         proof, _, value = self.plain.get(name).decode(errors="replace").partition(" ")
         if not self._key.is_proof(proof, "value", self._start, name, value):
@@ -73,7 +73,7 @@ class SignedStore:
 
 
 def foreign_value(name: str) -> ConnectionError:
-    """Returns the error for a value that no rank of this job wrote."""
+    """Returns the error for a value `name` that no rank of this job wrote."""
     return ConnectionError(
         f"the store at --dist-url holds {name}, which no rank of this job wrote: something else "
         "writes there; choose another port, and let only this job's machines reach it"

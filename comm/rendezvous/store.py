@@ -1,4 +1,4 @@
-"""The key-value store at --dist-url: rank 0 (or torchrun's agent) hosts it, all connect to it."""
+"""The key-value store at --dist-url: rank 0 or torchrun's agent hosts it, all ranks connect."""
 
 import errno
 import ipaddress
@@ -21,10 +21,11 @@ _PROBE_SECONDS = 5.0
 
 
 def host_store(url: str, *, address: str, deadline: Deadline) -> TCPStore:
-    """Hosts the store on this machine, on the address that `url` names, and on no other.
+    """Hosts the store on this machine; it listens only at the address of `url`.
 
     Args:
-        address: this machine's, in place of one that no other machine can reach: see `_resolve`.
+        address: this machine's address, used if other machines cannot reach the address of `url`
+            (see `_resolve`).
 
     Raises:
         ValueError: the port is in use, or the address is not this machine's.
@@ -52,12 +53,13 @@ def host_store(url: str, *, address: str, deadline: Deadline) -> TCPStore:
 def connect_to_store(
     url: str, *, address: str, deadline: Deadline, on_retry: Callable[[], None]
 ) -> TCPStore:
-    """Connects to the store of the master, trying until the deadline.
+    """Connects to the master's store; tries again until the deadline.
 
-    Plain connections are tried first: torch's client writes a stack trace for each failed attempt.
+    The first attempts are plain TCP connections, because torch's client writes a stack trace for
+    each failed attempt.
 
     Args:
-        address: as of `host_store`.
+        address: as for `host_store`.
         on_retry: called between attempts.
 
     Raises:
@@ -68,7 +70,7 @@ def connect_to_store(
     _await_listener(url, host, port, deadline, on_retry)
     line = (
         f"--dist-url {url}: something accepts connections there but does not answer as the "
-        f"master of a run ({deadline.seconds:g} s, --join-timeout); is the port another program's?"
+        f"master of a run ({deadline.seconds:g} s, --join-timeout); does another program use it?"
     )
     deadline.expect(status=2, line=line)
     try:
@@ -98,10 +100,11 @@ def _await_listener(
 
 
 def _resolve(host: str, address: str) -> tuple[socket.AddressFamily, str]:
-    """Returns the family and the address of the store of `host`.
+    """Returns the address family and the address of the store.
 
-    Hosts files often give a machine's own name a loopback address, which no other machine can
-    reach. There, and where `host` stands for any address, it is this machine's `address`.
+    /etc/hosts often gives a machine's own name a loopback address, which other machines cannot
+    reach. In this case, and if `host` is an unspecified address such as 0.0.0.0, this function
+    returns this machine's `address`.
     """
     family, resolved = resolve(host)
     ip = ipaddress.ip_address(resolved)

@@ -1,8 +1,8 @@
 """Causal attention, with or without dropout, over complete rows or inside packed documents.
 
-Dropout masks depend on the sequence alone (`modules.layers.dropout`), so attention with dropout
-runs row by row. In packed rows it runs document by document: a document's mask depends on its
-sequence and on its number in the row.
+A dropout mask depends only on its sequence, not on the microbatch (`modules.layers.dropout`), so
+attention with dropout runs row by row. In packed rows it runs document by document: a document's
+mask depends on its sequence and on its number in the row.
 """
 
 from collections.abc import Sequence
@@ -34,10 +34,10 @@ def causal_attention(
     Args:
         query, key, value: (rows, heads, seq_len, head size).
         dropout: the probability of dropping an attention weight.
-        site: the name of this attention in the model, which its dropout masks depend on.
+        site: the name of this attention in the model; the dropout masks depend on it.
         keys: the dropout key of each row; None for no dropout.
-        documents: the documents of the rows, which do not attend to each other; None where
-            attention covers complete rows.
+        documents: the documents of the rows, which do not attend to each other; None if attention
+            covers complete rows.
 
     Returns:
         (rows, heads, seq_len, head size).
@@ -63,10 +63,10 @@ def _dropout_attention(
     keys: Sequence[int],
     documents: PackedDocuments | None,
 ) -> Tensor:
-    """Attends row by row, or document by document.
+    """Returns attention with dropout, computed row by row or document by document.
 
-    torch's kernel draws its mask from the device's default generator, which nothing else here uses;
-    each row or document seeds it anew.
+    torch's kernel draws its mask from the device's default generator. This generator is seeded
+    before each row or document; no other code in this project uses it.
     """
     rows = []
     for row, sequence_key in enumerate(keys):
@@ -81,10 +81,10 @@ def _dropout_attention(
 
 
 def _seed_default_generator(seed: int, device: torch.device) -> None:
-    """Seeds the generator that torch's kernel draws from.
+    """Seeds the device's default generator, which torch's kernel uses.
 
-    On a CPU torch.manual_seed would also format a stack trace for each type of device that may be
-    used later, which takes longer than the attention of a short row.
+    On a CPU this avoids torch.manual_seed, which also formats a stack trace for each other type of
+    device. This takes longer than the attention of a short row.
     """
     if device.type == "cpu":
         torch.default_generator.manual_seed(seed)
@@ -95,7 +95,7 @@ def _seed_default_generator(seed: int, device: torch.device) -> None:
 def _segments(
     row: int, seq_len: int, site: str, documents: PackedDocuments | None
 ) -> tuple[list[int], list[str]]:
-    """Returns the lengths of the row's segments that attend separately, and their dropout sites."""
+    """Returns the lengths of a row's segments (documents), and the dropout site of each segment."""
     if documents is None:
         return [seq_len], [site]
     lengths = documents.lengths_of_rows[row]

@@ -1,9 +1,9 @@
 """Causal attention over short sequences on a CPU, for training.
 
-torch's CPU kernel works in small tiles, far below the speed of the CPU, and computes the
-probabilities again in backward. While the probabilities are small beside a block's other
-activations, it is faster to keep them, and to compute each block of queries as one batched matmul
-over all heads.
+torch's CPU kernel works in small tiles, which is slow, and computes the probabilities again in
+backward. For short sequences the probabilities are much smaller than a block's other activations.
+Then it is faster to save the probabilities, and to compute each block of queries as one batched
+matmul over all heads.
 """
 
 from collections.abc import Iterator
@@ -15,17 +15,17 @@ from torch import Tensor
 
 from modules.attention.sdpa import sdpa_attention
 
-QUERY_BLOCK = 64  # queries of one batched matmul
-MAX_LENGTH_PER_SIZE = 4  # times the head size: the probabilities are an eighth of the activations
+QUERY_BLOCK = 64  # queries in one batched matmul
+MAX_LENGTH_PER_SIZE = 4  # longest sequence / head size: probabilities are 1/8 of the activations
 
 
 def is_short(query: Tensor) -> bool:
-    """Tells whether `query` (rows, heads, seq_len, head size) is on a CPU and short enough."""
+    """Returns whether `query` (rows, heads, seq_len, head size) is on a CPU and short enough."""
     return query.device.type == "cpu" and query.shape[2] <= MAX_LENGTH_PER_SIZE * query.shape[3]
 
 
 def row_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Returns causal attention over complete rows, from the faster of the two implementations."""
+    """Returns causal attention over complete rows, computed by the faster implementation."""
     if is_short(query):
         return short_attention(query, key, value)
     return sdpa_attention(query, key, value)
@@ -46,7 +46,7 @@ class _Attention(torch.autograd.Function):
         q, k, v = (tensor.flatten(0, 1) for tensor in (query, key, value))
         q = q * query.shape[-1] ** -0.5
         rows, heads, seq_len, size = query.shape
-        # The layout in memory is that of the next layer's input.
+        # The memory layout is the layout of the next layer's input.
         out = query.new_empty((rows, seq_len, heads, size)).transpose(1, 2)
         probabilities = []
         for queries, keys in _blocks(q.shape[1]):
@@ -76,7 +76,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _blocks(seq_len: int) -> Iterator[tuple[slice, slice]]:
-    """Yields blocks of queries, each with the keys that come no later than its last query."""
+    """Yields blocks of queries, each with all keys up to the position of its last query."""
     for start in range(0, seq_len, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, seq_len)
         yield slice(start, stop), slice(0, stop)
@@ -84,5 +84,5 @@ def _blocks(seq_len: int) -> Iterator[tuple[slice, slice]]:
 
 @lru_cache(maxsize=4)
 def causal_mask(queries: int, dtype: torch.dtype) -> Tensor:
-    """Returns (queries, queries): -inf where a key comes after its query, else 0."""
+    """Returns a mask (queries, queries): -inf where the key comes after the query, else 0."""
     return torch.full((queries, queries), -torch.inf, dtype=dtype).triu(1)

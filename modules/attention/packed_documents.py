@@ -1,7 +1,7 @@
 """Positions and lengths of the documents in packed rows, for attention and rotary embeddings.
 
-Documents fill their rows, so the rows one after another are all documents one after another: a
-"packed" tensor below is (rows * seq_len, ...).
+Documents fill their rows without gaps, so the concatenated rows are the concatenated documents. A
+"packed" tensor below has shape (rows * seq_len, ...).
 """
 
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class PackedDocuments:
-    """The documents of a microbatch's rows; computed once for all blocks, forward and backward.
+    """The documents in a microbatch's rows; computed once for forward and backward of all blocks.
 
-    doc_starts: int64 (rows, seq_len) on the host: the position in its row of the first token of
-        each token's document.
-    device: the device of the activations, to which the tensors that blocks use are copied.
+    doc_starts: int64 (rows, seq_len) on the host: for each token, the position in the row of its
+        document's first token.
+    device: the device of the activations; tensors for the blocks are copied to this device.
     """
 
     doc_starts: Tensor
@@ -25,7 +25,7 @@ class PackedDocuments:
 
     @cached_property
     def positions(self) -> Tensor:
-        """int64 (rows, seq_len): each token's position in its document, from 0."""
+        """The position of each token in its document, from 0: int64 (rows, seq_len)."""
         return self._to_device(self._row_positions - self.doc_starts)
 
     @cached_property
@@ -40,27 +40,27 @@ class PackedDocuments:
 
     @cached_property
     def bounds(self) -> Tensor:
-        """int32 (documents + 1): each document's start among packed tokens, and the end."""
+        """The start of each document in the packed tokens, and the end: int32 (documents + 1)."""
         bounds = torch.zeros(len(self._packed_lengths) + 1, dtype=torch.int32)
         torch.cumsum(self._packed_lengths, 0, out=bounds[1:])
         return self._to_device(bounds)
 
     @cached_property
     def by_length(self) -> Tensor:
-        """int64 (rows * seq_len): the order of packed tokens with the shortest documents first.
+        """The indices that sort packed tokens by their document's length: int64 (rows * seq_len).
 
-        Documents of equal length keep their order.
+        The shortest documents come first. Documents of equal length keep their order.
         """
         return self._to_device(self._by_length)
 
     @cached_property
     def original_order(self) -> Tensor:
-        """int64 (rows * seq_len): the inverse permutation of `by_length`."""
+        """The inverse permutation of `by_length`: int64 (rows * seq_len)."""
         return self._to_device(self._by_length.argsort())
 
     @cached_property
     def groups(self) -> list[tuple[int, int]]:
-        """(number of documents, their length) for each length, the shortest first."""
+        """A pair (number of documents, length) for each length, the shortest length first."""
         lengths, counts = self._packed_lengths.unique(return_counts=True)
         return list(zip(counts.tolist(), lengths.tolist(), strict=True))
 
@@ -86,6 +86,6 @@ class PackedDocuments:
 
 
 def _lengths(is_first: Tensor) -> Tensor:
-    """Returns the lengths of the documents, from a mask (tokens) of their first tokens."""
+    """Returns the lengths of the documents; `is_first` (tokens) marks their first tokens."""
     starts = is_first.nonzero().flatten()
     return starts.diff(append=starts.new_tensor([len(is_first)]))

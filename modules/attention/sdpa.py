@@ -1,7 +1,7 @@
-"""torch's kernels for causal attention, which never hold a mask or all scores.
+"""Causal attention with torch's fused kernels; these kernels store no mask and no score matrix.
 
-torch has no such kernel for the device "meta" and would hold all scores. In a dry run, "meta"
-stands for a GPU, so the GPU kernels are called there: they tell their own shapes.
+torch has no fused kernel for the device "meta" and would allocate the score matrix. In a dry run,
+"meta" represents a GPU, so this file calls the GPU kernels on "meta": they return the right shapes.
 """
 
 import torch
@@ -12,8 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0) -> Tensor:
     """Returns causal softmax attention with scores scaled by 1 / sqrt(head size).
 
-    All tensors are (rows, heads, seq_len, head size). The mask of `dropout` is drawn from the
-    device's default generator.
+    All tensors are (rows, heads, seq_len, head size). The device's default generator draws the
+    dropout mask.
     """
     if query.device.type == "meta":
         return _gpu_kernel(query, key, value, dropout)
@@ -21,7 +21,7 @@ def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, *, dropout: float 
 
 
 def _gpu_kernel(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-    """Calls flash attention, or in fp32, which it does not support, the memory-efficient kernel."""
+    """Calls flash attention, or the memory-efficient kernel in fp32 (flash attention has none)."""
     ops = torch.ops.aten
     out: Tensor
     if query.dtype == torch.float32:

@@ -1,8 +1,8 @@
-"""Causal attention inside documents that share rows, without a mask.
+"""Causal attention inside the documents of packed rows, without a mask.
 
-On GPUs with flash attention, in half precision, one variable-length kernel covers all documents.
-Elsewhere the documents of one length are computed together as if they were rows: sorting documents
-by length makes them contiguous. Rows of one document each use the attention over rows.
+On GPUs with flash attention, in half precision, one variable-length kernel computes all documents.
+Otherwise the documents are sorted by length, and all documents of one length are computed together
+like rows. If every row is one document, the attention over complete rows is used.
 """
 
 from collections.abc import Sequence
@@ -34,22 +34,22 @@ def varlen_attention(
 
 
 def has_varlen_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Tells whether `varlen_attn` supports these tensors.
+    """Returns whether torch's `varlen_attn` supports these tensors.
 
-    It needs flash attention and a head size that is a multiple of 8 (torch pads other sizes only
-    for the flash attention over rows).
+    `varlen_attn` needs flash attention and a head size that is a multiple of 8. (torch pads other
+    head sizes only in the flash attention over rows.)
     """
     params = SDPAParams(query, key, value, None, 0.0, True, False)
     return can_use_flash_attention(params) and query.shape[-1] % 8 == 0
 
 
 def _attend_varlen(packed: Sequence[Tensor], documents: PackedDocuments) -> Tensor:
-    """Attends with one kernel over all documents.
+    """Returns attention inside all documents, computed by one kernel.
 
-    `packed` has queries, keys and values (rows * seq_len, heads, head size); the result has that
-    shape.
+    `packed` has queries, keys and values, each (rows * seq_len, heads, head size); the result has
+    the same shape.
     """
-    # Imported only where it runs: torch.compile's modules, which it imports, take 1.6 s.
+    # The import is here because it also imports torch.compile's modules, which takes 1.6 s.
     from torch.nn.attention.varlen import varlen_attn
 
     query, key, value = packed
@@ -60,7 +60,10 @@ def _attend_varlen(packed: Sequence[Tensor], documents: PackedDocuments) -> Tens
 
 
 def _attend_by_length(packed: Sequence[Tensor], documents: PackedDocuments) -> Tensor:
-    """Attends to the documents of one length at a time; shapes as in `_attend_varlen`."""
+    """Returns attention inside all documents, computed length by length.
+
+    The shapes are as in `_attend_varlen`.
+    """
     order, inverse = documents.by_length, documents.original_order
     sizes = [count * length for count, length in documents.groups]
     parts = [_reorder(tensor, order, inverse).split(sizes) for tensor in packed]
@@ -72,12 +75,12 @@ def _attend_by_length(packed: Sequence[Tensor], documents: PackedDocuments) -> T
 
 
 def _as_rows(packed: Tensor, count: int, length: int) -> Tensor:
-    """Views (count * length, heads, head size) as (count, heads, length, head size)."""
+    """Returns a view (count, heads, length, head size) of (count * length, heads, head size)."""
     return packed.view(count, length, *packed.shape[1:]).transpose(1, 2)
 
 
 def _reorder(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """Returns x[order]; backward indexes with `inverse` instead of scattering with additions."""
+    """Returns x[order]; backward indexes with `inverse` instead of a scatter-add."""
     out: Tensor = _Reorder.apply(x, order, inverse)  # type: ignore[no-untyped-call]
     return out
 

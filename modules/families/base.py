@@ -1,10 +1,10 @@
 """The interface of a model family: its modules, their Hugging Face names, its config and sizes.
 
 A family's file (for example `modules/families/gptneox.py`) defines `FAMILY`. A model is an
-embedding, then blocks, then a head. Each is one layer shard, and all are called as `module(x, keys,
-documents)`: `keys` are the dropout keys of the rows of `x` (`modules.layers.dropout`), None for no
-dropout; `documents` are the documents of the rows (`modules.attention.packed_documents`), None
-where attention covers complete rows.
+embedding, then blocks, then a head. Each of these modules is one layer shard and is called as
+`module(x, keys, documents)`. `keys` are the dropout keys of the rows of `x`
+(`modules.layers.dropout`); None for no dropout. `documents` are the documents of the rows
+(`modules.attention.packed_documents`); None if attention covers complete rows.
 """
 
 import re
@@ -24,14 +24,14 @@ from modules.model_sizes import ModelSizes
 
 @dataclass(frozen=True)
 class Family:
-    """One model family.
+    """A model family.
 
-    sizes: reads the sizes from a config.
-    hf_embedding, hf_block, hf_head: the Hugging Face key of each shard key; a block's keys contain
-        `{layer}`.
-    buffers: matches keys, in shards and in Hugging Face files, that are no weights and are ignored.
-    check_config: raises ValueError for a config that changes the mathematics and is not built.
-    hf_aliases: other spellings in Hugging Face files, and their keys in those tables.
+    sizes: returns the sizes from a config.
+    hf_embedding, hf_block, hf_head: shard key -> Hugging Face key; a block's Hugging Face keys
+        contain `{layer}`.
+    buffers: matches keys of buffers, in shards and in Hugging Face files; these keys are ignored.
+    check_config: raises ValueError for a config that needs an unsupported computation.
+    hf_aliases: other names in Hugging Face files -> the Hugging Face keys in the tables above.
     """
 
     name: str
@@ -50,12 +50,12 @@ class Family:
     def load_config(self, folder: Path) -> Any:
         """Loads and checks the config of `folder/config.json`.
 
-        Raises ValueError, naming the file, for another model type, an unreadable file, or a field
-        that is invalid or changes the mathematics and is not built.
+        Raises ValueError, which names the file, if the file cannot be read, has another model type,
+        or has a field that is invalid or not supported.
         """
         path = folder / "config.json"
         if not path.exists():
-            raise ValueError(f"{path}: no such file (a model folder has one)")
+            raise ValueError(f"{path}: no such file (a model folder needs one)")
         raw, expected = read_json_object(path), self.config_class.model_type
         if raw.get("model_type") != expected:
             raise ValueError(
@@ -63,9 +63,9 @@ class Family:
                 f"{expected!r}"
             )
         if raw.get("quantization_config"):
-            raise ValueError(f"{path}: quantization_config is set: quantized models are not built")
+            raise ValueError(f"{path}: quantization_config is set: no support for quantized models")
         if raw.get("tie_word_embeddings"):
-            raise ValueError(f"{path}: tie_word_embeddings is true: tied weights are not built yet")
+            raise ValueError(f"{path}: tie_word_embeddings is true: tied weights are not supported")
         try:
             config = self.config_class.from_dict(raw)
             self.check_config(config)
@@ -76,7 +76,7 @@ class Family:
 
 
 def config_size(config: Any, key: str) -> int:
-    """Returns a size from a config; raises ValueError unless it is an integer above 0."""
+    """Returns the size `key` of a config; raises ValueError unless it is an integer above 0."""
     size = getattr(config, key)
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"{key} is {size!r}, expected an integer above 0")
@@ -84,9 +84,9 @@ def config_size(config: Any, key: str) -> int:
 
 
 def dense_sizes(config: Any, *, inner: int) -> ModelSizes:
-    """Returns the sizes of a model with `inner` as the width of the feed-forward part.
+    """Returns the sizes of a model; `inner` is the width of the feed-forward part.
 
-    A block multiplies by four hidden x hidden matrices and two hidden x inner ones.
+    A block has four matrices of hidden x hidden and two matrices of hidden x inner.
     """
     hidden = config_size(config, "hidden_size")
     return ModelSizes(
@@ -99,10 +99,10 @@ def dense_sizes(config: Any, *, inner: int) -> ModelSizes:
 
 
 def check_heads(config: Any) -> None:
-    """Raises ValueError where the hidden size is not divided evenly by the heads."""
+    """Raises ValueError if the hidden size is not a multiple of the number of heads."""
     hidden, heads = config.hidden_size, config.num_attention_heads
     if hidden % heads:
-        raise ValueError(f"hidden size {hidden} is no multiple of the {heads} attention heads")
+        raise ValueError(f"hidden size {hidden} is not a multiple of {heads} attention heads")
     head_dim = getattr(config, "head_dim", None)
     if head_dim not in (None, hidden // heads):
-        raise ValueError(f"head_dim is {head_dim}, not hidden size / heads: it is not built")
+        raise ValueError(f"head_dim is {head_dim}, not hidden size / heads: not supported")

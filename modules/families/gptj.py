@@ -1,4 +1,4 @@
-"""GPT-J (Wang and Komatsuzaki, 2021): attention and feed-forward side by side on one norm."""
+"""GPT-J (Wang and Komatsuzaki, 2021): attention and feed-forward in parallel, with one norm."""
 
 import re
 from typing import Any
@@ -20,7 +20,7 @@ ROTARY_BASE = 10000.0
 
 
 class GPTJEmbedding(nn.Module):
-    """The embedding: token ids (rows, seq_len) to activations (rows, seq_len, hidden)."""
+    """The embedding: maps token ids (rows, seq_len) to activations (rows, seq_len, hidden)."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class GPTJEmbedding(nn.Module):
 
 
 class GPTJAttention(nn.Module):
-    """Causal self-attention with a rotation of each head's first `rotary_dim` entries."""
+    """Causal self-attention; rotary embeddings rotate the first `rotary_dim` entries of a head."""
 
     def __init__(self, config: Any, layer: int) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class GPTJMLP(nn.Module):
 
 
 class GPTJBlock(nn.Module):
-    """One layer: activations (rows, seq_len, hidden) to activations of that shape."""
+    """A transformer layer: maps activations (rows, seq_len, hidden) to the same shape."""
 
     def __init__(self, config: Any, layer: int) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class GPTJBlock(nn.Module):
 
 
 class GPTJHead(Head):
-    """The head with the names of GPT-J's files."""
+    """The head, with the parameter names of GPT-J's files."""
 
     norm_name, projection_name = "ln_f", "lm_head"
 
@@ -118,17 +118,17 @@ class GPTJHead(Head):
 
 
 def _inner_size(config: Any) -> int:
-    """Returns the width of the feed-forward part: 4 times the hidden size where it is null."""
+    """Returns the width of the feed-forward part: `n_inner`, or 4 times the hidden size if null."""
     return 4 * config.n_embd if config.n_inner is None else config_size(config, "n_inner")
 
 
 def model_sizes(config: Any) -> ModelSizes:
-    """Reads the sizes of a model from its config."""
+    """Returns the sizes of a model from its config."""
     return dense_sizes(config, inner=_inner_size(config))
 
 
 def check_config(config: Any) -> None:
-    """Raises ValueError where these modules would compute something else than transformers."""
+    """Raises ValueError if these modules would compute other results than transformers."""
     check_heads(config)
     check_activation("activation_function", config.activation_function)
     head_size, rotary = config.n_embd // config.n_head, config.rotary_dim
@@ -138,7 +138,7 @@ def check_config(config: Any) -> None:
         )
     for name in ("rope_scaling", "rope_parameters"):
         if getattr(config, name, None):
-            raise ValueError(f"{name} is set: rope scalings are not built")
+            raise ValueError(f"{name} is set: rope scaling is not supported")
 
 
 _BLOCK_KEYS = (

@@ -1,5 +1,7 @@
-"""GPT-NeoX (Black et al., arXiv 2204.06745) and its family: Pythia, Dolly, RedPajama-INCITE and
-GPT-NeoXT-Chat, which differ only in their config."""
+"""GPT-NeoX (Black et al., arXiv 2204.06745) and models that differ only in their config.
+
+Such models are Pythia, Dolly, RedPajama-INCITE and GPT-NeoXT-Chat.
+"""
 
 import re
 from typing import Any
@@ -19,7 +21,7 @@ from modules.model_sizes import ModelSizes
 
 
 class GPTNeoXEmbedding(nn.Module):
-    """The embedding: token ids (rows, seq_len) to activations (rows, seq_len, hidden)."""
+    """The embedding: maps token ids (rows, seq_len) to activations (rows, seq_len, hidden)."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -32,7 +34,7 @@ class GPTNeoXEmbedding(nn.Module):
 
 
 class GPTNeoXAttention(nn.Module):
-    """Causal self-attention; in the weight each head's query, key and value are adjacent."""
+    """Causal self-attention; one weight holds query, key and value of each head side by side."""
 
     def __init__(self, config: Any, layer: int) -> None:
         super().__init__()
@@ -76,7 +78,10 @@ class GPTNeoXMLP(nn.Module):
 
 
 class GPTNeoXBlock(nn.Module):
-    """One layer: activations (rows, seq_len, hidden) to activations; both residual forms."""
+    """A transformer layer, with parallel or sequential residual.
+
+    It maps activations (rows, seq_len, hidden) to the same shape.
+    """
 
     def __init__(self, config: Any, layer: int) -> None:
         super().__init__()
@@ -101,7 +106,7 @@ class GPTNeoXBlock(nn.Module):
 
 
 class GPTNeoXHead(Head):
-    """The head with the names of GPT-NeoX's files."""
+    """The head, with the parameter names of GPT-NeoX's files."""
 
     norm_name, projection_name = "final_layer_norm", "embed_out"
 
@@ -112,17 +117,17 @@ class GPTNeoXHead(Head):
 
 
 def model_sizes(config: Any) -> ModelSizes:
-    """Reads the sizes of a model from its config."""
+    """Returns the sizes of a model from its config."""
     return dense_sizes(config, inner=config_size(config, "intermediate_size"))
 
 
 def check_config(config: Any) -> None:
-    """Raises ValueError where these modules would compute something else than transformers."""
+    """Raises ValueError if these modules would compute other results than transformers."""
     check_heads(config)
     check_activation("hidden_act", config.hidden_act)
     kind = config.rope_parameters.get("rope_type", "default")
     if kind != "default":
-        raise ValueError(f"rope_type is {kind!r}: rope scalings are not built")
+        raise ValueError(f"rope_type is {kind!r}: rope scaling is not supported")
 
 
 _BLOCK_KEYS = (

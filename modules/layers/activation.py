@@ -1,7 +1,8 @@
-"""Activation functions of feed-forward layers, under their names in a config.
+"""Activation functions of feed-forward layers, by their names in a config.
 
-The three that published GPT-J and GPT-NeoX models use are built here. `transformers.activations`,
-which has all others, takes 1.8 s to import, on each rank: it is imported for those alone.
+This file has the three activations of the published GPT-J and GPT-NeoX models. The other
+activations come from `transformers.activations`. Its import takes 1.8 s on each rank, so it is
+imported only if it is needed.
 """
 
 import math
@@ -18,7 +19,7 @@ class GELUNew(nn.Module):
     """The tanh approximation of GELU, in the order of operations of transformers' `gelu_new`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # One expression: the order of its parts is the order in which backward adds gradients.
+        # Keep this one expression: its order decides the order in which backward adds gradients.
         return 0.5 * x * (1.0 + torch.tanh(SCALE * (x + 0.044715 * torch.pow(x, 3.0))))
 
 
@@ -37,20 +38,20 @@ PUBLISHED: dict[str, Callable[[], nn.Module]] = {
 
 
 def make_activation(name: str) -> nn.Module:
-    """Returns the activation `name`, which `check_activation` accepts."""
+    """Returns the activation `name`; `check_activation` must have accepted the name."""
     activation: nn.Module = PUBLISHED[name]() if name in PUBLISHED else _all_activations()[name]
     return activation
 
 
 def check_activation(field_name: str, activation: str) -> None:
-    """Raises ValueError for an activation that is unknown or has weights of its own."""
+    """Raises ValueError for an activation that is unknown or has weights."""
     if activation in PUBLISHED:
         return
     activations = _all_activations()
     if activation not in activations:
         raise ValueError(f"{field_name} is {activation!r}, unknown to transformers' ACT2FN")
     if list(activations[activation].parameters()):
-        raise ValueError(f"{field_name} is {activation!r}, which has weights: it is not built")
+        raise ValueError(f"{field_name} is {activation!r}, which has weights: not supported")
 
 
 def _all_activations() -> Any:

@@ -1,9 +1,9 @@
-"""Dropout with masks that depend on (seed, update, sequence, layer) alone.
+"""Dropout with masks that depend only on (seed, update, sequence, layer).
 
-A pipeline runs a block again in backward, a resumed run repeats nothing, and another (P, R) gives
-the same sequence to another process: all must draw the same mask. So no generator keeps a state
-from call to call: each row of a microbatch has a key, and each mask is drawn from that key and the
-name of its site.
+The mask of a sequence must be the same when a block is computed again in backward (recompute),
+after a resume, and with another number of stages and replicas. So no generator keeps a state
+between calls. Each row of a microbatch has a key; the key and the name of the dropout's site
+determine the mask.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ Keys = Sequence[int] | None  # one for each row; None for no dropout
 
 
 class KeyedDropout(nn.Module):
-    """Inverted dropout of probability `p`; `site` names its place in the model, with the layer."""
+    """Inverted dropout with probability `p`; `site` is its name in the model, with the layer."""
 
     def __init__(self, p: float, site: str) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class KeyedDropout(nn.Module):
         self.site = site
 
     def forward(self, x: Tensor, keys: Keys) -> Tensor:
-        """Applies dropout to `x` (rows, ...), with one key for each row."""
+        """Returns `x` (rows, ...) with dropout; `keys` has one key for each row."""
         if keys is None or self.p == 0.0:
             return x
         mask = torch.empty_like(x)
@@ -33,7 +33,7 @@ class KeyedDropout(nn.Module):
         return x * mask / (1.0 - self.p) if self.p < 1.0 else x * 0.0
 
     def draw_(self, mask: Tensor, keys: Sequence[int]) -> None:
-        """Fills each row of `mask` from its key."""
+        """Fills each row of `mask` with 0 and 1, drawn with the row's key."""
         generator = torch.Generator(device=mask.device)
         for row, key in enumerate(keys):
             generator.manual_seed(derive_seed(key, self.site))

@@ -1,9 +1,9 @@
 """Layers with large weights, whose gradients are added directly into the gradient buffer.
 
-Autograd would create each weight's gradient for every microbatch and then add it. With a
-`WeightGradBuffer`, these layers pass it the two factors of that gradient instead: the buffer adds
-their product in place, immediately or, where a schedule defers weight gradients (zb-h1), later.
-Without a buffer they are torch's own layers.
+For every microbatch, autograd would create each weight's gradient as a new tensor and then add the
+tensor. With a `WeightGradBuffer`, these layers give the buffer the two factors of the gradient, and
+the buffer adds their product in place. A schedule that defers weight gradients (zb-h1) adds it
+later. Without a buffer, these layers are torch's own layers.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ Deferred = list[Callable[[], None]]
 
 
 class WeightGradBuffer(Protocol):
-    """The gradient buffer, as layers see it (`data_parallel.grad_buffer`, which is above them)."""
+    """The gradient buffer's interface for layers; `data_parallel.grad_buffer` implements it."""
 
     def add_linear(
         self, weight: Tensor, bias: Tensor | None, gradient: Tensor, x: Tensor, *, last: bool
@@ -27,18 +27,18 @@ class WeightGradBuffer(Protocol):
         """Adds the gradients of a linear layer's weight and bias.
 
         Args:
-            gradient: (tokens, outputs), of the layer's output.
+            gradient: (tokens, outputs), the gradient of the layer's output.
             x: (tokens, inputs), the layer's input.
-            last: whether this microbatch adds nothing more to this weight.
+            last: whether this is the microbatch's last addition to this weight.
         """
 
     def add_rows(self, weight: Tensor, rows: Tensor, gradient: Tensor) -> None:
-        """Adds `gradient` (n, hidden) to the gradient of the weight's rows number `rows` (n)."""
+        """Adds `gradient` (n, hidden) to rows `rows` (n) of the weight's gradient."""
 
     def deferring(self, deferred: Deferred | None) -> AbstractContextManager[None]:
-        """Defers additions inside the block: appends a call for each to `deferred`.
+        """Defers additions inside the block: appends a call for each addition to `deferred`.
 
-        None defers nothing.
+        If `deferred` is None, additions are not deferred.
         """
 
 
@@ -48,9 +48,9 @@ class Linear(nn.Linear):
     grad_buffer: WeightGradBuffer | None = None
 
     def reset_parameters(self) -> None:
-        """Fills the weights, but not on the device meta.
+        """Initialises the weights, except on the device "meta".
 
-        There it is useless, and torch imports all of torch.compile for it, which takes 1.3 s.
+        On "meta" this has no effect, but makes torch import torch.compile, which takes 1.3 s.
         """
         if not self.weight.is_meta:
             super().reset_parameters()
@@ -68,7 +68,7 @@ class Embedding(nn.Embedding):
     grad_buffer: WeightGradBuffer | None = None
 
     def reset_parameters(self) -> None:
-        """Fills the weights, but not on the device meta, as `Linear`."""
+        """Initialises the weights, except on the device "meta", like `Linear`."""
         if not self.weight.is_meta:
             super().reset_parameters()
 
@@ -80,7 +80,7 @@ class Embedding(nn.Embedding):
 
 
 def attach_grad_buffer(model: nn.Module, grad_buffer: WeightGradBuffer) -> None:
-    """Gives `grad_buffer` to all layers of `model` that can use one."""
+    """Sets `grad_buffer` in all layers of `model` that can use a gradient buffer."""
     for module in model.modules():
         if isinstance(module, (Linear, Embedding)):
             module.grad_buffer = grad_buffer
@@ -92,7 +92,7 @@ class _Linear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, grad_buffer: WeightGradBuffer
     ) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.weight, ctx.bias = weight, bias  # the parameters themselves, no views of them
+        ctx.weight, ctx.bias = weight, bias  # the parameters themselves, not views
         ctx.grad_buffer = grad_buffer
         return linear(x, weight, bias)
 

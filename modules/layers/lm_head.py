@@ -1,8 +1,8 @@
-"""The head of a model, with a loss in chunks that never holds the logits of all tokens.
+"""The head of a model; its loss is computed in chunks, so that the logits need little memory.
 
-With a large vocabulary the logits are the largest tensor. The loss goes through the tokens in
-chunks and computes the gradients in place of the logits: no logits outlive their chunk, and no
-second copy of their size exists. (As in Hsu et al., Liger Kernel, arXiv 2410.10989.)
+With a large vocabulary the logits are the largest tensor. The loss processes the tokens in chunks
+and overwrites the logits with their gradients. So only the logits of one chunk are in memory, and
+there is no second tensor of this size. (As in Hsu et al., Liger Kernel, arXiv 2410.10989.)
 """
 
 from typing import Any
@@ -14,11 +14,11 @@ from modules.layers.linear import Linear
 from modules.matmul.rounding import linear, matmul
 
 IGNORED = -100  # the label of a token that is not trained
-CHUNK_BYTES = 64 * 2**20  # of a chunk's logits in fp32: large enough for fast matmuls
+CHUNK_BYTES = 64 * 2**20  # size of a chunk's logits in fp32, large enough for fast matmuls
 
 
 class Head(nn.Module):
-    """A final norm and a projection onto the vocabulary; each family gives the two their names."""
+    """A final norm and a projection onto the vocabulary; each family names these two modules."""
 
     norm_name: str
     projection_name: str
@@ -41,13 +41,13 @@ class Head(nn.Module):
     def loss(self, x: Tensor, labels: Tensor, *, scale: float) -> Tensor:
         """Returns the sum of the cross entropies, in fp32.
 
-        Backward gives the gradient of the loss times `scale`, whatever gradient it receives; the
-        gradient of the projection is in its buffer before that.
+        Backward returns the gradient of the loss times `scale`; it ignores the gradient that it
+        receives. Forward already adds the projection's gradient to the gradient buffer.
 
         Args:
             x: activations (rows, seq_len, hidden).
-            labels: (rows, seq_len); tokens labelled IGNORED add nothing.
-            scale: factor of the gradients, not of the returned loss.
+            labels: (rows, seq_len); tokens with the label IGNORED add nothing.
+            scale: the factor of the gradients; the returned loss is not scaled.
         """
         normed, flat_labels = self.norm(x).flatten(0, 1), labels.flatten()
         if torch.is_grad_enabled():
@@ -79,7 +79,7 @@ def _train_(
 ) -> Tensor:
     """Returns the loss of one chunk; writes its gradients to `d_x` and the gradient buffer.
 
-    It is a function so that its logits are freed before those of the next chunk are made.
+    When this function returns, its logits are freed before the next chunk's logits are created.
     """
     assert projection.grad_buffer is not None, "training needs a gradient buffer"
     logits = linear(x, projection.weight, projection.bias).float()
@@ -102,7 +102,7 @@ def token_losses_(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _gradients_(log_probabilities: Tensor, labels: Tensor, scale: float) -> Tensor:
-    """Replaces log-probabilities by the gradients of the loss times `scale` by the logits."""
+    """Replaces log-probabilities by the gradient of (loss * scale) with respect to the logits."""
     trained = labels != IGNORED
     gradient = log_probabilities.exp_()
     index = labels.clamp_min(0).unsqueeze(1)
@@ -111,7 +111,7 @@ def _gradients_(log_probabilities: Tensor, labels: Tensor, scale: float) -> Tens
 
 
 def _loss_only(x: Tensor, labels: Tensor, projection: Linear) -> Tensor:
-    """Returns the sum of the losses without gradients, chunk by chunk."""
+    """Returns the sum of the losses, computed chunk by chunk without gradients."""
     rows = _chunk_rows(projection)
     losses = [
         token_losses_(linear(part, projection.weight, projection.bias).float(), part_labels)

@@ -1,7 +1,8 @@
 """Rotary position embeddings (Su et al., arXiv 2104.09864), in the two layouts in use.
 
-NeoX rotates the first half of the rotated dimensions against the second; GPT-J rotates neighbours.
-Backward rotates by the opposite angle, so it needs no tensor saved in forward.
+A rotation acts on pairs of dimensions. In NeoX's layout a pair is dimension i of the first half and
+dimension i of the second half; in GPT-J's layout a pair is two neighbouring dimensions. Backward
+rotates by the opposite angle, so forward does not save a tensor for it.
 """
 
 from dataclasses import dataclass, replace
@@ -14,9 +15,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rotation:
-    """Cosines and sines (seq_len, pairs), and the dimensions of a head that form the pairs.
+    """The tables of cosines and sines (seq_len, pairs), and the dimensions that form the pairs.
 
-    From `at`, the tables are (rows, 1, seq_len, pairs), for all heads of each row.
+    In a result of `at`, the tables are (rows, 1, seq_len, pairs), for all heads of each row.
     """
 
     cos: Tensor
@@ -26,12 +27,12 @@ class Rotation:
     width: int
 
     def at(self, positions: Tensor) -> "Rotation":
-        """Returns the rotation for other positions than those in the row: int64 (rows, seq_len)."""
+        """Returns the rotation for the given positions: int64 (rows, seq_len)."""
         cos, sin = (table[positions].unsqueeze(1) for table in (self.cos, self.sin))
         return replace(self, cos=cos, sin=sin)
 
     def apply(self, x: Tensor, out: Tensor, *, inverse: bool = False) -> None:
-        """Writes `x` (rows, heads, seq_len, head size), rotated, into `out` of that shape."""
+        """Rotates `x` (rows, heads, seq_len, head size) into `out` of the same shape."""
         sign = -1.0 if inverse else 1.0
         first, second = x[..., self.first], x[..., self.second]
         out[..., self.width :] = x[..., self.width :]
@@ -44,15 +45,15 @@ class Rotation:
 def rotation(
     seq_len: int, dim: int, base: float, *, pairs: bool, dtype: torch.dtype, device: torch.device
 ) -> Rotation:
-    """Returns the rotation of pair i at position t by the angle t / base^(2i/dim).
+    """Returns the rotation; its angle for pair i at position t is t / base^(2i/dim).
 
     Args:
         seq_len: the number of positions.
         dim: the number of rotated dimensions of a head.
         base: the base of the angles.
-        pairs: the GPT-J layout (neighbours are pairs), else NeoX's (halves).
-        dtype: of the tables; the angles are computed in fp32.
-        device: of the tables.
+        pairs: whether the layout is GPT-J's (neighbours are pairs); else NeoX's (halves).
+        dtype: the dtype of the tables; the angles are computed in fp32.
+        device: the device of the tables.
     """
     frequencies = 1.0 / (
         base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
@@ -68,13 +69,13 @@ def rotation(
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Returns `x` (rows, heads, seq_len, head size), rotated."""
+    """Returns the rotated `x`, (rows, heads, seq_len, head size)."""
     out: Tensor = _Rotate.apply(x, rotation)  # type: ignore[no-untyped-call]
     return out
 
 
 def split_and_rotate(fused: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns rotated queries and keys, and values, of `fused` (rows, heads, seq_len, 3 * size)."""
+    """Splits `fused` (rows, heads, seq_len, 3 * size); returns rotated queries and keys, values."""
     query, key, value = _SplitAndRotate.apply(fused, rotation)  # type: ignore[no-untyped-call]
     return query, key, value
 

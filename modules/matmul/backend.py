@@ -1,9 +1,9 @@
 """The library for fp32 matmuls on a CPU, and a check that its results are true fp32.
 
-torch's builds for x86 use MKL by default, which runs AVX2 kernels on AMD CPUs; oneDNN has AVX-512
-kernels there. torch 2.13 uses oneDNN for fp32 matmuls where `fp32_precision` is "bf16" and the CPU
-has AVX-512 (`mkldnn_gemm` and `use_mkldnn_bf32_matmul` in its Matmul.cpp). This value permits
-oneDNN to compute in bf16, which it does only with AMX: without AMX its results are fp32.
+On x86, torch uses MKL by default. On AMD CPUs MKL runs AVX2 kernels, but oneDNN has AVX-512
+kernels. torch 2.13 uses oneDNN for fp32 matmuls if `fp32_precision` is "bf16" and the CPU has
+AVX-512 (`mkldnn_gemm` and `use_mkldnn_bf32_matmul` in its Matmul.cpp). This value permits oneDNN to
+compute in bf16, but oneDNN does so only with AMX. Without AMX its results are fp32.
 """
 
 from collections.abc import Callable
@@ -23,33 +23,34 @@ _SHAPES = ((64, 96, 80), (128, 512, 256), (64, 2048, 64))  # rows, inner, column
 
 
 def choose_matmul(cpu: CpuInfo) -> Matmul:
-    """Chooses oneDNN where it is known to be faster: on AMD CPUs with AVX-512.
+    """Returns "onednn" on AMD CPUs with AVX-512 and without AMX, where oneDNN is faster.
 
-    On Intel CPUs, MKL is some 5% faster, and oneDNN would use AMX where it exists.
+    On Intel CPUs, MKL is about 5% faster, and oneDNN would use AMX (bf16) if the CPU has it.
     """
     is_faster = cpu.vendor == AMD and cpu.has_avx512 and not cpu.has_amx
     return "onednn" if is_faster else "default"
 
 
 def use_matmul(choice: Matmul) -> None:
-    """Makes `choice` compute the fp32 matmuls of this process on the CPU from now on.
+    """Sets the library for all later fp32 matmuls of this process on the CPU.
 
-    It is a process-wide setting of torch, which torch ignores on a CPU without AVX-512.
+    This is a process-wide setting of torch; torch ignores it on a CPU without AVX-512.
     """
-    mkldnn: Any = torch.backends.mkldnn  # attributes made at import, unknown to type checkers
+    mkldnn: Any = torch.backends.mkldnn  # type checkers do not know its attributes
     mkldnn.matmul.fp32_precision = _PRECISION[choice]
 
 
 @torch.no_grad()
 def fp32_error() -> float:
-    """Returns the largest error of matmuls as computed now, in multiples of the bound of fp32.
+    """Returns the largest error of the current fp32 matmuls, as a multiple of fp32's error bound.
 
-    The reference is fp64; above 1 the results are not true fp32.
+    The reference is fp64. A result above 1 means that the matmuls are not true fp32.
 
-    Operands lie between 1 and 1 + 2^-11, which tf32 and bf16 round to 1, all in one direction: the
-    error of such matmuls is 2^-11, whatever their length. The error of a sum of n positive products
-    rounded in fp32, in any order, is at most n u / (1 - n u), u = 2^-24 (Higham, Accuracy and
-    Stability of Numerical Algorithms, section 3.1), a fourth of 2^-11 for the longest here.
+    All operands are between 1 and 1 + 2^-11. tf32 and bf16 round them to 1, always in the same
+    direction, so their error is about 2^-11 for any length of the sum. In fp32 the error of a sum
+    of n positive products, in any order, is at most n u / (1 - n u), u = 2^-24 (Higham, Accuracy
+    and Stability of Numerical Algorithms, section 3.1). For the longest sum here, this bound is a
+    fourth of 2^-11.
     """
     generator, worst = torch.Generator().manual_seed(0), 0.0
     for rows, inner, columns in _SHAPES:
@@ -66,23 +67,23 @@ def fp32_error() -> float:
 
 
 def _linear(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """Computes a linear layer's forward: the weight transposed, a bias."""
+    """Returns the matmul of a linear layer's forward: transposed weight, with bias."""
     return F.linear(a[None], b.t().contiguous(), c[0])
 
 
 def _plain(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """Computes a linear layer's backward: the left operand transposed."""
+    """Returns the matmul of a linear layer's backward: transposed left operand."""
     return a.t().contiguous().t().mm(b)
 
 
 def _added_in_place(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """Adds as gradients are summed: in place, in a part of a larger buffer."""
+    """Returns a matmul that is added in place to a part of a larger buffer, like gradients."""
     part = c.new_zeros(c.shape[0], c.shape[1] + 3)[:, 1:-2]
     return part.copy_(c).addmm_(a, b)
 
 
 def _batched(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """Computes the heads of attention."""
+    """Returns a batched matmul, as for the heads of attention."""
     return torch.baddbmm(torch.stack([c, c]), torch.stack([a, a]), torch.stack([b, b]))
 
 

@@ -1,7 +1,7 @@
-"""The CPU of this machine, identified by its flags and never by a timing.
+"""The CPU of this machine: its name and instructions, read from its flags and never measured.
 
-The matmul library and the rounding of half precision follow from it, and they decide the order of
-sums: two runs of one command on the same kind of machine must choose alike.
+The CPU determines the matmul library and the rounding of half precision, and so the order of sums.
+Therefore two runs of a command on the same type of machine must find the same result here.
 """
 
 import platform
@@ -20,9 +20,10 @@ UNKNOWN = "unknown"
 class CpuInfo:
     """A CPU: its vendor as CPUID spells it, and its instructions.
 
-    has_avx512: F, BW, DQ and VL, which oneDNN's AVX-512 kernels need.
-    has_avx512_bf16, has_amx: matmuls of bf16 (AVX512-BF16, AMX-BF16).
-    has_fp16_matmul: matmuls of fp16 (AVX512-FP16, AMX-FP16); F16C alone only converts.
+    has_avx512: has AVX-512 F, BW, DQ and VL, which oneDNN's AVX-512 kernels need.
+    has_avx512_bf16, has_amx: has instructions for bf16 matmuls (AVX512-BF16, AMX-BF16).
+    has_fp16_matmul: has instructions for fp16 matmuls (AVX512-FP16 or AMX-FP16); F16C can only
+        convert.
     """
 
     vendor: str = UNKNOWN
@@ -34,7 +35,7 @@ class CpuInfo:
 
     @classmethod
     def of_this_machine(cls) -> "CpuInfo":
-        """Reads the first CPU of this machine; one without any flags where nothing is known."""
+        """Returns the first CPU of this machine; flags that are not known count as missing."""
         try:
             return cls.from_cpuinfo(_first_entry(CPUINFO))
         except OSError:
@@ -45,7 +46,7 @@ class CpuInfo:
 
     @classmethod
     def from_cpuinfo(cls, text: str) -> "CpuInfo":
-        """Parses an entry of Linux's /proc/cpuinfo; on ARM, with other keys, all is unknown."""
+        """Parses an entry of Linux's /proc/cpuinfo; on ARM the keys differ: all is unknown."""
         pairs = (line.partition(":") for line in text.splitlines())
         fields = {key.strip(): value.strip() for key, _, value in pairs}
         return cls.from_flags(
@@ -56,7 +57,7 @@ class CpuInfo:
 
     @classmethod
     def from_flags(cls, vendor: str, name: str, flags: Collection[str]) -> "CpuInfo":
-        """Reads the names of flags as Linux or torch spell them (avx512bw, avx512_bw)."""
+        """Returns the CPU with `flags`, in Linux's or torch's spelling (avx512bw, avx512_bw)."""
         has = {flag.replace("_", "") for flag in flags}
         return cls(
             vendor=vendor,
@@ -68,11 +69,12 @@ class CpuInfo:
         )
 
     def has_fast_matmul(self, dtype: torch.dtype) -> bool:
-        """Tells whether matmuls of `dtype` are at least as fast as those of fp32.
+        """Returns whether matmuls of `dtype` are at least as fast as fp32 matmuls.
 
-        Without instructions for them, torch converts number by number. One thread of a Zen 3 CPU
-        (AVX2), 256x512 by 512x2048, torch 2.13: fp32 5.9 ms; bf16 55 ms and fp16 46 ms; converted
-        to fp32, multiplied and rounded 6.2 ms and 6.0 ms.
+        If the CPU has no matmul instructions for `dtype`, torch converts number by number, which is
+        slow. Measured on one thread of a Zen 3 CPU (AVX2), 256x512 by 512x2048, torch 2.13: fp32
+        5.9 ms, bf16 55 ms, fp16 46 ms; converted to fp32, multiplied and rounded: bf16 6.2 ms, fp16
+        6.0 ms.
         """
         if dtype == torch.bfloat16:
             return self.has_avx512_bf16 or self.has_amx
@@ -82,7 +84,7 @@ class CpuInfo:
 
 
 def _first_entry(path: Path) -> str:
-    """Reads up to the first empty line: all entries of 256 CPUs take a while."""
+    """Returns the text up to the first empty line; to read the entries of 256 CPUs is slow."""
     lines = []
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:

@@ -1,7 +1,7 @@
 """Matmuls in the compute type, also on CPUs without matmul instructions for half precision.
 
-Such a CPU multiplies half precision far more slowly than fp32. There, matmuls are computed in fp32
-and rounded once: products of half-precision numbers are exact in fp32, so only the order of the
+Such a CPU multiplies half precision much more slowly than fp32. So its matmuls are computed in fp32
+and rounded once. Products of half-precision numbers are exact in fp32, so only the order of the
 sums differs.
 """
 
@@ -16,7 +16,7 @@ from modules.matmul.cpu_info import CpuInfo
 
 @cache
 def rounds_matmul(dtype: torch.dtype, device_type: str) -> bool:
-    """Tells whether matmuls of `dtype` are computed in fp32 and rounded on this kind of device."""
+    """Returns whether this type of device computes matmuls of `dtype` in fp32 and rounds them."""
     return device_type == "cpu" and not CpuInfo.of_this_machine().has_fast_matmul(dtype)
 
 
@@ -27,7 +27,7 @@ def matmul_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Returns x (..., inputs) times weight (outputs, inputs), transposed, plus bias (outputs)."""
+    """Returns x @ weight.T + bias; x (..., inputs), weight (outputs, inputs), bias (outputs)."""
     dtype = matmul_dtype(x)
     if dtype == x.dtype:
         return functional.linear(x, weight, bias)
@@ -36,13 +36,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Returns a @ b of two matrices."""
+    """Returns the product a @ b of two matrices."""
     dtype = matmul_dtype(a)
     return a @ b if dtype == a.dtype else (a.to(dtype) @ b.to(dtype)).to(a.dtype)
 
 
 def add_matmul_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Adds a @ b to `total` in fp32, in one operation where the matmul is computed in fp32."""
+    """Adds a @ b to `total` (fp32) in place; in one operation if the matmul is computed in fp32."""
     dtype = matmul_dtype(a)
     if dtype == total.dtype:
         total.addmm_(a.to(dtype), b.to(dtype))

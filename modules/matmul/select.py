@@ -1,4 +1,4 @@
-"""Selection of the fp32 matmul of a CPU by the flag, the checkpoint's choice and the CPU."""
+"""Selection of the CPU's fp32 matmul library, from the flag, the checkpoint and the CPU."""
 
 import logging
 from collections.abc import Sequence
@@ -10,20 +10,20 @@ logger = logging.getLogger(__name__)
 
 
 def saved_choice(saved: Sequence[Matmul] | None, rank: int) -> Matmul | None:
-    """Returns a rank's choice in the checkpoint; None for a rank that the run did not have then."""
+    """Returns the library that the checkpoint saved for `rank`; None if it has no such rank."""
     return saved[rank] if saved is not None and rank < len(saved) else None
 
 
 def select_matmul(flag: str, cpu: CpuInfo, saved: Matmul | None) -> Matmul:
-    """Selects and activates the matmul of this process.
+    """Selects and activates the fp32 matmul library of this process, and returns it.
 
     Args:
         flag: the value of --cpu-matmul.
         cpu: the CPU of this machine.
-        saved: the checkpoint's choice, if the run resumes.
+        saved: the library that the checkpoint saved, if the run resumes.
 
     Raises:
-        ValueError: --cpu-matmul requests a matmul that is not exact to fp32 on this CPU.
+        ValueError: --cpu-matmul requests oneDNN, but its results on this CPU are not true fp32.
     """
     requested = _requested(flag, cpu, saved)
     if requested == "onednn" and not cpu.has_avx512:
@@ -49,9 +49,9 @@ def _requested(flag: str, cpu: CpuInfo, saved: Matmul | None) -> Matmul:
 
 
 def _check_onednn(flag: str, cpu: CpuInfo) -> Matmul:
-    """Falls back to torch's default where oneDNN is not exact to fp32.
+    """Returns "onednn" if its results are true fp32; else switches to torch's default.
 
-    Raises ValueError there if the flag requests oneDNN.
+    Raises ValueError instead of switching if the flag requests oneDNN.
     """
     error = fp32_error()
     if error <= 1.0:

@@ -2,14 +2,13 @@
 
 Communication is exposed while a rank does no work and
 
-- sends; or
-- waits for a message that its neighbour has already computed (before that, no network would be fast
-  enough); or
+- sends a message; or
+- waits for a message that its neighbour has already computed; or
 - is in optimizer-comm after the last backward of all ranks.
 
-All other time without work is the bubble: waiting for other ranks to compute, and the host's time
-between two spans. Summed over all ranks, these are the shares of ranks x step. The simulator's
-timeline has no spans of messages; its gaps count as waiting for the next computation.
+All other time without work is the bubble: the rank waits for another rank's computation, or the
+host is between two spans. The shares are fractions of the step's time, summed over all ranks. The
+simulator's timeline has no spans of messages, so a gap counts as a wait for the next computation.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,7 +23,7 @@ Interval = tuple[float, float]
 WORK = (*PIPELINE_WORK, Track.OPTIMIZER_COMP)
 
 _SENDS = (Track.FORWARD_SEND, Track.BACKWARD_SEND)
-# The sender of a message, in stages from here, and the computation that must end before it.
+# The offset from this stage to the sender's stage, and the computation that makes the message.
 _RECEIVES = {
     Track.FORWARD_RECV: (-1, Track.FORWARD_COMPUTE),
     Track.BACKWARD_RECV: (1, Track.BACKWARD_COMPUTE),
@@ -38,7 +37,7 @@ _OF_LABEL = {
 
 
 class SimulatedSpan(NamedTuple):
-    """An action of a simulated stage, `F3`, `B3`, `I3` or `W3`, in seconds."""
+    """An action of a simulated stage, such as `F3`, `B3`, `I3` or `W3`; times are in seconds."""
 
     stage: int
     label: str
@@ -48,14 +47,14 @@ class SimulatedSpan(NamedTuple):
 
 @dataclass
 class RankBreakdown:
-    """A rank's step: its work, and its exposed communication; the rest is the bubble."""
+    """One step of a rank: its work and its exposed communication; the remaining time is bubble."""
 
     work: list[RankSpan] = field(default_factory=list)
     communication: list[Interval] = field(default_factory=list)
 
 
 class Shares(NamedTuple):
-    """Fractions of ranks x step, which sum to 1."""
+    """Fractions of the step's time, summed over all ranks; the three fractions sum to 1."""
 
     compute: float
     communication: float
@@ -65,7 +64,7 @@ class Shares(NamedTuple):
 def breakdown_by_rank(
     spans: Sequence[RankSpan], *, num_stages: int, num_ranks: int
 ) -> list[RankBreakdown]:
-    """Returns the breakdown of each rank."""
+    """Returns the breakdown of each rank, in the order of the ranks."""
     compute_ends = {
         (s.rank, s.track, s.microbatch): s.end for s in spans if s.track in PIPELINE_WORK
     }
@@ -84,7 +83,7 @@ def breakdown_by_rank(
 
 
 def shares(breakdowns: Sequence[RankBreakdown], *, start: float, end: float) -> Shares:
-    """Returns the shares of the time from `start` to `end` (seconds) of all ranks."""
+    """Returns the shares of all ranks' time from `start` to `end` (seconds)."""
     total = (end - start) * len(breakdowns)
     work = sum(_length(union((s.start, s.end) for s in rank.work)) for rank in breakdowns)
     communication = sum(_length(rank.communication) for rank in breakdowns)
@@ -106,7 +105,7 @@ def simulated_spans(actions: Iterable[SimulatedSpan]) -> list[RankSpan]:
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
-    """Returns the same times as sorted intervals that do not touch."""
+    """Returns the union of the intervals as sorted intervals that do not touch."""
     merged: list[Interval] = []
     for start, end in sorted(interval for interval in intervals if interval[0] < interval[1]):
         if merged and start <= merged[-1][1]:
@@ -117,7 +116,7 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def subtract(intervals: Sequence[Interval], others: Sequence[Interval]) -> list[Interval]:
-    """Returns the times of `intervals` that are in none of `others`; both come from `union`."""
+    """Returns `intervals` without the times in `others`; both arguments must come from `union`."""
     left: list[Interval] = []
     for start, end in intervals:
         for other_start, other_end in others:
@@ -136,14 +135,14 @@ def _ready(
     last_backward: float,
     num_stages: int,
 ) -> float:
-    """Returns the time from which a span of communication waits for no computation."""
+    """Returns the time from which a communication span no longer waits for a computation."""
     if span.track in _SENDS:
         return span.start
     if span.track is Track.OPTIMIZER_COMM:
         return last_backward
     step, track = _RECEIVES[span.track]
     stage = span.rank % num_stages + step
-    if not 0 <= stage < num_stages:  # an end of the pipeline has no such neighbour
+    if not 0 <= stage < num_stages:  # the first and last stage have one neighbour
         return span.end
     return compute_ends.get((span.rank + step, track, span.microbatch), span.start)
 

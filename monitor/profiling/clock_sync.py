@@ -1,8 +1,8 @@
-"""Clock synchronization: every rank converts times of its own clock to the clock of rank 0.
+"""Clock synchronization: every rank converts its clock's times to the clock of rank 0.
 
-The offset of two clocks is estimated by ping-pong, as in NTP (Mills, RFC 5905): rank 0 reads its
-clock at some time between ping and pong, so the error is at most half a round trip. The shortest of
-many round trips is used.
+A ping-pong estimates the offset of two clocks, as in NTP (Mills, RFC 5905). Rank 0 reads its clock
+between ping and pong, so the error is at most half a round trip. The estimate uses the shortest of
+several round trips.
 """
 
 import time
@@ -17,9 +17,9 @@ ROUNDS = 16
 
 
 class HostMessages(Protocol):
-    """Messages of small host tensors between ranks, as every communicator has them.
+    """An interface for small host tensors between ranks; every communicator implements it.
 
-    `send` and `receive` return an object with `wait`.
+    `send` and `receive` return an object with a method `wait`.
     """
 
     @property
@@ -34,10 +34,10 @@ class HostMessages(Protocol):
 
 
 class ClockOffset(NamedTuple):
-    """The offset of this process's clock to rank 0's, in nanoseconds.
+    """The offset between this process's clock and rank 0's clock, in nanoseconds.
 
     at: the time of the estimate, by this process's clock.
-    offset: is added to this process's clock to get rank 0's.
+    offset: rank 0's time minus this process's time.
     error: the largest possible error of `offset`.
     """
 
@@ -47,9 +47,9 @@ class ClockOffset(NamedTuple):
 
 
 def clock_offset(messages: HostMessages, *, clock: Clock, rounds: int = ROUNDS) -> ClockOffset:
-    """Returns this process's offset to rank 0's clock; every rank calls it.
+    """Returns the offset between this process's clock and rank 0's; every rank calls this.
 
-    Rank 0 serves one rank after the other, with `rounds` round trips each.
+    Rank 0 answers one rank after another, with `rounds` round trips for each rank.
     """
     if messages.rank == 0:
         for peer in range(1, messages.size):
@@ -59,10 +59,10 @@ def clock_offset(messages: HostMessages, *, clock: Clock, rounds: int = ROUNDS) 
 
 
 class ClockSync:
-    """A converter of times of this process's clock into nanoseconds of the run.
+    """A converter from this process's clock to nanoseconds since the run began.
 
-    The run begins when rank 0 creates this object. Between the first and the last measurement the
-    offset is interpolated linearly, so measurements at both ends of a run correct for clock drift.
+    The run begins when rank 0 creates this object. The offset is interpolated linearly between the
+    first and the last measurement, so measurements at both ends of a run correct clock drift.
     """
 
     def __init__(self, clock: Clock = time.perf_counter_ns) -> None:
@@ -70,7 +70,7 @@ class ClockSync:
         self._offsets: list[ClockOffset] = []
 
     def measure(self, messages: HostMessages) -> None:
-        """Estimates the offset to rank 0's clock; every rank calls it, at least once."""
+        """Estimates the offset to rank 0's clock; every rank calls this at least once."""
         if messages.rank == 0:
             measured = clock_offset(messages, clock=lambda: self._clock() - self._origin)
             self._offsets.append(ClockOffset(self._clock(), -self._origin, measured.error))
@@ -84,7 +84,7 @@ class ClockSync:
 
     @property
     def error(self) -> int:
-        """The largest possible error of a converted time when measured, in nanoseconds."""
+        """The largest possible error of the measured offsets, in nanoseconds."""
         return max(offset.error for offset in self._offsets)
 
     def convert(self, moment: int) -> int:

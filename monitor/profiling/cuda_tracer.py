@@ -1,9 +1,9 @@
-"""A tracer of work on a GPU with the GPU's clock, since the host only queues the work.
+"""A tracer of work on a GPU; it uses the GPU's clock, because the host only queues the work.
 
-A span is a pair of CUDA events on the stream that is current when it begins and ends. CUDA gives
-the time between two events as a 32-bit float of milliseconds, too coarse after an hour, and its
-clock drifts from the host's. So every step has its own anchor: an event with a known host time,
-because the host waits for it between two steps. Profiling adds no other wait.
+A span is a pair of CUDA events on the current stream. CUDA gives the time between two events as a
+32-bit float of milliseconds, which is too coarse after an hour, and the GPU's clock drifts from the
+host's clock. So every step has its own anchor: an event whose host time is known, because the host
+waits for this event at the start of the step. Profiling adds no other wait.
 """
 
 import time
@@ -18,7 +18,7 @@ from monitor.profiling.tracer import Clock, Span, SpanTracer, StepLog, StepTrace
 
 
 class _DeviceStep(NamedTuple):
-    """A step whose events are not read yet; `anchor` happened at `host_time`."""
+    """A step whose events are not read yet; `host_time` is the host time of event `anchor`."""
 
     step: int
     anchor: Event
@@ -27,7 +27,7 @@ class _DeviceStep(NamedTuple):
     spans: list[TimedSpan[Event]]
 
     def read(self) -> StepTrace:
-        """Returns the step in host times; waits until the device has finished it."""
+        """Returns the step in host times; waits until the device has finished the step."""
         spans = [
             Span(track, self._time(begin), self._time(end), microbatch, size)
             for track, begin, end, microbatch, size in self.spans
@@ -44,11 +44,11 @@ timing_event = partial(Event, enable_timing=True)
 
 
 class CudaTracer(SpanTracer[Event]):
-    """A tracer with events on the current stream; `steps` and `close` wait for the last step.
+    """A tracer with CUDA events on the current stream; `steps` and `close` wait for the last step.
 
-    A step begins when the device has finished all work queued before it, and ends when it has
-    finished the step's work on the current stream. A step's events are reused after the next step
-    has begun.
+    A step begins when the device has finished all earlier work on the current stream. The step ends
+    when the device has finished the step's work on the current stream. The events of a step are
+    reused after the next step has begun.
     """
 
     def __init__(
@@ -87,13 +87,13 @@ class CudaTracer(SpanTracer[Event]):
         super().close()
 
     def mark(self) -> Event:
-        """Records an event on the current stream."""
+        """Records an event on the current stream and returns it."""
         event = self._free.pop() if self._free else self._make_event()
         event.record()
         return event
 
     def _read(self) -> None:
-        """Moves the last step to the log, in host times."""
+        """Converts the last step to host times and adds it to the log."""
         if self._unread is None:
             return
         step, self._unread = self._unread, None

@@ -1,4 +1,4 @@
-"""--profiling of a run: its tracer, and at the end its trace files and timeline.png."""
+"""Profiling of a run (--profiling): a tracer, and at the end the trace files and timeline.png."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,15 +21,15 @@ from monitor.profiling.tracer import HostTracer, StepLog, Tracer
 
 TIMELINE_NAME = "timeline.png"
 
-# Returns every rank's value, by rank; every rank calls it.
+# Returns the values of all ranks, in the order of the ranks; every rank calls this function.
 Gather = Callable[[Any], Sequence[Any]]
-# Returns the simulated step for a measured one.
+# Returns the simulation of a measured step.
 Simulate = Callable[[StepOfAllRanks], Sequence[SimulatedSpan]]
 
 
 @dataclass(frozen=True)
 class Profiler:
-    """A rank's tracer, and the clock of the run."""
+    """A rank's tracer, the clock of the run, and messages to synchronize the clock."""
 
     tracer: Tracer
     clock: ClockSync
@@ -46,16 +46,16 @@ class Profiler:
         num_microbatches: int,
         folder: Path = TRACE_FOLDER,
     ) -> Timeline | None:
-        """Writes the trace and, on rank 0, timeline.png of the median step; every rank calls it.
+        """Writes the trace and, on rank 0, timeline.png of the median step; every rank calls this.
 
         Args:
             gather: gathers a JSON value from all ranks.
             simulate: simulates a measured step.
-            schedule, num_stages, num_replicas, num_microbatches: of the run, for the title.
-            folder: for timeline.png.
+            schedule, num_stages, num_replicas, num_microbatches: the run's values, for the title.
+            folder: the folder of timeline.png.
 
         Returns:
-            The timeline on rank 0, if there is a step that all ranks have; else None.
+            The timeline on rank 0 if all ranks have traced a common step; else None.
         """
         self.clock.measure(self.messages)
         self.tracer.close()
@@ -78,13 +78,13 @@ class Profiler:
 def start_profiling(
     messages: HostMessages, *, run: str, cuda: bool, folder: Path = TRACE_FOLDER
 ) -> Profiler:
-    """Synchronizes the clocks and starts a tracer; every rank calls it.
+    """Synchronizes the clocks and starts a tracer; every rank calls this.
 
     Args:
-        messages: between all ranks.
-        run: the name of the run, in the name of the trace file.
+        messages: messages between all ranks.
+        run: the name of the run, part of the name of the trace file.
         cuda: whether the run is on GPUs.
-        folder: of the trace files.
+        folder: the folder of the trace files.
     """
     clock = ClockSync()
     clock.measure(messages)

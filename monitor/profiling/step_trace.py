@@ -1,4 +1,4 @@
-"""One step of all ranks, joined from their traces, which travel as small JSON lists."""
+"""One step of all ranks, joined from the ranks' traces; traces are sent as small JSON lists."""
 
 import statistics
 from collections import defaultdict
@@ -10,7 +10,7 @@ from monitor.profiling.tracer import PIPELINE_WORK, StepTrace, Track
 
 
 class RankSpan(NamedTuple):
-    """A span of a rank; start and end are seconds of the run's clock."""
+    """A span of a rank; start and end are seconds since the run began."""
 
     rank: int
     track: Track
@@ -20,7 +20,7 @@ class RankSpan(NamedTuple):
 
 
 class StepOfAllRanks(NamedTuple):
-    """A step of all ranks, from the first rank's start to the last rank's end, in seconds."""
+    """A step of all ranks, from the earliest start to the latest end of a rank, in seconds."""
 
     step: int
     start: float
@@ -34,10 +34,10 @@ def step_times(steps: Sequence[StepTrace], clock: ClockSync) -> list[list[float]
 
 
 def median_step(times: Sequence[Sequence[Sequence[float]]]) -> int | None:
-    """Returns the step of median length among those that all ranks have; None if there is none.
+    """Returns the step of median length among the steps of all ranks; None if there is none.
 
-    A step lasts from the first rank's start to the last rank's end. Of an even number of steps the
-    shorter middle one is chosen. `times` are the `step_times` of all ranks.
+    A step lasts from the earliest start to the latest end of a rank. If the number of steps is
+    even, the shorter of the two middle steps is chosen. `times` are the `step_times` of all ranks.
     """
     by_step: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for of_rank in times:
@@ -69,7 +69,7 @@ def join_step(
     times: Sequence[Sequence[Sequence[float]]],
     rows: Sequence[Sequence[Sequence[Any]]],
 ) -> StepOfAllRanks:
-    """Joins the `step_times` and `step_rows` of all ranks."""
+    """Returns step `step`, joined from the `step_times` and `step_rows` of all ranks."""
     bounds = [row for of_rank in times for row in of_rank if row[0] == step]
     spans = [
         RankSpan(rank, Track(track), microbatch, start, end)
@@ -82,7 +82,7 @@ def join_step(
 def compute_costs(spans: Sequence[RankSpan], *, num_stages: int) -> dict[tuple[int, Track], float]:
     """Returns the median seconds of a microbatch on each (stage, compute track), over replicas.
 
-    The simulator needs them for a simulation that is comparable to the step.
+    The simulator uses these times, so that the simulation is comparable to the step.
     """
     seconds: dict[tuple[int, Track], list[float]] = defaultdict(list)
     for span in spans:

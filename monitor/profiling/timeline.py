@@ -1,4 +1,4 @@
-"""timeline.png: a measured step of all ranks, above the simulated step.
+"""The picture timeline.png: a measured step of all ranks, and below it the simulated step.
 
 As in monitor.plot, matplotlib is used without pyplot and imported only when a picture is drawn.
 """
@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 _DPI, _NARROW, _WIDE = 100, 14.0, 28.0  # inches: 1400 to 2800 px
 _BOX = 0.2  # inches of an average box, for two digits
 _ROW, _PANEL, _FRAME = 0.5, 0.62, 1.05  # inches of a row, of a panel's title and axis, of the rest
-_FONTS = (9, 7)  # points of a box's number; the first that fits is used
-_DIGIT, _PADDING = 0.85, 2.0  # pixels of a digit per point, and of a box's margin
+_FONTS = (9, 7)  # font sizes of the number in a box; the first size that fits is used
+_DIGIT, _PADDING = 0.85, 2.0  # width of a digit in pixels per point; margin of a box in pixels
 
 _BUBBLE, _COMMUNICATION = "#e4e4e4", "#c1121f"
 
@@ -50,7 +50,7 @@ _STYLES = {
 
 @dataclass(frozen=True)
 class Timeline:
-    """A measured step and its simulation; time 0 of the simulation is the step's first forward."""
+    """A measured step and its simulation; the simulation's time 0 is the step's first forward."""
 
     measured: StepOfAllRanks
     simulated: Sequence[SimulatedSpan]
@@ -75,7 +75,7 @@ class Timeline:
         return shares(self.measured_breakdown(), start=step.start, end=step.end)
 
     def simulated_shares(self) -> Shares:
-        """Returns the shares of the simulated time, which ends with the last backward."""
+        """Returns the shares of the simulated time; the simulation ends with the last backward."""
         return shares(self.simulated_breakdown(), start=0.0, end=self.simulated_seconds)
 
     @property
@@ -92,30 +92,33 @@ class Timeline:
 
     @property
     def pipeline_seconds(self) -> float:
-        """Seconds from the first forward to the end of the last backward, the simulated part."""
+        """Seconds from the first forward to the end of the last backward, as in the simulation."""
         start = self.pipeline_start
         ends = (span.end for span in self.measured.spans if span.track in PIPELINE_WORK)
         return max(ends, default=start) - start
 
     @property
     def drawn_seconds(self) -> float:
-        """Seconds from the start of the step to the end of the later of step and simulation."""
+        """Seconds from the start of the step to the end of the picture.
+
+        The picture ends with the step or with the simulation, whichever ends later.
+        """
         simulated = self.pipeline_start - self.measured.start + self.simulated_seconds
         return max(self.measured.end - self.measured.start, simulated)
 
 
 def draw_timeline(timeline: Timeline, path: Path) -> None:
-    """Draws and replaces the last picture; a failure is only a warning."""
+    """Draws the timeline and replaces the last picture; a failure only logs a warning."""
     try:
         picture = io.BytesIO()
         timeline_figure(timeline).savefig(picture, format="png")
         replace_file(path, picture.getvalue())
-    except Exception as error:  # any failure of matplotlib: the run went well
+    except Exception as error:  # a failure of matplotlib must not fail the run
         logger.warning("cannot draw %s: %s", path, error)
 
 
 def timeline_figure(timeline: Timeline) -> Any:
-    """Returns a matplotlib Figure with a panel for the measured step and one for the simulated."""
+    """Returns a matplotlib Figure with a panel for the measured step and one for the simulation."""
     from matplotlib.figure import Figure
 
     num_ranks = timeline.num_stages * timeline.num_replicas
@@ -134,7 +137,7 @@ def timeline_figure(timeline: Timeline) -> Any:
 
 
 def _width(timeline: Timeline) -> float:
-    """Returns the inches that leave room for a number in most boxes."""
+    """Returns the figure's width in inches, so that most boxes have space for a number."""
     boxes = max((len(rank.work) for rank in timeline.measured_breakdown()), default=0)
     return min(max(_NARROW, _BOX * boxes), _WIDE)
 
@@ -188,7 +191,7 @@ def _draw_rows(
     bounds: Interval,
     shift: float,
 ) -> None:
-    """Draws a row for each breakdown, the first on top, shifted by `shift` seconds."""
+    """Draws a row for each breakdown, the first row at the top; shifts times by `shift` seconds."""
     axes.set_ylim(len(breakdowns) - 0.5, -0.5)
     axes.set_yticks(range(len(breakdowns)), names)
     axes.tick_params(axis="y", length=0)
@@ -215,9 +218,9 @@ def _box(axes: Any, row: int, start: float, end: float, colour: str, *, edge: bo
 def _number(
     axes: Any, row: int, start: float, end: float, microbatch: int | None, style: _Style
 ) -> None:
-    """Draws the number of the microbatch in its box, if it fits."""
+    """Draws the number of the microbatch in its box, if the number fits."""
     left, right = axes.get_xlim()
-    width = axes.figure.get_figwidth() * _DPI * 0.9  # the axes take 0.9 of it
+    width = axes.figure.get_figwidth() * _DPI * 0.9  # the axes take 0.9 of the width
     pixels = 1e3 * (end - start) / (right - left) * width
     text = "" if microbatch is None else str(microbatch)
     fitting = (size for size in _FONTS if len(text) * _DIGIT * size + _PADDING < pixels)

@@ -1,7 +1,7 @@
-"""Trace files in the Chrome trace event format, which Perfetto and chrome://tracing open.
+"""Trace files in the Chrome trace event format; Perfetto and chrome://tracing can open them.
 
-The file is one JSON list in which every entry is a span (ph X), which is easy for scripts. The args
-of the first entry hold the offset and the error of the clock.
+The file is one JSON list, and every entry is a span (ph X), so that scripts can read it easily. The
+args of the first entry hold the offset and the error of the clock.
 """
 
 import json
@@ -23,14 +23,17 @@ _SHORT = {Track.FORWARD_COMPUTE: "F", Track.BACKWARD_COMPUTE: "B", Track.WEIGHT_
 
 
 def trace_path(run: str, rank: int, *, folder: Path = TRACE_FOLDER) -> Path:
-    """Returns `<folder>/<run>_rank<rank>.json`, with _ for special characters of `run`."""
+    """Returns `<folder>/<run>_rank<rank>.json`; replaces special characters of `run` by _."""
     return folder / f"{re.sub(r'[^A-Za-z0-9._-]', '_', run)}_rank{rank}.json"
 
 
 def trace_events(
     steps: Iterable[StepTrace], *, rank: int, clock: ClockSync
 ) -> Iterator[dict[str, Any]]:
-    """Yields the spans of `steps`, sorted by begin; ts and dur are microseconds of the run."""
+    """Yields the trace events of `steps`, each step sorted by begin; ts and dur are microseconds.
+
+    ts counts from the beginning of the run.
+    """
     clock_args = {"clock-offset-us": clock.offset / 1000, "clock-error-us": clock.error / 1000}
     for step in steps:
         for span in sorted(step.spans, key=lambda span: span.begin):
@@ -41,7 +44,7 @@ def trace_events(
 
 
 class TraceFile:
-    """The trace file of a rank. A failure to write it is only a warning."""
+    """The trace file of a rank; a failure to write the file only logs a warning."""
 
     def __init__(self, path: Path, *, rank: int, clock: ClockSync) -> None:
         self._path, self._rank, self._clock = path, rank, clock
@@ -51,7 +54,7 @@ class TraceFile:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(self._path, ("[" + ",\n".join(lines) + "]\n").encode())
-        except OSError as error:  # training goes on without its trace
+        except OSError as error:  # training continues without its trace
             logger.warning("cannot write %s: %s", self._path, error.strerror)
 
 
@@ -70,6 +73,6 @@ def _event(span: Span, *, rank: int, clock: ClockSync) -> dict[str, Any]:
 
 
 def _name(span: Span) -> str:
-    """Returns `F3` for work of the pipeline, else the track's name without its number."""
+    """Returns a name such as `F3` for pipeline work, else the track's name without its number."""
     name = _SHORT.get(span.track, f"{span.track.value.partition(' ')[2]} ")
     return f"{name}{'' if span.microbatch is None else span.microbatch}".rstrip()

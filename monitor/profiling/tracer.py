@@ -1,11 +1,12 @@
-"""A tracer of a rank's work: spans of time on named tracks, cheap enough for the hot loop.
+"""A tracer of a rank's work: spans of time on named tracks, with little overhead.
 
     with tracer.step(7):
         with tracer.span(Track.FORWARD_COMPUTE, microbatch=3):
             ...
 
-Only the last steps are kept, so a run of any length needs the memory and the file of a short one.
-The file is written each time that so many steps are new; a killed run leaves the last such file.
+The tracer keeps only the last KEEP_STEPS steps, so memory and file stay small in a long run. The
+file is written after every KEEP_STEPS steps, and at the end. If a run is killed, its last file
+remains.
 """
 
 import time
@@ -22,9 +23,9 @@ Time = TypeVar("Time")
 
 
 class Track(str, Enum):
-    """The rows of a trace; users' scripts rely on the names of the first eight.
+    """The tracks (rows) of a trace; users' scripts depend on the first eight names.
 
-    Under zb-h1, backward-compute is only the input gradient.
+    With the schedule zb-h1, backward-compute is only the input gradient.
     """
 
     FORWARD_RECV = "1. forward-recv"
@@ -51,7 +52,7 @@ class Span(NamedTuple):
     size: int | None = None
 
 
-TimedSpan = tuple[Track, Time, Time, int | None, int | None]  # as `Span`, with other times
+TimedSpan = tuple[Track, Time, Time, int | None, int | None]  # like `Span`
 
 
 class StepTrace(NamedTuple):
@@ -64,7 +65,7 @@ class StepTrace(NamedTuple):
 
 
 class _NoSpan:
-    """A block that is not traced; all of them are one object."""
+    """A context manager that traces nothing; NO_SPAN is its only instance."""
 
     __slots__ = ()
 
@@ -77,7 +78,7 @@ NO_SPAN = _NoSpan()
 
 
 class Tracer:
-    """The interface of tracers, and the tracer of nothing. Spans outside a step are dropped."""
+    """The interface of tracers; this class traces nothing. Tracers drop spans outside a step."""
 
     __slots__ = ()
 
@@ -93,18 +94,18 @@ class Tracer:
     def span(
         self, track: Track, *, microbatch: int | None = None, size: int | None = None
     ) -> AbstractContextManager[None]:
-        """Traces the block as one span; `size` is a number of elements of parameters or buffers."""
+        """Traces the block as one span; `size` is the number of elements in the tensor."""
         return NO_SPAN
 
     def close(self) -> None:
-        """Writes the steps that are not written yet."""
+        """Writes the steps that are not yet in the file."""
 
 
 NO_TRACER = Tracer()
 
 
 class StepLog:
-    """The last `keep` steps, passed to `write` after every `keep` new steps and at the end."""
+    """The last `keep` steps; `write` gets them after every `keep` new steps and at the end."""
 
     def __init__(
         self, write: Callable[[Sequence[StepTrace]], None], *, keep: int = KEEP_STEPS
@@ -119,14 +120,14 @@ class StepLog:
             self.flush()
 
     def flush(self) -> None:
-        """Writes the steps if any are new."""
+        """Writes the steps if there are new steps."""
         if self._unwritten:
             self._write(self.steps)
             self._unwritten = 0
 
 
 class SpanTracer(Tracer, Generic[Time]):
-    """A tracer that collects the spans of a step, which begin and end at times of `now`."""
+    """A tracer that collects the spans of a step; `now` gives their begin and end times."""
 
     def __init__(self, log: StepLog, now: Callable[[], Time]) -> None:
         self._log, self._now = log, now
@@ -148,7 +149,7 @@ class SpanTracer(Tracer, Generic[Time]):
 
 
 class _OpenSpan(Generic[Time]):
-    """A span that adds itself to its step when it ends; it may end on any thread."""
+    """A running span; when it ends, on any thread, it adds itself to its step."""
 
     __slots__ = ("_begin", "_microbatch", "_now", "_size", "_spans", "_track")
 
@@ -172,7 +173,7 @@ class _OpenSpan(Generic[Time]):
 
 
 class HostTracer(SpanTracer[int]):
-    """A tracer with the host's clock, which is right where the host does the work, as on CPUs."""
+    """A tracer with the host's clock, for runs on CPUs."""
 
     def __init__(self, log: StepLog, *, clock: Clock = time.perf_counter_ns) -> None:
         super().__init__(log, clock)

@@ -1,9 +1,9 @@
-"""Packs documents into blocks, and keeps them apart: none is cut unless it exceeds a block.
+"""Packing of complete documents into blocks: a document is cut only if it is longer than a block.
 
-Documents are read in groups, as many as fill some blocks, and a group is packed by best-fit
-decreasing: the longest document first, each into the block where it leaves the least space (Ding et
-al., Fewer Truncations Improve Language Modeling, arXiv 2404.10830). The rest of a block is padding.
-A document longer than a block is cut into segments, which are packed as documents.
+Documents are read in groups that fill about GROUP_BLOCKS blocks. A group is packed by best-fit
+decreasing: the longest document first, each into the block in which it leaves the least space (Ding
+et al., Fewer Truncations Improve Language Modeling, arXiv 2404.10830). The rest of a block is
+padding. A document longer than a block is cut into segments, which are packed like documents.
 """
 
 from bisect import bisect_left, insort
@@ -23,14 +23,14 @@ GROUP_BLOCKS = 32
 
 
 class _Segment(NamedTuple):
-    """A document, or the part of it that stands in one block."""
+    """A document, or a part of a long document that fits in one block."""
 
     encoded: EncodedDocument
     origin: str
 
 
 class BestFitPacker(Packer):
-    """Keeps documents apart; `used` counts the used blocks of the current group."""
+    """A packer that keeps documents apart; `used` counts the used blocks of the current group."""
 
     def __init__(self, documents: DocumentPrefetcher, seq_len: int) -> None:
         super().__init__(documents, seq_len)
@@ -65,7 +65,7 @@ class BestFitPacker(Packer):
 
 
 def pack_best_fit(documents: Iterable[EncodedDocument], seq_len: int) -> Iterator[TokenBlock]:
-    """Packs documents in groups, once; skips blocks that train no token."""
+    """Yields the blocks of `documents`, packed in groups; skips blocks that train no token."""
     group: list[_Segment] = []
     space = GROUP_BLOCKS * seq_len
     for document in documents:
@@ -98,13 +98,14 @@ def _cut(document: _Segment, seq_len: int) -> Iterator[_Segment]:
 
 
 def fit(lengths: Sequence[int], bin_size: int) -> list[list[int]]:
-    """Fits `lengths`, of 1 to `bin_size` each, into bins, and returns the indices in each bin.
+    """Returns bins of indices of `lengths`; the lengths in a bin sum to at most `bin_size`.
 
-    The longest goes first (of equal ones the first), each into the bin that it fills best. The
-    indices in a bin rise, and the bins are in the order of their first.
+    Each length is from 1 to `bin_size`. The longest is placed first, always in the bin with the
+    least space that is enough; equal lengths are placed in order. The indices in a bin ascend, and
+    the bins are sorted by their first index.
     """
     bins: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # free space and number of each bin, in rising order
+    free: list[tuple[int, int]] = []  # (free space, number) of each bin, ascending
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         position = bisect_left(free, (lengths[index], -1))
         if position < len(free):

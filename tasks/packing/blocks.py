@@ -1,4 +1,4 @@
-"""Blocks of tokens, and batches of them."""
+"""Blocks of tokens, and batches of blocks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,14 +12,14 @@ from tasks.sources.base import State
 
 @dataclass(frozen=True, eq=False)
 class TokenBlock:
-    """A sequence of tokens of one or several documents.
+    """A sequence of tokens from one or several documents.
 
     token_ids: int64 (seq_len,).
-    trained: bool (seq_len,), the tokens that the model learns to predict.
-    documents: the origins of its documents ("file:line"), in order; evaluation leaves them out.
-    padding: the number of tokens at the end that are 0, not trained and of no document.
-    doc_starts: int64 (seq_len,), the index of the first token of each token's document, where
-        documents are kept apart; padding counts as a document. None: they are not kept apart.
+    trained: bool (seq_len,), true for tokens that the model learns to predict.
+    documents: the origins of the documents ("file:line"), in order; empty in evaluation.
+    padding: the number of tokens at the end that belong to no document; they are 0, not trained.
+    doc_starts: int64 (seq_len,), for each token the index of its document's first token; padding
+        counts as a document. None if documents are not kept apart.
     """
 
     token_ids: NDArray[np.int64]
@@ -30,27 +30,30 @@ class TokenBlock:
 
     @property
     def predicted(self) -> NDArray[np.bool_]:
-        """Returns which tokens are trained and follow another of their document (or block)."""
+        """Returns a mask, bool (seq_len,): trained tokens that are not the first of their document.
+
+        If documents are not kept apart, the block counts as one document.
+        """
         indices = np.arange(len(self.token_ids))
         return self.trained & (indices > (0 if self.doc_starts is None else self.doc_starts))
 
 
 def empty_block(seq_len: int) -> TokenBlock:
-    """Returns a block of padding alone."""
+    """Returns a block that has only padding."""
     token_ids = np.zeros(seq_len, dtype=np.int64)
     return TokenBlock(token_ids, np.zeros(seq_len, dtype=np.bool_), padding=seq_len)
 
 
 @dataclass(frozen=True, eq=False)
 class TokenBatch:
-    """Blocks as rows of arrays.
+    """A batch of blocks; each block is a row of the arrays.
 
     token_ids: int64 (rows, seq_len).
-    labels: int64 (rows, seq_len), the token that each position predicts: the next one where that is
-        `predicted`, else IGNORED, as for the last position.
-    state: the stream's after these blocks; empty for evaluation.
+    labels: int64 (rows, seq_len), the token that each position predicts: the next token if it is
+        `predicted`, else IGNORED. The last position is always IGNORED.
+    state: the state of the stream after these blocks; empty for evaluation.
     documents: the origins of each row's documents.
-    doc_starts: int64 (rows, seq_len), as in a block; None: documents are not kept apart.
+    doc_starts: int64 (rows, seq_len), as in a block; None if documents are not kept apart.
     """
 
     token_ids: NDArray[np.int64]

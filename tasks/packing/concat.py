@@ -1,7 +1,7 @@
-"""Packs documents into blocks end to end.
+"""Packing of documents into blocks, one document directly after another.
 
-Every block is full; the rest of a document opens the next block. `tasks.packing.best_fit` keeps
-documents apart.
+Every block is full. If a document does not fit, its rest is at the start of the next block.
+`tasks.packing.best_fit` keeps documents apart.
 """
 
 from abc import ABC, abstractmethod
@@ -15,9 +15,10 @@ from tasks.tokenization.prefetch import DocumentPrefetcher, PrefetchedDocument
 
 
 class Packer(ABC):
-    """The blocks of one source, endless.
+    """An endless sequence of blocks from one source.
 
-    The state is the source's before a document, and how much was `used` from that document on.
+    The state has the source's state before a document, and `used`: the number of tokens (or blocks)
+    that were used since then.
     """
 
     def __init__(self, documents: DocumentPrefetcher, seq_len: int) -> None:
@@ -26,7 +27,7 @@ class Packer(ABC):
         self._used = self._epoch = 0
 
     def next_block(self) -> TokenBlock:
-        """Returns the next block that trains any token; raises ValueError if an epoch has none."""
+        """Returns the next block with a trained token; raises ValueError if an epoch has none."""
         first_skipped: int | None = None  # epoch
         while not (block := self._pack()).predicted.any():
             first_skipped = self._epoch if first_skipped is None else first_skipped
@@ -38,14 +39,14 @@ class Packer(ABC):
 
     @abstractmethod
     def _pack(self) -> TokenBlock:
-        """Returns the next block, whether or not it trains any token."""
+        """Returns the next block, with or without trained tokens."""
 
     def state(self) -> State:
         """Returns the state from which `restore` continues with the next block."""
         return {"documents": self._state_before, "used": self._used, "epoch": self._epoch}
 
     def restore(self, state: State) -> None:
-        """Returns to `state`, reading the documents in use; raises ValueError if files changed."""
+        """Restores `state` and reads the documents in use; raises ValueError if files changed."""
         self._documents.restore(state["documents"])
         self._state_before = state["documents"]
         self._used = state["used"]
@@ -54,11 +55,14 @@ class Packer(ABC):
 
     @abstractmethod
     def _reread(self) -> None:
-        """Reads the documents in use, of which `_used` were used; the source is before them."""
+        """Reads the documents in use again, and skips the part that `_used` counts.
+
+        The source must be at its state before these documents.
+        """
 
 
 class ConcatPacker(Packer):
-    """Packs documents end to end; `used` counts the used tokens of the current document."""
+    """A packer without gaps; `used` counts the used tokens of the current document."""
 
     def __init__(self, documents: DocumentPrefetcher, seq_len: int) -> None:
         super().__init__(documents, seq_len)
@@ -89,7 +93,7 @@ class ConcatPacker(Packer):
 
 
 def _copy_tokens(document: EncodedDocument, used: int, block: TokenBlock, filled: int) -> int:
-    """Copies the unused tokens of a document into the free space of a block; returns how many."""
+    """Copies unused tokens of a document into the free space of a block; returns their number."""
     count = min(len(document.token_ids) - used, len(block.token_ids) - filled)
     target, source = slice(filled, filled + count), slice(used, used + count)
     block.token_ids[target] = document.token_ids[source]
@@ -98,7 +102,7 @@ def _copy_tokens(document: EncodedDocument, used: int, block: TokenBlock, filled
 
 
 def pack_concat(documents: Iterable[EncodedDocument], seq_len: int) -> Iterator[TokenBlock]:
-    """Packs documents in order, once; skips blocks that train no token, and pads the last."""
+    """Yields the blocks of `documents`; skips blocks without trained tokens, pads the last one."""
     return (block for block in _fill_blocks(documents, seq_len) if block.predicted.any())
 
 

@@ -1,8 +1,8 @@
-"""A buffered shuffle of a source that is read in order, endless and exactly resumable.
+"""A buffered shuffle of a source that can only be read in order: endless and exactly resumable.
 
-The source is read in chunks of some thousand documents; each chunk is shuffled, and so is the order
-of the files in a folder. The order depends on (seed, epoch, chunk) alone, so the state is a
-position in a file and an index, and restoring it reads one chunk.
+The source is read in chunks of some thousand documents, and each chunk is shuffled. The files of a
+folder are shuffled, too. The order depends only on (seed, epoch, chunk), so the state is a position
+in a file and an index. A restore reads one chunk.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class _Position(NamedTuple):
-    """A position in an epoch: the index of a file in its order, and the position in that file."""
+    """A position in an epoch: a file's index in the shuffled order, and a position in the file."""
 
     file: int = 0
     offset: int = 0
@@ -38,12 +38,12 @@ class _Position(NamedTuple):
 
 
 class BufferedShuffle:
-    """The documents of a source, each once an epoch; holds one chunk in memory.
+    """An endless shuffle that yields each document once per epoch; memory holds one chunk.
 
     Two equal sources with different seeds have different orders.
     """
 
-    num_rows = None  # unknown until all are read
+    num_rows = None  # unknown until all rows are read
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class BufferedShuffle:
         self._move_to(0, _Position())
 
     def _move_to(self, chunk_index: int, start: _Position) -> None:
-        """Moves before a chunk that begins at `start`; reads nothing of it."""
+        """Moves to the chunk that begins at `start`, without reading the chunk."""
         self._chunk_index = chunk_index
         self._start = self._end = start
         self._chunk: list[Document] = []
@@ -75,10 +75,10 @@ class BufferedShuffle:
         self._reader = self._read_from(start)
 
     def next(self) -> Document:
-        """Returns the next document; after the last, the first of the next epoch.
+        """Returns the next document; after the last document the next epoch begins.
 
-        Raises ValueError if a line is no document (see `tasks.sources.bad_lines`), or the source
-        holds no document.
+        Raises ValueError if a line is bad and bad lines are not skipped (see
+        `tasks.sources.bad_lines`), or if the source has no document.
         """
         while self._index == len(self._chunk):
             self._advance()
@@ -132,14 +132,14 @@ class BufferedShuffle:
 
     @cached_property
     def _digest(self) -> str:
-        """Covers the contents of files on disk, and the names of others."""
+        """A hash of the files: of name, size and both ends on disk; of the name on the hub."""
         digest = hashlib.blake2b(digest_size=16)
         for path in sorted(file.path for file in self.source.files):
             digest.update(describe_file(path, 0) if os.path.isfile(path) else path.encode())
         return digest.hexdigest()
 
     def restore(self, state: State) -> None:
-        """Returns to `state`, reading one chunk; raises ValueError if the files differ from it."""
+        """Restores `state` and reads one chunk; raises ValueError if the files have changed."""
         if "chunk" not in state:
             raise self.source.changed_error(
                 "it could be read in any order, and can now only be read in file order"
@@ -148,7 +148,7 @@ class BufferedShuffle:
         names = [os.path.basename(file.path) for file in self._files]
         if len(names) != state["files"] or state["file"] not in names:
             raise self.source.changed_error(
-                f"{len(names)} files, not {state['files']} with {state['file']}"
+                f"{len(names)} files, not {state['files']} files with {state['file']}"
             )
         if state["digest"] != self._digest:
             raise self.source.changed_error("its files have other sizes or contents")

@@ -1,7 +1,7 @@
-"""A full shuffle over all documents of a source whose rows are read in any order, endless.
+"""An endless full shuffle of all documents, for a source whose rows can be read in any order.
 
-The row at a position depends on (seed, epoch, position) alone, so the state is two numbers, and
-restoring it reads nothing.
+The row at a position depends only on (seed, epoch, position), so the state is two numbers and a
+digest of the files. A restore reads no document.
 """
 
 from functools import cached_property
@@ -13,10 +13,10 @@ from tasks.sources.base import BadLineError, DataSource, Document, IndexedRows, 
 
 
 class FullShuffle:
-    """The documents of a source with `open_rows`, each once an epoch.
+    """A shuffle of a source with `open_rows`; it yields each document once per epoch.
 
-    Two equal sources with different seeds have different orders. The rows are opened, and the lines
-    of files indexed, when the first document is read.
+    Two equal sources with different seeds have different orders. The rows are opened, and files are
+    indexed by line, when the first document is read.
     """
 
     def __init__(self, source: DataSource, *, seed: int, bad_lines: BadLines | None = None) -> None:
@@ -31,7 +31,7 @@ class FullShuffle:
         self._order: Permutation | None = None
 
     def next(self) -> Document:
-        """Returns and raises as `BufferedShuffle.next`."""
+        """Returns the next document; raises ValueError like `BufferedShuffle.next`."""
         while True:
             if self._position == self._rows.num_rows:
                 if not self._has_documents:
@@ -51,7 +51,7 @@ class FullShuffle:
 
     @property
     def num_rows(self) -> int:
-        """Returns the number of lines of all files, or of rows, blank ones included."""
+        """The number of lines or rows in all files, including blank lines."""
         return self._rows.num_rows
 
     @cached_property
@@ -64,7 +64,7 @@ class FullShuffle:
         return {"epoch": self.epoch, "position": self._position, "files": self._rows.digest}
 
     def restore(self, state: State) -> None:
-        """Returns to `state`. Raises ValueError if the files differ from those of the state."""
+        """Restores `state`; raises ValueError if the files have changed since the state."""
         if "position" not in state:
             raise self.source.changed_error(
                 "it could only be read in file order, and can now be read in any order"

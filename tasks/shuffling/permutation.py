@@ -1,4 +1,4 @@
-"""Shuffled orders of any length that are computed per position, without memory."""
+"""A random permutation of any size that needs no memory: each position is computed on demand."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,10 +10,11 @@ _BLOCK = 1024  # positions that are computed at once
 
 
 class Permutation:
-    """The numbers 0 to size - 1 in an order that depends on `seed` alone.
+    """A permutation of the numbers 0 to size - 1; the order depends only on `size` and `seed`.
 
-    A Feistel network permutes the numbers below the next power of four; it is applied again to
-    results of `size` or more (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002).
+    A Feistel network permutes the numbers below the next power of four. If a result is `size` or
+    more, the network is applied to it again (Black and Rogaway, Ciphers with Arbitrary Finite
+    Domains, 2002).
     """
 
     def __init__(self, size: int, seed: int) -> None:
@@ -25,7 +26,7 @@ class Permutation:
         self._start, self._block = 0, list[int]()
 
     def __getitem__(self, position: int) -> int:
-        """Returns the number at `position`; caches those of the positions after it."""
+        """Returns the number at `position`; also computes and caches the numbers after it."""
         if not 0 <= position - self._start < len(self._block):
             self._start = position
             self._block = self._compute(position, min(position + _BLOCK, self._size)).tolist()
@@ -45,7 +46,7 @@ class Permutation:
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Mixes bits as splitmix64's finaliser (Steele, Lea and Flood, 2014)."""
+    """Mixes the bits of each value like splitmix64's finaliser (Steele, Lea and Flood, 2014)."""
     values = (values ^ values >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ values >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return values ^ values >> np.uint64(31)

@@ -20,7 +20,7 @@ def shuffle_source(
     chunk_documents: int = CHUNK_DOCUMENTS,
     bad_lines: BadLines | None = None,
 ) -> Shuffle:
-    """Returns a full shuffle where the source can be read in any order, else a buffered one."""
+    """Returns a full shuffle if the source can be read in any order, else a buffered shuffle."""
     if source.open_rows is not None:
         return FullShuffle(source, seed=seed, bad_lines=bad_lines)
     logger.info(

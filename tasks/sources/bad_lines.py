@@ -1,4 +1,4 @@
-"""Policy for lines that are no document: an error, or a count and an entry in a file."""
+"""The policy for bad lines: a bad line is an error, or it is skipped and listed in a file."""
 
 import logging
 from pathlib import Path
@@ -7,14 +7,14 @@ from tasks.sources.base import BadLineError
 
 logger = logging.getLogger(__name__)
 
-MIN_LINES = 1000  # a share is taken of at least so many: one bad line of the first ten is not 10%
+MIN_LINES = 1000  # smallest divisor of the share: one bad line of the first ten is not 10%
 
 
 class BadLines:
-    """Skips bad lines where `file` is given, and records them there; otherwise raises their errors.
+    """The handling of bad lines: skips them and lists them in `file`; without it raises an error.
 
-    max_share: the largest share of bad lines among the lines read so far (at least MIN_LINES); a
-    larger one ends the run.
+    max_share: the largest share of bad lines among the lines read so far (counted as at least
+        MIN_LINES); a larger share ends the run.
     """
 
     def __init__(self, file: Path | None = None, *, max_share: float = 0.0) -> None:
@@ -23,28 +23,28 @@ class BadLines:
         self._num_read = self._num_skipped = 0
 
     def note_good(self) -> None:
-        """Counts a line that is a document."""
+        """Counts a good line."""
         self._num_read += 1
 
     def skip(self, error: BadLineError, *, is_counted: bool = False) -> None:
-        """Skips a bad line; `is_counted`: it was counted as a good one.
+        """Skips a bad line; `is_counted` says that the line was already counted as a good line.
 
-        Raises ValueError if lines are not skipped, or too many were.
+        Raises ValueError if bad lines are errors, or if the share of bad lines is too large.
         """
         if self._file is None:
             raise error
         self._num_read, self._num_skipped = self._num_read + (not is_counted), self._num_skipped + 1
         self._record(self._file, str(error))
         if self._num_skipped == 1:
-            logger.warning("skipped: %s; all that are skipped are named in %s", error, self._file)
+            logger.warning("skipped: %s; all skipped lines are listed in %s", error, self._file)
         if self._num_skipped > self._max_share * max(self._num_read, MIN_LINES):
             raise ValueError(
                 f"{self._num_skipped} of {self._num_read} lines are bad, more than --max-bad-share "
-                f"{self._max_share:g} allows: they are named in {self._file}, the last is {error}"
+                f"{self._max_share:g} allows: they are listed in {self._file}, the last: {error}"
             ) from error
 
     def _record(self, file: Path, line: str) -> None:
-        """Writes each line once, however often this run and those that it resumes read it."""
+        """Appends a line to the file, unless this run or an earlier run has already written it."""
         if self._recorded is None:
             self._recorded = set(file.read_text("utf-8").splitlines()) if file.is_file() else set()
         if line not in self._recorded:

@@ -1,4 +1,4 @@
-"""Documents, and the interfaces of the files that they are read from, whatever the format."""
+"""Documents and data sources: the interfaces of files and rows, the same for all formats."""
 
 import hashlib
 import os
@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, Protocol
 
 from common.text import shown
 
-State = dict[str, Any]  # of a source or stream, serialisable as JSON
+State = dict[str, Any]  # the state of a source or stream, serialisable as JSON
 
-# Bytes of each end of a file that a digest covers: an edit that keeps the size mostly shows there.
+# Bytes at each end of a file that a digest covers; most edits that keep the size change an end.
 DIGEST_BYTES = 1 << 16
 
 
@@ -22,10 +22,10 @@ class ChatMessage(NamedTuple):
 
 
 class Document(NamedTuple):
-    """A text, and its origin ("file:line"), for messages.
+    """A text and its origin ("file:line"), which errors quote.
 
-    completions: the characters of the text that answer the others, as (start, end); None: unknown.
-    messages: a conversation in place of the text, which the tokenizer's chat template renders.
+    completions: the parts of the text that are answers, as (start, end) characters; None: unknown.
+    messages: a conversation instead of a text; the tokenizer's chat template makes a text of it.
     """
 
     text: str
@@ -35,19 +35,19 @@ class Document(NamedTuple):
 
     @property
     def num_characters(self) -> int:
-        """Returns the length of its text, or of its messages."""
+        """The number of characters in the text and the messages."""
         return len(self.text) + sum(len(message.content) for message in self.messages or ())
 
 
 class BadLineError(ValueError):
-    """A line that is no document; its text is a single line that names file, line and reason."""
+    """The error of a line that is not a document; names file, line and reason in one line."""
 
 
 class DocumentRecord(NamedTuple):
-    """A document or bad line of a file, and the position after it, from where reading continues.
+    """A document or bad line of a file, and the position after it, where reading continues.
 
-    size: about its bytes in memory.
-    offset, line: of the position; only the file knows their unit.
+    size: the approximate size of the document in memory, in bytes.
+    offset, line: the position; each kind of file has its own unit.
     """
 
     document: Document | BadLineError
@@ -57,42 +57,42 @@ class DocumentRecord(NamedTuple):
 
 
 class SourceFile(Protocol):
-    """One file of a source, read in order from the position of any record."""
+    """One file of a source; it can be read in order from the position of any record."""
 
     @property
     def path(self) -> str:
-        """Returns its path, as messages name it."""
+        """The path of the file, as errors name it."""
 
     def read(self, offset: int = 0, line: int = 0) -> Iterator[DocumentRecord]:
-        """Yields the records from a position on; the default is the beginning.
+        """Yields the records from a position to the end; the default position is the beginning.
 
-        Raises ValueError if the file cannot be read on; the text names it, and the line.
+        Raises ValueError if the file cannot be read; the text names file and line.
         """
 
 
 class IndexedRows(Protocol):
-    """Rows that are read in any order: lines of files or rows of a table, numbered from 0."""
+    """Rows that can be read in any order: lines of files or rows of a table, numbered from 0."""
 
     @property
     def num_rows(self) -> int:
-        """Returns the number of rows, blank ones included."""
+        """The number of rows, including blank rows."""
 
     @property
     def digest(self) -> str:
-        """Returns a digest that differs where the data has changed."""
+        """A hash of the data; it changes when the data changes."""
 
     def read(self, row: int) -> Document | BadLineError | None:
-        """Returns the document of a row, or its error; None where the row is blank.
+        """Returns the document of a row, or the error of a bad row; None if the row is blank.
 
-        Raises ValueError if the data cannot be read, or has changed.
+        Raises ValueError if the data cannot be read or has changed.
         """
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """A source that --task-name names, with its files, sorted.
+    """A data source with its sorted files.
 
-    open_rows: opens the rows of all files; None: the files can only be read in order.
+    open_rows: opens the rows of all files; None if the files can only be read in order.
     """
 
     name: str
@@ -100,17 +100,17 @@ class DataSource:
     open_rows: Callable[[], IndexedRows] | None = None
 
     def error(self, problem: str = "holds no document") -> ValueError:
-        """Returns the error of a source that has a problem."""
+        """Returns a ValueError with the source's name and `problem`."""
         return ValueError(f"{shown(self.name)}: the source {problem}")
 
     def changed_error(self, difference: str) -> ValueError:
-        """Returns the error of a source that differs from that of a checkpoint."""
+        """Returns the error of a source that has changed since the checkpoint."""
         return self.error(f"changed since the checkpoint: {difference}")
 
 
 @dataclass(frozen=True)
 class IndexedFile:
-    """A file whose rows `open_rows` opens; the offset and line of a record count rows."""
+    """A file with rows, which `open_rows` opens; a record's offset and line count rows."""
 
     path: str
     open_rows: Callable[[], IndexedRows]
@@ -124,13 +124,13 @@ class IndexedFile:
 
 
 def row_record(document: Document | BadLineError, position: int) -> DocumentRecord:
-    """Returns the record of a row of a table; `position` is the number of rows up to it."""
+    """Returns the record of a table's row; `position` is the row's index + 1."""
     size = 0 if isinstance(document, BadLineError) else document.num_characters
     return DocumentRecord(document, size, position, position)
 
 
 def describe_file(path: str, num_rows: int) -> bytes:
-    """Returns a file's name, size, rows and a hash of both its ends, or raises ValueError."""
+    """Returns a file's name, size, rows and a hash of both ends; raises ValueError on failure."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size

@@ -1,8 +1,8 @@
-"""A stream that decompresses a file, and detects a truncated one.
+"""A stream that decompresses a file and detects truncated data.
 
-The libraries' own stream readers end silently where a file is truncated, or read all of it at once.
-Their decompression objects know whether a frame (zstd) or member (gzip) is complete, so this stream
-uses them.
+If a file is truncated, the libraries' own stream readers end without an error, or they read the
+complete file at once. The libraries' decompression objects report whether a frame (zstd) or member
+(gzip) is complete, so this stream uses these objects.
 """
 
 import io
@@ -13,22 +13,22 @@ from typing import Any, BinaryIO
 
 import zstandard
 
-# Compressed bytes a call. A call returns all of their text, and text that repeats shrinks more than
-# ten thousandfold: this number bounds the memory (to about 10 MB), not the size of the file.
+# Compressed bytes per call. Repetitive text can be more than ten thousand times larger after
+# decompression, so this number limits the memory of a call to about 10 MB.
 INPUT_BYTES = 512
 MAX_WINDOW_BYTES = 1 << 31
-GZIP_WBITS = 16 + zlib.MAX_WBITS  # zlib's number for the format of gzip
+GZIP_WBITS = 16 + zlib.MAX_WBITS  # zlib's number for the gzip format
 
 
 class DamagedStream(Exception):
-    """Compressed data that is truncated or of another format; the text says which."""
+    """The error of compressed data that is truncated or invalid; the text gives the reason."""
 
 
 @dataclass(frozen=True)
 class _Codec:
     """A compression format.
 
-    new_frame: makes the decompressor of a frame: decompress(bytes), eof and unused_data.
+    new_frame: creates a decompressor of one frame, with decompress(bytes), eof and unused_data.
     """
 
     name: str
@@ -90,9 +90,10 @@ class _DecompressedStream(io.RawIOBase):
 
 
 def open_decompressed(file: BinaryIO, name: str) -> BinaryIO:
-    """Returns the decompressed text of a .zst or .gz file (of several frames, too), or `file`.
+    """Returns a stream of the decompressed data of a .zst or .gz file; other files unchanged.
 
-    Closing the stream closes the file. Reading raises DamagedStream where the data is damaged.
+    A file may have several frames. Closing the stream also closes the file. A read raises
+    DamagedStream if the data is damaged.
     """
     for suffix, codec in _CODECS.items():
         if name.endswith(suffix):

@@ -1,4 +1,4 @@
-"""A data set of the hub, streamed: its split `train`, in order."""
+"""A data set on the hub as a source: its split `train`, streamed in order."""
 
 import itertools
 from collections.abc import Iterator
@@ -18,22 +18,22 @@ HUB_TIMEOUT_SECONDS = 10.0
 
 
 def check_hub(location: SourceLocation, row_format: RowFormat) -> None:
-    """Raises ValueError if the hub has no such data set, or it has no column that is read."""
+    """Raises ValueError if the hub has no such data set, or if it has no usable column."""
     _check_reachable(location)
     _stream_rows(location, row_format)
 
 
 def open_hub(name: str, location: SourceLocation, row_format: RowFormat) -> DataSource:
-    """Returns the source, to be read in order; raises ValueError if the hub has none of it."""
+    """Returns the source of a data set; raises ValueError if the hub has no such data set."""
     _check_reachable(location)
     return DataSource(name, [HubFile(location, row_format)])
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """A data set `org/name`, or one configuration of it, `org/name/configuration`.
+    """A data set `org/name`, or a configuration of a data set, `org/name/configuration`.
 
-    The offset and line of a record count rows. Reading on from it reads the rows before it.
+    A record's offset and line count rows. To continue at an offset, all rows before it are read.
     """
 
     location: SourceLocation
@@ -41,7 +41,7 @@ class HubFile:
 
     @property
     def path(self) -> str:
-        """Returns its name on the hub."""
+        """The name of the data set on the hub."""
         return self.location.path
 
     def read(self, offset: int = 0, line: int = 0) -> Iterator[DocumentRecord]:
@@ -50,7 +50,7 @@ class HubFile:
             origin = f"{self.path}:{number}"
             try:
                 row = next(rows, None)
-            except Exception as error:  # the network's, the hub's and the file format's
+            except Exception as error:  # errors of the network, the hub and the file format
                 raise ValueError(f"{origin}: the hub: {one_line(error)}") from error
             if row is None:
                 return
@@ -58,12 +58,12 @@ class HubFile:
 
 
 def _check_reachable(location: SourceLocation) -> None:
-    """Fails at once, where `datasets` would fail after half a minute of attempts."""
+    """Raises ValueError at once if the hub has no such data set; `datasets` would try for 30 s."""
     if constants.HF_HUB_OFFLINE:
-        return  # datasets then reads its cache, or fails at once
+        return  # offline, datasets reads its cache or fails at once
     try:
         HfApi().dataset_info(_split_path(location.path)[0], timeout=HUB_TIMEOUT_SECONDS)
-    except Exception as error:  # of the network, or of the hub
+    except Exception as error:  # errors of the network or the hub
         raise _unavailable(location, error) from error
 
 
@@ -72,7 +72,7 @@ def _stream_rows(location: SourceLocation, row_format: RowFormat) -> Any:
     try:
         rows = datasets.load_dataset(name, configuration, split="train", streaming=True)
         names = rows.column_names or list(next(iter(rows), {}))
-    except Exception as error:  # datasets raises anything
+    except Exception as error:  # datasets raises many types of errors
         raise _unavailable(location, error) from error
     return rows.select_columns(row_format.select_columns(names, f"{location.path} on the hub"))
 
@@ -85,6 +85,6 @@ def _split_path(path: str) -> tuple[str, str | None]:
 def _unavailable(location: SourceLocation, error: Exception) -> ValueError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if isinstance(error, RepositoryNotFoundError):
-        reason = "it has none of that name, or none that your token may read"
+        reason = "no such data set, or your token has no access to it"
     name, _ = _split_path(location.path)
     return ValueError(f"{location.missing}; and {name} on the hub: {reason}")

@@ -1,4 +1,4 @@
-"""Files of one JSON object a line (see `tasks.sources.rows`), plain or compressed, streamed."""
+"""Files with one JSON object per line (see `tasks.sources.rows`), plain or compressed."""
 
 import hashlib
 import io
@@ -25,8 +25,8 @@ READ_BYTES = 1 << 20
 class JsonlFile:
     """A .jsonl, .jsonl.zst or .jsonl.gz file; blank lines, CRLF and a byte order mark are allowed.
 
-    The offset of a record counts bytes of the text: in a compressed file, reading on from it
-    decompresses the text before it.
+    A record's offset counts bytes of the uncompressed text. To continue at an offset in a
+    compressed file, all text before the offset is decompressed.
     """
 
     path: str
@@ -71,10 +71,9 @@ class JsonlFile:
 
 
 class JsonlRows:
-    """The lines of several plain files (see `tasks.sources.base.IndexedRows`).
+    """The lines of several uncompressed files (see `tasks.sources.base.IndexedRows`).
 
-    A line that is edited meanwhile is read in its new form, as long as it begins and ends where it
-    did.
+    If a line is edited during the run, its new text is read; its length must not change.
     """
 
     def __init__(self, paths: Sequence[str], row_format: RowFormat) -> None:
@@ -82,11 +81,11 @@ class JsonlRows:
         self._indices = [load_line_index(path) for path in paths]
         self._first_rows = [0, *accumulate(len(index) for index in self._indices)]
         self.num_rows = self._first_rows[-1]
-        self._open: tuple[int, io.FileIO] | None = None  # the file that was read last
+        self._open: tuple[int, io.FileIO] | None = None  # the most recently read file
 
     @cached_property
     def digest(self) -> str:
-        """Covers names, sizes and both ends of the files, and where all lines end."""
+        """A hash of the files' names, sizes and both ends, and of the ends of all lines."""
         digest = hashlib.blake2b(digest_size=16)
         for path, index in zip(self._paths, self._indices, strict=True):
             digest.update(describe_file(path, len(index)))
@@ -103,7 +102,7 @@ class JsonlRows:
         return parse_line(raw, origin, self._row_format) if raw.strip() else None
 
     def _read_line(self, file: int, line: int, origin: str) -> bytes:
-        """Reads a line, and the bytes before and after it, to check that the file is the same."""
+        """Returns a line; checks the bytes before and after it to detect a changed file."""
         start, end = self._indices[file].span(line)
         before = min(start, 1)
         size = before + end - start
@@ -117,7 +116,7 @@ class JsonlRows:
         is_last = line + 1 == len(self._indices[file])
         is_complete = raw.endswith(NEWLINE) or (is_last and not after)
         if not is_complete or raw[:before] not in (b"", NEWLINE) or NEWLINE in raw[before:-1]:
-            raise ValueError(f"{origin}: the file changed after its lines had been found")
+            raise ValueError(f"{origin}: the file changed after its lines were indexed")
         return raw[before:]
 
     def _descriptor(self, file: int) -> int:

@@ -1,9 +1,10 @@
-"""An index of where the lines of a file end, built once and stored beside the file.
+"""An index of a file's line ends, built once and stored in the same folder as the file.
 
-The index of `a.jsonl` is `.a.jsonl.lines`: the file's size and time of change, a digest of the
-ends, then the ends as 64-bit numbers, which are memory-mapped. It is rebuilt when the file has
-changed. Where it cannot be written there, it is stored in CACHE_FOLDER, named by a hash of the
-file's path; where that fails too, it stays in memory, and every run rebuilds it.
+The index of `a.jsonl` is `.a.jsonl.lines`: the file's size and modification time, a digest of the
+line ends, and the line ends as 64-bit numbers, which are memory-mapped. The index is rebuilt when
+the file has changed. If the file's folder cannot be written, the index is stored in CACHE_FOLDER,
+under a hash of the file's path. If this fails too, the index stays in memory, and every run
+rebuilds it.
 """
 
 import contextlib
@@ -27,18 +28,18 @@ logger = logging.getLogger(__name__)
 
 CACHE_FOLDER = os.path.join("~", ".cache", "dist-clm-train")
 READ_BYTES = 1 << 23
-MAX_MAPPED = 64  # indices that are mapped at once, because each takes a file descriptor
-MAX_LOOKUPS = 4096  # after so many, the pages that they brought into memory are released
-# Magic; size and time of change of the file; number of lines; digest of the ends.
+MAX_MAPPED = 64  # limit of indices that are mapped at once; each needs a file descriptor
+MAX_LOOKUPS = 4096  # after this many lookups, the pages of the mapping are released
+# Magic; size and modification time of the file; number of lines; digest of the line ends.
 _HEADER = struct.Struct("<8sQQQ16s")
 _MAGIC = b"lines 2\n"
 _NEWLINE = ord("\n")
 
 
 class LineIndex:
-    """The ends of a file's lines; `digest` covers all of them.
+    """The line ends of a file; `digest` is a hash of all line ends.
 
-    storage: the path of the index, or the ends themselves where it could not be stored.
+    storage: the path of the stored index, or the line ends if the index could not be stored.
     """
 
     def __init__(self, storage: Path | NDArray[np.uint64], num_lines: int, digest: bytes) -> None:
@@ -49,16 +50,16 @@ class LineIndex:
 
     @property
     def ends(self) -> NDArray[np.uint64]:
-        """`ends[i]` is the byte after line i, uint64 (lines,).
+        """The line ends, uint64 (lines,): `ends[i]` is the index of the byte after line i.
 
-        Raises ValueError if the stored index is gone, or is one of another file.
+        Raises ValueError if the stored index was deleted or rebuilt.
         """
         if isinstance(self._storage, Path):
             return _map_index(self._storage, self.digest).ends()
         return self._storage
 
     def span(self, line: int) -> tuple[int, int]:
-        """Returns the first byte of a line, and the byte after it; raises as `ends`."""
+        """Returns the index of a line's first byte and of the byte after it; raises like `ends`."""
         ends = self.ends
         return (int(ends[line - 1]) if line else 0), int(ends[line])
 
@@ -71,7 +72,7 @@ class _MappedIndex:
         self._ends = np.frombuffer(file, np.uint64, offset=_HEADER.size)
 
     def ends(self) -> NDArray[np.uint64]:
-        """See `LineIndex.ends`; callers must not keep it, so that the mapping can be released."""
+        """Returns the line ends as in `LineIndex.ends`; callers must not keep the array."""
         self._num_lookups += 1
         if self._num_lookups % MAX_LOOKUPS == 0:
             self._file.madvise(mmap.MADV_DONTNEED)
@@ -83,15 +84,15 @@ def _map_index(path: Path, digest: bytes) -> _MappedIndex:
     try:
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:  # the latter: it is empty
+    except (OSError, ValueError) as error:  # ValueError: the file is empty
         raise ValueError(f"{shown(str(path))}: cannot be read any more: {error}") from error
     if not mapped[: _HEADER.size].endswith(digest):
-        raise ValueError(f"{shown(str(path))}: another process rebuilt it, for a changed file")
+        raise ValueError(f"{shown(str(path))}: another process rebuilt it for a changed file")
     return _MappedIndex(mapped)
 
 
 def load_line_index(path: str) -> LineIndex:
-    """Returns a file's stored index, or builds it; raises ValueError if it cannot be read."""
+    """Returns the index of a file, stored or newly built; raises ValueError if unreadable."""
     try:
         stat = os.stat(path)
         index_paths = _index_paths(path)
@@ -105,7 +106,7 @@ def load_line_index(path: str) -> LineIndex:
 
 
 def _index_paths(path: str) -> list[Path]:
-    """Returns the paths where an index may be stored, the preferred one first."""
+    """Returns the possible paths of a file's index, the preferred path first."""
     path_hash = hashlib.blake2b(os.fsencode(os.path.abspath(path)), digest_size=16).hexdigest()
     beside = Path(path).parent / f".{Path(path).name}.lines"
     cache = Path(os.path.expanduser(CACHE_FOLDER))
@@ -113,7 +114,7 @@ def _index_paths(path: str) -> list[Path]:
 
 
 def _load(index_path: Path, stat: os.stat_result) -> LineIndex | None:
-    """Returns the stored index, if it is complete and the file has not changed since."""
+    """Returns the stored index; None if it is missing, incomplete or of a changed file."""
     try:
         with index_path.open("rb") as file:
             magic, size, mtime, num_lines, digest = _HEADER.unpack(file.read(_HEADER.size))
@@ -146,13 +147,13 @@ def _build(path: str, index_paths: Sequence[Path], stat: os.stat_result) -> Line
             temporary.flush()
             os.chmod(temporary.name, 0o644)
             os.replace(temporary.name, index_path)
-            with contextlib.suppress(FileNotFoundError):  # it was renamed
+            with contextlib.suppress(FileNotFoundError):  # the file was renamed
                 temporary.close()
     return LineIndex(index_path, num_lines, digest.digest())
 
 
 def _create_file(path: str, index_paths: Sequence[Path]) -> tuple[Path, Any] | None:
-    """Returns the first path that can be written, and a temporary file in its folder."""
+    """Returns the first writable path and a temporary file in its folder, or None."""
     refusal = ""
     for index_path in index_paths:
         try:
@@ -164,8 +165,8 @@ def _create_file(path: str, index_paths: Sequence[Path]) -> tuple[Path, Any] | N
             continue
         if refusal:
             logger.info(
-                f"{shown(path)}: the index of its lines is stored as {index_path}, because its "
-                f"folder cannot be written ({refusal})"
+                f"{shown(path)}: the index of its lines is stored as {index_path}, because the "
+                f"file's folder cannot be written ({refusal})"
             )
         return index_path, temporary
     problem = f"the index of its lines cannot be stored ({refusal}): each run rebuilds it"
@@ -174,7 +175,10 @@ def _create_file(path: str, index_paths: Sequence[Path]) -> tuple[Path, Any] | N
 
 
 def _find_ends(file: BinaryIO, path: str, stat: os.stat_result) -> Iterator[NDArray[np.uint64]]:
-    """Yields the ends of all lines, block by block; the last line may lack its newline."""
+    """Yields the line ends in order, one array for each block; the last line may lack a newline.
+
+    Raises ValueError if the file changes during the read.
+    """
     offset, ends_with_newline = 0, True
     while raw := file.read(READ_BYTES):
         newlines = np.flatnonzero(np.frombuffer(raw, dtype=np.uint8) == _NEWLINE)

@@ -1,4 +1,4 @@
-"""Parquet files, a document a row; the columns are the keys of `tasks.sources.rows`."""
+"""Parquet files: each row is a document; the columns are the keys of `tasks.sources.rows`."""
 
 import os
 from collections.abc import Iterator
@@ -17,9 +17,9 @@ BATCH_ROWS = 256
 
 @dataclass(frozen=True)
 class ParquetFile:
-    """A .parquet file; only the columns of `row_format` are read. Holds a row group in memory.
+    """A .parquet file; reads only the columns of `row_format`, and one row group at a time.
 
-    The offset of a record counts rows.
+    A record's offset counts rows.
     """
 
     path: str
@@ -35,7 +35,7 @@ class ParquetFile:
         except OSError as error:
             reason = error.strerror or one_line(error)
             raise ValueError(f"{shown(self.path)}: {reason}") from error
-        except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the latter: of a name
+        except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # e.g. a column name
             reason = f"not valid parquet: {one_line(error)}"
             raise ValueError(f"{shown(self.path)}: {reason}") from error
 
@@ -59,7 +59,7 @@ class ParquetFile:
 
 
 def _batch_values(batch: Any) -> Iterator[Any]:
-    """Yields a batch's rows; for one without a Python value (no UTF-8, ...) the error."""
+    """Yields the rows of a batch; for a row that Python cannot represent, yields the error."""
     try:
         yield from batch.to_pylist()
     except (ValueError, OverflowError):

@@ -1,7 +1,7 @@
-"""Formats of a line, or of a row of a table: {"text"}, {"prompt", "completion"} or {"messages"}.
+"""Formats of a line or a table's row: {"text"}, {"prompt", "completion"} or {"messages"}.
 
-Where a row has several, messages precede prompt and completion, and these the text; other keys are
-ignored. Registered tasks have rows of other formats.
+If a row has several of these keys, messages come before prompt and completion, and prompt and
+completion before text. Other keys are ignored. Registered tasks have other formats.
 """
 
 import json
@@ -20,15 +20,15 @@ _DECODER = json.JSONDecoder()
 class RowFormat:
     """A format of rows.
 
-    columns: the keys that are read; a table must have one of them.
-    parse: makes a document of a row and its origin, or raises BadLineError.
+    columns: the keys that are read; a table must have at least one of these columns.
+    parse: returns the document of a row and its origin, or raises BadLineError.
     """
 
     columns: tuple[str, ...]
     parse: Callable[[Mapping[str, Any], str], Document]
 
     def select_columns(self, names: Iterable[str], table: str) -> list[str]:
-        """Returns the columns of `table` that are read; raises ValueError if none of them is."""
+        """Returns the columns of this format among `names`; raises ValueError if there is none."""
         present = set(names)
         columns = [name for name in self.columns if name in present]
         if not columns:
@@ -37,7 +37,7 @@ class RowFormat:
 
 
 def parse_line(raw: bytes, origin: str, row_format: RowFormat) -> Document | BadLineError:
-    """Returns the document of a line of JSON in UTF-8, or the error of a bad one."""
+    """Returns the document of a line of JSON in UTF-8, or the error of a bad line."""
     try:
         value = _DECODER.decode(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -48,7 +48,7 @@ def parse_line(raw: bytes, origin: str, row_format: RowFormat) -> Document | Bad
 
 
 def parse_row(value: Any, origin: str, row_format: RowFormat) -> Document | BadLineError:
-    """Returns the document of a row of a table, or the error of a bad one."""
+    """Returns the document of a row, or the error of a bad row."""
     if not isinstance(value, Mapping):
         keys = " or ".join(f'"{key}"' for key in row_format.columns)
         expected = _EXPECTED if row_format == TEXT_OR_CHAT else keys
@@ -75,13 +75,13 @@ TEXT_OR_CHAT = RowFormat(("text", "prompt", "completion", "messages"), _parse)
 
 
 def prompt_document(prompt: str, completion: str, origin: str) -> Document:
-    """Returns the document of a prompt and the completion right after it."""
+    """Returns a document: the prompt directly followed by the completion."""
     text = prompt + completion
     return Document(text, origin, completions=((len(prompt), len(text)),))
 
 
 def check_text(value: Any, origin: str, key: str) -> str:
-    """Returns the text at `key`; raises BadLineError if it is no string of valid Unicode."""
+    """Returns `value`; raises BadLineError, which names `key`, if it is not a valid string."""
     if not isinstance(value, str):
         raise BadLineError(f'{origin}: expected a string as "{key}", got {_kind(value)}')
     try:
@@ -117,7 +117,7 @@ def _kind(value: Any) -> str:
 
 
 def read_json(path: str, problem: str) -> Any:
-    """Returns the value of a JSON file; raises ValueError, with `problem` if it holds no JSON."""
+    """Returns the value of a JSON file; raises ValueError, with `problem` if it is not JSON."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             return json.load(file)

@@ -1,4 +1,4 @@
-"""A data set that `datasets` saved to disk, as a source."""
+"""A source that `datasets` has saved to disk (`save_to_disk`)."""
 
 import hashlib
 from functools import cached_property, partial
@@ -13,33 +13,33 @@ from tasks.sources.rows import RowFormat, parse_row
 
 
 def open_saved(name: str, folder: str, row_format: RowFormat) -> DataSource:
-    """Returns the source of a saved data set, whose rows are read in any order."""
+    """Returns the source of a saved data set; its rows can be read in any order."""
     open_rows = partial(SavedRows, folder, row_format)
     return DataSource(name, [IndexedFile(folder, open_rows)], open_rows)
 
 
 class SavedRows:
-    """The rows of a folder (see `tasks.sources.base.IndexedRows`).
+    """The rows of a saved data set (see `tasks.sources.base.IndexedRows`).
 
-    Raises ValueError if the folder is no such data set, or has no column that is read.
+    Raises ValueError if the folder is not a saved data set, or has no usable column.
     """
 
     def __init__(self, folder: str, row_format: RowFormat) -> None:
         self._folder, self._row_format = folder, row_format
         try:
             dataset = datasets.load_from_disk(folder)
-        except Exception as error:  # missing and broken files raise anything
+        except Exception as error:  # broken files raise many types of errors
             problem = f"not a data set that datasets saved: {one_line(error)}"
             raise ValueError(f"{shown(folder)}: {problem}") from error
         columns = row_format.select_columns(dataset.column_names, shown(folder))
         self._paths = [file["filename"] for file in dataset.cache_files]
-        # A data set may have been saved with the format of arrays: rows are read as Python values.
+        # A data set may be saved in an array format; without a format, rows are Python values.
         self._rows = dataset.select_columns(columns).with_format(None)
         self.num_rows = len(self._rows)
 
     @cached_property
     def digest(self) -> str:
-        """Covers the fingerprint that datasets saved, and the files."""
+        """A hash of state.json, which has the data set's fingerprint, and of the files."""
         state = Path(self._folder, "state.json").read_bytes()
         digest = hashlib.blake2b(state, digest_size=16)
         for path in self._paths:
@@ -52,6 +52,6 @@ class SavedRows:
             value = self._rows[row]
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{origin}: {one_line(error)}") from error
-        except (ValueError, OverflowError) as error:  # no UTF-8, or no value of Python's
+        except (ValueError, OverflowError) as error:  # not UTF-8, or no Python value
             return BadLineError(f"{origin}: {one_line(error)}")
         return parse_row(value, origin, self._row_format)

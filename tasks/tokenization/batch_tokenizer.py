@@ -1,4 +1,4 @@
-"""Tokenization of many texts at once: the same ids as transformers, with bounded memory."""
+"""Tokenization of many texts at once: the same ids as with transformers, in bounded memory."""
 
 import copy
 import itertools
@@ -10,17 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 CHUNK_CHARACTERS = 1 << 20  # the longest text that is tokenized at once
-BATCH_CHARACTERS = 1 << 22  # of all texts that are tokenized at once
-SEARCH_CHARACTERS = 1 << 14  # of the end of a chunk, in which a gap is searched for
+BATCH_CHARACTERS = 1 << 22  # the length of all texts that are tokenized at once
+SEARCH_CHARACTERS = 1 << 14  # the length of the end of a chunk where a gap is searched
 _GAP = re.compile(r"(?<=\S) (?=[^\W\d_])")  # one space between a word and a letter
 
 
 class TokenizedText(NamedTuple):
-    """The tokens of a text, with the end-of-text token, if there is one.
+    """The tokens of a text, followed by the end-of-text token if it is used.
 
     token_ids: int32 (n,).
-    offsets: int64 (m, 2), the first and last (exclusive) character of each of the text's own
-        tokens; None where they were not asked for.
+    offsets: int64 (m, 2), the first and last (exclusive) character of each token of the text,
+        without the end-of-text token; None if offsets were not requested.
     """
 
     token_ids: NDArray[np.int32]
@@ -28,11 +28,11 @@ class TokenizedText(NamedTuple):
 
 
 class FastTokenizer:
-    """The tokenizers library without the work that transformers adds for each text.
+    """A fast tokenizer: calls the tokenizers library directly, without transformers' overhead.
 
-    Processes that unpickle it need not import transformers. The tokenizer's post-processor is left
-    out: it adds special tokens, and excludes white space from a token's characters (GPT-NeoX's
-    does), so that spaces in an answer would belong to no token.
+    A process that unpickles this object does not import transformers. The tokenizer's
+    post-processor is not used, because it adds special tokens. GPT-NeoX's post-processor also
+    excludes white space from a token's characters, so spaces in an answer would belong to no token.
     """
 
     def __init__(self, tokenizer: Any, end_ids: list[int]) -> None:
@@ -44,7 +44,7 @@ class FastTokenizer:
         self._backend, self._end_ids = backend, end_ids
 
     def __call__(self, texts: Sequence[str], with_offsets: bool) -> list[TokenizedText]:
-        """Returns the tokens of each text and `end_ids`; splits long texts to bound the memory."""
+        """Returns each text's tokens followed by `end_ids`; splits long texts to limit memory."""
         if sum(map(len, texts)) <= CHUNK_CHARACTERS:
             return self._tokenize(texts, with_offsets, self._end_ids)
         chunks = [split_text(text) for text in texts]
@@ -71,7 +71,7 @@ class FastTokenizer:
 def _join_chunks(
     chunks: Sequence[str], tokenized: Iterator[TokenizedText], end_ids: list[int]
 ) -> TokenizedText:
-    """Joins the tokens of a text's chunks, which are the next of `tokenized`, and `end_ids`."""
+    """Returns the tokens of one text: takes its chunks from `tokenized` and appends `end_ids`."""
     parts = list(itertools.islice(tokenized, len(chunks)))
     token_ids = np.concatenate([*(part.token_ids for part in parts), np.array(end_ids, np.int32)])
     starts = itertools.accumulate(map(len, chunks[:-1]), initial=0)
@@ -84,13 +84,13 @@ def _join_chunks(
 
 
 class SlowTokenizer:
-    """A tokenizer written in Python, which has no offsets."""
+    """A tokenizer written in Python; it gives no offsets."""
 
     def __init__(self, tokenizer: Any, end_ids: list[int]) -> None:
         self._tokenizer, self._end_ids = tokenizer, end_ids
 
     def __call__(self, texts: Sequence[str], _with_offsets: bool) -> list[TokenizedText]:
-        """Returns the tokens of each text and `end_ids`."""
+        """Returns each text's tokens followed by `end_ids`."""
         tokenized = []
         for text in texts:
             # verbose=False: no warning about documents longer than the model's context.
@@ -101,10 +101,11 @@ class SlowTokenizer:
 
 
 def split_text(text: str) -> list[str]:
-    """Splits `text` into chunks of at most CHUNK_CHARACTERS, each but the first from a space on.
+    """Splits `text` into chunks of at most CHUNK_CHARACTERS; each later chunk begins with a space.
 
-    Byte-level tokenizers, such as those of GPT-J and GPT-NeoX, never merge across such a space: the
-    tokens are those of the whole text. Without a space nearby, the text is split anywhere.
+    Byte-level tokenizers, such as those of GPT-J and GPT-NeoX, never merge across such a space, so
+    the chunks have the same tokens as the complete text. If there is no space near the end of a
+    chunk, the text is split at the limit.
     """
     chunks, start = [], 0
     while len(text) - start > CHUNK_CHARACTERS:
@@ -117,7 +118,7 @@ def split_text(text: str) -> list[str]:
 
 
 def batch_chunks(chunks: Iterable[str]) -> Iterator[list[str]]:
-    """Yields lists of chunks with BATCH_CHARACTERS in all, or one chunk more."""
+    """Yields lists of chunks; a list ends when its total length reaches BATCH_CHARACTERS."""
     batch: list[str] = []
     size = 0
     for chunk in chunks:

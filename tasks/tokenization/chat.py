@@ -1,4 +1,4 @@
-"""Conversations as one text, and the parts of it that the assistant says."""
+"""Chat formats: conversations as one text, and the assistant's turns in this text."""
 
 import re
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ _MARKS = {"user": f"{HUMAN} ", "assistant": f"{BOT} ", "system": ""}
 
 
 def find_bot_turns(text: str) -> Spans | None:
-    """Returns the bot's turns in a text of OIG's form, each with the newline after it.
+    """Returns the bot's turns in a text of OIG's format, each with the newline after it.
 
-    A turn begins with HUMAN or BOT at the beginning of a line. None: the text has no turn.
+    A turn begins with HUMAN or BOT at the beginning of a line. Returns None if there is no turn.
     """
     marks = list(_TURN.finditer(text))
     if not marks:
@@ -27,21 +27,21 @@ def find_bot_turns(text: str) -> Spans | None:
 
 
 class ChatFormat:
-    """Renders messages as text: by the tokenizer's chat template, or without one in OIG's form."""
+    """A renderer of messages as text: with the tokenizer's chat template, else in OIG's format."""
 
     def __init__(self, tokenizer: Any) -> None:
         has_template = bool(getattr(tokenizer, "chat_template", None))
         self._tokenizer = tokenizer if has_template else None
 
     def render(self, document: Document) -> str:
-        """Returns the text of a document's messages; raises BadLineError if they are refused."""
+        """Returns the text of a document's messages; raises BadLineError if they are invalid."""
         assert document.messages is not None
         if self._tokenizer is not None:
             return self._apply_template(document.messages, document.origin)
         return "\n".join(_mark(message, document.origin) for message in document.messages)
 
     def has_end(self, text: str) -> bool:
-        """Returns whether a template ended the text with the end-of-text token."""
+        """Returns whether the chat template already added the end-of-text token to the text."""
         if self._tokenizer is None or not self._tokenizer.eos_token:
             return False
         return text.endswith(self._tokenizer.eos_token)
@@ -75,16 +75,16 @@ class ChatFormat:
             if not (turns.startswith(prefix) and text.startswith(turns)):
                 raise BadLineError(
                     f"{origin}: the tokenizer's chat template does not write this conversation "
-                    "turn by turn, so that the assistant's turns are not found: use --train-on all"
+                    "turn by turn, so the assistant's turns cannot be found: use --train-on all"
                 )
             spans.append((len(prefix), len(turns)))
         return spans
 
     def _prefix_of_first(self, message: ChatMessage, origin: str) -> str:
-        """Returns the text before the turn of an assistant that speaks first.
+        """Returns the text before the assistant's turn if the conversation begins with this turn.
 
-        No template renders an empty conversation, but the header that asks for a further turn also
-        stands before the first one.
+        A template cannot render an empty conversation. So this function finds the header that the
+        template adds for a next turn, and searches this header in the first turn.
         """
         turn = self._apply_template([message], origin)
         with_header = self._apply_template([message], origin, add_header=True)
@@ -101,7 +101,7 @@ class ChatFormat:
                 tokenize=False,
                 add_generation_prompt=add_header,
             )
-        except Exception as error:  # a template raises anything
+        except Exception as error:  # a template raises many types of errors
             problem = f"the tokenizer's chat template: {one_line(error)}"
             raise BadLineError(f"{origin}: {problem}") from error
         return text

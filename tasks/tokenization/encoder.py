@@ -1,4 +1,4 @@
-"""Encodes documents: their tokens, and a mask of the tokens to train on."""
+"""The encoder of documents: makes token ids and a mask of the tokens to train on."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -14,7 +14,7 @@ TrainOn = Literal["all", "completion"]
 
 
 class EncodedDocument(NamedTuple):
-    """A document's `token_ids`, int32 (n,), and which tokens are `trained`, bool (n,)."""
+    """A document's `token_ids`, int32 (n,), and a mask of its `trained` tokens, bool (n,)."""
 
     token_ids: NDArray[np.int32]
     trained: NDArray[np.bool_]
@@ -28,8 +28,8 @@ _BEFORE_ALL = np.iinfo(np.int64).min
 class _EncoderInput(NamedTuple):
     """The text of a document.
 
-    answers: its characters to train on; None: all.
-    has_end: whether a chat template ended it with the end-of-text token.
+    answers: the spans of characters to train on; None: the complete text.
+    has_end: whether a chat template already added the end-of-text token.
     """
 
     text: str
@@ -38,13 +38,14 @@ class _EncoderInput(NamedTuple):
 
 
 class Encoder:
-    """Tokenizes documents, each with the end-of-text token after it or a separator before it.
+    """An encoder of documents; adds the end-of-text token after, or a separator before each one.
 
-    No other special tokens are added. A separator is tokenized together with the text (predecessors
-    did so with a newline), and nothing is appended.
+    The encoder adds no other special tokens. A separator is tokenized together with the text
+    (predecessors did this with a newline), and then no end-of-text token is added.
 
-    train_on: "all", or "completion": the answers alone, and the end of text after an answer. The
-    tokens are the same for both; a token is trained if any of its characters is in an answer.
+    train_on: "all" trains on all tokens. "completion" trains only on answers, and on the
+        end-of-text token after an answer. Both have the same tokens; a token is trained if any of
+        its characters is in an answer.
     """
 
     def __init__(
@@ -52,13 +53,13 @@ class Encoder:
     ) -> None:
         if separator is None and tokenizer.eos_token_id is None:
             raise ValueError(
-                "--tokenizer-name: the tokenizer has no eos_token to end documents with: expected"
-                " one, or a --doc-separator"
+                "--tokenizer-name: the tokenizer has no eos_token to end documents with: use"
+                " another tokenizer, or --doc-separator"
             )
         if train_on == "completion" and not tokenizer.is_fast:
             raise ValueError(
                 "--train-on completion: expected a tokenizer that reports the characters of each "
-                "token (a fast one of transformers)"
+                "token (a fast tokenizer of transformers)"
             )
         self.separator, self.train_on = separator, train_on
         end_ids = [] if separator is not None else [tokenizer.eos_token_id]
@@ -68,14 +69,14 @@ class Encoder:
         self._chat = ChatFormat(tokenizer)
 
     def encode(self, document: Document) -> EncodedDocument:
-        """Encodes one document; raises BadLineError if it is a conversation of no known form."""
+        """Encodes one document; raises BadLineError if its messages cannot be rendered."""
         (encoded,) = self.encode_all([document])
         if isinstance(encoded, BadLineError):
             raise encoded
         return encoded
 
     def encode_all(self, documents: Sequence[Document | BadLineError]) -> Results:
-        """Encodes several documents; a bad one yields its error (see `encode`)."""
+        """Encodes several documents; the result of a bad document is its error (see `encode`)."""
         inputs = [self._prepare(document) for document in documents]
         separator = self.separator or ""
         texts = [separator + item.text for item in inputs if isinstance(item, _EncoderInput)]
@@ -106,7 +107,7 @@ class Encoder:
         trained = np.ones(len(token_ids), dtype=np.bool_)
         if item.answers is not None:
             assert offsets is not None
-            length = len(offsets)  # without the end of text
+            length = len(offsets)  # without the end-of-text token
             trained[:length] = overlap(offsets - len(self.separator or ""), item.answers)
             trained[length:] = bool(item.answers) and item.answers[-1][1] == len(item.text)
         if item.has_end and self.separator is None:
@@ -115,10 +116,10 @@ class Encoder:
 
 
 def overlap(offsets: NDArray[np.int64], spans: Spans) -> NDArray[np.bool_]:
-    """Returns which tokens share a character with a span: bool (n,).
+    """Returns a mask, bool (n,), of the tokens that share a character with any span.
 
     offsets: int64 (n, 2), the first and last (exclusive) character of each token.
-    spans: in order, without overlaps; a conversation may have very many.
+    spans: sorted, without overlaps; a conversation may have very many spans.
     """
     filled = np.array([span for span in spans if span[0] < span[1]], dtype=np.int64).reshape(-1, 2)
     num_begun = np.searchsorted(filled[:, 0], offsets[:, 1])  # spans that begin before a token ends

@@ -1,4 +1,4 @@
-"""Reads and encodes the documents of a source ahead of their use, in the source's order."""
+"""A prefetcher that reads and encodes the documents of a source before they are needed."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -9,12 +9,12 @@ from tasks.sources.base import BadLineError, DataSource, Document, State
 from tasks.tokenization.encoder import EMPTY, EncodedDocument, Results, TrainOn
 from tasks.tokenization.workers import Workers
 
-BATCH_CHARACTERS = 1 << 19  # of the documents that are encoded at once, or one document more
+BATCH_CHARACTERS = 1 << 19  # documents are encoded together until they have this many characters
 BATCH_DOCUMENTS = 1024
 
 
 class PrefetchedDocument(NamedTuple):
-    """An encoded document, its origin and epoch, and the source's state before it."""
+    """An encoded document, its origin and epoch, and the source's state before the document."""
 
     encoded: EncodedDocument
     origin: str
@@ -23,7 +23,11 @@ class PrefetchedDocument(NamedTuple):
 
 
 class _PendingBatch(NamedTuple):
-    """Documents, `encoded` as EMPTY so far, and the error that reading the next one raised."""
+    """A batch that is being encoded: until then, `encoded` of each document is EMPTY.
+
+    results: waits for the encoded documents.
+    error: the error of reading the document after this batch, if any.
+    """
 
     documents: list[PrefetchedDocument]
     results: Callable[[], Results]
@@ -31,7 +35,7 @@ class _PendingBatch(NamedTuple):
 
 
 class DocumentPrefetcher:
-    """The documents of a source that have any token, endless."""
+    """An endless sequence of the encoded documents of a source, without empty documents."""
 
     def __init__(self, documents: Shuffle, workers: Workers, train_on: TrainOn) -> None:
         self._documents, self._workers, self.train_on = documents, workers, train_on
@@ -45,11 +49,11 @@ class DocumentPrefetcher:
 
     @property
     def source(self) -> DataSource:
-        """Returns the source of the documents."""
+        """The source of the documents."""
         return self._documents.source
 
     def next(self) -> PrefetchedDocument:
-        """Returns the next document; raises ValueError for a bad line, or an epoch of no token."""
+        """Returns the next document; raises ValueError for a bad line or an epoch with no token."""
         while True:
             document = next(self._encoded)
             if len(document.encoded.token_ids):
@@ -59,11 +63,11 @@ class DocumentPrefetcher:
                 raise self.source.error("yields no token")
 
     def state(self) -> State:
-        """Returns the source's state before any document is read: at the start, or a restart."""
+        """Returns the source's state; called only before any document is read."""
         return self._documents.state()
 
     def restore(self, state: State) -> None:
-        """Returns to before the document of this `state_before`; raises as `Shuffle.restore`."""
+        """Restores a `state_before`: its document is the next; raises like `Shuffle.restore`."""
         self._documents.restore(state)
         self._last_productive_epoch = self._documents.epoch
         self._begin()
@@ -89,7 +93,7 @@ class DocumentPrefetcher:
             state_before = self._documents.state()
             try:
                 document = self._documents.next()
-            except Exception as caught:  # raised when the documents before it are used
+            except Exception as caught:  # raised after the earlier documents are used
                 error, self._has_failed = caught, True
                 break
             documents.append(document)

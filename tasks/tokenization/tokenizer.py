@@ -1,4 +1,4 @@
-"""Loads and checks the tokenizer, through transformers."""
+"""The tokenizer: loaded with transformers and checked."""
 
 import os
 from typing import Any
@@ -13,10 +13,10 @@ HUB_TIMEOUT_SECONDS = 10.0
 
 
 def load_tokenizer(name: str) -> Any:
-    """Loads a tokenizer of a folder or a hub name; raises ValueError if that fails."""
+    """Loads a tokenizer from a folder or from the hub; raises ValueError if this fails."""
     try:
         return _load_local(name) if os.path.isdir(name) else _load_hub(name)
-    except Exception as error:  # broken files raise anything
+    except Exception as error:  # broken files raise many types of errors
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
             f"{TOKENIZER_FLAG} {shown(name)}: expected a folder with a tokenizer or a hub name:"
@@ -26,7 +26,7 @@ def load_tokenizer(name: str) -> Any:
 
 def _load_local(name: str) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
-    # From a config.json alone transformers makes a tokenizer without any token.
+    # If a folder has only config.json, transformers makes a tokenizer without tokens.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise ValueError("there are no tokenizer files")
     return tokenizer
@@ -36,7 +36,7 @@ def _load_hub(name: str) -> Any:
     try:
         return _load_local(name)
     except (OSError, ValueError):
-        # Fails at once, where loading would fail after a minute of attempts.
+        # This fails at once; loading would try for a minute.
         HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS)
         AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         return _load_local(name)

@@ -1,4 +1,4 @@
-"""Worker processes that encode documents ahead of training, and return them in order."""
+"""Worker processes that encode documents before training needs them, and keep their order."""
 
 import contextlib
 import itertools
@@ -18,14 +18,15 @@ from numpy.typing import NDArray
 from tasks.sources.base import BadLineError, Document
 from tasks.tokenization.encoder import EMPTY, EncodedDocument, Encoder, Results
 
-# Signals to all processes of a terminal or a job are handled by the rank, which ends its workers.
+# A terminal or job scheduler may signal all processes. Only the rank handles these signals, and it
+# ends its workers.
 RANK_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Workers:
-    """A pool of `num_workers` processes that run `encoder`; with 0 the caller's process runs it.
+    """A pool of `num_workers` processes that run `encoder`; with 0, the caller's process runs it.
 
-    The processes start when the first documents arrive, and end with the caller's.
+    The processes start with the first documents, and end when the caller's process ends.
     """
 
     def __init__(self, encoder: Encoder, num_workers: int) -> None:
@@ -34,13 +35,13 @@ class Workers:
 
     @property
     def depth(self) -> int:
-        """Returns how many lists of documents keep every process busy."""
+        """The number of lists of documents that keeps every process busy."""
         return 0 if self._num_workers == 0 else self._num_workers + 1
 
     def encode(self, documents: Sequence[Document]) -> Callable[[], Results]:
-        """Starts encoding `documents`; the returned function waits for the results.
+        """Starts to encode `documents`; returns a function that waits for the results.
 
-        Both raise ChildProcessError where a process died; the other processes then end, too.
+        Both calls raise ChildProcessError if a worker process died; then all workers are ended.
         """
         if self._num_workers == 0:
             return partial(self._encoder.encode_all, documents)
@@ -65,18 +66,18 @@ class Workers:
         try:
             yield
         except BrokenProcessPool as error:
-            # The others ignore the pool's SIGTERM, and may wait forever for a lock of a queue that
-            # the dead process held.
+            # The other workers ignore the pool's SIGTERM, and can wait forever for a queue's lock
+            # that the dead process held.
             processes = {} if self._pool is None else self._pool._processes or {}
             for process in list(processes.values()):
                 process.kill()
             raise ChildProcessError(
-                "a process that tokenizes died, perhaps killed for lack of memory; "
-                "--data-workers 0 tokenizes without processes"
+                "a tokenizer process died, perhaps because memory was full; "
+                "--data-workers 0 tokenizes without extra processes"
             ) from error
 
     def close(self) -> None:
-        """Ends the processes; may be called twice."""
+        """Ends the processes; can be called twice."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
@@ -84,7 +85,7 @@ class Workers:
 
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Blocks RANK_SIGNALS in this thread, and so in the processes that it starts."""
+    """Blocks RANK_SIGNALS in this thread; processes that start in the block inherit this."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, RANK_SIGNALS)
     try:
         yield
@@ -93,7 +94,7 @@ def _signals_blocked() -> Iterator[None]:
 
 
 class _ResultMessage(NamedTuple):
-    """Results as a process sends them: one array of all documents' tokens, not one each."""
+    """The results as a worker sends them: the tokens of all documents in one array."""
 
     ends: list[int]
     token_ids: NDArray[np.int32]
@@ -102,7 +103,7 @@ class _ResultMessage(NamedTuple):
 
     @classmethod
     def pack(cls, results: Results) -> "_ResultMessage":
-        """Joins the arrays of `results`."""
+        """Returns the message for `results`, with their arrays joined."""
         errors = {i: item for i, item in enumerate(results) if isinstance(item, BadLineError)}
         documents = [EMPTY if isinstance(item, BadLineError) else item for item in results]
         ends = list(itertools.accumulate(len(document.token_ids) for document in documents))
@@ -111,7 +112,7 @@ class _ResultMessage(NamedTuple):
         return cls(ends, token_ids, trained, errors)
 
     def unpack(self) -> Results:
-        """Returns the results that were joined."""
+        """Returns the separate results."""
         spans = map(slice, [0, *self.ends[:-1]], self.ends)
         return [
             self.errors.get(i) or EncodedDocument(self.token_ids[span], self.trained[span])

@@ -110,7 +110,7 @@ def test_a_missing_rank_is_named_while_the_others_wait(outcomes: dict[str, Outco
         assert re.search(r"waiting for rank 3 \(\d s of 5 s\)", one.stdout)
         assert "rank 3 did not join" in one.stderr
     assert other.status == 2
-    assert f"is not that of rank 3 (host {HOST})" in other.stderr
+    assert f"differs from that of rank 3 (host {HOST})" in other.stderr
     assert other.seconds < waiting[0].seconds
     assert "other-token: other users can read it" in other.stdout
     for one in outcomes["missing"]:

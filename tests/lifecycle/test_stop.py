@@ -36,11 +36,11 @@ from tests.support.runs import Outcome, fork_ranks
 _ENGINE = "pipeline_parallel.engine:Engine"
 _TRAIN, _EVALUATE = f"{_ENGINE}.train", f"{_ENGINE}.evaluate"
 TERM = (signal.SIGTERM,)
-NOT_BEGUN = "before training began: there is nothing to save, and the same command goes on"
+NOT_BEGUN = "before training began: nothing to save; start the same command again to continue"
 AGAIN = "and again (SIGTERM): ended at once"
 NOT_DELETED = (
-    "with the last step saved; not all checkpoints that --keep-checkpoints drops are deleted yet, "
-    "a later save deletes them; the same command goes on"
+    "and ended during cleanup: the last step is saved; some checkpoints beyond --keep-checkpoints "
+    "are not deleted yet, a later save deletes them; start the same command again to continue"
 )
 LATE = (
     "2 s ago (--grace-seconds): the steps since the last checkpoint are not saved; the same "

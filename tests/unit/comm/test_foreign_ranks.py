@@ -106,7 +106,7 @@ def test_strangers_at_every_port_of_a_run(launch: Launch, tmp_path: Path) -> Non
     links = [link for of_rank in found for one in of_rank for link in bother(one)]
     other = launch(joins, 1, 4, url, OTHER_KEY)
     assert other.status(within=20.0) == 2
-    assert f"is not that of rank 1 (host {socket.gethostname()})" in other.lines[0]
+    assert f"differs from that of rank 1 (host {socket.gethostname()})" in other.lines[0]
     time.sleep(1.0)  # sums among strangers
     (tmp_path / "stop").touch()
     expect_good_ends(ranks, links)
@@ -128,8 +128,8 @@ def test_a_rank_of_another_job_is_refused(launch: Launch) -> None:
     assert other.status(within=20.0) == 2
     host = socket.gethostname()
     (line,) = other.lines
-    assert line.startswith(f"--dist-url {url}: rank 0 there (host {host}) is of another job: ")
-    assert f"its --job-id or --job-token-file is not that of rank 2 (host {host});" in line
+    assert line.startswith(f"--dist-url {url}: rank 0 there (host {host}) belongs to another job: ")
+    assert f"its --job-id or --job-token-file differs from that of rank 2 (host {host});" in line
     links = bother(Listener(*parse_dist_url(url)))
     expect_good_ends([*ranks, launch(joins, 2, 3, url)], links)
 
@@ -224,7 +224,7 @@ def test_a_handshake_proves_both_sides() -> None:
     assert handshake.is_answer(answer, challenge="0123", reply=reply)
     assert not handshake.is_answer(answer, challenge="4567", reply=reply)
     for other in (Handshake(OTHER_KEY, "nonce"), Handshake(KEY, "older")):
-        with pytest.raises(ValueError, match="not of this start"):
+        with pytest.raises(ValueError, match="not for this start"):
             other.check("0123", reply)
 
 

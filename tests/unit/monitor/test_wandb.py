@@ -55,7 +55,7 @@ def test_online_without_a_login_is_a_warning_not_a_prompt(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "online")
     open_here(home)
-    assert "neither a key nor a login" in caplog.text
+    assert "wandb has no key and no login: wandb is off" in caplog.text
 
 
 def test_a_server_out_of_reach_is_one_warning(
@@ -64,7 +64,7 @@ def test_a_server_out_of_reach_is_one_warning(
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     run = open_here(home, "abc")
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
-    assert "goes on without it: no answer from the server" in caplog.text
+    assert "continues without it: no answer from the server" in caplog.text
     assert run.run_id == "abc"
     assert fake_wandb[0]["id"] == "abc"
     assert fake_wandb[0]["resume"] == "allow"

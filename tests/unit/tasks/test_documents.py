@@ -79,7 +79,7 @@ def test_changed_files_are_not_resumed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"edited: .* its files have other sizes or contents$"):
         _open(file.parent).restore(state)
     write_jsonl(path / "more.jsonl", ["more"])
-    with pytest.raises(ValueError, match="changed since the checkpoint: 6 files, not 5"):
+    with pytest.raises(ValueError, match="changed since the checkpoint: 6 files, not 5 files"):
         _open(path).restore(state)
 
 

@@ -69,7 +69,7 @@ def test_parsed(value: str, expected: list[tuple[str, str]]) -> None:
         (
             "b.jsonl,plain/b.jsonl.gz",
             "--evaluation-data: b.jsonl and plain/b.jsonl.gz are both named b: expected "
-            "name=source with a name of its own for each",
+            "name=source with a different name for each",
         ),
         ("x=b.jsonl,y=b.jsonl,x=cot", "--evaluation-data: b.jsonl and cot are both named x"),
         ("b=cot,b.jsonl", "--evaluation-data: cot and b.jsonl are both named b"),
@@ -83,5 +83,5 @@ def test_every_source_is_looked_for() -> None:
     check_evaluation_data("plain,b.jsonl,a.jsonl=plain/a.jsonl")
     with pytest.raises(ValueError, match=r"^--evaluation-data no\.jsonl: there is no such file$"):
         check_evaluation_data("b.jsonl,x=no.jsonl")
-    with pytest.raises(ValueError, match=r"^--evaluation-data cot: there is no .*mmlu-cot"):
+    with pytest.raises(ValueError, match=r"^--evaluation-data cot: .*mmlu-cot\.json does not"):
         check_evaluation_data("b.jsonl,cot")

@@ -279,7 +279,7 @@ def test_an_edit_that_keeps_the_size_is_seen_or_read_as_it_is(
         if now.get(start) == length:
             assert rows.read(number) == Document("a" * length, f"{path}:{number + 1}")
         else:
-            with pytest.raises(ValueError, match="changed after its lines had been found") as told:
+            with pytest.raises(ValueError, match="changed after its lines were indexed") as told:
                 rows.read(number)
             assert str(told.value).startswith(f"{path}:{number + 1}: ")
             assert not isinstance(told.value, BadLineError)  # which might be skipped

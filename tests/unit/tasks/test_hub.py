@@ -181,7 +181,7 @@ def empty_hub() -> Iterator[str]:
     [
         (closed_port, "Connection refused"),
         (silent_port, "timed out"),
-        (empty_hub, "it has none of that name, or none that your token may read"),
+        (empty_hub, "no such data set, or your token has no access to it"),
     ],
 )
 @pytest.mark.parametrize("flag", ["--task-name", "--evaluation-data"])

@@ -186,7 +186,8 @@ def test_where_its_folder_cannot_be_written_the_index_is_in_the_cache(
     assert len(told) == 2  # made once for each file, whatever its path is called
     kept = sorted((tmp_path / "home" / ".cache" / "dist-clm-train").iterdir())
     assert sorted(line.split(" is stored as ")[1] for line in told) == [
-        f"{one}, because its folder cannot be written (Read-only file system)" for one in kept
+        f"{one}, because the file's folder cannot be written (Read-only file system)"
+        for one in kept
     ]
     path.write_bytes(path.read_bytes() + b"{}\n")
     assert load_line_index(str(path)).ends.tolist() == naive(path.read_bytes())

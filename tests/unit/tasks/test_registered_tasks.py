@@ -92,7 +92,7 @@ def test_instances_of_the_training_tasks(name: str, caplog: pytest.LogCaptureFix
         epoch = [documents.next() for _ in range(103)]
         assert {text_and_answer(document) for document in epoch} == expected
     assert len({document.origin.split(":")[0] for document in epoch[:30]}) == 3  # tasks are mixed
-    assert "4 of 5 training tasks are there" in caplog.text
+    assert "found 4 of 5 training tasks" in caplog.text
     check_restored_anywhere(*(shuffle_source(open_source(name), seed=1) for _ in range(2)))
 
 
@@ -107,12 +107,15 @@ def test_changed_tasks_are_not_resumed() -> None:
 
 
 BAD_TASKS = [
-    (b"[]", "no task of natural instructions"),
-    (b"nonsense", "no task of natural instructions"),
+    (b"[]", "not a task of natural instructions"),
+    (b"nonsense", "not a task of natural instructions"),
     (b'{"Definition": ["d"]}', 'expected "Definition" and a list of "Instances"'),
-    (b'{"Definition": ["d"], "Instances": {}}', "no task of natural instructions"),
-    (b'{"Definition": ["\xff"], "Instances": []}', "no task of natural instructions"),
-    (b'{"Definition": ["d"], "Instances": [' + b"[" * 100_000, "no task of natural instructions"),
+    (b'{"Definition": ["d"], "Instances": {}}', "not a task of natural instructions"),
+    (b'{"Definition": ["\xff"], "Instances": []}', "not a task of natural instructions"),
+    (
+        b'{"Definition": ["d"], "Instances": [' + b"[" * 100_000,
+        "not a task of natural instructions",
+    ),
     (b'{"Definition": ["d"], "Instances": [3]}', "task1.json:1: expected"),
     (b'{"Definition": ["d"], "Instances": [{"input": 1, "output": ["a"]}]}', '"inputs", got a num'),
     (b'{"Definition": ["d"], "Instances": [{"input": "a", "output": []}]}', '"targets", got null'),
@@ -141,7 +144,7 @@ def test_a_folder_without_its_list_is_not_taken_from_the_hub() -> None:
     with pytest.raises(ValueError, match=r"ni: .*splits/default/train_tasks.txt: cannot be read"):
         check_source(SourceSpec("ni"))
     write_list("task2")
-    with pytest.raises(ValueError, match="tasks: none of the 1 training tasks is there"):
+    with pytest.raises(ValueError, match="tasks: has none of the 1 training tasks"):
         check_source(SourceSpec("ni"))
 
 
@@ -254,6 +257,8 @@ def test_neither_here_nor_there(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     line = refusal(lambda: read(task))
-    assert line.startswith(f"--task-name {task}: there is no {tmp_path}/data/{folder}: put there ")
+    assert line.startswith(
+        f"--task-name {task}: {tmp_path}/data/{folder} does not exist: put this data there: "
+    )
     assert f"; and {hub} on the hub: Couldn't reach" in line
     assert "\n" not in line

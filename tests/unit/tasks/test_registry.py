@@ -49,7 +49,7 @@ def test_refused(value: str) -> None:
         ("~/data", "--task-name ~/data: there is no such file or folder, expected a registered"),
         ("two\nlines", "--task-name 'two\\nlines': expected a registered task"),
         ("empty", "--task-name empty: the folder holds no .jsonl, .jsonl.zst, .jsonl.gz or .parq"),
-        ("cot", "data/mmlu-cot.json: put there the chain-of-thought prompts of MMLU"),
+        ("cot", "data/mmlu-cot.json does not exist: put this data there: the chain-of-thought"),
     ],
 )
 def test_source_refused(

@@ -123,8 +123,8 @@ def test_of_several_splits_the_one_to_train_on(tmp_path: Path) -> None:
     assert opened(tmp_path / "both").next().origin.startswith(f"{tmp_path}/both/train:")
     datasets.DatasetDict({"test": data, "dev": data}).save_to_disk(str(tmp_path / "none"))
     assert refusal(lambda: check_source(SourceSpec(str(tmp_path / "none")))) == (
-        f"--task-name {tmp_path}/none: the splits saved there are test, dev, and none is train: "
-        f"name the folder of one, as {tmp_path}/none/test"
+        f"--task-name {tmp_path}/none: the saved splits are test, dev, there is no split train: "
+        f"give the folder of a split, such as {tmp_path}/none/test"
     )
     assert opened(tmp_path / "none" / "test").num_rows == 103
 

@@ -62,7 +62,9 @@ def test_one_that_dies_is_told_and_the_others_end() -> None:
         assert len(children) == 2
         children[victim].kill()
         for _ in range(2):  # as it breaks, and once it is broken
-            with pytest.raises(ChildProcessError, match=r"that tokenizes died.*--data-workers 0"):
+            with pytest.raises(
+                ChildProcessError, match=r"tokenizer process died.*--data-workers 0"
+            ):
                 encode_until_it_fails(workers)
         closing = threading.Thread(target=workers.close, daemon=True)
         closing.start()
