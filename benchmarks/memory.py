@@ -5,9 +5,8 @@
 One stage of a GPT-NeoX (hidden 256, 8 layers) is built for every combination of precision,
 algorithm, offload and sharding over two replicas, and makes one update. The measured value is the
 size of all tensor storages that exist after the update, divided by the number of parameters.
-"device" is the memory beside the model, "host" the memory of the tensors that --use-offload moves
-to the host. On a machine without a GPU both are host memory; the division of the tensors is the
-same.
+"device" counts the tensors on the model's device, "host" the tensors that --use-offload moves to
+host memory. On a machine without a GPU, all are in host memory, but count in the same way.
 """
 
 import argparse

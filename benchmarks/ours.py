@@ -102,7 +102,7 @@ class Ours:
         return totals.loss / totals.tokens
 
     def overhead(self) -> float:
-        """Returns measured over simulated step time (NaN if not traced); all ranks must call it."""
+        """Returns measured / simulated step time (NaN if not traced); all ranks must call it."""
         if not self._traced:
             return math.nan
         return engine_overhead(

@@ -1,4 +1,4 @@
-"""Overhead of a contender: its measured step time over the simulated time from its costs."""
+"""Overhead of a contender: measured step time / time simulated from the measured costs."""
 
 import statistics
 

@@ -42,7 +42,7 @@ LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # bf16: the two sides round at di
 class Result:
     """Measurements of a contender: seconds and loss per round, and peak bytes per process.
 
-    overhead: measured over simulated step time; NaN for the peer.
+    overhead: measured / simulated step time; NaN for the peer.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Processes of same_bits.py: starts the scripts of a checkout, waits for them, and ends them.
+"""Processes of same_bits.py, which run the scripts of a checkout: start, wait and end.
 
 Importing torch and transformers takes seconds, and a table of runs starts a hundred scripts.
 Therefore the processes are forks of one server, which has imported these libraries but nothing of

@@ -1,4 +1,4 @@
-"""Quick start: the complete way of a model, with the commands that a user runs.
+"""Quick start: all steps from a Hugging Face model to a trained one, with a user's commands.
 
 It makes a small GPT-NeoX and a corpus, cuts the model into layer shards, trains it in 2 pipelines
 of 2 stages, kills every process halfway, resumes, converts back, and checks the result with plain
@@ -131,7 +131,7 @@ def main() -> None:
         f"computes too; killed at step {killed_at}, resumed from {resumed_from}."
     )
     print(f"Made: the loss curve {CHECKPOINTS / 'loss.png'}, and the model {TRAINED}.")
-    print('Next: your own model and data, in docs/getting-started/own-data.md.')
+    print("Next: train your own model on your own data: docs/getting-started/own-data.md.")
 
 
 def say(text: str) -> None:

@@ -271,7 +271,7 @@ def printed_by(flag: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_every_flag_is_a_field_of_one_group() -> None:
-    """All other fields are derived values; the test lists their names."""
+    """Each flag is one field; every other field is derived, and this test lists these."""
     groups = get_type_hints(settings.Settings).values()
     names = [field.name for group in groups for field in fields(group)]
     assert len(names) == len(set(names))

@@ -1,7 +1,7 @@
-"""Tests --cpu-matmul: each rank's CPU chooses the matmul library, logs it, saves and resumes it.
+"""Tests --cpu-matmul: each rank's library depends on its CPU, is logged, saved and resumed.
 
 The tests replace the machine's CPU by other CPUs. torch uses oneDNN only where the machine has
-AVX-512; on other machines its default computes the same tests.
+AVX-512; on other machines torch's default computes the tests.
 """
 
 import logging

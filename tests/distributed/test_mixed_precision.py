@@ -59,7 +59,7 @@ def flags(folder: Path, recipe: Recipe) -> dict[str, Any]:
 
 
 def train_with_products_in_fp32(*args: Any) -> dict[str, Told]:
-    """Trains with fp32 matmuls, as the reference, also on a CPU that multiplies in fp16."""
+    """Trains with fp32 matmuls, like the reference, also on a CPU that multiplies in fp16."""
     with patch("modules.matmul.rounding.rounds_matmul", return_value=True):
         return train_cases(*args)
 

@@ -215,7 +215,7 @@ def check_replicas(folder: Path, one: OtherReplicas) -> None:
 
 @pytest.mark.parametrize("kind", FEW, ids=[kind.name for kind in FEW])
 def test_a_resumed_run_ends_in_the_same_bits(kind: Resumed, folder: Path) -> None:
-    """The bits are the same if the place of the state changes, too."""
+    """Bits stay the same, even if the resumed run changes offload or sharding of the state."""
     check_resumed(folder, kind)
     check_content(folder, kind)
 

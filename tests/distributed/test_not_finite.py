@@ -229,7 +229,7 @@ def test_a_scale_halves_down_to_the_smallest(trained: Trained) -> None:
 
 
 def test_weights_that_are_not_finite_are_not_saved(trained: Trained) -> None:
-    """A master of 1e5 does not fit fp16; no start would accept a checkpoint with it."""
+    """A master of 1e5 does not fit fp16, so no checkpoint is saved."""
     folder = trained[0]
     for stopped in ends_of(trained, "blown-up"):
         assert stopped.startswith(
@@ -282,7 +282,7 @@ def test_giving_up_names_the_blocks_of_a_bad_loss(trained: Trained) -> None:
 
 
 def test_a_run_that_gave_up_at_its_end_is_no_success_when_started_again(trained: Trained) -> None:
-    """A restart fails too, so no launcher restarts in vain; with more steps the run continues."""
+    """A restart fails again; with more --total-steps the run continues."""
     folder = trained[0]
     for stopped in ends_of(trained, "at-end"):
         assert stopped.startswith(f"step {STEPS}: {MAX_SKIPPED} updates")

@@ -197,7 +197,7 @@ def test_the_optimizer_is_traced_where_an_update_ends(
 def test_nothing_is_received_before_it_is_computed(
     schedule: str, replica: int, folder: Path, told: OfRanks
 ) -> None:
-    """On a common clock, each message is received after its computation and used after that."""
+    """On a common clock, a tensor is received after its computation, and used after its receive."""
     of_stage = [read_trace(folder, schedule, replica * STAGES + stage) for stage in range(STAGES)]
     off = sum(events[0]["args"]["clock-error-us"] for events in of_stage) + 0.01
     ways = [

@@ -116,7 +116,7 @@ def check_losses(lab: Lab, disk: Path) -> None:
 def test_machines_are_told_which_files_to_bring_and_go_on_with_them(
     lab: Lab, seen: dict[str, Seen]
 ) -> None:
-    """Every rank's error names the missing files, status 2; the stop had status 75."""
+    """Every rank ends with status 2 and an error that names the missing files."""
     (apart,) = run_ranks(1, live_apart, lab, deadline=400.0)
     assert apart["stopped"].outcome.statuses == [75] * WORLD
     assert apart["apart"].outcome.statuses == [2] * 3

@@ -119,7 +119,7 @@ def test_held_out_text_that_predicts_nothing_is_told_before_training(
 def test_the_same_step_is_saved_over_one_that_never_was_whole(
     flags: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An incomplete step is replaced with a warning; leftovers of dead processes are deleted."""
+    """A new save replaces an incomplete step and warns; leftovers of dead processes are deleted."""
     run = tmp_path / "run"
     again = {**flags, "checkpoint-path": run}
     train_alone(again)

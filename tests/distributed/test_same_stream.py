@@ -74,7 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_tokens_do_not_depend_on_the_shape(folder: Path) -> None:
-    """The 20 batches, resumed after 10, with 1, 0 and 3 workers equal those of one plain loader."""
+    """20 batches, resumed after 10, with 1, 0 or 3 workers equal the batches of one loader."""
     loader = BatchLoader(stream_of(folder, workers=0), rows=ROWS)
     expected = [loader.next() for _ in range(BATCHES)]
     loader.close()

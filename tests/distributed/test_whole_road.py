@@ -1,4 +1,4 @@
-"""Tests the way from Hugging Face's files and predecessors' files through training and back."""
+"""Tests conversion, training and conversion back, for Hugging Face's and predecessors' files."""
 
 import json
 import os
@@ -103,7 +103,7 @@ def from_old_shards(base: Path, family: str) -> Run:
 def from_old_checkpoint(base: Path, family: str) -> list[Run]:
     """Returns a run from a predecessor's checkpoint, and a run that finds our checkpoint there.
 
-    No layer shards exist, because neither run may read them.
+    No layer shards exist, so neither run can read them.
     """
     folder = base / f"old-checkpoint-{family}"
     old_shards(family, folder / "m")
@@ -180,7 +180,7 @@ def test_an_iteration_at_rate_0_changes_no_bit(
 
 
 def test_the_split_is_told_once(ended: Outcomes) -> None:
-    """A block has 32 x (4 x 32 + 2 x 128 + 25) multiply-adds, the head 32 x 400."""
+    """Expected: a block has 32 x (4 x 32 + 2 x 128 + 25) multiply-adds, the head 32 x 400."""
     told = [rank.stdout.splitlines() for rank in ended["road-gptj-4"]]
     lines = [line for rank in told for line in rank if "layers of the stages" in line]
     assert lines == [

@@ -79,7 +79,7 @@ FOLDERS: dict[str, tuple[int, Spoil, list[str]]] = {
 
 
 def in_step(name: str, spoil: Spoil) -> Spoil:
-    """Damages a file of a step, then updates the manifests' checksums, as if it was saved so."""
+    """Damages a file of a step and updates the manifests' checksums, as if training saved it."""
 
     def spoil_and_reseal(folder: Path) -> None:
         spoil(folder / "2" / name)

@@ -209,7 +209,7 @@ def test_the_curve_and_the_weights_are_those_of_an_undisturbed_run(name: str, en
 
 
 def test_what_is_written_beside_training_is_what_training_had(ended: Ended) -> None:
-    """Async saves have the same files in every step, though training changes the weights."""
+    """Async saves contain the weights of their step, though training changes them meanwhile."""
     for step in range(EVERY, STEPS + 1, EVERY):
         for stage in range(2):
             beside, whole = (state(ended.run(name), stage, step) for name in ("beside", "whole"))
@@ -231,7 +231,7 @@ def test_a_refused_write_names_the_file(ended: Ended) -> None:
 
 
 def test_a_step_is_not_saved_before_its_line_is_written(ended: Ended) -> None:
-    """A run killed after the save resumes from it, so an earlier line would be lost."""
+    """A step's metrics line is written before its save; a resume would not write the line again."""
     notes = [json.loads(line) for line in (ended.run("a line") / SEEN).read_text().splitlines()]
     assert {step for step, _ in notes} == set(range(EVERY, STEPS + 1, EVERY))
     for step, seen in notes:

@@ -123,7 +123,7 @@ def survivors(start: Start) -> list[int]:
 
 
 def test_the_plan_hits_every_moment(starts: Starts, deaths: list[Start]) -> None:
-    """Some moments of each kind come before the first checkpoint, and every rank is killed once."""
+    """Each kind of moment also comes before the first checkpoint, and every rank is killed."""
     missed = [start.kill for start in deaths if start.outcome.statuses[victim(start)] != -9]
     assert not missed
     found = [*starts["killed"], *starts["waiting"]]
@@ -228,7 +228,7 @@ def test_once_it_is_moved_away_all_go_back_to_the_step_before(lab: Lab, starts: 
 
 
 def test_a_step_of_another_run_on_one_stage_is_not_mixed_in(starts: Starts) -> None:
-    """This happens if a machine still has files of an earlier run."""
+    """A machine's files of an earlier run are not used; all ranks go back to the step before."""
     assert_went_back(starts["apart"][5])
 
 

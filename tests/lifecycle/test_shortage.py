@@ -78,7 +78,7 @@ class Failing:
 
 @dataclass(frozen=True)
 class FailingBlock:
-    """Hook: memory runs out in call `number` of all forwards of blocks."""
+    """Hook: memory runs out in forward `number` of all blocks, counted from the start."""
 
     number: int
 

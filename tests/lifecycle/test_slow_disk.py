@@ -1,4 +1,4 @@
-"""Tests that a disk slower than the timeout for another rank does not end a start."""
+"""Tests that a read slower than --dist-timeout does not end the start of a run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Tests a stop by a signal: saved at the end of the update, exit status 75, nothing is lost.
+"""Tests a stop by a signal: the run saves after its update and exits with status 75.
 
 The run has two pipelines of two stages, and two iterations per update. It is stopped many times, at
 chosen moments, and resumed with the same command; at its end it has the bits of an undisturbed run.
@@ -74,7 +74,7 @@ class Stop(NamedTuple):
 
 
 def ask(rank: int, target: str = _TRAIN, nth: int = 1) -> Kill:
-    """Returns a SIGTERM of one rank at a call of `target`."""
+    """Returns a hook that sends SIGTERM to one rank at a call of `target`."""
     return Kill("", rank, target, nth=nth, signals=TERM)
 
 
@@ -246,7 +246,7 @@ def test_a_rank_that_finds_no_rank_0_stops_alone(lived: Lived) -> None:
 
 
 def test_a_world_of_one_stops_too(lab: Lab, lived: Lived) -> None:
-    """The line has no rank number at its start."""
+    """In a world of one, the line does not begin with the rank."""
     assert lived.alone.statuses == [75]
     assert lived.alone.lines == [[f"asked to stop (SIGINT on rank 0): {saved(2)}"]]
     assert Path(lab.disk("alone"), "latest").read_text() == "2"

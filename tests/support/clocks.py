@@ -10,7 +10,7 @@ from monitor.profiling.clock_sync import ClockSync
 
 
 class Alone:
-    """Messages of a run with one process."""
+    """Communicator of a world of one, in which any message is an error."""
 
     rank, size = 0, 1
 

@@ -33,7 +33,7 @@ def _connections(pid: int) -> set[Ports]:
 
 @dataclass(frozen=True)
 class Cutter:
-    """Cuts connections of one rank at its parent's request."""
+    """Hook: cuts connections of one rank when the parent asks for it."""
 
     rank: int
     _asked: tuple[int, int] = field(default_factory=os.pipe)

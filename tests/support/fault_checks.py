@@ -22,7 +22,7 @@ _EVALUATED = ("eval_loss", "eval_perplexity")
 
 
 def misbehaviour(hits: Sequence[Hit], outcome: Outcome, seconds: float | None) -> list[str]:
-    """Returns the differences from the expected end of a start."""
+    """Returns the deviations from the expected end of a start, as texts."""
     hung = [rank for rank, status in enumerate(outcome.statuses) if status is None]
     if hung:
         return [f"ranks {hung} hung: {outcome.lines}"]

@@ -5,7 +5,7 @@ scale follows our rule. It shares with the tested code only the forward of embed
 norms, which tests/unit/modules compare with transformers.
 Activations and their gradients are rounded to fp16, because fp16 stores them. Gradients of large
 weights are not rounded: they belong to fp32 masters and are summed in fp32, so a product is rounded
-only if the CPU can compute it only in fp16. Gradients of logits are not rounded before they are
+only if the CPU computes it in fp16. Gradients of logits are not rounded before they are
 complete: (softmax - 1 at the label) x scale.
 One different last bit of a master can round a half-precision weight the other way, and then losses
 differ by roundings of fp16. Therefore the reference has one order of sums (microbatch by

@@ -28,10 +28,10 @@ STEPS, SAVE, EVALUATE = 24, 4, 3
 class Start:
     """One start of all ranks, and its result.
 
-    kill: the kill that the start tests.
+    kill: the first kill of the start.
     latest: the content of rank 0's `latest`; None if there is none.
     damage: the damage in the folders that each stage's `latest` names.
-    begin: the step from which the run resumed; None if it did not come so far.
+    begin: the step from which the run resumed; None if rank 0 ended before.
     steps: the number of lines in metrics.jsonl.
     """
 

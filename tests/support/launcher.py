@@ -176,7 +176,7 @@ def _die_with_parent() -> None:
 
 
 def _live(place: Path, function: Callable[..., object], args: tuple[object, ...]) -> NoReturn:
-    """Runs a forked process to its end, and ends it as the interpreter would."""
+    """Runs `function` in a forked process, then exits like the interpreter."""
     global _is_fork
     status = 1
     try:

@@ -43,7 +43,7 @@ def start(home: Path, name: str, changes: Mapping[int, str], size: int = 1) -> R
 
 
 def the_same_line(outcomes: Outcome) -> str:
-    """Returns the line with which every rank ends, without the ranks that report or saw it."""
+    """Returns the line with which every rank ends, without its `rank N:` prefixes."""
     lines = []
     for rank, outcome in enumerate(outcomes):
         assert outcome.status == 2, outcome

@@ -65,7 +65,7 @@ def make_shards(
 
 
 def hf_keys(family: Family, num_layers: int, index: int) -> dict[str, str]:
-    """Returns shard key to Hugging Face key of module `index`."""
+    """Returns the map from shard keys to Hugging Face keys for module `index`."""
     if index == 0:
         return dict(family.hf_embedding)
     if index == num_layers + 1:

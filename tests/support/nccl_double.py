@@ -219,7 +219,7 @@ class NcclDouble:
 
 
 def _meet(name: str, size: int, rank: int) -> dict[int, socket.socket]:
-    """Connects to each other member: calls earlier members, accepts later ones."""
+    """Connects to each other member: calls members before this one, accepts members after it."""
     links: dict[int, socket.socket] = {}
     with socket.socket(socket.AF_UNIX) as door:
         door.bind(_address(name, rank))

@@ -45,7 +45,7 @@ class Overflow:
 class BadOutput:
     """Hook: on `rank`, in `step`, the stage's output for `microbatch` contains inf.
 
-    The inf returns when the batch is evaluated to find the cause.
+    The inf also appears when the batch is evaluated again to find the cause.
     """
 
     rank: int
@@ -75,7 +75,7 @@ class BadOutput:
 class InfiniteLoss:
     """Hook: on `rank`, a last stage, one loss is inf though its gradients are finite.
 
-    A logit of -inf causes this. step: of training; calls: numbers of evaluations, from 0.
+    A logit of -inf causes this. step: the training step; calls: numbers of evaluations, from 0.
     """
 
     rank: int

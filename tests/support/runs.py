@@ -109,7 +109,7 @@ class Outcome(tuple[Ended, ...]):
 
 
 def let_go(pids: Sequence[int], ended: Mapping[int, int | None]) -> None:
-    """Continues a rank stopped by SIGSTOP after all other ranks have ended."""
+    """Sends SIGCONT to a stopped rank after all other ranks have ended."""
     left = set(range(len(pids))) - ended.keys()
     if len(left) == 1:
         with contextlib.suppress(ProcessLookupError):
@@ -126,7 +126,7 @@ def fork_ranks(
     hosts: Sequence[str] | None = None,
     timing: Timing = DEFAULT_TIMING,
 ) -> Outcome:
-    """Runs all ranks of dist_clm_train.py to their end; `hooks` or `attend` can cause it."""
+    """Runs all ranks of dist_clm_train.py to their end, which `hooks` or `attend` can cause."""
     ranks = [
         Rank(
             argv,

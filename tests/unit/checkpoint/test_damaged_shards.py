@@ -95,7 +95,7 @@ def test_without_a_manifest_the_same_weights_load(home: Home, tmp_path: Path) ->
 
 
 def test_a_shard_that_the_manifest_does_not_list_is_an_error(home: Home, tmp_path: Path) -> None:
-    """This happens if a shard of another conversion is copied into the folder."""
+    """A shard of another conversion, copied into the folder, is an error."""
     model = Path(shutil.copytree(home.model, tmp_path / "model"))
     listed = [path for path in model.iterdir() if path.name not in (NAME, SHARDS[1])]
     write_shard_manifest(model, {path.name: sum_file(path) for path in listed})

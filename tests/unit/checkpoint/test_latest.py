@@ -58,7 +58,7 @@ def test_a_replaced_file_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_no_loss_of_power_is_taken_for_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The steps go up from the first save, down past a step that was moved away, and up again."""
+    """No state after a power loss is an error; steps go up, down past a moved step, and up."""
     seen: set[str | None] = set()
 
     def look() -> None:
@@ -78,7 +78,7 @@ def test_no_loss_of_power_is_taken_for_damage(
 @pytest.mark.parametrize("step", [2, 8])
 @pytest.mark.parametrize("written", [0, 1, 2, 3])
 def test_the_next_run_goes_on_after_a_crash(step: int, written: int, tmp_path: Path) -> None:
-    """The crash happens while `latest` goes down or up, after `written` of its files."""
+    """After a crash in the middle of a write of `latest`, the next run can write `latest`."""
     write_latest(tmp_path, 4)
     left = [replace_file] * written
     dying = patch("checkpoint.steps.latest.replace_file", lambda *file: left.pop()(*file))

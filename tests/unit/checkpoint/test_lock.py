@@ -27,7 +27,7 @@ def test_who_comes_second_is_told_who_holds_it(
 
 
 def test_another_word_for_a_held_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """flock can use fcntl's locks and their error number, as on NFS."""
+    """EACCES also means that the lock is held, as on NFS, where flock uses fcntl's locks."""
     raising(monkeypatch, errno.EACCES)
     with pytest.raises(ValueError, match="in use by another process"):
         lock_folder(tmp_path)

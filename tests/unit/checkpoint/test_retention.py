@@ -45,7 +45,7 @@ class Killed(BaseException):
 
 
 class AtOnce(BackgroundTask):
-    """Background work done at once: if the process dies in it, no later work happens."""
+    """Background task that runs at once; if the process dies in the task, nothing later runs."""
 
     def __init__(self, work: Callable[[], None]) -> None:
         work()
@@ -133,7 +133,7 @@ def killed_at(target: str, nth: int, *, after: bool) -> Iterator[None]:
 def test_a_crash_while_old_steps_go_costs_nothing(
     target: str, after: bool, flags: dict[str, Any], tmp_path: Path
 ) -> None:
-    """A save has two renames, then one for each deleted step; the ninth is the first of these."""
+    """Rename 9 is the first of a deletion: a save has two renames, then one per deleted step."""
     again = {**flags, "checkpoint-path": tmp_path / "run"}
     nth = 9 if target.endswith("_rename_if_exists") else 1
     at_once = patch("checkpoint.retention.BackgroundTask", AtOnce)
@@ -266,7 +266,7 @@ def test_a_disk_that_does_not_let_latest_catch_up_is_a_warning(
 
 
 def test_a_deletion_that_outlasts_a_save_is_caught_up_before_the_next(tmp_path: Path) -> None:
-    """Otherwise the disk would hold one step more than fits, and every save would fail."""
+    """A save waits for the last deletion; otherwise the disk would hold one step too many."""
     store = make_store(tmp_path, RetentionPolicy(1))
     may_end, second_began = threading.Event(), threading.Event()
 

@@ -19,7 +19,7 @@ def fail() -> None:
 
 
 def succeed() -> None:
-    """Does nothing, in no time."""
+    """Does nothing."""
 
 
 def work_on_all(rank: int, world: int, url: str) -> list[str | None]:

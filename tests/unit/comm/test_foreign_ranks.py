@@ -124,7 +124,7 @@ def expect_good_ends(ranks: list[Process], links: list[socket.socket]) -> None:
 
 
 def test_a_rank_of_another_job_is_refused(launch: Launch) -> None:
-    """It gets one line; this job's ranks are not disturbed, even by other connections."""
+    """The rank gets one line; this job's ranks are not disturbed, even by other connections."""
     url = f"tcp://127.0.0.1:{free_port()}"
     ranks = [launch(joins, r, 3, url) for r in (0, 1)]
     other = launch(joins, 2, 3, url, OTHER_KEY)
@@ -206,7 +206,7 @@ def mirror(link: socket.socket) -> None:
 
 @pytest.mark.parametrize("stranger", [silence, nonsense, another_jobs_server, mirror])
 def test_a_rank_connects_to_no_stranger(stranger: Callable[[socket.socket], None]) -> None:
-    """Something else listens at the address of rank 0's liveness server."""
+    """A rank refuses a foreign server at the address of rank 0's liveness server."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         store = SignedStore(HashStore(), KEY, start="")
         store.set(LIVENESS_ADDRESS, f"127.0.0.1 {listener.getsockname()[1]}")

@@ -123,7 +123,7 @@ def mismatch_each(rank: int, world_size: int, url: str) -> None:
 
 
 def test_what_does_not_fit_is_an_error_that_names_the_peer() -> None:
-    """Rank 1 dies in the last case; rank 0 raises an error at the end to show that it got there."""
+    """The last case kills rank 1; rank 0's final error shows that all cases have run."""
     with pytest.raises(RuntimeError) as caught:
         run_ranks(2, mismatch_each)
     text = str(caught.value)

@@ -1,4 +1,4 @@
-"""Tests how the CuPy/NCCL backend opens, orders and limits; several ranks in this process."""
+"""Tests how the CuPy/NCCL backend opens, orders and times out, with ranks in one process."""
 
 import queue
 import threading
@@ -61,7 +61,7 @@ def test_every_communicator_has_carried_a_message_before_it_is_used(
 
 
 def test_a_message_that_nobody_sends_is_reported_with_its_peer() -> None:
-    """Rank 1 of three waits for rank 2, but rank 0 sends to it."""
+    """Rank 1 of three waits for rank 2, but rank 0 sends to rank 1."""
     with nccl_double():
         opened = open_all(3, dist_timeout=1.0)
     (first, _), (middle, told), _ = opened
@@ -111,7 +111,7 @@ class NotingStream(HostStream):
 
 
 def test_a_tensor_is_ready_before_the_call_that_uses_it() -> None:
-    """On a GPU, only this call makes the stream wait for the tensor's computation."""
+    """On a GPU, only wait_for_compute makes the stream wait for the tensor's computation."""
     calls: list[tuple[str, int]] = []
     tensor = torch.zeros(3)
     with (

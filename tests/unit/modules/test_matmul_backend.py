@@ -26,7 +26,7 @@ def _torchs_default() -> Iterator[None]:
 
 
 def test_amds_cpus_with_avx512_are_known_to_win() -> None:
-    """Other CPUs keep torch's default, also future CPUs with AMX."""
+    """AMD's CPUs with AVX-512 get oneDNN; other CPUs, also future ones with AMX, the default."""
     for kind, cpu in CPUS.items():
         assert choose_matmul(cpu) == ("onednn" if kind in ("Zen 4", "Zen 5") else "default")
     for other in (CpuInfo("AuthenticAMD", "to come", True, True, True), CpuInfo()):
@@ -45,7 +45,7 @@ def test_products_on_this_machine() -> None:
 
 
 class Rounded(TorchDispatchMode):
-    """Rounds the factors of fp32 products to `bits` bits, in one operation of torch only."""
+    """Dispatch mode that rounds the factors of fp32 products to `bits` bits, in one operation."""
 
     def __init__(self, operation: str, bits: int) -> None:
         super().__init__()

@@ -79,7 +79,7 @@ def test_positions_begin_anew_in_each_document(pairs: bool) -> None:
 
 
 def test_both_ways_of_attending_to_a_length_are_tried() -> None:
-    """The lengths in ROWS need both; the later tests have heads of 8."""
+    """The lengths in ROWS need both kinds of attention, for the later tests' heads of 8."""
     lengths = {length for row in ROWS for length in row}
     assert {is_short(torch.empty(1, 4, length, 8)) for length in lengths} == {True, False}
 
@@ -190,7 +190,7 @@ def test_a_document_is_the_same_wherever_it_lies(
 
 
 def test_documents_that_are_whole_rows_are_rows(tmp_path: Path) -> None:
-    """The bits are equal, and the kernel is not called."""
+    """Rows of one document have the bits of plain rows, without the kernel."""
     ours = from_hf("gptneox", make_hf("gptneox"), tmp_path)
     tokens = torch.randint(0, 97, (2, TOKENS))
     with with_kernel() as kernel:

@@ -87,7 +87,7 @@ def test_what_bitsandbytes_makes_on_the_way_is_counted() -> None:
 
 
 def test_the_resident_peak_only_rises() -> None:
-    """The test fills more memory than this process has ever had, then frees it."""
+    """The peak RSS rises with more memory, and stays after the memory is freed."""
     before = peak_resident()
     filled = torch.ones((before + 64 * 2**20) // 4)
     assert peak_resident() >= before + 32 * 2**20

@@ -50,7 +50,7 @@ def test_a_dynamic_scale_becomes_a_constant_one() -> None:
 
 
 def test_a_shorter_window_is_full_already() -> None:
-    """After five clean updates and a new window of three, the next one doubles the scale."""
+    """After five clean updates, a new window of three doubles the scale at the next clean one."""
     scaler = resumed(after(dynamic(window=10), "ccccc"), dynamic(window=3))
     assert after(scaler, "c").scale == 65536.0
     assert after(scaler, "cc").scale == 65536.0

@@ -60,7 +60,7 @@ def rate(update: int, *, kind: str, warmup: int, total: int, lowest: float = 0.0
 
 
 def test_scale_moves_by_the_rule() -> None:
-    """Literal table: o is an overflow, c a clean update; window 3, hysteresis 2, minimum 4."""
+    """Scales equal a literal table (o: overflow, c: clean; window 3, hysteresis 2, minimum 4)."""
     scaler = DynamicScale(initial=16.0, minimum=4.0, window=3, hysteresis=2)
     verdicts = "ooooccocccococ"
     scales = [16, 8, 4, 4, 4, 4, 4, 4, 4, 8, 8, 8, 4, 4]
@@ -110,7 +110,7 @@ THEIRS = {
 
 @pytest.mark.parametrize("algorithm", THEIRS)
 def test_adam_is_that_of_its_library_to_the_bit(algorithm: type[Algorithm]) -> None:
-    """Only matrices have weight decay, and the learning rate changes."""
+    """Bits equal the library's, with decay of matrices only and a changing learning rate."""
     shapes = {"big.weight": (80, 100), "small.bias": (7,), "small.weight": (5, 3)}
     parameters, twin = make_parameters(shapes), make_parameters(shapes)
     ours = make_optimizer(parameters, algorithm=algorithm())
@@ -130,7 +130,7 @@ def test_adam_is_that_of_its_library_to_the_bit(algorithm: type[Algorithm]) -> N
 
 
 def test_8bit_adam_makes_one_optimizer_for_all_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One optimizer per weight and step would take longer than the steps."""
+    """All weights share one bitsandbytes optimizer; one per weight and step would be slow."""
     import bitsandbytes
 
     made = Mock(wraps=bitsandbytes.optim.AdamW8bit)

@@ -46,7 +46,7 @@ def make_updater(
 
 
 def apply(updater: UpdateStep, *, tokens: int = NOMINAL, bad: str = "") -> UpdateResult:
-    """Applies an update; `bad` ("loss" or "gradient") is not finite."""
+    """Applies an update; its loss or gradient is not finite if `bad` names it."""
     norm = math.inf if bad == "gradient" else GRADIENT**2
     return updater.apply(norm, num_trained_tokens=tokens, losses_are_finite=bad != "loss")
 
@@ -62,7 +62,7 @@ def test_gradients_are_over_the_tokens_that_were_trained(tokens: int) -> None:
 
 
 def test_clipping_is_of_the_exact_gradient() -> None:
-    """The norm of 1.5 exceeds the limit; divided by 40 tokens it would not."""
+    """The norm of 1.5 exceeds the limit; divided by 40 tokens, the norm would not."""
     weight = nn.Parameter(torch.zeros(1))
     outcome = apply(make_updater(weight, max_norm=0.5), tokens=10)
     assert outcome.grad_norm == pytest.approx(1.5, rel=1e-6)

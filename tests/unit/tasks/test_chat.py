@@ -124,7 +124,7 @@ def test_answers_are_trained_and_what_ends_them() -> None:
 
 
 def test_spaces_in_an_answer_are_trained() -> None:
-    """GPT-NeoX's tokenizers exclude spaces from the characters that they report for a token."""
+    """Spaces are trained, though GPT-NeoX's tokenizers leave them out of a token's characters."""
     trimming = copy.deepcopy(tokenizer())
     trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     code = Document("code:  if x:\n    go   ", "a:1", completions=((5, 22),))

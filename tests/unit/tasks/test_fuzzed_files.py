@@ -107,7 +107,7 @@ def test_no_line_is_dropped(
     is_ended: bool,
     tmp_path: Path,
 ) -> None:
-    """Each equal line is a document; each other line is blank, or skipped and reported."""
+    """Equal lines are separate documents; any other line is blank, or skipped and reported."""
     raw = b"".join(line + end for (line, _), end in lines)
     raw = raw if is_ended or not lines else raw.removesuffix(lines[-1][1])
     path = tmp_path / f"a.{kind}"

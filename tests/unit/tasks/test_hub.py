@@ -188,7 +188,7 @@ def empty_hub() -> Iterator[str]:
 def test_told_at_once(
     endpoint: Callable[[], Any], reason: str, flag: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first request finds it: `datasets`, which retries for half a minute, is not called."""
+    """An error needs one request: `datasets`, which retries for half a minute, is not called."""
     monkeypatch.setattr(module, "HUB_TIMEOUT_SECONDS", 0.3)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: pytest.fail("asked"))

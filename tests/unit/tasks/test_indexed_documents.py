@@ -81,7 +81,7 @@ def test_a_source_that_changed_is_not_resumed(path: Path) -> None:
 
 
 def test_lines_that_moved_in_the_middle_are_seen(tmp_path: Path) -> None:
-    """Size and ends are the same: a word moved from one line to the other."""
+    """A word that moved to another line is detected, though the file's size and ends are equal."""
     texts = ["a" * 100_000, "word", "", "b" * 100_000]
     documents = opened(write_jsonl(tmp_path / "a.jsonl", texts))
     state = documents.state()

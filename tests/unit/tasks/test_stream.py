@@ -1,6 +1,6 @@
 """Tests the stream of a run: its tokens do not depend on workers or on restarts.
 
-The shares are those asked for, and every document comes once per epoch.
+The shares equal the weights, and every document comes once per epoch.
 """
 
 import json

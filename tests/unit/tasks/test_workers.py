@@ -52,7 +52,7 @@ def encode_until_it_fails(workers: Workers) -> None:
 
 
 def test_one_that_dies_is_told_and_the_others_end() -> None:
-    """Any worker can die; one of the workers holds the queue's lock, for which the others wait."""
+    """Each worker is killed in turn; one of them holds the queue's lock, for which others wait."""
     for victim in range(2):
         workers = Workers(Encoder(tokenizer()), 2)
         results = [workers.encode(DOCUMENTS * 100) for _ in range(20)]
