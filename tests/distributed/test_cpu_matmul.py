@@ -149,7 +149,7 @@ def test_half_precision_is_told_in_one_line(
     assert line.endswith(end)
 
 
-# ---- whole runs of two stages ----
+# ---- complete runs of two stages ----
 
 
 @dataclass(frozen=True)

@@ -199,7 +199,7 @@ def test_documents_that_are_whole_rows_are_rows(tmp_path: Path) -> None:
     assert torch.equal(found, ours(tokens, None))
 
 
-# ---- the kernel, as far as it goes without a GPU ----
+# ---- the kernel, without a GPU ----
 
 
 def test_the_kernel_takes_what_it_is_given() -> None:
