@@ -1,4 +1,4 @@
-"""Which contenders `pipeline.py` runs side by side."""
+"""Tables of `pipeline.py`: the contenders that run side by side."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,9 +19,9 @@ WORK = Workload()
 
 @dataclass(frozen=True)
 class ContenderSpec:
-    """A contender: its name in the table, and how a process makes its part.
+    """A contender of a table: its name, and the function that builds its part in one process.
 
-    matmul: what multiplies fp32 matrices while it runs; None: what the run was given.
+    matmul: the matmul backend while the contender runs; None: the backend of the command line.
     """
 
     name: str
@@ -31,7 +31,7 @@ class ContenderSpec:
 
 @dataclass(frozen=True)
 class Case:
-    """A table: `ratios` are pairs of (ours, theirs). `shape` is (P, R)."""
+    """A table of results. `shape` is (P, R); `ratios` are pairs of names (ours, theirs)."""
 
     name: str
     title: str
@@ -42,7 +42,7 @@ class Case:
 
 
 def auto(work: Workload) -> Workload:
-    """The same with the split of --num-layers auto."""
+    """Returns the same workload with the split that `--num-layers auto` chooses."""
     weights = MODELS["gptneox"].load().sizes(work.config).work(work.tokens)
     split = balanced_split(weights, num_stages=len(work.split), model_layers=work.layers)
     return work.on(split=tuple(split))
@@ -145,7 +145,7 @@ def _many() -> Case:
 
 
 def _defaults() -> Case:
-    """Each side as a user meets it: what multiplies, and AdamW, are each side's default."""
+    """Builds the case in which each side has its own default matmul backend and default AdamW."""
     matmul = choose_matmul(CpuInfo.of_this_machine())
     mine = replace(ours(WORK, "gpipe"), matmul=matmul)
     other = replace(theirs(WORK, "GPipe", fused=False), matmul="default")

@@ -1,13 +1,14 @@
-"""How long training stands still for a checkpoint: saved at once, and beside training.
+"""Benchmark of checkpoints: how long training waits for a save at once, or beside training.
 
     python benchmarks/checkpoint.py [--megabytes 1000] [--rounds 7] [--folder DIR]
 
-One process saves a state of that size (weights, and AdamW's moments in fp32), with checksums and
-flushed to disk, in both ways in turn; between saves it multiplies matrices, as training would, for
-as long as saving takes. Beside training, the stall is the look whether all is finite, the copy to
-host memory and, once all is written, the renames. The step before is removed beside training either
-way (--keep-checkpoints 1). The first save of each way is not counted: it is the one that makes
-memory. The peer is torch.save of the same state, flushed to disk, without checksums.
+One process saves a state of --megabytes (weights, and AdamW's moments in fp32) with checksums, and
+flushes the files to disk. It alternates between saving at once and saving beside training. Between
+saves it multiplies matrices for as long as a save takes, as training would do. Beside training, the
+stall consists of the check that all values are finite, the copy to host memory and, after all files
+are written, the renames. In both cases the previous step is deleted beside training
+(--keep-checkpoints 1). The first save of each kind is not counted, because it allocates memory. The
+peer is torch.save of the same state, flushed to disk, without checksums.
 """
 
 import argparse
@@ -36,16 +37,16 @@ from common.tensors import is_finite
 from modules.matmul.cpu_info import CpuInfo
 from pipeline_parallel.partition.split import Split
 
-WEIGHTS = 24  # of the state, all of one size
-SIZE = 1024  # of the matrices that are multiplied meanwhile
+WEIGHTS = 24  # weights of the state, all of the same size
+SIZE = 1024  # the multiplied matrices are (SIZE, SIZE)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--megabytes", type=int, default=1000, help="size of the state, of 1e6 bytes")
+    add("--megabytes", type=int, default=1000, help="size of the state in MB (1e6 bytes)")
     add("--rounds", type=int, default=7)
-    add("--folder", type=Path, help="on the disk to write to; default: the system's for such files")
+    add("--folder", type=Path, help="on the disk to measure; default: a temporary folder")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(
@@ -56,7 +57,7 @@ def main() -> None:
 
 
 def make_state(num_bytes: float) -> dict[str, Any]:
-    """The parts of a stage: weights and two moments, 12 bytes a parameter."""
+    """Returns the state of one stage: weights and two moments, 12 bytes per parameter."""
     count = int(num_bytes / 12 / WEIGHTS)
     weights, *moments = (
         {f"{i}.weight": torch.randn(count) for i in range(WEIGHTS)} for _ in range(3)
@@ -128,7 +129,7 @@ def step_meta(step: int) -> StepMeta:
 
 
 def check(state: Mapping[str, Any]) -> None:
-    """As training does before it saves."""
+    """Checks that all tensors are finite, as training does before a save."""
     for value in state.values():
         if isinstance(value, Mapping):
             check(value)
@@ -154,7 +155,7 @@ def until(end: float) -> Callable[[], bool]:
 
 
 def train(is_over: Callable[[], bool]) -> float:
-    """Products a second until `is_over`; one at least."""
+    """Multiplies matrices until `is_over`, at least once; returns the products per second."""
     a = torch.ones(SIZE, SIZE)
     start, count = time.perf_counter(), 0
     while count == 0 or not is_over():

@@ -1,12 +1,12 @@
-"""Text to blocks: throughput beside raw tokenizers, memory and start-up for files of any size.
+"""Benchmark of text to blocks: throughput beside raw tokenizers, memory, and start-up time.
 
     python benchmarks/data.py [--large-mb 2000] [--rounds 7]
 
-The texts are the documentation strings of Python's standard library, over and over; the tokenizer
-is a byte-level BPE trained on them. The peer is the tokenizers library itself, in as many processes
-of one thread as we have workers, which are handed the same texts in memory, in lists of 256. Ours
-reads them from a .jsonl file in shuffled order, masks, packs and batches them, which takes this
-process on top. Both sides take turns.
+The texts are the documentation strings of Python's standard library, repeated; the tokenizer is a
+byte-level BPE that is trained on these texts. The peer is the tokenizers library itself. It has as
+many processes of one thread as we have workers, and gets the same texts from memory in lists of
+256. Our side reads the texts from a .jsonl file in shuffled order, masks, packs and batches them;
+for this it uses the main process in addition to the workers. Both sides take turns.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from tasks.stream import open_training_stream
 VOCAB_SIZE = 16_384
 SEQ_LENGTH, ROWS = 2048, 8
 LIST = 256
-BATCHES = 150  # of a round
+BATCHES = 150  # batches per round
 BLOCKS_FOR_MEMORY = 4000
 
 
@@ -87,7 +87,7 @@ def train_tokenizer(texts: Sequence[str]) -> Any:
 
 
 def write(path: Path, texts: Sequence[str], *, megabytes: int) -> Path:
-    """The texts as lines, over and over, up to a size; once at least."""
+    """Writes the texts as lines, repeated until the file has `megabytes`, at least once."""
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
     with path.open("wb") as file:
         file.write(lines)
@@ -122,7 +122,7 @@ def show_index(large: Path, tiny: Path, tokenizer: Any) -> None:
 
 
 def show_peak(path: str, folder: str) -> None:
-    """The most memory in RAM of this process and of its worker: run in a process of its own."""
+    """Prints the peak memory (RSS) of this process and of its worker; needs a new process."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(f"{folder}/tokenizer")
     stream = open_stream(Path(path), tokenizer, workers=1)
     for _ in range(BLOCKS_FOR_MEMORY):
@@ -165,7 +165,7 @@ def show_throughput(
 
 
 def ours_once(loader: BatchLoader) -> float:
-    """Tokens a second of BATCHES batches."""
+    """Loads BATCHES batches; returns the tokens per second."""
     start = time.perf_counter()
     for _ in range(BATCHES):
         loader.next()
@@ -183,7 +183,7 @@ def start_peer(texts: Sequence[str], tokenizer: Any, part: int, parts: int) -> C
 
 
 def peer(end: Connection, texts: list[str], tokenizer: Tokenizer) -> None:
-    """Each time it is asked, encodes its texts until it has its share of a round's tokens."""
+    """Encodes the texts after each request, until the requested number of tokens is reached."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     lists = [texts[start : start + LIST] for start in range(0, len(texts), LIST)]
     while wanted := end.recv():

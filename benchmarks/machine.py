@@ -1,4 +1,4 @@
-"""What the machine of a benchmark is, and what one process of it can do."""
+"""Machine of a benchmark: its processor, and the speed of one process."""
 
 import time
 from collections.abc import Callable
@@ -22,7 +22,7 @@ WARM_UP = 3
 
 
 def describe_machine() -> str:
-    """The processor, and its peaks in products of matrices on one thread."""
+    """Returns the processor's name and its peak matmul rates on one thread."""
     torch.set_num_threads(1)
     cpu, peaks = CpuInfo.of_this_machine(), []
     matmuls: list[Matmul] = ["default", "onednn"] if cpu.has_avx512 else ["default"]
@@ -39,7 +39,7 @@ def describe_machine() -> str:
 
 
 def peak(dtype: torch.dtype) -> float:
-    """GFLOP/s of (1024, 1024) products."""
+    """Returns the matmul rate in GFLOP/s: (1024, 1024) in fp32, (384, 384) in other types."""
     size = 1024 if dtype == torch.float32 else 384
     a = torch.ones(size, size, dtype=dtype)
     seconds = median(_seconds(lambda: a @ a) for _ in range(5))
@@ -53,7 +53,7 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def one_process_seconds(work: Workload) -> float:
-    """Forward and backward of one microbatch through the whole model in one process."""
+    """Returns the seconds of one microbatch's forward and backward through the complete model."""
     whole = work.on(split=(work.layers,))
     model = StageModel(
         MODELS["gptneox"].load(), whole.config, range(whole.layers + 2), device="cpu"

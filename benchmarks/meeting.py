@@ -1,4 +1,4 @@
-"""How the two processes of a benchmark meet: as those of a run do, over loopback."""
+"""Connection between the processes of a benchmark, over loopback, as in a training run."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from comm.topology import Topology
 
 
 def meet(topology: Topology, port: int) -> tuple[ProcessGroups, Callable[[], None]]:
-    """The groups of a run, and what closes them."""
+    """Connects this process; returns the process groups and a function that closes them."""
     rendezvous = join(
         url=f"tcp://127.0.0.1:{port}",
         rank=topology.rank,

@@ -1,12 +1,12 @@
-"""Bytes per parameter that training keeps between updates: measured, beside the arithmetic.
+"""Benchmark of memory: bytes per parameter between updates, measured and calculated.
 
     python benchmarks/memory.py
 
 One stage of a GPT-NeoX (hidden 256, 8 layers) is built for every combination of precision,
-algorithm, offload and sharding over two replicas, and makes one update. Measured is the size of
-all tensor storages that are alive after it, over the number of parameters: what lies with the model
-("device") and what --use-offload moves to the host. On a machine without a GPU both are host
-memory; which tensors lie where is the same.
+algorithm, offload and sharding over two replicas, and makes one update. The measured value is the
+size of all tensor storages that exist after the update, divided by the number of parameters.
+"device" counts the tensors on the model's device, "host" the tensors that --use-offload moves to
+host memory. On a machine without a GPU, all are in host memory, but count in the same way.
 """
 
 import argparse
@@ -29,11 +29,11 @@ from modules.registry import MODELS
 from modules.stage_model import StageModel
 from optimizer.build import ALGORITHMS, build_optimizer
 
-MOMENTS = {"adam": 8.0, "8bit-adam": 2.0 + 8 / 256}  # two codes, and two fp32 maxima a block of 256
+MOMENTS = {"adam": 8.0, "8bit-adam": 2.0 + 8 / 256}  # two codes, two fp32 maxima per 256 values
 
 
 class OneOfTwo(SingleProcessCommunicator):
-    """The first of two replicas, of which the second never speaks: enough to see what one keeps."""
+    """Communicator of the first of two replicas; the second does not exist and is not needed."""
 
     @property
     def size(self) -> int:
@@ -61,7 +61,7 @@ def build_model() -> StageModel:
 
 
 def live_bytes() -> int:
-    """The storages of all tensors that are alive, each counted once."""
+    """Returns the bytes of all live tensors' storages; each storage is counted once."""
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
@@ -72,7 +72,7 @@ def live_bytes() -> int:
 
 
 def measure(precision: str, algorithm: str, *, offload: bool, sharded: bool) -> tuple[float, float]:
-    """Bytes per parameter with the model and on the host, after one update."""
+    """Returns the measured bytes per parameter after one update: (device, host)."""
     before = live_bytes()
     model = build_model()
     parameters = dict(model.named_parameters())
@@ -100,7 +100,10 @@ def measure(precision: str, algorithm: str, *, offload: bool, sharded: bool) -> 
 def expected(
     precision: str, algorithm: str, *, offload: bool, sharded: bool
 ) -> tuple[float, float]:
-    """The same by arithmetic: compute weights, fp32 gradients, and masters and moments."""
+    """Returns the calculated bytes per parameter: (device, host).
+
+    They count compute weights, fp32 gradients, masters and moments.
+    """
     weight = DTYPES[precision].itemsize
     kept = MOMENTS[algorithm] + (4 if weight < 4 or offload else 0)
     kept /= 2 if sharded else 1

@@ -1,4 +1,4 @@
-"""Our side of `pipeline.py`: the training loop itself, with a feed that repeats one batch."""
+"""Our side of `pipeline.py`: the training loop, with a data loader that repeats one batch."""
 
 import math
 from typing import Any
@@ -35,9 +35,9 @@ FAMILY = MODELS["gptneox"].load()
 
 
 class Ours:
-    """One stage of our pipeline under the schedule named `pp_mode`.
+    """One stage of our pipeline with the schedule `pp_mode`.
 
-    traced: as --profiling does.
+    traced: whether steps are traced, as with --profiling.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Ours:
         return totals.loss / totals.tokens
 
     def overhead(self) -> float:
-        """Measured steps over simulated ones (NaN if nothing is traced); every process calls it."""
+        """Returns measured / simulated step time (NaN if not traced); all ranks must call it."""
         if not self._traced:
             return math.nan
         return engine_overhead(
@@ -115,7 +115,7 @@ class Ours:
 
 
 class _RepeatedRows:
-    """One batch, again and again."""
+    """Data loader that returns the same batch each time."""
 
     def __init__(self, work: Workload, topology: Topology) -> None:
         tokens = work.rows(topology.replica)

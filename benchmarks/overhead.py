@@ -1,4 +1,4 @@
-"""A contender's measured steps over what the simulator makes of the costs measured in them."""
+"""Overhead of a contender: measured step time / time simulated from the measured costs."""
 
 import statistics
 
@@ -13,7 +13,7 @@ from training.profiling import simulated_step
 def engine_overhead(
     tracer: Tracer, control: Communicator, *, pp_mode: str, num_stages: int, num_microbatches: int
 ) -> float:
-    """The ratio over all steps but the first, which warms up; every rank calls it."""
+    """Returns the overhead over all steps except the first (warm-up); every rank must call it."""
     steps = _steps(tracer, control)[1:]
     measured = statistics.median(step.end - step.start for step in steps)
     return measured / simulated_step(

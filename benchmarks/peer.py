@@ -1,7 +1,8 @@
-"""The other side of `pipeline.py`: torch's own pipelining and DistributedDataParallel.
+"""The peer in `pipeline.py`: torch's own pipelining and DistributedDataParallel.
 
-Hugging Face's layers, torch.distributed.pipelining's schedules over the same gloo connections,
-AdamW on the same parameter groups, one clipping over both stages: what a careful user would write.
+The peer uses Hugging Face's layers, the schedules of torch.distributed.pipelining over the same
+gloo connections, AdamW on the same parameter groups, and one gradient clipping over both stages. A
+careful user would write the same.
 """
 
 import math
@@ -62,14 +63,14 @@ class HuggingFaceStage(nn.Module):
 
 
 def mean_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Each position's logits against the next token."""
+    """Returns the mean cross entropy between each position's logits and the next token."""
     return functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten())
 
 
 class Update:
-    """Clipping over all stages and AdamW, on fp32 masters where the model is in half precision.
+    """Clipping over all stages, then AdamW, on fp32 masters if the model is in half precision.
 
-    `fused`: torch's fastest AdamW; else its default.
+    `fused`: whether torch's fastest AdamW is used, or its default.
     """
 
     def __init__(self, module: nn.Module, *, fused: bool, stages: bool) -> None:
@@ -118,7 +119,7 @@ class TorchPipeline:
         if work.precision == "bf16":
             frequencies = module.rotary.inv_freq.clone()
             module = module.bfloat16()
-            module.rotary.inv_freq = frequencies  # as transformers keeps them
+            module.rotary.inv_freq = frequencies  # transformers keeps them in fp32
         stage = PipelineStage(module, topology.stage, topology.num_stages, CPU)
         make: Any = SCHEDULES[schedule]
         self._schedule = make(stage, n_microbatches=work.batch, loss_fn=mean_loss)
@@ -137,7 +138,7 @@ class TorchPipeline:
 
 
 class TorchDataParallel:
-    """One replica of the whole model under DistributedDataParallel."""
+    """One replica of the complete model under DistributedDataParallel."""
 
     def __init__(self, work: Workload, topology: Topology, *, fused: bool) -> None:
         whole = work.on(split=(work.layers,))

@@ -1,9 +1,9 @@
-"""Our pipeline beside torch.distributed.pipelining: the same work, interleaved, in one run.
+"""Benchmark of our pipeline and torch.distributed.pipelining: same work, in turns, in one run.
 
     python benchmarks/pipeline.py [--case fp32 --case bf16 ...] [--rounds 7]
 
 Two processes of one thread each train a GPT-NeoX (hidden 512, 8 layers, vocabulary 8192, blocks of
-256 tokens) with AdamW and clipping. benchmarks/README.md says how to read the tables.
+256 tokens) with AdamW and clipping. benchmarks/README.md explains the tables.
 """
 
 import argparse
@@ -35,14 +35,14 @@ from comm.topology import Topology
 from modules.matmul.backend import Matmul, choose_matmul, use_matmul
 from modules.matmul.cpu_info import CpuInfo
 
-LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # bf16: two sides round at other places
+LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # bf16: the two sides round at different places
 
 
 @dataclass(frozen=True)
 class Result:
-    """Seconds and losses of each round of a contender, and the peak memory of each process.
+    """Measurements of a contender: seconds and loss per round, and peak bytes per process.
 
-    overhead: measured steps over simulated ones; NaN for the other side.
+    overhead: measured / simulated step time; NaN for the peer.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Result:
 
 
 class Pair:
-    """The two processes that do one thing for the benchmark, each at the other end of a pipe."""
+    """The two processes of one measurement, each connected to this process by a pipe."""
 
     def __init__(self, main: Callable[..., None], *arguments: object) -> None:
         context = multiprocessing.get_context("spawn")
@@ -67,7 +67,7 @@ class Pair:
             self._pipes.append(ours)
 
     def ask(self, question: str) -> list[Any]:
-        """Both processes' answers; where one has died, it has told why."""
+        """Returns the answers of both processes; exits if a process has died."""
         for pipe in self._pipes:
             pipe.send(question)
         return self.answers()
@@ -80,10 +80,10 @@ class Pair:
 
 
 def run_case(case: Case, rounds: int, matmul: Matmul) -> tuple[list[Result], float]:
-    """The contenders over `rounds` rounds, after one that warms up, and one process's seconds for
-    forward and backward of a microbatch through the whole model.
+    """Runs the contenders for `rounds` rounds after one warm-up round.
 
-    `matmul` multiplies for all that do not name their own.
+    `matmul` is the backend of contenders that name no backend. Returns the results, and the seconds
+    that one process needs for forward and backward of a microbatch through the complete model.
     """
     alone = max(Pair(_measure_alone, case.name, matmul).answers())
     pairs = {
@@ -91,7 +91,7 @@ def run_case(case: Case, rounds: int, matmul: Matmul) -> tuple[list[Result], flo
         for entry in case.entries
     }
     for pair in pairs.values():
-        pair.answers()  # it is ready, and does nothing until its turn
+        pair.answers()  # the pair is ready and waits for its turn
     measured: dict[str, list[list[Any]]] = {name: [] for name in pairs}
     names = list(pairs)
     for turn in range(1 + rounds):
@@ -102,7 +102,7 @@ def run_case(case: Case, rounds: int, matmul: Matmul) -> tuple[list[Result], flo
 
 
 def _measure_alone(pipe: Connection, rank: int, port: int, case_name: str, matmul: Matmul) -> None:
-    """What one process takes while its neighbour does the same."""
+    """Sends the seconds that one process needs while a second process does the same work."""
     torch.set_num_threads(1)
     use_matmul(matmul)
     groups, close = meet(Topology(rank, 1, 2), port)
@@ -114,7 +114,7 @@ def _measure_alone(pipe: Connection, rank: int, port: int, case_name: str, matmu
 def _contend(
     pipe: Connection, rank: int, port: int, case_name: str, name: str, matmul: Matmul
 ) -> None:
-    """One process of a contender: a step whenever it is its turn, its peak memory at the end."""
+    """Runs one process of a contender: one step per request; sends its peak memory at the end."""
     torch.set_num_threads(1)
     use_matmul(matmul)
     case = CASES[case_name]
@@ -130,7 +130,7 @@ def _contend(
 
 
 def _peak_bytes() -> int:
-    """VmHWM: what getrusage tells begins with the memory of the process that made this one."""
+    """Returns VmHWM in bytes; getrusage's value would include the memory of the parent process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (line,) = (one for one in lines if one.startswith("VmHWM:"))
     return 1024 * int(line.split()[1])
@@ -144,7 +144,7 @@ def _timed(contender: Contender, groups: ProcessGroups) -> tuple[float, float]:
 
 
 def _result(name: str, steps: Sequence[Sequence[Any]], end: Sequence[Any]) -> Result:
-    """A step lasts as long as on the slower process; the loss is known to the last one."""
+    """Returns the result: the slower process's seconds, and the loss of the last process."""
     return Result(
         name,
         [max(seconds for seconds, _ in pair) for pair in steps][1:],
@@ -155,7 +155,7 @@ def _result(name: str, steps: Sequence[Sequence[Any]], end: Sequence[Any]) -> Re
 
 
 def report(case: Case, results: list[Result], alone: float) -> None:
-    """The case's table: medians, and how far from the bound (see README.md)."""
+    """Prints the table of a case: medians, and the ratio to the bound (see README.md)."""
     by_name = {result.name: result for result in results}
     (stages, replicas), m = case.shape, case.work.batch
     tokens = m * case.work.tokens * replicas
@@ -194,7 +194,7 @@ def _check_losses(case: Case, results: list[Result]) -> None:
         for a, b in zip(result.losses, first.losses, strict=True)
     ]
     worst, allowed = max(apart), LOSS_TOLERANCE[case.work.precision]
-    verdict = "agree" if all(each < allowed for each in apart) else "DO NOT AGREE"  # NaN is not
+    verdict = "agree" if all(each < allowed for each in apart) else "DO NOT AGREE"  # NaN: disagree
     print(
         f"  losses {verdict}: {worst:.1e} apart over {len(first.losses)} updates "
         f"({first.losses[0]:.4f} to {first.losses[-1]:.4f})"
@@ -205,18 +205,18 @@ def _check_losses(case: Case, results: list[Result]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--case", choices=list(CASES), action="append", help="default: all")
+    parser.add_argument("--case", choices=list(CASES), action="append", help="default: all cases")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument(
         "--cpu-matmul",
         choices=("auto", "default", "onednn"),
         default="auto",
-        help="what multiplies fp32 matrices on both sides",
+        help="backend of fp32 matmuls on both sides",
     )
     args = parser.parse_args()
     auto = choose_matmul(CpuInfo.of_this_machine())
     matmul = auto if args.cpu_matmul == "auto" else args.cpu_matmul
-    print(f"{describe_machine()}\nfp32 products of both sides: {matmul}")
+    print(f"{describe_machine()}\nfp32 matmul backend of both sides: {matmul}")
     for name in args.case or list(CASES):
         report(CASES[name], *run_case(CASES[name], args.rounds, matmul))
 

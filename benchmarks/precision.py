@@ -1,10 +1,10 @@
-"""Where 200 updates of the quick start's model end in each precision and with each optimizer.
+"""Benchmark of precision: losses after 200 updates in each precision, with each optimizer.
 
     python benchmarks/precision.py [--updates 200]
 
-Trains the same model on the same blocks in one process each, and prints the last training losses
-(mean of the last ten updates), the held-out loss after the last, and their ratio to fp32 with
-adam. Exit status 1 where a ratio is off by more than its limit, or is no number.
+It trains the same model on the same blocks, each run in one process. It prints the training loss
+(mean of the last ten updates), the held-out loss after the last update, and the ratio of both to
+fp32 with adam. The exit status is 1 if a ratio exceeds its limit or is not a number.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from modules.matmul.cpu_info import CpuInfo
 
 
 class PrecisionRun(NamedTuple):
-    """What sets a run apart, and how far from fp32 with adam it may end, as a fraction."""
+    """Flags of a run, and the allowed deviation of its losses from fp32 with adam (a fraction)."""
 
     flags: list[str]
     limit: float
@@ -39,7 +39,7 @@ RUNS = {
 
 
 def train(folder: Path, name: str, flags: list[str], updates: int) -> tuple[float, float, float]:
-    """The mean loss of the last ten updates, the held-out loss, and seconds per update."""
+    """Trains; returns mean loss of the last ten updates, held-out loss, seconds per update."""
     checkpoints = folder / name.replace(" ", "-")
     command = [
         sys.executable,
@@ -84,7 +84,7 @@ def train(folder: Path, name: str, flags: list[str], updates: int) -> tuple[floa
 
 
 def number(loss: float | None) -> float:
-    """A loss that is not finite is null in the metrics."""
+    """Returns a loss of the metrics; NaN for null, which means that the loss is not finite."""
     return math.nan if loss is None else loss
 
 
@@ -93,7 +93,7 @@ def environment() -> dict[str, str]:
 
 
 def prepare(folder: Path) -> None:
-    """The quick start's model, corpus and shards."""
+    """Makes the quick start's model, corpus and layer shards in `folder`."""
     for command in (
         ["example_scripts/quickstart_model.py", str(folder)],
         [
@@ -108,12 +108,12 @@ def prepare(folder: Path) -> None:
 
 
 def is_within(ratio: float, limit: float) -> bool:
-    """Whether a loss is near enough; one that is no number is not."""
+    """Returns whether a ratio differs from 1 by at most `limit`; False for NaN."""
     return abs(ratio - 1.0) <= limit
 
 
 def compare(folder: Path, updates: int) -> list[str]:
-    """Prints a line for each run; the names of those beyond their limit."""
+    """Prints a line for each run; returns the names of the runs that exceed their limit."""
     base: tuple[float, float] | None = None
     beyond = []
     print(f"{'':16s}{'loss':>9s}{'ratio':>9s}{'held-out':>10s}{'ratio':>9s}{'s/update':>10s}")

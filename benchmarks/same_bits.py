@@ -1,16 +1,16 @@
-"""Whether two checkouts train to the same bits: run it before and after a refactoring.
+"""Comparison of two checkouts: checks whether both train to the same bits.
 
     python benchmarks/same_bits.py record --checkout DIR --out FILE.json
     python benchmarks/same_bits.py compare A.json B.json
 
-`record` trains every run of the table in same_bits_runs.py with the dist_clm_train.py of a
-checkout, one process for each rank; with two cores that takes about three minutes. It writes down
-the metrics of every iteration exactly, and a SHA-256 of every tensor in the last checkpoint and in
-the layer shards. It uses the command line and the files on disk, and imports nothing of the
-checkout, so that files may move between the two. `compare` prints a line for each run: identical,
-or the first difference. Its exit status is 1 where something differs. Bits depend on the processor
-and on the versions of the libraries, so both files are to be made on one machine, with one Python
-environment.
+Run it before and after a refactoring. `record` trains every run of the table in same_bits_runs.py
+with the dist_clm_train.py of a checkout, one process per rank; with two cores this takes about
+three minutes. It writes the exact metrics of every iteration, and a SHA-256 of every tensor in the
+last checkpoint and in the layer shards. It uses only the command line and the files on disk, and
+imports nothing from the checkout; so files may have other places in the second checkout. `compare`
+prints a line for each run: identical, or the first difference. Its exit status is 1 if anything
+differs. Bits depend on the processor and on the versions of libraries, so both files must be made
+on one machine with one Python environment.
 """
 
 import argparse
@@ -45,18 +45,18 @@ from benchmarks.same_bits_runs import (
 )
 
 Entry = dict[str, dict[str, str]]  # place (a step, or a set of tensors) -> key -> exact value
-TIMES = {"step_seconds", "tokens_per_second"}  # metrics that no two runs share
+TIMES = {"step_seconds", "tokens_per_second"}  # metrics that always differ between two runs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("record", help="train all runs, write down their bits").add_argument
+    add = commands.add_parser("record", help="train all runs, store their bits").add_argument
     add("--checkout", type=Path, required=True, help="folder with dist_clm_train.py")
     add("--out", type=Path, required=True, help="the file to write")
-    add("--only", help="names of runs, with commas between them; default: all")
-    add("--deadline", type=float, default=300.0, help="seconds for each start of a run")
-    add("--fresh", action="store_true", help="every process is a new interpreter, which is slower")
+    add("--only", help="names of runs, separated by commas; default: all")
+    add("--deadline", type=float, default=300.0, help="limit in seconds for each start of a run")
+    add("--fresh", action="store_true", help="start a new interpreter for each process (slower)")
     add = commands.add_parser("compare", help="compare two files of record").add_argument
     add("files", type=Path, nargs=2)
     args = parser.parse_args()
@@ -72,14 +72,14 @@ def main() -> None:
 def _chosen(only: str | None) -> list[Run]:
     names = [run.name for run in RUNS] if only is None else only.split(",")
     if unknown := set(names) - {run.name for run in RUNS}:
-        raise FailedError(f"no run has the name {', '.join(sorted(unknown))}")
+        raise FailedError(f"--only: there is no run {', '.join(sorted(unknown))}")
     return [run for run in RUNS if run.name in names]
 
 
 def record(checkout: Path, out: Path, runs: Sequence[Run], deadline: float, fresh: bool) -> None:
     """Trains the runs, and writes their bits to `out`."""
     if not (checkout / "dist_clm_train.py").is_file():
-        raise FailedError(f"{checkout} has no dist_clm_train.py")
+        raise FailedError(f"--checkout {checkout} has no dist_clm_train.py")
     prepare()
     began = time.monotonic()
     entries: dict[str, Entry] = {}
@@ -105,7 +105,7 @@ def record(checkout: Path, out: Path, runs: Sequence[Run], deadline: float, fres
 
 
 def convert(checkout: Path, folder: Path, model: str, run_here: Callable[..., None]) -> Entry:
-    """Cuts a model into layer shards, and returns their bits."""
+    """Converts a model to layer shards; returns the bits of the shards."""
     script = checkout / f"convert_from_hf_{MODELS[model].family}.py"
     command = [str(script), "--model-name", f"hf/{model}", "--save-dir", "shards"]
     run_here([command], name=f"convert-{model}")
@@ -113,7 +113,7 @@ def convert(checkout: Path, folder: Path, model: str, run_here: Callable[..., No
 
 
 def train(checkout: Path, folder: Path, run: Run, run_here: Callable[..., None]) -> Entry:
-    """Trains one run, start after start, and returns its bits."""
+    """Trains one run with all its starts; returns its bits."""
     path = folder / "runs" / run.name
     metrics = path / "metrics.jsonl"
     for number, start in enumerate(run.starts):
@@ -124,7 +124,9 @@ def train(checkout: Path, folder: Path, run: Run, run_here: Callable[..., None])
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     skipped = [line["grad_norm"] is None for line in lines]
     if run.overflows and (all(skipped) or not any(skipped)):
-        raise FailedError(f"{run.name} skipped {sum(skipped)} of {len(skipped)} updates")
+        raise FailedError(
+            f"{run.name} skipped {sum(skipped)} of {len(skipped)} updates, expected some, not all"
+        )
     latest = (path / "latest").read_text().strip()
     converted: Entry = {}
     if run.is_converted:
@@ -141,7 +143,7 @@ def train(checkout: Path, folder: Path, run: Run, run_here: Callable[..., None])
 
 
 def rank_commands(script: Path, run: Run, start: str) -> list[list[str]]:
-    """The command of each rank, without the interpreter."""
+    """Returns the command of each rank, without the interpreter."""
     shape, *flags = start.split()
     stages, replicas = map(int, shape.split("x"))
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -164,7 +166,7 @@ def _has_lines(path: Path, count: int) -> bool:
 
 
 def metric_bits(line: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Every metric of an iteration but its times; those of sets go by `<key>.<set>.<metric>`."""
+    """Yields name and exact value of each metric except times; nested names as `<key>.<metric>`."""
     for key, value in line.items():
         if isinstance(value, Mapping):
             yield from ((f"{key}.{inner}", bits) for inner, bits in metric_bits(value))
@@ -173,10 +175,10 @@ def metric_bits(line: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def tensor_bits(folder: Path, pattern: str) -> dict[str, str]:
-    """The SHA-256 of every tensor in the files, and every other value, by file and key."""
+    """Returns the SHA-256 of each tensor in the files, and each other value, by file and key."""
     paths = sorted(folder.glob(pattern))
     if not paths:
-        raise FailedError(f"{folder} has no {pattern}")
+        raise FailedError(f"{folder} has no file {pattern}")
     return {f"{path.name} {key}": bits for path in paths for key, bits in _value_bits(_load(path))}
 
 
@@ -201,7 +203,7 @@ def _value_bits(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
     """Prints a line for each run; returns whether anything differs."""
     if before["made with"] != after["made with"]:
-        print(f"made with {before['made with']} and {after['made with']}: bits may differ by that")
+        print(f"made with {before['made with']} and {after['made with']}: so bits may differ")
     differs = False
     for name in _names(before["entries"], after["entries"]):
         one, other = (side["entries"].get(name, {}) for side in (before, after))
@@ -222,7 +224,7 @@ def _first_difference(one: Entry, other: Entry) -> str | None:
 
 
 def _names(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """The keys of both, each once, in the order of the first."""
+    """Returns the keys of both mappings without duplicates, in the order of the first mapping."""
     return list(dict.fromkeys([*one, *other]))
 
 

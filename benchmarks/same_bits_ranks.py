@@ -1,8 +1,8 @@
-"""How same_bits.py starts the scripts of a checkout, waits for them, and ends them.
+"""Processes of same_bits.py, which run the scripts of a checkout: start, wait and end.
 
-A script takes seconds to import torch and transformers, and a table of runs starts a hundred of
-them. So they are forks of one server that has imported these libraries and nothing of the checkout.
-With `fresh` each is a new interpreter instead, as a user starts it.
+Importing torch and transformers takes seconds, and a table of runs starts a hundred scripts.
+Therefore the processes are forks of one server, which has imported these libraries but nothing of
+the checkout. With `fresh`, each process is a new interpreter instead, as a user starts it.
 """
 
 import multiprocessing
@@ -27,30 +27,30 @@ OURS = {
     "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled",
     "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
 }  # fmt: skip
-TAIL = 15  # lines of each process's log that are shown where one fails
+TAIL = 15  # lines of each log that are shown after a failure
 
 _server = multiprocessing.get_context("forkserver")
 
 
 class FailedError(Exception):
-    """A process failed, or a run shows nothing; the text says why."""
+    """Error for a process that failed or a run that proves nothing; the text gives the reason."""
 
 
 class Process(NamedTuple):
-    """One process, which leads a group of its own; `status` is None while it runs."""
+    """A process that leads its own process group; `status` returns None while the process runs."""
 
     pid: int
     status: Callable[[], int | None]
 
 
 def prepare() -> None:
-    """Sets the environment of all processes to come; call it before torch is imported."""
+    """Sets the environment of all later processes; call this before torch is imported."""
     for name in [name for name in os.environ if name.startswith(OTHERS)]:
         del os.environ[name]
     os.environ.pop("PYTHONPATH", None)
     os.environ.update(OURS)
     _server.set_forkserver_preload(list(LIBRARIES))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that processes are ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the exit ends the processes, too
 
 
 def run_processes(
@@ -62,10 +62,11 @@ def run_processes(
     fresh: bool,
     is_enough: Callable[[], bool] | None = None,
 ) -> None:
-    """Runs one process for each command until all have succeeded; FailedError where one does not.
+    """Runs one process for each command until all processes have succeeded.
 
-    The first word of a command is the script; the processes work in `folder`. As soon as
-    `is_enough`, where it is given, all get SIGKILL.
+    The first word of a command is the script; the processes work in `folder`. When `is_enough`
+    returns True, all processes get SIGKILL. Raises FailedError if a process fails or `deadline`
+    (seconds) passes.
     """
     logs = [folder / f"{name}.process{number}.log" for number in range(len(commands))]
     start = _start_fresh if fresh else _start_fork
@@ -94,12 +95,12 @@ def _start_fresh(command: Sequence[str], folder: Path, log: Path) -> Process:
 def _start_fork(command: Sequence[str], folder: Path, log: Path) -> Process:
     process = _server.Process(target=_be_script, args=(command, folder, log))
     process.start()
-    assert process.pid is not None, "it was started"
+    assert process.pid is not None, "the process has started"
     return Process(process.pid, lambda: process.exitcode)
 
 
 def _be_script(command: Sequence[str], folder: Path, log: Path) -> None:
-    """The fork's whole life: what `python <command>` would do in `folder`."""
+    """Executes `python <command>` in `folder`, in this forked process, until the script ends."""
     os.setsid()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for descriptor in (1, 2):
@@ -110,7 +111,7 @@ def _be_script(command: Sequence[str], folder: Path, log: Path) -> None:
         del sys.modules[module]
     others = [entry for entry in sys.path if Path(entry).resolve() not in (ours, ours.parent)]
     sys.path[:] = [str(Path(command[0]).parent), *others]
-    # Each checkout's modules are compiled once, and nothing is written to it.
+    # Each checkout's modules are compiled once; nothing is written into the checkout.
     sys.pycache_prefix, sys.dont_write_bytecode = str(folder / "compiled"), False
     sys.argv = list(command)
     runpy.run_path(command[0], run_name="__main__")
@@ -119,7 +120,7 @@ def _be_script(command: Sequence[str], folder: Path, log: Path) -> None:
 def _wait(
     processes: Sequence[Process], end: float, is_enough: Callable[[], bool] | None
 ) -> str | None:
-    """Waits until all have succeeded, or it is enough; returns what went wrong."""
+    """Waits until all processes have succeeded or `is_enough`; returns the problem, or None."""
     while True:
         statuses = [process.status() for process in processes]
         for number, status in enumerate(statuses):
@@ -135,11 +136,11 @@ def _wait(
 
 
 def _end(process: Process) -> None:
-    """Kills a process and its children where it still runs."""
+    """Kills a process and its children if the process still runs."""
     while process.status() is None:
         try:
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:  # a fork that has no group yet
+        except ProcessLookupError:  # the fork has no process group yet
             os.kill(process.pid, signal.SIGKILL)
         time.sleep(0.02)
 

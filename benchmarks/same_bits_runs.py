@@ -1,6 +1,6 @@
-"""What same_bits.py trains: the table of its runs, and the small models and texts for them.
+"""Table of the runs that same_bits.py trains, with their small models and texts.
 
-All of it is made from seeds, and with none of the project's own code.
+Models and texts are generated from seeds, without the project's own code.
 """
 
 import json
@@ -22,11 +22,11 @@ from transformers.utils import logging
 
 EOS = "<|endoftext|>"
 LAYERS = 4  # of every model
-GLOBAL_BATCH = 8  # sequences of every run and iteration, over all replicas
+GLOBAL_BATCH = 8  # sequences per iteration of every run, over all replicas
 
 
 class Model(NamedTuple):
-    """One model: its family, hidden size, tokens of its vocabulary, and the rest of its config."""
+    """One model: its family, hidden size, vocabulary size, and the other values of its config."""
 
     family: str
     hidden: int
@@ -54,10 +54,10 @@ MODELS = {
 class Run(NamedTuple):
     """One run: its name, its model, and its starts, which share a folder of checkpoints.
 
-    starts: each is the shape P x R, and the flags beside those that all runs have.
-    killed_at: the first start gets SIGKILL when it has written so many lines of metrics.
-    overflows: the run is to skip some of its updates, and not all.
-    is_converted: its last checkpoint goes back to the Hugging Face format.
+    starts: each has the shape P x R, and its flags in addition to the flags of all runs.
+    killed_at: the first start gets SIGKILL after it has written this number of lines of metrics.
+    overflows: the run must skip some of its updates, but not all.
+    is_converted: the last checkpoint is converted to the Hugging Face format.
     is_fresh: each rank is a new interpreter, as a user starts it (see same_bits_ranks.py).
     """
 
@@ -70,12 +70,12 @@ class Run(NamedTuple):
     is_fresh: bool = False
 
 
-# Every run has these flags, and those of its start come after them.
+# Every run has these flags; the flags of its start come after them.
 COMMON = (
     "--use-cuda false --task-name train.jsonl --seq-length 32 --micro-batch-size 1 "
     "--recompute false --total-steps 8 --warmup-steps 2 --lr 1e-2 --data-workers 0"
 )
-# The command of example_scripts/quickstart.py, with other steps and a process that tokenizes. It
+# The command of example_scripts/quickstart.py, with other steps and one data worker. The run
 # evaluates after each quarter and saves halfway; a few steps later it is killed.
 _QUICKSTART = (
     "2x2 --seq-length 128 --micro-batch-size 2 --total-steps 60 --warmup-steps 10 --lr 3e-3 "
@@ -102,7 +102,7 @@ RUNS = (
     Run("gptj-1x1", "gptj", ("1x1",)),
     Run("gptj-2x2-zb-h1", "gptj", ("2x2 --pp-mode zb-h1",)),
     Run("gptj-4x1-1f1b", "gptj", ("4x1 --pp-mode 1f1b",)),
-    Run("long-attention-2x1", "gptj", ("2x1 --seq-length 64",)),  # tokens: 8 times a head's size
+    Run("long-attention-2x1", "gptj", ("2x1 --seq-length 64",)),  # seq length: 8 times head size
     Run("split-3-1", "neox", ("2x1 --num-layers 3,1",)),
     Run("split-auto", "gptj", ("2x1 --num-layers auto --pp-mode zb-h1",)),
     Run("random-weights-cosine", "neox", (f"1x1 {_RANDOM}",)),
@@ -125,7 +125,7 @@ RUNS = (
     Run("evaluation-2x1", "gptj", (f"2x1 --evaluation-steps 3 {_SETS}",)),
     Run("mixture-2x1", "neox", ("2x1 --task-name train.jsonl:0.7,other.jsonl:0.3",)),
     Run("separator-workers", "neox", ("1x1 --doc-separator # --data-workers 2",)),
-    # two starts: the second goes on from the checkpoint of the first
+    # two starts: the second resumes from the checkpoint of the first
     Run("resume-2x2", "neox", (f"2x2 --total-steps 4 {_BESIDE}", f"2x2 {_BESIDE}")),
     Run("resume-fp16", "gptj", (f"1x1 --total-steps 4 {_FP16}", f"1x1 {_FP16}"), overflows=True),
     Run("reshard-2-to-4", "neox", ("2x1 --total-steps 4", "4x1")),
@@ -151,7 +151,7 @@ def make_inputs(folder: Path) -> None:
 
 
 def _documents(seed: int, count: int) -> list[str]:
-    """Texts of 4 to 40 made-up words, of which some are far more frequent than others."""
+    """Returns texts of 4 to 40 invented words; some words are far more frequent than others."""
     letters = random.Random(0)
     words = [
         "".join(letters.choice("bdfgklmnprst") + letters.choice("aeiou") for _ in range(length))
@@ -169,7 +169,7 @@ def _write(path: Path, lines: Iterable[dict[str, str]]) -> None:
 
 
 def _train_tokenizer(texts: list[str], size: int) -> Any:
-    """A byte-level BPE tokenizer of at most `size` tokens, end of text included."""
+    """Trains a byte-level BPE tokenizer of at most `size` tokens, including the end of text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -184,7 +184,7 @@ def _train_tokenizer(texts: list[str], size: int) -> Any:
 
 
 def _make_model(model: Model, tokenizer: Any) -> Any:
-    """A Hugging Face model of random weights; biases and norms too, as zeros would hide errors."""
+    """Builds a Hugging Face model of random weights; zero biases and norms would hide errors."""
     torch.manual_seed(0)
     end = tokenizer.eos_token_id
     common = {"vocab_size": len(tokenizer), "bos_token_id": end, "eos_token_id": end}

@@ -1,4 +1,4 @@
-"""The work that both sides of `pipeline.py` do: one model, one batch of tokens, one optimizer."""
+"""Workload of both sides of `pipeline.py`: one model, one batch of tokens, one optimizer."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,9 +14,9 @@ SEED = 7
 
 @dataclass(frozen=True)
 class Workload:
-    """A GPT-NeoX and batches of `batch` sequences, a microbatch being one of them.
+    """A GPT-NeoX, and batches of `batch` sequences; a microbatch has one sequence.
 
-    `split`: layers of each stage. `precision`: fp32 or bf16 (compute copies of fp32 masters).
+    `split`: layers per stage. `precision`: fp32 or bf16 (compute copies of fp32 masters).
     """
 
     split: tuple[int, ...] = (4, 4)
@@ -48,23 +48,23 @@ class Workload:
         )
 
     def model(self) -> Any:
-        """The Hugging Face model that both sides take their weights from; the same each time."""
+        """Builds the Hugging Face model from which both sides take the same weights."""
         torch.manual_seed(SEED)
         return GPTNeoXForCausalLM(self.config)
 
     def rows(self, replica: int = 0) -> Tensor:
-        """Token ids (batch, tokens) of a replica; every step trains on the same."""
+        """Returns a replica's token ids, shape (batch, tokens); every step trains on them."""
         generator = torch.Generator().manual_seed(SEED + replica)
         shape = (self.batch, self.tokens)
         return torch.randint(0, self.vocabulary, shape, generator=generator)
 
     def on(self, **changes: Any) -> "Workload":
-        """The same with some other fields."""
+        """Returns a copy of the workload with changed fields."""
         return replace(self, **changes)
 
 
 class Contender(Protocol):
-    """One side, in one process."""
+    """One side of a benchmark, in one process."""
 
     def step(self) -> float:
-        """One update; the loss before it, where this process knows it (else NaN)."""
+        """Makes one update; returns the loss before it, or NaN if this process lacks the loss."""

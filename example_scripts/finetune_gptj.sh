@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # Fine-tunes GPT-J-6B on one machine with 2 GPUs.
 # A pipeline of 2 stages, 14 layers each. Edit the paths, then run it in the
-# project's environment (source .venv/bin/activate). Further arguments are passed on and override
-# those here: `--total-steps 10` tries it out. The same command resumes from the last checkpoint.
-# LAUNCHER=torchrun starts the ranks through torchrun instead of one process each.
+# project's environment (source .venv/bin/activate). Additional arguments override the flags here,
+# for example `--total-steps 10` for a trial. The same command resumes from the last checkpoint.
+# With LAUNCHER=torchrun, torchrun starts the ranks; otherwise this script starts each process.
 #
 # Before: python convert_from_hf_gptj.py --model-name EleutherAI/gpt-j-6B \
 #           --save-dir pretrained_models
 # After:  python convert_to_hf_gptj.py --ckpt-path model_checkpoints/gptj-test/2000 \
 #           --save-path GPT-J-fine-tuned --n-stages 2 --n-layer-per-stage 14
 #
-# With --fp16, weights, gradients, masters and Adam's moments take 18 bytes a parameter; --optimizer
-# 8bit-adam takes 12, --use-offload moves 12 of the 18 to host memory.
+# With --fp16, weights, gradients, masters and Adam's moments take 18 bytes per parameter. They take
+# 12 with --optimizer 8bit-adam; --use-offload moves 12 of the 18 to host memory.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=example_scripts/ranks.sh
@@ -57,7 +57,7 @@ case "${LAUNCHER:-shell}" in
     done
     wait_ranks
     ;;
-  torchrun) # passes a signal to stop on, gives the ranks these seconds to save, and returns 1
+  torchrun) # passes SIGTERM on, gives the ranks 300 s to save, and returns 1
     exec torchrun --nproc-per-node 2 --shutdown-timeout 300 dist_clm_train.py "${flags[@]}" "$@"
     ;;
   *)

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # Fine-tunes GPT-NeoX-20B on one machine with 8 GPUs.
-# A pipeline of 8 stages, 6 layers each but 2 in the last. Edit the paths, then run it in the
-# project's environment (source .venv/bin/activate). Further arguments are passed on and override
-# those here: `--total-steps 10` tries it out. The same command resumes from the last checkpoint.
-# LAUNCHER=torchrun starts the ranks through torchrun instead of one process each.
+# A pipeline of 8 stages with 6 layers each, 2 in the last. Edit the paths, then run it in the
+# project's environment (source .venv/bin/activate). Additional arguments override the flags here,
+# for example `--total-steps 10` for a trial. The same command resumes from the last checkpoint.
+# With LAUNCHER=torchrun, torchrun starts the ranks; otherwise this script starts each process.
 #
 # Before: python convert_from_hf_gptneox.py --model-name EleutherAI/gpt-neox-20b \
 #           --save-dir pretrained_models
 # After:  python convert_to_hf_gptneox.py --ckpt-path model_checkpoints/gptneox-test/2000 \
 #           --save-path GPT-NeoX-fine-tuned --n-stages 8 --n-layer-per-stage 6
 #
-# With --fp16, weights, gradients, masters and Adam's moments take 18 bytes a parameter; --optimizer
-# 8bit-adam takes 12, --use-offload moves 12 of the 18 to host memory.
+# With --fp16, weights, gradients, masters and Adam's moments take 18 bytes per parameter. They take
+# 12 with --optimizer 8bit-adam; --use-offload moves 12 of the 18 to host memory.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=example_scripts/ranks.sh
@@ -57,7 +57,7 @@ case "${LAUNCHER:-shell}" in
     done
     wait_ranks
     ;;
-  torchrun) # passes a signal to stop on, gives the ranks these seconds to save, and returns 1
+  torchrun) # passes SIGTERM on, gives the ranks 300 s to save, and returns 1
     exec torchrun --nproc-per-node 8 --shutdown-timeout 300 dist_clm_train.py "${flags[@]}" "$@"
     ;;
   *)

@@ -1,8 +1,9 @@
-"""Shows the complete way of a model, with the commands that a user runs.
+"""Quick start: all steps from a Hugging Face model to a trained one, with a user's commands.
 
-Makes a small GPT-NeoX and a corpus, cuts the model into layer shards, trains it in 2 pipelines of 2
-stages, kills every process halfway, resumes, converts back, and checks the result with plain
-transformers. All files are in ./quickstart, which is deleted at the start. quickstart.sh runs it.
+It makes a small GPT-NeoX and a corpus, cuts the model into layer shards, trains it in 2 pipelines
+of 2 stages, kills every process halfway, resumes, converts back, and checks the result with plain
+transformers. All files are in ./quickstart, which is deleted at the start. quickstart.sh runs this
+script.
 """
 
 import shutil
@@ -25,8 +26,8 @@ WORLD_SIZE = 4
 SEQ_LENGTH = 128
 TOTAL_STEPS = 80
 HALFWAY = TOTAL_STEPS // 2
-LOST_STEPS = 3  # trained after the checkpoint and before the kill, at least
-SECONDS_TO_REPORT = 10.0  # how long the other ranks may take to end after one failed
+LOST_STEPS = 3  # minimum number of steps between checkpoint and kill
+SECONDS_TO_REPORT = 10.0  # limit for the other ranks to end after a rank failed
 BEGIN = time.monotonic()
 
 TRAIN = f"""
@@ -42,7 +43,7 @@ dist_clm_train.py --model-name {OUT}/shards/small-neox --model-type gptneox
 
 
 class Ranks:
-    """All ranks of the training command, each with a log; none outlives the `with` block."""
+    """The ranks of the training command, each with a log; leaving `with` kills all ranks."""
 
     def __init__(self, port: int) -> None:
         self._processes = []
@@ -84,13 +85,13 @@ class Ranks:
 
 
 def main() -> None:
-    """Runs all steps; exit status 1, and the end of the logs, if one fails."""
+    """Runs all steps; if a step fails, prints the end of its logs and exits with status 1."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the ranks, too
     shutil.rmtree(OUT, ignore_errors=True)
     LOGS.mkdir(parents=True)
 
     say("1. making a small GPT-NeoX in the Hugging Face format, and a corpus")
-    # Imported after the first line is out: transformers takes some seconds.
+    # Imported after the first line is printed: the import of transformers takes some seconds.
     from example_scripts import quickstart_check, quickstart_model
 
     print(f"    {quickstart_model.make(OUT, NUM_DOCUMENTS)}")
@@ -130,7 +131,7 @@ def main() -> None:
         f"computes too; killed at step {killed_at}, resumed from {resumed_from}."
     )
     print(f"Made: the loss curve {CHECKPOINTS / 'loss.png'}, and the model {TRAINED}.")
-    print("Next: your own model and data, in docs/getting-started/own-data.md.")
+    print("Next: train your own model on your own data: docs/getting-started/own-data.md.")
 
 
 def say(text: str) -> None:
@@ -152,7 +153,7 @@ def run(command: str) -> None:
 
 
 def fail(problem: str, logs: Sequence[Path]) -> None:
-    """Ends the quick start with a problem and the last lines of the logs; exit status 1."""
+    """Exits with status 1, and prints the problem and the last lines of the logs."""
     ends = []
     for log in logs:
         lines = log.read_text(errors="replace").splitlines()
@@ -161,12 +162,12 @@ def fail(problem: str, logs: Sequence[Path]) -> None:
 
 
 def num_steps() -> int:
-    """Returns the steps that are done, by metrics.jsonl, which has a line for each."""
+    """Returns the number of completed steps, which is the number of lines in metrics.jsonl."""
     return METRICS.read_bytes().count(b"\n") if METRICS.exists() else 0
 
 
 def free_port() -> int:
-    """Returns a port that nothing listens on."""
+    """Returns a TCP port on which no process listens."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port: int = server.getsockname()[1]
         return port

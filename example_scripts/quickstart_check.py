@@ -1,4 +1,4 @@
-"""Checks what the quick start trained, with plain transformers and nothing of this project."""
+"""Check of the model that the quick start trained; it uses plain transformers, not this project."""
 
 import json
 import math
@@ -13,15 +13,15 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-TOLERANCE = 5e-4  # half a unit in the third digit, at the least
+TOLERANCE = 5e-4  # relative; half a unit in the third digit is at least this
 NEEDED_FALL = 5.0
 PROMPT = "Return"
 
 
 def check_curve(metrics: Path, *, total_steps: int, resumed_from: int) -> None:
-    """Checks that each step was recorded once, and that the run was resumed where it should.
+    """Checks that each step was recorded once, and that the run resumed from the expected step.
 
-    Raises SystemExit if not.
+    Raises SystemExit otherwise.
     """
     lines = read_metrics(metrics)
     steps = [line["step"] for line in lines]
@@ -33,10 +33,10 @@ def check_curve(metrics: Path, *, total_steps: int, resumed_from: int) -> None:
 def check_model(
     folder: Path, *, held_out: Path, metrics: Path, seq_length: int
 ) -> tuple[float, float, str]:
-    """Compares the held-out perplexity with the reported one, and generates a sample.
+    """Compares the computed held-out perplexity with the reported one, and generates a sample.
 
     Returns:
-        The perplexity before training, the one after it, and an indented sample.
+        The perplexity before training, the perplexity after training, and an indented sample.
 
     Raises:
         SystemExit: the two perplexities differ, or training reduced it less than fivefold.
@@ -51,13 +51,13 @@ def check_model(
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of metrics.jsonl that are complete."""
+    """Returns the complete lines of metrics.jsonl."""
     lines = path.read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def load(folder: Path) -> tuple[Any, Any]:
-    """Model and tokenizer; exits where a weight is missing or has no place."""
+    """Loads model and tokenizer; exits if a weight is missing or unexpected."""
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     wrong = {kind: keys for kind, keys in info.items() if keys}
     if wrong:
@@ -66,7 +66,7 @@ def load(folder: Path) -> tuple[Any, Any]:
 
 
 def blocks(tokenizer: Any, path: Path, seq_length: int) -> Iterator[list[int]]:
-    """The documents one after another, each with an end of text, cut every `seq_length` tokens."""
+    """Joins the documents, each with an end of text, and yields blocks of `seq_length` tokens."""
     tokens: list[int] = []
     for line in path.read_text().splitlines():
         tokens += tokenizer(json.loads(line)["text"], add_special_tokens=False)["input_ids"]
@@ -77,7 +77,7 @@ def blocks(tokenizer: Any, path: Path, seq_length: int) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def held_out_loss(model: Any, token_blocks: Iterator[list[int]]) -> float:
-    """The mean over all tokens but each block's first of the loss in nats."""
+    """Returns the mean loss in nats over all tokens except the first token of each block."""
     total, count = 0.0, 0
     for block in token_blocks:
         tokens = torch.tensor(block)
@@ -88,13 +88,13 @@ def held_out_loss(model: Any, token_blocks: Iterator[list[int]]) -> float:
 
 
 def reported_perplexities(path: Path) -> tuple[float, float]:
-    """The perplexities that training wrote to metrics.jsonl: before it, and the last one."""
+    """Returns the perplexities in metrics.jsonl: before training, and the last one."""
     lines = read_metrics(path)
     return math.exp(lines[0]["eval_loss_before"]), lines[-1]["eval_perplexity"]
 
 
 def check(before: float, reported: float, ours: float) -> None:
-    """Raises SystemExit where the two disagree, or the perplexity has not fallen enough."""
+    """Raises SystemExit if the perplexities differ, or if the perplexity fell too little."""
     if not math.isclose(reported, ours, rel_tol=TOLERANCE):
         sys.exit(f"training reported {reported:.4g}, but transformers computes {ours:.4g}")
     if before < NEEDED_FALL * reported:
@@ -102,7 +102,7 @@ def check(before: float, reported: float, ours: float) -> None:
 
 
 def sample(model: Any, tokenizer: Any) -> str:
-    """Text that the model writes after PROMPT, the same each time."""
+    """Generates a text after PROMPT; the text is the same each time."""
     torch.manual_seed(0)
     prompt = tokenizer(PROMPT, return_tensors="pt")
     tokens = model.generate(

@@ -1,7 +1,7 @@
-"""Makes what the quick start trains: a small GPT-NeoX in the Hugging Face format, and a corpus.
+"""Input of the quick start: a small GPT-NeoX in the Hugging Face format, and a corpus.
 
 The corpus is the documentation strings of Python's standard library, read from its source without
-importing it. Both are the same each time on one machine.
+importing it. On one machine, model and corpus are the same each time.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 EOS = "<|endoftext|>"
 VOCAB_SIZE = 2048
-MIN_CHARACTERS = 80  # shorter documentation strings say too little
+MIN_CHARACTERS = 80  # shorter documentation strings are skipped
 HELD_OUT_EVERY = 40  # each 40th document is held out
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def make(folder: Path, num_documents: int | None = None) -> str:
-    """Writes the model and the corpus, of the first documents or of all; returns their sizes."""
+    """Writes the model and a corpus of `num_documents` (None: all); returns a text with sizes."""
     found = unique(docstrings(Path(sysconfig.get_paths()["stdlib"])))
     documents = list(itertools.islice(found, num_documents))
     held_out = documents[::HELD_OUT_EVERY]
@@ -49,17 +49,17 @@ def make(folder: Path, num_documents: int | None = None) -> str:
 
 
 def docstrings(stdlib: Path) -> Iterator[str]:
-    """The cleaned documentation strings of all modules, classes and functions under a folder."""
+    """Yields the cleaned documentation strings of modules, classes and functions in a folder."""
     for path in sorted(stdlib.rglob("*.py")):
         if SKIPPED_FOLDERS.isdisjoint(path.relative_to(stdlib).parts):
             yield from file_docstrings(path)
 
 
 def file_docstrings(path: Path) -> Iterator[str]:
-    """The documentation strings of one file; none where it is no Python that this one reads."""
+    """Yields the documentation strings of a file; none if this Python cannot parse the file."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of other people's escape sequences
+            warnings.simplefilter("ignore")  # warnings about escape sequences in that file
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
         return
@@ -69,7 +69,7 @@ def file_docstrings(path: Path) -> Iterator[str]:
 
 
 def unique(texts: Iterable[str]) -> Iterator[str]:
-    """The texts that are long enough, each once, in order."""
+    """Yields each text of at least MIN_CHARACTERS once, in order."""
     seen = set()
     for text in texts:
         if len(text) >= MIN_CHARACTERS and text not in seen:
@@ -78,12 +78,12 @@ def unique(texts: Iterable[str]) -> Iterator[str]:
 
 
 def write_jsonl(path: Path, texts: Iterable[str]) -> None:
-    """One {"text": ...} a line."""
+    """Writes a file with one {"text": ...} per line."""
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
 def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of VOCAB_SIZE tokens, end of text included."""
+    """Trains a byte-level BPE tokenizer of VOCAB_SIZE tokens, including the end of text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,11 +1,11 @@
 # shellcheck shell=bash
-# Sourced: makes .venv in the current folder if there is none, completes it with requirements.txt and
-# what the arguments name (as pip takes it: `-r requirements-dev.txt`, or packages), in the versions
-# of constraints.txt, and activates it. Does nothing twice: .venv/.installed keeps what was asked for
-# when the last installation succeeded; a call without arguments asks for the beginning of that.
+# Source this: it makes .venv in the current folder if there is none, installs requirements.txt and the
+# arguments (in pip's form: `-r requirements-dev.txt`, or packages) in the versions of
+# constraints.txt, and activates .venv. A second call installs nothing: .venv/.installed has the
+# packages of the last successful installation; a call without arguments needs only the first of these.
 
 # show_progress LOG: copies pip's output to a log. Prints a line for each download of a megabyte or
-# more, and one whenever pip has said nothing for ten seconds.
+# more, and a line after each ten seconds without output.
 show_progress() {
   local line status begin=$SECONDS
   while true; do
@@ -36,9 +36,9 @@ case "$(cat .venv/.installed 2>/dev/null)" in
   "$wanted"*) ;;
   *)
     cat >&2 <<'END'
-Installing packages into .venv. Training needs some 75: 0.4 GB to download where pip finds torch's CPU
-build, 3 GB with its CUDA build, which PyPI has for Linux. The tests need another 0.5 GB. From nothing
-that takes two to ten minutes. All that pip says is in .venv/install.log.
+Installing packages into .venv. Training needs about 75 packages: pip downloads 0.4 GB with torch's CPU
+build, or 3 GB with its CUDA build, which PyPI has for Linux. The tests need another 0.5 GB. A first
+installation takes two to ten minutes. pip's output is in .venv/install.log.
 END
     : >.venv/install.log
     (

@@ -1,8 +1,8 @@
-"""What every process of the tests begins with.
+"""Settings of every test process.
 
-One thread each: tests run several at once, and threads that wait for each other's core are far
-slower than none. And SIGINT as a terminal's process has it: a shell's background job ignores it,
-and so would all that the tests start and interrupt.
+Each process has one thread: several tests run at once, and threads that wait for a busy core are
+far slower than one thread. SIGINT has its default handler, as in a terminal: a shell's background
+job ignores SIGINT, and so would all processes that the tests start and interrupt.
 """
 
 import os
@@ -19,8 +19,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 @pytest.fixture(autouse=True, scope="module")
 def products_of_its_own() -> Iterator[None]:
-    """A run in the tests' own process chooses what multiplies its matrices, for that alone."""
+    """Resets the matmul backend after each test module, because a run in this process sets it."""
     yield
-    backend = sys.modules.get("modules.matmul.backend")  # which imports torch, and takes seconds
+    backend = sys.modules.get("modules.matmul.backend")  # an import of it would take seconds
     if backend is not None:
         backend.use_matmul("default")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes or completes .venv, then runs ruff, mypy and pytest (the arguments are pytest's).
-# mypy runs beside pytest. Four workers share two cores well: ranks mostly wait for each other.
+# Makes or completes .venv, then runs ruff, mypy and pytest. Arguments go to pytest. mypy runs at the
+# same time as pytest. Four workers use two cores well, because ranks mostly wait for each other.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=../example_scripts/venv.sh

@@ -1,4 +1,4 @@
-"""A converter's wrong flag gets one line, with what was expected, and exit status 2."""
+"""Tests that a wrong flag of a converter gives one line with the expected value, and status 2."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from tests.support.valid_run import the_line
 
 Parse = Callable[[str, list[str]], object]
 
-# the flags given, and what the line must hold
+# the given flags | words that the error line must contain
 FROM_HF = """
 --save-dir a | --model-name | required
 --model-name a | --save-dir | required

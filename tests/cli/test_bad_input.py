@@ -1,7 +1,7 @@
-"""Every mistake that a user can make with flags gets one line and exit status 2.
+"""Tests that every mistake with flags gives one error line and exit status 2.
 
-The line names the flag or file, the value, and what was expected. In this process; real processes
-are in tests/lifecycle/test_bad_flags.py and test_bad_files.py.
+The line names the flag or file, the value, and the expected value. These tests run in this process;
+tests/lifecycle/test_bad_flags.py and test_bad_files.py start real processes.
 """
 
 import re
@@ -33,7 +33,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_home(tmp_path_factory.mktemp("bad-input"))
 
 
-# what is expected, and flags with values that are something else
+# the expected kind of value | flags with wrong values
 WRONG_NUMBERS = """
 whole number of at least | embedding-dim 0 x | world-size 0 2.5 | rank -1 | cuda-id -1
 whole number of at least | pipeline-group-size 0 | data-group-size two | total-steps 0 1e3
@@ -49,7 +49,7 @@ finite number | lr inf | weight-decay inf | join-timeout inf | dist-timeout inf
 WRONG_LAYERS = ["2.0", "0", "-2", "5,,3", ",", "2,", ",2", "", " ", "2, 1", "2;1", "2,0", "3,-1"]
 WRONG_LAYERS += ["-1,3", "1e0", "2,auto", "auto ", "Auto", "auto,auto", "\u0662", "9" * 50]
 REQUIRED = ["model-name", "model-type", "num-layers", "embedding-dim", "task-name", "total-steps"]
-# what differs from the right flags, as in a shell, and what the line holds; {home} is the folder
+# changes of the valid flags, in shell syntax | words of the error line; {home} is the folder
 MISTAKES = """
 --dist-timeout 1e300 | --dist-timeout: | '1e300'
 --dist-timeout 4.9 | --dist-timeout 4.9 | at least 5 seconds | ranks that save
@@ -135,7 +135,7 @@ TORCHELASTIC_RUN_ID=1 MASTER_PORT=http | --dist-url tcp://127.0.0.1:http | tcp:/
 
 
 def mistakes() -> Iterator[tuple[str, str]]:
-    """Yields what is wrong, as in a shell, and what the line holds, between bars."""
+    """Yields each mistake, in shell syntax, and the words of its error line, joined by " | "."""
     for line in WRONG_NUMBERS.strip().splitlines():
         expected, *flags = line.split(" | ")
         for flag, *values in map(str.split, flags):
@@ -162,7 +162,7 @@ def test_a_flag(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # where there is no data/mmlu-cot.json
+    monkeypatch.chdir(tmp_path)  # this folder has no data/mmlu-cot.json
     parts = shlex.split(wrong.format(home=home))
     environ = dict(parts.pop(0).split("=", 1) for part in list(parts) if re.match("[A-Z_]+=", part))
     flags: Flags = {flag[2:]: value for flag, value in zip(parts[::2], parts[1::2], strict=True)}
@@ -171,7 +171,7 @@ def test_a_flag(
     assert all(word in line for word in CASES[wrong].format(home=home).split(" | ")), line
 
 
-# flags that are hardly meant, and how the line that says so begins
+# flags that are probably a mistake, and the start of the warning about them
 DOUBTS = {
     "--fp16 true": "",
     "--train-warmup-steps 3": "--train-warmup-steps does nothing",
@@ -201,7 +201,7 @@ def test_rank_0_alone_tells_it(
 
 
 def test_scale_flags_that_are_not_in_use_are_not_compared(home: Path) -> None:
-    """A constant scale has no smallest, nor has fp32."""
+    """fp32 and a constant loss scale do not use --min-loss-scale, so any value is accepted."""
     for flags in ({"fp16": "true", "loss-scale": 64}, {}):
         args = parse_train(argv(right(home) | flags | {"min-loss-scale": 65536}), {})
         assert args.precision.min_loss_scale == 65536.0
@@ -210,7 +210,7 @@ def test_scale_flags_that_are_not_in_use_are_not_compared(home: Path) -> None:
 def test_a_missing_bitsandbytes(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Seen before torch is imported, and not looked for where it is not needed."""
+    """Without bitsandbytes, --optimizer 8bit-adam is an error that names the install command."""
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     line = refusal(argv(right(home) | {"optimizer": "8bit-adam"}), {}, monkeypatch, capsys)
     assert line.startswith("--optimizer 8bit-adam needs bitsandbytes")
@@ -223,9 +223,9 @@ def refusal(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> str:
-    """The one line that this process would end with, with status 2."""
+    """Runs the checks of a start in this process, with exit status 2; returns the error line."""
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        monkeypatch.setenv(variable, environ.get(variable, ""))  # else the choice would stay
+        monkeypatch.setenv(variable, environ.get(variable, ""))  # so that the test restores it
     with pytest.raises(SystemExit) as ended:
         start_alone(arguments_given, environ)
     assert ended.value.code == 2
@@ -234,12 +234,12 @@ def refusal(
 
 def start_alone(arguments_given: list[str], environ: Mapping[str, str]) -> None:
     problem = problem_with(arguments_given, environ)
-    assert problem is not None, "the mistake was not seen"
+    assert problem is not None, "no mistake was found"
     refuse(problem)
 
 
 def problem_with(arguments_given: list[str], environ: Mapping[str, str]) -> Exception | None:
-    """What a process finds before it meets others, who would be told."""
+    """Returns the problem that a process finds before the rendezvous, or None."""
     machine = check_this_machine(parse_train(arguments_given, environ))
     if machine.lock is not None:
         machine.lock.close()
@@ -271,7 +271,7 @@ def printed_by(flag: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_every_flag_is_a_field_of_one_group() -> None:
-    """And every other field is derived, by name."""
+    """Each flag is one field; every other field is derived, and this test lists these."""
     groups = get_type_hints(settings.Settings).values()
     names = [field.name for group in groups for field in fields(group)]
     assert len(names) == len(set(names))

@@ -1,4 +1,4 @@
-"""--check-cluster as users start it: what four real processes tell of themselves and each other."""
+"""Tests --check-cluster with four real processes, and their reports about each other."""
 
 import re
 import socket
@@ -34,7 +34,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ranks(home: Path, odd: str, more: str = "", timing: Timing = DEFAULT_TIMING) -> list[Rank]:
-    """The four of a run, with `odd` flags on the last."""
+    """Returns the four ranks of a run; the last rank gets the additional flags `odd`."""
     common = flags(home, **{"dist-url": f"tcp://127.0.0.1:{free_port()}"}, **flags_of(more))
     return [
         Rank(argv({**common, "rank": rank, **flags_of(odd * (rank == 3))}), home, timing=timing)
@@ -89,7 +89,7 @@ def test_another_model_on_one_rank(outcomes: dict[str, Outcome]) -> None:
 
 
 def test_no_model_on_one_rank(outcomes: dict[str, Outcome]) -> None:
-    """The others' config.json says what to measure."""
+    """If rank 3 has no model, the check uses config.json of the other ranks for its measurement."""
     told = outcomes["no model"][0].stdout
     assert [one.status for one in outcomes["no model"]] == [1] * 4
     assert re.search(r"- rank 3 \(host .*\): --model-name \S*nowhere: no such folder\n", told)
@@ -103,7 +103,7 @@ def test_another_flag_on_one_rank(outcomes: dict[str, Outcome]) -> None:
 
 
 def test_a_missing_rank_is_named_while_the_others_wait(outcomes: dict[str, Outcome]) -> None:
-    """The last rank has another job's token: it goes, and counts as missing."""
+    """Rank 3 has the token of another job: it ends at once and counts as missing."""
     *waiting, other = outcomes["missing"]
     for one in waiting:
         assert one.status == 1

@@ -1,6 +1,7 @@
-"""--check-cluster where something is slow, or another, on one rank of four.
+"""Tests --check-cluster when one of four ranks is slow or differs from the other ranks.
 
-Made so in that process: by a sleep in one channel's sends, a rate, a version or a clock of its own.
+The test makes the difference inside that process: by a sleep in one communicator's sends, or by a
+changed matmul rate, version or clock.
 """
 
 import re
@@ -36,7 +37,7 @@ CUT = "pytorch_6.pt"
 
 
 class Throttled:
-    """A channel in which long messages to one member take longer."""
+    """Communicator whose long messages to one rank take SLEEP seconds longer."""
 
     def __init__(self, group: Communicator, *, to: int) -> None:
         self._group, self._to = group, to
@@ -57,13 +58,13 @@ def throttle(groups: ProcessGroups, name: str, *, to: int) -> ProcessGroups:
 
 
 def check_cases(rank: int, world_size: int, url: str, home: Path) -> dict[str, Any]:
-    """Every case's status and what this rank told."""
+    """Runs every case; returns each case's exit status and the lines that this rank reports."""
     torch.set_num_threads(1)
     entered = enter(rank, url, num_stages=2, num_replicas=2)
     found = {}
     for name, odd in CASES.items():
         more: dict[str, Any] = {"load-pretrained-model": "false", "rank": rank}
-        if name == "a cut shard":  # on a disk that all share
+        if name == "a cut shard":  # all ranks read the same disk
             more |= {"model-name": home / "cut", "load-pretrained-model": "true"}
         args = parse_train(argv(flags(home, **more)), {})
         groups = entered.groups
@@ -81,7 +82,7 @@ def check_cases(rank: int, world_size: int, url: str, home: Path) -> dict[str, A
     return found
 
 
-# The rank on which it is so.
+# Each case, and the rank that is slow or different.
 CASES = {
     "nothing": None,
     "a slow pipeline": 2,
@@ -120,7 +121,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     by_rank = run_ranks(4, check_cases, home)
     for name in CASES:
         assert len({found[name][0] for found in by_rank}) == 1, "one status on all ranks"
-        assert not any(found[name][1] for found in by_rank[1:]), "rank 0 alone tells"
+        assert not any(found[name][1] for found in by_rank[1:]), "only rank 0 reports"
     return by_rank[0]
 
 
@@ -130,16 +131,16 @@ def the(lines: list[str], text: str) -> str:
 
 
 def seconds(lines: list[str]) -> float:
-    """Of an iteration."""
+    """Returns the seconds of an iteration in the report."""
     took = re.search(r"takes at least (\S+) (m?s) of", the(lines, "an iteration ("))
     assert took
     return float(took[1]) / {"s": 1, "ms": 1000}[took[2]]
 
 
 def test_a_slow_link_is_named_with_what_steps_become(found: Found) -> None:
-    """The two microbatches of a step compute for less than the 50 ms that each message takes."""
+    """Each message takes 50 ms, which is longer than a step's two microbatches compute."""
     status, lines = found["a slow pipeline"]
-    assert status == 0, "speed alone stops no run"
+    assert status == 0, "a slow link alone is no failure"
     line = the(lines, "the pipelines' slowest link")
     ends = f"rank 2 ({HOST}) -> rank 3 ({HOST})"
     assert f"is stage 0 -> stage 1 of pipeline 1 ({ends}): " in line
@@ -156,7 +157,7 @@ def test_slow_replicas_are_named(found: Found) -> None:
 
 
 def test_a_slow_device_gets_fewer_layers(found: Found) -> None:
-    """A hundredth of the others' speed leaves stage 1 one layer of eight, beside the head."""
+    """Stage 1 has a hundredth of the others' speed: it gets one of eight layers, and the head."""
     line = the(found["a slow device"][1], "--num-layers 7,1")
     assert "--num-layers 7,1 is more even than 4,4" in line
     line = the(found["a slow device"][1], "- devices differ: ")
@@ -179,7 +180,7 @@ def test_another_clock_is_named(found: Found) -> None:
 
 
 def test_a_cut_shard_is_named_by_all_whose_stage_reads_it(found: Found) -> None:
-    """They agree with each other, not with the manifest."""
+    """Ranks 1 and 3 read the same file, but its size differs from the manifest."""
     status, lines = found["a cut shard"]
     assert status == 1
     told = [line for line in lines if CUT in line]

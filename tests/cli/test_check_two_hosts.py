@@ -1,4 +1,4 @@
-"""--check-cluster between two machines, one of which sends at a rate that Linux's shaper sets."""
+"""Tests --check-cluster between two hosts; Linux's traffic shaper limits the first host's rate."""
 
 import re
 import shutil
@@ -12,19 +12,19 @@ from tests.support.cluster import make_model
 from tests.support.hosts import HOSTS, wired
 from tests.support.runs import Rank, Run, run_all
 
-RATE = 40e6 / 8  # bytes per second, of the first machine's sends, headers included
+RATE = 40e6 / 8  # bytes per second that the first host sends, including headers
 
 
 @pytest.fixture(scope="module")
 def wire() -> Iterator[None]:
-    """The two hosts, as long as the test runs."""
+    """Creates the two hosts for the duration of the tests."""
     with wired():
         yield
 
 
 @pytest.mark.usefixtures("wire")
 def test_the_rate_of_a_link_is_that_of_its_shaper(tmp_path: Path) -> None:
-    """Each machine has its own copies of model and token, at other paths."""
+    """The report has the shaper's rate; each host has its own model and token, at other paths."""
     near, far = HOSTS
     shape(near.name, near.interface)
     ranks = []
@@ -57,11 +57,11 @@ def shape(host: str, interface: str) -> None:
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
     except subprocess.CalledProcessError as error:
-        pytest.skip(f"may not shape a link here: {error.stderr.strip()}")
+        pytest.skip(f"cannot shape a link here: {error.stderr.strip()}")
 
 
 def rate_of(told: str, source: str, to: str) -> float:
-    """Bytes per second."""
+    """Returns the reported bytes per second from `source` to `to`."""
     pattern = rf"^rank \d \({source}\) -> rank \d \({to}\) .* (\S+) (kB|MB|GB)/s$"
     found = re.search(pattern, told, re.MULTILINE)
     assert found, told

@@ -1,4 +1,4 @@
-"""README and docs: the site builds, links and flags are right, and every shown command runs."""
+"""Tests README and docs: the site builds, links and flags exist, and each shown command runs."""
 
 import hashlib
 import os
@@ -16,8 +16,8 @@ from tests.support.pages import PAGES, ROOT, blocks_of, copy_project, run_block
 README = ROOT / "README.md"
 LINK = re.compile(r"\]\((?!https?://)([^)#\s]*)(?:#([^)\s]*))?\)")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
-# Flags of the converters, of other commands of this project, and of other programs; --log-every is
-# the example of the recipe "Add a flag".
+# Flags of the converters, `python -m pipeline_parallel.schedule`, scripts and other programs;
+# --log-every is the example of the recipe "Add a flag".
 OTHER_FLAGS = {
     *("--save-dir", "--dtype", "--ckpt-path", "--save-path", "--n-stages", "--n-layer-per-stage"),
     *("--config-name", "--verify", "--stages", "--microbatches", "--forward", "--input-gradient"),
@@ -30,7 +30,7 @@ LOADED = re.compile(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=\"?(https
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built site; --strict fails for a link or an anchor of docs/ that leads nowhere."""
+    """Builds the site; --strict fails for a link or an anchor of docs/ that does not exist."""
     folder = tmp_path_factory.mktemp("docs") / "site"
     env = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(folder)]
@@ -47,7 +47,7 @@ def test_the_site_loads_nothing_from_a_network(site: Path) -> None:
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_links_into_the_project_lead_somewhere(page: str, site: Path) -> None:
-    """mkdocs checks the links between its own pages; an anchor is looked up in the built page."""
+    """mkdocs checks links between its own pages; the test looks for an anchor in the built page."""
     for target, anchor in LINK.findall((ROOT / page).read_text(encoding="utf-8")):
         assert (ROOT / target).exists(), target
         if anchor:
@@ -56,7 +56,7 @@ def test_links_into_the_project_lead_somewhere(page: str, site: Path) -> None:
 
 
 def test_the_page_of_flags_is_that_of_the_flag_table() -> None:
-    """`python docs/write_flags.py` writes it."""
+    """`python docs/write_flags.py` writes the page."""
     command = [sys.executable, "docs/write_flags.py", "--check"]
     assert subprocess.run(command, cwd=ROOT, timeout=60).returncode == 0
 
@@ -71,7 +71,7 @@ def test_readme_is_short_and_has_every_package() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_file_that_is_named_exists(page: Path) -> None:
-    """A name may leave out the first folders of the path; blocks of code name files to write."""
+    """A name can omit the first folders of a path; code blocks, which make files, are skipped."""
     text = re.sub(r"```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
     names = set(re.findall(r"(?<![\w/.<>-])[\w/]*\w\.(?:py|sh|sbatch)\b", text))
     files = [f"/{path.relative_to(ROOT)}" for path in ROOT.glob("[!.]*/**/*")]
@@ -87,7 +87,7 @@ def test_every_flag_that_is_named_exists(page: Path) -> None:
 
 
 def test_the_licence_is_apache_2_0_to_the_letter() -> None:
-    """The checksum is that of apache.org/licenses/LICENSE-2.0.txt."""
+    """The expected checksum is that of apache.org/licenses/LICENSE-2.0.txt."""
     digest = hashlib.sha256((ROOT / "LICENSE").read_bytes()).hexdigest()
     assert digest == "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
     assert "Apache License 2.0: see `LICENSE`." in README.read_text(encoding="utf-8")
@@ -95,7 +95,7 @@ def test_the_licence_is_apache_2_0_to_the_letter() -> None:
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
-    """Makes a copy of the project for a page, in which the quick start has run."""
+    """Returns a function that copies the project together with the results of the quick start."""
     first = copy_project(tmp_path_factory.mktemp("shown"))
     command = [sys.executable, "-m", "example_scripts.quickstart"]
     subprocess.run(command, cwd=first, check=True, timeout=600)
@@ -117,7 +117,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
 def test_every_shown_command_runs(
     page: Path, shown: Callable[[Path], Path], tmp_path: Path
 ) -> None:
-    """Page by page and in order, after the quick start."""
+    """The blocks of each page run in order, in a copy with the results of the quick start."""
     project = shown(tmp_path)
     for block in blocks_of(page):
         if block.is_run:
@@ -125,7 +125,7 @@ def test_every_shown_command_runs(
 
 
 def test_every_block_of_commands_is_seen() -> None:
-    """No page hides one from the tests, by an indentation or another name of the language."""
+    """No page has an indented block or another name of the shell, which the tests would miss."""
     for page in PAGES:
         fences = re.findall(r"^\s*```(\w+)", page.read_text(encoding="utf-8"), flags=re.M)
         assert not {"sh", "shell", "console"}.intersection(fences), page

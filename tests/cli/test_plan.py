@@ -1,4 +1,4 @@
-"""--plan: its numbers against arithmetic, its words, and what it takes as enough."""
+"""Tests --plan: its numbers against arithmetic, its output, and its decision whether a run fits."""
 
 import os
 import re
@@ -33,7 +33,7 @@ CONFIG = GPTNeoXConfig(**SIZES)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With config.json alone."""
+    """Returns a folder that contains only config.json."""
     folder = tmp_path_factory.mktemp("plan")
     CONFIG.save_pretrained(folder)
     return folder
@@ -72,8 +72,11 @@ BYTES: list[tuple[dict[str, Any], int, int]] = [
 def test_bytes_of_a_parameter_are_those_of_the_readme(
     changes: dict[str, Any], device: float, on_host: float, cuda: bool, folder: Path
 ) -> None:
-    """Within 4%: zero-stage 1 deals out whole weights, small ones have fp32 moments under
-    8bit-adam, and offload has two buffers of the largest weight."""
+    """Bytes per parameter are those of the README's table, within 4%.
+
+    The plan differs slightly from the table: ZeRO stage 1 assigns complete weights to replicas,
+    8bit-adam has fp32 moments for small weights, and offload has two buffers of the largest weight.
+    """
     found = rehearse(folder, 0, cuda=cuda, batch_size=1, **changes)
     count = sum(p.numel() for p in GPTNeoXForCausalLM(CONFIG).parameters())
     assert found.parameters == count
@@ -88,13 +91,13 @@ def test_bytes_of_a_parameter_are_those_of_the_readme(
 
 
 def pinned(size: int) -> int:
-    """The next power of two."""
+    """Returns the size of a pinned block: the next power of two."""
     return 1 << (size - 1).bit_length()
 
 
 @pytest.mark.parametrize("cuda", [False, True])
 def test_the_copy_that_is_saved_is_in_host_memory(cuda: bool, folder: Path) -> None:
-    """Weights, masters and moments; of the replica that saves. Pinned, it is in powers of two."""
+    """The replica that saves copies weights, masters, moments; pinned sizes are powers of two."""
     counts = [p.numel() for p in GPTNeoXForCausalLM(CONFIG).parameters()]
     flags: dict[str, Any] = {"bf16": True, "data_group_size": 2, "batch_size": 1}
     for rank, size in ((0, 14), (1, 0)):
@@ -114,7 +117,7 @@ def test_the_copy_that_is_saved_is_in_host_memory(cuda: bool, folder: Path) -> N
 def test_a_few_microbatches_tell_of_many(
     mode: str, recompute: bool, stage: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All but the losses of a stage's microbatches, 4 bytes each."""
+    """Few simulated microbatches give the memory of all, except 4 bytes of loss for each."""
     flags: dict[str, Any] = {"pp_mode": mode, "recompute": recompute, "pipeline_group_size": 2}
     found = rehearse(folder, stage, batch_size=MANY_ROWS, **flags)
     monkeypatch.setattr(planning.memory.dry_run, "ENOUGH", MANY_ROWS)
@@ -124,7 +127,7 @@ def test_a_few_microbatches_tell_of_many(
 
 
 def test_on_gpus_scores_are_never_held(folder: Path) -> None:
-    """Twice the tokens in half the microbatches are as many activations, but for scores."""
+    """Twice the tokens in half the rows need equal memory: attention scores are not stored."""
     flags: dict[str, Any] = {"recompute": False, "bf16": True, "pp_mode": "1f1b"}
     short = rehearse(folder, 0, cuda=True, seq_length=32, micro_batch_size=4, **flags)
     long = rehearse(folder, 0, cuda=True, seq_length=64, micro_batch_size=2, **flags)
@@ -139,7 +142,7 @@ def test_nothing_of_a_rehearsal_stays(folder: Path) -> None:
 
 
 def plan(folder: Path, capsys: Capture, **changes: Any) -> tuple[int, list[str]]:
-    """The exit status, and what was printed."""
+    """Runs --plan; returns the exit status and the printed lines."""
     try:
         main([*argv(folder, **changes), "--plan"])
         status = 0
@@ -174,7 +177,7 @@ def in_units(millions: float) -> str:
 
 
 def test_what_does_not_fit_is_told_with_what_helps(folder: Path, capsys: Capture) -> None:
-    """Each change is what the plan with it says, and the first saves most."""
+    """A plan with the advised change gives the advised memory; the first change saves most."""
     flags: dict[str, Any] = {"recompute": False, "micro_batch_size": 2}
     peak = rehearse(folder, 0, **flags).peak
     assert plan(folder, capsys, **flags, device_memory=f"{peak}B")[0] == 0
@@ -220,7 +223,10 @@ def closed_pipe() -> int:
 
 
 def plan_to(output: int, folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> int:
-    """The exit status; closing the file fails where it holds what it could not write."""
+    """Runs --plan with `output` as its standard output; returns the exit status.
+
+    Closing the file raises an error if the file still holds text that could not be written.
+    """
     with os.fdopen(output, "w") as file:
         monkeypatch.setattr(sys, "stdout", file)
         try:

@@ -1,4 +1,4 @@
-"""--preview-data: the blocks that training sees, and numbers counted by hand."""
+"""Tests --preview-data: the shown blocks are those of training, and numbers are counted by hand."""
 
 import json
 import re
@@ -32,7 +32,7 @@ PAIRS = [{"prompt": f"fox {i}:", "completion": " dog"} for i in range(10)]
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes batches of few documents: these sources are not read many times for one of them."""
+    """Makes batches of 16 documents, so that no small source is read many times for one batch."""
     monkeypatch.setattr(prefetch, "BATCH_DOCUMENTS", 16)
 
 
@@ -65,7 +65,7 @@ def sample(path: Path, *, train_on: TrainOn = "all", **options: Any) -> SourceSa
 
 
 def test_the_blocks_are_those_of_training(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With no weights at all; text and places are those of the stream that a run opens."""
+    """The preview needs no weights; text and places are those of the stream that a run opens."""
     out = run(folder, capsys)
     sources = {"pairs.jsonl": 1, "text.jsonl.zst": 3}
     specs = [SourceSpec(str(folder / name), weight) for name, weight in sources.items()]
@@ -102,7 +102,7 @@ def test_text_does_not_command_the_terminal(tmp_path: Path) -> None:
 
 
 def test_the_mixture_is_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """10 steps of 4 blocks of 16 tokens, a quarter of them from the pairs."""
+    """The run has 10 steps of 4 blocks of 16 tokens; a quarter of the tokens is from the pairs."""
     lines = run(folder, capsys, "--train-on completion").splitlines()
     heading, pairs, text = lines[-3:]
     assert heading.split() == ["share", "documents", "tokens", "trained", "epochs", "source"]
@@ -137,7 +137,7 @@ def test_what_is_read_in_order_is_counted(tmp_path: Path) -> None:
 
 
 def test_padding_is_counted_in_the_epochs(tmp_path: Path) -> None:
-    """Documents of 9 tokens, of which one fits into a block of 16."""
+    """A document has 9 tokens, so one document fits into a block of 16."""
     path = write_jsonl(tmp_path / "a.jsonl", [" fox" * 8] * 40)
     numbers = sample(path, pack="document")
     assert numbers.num_tokens == 40 * 9
@@ -152,8 +152,11 @@ def test_padding_is_counted_in_the_epochs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pack", ["concat", "document"])
 @pytest.mark.parametrize("rows", [1, 40])
 def test_epochs_are_those_that_a_run_makes(tmp_path: Path, pack: Pack, rows: int) -> None:
-    """Most blocks of long prompts train nothing and are passed over; one document alone is
-    packed many times into a group."""
+    """The epochs in the preview are the epochs of a real stream after 1000 blocks.
+
+    Most blocks of long prompts have no trained token and are skipped; with one row, one document is
+    packed many times into a group.
+    """
     pairs = [{"prompt": "fox " * (i % 7 * 20), "completion": " dog" * 3} for i in range(rows)]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))

@@ -1,7 +1,8 @@
-"""The whole training step over every channel: the same losses and weights, to the bit.
+"""Tests a training step over every backend: losses and weights are equal, bit for bit.
 
-On CPU, so with doubles at the last line before a GPU: of NCCL's communicator for CuPy's channel,
-and gloo's groups for torch's own. Gradients are sums of two replicas: bits may be compared.
+The tests run on CPU, with doubles of the last layer before a GPU: NCCL's communicator for CuPy's
+backend, and gloo's groups for torch's own NCCL backend. A gradient is the sum of two replicas,
+which does not depend on their order, so bits can be compared.
 """
 
 from collections import Counter
@@ -46,7 +47,7 @@ def flags(folder: Path) -> dict[str, Any]:
 def train_over_each(
     rank: int, world_size: int, url: str, meetings: dict[str, Any], folder: Path
 ) -> Traffic:
-    """All cases over every backend; returns what went through NCCL's double."""
+    """Trains all cases over every backend; returns the traffic through NCCL's double."""
     cases = [
         Case(name, flags(folder) | changes, shapes=SHAPES[name])
         for name, changes in PRECISIONS.items()
@@ -54,8 +55,8 @@ def train_over_each(
     with nccl_double() as traffic, gloo_for_nccl() as groups:
         for backend, shapes in meetings.items():
             train_cases(rank, world_size, url, shapes, cases, folder / backend, backend)
-            assert bool(traffic) == (backend != "gloo"), "only CuPy's channel, from then on"
-            assert bool(groups) == (backend == "nccl"), "only torch's"
+            assert bool(traffic) == (backend != "gloo"), "CuPy's backend sends the first"
+            assert bool(groups) == (backend == "nccl"), "only torch's backend makes them"
     return traffic
 
 
@@ -78,7 +79,7 @@ def test_training_is_that_over_gloo(
     expected, found = (read_metrics(run / "metrics.jsonl") for run in runs)
     for key in ("loss", "grad_norm", "loss_scale", "lr"):
         assert [line.get(key) for line in found] == [line.get(key) for line in expected], key
-    assert len({line["loss"] for line in found}) == len(found) >= UPDATES, "the loss moves"
+    assert len({line["loss"] for line in found}) == len(found) >= UPDATES, "the loss changes"
     weights = [weights_of(folder / each, precision, *shape) for each in ("gloo", backend)]
     assert weights[0] == weights[1]
 
@@ -86,10 +87,10 @@ def test_training_is_that_over_gloo(
 def test_activations_and_gradients_went_through_the_double(
     trained: tuple[Path, Sequence[Traffic]],
 ) -> None:
-    """Each in its compute type, and as many bytes as there are, over both shapes in fp32."""
+    """Messages have the compute type; the expected traffic is calculated from the shapes."""
     total = sum((traffic for traffic in trained[1]), Counter[tuple[str, int]]())
     elements = 2 * ROWS * TOKENS * HIDDEN * UPDATES  # between two neighbours, both ways
-    opened = 2 * 2 + 2 * 3  # each edge's first message of one number: two pipelines of 2, one of 4
+    opened = 2 * 2 + 2 * 3  # each edge's first message has one number: two pipelines of 2, one of 4
     assert total["send", nccl.NCCL_FLOAT32] == 4 * (elements + 3 * elements + opened)
     assert total["send", nccl.NCCL_BFLOAT16] == 2 * elements
     assert total["send", nccl.NCCL_FLOAT16] == 2 * 2 * elements

@@ -1,7 +1,7 @@
-"""--cpu-matmul: the library for matmuls is chosen by each rank's CPU, logged, saved and resumed.
+"""Tests --cpu-matmul: each rank's library depends on its CPU, is logged, saved and resumed.
 
-CPUs are put in place of the machine's. torch is then told to use oneDNN, which it does where
-the machine has AVX-512; elsewhere its default computes all the same.
+The tests replace the machine's CPU by other CPUs. torch uses oneDNN only where the machine has
+AVX-512; on other machines torch's default computes the tests.
 """
 
 import logging
@@ -33,9 +33,9 @@ from tests.support.models import make_shards
 from training.cpu_matmul import choose_cpu_matmul
 from training.trainer import Trainer
 
-Runs = tuple[Path, list[dict[str, Told]]]  # their folder, and what each rank told
+Runs = tuple[Path, list[dict[str, Told]]]  # their folder, and each rank's log lines
 STEPS, SAVED = 4, 2
-TOLERANCE = 1e-5  # relative, of losses: both libraries' products are fp32
+TOLERANCE = 1e-5  # relative, of losses; both libraries multiply in fp32
 EPYC, XEON, OLD = "AMD EPYC 9654 96-Core Processor", CPUS["Ice Lake"].name, "Zen 3"
 
 # ---- a world of one ----
@@ -63,7 +63,7 @@ def setting() -> str:
     return str(mkldnn.matmul.fp32_precision)
 
 
-# flag, CPU, what the checkpoint was made with: the choice, and what is told before the line
+# flag, CPU, choice in the checkpoint: the new choice, and the line logged before the choice
 DECISIONS: list[tuple[str, str, Matmul | None, str, str | None]] = [
     ("auto", "Zen 4", None, "onednn", None),
     ("auto", "Zen 3", None, "default", None),
@@ -126,7 +126,7 @@ def test_products_that_are_not_fp32_are_left_where_nobody_asked(
 
 @pytest.mark.parametrize("saved", [None, []])
 def test_a_checkpoint_that_does_not_tell_leaves_it_to_the_cpu(saved: list[Matmul] | None) -> None:
-    """Made on GPUs, or with fewer replicas than now."""
+    """A checkpoint made on GPUs, or with fewer replicas, leaves the choice to the CPU."""
     assert saved_choice(saved, 0) is None
 
 
@@ -149,18 +149,18 @@ def test_half_precision_is_told_in_one_line(
     assert line.endswith(end)
 
 
-# ---- whole runs of two stages ----
+# ---- complete runs of two stages ----
 
 
 @dataclass(frozen=True)
 class Machines:
-    """The ranks' CPUs; a rank logs which setting of torch it trains with."""
+    """The CPUs of the ranks; each rank logs the torch setting with which it trains."""
 
     kinds: tuple[str, str]
 
     @contextmanager
     def __call__(self, topology: Topology) -> Iterator[None]:
-        # Read at oneDNN's first use: a machine that has AMX computes as one that has not.
+        # oneDNN reads this at its first use. A machine with AMX then computes as one without AMX.
         os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"
         run, mine = Trainer.run, CPUS[self.kinds[topology.rank]]
 
@@ -176,7 +176,7 @@ class Machines:
 
 
 BOTH, MIXED, SWAPPED = ("Zen 4", "Zen 4"), ("Zen 4", "Ice Lake"), ("Ice Lake", "Zen 4")
-# name: flag, CPUs, the run it goes on from; what the ranks then multiply with
+# name: flag, CPUs, the run from which it resumes; the matmul libraries of the ranks
 RUNS: dict[str, tuple[str, tuple[str, str], str | None, list[str]]] = {
     "default": ("default", BOTH, None, ["default", "default"]),
     "onednn": ("onednn", BOTH, None, ["onednn", "onednn"]),
@@ -192,7 +192,7 @@ RUNS: dict[str, tuple[str, tuple[str, str], str | None, list[str]]] = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """The folder of all runs, and what each rank told."""
+    """Returns the folder of all runs, and each rank's log."""
     path = tmp_path_factory.mktemp("matmul")
     write_jsonl(path / "a.jsonl", make_texts(60, seed=1))
     make_shards(path, "model", "gptneox", {"num_hidden_layers": 2})
@@ -241,7 +241,7 @@ def test_the_same_choice_gives_the_same_bits(name: str, whole: str, runs: Runs) 
         assert curve(runs[0], name, 2, 1, key) == curve(runs[0], whole, 2, 1, key)
 
 
-# run, rank, and lines that it tells
+# run, rank, and a line in this rank's log
 LINES = [
     ("onednn", 0, f"CPU matmul: oneDNN ({EPYC})"),
     ("default", 0, f"CPU matmul: torch's default ({EPYC})"),

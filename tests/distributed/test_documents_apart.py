@@ -1,5 +1,7 @@
-"""--pack document over stages and replicas, against the Hugging Face model that is given each
-document by itself, as its end-of-text token tells where it ends.
+"""Tests --pack document over stages and replicas against the Hugging Face model.
+
+The reference gives each document to the Hugging Face model alone; a document ends at its
+end-of-text token.
 """
 
 import json
@@ -28,7 +30,7 @@ from tests.support.parity import (
     worst,
 )
 
-MIDDLE = (4, 1)  # has stages with neither tokens nor labels
+MIDDLE = (4, 1)  # middle stages have neither tokens nor labels
 SHAPES = [(2, 2), MIDDLE]
 UPDATES = 8
 END = 0  # the tokenizer's end of text
@@ -38,7 +40,7 @@ SCHEDULED = [("gpipe", "true"), ("1f1b", "false"), ("zb-h1", "true")]
 
 
 class Reference(NamedTuple):
-    """Losses of the iterations, norms of the updates, and the held-out loss before the first."""
+    """Losses of the iterations, gradient norms of the updates, held-out loss before training."""
 
     losses: list[float]
     norms: list[float]
@@ -46,8 +48,7 @@ class Reference(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """The folder of all runs, the reference of each model, and the losses of the first model where
-    documents are not kept apart."""
+    """The folder of all runs, each model's reference, and losses with documents not kept apart."""
 
     folder: Path
     references: dict[str, Reference]
@@ -60,7 +61,7 @@ def find(tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def held_out_loss(model: Alone, path: Path) -> float:
-    """Of all tokens but each document's first, the documents as the file has them."""
+    """Returns the mean loss of all tokens except each document's first, one document at a time."""
     texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
     found = [
         losses_alone(model.model, torch.tensor([*tokenizer()(text)["input_ids"], END]))
@@ -71,7 +72,7 @@ def held_out_loss(model: Alone, path: Path) -> float:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Each model in its shape, schedules with or without recompute, and dropout."""
+    """Trains each model in its shape, several schedules with or without recompute, and dropout."""
     folder = tmp_path_factory.mktemp("apart")
     write_jsonl(folder / "a.jsonl", make_texts(60, seed=1, longest=4))
     write_jsonl(folder / "b.jsonl", make_texts(60, seed=2))
@@ -103,7 +104,7 @@ def test_losses_are_those_of_each_document_alone(
     name: str, shape: tuple[int, int], trained: Trained
 ) -> None:
     losses, norms, held_out = trained.references[name]
-    assert max(losses) - min(losses) > 0.2, "the loss moves"
+    assert max(losses) - min(losses) > 0.2, "the loss changes"
     first = read_metrics(run_folder(trained.folder, name, *shape) / "metrics.jsonl")[0]
     for key, found, expected in (
         ("loss", curve(trained.folder, name, *shape), losses),
@@ -114,7 +115,9 @@ def test_losses_are_those_of_each_document_alone(
         print(f"{name} apart, P={shape[0]} R={shape[1]}, {key}: {error:.1e}")
         assert error < TOLERANCE
     if name == "neox":
-        assert worst(losses, trained.together) > 100 * TOLERANCE, "it matters"
+        assert worst(losses, trained.together) > 100 * TOLERANCE, (
+            "keeping documents apart changes losses"
+        )
 
 
 def test_bits_depend_on_neither_schedule_nor_recompute(trained: Trained) -> None:

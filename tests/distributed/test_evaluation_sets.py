@@ -1,6 +1,6 @@
-"""Several named sets of held-out text, over stages and replicas, against Hugging Face's model.
+"""Tests several named held-out sets over stages and replicas against Hugging Face's model.
 
-The reference packs the texts itself and evaluates before its 20 updates and after them.
+The reference packs the texts itself; it evaluates before its first update and after its last.
 """
 
 import math
@@ -30,7 +30,7 @@ class Sums(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """The folder of all runs, and the reference's sums over each set, before training and after."""
+    """The folder of all runs, and the reference's sums for each set before and after training."""
 
     folder: Path
     before: dict[str, Sums]
@@ -38,7 +38,7 @@ class Trained(NamedTuple):
 
 
 def sums_of(model: Any, texts: list[str]) -> Sums:
-    """Of a set packed here: block after block, the last as short as it is."""
+    """Returns the loss sum and token count of a set in blocks; the last block may be shorter."""
     backend = tokenizer().backend_tokenizer
     tokens = torch.tensor([t for text in texts for t in [*backend.encode(text).ids, 0]])
     losses = []
@@ -99,7 +99,7 @@ def test_each_set_has_the_loss_of_one_process(suffix: str, step: int, trained: T
 
 
 def test_the_reference_tells_the_sets_apart(trained: Trained) -> None:
-    """And the mean over the tokens of both from the mean of both means."""
+    """Reference losses differ between sets, and between a mean of tokens and a mean of sets."""
     assert trained.before["wiki"].tokens > 4 * trained.before["b"].tokens
     for sums in (trained.before, trained.after):
         means = [one.loss / one.tokens for one in sums.values()]
@@ -125,7 +125,7 @@ def test_a_resumed_run_has_the_same_bits(trained: Trained) -> None:
 
 
 def test_one_set_without_a_name_has_none(trained: Trained) -> None:
-    """With a name it has it. Either way its loss is what it is among others, to the bit."""
+    """A set without a name has no entry in eval_sets; its loss equals the loss among other sets."""
     (alone,), (named,) = lines_of(trained, "alone"), lines_of(trained, "one")
     keys = [key for key in alone if key.startswith("eval")]
     assert keys == ["eval_loss", "eval_perplexity", "eval_loss_before"]
@@ -136,7 +136,7 @@ def test_one_set_without_a_name_has_none(trained: Trained) -> None:
 
 
 def test_a_limit_is_of_each_set(trained: Trained) -> None:
-    """One batch holds the rows of both replicas; the second set has no more than that."""
+    """--evaluation-num-batch limits each set; a batch has the rows of both replicas."""
     (line,) = lines_of(trained, "limited")
     tokens = {name: one["tokens"] for name, one in line["eval_sets"].items()}
     assert tokens["wiki"] == ROWS * (TOKENS - 1) < trained.before["wiki"].tokens

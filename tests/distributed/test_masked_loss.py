@@ -1,7 +1,7 @@
-"""--train-on completion over stages and replicas against Hugging Face's model given labels of -100,
-with documents end to end and apart.
+"""Tests --train-on completion over stages and replicas against Hugging Face's model.
 
-Completions are of digits, and prompts are not, so that the labels follow from a token's characters.
+The reference has labels of -100 for prompts. Documents are packed end to end, or kept apart.
+Completions consist of digits and prompts do not, so a token's characters give its label.
 """
 
 import json
@@ -29,7 +29,7 @@ UPDATES = 8
 
 
 def write_pairs(path: Path) -> Path:
-    """Prompts of one to twelve words, completions of one to ten digits."""
+    """Writes pairs: prompts of one to twelve words, completions of one to ten digits."""
     draw = random.Random(5)
     lines = [
         {
@@ -43,7 +43,7 @@ def write_pairs(path: Path) -> Path:
 
 
 def labels_of(tokens: Tensor) -> Tensor:
-    """-100 for what is neither of digits nor the end of text."""
+    """Returns labels: -100 for each token that is neither a number nor the end of text."""
     names = tokenizer().convert_ids_to_tokens(tokens.flatten().tolist())
     trained = [name.isdigit() or name == "<eos>" for name in names]
     return tokens.masked_fill(~torch.tensor(trained).view(tokens.shape), -100)
@@ -66,7 +66,7 @@ def test_the_loss_is_over_completions_alone(
     if pack == "document":
         model = Alone(model, lambda tokens: doc_starts_after(tokens, end=0))
     losses, norms = reference(model, blocks(pairs, pack), 1, labels_of=labels_of, updates=UPDATES)
-    assert max(losses) - min(losses) > 0.2, "the loss moves"
+    assert max(losses) - min(losses) > 0.2, "the loss changes"
     own = flags(tmp_path, "model", "gptneox", 1, updates=UPDATES)
     own |= {"task-name": pairs, "train-on": "completion", "pack": pack}
     run_ranks(4, train_cases, meet_at([shape]), [Case("run", own)], tmp_path, deadline=200.0)

@@ -1,4 +1,4 @@
-"""fp16 and bf16 training over stages and replicas against one process that does the same."""
+"""Tests fp16 and bf16 training over stages and replicas against the same steps in one process."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from tests.support.parity import worst
 from tests.support.poison import Overflow
 
 Shape = tuple[int, int]
-# Two shapes that differ in stages alone, and two that differ in replicas.
+# Two shapes that differ only in stages, and two that differ in replicas.
 SHAPES: dict[str, list[Shape]] = {
     "huge": [(4, 1), (1, 2), (2, 2)],
     "bf16": [(2, 1), (4, 1), (2, 2)],
@@ -34,12 +34,12 @@ RECIPES = {
     "clipped": Recipe(max_norm=0.5, poisoned=(5,)),
     "huge": Recipe(scale=HUGE, hysteresis=2, updates=18),
 }
-# 1e-7 measured, the sums of token losses alone: gradients are the same (tests.support.fp16_twin).
-# One rounding more in the clipping makes 9e-6.
+# 1e-7 was measured, from the sums of token losses; gradients are the same
+# (tests.support.fp16_twin). One more rounding in the clipping gives 9e-6.
 LOSS_TOLERANCE = 1e-5
-NORM_TOLERANCE = 1e-6  # 2e-16 measured
-# R=2 adds up (a + b) + (c + d), R=1 ((a + b) + c) + d, in fp32. The norms show it (6e-8 measured);
-# losses would where a weight rounds the other way.
+NORM_TOLERANCE = 1e-6  # 2e-16 was measured
+# R=2 computes (a + b) + (c + d), R=1 computes ((a + b) + c) + d, in fp32. The norms differ by it
+# (6e-8 was measured); losses would differ if a weight were rounded the other way.
 REPLICAS_TOLERANCE = 1e-4
 
 
@@ -54,18 +54,18 @@ def flags(folder: Path, recipe: Recipe) -> dict[str, Any]:
             --hysteresis {recipe.hysteresis}
         """),
         "batch-size": rows_of_a_replica,
-        "cpu-matmul": "default",  # the twin's
+        "cpu-matmul": "default",  # as in the reference
     }
 
 
 def train_with_products_in_fp32(*args: Any) -> dict[str, Told]:
-    """As the twin has them, also on a processor that has products of fp16."""
+    """Trains with fp32 matmuls, like the reference, also on a CPU that multiplies in fp16."""
     with patch("modules.matmul.rounding.rounds_matmul", return_value=True):
         return train_cases(*args)
 
 
 class Trained(NamedTuple):
-    """The folder of all runs, and what each of four processes logged in them."""
+    """The folder of all runs, and each process's log of each run."""
 
     folder: Path
     told: list[dict[str, Told]]
@@ -73,7 +73,7 @@ class Trained(NamedTuple):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Both kinds in their shapes and schedules, and the recipes with overflows on ranks."""
+    """Trains fp16 and bf16 in their shapes and schedules, and fp16 with overflows on some ranks."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("mixed")
     write_jsonl(folder / "a.jsonl", make_texts(60, seed=1))
@@ -127,7 +127,7 @@ def check_same(folder: Path, one: tuple[str, Shape], other: tuple[str, Shape]) -
 
 @pytest.mark.parametrize("rank", RANKS)
 def test_an_overflow_is_the_same_wherever_it_happens(rank: int, trained: Trained) -> None:
-    """Every rank logs a line for each skip, of which the console shows rank 0's."""
+    """An overflow on any rank gives the same bits; every rank logs one line for each skip."""
     name, shape = f"hysteresis-1-on-{rank}", (2, 2)
     check_same(trained.folder, (name, shape), ("hysteresis-1-on-3", shape))
     where = (
@@ -172,7 +172,7 @@ def test_bits_do_not_depend_on_the_schedule(
 
 @pytest.mark.parametrize("name", ["bf16", "huge"])
 def test_more_replicas_add_the_same_gradients_in_another_order(name: str, trained: Trained) -> None:
-    """Stages change no bit, so their number differs too."""
+    """Losses differ by rounding only; the runs also differ in stages, which change no bit."""
     one, two = (lines_of(trained.folder, name, *shape) for shape in ((4, 1), (2, 2)))
     for key in ("loss", "grad_norm"):
         error = worst([line[key] for line in two], [line[key] for line in one])

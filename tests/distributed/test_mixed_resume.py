@@ -1,9 +1,9 @@
-"""Resume in every precision, with every optimizer, offloaded and sharded or not: the same bits.
+"""Tests that a run resumes with the same bits in every precision and with every optimizer.
 
-A run goes on from a copy of an uninterrupted one as it was at its middle step, and must end in the
-same metrics and the same files, also where its state has moved. In fp16 the updates just before and
-just after the save are skipped, so that the scale, its hysteresis and the count of clean updates
-must come back too.
+Each run resumes from a copy of an uninterrupted run at its middle step. It must end with the same
+metrics and the same files, also if the optimizer state moves by --use-offload or --zero-stage. In
+fp16 the updates just before and just after the save are skipped, so the scale, its hysteresis and
+the count of clean updates must be restored too.
 """
 
 from collections.abc import Sequence
@@ -28,11 +28,11 @@ from tests.support.poison import Overflow
 
 LAYERS, STEPS, SAVED = 2, 6, 3
 PRECISIONS, OPTIMIZERS, SWITCHES = ("fp16", "bf16", "fp32"), ("adam", "8bit-adam"), (False, True)
-TOLERANCE = 1e-5  # what the project promises in fp32 for another R
+TOLERANCE = 1e-5  # the project's tolerance in fp32 for another R
 
 
 class Place(NamedTuple):
-    """Where the optimizer's state lies."""
+    """Place of the optimizer's state: on the device or offloaded, complete or sharded."""
 
     offload: bool
     sharded: bool
@@ -43,7 +43,7 @@ class Place(NamedTuple):
 
 
 class Resumed(NamedTuple):
-    """Two runs of one kind: a whole one, and one that goes on from its middle with moved state."""
+    """An uninterrupted run, and a run that resumes from its middle with the state elsewhere."""
 
     precision: str
     optimizer: str
@@ -60,7 +60,7 @@ class Resumed(NamedTuple):
 
 
 PLAIN, SHARDED, OFFLOADED, BOTH = PLACES = [Place(*one) for one in product(SWITCHES, SWITCHES)]
-# Pairwise: every precision, optimizer, place before and place after.
+# Pairwise: every precision, every optimizer, every place before and every place after.
 FEW = [
     Resumed("fp16", "adam", PLAIN, BOTH),
     Resumed("fp16", "8bit-adam", BOTH, BOTH),
@@ -77,7 +77,7 @@ ALL = [
 
 
 class OtherReplicas(NamedTuple):
-    """A run of one stage, saved with two replicas and resumed with another number."""
+    """A run of one stage, saved with two replicas and resumed with another number of replicas."""
 
     optimizer: str
     sharded: bool
@@ -116,7 +116,7 @@ def flags(folder: Path, precision: str, optimizer: str, place: Place) -> dict[st
 
 def train_all(folder: Path, resumed: Sequence[Resumed], others: Sequence[OtherReplicas]) -> None:
     write_jsonl(folder / "a.jsonl", make_texts(60, seed=1))
-    changes = {"num_hidden_layers": LAYERS, "intermediate_size": 128}  # 8-bit from 4096 numbers on
+    changes = {"num_hidden_layers": LAYERS, "intermediate_size": 128}  # 8-bit moments: 4096 numbers
     make_shards(folder, "model", "gptneox", changes)
     cases: dict[str, Case] = {}
     for one in others:
@@ -149,7 +149,7 @@ def metrics(folder: Path, name: str, stages: int = 2, replicas: int = 2) -> list
 
 
 def state(folder: Path, name: str, step: int = STEPS) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint of two stages, by file and name."""
+    """Returns every tensor of a checkpoint of two stages, by file and name."""
     found: dict[str, Tensor] = {}
     for stage, part in product(range(2), ("checkpoint", "optimizer")):
         path = run_folder(folder, name, 2, 2) / str(step) / f"prank_{stage}_{part}.pt"
@@ -186,7 +186,7 @@ def check_resumed(folder: Path, kind: Resumed) -> None:
 
 
 def check_content(folder: Path, kind: Resumed) -> None:
-    """Checks that a checkpoint holds what its precision and optimizer need."""
+    """Checks that a checkpoint contains the tensors of its precision and optimizer."""
     compute = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[kind.precision]
     tensors = state(folder, kind.whole_name)
     weights = {k: v for k, v in tensors.items() if "checkpoint" in k}
@@ -202,7 +202,7 @@ def check_content(folder: Path, kind: Resumed) -> None:
 
 
 def check_replicas(folder: Path, one: OtherReplicas) -> None:
-    """Sums over replicas are rounded otherwise; 8-bit moments now and then by a whole code."""
+    """Checks losses for another R; rounding differs, and 8-bit moments may differ by one code."""
     name = f"{one.whole_name}-to-{one.replicas}"
     whole = [line["loss"] for line in metrics(folder, one.whole_name, 1, 2)]
     resumed = [line["loss"] for line in metrics(folder, name, 1, one.replicas)]
@@ -215,7 +215,7 @@ def check_replicas(folder: Path, one: OtherReplicas) -> None:
 
 @pytest.mark.parametrize("kind", FEW, ids=[kind.name for kind in FEW])
 def test_a_resumed_run_ends_in_the_same_bits(kind: Resumed, folder: Path) -> None:
-    """Also where its state has moved meanwhile."""
+    """Bits stay the same, even if the resumed run changes offload or sharding of the state."""
     check_resumed(folder, kind)
     check_content(folder, kind)
 
@@ -227,7 +227,7 @@ def test_another_number_of_replicas_goes_on(one: OtherReplicas, folder: Path) ->
 
 @pytest.mark.slow
 def test_every_kind_and_place(tmp_path: Path) -> None:
-    """And where state lies does not show, at the save nor at the end."""
+    """The place of the optimizer state changes no bit, neither at the save nor at the end."""
     train_all(tmp_path, ALL, ALL_REPLICAS)
     for kind in ALL:
         check_resumed(tmp_path, kind)

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: what stops a run and what it says; nothing is trained on them."""
+"""Tests the errors for numbers that are not finite; no update uses such numbers."""
 
 import json
 import re
@@ -24,12 +24,12 @@ from tests.support.mixed import lines_of, model_flags
 from tests.support.models import make_shards
 from tests.support.poison import BadLogit, BadOutput, InfiniteLoss, Overflow
 
-Trained = tuple[Path, list[dict[str, Told]]]  # the folder of all runs, and what each rank told
+Trained = tuple[Path, list[dict[str, Told]]]  # the folder of all runs, each rank's log
 LAYERS, TOKENS, STEPS, BAD_STEP, MAX_SKIPPED = 2, 16, 5, 3, 3
 ROWS_OF_A_REPLICA = 4  # in two microbatches
 HELD_OUT = 2  # batches
 SKIPPED = "update skipped at loss scale 32768: the loss is not finite"
-# The ranks of P=2 R=2 by number: stage 0 and 1 of replica 0, stage 0 and 1 of replica 1.
+# The ranks of P=2 R=2: ranks 0 and 1 are stages 0 and 1 of replica 0, ranks 2 and 3 of replica 1.
 FOLDER = "checkpoint.steps.folder"
 PLACES = {"first-stage": BadOutput(2, BAD_STEP, 0), "last-stage": BadOutput(1, BAD_STEP, 1)}
 
@@ -88,7 +88,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 def ends_of(trained: Trained, run: str) -> list[str]:
-    """Why each rank stopped."""
+    """Returns the error with which each rank stopped."""
     return [told[f"{run}-2-2"].stopped or "" for told in trained[1]]
 
 
@@ -97,7 +97,7 @@ def skips_of(trained: Trained, run: str) -> list[str]:
 
 
 def blocks_of(folder: Path, step: int) -> list[TokenBlock]:
-    """Those of all replicas in one step."""
+    """Returns the blocks of all replicas in one step."""
     spec = SourceSpec(str(folder / "a.jsonl"))
     stream = open_training_stream([spec], tokenizer(), seq_len=TOKENS, seed=42)
     blocks = iter(stream.next_block, None)
@@ -106,7 +106,7 @@ def blocks_of(folder: Path, step: int) -> list[TokenBlock]:
 
 
 def documents_of(folder: Path, step: int, rows: Sequence[int]) -> str:
-    """As messages name them."""
+    """Returns the documents of these rows, in the format of the messages."""
     blocks = blocks_of(folder, step)
     return "; ".join(", ".join(blocks[row].documents) for row in rows)
 
@@ -117,7 +117,7 @@ def documents_of(folder: Path, step: int, rows: Sequence[int]) -> str:
 def test_a_loss_that_is_not_finite_stops_every_rank(
     run: str, stage: int, rows: tuple[int, int], trained: Trained
 ) -> None:
-    """Step, stage, and where the very blocks of that replica and microbatch are from."""
+    """The error names step, stage, and the documents of that replica's microbatch."""
     folder = trained[0]
     blocks, named = blocks_of(folder, BAD_STEP), documents_of(folder, BAD_STEP, rows)
     expected = (
@@ -126,7 +126,7 @@ def test_a_loss_that_is_not_finite_stops_every_rank(
     )
     assert all(stopped.startswith(expected) for stopped in ends_of(trained, run))
     nothing_trained_after(folder, run, BAD_STEP - 1)
-    for row in rows:  # the texts begin with their number, from 0
+    for row in rows:  # each text begins with its number, from 0
         text = tokenizer().decode(blocks[row].token_ids)
         for number in re.findall(r"\b1-(\d+) ", text):
             assert f"{folder / 'a.jsonl'}:{int(number) + 1}" in named
@@ -150,10 +150,10 @@ def test_a_gradient_that_is_not_finite_stops_every_rank(trained: Trained) -> Non
 
 @pytest.mark.parametrize("run", ["fp16-loss", "fp16-all"])
 def test_in_fp16_such_a_loss_costs_one_update(run: str, trained: Trained) -> None:
-    """No reason to stop, even where gradients are finite: a logit of -inf has such. Where they are
-    not, the loss was bad before them.
+    """In fp16, a loss that is not finite skips one update, and the metrics have null for it.
 
-    And JSON has no NaN.
+    The run continues even if the gradients are finite, as for a logit of -inf. If they are not
+    finite, the bad loss is the reason that is logged.
     """
     folder = trained[0]
     lines = lines_of(folder, run, 2, 2)
@@ -194,7 +194,7 @@ def test_a_run_that_gave_up_goes_on(trained: Trained) -> None:
 
 
 def test_a_loss_in_the_first_half_of_an_update_costs_all_of_it(trained: Trained) -> None:
-    """Also where the second half is fine, and every gradient."""
+    """A bad loss in its first iteration skips an update, even if all gradients are finite."""
     folder = trained[0]
     lines = lines_of(folder, "half-an-update", 2, 2)
     assert [line["loss"] is None for line in lines] == [n == 3 for n in range(1, 7)]
@@ -203,7 +203,7 @@ def test_a_loss_in_the_first_half_of_an_update_costs_all_of_it(trained: Trained)
 
 
 def test_a_constant_scale_stays_through_an_overflow(trained: Trained) -> None:
-    """--min-loss-scale is above it, and not for it."""
+    """A constant scale ignores --min-loss-scale, here a larger value."""
     lines = lines_of(trained[0], "constant", 2, 2)
     assert [line["loss_scale"] for line in lines] == [64.0] * STEPS
     assert [line["grad_norm"] is None for line in lines] == [n == 3 for n in range(1, STEPS + 1)]
@@ -229,7 +229,7 @@ def test_a_scale_halves_down_to_the_smallest(trained: Trained) -> None:
 
 
 def test_weights_that_are_not_finite_are_not_saved(trained: Trained) -> None:
-    """Masters of 1e5 are no fp16: a checkpoint of them would be one that no start accepts."""
+    """A master of 1e5 does not fit fp16, so no checkpoint is saved."""
     folder = trained[0]
     for stopped in ends_of(trained, "blown-up"):
         assert stopped.startswith(
@@ -243,21 +243,21 @@ def test_weights_that_are_not_finite_are_not_saved(trained: Trained) -> None:
 
 
 def test_a_held_out_loss_that_is_not_finite_loses_nothing(trained: Trained) -> None:
-    """Nothing is trained on it: it is null, its blocks are named, and the run is saved."""
+    """A held-out loss that is not finite is null, its blocks are named, and the run is saved."""
     folder, told = trained
     path = run_folder(folder, "held-out", 2, 2)
     assert (path / "latest").read_text() == str(STEPS)
     first, *_, last = read_metrics(path / "metrics.jsonl")
     assert first["eval_loss_before"] > 0
     assert (last["eval_loss"], last["eval_perplexity"]) == (None, None)
-    # The second batch has blocks 9 to 16, the second replica's second microbatch the last of them.
+    # The second batch has blocks 9 to 16; the second replica's second microbatch has the last two.
     said = [line for line in told[0]["held-out-2-2"].lines if "held-out loss is not" in line]
     assert len(said) == 1
     assert said[0].endswith(": 15, 16")
 
 
 def test_a_set_whose_loss_is_not_finite_is_named(trained: Trained) -> None:
-    """The other set has its loss; what is over both has none."""
+    """The other set has its loss; the loss over both sets is null."""
     folder, told = trained
     path = run_folder(folder, "held-out-sets", 2, 2)
     first, *_, last = read_metrics(path / "metrics.jsonl")
@@ -266,7 +266,7 @@ def test_a_set_whose_loss_is_not_finite_is_named(trained: Trained) -> None:
     one, two = last["eval_sets"]["one"], last["eval_sets"]["two"]
     assert 0 < one["loss"] < first["eval_sets_before"]["one"]["loss"]
     assert two == {"loss": None, "perplexity": None, "tokens": one["tokens"]}
-    for rank in told:  # those that have no data hear what the sets are
+    for rank in told:  # ranks without data know the sets, too
         (said,) = [line for line in rank["held-out-sets-2-2"].lines if "held-out loss" in line]
         assert said.startswith("the held-out loss of two is not finite")
         assert "--evaluation-data, set two" in said
@@ -282,7 +282,7 @@ def test_giving_up_names_the_blocks_of_a_bad_loss(trained: Trained) -> None:
 
 
 def test_a_run_that_gave_up_at_its_end_is_no_success_when_started_again(trained: Trained) -> None:
-    """Whatever restarts it must not take it for one; more steps are a reason to go on."""
+    """A restart fails again; with more --total-steps the run continues."""
     folder = trained[0]
     for stopped in ends_of(trained, "at-end"):
         assert stopped.startswith(f"step {STEPS}: {MAX_SKIPPED} updates")

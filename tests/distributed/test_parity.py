@@ -1,8 +1,9 @@
-"""Pipeline x data shapes against the Hugging Face model trained in one process.
+"""Tests shapes P x R against the Hugging Face model that is trained in one process.
 
-Runs of 20 iterations, at a rate where the loss moves, are held against it; they cover models,
-accumulation, schedules and shapes pairwise. Runs of few updates are held against each other, to
-the bit: they differ in all that no sum depends on. The slow test has the whole matrix.
+Runs of 20 iterations, at a rate at which the loss changes, are compared with the reference; they
+cover models, accumulation, schedules and shapes pairwise. Runs of few updates are compared with
+each other, bit for bit: they differ in everything that does not change a sum. The slow test has the
+complete matrix.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,7 +37,7 @@ from tests.support.parity import (
 
 Shape = tuple[int, int]
 CLIPPED = 0.1  # a gradient norm that every update exceeds
-# A head as heavy as three and a half of the blocks: two stages that are even have 4 and 1 of them.
+# The head has as many multiply-adds as three and a half blocks: an even split in two stages is 4,1.
 HEAVY_HEAD = ("gptneox", {"num_hidden_layers": LAYERS, "vocab_size": 1000})
 MODELS = {**MODELS_TRIED, "dropout": DROPOUT, "heavy-head": HEAVY_HEAD}
 ONE, TWO, FOUR = (1, 1), (2, 1), (4, 1)
@@ -45,7 +46,7 @@ SHAPES = [ONE, TWO, ONE_TWICE, FOUR, TWO_TWICE, FOUR_TWICE]
 
 
 class Run(NamedTuple):
-    """A model, iterations of an update, a shape, and flags beside those of all runs."""
+    """A model, the iterations per update, a shape, and additional flags."""
 
     model: str
     accumulate: int
@@ -63,7 +64,7 @@ class Run(NamedTuple):
 
 
 def scheduled(schedule: str, recompute: str = "true") -> dict[str, Any]:
-    """In microbatches of one row: four in a pipeline of one replica."""
+    """Returns flags with microbatches of one row: a pipeline of one replica has four."""
     return {"pp-mode": schedule, "recompute": recompute, "micro-batch-size": 1}
 
 
@@ -75,7 +76,7 @@ PARITY = [
     Run("gptj", 2, TWO, {"pp-mode": "zb-h1"}),
 ]
 PLAIN = {"recompute": "false"}
-# Runs that have the same bits. Those of as many replicas do, whatever their stages and schedules.
+# Groups of runs with the same bits: only the number of replicas changes bits.
 SAME: dict[str, list[Run]] = {
     "stages": [Run("gptj", 1, shape) for shape in (ONE, TWO, FOUR)],
     "stages, two replicas": [
@@ -136,12 +137,12 @@ ALL_SAME = {
 
 
 def small_buckets(topology: Topology) -> AbstractContextManager[object]:
-    """A bucket for each large weight, where all else are in one."""
+    """Makes small buckets: one for each large weight, and one for all other weights."""
     return patch("data_parallel.grad_buffer.BUCKET_BYTES", 4096)
 
 
 def train_all(folder: Path, parity: Sequence[Run], same: Mapping[str, Sequence[Run]]) -> None:
-    """Trains the runs of both kinds, those of few updates in a folder of their own."""
+    """Trains the runs of both kinds; runs of few updates are in the folder `short`."""
     write_jsonl(folder / "a.jsonl", make_texts(60, seed=1))
     write_jsonl(folder / "b.jsonl", make_texts(60, seed=2))
     for name, model in MODELS.items():
@@ -181,10 +182,10 @@ def reference_of(folder: Path, run: Run) -> tuple[list[float], list[float]]:
 
 def check_parity(folder: Path, run: Run, expected: tuple[list[float], list[float]]) -> None:
     losses, norms = expected
-    assert max(losses) - min(losses) > 0.2, "the loss moves"
+    assert max(losses) - min(losses) > 0.2, "the loss changes"
     if "max-grad-norm" in run.changes:
         assert min(norms) > CLIPPED
-    assert max(norms) > 1.0, "clipping bites"
+    assert max(norms) > 1.0, "some updates are clipped"
     for key, theirs in (("loss", losses), ("grad_norm", norms)):
         ours = curve(folder, run.name, *run.shape, key)
         error = worst([n for n in ours if n is not None], theirs)
@@ -210,12 +211,12 @@ def test_losses_are_those_of_one_process(run: Run, folder: Path) -> None:
     check_parity(folder, run, expected)
     if "max-grad-norm" in run.changes:
         unclipped, _ = reference_of(folder, run._replace(changes={}))
-        assert worst(expected[0], unclipped) > 10 * TOLERANCE, "clipping shows"
+        assert worst(expected[0], unclipped) > 10 * TOLERANCE, "clipping changes the losses"
 
 
 @pytest.mark.parametrize("name", SAME)
 def test_bits_depend_on_replicas_alone(name: str, folder: Path) -> None:
-    """Not on the stages, their layers, the schedule, recompute nor the buckets of gradients."""
+    """Stages, split, schedule, recompute and the buckets of gradients change no bit."""
     check_same(folder, SAME[name])
 
 
@@ -237,7 +238,7 @@ def test_layers_are_split_as_listed_and_as_auto_chooses(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_the_whole_matrix(tmp_path: Path) -> None:
-    """Every model, accumulation, schedule and shape against one process, and against the rest."""
+    """Every model, accumulation, schedule and shape agrees with one process and with each other."""
     train_all(tmp_path, ALL_PARITY, ALL_SAME)
     references: dict[tuple[str, int, float | None], Any] = {}
     for run in ALL_PARITY:

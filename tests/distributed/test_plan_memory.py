@@ -1,6 +1,6 @@
-"""--plan against what a run then measures, in shapes that differ in all that a plan depends on.
+"""Tests the memory in --plan against the memory that a run measures, in many shapes.
 
-Live bytes of tensors do not depend on the machine's speed or load, so this is no timed test.
+Live bytes of tensors do not depend on the machine's speed or load, so this is not a timed test.
 """
 
 import re
@@ -17,13 +17,13 @@ from tests.support.flags import flags_of
 from tests.support.launcher import run_ranks
 
 WITHIN = 0.01
-WITHIN_DOCUMENTS = 0.05  # whose lengths no plan knows
+WITHIN_DOCUMENTS = 0.05  # a plan does not know their lengths
 SIZES = {"vocab_size": 2048, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 NEOX = SIZES | {"intermediate_size": 512, "max_position_embeddings": 256}
 GPTJ = {"vocab_size": 2048, "n_embd": 128, "n_layer": 2, "n_head": 8}
 GPTJ |= {"n_positions": 256, "rotary_dim": 8}
 MODELS = {
-    "neox": GPTNeoXConfig(**NEOX),  # heads of 32: up to 128 tokens keep their probabilities
+    "neox": GPTNeoXConfig(**NEOX),  # heads of 32: up to 128 tokens, probabilities are stored
     "dropout": GPTNeoXConfig(**NEOX, hidden_dropout=0.1, attention_dropout=0.1),
     "wide": GPTNeoXConfig(**{**NEOX, "num_attention_heads": 1, "vocab_size": 6000}),
     "deep": GPTNeoXConfig(**{**NEOX, "num_hidden_layers": 6, "num_attention_heads": 1}),
@@ -32,7 +32,7 @@ MODELS = {
 
 
 class Shape(NamedTuple):
-    """A run: stages and replicas, the model, and its flags; whether it is behind `slow`."""
+    """A run: its stages, replicas, model and flags; `slow` runs only with the slow tests."""
 
     name: str
     stages: int

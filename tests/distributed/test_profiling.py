@@ -1,4 +1,4 @@
-"""--profiling tidy_profiling over whole runs: the traces, the picture, and a run no different."""
+"""Tests --profiling tidy_profiling in complete runs: traces, timeline, and unchanged bits."""
 
 import json
 import os
@@ -32,27 +32,27 @@ FORWARD = ("1. forward-recv", "2. forward-compute", "3. forward-send")
 BACKWARD = ("4. backward-recv", "5. backward-compute", "6. backward-send")
 TRACKS = (*FORWARD, *BACKWARD, "7. optimizer-comm", "8. optimizer-comp", "9. weight-gradient")
 LETTERS = {"2. forward-compute": "F", "5. backward-compute": "B", "9. weight-gradient": "W"}
-# What each stage computes in a step, in order; under zb-h1 the last one's B is the
-# gradient of the input.
+# Order of each stage's computations in a step; under zb-h1, B of the last stage is the gradient of
+# the input.
 ORDERS = {
     "gpipe": ["F0 F1 F2 F3 B0 B1 B2 B3"] * 2,
     "1f1b": ["F0 F1 B0 F2 B1 F3 B2 B3", "F0 B0 F1 B1 F2 B2 F3 B3"],
     "zb-h1": ["F0 F1 B0 F2 B1 F3 B2 B3", "F0 B0 F1 B1 W0 F2 B2 W1 F3 B3 W2 W3"],
 }
 ALONE = "F0 B0 F1 B1 F2 B2 F3 B3"  # 1f1b on one stage
-# The messages that a stage waits for and sends: the first receives no activation, the last no
+# Messages that a stage waits for and sends: the first stage receives no activation, the last one no
 # gradient.
 MESSAGES = [{"3. forward-send", "4. backward-recv"}, {"1. forward-recv", "6. backward-send"}]
 
-OfRanks = list[dict[str, Told]]  # what each told
-PARTS = [("embs", "0"), ("1", "lm_head")]  # the files that each stage's weights are from
+OfRanks = list[dict[str, Told]]  # each rank's log
+PARTS = [("embs", "0"), ("1", "lm_head")]  # the files of each stage's weights
 
 Event = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class InFolder:
-    """Runs in a working directory of its own, with a number that is not finite if `bad`."""
+    """Hook: runs in working directory `path`; if `bad`, one number becomes inf in one step."""
 
     path: Path
     bad: bool = False
@@ -87,7 +87,7 @@ def flags(folder: Path, schedule: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def told(folder: Path) -> OfRanks:
-    """Each schedule with profiling, one without, and a run that stops; what each rank told."""
+    """Trains each schedule with profiling, one without, and a run that stops; returns the logs."""
     cases = [Case("off", flags(folder, "gpipe"), InFolder(folder / "in-off"))]
     for schedule in ORDERS:
         own = flags(folder, schedule) | {"profiling": "tidy_profiling"}
@@ -105,7 +105,7 @@ def read_trace(folder: Path, name: str, rank: int) -> list[Event]:
 
 
 def by_step(events: list[Event]) -> dict[int, list[Event]]:
-    """A rank's spans by step, as they began."""
+    """Returns a rank's spans by step, in the order of their starts."""
     found = defaultdict(list)
     for event in sorted(events, key=lambda event: event["ts"]):
         found[event["args"]["step"]].append(event)
@@ -117,7 +117,7 @@ def num_elements(shard: Path) -> int:
 
 
 def computed(events: list[Event]) -> str:
-    """What a rank computed, in order."""
+    """Returns the order of a rank's computations."""
     boxes = [event for event in events if event["tid"] in LETTERS]
     ends = [event["ts"] + event["dur"] for event in boxes]
     assert all(end <= event["ts"] for end, event in zip(ends, boxes[1:], strict=False))
@@ -128,7 +128,7 @@ def computed(events: list[Event]) -> str:
 def test_profiling_changes_no_bit_and_traces_nothing_when_off(
     schedule: str, folder: Path, told: OfRanks
 ) -> None:
-    """One run without is enough, since bits do not depend on the schedule."""
+    """Bits do not depend on the schedule, so one run without profiling is enough."""
     for key in ("loss", "grad_norm"):
         profiled = curve(folder, schedule, STAGES, REPLICAS, key)
         assert profiled == curve(folder, "off", STAGES, REPLICAS, key)
@@ -176,7 +176,7 @@ def test_the_optimizer_is_traced_where_an_update_ends(
     schedule: str, folder: Path, told: OfRanks
 ) -> None:
     shards = folder / "shards" / "model"
-    # Losses and tokens; each rank's signal to stop and its first rank; whether any still writes.
+    # Losses and tokens; each rank's stop signal and its first rank; whether a rank still writes.
     always = 2 * REPLICAS + 2 * STAGES * REPLICAS + 1
     for rank in range(STAGES * REPLICAS):
         size = sum(num_elements(shards / f"pytorch_{part}.pt") for part in PARTS[rank % STAGES])
@@ -184,7 +184,7 @@ def test_the_optimizer_is_traced_where_an_update_ends(
         for step, events in by_step(read_trace(folder, schedule, rank)).items():
             of_optimizer = [event for event in events if event["tid"][0] in "78"]
             found = [(event["tid"][0], event["args"]["size"]) for event in of_optimizer]
-            if step % ACCUMULATE == 0:  # replica 0 alone tells the norms
+            if step % ACCUMULATE == 0:  # only replica 0 sends the norms
                 norms = size if rank < STAGES else 0
                 gradients, agreement = size, always + all_norms
                 assert found == [("7", gradients), ("8", norms), ("7", agreement), ("8", size)]
@@ -197,7 +197,7 @@ def test_the_optimizer_is_traced_where_an_update_ends(
 def test_nothing_is_received_before_it_is_computed(
     schedule: str, replica: int, folder: Path, told: OfRanks
 ) -> None:
-    """By one clock; and a microbatch is computed on only after that."""
+    """On a common clock, a tensor is received after its computation, and used after its receive."""
     of_stage = [read_trace(folder, schedule, replica * STAGES + stage) for stage in range(STAGES)]
     off = sum(events[0]["args"]["clock-error-us"] for events in of_stage) + 0.01
     ways = [
@@ -271,7 +271,7 @@ def test_a_world_of_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def by_hand(optimizer: list[list[tuple[float, float]]]) -> StepOfAllRanks:
-    """Two stages, two microbatches, F 1 and B 2; and each rank's optimizer spans."""
+    """Builds a step of two stages and two microbatches (F 1, B 2), with optimizer spans."""
     spans = []
     for rank, of_rank in enumerate(optimizer):
         for i in range(2):
@@ -284,7 +284,7 @@ def by_hand(optimizer: list[list[tuple[float, float]]]) -> StepOfAllRanks:
 @pytest.mark.parametrize(
     ("optimizer", "seconds"),
     [
-        ([[], []], 9.0),  # stage 1 has done backward at 7, stage 0 two microbatches later
+        ([[], []], 9.0),  # stage 1 ends backward at 7, stage 0 two microbatches later
         ([[(10.0, 10.5), (11.0, 12.0)], [(10.0, 10.25), (11.0, 13.0)]], 9.5 + 2.0),
         ([[(10.0, 10.5), (15.0, 16.0)], [(10.0, 13.0), (15.0, 17.0)]], 10.0 + 2.0),
     ],

@@ -1,7 +1,7 @@
-"""Runs that were stopped, killed or have no shared disk, and go on with other stages.
+"""Tests runs that stop, die or have no shared disk, and resume with another number of stages.
 
-Two pipelines of two stages (2,1 of three layers) become four of one, or one of three. The losses
-are those of the run that nobody disturbed.
+Two pipelines of two stages (2,1 of three layers) become four of one stage, or one of three. The
+losses are those of an undisturbed run.
 """
 
 import shutil
@@ -24,7 +24,7 @@ from tests.support.runs import Outcome, fork_ranks
 
 _TRAIN = "pipeline_parallel.engine:Engine.train"
 APART = "three stages"
-STEPS, STOPPED, SAVED = 10, 6, 8  # SAVED: the first step that is saved after the stop
+STEPS, STOPPED, SAVED = 10, 6, 8  # SAVED: the first step saved after the stop
 LENGTH = flags_of(
     f"--total-steps {STEPS} --checkpoint-steps 4 --evaluation-steps 4 --data-workers 0"
 )
@@ -35,12 +35,12 @@ THREE_STAGES = flags_of(
     "--pipeline-group-size 3 --data-group-size 1 --world-size 3 --batch-size 4 --num-layers 1"
 )
 KEEP = flags_of("--keep-checkpoints 2 --keep-optimizer-states 1")
-NEEDS = {1: 0, 2: 1}  # by rank of three stages, of which of the two it needs files
+NEEDS = {1: 0, 2: 1}  # rank of three stages: the stage of two whose files it needs
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A start's end, and what `latest` and the steps under rank 0's folder were after it."""
+    """Outcome of a start; then `latest`, and the steps in rank 0's folder."""
 
     outcome: Outcome
     latest: str
@@ -66,7 +66,7 @@ def live(_rank: int, _world: int, _url: str, lab: Lab) -> dict[str, Seen]:
     found = {"whole": start(lab, "whole", changes={})}
     found["kept, two stages"] = start(lab, "kept", stop_after(1, STOPPED), changes=KEEP)
     again = KEEP | FOUR_PIPELINES
-    # The first save of a run's other shape; a save renames once the files are whole.
+    # The first save with the other shape; a save renames its folder after the files are complete.
     dies = Kill("", 0, PUBLISH)
     found["kept, dies"] = start(lab, "kept", dies, changes=again)
     found["kept, stopped"] = start(lab, "kept", stop_after(2, 2), changes=again)
@@ -76,14 +76,16 @@ def live(_rank: int, _world: int, _url: str, lab: Lab) -> dict[str, Seen]:
 
 
 def live_apart(_rank: int, _world: int, _url: str, lab: Lab) -> dict[str, Seen]:
-    """A stop where each rank has its own disk; starts in another shape without and with the files
-    that it needs."""
+    """Stops a run where each rank has its own disk, then resumes in another shape.
+
+    The first resume lacks files that it needs, the second has them.
+    """
     never = {"checkpoint-steps": 0}
     found = {
         "stopped": start(lab, APART, stop_after(3, STOPPED), own_disks=True, changes=never),
         "apart": start(lab, APART, own_disks=True, changes=never | THREE_STAGES),
     }
-    for rank, stage in NEEDS.items():  # as the ranks' lines ask for
+    for rank, stage in NEEDS.items():  # as the ranks' error lines demand
         target = lab.disk(APART, rank) / str(STOPPED)
         shutil.copytree(lab.disk(APART, stage) / str(STOPPED), target, dirs_exist_ok=True)
     found["gathered"] = start(lab, APART, own_disks=True, changes=never | THREE_STAGES)
@@ -114,7 +116,7 @@ def check_losses(lab: Lab, disk: Path) -> None:
 def test_machines_are_told_which_files_to_bring_and_go_on_with_them(
     lab: Lab, seen: dict[str, Seen]
 ) -> None:
-    """On every rank, with status 2; the run had been stopped by a signal, with status 75."""
+    """Every rank ends with status 2 and an error that names the missing files."""
     (apart,) = run_ranks(1, live_apart, lab, deadline=400.0)
     assert apart["stopped"].outcome.statuses == [75] * WORLD
     assert apart["apart"].outcome.statuses == [2] * 3
@@ -150,7 +152,7 @@ def test_a_death_in_the_first_save_of_other_stages_costs_that_save_alone(
 
 
 def test_old_steps_of_other_stages_go_as_those_of_these_do(lab: Lab, seen: dict[str, Seen]) -> None:
-    """Steps beyond --keep-checkpoints go whole, and states of all their stages."""
+    """Retention deletes old steps, and optimizer states of all their stages, at any split."""
     stopped = seen["kept, stopped"]
     assert stopped.outcome.statuses == [75] * WORLD
     assert (stopped.latest, stopped.steps) == (str(SAVED), [str(STOPPED), str(SAVED)])

@@ -1,7 +1,7 @@
-"""A run goes on at another number of stages or replicas, or another split, with the same losses.
+"""Tests that a run resumes with other stages, replicas or split, and with the same losses.
 
-Every shape trains to its end and saves its middle; from there each goes on at every other shape,
-and must tell what the run that stayed as it was tells.
+Every shape trains to its end and saves its middle; from there, runs resume in other shapes. Their
+losses must be those of the run that kept its shape.
 """
 
 import json
@@ -35,8 +35,8 @@ from tests.support.reshard_lab import (
 from training.run_start import RunStart, open_run
 
 Pair = tuple[Shape, Shape]
-Ended = tuple[Path, dict[str, Told]]  # the folder of all runs, and rank 0's words
-# Every shape is twice a source and twice a target.
+Ended = tuple[Path, dict[str, Told]]  # the folder of all runs, and rank 0's log
+# Every shape is source of two pairs and target of two.
 FEW: list[Pair] = [
     ((1, 1), (4, 1)), ((1, 1), (4, 2)), ((2, 1), (1, 2)), ((2, 1), (2, 2)),
     ((4, 1), (2, 1)), ((4, 1), (1, 2)), ((1, 2), (2, 1)), ((1, 2), (4, 2)),
@@ -48,9 +48,9 @@ OTHER_KINDS: list[tuple[tuple[str, str], Pair]] = [
     (("bf16", "8bit-adam"), ((4, 1), (1, 2))),
     (("fp16", "adam"), ((1, 2), (2, 1))),
 ]
-LONG = 12  # steps after the save in the long form
-# Relative, of losses. In fp32 what the project promises: 1e-7 measured over the long form. In half
-# precision losses differ where a weight rounds the other way, which none did: 0 measured.
+LONG = 12  # steps after the save in the slow test
+# Relative, of losses. In fp32, the project's tolerance: 1e-7 was measured in the slow test. In half
+# precision, losses would differ if a weight were rounded the other way; 0 was measured.
 TOLERANCES = {
     ("fp32", "adam"): 1e-5,
     ("fp32", "8bit-adam"): 1e-4,
@@ -63,7 +63,7 @@ Spoil = Callable[[Path], object]
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
-    """Runs of pairs for fp32 and adam, and of one pair for each other kind."""
+    """Trains the pairs for fp32 with adam, and one pair for each other precision and optimizer."""
     folder = tmp_path_factory.mktemp("resharding")
     whole = [Case("fp32-adam", flags(folder, KINDS[0]))]
     others = resumed(folder, KINDS[0], FEW)
@@ -84,7 +84,7 @@ def test_every_shape_goes_on_at_others(source: Shape, target: Shape, ended: Ende
 def test_every_precision_and_optimizer_does(
     kind: tuple[str, str], pair: Pair, ended: Ended
 ) -> None:
-    """Also where state is sharded and offloaded from then on."""
+    """The losses are the same if the resumed run shards and offloads its state, too."""
     assert check_resumed(ended[0], kind, *pair) < TOLERANCES[kind]
 
 
@@ -112,8 +112,8 @@ def test_as_many_stages_may_have_other_layers(ended: Ended) -> None:
     assert (meta["num_stages"], meta["num_layers"]) == (2, [2, 3])
 
 
-# What is done to the last step of four stages (1,2,1,1), and what the first of two (4,1) says then:
-# it needs the files of the first three.
+# Damage to the last step of four stages (1,2,1,1), and the error of the first of two stages (4,1),
+# which needs the files of the first three.
 SPOILT: dict[str, tuple[Spoil, str]] = {
     "optimizer cut": (
         lambda step: cut(step / "prank_2_optimizer.pt"),
@@ -140,12 +140,12 @@ SPOILT: dict[str, tuple[Spoil, str]] = {
 
 @pytest.fixture
 def four(ended: Ended, tmp_path: Path) -> Path:
-    """A copy of what four stages left."""
+    """Returns a copy of the run of four stages."""
     return shutil.copytree(run_folder(ended[0], "fp32-adam", 4, 1), tmp_path / "run")
 
 
 def first_of_two(run: Path, folder: Path) -> RunStart:
-    """The first of two stages, up to where it would read weights."""
+    """Starts the first of two stages, up to the point where it would read weights."""
     own = flags_of(f"""
         --checkpoint-path {run} --pipeline-group-size 2 --world-size 2 --num-layers 4,1
         --batch-size 4 --use-cuda false
@@ -157,7 +157,7 @@ def first_of_two(run: Path, folder: Path) -> RunStart:
 def test_a_file_that_a_stage_needs_and_is_not_whole_is_named(
     name: str, four: Path, ended: Ended
 ) -> None:
-    """And the step before is offered, which is whole."""
+    """The error also offers the step before, which is complete."""
     spoil, words = SPOILT[name]
     spoil(four / str(STEPS))
     with pytest.raises(ValueError, match=re.escape(words)) as error:
@@ -178,7 +178,7 @@ def test_what_a_stage_does_not_need_does_not_matter(four: Path, ended: Ended) ->
 def test_what_is_not_here_is_told_by_name_rank_and_host(
     four: Path, ended: Ended, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As an error where there is no step to go on from, and as a warning where there is one."""
+    """Missing files are an error if no other step is complete, else a warning."""
     needs = (
         f"rank 0 on {socket.gethostname()} needs in {{}} "
         "prank_2_{{checkpoint.pt,optimizer.pt,scheduler.pt,manifest.json}}"
@@ -213,7 +213,7 @@ def test_files_of_another_save_are_not_mixed_in(four: Path, ended: Ended) -> Non
 
 @pytest.mark.slow
 def test_the_whole_matrix(tmp_path: Path) -> None:
-    """Every pair of shapes in fp32 and bf16 with either optimizer, and for longer."""
+    """Every pair of shapes has the same losses in fp32 and bf16, with each optimizer."""
     longer = {"total-steps": SAVED + LONG}
     whole = [Case("-".join(kind), flags(tmp_path, kind, **longer)) for kind in KINDS]
     others = [case for kind in KINDS for case in resumed(tmp_path, kind, PAIRS, **longer)]

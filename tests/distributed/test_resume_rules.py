@@ -1,4 +1,4 @@
-"""What a resumed run may change, what it may not, and what it is told, in a world of one."""
+"""Tests which flags a resumed run can change, and its log lines, in a world of one."""
 
 import logging
 import shutil
@@ -21,7 +21,7 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Of a run that has done its four steps, and saved the second and the fourth."""
+    """Returns the flags of a run that has done four steps and saved steps 2 and 4."""
     folder = tmp_path_factory.mktemp("rules")
     write_jsonl(folder / "a.jsonl", make_texts(20, seed=1))
     write_jsonl(folder / "b.jsonl", make_texts(20, seed=2))
@@ -37,7 +37,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
-# flag, value, and what of it the message says: by default the flag and both values.
+# flag, value, and words of the error: the flag and both values.
 REFUSED: list[tuple[str, Any, tuple[str, ...]]] = [
     ("seed", 43, ("--seed is 43", "42")),
     ("seq-length", 8, ("--seq-length is 8", "16")),
@@ -71,7 +71,7 @@ def test_what_may_not_change_is_an_error_that_names_both_values(
     changed = value.format(folder=folder) if isinstance(value, str) else value
     with pytest.raises(ValueError) as error, patch.object(CheckpointStore, "verify") as verify:
         open_run(**run_parts({**flags, flag: changed}))
-    verify.assert_not_called()  # which reads weights
+    verify.assert_not_called()  # verify() reads weights
     assert all(word in str(error.value) for word in words), error.value
     assert "\n" not in str(error.value)
 
@@ -88,7 +88,7 @@ def test_what_may_change_is_told_in_one_line(
 def test_more_steps_go_on_with_the_schedule_computed_anew(
     flags: dict[str, Any], tmp_path: Path
 ) -> None:
-    """From the same weights and data as a run that was to have that many steps from the start."""
+    """A resumed run with more steps has the learning rates of a schedule with all steps."""
     longer = {**flags, "total-steps": 8, "checkpoint-path": tmp_path / "longer"}
     train_alone({**longer, "total-steps": STEPS})
     train_alone(longer)
@@ -102,7 +102,7 @@ def test_more_steps_go_on_with_the_schedule_computed_anew(
 def test_held_out_text_that_predicts_nothing_is_told_before_training(
     resumed: bool, flags: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Also of a set that would be evaluated only after the last iteration."""
+    """The error comes before training, also for a set that is evaluated only at the end."""
     empty = tmp_path / "empty.jsonl"
     empty.write_text('{"text": ""}\n')
     run = tmp_path / "run"
@@ -119,7 +119,7 @@ def test_held_out_text_that_predicts_nothing_is_told_before_training(
 def test_the_same_step_is_saved_over_one_that_never_was_whole(
     flags: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With a warning. What was moved aside goes; what a dead process was writing goes too."""
+    """A new save replaces an incomplete step and warns; leftovers of dead processes are deleted."""
     run = tmp_path / "run"
     again = {**flags, "checkpoint-path": run}
     train_alone(again)

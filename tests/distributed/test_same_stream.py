@@ -1,4 +1,4 @@
-"""Every shape of a run with one global batch gets the same tokens, whoever tokenizes them."""
+"""Tests that all shapes with one global batch get the same tokens, with any number of workers."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def stream_of(path: Path, workers: int) -> BlockStream:
 def take(
     rank: int, _world: int, _url: str, shapes: list[tuple[int, int, str]], path: Path
 ) -> list[Taken]:
-    """What this rank is fed in each shape, the data resumed in the middle of it."""
+    """Returns this rank's batches in each shape; the data is resumed in the middle."""
     return [_take(Topology(rank, *shape), url, path) for *shape, url in shapes]
 
 
@@ -74,7 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_tokens_do_not_depend_on_the_shape(folder: Path) -> None:
-    """Of 20 batches, resumed after 10, with 1, 0 and 3 workers: the rows of the loader alone."""
+    """20 batches, resumed after 10, with 1, 0 or 3 workers equal the batches of one loader."""
     loader = BatchLoader(stream_of(folder, workers=0), rows=ROWS)
     expected = [loader.next() for _ in range(BATCHES)]
     loader.close()

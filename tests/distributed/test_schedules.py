@@ -1,4 +1,4 @@
-"""The lr column of a training run against transformers' schedules."""
+"""Tests the lr column of a run's metrics against transformers' schedules."""
 
 from collections.abc import Callable
 from functools import partial
@@ -65,7 +65,7 @@ def test_a_run_has_the_rates_of_transformers(
     train_alone(flags | flags_of(own))
     lines = read_metrics(folder / name / "metrics.jsonl")
     rates = [line["lr"] for line in lines]
-    assert rates[::ACCUMULATE] == [None] * UPDATES, "no update ends there"
+    assert rates[::ACCUMULATE] == [None] * UPDATES, "no update ends in these steps"
     theirs = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=LR)
     schedule = make_schedule(theirs)
     for rate in rates[ACCUMULATE - 1 :: ACCUMULATE]:

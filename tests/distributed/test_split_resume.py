@@ -1,4 +1,4 @@
-"""Whether a resumed run keeps the split of its checkpoint, as --num-layers says it."""
+"""Tests when a resumed run keeps the split of its checkpoint, according to --num-layers."""
 
 import json
 import logging
@@ -17,9 +17,9 @@ from tests.support.launcher import run_ranks
 from tests.support.models import make_shards
 from training.run_start import RunStart, open_run
 
-Ended = tuple[Path, dict[str, Told]]  # the folder of all runs, and rank 0's words
+Ended = tuple[Path, dict[str, Told]]  # the folder of all runs, and rank 0's log
 STEPS, SAVED = 4, 2
-LAYERS = 4  # 3,1 by auto: the head is as much as 1.4 blocks
+LAYERS = 4  # auto gives 3,1: the head has 1.4 times the work of a block
 KEPT = "--num-layers auto would give 3,1 now, but the run keeps the checkpoint's 1,3"
 
 
@@ -33,7 +33,7 @@ def flags(folder: Path, num_layers: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
-    """Runs of two stages, 1,3, 2,2 and 3,1; three that go on from their middle; rank 0's words."""
+    """Trains two stages with 1,3, 2,2 and 3,1, and three resumed runs; returns rank 0's logs."""
     folder = tmp_path_factory.mktemp("split-resume")
     write_jsonl(folder / "a.jsonl", make_texts(20, seed=1))
     make_shards(folder, "model", "gptneox", {"num_hidden_layers": LAYERS})
@@ -67,7 +67,7 @@ def test_a_run_goes_on_with_its_split(name: str, spelled: str, split: str, ended
 
 
 def first_rank(folder: Path, run: Path, num_layers: str, stages: int = 2) -> RunStart:
-    """Stage 0 of a resume, up to where it would read weights; the other stages are not needed."""
+    """Starts stage 0 of a resume, up to the read of weights; needs no other stage."""
     own = flags_of(f"""
         --checkpoint-path {run} --use-cuda false --pipeline-group-size {stages}
         --world-size {stages}
@@ -101,7 +101,7 @@ def test_another_spelling_of_the_same_split_is_no_change(
 def test_another_split_is_told_in_one_line(
     name: str, asked: str, stages: int, line: str, ended: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """auto keeps the checkpoint's split on as many stages, and chooses anew on others."""
+    """auto keeps the checkpoint's split for the same number of stages, else chooses a new one."""
     run = run_folder(ended[0], name, 2, 1)
     with caplog.at_level(logging.INFO):
         assert first_rank(ended[0], run, asked, stages).step == STEPS
@@ -109,7 +109,7 @@ def test_another_split_is_told_in_one_line(
 
 
 def edited(run: Path, target: Path, **changes: Any) -> Path:
-    """A copy of a run whose meta.json says something else, or (None) does not say it."""
+    """Copies a run and changes values in its meta.json; None removes a value."""
     shutil.copytree(run, target)
     for path in target.glob("*/meta.json"):
         meta = json.loads(path.read_text()) | changes

@@ -1,4 +1,4 @@
-"""From Hugging Face's files through training back to them, and from predecessors' files onward."""
+"""Tests conversion, training and conversion back, for Hugging Face's and predecessors' files."""
 
 import json
 import os
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 Outcomes = dict[str, Outcome]  # by run
 FAMILIES = ("gptneox", "gptj")
 LAYERS = 7
-# Families, numbers of stages, --num-layers, and the folder that is converted back.
+# Family, number of stages, --num-layers, and the folder that is converted back.
 ROADS = [
     ("gptneox", 1, "auto", "run/1"),
     ("gptneox", 2, "4", "run"),
@@ -44,7 +44,7 @@ TOLERANCE = 1e-5  # relative, of a loss in fp32
 
 
 def run_of(name: str, folder: Path, stages: int, flags: str) -> Run:
-    """Ranks of one pipeline that work in `folder`."""
+    """Returns a run of one pipeline whose ranks work in `folder`."""
     common = flags_of(f"""
         --task-name data.jsonl --seq-length {TOKENS} --batch-size {ROWS} --data-workers 0
         --checkpoint-path run --world-size {stages} --pipeline-group-size {stages}
@@ -55,7 +55,7 @@ def run_of(name: str, folder: Path, stages: int, flags: str) -> Run:
 
 
 def road(base: Path, family: str, stages: int, num_layers: str) -> Run:
-    """One iteration at learning rate 0."""
+    """Returns a run of one iteration at learning rate 0."""
     folder = base / f"road-{family}-{stages}"
     folder.mkdir()
     shutil.copy(base / "data.jsonl", folder)
@@ -67,7 +67,7 @@ def road(base: Path, family: str, stages: int, num_layers: str) -> Run:
 
 
 def small_tokenizer() -> Any:
-    """One of whole words, for the predecessors' vocabulary of 53."""
+    """Builds a tokenizer of complete words, for the predecessors' vocabulary of 53."""
     vocabulary = {word: index for index, word in enumerate(["<eos>", "<unk>", *WORDS])}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -75,7 +75,7 @@ def small_tokenizer() -> Any:
 
 
 def old_shards(family: str, folder: Path) -> None:
-    """Layer shards as they were published: fp16, with masks and rotary tables."""
+    """Writes layer shards in the published format: fp16, with masks and rotary tables."""
     folder.mkdir(parents=True)
     small_tokenizer().save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(CONFIGS[family]))
@@ -101,9 +101,9 @@ def from_old_shards(base: Path, family: str) -> Run:
 
 
 def from_old_checkpoint(base: Path, family: str) -> list[Run]:
-    """A start from a predecessor's checkpoint, and one that finds ours beside it.
+    """Returns a run from a predecessor's checkpoint, and a run that finds our checkpoint there.
 
-    There are no layer shards: nothing may read them.
+    No layer shards exist, so neither run can read them.
     """
     folder = base / f"old-checkpoint-{family}"
     old_shards(family, folder / "m")
@@ -121,7 +121,7 @@ def from_old_checkpoint(base: Path, family: str) -> list[Run]:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """hf/<family> and shards/<family>, and data.jsonl."""
+    """Returns a folder with hf/<family>, shards/<family> and data.jsonl."""
     folder = tmp_path_factory.mktemp("road")
     for family, layers in (("gptneox", "num_hidden_layers"), ("gptj", "n_layer")):
         make_shards(folder, family, family, {layers: LAYERS})
@@ -131,7 +131,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ended(base: Path) -> Outcomes:
-    """How all ranks of all runs ended: every one of them well."""
+    """Returns the outcomes of all ranks of all runs; each must have exit status 0."""
     chains = [[road(base, family, stages, num_layers)] for family, stages, num_layers, _ in ROADS]
     chains += [[from_old_shards(base, family)] for family in FAMILIES]
     chains += [from_old_checkpoint(base, family) for family in FAMILIES]
@@ -143,7 +143,7 @@ def ended(base: Path) -> Outcomes:
 
 
 def load(folder: Path) -> Any:
-    """The model that transformers loads from converted files, with nothing left over."""
+    """Loads converted files with transformers; no key may be missing or unexpected."""
     model, report = AutoModelForCausalLM.from_pretrained(
         folder, output_loading_info=True, dtype=torch.float32
     )
@@ -180,7 +180,7 @@ def test_an_iteration_at_rate_0_changes_no_bit(
 
 
 def test_the_split_is_told_once(ended: Outcomes) -> None:
-    """Blocks of 32 x (4 x 32 + 2 x 128 + 25) multiply-adds, and a head of 32 x 400."""
+    """Expected: a block has 32 x (4 x 32 + 2 x 128 + 25) multiply-adds, the head 32 x 400."""
     told = [rank.stdout.splitlines() for rank in ended["road-gptj-4"]]
     lines = [line for rank in told for line in rank if "layers of the stages" in line]
     assert lines == [
@@ -192,7 +192,7 @@ def test_the_split_is_told_once(ended: Outcomes) -> None:
 
 
 def old_hf(family: str, folder: Path) -> Any:
-    """The predecessors' weights in fp32, in transformers' own model."""
+    """Loads the predecessors' weights in fp32 into transformers' own model."""
     folder.mkdir()
     weights = {
         key: value.float() for key, value in expected_hf(family, make_modules(family)).items()
@@ -204,7 +204,7 @@ def old_hf(family: str, folder: Path) -> Any:
 
 @torch.no_grad()
 def first_loss(model: Any, data: Path) -> float:
-    """Of the model on the blocks of the first iteration."""
+    """Returns the model's loss on the blocks of the first iteration."""
     sources = [SourceSpec(str(data))]
     stream = open_training_stream(sources, small_tokenizer(), seq_len=TOKENS, seed=42)
     blocks = islice((stream.next_block().token_ids for _ in iter(int, 1)), ROWS)
@@ -228,7 +228,7 @@ def test_training_goes_on_with_predecessors_weights(
 def test_a_predecessors_checkpoint_starts_a_run_of_its_own(
     family: str, base: Path, ended: Outcomes
 ) -> None:
-    """Step 0 and a fresh optimizer, said in one line; then ours is the latest."""
+    """One line reports a start at step 0 with a fresh optimizer; then our checkpoint is latest."""
     run = base / f"old-checkpoint-{family}" / "run"
     told = ended[f"old-checkpoint-{family}-1"][0].stdout.splitlines()
     (line,) = [line for line in told if "checkpoint_20" in line]
@@ -252,7 +252,7 @@ def test_a_predecessors_checkpoint_starts_a_run_of_its_own(
 def test_what_came_of_predecessors_files_converts(
     family: str, base: Path, tmp_path: Path, ended: Outcomes
 ) -> None:
-    """The trained weights differ from the old ones by little; the old checkpoint is as it was."""
+    """The trained weights differ slightly from the old ones; the old checkpoint is unchanged."""
     folder = base / f"old-checkpoint-{family}"
     expected = expected_hf(family, make_modules(family))
     to_hf(folder / "run", tmp_path / "new", family, verify=True)
@@ -269,8 +269,10 @@ def test_what_came_of_predecessors_files_converts(
 
 @pytest.mark.slow
 def test_torchrun(base: Path) -> None:
-    """It gives rank, world size, address and device. By default test_launchers starts it, with
-    --standalone."""
+    """torchrun sets rank, world size, address and device.
+
+    In the default tests, test_launchers starts torchrun with --standalone.
+    """
     folder = base / "torchrun"
     folder.mkdir()
     shutil.copy(base / "data.jsonl", folder)

@@ -1,7 +1,7 @@
-"""Mistakes in a model's or a checkpoint's files: every rank ends with one line, the same.
+"""Tests that a mistake in files of a model or checkpoint gives the same line on every rank.
 
-Each mistake is made in the smallest world in which it can be made, and some of each kind in a world
-of four (WORLDS). What else is wrong with a file of weights, its reader's own tests have.
+Each mistake is made in the smallest possible world, and some of each kind in a world of four
+(WORLDS). The tests of the readers have more mistakes in files of weights.
 """
 
 import pickle
@@ -49,7 +49,7 @@ def drop_tokenizer(folder: Path) -> None:
         path.unlink()
 
 
-# What is wrong with the model folder of one rank, and the words of the line.
+# Rank, the damage to its model folder, and the words of the error line.
 FOLDERS: dict[str, tuple[int, Spoil, list[str]]] = {
     "shard missing": (3, lambda d: (d / LAST).unlink(), [LAST, "no such file"]),
     "a pickle that runs code": (
@@ -79,7 +79,7 @@ FOLDERS: dict[str, tuple[int, Spoil, list[str]]] = {
 
 
 def in_step(name: str, spoil: Spoil) -> Spoil:
-    """What is wrong in a file of a checkpoint was saved so: its manifests have the sums of it."""
+    """Damages a file of a step and updates the manifests' checksums, as if training saved it."""
 
     def spoil_and_reseal(folder: Path) -> None:
         spoil(folder / "2" / name)
@@ -100,8 +100,8 @@ def negate_last(folder: Path) -> None:
     edit(folder / "2" / "prank_1_checkpoint.pt", lambda s: s[f"0.{QKV}"].neg_())
 
 
-# Flags of a second start on a checkpoint of the first, what is done to that, and the words of the
-# line. The resume's own tests have the other flags.
+# Flags of a second start, the damage to the first start's checkpoint, and the words of the error
+# line. The tests of resume have the other flags.
 RESUMES: dict[str, tuple[str, Spoil, list[str]]] = {
     "another seed": ("--seed 7", lambda d: None, ["--seed is 7", "made with 42"]),
     "no resume wanted": (
@@ -138,7 +138,7 @@ RESUMES: dict[str, tuple[str, Spoil, list[str]]] = {
 }
 
 
-# Where one rank alone cannot make a mistake, or four show that all end alike.
+# Mistakes that need several ranks, and mistakes for which four ranks must end in the same way.
 WORLDS = {
     "another shard than replica 0's": 2,
     "another config": 2,
@@ -149,10 +149,10 @@ WORLDS = {
 
 
 def first_runs(home: Path) -> list[Run]:
-    """A run for each mistake in FOLDERS, and what those of RESUMES go on from."""
+    """Returns a run for each mistake in FOLDERS, and first starts for the runs of RESUMES."""
     runs = [first_start(home, size) for size in (4, 1)]
     for name, (rank, spoil, _) in FOLDERS.items():
-        # As it is published, without a manifest: what is wrong in it is seen for itself.
+        # As a published model, without a manifest: the reader itself finds the mistake.
         model = shutil.copytree(home / "m", home / "copies" / folder_of(home, name).name)
         (model / "manifest.json").unlink()
         spoil(model)
@@ -161,7 +161,7 @@ def first_runs(home: Path) -> list[Run]:
 
 
 def first_start(home: Path, size: int) -> Run:
-    """Nothing is wrong; it takes over the lock of a process that is dead."""
+    """Returns a start without a mistake; it takes over the lock of a dead process."""
     one = start(home, f"{FIRST} {size}", {}, size)
     made = folder_of(home, one.name) / "checkpoints"
     made.mkdir()
@@ -170,7 +170,7 @@ def first_start(home: Path, size: int) -> Run:
 
 
 def second_run(home: Path, name: str) -> Run:
-    """A start with a mistake of RESUMES on what a first start has left."""
+    """Returns a start with a mistake of RESUMES, on the checkpoint of a first start."""
     flags, spoil, _ = RESUMES[name]
     one = start(home, name, on_all(f"--total-steps 4 {flags}"), WORLDS.get(name, 1))
     made = folder_of(home, name) / "checkpoints"
@@ -181,7 +181,7 @@ def second_run(home: Path, name: str) -> Run:
 
 @pytest.fixture(scope="module")
 def ended(home: Path) -> Outcomes:
-    """The ends of all runs by name."""
+    """Returns the outcomes of all runs by name."""
     ends = run_all([[one] for one in first_runs(home)], at_once=4)
     return ends | run_all([[second_run(home, name)] for name in RESUMES], at_once=4)
 
@@ -197,7 +197,7 @@ def test_the_first_start_is_right(ended: Outcomes) -> None:
 def test_a_model_folder(name: str, home: Path, ended: Outcomes) -> None:
     line, (rank, _, words) = the_same_line(ended[name]), FOLDERS[name]
     assert all(word in line for word in words), line
-    if name == "shard missing":  # which one rank sees
+    if name == "shard missing":  # only one rank sees it
         assert f"rank {rank}: " in ended[name][0].stderr, "the others name the rank that saw it"
     assert not (folder_of(home, name) / "ran").exists()
 

@@ -1,7 +1,7 @@
-"""Mistakes in flags and in what they name: every rank ends with one line, the same, and status 2.
+"""Tests that a mistake in flags gives the same line and exit status 2 on every rank.
 
-Each mistake is made in the smallest world in which it can be made, and some of each kind in a world
-of four (WORLDS). A process alone checks the most of them in tests/cli/test_bad_input.py.
+Each mistake is made in the smallest possible world, and some of each kind in a world of four
+(WORLDS). tests/cli/test_bad_input.py tests most mistakes in one process.
 """
 
 import json
@@ -26,7 +26,7 @@ LATE = "another lr, seen before all are there"
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of valid input, with a tokenizer of one token too many and a large weight."""
+    """Returns a folder of valid input, a tokenizer with one token too many, and a large weight."""
     home = make_home(tmp_path_factory.mktemp("bad-flags"))
     tokenizer().save_pretrained(home / "longer")
     path = home / "longer" / "tokenizer.json"
@@ -48,7 +48,7 @@ def test_a_command_with_a_wrong_flag(home: Path, tmp_path: Path) -> None:
     assert the_line(done.stderr) == "--lr: expected a number of at least 0, got 'fast'"
 
 
-# Flags of some ranks that differ from the right ones, and the words of the line.
+# Flags of some ranks that differ from the valid ones, and the words of the error line.
 FLAGS: dict[str, tuple[dict[int, str], list[str]]] = {
     "another lr": (
         {2: "--lr 0.5"},
@@ -103,7 +103,7 @@ FLAGS: dict[str, tuple[dict[int, str], list[str]]] = {
 }
 
 
-# Flags of one rank of four, and the words of its line; another program listens at {busy}.
+# Flags of one rank of four, and the words of its error line; another program listens at {busy}.
 ALONE: dict[str, tuple[str, list[str]]] = {
     "a port in use": ("--dist-url {busy}", ["--dist-url", "in use on this machine"]),
     "a master that does not listen": (
@@ -120,7 +120,7 @@ ALONE: dict[str, tuple[str, list[str]]] = {
         ["--use-cuda true", "0 CUDA devices"],
     ),
 }
-# Where one rank alone cannot make a mistake, or four show that all end alike.
+# Mistakes that need several ranks, and mistakes for which four ranks must end in the same way.
 WORLDS = {
     "another lr": 4,
     "held-out data on rank 0 alone": 4,
@@ -131,7 +131,7 @@ WORLDS = {
 
 
 def all_runs(home: Path, busy: str) -> list[Run]:
-    """A run for each mistake in FLAGS, and those of a rank that is late or alone."""
+    """Returns a run for each mistake in FLAGS, and runs with a rank that is late or alone."""
     runs = [start(home, name, changes, WORLDS.get(name, 1)) for name, (changes, _) in FLAGS.items()]
     late = start(home, LATE, {2: "--lr 0.5"}, size=4)
     runs.append(replace(late, ranks=[*late.ranks[:3], replace(late.ranks[3], late=1.5)]))
@@ -143,7 +143,7 @@ def all_runs(home: Path, busy: str) -> list[Run]:
 
 @pytest.fixture(scope="module")
 def ended(home: Path) -> Outcomes:
-    """The ends of all runs by name."""
+    """Returns the outcomes of all runs by name."""
     with lock_folder(home / "locked"), socket.create_server(("127.0.0.1", 0)) as busy:
         runs = all_runs(home, f"tcp://127.0.0.1:{busy.getsockname()[1]}")
         return run_all([[one] for one in runs], at_once=4)

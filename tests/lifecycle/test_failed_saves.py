@@ -1,7 +1,7 @@
-"""A disk that fails costs a save alone: a warning, the checkpoints as they were, the same curve.
+"""Tests that a failing disk costs only one save: a warning, unchanged checkpoints and losses.
 
-The system refuses the writes itself: a rank's files may grow no larger for the time of a save, or,
-where the test may mount one, the disk is a small one that fills up.
+The system itself refuses the writes: the size of a rank's files is limited during a save. Where the
+test has permission to mount, a small disk becomes full instead.
 """
 
 import importlib
@@ -32,14 +32,14 @@ from training.trainer import Trainer
 
 STEPS, EVERY = 8, 2
 FOLDER = "checkpoint.steps.folder"
-SMALL_FILES = 5000  # bytes: the manifest and meta.json, but no stage's weights
+SMALL_FILES = 5000  # bytes; enough for the manifest and meta.json, not for weights
 
 
 @dataclass(frozen=True)
 class Fails:
-    """On `rank`, the calls `nth` of `name`, a function of `module`, fail when it has done its work.
+    """Hook: on `rank`, the calls with numbers `nth` of a module's function fail after their work.
 
-    With `limit`, they fail since the system lets no file of the process grow beyond it.
+    With `limit` (bytes), they fail because the system limits the size of the process's files.
     """
 
     rank: int
@@ -68,7 +68,7 @@ class Fails:
 
 
 def slow_disk(_topology: Topology) -> AbstractContextManager[object]:
-    """A stage's files take longer to write than the steps until the next save."""
+    """Makes the files of a stage take longer to write than the steps until the next save."""
     return slowed(f"{FOLDER}:write_stage_files", 0.5)
 
 
@@ -77,8 +77,10 @@ SEEN = "seen.json"
 
 @contextmanager
 def no_room_for_a_line(_topology: Topology) -> Iterator[None]:
-    """The disk has room again when the line of step 2, which ends with a save, was refused; and
-    each save notes, before its folder gets its name, which steps the metrics have."""
+    """Refuses to write the metrics of step 2 once; step 2 ends with a save.
+
+    Each save notes the steps in the metrics before its folder is renamed.
+    """
     append, publish = MetricsFile.append, importlib.import_module(FOLDER).publish
     refused: list[int] = []
 
@@ -107,7 +109,7 @@ def not_renamed(rank: int) -> Fails:
 
 @dataclass(frozen=True)
 class Story:
-    """What goes wrong, whether that ends the run, and the steps that are there in the end."""
+    """A failure, whether it ends the run, and the steps that exist at the end."""
 
     fails: Fails
     steps: list[int]
@@ -119,7 +121,7 @@ class Story:
 
 LATE = flags_of(f"--checkpoint-steps {EVERY}")
 BESIDE = LATE | flags_of("--async-checkpoint")
-ONE = LATE | flags_of("--keep-checkpoints 1")  # and it does not go before a newer one is whole
+ONE = LATE | flags_of("--keep-checkpoints 1")  # the last complete step must stay
 FATAL = ONE | flags_of("--checkpoint-failure fatal")
 STORIES = {
     "a full disk": Story(full_disk(1, 1, 3), [4, 8], "is not saved: rank 1 on", LATE),
@@ -187,7 +189,7 @@ def test_the_steps_that_could_be_saved_are_there_and_nothing_else(name: str, end
 
 @pytest.mark.parametrize("name", STORIES)
 def test_rank_0_says_what_failed_and_where(name: str, ended: Ended) -> None:
-    """Or every rank does, where it is the end."""
+    """Rank 0 logs the failure; if the failure ends the run, every rank reports it."""
     story, told = STORIES[name], [told[ended.run(name).name] for told in ended.told]
     if story.stops:
         assert all(one.stopped is not None and story.words in one.stopped for one in told)
@@ -207,7 +209,7 @@ def test_the_curve_and_the_weights_are_those_of_an_undisturbed_run(name: str, en
 
 
 def test_what_is_written_beside_training_is_what_training_had(ended: Ended) -> None:
-    """Every file of every step, though the weights went on while it was written."""
+    """Async saves contain the weights of their step, though training changes them meanwhile."""
     for step in range(EVERY, STEPS + 1, EVERY):
         for stage in range(2):
             beside, whole = (state(ended.run(name), stage, step) for name in ("beside", "whole"))
@@ -229,7 +231,7 @@ def test_a_refused_write_names_the_file(ended: Ended) -> None:
 
 
 def test_a_step_is_not_saved_before_its_line_is_written(ended: Ended) -> None:
-    """Killed after the save, the run goes on from it, and would lack the line for ever."""
+    """A step's metrics line is written before its save; a resume would not write the line again."""
     notes = [json.loads(line) for line in (ended.run("a line") / SEEN).read_text().splitlines()]
     assert {step for step, _ in notes} == set(range(EVERY, STEPS + 1, EVERY))
     for step, seen in notes:
@@ -238,23 +240,23 @@ def test_a_step_is_not_saved_before_its_line_is_written(ended: Ended) -> None:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_save_that_fails_does_not_hide_why_training_stopped(fails: bool) -> None:
-    """What was being written when it stopped is finished first; if that fails, both are told."""
+    """The pending save ends first; if it fails too, the error names both failures."""
 
     class Pending:
         is_pending, is_writing = True, True
 
         def save(self, step: int, data: object, *, is_last: bool) -> bool:
-            raise AssertionError("nothing is saved any more")
+            raise AssertionError("no step may be saved now")
 
         def finish(self, *, is_last: bool = False) -> bool:
-            assert is_last, "training does not go on"
+            assert is_last, "training does not continue"
             self.is_pending = False
             if fails:
                 raise OSError("step 2 is not saved: the disk is full")
             return True
 
         def close(self) -> None:
-            """Nothing was dropped."""
+            """Does nothing, because nothing was dropped."""
 
     class Stopped(Trainer):
         def __init__(self, saver: Any) -> None:
@@ -269,10 +271,10 @@ def test_a_save_that_fails_does_not_hide_why_training_stopped(fails: bool) -> No
 
 
 def test_a_disk_that_is_full_for_the_rest_of_the_run(tmp_path: Path) -> None:
-    """Training goes on to its end, whose save fails: status 1. With room again it is completed."""
+    """Training continues to its end, where the save fails with status 1; a restart completes it."""
     changes = "--num-layers 3 --total-steps 30 --checkpoint-steps 10 --data-workers 0"
     flags = make_flags(tmp_path) | flags_of(changes)
-    steps = Slow(0, "pipeline_parallel.engine:Engine.train", 0.03)  # slower than the disk fills
+    steps = Slow(0, "pipeline_parallel.engine:Engine.train", 0.03)  # so the disk fills first
     disk, path = tmp_path / "disk" / "run", tmp_path / "disk" / "filler"
 
     def fill_after_a_save(_pids: Sequence[int], _ended: Mapping[int, int | None]) -> None:

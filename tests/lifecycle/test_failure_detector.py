@@ -1,4 +1,4 @@
-"""The failure detector apart from any policy: it reports events and ends no process."""
+"""Tests the failure detector without a policy: it reports events and ends no process."""
 
 import queue
 import socket
@@ -39,7 +39,7 @@ class Rank:
         return self.events.get(timeout=10.0)
 
     def die(self) -> None:
-        """Closes the connection as the system does for a killed process."""
+        """Closes the connection, as the system does for a killed process."""
         connection = self.detector._connection
         assert connection is not None
         connection.shutdown(socket.SHUT_RDWR)

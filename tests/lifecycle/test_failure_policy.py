@@ -1,4 +1,4 @@
-"""A rank that dies, fails or hangs: every other one ends soon, with one line that names it."""
+"""Tests a rank that dies, fails or hangs: each other rank ends soon, with a line that names it."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ def work_for_ever(rank: Rank) -> None:
 
 
 def wait_for(victim: int, rank: Rank) -> None:
-    """All are in a sum but that rank, which does not join it."""
+    """Enters an all-reduce on every rank except `victim`, which never joins."""
     while rank.topology.rank == victim:
         time.sleep(1.0)
     rank.groups.control.all_reduce(torch.ones(4)).wait()
@@ -46,12 +46,12 @@ def close_slowly(rank: Rank) -> None:
 
 
 def part_at_once(rank: Rank) -> None:
-    """Rank 0 closes first, the others while it waits for them."""
+    """Ends rank 0 first; the other ranks end while rank 0 waits for them."""
     time.sleep(0.2 * rank.topology.rank)
 
 
 class Run:
-    """Four ranks of one program."""
+    """Four ranks that run one program."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -70,7 +70,7 @@ class Run:
         await_ready([rank for number, rank in enumerate(self.ranks) if number != but_for])
 
     def survivors(self, victim: int, *, within: float) -> Iterator[tuple[int, str]]:
-        """Yields each other rank and its one line; all end with status 1."""
+        """Yields each other rank and its one line; each must end with status 1."""
         for number, rank in enumerate(self.ranks):
             if number != victim:
                 assert rank.status(within=within) == 1
@@ -119,7 +119,7 @@ def test_what_takes_long_comes_after_all_have_heard(run: Run) -> None:
 
 @pytest.mark.parametrize("victim", [3, 0])
 def test_a_hung_rank_is_reported_before_anybody_gives_up(run: Run, victim: int) -> None:
-    """By rank 0, which knows of all; and by all where it is that one."""
+    """Rank 0 reports the hung rank; if rank 0 hangs, all other ranks report it."""
     run.start(work_for_ever, timing=Timing(heartbeat_interval=0.2, unresponsive=2.0))
     run.await_ready(but_for=victim)
     tellers = [0] if victim else [1, 2, 3]

@@ -1,12 +1,12 @@
-"""Runs that live through drawn faults end with the bits of the run that nobody disturbed.
+"""Tests that runs with random faults end with the bits of an undisturbed run.
 
-SIGKILL and SIGSTOP of any rank, cut connections, full disks, SIGTERM: 1 to 3 a run, at named
-moments and by the clock. After each fault all ranks end in time, with the right statuses and a line
-that says why; `latest` never names a checkpoint that is not whole; the same command goes on.
-
-By default one connection is cut; other tests have the other kinds of faults. The long form:
-`pytest -s -m faults tests/lifecycle/test_faults.py`; FAULT_SEED draws others (`clock`: any), and
-FAULT_RUNS says how many. FAULT_LOG is a file that tells each run as it ends.
+The faults are SIGKILL and SIGSTOP of any rank, cut connections, full disks and SIGTERM: 1 to 3 per
+run, at named moments or by the clock. After each fault all ranks end in time, with the expected
+statuses and a line with the reason; `latest` always names a complete checkpoint; the same command
+resumes.
+By default one connection is cut; other tests have the other kinds of faults. The long form is
+`pytest -s -m faults tests/lifecycle/test_faults.py`. FAULT_SEED draws other faults (`clock`: any),
+FAULT_RUNS is the number of runs, and FAULT_LOG is a file that gets the result of each run.
 """
 
 import os
@@ -23,13 +23,13 @@ from tests.support.kill_plan import ANY_STEP
 from tests.support.launcher import run_ranks
 
 SHORT = 8  # steps of a run with one fault
-# Few runs that have every kind of fault, most at named moments, which all machines reach.
+# Few runs with every kind of fault; most faults are at named moments, which all machines reach.
 SEED, RUNS = 1962, 4
 SEED_APART, RUNS_APART = 12252, 3
 
 
 def lead(folder: Path, seed: int, runs: int, hosts: Sequence[Host] = ()) -> None:
-    """Tells the counts, and the seed that draws the same again."""
+    """Draws and checks runs with faults; prints the counts, and the seed that repeats them."""
     given = os.environ.get("FAULT_SEED", str(seed))
     seed = time.time_ns() % 1_000_000 if given == "clock" else int(given)
     print(f"FAULT_SEED={seed}")
@@ -55,7 +55,7 @@ def wire() -> Iterator[None]:
 
 
 def test_a_run_lives_through_a_cut_connection(tmp_path: Path) -> None:
-    """All connections of two stages of a pipeline, in the middle of a step."""
+    """All connections between two stages of a pipeline are cut in the middle of a step."""
     step = next(moment for moment in ANY_STEP if moment.name == "step")
     fault = Fault(CUT, 3, step, 0.0, peer=2, one=False, to_all=False, rest=None)
     plan = RunPlan(0, {}, [[fault]])
@@ -71,5 +71,5 @@ def test_drawn_faults(tmp_path: Path) -> None:
 
 @pytest.mark.faults
 def test_drawn_faults_of_two_hosts_that_share_no_disk(wire: None, tmp_path: Path) -> None:
-    """A stage's ranks on each; and the wire between them is pulled."""
+    """Each host has the ranks of one stage; one fault cuts the wire between the hosts."""
     lead(tmp_path, SEED_APART, RUNS_APART, HOSTS)

@@ -1,9 +1,9 @@
-"""Killed anywhere, by SIGKILL, and started again with the same command: the same bits in the end.
+"""Tests that a run killed by SIGKILL at any moment resumes and ends with the same bits.
 
-Two pipelines of two stages, two weighted sources, held-out data. A plan, drawn from a seed, kills a
-rank at each moment of tests/support/kill_plan.py. After each death the others end by themselves,
-and `latest`, where there is one, names a whole checkpoint. What the last start leaves is compared
-with a run that nobody disturbed.
+The run has two pipelines of two stages, two weighted sources and held-out data. A plan, drawn from
+a seed, kills a rank at each moment of tests/support/kill_plan.py. After each kill the other ranks
+end by themselves, and `latest`, if it exists, names a complete checkpoint. The result of the last
+start is compared with an undisturbed run.
 """
 
 import shutil
@@ -34,21 +34,21 @@ from tests.support.launcher import run_ranks
 
 Starts = dict[str, list[Start]]  # by run
 SEED, STEPS = 10, 12
-LONG = 24  # steps of a run that is killed at every moment
-SHORT_JOIN = 5.0  # seconds, where a rank that never comes is waited for
-END_SECONDS = 15.0  # of the others once all ranks have joined; twice as many until then
+LONG = 24  # steps of the run of the slow test
+SHORT_JOIN = 5.0  # seconds; for starts that wait for a rank in vain
+END_SECONDS = 15.0  # limit for the other ranks after all have joined; before, twice as long
 
 
 def waits(kill: Kill) -> bool:
-    """Whether rank 0 waits, to the end of --join-timeout, for one that never comes or links."""
+    """Returns whether rank 0 waits until --join-timeout for a rank that never joins or connects."""
     joining = ("comm.rendezvous.join", "comm.liveness.failure_detector")
     return kill.moment == "import" or (kill.rank != 0 and kill.target.startswith(joining))
 
 
 def live(rank: int, _world: int, _url: str, lab: Lab, plan: Sequence[Kill]) -> Starts:
-    """The reference; the plan's starts, and one more to the end; the run without a shared disk.
+    """Runs the reference, the plan's starts and a last one, and the run without a shared disk.
 
-    The starts that do nothing but wait go on beside all that, and are a run of their own.
+    Starts that only wait for a rank run at the same time, as a separate run.
     """
     if rank == 1:
         changes = {"join-timeout": SHORT_JOIN}
@@ -64,7 +64,7 @@ def live(rank: int, _world: int, _url: str, lab: Lab, plan: Sequence[Kill]) -> S
 
 
 def live_apart(lab: Lab) -> list[Start]:
-    """Every rank has a disk of its own; each start is another story, told by its test."""
+    """Starts a run in which every rank has its own disk; the tests describe the starts."""
     disks = [lab.disk("apart", rank) for rank in WRITERS]
     saves_left = (lab.steps - SAVE) // SAVE
     one_renamed = Kill("only one stage renamed", 1, PUBLISH, nth=2, wait=1.0)
@@ -72,7 +72,7 @@ def live_apart(lab: Lab) -> list[Start]:
     starts = [lab.start("apart", kill, own_disks=True) for kill in (one_renamed, last_latest, None)]
     cut(disks[1] / str(lab.steps) / "prank_1_optimizer.pt")
     starts.append(lab.start("apart", own_disks=True))
-    shutil.rmtree(disks[1] / str(lab.steps))  # as the line says
+    shutil.rmtree(disks[1] / str(lab.steps))  # as the error line advises
     starts.append(lab.start("apart", own_disks=True))
     shutil.rmtree(disks[1] / str(lab.steps))
     shutil.copytree(lab.disk("killed") / str(lab.steps), disks[1] / str(lab.steps))
@@ -123,7 +123,7 @@ def survivors(start: Start) -> list[int]:
 
 
 def test_the_plan_hits_every_moment(starts: Starts, deaths: list[Start]) -> None:
-    """Each kind of moment also before any checkpoint exists, and every rank at some moment."""
+    """Each kind of moment also comes before the first checkpoint, and every rank is killed."""
     missed = [start.kill for start in deaths if start.outcome.statuses[victim(start)] != -9]
     assert not missed
     found = [*starts["killed"], *starts["waiting"]]
@@ -134,7 +134,7 @@ def test_the_plan_hits_every_moment(starts: Starts, deaths: list[Start]) -> None
 
 
 def test_the_others_end_by_themselves_in_time(deaths: list[Start]) -> None:
-    """Exit status 1; or 2, where rank 0 died so early that to the others it never was there."""
+    """The exit status is 1; it is 2 if rank 0 was killed so early that no rank reached it."""
     for start in deaths:
         assert start.kill is not None
         expected = 2 if start.kill.moment == "import" and victim(start) == 0 else 1
@@ -157,7 +157,7 @@ def test_latest_names_a_whole_checkpoint_after_every_death(deaths: list[Start]) 
 
 
 def test_the_run_ends_with_the_bits_of_the_undisturbed_one(lab: Lab, starts: Starts) -> None:
-    """Losses, rates, norms, tokens, held-out losses of each step once; weights and moments."""
+    """Metrics have each step once, with the same numbers; weights and moments are the same."""
     assert starts["whole"][0].outcome.statuses == [0] * WORLD
     assert starts["killed"][-1].outcome.statuses == [0] * WORLD
     whole, killed = lab.disk("whole"), lab.disk("killed")
@@ -189,7 +189,7 @@ def test_a_torn_last_line_of_the_metrics_is_mended(lab: Lab) -> None:
 def test_without_a_shared_disk_stages_that_saved_differently_go_back_together(
     lab: Lab, starts: Starts
 ) -> None:
-    """Stage 0 had its folder renamed, stage 1 had not. The replicas' disks stay empty."""
+    """Stage 0's folder was renamed, stage 1's was not; the disks of other replicas stay empty."""
     first, second = starts["apart"][:2]
     assert first.latest == str(SAVE)
     assert second.begin == SAVE
@@ -202,7 +202,7 @@ def test_without_a_shared_disk_stages_that_saved_differently_go_back_together(
 
 
 def test_latest_of_a_complete_run_catches_up(starts: Starts) -> None:
-    """Killed between the last folder's rename and its latest, which stayed a save behind."""
+    """The rank was killed after the last rename, before `latest`; a restart corrects `latest`."""
     second, third = starts["apart"][1:3]
     assert second.steps == STEPS
     assert third.outcome.statuses == [0] * WORLD
@@ -220,7 +220,7 @@ def test_a_cut_file_of_one_stage_is_an_error_that_offers_the_step_before(starts:
 
 
 def test_once_it_is_moved_away_all_go_back_to_the_step_before(lab: Lab, starts: Starts) -> None:
-    """With a warning; and the end is the same again, nothing of the old folder left."""
+    """The run warns and ends with the same bits; nothing of the old folder remains."""
     assert_went_back(starts["apart"][4])
     assert numbers(lab.disk("apart", 0)) == numbers(lab.disk("whole"))
     assert same(state(lab.disk("apart", 1), 1, STEPS), state(lab.disk("whole"), 1, STEPS))
@@ -228,7 +228,7 @@ def test_once_it_is_moved_away_all_go_back_to_the_step_before(lab: Lab, starts: 
 
 
 def test_a_step_of_another_run_on_one_stage_is_not_mixed_in(starts: Starts) -> None:
-    """As where a machine takes part again that still has the files of an earlier run."""
+    """A machine's files of an earlier run are not used; all ranks go back to the step before."""
     assert_went_back(starts["apart"][5])
 
 

@@ -1,4 +1,4 @@
-"""What starts the ranks passes a signal on to them: the example scripts, sbatch's, torchrun."""
+"""Tests that launchers pass a signal on to the ranks: example scripts, sbatch, torchrun."""
 
 import os
 import shutil
@@ -23,13 +23,13 @@ from tests.support.launcher import run_ranks
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "example_scripts"
 STEPS, SAVE, DEADLINE = 40, 5, 90.0
-# Two stages and one replica, with the batch of make_lab's two.
+# Two stages and one replica, with the global batch of make_lab's two replicas.
 TWO_RANKS = flags_of(
     f"--world-size 2 --data-group-size 1 --batch-size 4 --total-steps {STEPS} "
     f"--checkpoint-steps {SAVE} --evaluation-steps 0"
 )
-# Slurm's commands, as far as finetune_gptneox.sbatch needs them: srun's one task ends with $STATUS,
-# or with 75 once it is asked to; the job is in state $STATE.
+# Doubles of Slurm's commands for finetune_gptneox.sbatch: srun's one task ends with $STATUS, or
+# with 75 after a signal; the job is in state $STATE.
 SLURM = {
     "srun": """\
 trap "exit 75" TERM
@@ -38,7 +38,7 @@ for _ in $(seq 300); do [ -n "$STATUS" ] && exit "$STATUS"; sleep 0.1; done""",
     "squeue": 'echo "$STATE"',
     "scontrol": '[ "$1" = show ] && echo node1 || echo "$*" >>"$LOG"',
 }
-# A rank that ends with 75 once it is asked to stop.
+# A rank that exits with 75 after a signal to stop.
 LISTENING = """
 import sys, time
 from comm.lifecycle.stop_signals import STOPPED, StopListener, StopRequest
@@ -59,7 +59,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 
 def environ(**more: str) -> dict[str, str]:
-    """With this interpreter's commands first, as in an active environment."""
+    """Returns an environment with this interpreter's commands first, as in an active venv."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
 
@@ -68,7 +68,7 @@ def environ(**more: str) -> dict[str, str]:
 def started(
     command: list[Any], log: Path, env: dict[str, str]
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in a session of its own, of which nothing is left at the end."""
+    """Starts a process in its own session; at the end, all its processes are killed."""
     with log.open("ab") as file:
         process = subprocess.Popen(
             list(map(str, command)),
@@ -88,7 +88,7 @@ def started(
 
 
 def children(pid: int) -> list[int]:
-    """The processes that it started."""
+    """Returns the ids of the process's children."""
     listed = Path(f"/proc/{pid}/task/{pid}/children")
     return list(map(int, listed.read_text().split())) if listed.exists() else []
 
@@ -106,9 +106,9 @@ def steps_done(disk: Path) -> int:
 
 
 def test_a_launch_script_passes_the_signal_on_and_returns_75(tmp_path: Path) -> None:
-    """Ctrl-C: the terminal sends SIGINT to all, which background jobs of a script ignore.
+    """A script passes Ctrl-C (SIGINT) on to its ranks, because background jobs ignore SIGINT.
 
-    A double of the command python starts ranks that only listen.
+    A double of the command `python` starts ranks that only wait for a signal.
     """
     log, script = tmp_path / "log", tmp_path / "listen.py"
     script.write_text(LISTENING)
@@ -132,7 +132,7 @@ def test_a_launch_script_passes_the_signal_on_and_returns_75(tmp_path: Path) -> 
 def test_the_scripts_start_every_rank_with_either_launcher(
     tmp_path: Path, script: str, ranks: int, launcher: str, command: str
 ) -> None:
-    """A double of the command writes its arguments, a line each; later ones override."""
+    """A double of the launcher's command logs its arguments; later arguments override earlier."""
     log = tmp_path / "log"
     log.touch()
     (tmp_path / command).write_text('#!/usr/bin/env bash\necho "$*" >>"$LOG"\n')
@@ -172,7 +172,7 @@ def test_a_script_refuses_another_launcher() -> None:
 def test_the_sbatch_script_requeues_what_stopped_as_asked(
     tmp_path: Path, status: str, state_of_job: str, expected: int, requeued: bool
 ) -> None:
-    """A job that is cancelled is COMPLETING; it does not come back."""
+    """A cancelled job is in state COMPLETING, so the script does not requeue it."""
     for name, body in SLURM.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
@@ -197,8 +197,10 @@ def finish(_rank: int, _world: int, _url: str, lab: Lab) -> list[Start]:
 
 
 def test_torchrun_restarts_and_stops_to_the_same_bits(lab: Lab) -> None:
-    """SIGKILL of a rank: all are brought back; SIGTERM to torchrun: saved, and a later start ends
-    as a run that nobody disturbed."""
+    """torchrun restarts all ranks after SIGKILL of one, and saves after SIGTERM.
+
+    A later start ends with the bits of an undisturbed run.
+    """
     disk, log = lab.disk("torchrun"), lab.folder / "torchrun.log"
     disk.parent.mkdir()
     given = {k: v for k, v in lab.flags.items() if k != "world-size"}

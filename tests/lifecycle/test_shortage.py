@@ -1,4 +1,4 @@
-"""Memory that runs out: the line that every rank ends with."""
+"""Tests the error line of every rank when memory runs out."""
 
 import re
 import resource
@@ -31,7 +31,7 @@ CPU = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to a
 
 @dataclass(frozen=True)
 class Bounded:
-    """A rank whose address space is bounded once all is built: its next activations do not fit."""
+    """Hook: limits a rank's address space after the build, so the next activations do not fit."""
 
     rank: int
 
@@ -67,7 +67,7 @@ def flags(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Failing:
-    """A name that training calls, and what calling it raises."""
+    """Hook: a call of `target` during training raises `error`."""
 
     target: str
     error: Exception
@@ -78,7 +78,7 @@ class Failing:
 
 @dataclass(frozen=True)
 class FailingBlock:
-    """Memory runs out in this call of a block's forward, of all from the start."""
+    """Hook: memory runs out in forward `number` of all blocks, counted from the start."""
 
     number: int
 
@@ -93,7 +93,7 @@ class FailingBlock:
         return patch.object(GPTNeoXBlock, "forward", run)
 
 
-third_microbatch = FailingBlock(2 * LAYERS + 1)  # its second block
+third_microbatch = FailingBlock(2 * LAYERS + 1)  # in its second block
 
 
 @contextmanager
@@ -142,7 +142,7 @@ def test_the_line_says_where_and_what_is_held(name: str, start: str, told: dict[
     assert "activations and temporary tensors (4 microbatches)" in line
     parameters = LAYERS * (12 * HIDDEN**2 + 13 * HIDDEN) + 2 * 512 * HIDDEN + 2 * HIDDEN
     for share, of in ((4, "weights"), (4, "gradients"), (8, "masters and moments")):
-        assert f" {share * parameters / 1e6:.1f} MB of {of}" in line  # all in fp32
+        assert f" {share * parameters / 1e6:.1f} MB of {of}" in line  # all are fp32
     assert line.endswith(f"; {NEXT_STEP}")
 
 
@@ -173,7 +173,7 @@ def test_what_failed_is_let_go_of_before_the_plan() -> None:
 
 
 def test_memory_that_truly_runs_out_ends_every_rank(folder: Path) -> None:
-    """Rank 1 of two stages; both say why in one line, and end with status 1."""
+    """Memory runs out on rank 1 of two stages; both ranks report it in one line, status 1."""
     own = flags(folder) | flags_of(f"""
         --batch-size 120 --seq-length 256 --pipeline-group-size 2 --world-size 2
         --dist-url tcp://127.0.0.1:{free_port()} --checkpoint-path {folder}/bounded

@@ -1,4 +1,4 @@
-"""A disk that takes longer to read than a rank may wait for another ends no start of a run."""
+"""Tests that a read slower than --dist-timeout does not end the start of a run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ SHAPE = (2, 2)
 
 @contextmanager
 def slow_shards(topology: Topology) -> Iterator[None]:
-    """Those of the second replica."""
+    """Makes layer shards of the second replica slow to read."""
     seconds = SLOW / 2 if topology.replica == 1 else 0.0
     with slowed("checkpoint.resume.load:load_layer_shard", seconds):
         yield
@@ -30,7 +30,7 @@ def slow_shards(topology: Topology) -> Iterator[None]:
 
 @contextmanager
 def slow_checkpoint(topology: Topology) -> Iterator[None]:
-    """What is left to clear, each module, the optimizer's file, and in it the embedding's state.
+    """Makes a checkpoint's reads slow: leftovers, each module, the optimizer, a part of its state.
 
     The stages read the state in two and three parts.
     """

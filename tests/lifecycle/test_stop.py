@@ -1,8 +1,8 @@
-"""Asked to stop by a signal: saved at the next update's end, exit status 75, and nothing is lost.
+"""Tests a stop by a signal: the run saves after its update and exits with status 75.
 
-Two pipelines of two stages, two iterations to an update. One run is stopped again and again, at
-chosen moments, and started again with the same command; at its end it has the bits of a run that
-nobody disturbed. It saves where it is stopped and, but for one start, nowhere else.
+The run has two pipelines of two stages, and two iterations per update. It is stopped many times, at
+chosen moments, and resumed with the same command; at its end it has the bits of an undisturbed run.
+It saves only when it is stopped, except in one start.
 """
 
 import json
@@ -53,10 +53,10 @@ def saved(step: int) -> str:
 
 
 class Stop(NamedTuple):
-    """One start that gets signals, and how every rank of it is to end.
+    """A start that gets signals, and the expected end of every rank.
 
-    who: the signal and the rank that all lines name; rest: how they go on; latest: the step that is
-    saved then. changes: of the flags.
+    who: the signal and the rank in all lines; rest: the other text of the lines; latest: the step
+    that is saved then; changes: changed flags.
     """
 
     kills: list[Kill]
@@ -74,7 +74,7 @@ class Stop(NamedTuple):
 
 
 def ask(rank: int, target: str = _TRAIN, nth: int = 1) -> Kill:
-    """SIGTERM of one rank."""
+    """Returns a hook that sends SIGTERM to one rank at a call of `target`."""
     return Kill("", rank, target, nth=nth, signals=TERM)
 
 
@@ -105,7 +105,7 @@ PLAN = {
         10,
         "--checkpoint-steps 4",
     ),
-    "evaluation": Stop(  # rank 0 rests until it has heard
+    "evaluation": Stop(  # rank 0 waits until it knows of the signal
         [rest(0, _EVALUATE, 1.0), ask(3, _EVALUATE), Kill(TOO_MANY, 3, _EVALUATE, nth=2)],
         "SIGTERM on rank 3",
         saved(12),
@@ -144,11 +144,11 @@ PLAN = {
     "last step": Stop([ask(1, nth=STEPS - 20)], "", "", STEPS, status=0),
 }
 Starts = dict[str, Start]  # by name
-LEFT_OUT = {3, 6, 9, 12, 15}  # evaluations that were due when a stop was under way
+LEFT_OUT = {3, 6, 9, 12, 15}  # evaluations that a pending stop omits
 
 
 class Lived(NamedTuple):
-    """By name what the starts left; a world of one, and a rank 1 that found no rank 0, stopped."""
+    """Outcomes of the starts by name, of a world of one, and of a rank 1 that finds no rank 0."""
 
     starts: Starts
     alone: Outcome
@@ -187,10 +187,10 @@ def starts(lived: Lived) -> Starts:
 
 @pytest.mark.parametrize("name", PLAN)
 def test_all_ranks_end_alike_and_say_so_in_one_line(name: str, starts: Starts) -> None:
-    """Those that hear of it from another rank's end say which rank's."""
+    """A rank that ends because of another rank's request names that rank."""
     start, stop = starts[name], PLAN[name]
     assert start.outcome.statuses == [stop.status] * WORLD
-    if stop.kills[0].to_all:  # rank 0 may hear of another's signal first
+    if stop.kills[0].to_all:  # rank 0 can receive another rank's request first
         (named,) = re.findall(r"on rank \d", start.outcome.lines[0][0])
         stop = stop._replace(who=stop.who.replace("on rank 0", named))
     for rank, lines in enumerate(start.outcome.lines):
@@ -204,7 +204,7 @@ def test_what_is_saved_is_whole_and_from_an_updates_end(name: str, starts: Start
     assert start.latest == (None if stop.latest is None else str(stop.latest))
     assert start.damage == []
     steps = {stop.latest or 0}
-    if stop.rest == AGAIN:  # the step under way may end before the second request
+    if stop.rest == AGAIN:  # the step can end before the second request
         steps.add(max(steps) + 1)
     assert start.steps in steps
 
@@ -215,7 +215,7 @@ def test_a_run_that_is_asked_in_its_last_step_is_complete(starts: Starts) -> Non
 
 
 def test_the_run_ends_with_the_bits_of_the_undisturbed_one(lab: Lab, starts: Starts) -> None:
-    """But for the held-out losses that were left out."""
+    """Held-out losses that the stops omitted are not compared."""
     whole, stopped = lab.disk("whole"), lab.disk("stopped")
     assert starts["whole"].outcome.statuses == [0] * WORLD
     expected = numbers(whole)
@@ -227,7 +227,7 @@ def test_the_run_ends_with_the_bits_of_the_undisturbed_one(lab: Lab, starts: Sta
         assert same(state(stopped, stage), state(whole, stage))
     assert marked(stopped) == [5, 7, 11, 13, 17, 21]
     saves = {folder.name for folder in stopped.iterdir() if folder.is_dir()}
-    # What was before 14 is dropped; later there was no time to drop any.
+    # Steps before 14 are deleted; later stops left no time for a deletion.
     assert saves == {"14", "16", "18", "20", str(STEPS)}
     assert leftovers(stopped) == []
 
@@ -246,7 +246,7 @@ def test_a_rank_that_finds_no_rank_0_stops_alone(lived: Lived) -> None:
 
 
 def test_a_world_of_one_stops_too(lab: Lab, lived: Lived) -> None:
-    """Its line needs no rank's number in front."""
+    """In a world of one, the line does not begin with the rank."""
     assert lived.alone.statuses == [75]
     assert lived.alone.lines == [[f"asked to stop (SIGINT on rank 0): {saved(2)}"]]
     assert Path(lab.disk("alone"), "latest").read_text() == "2"

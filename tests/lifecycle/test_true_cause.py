@@ -1,6 +1,6 @@
-"""A rank that fails and is slow to end: the others end for its reason, not for their waiting.
+"""Tests a rank that fails and ends slowly: the other ranks report its error, not a timeout.
 
-Two pipelines of two stages, whose ranks wait for each other for less than the slow one takes.
+The run has two pipelines of two stages; their timeout is shorter than the slow rank's exit.
 """
 
 from pathlib import Path

@@ -1,7 +1,8 @@
-"""Two machines that share nothing but the code, joined by a wire.
+"""Tests a run on two machines that share only the code and are joined by a network.
 
-Each is a network namespace with its own address, interface name, host name and folder. The losses
-are those of one machine, to the bit, also after one of them has died and both were started again.
+Each machine is a network namespace with its own address, interface name, host name and folder. The
+losses are those of one machine, bit for bit, also after one machine died and both were started
+again.
 """
 
 import shutil
@@ -31,14 +32,14 @@ LAYERS = 3
 
 @pytest.fixture(scope="module")
 def wire() -> Iterator[None]:
-    """The two hosts, as long as the tests run."""
+    """Creates the two hosts for the duration of the tests."""
     with wired():
         yield
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with layer shards in m and data in data.jsonl."""
+    """Returns a folder with layer shards in m and data in data.jsonl."""
     folder = tmp_path_factory.mktemp("two-hosts")
     make_shards(folder, "m", "gptneox", {"num_hidden_layers": LAYERS}, place="")
     write_jsonl(folder / "data.jsonl", make_texts(60, seed=1))
@@ -46,7 +47,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def furnish(base: Path, layout: str) -> None:
-    """Gives each host what it needs: its stages' shards and the config, the first the data too."""
+    """Gives each host its stages' shards and the config; the first host also gets the data."""
     for index, host in enumerate(HOSTS):
         home = base / layout / host.name
         shutil.copytree(base / "m", home / "m")
@@ -72,7 +73,7 @@ def flags(layout: str, rank: int, port: int) -> dict[str, Any]:
 
 
 def chain(base: Path, layout: str, port: int, victim: int) -> list[Run]:
-    """On two hosts: a start with a wrong interface, one that is killed, and one that goes on."""
+    """Returns three starts on two hosts: a wrong interface, a killed rank, and a resume."""
     homes = [base / layout / host.name for host in HOSTS]
 
     def start(name: str, interfaces: tuple[str | None, str | None], kill: bool = False) -> Run:
@@ -95,7 +96,7 @@ def chain(base: Path, layout: str, port: int, victim: int) -> list[Run]:
 
 
 def alone(base: Path, layout: str, port: int) -> Run:
-    """The same run on one host, undisturbed."""
+    """Returns the same run, undisturbed on one host."""
     home = base / layout / "alone"
     home.mkdir()
     shutil.copytree(base / "m", home / "m")
@@ -106,13 +107,13 @@ def alone(base: Path, layout: str, port: int) -> Run:
 
 
 def our_lines(ended: Ended) -> list[str]:
-    """The lines on stderr, but for torch's about addresses without a name, as these hosts' are."""
+    """Returns the lines on stderr without torch's lines about addresses that have no name."""
     return [line for line in ended.lines if "hostname of the client socket cannot be" not in line]
 
 
 @pytest.fixture(scope="module")
 def ended(wire: None, base: Path) -> Outcomes:
-    """How all processes ended; the layouts run side by side."""
+    """Returns the outcomes of all processes; the layouts run at the same time."""
     chains = []
     for index, layout in enumerate(LAYOUTS):
         furnish(base, layout)
@@ -171,7 +172,7 @@ def test_each_host_keeps_its_own_stage(base: Path, ended: Outcomes) -> None:
 
 
 def test_gathered_files_become_one_model(base: Path, tmp_path: Path, ended: Outcomes) -> None:
-    """The far host's weights and their manifest, put beside the near one's, are all it takes."""
+    """The conversion needs only the far host's weights and their manifest beside the near files."""
     near, far = (base / "one pipeline" / host.name / "run" / str(STEPS) for host in HOSTS)
     shutil.copytree(near, tmp_path / "gathered")
     for name in ("prank_1_checkpoint.pt", "prank_1_manifest.json"):

@@ -1,4 +1,4 @@
-"""Training runs in the test's own process, a world of one."""
+"""Training runs in the test's own process, in a world of one."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from tests.support.cases import settings_of, train_with
 
 
 def run_parts(flags: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `open_run`, of a process that meets no other."""
+    """Returns the arguments of `open_run` for a process without peers."""
     settings = settings_of(flags)
     alone = SingleProcessCommunicator()
     parallel = settings.parallel

@@ -1,4 +1,4 @@
-"""What every Communicator promises, whatever moves the bytes: run in each member of a group."""
+"""Checks of every Communicator, for all backends; each member of a group runs them."""
 
 from collections.abc import Sequence
 
@@ -11,11 +11,11 @@ FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 NUMBERS = (*FLOATS, torch.int64, torch.uint8)
 DTYPES = (*NUMBERS, torch.bool)
 LENGTHS = (0, 1, 3, 4, 1001, 40_003)
-BIG = 2**18  # elements: more than sockets hold by themselves
+BIG = 2**18  # elements: more than a socket's buffers take
 
 
 def values(member: int, length: int, dtype: torch.dtype) -> Tensor:
-    """What `member` holds, known to every process."""
+    """Returns the tensor of `member`; every process can compute it."""
     generator = torch.Generator().manual_seed(100 * length + member)
     if dtype.is_floating_point:
         return (torch.randn(length, generator=generator) * 10.0**member).to(dtype)
@@ -29,7 +29,7 @@ def bits(tensor: Tensor) -> bytes:
 
 
 def ordered_sum(size: int, length: int, dtype: torch.dtype) -> Tensor:
-    """Of what all members hold, added in their order."""
+    """Returns the sum of all members' tensors, added in the order of the members."""
     total = values(0, length, dtype)
     for member in range(1, size):
         total = total + values(member, length, dtype)
@@ -37,7 +37,7 @@ def ordered_sum(size: int, length: int, dtype: torch.dtype) -> Tensor:
 
 
 def check_group(group: Communicator, *, sums: Sequence[torch.dtype]) -> None:
-    """All of it; `sums`: the dtypes that are summed exactly or in the order of the members."""
+    """Runs all checks; `sums` are the dtypes whose sums are exact or in the members' order."""
     check_sums(group, sums)
     check_sums_at_root(group, sums)
     check_sums_under_way(group, sums[0])
@@ -68,7 +68,7 @@ def check_sums_at_root(group: Communicator, dtypes: Sequence[torch.dtype]) -> No
 
 
 def check_sums_under_way(group: Communicator, dtype: torch.dtype) -> None:
-    """Many sums at once, of all lengths, waited for in an order of each member's own."""
+    """Checks many pending sums of all lengths; each member waits in a different order."""
     lengths = [LENGTHS[1 + i % (len(LENGTHS) - 1)] for i in range(20)]
     tensors = [values(group.rank, n, dtype) + i for i, n in enumerate(lengths)]
     works = []
@@ -101,7 +101,7 @@ def check_broadcast_and_gather(group: Communicator) -> None:
 
 
 def check_messages(group: Communicator) -> None:
-    """One of each length and dtype, each way between all pairs, one pair after the other."""
+    """Checks a message of each length and dtype in both directions between all pairs."""
     for left in range(group.size):
         for right in range(left + 1, group.size):
             if group.rank in (left, right):
@@ -122,7 +122,7 @@ def _exchange(group: Communicator, peer: int) -> None:
 
 
 def check_order(group: Communicator) -> None:
-    """Fifty messages of different lengths each way between two members, all under way at once."""
+    """Checks the order of fifty pending messages of different lengths in each direction."""
     if group.rank >= 2:
         return
     peer = 1 - group.rank
@@ -136,7 +136,7 @@ def check_order(group: Communicator) -> None:
 
 
 def check_sum_beside_messages(group: Communicator) -> None:
-    """A sum does not meet the messages that are under way."""
+    """Checks that a sum does not disturb pending messages."""
     neighbours = [peer for peer in (group.rank - 1, group.rank + 1) if 0 <= peer < group.size]
     received = {peer: torch.empty(5) for peer in neighbours}
     works = [group.receive(tensor, source=peer) for peer, tensor in received.items()]
@@ -151,11 +151,10 @@ def check_sum_beside_messages(group: Communicator) -> None:
 
 
 def check_posted_ahead(group: Communicator) -> None:
-    """A pipeline whose stages post every receive of a step first, and whose sends do not block.
+    """Checks a pipeline whose stages post all receives of a step first; sends must not block.
 
-    Every stage posts all it will receive from both sides; the first starts all its sends before it
-    waits for anything, the others pass on what they get, and the last turns it round. Messages are
-    longer than any buffer between the processes.
+    The first stage starts all its sends before it waits; the other stages pass each message on, and
+    the last stage sends it back. Messages are longer than any buffer between the processes.
     """
     count, last = 6, group.size - 1
     prev = group.rank - 1 if group.rank > 0 else None

@@ -1,4 +1,4 @@
-"""Training runs inside processes that a test has spawned: many runs for one spawn."""
+"""Training runs in processes that a test has spawned; one spawn serves many runs."""
 
 import io
 import logging
@@ -30,12 +30,12 @@ from training.run import train
 
 
 class Case(NamedTuple):
-    """One run: its name, and flags without dashes, which may be functions of (P, R).
+    """One run: its name, and flags without dashes; a flag's value can be a function of (P, R).
 
-    hook: entered around the run in every process, to make something go wrong there.
-    after: another run's folder and a step: this run goes on from a copy of it at that step.
-    stops: the run ends with a TrainingStoppedError, or a SaveFailedError.
-    shapes: the only (P, R) to run in.
+    hook: context around the run in every process, which causes a failure there.
+    after: another run's folder and a step; this run resumes from a copy of it at that step.
+    stops: the run ends with a TrainingStoppedError or a SaveFailedError.
+    shapes: the only shapes (P, R) of the run.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Case(NamedTuple):
 
 
 class Told(NamedTuple):
-    """What one process logged in a run, and why it stopped."""
+    """A process's log of a run, and the error that stopped the run."""
 
     lines: list[str]
     stopped: str | None
@@ -63,10 +63,10 @@ def train_cases(
     dist_backend: str = "gloo",
     dist_timeout: float = 60.0,
 ) -> dict[str, Told]:
-    """For every shape (P, R, url) of this world, trains every case.
+    """Trains every case in every shape (P, R, url) of this world.
 
-    The ranks meet at each shape's url. Checkpoints go to `folder`/<name>-<P>-<R>; what this process
-    told is by that name.
+    The ranks meet at each shape's url. Checkpoints are in `folder`/<name>-<P>-<R>. Returns this
+    process's log by the same name.
     """
     told: dict[str, Told] = {}
     torch.set_num_threads(1)
@@ -85,7 +85,7 @@ def train_cases(
 def connected(
     topology: Topology, url: str, dist_backend: str = "gloo", *, dist_timeout: float = 60.0
 ) -> Iterator[tuple[ProcessGroups, str]]:
-    """All channels of one process of a shape whose ranks meet at `url`, and the start's nonce."""
+    """Connects one process; yields its process groups and the nonce of the start."""
     entered = enter(
         topology.rank,
         url,
@@ -113,7 +113,7 @@ def _train_case(
         _copy_run(path.parent / case.after[0], path, step=case.after[1])
     elif topology.rank == 0:
         path.mkdir(parents=True, exist_ok=True)
-    gather_json(groups.control, None)  # the folder is there for all
+    gather_json(groups.control, None)  # now the folder exists for all ranks
     hook = nullcontext() if case.hook is None else case.hook(topology)
     listener = LogLines()
     with hook, listener:
@@ -128,19 +128,19 @@ def _train_case(
 
 
 def settings_of(flags: dict[str, Any]) -> Settings:
-    """Without a process that tokenizes: starting one takes longer than these texts do."""
+    """Parses flags without data workers: a worker's start takes longer than these texts."""
     return parse_train(to_argv({"data-workers": 0, **flags}), {})
 
 
 def train_with(settings: Settings, context: RunContext) -> None:
-    """Trains and draws no picture."""
+    """Trains without drawing the loss curve."""
     with ExitStack() as closing, patch("monitor.recorder.draw_loss"):
         console = Console(io.StringIO())
         train(settings, context, console=console, stop=StopRequest(), closing=closing)
 
 
 class LogLines(logging.Handler):
-    """Keeps what is logged while it is entered."""
+    """Log handler that collects messages inside its `with` block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class LogLines(logging.Handler):
 
 
 def _copy_run(source: Path, target: Path, *, step: int) -> None:
-    """The folder as it was when `step` had been saved; what came later in the metrics stays."""
+    """Copies a run as it was after the save of `step`; the metrics keep their later lines."""
     shutil.copytree(source, target)
     for entry in target.iterdir():
         if entry.name.isdecimal() and int(entry.name) > step:
@@ -173,7 +173,7 @@ def run_folder(folder: Path, name: str, stages: int, replicas: int) -> Path:
 
 
 def curve(folder: Path, name: str, stages: int, replicas: int, key: str = "loss") -> list[float]:
-    """One key of a run's metrics, over its iterations."""
+    """Returns one key of a run's metrics for all iterations."""
     lines = read_metrics(run_folder(folder, name, stages, replicas) / "metrics.jsonl")
     return [line[key] for line in lines]
 
@@ -181,7 +181,7 @@ def curve(folder: Path, name: str, stages: int, replicas: int, key: str = "loss"
 def weights_of(
     folder: Path, name: str, stages: int, replicas: int, step: int | None = None
 ) -> list[bytes]:
-    """All weights of a checkpoint, by default the last, in the order of the layers, as bytes."""
+    """Returns a checkpoint's weights (default: the last) in the order of the layers, as bytes."""
     path = run_folder(folder, name, stages, replicas)
     saved = path / ((path / "latest").read_text() if step is None else str(step))
     return [
@@ -196,5 +196,5 @@ def to_argv(flags: dict[str, Any]) -> list[str]:
 
 
 def meet_at(shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int, str]]:
-    """Each shape (P, R) with a url of its own."""
+    """Returns each shape (P, R) with a url of its own."""
     return [(*shape, f"tcp://127.0.0.1:{free_port()}") for shape in shapes]

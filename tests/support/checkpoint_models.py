@@ -1,4 +1,4 @@
-"""Small models on disk, in every form that the converters meet, and damages to files."""
+"""Small models on disk, in every format that the converters read, and damage to files."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from modules.registry import MODELS
 from pipeline_parallel.partition.split import Split
 
 NUM_LAYERS = 3
-VOCAB = 101  # odd: nothing may assume a padded vocabulary
+VOCAB = 101  # odd, so no code can assume a padded vocabulary
 
 NEOX = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 128}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -37,7 +37,7 @@ def family(name: str) -> Family:
 
 
 def make_model(name: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    """A seeded transformers model in which no two weights are alike, biases and norms included."""
+    """Returns a seeded transformers model whose weights, biases and norms all differ."""
     config_class = {"gptj": GPTJConfig, "gptneox": GPTNeoXConfig}[name]
     ends = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0}
     model = AutoModelForCausalLM.from_config(config_class(**CONFIGS[name] | ends | changes))
@@ -53,7 +53,7 @@ def is_norm(key: str) -> bool:
 
 
 def save_model(model: Any, folder: Path, form: str = "single") -> Path:
-    """Saves `model` as one or many safetensors or .bin files, with made-up tokenizer files."""
+    """Saves a model as one or many safetensors or .bin files, with fake tokenizer files."""
     size = "20KB" if form.startswith("sharded") else "1GB"
     model.save_pretrained(folder, max_shard_size=size)
     for name, text in TOKENIZER_FILES.items():
@@ -81,7 +81,7 @@ def _bin_name(name: str) -> str:
 
 
 def edit_weights(path: Path, changes: Mapping[str, Tensor | None]) -> None:
-    """Sets or (None) drops keys of a file of tensors."""
+    """Sets keys of a file of tensors; None removes a key."""
     torch_file = path.suffix != ".safetensors"
     state = torch.load(path, weights_only=True) if torch_file else load_file(path)
     state = {k: v for k, v in {**state, **changes}.items() if v is not None}
@@ -96,16 +96,16 @@ def edit_json(path: Path, **changes: Any) -> None:
 
 
 def hf_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder of safetensors."""
+    """Returns all tensors of the safetensors files in a folder."""
     return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
 
 
 def make_checkpoint(
     shards: Path, folder: Path, *, counts: Sequence[int], meta: StepMeta | None
 ) -> Path:
-    """A step's folder from layer shards, as training lays it out, by plain torch.save.
+    """Makes a step's folder from layer shards in the layout of training, with plain torch.save.
 
-    `counts` are the layers of each stage.
+    `counts` are the numbers of layers of each stage.
     """
     names = ["pytorch_embs.pt", *(f"pytorch_{i}.pt" for i in range(NUM_LAYERS))]
     modules = [torch.load(shards / name, weights_only=True) for name in names]
@@ -151,7 +151,7 @@ def copy_config(source: Path, target: Path) -> None:
 
 
 def reseal(folder: Path) -> None:
-    """Makes a step's manifests agree with what its files hold; one that is gone stays listed."""
+    """Updates a step's manifests to the content of its files; a missing file stays listed."""
     for path in folder.glob("prank_*_manifest.json"):
         body = unseal(path)
         there = [name for name in body["files"] if (folder / name).is_file()]
@@ -160,7 +160,7 @@ def reseal(folder: Path) -> None:
 
 
 def make_predecessors(folder: Path) -> None:
-    """Makes a step's folder one of a predecessor: weights alone."""
+    """Deletes manifests and meta.json, so that a step's folder is like a predecessor's."""
     for path in (*folder.glob("prank_*_manifest.json"), folder / "meta.json"):
         path.unlink()
 
@@ -183,7 +183,7 @@ def cut(path: Path) -> None:
 
 
 def flip(path: Path, place: float = 0.5) -> None:
-    """Changes a bit; `place` is 0 for the first byte and 1 for the last."""
+    """Flips a bit; `place` is 0 for the first byte and 1 for the last byte."""
     content = bytearray(path.read_bytes())
     content[int(place * (len(content) - 1))] ^= 1
     path.write_bytes(content)

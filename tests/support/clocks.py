@@ -1,4 +1,4 @@
-"""Clocks and messages that do what a test says, in one process."""
+"""Doubles of clocks and messages, in one process."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,21 +10,21 @@ from monitor.profiling.clock_sync import ClockSync
 
 
 class Alone:
-    """The messages of a run of one process: there is no other rank."""
+    """Communicator of a world of one, in which any message is an error."""
 
     rank, size = 0, 1
 
     def send(self, tensor: Tensor, *, to: int) -> Any:
-        raise AssertionError("a world of one sends nothing")
+        raise AssertionError("a world of one must not send")
 
     def receive(self, tensor: Tensor, *, source: int) -> Any:
-        raise AssertionError("a world of one receives nothing")
+        raise AssertionError("a world of one must not receive")
 
 
 class Wire(Alone):
-    """Rank 1's side of round trips of (there, back) nanoseconds.
+    """Rank 1's side of round trips; each trip takes (there, back) nanoseconds.
 
-    `now` is rank 1's clock; rank 0's is `ahead` of it.
+    `now` is rank 1's clock; rank 0's clock is `ahead` of it.
     """
 
     rank, size = 1, 2
@@ -59,7 +59,7 @@ class _Arrival:
 
 
 def clock_from(origin: int) -> ClockSync:
-    """Rank 0's clock in a run that began at `origin`."""
+    """Returns rank 0's clock in a run that began at `origin`."""
     clock = ClockSync(lambda: origin)
     clock.measure(Alone())
     return clock

@@ -1,4 +1,4 @@
-"""A model that only --check-cluster can do with, and a run's flags for it."""
+"""A model that is sufficient for --check-cluster only, and flags for it."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ SHARDS = ["pytorch_embs.pt", *(f"pytorch_{i}.pt" for i in range(8)), "pytorch_lm
 
 
 def make_model(folder: Path, **changes: Any) -> Path:
-    """config.json of 8 layers, and shards that cannot be read: nothing is in them."""
+    """Writes config.json of 8 layers, and empty shards that cannot be read."""
     make_hf("gptneox", vocab_size=400, num_hidden_layers=8).config.save_pretrained(folder)
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -22,6 +22,6 @@ def make_model(folder: Path, **changes: Any) -> Path:
 
 
 def flags(home: Path, **more: Any) -> dict[str, Any]:
-    """A run's flags, of the model in m; its data is not there."""
+    """Returns flags of a run with the model in m; its data does not exist."""
     own = f"--task-name {home}/none.jsonl --checkpoint-path {home}/none --check-cluster"
     return right(home) | flags_of(own) | {"num-layers": 4} | more

@@ -1,4 +1,4 @@
-"""What a rank of a test does to have all its channels, as the entry script would."""
+"""A test's rank with all its process groups, connected as the entry script does."""
 
 import os
 import threading
@@ -51,7 +51,7 @@ def meet(
     join_timeout: float = 20.0,
     timing: Timing = DEFAULT_TIMING,
 ) -> Rendezvous:
-    """Joins a run, and connects nothing yet."""
+    """Joins a run without connecting process groups."""
     return join(
         url=url,
         rank=rank,
@@ -77,7 +77,7 @@ def enter(
     dist_backend: str = "gloo",
     timing: Timing = DEFAULT_TIMING,
 ) -> Rank:
-    """Joins a run and connects all channels; a process alone meets nobody."""
+    """Joins a run and connects all process groups; a world of one has no rendezvous."""
     topology = Topology(rank=rank, num_stages=num_stages, num_replicas=num_replicas)
     interface = choose_interface(flag=None, master_host=parse_dist_url(url)[0], environ=os.environ)
     export(interface, os.environ)
@@ -116,7 +116,7 @@ def member(
 ) -> None:
     """Enters a run and calls `program`, as the entry script would.
 
-    The file `ready` is made once this rank waits for another in it.
+    Creates the file `ready` when this rank waits for another rank in the program.
     """
     stages, replicas = shape
     timeouts: dict[str, Any] = {"dist_timeout": dist_timeout, "timing": timing}

@@ -1,6 +1,6 @@
-"""Connections between two ranks, cut as where a router forgets them: both ends see them closed.
+"""Connections between two ranks, cut as by a router that forgets them: both ends see a close.
 
-It takes no privilege: a thread in one of the ranks shuts its ends down.
+This needs no privilege: a thread in one of the ranks shuts down its ends.
 """
 
 import contextlib
@@ -16,24 +16,24 @@ from tests.support.sockets import descriptors, tcp_lines
 _ESTABLISHED = "01"
 _ANSWER_SECONDS = 3.0
 
-Ports = tuple[int, int]  # of this end and of the other
+Ports = tuple[int, int]  # ports of this end and of the other end
 
 
 def between(pid: int, other: int) -> list[Ports]:
-    """The established connections between two processes, by the ports of `pid`'s end first."""
+    """Returns the connections between two processes as ports; the first port is `pid`'s."""
     theirs = {(remote, local) for local, remote in _connections(other)}
     return sorted(_connections(pid) & theirs)
 
 
 def _connections(pid: int) -> set[Ports]:
-    """Of a process, which may be in a network of its own."""
+    """Returns a process's connections as ports; the process can be in another network namespace."""
     ends = tcp_lines(pid, _ESTABLISHED)
     return {(int(own.split(":")[1], 16), int(other.split(":")[1], 16)) for own, other in ends}
 
 
 @dataclass(frozen=True)
 class Cutter:
-    """Cuts connections of one rank when its parent asks for it."""
+    """Hook: cuts connections of one rank when the parent asks for it."""
 
     rank: int
     _asked: tuple[int, int] = field(default_factory=os.pipe)
@@ -43,13 +43,13 @@ class Cutter:
         threading.Thread(target=self._serve, name="cutter", daemon=True).start()
 
     def cut(self, connections: Sequence[Ports]) -> None:
-        """By the parent: returns when they are cut, or the rank does not answer."""
+        """Called by the parent; returns after the cut, or after 3 seconds without an answer."""
         for local, remote in connections:
             os.write(self._asked[1], f"{local} {remote}\n".encode())
         done = 0
         while done < len(connections):
             if not select.select([self._done[0]], [], [], _ANSWER_SECONDS)[0]:
-                return  # the process is stuck, or ending
+                return  # the process hangs or ends
             done += len(os.read(self._done[0], len(connections)))
 
     def close(self) -> None:
@@ -61,13 +61,13 @@ class Cutter:
             for request in requests:
                 local, remote = map(int, request.split())
                 for end in _ends(local, remote):
-                    with contextlib.suppress(OSError):  # closed in the meantime
+                    with contextlib.suppress(OSError):  # already closed
                         end.shutdown(socket.SHUT_RDWR)
                 os.write(self._done[1], b".")
 
 
 def _ends(local: int, remote: int) -> Iterator[socket.socket]:
-    """This process's ends of the connection between those ports."""
+    """Yields this process's sockets of the connection between these ports."""
     for descriptor in descriptors("self").values():
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as end:
             is_ip = end.family in (socket.AF_INET, socket.AF_INET6)

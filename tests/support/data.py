@@ -26,7 +26,7 @@ WORDS = TEXT.split()
 
 @cache
 def tokenizer() -> Any:
-    """A byte-level BPE of 400 tokens whose eos is id 0, with a tiny model_max_length."""
+    """Returns a byte-level BPE of 400 tokens; eos is id 0, and model_max_length is small."""
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
@@ -39,7 +39,7 @@ def tokenizer() -> Any:
 
 
 def make_texts(count: int, *, seed: int, longest: int = 30) -> list[str]:
-    """Texts of 1 to `longest` words, all different."""
+    """Returns different texts of 1 to `longest` words."""
     draw = random.Random(seed)
     return [
         f"{seed}-{i} " + " ".join(draw.choices(WORDS, k=draw.randint(1, longest)))
@@ -48,7 +48,7 @@ def make_texts(count: int, *, seed: int, longest: int = 30) -> list[str]:
 
 
 def write_jsonl(path: Path, texts: Iterable[str]) -> Path:
-    """Writes one line a text, compressed if the name says so (in two frames)."""
+    """Writes one text per line; compresses a file named .zst, in two frames."""
     lines = [json.dumps({"text": text, "meta": 1}) + "\n" for text in texts]
     if path.suffix == ".zst":
         half = len(lines) // 2
@@ -60,7 +60,7 @@ def write_jsonl(path: Path, texts: Iterable[str]) -> Path:
 
 
 def write_folder(path: Path, texts: list[str]) -> Path:
-    """Writes the texts over five files of both kinds, with files beside them that are no data."""
+    """Writes the texts into five files, plain and compressed, beside files that are not data."""
     path.mkdir()
     for i in range(5):
         write_jsonl(path / f"part{i}.jsonl{'.zst' if i % 2 else ''}", texts[i::5])
@@ -70,18 +70,18 @@ def write_folder(path: Path, texts: list[str]) -> Path:
 
 
 def packed(documents: Shuffle, encoder: Encoder, seq_len: int, pack: Pack = "concat") -> Packer:
-    """The blocks of one source, tokenized in this process."""
+    """Returns the packer of one source, which is tokenized in this process."""
     encoded = DocumentPrefetcher(documents, Workers(encoder, 0), encoder.train_on)
     return PACKERS[pack](encoded, seq_len)
 
 
 def through_json(state: dict[str, Any]) -> Any:
-    """The state as a checkpoint would give it back."""
+    """Returns the state as a checkpoint restores it."""
     return json.loads(json.dumps(state))
 
 
 def check_restored_anywhere(documents: Shuffle, resumed: Shuffle) -> None:
-    """From 30 places of some epochs, in no order, `resumed` goes on as `documents` did."""
+    """Checks that `resumed` continues like `documents` from 30 places in random order."""
     states, expected = [], []
     for _ in range(250):
         states.append(through_json(documents.state()))
@@ -93,13 +93,13 @@ def check_restored_anywhere(documents: Shuffle, resumed: Shuffle) -> None:
 
 
 def content(block: TokenBlock) -> list[Any]:
-    """All that a block holds, as lists that can be compared."""
+    """Returns the complete content of a block as lists, for comparisons."""
     starts = None if block.doc_starts is None else block.doc_starts.tolist()
     return [block.token_ids.tolist(), block.trained.tolist(), block.documents, starts]
 
 
 def check_blocks_restored_anywhere(open_stream: Callable[[], Packer | BlockStream]) -> None:
-    """From 20 of 200 places, in no order, the same stream goes on with the same 15 blocks."""
+    """Checks that a stream restored at 20 of 200 places yields the same next 15 blocks."""
     stream, states, blocks = open_stream(), [], []
     for _ in range(200):
         states.append(through_json(stream.state()))

@@ -1,4 +1,4 @@
-"""The reference for documents kept apart: each by itself in the Hugging Face model."""
+"""Reference for documents kept apart: each document alone in the Hugging Face model."""
 
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
@@ -33,23 +33,23 @@ def doc_starts_after(token_ids: Tensor, end: int) -> Tensor:
 
 
 def documents_in(doc_starts: Tensor) -> Iterator[tuple[int, slice]]:
-    """Yields each document's row and its span there."""
+    """Yields each document's row and its slice of that row."""
     for row, starts in enumerate(doc_starts.tolist()):
         for start in sorted(set(starts)):
             yield row, slice(start, start + starts.count(start))
 
 
 def losses_alone(model: Any, document: Tensor) -> Tensor:
-    """Returns the losses of a document's tokens but the first; `document` is (tokens,)."""
+    """Returns the losses of a document's tokens except the first; `document` is (tokens,)."""
     logits = model(document.unsqueeze(0)).logits[0, :-1]
     return functional.cross_entropy(logits, document[1:], reduction="none")
 
 
 class Alone(nn.Module):
-    """A Hugging Face model whose loss is that of each document by itself.
+    """A Hugging Face model whose loss is the loss of each document alone.
 
-    `find` returns the starts of documents in rows of tokens; labels are as Hugging Face has them,
-    and a document's first token is not predicted.
+    `find` returns the starts of documents in rows of tokens; labels have Hugging Face's format, and
+    a document's first token is not predicted.
     """
 
     def __init__(self, model: Any, find: Callable[[Tensor], Tensor]) -> None:

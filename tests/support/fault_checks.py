@@ -1,4 +1,4 @@
-"""How the ranks of a start must end after each kind of fault, and what they must leave behind."""
+"""Checks of a start after each kind of fault: how its ranks end, and which files remain."""
 
 import re
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ _EVALUATED = ("eval_loss", "eval_perplexity")
 
 
 def misbehaviour(hits: Sequence[Hit], outcome: Outcome, seconds: float | None) -> list[str]:
-    """What is not as it must be at the end of a start."""
+    """Returns the deviations from the expected end of a start, as texts."""
     hung = [rank for rank, status in enumerate(outcome.statuses) if status is None]
     if hung:
         return [f"ranks {hung} hung: {outcome.lines}"]
@@ -35,7 +35,7 @@ def misbehaviour(hits: Sequence[Hit], outcome: Outcome, seconds: float | None) -
 
 
 def _after(hit: Hit, outcome: Outcome, last: float, seconds: float) -> list[str]:
-    """What does not fit a start that this fault ended."""
+    """Returns the problems of a start that this fault ended."""
     fault, problems = hit.fault, []
     limit = ENDS_JOINING if hit.phase in JOINING else ENDS.get(fault.kind)
     if limit is not None and seconds + last - hit.at > limit:
@@ -47,14 +47,14 @@ def _after(hit: Hit, outcome: Outcome, last: float, seconds: float) -> list[str]
 
 
 def _ending(rank: int, hit: Hit, outcome: Outcome) -> str | None:
-    """What is wrong with how a rank ended."""
+    """Returns the problem with a rank's end, or None."""
     fault, status, lines = hit.fault, outcome.statuses[rank], outcome.lines[rank]
     told = f"rank {rank} ended with {status}: {lines}"
     if fault.kind in (KILL, STOP) and rank == fault.rank:
         return None if status == -9 else told
     if fault.kind == TERM and hit.phase in JOINING and rank == fault.rank and status == -15:
-        return None  # before it could hear
-    if status == 0 and not lines:  # some were done already
+        return None  # before its signal handler was set
+    if status == 0 and not lines:  # this rank had already completed
         return None
     return None if status in _statuses(hit) and _names(hit, rank, lines) else told
 
@@ -67,12 +67,12 @@ def _statuses(hit: Hit) -> tuple[int, ...]:
 
 
 def _names(hit: Hit, rank: int, lines: Sequence[str]) -> bool:
-    """Whether its one line names who is lost, or what happened."""
+    """Returns whether the rank's one line names the lost rank, or the event."""
     if len(lines) != 1:
         return False
     fault, text = hit.fault, lines[0].removeprefix(f"rank {rank}: ")
     if hit.phase in JOINING and "could not all connect" in text:
-        return "this one over" in text  # nobody can tell it more than its own interface
+        return "this one over" in text  # an error can only name this rank's own interface
     if fault.kind == FULL:
         return "is not saved" in text or "latest does not name it" in text
     if fault.kind == TERM and fault.to_all:
@@ -83,8 +83,10 @@ def _names(hit: Hit, rank: int, lines: Sequence[str]) -> bool:
 
 
 def damage(lab: "FaultLab", name: str) -> list[str]:
-    """What is wrong with what `latest` names, by the project's own check and by a comparison with
-    the same step of the undisturbed run."""
+    """Returns what is damaged in the step that `latest` names.
+
+    The project's own check runs first; then the step is compared with the undisturbed run.
+    """
     found = []
     for stage in range(STAGES):
         disk = lab.stage_disk(name, stage)
@@ -97,7 +99,7 @@ def damage(lab: "FaultLab", name: str) -> list[str]:
             expected = state(lab.stage_disk("whole", stage), stage, step)
             if not same(state(disk, stage, step), expected):
                 found.append(f"step {step} of stage {stage} has other bits")
-        except Exception as error:  # whatever is wrong with it
+        except Exception as error:  # any damage
             found.append(f"step {step} of stage {stage}: {error!r}")
     return found
 
@@ -105,7 +107,7 @@ def damage(lab: "FaultLab", name: str) -> list[str]:
 def differences(
     lab: "FaultLab", name: str, plan: RunPlan, statuses: Sequence[int | None]
 ) -> list[str]:
-    """What differs from the undisturbed run at the end."""
+    """Returns the differences from the undisturbed run at the end."""
     disk, whole = lab.stage_disk(name, 0), lab.stage_disk("whole", 0)
     steps = lab.lab.steps
     if list(statuses) != [0] * WORLD:
@@ -129,7 +131,7 @@ def differences(
 def _other_lines(
     lines: list[dict[str, object]], expected: list[dict[str, object]], *, stopped: bool
 ) -> list[str]:
-    """An evaluation during which the run was asked to stop is left out."""
+    """Returns the lines that differ; a stop can omit an evaluation."""
     found = []
     for line, other in zip(lines, expected, strict=False):
         left_out = {key: other[key] for key in other if key not in _EVALUATED}

@@ -1,4 +1,4 @@
-"""Makes the faults of one start happen, from the process that forked its ranks."""
+"""Injector of the faults of one start, in the process that forked its ranks."""
 
 import contextlib
 import os
@@ -20,12 +20,12 @@ from tests.support.phases import PhaseMarks, Phases
 from tests.support.runs import Hook
 
 _SIGNALS = {KILL: signal.SIGKILL, STOP: signal.SIGSTOP, TERM: signal.SIGTERM}
-SMALL_FILES = 30_000  # bytes: more than a rank's output, less than a stage's weights
+SMALL_FILES = 30_000  # bytes; more than a rank's output, less than a stage's weights
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A fault that happened: in which phase of its rank, and when."""
+    """A fault that happened: its rank's phase, and its time."""
 
     fault: Fault
     phase: str
@@ -34,7 +34,7 @@ class Hit:
 
 @dataclass(frozen=True)
 class Point(Kill):
-    """A moment at which a rank waits until its parent has made the fault happen."""
+    """A moment at which a rank waits until its parent has caused the fault."""
 
     reached: tuple[int, int] = field(default_factory=os.pipe)
     go_on: tuple[int, int] = field(default_factory=os.pipe)
@@ -56,7 +56,7 @@ class Point(Kill):
 
 
 def point(fault: Fault) -> Point | None:
-    """Where its named moment comes."""
+    """Returns the point of a fault's named moment; None for a fault by the clock."""
     one = fault.moment
     if one is None:
         return None
@@ -64,12 +64,12 @@ def point(fault: Fault) -> Point | None:
 
 
 class Injector:
-    """Attends the ranks of one start.
+    """Attendant of the ranks of one start, which causes the faults.
 
-    steps: of the complete run.
-    life: seconds that it takes undisturbed.
-    metrics: its record.
-    hosts: the machines of the stages, none where all ranks share one.
+    steps: number of steps of the complete run.
+    life: seconds of an undisturbed run.
+    metrics: path of the run's metrics.jsonl.
+    hosts: the machines of the stages; empty if all ranks share one machine.
     """
 
     def __init__(
@@ -90,10 +90,10 @@ class Injector:
         self._steps = steps
         self._life = life * (1 - self._done / (steps + 1))
         self._began: float | None = None
-        self._room: dict[Fault, float] = {}  # when a full disk has room again
+        self._room: dict[Fault, float] = {}  # time at which a full disk has space again
 
     def armed(self) -> list[Hook]:
-        """What the ranks are to do to themselves."""
+        """Returns the hooks of the ranks."""
         self._phases.begin()
         return [
             *(PhaseMarks(rank, self._phases) for rank in range(WORLD)),
@@ -119,7 +119,7 @@ class Injector:
         self._end_stopped(pids, ended)
 
     def close(self) -> None:
-        """As the machine is before the next start."""
+        """Restores the machine for the next start."""
         for hit in self.hits:
             if hit.fault.kind == UNPLUGGED:
                 plug(self._hosts[0], up=True)
@@ -129,10 +129,10 @@ class Injector:
             one.close()
 
     def _share(self, now: float) -> float:
-        """How much of what was left of the run is done: by the clock, or by what the metrics say.
+        """Returns the fraction of the remaining run that is done, by the clock or by the metrics.
 
-        The clock counts before the first step, and where a full disk keeps the metrics back; but it
-        may lag, where the machine has less to do than it had in the undisturbed run.
+        The larger one counts. The clock counts before the first step, and while a full disk delays
+        the metrics; but it can be late if the machine is faster than in the undisturbed run.
         """
         assert self._began is not None
         begun, steps = self._done, len(read_metrics(self._metrics))
@@ -154,7 +154,7 @@ class Injector:
                 os.kill(pids[rank], _SIGNALS[fault.kind])
 
     def _limit_files(self, rank: int, pids: Sequence[int], size: int) -> None:
-        """Files of those that write to a rank's disk grow no larger than `size`."""
+        """Limits the size of files of the ranks that write to a rank's disk."""
         for writer in WRITERS:
             if not self._hosts or writer % STAGES == rank % STAGES:
                 with contextlib.suppress(ProcessLookupError):
@@ -170,7 +170,7 @@ class Injector:
         self._cutters[fault.rank].cut(found)
 
     def _end_stopped(self, pids: Sequence[int], ended: Mapping[int, int | None]) -> None:
-        """A stopped rank is not to go on once the others have ended."""
+        """Kills a stopped rank after all other ranks have ended."""
         for hit in self.hits:
             alone = hit.fault.rank not in ended and len(ended) == WORLD - 1
             if hit.fault.kind == STOP and alone:

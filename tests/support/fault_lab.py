@@ -1,4 +1,4 @@
-"""Runs that live through drawn faults: each is started again until it is complete."""
+"""Runs with random faults: each is started again until it is complete."""
 
 import time
 from collections import Counter
@@ -16,13 +16,13 @@ from tests.support.launcher import free_port
 from tests.support.runs import Outcome, fork_ranks
 
 JOIN, HANG, GRACE = 12.0, 8.0, 20.0  # seconds: --join-timeout, --dist-timeout, --grace-seconds
-_LONGEST = 120.0  # seconds of one start
-_RESTARTS = 3  # more than there are faults
+_LONGEST = 120.0  # seconds; limit of one start
+_RESTARTS = 3  # more than the number of faults
 
 
 @dataclass(frozen=True)
 class FaultLab:
-    """A lab whose ranks are on `hosts`, stage by stage, each with a disk of its own; or on one."""
+    """A lab whose stages are on `hosts`, each rank with its own disk; or all ranks on one host."""
 
     lab: Lab
     hosts: Sequence[Host] = ()
@@ -50,7 +50,7 @@ class FaultLab:
 
 @dataclass(frozen=True)
 class Start:
-    """One start of a run: what hit it, how long after the last hit all had ended, what is wrong."""
+    """One start of a run: its faults, the seconds from the last fault to the end, its problems."""
 
     hits: list[Hit]
     missed: list[Fault]
@@ -61,7 +61,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Lived:
-    """One run from its first start to its last; `problems` are those at its end."""
+    """One run from its first to its last start; `problems` are the problems at its end."""
 
     plan: RunPlan
     starts: list[Start]
@@ -79,7 +79,7 @@ def make_fault_lab(folder: Path, hosts: Sequence[Host] = (), *, steps: int = STE
 def live(
     _rank: int, _world: int, _url: str, lab: FaultLab, plans: Sequence[RunPlan], log: Path
 ) -> list[Lived]:
-    """All runs, one after another, compared with one that nobody disturbed; told in `log`."""
+    """Runs all plans one after another, compares them with an undisturbed run, and logs them."""
     life = _undisturbed(lab)
     lived = []
     for plan in plans:
@@ -90,7 +90,7 @@ def live(
 
 
 def _undisturbed(lab: FaultLab) -> float:
-    """The run to compare with, all of whose steps are saved, and the seconds of an ordinary one."""
+    """Runs the reference, with all its steps saved; returns the seconds of an ordinary run."""
     whole = lab.start("whole", {"checkpoint-steps": 2}, lab.injector("whole", [], life=1.0))
     began = time.monotonic()
     again = lab.start("again", {}, lab.injector("again", [], life=1.0))
@@ -122,7 +122,7 @@ def _start(lab: FaultLab, name: str, plan: RunPlan, faults: Sequence[Fault], lif
 
 
 def tell(lived: Lived) -> str:
-    """A run in a few lines."""
+    """Returns a description of a run in a few lines."""
     lines = [f"run {lived.plan.number} {dict(lived.plan.changes)}"]
     for start in lived.starts:
         hits = [f"{hit.fault} in {hit.phase}" for hit in start.hits]
@@ -134,7 +134,7 @@ def tell(lived: Lived) -> str:
 
 
 def report(lived: Sequence[Lived]) -> str:
-    """The counts of all runs."""
+    """Returns a text with the counts of all runs."""
     starts = [start for one in lived for start in one.starts]
     hits = [hit for start in starts for hit in start.hits]
     kinds, phases = Counter(hit.fault.kind for hit in hits), Counter(hit.phase for hit in hits)
@@ -149,7 +149,7 @@ def report(lived: Sequence[Lived]) -> str:
 
 
 def problems(lived: Lived) -> list[str]:
-    """All that was wrong with a run."""
+    """Returns all problems of a run."""
     return [*(problem for start in lived.starts for problem in start.problems), *lived.problems]
 
 

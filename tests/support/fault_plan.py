@@ -1,4 +1,4 @@
-"""Faults drawn from a seed: what goes wrong, for which rank and when, run by run."""
+"""Faults drawn from a seed, run by run: their kind, rank and moment."""
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,23 +9,23 @@ from tests.support.kill_lab import WORLD
 from tests.support.kill_plan import ANY_STEP, FIRST, JOINING, RENAMING, SAVING, Moment
 
 KILL, STOP, CUT, FULL, TERM = ALONE = "SIGKILL", "SIGSTOP", "cut connection", "full disk", "SIGTERM"
-UNPLUGGED = "pulled wire"  # between two hosts, and nobody is told
+UNPLUGGED = "pulled wire"  # between two hosts, without any message
 APART = (*ALONE, UNPLUGGED)
-_LINKED = (JOINING[-1], *ANY_STEP, *SAVING, *RENAMING)  # moments when there are connections
-_NAMED_SHARE = 0.5  # of faults, at named moments; the others by the clock
+_LINKED = (JOINING[-1], *ANY_STEP, *SAVING, *RENAMING)  # moments with connections
+_NAMED_SHARE = 0.5  # share of faults at named moments; the others are by the clock
 _FOREVER_SHARE, _ROOM_SECONDS = 0.5, 0.4
 _MOST_FAULTS = 3
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that goes wrong for `rank`.
+    """A fault of `rank`.
 
-    moment: a named one; None by the clock, `share` being how much of what is left of the run is
-        done then.
-    peer: the other end of a cut connection; one: a single connection of theirs is cut, not all.
+    moment: a named moment; None for a fault by the clock, after the fraction `share` of the
+    remaining run.
+    peer: the other end of a cut connection; one: only one of their connections is cut.
     to_all: every rank gets the signal.
-    rest: seconds until a full disk has room again; None: not in this start.
+    rest: seconds until a full disk has space again; None: not in this start.
     """
 
     kind: str
@@ -44,7 +44,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """One run: its flags, and the faults of its starts; the last, beside them, is undisturbed."""
+    """One run: its flags, and the faults of its starts; a last start has no faults."""
 
     number: int
     changes: Mapping[str, Any]
@@ -52,7 +52,7 @@ class RunPlan:
 
 
 def draw_runs(seed: int, count: int, kinds: Sequence[str] = ALONE) -> list[RunPlan]:
-    """Runs of 1 to 3 faults; every second saves, every third tokenizes beside training."""
+    """Draws runs of 1 to 3 faults; every second run saves async, every third has data workers."""
     draw = random.Random(seed)
     deck = _shuffled_for_ever(draw, kinds)
     return [
@@ -69,13 +69,13 @@ def draw_runs(seed: int, count: int, kinds: Sequence[str] = ALONE) -> list[RunPl
 
 
 def _shuffled_for_ever(draw: random.Random, kinds: Sequence[str]) -> Iterator[str]:
-    """Every kind once, in any order, and again: few runs have all of them too."""
+    """Yields every kind once in random order, then again, so few runs have all kinds."""
     while True:
         yield from draw.sample(kinds, len(kinds))
 
 
 def _draw_starts(draw: random.Random, deck: Iterator[str]) -> list[list[Fault]]:
-    """One fault a start; but a full disk ends none, so the next may come on top of it."""
+    """Draws one fault per start; a full disk ends no start, so a second fault can follow it."""
     starts: list[list[Fault]] = []
     for number in range(draw.randint(1, _MOST_FAULTS)):
         fault = _draw_fault(draw, next(deck), is_first=number == 0)

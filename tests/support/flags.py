@@ -1,4 +1,4 @@
-"""Flags of dist_clm_train.py as a user writes them, by name."""
+"""Flags of dist_clm_train.py in a user's spelling, by name."""
 
 from typing import Any
 

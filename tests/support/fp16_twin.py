@@ -1,17 +1,15 @@
-"""fp16 training in one process, in plain torch: what runs in fp16 are held against.
+"""Reference of fp16 training: one process, in plain torch.
 
-Our modules in half precision, torch's AdamW on fp32 masters, torch.amp.GradScaler whose scale the
-rule moves. What it shares with the code under test is the forward pass of embedding, blocks and
-norms alone, which tests/modules hold against transformers.
-
-Activations and their gradients are rounded to fp16, for these are what fp16 stores. Gradients of
-large weights are not: they belong to fp32 masters and add up in fp32, so a product is rounded only
-where the processor can make it in fp16 alone. Nor are the gradients of logits before they are
-whole: (softmax - 1 at the label) x scale.
-
-A half-precision weight may round the other way for a master's last bit, and then losses differ by
-fp16's own roundings. So the twin keeps to one order of sums (microbatch by microbatch, token by
-token) and rounds the clipping once; then all is the same to the bit.
+It has our modules in half precision, torch's AdamW on fp32 masters, and torch.amp.GradScaler, whose
+scale follows our rule. It shares with the tested code only the forward of embedding, blocks and
+norms, which tests/unit/modules compare with transformers.
+Activations and their gradients are rounded to fp16, because fp16 stores them. Gradients of large
+weights are not rounded: they belong to fp32 masters and are summed in fp32, so a product is rounded
+only if the CPU computes it in fp16. Gradients of logits are not rounded before they are
+complete: (softmax - 1 at the label) x scale.
+One different last bit of a master can round a half-precision weight the other way, and then losses
+differ by roundings of fp16. Therefore the reference has one order of sums (microbatch by
+microbatch, token by token) and rounds the clipping once; then everything is equal bit for bit.
 """
 
 import math
@@ -34,15 +32,15 @@ from tasks.stream import open_training_stream
 from tests.support.data import tokenizer
 
 LAYERS, ROWS, TOKENS, UPDATES, WARMUP, LR = 4, 4, 16, 10, 2, 2e-3
-REPLICAS = 2  # of the runs that have a twin
+REPLICAS = 2  # of the runs with a reference
 
 Sums = dict[Tensor, Tensor]  # gradients in fp32
-Scale = tuple[float, int, int]  # the scale, hysteresis that is left, clean updates in a row
+Scale = tuple[float, int, int]  # scale, remaining hysteresis, clean updates in a row
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run with a twin does: `poisoned` updates, counted from 1, overflow."""
+    """Settings of a run with a reference; `poisoned` updates (counted from 1) overflow."""
 
     updates: int = UPDATES
     accumulate: int = 1
@@ -54,7 +52,7 @@ class Recipe:
 
 
 def moved(scale: float, left: int, clean: int, overflow: bool, recipe: Recipe) -> Scale:
-    """Returns what the rule makes of them in an update."""
+    """Returns scale, hysteresis and clean updates after an update, by the scaler's rule."""
     if overflow:
         left = max(left - 1, 0)
         return (scale / 2 if left == 0 else scale), left, 0
@@ -64,7 +62,7 @@ def moved(scale: float, left: int, clean: int, overflow: bool, recipe: Recipe) -
 
 
 def twin(folder: Path, recipe: Recipe) -> list[dict[str, Any]]:
-    """The lines that a run's metrics should have, from one process."""
+    """Returns the metrics that a run should have, computed in one process."""
     model = Twin(folder)
     masters = [p for module in load_model(folder) for p in module.parameters()]
     groups = [
@@ -111,7 +109,7 @@ def twin(folder: Path, recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def clip_(masters: Sequence[Tensor], max_norm: float) -> float:
-    """As torch's clip_grad_norm_, but the sum of squares and the coefficient are fp64."""
+    """Clips like torch's clip_grad_norm_, with sum of squares and coefficient in fp64."""
     gradients = [master.grad for master in masters if master.grad is not None]
     norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
     norm = norms.double().square().sum().sqrt().item()
@@ -122,7 +120,7 @@ def clip_(masters: Sequence[Tensor], max_norm: float) -> float:
 
 
 class CrossEntropy(torch.autograd.Function):
-    """The sum of the token losses of logits (tokens, vocabulary)."""
+    """Sum of the token losses of logits (tokens, vocabulary)."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
@@ -138,9 +136,9 @@ class CrossEntropy(torch.autograd.Function):
 
 
 class WideLinear(nn.Module):
-    """A layer whose products are made in fp32, and rounded where they are stored as activations.
+    """A linear layer that multiplies in fp32 and rounds its output, an activation, to fp16.
 
-    What it adds to the gradients of its parameters goes to `sums`.
+    The gradients of its parameters are added to `sums`.
     """
 
     def __init__(self, half: nn.Linear) -> None:
@@ -155,14 +153,14 @@ class WideLinear(nn.Module):
         return out
 
     def add(self, x: Tensor, gradient: Tensor) -> None:
-        """Of one sequence: (tokens, inputs) and (1, tokens, outputs)."""
+        """Adds the gradients of one sequence: x (tokens, inputs), gradient (1, tokens, outputs)."""
         self.sums[self.weight].addmm_(gradient[0].float().t(), x)
         if self.bias is not None:
             self.sums[self.bias].add_(gradient[0].float().sum(0))
 
 
 class WideLookup(nn.Module):
-    """The same of an embedding."""
+    """An embedding whose gradients are added to `sums` in fp32."""
 
     def __init__(self, half: nn.Embedding) -> None:
         super().__init__()
@@ -191,7 +189,7 @@ class Twin:
         return {parameter: torch.zeros(parameter.shape) for parameter in self._parameters}
 
     def loss(self, tokens: Tensor, sums: Sums) -> Tensor:
-        """The token losses of one sequence, whose gradients will go to `sums`."""
+        """Returns one sequence's sum of token losses, whose gradients are added to `sums`."""
         for layer in self._wide:
             layer.sums = sums
         logits = self._model(tokens[None], None).float()[0]
@@ -201,7 +199,7 @@ class Twin:
     def backward(self, loss: Tensor, sums: Sums) -> None:
         torch.autograd.backward(loss)
         for parameter, total in sums.items():
-            if parameter.grad is not None:  # a norm's: autograd has made it, in fp16
+            if parameter.grad is not None:  # a norm's gradient: autograd computes it in fp16
                 total += parameter.grad
                 parameter.grad = None
 

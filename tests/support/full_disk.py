@@ -1,4 +1,4 @@
-"""Writes that the system refuses, as those to a full disk."""
+"""Writes that the system refuses, as if the disk was full."""
 
 import resource
 import shutil
@@ -12,7 +12,7 @@ import pytest
 
 @contextmanager
 def files_no_larger_than(size: int) -> Iterator[None]:
-    """Until the end of it, no file of this process grows beyond `size` bytes."""
+    """Limits all files of this process to `size` bytes inside the `with` block."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -23,7 +23,7 @@ def files_no_larger_than(size: int) -> Iterator[None]:
 
 @contextmanager
 def small_disk(place: Path, size: str) -> Iterator[None]:
-    """A disk of its own, which takes a privilege that not every machine of tests gives."""
+    """Mounts a small disk, or skips the test if the machine does not permit a mount."""
     place.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(place)]
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
@@ -35,7 +35,7 @@ def small_disk(place: Path, size: str) -> Iterator[None]:
 
 
 def fill(path: Path) -> None:
-    """Takes all that is free on the disk."""
+    """Fills the free space of the disk."""
     with path.open("wb", buffering=0) as file:
         try:
             while file.write(b"0" * 4096):

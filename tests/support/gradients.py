@@ -1,4 +1,4 @@
-"""The gradients of a module and its optimizer, as a stage has them."""
+"""Gradients of a module and its optimizer, as in a stage."""
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from optimizer.mixed_precision import MixedPrecisionOptimizer, MixedPrecisionWei
 def gradients_of(
     model: nn.Module, replicas: Communicator | None = None, *, sharded: bool = False
 ) -> ReplicaGradients:
-    """Builds the gradients of `model`, without other replicas where none are given."""
+    """Builds the gradients of `model`; without `replicas` there are no other replicas."""
     parameters, alone = dict(model.named_parameters()), SingleProcessCommunicator()
     replicas = replicas or alone
     partition = ZeroPartition(parameters, replicas, sharded=sharded)

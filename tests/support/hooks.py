@@ -1,4 +1,4 @@
-"""Hooks that change a rank's process before it begins: it dies, stops, fails or slows down."""
+"""Hooks that change a rank's process before its start: it dies, stops, fails or slows down."""
 
 import contextlib
 import importlib
@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 from tests.support.runs import Attendant
 
-_HEARD_SECONDS = 0.3  # until a signal that does not kill has been heard
+_HEARD_SECONDS = 0.3  # limit for the reaction to a signal that does not kill
 
 
 def find(target: str) -> tuple[Any, str]:
@@ -32,11 +32,11 @@ def find(target: str) -> tuple[Any, str]:
 class Kill:
     """A signal to one rank at its `nth` call of `module:function` or `module:Class.method`.
 
-    when: `before` or `after` the call; `half`, of torch.save alone: with half of the file written.
-    about: only calls count whose first two arguments have this text in them.
-    wait: seconds that the rank rests before it dies, for the others to go on meanwhile.
-    signals: one `wait` after the other; the rank goes on after those that it survives.
-    to_all: every rank gets them, as if from a terminal.
+    when: `before` or `after` the call; `half`, for torch.save only: after half of the file.
+    about: count only calls whose first two arguments contain this text.
+    wait: seconds that the rank waits before each signal, while the other ranks continue.
+    signals: sent one after the other; the rank continues after a signal that it survives.
+    to_all: every rank gets the signals, as from a terminal.
     """
 
     moment: str
@@ -50,7 +50,7 @@ class Kill:
     to_all: bool = False
 
     def arm(self) -> None:
-        """Lets this process get the signals at the moment."""
+        """Prepares this process so that it gets the signals at the moment."""
         owner, name = find(self.target)
         original, calls = getattr(owner, name), itertools.count(1)
 
@@ -95,7 +95,7 @@ class Slow:
 
 
 def slowed(target: str, seconds: float, about: str = "") -> AbstractContextManager[object]:
-    """While it is entered, calls of `target` with a text that begins with `about` take longer."""
+    """Slows calls of `target` with an argument that begins with `about`, in the `with` block."""
     owner, name = find(target)
     return patch.object(owner, name, _slower(getattr(owner, name), seconds, about))
 
@@ -110,7 +110,7 @@ def _slower(function: Callable[..., Any], seconds: float, about: str) -> Callabl
 
 
 def kill_once(rank: int, seen: Callable[[int], bool]) -> Attendant:
-    """Returns an attendant that kills a rank as soon as `seen(pid)` is true."""
+    """Returns an attendant that kills a rank once `seen(pid)` is true."""
 
     def attend(pids: Sequence[int], ended: Mapping[int, int | None]) -> None:
         if rank not in ended and seen(pids[rank]):
@@ -132,4 +132,4 @@ class Skip:
         setattr(owner, name, lambda *_args, **_kwargs: None)
 
 
-no_picture = Skip(0, "monitor.recorder:draw_loss")  # drawing one takes longer than many steps
+no_picture = Skip(0, "monitor.recorder:draw_loss")  # drawing takes longer than many steps

@@ -1,4 +1,4 @@
-"""Made-up machines: network namespaces that a wire joins, each with a name and an address."""
+"""Simulated machines: network namespaces joined by a wire, each with a name and an address."""
 
 import ctypes
 import os
@@ -17,7 +17,7 @@ _CLONE_NEWUTS, _CLONE_NEWNET = 0x04000000, 0x40000000
 
 @dataclass(frozen=True)
 class Host:
-    """A made-up machine: its name (also of its namespace), interface and address."""
+    """A simulated machine: its name (also the namespace's name), interface and address."""
 
     name: str
     interface: str
@@ -48,26 +48,26 @@ def make_wire() -> None:
 
 @contextmanager
 def wired() -> Iterator[None]:
-    """The two hosts, until the end of it; skips the test where they may not be made."""
+    """Creates the two hosts for the `with` block; skips the test without the permission."""
     if shutil.which("ip") is None:
         pytest.skip("needs the command ip (Debian's package iproute2)")
     try:
         make_wire()
         yield
     except subprocess.CalledProcessError as error:
-        pytest.skip(f"may not make network namespaces here: {error.stderr.strip()}")
+        pytest.skip(f"cannot create network namespaces here: {error.stderr.strip()}")
     finally:
         for host in HOSTS:
             subprocess.run(["ip", "netns", "delete", host.name], capture_output=True, check=False)
 
 
 def plug(host: Host, *, up: bool) -> None:
-    """Pulls the wire at a host, in silence for both, or puts it back."""
+    """Cuts the wire at a host without any message to either end, or restores it."""
     ip("-n", host.name, "link", "set", host.interface, "up" if up else "down")
 
 
 def enter_host(name: str) -> None:
-    """This process moves to a host of its own: that network, and a host name nobody else sees."""
+    """Moves this process to a host: its network, and a host name only this process sees."""
     libc = ctypes.CDLL(None, use_errno=True)
     with Path("/var/run/netns", name).open("rb") as namespace:
         if libc.setns(namespace.fileno(), _CLONE_NEWNET) or libc.unshare(_CLONE_NEWUTS):

@@ -1,4 +1,4 @@
-"""Runs of four ranks under one folder: their data, model and flags, and what a start leaves."""
+"""Runs of four ranks in one folder: data, model, flags, and the files after a start."""
 
 import json
 import re
@@ -20,19 +20,19 @@ from tests.support.models import make_shards
 from tests.support.runs import Hook, Outcome, fork_ranks
 
 STAGES, REPLICAS, WORLD = 2, 2, 4
-WRITERS, OTHERS = (0, 1), (2, 3)  # the ranks of replica 0, and the rest
+WRITERS, OTHERS = (0, 1), (2, 3)  # the ranks of replica 0, and the other ranks
 STEPS, SAVE, EVALUATE = 24, 4, 3
 
 
 @dataclass(frozen=True)
 class Start:
-    """One start of all ranks, and what it left.
+    """One start of all ranks, and its result.
 
-    kill: whose death it was started for.
-    latest: what rank 0's `latest` holds, None where there is none.
-    damage: what is wrong with the folders that each stage's `latest` names.
-    begin: the step that it went on from, None where it did not come so far.
-    steps: how many lines metrics.jsonl has.
+    kill: the first kill of the start.
+    latest: the content of rank 0's `latest`; None if there is none.
+    damage: the damage in the folders that each stage's `latest` names.
+    begin: the step from which the run resumed; None if rank 0 ended before.
+    steps: the number of lines in metrics.jsonl.
     """
 
     kill: Kill | None
@@ -45,7 +45,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Lab:
-    """The runs under `folder`, by name; `flags` are what their ranks have in common."""
+    """The runs in `folder`, by name; `flags` are common to their ranks."""
 
     folder: Path
     flags: Mapping[str, Any]
@@ -55,13 +55,13 @@ class Lab:
         return int(self.flags["total-steps"])
 
     def disk(self, name: str, rank: int | None = None) -> Path:
-        """The --checkpoint-path that all ranks share, or, with `rank`, its own."""
+        """Returns the --checkpoint-path that all ranks share, or, with `rank`, the rank's own."""
         return self.folder / name / ("disk" if rank is None else f"disk{rank}")
 
     def argvs(
         self, name: str, *, own_disks: bool = False, changes: Mapping[str, Any] | None = None
     ) -> list[list[str]]:
-        """The command lines of one start: always the same but for a fresh port."""
+        """Returns the command lines of one start; only the port is new each time."""
         common = {**self.flags, "dist-url": f"tcp://127.0.0.1:{free_port()}", **(changes or {})}
         disks = [self.disk(name, rank if own_disks else None) for rank in range(WORLD)]
         return [
@@ -77,10 +77,10 @@ class Lab:
         changes: Mapping[str, Any] | None = None,
         timing: Timing = DEFAULT_TIMING,
     ) -> Start:
-        """One start to its end, in forked ranks; it is told of the first of `kills`."""
+        """Runs one start to its end in forked ranks; the result names the first of `kills`."""
         argvs = self.argvs(name, own_disks=own_disks, changes=changes)
         place, hooks = self.folder / name, [kill for kill in kills if kill is not None]
-        place.mkdir(exist_ok=True)  # for the ranks' output: other runs may go on beside it
+        place.mkdir(exist_ok=True)  # folder of the ranks' output: another run can use it, too
         given: list[Hook] = [no_picture, *hooks]
         outcome = fork_ranks(argvs, place, hooks=given, timing=timing)
         disks = [self.disk(name, rank if own_disks else None) for rank in WRITERS]
@@ -97,7 +97,7 @@ class Lab:
 
 
 def _damage_of_latest(disk: Path, stage: int) -> str | None:
-    """What is wrong with the folder that `latest` names, as far as `stage` wrote it."""
+    """Returns the damage in the folder that `latest` names, in the files of `stage`."""
     if not (disk / "latest").exists():
         return None
     folder = disk / (disk / "latest").read_text()
@@ -106,13 +106,13 @@ def _damage_of_latest(disk: Path, stage: int) -> str | None:
             torch.load(folder / f"prank_{stage}_{part}.pt", weights_only=True)
         for name in ("meta.json", "config.json", "tokenizer.json"):
             json.loads((folder / name).read_text(encoding="utf-8"))
-    except Exception as error:  # whatever is wrong with it
+    except Exception as error:  # any damage
         return repr(error)
     return None
 
 
 def _begin(told: list[str]) -> int | None:
-    """What rank 0 says of where it begins; its first words of a fresh run come with the model."""
+    """Returns the first step by rank 0's log; a fresh run logs the layers of its model."""
     for line in told:
         if found := re.match(r"resumed from step (\d+)", line):
             return int(found[1])
@@ -122,7 +122,7 @@ def _begin(told: list[str]) -> int | None:
 
 
 def make_lab(folder: Path, steps: int = STEPS) -> Lab:
-    """Two weighted sources that end within the run, held-out data, a model with dropout."""
+    """Makes a lab: two weighted sources that end within the run, held-out data, dropout."""
     write_jsonl(folder / "a.jsonl", make_texts(6, seed=1))
     write_jsonl(folder / "b.jsonl.zst", make_texts(10, seed=2))
     write_jsonl(folder / "held_out.jsonl", make_texts(12, seed=3))
@@ -141,19 +141,19 @@ def make_lab(folder: Path, steps: int = STEPS) -> Lab:
 
 
 def numbers(disk: Path) -> list[dict[str, Any]]:
-    """A run's metrics, without the clock and without the marks of its restarts."""
+    """Returns a run's metrics without times and without the marks of its restarts."""
     dropped = ("step_seconds", "tokens_per_second", "resumed")
     lines = read_metrics(disk / "metrics.jsonl")
     return [{key: line[key] for key in line if key not in dropped} for line in lines]
 
 
 def marked(disk: Path) -> list[int]:
-    """The steps whose lines say that they are the first after a resume."""
+    """Returns the steps that are marked as the first after a resume."""
     return [line["step"] for line in read_metrics(disk / "metrics.jsonl") if line.get("resumed")]
 
 
 def state(disk: Path, stage: int, step: int = STEPS) -> dict[str, Any]:
-    """All tensors and numbers that a stage saved of a step, by part."""
+    """Returns all tensors and numbers that a stage saved in a step, by part."""
     return {
         part: torch.load(disk / str(step) / f"prank_{stage}_{part}.pt", weights_only=True)
         for part in ("checkpoint", "optimizer", "scheduler")
@@ -161,7 +161,7 @@ def state(disk: Path, stage: int, step: int = STEPS) -> dict[str, Any]:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two saved states are the same, bit for bit."""
+    """Returns whether two saved states are equal, bit for bit."""
     if isinstance(one, torch.Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, dict):
@@ -170,5 +170,5 @@ def same(one: Any, other: Any) -> bool:
 
 
 def leftovers(disk: Path) -> list[str]:
-    """What no run should leave: hidden files and folders other than the lock."""
+    """Returns hidden files and folders except the lock; a run should leave none."""
     return sorted(path.name for path in disk.glob(".*") if path.name != ".lock")

@@ -1,4 +1,4 @@
-"""Where a rank may die, from the import to the last file of a save, and plans of such deaths."""
+"""Moments at which a rank can die, from the import to the last file of a save, and plans."""
 
 import random
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from tests.support.kill_lab import OTHERS, WRITERS
 
 @dataclass(frozen=True)
 class Moment:
-    """Where a rank dies; the plan draws which of `ranks` it is."""
+    """A moment at which a rank dies; the plan draws the rank from `ranks`."""
 
     name: str
     target: str
@@ -25,7 +25,7 @@ class Moment:
         return Kill(self.name, rank, self.target, self.when, self.nth, self.about, self.wait)
 
 
-IMPORT = Moment("import", "dist_clm_train:check_this_machine")  # or soon after it
+IMPORT = Moment("import", "dist_clm_train:check_this_machine")  # or soon after the import
 _REGISTER = "comm.rendezvous.join:_Joining._register"
 _DETECTOR = "comm.liveness.failure_detector:FailureDetector"
 JOINING = (
@@ -70,7 +70,7 @@ MOMENTS = (*JOINING, *FIRST, *ANY_STEP, *SAVING, *RENAMING)
 
 
 def draw_plan(seed: int) -> list[Kill]:
-    """Every moment once, shuffled: before any checkpoint exists, and then those that need one."""
+    """Returns every moment once, shuffled: first the moments that need no checkpoint."""
     draw = random.Random(seed)
     early = [IMPORT, *JOINING, *FIRST, *draw.sample(SAVING, 3)]
     middle = draw.choice(RENAMING[1:])
@@ -81,9 +81,9 @@ def draw_plan(seed: int) -> list[Kill]:
 
 
 def draw_short_plan(seed: int) -> list[Kill]:
-    """A moment of each family, before any checkpoint exists and after: a run of three saves."""
+    """Returns moments of each kind, before and after the first checkpoint; a run of three saves."""
     draw = random.Random(seed)
-    of_first_save = SAVING[:-1]  # the last one needs a second save in the same start
+    of_first_save = SAVING[:-1]  # the omitted one needs a second save in the same start
     early = [IMPORT, draw.choice(JOINING[1:5]), draw.choice(JOINING[5:]), *draw.sample(FIRST, 2)]
     draw.shuffle(early)
     early.append(draw.choice(of_first_save))

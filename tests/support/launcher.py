@@ -1,8 +1,8 @@
-"""The launcher of every process that a test starts; runs of ranks are in tests.support.runs.
+"""Launcher of every process that a test starts; runs of ranks are in tests.support.runs.
 
-A process is a fork of a server that has imported everything (tests.support.preloaded), or of such a
-fork; or it is a Python script, where a test is about its start. Every process writes to files, and
-is killed if the process that started it dies.
+A process is a fork of a server that has imported all modules (tests.support.preloaded), or a fork
+of such a fork. A test of the start itself uses a Python script instead. Every process writes to
+files, and is killed if its parent dies.
 """
 
 import contextlib
@@ -27,10 +27,10 @@ from typing import Any, NoReturn, TypeVar
 
 Result = TypeVar("Result")
 _PR_SET_PDEATHSIG = 1
-_AFTER_FAILURE_SECONDS = 5.0  # for the other ranks to end once one has failed
+_AFTER_FAILURE_SECONDS = 5.0  # for the other ranks, after a rank failed
 _TICK_SECONDS = 0.02
-_ports: dict[int, Iterator[int]] = {}  # by process: forks must not draw the same ports
-_is_fork = False  # of the server
+_ports: dict[int, Iterator[int]] = {}  # by process: forks must draw different ports
+_is_fork = False  # whether this process is a fork of the server
 
 
 def is_fork() -> bool:
@@ -39,7 +39,7 @@ def is_fork() -> bool:
 
 
 class Process:
-    """A process that was started; `place` is the path of its output without .out and .err."""
+    """A started process; `place` is the path of its output without .out and .err."""
 
     def __init__(self, process: "BaseProcess | subprocess.Popen[bytes]", place: Path) -> None:
         self._process, self._place = process, place
@@ -67,7 +67,7 @@ class Process:
         return status
 
     def kill(self) -> None:
-        """Ends the process, if it still runs."""
+        """Kills the process if it still runs."""
         if self._poll() is None:
             self._process.kill()
             self.status(within=10.0)
@@ -82,7 +82,7 @@ Launch = Callable[..., Process]  # of a function and its arguments
 
 
 def free_port() -> int:
-    """Returns a free port on loopback, below those that the system gives to others (32768 on)."""
+    """Returns a free port on loopback, below the system's own range (from 32768)."""
     pid = os.getpid()
     ports = _ports.setdefault(pid, itertools.cycle(range(20_000 + pid % 100 * 100, 30_100)))
     while True:
@@ -93,7 +93,7 @@ def free_port() -> int:
 
 
 def fork(place: Path, function: Callable[..., object], *args: object) -> Process:
-    """Calls `function(*args)` in a fork; it and its arguments must be picklable outside a fork."""
+    """Calls `function(*args)` in a fork; outside a fork, both must be picklable."""
     process = _make_process(_live, place, function, args)
     for end in (".out", ".err"):
         place.with_name(place.name + end).write_bytes(b"")
@@ -127,9 +127,10 @@ def spawn(place: Path, script: Path, argv: Sequence[str], environ: Mapping[str, 
 
 
 def start(folder: Path, name: str, function: Callable[..., object], *args: object) -> Process:
-    """Calls `function(ready, *args)` in a fork; it makes the file `ready` once it has come far.
+    """Calls `function(ready, *args)` in a fork, which creates the file `ready` when it is ready.
 
-    A ValueError is one line and exit status 2, as of dist_clm_train.py, an OSError exit status 1.
+    A ValueError gives one line and exit status 2, as in dist_clm_train.py; an OSError gives exit
+    status 1.
     """
     place = folder / name
     return fork(place, _report_errors, function, place.with_name(f"{name}.ready"), *args)
@@ -150,8 +151,8 @@ def run_ranks(
     `function` must be importable, its arguments and result picklable. Returns the results by rank.
 
     Raises:
-        RuntimeError: a rank raised or died (the traceback is in the text), or some hung past
-            `deadline` seconds; all processes are gone by then.
+        RuntimeError: a rank raised or died (the text has its traceback), or a rank still ran after
+            `deadline` seconds; all processes have ended by then.
     """
     url = f"tcp://127.0.0.1:{free_port()}"
     with tempfile.TemporaryDirectory() as folder:
@@ -175,12 +176,12 @@ def _die_with_parent() -> None:
 
 
 def _live(place: Path, function: Callable[..., object], args: tuple[object, ...]) -> NoReturn:
-    """The life of a forked process, which ends as the interpreter would end."""
+    """Runs `function` in a forked process, then exits like the interpreter."""
     global _is_fork
     status = 1
     try:
         _die_with_parent()
-        if not _is_fork:  # the server lives as long as the test process, this pipe's other owner
+        if not _is_fork:  # closed here, so that only the test process keeps the server alive
             os.close(forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
         _is_fork = True
         for descriptor, end in ((1, ".out"), (2, ".err")):
@@ -220,7 +221,7 @@ def _store_result(place: Path, function: Callable[..., object], *args: object) -
 
 
 def _await(processes: Sequence[Process], deadline: float) -> list[int]:
-    """Waits for all, kills those that still run at the deadline, and returns their ranks."""
+    """Waits for all processes, kills them at the deadline, and returns the killed ranks."""
     while (running := [p for p in processes if p.status() is None]) and time.monotonic() < deadline:
         if any(process.status() for process in processes):
             deadline = min(deadline, time.monotonic() + _AFTER_FAILURE_SECONDS)
@@ -231,7 +232,7 @@ def _await(processes: Sequence[Process], deadline: float) -> list[int]:
 
 
 def _result(place: Path, process: Process) -> tuple[str, Any]:
-    """Returns what was wrong with a rank, empty if nothing was, and its result."""
+    """Returns a rank's problem (empty if there is none) and its result."""
     status = process.status()
     if status == 0 and place.exists():
         return "", pickle.loads(place.read_bytes())

@@ -1,4 +1,4 @@
-"""How many bytes of tensors a call holds at once, counted at torch's allocator."""
+"""Peak bytes of the tensors of a call, counted in torch's allocator."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -9,10 +9,10 @@ Result = TypeVar("Result")
 
 
 def peak_bytes(call: Callable[[], Result]) -> tuple[Result, int]:
-    """What `call` returns, and the most bytes that it had allocated and not freed at any time.
+    """Calls `call`; returns its result, and the peak of the bytes that it allocated.
 
-    What kernels allocate for themselves counts, and what was there before does not. Memory that
-    was there before and is freed meanwhile makes room, as it does on the machine.
+    Memory that kernels allocate counts, and earlier memory does not. Earlier memory that is freed
+    during the call reduces the count, as on the machine.
     """
     with profile(use_cpu=True, use_kineto=True, profile_memory=True) as recorded:
         result = call()

@@ -1,4 +1,4 @@
-"""Runs of one, two or four ranks in which something is wrong, and the line that all end with."""
+"""Runs of one, two or four ranks with a mistake, and the line with which all ranks end."""
 
 import re
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from tests.support.valid_run import LAYERS, argv, at, right, the_line
 
 Outcomes = dict[str, Outcome]  # by run
 QUICK = Timing(join_grace=1.0)
-SHAPES = {1: (1, 1), 2: (1, 2), 4: (2, 2)}  # stages and replicas, by the size of the world
+SHAPES = {1: (1, 1), 2: (1, 2), 4: (2, 2)}  # stages and replicas by world size
 
 
 def on_all(flags: str) -> dict[int, str]:
@@ -25,7 +25,7 @@ def folder_of(home: Path, name: str) -> Path:
 
 
 def start(home: Path, name: str, changes: Mapping[int, str], size: int = 1) -> Run:
-    """A run whose working directory is its own."""
+    """Returns a run with its own working directory."""
     folder = folder_of(home, name)
     folder.mkdir(parents=True)
     stages, replicas = SHAPES[size]
@@ -43,13 +43,13 @@ def start(home: Path, name: str, changes: Mapping[int, str], size: int = 1) -> R
 
 
 def the_same_line(outcomes: Outcome) -> str:
-    """The line that every rank ends with, apart from the names of who says it and who saw it."""
+    """Returns the line with which every rank ends, without its `rank N:` prefixes."""
     lines = []
     for rank, outcome in enumerate(outcomes):
         assert outcome.status == 2, outcome
         line = the_line(outcome.stderr).removeprefix(f"rank {rank}: ")
         line = re.sub(r"^rank [0-9]: ", "", line)
-        lines.append(re.sub(r"--model-name \S+", "--model-name", line))  # may be each rank's own
+        lines.append(re.sub(r"--model-name \S+", "--model-name", line))  # differs by rank
         assert "Traceback" not in outcome.stdout
     assert len(set(lines)) == 1, lines
     return lines[0]

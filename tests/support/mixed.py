@@ -1,4 +1,4 @@
-"""What tests of mixed precision share: the flags of their model, and what they compare of a run."""
+"""Flags of the tests of mixed precision, and the metrics that they compare."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ def rows_of_a_replica(stages: int, replicas: int) -> int:
 
 
 def model_flags(folder: Path) -> dict[str, Any]:
-    """The model and the data that all runs in mixed precision train on."""
+    """Returns the flags of model and data for all runs in mixed precision."""
     return flags_of(f"""
         --model-name {folder}/shards/model --model-type gptneox --embedding-dim 32
         --task-name {folder}/a.jsonl

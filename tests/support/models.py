@@ -1,4 +1,4 @@
-"""Tiny models in the Hugging Face format, and our modules filled from them."""
+"""Tiny models in the Hugging Face format, and our modules with their weights."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from modules.registry import MODELS
 from modules.stage_model import StageModel
 from tests.support.data import tokenizer
 
-TOLERANCE = 1e-5  # of the tensor's largest absolute value: what the project promises in fp32
+TOLERANCE = 1e-5  # of the tensor's largest absolute value: the project's tolerance in fp32
 NEOX = {
     "vocab_size": 97,
     "hidden_size": 32,
@@ -37,7 +37,7 @@ GPTJ = {
 
 
 def make_hf(family_name: str, *, seed: int = 0, **changes: Any) -> Any:
-    """A Hugging Face model with random weights, biases and norms (zeros would hide mistakes)."""
+    """Builds a Hugging Face model of random weights, biases and norms (zeros would hide errors)."""
     torch.manual_seed(seed)
     if family_name == "gptneox":
         model = GPTNeoXForCausalLM(GPTNeoXConfig(**{**NEOX, **changes}))
@@ -55,7 +55,7 @@ def make_hf(family_name: str, *, seed: int = 0, **changes: Any) -> Any:
 def make_shards(
     folder: Path, name: str, family: str, changes: dict[str, Any], *, place: str = "shards"
 ) -> Any:
-    """A model in `folder`/hf/`name`, and its layer shards in `folder`/`place`/`name`."""
+    """Makes a model in `folder`/hf/`name` and its layer shards in `folder`/`place`/`name`."""
     model = make_hf(family, **{"vocab_size": 400, **changes})
     model.save_pretrained(folder / "hf" / name)
     tokenizer().save_pretrained(folder / "hf" / name)
@@ -65,7 +65,7 @@ def make_shards(
 
 
 def hf_keys(family: Family, num_layers: int, index: int) -> dict[str, str]:
-    """Shard key to Hugging Face key, of module `index`."""
+    """Returns the map from shard keys to Hugging Face keys for module `index`."""
     if index == 0:
         return dict(family.hf_embedding)
     if index == num_layers + 1:
@@ -74,7 +74,7 @@ def hf_keys(family: Family, num_layers: int, index: int) -> dict[str, str]:
 
 
 def hf_parameter(model: Any, key: str) -> Tensor:
-    """A parameter of a Hugging Face model by the name that its files have."""
+    """Returns a parameter of a Hugging Face model by its name in the files."""
     if key == "embed_out.weight":
         weight: Tensor = model.get_output_embeddings().weight
         return weight
@@ -83,7 +83,7 @@ def hf_parameter(model: Any, key: str) -> Tensor:
 
 
 def from_hf(family_name: str, model: Any, folder: Path) -> StageModel:
-    """All our modules in one stage, with the weights of a Hugging Face model."""
+    """Builds one stage of all our modules with the weights of a Hugging Face model."""
     model.config.save_pretrained(folder)
     family = MODELS[family_name].load()
     config = family.load_config(folder)
@@ -98,5 +98,5 @@ def from_hf(family_name: str, model: Any, folder: Path) -> StageModel:
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
-    """Returns the largest difference, in terms of their largest absolute value."""
+    """Returns the largest difference, relative to the largest absolute value of `theirs`."""
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()

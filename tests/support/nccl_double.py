@@ -1,8 +1,9 @@
-"""In place of cupy.cuda.nccl.NcclCommunicator: host memory, moved between processes by pointer.
+"""Double of cupy.cuda.nccl.NcclCommunicator: host memory, sent between processes.
 
-Everything else of the real module stays: unique ids, dtype codes, NcclError. Members of a
-communicator meet at abstract Unix sockets named after its unique id, as many as all are there.
-Every message says what it is: a wrong call, count, dtype or root is an error at the receiver.
+Everything else of the real module stays: unique ids, dtype codes, NcclError. The members of a
+communicator connect at abstract Unix sockets that are named after its unique id; each member waits
+for all others. Every message has a header: a wrong call, count, dtype or root is an error at the
+receiver.
 """
 
 import ctypes
@@ -28,7 +29,7 @@ from comm.backends.cupy_nccl import NcclCommunicator
 from comm.communicator import CurrentOperation, PeerLostError
 from comm.topology import Topology
 
-Traffic = Counter[tuple[str, int]]  # bytes that this process gave to calls, by call and dtype code
+Traffic = Counter[tuple[str, int]]  # bytes sent by this process, by call and dtype code
 
 _DTYPES = {
     nccl.NCCL_INT8: torch.int8,
@@ -46,7 +47,7 @@ _SYSTEM_ERROR, _INVALID_USAGE = 2, 5  # ncclResult_t
 
 
 class DoubleError(nccl.NcclError):
-    """NCCL's error, with a text of ours."""
+    """NCCL's error with an additional text."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(status)
@@ -57,7 +58,7 @@ class DoubleError(nccl.NcclError):
 
 
 class Header(NamedTuple):
-    """What a message is: the call, its root (or -1), the elements and their dtype code."""
+    """Header of a message: the call, its root (or -1), the number of elements, the dtype code."""
 
     call: str
     root: int
@@ -78,7 +79,7 @@ _HEADER = struct.Struct("<12siqi")
 
 @contextmanager
 def nccl_double() -> Iterator[Traffic]:
-    """The real module with NcclDouble as its NcclCommunicator; yields what it carries."""
+    """Replaces NcclCommunicator of the real module by NcclDouble; yields the traffic."""
     traffic: Traffic = Counter()
     with patch.object(nccl, "NcclCommunicator", partial(NcclDouble, traffic=traffic)):
         yield traffic
@@ -93,7 +94,7 @@ def open_channel(
     dist_timeout: float = 30.0,
     connect_neighbours: bool = True,
 ) -> tuple[NcclCommunicator, Told]:
-    """A pipeline of `size` on the CPU, and what its monitor tells."""
+    """Opens a pipeline of `size` ranks on CPU; returns it and the queue of its hang detector."""
     told: Told = queue.SimpleQueue()
     topology = Topology(rank=rank, num_stages=size, num_replicas=1)
     channel = NcclCommunicator(
@@ -108,7 +109,7 @@ def open_channel(
 
 
 class NcclDouble:
-    """As cupy.cuda.nccl.NcclCommunicator(ndev, commId, rank); a call returns when it is done."""
+    """Double of cupy.cuda.nccl.NcclCommunicator(ndev, commId, rank); its calls block."""
 
     def __init__(self, ndev: int, commId: bytes, rank: int, *, traffic: Traffic) -> None:
         assert len(commId) == 128
@@ -117,7 +118,7 @@ class NcclDouble:
         try:
             self._links = _meet(hashlib.sha256(commId).hexdigest(), ndev, rank)
         except OSError as error:
-            raise DoubleError(_SYSTEM_ERROR, f"the members did not meet: {error}") from error
+            raise DoubleError(_SYSTEM_ERROR, f"not all members connected: {error}") from error
 
     def send(self, sendbuf: int, count: int, datatype: int, peer: int, stream: int) -> None:
         header = self._header("send", -1, count, datatype, stream)
@@ -173,7 +174,7 @@ class NcclDouble:
         return [member for member in range(self._size) if member != self._rank]
 
     def _sum(self, header: Header, mine: Tensor, target: int, *, root: int) -> None:
-        """Adds on `root`, in the order of the members."""
+        """Sums on `root`, in the order of the members."""
         if self._rank != root:
             self._give(root, header, mine)
             return
@@ -201,12 +202,12 @@ class NcclDouble:
         with self._failing():
             found = Header.unpack(_read(self._links[peer], _HEADER.size))
             if found != expected:
-                raise DoubleError(_INVALID_USAGE, f"wanted {expected}, was sent {found}")
+                raise DoubleError(_INVALID_USAGE, f"expected {expected}, received {found}")
             _raw(target)[:] = _read(self._links[peer], target.nbytes)
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
-        """After an error no call works, here nor at the peers."""
+        """Makes every later call fail after an error, in this process and at the peers."""
         try:
             yield
         except (OSError, nccl.NcclError) as error:
@@ -218,7 +219,7 @@ class NcclDouble:
 
 
 def _meet(name: str, size: int, rank: int) -> dict[int, socket.socket]:
-    """A link with each other member: one calls those before it, and answers those after."""
+    """Connects to each other member: calls members before this one, accepts members after it."""
     links: dict[int, socket.socket] = {}
     with socket.socket(socket.AF_UNIX) as door:
         door.bind(_address(name, rank))
@@ -252,7 +253,7 @@ def _address(name: str, member: int) -> str:
 
 
 def _memory(pointer: int, count: int, datatype: int) -> Tensor:
-    """The memory at `pointer`, as the library sees it."""
+    """Returns the memory at `pointer` as a tensor."""
     dtype = _DTYPES[datatype]
     data = (ctypes.c_char * (count * dtype.itemsize)).from_address(pointer)
     return torch.frombuffer(data, dtype=dtype)
@@ -268,6 +269,6 @@ def _read(link: socket.socket, size: int) -> bytearray:
     while view:
         got = link.recv_into(view)
         if got == 0:
-            raise ConnectionResetError("the peer is gone")
+            raise ConnectionResetError("the peer closed the connection")
         view = view[got:]
     return data

@@ -1,4 +1,4 @@
-"""Schedules written down as text, one line of actions for each stage."""
+"""Schedules as text, with one line of actions per stage."""
 
 from collections.abc import Iterator, Sequence
 

@@ -1,4 +1,4 @@
-"""The pages of the documentation, their bash blocks, and a copy of the project that runs them."""
+"""Pages of the documentation, their bash blocks, and a copy of the project for these commands."""
 
 import os
 import re
@@ -15,10 +15,10 @@ from tests.support.launcher import free_port
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")])
-NOT_RUN = ("# needs GPUs", "# needs a network")  # the first line of a block that no test runs
+NOT_RUN = ("# needs GPUs", "# needs a network")  # first line of a block that is not run
 _BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _DEADLINE = 300.0
-# bash's own `wait` returns 0 whatever the jobs returned.
+# bash's own `wait` returns 0, also if a job failed.
 _WAIT = 'wait() { local job; for job in $(jobs -p); do builtin wait "$job" || return; done; }\n'
 
 
@@ -56,9 +56,9 @@ def copy_project(folder: Path) -> Path:
 
 
 def run_block(block: Block, project: Path) -> None:
-    """Runs a block in a copy of the project; asserts that every command of it succeeds.
+    """Runs a block in a copy of the project; asserts that each command succeeds.
 
-    A port that the page names may be in use here, so a free one takes its place.
+    A free port replaces the port in the page, which can be in use on this machine.
     """
     script = _WAIT + block.text.replace("7033", str(free_port()))
     process = subprocess.Popen(

@@ -1,7 +1,7 @@
-"""What parity tests share: the flags of a run, and the Hugging Face model trained in one process.
+"""Flags of the parity tests, and the Hugging Face model trained in one process.
 
-The reference sees the same blocks, in plain torch: one optimizer, one loss, no code of ours but
-what reads the blocks.
+The reference trains on the same blocks in plain torch: one optimizer, one loss, and none of our
+code except the reader of the blocks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +20,9 @@ from tasks.stream import open_training_stream
 from tests.support.data import tokenizer
 from tests.support.flags import flags_of
 
-TOLERANCE = 1e-5  # relative, what the project promises in fp32 on CPU
+TOLERANCE = 1e-5  # relative; the project's tolerance in fp32 on CPU
 UPDATES, ROWS, TOKENS, LAYERS, LR, WARMUP = 20, 4, 24, 5, 1e-3, 3
-SHORT = 4  # updates, for runs that are held against each other, to the bit
+SHORT = 4  # updates of runs that are compared with each other, bit for bit
 MODELS_TRIED: dict[str, tuple[str, dict[str, Any]]] = {
     "neox": ("gptneox", {"num_hidden_layers": LAYERS}),
     "neox-sequential": ("gptneox", {"num_hidden_layers": LAYERS, "use_parallel_residual": False}),
@@ -35,7 +35,7 @@ DROPOUT = (
 
 
 def layers_of_a_stage(stages: int, replicas: int) -> str:
-    """5 layers as 5; 3, 2 (--num-layers 3); 2, 1, 1, 1."""
+    """Returns the split of 5 layers: 5; 3,2 (--num-layers 3); or 2,1,1,1."""
     return {1: "5", 2: "3", 4: "2,1,1,1"}[stages]
 
 
@@ -44,7 +44,7 @@ def rows_of_a_replica(stages: int, replicas: int) -> int:
 
 
 def rows_of_a_microbatch(stages: int, replicas: int) -> int:
-    """Two microbatches in each shape."""
+    """Returns the rows of a microbatch, with two microbatches in each shape."""
     return ROWS // replicas // 2
 
 
@@ -78,9 +78,9 @@ def reference(
     labels_of: Callable[[Tensor], Tensor] = torch.clone,
     updates: int = UPDATES,
 ) -> tuple[list[float], list[float]]:
-    """Losses of the iterations and gradient norms of the updates, in one process.
+    """Returns losses of the iterations and gradient norms of the updates, from one process.
 
-    `stream` has a block's tokens each; `labels_of` makes the labels of some of them.
+    `stream` yields the tokens of a block; `labels_of` makes labels from tokens.
     """
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
@@ -106,7 +106,7 @@ def reference(
 
 
 def worst(ours: Sequence[float | None], theirs: Sequence[float | None]) -> float:
-    """The largest relative difference; both have their None in the same places."""
+    """Returns the largest relative difference; both must have None in the same places."""
     errors = [0.0]
     for a, b in zip(ours, theirs, strict=True):
         if a is None or b is None:

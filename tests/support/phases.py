@@ -1,4 +1,4 @@
-"""What each rank of a start is doing, as its parent sees it at any moment."""
+"""Current phase of each rank of a start, visible to its parent."""
 
 import mmap
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ TRAINING, EVALUATION, SAVING, CLOSING = "training", "evaluation", "saving", "clo
 PHASES = (STARTING, RENDEZVOUS, LOADING, TRAINING, EVALUATION, SAVING, CLOSING)
 WRITING_BESIDE = "training beside a write"
 JOINING = (STARTING, RENDEZVOUS)
-_MARKS = (  # the function, the phase inside, and the one after it: None, that before
+_MARKS = (  # function, phase inside, phase after (None: the phase before)
     ("training.meeting:meet", RENDEZVOUS, RENDEZVOUS),
     ("training.run:train", LOADING, CLOSING),
     ("training.trainer:Trainer.run", TRAINING, CLOSING),
@@ -26,8 +26,7 @@ _WRITE = "checkpoint.store:CheckpointStore._write"
 
 
 class Phases:
-    """Memory that ranks forked from here write to: two bytes each, the phase and whether a thread
-    writes a checkpoint."""
+    """Shared memory of forked ranks, two bytes each: phase, and whether a thread saves."""
 
     def __init__(self, world: int) -> None:
         self._memory = mmap.mmap(-1, 2 * world)
@@ -37,7 +36,7 @@ class Phases:
         return WRITING_BESIDE if phase == TRAINING and self._memory[2 * rank + 1] else phase
 
     def begin(self) -> None:
-        """For a new start."""
+        """Resets the phases for a new start."""
         self._memory[:] = bytes(len(self._memory))
 
     @contextmanager
@@ -51,7 +50,7 @@ class Phases:
 
 @dataclass(frozen=True)
 class PhaseMarks:
-    """Has one rank's process note what it does."""
+    """Hook: one rank's process records its phase."""
 
     rank: int
     phases: Phases

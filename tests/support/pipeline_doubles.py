@@ -1,4 +1,4 @@
-"""A communicator that nobody is behind: it notes what is asked of it, and answers at once."""
+"""Double of a communicator without peers: it records each call and completes it at once."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from comm.communicator import Work
 
 
 class NotedWork:
-    """An operation that notes when it is waited for, and then does `at_wait`."""
+    """An operation that records its wait, and then calls `at_wait`."""
 
     def __init__(self, events: list[str], what: str, at_wait: Callable[[], object]) -> None:
         self._events, self._what, self._at_wait = events, what, at_wait
@@ -20,9 +20,9 @@ class NotedWork:
 
 
 class NotedCommunicator:
-    """Member `rank` of `size`; `events` has each call's beginning and each wait, in order.
+    """Member `rank` of `size`; `events` has the start of each call and each wait, in order.
 
-    Received tensors are random; a group's sums are what this member gave.
+    Received tensors are random; a group's sum is this member's tensor.
     """
 
     def __init__(self, rank: int, size: int) -> None:
@@ -30,7 +30,7 @@ class NotedCommunicator:
         self.events: list[str] = []
         self.last_sent = torch.empty(0)
         self.at_receive: Callable[[], object] = lambda: None
-        self.summed: list[tuple[Tensor, int | None]] = []  # and the root, where there is one
+        self.summed: list[tuple[Tensor, int | None]] = []  # with the root, if the call has one
 
     def send(self, tensor: Tensor, *, to: int) -> Work:
         assert tensor.is_contiguous()
@@ -53,13 +53,13 @@ class NotedCommunicator:
         return self._begin(f"reduce to {root}", lambda: None)
 
     def broadcast(self, tensor: Tensor, *, root: int) -> None:
-        raise AssertionError("not asked for here")
+        raise AssertionError("no test calls this")
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         return torch.stack([tensor] * self.size)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing, because there are no resources."""
 
     def _begin(self, what: str, at_wait: Callable[[], object]) -> Work:
         self.events.append(what)

@@ -1,4 +1,4 @@
-"""Hooks for tests.support.cases.Case that put a number that is not finite into one process."""
+"""Hooks for tests.support.cases.Case: a number that is not finite in one process."""
 
 import math
 from collections.abc import Collection, Iterator
@@ -16,12 +16,12 @@ from modules.stage_model import StageModel
 from pipeline_parallel.engine import Engine, Losses
 from training.iteration import Iteration
 
-PARAMETER = 3  # of its stage: whose gradient is poisoned
+PARAMETER = 3  # index of the parameter in its stage
 
 
 @dataclass(frozen=True)
 class Overflow:
-    """On `rank`, at each of `steps` (None: at all), a gradient begins with inf."""
+    """Hook: on `rank`, a gradient contains inf in each of `steps` (None: in every step)."""
 
     rank: int
     steps: Collection[int] | None
@@ -43,9 +43,9 @@ class Overflow:
 
 @dataclass(frozen=True)
 class BadOutput:
-    """On `rank`, in `step`, the stage turns `microbatch` into something that holds inf.
+    """Hook: on `rank`, in `step`, the stage's output for `microbatch` contains inf.
 
-    It does so again where the batch is evaluated to find out.
+    The inf also appears when the batch is evaluated again to find the cause.
     """
 
     rank: int
@@ -54,7 +54,7 @@ class BadOutput:
 
     @contextmanager
     def __call__(self, topology: Topology) -> Iterator[None]:
-        run, seen = StageModel._up_to_head, [0, 0]  # the last step, and its microbatches so far
+        run, seen = StageModel._up_to_head, [0, 0]  # last step, its microbatches so far
 
         def poisoned(
             model: StageModel, x: torch.Tensor, *args: Any, **options: Any
@@ -73,9 +73,9 @@ class BadOutput:
 
 @dataclass(frozen=True)
 class InfiniteLoss:
-    """On `rank`, a last stage, one loss is inf though its gradients are finite.
+    """Hook: on `rank`, a last stage, one loss is inf though its gradients are finite.
 
-    That is so where a logit is -inf. step: of training; calls: those of evaluations, from 0.
+    A logit of -inf causes this. step: the training step; calls: numbers of evaluations, from 0.
     """
 
     rank: int
@@ -108,8 +108,10 @@ class InfiniteLoss:
 
 @dataclass(frozen=True)
 class BadLogit:
-    """On `rank`, in `step`, the logit of the first label is -inf: the loss is infinite, and its
-    gradients are finite."""
+    """Hook: on `rank`, in `step`, the logit of the first label is -inf.
+
+    The loss is infinite, and its gradients are finite.
+    """
 
     rank: int
     step: int
@@ -127,12 +129,12 @@ class BadLogit:
             yield
 
 
-NUM_MICROBATCHES = 2  # of a pipeline's batch, which BadOutput counts on
+NUM_MICROBATCHES = 2  # of a pipeline's batch; BadOutput relies on it
 
 
 @contextmanager
 def _begun() -> Iterator[list[ReplicaGradients]]:
-    """The gradients whose update began last, in a list of one."""
+    """Yields a list with the gradients whose update began last."""
     begin, begun = ReplicaGradients.begin_update, list[ReplicaGradients]()
 
     def noted(gradients: ReplicaGradients, num_microbatches: int) -> None:
@@ -145,7 +147,7 @@ def _begun() -> Iterator[list[ReplicaGradients]]:
 
 @contextmanager
 def _step_noted() -> Iterator[list[int]]:
-    """The number of the iteration under way, in a list of one."""
+    """Yields a list with the number of the current iteration."""
     iterate, now = Iteration._run, [0]
 
     def noted(loop: Iteration, step: int, is_writing: Any) -> Any:

@@ -1,6 +1,6 @@
-"""Files of the systems that came before, made from literal lists of their keys by torch.save.
+"""Files of predecessors, made by torch.save from literal lists of their keys.
 
-No code of the project makes them, so a mistake in its tables cannot hide itself.
+None of the project's code makes them, so an error in its tables cannot stay hidden.
 """
 
 import json
@@ -27,7 +27,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def read_shapes(lines: str) -> Shapes:
-    """Reads names, each with the sizes of its tensor behind it."""
+    """Reads names, each followed by the sizes of its tensor."""
     words = lines.split()
     pairs = zip(words[::2], words[1::2], strict=True)
     return {name: tuple(map(int, sizes.split("x"))) for name, sizes in pairs}
@@ -78,7 +78,7 @@ def buffers(name: str) -> dict[str, Tensor]:
         return {"attn.bias": mask(torch.uint8), "attn.masked_bias": torch.tensor(-1e9).half()}
     return {
         "attention.bias": mask(torch.bool),
-        "attention.masked_bias": torch.tensor(float("-inf")).half(),  # -1e9 as fp16 gives it
+        "attention.masked_bias": torch.tensor(float("-inf")).half(),  # -1e9 in fp16
         "attention.rotary_emb.inv_freq": torch.ones(2).half(),
     }
 
@@ -88,7 +88,7 @@ def weights(shapes: Shapes, generator: torch.Generator) -> dict[str, Tensor]:
 
 
 def make_modules(name: str) -> list[dict[str, Tensor]]:
-    """Embedding, three blocks, head: fp16 weights, without buffers."""
+    """Returns embedding, three blocks and head: fp16 weights, without buffers."""
     generator = torch.Generator().manual_seed(5)
     shapes = [EMBEDDING[name], *[BLOCK[name]] * LAYERS, HEAD[name]]
     return [weights(module, generator) for module in shapes]
@@ -111,7 +111,7 @@ def save_stage(path: Path, name: str, modules: list[dict[str, Tensor]]) -> None:
 
 
 def make_checkpoint(name: str, folder: Path, meta: str | None = '{"step": 20}') -> None:
-    """Two stages of two layers: the second has one block and the head."""
+    """Writes two stages of two layers: the second has one block and the head."""
     modules = make_modules(name)
     folder.mkdir(parents=True)
     save_stage(folder / "prank_0_checkpoint.pt", name, modules[:3])

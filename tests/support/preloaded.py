@@ -1,14 +1,14 @@
-"""The imports of the server that tests' processes are forked from (tests.support.launcher).
+"""Imports of the server whose forks are the tests' processes (tests.support.launcher).
 
-Each of them would take seconds for the imports of its own. training.session is left out: it binds
-functions that hooks replace.
+Without the server, each process would need seconds for its imports. training.session is left out,
+because it binds functions that hooks replace.
 """
 
 import gc
 import importlib
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read at the import
+os.environ["HF_HUB_OFFLINE"] = "1"  # read at the import of the library
 
 MODULES = """
     torch.distributed pytest bitsandbytes matplotlib.backends.backend_agg matplotlib.figure
@@ -20,7 +20,8 @@ MODULES = """
 for name in MODULES.split():
     importlib.import_module(name)
 
-# The tests' sources have some sixty documents: a thousand, ahead, are all of them seventeen times.
+# The tests' sources have about sixty documents; a prefetch of a thousand would read them seventeen
+# times.
 vars(importlib.import_module("tasks.tokenization.prefetch"))["BATCH_DOCUMENTS"] = 32
 
-gc.freeze()  # no fork walks through all that was imported, nor copies its pages for that
+gc.freeze()  # so no fork scans the imported objects or copies their pages

@@ -1,4 +1,4 @@
-"""What a user's mistake ends with, and a file that runs code."""
+"""Checks of the error for a user's mistake, and a file that runs code."""
 
 import os
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import pytest
 
 
 def refusal(call: Callable[[], object]) -> str:
-    """Returns the text of the ValueError that `call` raises, which must be one line."""
+    """Returns the text of `call`'s ValueError, which must be one line."""
     with pytest.raises(ValueError) as caught:
         call()
     text = str(caught.value)
@@ -17,14 +17,14 @@ def refusal(call: Callable[[], object]) -> str:
 
 
 def check_refused(call: Callable[[], object], *words: str) -> None:
-    """One line, with these words."""
+    """Checks that `call` is refused with one line that contains these words."""
     line = refusal(call)
     assert len(line) < 500
     assert all(word in line for word in words), line
 
 
 class RunsCode:
-    """A pickle of it asks the reader to make a file in the working directory."""
+    """An object whose pickle makes a file in the working directory when it is read."""
 
     def __reduce__(self) -> Any:
         return (os.system, ("touch ran",))

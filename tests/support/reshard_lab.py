@@ -1,6 +1,6 @@
-"""Runs of many shapes (P, R) that go on from each other's middle, and what they tell.
+"""Runs of many shapes (P, R) that resume from each other's middle, and their logs.
 
-Dropout is on: its masks go by a module's place in the model.
+Dropout is on; its masks depend on a module's place in the model.
 """
 
 import time
@@ -32,7 +32,7 @@ def layers_of(stages: int, _replicas: int) -> str:
 
 
 def flags(folder: Path, kind: tuple[str, str], **changes: object) -> dict[str, Any]:
-    """Of a run in that precision with that optimizer, at any shape."""
+    """Returns the flags of a run in this precision with this optimizer, for any shape."""
     precision, optimizer = kind
     return {
         **model_flags(folder),
@@ -54,7 +54,7 @@ def resumed_name(kind: tuple[str, str], source: Shape) -> str:
 def resumed(
     folder: Path, kind: tuple[str, str], pairs: Sequence[tuple[Shape, Shape]], **changes: object
 ) -> list[Case]:
-    """Runs that go on from the middle of others."""
+    """Returns runs that resume from the middle of other runs."""
     return [
         Case(
             resumed_name(kind, source),
@@ -69,7 +69,7 @@ def resumed(
 def train_in_turn(
     rank: int, _world_size: int, url: str, turns: Sequence[Turn], folder: Path
 ) -> dict[str, Told]:
-    """Worlds of several sizes one after the other: a turn's ranks are the first of all."""
+    """Trains worlds of several sizes in turn; a turn uses the first ranks of all."""
     told: dict[str, Told] = {}
     for number, (shape, cases) in enumerate(turns):
         begun = folder / f"turn-{number}"
@@ -85,9 +85,9 @@ def train_in_turn(
 def train_all(
     folder: Path, whole: list[Case], others: list[Case], *, deadline: float
 ) -> dict[str, Told]:
-    """Each shape's runs, then those that go on from them; rank 0's words."""
+    """Trains each shape's runs, then the resumed runs; returns rank 0's log."""
     write_jsonl(folder / "a.jsonl", make_texts(60, seed=1))
-    changes = {"num_hidden_layers": LAYERS, "intermediate_size": 128}  # 8-bit from 4096 numbers on
+    changes = {"num_hidden_layers": LAYERS, "intermediate_size": 128}  # 8-bit moments: 4096 numbers
     dropout = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
     make_shards(folder, "model", "gptneox", changes | dropout)
     turns: list[Turn] = [
@@ -103,7 +103,7 @@ def train_all(
 def check_resumed(
     folder: Path, kind: tuple[str, str], source: Shape, target: Shape, *, steps: int = STEPS
 ) -> float:
-    """Compares a run with the one that it goes on from; the worst relative difference of losses."""
+    """Compares a resumed run with its source; returns the largest relative loss difference."""
     stayed = numbers(run_folder(folder, "-".join(kind), *source))
     moved = numbers(run_folder(folder, resumed_name(kind, source), *target))
     assert [line["step"] for line in moved] == list(range(1, steps + 1))

@@ -1,4 +1,4 @@
-"""Runs of dist_clm_train.py: their ranks, on made-up hosts if need be, to the end of each."""
+"""Runs of dist_clm_train.py to their end; ranks can be on simulated hosts."""
 
 import contextlib
 import importlib
@@ -14,7 +14,7 @@ from comm.timing import DEFAULT_TIMING, Timing
 from tests.support.hosts import enter_host
 from tests.support.launcher import Process, fork, is_fork, spawn
 
-# Called all the time with the process ids of a run, and the exit statuses of those that ended.
+# Called repeatedly with the process ids of a run, and the exit statuses of ended ranks.
 Attendant = Callable[[Sequence[int], Mapping[int, int | None]], None]
 
 SCRIPT = Path(__file__).parents[2] / "dist_clm_train.py"
@@ -23,11 +23,11 @@ _OF_A_USER = ("GLOO_", "LOCAL_RANK", "MASTER_", "NCCL_", "RANK", "WANDB_", "WORL
 
 
 class Hook(Protocol):
-    """A change to one rank's process before it begins."""
+    """A change to one rank's process before its start."""
 
     @property
     def rank(self) -> int:
-        """The rank whose process is changed."""
+        """Rank whose process is changed."""
 
     def arm(self) -> None:
         """Makes the change; called once, in that process."""
@@ -39,12 +39,12 @@ class Rank:
 
     argv: the flags of dist_clm_train.py.
     folder: the working directory, which also gets the output.
-    environ: variables beside those of this process.
-    host: a network namespace that `ip netns` made, whose name is the host name too.
-    late: seconds until it starts.
-    hooks: changes to its process.
-    timing: the waiting times among the ranks.
-    is_forked: False for a start as a user does it, without hooks and timing.
+    environ: additional environment variables.
+    host: a network namespace made by `ip netns`; also the host name.
+    late: seconds until the process starts.
+    hooks: changes to the process.
+    timing: timeouts and intervals of the ranks.
+    is_forked: False for a start by a user's command, without hooks and timing.
     """
 
     argv: Sequence[str]
@@ -59,7 +59,7 @@ class Rank:
 
 @dataclass(frozen=True)
 class Run:
-    """The processes of a run; `attend` is called until the last one has ended."""
+    """The processes of a run; `attend` is called until the last process has ended."""
 
     name: str
     ranks: Sequence[Rank]
@@ -69,9 +69,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Ended:
-    """The end of a process; `status` is negative for a signal, None after the deadline.
+    """End of a process; `status` is negative for a signal, None after the deadline.
 
-    seconds: from the start of the run.
+    seconds: time since the start of the run.
     """
 
     status: int | None
@@ -85,7 +85,7 @@ class Ended:
 
 
 class Outcome(tuple[Ended, ...]):
-    """The ends of all processes of a run, by rank."""
+    """Ends of all processes of a run, by rank."""
 
     @property
     def statuses(self) -> list[int | None]:
@@ -93,23 +93,23 @@ class Outcome(tuple[Ended, ...]):
 
     @property
     def lines(self) -> list[list[str]]:
-        """The lines on stderr."""
+        """Lines of each rank on stderr."""
         return [ended.lines for ended in self]
 
     @property
     def told(self) -> list[list[str]]:
-        """The lines on stdout."""
+        """Lines of each rank on stdout."""
         return [ended.stdout.splitlines() for ended in self]
 
     @property
     def seconds(self) -> float:
-        """From the end of the first process to the end of the last."""
+        """Seconds from the end of the first process to the end of the last."""
         ends = [ended.seconds for ended in self]
         return max(ends) - min(ends)
 
 
 def let_go(pids: Sequence[int], ended: Mapping[int, int | None]) -> None:
-    """Lets a rank that was stopped (SIGSTOP) go on once all others have ended."""
+    """Sends SIGCONT to a stopped rank after all other ranks have ended."""
     left = set(range(len(pids))) - ended.keys()
     if len(left) == 1:
         with contextlib.suppress(ProcessLookupError):
@@ -126,7 +126,7 @@ def fork_ranks(
     hosts: Sequence[str] | None = None,
     timing: Timing = DEFAULT_TIMING,
 ) -> Outcome:
-    """Runs all ranks of dist_clm_train.py to their ends, which `hooks` or `attend` may cause."""
+    """Runs all ranks of dist_clm_train.py to their end, which `hooks` or `attend` can cause."""
     ranks = [
         Rank(
             argv,
@@ -146,7 +146,7 @@ def run(one: Run) -> Outcome:
 
 
 def run_all(chains: Sequence[Sequence[Run]], *, at_once: int) -> dict[str, Outcome]:
-    """Returns the outcomes by name of `at_once` chains at once, the runs of each one by one."""
+    """Returns outcomes by name; runs `at_once` chains at once, and a chain's runs in sequence."""
     outcomes: dict[str, Outcome] = {}
     waiting = [_run_chain(chain, outcomes) for chain in chains]
     running: list[Generator[None]] = []
@@ -168,14 +168,14 @@ def _run_chain(runs: Sequence[Run], outcomes: dict[str, Outcome]) -> Generator[N
 
 
 def _run(one: Run) -> Generator[None, None, Outcome]:
-    """Yields until all processes have ended; those that still run at the deadline are killed."""
+    """Yields until all processes have ended; kills processes at the deadline."""
     began = time.monotonic()
     processes: list[Process] = []
     ends: dict[int, tuple[int | None, float]] = {}
     try:
         for number, rank in enumerate(one.ranks):
             processes.append(_start_rank(rank, rank.folder / f"{one.name}.rank{number}"))
-            if is_fork():  # a process group for signals to all
+            if is_fork():  # process group for a signal to all ranks
                 os.setpgid(processes[number].pid, processes[0].pid)
         pids = [process.pid for process in processes]
         while len(ends) < len(pids) and time.monotonic() < began + one.seconds:

@@ -1,8 +1,8 @@
-"""Literal tables of every schedule: all that a test of schedules in general asks of a new one."""
+"""Literal tables of every schedule; a new schedule needs rows here for the general tests."""
 
 from collections.abc import Callable
 
-# pp-mode, stages and microbatches to the timetable where F, I and W take one slot, B two
+# (pp-mode, stages, microbatches): timetable in which F, I and W take one slot and B two
 TIMETABLES = {
     ("gpipe", 3, 3): """\
 stage 0   F0 F1 F2 .  .  .  .  .  .  B0 == B1 == B2 ==
@@ -21,7 +21,7 @@ stage 2   .  .  F0 I0 F1 I1 F2 I2 W0 F3 I3 W1 W2 W3
 """,
 }
 
-# what has no timetable above it: fewer microbatches than stages, one stage, one microbatch
+# cases without a timetable: fewer microbatches than stages, one stage, one microbatch
 ORDERS = {
     ("gpipe", 1, 2): ["F0 F1 B0 B1"],
     ("1f1b", 1, 2): ["F0 B0 F1 B1"],
@@ -31,7 +31,7 @@ ORDERS = {
     ("zb-h1", 4, 2): ["F0 F1 B0 B1", "F0 F1 I0 I1 W0 W1", "F0 F1 I0 I1 W0 W1", "F0 I0 F1 I1 W0 W1"],
 }
 
-# the most microbatches in flight: on `stage` of p stages, of m microbatches
+# most microbatches in flight on `stage` of p stages with m microbatches
 IN_FLIGHT: dict[str, Callable[[int, int, int], int]] = {
     "gpipe": lambda stage, p, m: m,
     "1f1b": lambda stage, p, m: min(p - stage, m),

@@ -1,4 +1,4 @@
-"""The sockets of processes, as Linux tells them."""
+"""Sockets of processes, from Linux's /proc."""
 
 import contextlib
 import ipaddress
@@ -12,14 +12,14 @@ _LISTENING = "0A"  # TCP_LISTEN
 
 
 class Listener(NamedTuple):
-    """Where a socket listens."""
+    """Address and port on which a socket listens."""
 
     address: str
     port: int
 
 
 def tcp_lines(pid: int, state: str) -> list[tuple[str, str]]:
-    """The local and the remote address of a process's own TCP sockets in a state."""
+    """Returns local and remote address of a process's own TCP sockets in a state."""
     own, found = descriptors(pid), []
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
@@ -30,10 +30,10 @@ def tcp_lines(pid: int, state: str) -> list[tuple[str, str]]:
 
 
 def descriptors(pid: int | str) -> dict[str, int]:
-    """A process's descriptors of sockets by inode."""
+    """Returns a process's descriptors of sockets by inode."""
     found = {}
     for entry in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(OSError):  # closed in the meantime
+        with contextlib.suppress(OSError):  # already closed
             name = os.readlink(entry)
             if name.startswith("socket:"):
                 found[name[8:-1]] = int(entry.name)
@@ -41,13 +41,13 @@ def descriptors(pid: int | str) -> dict[str, int]:
 
 
 def listeners(pid: int) -> list[Listener]:
-    """Every TCP socket of the process that listens."""
+    """Returns every listening TCP socket of the process."""
     places = [local.partition(":") for local, _ in tcp_lines(pid, _LISTENING)]
     return [Listener(_address(address), int(port, 16)) for address, _, port in places]
 
 
 def _address(text: str) -> str:
-    """Of the kernel's words of 32 bits, each in the machine's own order."""
+    """Decodes an address of 32-bit words in the machine's byte order."""
     words = [int(text[i : i + 8], 16) for i in range(0, len(text), 8)]
     packed = struct.pack(f"={len(words)}I", *words)
     family = socket.AF_INET if len(words) == 1 else socket.AF_INET6

@@ -1,4 +1,4 @@
-"""The source of the project, as its rules are checked against it: rooms, files, modules."""
+"""Source of the project for the tests of its rules: packages, files, modules."""
 
 import ast
 from collections.abc import Iterable
@@ -12,8 +12,8 @@ ENTRY_SCRIPTS = [
     *(f"convert_{way}_hf_{family}" for way in ("from", "to") for family in ("gptj", "gptneox")),
     "dist_clm_train",
 ]
-# A room imports only from rooms on lower floors; those on the same floor do not know each other.
-# common/ is the ground: the model reads its seeds and its files, too.
+# A package imports only from packages with a lower number. common/ is the lowest: the model uses
+# its seeds and its files, too.
 FLOORS = {
     "tests": 8,
     "dist_clm_train": 7, "benchmarks": 7,
@@ -31,7 +31,7 @@ OUTSIDE_TESTS = [room for room in FLOORS if room != "tests"]
 
 
 def assert_none(violations: Iterable[str], rule: str) -> None:
-    """Fails with a line for each violation."""
+    """Fails with one line per violation, if there are any."""
     if lines := sorted(violations):
         pytest.fail("\n".join([rule, *lines]), pytrace=False)
 

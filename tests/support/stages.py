@@ -1,4 +1,4 @@
-"""Stages of a tiny model, with everything about them but their neighbours."""
+"""Stages of a tiny model, without their neighbours."""
 
 from functools import cache
 from typing import Any
@@ -27,7 +27,7 @@ def config(num_layers: int) -> Any:
 
 
 def make_model(stage_index: int, num_stages: int) -> StageModel:
-    """One of `num_stages` stages of two layers each."""
+    """Builds one of `num_stages` stages of two layers each."""
     family, of_all = MODELS["gptneox"].load(), config(2 * num_stages)
     indices = stage_modules(stage_index, [2] * num_stages)
     model = StageModel(family, of_all, indices, device=CPU)

@@ -1,4 +1,4 @@
-"""gloo's groups at the one call that makes NCCL's, so that torch's own NCCL channel runs on CPU."""
+"""gloo groups in place of NCCL groups, so torch's own NCCL backend runs on CPU."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 @contextmanager
 def gloo_for_nccl() -> Iterator[list[tuple[int, ...]]]:
-    """gloo makes the groups; yields the ranks of each, in the order in which they were made."""
+    """Replaces new NCCL groups by gloo groups; yields the ranks of each new group, in order."""
     made: list[tuple[int, ...]] = []
 
     def new_group(ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:

@@ -1,4 +1,4 @@
-"""What the tests of bad input start from: a folder and flags with nothing wrong in them."""
+"""Folder and flags without a mistake, for the tests of bad input."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ Flags = dict[str, Any]
 
 
 def make_home(folder: Path) -> Path:
-    """A folder with layer shards (m, and a GPT-J's in j), and data, good and bad."""
+    """Makes a folder with layer shards (m; a GPT-J's in j), and with good and bad data."""
     for name, family, layers in (("m", "gptneox", "num_hidden_layers"), ("j", "gptj", "n_layer")):
         make_shards(folder, name, family, {layers: LAYERS}, place="")
     write_jsonl(folder / "data.jsonl", make_texts(60, seed=1))
@@ -27,7 +27,7 @@ def make_home(folder: Path) -> Path:
 
 
 def right(home: Path) -> Flags:
-    """Flags with nothing wrong in them."""
+    """Returns valid flags."""
     return flags_of(f"""
         --model-name {home}/m --model-type gptneox --num-layers 2 --embedding-dim 32
         --task-name {home}/data.jsonl --seq-length 24 --batch-size 2 --total-steps 2
@@ -37,7 +37,7 @@ def right(home: Path) -> Flags:
 
 
 def argv(flags: Flags) -> list[str]:
-    """A flag that is None is left out."""
+    """Returns a command line without the flags whose value is None."""
     return to_argv({flag: value for flag, value in flags.items() if value is not None})
 
 

@@ -1,9 +1,9 @@
-"""The rules of the house: floors, circles, argparse, torch, sizes of files.
+"""Tests the rules of the source: floors, import cycles, argparse, torch, sizes of files.
 
-Imports are read from the source, those inside a function or under `if TYPE_CHECKING` included: they
-tie two modules together as much as any other. The registries name modules in strings, which are
-loaded on demand: for the floors, such a string counts as an import; for circles it does not, since
-it is how a registry avoids one.
+Imports are read from the source, including imports inside a function or under `if TYPE_CHECKING`,
+because these also connect two modules. Registries name modules in strings and load them on demand:
+such a string counts as an import for the floors, but not for cycles, because a registry avoids
+cycles in this way.
 """
 
 import ast
@@ -31,7 +31,7 @@ from tests.support.source import (
     tree,
 )
 
-# A package without a file name means each of its modules.
+# A package means each of its modules.
 LISTED = """
 arguments tasks.registry tasks.source_spec tasks.evaluation_sets modules.registry
 data_parallel.modes pipeline_parallel.schedule.schedules pipeline_parallel.partition.split
@@ -62,14 +62,14 @@ print(json.dumps(errors))
 
 
 class Import(NamedTuple):
-    """One import: the line, and the module that is imported."""
+    """One import: its line and its module."""
 
     line: int
     module: str
 
 
 def imports(path: Path, *, strings: bool = False) -> Iterator[Import]:
-    """Yields the project's modules that a file imports; with `strings`, also those it names."""
+    """Yields the project's modules that a file imports; with `strings`, also modules in strings."""
     package = module_of(path).split(".") if path.stem == "__init__" else list(path.parts[:-1])
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
@@ -84,7 +84,7 @@ def imports(path: Path, *, strings: bool = False) -> Iterator[Import]:
         else:
             continue
         for name in names:
-            while name and name not in modules():  # a name in a module, or another's module
+            while name and name not in modules():  # a name in a module, or a foreign module
                 name = name.rpartition(".")[0]
             if name:
                 yield Import(node.lineno, name)
@@ -102,7 +102,7 @@ def test_a_room_imports_only_from_lower_floors(room: str) -> None:
 
 
 def test_no_test_module_imports_another() -> None:
-    """What two of them need is in tests/support."""
+    """Code that two test modules need is in tests/support."""
     users = [
         f"{path}:{line}: {module}"
         for path in files("tests")
@@ -127,14 +127,14 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
         circle = " imports ".join(reversed(error.args[1]))
-        pytest.fail(f"modules that import each other: {circle}", pytrace=False)
+        pytest.fail(f"modules that import each other in a circle: {circle}", pytrace=False)
 
 
 @pytest.mark.parametrize(
     "room", [room for room in ROOMS if room not in ("arguments", *ENTRY_SCRIPTS)]
 )
 def test_argparse_stays_where_commands_are_parsed(room: str) -> None:
-    """Those places are arguments/, the entry scripts, `__main__` files and what stands aside."""
+    """Exceptions are arguments/, entry scripts, `__main__` files, tests and benchmarks."""
     users = {
         str(path)
         for path in files(room)
@@ -157,7 +157,7 @@ def torch_free_modules() -> list[str]:
 
 @pytest.fixture(scope="module")
 def import_errors() -> dict[str, str]:
-    """Imports all in one process, in which an import of torch is an error that no code catches."""
+    """Imports all modules in one process, where an import of torch is an error."""
     command = [sys.executable, "-c", IMPORT_ALL, *torch_free_modules()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     errors: dict[str, str] = json.loads(done.stdout)

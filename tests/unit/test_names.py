@@ -1,4 +1,4 @@
-"""The names of the project: one class, one meaning; the field's words, not its own old ones."""
+"""Tests names: one meaning per class name, and the field's words instead of old ones."""
 
 import ast
 import re
@@ -26,7 +26,7 @@ def test_no_class_name_has_two_meanings() -> None:
 
 @pytest.mark.parametrize("room", OUTSIDE_TESTS)
 def test_a_constructor_has_at_most_eight_parameters(room: str) -> None:
-    """Beside self; those of dataclasses and named tuples are written by Python and do not count."""
+    """`self` does not count, nor do the generated constructors of dataclasses and named tuples."""
     many = []
     for path in files(room):
         for node in ast.walk(tree(path)):
@@ -40,7 +40,7 @@ def test_a_constructor_has_at_most_eight_parameters(room: str) -> None:
 
 
 class Gone(NamedTuple):
-    """A word that the project used to have for what the field calls otherwise.
+    """An old word of the project, and the field's word for it.
 
     `words` must not be a part of any name that is bound in `rooms`: of a file, class, function,
     parameter, variable or attribute. `names` must not be the name of a file, class or function.

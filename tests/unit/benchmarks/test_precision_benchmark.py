@@ -1,4 +1,4 @@
-"""The benchmark of precisions fails where one ends too far from fp32, and where it ends in NaN."""
+"""Tests that the benchmark of precisions fails if a loss is too far from fp32, or NaN."""
 
 import math
 from pathlib import Path

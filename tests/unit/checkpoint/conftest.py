@@ -1,4 +1,4 @@
-"""Models that several tests of `checkpoint/` spoil a copy of."""
+"""Models for the tests of `checkpoint/`, which damage copies of them."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tests.support.checkpoint_models import (
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A NeoX model in every form: st, many, bin, shards, ck (a step of ours: stages of 2 and 1)."""
+    """Makes a NeoX model in each format: st, many, bin, shards, and ck (stages of 2 and 1)."""
     base = tmp_path_factory.mktemp("originals")
     model = make_model("gptneox")
     for folder, form in (("st", "single"), ("many", "sharded"), ("bin", "bin")):

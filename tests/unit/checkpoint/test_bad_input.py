@@ -1,6 +1,6 @@
-"""What is wrong with files and flags is one line that names it; nothing is left behind.
+"""Tests that a mistake in files or flags gives one line that names it, and leaves no files.
 
-The converters in test_conversion.py are right, or end for another reason.
+The converters' other tests are in test_conversion.py.
 """
 
 import pickle
@@ -32,7 +32,7 @@ NAN = float("nan")
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A working directory in which no code of a file runs, and where nothing is left in `out`."""
+    """Yields a working directory; at the end, no file's code has run and `out` is empty."""
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     assert not (tmp_path / "ran").exists()
@@ -64,7 +64,7 @@ def replace_by_folder(path: Path) -> None:
 
 
 def as_it_is(_path: Path) -> None:
-    """Nothing is wrong with the files."""
+    """Does nothing; the files are valid."""
 
 
 QKV = "attention.query_key_value.weight"
@@ -77,7 +77,7 @@ PICKLED = written(pickle.dumps(CODE, protocol=2))
 LATER = written(pickle.dumps(CODE))
 INT8 = partial(edit_weights, changes={HF_QKV: torch.ones(96, 32, dtype=torch.int8)})
 
-# Which form, a file of it, what is done to that, and words of the error.
+# Format, a file of it, the damage to that file, and words of the error.
 FROM_HF: dict[str, tuple[str, str, Spoil, list[str]]] = {
     "missing key": ("st", ST, drop(HF_QKV), [HF_QKV, "missing"]),
     "missing head": ("st", ST, drop("embed_out.weight"), ["embed_out.weight or lm_head.weight"]),
@@ -138,7 +138,7 @@ def test_shards(name: str, originals: Path, here: Path) -> None:
 
 
 Q0, LAYERS, NONE = f"0.{QKV}", "--n-layer-per-stage", (None, None)
-# --n-stages and --n-layer-per-stage; a file of a step of stages 2,1, what is done to it; the error.
+# --n-stages, --n-layer-per-stage, a file of a step of stages 2,1, its damage, words of the error.
 TO_HF: dict[str, tuple[int | None, Any, str, Spoil, list[str]]] = {
     "missing stage": (*NONE, CK, Path.unlink, [CK, "no such file"]),
     "missing key": (*NONE, CK, drop(Q0), [CK, Q0, "missing"]),

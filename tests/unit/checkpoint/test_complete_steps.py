@@ -1,7 +1,7 @@
-"""What --keep-checkpoints counts: a step that is not complete on every stage is none, and goes.
+"""Tests that --keep-checkpoints counts only steps that are complete on every stage.
 
-Two stages, a disk each, save steps 2, 5 and 8; then something happens to a disk, and the next start
-saves step 10 and keeps two.
+Two stages with a disk each save steps 2, 5 and 8; then a disk is changed, and the next start saves
+step 10 and keeps two steps. Incomplete steps are deleted.
 """
 
 import logging
@@ -27,41 +27,42 @@ Found = dict[str, tuple[list[str], list[str]]]
 
 
 def nothing(_disk: Path) -> None:
-    """As where no start was cut short."""
+    """Does nothing: no start was interrupted."""
 
 
 def remove(disk: Path) -> None:
-    """As a crash leaves it when stage 0 alone has renamed its folder."""
+    """Removes a step, as after a crash when only stage 0 has renamed its folder."""
     shutil.rmtree(disk / "8")
 
 
 def call_by_another_number(disk: Path) -> None:
-    """Both have a whole step 5, but in a folder of step 8."""
+    """Puts a complete step 5 into the folder of step 8 on both disks."""
     for one in (disk, disk.with_name("disk0")):
         shutil.rmtree(one / "8")
         shutil.copytree(one / "5", one / "8")
 
 
 def bring(disk: Path) -> None:
-    """Stage 1's files are on stage 0's disk, as for a conversion, and not on its own."""
+    """Moves stage 1's files to stage 0's disk, as for a conversion."""
     for path in (disk / "8").glob("prank_1_*"):
         shutil.copy(path, disk.with_name("disk0") / "8")
     shutil.rmtree(disk / "8")
 
 
 def refuse(disk: Path) -> None:
-    """The disk does not say what the manifest is."""
+    """Makes the manifest unreadable."""
     (disk / "8" / "prank_1_manifest.json").unlink()
     (disk / "8" / "prank_1_manifest.json").mkdir()
 
 
 def take_a_number(disk: Path) -> None:
-    """Folders that are no checkpoints, and a step newer than the one that is saved."""
+    """Makes a folder that is not a checkpoint, and a step newer than the next save."""
     (disk / "7").mkdir()
     shutil.copytree(disk / "8", disk / "12")
 
 
-# What happens to stage 1's disk, and what each stage's has at the end, if it is not the same.
+# The change of stage 1's disk, the steps at the end on stage 0's disk, and on stage 1's if they
+# differ.
 STORIES: dict[str, tuple[Callable[[Path], None], list[str], list[str] | None]] = {
     "nothing": (nothing, ["8", "10"], None),
     "gone": (remove, ["5", "10"], None),
@@ -85,7 +86,7 @@ def states_of(disk: Path) -> list[str]:
 def save(
     groups: ProcessGroups, disk: Path, nonce: str, steps: tuple[int, ...], keep: RetentionPolicy
 ) -> None:
-    """As one start that saves so many steps."""
+    """Saves the steps, as one start does."""
     topology = Topology(groups.control.rank, STAGES, 1)
     places: dict[str, Any] = {"control": groups.control, "topology": topology, "nonce": nonce}
     store = CheckpointStore(disk, **places, extras={"config.json": b"{}"}, policy=keep)
@@ -98,7 +99,7 @@ def save(
 
 
 def live(rank: int, _world: int, url: str, folder: Path) -> Found:
-    """The steps that this stage's disk has at the end of each story, and those with state."""
+    """Returns the steps and the optimizer states on this stage's disk at the end of each story."""
     found = {}
     logging.getLogger().setLevel(logging.ERROR)
     with connected(Topology(rank, STAGES, 1), url) as (groups, nonce):
@@ -142,7 +143,10 @@ def held(save_name: str, num_stages: int, *stages: int) -> list[StageFiles]:
 
 
 def test_a_step_of_other_stages_counts_where_the_disks_together_have_it() -> None:
-    """Of these two stages' own saves, each disk has its own."""
+    """Saves of another number of stages count if both disks together have all stages.
+
+    For saves of these two stages, each disk must have its own stage.
+    """
     by_step = {
         1: (held("a", 3, 0, 1), held("a", 3, 1, 2)),
         2: (held("b", 3, 0), held("b", 3, 1)),

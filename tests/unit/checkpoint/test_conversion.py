@@ -1,4 +1,4 @@
-"""The converters beside what is wrong with files: disk, names, interruptions, and the scripts."""
+"""Tests the converters apart from bad files: disk, names, interruptions and the scripts."""
 
 import logging
 import os
@@ -76,7 +76,7 @@ def test_an_interrupted_conversion_leaves_nothing(
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Runs a script in this process, which gets back the log levels that the script sets."""
+    """Runs a script in this process, then restores the log levels that the script sets."""
     loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub", "httpx")]
     levels = [logger.level for logger in loggers]
 
@@ -112,7 +112,7 @@ def test_scripts_end_with_status_2_and_one_line(
 def test_scripts_convert_both_ways(
     originals: Path, tmp_path: Path, run: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One of them started as a user does: only errors would be on its stderr."""
+    """One script runs as a user's command, because only then errors are on its stderr."""
     hf = tmp_path / "hf"
     flags = ("--ckpt-path", originals / "ck", "--save-path", hf, "--verify")
     done = subprocess.run(

@@ -1,8 +1,8 @@
-"""Every file of a checkpoint damaged, or of another step or save: an error that names it.
+"""Tests that each damaged or foreign file of a checkpoint gives an error that names the file.
 
-Two stages train four steps and save two; then each case damages a copy of what they left, or moves
-whole files about in it, of which no checksum tells. What training and the converter say is compared
-with the name of the file.
+Two stages train four steps and save two. Each case damages a copy of the result, or moves complete
+files in the copy, which no checksum detects. The errors of training and converter must have the
+name of the file.
 """
 
 import json
@@ -55,8 +55,10 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 def cases(files: list[str], damages: list[str], few: int) -> list[Any]:
-    """Each file with `few` of the damages, by turns, and with the others in the slow tests; what
-    says which step is the latest has all."""
+    """Returns each file with `few` of the damages in turn, all others marked slow.
+
+    The files that name the latest step have all damages.
+    """
     found = []
     for number, file in enumerate(files):
         for turn, damage in enumerate(damages):
@@ -66,7 +68,7 @@ def cases(files: list[str], damages: list[str], few: int) -> list[Any]:
 
 
 def bring_stage_of_first(run: Path) -> None:
-    """As where stage 1's disk is gathered from, and the wrong folder is named."""
+    """Copies stage 1 of the first step, as if a user gathered it from the wrong folder."""
     for path in (run / str(FIRST)).glob("prank_1_*"):
         shutil.copy(path, run / str(LAST))
 
@@ -90,7 +92,7 @@ def take_one_for_the_other(run: Path) -> None:
 
 
 def alter_meta(run: Path) -> None:
-    """All that one disk's folder has is of one save, but for the step in its meta.json."""
+    """Changes the step in meta.json and its checksums; the other files are of one save."""
     path = run / str(LAST) / "meta.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "step": FIRST}))
     for name in MANIFESTS:
@@ -98,7 +100,7 @@ def alter_meta(run: Path) -> None:
         reseal(path.with_name(name), files={**files, path.name: sum_file(path)._asdict()})
 
 
-# What is done to a run, and what training says, from the step's folder on.
+# The change of a run, and the error of training, from the step's folder on.
 MOVED: dict[str, tuple[Callable[[Path], None], str]] = {
     "called 6": (call_by_another_number, f"/6/{MANIFESTS[0]}: belongs to step {LAST}"),
     "stage 1 of the first": (
@@ -116,7 +118,7 @@ def cut_both_steps(run: Path) -> None:
         cut(run / str(step) / STAGE_FILES[-1])
 
 
-# What is neither damage of one file nor a file of another step, and what comes of it.
+# Changes that are neither damage to one file nor files of another step.
 STATES: dict[str, Callable[[Path], object]] = {
     "as saved": lambda run: None,
     "last step moved away": lambda run: (run / str(LAST)).rename(run / "aside"),
@@ -136,7 +138,7 @@ def spoil(run: Path, name: str) -> None:
 
 @dataclass(frozen=True)
 class Opened:
-    """What came of opening a folder on one rank: the step, or the error."""
+    """Result of opening a folder on one rank: the step, or the error."""
 
     step: int | None
     error: str
@@ -151,7 +153,7 @@ def train_and_open(
     folder: Path,
     names: list[str],
 ) -> dict[str, Opened]:
-    """Trains, and opens a spoilt copy of the run for each name, as a start that resumes does."""
+    """Trains, then opens a damaged copy of the run for each name, as a resume does."""
     train_cases(rank, world, url, [shape], [Case("run", flags)], folder)
     whole, run = run_folder(folder, "run", STAGES, 1), folder / "damaged"
     found: dict[str, Opened] = {}
@@ -176,7 +178,7 @@ def train_and_open(
 
 @dataclass(frozen=True)
 class Made:
-    """The run that nothing is wrong with, and how opening each spoilt copy of it went, by rank."""
+    """The undamaged run, and the results of opening its damaged copies, by rank."""
 
     folder: Path
     run: Path
@@ -185,7 +187,7 @@ class Made:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Made:
-    """Of the damages only those whose tests are selected: the slow ones are many."""
+    """Trains, and makes only the damages of selected tests, because the slow tests are many."""
     folder = tmp_path_factory.mktemp("damage")
     write_jsonl(folder / "a.jsonl", make_texts(20, seed=1))
     make_shards(folder, "model", "gptneox", {"num_hidden_layers": 3})
@@ -219,7 +221,7 @@ def error_on_every_rank(name: str, made: Made) -> str:
 
 @pytest.mark.parametrize(("file", "damage"), cases(FILES, list(DAMAGES), few=2))
 def test_training_names_the_file_on_every_rank(file: str, damage: str, made: Made) -> None:
-    """And the step before it, where the step is damaged and not `latest`."""
+    """If the step is damaged and not `latest`, the error also names the step before."""
     error = error_on_every_rank(f"{file}: {damage}", made)
     assert f"/{file}: " in error
     if file in STEP_FILES:
@@ -229,7 +231,7 @@ def test_training_names_the_file_on_every_rank(file: str, damage: str, made: Mad
 
 @pytest.mark.parametrize("name", MOVED)
 def test_training_names_what_is_not_of_the_step(name: str, made: Made) -> None:
-    """On every rank, and the step before it that is whole."""
+    """The error is the same on every rank, and names the complete step before."""
     error = error_on_every_rank(name, made)
     assert MOVED[name][1] in error
     older = LAST if name.startswith("called") else FIRST
@@ -277,7 +279,7 @@ def test_the_converter_names_what_is_not_of_the_step(name: str, made: Made, tmp_
 def test_a_folder_of_any_name_converts_and_only_what_is_read_counts(
     made: Made, tmp_path: Path
 ) -> None:
-    """As where a user gathers the weights on one machine, and names a config of its own."""
+    """Gathered weights convert from a folder with any name, also with another config."""
     step = tmp_path / "gathered"
     step.mkdir()
     weights = [f"prank_{stage}_checkpoint.pt" for stage in range(STAGES)]

@@ -1,4 +1,4 @@
-"""Every file of a converted model cut, with a wrong bit, or gone: no training starts from it."""
+"""Tests that a cut, changed or missing file of a converted model stops the start of training."""
 
 import shutil
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 
 
 def start(model: Path, home: Home) -> StageModel:
-    """The model of a run, with its first weights."""
+    """Returns the model of a run with its initial weights."""
     own = {"model-name": model, "checkpoint-path": model.parent / "run"}
     parts = run_parts({**home.flags, **own})
     settings, context = parts["settings"], parts["context"]
@@ -69,7 +69,7 @@ def test_the_cases_are_all_files(home: Home) -> None:
         (file, damage)
         for file in (*SHARDS, *SMALL, "manifest.json")
         for damage in DAMAGES
-        if (file, damage) != ("manifest.json", "gone")  # as published shards are
+        if (file, damage) != ("manifest.json", "gone")  # published shards have no manifest
     ],
 )
 def test_a_damaged_file_is_an_error_that_names_it(
@@ -81,7 +81,7 @@ def test_a_damaged_file_is_an_error_that_names_it(
 
 
 def test_without_a_manifest_the_same_weights_load(home: Home, tmp_path: Path) -> None:
-    """A flipped weight too: nothing is there to tell."""
+    """A changed weight loads too, because without a manifest nothing can detect it."""
     whole = start(home.model, home).state_dict()
     model = Path(shutil.copytree(home.model, tmp_path / "model"))
     (model / "manifest.json").unlink()
@@ -95,7 +95,7 @@ def test_without_a_manifest_the_same_weights_load(home: Home, tmp_path: Path) ->
 
 
 def test_a_shard_that_the_manifest_does_not_list_is_an_error(home: Home, tmp_path: Path) -> None:
-    """As where a folder is filled up with a shard of another conversion."""
+    """A shard of another conversion, copied into the folder, is an error."""
     model = Path(shutil.copytree(home.model, tmp_path / "model"))
     listed = [path for path in model.iterdir() if path.name not in (NAME, SHARDS[1])]
     write_shard_manifest(model, {path.name: sum_file(path) for path in listed})

@@ -1,4 +1,4 @@
-"""Weights that the compute type cannot hold are refused when they are read, from wherever."""
+"""Tests that weights beyond the range of the compute type are refused when they are read."""
 
 import math
 import re
@@ -37,7 +37,7 @@ LOADS: dict[str, tuple[Load, str, str]] = {
 VALUES = [
     (1e5, torch.float32, torch.float16, "100000, which does not fit fp16 (largest 65504): use"),
     (-65520.0, torch.float32, torch.float16, "-65520, which does not fit fp16"),
-    (65519.0, torch.float32, torch.float16, None),  # is rounded to 65504
+    (65519.0, torch.float32, torch.float16, None),  # rounds to 65504
     (1e5, torch.float32, torch.bfloat16, None),
     (3.4e38, torch.float32, torch.bfloat16, "3.4e+38, which does not fit bf16"),
     (1e39, torch.float64, torch.float32, "1e+39, which does not fit fp32"),
@@ -45,7 +45,7 @@ VALUES = [
 
 
 def write(model: StageModel, folder: Path, value: float, kind: torch.dtype) -> None:
-    """The model as shards and as a checkpoint, of one value in a type of its own."""
+    """Writes the model as shards and as a checkpoint; one value has its own type."""
     state = model.state_dict()
     changed = state[f"2.{KEY}"].to(kind)
     changed[5] = value
@@ -61,7 +61,7 @@ def write(model: StageModel, folder: Path, value: float, kind: torch.dtype) -> N
 def test_what_does_not_fit_is_named(
     load: str, value: float, kind: Any, dtype: Any, words: str | None, tmp_path: Path
 ) -> None:
-    """A finite fp32 weight of 1e5 used to become inf in fp16, silently."""
+    """An fp32 weight of 1e5 must not silently become inf in fp16."""
     run, file, key = LOADS[load]
     model = from_hf("gptneox", make_hf("gptneox"), tmp_path)
     write(model, tmp_path, value, kind)
@@ -76,7 +76,7 @@ def test_what_does_not_fit_is_named(
 @pytest.mark.parametrize(
     ("values", "kind", "finite"),
     [
-        ([6e4, 6e4, 6e4], torch.float16, True),  # whose sum is not
+        ([6e4, 6e4, 6e4], torch.float16, True),  # their sum is not finite
         ([3e38, 3e38, -1.0], torch.float32, True),
         ([3e38, 3e38, math.inf], torch.float32, False),
         ([math.inf, -math.inf, 0.0], torch.float32, False),
@@ -87,7 +87,7 @@ def test_what_does_not_fit_is_named(
     ],
 )
 def test_what_is_finite(values: list[float], kind: torch.dtype, finite: bool) -> None:
-    """Also where it is in the last of the parts that are looked at."""
+    """The tensor is checked in parts, so one case has the values in the last part."""
     tensor = torch.tensor(values, dtype=kind)
     assert is_finite(tensor) == finite
     assert is_finite(torch.cat([torch.zeros(2 * (1 << 22), dtype=kind), tensor])) == finite

@@ -1,4 +1,4 @@
-"""What a power loss leaves of `latest` and its manifest, and what is damage to them."""
+"""Tests `latest` and its manifest after a power loss, and the errors for damage to them."""
 
 import itertools
 import os
@@ -16,9 +16,9 @@ from common.files import replace_file
 
 
 class Disk:
-    """Renames as a disk has them: each may be lost, whatever else is, until its folder is flushed.
+    """A disk on which any rename can be lost until its folder is flushed.
 
-    `look` is called after each rename for each state that a power loss would leave then.
+    `look` is called after each rename, for each state that a power loss could leave.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, look: Callable[[], None]) -> None:
@@ -58,7 +58,7 @@ def test_a_replaced_file_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_no_loss_of_power_is_taken_for_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the first save on, up, down past a step that was moved away, and the same again."""
+    """No state after a power loss is an error; steps go up, down past a moved step, and up."""
     seen: set[str | None] = set()
 
     def look() -> None:
@@ -78,7 +78,7 @@ def test_no_loss_of_power_is_taken_for_damage(
 @pytest.mark.parametrize("step", [2, 8])
 @pytest.mark.parametrize("written", [0, 1, 2, 3])
 def test_the_next_run_goes_on_after_a_crash(step: int, written: int, tmp_path: Path) -> None:
-    """While `latest` moves down or up, after so many of the files that it writes."""
+    """After a crash in the middle of a write of `latest`, the next run can write `latest`."""
     write_latest(tmp_path, 4)
     left = [replace_file] * written
     dying = patch("checkpoint.steps.latest.replace_file", lambda *file: left.pop()(*file))
@@ -94,7 +94,7 @@ def test_the_next_run_goes_on_after_a_crash(step: int, written: int, tmp_path: P
 def test_another_number_than_the_manifests_is_damage(
     text: str, known: int | None, tmp_path: Path
 ) -> None:
-    """Whether there is such a step or not."""
+    """The error does not depend on whether the step exists."""
     (tmp_path / "latest").write_text(text)
     (tmp_path / "latest_manifest.json").write_bytes(seal({"step": known}))
     (tmp_path / text).mkdir()

@@ -1,4 +1,4 @@
-"""Files of the systems that came before: they load, convert, and training starts from them."""
+"""Tests predecessors' files: they load and convert, and training starts from them."""
 
 from pathlib import Path
 

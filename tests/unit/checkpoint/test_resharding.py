@@ -1,18 +1,19 @@
-"""Where the modules of a stage are in a checkpoint of other stages, against tables made by hand."""
+"""Tests the places of modules in a checkpoint of other stages, against tables made by hand."""
 
 import pytest
 
 from checkpoint.resume.reshard import ResumeSplit, describe_change, find_module, map_names
 from pipeline_parallel.partition.split import AUTO, Asked, Split
 
-# Seven blocks, which are 1 to 7; 0 is the embedding and 8 the head. By split, each stage's modules.
+# Blocks are modules 1 to 7, the embedding is 0, the head is 8. Split: modules of each stage.
 HELD = {
     (7,): [[0, 1, 2, 3, 4, 5, 6, 7, 8]],
     (5, 2): [[0, 1, 2, 3, 4, 5], [6, 7, 8]],
     (3, 4): [[0, 1, 2, 3], [4, 5, 6, 7, 8]],
     (1, 3, 2, 1): [[0, 1], [2, 3, 4], [5, 6], [7, 8]],
 }
-# The run's split and the checkpoint's, and of which stages of that each of the run's needs files.
+# The run's split, the checkpoint's split, and for each stage of the run the stages whose files it
+# needs.
 SOURCES = [
     ((5, 2), (1, 3, 2, 1), [[0, 1, 2], [2, 3]]),
     ((1, 3, 2, 1), (5, 2), [[0], [0], [0, 1], [1]]),
@@ -39,7 +40,7 @@ def test_a_stage_needs_the_files_of_those_that_had_its_modules(
 
 
 def test_names_are_those_of_the_stage_that_saved_them() -> None:
-    """Stage 1 of 1,3,2,1, modules 2 to 4, for stage 1 of 3,4, which has 4 to 8."""
+    """Stage 1 of 1,3,2,1 has modules 2 to 4; stage 1 of 3,4 needs modules 4 to 8."""
     keys = {index: [f"w{index}", "bias"] for index in range(9)}
     found = map_names(range(2, 5), range(4, 9), lambda index: keys[index])
     assert found == {"0.w4": "2.w4", "0.bias": "2.bias"}

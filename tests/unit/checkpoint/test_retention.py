@@ -1,4 +1,4 @@
-"""Older checkpoints go, or lose their optimizer state; what a crash leaves of that is complete."""
+"""Tests the deletion of old checkpoints and optimizer states, also after a crash."""
 
 import importlib
 import itertools
@@ -41,11 +41,11 @@ KEPT, KEEP = ["6", "8", "10"], {"keep-checkpoints": 3, "keep-optimizer-states": 
 
 
 class Killed(BaseException):
-    """The end of a process, as far as its files show it."""
+    """Simulated death of a process; only its files show it."""
 
 
 class AtOnce(BackgroundTask):
-    """Work that is done when it is begun: a process that dies in it does nothing more."""
+    """Background task that runs at once; if the process dies in the task, nothing later runs."""
 
     def __init__(self, work: Callable[[], None]) -> None:
         work()
@@ -54,12 +54,12 @@ class AtOnce(BackgroundTask):
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Of a run that keeps all it saves, in `all`, and one that does not, in `few`."""
+    """Trains `all`, which keeps all steps, and `few`, which deletes old ones; returns its flags."""
     folder = tmp_path_factory.mktemp("pruning")
     write_jsonl(folder / "a.jsonl", make_texts(20, seed=1))
     make_shards(folder, "model", "gptneox", {"num_hidden_layers": 2})
     common = FLAGS | {"model-name": folder / "shards" / "model", "task-name": folder / "a.jsonl"}
-    (folder / "few" / "7").mkdir(parents=True)  # a user's, who calls things by numbers
+    (folder / "few" / "7").mkdir(parents=True)  # a user's own folder with a number as its name
     train_alone({**common, "checkpoint-path": folder / "all"})
     train_alone({**common, **KEEP, "checkpoint-path": folder / "few"})
     return {**common, **KEEP, "checkpoint-path": folder / "few"}
@@ -103,7 +103,7 @@ def test_training_does_not_go_on_without_optimizer_state(
     refused = refusal(lambda: open_run(**parts))
     assert "/8/prank_0_optimizer.pt: deleted" in refused
     assert "--keep-optimizer-states" in refused
-    # what is gone is not taken for deleted
+    # a missing file is not reported as deleted
     shutil.copytree(flags["checkpoint-path"] / str(STEPS), run / str(STEPS))
     (run / str(STEPS) / "prank_0_optimizer.pt").unlink()
     assert "prank_0_optimizer.pt: no such file" in refusal(lambda: open_run(**parts))
@@ -111,7 +111,7 @@ def test_training_does_not_go_on_without_optimizer_state(
 
 @contextmanager
 def killed_at(target: str, nth: int, *, after: bool) -> Iterator[None]:
-    """The process ends before or after that call of a function of a module."""
+    """Ends the process before or after the `nth` call of a module's function."""
     module, _, name = target.rpartition(".")
     original, calls = getattr(importlib.import_module(module), name), itertools.count(1)
 
@@ -133,7 +133,7 @@ def killed_at(target: str, nth: int, *, after: bool) -> Iterator[None]:
 def test_a_crash_while_old_steps_go_costs_nothing(
     target: str, after: bool, flags: dict[str, Any], tmp_path: Path
 ) -> None:
-    """A save renames twice, and then once for each step that goes: the ninth is the first such."""
+    """Rename 9 is the first of a deletion: a save has two renames, then one per deleted step."""
     again = {**flags, "checkpoint-path": tmp_path / "run"}
     nth = 9 if target.endswith("_rename_if_exists") else 1
     at_once = patch("checkpoint.retention.BackgroundTask", AtOnce)
@@ -166,7 +166,7 @@ def save(store: CheckpointStore, *steps: int, is_last: bool = False) -> None:
 
 
 def test_old_steps_go_beside_training(tmp_path: Path) -> None:
-    """A deletion that is slower than the saves holds none of them up, and the next goes further."""
+    """A deletion slower than the saves delays none of them; the next deletion continues it."""
     store = make_store(tmp_path, RetentionPolicy(1))
     trained = threading.Event()
 
@@ -182,7 +182,7 @@ def test_old_steps_go_beside_training(tmp_path: Path) -> None:
         trained.set()
         store.finish_cleanup()
     assert steps_of(tmp_path) == ["4"]
-    save(store, 5, is_last=True)  # and the run is stopped
+    save(store, 5, is_last=True)  # then the run is stopped
     again = make_store(tmp_path, RetentionPolicy(1))
     save(again, 6)
     again.finish_cleanup()
@@ -230,8 +230,8 @@ def test_what_cannot_be_removed_is_told(tmp_path: Path, caplog: pytest.LogCaptur
 
 
 def peak(saves: int, keep: RetentionPolicy, kept: tuple[int, int]) -> int:
-    """What such saves, of weights of 4 and states of 8, add at most, one after the other."""
-    there = [index >= kept[0] - kept[1] for index in range(kept[0])]  # whether each has its state
+    """Returns the bytes that `saves` add at most; weights have 4 bytes, states 8."""
+    there = [index >= kept[0] - kept[1] for index in range(kept[0])]  # whether it has state
     sizes = [len(there) * 4 + sum(there) * 8]
     for _ in range(saves):
         there.append(True)
@@ -266,7 +266,7 @@ def test_a_disk_that_does_not_let_latest_catch_up_is_a_warning(
 
 
 def test_a_deletion_that_outlasts_a_save_is_caught_up_before_the_next(tmp_path: Path) -> None:
-    """Else the disk would hold one step more than there is room for, and every save would fail."""
+    """A save waits for the last deletion; otherwise the disk would hold one step too many."""
     store = make_store(tmp_path, RetentionPolicy(1))
     may_end, second_began = threading.Event(), threading.Event()
 
@@ -278,7 +278,7 @@ def test_a_deletion_that_outlasts_a_save_is_caught_up_before_the_next(tmp_path: 
 
     with patch("checkpoint.retention.delete_old_steps", slowly):
         save(store, 1, 2)
-        assert not second_began.is_set(), "the first still runs"
+        assert not second_began.is_set(), "the first deletion still runs"
         may_end.set()
         deadline = time.monotonic() + 30.0
         while store._deleter.running is not None:

@@ -1,4 +1,4 @@
-"""Hugging Face -> layer shards -> training checkpoint -> Hugging Face: nothing is lost."""
+"""Tests Hugging Face -> layer shards -> checkpoint -> Hugging Face: no weight changes."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def to_shards(name: str, source: Path, tmp_path: Path, dtype: str = "keep") -> P
 
 
 def to_hf(name: str, checkpoint: Path, tmp_path: Path, **options: Any) -> Path:
-    """Verifies."""
+    """Converts with --verify."""
     save_path = tmp_path / "result" / "hf"
     return checkpoint_models.to_hf(checkpoint, save_path, name, verify=True, **options)
 
@@ -44,8 +44,10 @@ def to_hf(name: str, checkpoint: Path, tmp_path: Path, **options: Any) -> Path:
 def ours(
     name: str, model: Any, tmp_path: Path, *counts: int, dtype: str = "keep"
 ) -> tuple[dict[str, Tensor], Path]:
-    """The weights of a model's files, and a checkpoint of it as our training leaves it: with
-    config, tokenizer and meta.json."""
+    """Returns a model's weights, and a checkpoint of it in the format of training.
+
+    The checkpoint has config, tokenizer and meta.json.
+    """
     source = save_model(model, tmp_path / "in")
     shards, run = to_shards(name, source, tmp_path, dtype), tmp_path / "run"
     make_checkpoint(shards, run / "7", counts=counts, meta=step_meta(7, counts, name))
@@ -86,7 +88,7 @@ def test_logits_come_back_to_the_bit(name: str, counts: tuple[int, ...], tmp_pat
     assert all((result / file).read_text() == text for file, text in TOKENIZER_FILES.items())
 
 
-# layers of the stages, and flags that say the same
+# layers of the stages, and flags with the same meaning
 SAID: list[tuple[tuple[int, ...], dict[str, Any]]] = [
     ((2, 1), {"n_stages": 2, "n_layer_per_stage": 2}),
     ((2, 1), {"n_layer_per_stage": Split((2, 1))}),
@@ -195,7 +197,7 @@ def test_the_empty_folder_of_that_name_is_filled(tmp_path: Path) -> None:
 
 
 def test_verify_rejects_other_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tensor written under another's name: here query and key swapped."""
+    """The error appears if query and key are swapped in the written file."""
     _, run = ours("gptj", make_model("gptj"), tmp_path, 2, 1)
 
     def swap(key: str) -> str:

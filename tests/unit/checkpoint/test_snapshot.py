@@ -1,4 +1,4 @@
-"""A snapshot is what the state was, in memory that is its own and made once."""
+"""Tests that a snapshot copies a state into its own memory, which it allocates once."""
 
 import io
 
@@ -29,7 +29,7 @@ def test_later_changes_do_not_reach_it_and_buffers_are_kept() -> None:
 
 
 def test_it_is_saved_without_what_it_was_a_part_of() -> None:
-    """torch.save writes all of a tensor's storage: of a view, that is more than the view."""
+    """torch.save writes a tensor's complete storage, which is larger than a view of it."""
     flat = torch.zeros(100_000)
     copied = Snapshot().take({"a": flat[:10]})
     written = io.BytesIO()

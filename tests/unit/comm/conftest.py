@@ -1,4 +1,4 @@
-"""Processes of a test, which end with it."""
+"""Processes of a test, which end with the test."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,7 +11,7 @@ from tests.support.launcher import Launch, Process, start
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Launch]:
-    """Calls `function(ready, *args, **options)` in a process of its own."""
+    """Calls `function(ready, *args, **options)` in its own process."""
     started: list[Process] = []
 
     def launch_one(function: Callable[..., object], *args: object, **options: object) -> Process:

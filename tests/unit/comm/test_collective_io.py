@@ -1,4 +1,4 @@
-"""Work on files beside that of other processes: how long it may take, who hears of a failure."""
+"""Tests file operations on all ranks: how long they can take, and the error of a failure."""
 
 import logging
 import threading
@@ -19,11 +19,11 @@ def fail() -> None:
 
 
 def succeed() -> None:
-    """What takes no time."""
+    """Does nothing."""
 
 
 def work_on_all(rank: int, world: int, url: str) -> list[str | None]:
-    """Slower than a process may wait for another; failing on the last rank; with nothing to do."""
+    """Runs slow work beyond the timeout, then failing work; some ranks have no work."""
     with connected(Topology(rank, world, 1), url, dist_timeout=3.0) as (groups, _):
         slow = (lambda: time.sleep(7.0)) if rank == 1 else None
         found = [run_on_all(groups.control, slow, "slow work")]
@@ -50,7 +50,7 @@ def test_a_mistake_of_ours_is_no_failure_of_the_disk() -> None:
 
 
 def test_slow_work_is_told_while_it_goes_on() -> None:
-    """The work ends when the line has come."""
+    """The work ends after the log line appeared."""
     told = threading.Event()
 
     class Listener(logging.Handler):

@@ -1,7 +1,7 @@
-"""Whatever else connects, only this job's ranks are in it, and the job goes on.
+"""Tests that only this job's ranks can join a run, whatever else connects to its ports.
 
-Strangers come to every port that a run of four processes listens on; ranks of other jobs come to
-its --dist-url; the verdict in the store counts only with its proof.
+Other clients connect to every port of a run of four processes; ranks of other jobs connect to its
+--dist-url; the verdict in the store is accepted only with its proof.
 """
 
 import contextlib
@@ -48,14 +48,14 @@ GARBAGE = {
 
 
 def joins(ready: Path, rank: int, world_size: int, url: str, key: JobKey = KEY) -> None:
-    """Joins and parts: rank 0, which holds the store, last."""
+    """Joins and leaves; rank 0, which hosts the store, leaves last."""
     met = meet(rank, world_size, url, key=key, join_timeout=30.0)
     ExitPolicy.connect(met, Topology(rank, world_size, 1)).detector.close()
     ready.touch()
 
 
 def report_pickles(ready: Path, rank: int, url: str, program: Callable[[Rank], None]) -> None:
-    """A rank of four that says so on stderr where anything is unpickled in it."""
+    """Runs one rank of four, which reports any unpickling on stderr."""
 
     def tell(event: str, found: tuple[object, ...]) -> None:
         if event == "pickle.find_class":
@@ -66,7 +66,7 @@ def report_pickles(ready: Path, rank: int, url: str, program: Callable[[Rank], N
 
 
 def add_until_told(stop_file: Path, rank: Rank) -> None:
-    """Sums over all channels, each of which must be right, until the file is there."""
+    """Sums over all groups and checks each sum, until the file exists."""
     going = True
     while going:
         for group in (rank.groups.control, rank.groups.pipeline, rank.groups.replicas):
@@ -80,20 +80,23 @@ def add_until_told(stop_file: Path, rank: Rank) -> None:
 
 
 def bother(listener: Listener) -> list[socket.socket]:
-    """Says everything of GARBAGE, on a connection each, and hangs on to all that are left."""
+    """Sends each entry of GARBAGE on its own connection; returns the open connections."""
     links = []
     for data in GARBAGE.values():
         link = socket.create_connection(listener, timeout=5.0)
         links.append(link)
         link.settimeout(1.0)
-        with contextlib.suppress(OSError):  # who is sent away early need not hear all of it
+        with contextlib.suppress(OSError):  # the server can close before all data is sent
             link.sendall(data)
     return links
 
 
 def test_strangers_at_every_port_of_a_run(launch: Launch, tmp_path: Path) -> None:
-    """Nothing listens but on the interface's address, and nothing is unpickled; the sums go on,
-    right, and all end well."""
+    """Foreign data at every port does not disturb a run.
+
+    Ports listen only on the interface's address, nothing is unpickled, sums stay correct, and all
+    ranks end with status 0.
+    """
     url = f"tcp://127.0.0.1:{free_port()}"
     program = partial(add_until_told, tmp_path / "stop")
     ranks = [launch(report_pickles, r, url, program) for r in range(4)]
@@ -107,7 +110,7 @@ def test_strangers_at_every_port_of_a_run(launch: Launch, tmp_path: Path) -> Non
     other = launch(joins, 1, 4, url, OTHER_KEY)
     assert other.status(within=20.0) == 2
     assert f"differs from that of rank 1 (host {socket.gethostname()})" in other.lines[0]
-    time.sleep(1.0)  # sums among strangers
+    time.sleep(1.0)  # sums while the foreign clients are connected
     (tmp_path / "stop").touch()
     expect_good_ends(ranks, links)
 
@@ -121,7 +124,7 @@ def expect_good_ends(ranks: list[Process], links: list[socket.socket]) -> None:
 
 
 def test_a_rank_of_another_job_is_refused(launch: Launch) -> None:
-    """With one line; the ranks of this job are not disturbed, also by what connects meanwhile."""
+    """The rank gets one line; this job's ranks are not disturbed, even by other connections."""
     url = f"tcp://127.0.0.1:{free_port()}"
     ranks = [launch(joins, r, 3, url) for r in (0, 1)]
     other = launch(joins, 2, 3, url, OTHER_KEY)
@@ -142,7 +145,7 @@ STRANGE = {
 
 @pytest.mark.parametrize("name", STRANGE)
 def test_the_store_tells_a_stranger_no_secret_and_believes_none(launch: Launch, name: str) -> None:
-    """A stranger may list all keys of torch's store, read and write: that ends the run by name."""
+    """A foreign client can list, read and write all keys of the store; a write ends the run."""
     value, words = STRANGE[name]
     port = free_port()
     rank = launch(joins, 0, 2, f"tcp://127.0.0.1:{port}")
@@ -196,14 +199,14 @@ def another_jobs_server(link: socket.socket) -> None:
 
 
 def mirror(link: socket.socket) -> None:
-    """Hands a rank's own proof back to it."""
+    """Sends a rank's own proof back to the rank."""
     link.sendall(encode({"challenge": "0123"}))
     link.sendall(link.makefile("rb").readline())
 
 
 @pytest.mark.parametrize("stranger", [silence, nonsense, another_jobs_server, mirror])
 def test_a_rank_connects_to_no_stranger(stranger: Callable[[socket.socket], None]) -> None:
-    """Where something else listens at the address of rank 0's liveness server."""
+    """A rank refuses a foreign server at the address of rank 0's liveness server."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         store = SignedStore(HashStore(), KEY, start="")
         store.set(LIVENESS_ADDRESS, f"127.0.0.1 {listener.getsockname()[1]}")
@@ -229,7 +232,7 @@ def test_a_handshake_proves_both_sides() -> None:
 
 
 def test_a_token_file(tmp_path: Path) -> None:
-    """The key is that of its contents, without the line's end; too little is refused unquoted."""
+    """The key depends on the content without the newline; errors never quote the content."""
     path = tmp_path / "token"
     path.write_text(f"{SECRET}\n")
     key = read_job_key("job", path)
@@ -248,8 +251,11 @@ def test_a_token_file(tmp_path: Path) -> None:
 def test_a_name_of_this_machine_itself_stands_for_its_interface(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Hosts files often give it a loopback address; the store listens where others can reach it,
-    and where that is a loopback address too, rank 0 tells."""
+    """A hosts file often gives a machine's name a loopback address.
+
+    The store listens on an address that other machines can reach; if this is a loopback address
+    too, rank 0 warns.
+    """
     monkeypatch.setattr(
         "comm.rendezvous.store.resolve",
         lambda host: (socket.AF_INET, {"node7": "127.0.1.1"}.get(host, host)),

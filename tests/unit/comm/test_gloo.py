@@ -1,4 +1,4 @@
-"""Channels over gloo: what arrives, in which order, and the very bits of a sum."""
+"""Tests communicators over gloo: received data, order, and the exact bits of sums."""
 
 import pytest
 import torch
@@ -10,9 +10,9 @@ from tests.support.launcher import run_ranks
 
 
 def check_slices(rank: Rank) -> None:
-    """A buffer of several slices gives the bits of the same elements in small pieces."""
+    """Checks that a buffer of several slices has the same bits as small parts of it."""
     control = rank.groups.control
-    length = 5 * 2**20 + 5  # a slice of fp32 and a bit
+    length = 5 * 2**20 + 5  # one slice of fp32 and 5 numbers more
     tensor = values(control.rank, length, torch.float32)
     ends = [tensor[:1000].clone(), tensor[-1000:].clone()]
     control.all_reduce(tensor).wait()
@@ -22,17 +22,17 @@ def check_slices(rank: Rank) -> None:
 
 
 def check_host_copies(rank: Rank) -> None:
-    """The channel for device tensors over host memory, on tensors that are in host memory."""
+    """Checks the communicator that stages device tensors in host memory, on host tensors."""
     channel = HostStagingCommunicator(rank.groups.pipeline)
     peer = 1 - channel.rank
     mine, theirs = torch.full((2, 3), float(channel.rank)), torch.empty(2, 3)
     works = [channel.receive(theirs, source=peer), channel.send(mine, to=peer)]
-    mine.fill_(9.0)  # the copy travels
+    mine.fill_(9.0)  # the copy is sent
     for work in works:
         work.wait()
     assert (theirs == peer).all()
     work = channel.all_reduce(theirs)
-    assert (theirs == peer).all(), "the copy travels"
+    assert (theirs == peer).all(), "the copy is sent"
     work.wait()
     assert (theirs == 1.0).all()
     channel.reduce(theirs, root=1).wait()

@@ -1,4 +1,4 @@
-"""Which interface a process talks over, on a machine that is made up here."""
+"""Tests the choice of the network interface on a simulated machine."""
 
 import re
 import socket

@@ -1,4 +1,4 @@
-"""The liveness server accepts only ranks of this run, whatever else connects."""
+"""Tests that the liveness server accepts only ranks of this run."""
 
 import contextlib
 import queue
@@ -18,7 +18,7 @@ OLDER_START = Handshake(HANDSHAKE.key, "0123")
 
 
 class Connection:
-    """A rank's, or a stranger's, end of a connection."""
+    """Client side of a connection, of a rank or of a foreign client."""
 
     def __init__(self, server: LivenessServer) -> None:
         self._socket = socket.create_connection(("127.0.0.1", server.port), timeout=5.0)
@@ -26,12 +26,12 @@ class Connection:
         self.challenge = decode(self._lines.readline())["challenge"]
 
     def shake_hands(self, rank: int, handshake: Handshake = HANDSHAKE) -> "Connection":
-        """Does what a rank of `handshake`'s start does."""
+        """Does the handshake of a rank of `handshake`'s start."""
         self.reply = handshake.reply(self.challenge, rank=rank)
         return self.send(encode(self.reply))
 
     def enter(self, rank: int) -> "Connection":
-        """As `shake_hands`; the server proves itself."""
+        """Does the handshake and checks the server's proof."""
         answer = decode(self.shake_hands(rank).read())
         assert HANDSHAKE.is_answer(answer, challenge=self.challenge, reply=self.reply)
         return self
@@ -41,7 +41,7 @@ class Connection:
         return self
 
     def read(self) -> bytes:
-        """The next line; empty where the server has closed the connection."""
+        """Returns the next line; empty if the server has closed the connection."""
         try:
             return self._lines.readline()
         except ConnectionResetError:
@@ -85,7 +85,7 @@ def test_strangers_are_dropped(
     server: LivenessServer, messages: queue.Queue[Message], data: bytes
 ) -> None:
     stranger = Connection(server)
-    with contextlib.suppress(ConnectionError):  # dropped before it had said all
+    with contextlib.suppress(ConnectionError):  # dropped before all data was sent
         stranger.send(data)
     assert stranger.read() == b""
     ranks = [Connection(server).enter(rank) for rank in (1, 2)]
@@ -110,7 +110,7 @@ def test_a_rank_of_another_job_or_start_is_dropped(
 
 
 def test_what_a_rank_said_once_is_of_no_use_again(server: LivenessServer) -> None:
-    """Nor is it to a rank that would pass for another."""
+    """A recorded handshake is useless, also for another rank."""
     first = Connection(server).enter(1)
     played_back = Connection(server).send(encode(first.reply))
     assert played_back.read() == b""
@@ -122,8 +122,10 @@ def test_what_a_rank_said_once_is_of_no_use_again(server: LivenessServer) -> Non
 def test_strangers_that_hang_on_keep_no_rank_out(
     server: LivenessServer, messages: queue.Queue[Message]
 ) -> None:
-    """The server keeps 64 connections without a handshake, and as many more as there are ranks; it
-    drops the oldest first."""
+    """The server keeps 64 connections without a handshake, plus the number of ranks.
+
+    It drops the oldest connections first.
+    """
     strangers = [Connection(server).send(b'{"rank": 1, "chal') for _ in range(70)]
     assert [stranger.read() for stranger in strangers[:3]] == [b"", b"", b""]
     ranks = [Connection(server).enter(rank) for rank in (1, 2)]

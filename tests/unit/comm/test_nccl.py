@@ -1,6 +1,6 @@
-"""The CuPy/NCCL channel without a GPU: the real module, but for its communicator (nccl_double).
+"""Tests the CuPy/NCCL backend without a GPU: the real module with a double communicator.
 
-What is left for a GPU to show is that class, and comm.backends.streams's streams.
+Only a GPU can test NCCL's communicator itself and the CUDA streams of comm.backends.streams.
 """
 
 import inspect
@@ -46,7 +46,7 @@ def all_checks(rank: int, world_size: int, _url: str, shapes: list[tuple[int, in
 
 
 def test_four_ranks_over_the_double() -> None:
-    """P=2 R=2, and P=4."""
+    """The shapes are P=2 R=2 and P=4 R=1."""
     shapes = [(p, r, f"tcp://127.0.0.1:{free_port()}") for p, r in ((2, 2), (4, 1))]
     assert all(run_ranks(4, all_checks, shapes, deadline=120.0))
 
@@ -63,7 +63,7 @@ def reduces(channel: NcclCommunicator) -> None:
     channel.reduce(SIX, root=0).wait()
 
 
-# what rank 1 does, what rank 0 does, and the words of rank 0's error
+# action of rank 1, action of rank 0, and the words of rank 0's error
 MISMATCHES: dict[str, Ends] = {
     "count of a message": (
         sends,
@@ -98,7 +98,7 @@ MISMATCHES: dict[str, Ends] = {
     "a peer that dies": (
         lambda channel: os._exit(0),
         lambda channel: channel.receive(SIX.clone(), source=1).wait(),
-        [f"receive from {PEER}", "the peer is gone"],
+        [f"receive from {PEER}", "the peer closed the connection"],
     ),
 }
 
@@ -110,7 +110,7 @@ def mismatch_each(rank: int, world_size: int, url: str) -> None:
         with nccl_double():
             channel, _ = open_channel(store, rank=rank, size=2, name=name)
             if rank == 1:
-                with suppress(PeerLostError):  # a sender may have ended before its receiver fails
+                with suppress(PeerLostError):  # a sender can end before its receiver fails
                     theirs(channel)
                 continue
             with pytest.raises(PeerLostError) as caught:
@@ -119,15 +119,15 @@ def mismatch_each(rank: int, world_size: int, url: str) -> None:
             assert text.startswith(f"{name} {words[0]}"), text
             assert " failed: NCCL_ERROR_" in text, text
             assert all(word in text for word in words), text
-    raise AssertionError("all as it should be")
+    raise AssertionError("all cases passed")
 
 
 def test_what_does_not_fit_is_an_error_that_names_the_peer() -> None:
-    """Rank 1 dies in the last case, and rank 0 says that it came to the end."""
+    """The last case kills rank 1; rank 0's final error shows that all cases have run."""
     with pytest.raises(RuntimeError) as caught:
         run_ranks(2, mismatch_each)
     text = str(caught.value)
-    assert "AssertionError: all as it should be" in text, text
+    assert "AssertionError: all cases passed" in text, text
     assert "rank 1: ended without a result, exit status 0" in text, text
 
 
@@ -146,7 +146,7 @@ CALLS = "send recv broadcast allReduce reduce allGather destroy check_async_erro
 
 @pytest.mark.parametrize("call", CALLS.split())
 def test_the_double_is_called_as_the_real_one(call: str) -> None:
-    """CuPy's compiled methods have their parameters in the first line of their docstrings."""
+    """The first docstring line of CuPy's compiled methods has the real parameters."""
     line = getattr(nccl.NcclCommunicator, call).__doc__.splitlines()[0]
     real = re.fullmatch(rf"NcclCommunicator\.{call}\((.*)\)", line)
     assert real is not None

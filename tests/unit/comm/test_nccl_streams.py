@@ -1,4 +1,4 @@
-"""How the CuPy/NCCL channel is opened, ordered and limited: several ranks in this process."""
+"""Tests how the CuPy/NCCL backend opens, orders and times out, with ranks in one process."""
 
 import queue
 import threading
@@ -23,7 +23,7 @@ from tests.support.nccl_double import NcclDouble, Told, nccl_double, open_channe
 
 
 def open_all(size: int, **options: Any) -> list[tuple[NcclCommunicator, Told]]:
-    """A channel of `size` ranks in this process, and what each one's monitor tells."""
+    """Opens `size` ranks in this process; returns each with the queue of its hang detector."""
     store = HashStore()
     with ThreadPoolExecutor(size) as pool:
         ranks = range(size)
@@ -34,7 +34,7 @@ def open_all(size: int, **options: Any) -> list[tuple[NcclCommunicator, Told]]:
 def test_every_communicator_has_carried_a_message_before_it_is_used(
     connect_neighbours: bool, pairs: list[tuple[int, int]]
 ) -> None:
-    """NCCL connects at the first, which holds the host until both ends have called."""
+    """NCCL connects at the first message, which blocks the host until both ends have called."""
     used = queue.SimpleQueue[tuple[str, bytes]]()
 
     class Noting(NcclDouble):
@@ -55,13 +55,13 @@ def test_every_communicator_has_carried_a_message_before_it_is_used(
     with patch.object(nccl, "NcclCommunicator", Noting):
         open_all(3, connect_neighbours=connect_neighbours)
     calls = [used.get_nowait() for _ in range(used.qsize())]
-    assert len(made) == 3 + 2 * 2 * len(pairs), "one of all, and two of each pair, at each end"
+    assert len(made) == 3 + 2 * 2 * len(pairs), "one for all, two for each pair, at each end"
     for name in set(made):
         assert {call for call, one in calls if one == name} == {"give", "take"}
 
 
 def test_a_message_that_nobody_sends_is_reported_with_its_peer() -> None:
-    """Rank 1 of three waits for rank 2, but it is rank 0 that sends to it."""
+    """Rank 1 of three waits for rank 2, but rank 0 sends to rank 1."""
     with nccl_double():
         opened = open_all(3, dist_timeout=1.0)
     (first, _), (middle, told), _ = opened
@@ -73,15 +73,15 @@ def test_a_message_that_nobody_sends_is_reported_with_its_peer() -> None:
 
 
 def _wait_in_vain(work: Work) -> None:
-    with suppress(PeerLostError):  # when the test ends and the members go
+    with suppress(PeerLostError):  # when the test ends and the members close
         work.wait()
 
 
 def test_a_failure_that_nccl_knows_of_ends_a_message_that_never_ends() -> None:
-    """The stream still waits: it is the library that is asked."""
+    """The stream still waits; the hang detector asks the library for its error."""
     with nccl_double():
         opened = open_all(2)
-    channel, told = opened[1]  # the other lives on: if it went, so would the message
+    channel, told = opened[1]  # keep the other rank alive, or the message would fail
     waiting = channel.receive(torch.zeros(1), source=0)
     channel._edges[0, 1].nccl._failed = True
     threading.Thread(target=_wait_in_vain, args=(waiting,), daemon=True).start()
@@ -91,7 +91,7 @@ def test_a_failure_that_nccl_knows_of_ends_a_message_that_never_ends() -> None:
 
 
 class NotingStream(HostStream):
-    """Notes in which order what is asked of it."""
+    """A stream that records the order of its calls."""
 
     def __init__(self, calls: list[tuple[str, int]]) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class NotingStream(HostStream):
 
 
 def test_a_tensor_is_ready_before_the_call_that_uses_it() -> None:
-    """On a GPU nothing else orders the stream after what made the tensor."""
+    """On a GPU, only wait_for_compute makes the stream wait for the tensor's computation."""
     calls: list[tuple[str, int]] = []
     tensor = torch.zeros(3)
     with (

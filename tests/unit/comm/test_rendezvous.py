@@ -1,4 +1,4 @@
-"""Joining: what cannot come together ends on every rank, in time, with one line that says why."""
+"""Tests that a rendezvous that cannot succeed ends on every rank in time, with one line."""
 
 import os
 import signal
@@ -32,7 +32,7 @@ def joins(ready: Path, rank: int, world_size: int, url: str, **options: Any) -> 
 
 
 def arrives_and_dies(ready: Path, rank: int, world_size: int, url: str, **options: Any) -> None:
-    """Killed between its arrival and the link: here, as soon as the ranks have met."""
+    """Joins, then dies before it connects to the liveness server."""
     joins(ready, rank, world_size, url, **options)
     os._exit(9)
 
@@ -59,7 +59,7 @@ def url() -> str:
 
 
 def expect(processes: Iterable[Process], status: int, text: str, *, within: float) -> None:
-    """Each ends with `status` and one line that holds `text` (waiting lines aside)."""
+    """Checks each process's `status` and one line with `text`; ignores lines about waiting."""
     for process in processes:
         assert process.status(within=within) == status, process.lines
         (line,) = [line for line in process.lines if "waiting for" not in line]
@@ -108,7 +108,7 @@ def test_a_busy_port(launch: Launch) -> None:
 
 
 def test_a_foreign_listener_that_never_answers(launch: Launch) -> None:
-    """torch's client would wait forever; the deadline does not."""
+    """torch's client would wait forever, but the deadline ends it."""
     with socket.create_server(("127.0.0.1", 0)) as foreign:
         url = f"tcp://127.0.0.1:{foreign.getsockname()[1]}"
         rank = launch(joins, 1, 2, url, join_timeout=1.0, timing=LITTLE_GRACE)
@@ -127,7 +127,7 @@ def test_a_rank_that_dies_before_the_groups_stand(launch: Launch, url: str) -> N
 
 
 def test_a_rank_that_lingers_past_the_deadline_reports_one_line(launch: Launch, url: str) -> None:
-    """As where the wire to other machines is cut while the ranks link."""
+    """A rank whose peers hang reports one line after the deadline, as after a network failure."""
     launch(links_and_hangs, 1, 3, url, join_timeout=3.0)
     launch(arrives_and_dies, 2, 3, url, join_timeout=3.0)
     rank = launch(links, 0, 3, url, join_timeout=3.0, timing=LITTLE_GRACE)
@@ -135,7 +135,7 @@ def test_a_rank_that_lingers_past_the_deadline_reports_one_line(launch: Launch, 
 
 
 def test_a_rank_that_hangs_before_the_groups_stand(launch: Launch, url: str) -> None:
-    """The others name it, and not whom their own deadline ended first."""
+    """The others name the hung rank, not a rank that their own deadline ended before."""
     programs: Programs = (connects, connects, links_and_hangs)
     ranks = [launch(program, r, 3, url, join_timeout=2.0) for r, program in enumerate(programs)]
     expect(ranks[:2], 1, "rank 2 (stage 2, replica 0, host ", within=20.0)
@@ -183,7 +183,7 @@ def test_ipv6_url() -> None:
 
 
 def test_a_loopback_address_among_others_is_a_mistake() -> None:
-    """Hosts files often give a machine's own name a loopback address."""
+    """A loopback address of one machine among others is an error; hosts files often cause it."""
     there = Participant(1, "b", "10.0.0.2", "eth0", 1, {})
     problem = find_mismatch([Participant(0, "a", "127.0.1.1", "lo", 1, {}), there])
     assert problem is not None

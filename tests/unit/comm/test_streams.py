@@ -1,4 +1,4 @@
-"""The stream of host tensors: a worker beside the computation, whose failures come back."""
+"""Tests the stream of host tensors: a worker thread whose failures come back to the caller."""
 
 import gc
 import threading
@@ -30,7 +30,7 @@ def test_calls_run_in_order_beside_the_computation() -> None:
     assert last.is_done()
     stream.submit(partial(done.append, 4))
     stream.close()
-    assert done == [0, 1, 2, 3, 4], "closing waits for what is queued"
+    assert done == [0, 1, 2, 3, 4], "close() waits for queued calls"
 
 
 def test_two_streams_do_not_wait_for_each_other() -> None:
@@ -53,9 +53,9 @@ def test_a_failure_comes_back_at_every_later_point() -> None:
     for point in (after, later, after):
         with pytest.raises(LookupError, match="the tale"):
             point.block_compute()
-        assert point.is_done(), "nothing before it is left to be done"
+        assert point.is_done(), "all earlier calls are done"
     before.block_compute()
-    assert ran == [0], "what comes after a failure is not run"
+    assert ran == [0], "no call runs after a failure"
     stream.close()
 
 
@@ -84,7 +84,7 @@ def _wait(event: threading.Event) -> None:
 
 
 def test_a_stream_waits_for_what_made_a_tensor_and_keeps_its_memory() -> None:
-    """Else the message would read what is not written yet, or what is written anew."""
+    """The stream waits until a tensor is computed, and keeps the tensor until its last use."""
     device, tensor = torch.device("cuda", 0), Mock(spec=torch.Tensor)
     with patch("torch.cuda.Stream") as make, patch("torch.cuda.current_stream") as current:
         torch_stream, stream = make.return_value, CudaStream(device)

@@ -1,4 +1,4 @@
-"""Who is who, against literal tables."""
+"""Tests the topology against literal tables."""
 
 from comm.topology import Topology
 

@@ -1,4 +1,4 @@
-"""torch's own NCCL channel on CPU: gloo's groups stand in at the one call that makes NCCL's."""
+"""Tests torch's own NCCL backend on CPU, with gloo groups in place of NCCL groups."""
 
 import os
 import queue
@@ -19,7 +19,7 @@ from tests.support.connected import enter
 from tests.support.launcher import free_port, run_ranks
 from tests.support.torch_nccl_double import gloo_for_nccl
 
-EXACT = (torch.int64, torch.uint8)  # sums that are the same in any order: here it is gloo's
+EXACT = (torch.int64, torch.uint8)  # their sums do not depend on gloo's order
 MESSAGE = "pipeline receive from rank 1 (stage 1, replica 0)"
 
 
@@ -38,7 +38,7 @@ def all_checks(
             )
         groups_here = (entered.groups.pipeline, entered.groups.replicas)
         neighbours = sum((g.rank > 0) + (g.rank + 1 < g.size) for g in groups_here)
-        assert sends.call_count == receives.call_count == neighbours, "each edge has carried one"
+        assert sends.call_count == receives.call_count == neighbours, "one message per edge"
         for group in groups_here:
             if group.size > 1:
                 assert isinstance(group, TorchNcclCommunicator)
@@ -49,7 +49,7 @@ def all_checks(
 
 
 def test_four_ranks() -> None:
-    """P=2 R=2, and P=4; all ranks make the same groups, one for each direction of neighbours."""
+    """All ranks make the same groups, one per direction of neighbours, in P=2 R=2 and P=4 R=1."""
     shapes = [(p, r, f"tcp://127.0.0.1:{free_port()}") for p, r in ((2, 2), (4, 1))]
     groups = run_ranks(4, all_checks, shapes, deadline=120.0)
     assert all(of_rank == groups[0] for of_rank in groups)
@@ -86,7 +86,7 @@ def _wait(work: Work, outcome: Future[None]) -> None:
 
 
 def test_a_peer_that_hangs_and_then_dies_is_named() -> None:
-    """The first by the monitor, which rank 0 hears; the second ends rank 0."""
+    """Rank 0's hang detector reports the hang; the death ends rank 0 with an error."""
     with pytest.raises(RuntimeError) as caught:
         run_ranks(2, lose_a_peer)
     assert f"PeerLostError: {MESSAGE} failed after" in str(caught.value)

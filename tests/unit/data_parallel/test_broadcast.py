@@ -1,4 +1,4 @@
-"""Bucketed broadcasts: messages are bounded, and what arrives is what was sent."""
+"""Tests bucketed broadcasts: buckets are limited in size, and tensors arrive unchanged."""
 
 from unittest.mock import patch
 
@@ -11,12 +11,12 @@ from data_parallel.broadcast import broadcast_bucketed
 from tests.support.gradients import gradients_of
 
 SHAPES = [(3,), (2, 5), (40,), (1,), (6, 2), (7,)]
-LIMIT = 4 * 20  # bytes: of twenty numbers
+LIMIT = 4 * 20  # bytes of twenty numbers
 BUCKETS = [13, 40, 20]  # numbers in each: 3 + 10, one larger than the limit, 1 + 12 + 7
 
 
 class Wire(SingleProcessCommunicator):
-    """Keeps what the root broadcasts, and gives it to a member that is not the root."""
+    """A communicator that records the root's broadcasts and replays them for the other member."""
 
     def __init__(self, rank: int, sent: list[Tensor]) -> None:
         self._rank, self._sent, self._next = rank, sent, 0
@@ -52,7 +52,7 @@ def test_buckets_are_bounded_and_whole() -> None:
 @pytest.mark.parametrize("sharded", [True, False])
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_owners_of_sharded_weights_broadcast_them(replicas: int, sharded: bool) -> None:
-    """Each of two replicas in its turn; one has nothing to share."""
+    """Each of two replicas is the root once; a single replica broadcasts nothing."""
     communicator = Wire(0, []) if replicas == 2 else SingleProcessCommunicator()
     with patch.object(communicator, "broadcast") as broadcast:
         gradients_of(nn.Linear(4, 5), communicator, sharded=sharded).after_update()

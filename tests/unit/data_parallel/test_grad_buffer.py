@@ -1,4 +1,4 @@
-"""Gradients that go straight into one buffer: autograd's numbers, and buckets that leave early."""
+"""Tests the gradient buffer: autograd's numbers, and buckets that are sent during backward."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ MODELS_TRIED: dict[str, tuple[str, dict[str, Any]]] = {
     "neox-sequential-no-bias": ("gptneox", {"num_hidden_layers": LAYERS, **SEQUENTIAL, **NO_BIAS}),
     "gptj": ("gptj", {"n_layer": LAYERS}),
 }
-WAYS = list(product([False, True], [False, True]))  # recompute, and weight gradients later
+WAYS = list(product([False, True], [False, True]))  # recompute, and separate weight gradients
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -53,7 +53,7 @@ def microbatches() -> list[Tensor]:
 
 
 def run(stage: Stage, *, later: bool) -> None:
-    """All microbatches forward and backward; weight gradients two microbatches late, if `later`."""
+    """Runs all microbatches; with `later`, weight gradients come one microbatch later."""
     for number, tokens in enumerate(microbatches()):
         stage.forward(number, tokens, tokens, range(ROWS), loss_scale=1.0)
         stage.backward(number, None)
@@ -74,19 +74,19 @@ def computed(name: str, recompute: bool, later: bool) -> dict[str, Tensor]:
 
 
 def autograds(name: str) -> dict[str, Tensor]:
-    """By torch's own layers, in fp64, on all logits at once."""
+    """Computes gradients with torch's layers in fp64, from all logits at once."""
     torch.manual_seed(2)
     model = make_model(name).double()
     for tokens in microbatches():
         logits = model(tokens, None).flatten(0, 1)
-        labels = tokens[:, :-1].flatten()  # the stages' labels stand where they are predicted
+        labels = tokens[:, :-1].flatten()  # labels are at the positions that predict them
         torch.autograd.backward(nn.functional.cross_entropy(logits, labels, reduction="sum"))
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("name", MODELS_TRIED)
 def test_gradients_are_autograds(name: str) -> None:
-    """To fp32's roundings, of sums of some hundred terms; the same bits whichever way they come."""
+    """Gradients equal autograd's up to fp32 rounding; every way of backward has the same bits."""
     expected = autograds(name)
     found = computed(name, *WAYS[0])
     assert found.keys() == expected.keys()
@@ -120,7 +120,7 @@ def test_one_microbatch_has_the_bits_of_torch() -> None:
 
 @contextmanager
 def noted() -> Iterator[list[str]]:
-    """The parameters that are counted to have got a microbatch's gradient."""
+    """Yields the names of parameters whose microbatch gradients are counted."""
     names: list[str] = []
     count = GradBuffer._count_microbatch
 
@@ -133,7 +133,7 @@ def noted() -> Iterator[list[str]]:
 
 
 DTYPES = (torch.float32, torch.bfloat16)
-NOTED = [  # every two of model, way and type
+NOTED = [  # every pair of model, way and type
     (name, *way, dtype)
     for i, name in enumerate(MODELS_TRIED)
     for j, way in enumerate(WAYS)
@@ -150,7 +150,7 @@ def test_each_parameter_is_noted_once_a_microbatch(
     gradients = gradients_of(model)
     stage = Stage(model, recompute=recompute, gradients=gradients.buffer, splits=later)
     with noted() as names:
-        for _ in range(2):  # a second update counts anew
+        for _ in range(2):  # a second update counts from zero
             gradients.begin_update(MICROBATCHES)
             run(stage, later=later)
             gradients.finish_exchange()
@@ -181,11 +181,11 @@ def test_a_microbatch_too_few_is_found() -> None:
 
 
 class Update:
-    """What one update of a stage asked of its replicas, with small buckets.
+    """The collective calls of one update of a stage, with small buckets.
 
-    `starts` are the parameters of each bucket in the order in which the buckets left; `before`
-    how many had left when the last microbatch's backward began, and when the embedding's gradient
-    came, which is the end of backward.
+    `starts` has the parameters of each bucket, in the order in which buckets were sent. `left`
+    counts the buckets sent before each backward begins, and at its end, when the embedding's
+    gradient comes.
     """
 
     def __init__(
@@ -218,20 +218,22 @@ class Update:
 
 
 def names_in(buffer: Tensor, views: dict[str, Tensor]) -> list[str]:
-    """The parameters whose views lie in `buffer`."""
+    """Returns the parameters whose views are in `buffer`."""
     end = buffer.data_ptr() + buffer.nbytes
     return [n for n, v in views.items() if buffer.data_ptr() <= v.data_ptr() < end]
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_buckets_leave_before_backward_is_over(recompute: bool) -> None:
-    """All but the first modules' have left when the embedding's gradient comes; none is waited for
-    before all have."""
+    """Nearly all buckets are sent when the embedding's gradient comes.
+
+    No bucket is waited for before all are sent.
+    """
     update = Update(rank=0, recompute=recompute, later=False, sharded=False)
     *_, begun, ended = update.left
     assert len(update.starts) > 8
-    assert begun <= 1, "the head's projection is there after forward, and no other"
-    assert len(update.starts) - ended <= 2, "embedding and what is in one bucket with it"
+    assert begun <= 1, "after forward, only the head's bucket is complete"
+    assert len(update.starts) - ended <= 2, "the embedding's bucket comes last"
     assert update.left[:-2] == [0] * (len(update.left) - 2)
     assert update.waits == []
     assert update.events[len(update.starts) :] == ["wait for all-reduce"] * len(update.starts)
@@ -239,7 +241,7 @@ def test_buckets_leave_before_backward_is_over(recompute: bool) -> None:
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_buckets_leave_in_one_order_on_all_replicas(sharded: bool) -> None:
-    """Whatever the order in which their gradients come: the reverse of the layers'."""
+    """The order is the reverse of the layers, in whatever order gradients come."""
     updates = [
         Update(rank=rank, recompute=recompute, later=later, sharded=sharded)
         for rank in (0, 1)

@@ -1,4 +1,4 @@
-"""The table of --dp-mode: every mode has the methods that the package calls."""
+"""Tests that every mode of --dp-mode has the methods that the package calls."""
 
 import pytest
 import torch

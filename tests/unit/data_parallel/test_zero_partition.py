@@ -1,4 +1,4 @@
-"""The replicas that step each weight."""
+"""Tests which replicas update each weight."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""Activations that are built here: transformers', to the bit."""
+"""Tests that our activations equal transformers', bit for bit."""
 
 import pytest
 import torch

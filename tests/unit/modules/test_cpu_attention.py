@@ -1,4 +1,4 @@
-"""Attention over short sequences against torch's own, in double precision, over several blocks."""
+"""Tests attention over short sequences against torch's, in fp64 and fp32, in several blocks."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,14 +15,14 @@ LONGEST = MAX_LENGTH_PER_SIZE * SIZE
 
 
 def inputs(tokens: int, dtype: torch.dtype) -> list[Tensor]:
-    """Query, key, value and the gradient of what comes out."""
+    """Returns query, key, value and the gradient of the output."""
     generator = torch.Generator().manual_seed(tokens)
     shape = (ROWS, HEADS, tokens, SIZE)
     return [torch.randn(shape, generator=generator, dtype=dtype) for _ in range(4)]
 
 
 def run(attend: Callable[..., Tensor], qkv: list[Tensor], gradient: Tensor) -> list[Tensor]:
-    """What comes out, and the gradients of query, key and value."""
+    """Returns the output, and the gradients of query, key and value."""
     given = [tensor.clone().requires_grad_() for tensor in qkv]
     out = attend(*given)
     torch.autograd.backward(out, gradient)
@@ -35,7 +35,7 @@ def run(attend: Callable[..., Tensor], qkv: list[Tensor], gradient: Tensor) -> l
 )
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_it_is_torchs_attention(tokens: int, dtype: torch.dtype, allowed: float) -> None:
-    """To rounding: sums of up to 256 products of numbers about 1, in another order."""
+    """Results equal torch's up to rounding: sums of up to 256 products in another order."""
     *qkv, gradient = inputs(tokens, dtype)
     found = run(short_attention, qkv, gradient)
     expected = run(partial(scaled_dot_product_attention, is_causal=True), qkv, gradient)
@@ -45,7 +45,7 @@ def test_it_is_torchs_attention(tokens: int, dtype: torch.dtype, allowed: float)
 
 
 def test_the_future_is_not_seen() -> None:
-    """Changing what comes after a position changes no bit before it."""
+    """A change after a position changes no bit before it."""
     query, key, value, _ = inputs(200, torch.float32)
     before = short_attention(query, key, value)
     for tensor in (query, key, value):

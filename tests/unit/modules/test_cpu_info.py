@@ -1,4 +1,4 @@
-"""CPU flags as they are read, for CPUs that this machine need not have."""
+"""Tests the reading of CPU flags, for CPUs other than this machine's."""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ def test_this_machine_is_its_first_cpu(tmp_path: Path, monkeypatch: pytest.Monke
     assert CpuInfo.of_this_machine() == ZEN_4
 
 
-# Where there is no /proc, torch tells the flags in its own spelling, but no vendor.
+# Without /proc, torch reports the flags in its own spelling, and no vendor.
 ALL_BUT_BF16 = dict.fromkeys(("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "amx_bf16"), True)
 TORCH_TELLS: dict[str, tuple[dict[str, Any], CpuInfo]] = {
     "x86": ({"cpu_name": "a CPU", **ALL_BUT_BF16}, CpuInfo("unknown", "a CPU", True, False, True)),

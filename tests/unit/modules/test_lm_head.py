@@ -1,4 +1,4 @@
-"""The chunked loss against torch's cross entropy on all logits at once, and what it holds."""
+"""Tests the chunked loss against torch's cross entropy on all logits, and its memory."""
 
 import copy
 import math
@@ -18,16 +18,16 @@ from tests.support.memory import peak_bytes
 from tests.support.models import make_hf
 
 ROWS, TOKENS, HIDDEN, VOCABULARY = 3, 7, 32, 97
-# (tokens of a chunk, of the 21 there are): one, some that divide them and that do not, all, more.
+# Tokens of a chunk, of 21 tokens: one, divisors and other numbers, all, more.
 CHUNKS = [1, 3, 7, 8, 20, 21, 50]
 EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float16, torch.bfloat16)}
-# Unit roundings on the way (product, softmax, gradient, product, norm's backward), each one of a
-# sum whose terms are larger than it: 8 is what sums of 97 such terms at random lose, doubled twice.
+# Roundings of the computation (product, softmax, gradient, product, norm's backward), each of a sum
+# whose terms exceed it: a random sum of 97 such terms loses 8, which is doubled twice.
 ROUNDINGS = 32
 
 
 class Given(NamedTuple):
-    """Loss, and its gradients by name; `x` is that of the input."""
+    """Loss, and its gradients by name; `x` is the gradient of the input."""
 
     loss: float
     gradients: dict[str, Tensor]
@@ -62,13 +62,13 @@ def ours(head: Head, x: Tensor, labels: Tensor, scale: float, chunk: int) -> Giv
     with patch("modules.layers.lm_head.CHUNK_BYTES", 4 * VOCABULARY * chunk):
         loss = head.loss(x, labels, scale=scale)
     torch.autograd.backward(loss)
-    gradients.finish_exchange()  # every parameter has been noted once
+    gradients.finish_exchange()  # every parameter was counted once
     assert x.grad is not None
     return Given(loss.item(), {**gradients.buffer.views, "x": x.grad})
 
 
 def reference(head: Head, x: Tensor, labels: Tensor, scale: float) -> Given:
-    """The same numbers in fp64, on all logits, by autograd and torch's own layers."""
+    """Computes the same numbers in fp64 on all logits, by autograd and torch's own layers."""
     wide = copy.deepcopy(head).double()
     for module in wide.modules():
         if isinstance(module, Linear):
@@ -83,7 +83,7 @@ def reference(head: Head, x: Tensor, labels: Tensor, scale: float) -> Given:
     return Given(loss.item(), {**gradients, "x": x.grad})
 
 
-CASES = [  # every two of the four
+CASES = [  # every pair of values
     (family, dtype, chunk, ignored)
     for i, family in enumerate(["gptj", "gptneox"])
     for j, dtype in enumerate(EPS)
@@ -119,7 +119,7 @@ def test_loss_without_gradients_is_the_same(dtype: torch.dtype) -> None:
 
 
 def test_each_chunk_has_its_own_logits_alone() -> None:
-    """The bits of the loss's gradients do not depend on what other chunks hold."""
+    """The gradient's bits do not depend on the content of other chunks."""
     head, (x, labels) = make_head("gptneox", torch.float32), material(torch.float32, "none")
     whole = ours(head, x, labels, 1.0, TOKENS).gradients["x"]
     one_row = ours(head, x[1:2], labels[1:2], 1.0, TOKENS).gradients["x"]
@@ -138,7 +138,7 @@ def test_numbers_that_are_not_finite_show(dtype: torch.dtype, value: float) -> N
 
 
 def test_logits_beyond_fp16_show() -> None:
-    """Weights and activations that are finite may make logits that fp16 has no number for."""
+    """Finite weights and activations can give logits beyond the range of fp16."""
     head, (x, labels) = make_head("gptj", torch.float16), material(torch.float16, "none")
     with torch.no_grad():
         head.projection.weight[5] = 40000.0
@@ -148,11 +148,11 @@ def test_logits_beyond_fp16_show() -> None:
 
 # ---- memory ----
 
-WIDE, LONG, NARROW = 4096, 512, 16  # a vocabulary, tokens, a hidden size: logits are the largest
+WIDE, LONG, NARROW = 4096, 512, 16  # vocabulary, tokens, hidden size: logits are the largest tensor
 
 
 class WideHead(Head):
-    """A head whose logits are all that counts."""
+    """A head in which only the logits need much memory."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class WideHead(Head):
 
 
 def peak_of(dtype: torch.dtype, chunks: int, *, training: bool) -> float:
-    """The most bytes that a loss and its backward hold, in full copies of the logits in fp32."""
+    """Returns peak bytes of a loss and its backward, in units of all logits in fp32."""
     head = WideHead(dtype)
     buffer = gradients_of(head).buffer
     attach_grad_buffer(head, buffer)
@@ -183,26 +183,26 @@ def peak_of(dtype: torch.dtype, chunks: int, *, training: bool) -> float:
             torch.autograd.backward(loss)
 
     with patch("modules.layers.lm_head.CHUNK_BYTES", 4 * WIDE * LONG // chunks):
-        run()  # what is made once is there
+        run()  # allocates everything that is made only once
         _, peak = peak_bytes(run)
     return peak / (4 * WIDE * LONG)
 
 
-# In units of the logits in fp32, what is not logits: activations, LONG x NARROW each, of which the
-# norm and the loss and their backward hold at most 8; and the weight, WIDE x NARROW, of which
-# half precision makes a copy in fp32 for a product that is made so, and so does its gradient.
+# Memory besides logits, in units of the logits in fp32: activations, LONG x NARROW each, of which
+# norm, loss and backward hold at most 8; and the weight, WIDE x NARROW, which half precision copies
+# to fp32 for an fp32 product, and so does its gradient.
 SMALL = 8 * NARROW / WIDE + 2 * NARROW / LONG
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 4, 16])
 @pytest.mark.parametrize("training", [True, False])
 def test_fp32_holds_one_chunk_of_logits(chunks: int, training: bool) -> None:
-    """Where all tokens are one chunk, that is one copy of the logits and never a second."""
+    """With one chunk for all tokens, there is one copy of the logits and never a second."""
     assert 1 / chunks <= peak_of(torch.float32, chunks, training=training) <= 1 / chunks + SMALL
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 4, 16])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_holds_few_chunks_of_logits(dtype: torch.dtype, chunks: int) -> None:
-    """One in fp32 and one in half precision."""
+    """There is one chunk in fp32 and one in half precision."""
     assert peak_of(dtype, chunks, training=True) <= 1.5 / chunks + SMALL

@@ -1,7 +1,7 @@
-"""The choice of a matmul library, and the check that detects less than fp32.
+"""Tests the choice of a matmul library, and the check that detects less than fp32.
 
-The check is tried on matmuls that are less exact on purpose, as a CPU might compute them: operands
-rounded to the numbers of bits that bf16 and tf32 have, in one kind of matmul at a time.
+The check must detect matmuls that are less exact on purpose, as some CPUs compute them: operands
+rounded to the bits of bf16 or tf32, in one kind of matmul at a time.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from modules.matmul.backend import choose_matmul, fp32_error, use_matmul
 from modules.matmul.cpu_info import CpuInfo
 from tests.support.cpus import CPUS
 
-BITS = {"bf16": 8, "tf32": 11, "fp32": 24}  # of a number's fraction, the leading one included
+BITS = {"bf16": 8, "tf32": 11, "fp32": 24}  # bits of a number's fraction, with the leading bit
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def _torchs_default() -> Iterator[None]:
 
 
 def test_amds_cpus_with_avx512_are_known_to_win() -> None:
-    """And others are left alone, as are those to come with AMX."""
+    """AMD's CPUs with AVX-512 get oneDNN; other CPUs, also future ones with AMX, the default."""
     for kind, cpu in CPUS.items():
         assert choose_matmul(cpu) == ("onednn" if kind in ("Zen 4", "Zen 5") else "default")
     for other in (CpuInfo("AuthenticAMD", "to come", True, True, True), CpuInfo()):
@@ -34,7 +34,7 @@ def test_amds_cpus_with_avx512_are_known_to_win() -> None:
 
 
 def test_products_on_this_machine() -> None:
-    """oneDNN's are true fp32 but where there is AMX; both choices are torch's settings."""
+    """oneDNN's matmul is true fp32 except with AMX; both choices are settings of torch."""
     mkldnn: Any = torch.backends.mkldnn
     use_matmul("onednn")
     assert mkldnn.matmul.fp32_precision == "bf16"
@@ -45,7 +45,7 @@ def test_products_on_this_machine() -> None:
 
 
 class Rounded(TorchDispatchMode):
-    """Rounds the factors of fp32 products to `bits` bits, in one operation of torch's alone."""
+    """Dispatch mode that rounds the factors of fp32 products to `bits` bits, in one operation."""
 
     def __init__(self, operation: str, bits: int) -> None:
         super().__init__()

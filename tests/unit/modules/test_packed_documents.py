@@ -1,5 +1,7 @@
-"""Documents that share rows and know nothing of each other: against each alone in Hugging Face's
-model, through the loop over lengths and up to the kernel that takes them all at once."""
+"""Tests documents packed in rows against each document alone in Hugging Face's model.
+
+The tests cover the loop over lengths and the call of the kernel for all documents at once.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -26,7 +28,7 @@ from tests.support.documents import doc_starts_of, documents_in, losses_alone
 from tests.support.models import TOLERANCE, difference, from_hf, hf_keys, hf_parameter, make_hf
 
 CPU = torch.device("cpu")
-ROWS = [[5, 1, 12, 7, 8], [33], [16, 16, 1], [11, 11, 11]]  # documents' lengths
+ROWS = [[5, 1, 12, 7, 8], [33], [16, 16, 1], [11, 11, 11]]  # lengths of documents
 TOKENS = 33
 MODELS_TRIED: list[tuple[str, dict[str, Any]]] = [
     ("gptneox", {}),
@@ -56,7 +58,7 @@ def test_places_of_documents() -> None:
 
 @pytest.mark.parametrize("pairs", [False, True])
 def test_positions_begin_anew_in_each_document(pairs: bool) -> None:
-    """To the bit: rotations are the same for each alone, forward and backward."""
+    """The rotation has the same bits as for each document alone, forward and backward."""
     x, gradient = torch.randn(2, len(ROWS), 3, TOKENS, 8)
     options: dict[str, Any] = {"pairs": pairs, "dtype": torch.float32, "device": CPU}
     together = x.clone().requires_grad_()
@@ -77,14 +79,14 @@ def test_positions_begin_anew_in_each_document(pairs: bool) -> None:
 
 
 def test_both_ways_of_attending_to_a_length_are_tried() -> None:
-    """What follows has heads of 8."""
+    """The lengths in ROWS need both kinds of attention, for the later tests' heads of 8."""
     lengths = {length for row in ROWS for length in row}
     assert {is_short(torch.empty(1, 4, length, 8)) for length in lengths} == {True, False}
 
 
 @contextmanager
 def with_kernel() -> Iterator[Any]:
-    """As on a GPU that has the kernel, whose place at its very call is taken by `_kernel`."""
+    """Replaces the GPU's kernel by `_kernel`, as if this machine had it."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(varlen, "has_varlen_kernel", return_value=True))
         double = create_autospec(varlen_attn, side_effect=_kernel)
@@ -92,7 +94,7 @@ def with_kernel() -> Iterator[Any]:
 
 
 def _kernel(query: Tensor, key: Tensor, value: Tensor, *options: Any, **more: Any) -> Tensor:
-    """What `varlen_attn`'s docstring says, where the window is all that comes before."""
+    """Computes the documented result of `varlen_attn` for a causal window."""
     cu_seq_q, cu_seq_k, max_q, max_k = options
     assert more == {"window_size": (-1, 0)}
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
@@ -128,7 +130,7 @@ def test_losses_and_gradients_are_those_of_each_document_alone(
         logits = ours(tokens, None, documents=documents)
         assert kernel is None or kernel.call_count == theirs.config.num_hidden_layers
     losses = functional.cross_entropy(logits.mT, tokens[:, 1:], reduction="none")
-    expected = losses.detach().clone()  # what a document's end predicts of the next is no one's
+    expected = losses.detach().clone()  # the last token of a document predicts nothing
     apart = torch.zeros_like(losses)
     for row, here in documents_in(documents.doc_starts):
         alone = losses_alone(theirs, tokens[row, here])
@@ -145,7 +147,9 @@ def test_losses_and_gradients_are_those_of_each_document_alone(
             assert gradient is not None
             assert difference(parameter.grad, gradient) < TOLERANCE
     whole = functional.cross_entropy(ours(tokens, None).mT, tokens[:, 1:], reduction="none")
-    assert ((whole - expected).abs() / expected).max() > 100 * TOLERANCE, "it matters"
+    assert ((whole - expected).abs() / expected).max() > 100 * TOLERANCE, (
+        "other documents would change losses"
+    )
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -153,11 +157,11 @@ def test_losses_and_gradients_are_those_of_each_document_alone(
 def test_no_token_sees_another_document(
     name: str, changes: dict[str, Any], way: str, tmp_path: Path
 ) -> None:
-    """Other text in one document changes no bit outside it, and no gradient crosses its ends."""
+    """A changed document changes no bit outside it, and no gradient crosses its ends."""
     ours = from_hf(name, make_hf(name, **changes), tmp_path)
     documents = packed()
     changed = torch.zeros(len(ROWS), TOKENS, dtype=torch.bool)
-    changed[0, 6:18] = True  # its third
+    changed[0, 6:18] = True  # its third document
     tokens = torch.randint(0, 97, (len(ROWS), TOKENS))
     others = torch.where(changed, (tokens + 1) % 97, tokens)
     with WAYS[way]():
@@ -175,7 +179,7 @@ def test_no_token_sees_another_document(
 def test_a_document_is_the_same_wherever_it_lies(
     name: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    """To the bit, as its positions begin anew: places in the row would show in the rounding."""
+    """The bits are equal because positions restart; other positions would round differently."""
     block = from_hf(name, make_hf(name, **changes), tmp_path)[1]
     x, between = torch.randn(2, 1, 16, 32)
     row = torch.cat([x, between, x], 1)
@@ -186,7 +190,7 @@ def test_a_document_is_the_same_wherever_it_lies(
 
 
 def test_documents_that_are_whole_rows_are_rows(tmp_path: Path) -> None:
-    """To the bit, and without the kernel."""
+    """Rows of one document have the bits of plain rows, without the kernel."""
     ours = from_hf("gptneox", make_hf("gptneox"), tmp_path)
     tokens = torch.randint(0, 97, (2, TOKENS))
     with with_kernel() as kernel:
@@ -195,13 +199,13 @@ def test_documents_that_are_whole_rows_are_rows(tmp_path: Path) -> None:
     assert torch.equal(found, ours(tokens, None))
 
 
-# ---- the kernel, as far as it goes without a GPU ----
+# ---- the kernel, without a GPU ----
 
 
 def test_the_kernel_takes_what_it_is_given() -> None:
-    """torch's own operator, on tensors without numbers: its arguments and shapes, both ways."""
+    """torch's own operator accepts arguments and shapes, on fake tensors, in both directions."""
     documents, shape = packed(), (len(ROWS), 4, TOKENS, 8)
-    numbers = documents.groups, documents.longest, len(documents.bounds)  # made where there are any
+    numbers = documents.groups, documents.longest, len(documents.bounds)  # fake tensors lack them
     assert numbers == ([(2, 1), (1, 5), (1, 7), (1, 8), (3, 11), (1, 12), (2, 16), (1, 33)], 33, 13)
     with FakeTensorMode(allow_non_fake_inputs=True):
         query, key, value = (
@@ -233,12 +237,12 @@ def attend(qkv: list[Tensor], rows: list[list[int]], keys: tuple[int, ...]) -> T
 
 
 def test_a_documents_mask_hangs_on_its_sequence_and_number() -> None:
-    """Not on what lies beside it, nor on what else draws random numbers, nor on the kernel."""
+    """The mask depends neither on neighbours, nor on other random draws, nor on the kernel."""
     qkv = list(torch.randn(3, 2, 4, 24, 8))
     rows = [[10, 6, 8], [10, 14]]
     with with_kernel() as kernel:
         together = attend(qkv, rows, (7, 8))
-        assert not kernel.called, "it has no dropout"
+        assert not kernel.called, "the kernel has no dropout"
     torch.rand(5)
     for row, lengths in enumerate(rows):
         alone = attend([tensor[row : row + 1] for tensor in qkv], [lengths], (7 + row,))
@@ -248,7 +252,7 @@ def test_a_documents_mask_hangs_on_its_sequence_and_number() -> None:
     again = [torch.cat([tensor[:1, :, :10]] * 2, 2) for tensor in qkv]
     one, two = attend(again, [[10, 10]], (7,)).split(10, 2)
     assert torch.equal(one, first)
-    assert not torch.allclose(one, two, atol=1e-2), "numbers have masks of their own"
+    assert not torch.allclose(one, two, atol=1e-2), "each number has its own mask"
     assert not torch.allclose(first, attend([t[:1, :, :10] for t in qkv], [[10]], (8,)), atol=1e-2)
 
 

@@ -1,4 +1,4 @@
-"""Logits and every gradient against the Hugging Face model, over configs of both families."""
+"""Tests logits and gradients against the Hugging Face model, for configs of both families."""
 
 import json
 from pathlib import Path
@@ -91,7 +91,7 @@ def test_dropout_hangs_on_the_sequence_alone(
     ours = from_hf(name, make_hf(name, **changes), tmp_path)
     tokens = torch.randint(0, 97, (3, 12))
     together = ours(tokens, (7, 8, 9))
-    torch.rand(5)  # what else draws random numbers must not matter
+    torch.rand(5)  # other random draws must not matter
     for row in range(3):
         alone = ours(tokens[row : row + 1], (7 + row,))
         assert torch.allclose(alone[0], together[row], rtol=1e-4, atol=1e-5)
@@ -103,7 +103,7 @@ def test_dropout_hangs_on_the_sequence_alone(
 def test_dropout_keeps_the_mean() -> None:
     out = KeyedDropout(0.25, "here")(torch.ones(64, 4096), range(64))
     assert out.unique().tolist() == pytest.approx([0.0, 4 / 3])
-    # 262144 draws of deviation 0.577: the mean's is 0.0011.
+    # 262144 draws with a standard deviation of 0.577: the mean has 0.0011.
     assert abs(out.mean().item() - 1.0) < 0.006
 
 
@@ -142,7 +142,7 @@ def test_config_that_is_not_built_is_refused_by_name(
 
 
 def test_old_spelling_of_the_rotation(tmp_path: Path) -> None:
-    """Files written before transformers 5 say rotary_pct and rotary_emb_base."""
+    """Files from before transformers 5 have rotary_pct and rotary_emb_base."""
     make_hf("gptneox").config.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     raw = json.loads(path.read_text())

@@ -1,7 +1,6 @@
-"""What spellings of --num-layers mean, which modules a stage then has, and the balanced split.
+"""Tests --num-layers: its spellings, the modules of each stage, and the balanced split.
 
-The balance is held against brute force over all splits, its weights against the matrices of the
-real modules.
+The balanced split is compared with all splits, its weights with the matrices of the real modules.
 """
 
 from itertools import combinations, pairwise
@@ -17,7 +16,7 @@ from pipeline_parallel.partition.balance import balanced_split, choose_split, st
 from pipeline_parallel.partition.split import Split, fit_split, parse_layers, stage_modules
 from tests.support.models import make_hf
 
-# asked, stages, layers of the model, layers of each stage
+# --num-layers, stages, layers of the model, layers of each stage
 SPLITS: list[tuple[str, int, int, tuple[int, ...]]] = [
     ("44", 1, 44, (44,)),
     ("100", 1, 44, (44,)),
@@ -40,7 +39,7 @@ def test_a_number_or_a_list_is_a_split(
 
 
 def test_a_stage_has_its_blocks_and_the_ends_their_modules() -> None:
-    """Of 4 layers: 0 is the embedding, 1 to 4 the blocks, 5 the head."""
+    """The model has 4 layers: module 0 is the embedding, 1 to 4 are blocks, 5 is the head."""
     assert [stage_modules(i, (1, 2, 1)) for i in range(3)] == [range(2), range(2, 4), range(4, 6)]
     assert stage_modules(0, (4,)) == range(6)
 
@@ -72,7 +71,7 @@ def test_auto_is_the_best_of_all_splits(block: int, head: int) -> None:
 
 @pytest.mark.parametrize("speeds", [(1, 1, 1), (3, 1, 2), (1, 10, 1), (0.5, 4, 1e3)])
 def test_a_slower_device_gets_fewer_blocks(speeds: tuple[float, ...]) -> None:
-    """No split has a slowest stage that takes less time."""
+    """No other split has a faster slowest stage."""
     for layers in range(3, 12):
         found = balanced_split(ModuleWork(2, 3), num_stages=3, model_layers=layers, speeds=speeds)
 
@@ -116,7 +115,7 @@ def test_auto_of_known_models(
 
 
 def test_the_work_of_a_known_model() -> None:
-    """By hand: 4 x 512^2 + 2 x 512 x 2048, and 2 x 512 for each of 128.5 keys; 512 x 8192."""
+    """By hand: 4 x 512^2 + 2 x 512 x 2048, plus 2 x 512 for each of 128.5 keys; head 512 x 8192."""
     work = MODELS["gptneox"].load().sizes(hf_config("gptneox", NEOX)).work(256)
     assert work == ModuleWork(block=1048576 + 2097152 + 131584, head=4194304)
     assert stage_work(Split((5, 3)), work) == (5 * 3277312, 3 * 3277312 + 4194304)
@@ -132,7 +131,7 @@ def test_the_work_of_a_known_model() -> None:
     ],
 )
 def test_work_is_that_of_the_modules_matrices(name: str, changes: dict[str, Any]) -> None:
-    """A matrix multiplies each token's vector once; a token meets itself and those before it."""
+    """A matrix multiplies each vector once; a token attends to itself and earlier tokens."""
     family, config, tokens = MODELS[name].load(), make_hf(name, **changes).config, 9
     layers = [make_layer(family, config, i, "meta") for i in range(config.num_hidden_layers + 2)]
     _, block, *_, head = (sum(p.numel() for p in x.parameters() if p.dim() > 1) for x in layers)

@@ -20,7 +20,7 @@ SHIFT = 10**12  # nanoseconds between the clocks of two neighbouring ranks
 def test_the_shortest_round_trip_counts() -> None:
     wire = Wire([(900, 100), (30, 50), (400, 400)], now=5000, ahead=-2000)
     found = clock_offset(wire, clock=wire.clock, rounds=3)
-    assert found == ClockOffset(at=6040, offset=-2010, error=40)  # 10 off, of at most 40
+    assert found == ClockOffset(at=6040, offset=-2010, error=40)  # 10 wrong, at most 40
 
 
 @pytest.mark.parametrize("there", [0, 1, 250, 499, 500])
@@ -50,7 +50,7 @@ def test_drift_is_spread_evenly_between_two_measurements() -> None:
 
 
 class Seen(NamedTuple):
-    """What a rank found, and the same moment by the clock of the host and of the run."""
+    """A rank's clock offset, and one moment on the host's clock and on the run's clock."""
 
     offset: ClockOffset
     host: int

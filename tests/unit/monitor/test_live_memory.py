@@ -1,4 +1,4 @@
-"""Live bytes, against numbers counted by hand and against what torch's allocator reports."""
+"""Tests live bytes against numbers counted by hand and against torch's allocator."""
 
 import pytest
 import torch
@@ -42,8 +42,11 @@ def test_a_storage_that_grows_counts_as_it_is() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_peak_of_training_is_that_of_the_allocator(dtype: torch.dtype) -> None:
-    """Forward and backward of a transformer layer; what operators drop inside themselves is less
-    than 2% here, without oneDNN, whose bf16 matmul takes scratch memory on some processors."""
+    """The peak of a transformer layer's training is within 2% of the allocator's.
+
+    Operators free some memory inside themselves. oneDNN is off, because its bf16 matmul uses
+    scratch memory on some CPUs.
+    """
     layer = nn.TransformerEncoderLayer(64, 4, 256, dropout=0.0, batch_first=True).to(dtype)
     given = torch.randn(4, 128, 64, dtype=dtype)
 
@@ -64,7 +67,7 @@ def test_the_peak_of_training_is_that_of_the_allocator(dtype: torch.dtype) -> No
 
 
 def test_what_bitsandbytes_makes_on_the_way_is_counted() -> None:
-    """Its step of a large weight on a CPU takes five times the weight; torch sees one operator."""
+    """bitsandbytes' step of a large weight on CPU takes five times the weight, in one operator."""
     weight, algorithm = torch.zeros(2**20), Adam8bit()
     state = algorithm.empty_state(weight)
     gradient = torch.ones_like(weight)
@@ -84,7 +87,7 @@ def test_what_bitsandbytes_makes_on_the_way_is_counted() -> None:
 
 
 def test_the_resident_peak_only_rises() -> None:
-    """By what fills more memory than this process has ever had."""
+    """The peak RSS rises with more memory, and stays after the memory is freed."""
     before = peak_resident()
     filled = torch.ones((before + 64 * 2**20) // 4)
     assert peak_resident() >= before + 32 * 2**20

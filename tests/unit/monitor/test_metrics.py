@@ -47,7 +47,7 @@ def test_optional_keys_appear_where_they_say_something() -> None:
 
 
 def test_each_set_of_an_evaluation_has_its_numbers(metrics_file: MetricsFile) -> None:
-    """What is not finite, or no float can hold, is null."""
+    """Numbers that are not finite, or too large for a float, are null."""
     before = HeldOut(2.5, {"wiki": SetLoss(3.0, 10), "a/b c": SetLoss(1e6, 10)})
     after = HeldOut(math.nan, {"wiki": SetLoss(0.0, 10), "a/b c": SetLoss(math.nan, 5)})
     metrics_file.append(line(1, held_out=after, held_out_before=before))
@@ -112,7 +112,7 @@ def test_a_torn_line_up_to_the_resumed_step_does_not_spoil_the_next(
 
 
 def test_a_line_that_the_disk_takes_half_of_is_not_there(metrics_file: MetricsFile) -> None:
-    """And the lines after it stand for themselves. The system cuts the write at the limit."""
+    """A partly written line is removed, and later lines are complete."""
     metrics_file.append(line(1))
     size = metrics_file.path.stat().st_size
     with files_no_larger_than(size + 20), pytest.raises(OSError, match=r"metrics\.jsonl"):
@@ -125,7 +125,7 @@ def test_a_line_that_the_disk_takes_half_of_is_not_there(metrics_file: MetricsFi
 def test_lines_that_the_disk_does_not_take_wait_for_it(
     metrics_file: MetricsFile, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A full disk is told once, and no line is lost once it has room again."""
+    """A full disk is reported once, and the lines are written when the disk has space again."""
     folder = metrics_file.path.parent
     progress = Progress(9, Console(io.StringIO()))
     recorder = FileRecorder(folder, metrics_file, progress, WandbRun())

@@ -1,4 +1,4 @@
-"""Every library's words for memory that is not there, as they were met or stand in its source."""
+"""Tests that every library's error for missing memory is recognised."""
 
 import errno
 import os

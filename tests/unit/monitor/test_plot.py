@@ -67,7 +67,7 @@ def test_the_points() -> None:
 
 
 def test_each_set_has_a_line_and_an_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from matplotlib.figure import Figure  # which takes a while
+    from matplotlib.figure import Figure  # this import takes a while
 
     drawn: list[Any] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))

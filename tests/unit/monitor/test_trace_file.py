@@ -1,4 +1,4 @@
-"""Trace files: the very entries, and what is in the folder at each moment."""
+"""Tests trace files: their exact entries, and the files in the folder at each moment."""
 
 import json
 from pathlib import Path

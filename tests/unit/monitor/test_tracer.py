@@ -1,4 +1,4 @@
-"""Tracers against clocks that tick as the test says."""
+"""Tests tracers against simulated clocks."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -86,7 +86,7 @@ def test_the_last_steps_are_written_whenever_so_many_are_new_and_at_the_end() ->
 
 
 class Device:
-    """A GPU whose clock ticks in milliseconds, and reads `ticks` one after the other."""
+    """A GPU whose clock, in milliseconds, returns `ticks` one after the other."""
 
     def __init__(self, ticks: Sequence[float]) -> None:
         self._ticks: Iterator[float] = iter(ticks)
@@ -141,6 +141,6 @@ def test_cuda_events_are_used_again() -> None:
                 with tracer.span(Track.FORWARD_COMPUTE):
                     pass
     tracer.close()
-    assert len(device.events) == 9  # a step's 8, and the next one's anchor
+    assert len(device.events) == 9  # 8 of a step, and the next step's anchor
     assert tracer.span(Track.FORWARD_COMPUTE) is NO_SPAN
     assert len(tracer.steps) == 50

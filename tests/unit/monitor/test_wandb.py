@@ -21,7 +21,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def fake_wandb(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Takes wandb's place; lists what `init` was called with."""
+    """Replaces wandb; returns the list of the arguments of each call of `init`."""
     calls: list[dict[str, Any]] = []
 
     def init(**arguments: Any) -> Any:

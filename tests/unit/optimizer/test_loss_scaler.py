@@ -1,4 +1,4 @@
-"""What a resumed run makes of the scale that its checkpoint holds, when flags have changed."""
+"""Tests the loss scale of a resumed run whose flags have changed."""
 
 import logging
 from typing import Any
@@ -21,7 +21,7 @@ def dynamic(
 
 
 def after(scaler: DynamicScale, verdicts: str) -> DynamicScale:
-    """The scaler after updates that were clean (c) or overflowed (o)."""
+    """Returns the scaler after clean updates (c) and overflows (o)."""
     for verdict in verdicts:
         scaler.update(overflow=verdict == "o")
     return scaler
@@ -33,7 +33,7 @@ def resumed(kept: DynamicScale, scaler: DynamicScale) -> DynamicScale:
 
 
 def test_a_constant_scale_becomes_a_dynamic_one(caplog: pytest.LogCaptureFixture) -> None:
-    """From --initial-loss-scale on, as a run that begins; it used to be a KeyError."""
+    """The dynamic scale starts at --initial-loss-scale, as in a new run."""
     scaler = dynamic(initial=1024.0, hysteresis=1)
     with caplog.at_level(logging.INFO):
         scaler.load_state(ConstantScale(128.0, may_skip=True).state())
@@ -50,7 +50,7 @@ def test_a_dynamic_scale_becomes_a_constant_one() -> None:
 
 
 def test_a_shorter_window_is_full_already() -> None:
-    """Five clean updates, then a window of three: the next clean one doubles the scale."""
+    """After five clean updates, a new window of three doubles the scale at the next clean one."""
     scaler = resumed(after(dynamic(window=10), "ccccc"), dynamic(window=3))
     assert after(scaler, "c").scale == 65536.0
     assert after(scaler, "cc").scale == 65536.0
@@ -58,7 +58,7 @@ def test_a_shorter_window_is_full_already() -> None:
 
 
 def test_a_higher_minimum_lifts_the_scale(caplog: pytest.LogCaptureFixture) -> None:
-    """When it is read, and said; an overflow never raises it."""
+    """The load raises the scale and logs it; an overflow never raises the scale."""
     with caplog.at_level(logging.INFO):
         scaler = resumed(dynamic(initial=16.0), dynamic(minimum=64.0, hysteresis=1))
     assert scaler.scale == 64.0
@@ -80,7 +80,7 @@ def test_what_is_left_of_the_hysteresis_comes_back() -> None:
 
 DYNAMIC = {"--initial-loss-scale", "--min-loss-scale", "--loss-scale-window", "--hysteresis"}
 ONE, EIGHT = (ConstantScale(scale, may_skip=scale > 1).state() for scale in (1.0, 8.0))
-# flags, the scaler's state of the checkpoint, and the flags that then have no effect
+# flags, the scaler's state in the checkpoint, and the flags without effect
 IDLE: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "fp32": ("", ONE, DYNAMIC | {"--loss-scale", "--max-skipped-updates"}),
     "a constant scale": ("--fp16 --loss-scale 8", dynamic().state(), DYNAMIC),

@@ -1,4 +1,4 @@
-"""The update's parts against torch, transformers, bitsandbytes, and literal tables."""
+"""Tests parts of an update against torch, transformers, bitsandbytes and literal tables."""
 
 import sys
 from pathlib import Path
@@ -52,7 +52,7 @@ def test_schedule_ends_at_the_lowest_rate(kind: str) -> None:
     assert rates[:3] == [0.0, 0.15, pytest.approx(0.3)]
     assert rates[12] == pytest.approx(0.1)
     assert rates[2:] == sorted(rates[2:], reverse=True)
-    assert rates[7] == pytest.approx(0.2), "half way down"
+    assert rates[7] == pytest.approx(0.2), "the middle of the decay"
 
 
 def rate(update: int, *, kind: str, warmup: int, total: int, lowest: float = 0.0) -> float:
@@ -60,7 +60,7 @@ def rate(update: int, *, kind: str, warmup: int, total: int, lowest: float = 0.0
 
 
 def test_scale_moves_by_the_rule() -> None:
-    """A literal table: o an overflow, c a clean update; window 3, hysteresis 2, minimum 4."""
+    """Scales equal a literal table (o: overflow, c: clean; window 3, hysteresis 2, minimum 4)."""
     scaler = DynamicScale(initial=16.0, minimum=4.0, window=3, hysteresis=2)
     verdicts = "ooooccocccococ"
     scales = [16, 8, 4, 4, 4, 4, 4, 4, 4, 8, 8, 8, 4, 4]
@@ -97,7 +97,7 @@ def set_gradients(optimizer: MixedPrecisionOptimizer, step: int) -> None:
 
 
 def bitsandbytes_adam(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    import bitsandbytes  # which takes seconds
+    import bitsandbytes  # this import takes seconds
 
     return bitsandbytes.optim.AdamW8bit(groups, eps=1e-6)
 
@@ -110,7 +110,7 @@ THEIRS = {
 
 @pytest.mark.parametrize("algorithm", THEIRS)
 def test_adam_is_that_of_its_library_to_the_bit(algorithm: type[Algorithm]) -> None:
-    """With decay on matrices alone, at a rate that changes."""
+    """Bits equal the library's, with decay of matrices only and a changing learning rate."""
     shapes = {"big.weight": (80, 100), "small.bias": (7,), "small.weight": (5, 3)}
     parameters, twin = make_parameters(shapes), make_parameters(shapes)
     ours = make_optimizer(parameters, algorithm=algorithm())
@@ -130,7 +130,7 @@ def test_adam_is_that_of_its_library_to_the_bit(algorithm: type[Algorithm]) -> N
 
 
 def test_8bit_adam_makes_one_optimizer_for_all_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Making one for each weight at each step took longer than the steps."""
+    """All weights share one bitsandbytes optimizer; one per weight and step would be slow."""
     import bitsandbytes
 
     made = Mock(wraps=bitsandbytes.optim.AdamW8bit)
@@ -164,7 +164,7 @@ def test_offload_gives_the_same_numbers(dtype: torch.dtype, algorithm: type[Algo
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_steps_fp32_masters(dtype: torch.dtype) -> None:
-    """Steps too small for the compute type add up in the masters, and show when they can."""
+    """Steps too small for the compute type add up in the masters, and later change the weights."""
     full, half = make_parameters(), make_parameters()
     one, two = make_optimizer(full), make_optimizer(half, dtype=dtype)
     for step in range(30):
@@ -172,7 +172,7 @@ def test_half_precision_steps_fp32_masters(dtype: torch.dtype) -> None:
             set_gradients(optimizer, step)
             optimizer.step(lr=1e-4, factor=1.0)
     for name, parameter in full.items():
-        assert torch.equal(two.masters[name], parameter.data), "the fp32 run's very weights"
+        assert torch.equal(two.masters[name], parameter.data), "equal to the fp32 run's weights"
         assert torch.equal(half[name], parameter.to(dtype))
 
 

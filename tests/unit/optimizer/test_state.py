@@ -1,4 +1,4 @@
-"""Optimizer state that is not this run's, or not finite, is refused, by file and name."""
+"""Tests that foreign or non-finite optimizer state is refused, with file and name."""
 
 import re
 from collections.abc import Callable
@@ -20,7 +20,7 @@ ALONE, FILE, UPDATES = Topology(0, 1, 1), Path("7/prank_3_optimizer.pt"), 5
 State = dict[str, Any]
 ZEROS = torch.zeros(5)
 
-# What is done to a good state of fp16, and the words that follow the file's name.
+# The damage to a valid fp16 state, and the words of the error after the file's name.
 WRONG: dict[str, tuple[Callable[[State], object], str]] = {
     "missing": (lambda s: s["exp_avg"].pop("0.bias"), "exp_avg: 0.bias is missing"),
     "a part missing": (lambda s: s.pop("masters"), "masters: 0.weight is missing"),

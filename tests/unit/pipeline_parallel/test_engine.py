@@ -1,4 +1,4 @@
-"""The engine on doubles: its waits, its microbatches in flight, and its failures."""
+"""Tests the engine with doubles: its waits, its microbatches in flight, and its failures."""
 
 from functools import cache, partial
 from typing import Any
@@ -30,7 +30,7 @@ from tests.support.stages import (
 
 
 def test_gpipes_first_stage_runs_all_forwards_before_the_second_begins() -> None:
-    """No send is waited for, and nobody is there to receive."""
+    """The first stage waits for no send, and no stage receives."""
     communicator = NotedCommunicator(0, 2)
     communicator.at_receive = Mock(side_effect=PeerLostError)
     engine = make_engine(gpipe, communicator, num_microbatches=8)
@@ -72,7 +72,7 @@ def test_microbatches_in_flight_are_those_of_the_schedule(
 
 
 class NotedStage:
-    """A stage that notes after each call how many microbatches are in flight."""
+    """A stage that records the number of microbatches in flight after each call."""
 
     def __init__(self, stage: Any, in_flight: list[int]) -> None:
         self._stage, self._in_flight = stage, in_flight
@@ -95,7 +95,7 @@ def peak_of(mode: str, stage_index: int, num_microbatches: int, *, recompute: bo
         SCHEDULES[mode], communicator, num_microbatches=num_microbatches, recompute=recompute
     )
     rows = batch(num_microbatches, first=stage_index == 0, last=stage_index == P - 1)
-    engine.train(rows, loss_scale=1.0)  # what is made once is there
+    engine.train(rows, loss_scale=1.0)  # allocates everything that is made only once
     return peak_bytes(lambda: engine.train(rows, loss_scale=1.0))[1]
 
 
@@ -104,9 +104,9 @@ ACTIVATION = 4 * ROWS * TOKENS * HIDDEN  # bytes
 
 @pytest.mark.parametrize(("stage_index", "recompute"), [(0, False), (P - 1, False), (1, True)])
 def test_memory_falls_with_the_microbatches_held(stage_index: int, recompute: bool) -> None:
-    """1f1b takes for 16 microbatches what gpipe takes for the few that it holds at once.
+    """1f1b with 16 microbatches needs as much memory as gpipe with 1f1b's number in flight.
 
-    On top of that are what travels: two that are received ahead each way.
+    Messages need more: two received ahead in each direction.
     """
     gpipe_of = partial(peak_of, "gpipe", stage_index, recompute=recompute)
     held = P - stage_index
@@ -118,11 +118,11 @@ def test_memory_falls_with_the_microbatches_held(stage_index: int, recompute: bo
 
 @pytest.mark.parametrize("stage_index", [0, P - 1])
 def test_weight_gradients_that_wait_cost_little_memory(stage_index: int) -> None:
-    """zb-h1 takes for 16 microbatches what gpipe takes for P, and a little more.
+    """zb-h1 needs for 16 microbatches little more memory than gpipe for P.
 
-    Between I and W a microbatch of a layer holds inputs and gradients of its four products, 16
-    activations in all, where it held 12.5 before: 7 more for two layers, of `stage_index` of them
-    and of the one that has its I. The last stage has the gradients of its logits besides.
+    Between I and W, a layer's microbatch holds inputs and gradients of its four matmuls, 16
+    activations in total, and 12.5 before I: 7 more for two layers, for `stage_index` microbatches
+    and for the current one. The last stage also holds the gradients of its logits.
     """
     found = peak_of("zb-h1", stage_index, M, recompute=False)
     as_many = peak_of("gpipe", stage_index, P, recompute=False)
@@ -137,7 +137,7 @@ def test_weight_gradients_that_wait_cost_little_memory(stage_index: int) -> None
 
 @pytest.mark.parametrize("mode", SCHEDULES)
 def test_a_failure_in_backward_names_stage_microbatch_action_and_shape(mode: str) -> None:
-    """On a middle stage, in the fourth microbatch; the cause is chained."""
+    """The failure is in the fourth microbatch of a middle stage; the cause is chained."""
     communicator = NotedCommunicator(1, 3)
     model = make_model(1, 3)
     cause, seen = ValueError("no such thing"), list[Tensor]()
@@ -193,7 +193,7 @@ def test_a_lost_peer_is_not_the_stages_failure() -> None:
 
 
 def test_the_last_stage_puts_off_the_weight_gradients_of_its_head_too() -> None:
-    """zb-h1: forward makes the gradients of the logits, and W what they give the projection."""
+    """zb-h1's forward makes the gradients of the logits, and W the projection's gradient."""
     stage: Any = make_stage(NotedCommunicator(1, 2), schedule=zero_bubble_h1, recompute=False)
     (name,) = (n for n in stage._gradients.views if n.endswith("embed_out.weight"))
     gradient = stage._gradients.views[name]

@@ -1,4 +1,4 @@
-"""Messages between stages: posted ahead, sent without waiting, refused where shapes differ."""
+"""Tests messages between stages: receives posted ahead, sends without waits, equal shapes."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def make_link(communicator: Any, **changes: Any) -> StageLink:
 
 
 def test_receives_are_posted_ahead() -> None:
-    """Two of each kind are under way, from the start until none is left to come."""
+    """Two receives of each kind are posted, until no more messages will come."""
     communicator = NotedCommunicator(1, 3)
     link = make_link(communicator)
     link.expect(activations=4, gradients=1)
@@ -101,7 +101,7 @@ def test_a_tensor_that_is_not_contiguous_is_sent_as_it_looks() -> None:
 # ---- two processes ----
 
 COUNT = 12
-LARGE = (1, 1024, 1024)  # 4 MB: more than a socket holds
+LARGE = (1, 1024, 1024)  # 4 MB: more than a socket's buffers
 OTHERS: dict[str, dict[str, Any]] = {
     "rows": {"shape": (1, 5, 8)},
     "tokens": {"shape": (2, 6, 8)},
@@ -126,7 +126,7 @@ def two_ranks(rank: int, world_size: int, url: str) -> dict[str, Any]:
         if rank == 0:
             for number in range(COUNT):
                 link.send_activation(torch.full(LARGE, float(number)))
-        gather_json(control, "all are under way")  # only then does the other begin to take them
+        gather_json(control, "all are under way")  # only then the peer starts to receive
         if rank == 1:
             received = [link.receive_activation() for _ in range(COUNT)]
             told["received"] = [one.unique().tolist() for one in received if one is not None]
@@ -168,5 +168,5 @@ def test_neighbours_that_differ_are_told_so_on_both_sides(
 
 
 def test_sends_end_no_sooner_than_they_must(told: list[dict[str, Any]]) -> None:
-    """All 48 MB are under way before the neighbour takes the first; they arrive in order."""
+    """All 48 MB are sent before the neighbour receives the first message; the order is kept."""
     assert told[1]["received"] == [[float(number)] for number in range(COUNT)]

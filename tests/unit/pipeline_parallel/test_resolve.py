@@ -1,4 +1,7 @@
-"""The sends that the engine resolves have arrived: by happened-before, in every schedule."""
+"""Tests that the sends which the engine resolves have arrived, in every schedule.
+
+The test derives this from the happened-before relation.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,15 +18,15 @@ from tests.support.orders import schedule_of
 
 
 class NotedLink:
-    """A link that notes what the engine asks of it."""
+    """A link that records the engine's calls."""
 
     def __init__(self, stage: int, num_stages: int) -> None:
         self.stage, self.num_stages = stage, num_stages
         self._is_first, self._is_last = stage == 0, stage == num_stages - 1
-        self.calls: list[tuple[str, int, int]] = []  # what, and how many of each kind
+        self.calls: list[tuple[str, int, int]] = []  # call, activations, gradients
 
     def expect(self, *, activations: int, gradients: int) -> None:
-        """All come."""
+        """Does nothing, because all messages arrive."""
 
     def receive_activation(self) -> Tensor | None:
         self.calls.append(("receive", 1, 0))
@@ -43,11 +46,11 @@ class NotedLink:
         self.calls.append(("resolve", activations, gradients))
 
     def flush(self) -> None:
-        """All left."""
+        """Does nothing, because all messages are sent."""
 
 
 class IdleStage:
-    """Computes nothing."""
+    """A stage that computes nothing."""
 
     def forward(self, microbatch: int, x: Tensor, *args: object, **options: object) -> Tensor:
         return torch.zeros(())
@@ -59,11 +62,11 @@ class IdleStage:
         return torch.zeros(())
 
     def weight_gradient(self, microbatch: int) -> None:
-        """Nothing to add."""
+        """Does nothing, because there are no gradients."""
 
 
 def calls_of(schedule: Schedule, num_stages: int, num_microbatches: int) -> list[list[Any]]:
-    """What the engine of each stage asks of its link, in order."""
+    """Returns the calls of each stage's engine to its link, in order."""
     found = []
     for stage in range(num_stages):
         link: Any = NotedLink(stage, num_stages)
@@ -77,7 +80,7 @@ def calls_of(schedule: Schedule, num_stages: int, num_microbatches: int) -> list
 
 
 def test_an_evaluation_holds_few_sends() -> None:
-    """However many microbatches: a stage waits for what it sent a few microbatches ago."""
+    """For any number of microbatches, a stage waits for its sends of a few microbatches ago."""
     link: Any = NotedLink(0, 2)
     idle: Any = IdleStage()
     engine = Engine(idle, link, schedule=SCHEDULES["1f1b"], num_microbatches=20)
@@ -92,9 +95,9 @@ def test_an_evaluation_holds_few_sends() -> None:
 
 
 class Knowledge:
-    """What each stage can know of the others: how many of their calls are over.
+    """Knowledge of each stage: the number of completed calls of every stage.
 
-    Vector clocks (Lamport's happened-before): a message brings what its sender knew.
+    Vector clocks (Lamport's happened-before): a message transfers its sender's knowledge.
     """
 
     def __init__(self, calls: Sequence[Sequence[tuple[str, int, int]]]) -> None:
@@ -105,7 +108,7 @@ class Knowledge:
         self.num_resolves = 0
 
     def play(self) -> None:
-        """Runs all calls, each as early as it can; a resolve must know that its sends arrived."""
+        """Runs each call as early as possible; fails if a resolve's sends may not have arrived."""
         moved = True
         while moved:
             moved = False
@@ -138,7 +141,7 @@ class Knowledge:
         return True
 
     def _check_arrived(self, stage: int, neighbour: int, kind: str, count: int) -> None:
-        count = min(count, len(self._sent[stage][kind]))  # no more than were sent can be resolved
+        count = min(count, len(self._sent[stage][kind]))  # only sent messages can be resolved
         if not 0 <= neighbour < len(self._calls) or count == 0:
             return
         self.num_resolves += 1
@@ -168,7 +171,7 @@ OTHER_ORDERS = [
 
 @pytest.mark.parametrize("lines", OTHER_ORDERS)
 def test_nor_in_a_schedule_of_another_order(lines: list[str]) -> None:
-    """The validator lets through any order that both neighbours have."""
+    """The validator accepts any order that both neighbours have."""
     knowledge = Knowledge(calls_of(schedule_of(lines), 2, 1 + max(map(int, lines[0][1::3]))))
     knowledge.play()
     assert knowledge.num_resolves > 0

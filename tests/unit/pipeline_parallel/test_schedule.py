@@ -1,4 +1,4 @@
-"""Schedules against literal tables, and against the timetables drawn above them."""
+"""Tests schedules against literal tables, and the timetables in the comments of the source."""
 
 from pathlib import Path
 

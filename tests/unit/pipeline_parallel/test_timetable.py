@@ -1,4 +1,4 @@
-"""The command line of `python -m pipeline_parallel.schedule`, and its text."""
+"""Tests the command line of `python -m pipeline_parallel.schedule`, and its output."""
 
 import subprocess
 import sys

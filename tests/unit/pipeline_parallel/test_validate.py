@@ -1,4 +1,4 @@
-"""The validator against schedules broken by hand."""
+"""Tests the validator with schedules that were broken by hand."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""What --check-cluster makes of rates and links, against numbers worked out by hand."""
+"""Tests the estimates of --check-cluster against numbers calculated by hand."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from planning.cluster.link_probe import Link, LinkSpeed, links
 from planning.cluster.machines import MachineFacts, differences
 from planning.cluster.report import about_clocks, advice, link_table
 
-# A block is 10 multiply-adds per token and the head 20; a microbatch has 5 tokens.
+# Per token, a block has 10 multiply-adds and the head 20; a microbatch has 5 tokens.
 MODEL = ModelSizes(layers=4, hidden=2, inner=3, vocabulary=7, block_weights=28)
 PLAN = RunShape(
     MODEL, ModuleWork(10, 20), Split((3, 1)), "gpipe", False, 1, 1, tokens=5, message=1000
@@ -34,8 +34,12 @@ def estimate(
 
 
 def test_an_iteration_is_the_pipelines_products_and_messages() -> None:
-    """At 50 a second a block's forward takes 1 s and its backward 2; the head makes its gradients
-    in forward: 2 + 4 = 6 s. Forward 3, message, 7 with the head; backward 2, message, 6."""
+    """An iteration takes the pipeline's matmuls and messages.
+
+    At 50 multiply-adds per second, a block's forward takes 1 s and its backward 2 s; the head
+    computes its gradients in forward: 2 + 4 = 6 s. Forward 3, message, 7 with the head; backward 2,
+    message, 6.
+    """
     assert estimate(1).iteration_with_free_links == pytest.approx(3 + 7 + 2 + 6)
     assert estimate(1).iteration == pytest.approx(3 + 0.001 + 7 + 2 + 0.001 + 6)
     onwards, back = Link("pipeline", 0, 1), Link("pipeline", 1, 0)
@@ -90,7 +94,7 @@ def test_a_slow_link_between_machines() -> None:
     assert "the 1.0 kB of each microbatch's gradients take 4 s there" in told
     assert "while stage 0 computes 600 ms on them: expect iterations 3.2 times as long" in told
     assert "both stages on one machine" in told
-    assert "--bf16" not in told, "it is on already"
+    assert "--bf16" not in told, "--bf16 is already set"
 
 
 def test_a_table_tells_by_what_a_slow_link_was_measured() -> None:
@@ -137,6 +141,6 @@ def machine(**changes: Any) -> MachineFacts:
     ],
 )
 def test_differences_are_named_once(odd: dict[str, Any], told: list[str]) -> None:
-    """A stage's shards are compared where they are; what a run resumes from needs none."""
+    """A stage's shards are compared between its ranks; a run that resumes needs no shards."""
     machines = [machine(), machine(**odd), machine(), machine()]
     assert differences(ROSTER, machines) == told

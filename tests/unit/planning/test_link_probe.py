@@ -1,4 +1,4 @@
-"""The probe of a link, on links whose latency and rate are known: by a clock made up for it."""
+"""Tests the link probe on links of known latency and rate, with a simulated clock."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -24,7 +24,7 @@ WORDS = 8  # bytes of the probe's short messages
 
 
 class KnownLink:
-    """Both ends of a link: what is sent, and what is awaited, moves the clock on."""
+    """Both ends of a link: each send and each receive advances the clock."""
 
     def __init__(self, *, latency: float, rate: float) -> None:
         self._latency, self._rate = latency, rate
@@ -47,7 +47,7 @@ class KnownLink:
 
 @pytest.fixture
 def slow() -> Iterator[KnownLink]:
-    """A tenth of a second there or back, and 1 kB/s."""
+    """Returns a link with a latency of 0.1 s in each direction and a rate of 1 kB/s."""
     link = KnownLink(latency=0.1, rate=1e3)
     clock = SimpleNamespace(monotonic=lambda: link.now, perf_counter=lambda: link.now)
     with patch("planning.cluster.link_probe.time", clock):
@@ -64,7 +64,7 @@ def test_a_message_of_full_size(slow: KnownLink) -> None:
 
 
 def test_a_slow_link_gets_shorter_messages(slow: KnownLink) -> None:
-    """A megabyte would take 1000 s: some kilobytes tell, and what a megabyte takes follows."""
+    """A megabyte would take 1000 s: the probe sends a few kilobytes and extrapolates."""
     found = probe(slow, to=1, nbytes=10**6, device=CPU, budget=20.0)
     assert found.nbytes == 4096 == max(slow.sizes)
     assert slow.now < 25.0
@@ -73,7 +73,7 @@ def test_a_slow_link_gets_shorter_messages(slow: KnownLink) -> None:
 
 def test_messages_grow_as_long_as_time_is_left(slow: KnownLink) -> None:
     probe(slow, to=1, nbytes=10**6, device=CPU, budget=400.0)
-    assert max(slow.sizes) == 16 * 4096, "which takes 66 s; the next would take 1000 s"
+    assert max(slow.sizes) == 16 * 4096, "this takes 66 s; the next size would take 1000 s"
     assert slow.now < 420.0
 
 
@@ -84,7 +84,7 @@ def test_a_message_of_another_size_takes_latency_and_its_share() -> None:
 
 
 def test_the_links_of_a_run() -> None:
-    """Neighbours along each pipeline, and all pairs of replicas, both ways."""
+    """A run has links between neighbours of each pipeline and all pairs of replicas, both ways."""
     assert links(Topology(0, 1, 1)) == []
     pairs = [(0, 1), (1, 0), (1, 2), (2, 1)]
     assert links(Topology(0, 3, 1)) == [Link("pipeline", *pair) for pair in pairs]
@@ -96,7 +96,7 @@ def test_the_links_of_a_run() -> None:
 
 
 def measure_all(rank: int, world_size: int, _: str, urls: dict[str, str]) -> list[Any]:
-    """Over each kind of channel, between three replicas; and what the channel carries then."""
+    """Probes every backend between three replicas; checks an all-reduce after each probe."""
     found = []
     for backend, url in urls.items():
         with ExitStack() as doubles:
@@ -116,7 +116,7 @@ def measure_all(rank: int, world_size: int, _: str, urls: dict[str, str]) -> lis
 
 
 def test_real_channels() -> None:
-    """All pairs, both ways, whichever channel carries them; every rank knows all results."""
+    """Every rank knows the results of all pairs, in both directions, over every backend."""
     urls = {backend: f"tcp://127.0.0.1:{free_port()}" for backend in ("gloo", "cupy_nccl", "nccl")}
     by_rank = run_ranks(3, measure_all, urls)
     assert by_rank[0] == by_rank[1] == by_rank[2]

@@ -1,4 +1,4 @@
-"""The rate of products, against a device whose rate is known: by a clock made up for it."""
+"""Tests the matmul rate with a device of known rate and a simulated clock."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 class KnownDevice:
-    """Multiplies and adds a thousand times a second."""
+    """A device with a thousand multiply-adds per second."""
 
     def __init__(self) -> None:
         self.now, self.rows = 0.0, [0]
@@ -50,14 +50,14 @@ def test_all_rows_where_there_is_time(device: KnownDevice) -> None:
 
 
 def test_fewer_rows_on_a_slow_device(device: KnownDevice) -> None:
-    """All would take 100 s."""
+    """The probe multiplies fewer rows, because all rows would take 100 s."""
     assert rate(10_000, 10.0) == pytest.approx(1e3)
     assert max(device.rows) < 1000
     assert device.now < 12.0
 
 
 def test_a_real_device() -> None:
-    """In each type, as the layers multiply it."""
+    """The rate of each type is plausible, with the matmul of the layers."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         found = matmul_rate(rows=32, inputs=64, outputs=128, dtype=dtype, device=CPU, budget=0.1)
         assert 1e5 < found < 1e15

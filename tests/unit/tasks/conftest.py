@@ -10,7 +10,9 @@ from tasks.tokenization import prefetch
 
 @pytest.fixture(autouse=True, scope="module")
 def small_batches() -> Iterator[None]:
-    """Makes batches of few documents: small sources are not read many times for one of them, and
-    streams meet many ends of batches."""
+    """Makes batches of 16 documents, so that no small source is read many times for one batch.
+
+    Streams also meet many ends of batches.
+    """
     with patch.object(prefetch, "BATCH_DOCUMENTS", 16):
         yield

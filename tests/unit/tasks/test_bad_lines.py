@@ -1,4 +1,4 @@
-"""Bad lines that are skipped: counted, named once, and never too many."""
+"""Tests that bad lines are skipped, counted, reported once, and limited."""
 
 import gzip
 import json
@@ -22,7 +22,7 @@ ODD_ROLE = b'{"messages": [{"role": "narrator", "content": "once"}]}'
 
 
 def content(bad: dict[int, bytes] = BAD) -> bytes:
-    """The texts, a line each, and bad lines at their places, counted from 1."""
+    """Returns the texts, one per line, with bad lines at their line numbers (from 1)."""
     lines = [json.dumps({"text": text}).encode() for text in TEXTS]
     for number, line in bad.items():
         lines.insert(number - 1, line)
@@ -41,7 +41,7 @@ def test_the_others_are_all_there_and_the_bad_ones_named_once(
 ) -> None:
     caplog.set_level(logging.WARNING)
     path, told = write(tmp_path / name), tmp_path / "run" / "bad_lines.txt"
-    for _ in range(2):  # a run, and one that goes on from it
+    for _ in range(2):  # a run, and a resumed run
         bad = BadLines(told, max_share=0.01)
         documents = shuffle_source(open_source(str(path)), seed=1, bad_lines=bad)
         epochs = [[documents.next().text for _ in TEXTS] for _ in range(3)]
@@ -79,7 +79,7 @@ def test_a_stream_resumes_over_bad_lines(tmp_path: Path) -> None:
     ("bad", "share", "stops"), [(10, 0.01, False), (11, 0.01, True), (1, 0.0, True)]
 )
 def test_too_many_end_the_run(bad: int, share: float, stops: bool, tmp_path: Path) -> None:
-    """Of fewer than 1000 lines the share is taken of 1000."""
+    """The allowed share is of at least 1000 lines."""
     path = write(tmp_path / "a.jsonl", dict.fromkeys(range(1, bad + 1), b"[]"))
     lines = BadLines(tmp_path / "bad", max_share=share)
     documents = shuffle_source(open_source(str(path)), seed=1, bad_lines=lines)
@@ -87,7 +87,7 @@ def test_too_many_end_the_run(bad: int, share: float, stops: bool, tmp_path: Pat
         assert sorted(documents.next().text for _ in TEXTS) == sorted(TEXTS)
         return
     with pytest.raises(ValueError, match=rf"{bad} of \d+ lines are bad, more than --max-bad-share"):
-        [documents.next() for _ in range(len(TEXTS) + 1)]  # an epoch, and on
+        [documents.next() for _ in range(len(TEXTS) + 1)]  # one epoch and one document
 
 
 def test_the_share_is_of_the_lines_read(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Conversations as texts, and the parts that are learned, against what is written down here."""
+"""Tests conversations as texts, and their trained parts, against literal texts."""
 
 import copy
 from typing import Any
@@ -98,7 +98,7 @@ def test_a_template_that_rewrites_what_was_said_is_told() -> None:
 
 
 def learned(document: Document, **options: Any) -> str:
-    """The trained tokens as text; the others as dots, a run of them as one."""
+    """Returns the trained tokens as text, and one dot for each series of other tokens."""
     tokens, trained = Encoder(tokenizer(), **options).encode(document)
     out = ""
     for token, is_trained in zip(tokens.tolist(), trained.tolist(), strict=True):
@@ -124,7 +124,7 @@ def test_answers_are_trained_and_what_ends_them() -> None:
 
 
 def test_spaces_in_an_answer_are_trained() -> None:
-    """GPT-NeoX's tokenizers take them out of the characters that a token says it is made of."""
+    """Spaces are trained, though GPT-NeoX's tokenizers leave them out of a token's characters."""
     trimming = copy.deepcopy(tokenizer())
     trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     code = Document("code:  if x:\n    go   ", "a:1", completions=((5, 22),))
@@ -133,7 +133,9 @@ def test_spaces_in_an_answer_are_trained() -> None:
     tokens, trained = Encoder(trimming, train_on="completion").encode(code)
     answer = tokenizer().decode(tokens[trained].tolist())
     assert answer == "  if x:\n    go   <eos>"
-    assert trimming.backend_tokenizer.post_processor is not None, "the caller's is as it was"
+    assert trimming.backend_tokenizer.post_processor is not None, (
+        "the caller's tokenizer is unchanged"
+    )
 
 
 def test_a_text_that_is_no_conversation_is_trained_whole() -> None:

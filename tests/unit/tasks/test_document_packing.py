@@ -1,4 +1,4 @@
-"""Documents that are kept apart: whole in one block where they fit, all there, in order."""
+"""Tests documents kept apart: complete in one block if they fit, all present, in order."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ EOS = 0
 
 
 def of_lengths(lengths: list[int]) -> list[EncodedDocument]:
-    """Document i is so many tokens of i + 1."""
+    """Returns documents of these lengths; document i consists of tokens i + 1."""
     return [
         EncodedDocument(np.full(n, i + 1, dtype=np.int32), np.ones(n, dtype=np.bool_))
         for i, n in enumerate(lengths)
@@ -35,7 +35,7 @@ def of_lengths(lengths: list[int]) -> list[EncodedDocument]:
 
 
 def test_a_literal_group() -> None:
-    """Lengths 3, 5, 2, 6, 9 (of which one piece of 8, then 1), and 4, in blocks of 8."""
+    """Lengths 3, 5, 2, 6, 9 (pieces of 8 and 1) and 4 have this literal packing in blocks of 8."""
     blocks = list(pack_best_fit(of_lengths([3, 5, 2, 6, 9, 4]), 8))
     assert [block.token_ids.tolist() for block in blocks] == [
         [1, 1, 1, 2, 2, 2, 2, 2],
@@ -65,7 +65,7 @@ def test_every_length_is_in_one_bin_that_holds_it(lengths: list[int]) -> None:
     assert sorted(index for indices in bins for index in indices) == list(range(len(lengths)))
     sums = [sum(lengths[index] for index in indices) for indices in bins]
     assert all(total <= 16 for total in sums)
-    assert sum(total <= 8 for total in sums) <= 1  # two half-empty ones would have been one
+    assert sum(total <= 8 for total in sums) <= 1  # two bins that are half empty would be one
     assert bins == sorted(sorted(indices) for indices in bins)
 
 
@@ -82,7 +82,7 @@ def documents_of(block: TokenBlock) -> list[list[int]]:
 
 
 def test_no_document_is_cut_that_fits_and_all_come(tmp_path: Path) -> None:
-    """40 texts over 30 groups: as often as the others each, but for the group that is cut off."""
+    """40 texts in 30 groups come equally often, except in the last, incomplete group."""
     texts = make_texts(40, seed=3, longest=60)
     whole = {tuple(tokenizer()(text)["input_ids"] + [EOS]): text for text in texts}
     source = source_of(write_jsonl(tmp_path / "a.jsonl", texts))
@@ -96,9 +96,9 @@ def test_no_document_is_cut_that_fits_and_all_come(tmp_path: Path) -> None:
                 cut += tokens
     fitting = [n for text, n in seen.items() if len(tokenizer()(text)["input_ids"]) < ROOM]
     assert 10 < len(fitting) < 40
-    assert max(fitting) - min(fitting) <= 4, "but for those of the group that is cut off"
+    assert max(fitting) - min(fitting) <= 4, "except documents of the last group"
     long = {token for tokens in whole if len(tokens) > ROOM for token in tokens}
-    assert set(cut) <= long, "only what is longer than a block is cut"
+    assert set(cut) <= long, "only documents longer than a block are cut"
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.zst"])

@@ -1,4 +1,4 @@
-"""Shuffle documents: complete, reshuffled, restored exactly."""
+"""Tests shuffled documents: each once per epoch, in new orders, restored exactly."""
 
 import json
 import tracemalloc
@@ -98,7 +98,7 @@ def test_cot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_does_not_grow_with_the_file(
     tmp_path: Path, name: str, sizes: tuple[int, int]
 ) -> None:
-    """Text that repeats shrinks thousandfold: one read of it must not become the whole file."""
+    """Larger files need no more memory, also if compressed text expands a thousandfold."""
     peaks = []
     for megabytes in sizes:
         text = "x" * 10_000

@@ -1,4 +1,4 @@
-"""Tokens are those of the tokenizer itself, whatever the way they take."""
+"""Tests that tokens equal the tokenizer's own, for every way of encoding."""
 
 import json
 from pathlib import Path
@@ -46,12 +46,14 @@ def test_what_the_tokenizers_file_cuts_and_pads_is_not(tmp_path: Path) -> None:
     text = "the quick brown fox jumps"
     token_ids = Encoder(cutting).encode(Document(text, "a:1")).token_ids
     assert token_ids.tolist() == [*theirs(text)["input_ids"], 0]
-    assert cutting.backend_tokenizer.truncation["max_length"] == 3, "the caller's is as it was"
+    assert cutting.backend_tokenizer.truncation["max_length"] == 3, (
+        "the caller's tokenizer is unchanged"
+    )
 
 
 @pytest.mark.parametrize("train_on", ["all", "completion"])
 def test_a_long_text_goes_through_in_chunks(monkeypatch: pytest.MonkeyPatch, train_on: Any) -> None:
-    """The same tokens and answers as in one piece, white space of all kinds included."""
+    """Tokens and answers equal those of the text in one piece, with all kinds of white space."""
     text = "\n".join(make_texts(300, seed=5)).replace("fox", "fox \t ").replace("dog", " 12  dog")
     half = len(text) // 2
     document = Document(text, "a:1", completions=((half, len(text)),))
@@ -89,8 +91,11 @@ def test_batches_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tokens_are_trained_that_share_a_character_with_an_answer(
     gaps: list[tuple[int, int]], tokens: list[tuple[int, int]]
 ) -> None:
-    """Answers by the gap before each and its length, tokens by their start (before the text it is a
-    separator's) and length."""
+    """A token is trained if it shares a character with an answer.
+
+    gaps: the gap before each answer, and its length. tokens: start and length of each token; a
+    start before the text belongs to a separator.
+    """
     spans, end = [], 0
     for gap, length in gaps:
         spans.append((end + gap, end + gap + length))

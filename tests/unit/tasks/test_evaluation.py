@@ -1,4 +1,4 @@
-"""Held-out text: all of it, in order, once, padded and masked."""
+"""Tests held-out text: all of it once, in order, padded and masked."""
 
 from pathlib import Path
 from typing import Any

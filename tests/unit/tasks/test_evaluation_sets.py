@@ -1,4 +1,4 @@
-"""What --evaluation-data may say."""
+"""Tests the values of --evaluation-data."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from tasks.evaluation_sets import EvaluationSet, check_evaluation_data, parse_ev
 from tests.support.data import write_jsonl
 from tests.support.refusal import refusal
 
-# Paths that are there, for what depends on it.
+# Existing paths, for values whose meaning depends on them.
 FILES = ("a,b.jsonl", "lang=en.jsonl", "lang=de/x.jsonl", "time:0.5", "plain/a.jsonl", "b.jsonl")
 
 
@@ -34,7 +34,7 @@ def _there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("one=x.jsonl,two=x.jsonl", [("one", "x.jsonl"), ("two", "x.jsonl")]),
         (".jsonl,b.jsonl", [(".jsonl", ".jsonl"), ("b", "b.jsonl")]),
         ("two\nlines=x.jsonl", [("'two\\nlines'", "x.jsonl")]),
-        # A path that is there is one, whatever it holds.
+        # An existing path is always a path.
         ("a,b.jsonl", [("", "a,b.jsonl")]),
         ("lang=en.jsonl", [("", "lang=en.jsonl")]),
         ("lang=en.jsonl,b.jsonl", [("lang=en", "lang=en.jsonl"), ("b", "b.jsonl")]),

@@ -1,4 +1,4 @@
-"""One set of documents in every kind of file, and in every form of line."""
+"""Tests that every kind of file and every form of line gives the same documents."""
 
 import gzip
 import json
@@ -28,7 +28,7 @@ LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 
 
 def write_all(folder: Path) -> dict[str, Path]:
-    """A file of each kind; the compressed ones in two frames, parquet in groups of seven rows."""
+    """Writes a file of each kind; gzip has two members, parquet has groups of seven rows."""
     paths = {kind: folder / f"a.{kind}" for kind in ("jsonl", "jsonl.gz", "jsonl.zst", "parquet")}
     half = len(LINES) // 2
     paths["jsonl"].write_bytes(LINES)
@@ -52,7 +52,7 @@ def read(path: Path) -> list[Document]:
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"])
 def test_every_kind_of_file_has_the_same_documents(kind: str, tmp_path: Path) -> None:
-    """They can be read on from any record, too."""
+    """Reading can start after any record, too."""
     path = write_all(tmp_path)[kind]
     (file,) = open_source(str(path)).files
     records = list(file.read())
@@ -68,7 +68,7 @@ def test_every_kind_of_file_has_the_same_documents(kind: str, tmp_path: Path) ->
 
 
 def answers(path: Path) -> Packer:
-    """Blocks of which the answers alone are trained."""
+    """Returns a packer that trains only the answers."""
     documents = BufferedShuffle(open_source(str(path)), seed=1)
     return packed(documents, Encoder(tokenizer(), train_on="completion"), 16)
 
@@ -114,7 +114,7 @@ def test_a_table_without_a_column_that_counts(tmp_path: Path) -> None:
         read(tmp_path / "a.parquet")
 
 
-# ---- lines and files that are no documents: one line names file, line and reason ----
+# ---- lines and files without documents: the error names file, line and reason ----
 
 GOOD = b'{"text": "good"}\n'
 BAD_LINES = [

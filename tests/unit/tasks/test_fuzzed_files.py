@@ -1,4 +1,4 @@
-"""Any bytes as a file of any kind: each document is read, or a line says what is wrong."""
+"""Tests files of any bytes: each document is read, or a line reports the error."""
 
 import gzip
 import io
@@ -56,7 +56,7 @@ def error_of(call: Callable[[], object]) -> str | None:
 
 
 def read_all(path: Path, *, is_buffered: bool = False) -> tuple[list[str], int, str | None]:
-    """The texts of an epoch, how many lines were skipped, and what ended it sooner."""
+    """Returns the texts of an epoch, the number of skipped lines, and the error that ended it."""
     told = path.parent / "told"
     told.unlink(missing_ok=True)
     bad = BadLines(told, max_share=1.0)
@@ -107,7 +107,7 @@ def test_no_line_is_dropped(
     is_ended: bool,
     tmp_path: Path,
 ) -> None:
-    """Equal lines are as many documents; what is not blank is a document, or skipped and named."""
+    """Equal lines are separate documents; any other line is blank, or skipped and reported."""
     raw = b"".join(line + end for (line, _), end in lines)
     raw = raw if is_ended or not lines else raw.removesuffix(lines[-1][1])
     path = tmp_path / f"a.{kind}"
@@ -148,7 +148,7 @@ def test_any_row_becomes_tokens_or_is_named(rows: list[Any], train_on: Any, tmp_
 
 
 def table() -> bytes:
-    """A small file of parquet, in two row groups."""
+    """Returns a small parquet file with two row groups."""
     file = io.BytesIO()
     texts = [{"text": text, "messages": None} for text in TEXTS]
     messages = [{"text": None, "messages": [{"role": "user", "content": "a"}]}]
@@ -160,7 +160,7 @@ WHOLE = {kind: pack(LINES) for kind, pack in PACK.items()} | {"parquet": table()
 
 
 def check_told(path: Path) -> None:
-    """All of it is read, or one line names the file."""
+    """Checks that all of the file is read, or that one line names the file."""
     *_, error = read_all(path)
     assert error is None or (str(path) in error and "\n" not in error), error
 
@@ -191,7 +191,7 @@ def test_a_file_with_bytes_that_are_others(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "parquet"])
 def test_a_file_that_was_cut_at_any_byte(kind: str, tmp_path: Path) -> None:
-    """It is never taken for a whole one, nor is a part of a line for a document."""
+    """A cut file is always an error, and a part of a line is never a document."""
     path, whole = tmp_path / f"a.{kind}", WHOLE[kind]
     for cut in range(0, len(whole), 11 if kind == "parquet" else 1):
         path.write_bytes(whole[:cut])
@@ -236,7 +236,7 @@ def test_a_huge_line(kind: str, tmp_path: Path) -> None:
     assert error is None
 
 
-# ---- a file that is edited while it is read ----
+# ---- a file that changes while it is read ----
 
 
 def content(lengths: list[int]) -> bytes:
@@ -257,7 +257,7 @@ ONE_LINE = len(content([0]))
 def test_an_edit_that_keeps_the_size_is_seen_or_read_as_it_is(
     lengths: list[int], moved: int, kind: str, is_ended: bool, data: st.DataObject, tmp_path: Path
 ) -> None:
-    """A line is one of the file as it is now, or an error; never a part of one, nor two."""
+    """Each line is a current line of the file, or an error; never a part of it, nor two."""
     edited = list(lengths)
     place = data.draw(st.integers(0, len(lengths) - 2))
     if kind == "moved":
@@ -282,7 +282,7 @@ def test_an_edit_that_keeps_the_size_is_seen_or_read_as_it_is(
             with pytest.raises(ValueError, match="changed after its lines were indexed") as told:
                 rows.read(number)
             assert str(told.value).startswith(f"{path}:{number + 1}: ")
-            assert not isinstance(told.value, BadLineError)  # which might be skipped
+            assert not isinstance(told.value, BadLineError)  # which could be skipped
 
 
 @pytest.mark.parametrize("more", [b"tail", b'\n{"text": "a"}\n', b"\n"])

@@ -1,4 +1,4 @@
-"""Names on the hub: streamed from a double of the hub's own line, and where no hub answers."""
+"""Tests data sets of the hub: streamed from a double, and errors without a hub."""
 
 import contextlib
 import http.server
@@ -36,7 +36,7 @@ def of_shards() -> Any:
 
 
 def of_rows() -> Any:
-    """Streams that do not say which columns they have."""
+    """Returns a stream that does not list its columns."""
     return datasets.IterableDataset.from_generator(rows)
 
 
@@ -54,7 +54,7 @@ def no_split() -> Any:
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], Calls]:
-    """Puts in the hub's place what a function makes; tells what was asked for."""
+    """Replaces the hub by the data set of a function; returns the recorded calls."""
 
     def put(make: Callable[[], Any]) -> Calls:
         calls: Calls = []
@@ -158,7 +158,7 @@ def closed_port() -> Iterator[str]:
 
 @contextlib.contextmanager
 def empty_hub() -> Iterator[str]:
-    """Answers as the hub does where it has none of a name."""
+    """Serves the hub's answer for an unknown name."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -188,7 +188,7 @@ def empty_hub() -> Iterator[str]:
 def test_told_at_once(
     endpoint: Callable[[], Any], reason: str, flag: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the first request: `datasets`, which goes on trying for half a minute, is not asked."""
+    """An error needs one request: `datasets`, which retries for half a minute, is not called."""
     monkeypatch.setattr(module, "HUB_TIMEOUT_SECONDS", 0.3)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: pytest.fail("asked"))

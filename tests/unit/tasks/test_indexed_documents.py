@@ -1,4 +1,4 @@
-"""A true shuffle over all lines: complete, reshuffled, restored without replay."""
+"""Tests the full shuffle of all lines: each once, in new orders, restored without a replay."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ TEXTS = make_texts(103, seed=1)
 
 
 def write_parts(path: Path, texts: list[str]) -> Path:
-    """The texts over four files, one of which has none, with blank lines and without a last end."""
+    """Writes the texts to four files: one is empty; they have blank lines and no final newline."""
     path.mkdir()
     for part in range(3):
         lines = [json.dumps({"text": text}) for text in texts[part::3]]
@@ -57,7 +57,7 @@ def test_every_document_once_per_epoch_in_new_orders(path: Path) -> None:
 
 
 def test_the_shuffle_reaches_over_the_whole_source(path: Path) -> None:
-    """A document's place in an epoch is anywhere: not near its place in the file."""
+    """A document's place in an epoch is not near its place in the file."""
     order = take(opened(path), len(TEXTS))
     first = sorted(TEXTS.index(text) for text in order[:25])
     assert first[0] < 20
@@ -70,7 +70,7 @@ def test_a_source_that_changed_is_not_resumed(path: Path) -> None:
     state = documents.state()
     file = path / "1.jsonl" if path.is_dir() else path
     for index in file.parent.glob(".*.lines"):
-        index.unlink()  # another machine's copy of the data
+        index.unlink()  # as if the data was copied to another machine
     os.utime(file, (1, 1))
     opened(path).restore(state)
     whole = file.read_bytes()
@@ -81,7 +81,7 @@ def test_a_source_that_changed_is_not_resumed(path: Path) -> None:
 
 
 def test_lines_that_moved_in_the_middle_are_seen(tmp_path: Path) -> None:
-    """The same size and the same ends: a word went from one line to another."""
+    """A word that moved to another line is detected, though the file's size and ends are equal."""
     texts = ["a" * 100_000, "word", "", "b" * 100_000]
     documents = opened(write_jsonl(tmp_path / "a.jsonl", texts))
     state = documents.state()
@@ -122,7 +122,7 @@ def test_the_index_is_that_of_python(
     monkeypatch.setattr(module, "READ_BYTES", read_bytes)
     path = tmp_path / "a.jsonl"
     path.write_bytes(content)
-    for _ in range(2):  # made, and then loaded
+    for _ in range(2):  # built, then loaded
         assert load_line_index(str(path)).ends.tolist() == naive(content)
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == [".a.jsonl.lines"]
 
@@ -158,7 +158,7 @@ def test_where_the_index_cannot_be_kept_it_is_made_and_told(
     def refuse(*args: object, **options: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(tempfile, "NamedTemporaryFile", refuse)  # root may write anywhere
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", refuse)  # root can write anywhere
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     assert load_line_index(str(path)).ends.tolist() == naive(path.read_bytes())
     assert "cannot be stored (Permission denied)" in caplog.text
@@ -183,7 +183,7 @@ def test_where_its_folder_cannot_be_written_the_index_is_in_the_cache(
     for name in (str(path), "a.jsonl", str(other)):
         assert load_line_index(name).ends.tolist() == naive(Path(name).read_bytes())
     told = [record.getMessage() for record in caplog.records]
-    assert len(told) == 2  # made once for each file, whatever its path is called
+    assert len(told) == 2  # built once for each file, for all its paths
     kept = sorted((tmp_path / "home" / ".cache" / "dist-clm-train").iterdir())
     assert sorted(line.split(" is stored as ")[1] for line in told) == [
         f"{one}, because the file's folder cannot be written (Read-only file system)"
@@ -227,10 +227,10 @@ def test_a_permutation_has_each_number_once(size: int) -> None:
 
 @pytest.mark.parametrize("size", [5, 16])
 def test_each_number_may_stand_anywhere(size: int) -> None:
-    """Chi-square of the number at one position over the seeds; five deviations above its mean."""
+    """Chi-square of a position's numbers over the seeds is below its mean plus five deviations."""
     orders = [Permutation(size, seed) for seed in range(1000)]
     for order in orders:
-        _ = order[0]  # computes the positions after it, too
+        _ = order[0]  # this computes the later positions, too
     for position in (0, size // 2, size - 1):
         counts = Counter(order[position] for order in orders)
         expected = 1000 / size

@@ -1,4 +1,4 @@
-"""Batches made ahead: their labels, the state they carry, errors and the end of the thread."""
+"""Tests batches prepared ahead: labels, state, errors, and the end of the thread."""
 
 import threading
 import time
@@ -47,7 +47,7 @@ def test_an_error_comes_back_as_it_was(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write("nonsense\n")
     loader = BatchLoader(_stream(path), rows=200)
-    for _ in range(2):  # and again, rather than waiting for ever
+    for _ in range(2):  # the second call must not wait forever
         with pytest.raises(ValueError, match=r"a\.jsonl:9: not JSON"):
             loader.next()
     loader.close()
@@ -56,7 +56,7 @@ def test_an_error_comes_back_as_it_was(tmp_path: Path) -> None:
 def test_close_ends_the_thread(tmp_path: Path) -> None:
     before = threading.active_count()
     loader = BatchLoader(_stream(write_jsonl(tmp_path / "a.jsonl", ["text"])), rows=2, depth=2)
-    time.sleep(0.05)  # the queue is full: the thread waits in it
+    time.sleep(0.05)  # the queue is full, and the thread waits
     start = time.monotonic()
     loader.close()
     loader.close()

@@ -1,4 +1,4 @@
-"""The mixture: its weights, and its state (its shares: test_stream)."""
+"""Tests the mixture: its weights and its state (test_stream tests its shares)."""
 
 from pathlib import Path
 from typing import Any

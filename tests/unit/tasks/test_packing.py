@@ -1,4 +1,4 @@
-"""Blocks against a naive packing, and restored in the middle of documents."""
+"""Tests blocks against a simple packing, and a restore in the middle of documents."""
 
 import itertools
 import logging
@@ -56,7 +56,7 @@ def _naive_blocks(texts: Iterable[str], seq_len: int, separator: str | None) -> 
 def test_blocks_equal_a_naive_packing(tmp_path: Path, seq_len: int, separator: str | None) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     packed = _pack(path, seq_len, separator)
-    num_blocks = 200 if seq_len < 500 else 30  # of several epochs
+    num_blocks = 200 if seq_len < 500 else 30  # covers several epochs
     for expected in itertools.islice(_naive_blocks(_texts(path), seq_len, separator), num_blocks):
         block = packed.next_block()
         assert block.token_ids.tolist() == expected
@@ -67,7 +67,7 @@ def test_blocks_equal_a_naive_packing(tmp_path: Path, seq_len: int, separator: s
 
 @pytest.mark.parametrize("separator", [None, "\n"])
 def test_restored_anywhere(tmp_path: Path, separator: str | None) -> None:
-    """Also in the middle of a document of many blocks."""
+    """A stream can be restored in the middle of a document of many blocks, too."""
     texts = [*TEXTS, " ".join(make_texts(60, seed=5))]
     path = write_folder(tmp_path / "folder", texts)
     check_blocks_restored_anywhere(lambda: _pack(path, 32, separator))

@@ -1,4 +1,4 @@
-"""The registered tasks with a folder of their own, or else a data set of the hub."""
+"""Tests the registered tasks, with their own folder, or else with a data set of the hub."""
 
 import json
 import logging
@@ -32,7 +32,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def text_and_answer(document: Document | BadLineError) -> tuple[str, str]:
-    """The document without, and with, what is a completion."""
+    """Returns a document's text before its completion, and the completion."""
     assert isinstance(document, Document)
     assert document.completions is not None
     ((start, end),) = document.completions
@@ -48,7 +48,7 @@ def in_order(name: str) -> list[Document | BadLineError]:
 
 
 def write_task(name: str, count: int, **changes: Any) -> list[str]:
-    """A task's file; the outputs that are to be trained."""
+    """Writes a task's file; returns the outputs that are trained."""
     texts = make_texts(count, seed=len(name))
     task = {
         "Definition": [f"Define {name} 漢字."],
@@ -216,7 +216,7 @@ def test_an_empty_folder_is_not_taken_from_the_hub() -> None:
 # ---- from the hub ----
 
 NI_ROW = {"task_name": "t", "id": "1", "definition": "d", "inputs": "a", "targets": "b"}
-# By task: its name there, a row and the text of that; the folder that is looked for first.
+# task: name on the hub, a row, the row's text, and the folder that is tried first
 HUB: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "ni": (
         "Muennighoff/natural-instructions",

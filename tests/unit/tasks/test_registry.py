@@ -1,4 +1,4 @@
-"""What --task-name may say."""
+"""Tests the values of --task-name."""
 
 import json
 from pathlib import Path
@@ -67,7 +67,7 @@ def test_source_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     Path("data/mmlu-cot.json").write_text(json.dumps({"k": "text"}))
     write_jsonl(Path("data/a.jsonl"), ["a"])
     write_jsonl(Path("b.jsonl.zst"), ["b"])
-    Path("data/train").mkdir()  # what is on disk is not looked for on the hub
+    Path("data/train").mkdir()  # the hub is not asked for an existing path
     write_jsonl(Path("data/train/a.jsonl"), ["a"])
     for name in ("cot", "data", "data/a.jsonl", "b.jsonl.zst", "data/train"):
         check_source(SourceSpec(name))

@@ -1,4 +1,4 @@
-"""Data sets that `datasets` saved to disk: all rows, truly shuffled, restored."""
+"""Tests data sets saved to disk by `datasets`: all rows, full shuffle, exact restore."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def save(folder: Path, texts: list[str] = TEXTS) -> Path:
-    """In three files, and as arrays, as some are saved; with a column that does not count."""
+    """Saves a data set as arrays in three files, with an additional column that is ignored."""
     data = datasets.Dataset.from_dict({"number": range(len(texts)), "text": texts})
     data.with_format("numpy").save_to_disk(str(folder), num_shards=3)
     return folder
@@ -91,7 +91,7 @@ def test_a_data_set_that_changed_is_not_resumed(tmp_path: Path) -> None:
     for _ in range(55):
         documents.next()
     state = through_json(documents.state())
-    shutil.copytree(tmp_path / "saved", tmp_path / "copy")  # another machine's
+    shutil.copytree(tmp_path / "saved", tmp_path / "copy")  # as on another machine
     opened(tmp_path / "copy").restore(state)
     other = list(TEXTS)
     other[50] = other[50].swapcase()
@@ -105,7 +105,7 @@ def test_a_data_set_that_changed_is_not_resumed(tmp_path: Path) -> None:
 
 
 def test_a_change_far_from_a_file_s_ends_is_seen(tmp_path: Path) -> None:
-    """Of large files the ends alone are read: datasets' own fingerprint tells the rest."""
+    """Only the ends of large files are read; datasets' own fingerprint shows other changes."""
     digests = []
     for middle in ("b", "c", "b"):
         data = datasets.Dataset.from_dict({"text": ["a" * 200_000, middle, "a" * 200_000]})
@@ -168,13 +168,13 @@ def test_a_broken_data_set_is_named(
 
 
 def test_rows_that_are_no_document_are_skipped_and_named(tmp_path: Path) -> None:
-    """A text that is null, and one that is no UTF-8, as other programs write them."""
+    """One text is null and one is not UTF-8, as other programs can write them."""
     texts = pyarrow.array([b"a", None, b"\xff", b"b"]).view(pyarrow.string())
     data = datasets.Dataset(pyarrow.table({"text": texts}))
     data.save_to_disk(str(tmp_path / "saved"))
     bad = BadLines(tmp_path / "bad", max_share=0.01)
     documents = opened(tmp_path / "saved", bad_lines=bad)
-    for _ in range(2):  # epochs
+    for _ in range(2):  # two epochs
         assert sorted(documents.next().text for _ in range(2)) == ["a", "b"]
     told = sorted((tmp_path / "bad").read_text().splitlines())
     assert [line.split(": ")[0] for line in told] == [f"{tmp_path}/saved:{n}" for n in (2, 3)]

@@ -1,5 +1,7 @@
-"""The stream that a run trains on: the same to the token, whoever tokenizes and however often it is
-cut; shares as asked; every document once an epoch."""
+"""Tests the stream of a run: its tokens do not depend on workers or on restarts.
+
+The shares equal the weights, and every document comes once per epoch.
+"""
 
 import json
 import random
@@ -26,12 +28,12 @@ from tests.support.data import (
 
 WEIGHTS = (0.2, 0.5, 0.3)
 ROWS = 4
-APART = {3, 4}  # which of the parts that a run is cut into a process of its own tokenizes
+APART = {3, 4}  # parts of the run that are tokenized by a worker process
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> list[SourceSpec]:
-    """A plain file, a folder of plain and compressed ones, and a file of questions and answers."""
+    """Makes a plain file, a folder of plain and compressed files, and a file of pairs."""
     folder = tmp_path_factory.mktemp("sources")
     pairs = [{"prompt": text, "completion": " dog"} for text in make_texts(70, seed=3)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
@@ -53,7 +55,7 @@ def stream_of(sources: Sequence[SourceSpec], **options: Any) -> BlockStream:
     "way", [{}, {"pack": "document", "train_on": "completion", "separator": "\n"}]
 )
 def test_workers_change_no_token(sources: list[SourceSpec], way: dict[str, Any]) -> None:
-    """0 and 3 processes: 900 blocks, and the states between them, over several epochs."""
+    """0 and 3 workers give the same 900 blocks and states, over several epochs."""
     streams = [stream_of(sources, num_workers=workers, **way) for workers in (0, 3)]
     for number in range(900):
         alone, apart = (content(stream.next_block()) for stream in streams)
@@ -70,8 +72,10 @@ def test_workers_change_no_token(sources: list[SourceSpec], way: dict[str, Any])
 def test_cut_at_ten_steps_it_is_the_same_stream(
     sources: list[SourceSpec], way: dict[str, Any]
 ) -> None:
-    """Batches of 120 steps, against a run that is killed and resumed 10 times, to a process that
-    tokenizes and from one, from one to the next, and where none does."""
+    """120 steps have the same batches as a run that is killed and resumed 10 times.
+
+    Parts with and without a worker process follow each other in every order.
+    """
     loader = BatchLoader(stream_of(sources, **way), rows=ROWS)
     whole = [loader.next() for _ in range(120)]
     loader.close()
@@ -93,7 +97,7 @@ def test_cut_at_ten_steps_it_is_the_same_stream(
 
 
 def test_shares_are_the_weights(sources: list[SourceSpec]) -> None:
-    """3000 blocks: within 1% of each weight (of all blocks: 0.2 is 594 to 606 of them)."""
+    """In 3000 blocks, each source's share is within 1% of its weight (0.2: 594 to 606 blocks)."""
     stream = stream_of(sources)
     origins = [stream.next_block().documents[0] for _ in range(3000)]
     for spec, weight in zip(sources, WEIGHTS, strict=True):
@@ -102,7 +106,7 @@ def test_shares_are_the_weights(sources: list[SourceSpec]) -> None:
 
 
 def test_every_document_comes_once_an_epoch_in_another_order(sources: list[SourceSpec]) -> None:
-    """Of each source, by the places that the blocks name, until every one has three epochs."""
+    """The order of each source's documents is that of the blocks, over three epochs."""
     stream = stream_of(sources)
     orders: dict[str, list[str]] = {spec.name: [] for spec in sources}
     while min(source["epoch"] for source in stream.state()["sources"]) < 3:

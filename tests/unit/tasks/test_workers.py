@@ -1,4 +1,4 @@
-"""The processes that tokenize: what ends them, and what does not."""
+"""Tests the worker processes that tokenize, and the events that end them."""
 
 import json
 import multiprocessing
@@ -20,7 +20,7 @@ SECONDS = 20.0
 
 
 def is_there(pid: int) -> bool:
-    """Whether a process lives; one that nobody waited for yet does not."""
+    """Returns whether a process lives; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
@@ -28,13 +28,13 @@ def is_there(pid: int) -> bool:
 
 
 def test_signals_to_all_processes_are_not_for_workers() -> None:
-    """Ctrl-C and a job's SIGTERM reach them too: the rank decides when they end."""
+    """Ctrl-C and a job's SIGTERM also reach the workers, but the rank decides when they end."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     workers = Workers(Encoder(tokenizer()), 1)
     expected = [one.token_ids.tolist() for one in Encoder(tokenizer()).encode_all(DOCUMENTS)]  # type: ignore[union-attr]
     result = workers.encode(DOCUMENTS)
     (child,) = multiprocessing.active_children()
-    for given in (result, workers.encode(DOCUMENTS)):  # as it starts, and when it works
+    for given in (result, workers.encode(DOCUMENTS)):  # while it starts, and while it works
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             os.kill(child.pid or 0, number)
         found = given()
@@ -45,14 +45,14 @@ def test_signals_to_all_processes_are_not_for_workers() -> None:
 
 
 def encode_until_it_fails(workers: Workers) -> None:
-    """A pool sees a moment later that a process died, and what is left of it works meanwhile."""
+    """Encodes until an error; a pool notices a dead process late, and its others still work."""
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
         workers.encode(DOCUMENTS)()
 
 
 def test_one_that_dies_is_told_and_the_others_end() -> None:
-    """Whichever it is: one of them holds the lock of the queue that the others wait for."""
+    """Each worker is killed in turn; one of them holds the queue's lock, for which others wait."""
     for victim in range(2):
         workers = Workers(Encoder(tokenizer()), 2)
         results = [workers.encode(DOCUMENTS * 100) for _ in range(20)]
@@ -61,7 +61,7 @@ def test_one_that_dies_is_told_and_the_others_end() -> None:
         children = sorted(multiprocessing.active_children(), key=lambda child: child.pid or 0)
         assert len(children) == 2
         children[victim].kill()
-        for _ in range(2):  # as it breaks, and once it is broken
+        for _ in range(2):  # while the pool breaks, and after that
             with pytest.raises(
                 ChildProcessError, match=r"tokenizer process died.*--data-workers 0"
             ):
@@ -74,7 +74,7 @@ def test_one_that_dies_is_told_and_the_others_end() -> None:
 
 
 def live_and_wait(pipe: int) -> None:
-    """Tells the numbers of this process's workers, and waits to be killed."""
+    """Writes the process ids of its workers, then waits to be killed."""
     workers = Workers(Encoder(tokenizer()), 2)
     for result in [workers.encode(DOCUMENTS) for _ in range(20)]:
         result()

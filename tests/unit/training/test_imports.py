@@ -1,4 +1,4 @@
-"""What a rank imports before its first step: its start takes seconds for each large library."""
+"""Tests the imports before a rank's first step, because each large library takes seconds."""
 
 import json
 import os
@@ -38,7 +38,7 @@ for activation in PUBLISHED:
 
 
 def imported_by(code: str, *arguments: str, folder: Path) -> set[str]:
-    """Returns the modules that a process has imported when it ends well."""
+    """Returns the modules that a process has imported; its exit status must be 0."""
     command = [sys.executable, "-c", REPORT + code, *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=True)
@@ -51,7 +51,7 @@ def test_help_imports_neither_torch_nor_transformers(flag: str) -> None:
 
 
 def test_a_rank_imports_no_library_that_its_model_does_not_need(tmp_path: Path) -> None:
-    """Covers the imports, and the model that is made on a CPU, whatever its usual activation."""
+    """A model on CPU with any usual activation imports none of the large libraries."""
     (tmp_path / "text.jsonl").write_text('{"text": "a"}\n')
     imported = imported_by(SESSION, folder=tmp_path)
     assert "training.run" in imported

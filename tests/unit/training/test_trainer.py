@@ -1,4 +1,4 @@
-"""The loop over iterations, with doubles in place of what it calls."""
+"""Tests the loop over iterations, with doubles for its components."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +8,7 @@ from training.trainer import Trainer
 
 
 class Saver:
-    """Writes a step beside training; the write ends while the next iteration runs."""
+    """Saver that writes a step beside training; the write ends during the next iteration."""
 
     is_pending = is_writing = False
 
@@ -27,7 +27,7 @@ class Saver:
 
 
 class Iterations:
-    """Each iteration lasts as long as a write: `saver` has written when backward is done."""
+    """Iterations that last as long as a write: `saver` has written when backward ends."""
 
     update_step = SimpleNamespace(has_given_up=False, may_skip=False)
     feed = SimpleNamespace(state={})
@@ -41,7 +41,7 @@ class Iterations:
         return totals, None
 
     def check_weights(self, step: int) -> None:
-        """All are finite."""
+        """Does nothing, because all weights are finite."""
 
 
 def test_a_step_is_published_in_the_iteration_in_which_its_write_ended() -> None:

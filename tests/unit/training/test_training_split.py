@@ -1,4 +1,4 @@
-"""The line at the start that tells a split and the bubble to expect of it."""
+"""Tests the log line with the split and its expected bubble."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from modules.model_sizes import ModelSizes
 from pipeline_parallel.partition.split import Split
 from pipeline_parallel.partition.stage_split import StageSplit
 
-# A block has 32 + 2 x 8 = 48 multiply-adds per token, and the head 2 x 24 as many.
+# Per token, a block has 32 + 2 x 8 = 48 multiply-adds, and the head 2 x 24 = 48, too.
 SIZES = ModelSizes(layers=3, hidden=2, inner=4, vocabulary=24, block_weights=32)
 TOKENS = 7
 
@@ -18,18 +18,21 @@ def describe(layers: Split, schedule: str, num_microbatches: int, *, recompute: 
     )
 
 
-# Stage 0 has two blocks, stage 1 one and the head; a block's F, I and W are 1 each. The head does
-# its input's gradient in F, and its weights' there too (gpipe, 1f1b) or in W (zb-h1).
+# Stage 0 has two blocks, stage 1 has one block and the head; a block's F, I and W take 1 each. The
+# head computes its input's gradient in F, and its weights' gradient in F (gpipe, 1f1b) or in W
+# (zb-h1).
 @pytest.mark.parametrize(
     ("schedule", "recompute", "bubble"),
     [
-        # F 2, B 4 and F 4, B 2: stage 0 waits from 4 to 12, its B1 ends at 20; each works for 12.
+        # F 2, B 4 and F 4, B 2: stage 0 waits from 4 to 12, its B1 ends at 20; each computes for
+        # 12.
         ("gpipe", False, "40.0%"),
-        # Stage 1 does F0 B0 F1 B1 from 2 to 14, stage 0 B0 from 8 and B1 from 14 to 18.
+        # Stage 1 runs F0 B0 F1 B1 from 2 to 14; stage 0 runs B0 from 8, and B1 from 14 to 18.
         ("1f1b", False, "33.3%"),
-        # B 6 and 3: stage 1 from 2 to 16, stage 0 B0 from 9, B1 to 22; they work for 16 and 14.
+        # B 6 and 3: stage 1 runs from 2 to 16, stage 0 runs B0 from 9, B1 to 22; they compute for
+        # 16 and 14.
         ("1f1b", True, "31.8%"),
-        # F 2, I 2, W 2 and F 3, I 1, W 2: stage 1 works from 2 to 14, stage 0 but from 4 to 6.
+        # F 2, I 2, W 2 and F 3, I 1, W 2: stage 1 runs from 2 to 14, stage 0 waits from 4 to 6.
         ("zb-h1", False, "14.3%"),
     ],
 )
