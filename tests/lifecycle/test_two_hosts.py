@@ -83,7 +83,7 @@ def chain(base: Path, layout: str, port: int, victim: int) -> list[Run]:
             extra = {} if named is None else {"net-interface": named}
             given = to_argv(flags(layout, rank, port) | extra)
             ranks.append(Rank(given, homes[rank], host=host.name, hooks=[no_picture]))
-        saved = homes[0] / "run" / "5"
+        saved = homes[0] / "run" / "latest"  # written once both hosts have the step
         attend = kill_once(victim, lambda _pid: saved.exists()) if kill else None
         return Run(f"{layout}, {name}", ranks, attend)
 
