@@ -92,7 +92,7 @@ def take_one_for_the_other(run: Path) -> None:
 
 
 def alter_meta(run: Path) -> None:
-    """Changes the step in meta.json, and the checksum of meta.json in each manifest to match."""
+    """Changes the step in meta.json, and sets the new checksum of meta.json in each manifest."""
     path = run / str(LAST) / "meta.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "step": FIRST}))
     for name in MANIFESTS:
@@ -279,7 +279,7 @@ def test_the_converter_names_what_is_not_of_the_step(name: str, made: Made, tmp_
 def test_a_folder_of_any_name_converts_and_only_what_is_read_counts(
     made: Made, tmp_path: Path
 ) -> None:
-    """The converter accepts any name of a step's folder, and needs only the files that it reads."""
+    """A step's folder converts under any name, also without optimizer, scheduler and config."""
     step = tmp_path / "gathered"
     step.mkdir()
     weights = [f"prank_{stage}_checkpoint.pt" for stage in range(STAGES)]

@@ -183,7 +183,7 @@ def test_ipv6_url() -> None:
 
 
 def test_a_loopback_address_among_others_is_a_mistake() -> None:
-    """A loopback address is an error if another rank has a different address."""
+    """A loopback address is an error if the address of another rank is not a loopback address."""
     there = Participant(1, "b", "10.0.0.2", "eth0", 1, {})
     problem = find_mismatch([Participant(0, "a", "127.0.1.1", "lo", 1, {}), there])
     assert problem is not None

@@ -1,4 +1,4 @@
-"""Tests the loss in chunks: numbers against torch's cross entropy on all logits, and memory."""
+"""Tests the head's chunked loss: numbers against torch's cross entropy on all logits, memory."""
 
 import copy
 import math

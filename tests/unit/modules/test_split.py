@@ -116,7 +116,7 @@ def test_auto_of_known_models(
 
 
 def test_the_work_of_a_known_model() -> None:
-    """By hand: block 4 x 512^2 + 2 x 512 x 2048 + 2 x 512 x 128.5 mean keys; head 512 x 8192."""
+    """By hand, for 128.5 keys: 4 x 512^2 + 2 x 512 x 2048 + 2 x 512 x 128.5; head 512 x 8192."""
     work = MODELS["gptneox"].load().sizes(hf_config("gptneox", NEOX)).work(256)
     assert work == ModuleWork(block=1048576 + 2097152 + 131584, head=4194304)
     assert stage_work(Split((5, 3)), work) == (5 * 3277312, 3 * 3277312 + 4194304)
