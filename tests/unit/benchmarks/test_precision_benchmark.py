@@ -1,4 +1,4 @@
-"""Tests that the benchmark of precisions fails if a loss is too far from fp32, or NaN."""
+"""Tests that benchmarks/precision.py fails if a loss is NaN or too far from the loss in fp32."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Models for the tests of `checkpoint/`, which damage copies of them."""
+"""Fixture with models for the tests of `checkpoint/`, which damage only copies of the models."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tests.support.checkpoint_models import (
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Makes a NeoX model in each format: st, many, bin, shards, and ck (stages of 2 and 1)."""
+    """Makes a NeoX model, one folder per format; `ck` is a checkpoint of 2 stages (2, 1 layers)."""
     base = tmp_path_factory.mktemp("originals")
     model = make_model("gptneox")
     for folder, form in (("st", "single"), ("many", "sharded"), ("bin", "bin")):

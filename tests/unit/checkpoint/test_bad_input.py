@@ -1,6 +1,6 @@
-"""Tests that a mistake in files or flags gives one line that names it, and leaves no files.
+"""Tests that a mistake in files or flags gives an error of one line, and no output files.
 
-The converters' other tests are in test_conversion.py.
+The error names the mistake. The converters' other tests are in test_conversion.py.
 """
 
 import pickle
@@ -32,7 +32,7 @@ NAN = float("nan")
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Yields a working directory; at the end, no file's code has run and `out` is empty."""
+    """Yields a working directory; after the test, checks that no pickle ran and `out` is empty."""
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     assert not (tmp_path / "ran").exists()
@@ -64,7 +64,7 @@ def replace_by_folder(path: Path) -> None:
 
 
 def as_it_is(_path: Path) -> None:
-    """Does nothing; the files are valid."""
+    """Changes no file, because only the flags of the case are wrong."""
 
 
 QKV = "attention.query_key_value.weight"

@@ -1,7 +1,8 @@
-"""Tests that --keep-checkpoints counts only steps that are complete on every stage.
+"""Tests that --keep-checkpoints counts only checkpoints that are complete on every stage.
 
-Two stages with a disk each save steps 2, 5 and 8; then a disk is changed, and the next start saves
-step 10 and keeps two steps. Incomplete steps are deleted.
+Two stages, each with its own disk, save checkpoints at steps 2, 5 and 8. Then a case changes the
+disk of stage 1. The next start of the program saves step 10, keeps two complete checkpoints, and
+deletes incomplete ones.
 """
 
 import logging
@@ -27,36 +28,36 @@ Found = dict[str, tuple[list[str], list[str]]]
 
 
 def nothing(_disk: Path) -> None:
-    """Does nothing: no start was interrupted."""
+    """Changes nothing, so that all checkpoints are complete."""
 
 
 def remove(disk: Path) -> None:
-    """Removes a step, as after a crash when only stage 0 has renamed its folder."""
+    """Removes stage 1's step 8, as if the program crashed after stage 0 alone had saved it."""
     shutil.rmtree(disk / "8")
 
 
 def call_by_another_number(disk: Path) -> None:
-    """Puts a complete step 5 into the folder of step 8 on both disks."""
+    """Replaces folder 8 by a copy of folder 5, on the disks of both stages."""
     for one in (disk, disk.with_name("disk0")):
         shutil.rmtree(one / "8")
         shutil.copytree(one / "5", one / "8")
 
 
 def bring(disk: Path) -> None:
-    """Moves stage 1's files to stage 0's disk, as for a conversion."""
+    """Moves stage 1's files of step 8 to stage 0's disk, as a user does before a conversion."""
     for path in (disk / "8").glob("prank_1_*"):
         shutil.copy(path, disk.with_name("disk0") / "8")
     shutil.rmtree(disk / "8")
 
 
 def refuse(disk: Path) -> None:
-    """Makes the manifest unreadable."""
+    """Makes stage 1's manifest of step 8 unreadable: a folder takes the place of the file."""
     (disk / "8" / "prank_1_manifest.json").unlink()
     (disk / "8" / "prank_1_manifest.json").mkdir()
 
 
 def take_a_number(disk: Path) -> None:
-    """Makes a folder that is not a checkpoint, and a step newer than the next save."""
+    """Adds folder 7, which is no checkpoint, and step 12, which is newer than the new step 10."""
     (disk / "7").mkdir()
     shutil.copytree(disk / "8", disk / "12")
 
@@ -86,7 +87,7 @@ def states_of(disk: Path) -> list[str]:
 def save(
     groups: ProcessGroups, disk: Path, nonce: str, steps: tuple[int, ...], keep: RetentionPolicy
 ) -> None:
-    """Saves the steps, as one start does."""
+    """Saves a checkpoint at each of `steps`, as one start of the program does."""
     topology = Topology(groups.control.rank, STAGES, 1)
     places: dict[str, Any] = {"control": groups.control, "topology": topology, "nonce": nonce}
     store = CheckpointStore(disk, **places, extras={"config.json": b"{}"}, policy=keep)
@@ -99,7 +100,7 @@ def save(
 
 
 def live(rank: int, _world: int, url: str, folder: Path) -> Found:
-    """Returns the steps and the optimizer states on this stage's disk at the end of each story."""
+    """Runs every case; returns which steps, and which optimizer states, this stage's disk keeps."""
     found = {}
     logging.getLogger().setLevel(logging.ERROR)
     with connected(Topology(rank, STAGES, 1), url) as (groups, nonce):
@@ -143,9 +144,9 @@ def held(save_name: str, num_stages: int, *stages: int) -> list[StageFiles]:
 
 
 def test_a_step_of_other_stages_counts_where_the_disks_together_have_it() -> None:
-    """Saves of another number of stages count if both disks together have all stages.
+    """A checkpoint of one or three stages counts if the two disks together have every stage.
 
-    For saves of these two stages, each disk must have its own stage.
+    For a checkpoint of two stages, each stage's files must be on this stage's own disk.
     """
     by_step = {
         1: (held("a", 3, 0, 1), held("a", 3, 1, 2)),

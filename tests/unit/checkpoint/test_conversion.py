@@ -1,4 +1,4 @@
-"""Tests the converters apart from bad files: disk, names, interruptions and the scripts."""
+"""Tests the converters: disk space, model names, interruptions, and the scripts that users run."""
 
 import logging
 import os
@@ -76,7 +76,7 @@ def test_an_interrupted_conversion_leaves_nothing(
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Runs a script in this process, then restores the log levels that the script sets."""
+    """Yields a function that runs a script in this process; at the end, restores log levels."""
     loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub", "httpx")]
     levels = [logger.level for logger in loggers]
 
@@ -112,7 +112,7 @@ def test_scripts_end_with_status_2_and_one_line(
 def test_scripts_convert_both_ways(
     originals: Path, tmp_path: Path, run: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One script runs as a user's command, because only then errors are on its stderr."""
+    """Both scripts print nothing on stderr; one runs as a process, to get its complete stderr."""
     hf = tmp_path / "hf"
     flags = ("--ckpt-path", originals / "ck", "--save-path", hf, "--verify")
     done = subprocess.run(

@@ -1,8 +1,8 @@
 """Tests that each damaged or foreign file of a checkpoint gives an error that names the file.
 
-Two stages train four steps and save two. Each case damages a copy of the result, or moves complete
-files in the copy, which no checksum detects. The errors of training and converter must have the
-name of the file.
+Two stages train four steps and save checkpoints at steps 2 and 4. Each case damages a copy of the
+run's folder, or puts undamaged files of another checkpoint into the copy, which no checksum
+detects. The errors of training and of the converter must name the file.
 """
 
 import json
@@ -55,9 +55,9 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 def cases(files: list[str], damages: list[str], few: int) -> list[Any]:
-    """Returns each file with `few` of the damages in turn, all others marked slow.
+    """Returns a test case for each file and each damage; most cases are marked slow.
 
-    The files that name the latest step have all damages.
+    For each file, `few` of the damages are not slow. For files in LATEST, no damage is slow.
     """
     found = []
     for number, file in enumerate(files):
@@ -68,7 +68,7 @@ def cases(files: list[str], damages: list[str], few: int) -> list[Any]:
 
 
 def bring_stage_of_first(run: Path) -> None:
-    """Copies stage 1 of the first step, as if a user gathered it from the wrong folder."""
+    """Replaces stage 1's files of the last step by those of the first, as a user may by mistake."""
     for path in (run / str(FIRST)).glob("prank_1_*"):
         shutil.copy(path, run / str(LAST))
 
@@ -92,7 +92,7 @@ def take_one_for_the_other(run: Path) -> None:
 
 
 def alter_meta(run: Path) -> None:
-    """Changes the step in meta.json and its checksums; the other files are of one save."""
+    """Changes the step in meta.json, and sets the new checksum of meta.json in each manifest."""
     path = run / str(LAST) / "meta.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "step": FIRST}))
     for name in MANIFESTS:
@@ -100,7 +100,7 @@ def alter_meta(run: Path) -> None:
         reseal(path.with_name(name), files={**files, path.name: sum_file(path)._asdict()})
 
 
-# The change of a run, and the error of training, from the step's folder on.
+# The function that changes a run's folder, and the end of training's error, from the step on.
 MOVED: dict[str, tuple[Callable[[Path], None], str]] = {
     "called 6": (call_by_another_number, f"/6/{MANIFESTS[0]}: belongs to step {LAST}"),
     "stage 1 of the first": (
@@ -138,7 +138,7 @@ def spoil(run: Path, name: str) -> None:
 
 @dataclass(frozen=True)
 class Opened:
-    """Result of opening a folder on one rank: the step, or the error."""
+    """Result of opening a run's folder on one rank: the checkpoint's step, or the error."""
 
     step: int | None
     error: str
@@ -153,7 +153,7 @@ def train_and_open(
     folder: Path,
     names: list[str],
 ) -> dict[str, Opened]:
-    """Trains, then opens a damaged copy of the run for each name, as a resume does."""
+    """Trains; then, for each of `names`, damages a copy of the run and opens the copy to resume."""
     train_cases(rank, world, url, [shape], [Case("run", flags)], folder)
     whole, run = run_folder(folder, "run", STAGES, 1), folder / "damaged"
     found: dict[str, Opened] = {}
@@ -187,7 +187,7 @@ class Made:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Made:
-    """Trains, and makes only the damages of selected tests, because the slow tests are many."""
+    """Trains, and opens damaged copies of the run only for the tests that pytest selected."""
     folder = tmp_path_factory.mktemp("damage")
     write_jsonl(folder / "a.jsonl", make_texts(20, seed=1))
     make_shards(folder, "model", "gptneox", {"num_hidden_layers": 3})
@@ -221,7 +221,7 @@ def error_on_every_rank(name: str, made: Made) -> str:
 
 @pytest.mark.parametrize(("file", "damage"), cases(FILES, list(DAMAGES), few=2))
 def test_training_names_the_file_on_every_rank(file: str, damage: str, made: Made) -> None:
-    """If the step is damaged and not `latest`, the error also names the step before."""
+    """Every rank's error names the damaged file; for a step's file, also an older complete step."""
     error = error_on_every_rank(f"{file}: {damage}", made)
     assert f"/{file}: " in error
     if file in STEP_FILES:
@@ -231,7 +231,7 @@ def test_training_names_the_file_on_every_rank(file: str, damage: str, made: Mad
 
 @pytest.mark.parametrize("name", MOVED)
 def test_training_names_what_is_not_of_the_step(name: str, made: Made) -> None:
-    """The error is the same on every rank, and names the complete step before."""
+    """All ranks give the same error, which names the wrong file and an older complete step."""
     error = error_on_every_rank(name, made)
     assert MOVED[name][1] in error
     older = LAST if name.startswith("called") else FIRST
@@ -279,7 +279,7 @@ def test_the_converter_names_what_is_not_of_the_step(name: str, made: Made, tmp_
 def test_a_folder_of_any_name_converts_and_only_what_is_read_counts(
     made: Made, tmp_path: Path
 ) -> None:
-    """Gathered weights convert from a folder with any name, also with another config."""
+    """A step's folder converts under any name, also without optimizer, scheduler and config."""
     step = tmp_path / "gathered"
     step.mkdir()
     weights = [f"prank_{stage}_checkpoint.pt" for stage in range(STAGES)]

@@ -33,7 +33,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {"cut": cut, "flipped": flip, "gone
 
 @dataclass(frozen=True)
 class Home:
-    """A converted model, and the flags of a run that starts from it."""
+    """A converted model, and the flags of a run that starts from this model."""
 
     model: Path
     flags: dict[str, Any]
@@ -48,7 +48,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 
 
 def start(model: Path, home: Home) -> StageModel:
-    """Returns the model of a run with its initial weights."""
+    """Starts a run from the layer shards in `model`; returns the stage with the loaded weights."""
     own = {"model-name": model, "checkpoint-path": model.parent / "run"}
     parts = run_parts({**home.flags, **own})
     settings, context = parts["settings"], parts["context"]
@@ -81,7 +81,7 @@ def test_a_damaged_file_is_an_error_that_names_it(
 
 
 def test_without_a_manifest_the_same_weights_load(home: Home, tmp_path: Path) -> None:
-    """A changed weight loads too, because without a manifest nothing can detect it."""
+    """Shards without a manifest load, also with a changed weight, which nothing can detect."""
     whole = start(home.model, home).state_dict()
     model = Path(shutil.copytree(home.model, tmp_path / "model"))
     (model / "manifest.json").unlink()
@@ -95,7 +95,7 @@ def test_without_a_manifest_the_same_weights_load(home: Home, tmp_path: Path) ->
 
 
 def test_a_shard_that_the_manifest_does_not_list_is_an_error(home: Home, tmp_path: Path) -> None:
-    """A shard of another conversion, copied into the folder, is an error."""
+    """A shard that manifest.json does not list is an error: another conversion may have made it."""
     model = Path(shutil.copytree(home.model, tmp_path / "model"))
     listed = [path for path in model.iterdir() if path.name not in (NAME, SHARDS[1])]
     write_shard_manifest(model, {path.name: sum_file(path) for path in listed})

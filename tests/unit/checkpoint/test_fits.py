@@ -1,4 +1,4 @@
-"""Tests that weights beyond the range of the compute type are refused when they are read."""
+"""Tests that loading refuses weights beyond the range of the compute type; tests `is_finite`."""
 
 import math
 import re
@@ -45,7 +45,7 @@ VALUES = [
 
 
 def write(model: StageModel, folder: Path, value: float, kind: torch.dtype) -> None:
-    """Writes the model as shards and as a checkpoint; one value has its own type."""
+    """Writes the model as shards and as a checkpoint; a tensor of type `kind` contains `value`."""
     state = model.state_dict()
     changed = state[f"2.{KEY}"].to(kind)
     changed[5] = value
@@ -61,7 +61,7 @@ def write(model: StageModel, folder: Path, value: float, kind: torch.dtype) -> N
 def test_what_does_not_fit_is_named(
     load: str, value: float, kind: Any, dtype: Any, words: str | None, tmp_path: Path
 ) -> None:
-    """An fp32 weight of 1e5 must not silently become inf in fp16."""
+    """A value too large for the compute type gives an error that names the file and the weight."""
     run, file, key = LOADS[load]
     model = from_hf("gptneox", make_hf("gptneox"), tmp_path)
     write(model, tmp_path, value, kind)
@@ -87,7 +87,7 @@ def test_what_does_not_fit_is_named(
     ],
 )
 def test_what_is_finite(values: list[float], kind: torch.dtype, finite: bool) -> None:
-    """The tensor is checked in parts, so one case has the values in the last part."""
+    """`is_finite` finds inf and NaN, also in the last of the parts in which it checks a tensor."""
     tensor = torch.tensor(values, dtype=kind)
     assert is_finite(tensor) == finite
     assert is_finite(torch.cat([torch.zeros(2 * (1 << 22), dtype=kind), tensor])) == finite

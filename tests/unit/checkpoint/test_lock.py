@@ -1,4 +1,4 @@
-"""Tests the lock of --checkpoint-path, also on file systems without locks."""
+"""Tests the lock of the folder --checkpoint-path, also on file systems without locks."""
 
 import errno
 import fcntl
@@ -27,7 +27,7 @@ def test_who_comes_second_is_told_who_holds_it(
 
 
 def test_another_word_for_a_held_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """EACCES also means that the lock is held, as on NFS, where flock uses fcntl's locks."""
+    """The error EACCES means that another process has the lock: NFS, for example, gives EACCES."""
     raising(monkeypatch, errno.EACCES)
     with pytest.raises(ValueError, match="in use by another process"):
         lock_folder(tmp_path)

@@ -1,4 +1,4 @@
-"""Tests predecessors' files: they load and convert, and training starts from them."""
+"""Tests that files of older systems (predecessors, see docs/glossary.md) load and convert."""
 
 from pathlib import Path
 

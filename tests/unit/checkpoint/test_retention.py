@@ -41,11 +41,11 @@ KEPT, KEEP = ["6", "8", "10"], {"keep-checkpoints": 3, "keep-optimizer-states": 
 
 
 class Killed(BaseException):
-    """Simulated death of a process; only its files show it."""
+    """Exception that simulates the death of the process: only the process's files stay."""
 
 
 class AtOnce(BackgroundTask):
-    """Background task that runs at once; if the process dies in the task, nothing later runs."""
+    """Background task that runs in its constructor, so that `Killed` in the task ends the run."""
 
     def __init__(self, work: Callable[[], None]) -> None:
         work()
@@ -54,7 +54,7 @@ class AtOnce(BackgroundTask):
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Trains `all`, which keeps all steps, and `few`, which deletes old ones; returns its flags."""
+    """Trains a run `all`, which keeps all steps, and `few`, which does not; returns few's flags."""
     folder = tmp_path_factory.mktemp("pruning")
     write_jsonl(folder / "a.jsonl", make_texts(20, seed=1))
     make_shards(folder, "model", "gptneox", {"num_hidden_layers": 2})
@@ -111,7 +111,7 @@ def test_training_does_not_go_on_without_optimizer_state(
 
 @contextmanager
 def killed_at(target: str, nth: int, *, after: bool) -> Iterator[None]:
-    """Ends the process before or after the `nth` call of a module's function."""
+    """Makes the `nth` call of the function `target` raise `Killed`, before or after its work."""
     module, _, name = target.rpartition(".")
     original, calls = getattr(importlib.import_module(module), name), itertools.count(1)
 
@@ -133,9 +133,9 @@ def killed_at(target: str, nth: int, *, after: bool) -> Iterator[None]:
 def test_a_crash_while_old_steps_go_costs_nothing(
     target: str, after: bool, flags: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Rename 9 is the first of a deletion: a save has two renames, then one per deleted step."""
+    """A run that crashed while it deleted old files resumes, and ends with the expected files."""
     again = {**flags, "checkpoint-path": tmp_path / "run"}
-    nth = 9 if target.endswith("_rename_if_exists") else 1
+    nth = 9 if target.endswith("_rename_if_exists") else 1  # four saves have two renames each
     at_once = patch("checkpoint.retention.BackgroundTask", AtOnce)
     with killed_at(f"checkpoint.{target}", nth, after=after), at_once, pytest.raises(Killed):
         train_alone(again)
@@ -166,7 +166,7 @@ def save(store: CheckpointStore, *steps: int, is_last: bool = False) -> None:
 
 
 def test_old_steps_go_beside_training(tmp_path: Path) -> None:
-    """A deletion slower than the saves delays none of them; the next deletion continues it."""
+    """A slow deletion delays no save; the next run deletes the old steps that a run leaves."""
     store = make_store(tmp_path, RetentionPolicy(1))
     trained = threading.Event()
 
@@ -230,7 +230,7 @@ def test_what_cannot_be_removed_is_told(tmp_path: Path, caplog: pytest.LogCaptur
 
 
 def peak(saves: int, keep: RetentionPolicy, kept: tuple[int, int]) -> int:
-    """Returns the bytes that `saves` add at most; weights have 4 bytes, states 8."""
+    """Returns how many bytes `saves` checkpoints add at most; weights have 4, a state has 8."""
     there = [index >= kept[0] - kept[1] for index in range(kept[0])]  # whether it has state
     sizes = [len(there) * 4 + sum(there) * 8]
     for _ in range(saves):
@@ -266,7 +266,7 @@ def test_a_disk_that_does_not_let_latest_catch_up_is_a_warning(
 
 
 def test_a_deletion_that_outlasts_a_save_is_caught_up_before_the_next(tmp_path: Path) -> None:
-    """A save waits for the last deletion; otherwise the disk would hold one step too many."""
+    """A deletion that had to wait for a slow one begins, at the latest, with the next save."""
     store = make_store(tmp_path, RetentionPolicy(1))
     may_end, second_began = threading.Event(), threading.Event()
 

@@ -1,4 +1,4 @@
-"""Tests Hugging Face -> layer shards -> checkpoint -> Hugging Face: no weight changes."""
+"""Tests that conversion from Hugging Face to shards to a checkpoint and back keeps all weights."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def to_shards(name: str, source: Path, tmp_path: Path, dtype: str = "keep") -> P
 
 
 def to_hf(name: str, checkpoint: Path, tmp_path: Path, **options: Any) -> Path:
-    """Converts with --verify."""
+    """Converts `checkpoint` to Hugging Face with --verify; returns the folder of the result."""
     save_path = tmp_path / "result" / "hf"
     return checkpoint_models.to_hf(checkpoint, save_path, name, verify=True, **options)
 
@@ -44,9 +44,9 @@ def to_hf(name: str, checkpoint: Path, tmp_path: Path, **options: Any) -> Path:
 def ours(
     name: str, model: Any, tmp_path: Path, *counts: int, dtype: str = "keep"
 ) -> tuple[dict[str, Tensor], Path]:
-    """Returns a model's weights, and a checkpoint of it in the format of training.
+    """Returns a model's weights, and the folder of a run with a checkpoint of this model.
 
-    The checkpoint has config, tokenizer and meta.json.
+    The checkpoint also has config, tokenizer and meta.json, and stages of `counts` layers.
     """
     source = save_model(model, tmp_path / "in")
     shards, run = to_shards(name, source, tmp_path, dtype), tmp_path / "run"
@@ -197,7 +197,7 @@ def test_the_empty_folder_of_that_name_is_filled(tmp_path: Path) -> None:
 
 
 def test_verify_rejects_other_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error appears if query and key are swapped in the written file."""
+    """--verify gives an error, and no output, if the converter swaps weights of query and key."""
     _, run = ours("gptj", make_model("gptj"), tmp_path, 2, 1)
 
     def swap(key: str) -> str:

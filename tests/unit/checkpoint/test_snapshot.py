@@ -1,4 +1,4 @@
-"""Tests that a snapshot copies a state into its own memory, which it allocates once."""
+"""Tests that a snapshot copies a state into memory that the snapshot allocates only once."""
 
 import io
 
@@ -29,7 +29,7 @@ def test_later_changes_do_not_reach_it_and_buffers_are_kept() -> None:
 
 
 def test_it_is_saved_without_what_it_was_a_part_of() -> None:
-    """torch.save writes a tensor's complete storage, which is larger than a view of it."""
+    """A saved snapshot of a view is small; torch.save of the view itself writes the full tensor."""
     flat = torch.zeros(100_000)
     copied = Snapshot().take({"a": flat[:10]})
     written = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Processes of a test, which end with the test."""
+"""Fixture for tests that start processes; at the end of a test, its processes are killed."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,7 +11,7 @@ from tests.support.launcher import Launch, Process, start
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Launch]:
-    """Calls `function(ready, *args, **options)` in its own process."""
+    """Yields a function that calls `function(ready, *args, **options)` in a new process."""
     started: list[Process] = []
 
     def launch_one(function: Callable[..., object], *args: object, **options: object) -> Process:

@@ -1,4 +1,4 @@
-"""Tests file operations on all ranks: how long they can take, and the error of a failure."""
+"""Tests file operations on all ranks: slow ones do not time out; all ranks learn of a failure."""
 
 import logging
 import threading
@@ -23,7 +23,7 @@ def succeed() -> None:
 
 
 def work_on_all(rank: int, world: int, url: str) -> list[str | None]:
-    """Runs slow work beyond the timeout, then failing work; some ranks have no work."""
+    """Runs slow work on rank 1, then failing work on the last rank; returns the error of each."""
     with connected(Topology(rank, world, 1), url, dist_timeout=3.0) as (groups, _):
         slow = (lambda: time.sleep(7.0)) if rank == 1 else None
         found = [run_on_all(groups.control, slow, "slow work")]
@@ -50,7 +50,7 @@ def test_a_mistake_of_ours_is_no_failure_of_the_disk() -> None:
 
 
 def test_slow_work_is_told_while_it_goes_on() -> None:
-    """The work ends after the log line appeared."""
+    """A log line reports slow work before the work ends."""
     told = threading.Event()
 
     class Listener(logging.Handler):

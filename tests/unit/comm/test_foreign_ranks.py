@@ -1,7 +1,7 @@
 """Tests that only this job's ranks can join a run, whatever else connects to its ports.
 
-Other clients connect to every port of a run of four processes; ranks of other jobs connect to its
---dist-url; the verdict in the store is accepted only with its proof.
+Other clients connect to every port of a run of four processes. Ranks of other jobs connect to the
+run's --dist-url. A rank accepts a value in the store only if a rank of this job has signed it.
 """
 
 import contextlib
@@ -48,14 +48,14 @@ GARBAGE = {
 
 
 def joins(ready: Path, rank: int, world_size: int, url: str, key: JobKey = KEY) -> None:
-    """Joins and leaves; rank 0, which hosts the store, leaves last."""
+    """Joins the run, connects to the liveness server, and leaves; rank 0 leaves last."""
     met = meet(rank, world_size, url, key=key, join_timeout=30.0)
     ExitPolicy.connect(met, Topology(rank, world_size, 1)).detector.close()
     ready.touch()
 
 
 def report_pickles(ready: Path, rank: int, url: str, program: Callable[[Rank], None]) -> None:
-    """Runs one rank of four, which reports any unpickling on stderr."""
+    """Runs `program` as one rank of four; if this process unpickles data, it reports on stderr."""
 
     def tell(event: str, found: tuple[object, ...]) -> None:
         if event == "pickle.find_class":
@@ -66,7 +66,7 @@ def report_pickles(ready: Path, rank: int, url: str, program: Callable[[Rank], N
 
 
 def add_until_told(stop_file: Path, rank: Rank) -> None:
-    """Sums over all groups and checks each sum, until the file exists."""
+    """All-reduces over each group and checks each sum, again and again until `stop_file` exists."""
     going = True
     while going:
         for group in (rank.groups.control, rank.groups.pipeline, rank.groups.replicas):
@@ -80,7 +80,7 @@ def add_until_told(stop_file: Path, rank: Rank) -> None:
 
 
 def bother(listener: Listener) -> list[socket.socket]:
-    """Sends each entry of GARBAGE on its own connection; returns the open connections."""
+    """Sends each entry of GARBAGE to `listener` on a new connection; returns the connections."""
     links = []
     for data in GARBAGE.values():
         link = socket.create_connection(listener, timeout=5.0)
@@ -94,8 +94,8 @@ def bother(listener: Listener) -> list[socket.socket]:
 def test_strangers_at_every_port_of_a_run(launch: Launch, tmp_path: Path) -> None:
     """Foreign data at every port does not disturb a run.
 
-    Ports listen only on the interface's address, nothing is unpickled, sums stay correct, and all
-    ranks end with status 0.
+    The ranks listen only on the interface's address and unpickle nothing, their sums stay correct,
+    and all ranks end with status 0.
     """
     url = f"tcp://127.0.0.1:{free_port()}"
     program = partial(add_until_told, tmp_path / "stop")
@@ -124,7 +124,7 @@ def expect_good_ends(ranks: list[Process], links: list[socket.socket]) -> None:
 
 
 def test_a_rank_of_another_job_is_refused(launch: Launch) -> None:
-    """The rank gets one line; this job's ranks are not disturbed, even by other connections."""
+    """A rank of another job ends with a one-line error; this job's ranks end with status 0."""
     url = f"tcp://127.0.0.1:{free_port()}"
     ranks = [launch(joins, r, 3, url) for r in (0, 1)]
     other = launch(joins, 2, 3, url, OTHER_KEY)
@@ -145,7 +145,7 @@ STRANGE = {
 
 @pytest.mark.parametrize("name", STRANGE)
 def test_the_store_tells_a_stranger_no_secret_and_believes_none(launch: Launch, name: str) -> None:
-    """A foreign client can list, read and write all keys of the store; a write ends the run."""
+    """A foreign client finds no secret in the store; a value that the client sets ends the run."""
     value, words = STRANGE[name]
     port = free_port()
     rank = launch(joins, 0, 2, f"tcp://127.0.0.1:{port}")
@@ -232,7 +232,7 @@ def test_a_handshake_proves_both_sides() -> None:
 
 
 def test_a_token_file(tmp_path: Path) -> None:
-    """The key depends on the content without the newline; errors never quote the content."""
+    """The job's key depends on --job-id and the token in the file; errors never quote the token."""
     path = tmp_path / "token"
     path.write_text(f"{SECRET}\n")
     key = read_job_key("job", path)
@@ -251,10 +251,10 @@ def test_a_token_file(tmp_path: Path) -> None:
 def test_a_name_of_this_machine_itself_stands_for_its_interface(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A hosts file often gives a machine's name a loopback address.
+    """The store does not listen on a loopback address that a hosts file gives this machine's name.
 
-    The store listens on an address that other machines can reach; if this is a loopback address
-    too, rank 0 warns.
+    The store then listens on the address of the network interface. If this is a loopback address
+    too, as here, rank 0 warns that no other machine can join.
     """
     monkeypatch.setattr(
         "comm.rendezvous.store.resolve",

@@ -1,4 +1,4 @@
-"""Tests communicators over gloo: received data, order, and the exact bits of sums."""
+"""Tests communicators over gloo: content and order of messages, and the exact bits of sums."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.support.launcher import run_ranks
 
 
 def check_slices(rank: Rank) -> None:
-    """Checks that a buffer of several slices has the same bits as small parts of it."""
+    """Checks that the sum of a long tensor has the same bits as sums of small parts of it."""
     control = rank.groups.control
     length = 5 * 2**20 + 5  # one slice of fp32 and 5 numbers more
     tensor = values(control.rank, length, torch.float32)
@@ -22,7 +22,7 @@ def check_slices(rank: Rank) -> None:
 
 
 def check_host_copies(rank: Rank) -> None:
-    """Checks the communicator that stages device tensors in host memory, on host tensors."""
+    """Checks HostStagingCommunicator, which sends copies in host memory, with tensors on CPU."""
     channel = HostStagingCommunicator(rank.groups.pipeline)
     peer = 1 - channel.rank
     mine, theirs = torch.full((2, 3), float(channel.rank)), torch.empty(2, 3)

@@ -18,7 +18,7 @@ OLDER_START = Handshake(HANDSHAKE.key, "0123")
 
 
 class Connection:
-    """Client side of a connection, of a rank or of a foreign client."""
+    """Connection that a rank or a foreign client opens to the liveness server."""
 
     def __init__(self, server: LivenessServer) -> None:
         self._socket = socket.create_connection(("127.0.0.1", server.port), timeout=5.0)
@@ -26,12 +26,12 @@ class Connection:
         self.challenge = decode(self._lines.readline())["challenge"]
 
     def shake_hands(self, rank: int, handshake: Handshake = HANDSHAKE) -> "Connection":
-        """Does the handshake of a rank of `handshake`'s start."""
+        """Answers the server's challenge as `rank`, with the job's key and nonce of `handshake`."""
         self.reply = handshake.reply(self.challenge, rank=rank)
         return self.send(encode(self.reply))
 
     def enter(self, rank: int) -> "Connection":
-        """Does the handshake and checks the server's proof."""
+        """Does the handshake as `rank`, and checks that the server proves to be of this run."""
         answer = decode(self.shake_hands(rank).read())
         assert HANDSHAKE.is_answer(answer, challenge=self.challenge, reply=self.reply)
         return self
@@ -110,7 +110,7 @@ def test_a_rank_of_another_job_or_start_is_dropped(
 
 
 def test_what_a_rank_said_once_is_of_no_use_again(server: LivenessServer) -> None:
-    """A recorded handshake is useless, also for another rank."""
+    """The server refuses a recorded reply, and a reply in which the rank's number was changed."""
     first = Connection(server).enter(1)
     played_back = Connection(server).send(encode(first.reply))
     assert played_back.read() == b""
@@ -122,9 +122,9 @@ def test_what_a_rank_said_once_is_of_no_use_again(server: LivenessServer) -> Non
 def test_strangers_that_hang_on_keep_no_rank_out(
     server: LivenessServer, messages: queue.Queue[Message]
 ) -> None:
-    """The server keeps 64 connections without a handshake, plus the number of ranks.
+    """Connections that do not finish the handshake do not prevent a rank's connection.
 
-    It drops the oldest connections first.
+    The server keeps 64 such connections and one more per rank; it drops the oldest first.
     """
     strangers = [Connection(server).send(b'{"rank": 1, "chal') for _ in range(70)]
     assert [stranger.read() for stranger in strangers[:3]] == [b"", b"", b""]

@@ -1,6 +1,6 @@
-"""Tests the CuPy/NCCL backend without a GPU: the real module with a double communicator.
+"""Tests the CuPy/NCCL backend without a GPU, on a double: a simulated NCCL communicator.
 
-Only a GPU can test NCCL's communicator itself and the CUDA streams of comm.backends.streams.
+Only a GPU can test the real NCCL communicator and the CUDA streams of comm.backends.streams.
 """
 
 import inspect
@@ -46,7 +46,7 @@ def all_checks(rank: int, world_size: int, _url: str, shapes: list[tuple[int, in
 
 
 def test_four_ranks_over_the_double() -> None:
-    """The shapes are P=2 R=2 and P=4 R=1."""
+    """Every operation works between four ranks, with P=2 R=2 and with P=4 R=1."""
     shapes = [(p, r, f"tcp://127.0.0.1:{free_port()}") for p, r in ((2, 2), (4, 1))]
     assert all(run_ranks(4, all_checks, shapes, deadline=120.0))
 
@@ -123,7 +123,7 @@ def mismatch_each(rank: int, world_size: int, url: str) -> None:
 
 
 def test_what_does_not_fit_is_an_error_that_names_the_peer() -> None:
-    """The last case kills rank 1; rank 0's final error shows that all cases have run."""
+    """Each error names the peer. The last case kills rank 1; then rank 0 fails on purpose."""
     with pytest.raises(RuntimeError) as caught:
         run_ranks(2, mismatch_each)
     text = str(caught.value)
@@ -146,7 +146,7 @@ CALLS = "send recv broadcast allReduce reduce allGather destroy check_async_erro
 
 @pytest.mark.parametrize("call", CALLS.split())
 def test_the_double_is_called_as_the_real_one(call: str) -> None:
-    """The first docstring line of CuPy's compiled methods has the real parameters."""
+    """The double has CuPy's parameter names, which a CuPy method's first docstring line lists."""
     line = getattr(nccl.NcclCommunicator, call).__doc__.splitlines()[0]
     real = re.fullmatch(rf"NcclCommunicator\.{call}\((.*)\)", line)
     assert real is not None

@@ -1,4 +1,4 @@
-"""Tests how the CuPy/NCCL backend opens, orders and times out, with ranks in one process."""
+"""Tests the CuPy/NCCL backend with all ranks in one process: opening, order of calls, hangs."""
 
 import queue
 import threading
@@ -23,7 +23,7 @@ from tests.support.nccl_double import NcclDouble, Told, nccl_double, open_channe
 
 
 def open_all(size: int, **options: Any) -> list[tuple[NcclCommunicator, Told]]:
-    """Opens `size` ranks in this process; returns each with the queue of its hang detector."""
+    """Opens the communicators of `size` ranks; returns each with the queue of its hang reports."""
     store = HashStore()
     with ThreadPoolExecutor(size) as pool:
         ranks = range(size)
@@ -34,7 +34,7 @@ def open_all(size: int, **options: Any) -> list[tuple[NcclCommunicator, Told]]:
 def test_every_communicator_has_carried_a_message_before_it_is_used(
     connect_neighbours: bool, pairs: list[tuple[int, int]]
 ) -> None:
-    """NCCL connects at the first message, which blocks the host until both ends have called."""
+    """Opening sends a message on each communicator, because the first message blocks both ends."""
     used = queue.SimpleQueue[tuple[str, bytes]]()
 
     class Noting(NcclDouble):
@@ -61,7 +61,7 @@ def test_every_communicator_has_carried_a_message_before_it_is_used(
 
 
 def test_a_message_that_nobody_sends_is_reported_with_its_peer() -> None:
-    """Rank 1 of three waits for rank 2, but rank 0 sends to rank 1."""
+    """If rank 1 waits for rank 2 and only rank 0 sends, the report names rank 2."""
     with nccl_double():
         opened = open_all(3, dist_timeout=1.0)
     (first, _), (middle, told), _ = opened
@@ -78,7 +78,7 @@ def _wait_in_vain(work: Work) -> None:
 
 
 def test_a_failure_that_nccl_knows_of_ends_a_message_that_never_ends() -> None:
-    """The stream still waits; the hang detector asks the library for its error."""
+    """The hang detector asks NCCL for its error and reports the error while the stream waits."""
     with nccl_double():
         opened = open_all(2)
     channel, told = opened[1]  # keep the other rank alive, or the message would fail
@@ -91,7 +91,7 @@ def test_a_failure_that_nccl_knows_of_ends_a_message_that_never_ends() -> None:
 
 
 class NotingStream(HostStream):
-    """A stream that records the order of its calls."""
+    """A host stream that appends the name of each called method to `calls`."""
 
     def __init__(self, calls: list[tuple[str, int]]) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class NotingStream(HostStream):
 
 
 def test_a_tensor_is_ready_before_the_call_that_uses_it() -> None:
-    """On a GPU, only wait_for_compute makes the stream wait for the tensor's computation."""
+    """An operation first calls wait_for_compute, which on a GPU waits until the tensor is ready."""
     calls: list[tuple[str, int]] = []
     tensor = torch.zeros(3)
     with (

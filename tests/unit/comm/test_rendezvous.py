@@ -1,4 +1,4 @@
-"""Tests that a rendezvous that cannot succeed ends on every rank in time, with one line."""
+"""Tests that a rendezvous that cannot succeed ends every rank in time with a one-line error."""
 
 import os
 import signal
@@ -32,7 +32,7 @@ def joins(ready: Path, rank: int, world_size: int, url: str, **options: Any) -> 
 
 
 def arrives_and_dies(ready: Path, rank: int, world_size: int, url: str, **options: Any) -> None:
-    """Joins, then dies before it connects to the liveness server."""
+    """Joins the rendezvous; then the process dies before connecting to the liveness server."""
     joins(ready, rank, world_size, url, **options)
     os._exit(9)
 
@@ -59,7 +59,7 @@ def url() -> str:
 
 
 def expect(processes: Iterable[Process], status: int, text: str, *, within: float) -> None:
-    """Checks each process's `status` and one line with `text`; ignores lines about waiting."""
+    """Checks each process's `status`, and `text` in its only line that is not about waiting."""
     for process in processes:
         assert process.status(within=within) == status, process.lines
         (line,) = [line for line in process.lines if "waiting for" not in line]
@@ -108,7 +108,7 @@ def test_a_busy_port(launch: Launch) -> None:
 
 
 def test_a_foreign_listener_that_never_answers(launch: Launch) -> None:
-    """torch's client would wait forever, but the deadline ends it."""
+    """If a foreign server never answers, a rank ends at the deadline; torch's client would not."""
     with socket.create_server(("127.0.0.1", 0)) as foreign:
         url = f"tcp://127.0.0.1:{foreign.getsockname()[1]}"
         rank = launch(joins, 1, 2, url, join_timeout=1.0, timing=LITTLE_GRACE)
@@ -135,7 +135,7 @@ def test_a_rank_that_lingers_past_the_deadline_reports_one_line(launch: Launch, 
 
 
 def test_a_rank_that_hangs_before_the_groups_stand(launch: Launch, url: str) -> None:
-    """The others name the hung rank, not a rank that their own deadline ended before."""
+    """The other ranks name the hung rank, and not a rank that the deadline ended before."""
     programs: Programs = (connects, connects, links_and_hangs)
     ranks = [launch(program, r, 3, url, join_timeout=2.0) for r, program in enumerate(programs)]
     expect(ranks[:2], 1, "rank 2 (stage 2, replica 0, host ", within=20.0)
@@ -183,7 +183,7 @@ def test_ipv6_url() -> None:
 
 
 def test_a_loopback_address_among_others_is_a_mistake() -> None:
-    """A loopback address of one machine among others is an error; hosts files often cause it."""
+    """A loopback address is an error if the address of another rank is not a loopback address."""
     there = Participant(1, "b", "10.0.0.2", "eth0", 1, {})
     problem = find_mismatch([Participant(0, "a", "127.0.1.1", "lo", 1, {}), there])
     assert problem is not None

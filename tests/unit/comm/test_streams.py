@@ -1,4 +1,4 @@
-"""Tests the stream of host tensors: a worker thread whose failures come back to the caller."""
+"""Tests HostStream, whose thread runs calls in order and passes on errors, and CudaStream."""
 
 import gc
 import threading
@@ -84,7 +84,7 @@ def _wait(event: threading.Event) -> None:
 
 
 def test_a_stream_waits_for_what_made_a_tensor_and_keeps_its_memory() -> None:
-    """The stream waits until a tensor is computed, and keeps the tensor until its last use."""
+    """A CUDA stream waits until a tensor is computed, and keeps the tensor until its last use."""
     device, tensor = torch.device("cuda", 0), Mock(spec=torch.Tensor)
     with patch("torch.cuda.Stream") as make, patch("torch.cuda.current_stream") as current:
         torch_stream, stream = make.return_value, CudaStream(device)

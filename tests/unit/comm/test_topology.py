@@ -1,4 +1,4 @@
-"""Tests the topology against literal tables."""
+"""Tests stages, replicas and groups of ranks against tables written by hand."""
 
 from comm.topology import Topology
 

@@ -49,7 +49,7 @@ def all_checks(
 
 
 def test_four_ranks() -> None:
-    """All ranks make the same groups, one per direction of neighbours, in P=2 R=2 and P=4 R=1."""
+    """All ranks make the same groups: one of all members, one per direction between neighbours."""
     shapes = [(p, r, f"tcp://127.0.0.1:{free_port()}") for p, r in ((2, 2), (4, 1))]
     groups = run_ranks(4, all_checks, shapes, deadline=120.0)
     assert all(of_rank == groups[0] for of_rank in groups)
@@ -86,7 +86,7 @@ def _wait(work: Work, outcome: Future[None]) -> None:
 
 
 def test_a_peer_that_hangs_and_then_dies_is_named() -> None:
-    """Rank 0's hang detector reports the hang; the death ends rank 0 with an error."""
+    """Rank 0 reports that rank 1 hangs; when rank 1 dies, rank 0's error names rank 1."""
     with pytest.raises(RuntimeError) as caught:
         run_ranks(2, lose_a_peer)
     assert f"PeerLostError: {MESSAGE} failed after" in str(caught.value)

@@ -1,4 +1,4 @@
-"""Tests the gradient buffer: autograd's numbers, and buckets that are sent during backward."""
+"""Tests the gradient buffer: gradients equal autograd's; buckets are sent during backward."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -53,7 +53,7 @@ def microbatches() -> list[Tensor]:
 
 
 def run(stage: Stage, *, later: bool) -> None:
-    """Runs all microbatches; with `later`, weight gradients come one microbatch later."""
+    """Runs all microbatches; with `later`, computes weight gradients after the next backward."""
     for number, tokens in enumerate(microbatches()):
         stage.forward(number, tokens, tokens, range(ROWS), loss_scale=1.0)
         stage.backward(number, None)
@@ -74,7 +74,7 @@ def computed(name: str, recompute: bool, later: bool) -> dict[str, Tensor]:
 
 
 def autograds(name: str) -> dict[str, Tensor]:
-    """Computes gradients with torch's layers in fp64, from all logits at once."""
+    """Returns the gradients that torch's autograd computes in fp64, from all logits at once."""
     torch.manual_seed(2)
     model = make_model(name).double()
     for tokens in microbatches():
@@ -86,7 +86,7 @@ def autograds(name: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", MODELS_TRIED)
 def test_gradients_are_autograds(name: str) -> None:
-    """Gradients equal autograd's up to fp32 rounding; every way of backward has the same bits."""
+    """Gradients equal autograd's up to fp32 rounding, and have the same bits in each of WAYS."""
     expected = autograds(name)
     found = computed(name, *WAYS[0])
     assert found.keys() == expected.keys()
@@ -120,7 +120,7 @@ def test_one_microbatch_has_the_bits_of_torch() -> None:
 
 @contextmanager
 def noted() -> Iterator[list[str]]:
-    """Yields the names of parameters whose microbatch gradients are counted."""
+    """Yields a list that gets a parameter's name whenever the buffer counts a gradient of it."""
     names: list[str] = []
     count = GradBuffer._count_microbatch
 
@@ -181,11 +181,11 @@ def test_a_microbatch_too_few_is_found() -> None:
 
 
 class Update:
-    """The collective calls of one update of a stage, with small buckets.
+    """Record of the collective calls of a stage in one update, with small buckets.
 
-    `starts` has the parameters of each bucket, in the order in which buckets were sent. `left`
-    counts the buckets sent before each backward begins, and at its end, when the embedding's
-    gradient comes.
+    `starts` has the parameters of each bucket, in the order in which buckets were sent. `left` has
+    two numbers for each microbatch: the buckets sent when backward begins, and the buckets sent
+    when the embedding's gradient comes, which is the last of a backward.
     """
 
     def __init__(
@@ -225,9 +225,9 @@ def names_in(buffer: Tensor, views: dict[str, Tensor]) -> list[str]:
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_buckets_leave_before_backward_is_over(recompute: bool) -> None:
-    """Nearly all buckets are sent when the embedding's gradient comes.
+    """All buckets except at most two are sent before the embedding's gradient comes.
 
-    No bucket is waited for before all are sent.
+    The stage waits for a bucket only after all buckets are sent.
     """
     update = Update(rank=0, recompute=recompute, later=False, sharded=False)
     *_, begun, ended = update.left
@@ -241,7 +241,7 @@ def test_buckets_leave_before_backward_is_over(recompute: bool) -> None:
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_buckets_leave_in_one_order_on_all_replicas(sharded: bool) -> None:
-    """The order is the reverse of the layers, in whatever order gradients come."""
+    """All replicas send buckets from last to first layer, in whatever order gradients come."""
     updates = [
         Update(rank=rank, recompute=recompute, later=later, sharded=sharded)
         for rank in (0, 1)

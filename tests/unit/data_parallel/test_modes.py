@@ -1,4 +1,4 @@
-"""Tests that every mode of --dp-mode has the methods that the package calls."""
+"""Tests that every mode of --dp-mode has the methods that data_parallel/ calls."""
 
 import pytest
 import torch

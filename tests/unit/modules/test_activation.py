@@ -1,4 +1,4 @@
-"""Tests that our activations equal transformers', bit for bit."""
+"""Tests that the project's activations have the same bits as those of transformers."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Tests attention over short sequences against torch's, in fp64 and fp32, in several blocks."""
+"""Tests attention over short sequences against torch's attention, in fp64 and fp32."""
 
 from collections.abc import Callable
 from functools import partial
@@ -35,7 +35,7 @@ def run(attend: Callable[..., Tensor], qkv: list[Tensor], gradient: Tensor) -> l
 )
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_it_is_torchs_attention(tokens: int, dtype: torch.dtype, allowed: float) -> None:
-    """Results equal torch's up to rounding: sums of up to 256 products in another order."""
+    """Results equal torch's up to rounding: both add up to 256 products, in different orders."""
     *qkv, gradient = inputs(tokens, dtype)
     found = run(short_attention, qkv, gradient)
     expected = run(partial(scaled_dot_product_attention, is_causal=True), qkv, gradient)
@@ -45,7 +45,7 @@ def test_it_is_torchs_attention(tokens: int, dtype: torch.dtype, allowed: float)
 
 
 def test_the_future_is_not_seen() -> None:
-    """A change after a position changes no bit before it."""
+    """A change of query, key and value from position 130 on changes no output bit before it."""
     query, key, value, _ = inputs(200, torch.float32)
     before = short_attention(query, key, value)
     for tensor in (query, key, value):

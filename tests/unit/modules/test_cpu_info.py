@@ -1,4 +1,4 @@
-"""Tests the reading of CPU flags, for CPUs other than this machine's."""
+"""Tests that the features of several CPUs are read correctly, from /proc/cpuinfo or torch."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Tests the chunked loss against torch's cross entropy on all logits, and its memory."""
+"""Tests the head's chunked loss: numbers against torch's cross entropy on all logits, memory."""
 
 import copy
 import math
@@ -27,7 +27,7 @@ ROUNDINGS = 32
 
 
 class Given(NamedTuple):
-    """Loss, and its gradients by name; `x` is the gradient of the input."""
+    """Loss, and gradients by the name of the parameter; the name `x` means the head's input."""
 
     loss: float
     gradients: dict[str, Tensor]
@@ -68,7 +68,7 @@ def ours(head: Head, x: Tensor, labels: Tensor, scale: float, chunk: int) -> Giv
 
 
 def reference(head: Head, x: Tensor, labels: Tensor, scale: float) -> Given:
-    """Computes the same numbers in fp64 on all logits, by autograd and torch's own layers."""
+    """Computes the expected result of `ours` by autograd, in fp64, on all logits at once."""
     wide = copy.deepcopy(head).double()
     for module in wide.modules():
         if isinstance(module, Linear):
@@ -119,7 +119,7 @@ def test_loss_without_gradients_is_the_same(dtype: torch.dtype) -> None:
 
 
 def test_each_chunk_has_its_own_logits_alone() -> None:
-    """The gradient's bits do not depend on the content of other chunks."""
+    """The bits of the input's gradient in one chunk do not depend on the rows of other chunks."""
     head, (x, labels) = make_head("gptneox", torch.float32), material(torch.float32, "none")
     whole = ours(head, x, labels, 1.0, TOKENS).gradients["x"]
     one_row = ours(head, x[1:2], labels[1:2], 1.0, TOKENS).gradients["x"]
@@ -138,7 +138,7 @@ def test_numbers_that_are_not_finite_show(dtype: torch.dtype, value: float) -> N
 
 
 def test_logits_beyond_fp16_show() -> None:
-    """Finite weights and activations can give logits beyond the range of fp16."""
+    """The loss is not finite if finite weights give logits beyond the range of fp16."""
     head, (x, labels) = make_head("gptj", torch.float16), material(torch.float16, "none")
     with torch.no_grad():
         head.projection.weight[5] = 40000.0
@@ -169,7 +169,7 @@ class WideHead(Head):
 
 
 def peak_of(dtype: torch.dtype, chunks: int, *, training: bool) -> float:
-    """Returns peak bytes of a loss and its backward, in units of all logits in fp32."""
+    """Returns the loss's peak memory, with backward if `training`; 1.0 means all logits in fp32."""
     head = WideHead(dtype)
     buffer = gradients_of(head).buffer
     attach_grad_buffer(head, buffer)
@@ -197,12 +197,12 @@ SMALL = 8 * NARROW / WIDE + 2 * NARROW / LONG
 @pytest.mark.parametrize("chunks", [1, 2, 4, 16])
 @pytest.mark.parametrize("training", [True, False])
 def test_fp32_holds_one_chunk_of_logits(chunks: int, training: bool) -> None:
-    """With one chunk for all tokens, there is one copy of the logits and never a second."""
+    """At the peak, memory holds the logits of one chunk, and no second copy of these logits."""
     assert 1 / chunks <= peak_of(torch.float32, chunks, training=training) <= 1 / chunks + SMALL
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 4, 16])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_holds_few_chunks_of_logits(dtype: torch.dtype, chunks: int) -> None:
-    """There is one chunk in fp32 and one in half precision."""
+    """At the peak, memory holds the logits of one chunk in fp32, and again in half precision."""
     assert peak_of(dtype, chunks, training=True) <= 1.5 / chunks + SMALL

@@ -1,7 +1,7 @@
-"""Tests the choice of a matmul library, and the check that detects less than fp32.
+"""Tests the choice of a matmul library, and `fp32_error`, which measures a matmul's error.
 
-The check must detect matmuls that are less exact on purpose, as some CPUs compute them: operands
-rounded to the bits of bf16 or tf32, in one kind of matmul at a time.
+`fp32_error` must detect a matmul that is less exact than fp32, as on some CPUs. The tests make one
+torch operation less exact: they round its operands to the bits of bf16 or tf32.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,7 +34,7 @@ def test_amds_cpus_with_avx512_are_known_to_win() -> None:
 
 
 def test_products_on_this_machine() -> None:
-    """oneDNN's matmul is true fp32 except with AMX; both choices are settings of torch."""
+    """Both choices set torch's precision flag; matmul is true fp32, except in oneDNN with AMX."""
     mkldnn: Any = torch.backends.mkldnn
     use_matmul("onednn")
     assert mkldnn.matmul.fp32_precision == "bf16"
@@ -45,7 +45,7 @@ def test_products_on_this_machine() -> None:
 
 
 class Rounded(TorchDispatchMode):
-    """Dispatch mode that rounds the factors of fp32 products to `bits` bits, in one operation."""
+    """Dispatch mode that rounds the fp32 operands of the torch call `operation` to `bits` bits."""
 
     def __init__(self, operation: str, bits: int) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
 """Tests documents packed in rows against each document alone in Hugging Face's model.
 
-The tests cover the loop over lengths and the call of the kernel for all documents at once.
+Attention is computed in one of two ways: one call for all documents of the same length, or one call
+of a GPU kernel for all documents. The tests cover both ways, with a simulated kernel.
 """
 
 from collections.abc import Callable, Iterator
@@ -58,7 +59,7 @@ def test_places_of_documents() -> None:
 
 @pytest.mark.parametrize("pairs", [False, True])
 def test_positions_begin_anew_in_each_document(pairs: bool) -> None:
-    """The rotation has the same bits as for each document alone, forward and backward."""
+    """Rotary embedding has the same bits as for each document alone, in forward and backward."""
     x, gradient = torch.randn(2, len(ROWS), 3, TOKENS, 8)
     options: dict[str, Any] = {"pairs": pairs, "dtype": torch.float32, "device": CPU}
     together = x.clone().requires_grad_()
@@ -79,14 +80,14 @@ def test_positions_begin_anew_in_each_document(pairs: bool) -> None:
 
 
 def test_both_ways_of_attending_to_a_length_are_tried() -> None:
-    """The lengths in ROWS need both kinds of attention, for the later tests' heads of 8."""
+    """ROWS has lengths for the project's short attention and for torch's, with heads of size 8."""
     lengths = {length for row in ROWS for length in row}
     assert {is_short(torch.empty(1, 4, length, 8)) for length in lengths} == {True, False}
 
 
 @contextmanager
 def with_kernel() -> Iterator[Any]:
-    """Replaces the GPU's kernel by `_kernel`, as if this machine had it."""
+    """Replaces torch's GPU kernel by `_kernel`; yields the mock, which counts the calls."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(varlen, "has_varlen_kernel", return_value=True))
         double = create_autospec(varlen_attn, side_effect=_kernel)
@@ -94,7 +95,7 @@ def with_kernel() -> Iterator[Any]:
 
 
 def _kernel(query: Tensor, key: Tensor, value: Tensor, *options: Any, **more: Any) -> Tensor:
-    """Computes the documented result of `varlen_attn` for a causal window."""
+    """Computes what torch documents for `varlen_attn` with causal attention; checks arguments."""
     cu_seq_q, cu_seq_k, max_q, max_k = options
     assert more == {"window_size": (-1, 0)}
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
@@ -157,7 +158,7 @@ def test_losses_and_gradients_are_those_of_each_document_alone(
 def test_no_token_sees_another_document(
     name: str, changes: dict[str, Any], way: str, tmp_path: Path
 ) -> None:
-    """A changed document changes no bit outside it, and no gradient crosses its ends."""
+    """A changed document changes no bit of other documents, and gradients stay in a document."""
     ours = from_hf(name, make_hf(name, **changes), tmp_path)
     documents = packed()
     changed = torch.zeros(len(ROWS), TOKENS, dtype=torch.bool)
@@ -179,7 +180,7 @@ def test_no_token_sees_another_document(
 def test_a_document_is_the_same_wherever_it_lies(
     name: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    """The bits are equal because positions restart; other positions would round differently."""
+    """A document has the same bits in two places, because positions restart at each document."""
     block = from_hf(name, make_hf(name, **changes), tmp_path)[1]
     x, between = torch.randn(2, 1, 16, 32)
     row = torch.cat([x, between, x], 1)
@@ -190,7 +191,7 @@ def test_a_document_is_the_same_wherever_it_lies(
 
 
 def test_documents_that_are_whole_rows_are_rows(tmp_path: Path) -> None:
-    """Rows of one document have the bits of plain rows, without the kernel."""
+    """Rows with one document each have the bits of rows without documents, and use no kernel."""
     ours = from_hf("gptneox", make_hf("gptneox"), tmp_path)
     tokens = torch.randint(0, 97, (2, TOKENS))
     with with_kernel() as kernel:
@@ -203,7 +204,7 @@ def test_documents_that_are_whole_rows_are_rows(tmp_path: Path) -> None:
 
 
 def test_the_kernel_takes_what_it_is_given() -> None:
-    """torch's own operator accepts arguments and shapes, on fake tensors, in both directions."""
+    """torch's `varlen_attn` accepts our arguments in forward and backward, with fake tensors."""
     documents, shape = packed(), (len(ROWS), 4, TOKENS, 8)
     numbers = documents.groups, documents.longest, len(documents.bounds)  # fake tensors lack them
     assert numbers == ([(2, 1), (1, 5), (1, 7), (1, 8), (3, 11), (1, 12), (2, 16), (1, 33)], 33, 13)
@@ -237,7 +238,7 @@ def attend(qkv: list[Tensor], rows: list[list[int]], keys: tuple[int, ...]) -> T
 
 
 def test_a_documents_mask_hangs_on_its_sequence_and_number() -> None:
-    """The mask depends neither on neighbours, nor on other random draws, nor on the kernel."""
+    """A document's dropout mask depends only on the sequence's key and the document's number."""
     qkv = list(torch.randn(3, 2, 4, 24, 8))
     rows = [[10, 6, 8], [10, 14]]
     with with_kernel() as kernel:

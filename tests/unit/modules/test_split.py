@@ -1,6 +1,7 @@
-"""Tests --num-layers: its spellings, the modules of each stage, and the balanced split.
+"""Tests --num-layers: forms of its value, the modules of each stage, and the balanced split.
 
-The balanced split is compared with all splits, its weights with the matrices of the real modules.
+The balanced split must be the best of all splits. The work per module, from which the split is
+calculated, must be that of the matrices in the real modules.
 """
 
 from itertools import combinations, pairwise
@@ -39,7 +40,7 @@ def test_a_number_or_a_list_is_a_split(
 
 
 def test_a_stage_has_its_blocks_and_the_ends_their_modules() -> None:
-    """The model has 4 layers: module 0 is the embedding, 1 to 4 are blocks, 5 is the head."""
+    """Modules 1 to 4 are blocks; the first stage also has embedding 0, the last stage head 5."""
     assert [stage_modules(i, (1, 2, 1)) for i in range(3)] == [range(2), range(2, 4), range(4, 6)]
     assert stage_modules(0, (4,)) == range(6)
 
@@ -71,7 +72,7 @@ def test_auto_is_the_best_of_all_splits(block: int, head: int) -> None:
 
 @pytest.mark.parametrize("speeds", [(1, 1, 1), (3, 1, 2), (1, 10, 1), (0.5, 4, 1e3)])
 def test_a_slower_device_gets_fewer_blocks(speeds: tuple[float, ...]) -> None:
-    """No other split has a faster slowest stage."""
+    """In every other split, the slowest stage takes at least as much time."""
     for layers in range(3, 12):
         found = balanced_split(ModuleWork(2, 3), num_stages=3, model_layers=layers, speeds=speeds)
 
@@ -115,7 +116,7 @@ def test_auto_of_known_models(
 
 
 def test_the_work_of_a_known_model() -> None:
-    """By hand: 4 x 512^2 + 2 x 512 x 2048, plus 2 x 512 for each of 128.5 keys; head 512 x 8192."""
+    """By hand, for 128.5 keys: 4 x 512^2 + 2 x 512 x 2048 + 2 x 512 x 128.5; head 512 x 8192."""
     work = MODELS["gptneox"].load().sizes(hf_config("gptneox", NEOX)).work(256)
     assert work == ModuleWork(block=1048576 + 2097152 + 131584, head=4194304)
     assert stage_work(Split((5, 3)), work) == (5 * 3277312, 3 * 3277312 + 4194304)
@@ -131,7 +132,7 @@ def test_the_work_of_a_known_model() -> None:
     ],
 )
 def test_work_is_that_of_the_modules_matrices(name: str, changes: dict[str, Any]) -> None:
-    """A matrix multiplies each vector once; a token attends to itself and earlier tokens."""
+    """A module's work is its number of matrix elements; a block adds 2 x hidden size per key."""
     family, config, tokens = MODELS[name].load(), make_hf(name, **changes).config, 9
     layers = [make_layer(family, config, i, "meta") for i in range(config.num_hidden_layers + 2)]
     _, block, *_, head = (sum(p.numel() for p in x.parameters() if p.dim() > 1) for x in layers)

@@ -1,4 +1,4 @@
-"""Tests live bytes against numbers counted by hand and against torch's allocator."""
+"""Tests LiveBytes, which counts bytes of live tensors, against hand counts and the allocator."""
 
 import pytest
 import torch
@@ -42,10 +42,10 @@ def test_a_storage_that_grows_counts_as_it_is() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_peak_of_training_is_that_of_the_allocator(dtype: torch.dtype) -> None:
-    """The peak of a transformer layer's training is within 2% of the allocator's.
+    """The peak while a transformer layer trains is within 2% of the peak in torch's allocator.
 
-    Operators free some memory inside themselves. oneDNN is off, because its bf16 matmul uses
-    scratch memory on some CPUs.
+    The peaks differ because operators free some memory inside themselves. oneDNN is off, because
+    oneDNN's bf16 matmul uses scratch memory on some CPUs.
     """
     layer = nn.TransformerEncoderLayer(64, 4, 256, dropout=0.0, batch_first=True).to(dtype)
     given = torch.randn(4, 128, 64, dtype=dtype)
@@ -67,7 +67,7 @@ def test_the_peak_of_training_is_that_of_the_allocator(dtype: torch.dtype) -> No
 
 
 def test_what_bitsandbytes_makes_on_the_way_is_counted() -> None:
-    """bitsandbytes' step of a large weight on CPU takes five times the weight, in one operator."""
+    """Memory that bitsandbytes takes inside an update, some five times the weight, is counted."""
     weight, algorithm = torch.zeros(2**20), Adam8bit()
     state = algorithm.empty_state(weight)
     gradient = torch.ones_like(weight)
@@ -87,7 +87,7 @@ def test_what_bitsandbytes_makes_on_the_way_is_counted() -> None:
 
 
 def test_the_resident_peak_only_rises() -> None:
-    """The peak RSS rises with more memory, and stays after the memory is freed."""
+    """The process's peak memory rises with a new tensor, and stays when the tensor is freed."""
     before = peak_resident()
     filled = torch.ones((before + 64 * 2**20) // 4)
     assert peak_resident() >= before + 32 * 2**20

@@ -47,7 +47,7 @@ def test_optional_keys_appear_where_they_say_something() -> None:
 
 
 def test_each_set_of_an_evaluation_has_its_numbers(metrics_file: MetricsFile) -> None:
-    """Numbers that are not finite, or too large for a float, are null."""
+    """A line has each set's loss and perplexity; a number not finite or too large is null."""
     before = HeldOut(2.5, {"wiki": SetLoss(3.0, 10), "a/b c": SetLoss(1e6, 10)})
     after = HeldOut(math.nan, {"wiki": SetLoss(0.0, 10), "a/b c": SetLoss(math.nan, 5)})
     metrics_file.append(line(1, held_out=after, held_out_before=before))
@@ -112,7 +112,7 @@ def test_a_torn_line_up_to_the_resumed_step_does_not_spoil_the_next(
 
 
 def test_a_line_that_the_disk_takes_half_of_is_not_there(metrics_file: MetricsFile) -> None:
-    """A partly written line is removed, and later lines are complete."""
+    """If the disk takes only part of a line, this part is removed, and later lines are complete."""
     metrics_file.append(line(1))
     size = metrics_file.path.stat().st_size
     with files_no_larger_than(size + 20), pytest.raises(OSError, match=r"metrics\.jsonl"):

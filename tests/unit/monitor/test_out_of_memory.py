@@ -1,4 +1,4 @@
-"""Tests that every library's error for missing memory is recognised."""
+"""Tests that out-of-memory errors of CUDA, torch, Python and the OS are recognised."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Tests trace files: their exact entries, and the files in the folder at each moment."""
+"""Tests trace files: the exact entries, and that a file is complete at every moment."""
 
 import json
 from pathlib import Path

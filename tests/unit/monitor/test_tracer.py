@@ -1,4 +1,4 @@
-"""Tests tracers against simulated clocks."""
+"""Tests tracers, which record begin and end of a step's parts, with simulated clocks."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -86,7 +86,7 @@ def test_the_last_steps_are_written_whenever_so_many_are_new_and_at_the_end() ->
 
 
 class Device:
-    """A GPU whose clock, in milliseconds, returns `ticks` one after the other."""
+    """A simulated GPU; its clock returns the next of `ticks` (milliseconds) at each call."""
 
     def __init__(self, ticks: Sequence[float]) -> None:
         self._ticks: Iterator[float] = iter(ticks)

@@ -21,7 +21,7 @@ def dynamic(
 
 
 def after(scaler: DynamicScale, verdicts: str) -> DynamicScale:
-    """Returns the scaler after clean updates (c) and overflows (o)."""
+    """Returns the scaler after the updates in `verdicts`: c is clean, o is an overflow."""
     for verdict in verdicts:
         scaler.update(overflow=verdict == "o")
     return scaler
@@ -33,7 +33,7 @@ def resumed(kept: DynamicScale, scaler: DynamicScale) -> DynamicScale:
 
 
 def test_a_constant_scale_becomes_a_dynamic_one(caplog: pytest.LogCaptureFixture) -> None:
-    """The dynamic scale starts at --initial-loss-scale, as in a new run."""
+    """After a checkpoint with a constant scale, a dynamic one starts at --initial-loss-scale."""
     scaler = dynamic(initial=1024.0, hysteresis=1)
     with caplog.at_level(logging.INFO):
         scaler.load_state(ConstantScale(128.0, may_skip=True).state())
@@ -50,7 +50,7 @@ def test_a_dynamic_scale_becomes_a_constant_one() -> None:
 
 
 def test_a_shorter_window_is_full_already() -> None:
-    """After five clean updates, a new window of three doubles the scale at the next clean one."""
+    """If the window falls from 10 to 3 after 5 clean updates, the next one doubles the scale."""
     scaler = resumed(after(dynamic(window=10), "ccccc"), dynamic(window=3))
     assert after(scaler, "c").scale == 65536.0
     assert after(scaler, "cc").scale == 65536.0
@@ -58,7 +58,7 @@ def test_a_shorter_window_is_full_already() -> None:
 
 
 def test_a_higher_minimum_lifts_the_scale(caplog: pytest.LogCaptureFixture) -> None:
-    """The load raises the scale and logs it; an overflow never raises the scale."""
+    """A loaded scale below --min-loss-scale rises to this minimum, with a log line, and stays."""
     with caplog.at_level(logging.INFO):
         scaler = resumed(dynamic(initial=16.0), dynamic(minimum=64.0, hysteresis=1))
     assert scaler.scale == 64.0

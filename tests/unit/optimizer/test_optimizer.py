@@ -1,4 +1,4 @@
-"""Tests parts of an update against torch, transformers, bitsandbytes and literal tables."""
+"""Tests parts of an update against torch, transformers, bitsandbytes and tables made by hand."""
 
 import sys
 from pathlib import Path
@@ -60,7 +60,7 @@ def rate(update: int, *, kind: str, warmup: int, total: int, lowest: float = 0.0
 
 
 def test_scale_moves_by_the_rule() -> None:
-    """Scales equal a literal table (o: overflow, c: clean; window 3, hysteresis 2, minimum 4)."""
+    """The scale after each update equals a table made by hand; o is an overflow, c is clean."""
     scaler = DynamicScale(initial=16.0, minimum=4.0, window=3, hysteresis=2)
     verdicts = "ooooccocccococ"
     scales = [16, 8, 4, 4, 4, 4, 4, 4, 4, 8, 8, 8, 4, 4]
@@ -110,7 +110,7 @@ THEIRS = {
 
 @pytest.mark.parametrize("algorithm", THEIRS)
 def test_adam_is_that_of_its_library_to_the_bit(algorithm: type[Algorithm]) -> None:
-    """Bits equal the library's, with decay of matrices only and a changing learning rate."""
+    """Weights have the library's bits; only matrices decay, and the learning rate changes."""
     shapes = {"big.weight": (80, 100), "small.bias": (7,), "small.weight": (5, 3)}
     parameters, twin = make_parameters(shapes), make_parameters(shapes)
     ours = make_optimizer(parameters, algorithm=algorithm())
@@ -130,7 +130,7 @@ def test_adam_is_that_of_its_library_to_the_bit(algorithm: type[Algorithm]) -> N
 
 
 def test_8bit_adam_makes_one_optimizer_for_all_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All weights share one bitsandbytes optimizer; one per weight and step would be slow."""
+    """All weights share one bitsandbytes optimizer; a new one per weight and step would be slow."""
     import bitsandbytes
 
     made = Mock(wraps=bitsandbytes.optim.AdamW8bit)
@@ -164,7 +164,7 @@ def test_offload_gives_the_same_numbers(dtype: torch.dtype, algorithm: type[Algo
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_steps_fp32_masters(dtype: torch.dtype) -> None:
-    """Steps too small for the compute type add up in the masters, and later change the weights."""
+    """Small updates add up in fp32 masters as in an fp32 run; the weights are rounded masters."""
     full, half = make_parameters(), make_parameters()
     one, two = make_optimizer(full), make_optimizer(half, dtype=dtype)
     for step in range(30):

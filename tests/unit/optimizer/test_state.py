@@ -1,4 +1,4 @@
-"""Tests that foreign or non-finite optimizer state is refused, with file and name."""
+"""Tests that wrong or non-finite optimizer state is an error that names the file and weight."""
 
 import re
 from collections.abc import Callable

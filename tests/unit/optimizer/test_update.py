@@ -1,4 +1,4 @@
-"""Tests the effect of an update's gradients, and when a run gives up."""
+"""Tests how an update changes a weight, and after how many skipped updates a run gives up."""
 
 import math
 
@@ -15,7 +15,7 @@ NOMINAL, SCALE, GRADIENT = 40, 8.0, 3.0
 
 
 class Descent:
-    """Algorithm weight - lr * gradient, which shows the gradient of an update."""
+    """Algorithm that subtracts lr * gradient, so that a weight of 0 shows the update's gradient."""
 
     kind = "descent"
 
@@ -46,14 +46,14 @@ def make_updater(
 
 
 def apply(updater: UpdateStep, *, tokens: int = NOMINAL, bad: str = "") -> UpdateResult:
-    """Applies an update; its loss or gradient is not finite if `bad` names it."""
+    """Applies an update; if `bad` is "loss" or "gradient", this number is not finite."""
     norm = math.inf if bad == "gradient" else GRADIENT**2
     return updater.apply(norm, num_trained_tokens=tokens, losses_are_finite=bad != "loss")
 
 
 @pytest.mark.parametrize("tokens", [NOMINAL, 10])
 def test_gradients_are_over_the_tokens_that_were_trained(tokens: int) -> None:
-    """Backward divides by 40 tokens; if 10 were trained, the gradient is four times as large."""
+    """Backward divides by 40 tokens; the update corrects this to the number of trained tokens."""
     weight = nn.Parameter(torch.zeros(1))
     outcome = apply(make_updater(weight), tokens=tokens)
     expected = GRADIENT / SCALE * 40 / tokens
@@ -62,7 +62,7 @@ def test_gradients_are_over_the_tokens_that_were_trained(tokens: int) -> None:
 
 
 def test_clipping_is_of_the_exact_gradient() -> None:
-    """The norm of 1.5 exceeds the limit; divided by 40 tokens, the norm would not."""
+    """Clipping sees the norm per trained token, 1.5; the norm per nominal token is too small."""
     weight = nn.Parameter(torch.zeros(1))
     outcome = apply(make_updater(weight, max_norm=0.5), tokens=10)
     assert outcome.grad_norm == pytest.approx(1.5, rel=1e-6)
