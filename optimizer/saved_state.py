@@ -1,4 +1,7 @@
-"""The optimizer state of one stage in a checkpoint; every part is checked when it is read."""
+"""The optimizer state of one stage in a checkpoint; every part is checked when it is read.
+
+A part is one kind of tensor, for example the masters or one of the moments.
+"""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -19,7 +22,7 @@ class SavedState:
     source: the file of the state, for error texts.
     state: the content of the file.
     names: the names of all weights of the saved stage.
-    saved_names: the names in the file, by this run's names, of the weights to restore.
+    saved_names: for each weight to restore, its name in the file by its name in this run.
     """
 
     source: Path
@@ -32,9 +35,10 @@ class SavedState:
         return {key: value for key, value in self.state.items() if key not in HEADER}
 
     def check(self, *, kind: str, updates: int) -> None:
-        """Raises ValueError if the algorithm or the number of updates differ, or a weight is extra.
+        """Raises ValueError if the algorithm, the number of updates or a weight is not expected.
 
-        `kind` is the expected algorithm, and `updates` the expected number of updates.
+        `kind` is the expected algorithm, and `updates` is the expected number of updates. The
+        weights `names` are expected.
         """
         for key, expected in (("kind", kind), ("updates", updates)):
             if self.state.get(key) != expected:

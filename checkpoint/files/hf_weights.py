@@ -1,4 +1,7 @@
-"""Weights in the Hugging Face format: reading from one or more files, writing to safetensors."""
+"""Weights in the Hugging Face format: reading from one or more files, writing to safetensors.
+
+The shard key of a weight is the weight's name in the layer shards of this project.
+"""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +33,7 @@ _LAYOUTS = (
 
 @dataclass(frozen=True)
 class HfWeights:
-    """The place of one weight: a file, and the weight's key in this file."""
+    """One weight on disk: the file that contains the weight, and the weight's key in this file."""
 
     file: TensorFile
     key: str
@@ -45,7 +48,7 @@ ModuleWeights = dict[str, HfWeights]  # by shard key
 
 
 def read_module(module: ModuleWeights, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Returns a module's weights by shard key, cast to `dtype` if it is given.
+    """Returns a module's weights by shard key, cast to `dtype` if `dtype` is given.
 
     Raises ValueError if a weight is not finite.
     """
@@ -68,10 +71,12 @@ def hf_names(family: Family, config: Any, index: int) -> dict[str, str]:
 
 
 def open_model(folder: Path, family: Family, config: Any) -> list[ModuleWeights]:
-    """Returns the places of the weights of each module; reads only the headers of the files.
+    """Returns, for each module of the model, the file and key of each weight, by shard key.
+
+    Only the headers of the files are read, and the values of weights that have two keys.
 
     Raises:
-        ValueError: a file is missing or damaged, a key is missing or extra, two names of one weight
+        ValueError: a file is missing or damaged, a key is missing or extra, two keys of one weight
             have different values, a shape differs from the config's, or a type is not a float. The
             text names file and key.
     """
@@ -96,9 +101,9 @@ def open_model(folder: Path, family: Family, config: Any) -> list[ModuleWeights]
 
 
 def _collect(files: Sequence[TensorFile], family: Family) -> dict[str, HfWeights]:
-    """Returns the place of every weight by its canonical key; omits the buffers.
+    """Returns the file and key of every weight, by the key that the family uses; omits buffers.
 
-    Raises ValueError if two names of one weight have different values.
+    Raises ValueError if a weight has two keys with different values.
     """
     sources: dict[str, HfWeights] = {}
     for file in files:
@@ -141,7 +146,7 @@ def _open_files(folder: Path) -> list[TensorFile]:
 
 
 def group_modules(sizes: Sequence[int]) -> list[list[int]]:
-    """Groups modules into output files of at most SHARD_BYTES; a larger module is one file.
+    """Groups modules into output files of at most SHARD_BYTES; a larger module has its own file.
 
     `sizes` are the bytes of the modules. Returns the indices of the modules of each file.
     """
