@@ -156,11 +156,11 @@ class CheckpointStore:
         self._deleter.note_saved(step)
 
     def start_cleanup(self) -> None:
-        """Starts to delete the steps beyond `policy`; every process must call it after a save."""
+        """Starts to delete steps that `policy` does not keep; all processes call it after a save."""
         self._deleter.start()
 
     def finish_cleanup(self) -> None:
-        """Deletes all steps beyond `policy`, and waits for the end; every process must call it."""
+        """Deletes steps that `policy` does not keep, and waits; every process must call it."""
         self._deleter.finish()
 
     def _attempt(
@@ -202,7 +202,7 @@ class CheckpointStore:
         flush(partial)
 
     def needed_bytes(self, saves: int, *, weights: int, state: int) -> int:
-        """Returns the most bytes that this process adds to the disk in the next `saves` saves.
+        """Returns the most bytes that this process adds to the disk for `saves` more checkpoints.
 
         Args:
             saves: the number of checkpoints that will be saved.

@@ -49,7 +49,7 @@ def _buckets(tensors: Sequence[Tensor], bucket_bytes: int) -> Iterator[list[Tens
 def broadcast_owned(
     parameters: Mapping[str, nn.Parameter], partition: ZeroPartition, replicas: Communicator
 ) -> None:
-    """Copies every weight from the replica that owns it to all replicas, owner after owner."""
+    """Copies every weight from the replica that owns it to all replicas, one owner at a time."""
     for owner in range(replicas.size):
         names = [name for name in partition.names if partition.owner(name) == owner]
         weights = [parameters[name].data for name in names]

@@ -35,7 +35,7 @@ class Bucket:
 
 
 class GradBuffer:
-    """The fp32 buffer `flat` for the gradients; `views` has each gradient by parameter name.
+    """The fp32 buffer `flat` for the gradients; `views` has a view of it for each parameter.
 
     Linear layers and the embedding add their gradients through the methods of
     `modules.layers.linear.WeightGradBuffer`. For all other parameters autograd makes the gradient:

@@ -51,7 +51,7 @@ class ReplicaGradients:
         self.exchange.finish()
 
     def reported(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields name and exchanged gradient of each weight whose owner is this process.
+        """Yields the name and exchanged gradient of each weight whose owner is this process.
 
         Each weight has one owner, so the replicas together yield each gradient once.
         """

@@ -1,7 +1,4 @@
-"""The optimizer state of one stage in a checkpoint; every part is checked when it is read.
-
-A part is one kind of tensor, for example the masters or one of the moments.
-"""
+"""The optimizer state of one stage in a checkpoint; every part is checked when it is read."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -20,9 +17,10 @@ class SavedState:
     """The optimizer state of one stage in a checkpoint.
 
     source: the file of the state, for error texts.
-    state: the content of the file.
+    state: the content of the file. The masters and each kind of moments are a part: tensors by
+        weight name.
     names: the names of all weights of the saved stage.
-    saved_names: for each weight to restore, its name in the file by its name in this run.
+    saved_names: the name in the file of each weight to restore, by the weight's name in this run.
     """
 
     source: Path

@@ -125,7 +125,7 @@ def check_file(path: Path, expected: FileSum, *, manifest: str) -> None:
 
 
 def seal(body: Mapping[str, Any]) -> bytes:
-    """Returns `body` as JSON, together with the number of the file format and a checksum."""
+    """Returns `body` as JSON, with the number of the file format and a checksum of the JSON."""
     body = {"format": FORMAT, **body}
     return _encode({**body, _SEAL: sum_bytes(_encode(body)).crc32})
 
@@ -166,7 +166,7 @@ def encode_sums(sums: Mapping[str, FileSum]) -> dict[str, dict[str, Any]]:
 
 
 def decode_sums(body: Mapping[str, Any]) -> dict[str, FileSum]:
-    """Returns the checksums that a manifest lists, by file name; `body` is its content."""
+    """Returns the checksums that a manifest lists, by file name; `body` is the manifest."""
     return {name: FileSum(**file_sum) for name, file_sum in body["files"].items()}
 
 

@@ -1,7 +1,4 @@
-"""Weights in the Hugging Face format: reading from one or more files, writing to safetensors.
-
-The shard key of a weight is the weight's name in the layer shards of this project.
-"""
+"""Weights in the Hugging Face format: reading from one or more files, writing to safetensors."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +36,7 @@ class HfWeights:
     key: str
 
     def num_bytes(self, dtype: torch.dtype | None = None) -> int:
-        """Returns the size of the weight in bytes as `dtype`; None stands for its own type."""
+        """Returns the bytes of the weight in the type `dtype`; None stands for the file's type."""
         entry = self.file.entries[self.key]
         return entry.size * (dtype or DTYPES[entry.dtype]).itemsize
 
@@ -50,7 +47,8 @@ ModuleWeights = dict[str, HfWeights]  # by shard key
 def read_module(module: ModuleWeights, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Returns a module's weights by shard key, cast to `dtype` if `dtype` is given.
 
-    Raises ValueError if a weight is not finite.
+    A shard key is the name of a weight in a layer shard. Raises ValueError if a weight is not
+    finite.
     """
     weights: dict[str, Tensor] = {}
     for file in dict.fromkeys(source.file for source in module.values()):

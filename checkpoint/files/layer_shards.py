@@ -42,15 +42,12 @@ def check_shard(path: Path) -> None:
 
 
 def check_shard_size(path: Path) -> None:
-    """Checks only the size of a shard, without reading it; raises ValueError as `check_shard`."""
+    """Checks only the size of a shard, not the content; raises ValueError as `check_shard` does."""
     _check_listed(path, check_size)
 
 
 def check_companions(folder: Path) -> None:
-    """Checks the files of tokenizer and generation settings that the manifest lists.
-
-    Raises ValueError in the same cases as `check_shard`.
-    """
+    """Checks tokenizer files and generation settings against the manifest, as `check_shard` does."""
     if not has_manifest(folder):
         return
     for name, expected in sorted(_read(folder).items()):

@@ -35,7 +35,7 @@ _ZIP_MAGIC = b"PK\x03\x04"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """The shape and type of a tensor, from the file's header; the type is a name: "float16"."""
+    """The shape and type of a tensor, from the file's header; one type is "float16"."""
 
     shape: tuple[int, ...]
     dtype: str

@@ -46,7 +46,7 @@ def clear_leftovers(path: Path, nonce: str) -> None:
 
 
 def write_stage_files(folder: Path, stage: int, parts: Mapping[str, Any]) -> dict[str, FileSum]:
-    """Saves each part of a stage to a file on disk; returns the checksums by file name.
+    """Saves each part of a stage's state to a file; returns the checksums by file name.
 
     Raises OSError if the disk fails; the error names the file.
     """

@@ -88,8 +88,8 @@ def zero_bubble_h1(stage: int, num_stages: int, num_microbatches: int) -> Iterat
     Stage i delays each weight gradient by i microbatches. No other stage waits for a gradient from
     the first stage, so the first stage does not split backward.
 
-    At most num_stages microbatches are in flight (from F to the end of W). If F, I and W take the
-    same seconds on all stages and num_microbatches >= num_stages, each stage is idle for
+    At most num_stages microbatches are in flight (from F to the end of W). If each action
+    takes the same time on all stages and num_microbatches >= num_stages, each stage is idle for
     (num_stages - 1) * (F + I - min(F, I, W)) seconds. The paper assumes that W is the shortest and
     gives F + I - W. For 1f1b the factor is F + I + W.
     """
