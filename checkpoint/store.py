@@ -156,7 +156,7 @@ class CheckpointStore:
         self._deleter.note_saved(step)
 
     def start_cleanup(self) -> None:
-        """Starts to delete steps that `policy` does not keep; all processes call it after a save."""
+        """Starts to delete steps that `policy` does not keep; all ranks call it after a save."""
         self._deleter.start()
 
     def finish_cleanup(self) -> None:

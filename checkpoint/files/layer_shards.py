@@ -47,7 +47,7 @@ def check_shard_size(path: Path) -> None:
 
 
 def check_companions(folder: Path) -> None:
-    """Checks tokenizer files and generation settings against the manifest, as `check_shard` does."""
+    """Checks the tokenizer files and generation settings with the manifest, as `check_shard`."""
     if not has_manifest(folder):
         return
     for name, expected in sorted(_read(folder).items()):
