@@ -1,4 +1,4 @@
-"""The lock of a --checkpoint-path: one run at a time writes to it."""
+"""The lock of the folder --checkpoint-path: only one run at a time can write to this folder."""
 
 import errno
 import fcntl

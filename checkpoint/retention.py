@@ -1,10 +1,10 @@
-"""Deletion of older steps, and of the optimizer state in other older steps.
+"""Deletion of old checkpoints (steps), and of the optimizer state in old steps that are kept.
 
-The deletion starts when a new step is complete on every stage and `latest` names this step. Only
-earlier steps are deleted. An incomplete earlier step is deleted too, and does not count as a kept
-step. A folder is renamed before it is deleted, and a manifest lists a file as dropped before the
-file is deleted. So after a crash at any moment, a step is complete, deleted, or marked in its
-manifest.
+The deletion starts when a new step is complete on every stage and the file `latest` names this
+step. Only earlier steps are deleted. An incomplete earlier step is deleted too, and does not count
+as a kept step. A folder is renamed before it is deleted, and a manifest lists a file as dropped
+before the file is deleted. So after a crash at any moment, a step is complete, or deleted, or its
+manifest says which files were dropped.
 """
 
 import logging
@@ -27,22 +27,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RetentionPolicy:
-    """The number of newest steps to keep, and of steps to keep with optimizer state.
+    """The number of newest steps to keep, and the number of these to keep with optimizer state.
 
-    None keeps all steps, or all optimizer states.
+    `steps` None keeps all steps; `optimizer_states` None keeps the optimizer state of all of them.
     """
 
     steps: int | None = None
     optimizer_states: int | None = None
 
     def added_bytes(self, saves: int, *, present: tuple[int, int], weights: int, state: int) -> int:
-        """Returns the largest number of bytes that `saves` more checkpoints add at any time.
+        """Returns the most bytes that `saves` more checkpoints add to the disk at any time.
 
         Args:
             saves: the number of checkpoints that will be saved.
-            present: the number of steps on disk, and the number of steps with optimizer state.
-            weights: bytes of one step's weights.
-            state: bytes of one step's optimizer state.
+            present: the number of steps on disk now, and how many of them have optimizer state.
+            weights: the bytes of the weights in one step.
+            state: the bytes of the optimizer state in one step.
         """
         limits = [most for most in (self.steps, self.optimizer_states) if most is not None]
         steps, states = (  # a new step is written before an old one is deleted
@@ -68,7 +68,7 @@ class StepDeleter:
         self._task: BackgroundTask | None = None
 
     def note_saved(self, step: int) -> None:
-        """Records that `step` was saved; the next `start` deletes steps that it replaces."""
+        """Records that `step` was saved; the next call of `start` deletes old steps."""
         self._saved = step
 
     @property
@@ -77,9 +77,9 @@ class StepDeleter:
         return None if self._task is None or self._task.has_ended else self._task
 
     def start(self) -> None:
-        """Starts a deletion after a new step.
+        """Starts to delete old steps if a new step was saved since the last deletion.
 
-        If an earlier deletion still runs on any process, the deletion starts with a later call.
+        If an earlier deletion still runs on any process, only a later call starts the new deletion.
         """
         if self._saved is None or any(gather_json(self._control, self.running is not None)):
             return
@@ -102,7 +102,7 @@ class StepDeleter:
             logger.warning("older checkpoints could not be removed: %s", failure)
 
     def finish(self) -> None:
-        """Deletes all steps that the policy does not keep, and waits for the end."""
+        """Deletes all steps that the policy does not keep, and waits until they are deleted."""
         self.wait()
         self.start()
         self.wait()
@@ -116,18 +116,18 @@ class StepDeleter:
 def delete_old_steps(
     path: Path, step: int, policy: RetentionPolicy, *, complete: Sequence[int], nonce: str
 ) -> None:
-    """Deletes the steps up to `step` under `path` that `policy` does not keep.
+    """Deletes steps and optimizer states under `path`, up to `step`, that `policy` does not keep.
 
     It deletes the files of all stages, also of stages that the run no longer has. Stages that share
-    a folder can call it at the same time. A folder without files of a stage may be a user's, and is
-    not deleted.
+    a folder can call it at the same time. A folder without any stage's files may belong to the
+    user, so it is not deleted.
 
     Args:
         path: the folder of the steps.
         step: the step that was just saved.
-        policy: the number of steps to keep.
+        policy: the numbers of steps and of optimizer states to keep.
         complete: the complete steps in ascending order; `step` is the last.
-        nonce: an id of this start of the run, the same for all processes.
+        nonce: an id of this start of the program, the same for all processes.
 
     Raises:
         OSError: the disk fails.

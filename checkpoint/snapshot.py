@@ -15,9 +15,9 @@ def to_host(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Snapshot:
-    """Buffers in host memory for copies of a state; the first copy allocates them.
+    """Buffers in host memory for copies of a state; the first copy allocates the buffers.
 
-    Every later state must have the same names, shapes and types. The buffers of GPU tensors are
+    Every later state must have the same names, shapes and types. The buffers for GPU tensors are
     pinned, and the copies of all these tensors run at the same time.
     """
 
@@ -47,7 +47,7 @@ class Snapshot:
 def _map_tensors(
     state: Mapping[str, Any], convert: Callable[[Key, Tensor], Tensor], start: Key = ()
 ) -> dict[str, Any]:
-    """Returns `state` with `convert` applied to each tensor; `start` is the key of `state`."""
+    """Returns `state` with converted tensors; `start` holds the names that lead to `state`."""
     converted = dict(state)
     for name, value in state.items():
         if isinstance(value, Mapping):

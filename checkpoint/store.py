@@ -32,13 +32,14 @@ logger = logging.getLogger(__name__)
 
 
 class SaveFailedError(OSError):
-    """An error while a step was saved; the earlier checkpoints are unchanged."""
+    """An error during the save of a checkpoint; the earlier checkpoints are unchanged."""
 
 
 class ResumePoint(NamedTuple):
     """The step from which training resumes, and its folder on the machines of replica 0.
 
-    `meta` is None for a predecessor's checkpoint. In this case only the weights are used.
+    `meta` is None for a checkpoint of an older system (a predecessor, see docs/glossary.md). From
+    such a checkpoint only the weights are used.
     """
 
     step: int
@@ -47,7 +48,7 @@ class ResumePoint(NamedTuple):
 
 
 class _PendingStep(NamedTuple):
-    """A step that is being written, and its folder; `task` writes it, or is None."""
+    """A step that is being written to `folder`; `task` is None if this process writes nothing."""
 
     step: int
     folder: Path
@@ -61,10 +62,10 @@ class CheckpointStore:
         path: the value of --checkpoint-path.
         control: the group of all processes.
         topology: the stage and replica of this process.
-        nonce: an id of this start of the run.
+        nonce: an id of this start of the program, the same for all processes.
         extras: the small files of rank 0 (config.json, tokenizer) by name; every step's folder gets
             a copy.
-        policy: the number of older steps to keep.
+        policy: the number of steps to keep.
     """
 
     def __init__(
@@ -96,8 +97,8 @@ class CheckpointStore:
 
         Args:
             meta: the content of meta.json; only rank 0's content is saved.
-            parts: this stage's data by part (checkpoint, optimizer, scheduler). They must not
-                change until they are written.
+            parts: this stage's data by part (checkpoint, optimizer, scheduler). The data must not
+                change until the files are written.
         """
         assert self._pending is None, "one step is saved at a time"
         self._deleter.start()  # if it was not started after the last save
@@ -111,14 +112,14 @@ class CheckpointStore:
 
     @property
     def pending(self) -> int | None:
-        """Returns the step between `begin` and `finish`, or None; it is the same on all ranks."""
+        """Returns the step whose save has begun and is not finished, or None; same on all ranks."""
         return None if self._pending is None else self._pending.step
 
     @property
     def is_writing(self) -> bool:
-        """Returns whether this process still writes files of the step.
+        """Returns whether this process still writes files of the step `pending`.
 
-        If no process does, `finish` only renames folders and is fast.
+        If no process still writes such files, `finish` only renames folders and is fast.
         """
         task = None if self._pending is None else self._pending.task
         return task is not None and not task.has_ended
@@ -155,11 +156,11 @@ class CheckpointStore:
         self._deleter.note_saved(step)
 
     def start_cleanup(self) -> None:
-        """Starts to delete steps that are not kept; every process must call it after a save."""
+        """Starts to delete steps that `policy` does not keep; all ranks call it after a save."""
         self._deleter.start()
 
     def finish_cleanup(self) -> None:
-        """Deletes all steps that are not kept, and waits for it; every process must call it."""
+        """Deletes steps that `policy` does not keep, and waits; every process must call it."""
         self._deleter.finish()
 
     def _attempt(
@@ -169,9 +170,9 @@ class CheckpointStore:
         *,
         undo: Callable[[], None] | None = None,
     ) -> None:
-        """Runs one part of a save on every process that writes; `undo` runs if any of them fails.
+        """Runs `work`, one part of a save, on every process that writes files.
 
-        Without `undo` the step stays complete, but `latest` does not name it.
+        If a process fails, `undo` runs on all of them. If `undo` is None, the step stays complete.
 
         Raises:
             SaveFailedError: `work` failed on a process.
@@ -186,7 +187,7 @@ class CheckpointStore:
         raise SaveFailedError(f"step {step} {result}: {failure}")
 
     def _write(self, partial: Path, step: int, parts: Mapping[str, Any], meta: bytes) -> None:
-        """Writes the stage's own files, then the files of every stage, and last the manifest."""
+        """Writes the stage's own files, then files that all stages write, and last the manifest."""
         topology = self._topology
         sums = step_folder.write_stage_files(partial, topology.stage, parts)
         common = {**self._extras, META: meta}
@@ -201,12 +202,12 @@ class CheckpointStore:
         flush(partial)
 
     def needed_bytes(self, saves: int, *, weights: int, state: int) -> int:
-        """Returns the largest number of bytes that future saves of this process add to the disk.
+        """Returns the most bytes that this process adds to the disk for `saves` more checkpoints.
 
         Args:
-            saves: the number of saves.
-            weights: the bytes of the weights in one save.
-            state: the bytes of the optimizer state in one save.
+            saves: the number of checkpoints that will be saved.
+            weights: the bytes of the stage's weights in one checkpoint.
+            state: the bytes of the stage's optimizer state in one checkpoint.
         """
         if not self._writes:
             return 0
@@ -215,11 +216,11 @@ class CheckpointStore:
         return self._policy.added_bytes(saves, present=present, weights=weights, state=state)
 
     def find(self, split: ResumeSplit) -> ResumePoint | None:
-        """Returns the newest step of which every stage has all its files, or None.
+        """Returns the newest step that is complete on every stage, or None.
 
-        Every process must call it, and then call `verify` before it reads other files of the step
-        than meta.json and config.json. `split` is the split of the run; the checkpoint can have
-        another split. Raises ValueError as `ResumeSearch.newest_step` does.
+        Every process must call `find`. Before a process reads files of the step other than
+        meta.json and config.json, all must call `verify`. `split` is the split of the run; the
+        checkpoint can have another split. Raises ValueError as `ResumeSearch.newest_step` does.
         """
         search = ResumeSearch(self.path, split, control=self._control, topology=self._topology)
         self._search = search
@@ -239,17 +240,17 @@ class CheckpointStore:
         A predecessor's checkpoint has no checksums, so it is not checked.
 
         Raises:
-            ValueError: a file is damaged; the text names it.
+            ValueError: a file is damaged; the text names the file.
         """
         if point.meta is not None:
             assert self._search is not None
             self._search.verify(point.step)
 
     def update_latest(self, step: int) -> None:
-        """Writes to `latest` the step from which the run resumes.
+        """Writes the number `step`, from which the run resumes, to the file `latest`.
 
-        `latest` names an older step if a save crashed before `latest` was written. It names a newer
-        step if a user moved that step away. No start depends only on `latest`, so a disk error is
+        `latest` can name an older step, after a crash during a save, or a newer step, which a user
+        has moved away. The program can find the step without `latest`, so a disk error is only
         logged as a warning.
         """
         if not self._writes or latest_text(self.path) == str(step):
@@ -271,7 +272,7 @@ class CheckpointStore:
 
 
 def _write_or_retry(write: Callable[[], None], deletion: BackgroundTask | None) -> None:
-    """Calls `write`; after an error it waits until `deletion` has freed space, and tries again."""
+    """Calls `write`; after an OSError, waits for the end of `deletion` and calls `write` again."""
     try:
         write()
     except OSError:
@@ -282,12 +283,12 @@ def _write_or_retry(write: Callable[[], None], deletion: BackgroundTask | None) 
 
 
 def read_part(path: Path) -> dict[str, Any]:
-    """Returns the content of the file of one part of a stage.
+    """Returns the content of the file `path`, for example the optimizer state of one stage.
 
     The tensors are memory-mapped, so a tensor is read from disk only when it is used.
 
     Raises:
-        ValueError: the file cannot be read; the text names it.
+        ValueError: the file cannot be read; the text names the file.
     """
     try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)

@@ -15,8 +15,8 @@ from monitor.profiling.tracer import Tracer, Track
 class AllReduce:
     """All-reduce of each bucket: every replica gets the sum of the replicas' gradients.
 
-    With ZeRO only the owner of a bucket gets the sum. It steps the weights of the bucket, and
-    broadcasts them after the update.
+    With ZeRO only the owner of a bucket gets the sum. The owner updates the weights of the bucket,
+    and broadcasts them after the update.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class AllReduce:
         self._works: list[Work] = []
 
     def bucket_ready(self, bucket: Bucket) -> None:
-        """Starts the sum of a bucket over the replicas."""
+        """Starts to sum the gradients of a bucket over the replicas."""
         if self._partition.sharded:
             work = self._replicas.reduce(bucket.gradients, root=bucket.owner)
         else:
@@ -52,7 +52,7 @@ class AllReduce:
                 broadcast_owned(self._parameters, self._partition, self._replicas)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns an empty state: an update depends only on its own gradients."""
+        """Returns an empty state: an all-reduce needs nothing from earlier updates."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -20,8 +20,8 @@ def broadcast_bucketed(
         tensors: contiguous tensors of one type; the shapes are the same on all replicas.
         replicas: the processes that take part.
         root: the replica that sends.
-        bucket_bytes: the largest message in bytes. A larger tensor is one message, and is not
-            copied first.
+        bucket_bytes: the largest message in bytes. A larger tensor is sent as one message, without
+            a copy.
     """
     for bucket in _buckets(tensors, bucket_bytes):
         if len(bucket) == 1:
@@ -49,7 +49,7 @@ def _buckets(tensors: Sequence[Tensor], bucket_bytes: int) -> Iterator[list[Tens
 def broadcast_owned(
     parameters: Mapping[str, nn.Parameter], partition: ZeroPartition, replicas: Communicator
 ) -> None:
-    """Copies every weight from its owner to all replicas; the owners send one after another."""
+    """Copies every weight from the replica that owns it to all replicas, one owner at a time."""
     for owner in range(replicas.size):
         names = [name for name in partition.names if partition.owner(name) == owner]
         weights = [parameters[name].data for name in names]

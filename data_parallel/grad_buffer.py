@@ -1,8 +1,8 @@
-"""One fp32 buffer for all gradients of a stage, cut into buckets for the exchange.
+"""One fp32 buffer for all gradients of a stage, cut into buckets that the replicas exchange.
 
 Backward adds gradients to the buffer. A bucket is ready when all its gradients are complete; at
 this time backward still computes other gradients. Buckets become ready in the reverse order of the
-layers, the same order on all replicas.
+layers, and this order is the same on all replicas.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,8 +24,8 @@ class Bucket:
     """Neighbouring gradients of weights with the same owner, exchanged in one operation.
 
     names: the names of the weights.
-    gradients: the slice of the buffer with all their gradients, in one dimension.
-    num_incomplete: the number of gradients to which not all microbatches have added.
+    gradients: the slice of the buffer with the gradients of these weights, in one dimension.
+    num_incomplete: the number of gradients to which some microbatches have not added yet.
     """
 
     def __init__(self, owner: int, names: Sequence[str]) -> None:
@@ -35,16 +35,17 @@ class Bucket:
 
 
 class GradBuffer:
-    """One fp32 buffer, `flat`, with a view for the gradient of each parameter, by name in `views`.
+    """The fp32 buffer `flat` for the gradients; `views` has a view of it for each parameter.
 
     Linear layers and the embedding add their gradients through the methods of
     `modules.layers.linear.WeightGradBuffer`. For all other parameters autograd makes the gradient:
     if the parameter is fp32, its `grad` is the view; in half precision, a hook adds `grad` to the
-    view and deletes it. Frozen parameters have no gradient in the buffer.
+    view and deletes `grad`. Frozen parameters have no gradient in the buffer.
 
     Args:
         parameters: the weights of a stage by name, already in the compute type.
-        partition: the replicas that step each weight; gradients with the same owner are neighbours.
+        partition: the replicas that update each weight. Gradients of weights with the same owner
+            are neighbours in the buffer.
         on_ready: a function that is called with each bucket whose gradients are complete.
     """
 
@@ -73,7 +74,7 @@ class GradBuffer:
         self._handed_over: set[str] = set()  # parameters with gradients not made by autograd
 
     def expect(self, num_microbatches: int) -> None:
-        """Begins an update of `num_microbatches`; each of them adds to every gradient once."""
+        """Begins an update: each of `num_microbatches` microbatches adds to every gradient once."""
         self._num_expected = dict.fromkeys(self.views, num_microbatches)
         self._pending = list(self._buckets)
         for bucket in self._buckets:
@@ -92,10 +93,10 @@ class GradBuffer:
 
     @contextmanager
     def deferring(self, deferred: Deferred | None) -> Iterator[None]:
-        """Defers the additions of linear layers in this block.
+        """Defers the additions of linear layers to the buffer inside the `with` block.
 
-        Each addition is appended to `deferred` as a function without arguments. None defers no
-        addition.
+        Each addition is appended to `deferred` as a function without arguments, to be called later.
+        If `deferred` is None, no addition is deferred.
         """
         self._deferred = deferred
         try:
@@ -106,7 +107,7 @@ class GradBuffer:
     def add_linear(
         self, weight: Tensor, bias: Tensor | None, gradient: Tensor, x: Tensor, *, last: bool
     ) -> None:
-        """Adds to the gradients of a linear layer; see `WeightGradBuffer.add_linear`."""
+        """Adds the gradients of a linear layer to the buffer; see `WeightGradBuffer.add_linear`."""
         trained = [p for p in (weight, bias) if p is not None and p.requires_grad]
         self._handed_over.update(self._names[id(p)] for p in trained)
         call = partial(self._add_linear, weight, bias, gradient, x, last)
@@ -117,7 +118,7 @@ class GradBuffer:
 
     @torch.no_grad()
     def add_rows(self, weight: Tensor, rows: Tensor, gradient: Tensor) -> None:
-        """Adds to the gradient of an embedding; see `WeightGradBuffer.add_rows`."""
+        """Adds the gradient of an embedding to the buffer; see `WeightGradBuffer.add_rows`."""
         name = self._names[id(weight)]
         self._handed_over.add(name)
         view = self.views[name]
@@ -159,7 +160,7 @@ class GradBuffer:
         parameter.register_post_accumulate_grad_hook(accumulated)
 
     def _count_microbatch(self, name: str) -> None:
-        """Counts a microbatch that has added to a gradient; calls `on_ready` for ready buckets."""
+        """Counts a microbatch for the gradient `name`; calls `on_ready` for each ready bucket."""
         if name not in self._num_expected:
             return  # no update has begun
         self._num_expected[name] -= 1
@@ -172,7 +173,7 @@ class GradBuffer:
 def _cut(partition: ZeroPartition, sizes: Mapping[str, int]) -> list[Bucket]:
     """Returns buckets of about BUCKET_BYTES, sorted by owner and then in the order of the layers.
 
-    `sizes` are the elements of each weight's gradient, by name.
+    `sizes` has the number of elements of each weight's gradient, by name.
     """
     buckets: list[Bucket] = []
     for owner in sorted({partition.owner(name) for name in sizes}):
@@ -193,7 +194,7 @@ def _place(
     parameters: Mapping[str, nn.Parameter],
     sizes: Mapping[str, int],
 ) -> Iterator[tuple[str, Tensor]]:
-    """Sets `gradients` of every bucket; yields the name and view of every parameter."""
+    """Sets `gradients` of every bucket; yields each parameter's name and its view of `flat`."""
     offset = 0
     for bucket in buckets:
         start = offset

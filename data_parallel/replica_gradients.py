@@ -15,11 +15,11 @@ from monitor.profiling.tracer import NO_TRACER, Tracer
 class ReplicaGradients:
     """The gradients of a stage's weights; --dp-mode sets how the replicas exchange them.
 
-    Backward adds to `buffer`, and the optimizer reads its views.
+    Backward adds the gradients to `buffer`, and the optimizer reads them there.
 
     Args:
         parameters: the stage's weights by name, already in the compute type.
-        partition: the replicas that step each weight.
+        partition: the replicas that update each weight.
         replicas: the processes that train this stage.
         mode: the value of --dp-mode.
         tracer: records how long communication takes.
@@ -45,22 +45,22 @@ class ReplicaGradients:
     def finish_exchange(self) -> None:
         """Waits until the gradients of all buckets are exchanged.
 
-        Afterwards a replica has the exchanged gradients of the weights that it steps.
+        Afterwards a replica has the exchanged gradients of the weights that it updates.
         """
         self.buffer.check_complete()
         self.exchange.finish()
 
     def reported(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields names and exchanged gradients of the weights whose owner is this process.
+        """Yields the name and exchanged gradient of each weight whose owner is this process.
 
-        Each weight has one owner among the replicas, so each gradient is reported once.
+        Each weight has one owner, so the replicas together yield each gradient once.
         """
         for name in self.partition.names:
             if self.partition.owner(name) == self._replicas.rank:
                 yield name, self.buffer.views[name]
 
     def after_update(self) -> None:
-        """Runs the action of the dp mode after an update of the weights."""
+        """Calls the dp mode's `after_update`, which must run after each update of the weights."""
         self.exchange.after_update()
 
     def share_weights(self) -> None:

@@ -1,4 +1,4 @@
-"""The replicas that step each weight of a stage: all replicas, or one replica (ZeRO stage 1).
+"""The replicas that update each weight of a stage: all replicas, or one (ZeRO stage 1).
 
 ZeRO is from Rajbhandari et al., arXiv 1910.02054.
 """
@@ -11,15 +11,15 @@ from comm.communicator import Communicator
 
 
 class ZeroPartition:
-    """The replicas that hold master and moments of each weight, and step the weight.
+    """The replicas that hold the master and moments of each weight, and update the weight.
 
     Frozen weights are not part of the partition.
 
     Args:
         parameters: the weights of a stage by name.
         replicas: the processes that train this stage.
-        sharded: whether only one replica steps each weight; if False, every replica steps every
-            weight.
+        sharded: whether only one replica updates each weight; if False, every replica updates
+            every weight.
     """
 
     def __init__(
@@ -34,15 +34,15 @@ class ZeroPartition:
 
     @property
     def owned(self) -> list[str]:
-        """Returns the names of the weights that this process steps."""
+        """Returns the names of the weights that this process updates."""
         return [name for name in self.names if self._replicas.rank in self.holders(name)]
 
     def owner(self, name: str) -> int:
-        """Returns the first replica that steps a weight; it reports the weight's gradient."""
+        """Returns the owner of a weight: the only or the first replica that updates the weight."""
         return self._owners[name]
 
     def holders(self, name: str) -> list[int]:
-        """Returns all replicas that step a weight."""
+        """Returns all replicas that update a weight."""
         return [self._owners[name]] if self.sharded else list(range(self._replicas.size))
 
 

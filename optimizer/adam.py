@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov and Hutter, arXiv 1711.05101), which steps one weight at a time."""
+"""AdamW (Loshchilov and Hutter, arXiv 1711.05101), which updates one weight at a time."""
 
 from typing import Protocol
 
@@ -13,7 +13,7 @@ State = dict[str, Tensor]  # of one weight
 
 
 class Algorithm(Protocol):
-    """An algorithm that steps one weight at a time; `kind` is its name in checkpoints."""
+    """An optimizer that updates one weight at a time; `kind` is its name in checkpoints."""
 
     @property
     def kind(self) -> str: ...
@@ -31,11 +31,11 @@ class Algorithm(Protocol):
         weight_decay: float,
         update: int,
     ) -> None:
-        """Steps `weight` and `state` in place; `update` counts the updates before this one."""
+        """Updates `weight` and `state` in place; `update` is the number of earlier updates."""
 
 
 class Adam:
-    """torch's fused AdamW, with moments in fp32; it reads and writes each tensor only once."""
+    """torch's fused AdamW, with fp32 moments; an update reads and writes each tensor only once."""
 
     kind = "adam"
 

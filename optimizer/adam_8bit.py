@@ -9,11 +9,11 @@ from optimizer.adam import BETAS, EPS, State
 
 
 class Adam8bit:
-    """AdamW8bit of bitsandbytes, which steps one weight at a time.
+    """AdamW8bit of bitsandbytes, which updates one weight at a time.
 
-    One optimizer of bitsandbytes steps every weight: before a step, the weight and its state are
-    put into this optimizer. A new optimizer for each step would take longer than the step.
-    bitsandbytes keeps fp32 moments for weights with fewer than 4096 elements.
+    The same optimizer of bitsandbytes updates all weights: before an update, the weight and its
+    state are put into this optimizer. To make a new optimizer each time would take longer than the
+    update. bitsandbytes keeps fp32 moments for weights with fewer than 4096 elements.
 
     Raises:
         ValueError: bitsandbytes is not installed.
@@ -59,7 +59,7 @@ class Adam8bit:
         self._adam.state[parameter] = state
 
     def _take_out(self, parameter: nn.Parameter) -> dict[str, Any]:
-        """Removes a parameter from the optimizer of bitsandbytes, and returns its state."""
+        """Removes a parameter from the optimizer of bitsandbytes; returns the parameter's state."""
         self._adam.param_groups[0]["params"] = []
         state: dict[str, Any] = self._adam.state.pop(parameter)
         return state

@@ -1,4 +1,4 @@
-"""Construction of a stage's optimizer, and the memory of its state in a checkpoint."""
+"""Construction of a stage's optimizer, and the size of the optimizer's state in a checkpoint."""
 
 import torch
 from torch import nn
@@ -28,10 +28,10 @@ def build_optimizer(
     replicas: Communicator,
     tracer: Tracer = NO_TRACER,
 ) -> MixedPrecisionOptimizer:
-    """Returns a stage's optimizer; its `gradients` own the buffer to which backward adds.
+    """Returns a stage's optimizer; the optimizer owns the buffer to which backward adds gradients.
 
-    The compute copies are made before the gradients, because backward produces gradients in the
-    type of the compute copies.
+    The weights in the compute type (compute copies) are made before this buffer, because backward
+    produces gradients in the type of the compute copies.
 
     Args:
         model: the stage, in fp32; its weights become the compute copies.
@@ -39,10 +39,10 @@ def build_optimizer(
         precision: the type of the compute copies, a key of `common.tensors.DTYPES`.
         weight_decay: the weight decay of matrices; it is 0 for biases and norms.
         offload: whether masters and moments are in host memory.
-        zero_stage: 0: every replica steps every weight. 1: one replica steps each weight.
+        zero_stage: 0: every replica updates every weight. 1: one replica updates each weight.
         dp_mode: a key of `data_parallel.modes.DP_MODES`.
         replicas: the processes that train this stage.
-        tracer: records how long steps and communication take.
+        tracer: records how long updates and communication take.
     """
     parameters = dict(model.named_parameters())
     partition = ZeroPartition(parameters, replicas, sharded=zero_stage == 1)
@@ -54,7 +54,7 @@ def build_optimizer(
 
 
 def checkpoint_bytes(num_parameters: int, *, precision: str, optimizer: str) -> tuple[int, int]:
-    """Returns two sizes in a checkpoint: bytes of the weights; bytes of masters and moments."""
+    """Returns the bytes of the weights in a checkpoint, and the bytes of masters and moments."""
     dtype = DTYPES[precision]
     masters = 0 if dtype == torch.float32 else 4
     state = num_parameters * (masters + MOMENT_BYTES[optimizer])

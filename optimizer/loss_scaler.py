@@ -25,13 +25,13 @@ class LossScaler(Protocol):
     may_skip: bool
 
     def update(self, *, overflow: bool) -> None:
-        """Adapts the scale after an update; `overflow` says whether the update overflowed."""
+        """Adapts the scale; `overflow` says whether gradients or losses were not finite."""
 
     def state(self) -> dict[str, Any]:
         """Returns the state for `load_state`, including the kind of the scaler."""
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restores the state of a constant or dynamic scaler; the limits of the flags apply."""
+        """Restores the state of a scaler of any kind, within the limits that the flags set."""
 
 
 class ConstantScale:
@@ -113,8 +113,8 @@ def make_scaler(
 ) -> LossScaler:
     """Returns the scaler of a run.
 
-    For fp16 the scale is dynamic, or `constant` if `constant` is above 0. For other precisions it
-    is 1.
+    For fp16 the scale is dynamic, or `constant` if `constant` is above 0. For other precisions the
+    scale is 1.
     """
     if precision != "fp16":
         return ConstantScale(1.0, may_skip=False)

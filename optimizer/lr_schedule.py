@@ -30,8 +30,8 @@ def learning_rate(
 ) -> float:
     """Returns the learning rate of an update.
 
-    If `lowest` is 0, it equals the rate of get_linear_schedule_with_warmup in transformers (or
-    get_cosine_..., get_constant_...). The first update of a warm-up has rate 0.
+    If `lowest` is 0, the rate is the same as with get_linear_schedule_with_warmup in transformers
+    (or get_cosine_..., get_constant_...). The first update of a warm-up has rate 0.
 
     Args:
         update: the number of the update; the first is 0.

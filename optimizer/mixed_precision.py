@@ -1,9 +1,9 @@
 """The fp32 masters of a stage's weights, and their update from the gradients.
 
-The same class serves every combination of compute type (fp32, fp16, bf16), algorithm (AdamW, 8-bit
+The same classes serve every combination of compute type (fp32, fp16, bf16), algorithm (AdamW, 8-bit
 AdamW), offload to the host, and sharding over the replicas. The combinations differ in the memory
-that holds a master and in the replica that steps it. Offload and sharding do not change the step,
-so they do not change the weights.
+that holds a master and in the replica that updates the master. Offload and sharding do not change
+the computation of an update, so they do not change the weights.
 """
 
 from collections.abc import Mapping
@@ -21,12 +21,12 @@ from optimizer.offload import HostCopies, to_host
 class MixedPrecisionWeights:
     """The fp32 masters and the compute copies of a stage's weights.
 
-    `masters` holds, by name, the masters of the weights that this replica steps. A master is the
-    fp32 weight itself or, with offload, a copy in host memory.
+    `masters` holds the masters of the weights that this replica updates, by name. A master is the
+    fp32 weight of `parameters` or, with offload, a copy of this weight in host memory.
 
     Args:
         parameters: the weights of a stage by name, in fp32; they become the compute copies.
-        partition: the replicas that step each weight.
+        partition: the replicas that update each weight.
         dtype: the type of the compute copies.
         offload: whether the masters are in host memory.
     """
@@ -55,14 +55,14 @@ class MixedPrecisionWeights:
 
 
 class MixedPrecisionOptimizer:
-    """The optimizer of a stage: it steps the masters, and holds their moments.
+    """The optimizer of a stage: it updates the masters, and holds the moments of the masters.
 
     Args:
         weights: the masters and compute copies.
         gradients: the gradients of the compute copies, after the exchange between replicas.
-        algorithm: the algorithm that steps one weight.
+        algorithm: the algorithm that updates one weight.
         weight_decay: the weight decay of matrices; it is 0 for biases and norms.
-        tracer: records how long steps take.
+        tracer: records how long updates take.
     """
 
     def __init__(

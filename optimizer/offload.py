@@ -1,4 +1,4 @@
-"""Copies of gradients from the device to the host; the next copy runs while one is used."""
+"""Copies of gradients in host memory; while one copy is used, the next gradient is copied."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -47,6 +47,6 @@ class HostCopies:
 
 
 def to_host(weight: Tensor) -> Tensor:
-    """Returns a copy of a weight in host memory; it is pinned if the weight is on a GPU."""
+    """Returns a copy of a weight in host memory; the copy is pinned if the weight is on a GPU."""
     copy = torch.empty(weight.shape, dtype=weight.dtype, pin_memory=weight.is_cuda)
     return copy.copy_(weight)

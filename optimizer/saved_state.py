@@ -17,9 +17,10 @@ class SavedState:
     """The optimizer state of one stage in a checkpoint.
 
     source: the file of the state, for error texts.
-    state: the content of the file.
+    state: the content of the file. The masters and each kind of moments are a part: tensors by
+        weight name.
     names: the names of all weights of the saved stage.
-    saved_names: the names in the file, by this run's names, of the weights to restore.
+    saved_names: the name in the file of each weight to restore, by the weight's name in this run.
     """
 
     source: Path
@@ -32,9 +33,10 @@ class SavedState:
         return {key: value for key, value in self.state.items() if key not in HEADER}
 
     def check(self, *, kind: str, updates: int) -> None:
-        """Raises ValueError if the algorithm or the number of updates differ, or a weight is extra.
+        """Raises ValueError if the algorithm, the number of updates or a weight is not expected.
 
-        `kind` is the expected algorithm, and `updates` the expected number of updates.
+        `kind` is the expected algorithm, and `updates` is the expected number of updates. The
+        weights `names` are expected.
         """
         for key, expected in (("kind", kind), ("updates", updates)):
             if self.state.get(key) != expected:

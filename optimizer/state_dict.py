@@ -1,7 +1,7 @@
 """Optimizer state for a checkpoint, independent of the number of replicas.
 
-Replica 0 writes and reads the state of a stage. Other replicas send and receive their parts of the
-state over the control group. Sender and receiver both know the shapes of these tensors.
+Replica 0 writes and reads the state of a stage. Other replicas send and receive the state of the
+weights that they update. Sender and receiver both know the shapes of these tensors.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,10 +28,11 @@ _BATCH_ELEMENTS = 2**28
 def collect_state(
     optimizer: MixedPrecisionOptimizer, control: Communicator, topology: Topology
 ) -> dict[str, Any]:
-    """Returns the state of the stage on replica 0; on other replicas, only their part of it.
+    """Returns the optimizer state of the stage; every replica of the stage must call it.
 
-    The tensors are the optimizer's own tensors on its device. Tensors that another replica sent are
-    in host memory.
+    Replica 0 gets the complete state. Any other replica gets the state of the weights that it
+    updates. The tensors are the optimizer's own tensors on its device; on replica 0, tensors that
+    another replica sent are in host memory.
     """
     state: dict[str, Any] = {"kind": optimizer.algorithm.kind, "updates": optimizer.updates}
     for name in optimizer.names:
@@ -64,7 +65,7 @@ def restore_state(
 
     Args:
         optimizer: the optimizer to fill.
-        states: on replica 0, states that together have all its weights; None on other replicas.
+        states: on replica 0, states that together have all weights of the stage; None on others.
         control: the group of all processes.
         topology: the stage and replica of this process.
         updates: the number of updates that the states must have.
@@ -95,7 +96,8 @@ def _read(
 ) -> None:
     """Reads the state of the weights `names` on replica 0.
 
-    It fills the optimizer of replica 0, and adds the state for other replicas to `to_send`.
+    The function copies the state of the weights that replica 0 updates to `optimizer`, and adds the
+    state of the weights that other replicas update to `to_send`.
     """
     for name in names:
         values = sources[name].read(name, empty_state(optimizer, name))
@@ -113,9 +115,10 @@ def _share(
     control: Communicator,
     topology: Topology,
 ) -> None:
-    """Sends a weight's state from replica 0 to the other replicas that step the weight.
+    """Sends a weight's state from replica 0 to the other replicas that update the weight.
 
-    `values` is the state on replica 0; None on other replicas, and if no replica needs the state.
+    `values` is the state on replica 0. It is None on other replicas, and also on replica 0 if no
+    other replica needs the state.
     """
     others = [replica for replica in optimizer.partition.holders(name) if replica != 0]
     if topology.replica in others:
@@ -158,7 +161,7 @@ def finite_weights(optimizer: MixedPrecisionOptimizer) -> list[bool]:
 
 
 def _tensors(optimizer: MixedPrecisionOptimizer, name: str) -> dict[str, Tensor]:
-    """Returns the state of one weight, by part; an empty dict if another process steps it."""
+    """Returns one weight's state by part; an empty dict if this process does not update it."""
     tensors = dict(optimizer.moments.get(name, {}))
     if optimizer.has_own_masters and name in optimizer.masters:
         tensors[MASTERS] = optimizer.masters[name]

@@ -1,6 +1,6 @@
-"""The last part of an update: gradient norm, clipping, and a step of the optimizer or a skip.
+"""The last part of an update: the gradients are clipped, and the weights updated or left as is.
 
-All processes of a run make the same decision.
+All processes of a run make the same decision whether to skip the update.
 """
 
 import math
@@ -26,13 +26,13 @@ class UpdateResult(NamedTuple):
 
 
 class UpdateStep:
-    """The update step: it unscales and clips the gradients, and steps the optimizer.
+    """The update step: it unscales and clips the gradients, and updates the weights.
 
     Backward divides the token losses by a fixed number, `nominal_tokens`. The update step corrects
     the gradients for the exact number of trained tokens.
 
     Args:
-        optimizer: steps the weights.
+        optimizer: updates the weights.
         scaler: the loss scale.
         schedule: returns the learning rate of the update with a given number, counted from 0.
         nominal_tokens: the divisor of the token losses in backward.
@@ -57,7 +57,7 @@ class UpdateStep:
 
     @property
     def loss_scale(self) -> float:
-        """Returns the factor of a sum of token losses in backward, `scale` / `nominal_tokens`."""
+        """Returns `scale` / `nominal_tokens`, the factor of a sum of token losses in backward."""
         return self._scaler.scale / self._nominal
 
     @property
@@ -78,10 +78,10 @@ class UpdateStep:
     def apply(
         self, squared_norm: float, *, num_trained_tokens: int, losses_are_finite: bool
     ) -> UpdateResult:
-        """Steps the optimizer with the exchanged gradients, or skips the update.
+        """Updates the weights with the exchanged gradients, or skips the update.
 
-        The update is skipped if the gradients or the losses are not finite. Both are checked: a
-        logit of -inf makes an infinite loss, but its gradients are finite.
+        The update is skipped if the gradients or the losses are not finite. The losses are checked
+        too, because a logit of -inf makes an infinite loss with finite gradients.
 
         Args:
             squared_norm: the squared norm of the gradients of all stages.
@@ -103,11 +103,11 @@ class UpdateStep:
         return UpdateResult(lr, norm, scale)
 
     def state(self) -> dict[str, Any]:
-        """Returns the state for a checkpoint: the count of skipped updates, and the scaler's."""
+        """Returns the state for a checkpoint: the count of skips, and the scaler's state."""
         return {"skipped_in_a_row": self.skipped_in_a_row, "scaler": self._scaler.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restores `state()`; after too many skipped updates the count of skips restarts at 0."""
+        """Restores a result of `state`; a count of skips of `max_skipped` or more becomes 0."""
         skipped = int(state["skipped_in_a_row"])
         self.skipped_in_a_row = skipped if skipped < self._max_skipped else 0
         self._scaler.load_state(state["scaler"])

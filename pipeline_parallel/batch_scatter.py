@@ -2,8 +2,8 @@
 
 If attention is limited to single documents, every stage also gets the starts of the documents.
 
-Token ids are small, so only rank 0 reads data. It sends the rows of an iteration while the previous
-iteration is computed, so no stage waits for data.
+Token ids are small, so only rank 0 reads data. Rank 0 sends the rows of an iteration while the
+previous iteration is computed, so no stage waits for data.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,14 +35,15 @@ class Rows(NamedTuple):
 class BatchScatter:
     """The transfer of batches from rank 0 to the stages that need them.
 
-    Every rank must call its methods.
+    Every rank must call `start` and then `finish` for each batch.
 
     Args:
         control: the group of all processes.
         topology: the stage and replica of this process.
         rows: the number of rows of a pipeline's batch.
         seq_len: the number of tokens in a row.
-        keeps_apart: whether attention is limited to single documents: batches have `doc_starts`.
+        keeps_apart: whether attention is limited to single documents; then every batch has
+            `doc_starts`.
         device: the device for token ids and labels.
     """
 

@@ -1,4 +1,4 @@
-"""The pipeline engine: runs an iteration on a stage, with its schedule and its link."""
+"""The pipeline engine, which runs a stage's part of an iteration in the order of a schedule."""
 
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
@@ -85,9 +85,10 @@ class Engine:
         self._last_received = torch.Size(), torch.float32
 
     def train(self, batch: PipelineBatch, *, loss_scale: float) -> Losses:
-        """Runs forward and backward of a batch; returns its losses.
+        """Runs forward and backward of a batch; returns the losses of the batch.
 
-        Backward adds the gradients of the sum of the token losses times `loss_scale`.
+        The gradients are those of the sum of the token losses times `loss_scale`. Backward adds
+        them to the gradient buffer of the stage.
         """
         self._loss_scale = loss_scale
         self._link.expect(activations=self._num_microbatches, gradients=self._num_microbatches)
@@ -188,10 +189,10 @@ class Engine:
 def _arrived(
     neighbour: Sequence[Action], receiving: Collection[Kind], *, with_: Collection[Kind]
 ) -> dict[int, int]:
-    """Returns the number of messages that a neighbour has received before it sends a message.
+    """Returns how many messages a neighbour has received before it sends each of its messages.
 
-    The result has this number for each sent message, by microbatch. When a message from the
-    neighbour arrives, this stage knows that so many of its own messages have arrived there.
+    The result has this number for each message of the neighbour, by microbatch. When this message
+    arrives, this stage knows that so many of its own messages have arrived at the neighbour.
 
     Args:
         neighbour: the actions of the neighbour, in order.

@@ -16,10 +16,10 @@ class PipelineBatch:
     Args:
         token_ids: (rows, seq_len); None unless the stage is the first.
         labels: (rows, seq_len); None unless the stage is the last.
-        keys: the dropout keys of the rows.
+        keys: a number for each row, from which the row's dropout masks are drawn.
         micro_rows: the number of rows in a microbatch.
-        doc_starts: (rows, seq_len), in host memory. For each token, the index in its row of the
-            first token of its document. None if attention is not limited to single documents.
+        doc_starts: (rows, seq_len), in host memory. For each token, the position in the row at
+            which the token's document begins. None if attention crosses documents.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class PipelineBatch:
         return None if self._labels is None else self._labels[self._span(microbatch)]
 
     def keys(self, microbatch: int) -> Keys:
-        """Returns the dropout keys of a microbatch."""
+        """Returns the dropout keys of a microbatch, one for each row."""
         return self._keys[self._span(microbatch)]
 
     def documents(self, microbatch: int, device: torch.device) -> PackedDocuments | None:

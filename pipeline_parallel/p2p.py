@@ -1,4 +1,4 @@
-"""Messages between neighbouring stages: activations to the next, gradients to the previous stage.
+"""Messages between neighbours: activations to the next stage, gradients to the previous stage.
 
 Receives are posted early, so messages travel while the stage computes. Sends do not wait. The first
 and the last stage have only one neighbour: methods for the missing neighbour return at once, so the
@@ -82,18 +82,19 @@ class StageLink:
         return self._gradients.receive()
 
     def send_activation(self, activation: Tensor) -> None:
-        """Starts a send to the next stage; does nothing on the last stage."""
+        """Starts to send `activation` to the next stage; does nothing on the last stage."""
         self._activations.send(activation)
 
     def send_gradient(self, gradient: Tensor | None) -> None:
-        """Starts a send to the previous stage; does nothing on the first stage."""
+        """Starts to send `gradient` to the previous stage; does nothing on the first stage."""
         self._gradients.send(gradient)
 
     def resolve(self, *, activations: int = 0, gradients: int = 0) -> None:
-        """Waits for the iteration's first sends of each kind, and frees the tensors of these sends.
+        """Waits until the first sends of the iteration are complete, and frees the sent tensors.
 
-        `activations` and `gradients` are the numbers of sends, counted from the iteration's start.
-        The neighbours must have received these messages already, so the wait is short.
+        `activations` and `gradients` say how many sends of each kind must be complete, counted from
+        the start of the iteration. The neighbours must have received these messages already, so the
+        wait is short.
         """
         self._activations.resolve(activations)
         self._gradients.resolve(gradients)
@@ -107,8 +108,8 @@ class StageLink:
 class _Direction:
     """Messages in one direction: from rank `source` to this stage, and from this stage to `to`.
 
-    `source` or `to` is None if there is no such neighbour. In each iteration the numbers of
-    messages start at 0, as the numbers of microbatches do.
+    `source` or `to` is None if there is no such neighbour. In each iteration the messages are
+    numbered from 0, as the microbatches are.
     """
 
     def __init__(

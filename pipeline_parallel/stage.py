@@ -1,4 +1,4 @@
-"""Forward and backward of a microbatch on a stage, and the tensors that are kept in between."""
+"""Forward and backward of a microbatch on a stage, and the tensors kept between these two."""
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class Stage:
 
     @property
     def in_flight(self) -> set[int]:
-        """Returns the microbatches between forward and the end of backward."""
+        """Returns the microbatches whose forward has run and whose backward is not complete."""
         return self._after_forward.keys() | self._deferred.keys()
 
     def forward(
@@ -49,12 +49,12 @@ class Stage:
             microbatch: the number of the microbatch.
             x: token ids (rows, seq_len), or the activations of the previous stage.
             labels: (rows, seq_len) on the last stage; None on other stages.
-            keys: the dropout keys of the rows.
+            keys: a dropout key for each row; None for no dropout.
             loss_scale: the factor of the loss in backward.
             documents: the documents of the rows; None if attention crosses documents.
 
         Returns:
-            The activations for the next stage; with labels, the sum of the token losses.
+            The activations for the next stage; on the last stage, the sum of the token losses.
         """
         if x.is_floating_point():
             x.requires_grad_()
@@ -64,7 +64,7 @@ class Stage:
         return out.detach()
 
     def backward(self, microbatch: int, gradient: Tensor | None) -> Tensor | None:
-        """Adds to the gradients of the weights, and returns the gradient of the stage's input.
+        """Adds the gradients of the weights to the buffer; returns the gradient of the input.
 
         Returns None on the first stage, because token ids have no gradient. `gradient` is the
         gradient of the stage's output, or None if the output is a loss. If backward is split,
@@ -76,7 +76,7 @@ class Stage:
         return x.grad
 
     def weight_gradient(self, microbatch: int) -> None:
-        """Adds to the gradients of large weights; this is the second part of a split backward."""
+        """Adds large weights' gradients to the buffer; the second part of a split backward."""
         for add in self._deferred.pop(microbatch):
             add()
 
@@ -105,5 +105,5 @@ class Stage:
         return activations
 
     def _deferred_of(self, microbatch: int) -> Deferred | None:
-        """Returns the list of deferred additions of a microbatch; None if backward is not split."""
+        """Returns a microbatch's list of deferred additions; None if backward is not split."""
         return self._deferred.setdefault(microbatch, []) if self._splits else None

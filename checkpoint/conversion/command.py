@@ -40,8 +40,8 @@ def run_to_hf(model_type: str, flags: Mapping[str, Any]) -> None:
 def _command() -> Iterator[None]:
     """Writes log lines to stdout and errors to stderr; exits with status 2 after an error.
 
-    The warnings of the libraries are silenced, because the conversion raises an error for each of
-    these problems.
+    The warnings of the libraries are silenced, because the conversion itself raises an error for
+    each problem of which they warn.
     """
     from huggingface_hub.utils.tqdm import disable_progress_bars
 

@@ -12,9 +12,9 @@ from common.text import format_bytes
 
 @contextmanager
 def new_folder(final: Path, *, needed: int) -> Iterator[Path]:
-    """Yields a temporary folder beside `final`; renames it to `final` when the block succeeds.
+    """Yields a temporary folder beside `final`; renames it to `final` at the end.
 
-    If the block fails, the temporary folder is deleted.
+    If the code in the `with` block fails, the temporary folder is deleted.
 
     Raises:
         ValueError: `final` exists and is not an empty folder, or fewer than `needed` bytes are free

@@ -33,12 +33,13 @@ def convert_to_hf(
     fp16: bool,
     verify: bool,
 ) -> Path:
-    """Converts a training checkpoint to a Hugging Face model; returns `save_path`, its folder.
+    """Converts a training checkpoint to a Hugging Face model in `save_path`; returns `save_path`.
 
     Args:
         ckpt_path: the folder of a step, or a folder with the file `latest`.
-        n_stages, n_layer_per_stage: the split of the layers. They are required for a predecessor's
-            step, which does not record its split. For other steps they are compared with meta.json.
+        n_stages, n_layer_per_stage: the split of the layers. They are required for a checkpoint of
+            an older system (a predecessor, see docs/glossary.md), which does not record its split.
+            For other checkpoints they are compared with meta.json.
         config_name: a local folder or hub name with config and tokenizer; None stands for the
             step's folder.
         fp16: whether to write fp16. Otherwise all weights get the widest type in the checkpoint.

@@ -79,9 +79,9 @@ def _run_ours(
 
 
 def _run_theirs(folder: Path, family: Family, config: Any, tokens: Tensor) -> Tensor:
-    """Returns the logits of the model of transformers for `tokens` (rows, tokens).
+    """Returns the logits that the model of transformers computes for `tokens` (rows, tokens).
 
-    The model is made with a single block. The weights of each block are copied into it in turn.
+    The model has a single block, into which the weights of each block are copied in turn.
     """
     small = copy.deepcopy(config)
     small.num_hidden_layers = 1
@@ -103,8 +103,8 @@ def _fill(
 ) -> None:
     """Copies `weights` (by shard key) to the parameters of `model`.
 
-    `names` maps a shard key to a Hugging Face key. A few parameters of transformers have another
-    name than their key in the file; `family.hf_aliases` lists these names.
+    `names` maps a shard key to a Hugging Face key. In transformers a few parameters have a name
+    that differs from their key in the file; `family.hf_aliases` lists these names.
     """
     parameters = dict(model.named_parameters())
     attributes = {name: alias for alias, name in family.hf_aliases.items()}

@@ -1,9 +1,9 @@
-"""Checksums of files, and manifests (JSON files) that list them.
+"""Checksums of files, and manifests: JSON files that list other files with their checksums.
 
-They detect an incomplete or damaged file before its content is used. A manifest ends with a
-checksum of its own content, and is compared byte by byte. CRC-32 detects every burst of up to 32
-wrong bits, and misses other damage once in 2^32 cases. It is as fast as the memory on any
-processor. CRC-32 detects damage, but not a file that was changed on purpose.
+A checksum detects an incomplete or damaged file before the file's content is used. A manifest also
+has a checksum of its own content, so damage to any byte of the manifest is detected. CRC-32 detects
+every burst of up to 32 wrong bits, and misses other damage once in 2^32 cases. On any processor the
+computation of a CRC-32 is as fast as the memory. CRC-32 does not detect a change made on purpose.
 """
 
 import json
@@ -30,7 +30,7 @@ class FileSum(NamedTuple):
 class SummingFile:
     """A writable file for torch.save that computes the checksum of the written bytes.
 
-    `error` is the OSError of a failed write. torch.save raises a RuntimeError in its place.
+    `error` is the OSError of a failed write, for which torch.save itself raises a RuntimeError.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -60,9 +60,10 @@ class SummingFile:
 
 
 def save_summed(state: Any, path: Path) -> FileSum:
-    """Saves `state` with torch.save, flushes the file to disk, and returns its checksum.
+    """Saves `state` with torch.save, flushes the file to disk, and returns the file's checksum.
 
-    The checksum is computed in memory, so a later check detects bytes that the disk changed.
+    The checksum is computed before the bytes reach the disk, so a later check of the file detects
+    bytes that the disk changed.
 
     Raises:
         OSError: the disk fails; the error names the file.
@@ -98,7 +99,7 @@ def sum_file(path: Path) -> FileSum:
 def check_size(path: Path, expected: FileSum, *, manifest: str) -> None:
     """Raises ValueError if the file is missing or its size differs from `expected`.
 
-    `manifest` is the name of the manifest that lists the file. The error text has both names.
+    `manifest` is the name of the manifest that lists the file. The error text names both.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file, but {manifest} lists it")
@@ -110,7 +111,7 @@ def check_size(path: Path, expected: FileSum, *, manifest: str) -> None:
 def check_file(path: Path, expected: FileSum, *, manifest: str) -> None:
     """Reads a file; raises ValueError if its size or checksum differs from `expected`.
 
-    `manifest` is the name of the manifest that lists the file. The error text has both names.
+    `manifest` is the name of the manifest that lists the file. The error text names both.
     """
     check_size(path, expected, manifest=manifest)
     try:
@@ -124,7 +125,7 @@ def check_file(path: Path, expected: FileSum, *, manifest: str) -> None:
 
 
 def seal(body: Mapping[str, Any]) -> bytes:
-    """Returns `body` as JSON, with the number of the format and a checksum of this content."""
+    """Returns `body` as JSON, with the number of the file format and a checksum of the JSON."""
     body = {"format": FORMAT, **body}
     return _encode({**body, _SEAL: sum_bytes(_encode(body)).crc32})
 
@@ -160,12 +161,12 @@ def _encode(body: Mapping[str, Any]) -> bytes:
 
 
 def encode_sums(sums: Mapping[str, FileSum]) -> dict[str, dict[str, Any]]:
-    """Returns checksums by file name, as a manifest stores them in JSON."""
+    """Converts checksums by file name to dicts, the form in which a manifest stores them."""
     return {name: file_sum._asdict() for name, file_sum in sums.items()}
 
 
 def decode_sums(body: Mapping[str, Any]) -> dict[str, FileSum]:
-    """Returns the checksums of a manifest's content, by file name."""
+    """Returns the checksums that a manifest lists, by file name; `body` is the manifest."""
     return {name: FileSum(**file_sum) for name, file_sum in body["files"].items()}
 
 

@@ -30,13 +30,13 @@ _LAYOUTS = (
 
 @dataclass(frozen=True)
 class HfWeights:
-    """The place of one weight: a file, and the weight's key in this file."""
+    """One weight on disk: the file that contains the weight, and the weight's key in this file."""
 
     file: TensorFile
     key: str
 
     def num_bytes(self, dtype: torch.dtype | None = None) -> int:
-        """Returns the size of the weight in bytes as `dtype`; None stands for its own type."""
+        """Returns the bytes of the weight in the type `dtype`; None stands for the file's type."""
         entry = self.file.entries[self.key]
         return entry.size * (dtype or DTYPES[entry.dtype]).itemsize
 
@@ -45,9 +45,10 @@ ModuleWeights = dict[str, HfWeights]  # by shard key
 
 
 def read_module(module: ModuleWeights, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Returns a module's weights by shard key, cast to `dtype` if it is given.
+    """Returns a module's weights by shard key, cast to `dtype` if `dtype` is given.
 
-    Raises ValueError if a weight is not finite.
+    A shard key is the name of a weight in a layer shard. Raises ValueError if a weight is not
+    finite.
     """
     weights: dict[str, Tensor] = {}
     for file in dict.fromkeys(source.file for source in module.values()):
@@ -68,10 +69,12 @@ def hf_names(family: Family, config: Any, index: int) -> dict[str, str]:
 
 
 def open_model(folder: Path, family: Family, config: Any) -> list[ModuleWeights]:
-    """Returns the places of the weights of each module; reads only the headers of the files.
+    """Returns, for each module of the model, the file and key of each weight, by shard key.
+
+    Only the headers of the files are read, and the values of weights that have two keys.
 
     Raises:
-        ValueError: a file is missing or damaged, a key is missing or extra, two names of one weight
+        ValueError: a file is missing or damaged, a key is missing or extra, two keys of one weight
             have different values, a shape differs from the config's, or a type is not a float. The
             text names file and key.
     """
@@ -96,9 +99,9 @@ def open_model(folder: Path, family: Family, config: Any) -> list[ModuleWeights]
 
 
 def _collect(files: Sequence[TensorFile], family: Family) -> dict[str, HfWeights]:
-    """Returns the place of every weight by its canonical key; omits the buffers.
+    """Returns the file and key of every weight, by the key that the family uses; omits buffers.
 
-    Raises ValueError if two names of one weight have different values.
+    Raises ValueError if a weight has two keys with different values.
     """
     sources: dict[str, HfWeights] = {}
     for file in files:
@@ -141,7 +144,7 @@ def _open_files(folder: Path) -> list[TensorFile]:
 
 
 def group_modules(sizes: Sequence[int]) -> list[list[int]]:
-    """Groups modules into output files of at most SHARD_BYTES; a larger module is one file.
+    """Groups modules into output files of at most SHARD_BYTES; a larger module has its own file.
 
     `sizes` are the bytes of the modules. Returns the indices of the modules of each file.
     """

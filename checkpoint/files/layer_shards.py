@@ -1,7 +1,7 @@
-"""Layer shards, one file for each module of a model, and the optional manifest.json of the folder.
+"""Layer shards: a folder with one file for each module of a model, and an optional manifest.json.
 
 Published shards have no manifest, so they are loaded without verification. A user who changes a
-file must remove the manifest.
+shard must remove the manifest, because it lists the checksum of the old shard.
 """
 
 from collections.abc import Callable, Mapping
@@ -42,12 +42,12 @@ def check_shard(path: Path) -> None:
 
 
 def check_shard_size(path: Path) -> None:
-    """Checks only the size of a shard, without reading it; raises the errors of `check_shard`."""
+    """Checks only the size of a shard, not the content; raises ValueError as `check_shard` does."""
     _check_listed(path, check_size)
 
 
 def check_companions(folder: Path) -> None:
-    """Checks the tokenizer files and generation settings in the manifest, as `check_shard` does."""
+    """Checks the tokenizer files and generation settings with the manifest, as `check_shard`."""
     if not has_manifest(folder):
         return
     for name, expected in sorted(_read(folder).items()):
@@ -79,7 +79,7 @@ def _check(path: Path, expected: FileSum, check: Callable[..., None]) -> None:
 
 
 def shard_name(index: int, num_layers: int) -> str:
-    """Returns the file name of module `index`; the numbers of blocks in file names start at 0."""
+    """Returns the file name of the shard of module `index`; in file names the first block is 0."""
     if index == 0:
         return "pytorch_embs.pt"
     return "pytorch_lm_head.pt" if index == num_layers + 1 else f"pytorch_{index - 1}.pt"

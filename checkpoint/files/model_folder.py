@@ -40,8 +40,8 @@ def copy_companions(source: Path, target: Path) -> None:
 def write_config(source: Path, target: Path, **changes: object) -> None:
     """Writes the config.json of `source` with `changes` to `target`.
 
-    If the config has the field `torch_dtype`, a change of `dtype` changes this field too: it is
-    the name of `dtype` before transformers 4.56.
+    Before transformers 4.56 the field `dtype` had the name `torch_dtype`. If the config has this
+    old field, a change of `dtype` changes the old field too.
     """
     config = read_json_object(source / "config.json") | changes
     if "dtype" in changes and "torch_dtype" in config:

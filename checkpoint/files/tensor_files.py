@@ -35,7 +35,7 @@ _ZIP_MAGIC = b"PK\x03\x04"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """The shape and type of a tensor, from the file's header; the type is a name as "float16"."""
+    """The shape and type of a tensor, from the file's header; one type is "float16"."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -128,7 +128,7 @@ class TorchFile:
 
 
 def open_tensor_file(path: Path) -> TensorFile:
-    """Opens a file of tensors: safetensors if its name ends so, otherwise a file of torch.save."""
+    """Opens a file of tensors, as safetensors if the name ends in .safetensors, else with torch."""
     return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
 
 
@@ -150,9 +150,9 @@ def _state_dict(path: Path, loaded: object) -> dict[str, Tensor]:
 
 
 def _damaged(path: Path, expected: str, error: Exception) -> ValueError:
-    """Returns a one-line ValueError for an error of the library that failed to load `path`.
+    """Returns a one-line ValueError for the error of a library that failed to load `path`.
 
-    torch's advice to load the file unsafely is left out.
+    The text omits torch's advice to load the file without safety checks.
     """
     if code := re.search(r"GLOBAL (\S+)", str(error)):
         return ValueError(f"{path}: refused: it asks to run {code[1]}, expected only tensors")

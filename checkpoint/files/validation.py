@@ -1,4 +1,4 @@
-"""Validation of weights: a module has exactly the weights of its config, and all are finite.
+"""Validation of weights: a file has exactly the weights that the config requires, all finite.
 
 An error text is one line. It names file and key, and shows the actual and the expected value.
 """
@@ -24,9 +24,9 @@ _FITTING = {
 
 
 def module_shapes(family: Family, config: Any, index: int) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the weights of module `index`, by name.
+    """Returns the shape of each weight in module `index`, by name.
 
-    0 is the embedding, 1 to L are the L blocks, and L + 1 is the head.
+    Module 0 is the embedding, modules 1 to L are the L blocks, and module L + 1 is the head.
     """
     state = make_layer(family, config, index, "meta").state_dict()
     return {key: tuple(tensor.shape) for key, tensor in state.items()}
@@ -35,7 +35,7 @@ def module_shapes(family: Family, config: Any, index: int) -> dict[str, tuple[in
 def check_entries(file: TensorFile, family: Family, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises ValueError unless a file has exactly the weights in `shapes`, as floats.
 
-    The buffers of the family are ignored.
+    The buffers (masks, rotary tables) in the file are ignored.
     """
     path, keys = file.path, {key for key in file.entries if not family.buffers.search(key)}
     if missing := sorted(shapes.keys() - keys):
@@ -49,7 +49,7 @@ def check_entries(file: TensorFile, family: Family, shapes: Mapping[str, tuple[i
 
 
 def check_entry(file: TensorFile, key: str, shape: tuple[int, ...]) -> None:
-    """Raises ValueError if a tensor has another shape than `shape`, or is not of a float type."""
+    """Raises ValueError if a tensor's shape is not `shape`, or if its type is not a float type."""
     path, entry = file.path, file.entries[key]
     if entry.shape != shape:
         raise ValueError(f"{path}: {key} has shape {entry.shape}, config.json expects {shape}")
@@ -60,7 +60,7 @@ def check_entry(file: TensorFile, key: str, shape: tuple[int, ...]) -> None:
 def read_weights(
     file: TensorFile, keys: Iterable[str], dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """Returns tensors of a file by key, cast to `dtype` if it is given.
+    """Returns the tensors `keys` of a file by key, cast to `dtype` if `dtype` is given.
 
     Raises:
         ValueError: a tensor is not finite, before or after the cast; the text names file and key.
@@ -97,5 +97,5 @@ def check_fits(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) ->
 
 
 def _summarise(keys: list[str]) -> str:
-    """Returns `a` for one key and `a and 3 more` for four, to keep an error text short."""
+    """Returns a short text for an error: `a` for one key `a`, `a and 3 more` for four keys."""
     return keys[0] if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more"

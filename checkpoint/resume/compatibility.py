@@ -1,4 +1,4 @@
-"""Checks whether a run can resume from a checkpoint, and a list of the changed flags."""
+"""Comparison of a run with the checkpoint from which the run resumes: its flags and config."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -9,9 +9,9 @@ from common.files import read_json_object
 
 
 def check_same_run(meta: StepMeta, flags: Mapping[str, Any]) -> None:
-    """Raises ValueError if a flag that must not change differs from the checkpoint's.
+    """Raises ValueError if a flag that must not change has another value in the checkpoint.
 
-    The text names the flag and both values. `flags` are the values of the run.
+    The text names the flag and both values. `flags` has the run's values of all such flags.
     """
     for flag, value in flags.items():
         if (saved := meta.flags.get(flag)) != value:
@@ -21,7 +21,7 @@ def check_same_run(meta: StepMeta, flags: Mapping[str, Any]) -> None:
 
 
 def check_same_config(folder: Path, model_folder: Path) -> None:
-    """Raises ValueError if the config.json of checkpoint and model differ.
+    """Raises ValueError if config.json differs between the checkpoint and the model.
 
     The text names the first field that differs, and both values.
     """
@@ -38,7 +38,7 @@ def check_same_config(folder: Path, model_folder: Path) -> None:
 def describe_changes(
     saved: Mapping[str, Any], settings: Mapping[str, Any], *, idle: Collection[str] = ()
 ) -> list[str]:
-    """Returns one line for each setting that the run has changed since the checkpoint.
+    """Returns one line for each setting that differs between the checkpoint and the run.
 
     Args:
         saved: the settings of the checkpoint, by flag.

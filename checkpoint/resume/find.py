@@ -2,8 +2,8 @@
 
 All files of a step must come from the same save. A crash during a save leaves the new step on some
 machines only: the stages then return to the previous step, with a warning. No crash damages a step
-that was complete on all stages. So a damaged or missing file of a complete step is an error; its
-text names the previous complete step as a remedy.
+that was complete on all stages. So a damaged or missing file of a complete step is an error; the
+error text names the previous complete step as a remedy.
 
 A step can come from a run with another split into stages. Then each stage needs, on its own
 machine, the files of the stages that saved its modules.
@@ -32,7 +32,8 @@ class StageView(NamedTuple):
     """The checkpoints on one stage's machine.
 
     steps: the state of each step that has a folder on the machine.
-    predecessor: the step in `latest` if it is a predecessor's checkpoint.
+    predecessor: the step in `latest` if an older system (a predecessor, see docs/glossary.md)
+        saved this step.
     latest: the text in the file `latest`.
     problem: an error text if the file `latest` is damaged.
     host, path: the name of the machine, and its --checkpoint-path.
@@ -49,7 +50,7 @@ class StageView(NamedTuple):
 class ResumeSearch:
     """The checkpoints of all stages under --checkpoint-path.
 
-    Every process must create its instance at the same time, because they exchange data.
+    Every process must create its instance at the same time, because the processes exchange data.
     """
 
     def __init__(
@@ -122,9 +123,9 @@ class ResumeSearch:
         return f"on rank {rank}: {problem}" if self._control.size > 1 else problem
 
     def _common_steps(self) -> list[int]:
-        """Returns the steps that one save completed on every stage.
+        """Returns the steps that were complete on every stage after one save of all stages.
 
-        A file of such a step can be damaged or deleted later.
+        Since then, files of such a step can have been damaged or deleted.
         """
         return [
             step
@@ -136,7 +137,7 @@ class ResumeSearch:
     def _problem(self, step: int, *, small: bool) -> str | None:
         """Returns an error text if files of a step are damaged, or None; the same on all ranks.
 
-        It first uses the file sizes that are known, and then reads the files.
+        The method first uses the results of `inspect_step`, and then reads the files.
         """
         for rank, view in enumerate(self._views):
             if (problem := view.steps[step].problem) is not None:
@@ -194,7 +195,7 @@ class ResumeSearch:
         return "; ".join(needs)
 
     def _describe_steps(self) -> str:
-        """Returns the error text for stages without a common step: each stage's steps, a remedy."""
+        """Returns an error text for stages without a common step; it lists each stage's steps."""
         have = "; ".join(
             f"stage {stage} has {_list_steps(view)}" for stage, view in enumerate(self._views)
         )

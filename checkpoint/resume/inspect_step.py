@@ -1,4 +1,4 @@
-"""Inspection of a step's folder for one stage: complete, damaged, or with missing files."""
+"""Inspection of a step's folder for one stage: is it complete, or which file is bad or missing?"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ class InspectedStep(NamedTuple):
 
     save: the id of the save; it is the same for all stages of one save.
     problem: an error text for the first file that is damaged, deleted, or of another step or save.
-    split: the split of the layers in the save, if it is known.
+    split: the split of the layers in the save; None if the split is not known.
     sources: the stages of the save whose files this stage needs.
     missing: a text that lists the missing files of `sources`.
 
@@ -72,9 +72,9 @@ def name_files(stages: Sequence[int]) -> str:
 
 
 def _saved_split(folder: Path, *, model_layers: int) -> Split | None:
-    """Returns the split in meta.json, or None if the split is not of this model.
+    """Returns the split in meta.json, or None if its sum is not `model_layers`.
 
-    In the latter case, an attempt to resume from the step raises an error later.
+    If the result is None, an attempt to resume from the step raises an error later.
 
     Raises:
         ValueError: meta.json or the manifest is damaged or of another step.

@@ -57,9 +57,10 @@ def load_checkpoint_(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Fills a stage with weights from a training checkpoint, of this project or a predecessor.
+    """Fills a stage with weights from a training checkpoint; reads only the stage's modules.
 
-    It reads only the modules of the stage. `split` is the split of the checkpoint.
+    This project or an older system (a predecessor, see docs/glossary.md) has saved the checkpoint.
+    `split` is the split of the checkpoint.
 
     Raises:
         ValueError: a file is missing or has wrong weights. The text names file and key.

@@ -1,7 +1,7 @@
 """Resharding: the use of a checkpoint by a run with another split into stages.
 
-For each stage, it finds the files of the checkpoint that hold the stage's modules. Weights and
-optimizer state keep their values.
+For each stage of the run, this module finds the files of the checkpoint that hold the stage's
+modules. Weights and optimizer state keep their values.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,9 +11,9 @@ from pipeline_parallel.partition.split import AUTO, Asked, Split, stage_modules
 
 
 def find_module(index: int, split: Split) -> tuple[int, int]:
-    """Returns the stage that holds module `index` in `split`, and the module's number in it.
+    """Returns the stage that holds module `index` in `split`, and the module's number in the stage.
 
-    This number, counted from 0, is the first part of the keys in the stage's file.
+    The number is counted from 0. In the stage's file, the module's keys begin with this number.
     """
     for stage in range(len(split)):
         modules = stage_modules(stage, split)
@@ -28,9 +28,9 @@ def stages_holding(indices: Iterable[int], split: Split) -> list[int]:
 
 
 def map_names(saved: range, indices: range, keys: Callable[[int], Iterable[str]]) -> dict[str, str]:
-    """Returns the names in a saved stage by the names in a stage of the run.
+    """Maps the name of each weight in a stage of the run to the weight's name in a saved stage.
 
-    Only weights of modules that both stages hold are in the result.
+    The result has only the weights of modules that both stages hold.
 
     Args:
         saved: the modules of the saved stage.
@@ -59,8 +59,8 @@ class ResumeSplit:
     def after(self, saved: Split) -> Split:
         """Returns the run's split if the run resumes from a checkpoint with the split `saved`.
 
-        With --num-layers auto and the same number of stages the run keeps `saved`: another version
-        of the program can estimate the work of the layers differently.
+        With --num-layers auto and the same number of stages the run keeps `saved`, because another
+        version of the program can choose another split for `auto`.
         """
         keeps = self.requested == AUTO and len(saved) == len(self.resolved)
         return saved if keeps else self.resolved

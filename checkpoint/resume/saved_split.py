@@ -15,7 +15,9 @@ def read_split(
     n_stages: int | None,
     n_layer_per_stage: Layers | None,
 ) -> Split:
-    """Returns the split in a step's meta.json; for a predecessor's step, the split of the flags.
+    """Returns the split in a step's meta.json, or else the split that the flags give.
+
+    Only an older system (a predecessor, see docs/glossary.md) saves no split in meta.json.
 
     Raises:
         ValueError: flags and meta.json differ, or both lack the split; the model type is not

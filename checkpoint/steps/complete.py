@@ -1,7 +1,7 @@
-"""Complete steps: the steps of which every stage has its files. --keep-checkpoints counts them.
+"""Complete steps: saved steps of which every stage has all its files.
 
 After a crash during a save, or after a disk was replaced, a step is on some machines only. No run
-can resume from such a step.
+can resume from such a step, and --keep-checkpoints does not count it.
 """
 
 import logging
@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 
 
 class StageFiles(NamedTuple):
-    """A stage whose files of one save are all on a disk.
+    """A stage of which one disk has all the files that the stage wrote in one save.
 
-    `save` is the id of the save, and `num_stages` the number of stages in it.
+    `save` is the id of this save, and `num_stages` is the number of stages that took part in it.
     """
 
     save: str
@@ -33,8 +33,8 @@ def find_complete_steps(path: Path | None, last: int, *, control: Communicator) 
     """Returns the steps up to `last` that are complete on all stages; checks only file sizes.
 
     Every process must call it at the same time, and all get the same result. `path` is None for a
-    process that writes no checkpoints. If a disk cannot be read, it returns None, and rank 0 logs a
-    warning.
+    process that writes no checkpoints. If a disk cannot be read, the result is None, and rank 0
+    logs a warning.
     """
     files: dict[int, list[StageFiles]] = {}
 
@@ -63,15 +63,15 @@ def find_complete_steps(path: Path | None, last: int, *, control: Communicator) 
 
 
 def complete_steps(disks: Sequence[Mapping[int, Sequence[StageFiles]]]) -> list[int]:
-    """Returns the complete steps in ascending order; `disks` has the files of each disk by step."""
+    """Returns the complete steps in order; `disks` has the complete stages on each disk by step."""
     steps = {step for disk in disks for step in disk}
     return sorted(step for step in steps if _is_complete([disk.get(step, ()) for disk in disks]))
 
 
 def _is_complete(disks: Sequence[Sequence[StageFiles]]) -> bool:
-    """Returns whether each stage has its own files on its own disk.
+    """Returns whether, for one save of a step, each stage has its files on its own disk.
 
-    If the step was saved with another number of stages, the files can be on any of the disks.
+    If the run that saved the step had another number of stages, the files can be on any disk.
     """
     available = {files for disk in disks for files in disk}
     for save, num_stages in {(files.save, files.num_stages) for files in available}:

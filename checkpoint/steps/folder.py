@@ -1,10 +1,12 @@
-"""The folder of a step, written so that the previous step stays complete after any crash.
+"""The folder of a saved step, written so that the previous step stays complete after any crash.
 
 Files are written to a hidden folder beside the final folder, and flushed to disk. When every stage
-has written its files, the hidden folder is renamed. When every stage sees the renamed folder,
-`latest` is changed. On a shared disk the stages write into one folder; otherwise each machine has
-its own folder. The operations are the same in both cases, so an operation does no harm if another
-process has done it already.
+has written its files, the hidden folder is renamed. When every stage sees the renamed folder, the
+file `latest` is changed to this step. On a shared disk the stages write into one folder; otherwise
+each machine has its own folder. The operations are the same in both cases, so an operation does no
+harm if another process has done it already.
+
+A predecessor is an older system (see docs/glossary.md), whose folders are named `checkpoint_<N>`.
 """
 
 import errno
@@ -26,14 +28,14 @@ _WITHDRAWN = ".withdrawn-"
 
 
 def partial_folder(path: Path, step: int, nonce: str) -> Path:
-    """Returns the hidden folder of a step; `nonce` is an id of this start of the run."""
+    """Returns the hidden folder of a step; `nonce` is an id of this start of the program."""
     return path / f"{_PARTIAL}{step}-{nonce}"
 
 
 def clear_leftovers(path: Path, nonce: str) -> None:
-    """Deletes the incomplete files and folders that earlier starts left under `path`.
+    """Deletes the incomplete files and folders that earlier starts of the program left in `path`.
 
-    `nonce` is the id of this start; its own folders are kept.
+    `nonce` is the id of this start of the program; the folders of this start are kept.
     """
     kinds = (_PARTIAL, _REPLACED, _WITHDRAWN)
     for folder in [folder for kind in kinds for folder in path.glob(f"{kind}*")]:
@@ -44,7 +46,7 @@ def clear_leftovers(path: Path, nonce: str) -> None:
 
 
 def write_stage_files(folder: Path, stage: int, parts: Mapping[str, Any]) -> dict[str, FileSum]:
-    """Saves each part of a stage to a file on disk; returns the checksums by file name.
+    """Saves each part of a stage's state to a file; returns the checksums by file name.
 
     Raises OSError if the disk fails; the error names the file.
     """
@@ -54,7 +56,7 @@ def write_stage_files(folder: Path, stage: int, parts: Mapping[str, Any]) -> dic
 
 
 def move_aside(final: Path, nonce: str) -> None:
-    """Renames a folder that already has the final name, for example from a save before a crash."""
+    """Renames the folder `final` if it exists, for example from an earlier save of the step."""
     _rename_if_exists(final, _replaced_folder(final, nonce))
 
 
@@ -68,7 +70,7 @@ def _replaced_folder(final: Path, nonce: str) -> Path:
 
 
 def delete_step(folder: Path, nonce: str) -> None:
-    """Deletes the folder of a step; after a crash at any moment it is complete or deleted.
+    """Deletes the folder of a step; after a crash at any moment the step is complete or deleted.
 
     Several processes can call it at the same time. Raises OSError with the name of a file that
     cannot be deleted.
@@ -114,7 +116,7 @@ def step_folders(path: Path) -> list[int]:
 
 
 def predecessor_step(path: Path) -> int | None:
-    """Returns the step in `latest` if its folder is a predecessor's `checkpoint_N`, else None."""
+    """Returns the step N that `latest` names if only a predecessor's folder has it, else None."""
     text = latest_text(path)
     if text is None or not re.fullmatch(r"[0-9]+", text) or (path / str(int(text))).is_dir():
         return None
@@ -122,11 +124,11 @@ def predecessor_step(path: Path) -> int | None:
 
 
 def predecessor_folder(path: Path, step: int) -> Path:
-    """Returns the folder of a step in a predecessor's checkpoints."""
+    """Returns the folder in which a predecessor saved the step `step`."""
     return path / f"checkpoint_{step}"
 
 
 def any_steps(path: Path) -> bool:
-    """Returns whether `path` has any checkpoint, also if incomplete or from a predecessor."""
+    """Returns whether `path` has any checkpoint; incomplete ones and a predecessor's count too."""
     names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
     return any(re.fullmatch("latest|(checkpoint_)?[0-9]+", name) for name in names)

@@ -1,9 +1,9 @@
-"""The file `latest`, which names the newest step, and the manifest that detects damage to it.
+"""The file `latest`, which names the newest step, and a manifest that detects damage to `latest`.
 
-`latest` contains only a number, so a wrong bit can change it to the number of another step. The
-manifest, `latest_manifest.json`, contains the number too. It is written before `latest` and again
-after `latest`. Between these two writes it contains the new and the previous number, so the two
-files agree after a crash at any moment.
+`latest` contains only a number, so a wrong bit can change this number to another step's. So the
+manifest `latest_manifest.json` contains the number too. The manifest is written before `latest` and
+again after `latest`. Between these two writes the manifest contains the new and the previous
+number, so the two files agree after a crash at any moment.
 """
 
 import re
@@ -19,13 +19,13 @@ _REMEDY = f"remove {LATEST} and {CHECK} to resume from the newest complete step"
 
 
 def expect_latest(path: Path) -> None:
-    """Creates the manifest of `latest` if it is missing; call it before a step is published."""
+    """Creates the manifest of `latest` if there is none; a save calls it before `publish`."""
     if not (path / CHECK).exists():
         replace_file(path / CHECK, seal({"step": None}))
 
 
 def write_latest(path: Path, step: int) -> None:
-    """Writes `step` to `latest` and its manifest; raises OSError if the disk fails."""
+    """Writes `step` to `latest` and to the manifest; raises OSError if the disk fails."""
     before = _parse(latest_text(path))
     replace_file(path / CHECK, seal({"step": step, "before": before}))
     replace_file(path / LATEST, str(step).encode())
@@ -43,8 +43,9 @@ def latest_text(path: Path) -> str | None:
 def check_latest(path: Path, *, has_manifests: bool) -> None:
     """Raises ValueError if `latest` or its manifest is missing or damaged; the text names the file.
 
-    `has_manifests` says whether any step under `path` has a manifest. A predecessor writes no
-    manifests. So if neither `latest` nor any step has a manifest, nothing is checked.
+    `has_manifests` says whether any step under `path` has a manifest. An older system (a
+    predecessor, see docs/glossary.md) wrote no manifests. So if neither `latest` nor any step has a
+    manifest, nothing is checked.
     """
     text = latest_text(path)
     if not (path / CHECK).exists():

@@ -1,4 +1,4 @@
-"""The manifests of a step's folder: each stage writes a manifest of all its files.
+"""The manifests in a step's folder: each stage writes a manifest that lists all its files.
 
 All stages write the same meta.json, config and tokenizer. So a manifest is valid if the stage has
 its own folder, and also if several stages share a folder.
@@ -18,7 +18,7 @@ from checkpoint.steps.meta import META, is_predecessors, read_meta
 class StageManifest:
     """The files that one stage wrote in one save.
 
-    save: the id of the save, the same for all its stages and different for every save.
+    save: the id of the save; it is the same for all stages, and different in every other save.
     files: checksums by name, of the stage's own files and of the files that every stage writes.
     dropped: the names of files that were deleted later, to free disk space.
     """
@@ -49,7 +49,7 @@ class StageManifest:
             check_size(folder / name, expected, manifest=self.name)
 
     def check(self, folder: Path, names: Iterable[str] | None = None) -> None:
-        """Reads all files, or only the files `names`, and checks their sizes and checksums.
+        """Reads all listed files, or only the files `names`, and checks sizes and checksums.
 
         Raises ValueError for the first missing or damaged file; the text names the file.
         """
@@ -58,7 +58,7 @@ class StageManifest:
 
 
 def part_name(stage: int | str, part: str) -> str:
-    """Returns the file name of one part of a stage; stage "*" gives a pattern for all stages."""
+    """Returns the file name of a part of a stage's state; stage "*" gives a pattern for all."""
     return f"prank_{stage}_{part}.pt"
 
 
@@ -80,10 +80,11 @@ def read_manifest(folder: Path, stage: int) -> StageManifest:
 
 
 def count_stages(folder: Path) -> int | None:
-    """Returns the number of stages that saved a step; None for a predecessor's step.
+    """Returns the number of stages that saved a step; None if a predecessor saved the step.
 
-    It is read from a manifest or, if there is no manifest, from meta.json. Raises ValueError if
-    this file is damaged; the text names the file.
+    A predecessor is an older system (see docs/glossary.md). The number is read from a manifest or,
+    if there is no manifest, from meta.json. Raises ValueError if this file is damaged; the text
+    names the file.
     """
     if manifest := first_manifest(folder):
         return manifest.num_stages
@@ -107,7 +108,7 @@ def first_manifest(folder: Path) -> StageManifest | None:
 
 
 def check_one_save(folder: Path, manifests: Sequence[StageManifest]) -> None:
-    """Raises ValueError unless all manifests are of the same step and the same save."""
+    """Raises ValueError unless all manifests were written in the same save of the same step."""
     first = manifests[0]
     for manifest in manifests:
         check_step(folder / manifest.name, manifest.step, expected=first.step, owner=first.name)
@@ -116,9 +117,9 @@ def check_one_save(folder: Path, manifests: Sequence[StageManifest]) -> None:
 
 
 def check_step(path: Path, actual: int, *, expected: int, owner: str) -> None:
-    """Raises ValueError if `actual`, the step of the file `path`, is not `expected`.
+    """Raises ValueError if `actual` differs from `expected`; `actual` is the step of file `path`.
 
-    `owner` names the file or folder that has the expected step, for the error text.
+    For the error text, `owner` names the file or folder that has the step `expected`.
     """
     if actual != expected:
         raise ValueError(f"{path}: belongs to step {actual}, but {owner} is of step {expected}")
@@ -127,14 +128,14 @@ def check_step(path: Path, actual: int, *, expected: int, owner: str) -> None:
 def check_weights(folder: Path, *, companions: bool) -> bool:
     """Verifies all files of a step that a conversion reads.
 
-    These files are the weights of all stages, meta.json and, with `companions`, config and
-    tokenizer. The folder can have any name.
+    These files are the weights of all stages and meta.json; if `companions` is true, also config
+    and tokenizer. The folder can have any name.
 
     Returns:
-        False for a predecessor's step, which has no manifests and cannot be verified; else True.
+        False for a predecessor's checkpoint, which has no manifests to verify; else True.
 
     Raises:
-        ValueError: a file is missing, damaged, or of another step or save. The text names the file.
+        ValueError: a file is missing, damaged, or from another save. The text names the file.
     """
     num_stages = count_stages(folder)
     if num_stages is None:

@@ -36,7 +36,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 class StepMeta:
     """The content of a step's meta.json.
 
-    step, updates: the number of iterations, and of updates by the optimizer, so far.
+    step, updates: the number of iterations so far, and the number of updates so far.
     update_step: the state of the update step and of the loss scaler.
     gave_up: whether the run ended because it skipped too many updates in a row.
     num_layers: the number of layers on each stage.
@@ -46,7 +46,7 @@ class StepMeta:
     data: the state of the data stream.
     cpu_matmul: the matmul library of each rank on CPUs; None on GPUs.
     wandb_id: the id of the run at Weights & Biases.
-    start: the id of the start of the run that saved the step.
+    start: the id of the start of the program that saved the step.
     """
 
     step: int
@@ -66,7 +66,7 @@ class StepMeta:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], path: Path) -> "StepMeta":
-        """Returns the StepMeta of `value`, the JSON content of `path`.
+        """Returns the StepMeta that `value` describes; `value` is the JSON content of `path`.
 
         Raises ValueError if a field is missing, unknown or wrong; the text names file and field.
         """
@@ -106,9 +106,9 @@ def read_meta(folder: Path) -> StepMeta:
 
 
 def is_predecessors(folder: Path) -> bool:
-    """Returns whether a predecessor wrote the folder of a step.
+    """Returns whether an older system (a predecessor, see docs/glossary.md) wrote the folder.
 
-    Such a folder has no meta.json, or a meta.json with the step only.
+    Such a folder has no meta.json, or its meta.json contains only the step.
     """
     path = folder / META
     return not path.is_file() or read_json_object(path).keys() <= {"step"}

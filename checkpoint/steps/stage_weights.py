@@ -1,8 +1,8 @@
-"""The weights of a training checkpoint, from this project or a predecessor.
+"""The weights of a training checkpoint, which this project or an older system has saved.
 
-A step's folder has one file `prank_<i>_checkpoint.pt` per stage. Its keys are `<j>.<name>`, where
-the number j counts the modules of the stage from 0. A predecessor's files contain buffers too,
-which are ignored.
+A step's folder has one file `prank_<i>_checkpoint.pt` per stage. The keys in the file are
+`<j>.<name>`, where the number j counts the modules of the stage from 0. The files of an older
+system (a predecessor, see docs/glossary.md) contain buffers too, which are ignored.
 """
 
 import re
@@ -24,11 +24,11 @@ from pipeline_parallel.partition.split import Split, stage_modules
 def resolve_checkpoint(path: Path) -> Path:
     """Returns the folder of a step: `path` itself, or the folder that `path`/latest names.
 
-    `latest` contains only a number N. It means the folder `N` if this folder exists, else
-    `checkpoint_N`.
+    `latest` contains only a number N. It names the folder `N` if this folder exists, else the
+    folder `checkpoint_N`.
 
     Raises:
-        ValueError: a file or folder is missing, or `latest` is damaged. The text names it.
+        ValueError: a file or folder is missing, or `latest` is damaged. The text names the path.
     """
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder, expected a training checkpoint")
@@ -49,9 +49,9 @@ def resolve_checkpoint(path: Path) -> Path:
 
 
 def open_checkpoint(folder: Path, family: Family, config: Any, split: Split) -> list[ModuleWeights]:
-    """Returns the places of the weights of each module of the model, from the files of all stages.
+    """Returns, for each module of the model, the file and key of each weight, by name.
 
-    Raises ValueError as `open_stage` does.
+    The weights are in the files of all stages. Raises ValueError as `open_stage` does.
     """
     modules: list[ModuleWeights] = []
     for stage in range(len(split)):
@@ -63,9 +63,10 @@ def open_checkpoint(folder: Path, family: Family, config: Any, split: Split) -> 
 def open_stage(
     path: Path, family: Family, config: Any, indices: Sequence[int]
 ) -> list[ModuleWeights]:
-    """Returns the places of the weights of a stage's modules; reads only the file's header.
+    """Returns, for each module of a stage, the file and key of each weight, by name.
 
-    `indices` are the numbers of these modules in the model.
+    Only the header of the file `path` is read. `indices` are the numbers of the stage's modules in
+    the model.
 
     Raises:
         ValueError: the file is missing or damaged, a key is missing or extra, a shape differs from
@@ -87,8 +88,8 @@ def read_stage_module(
 ) -> dict[str, Tensor]:
     """Returns the weights of one module of a stage by name, in the types of the file.
 
-    `indices` are the numbers of the stage's modules in the model. Keys and shapes of all these
-    modules are checked.
+    `indices` are the numbers of the stage's modules in the model, and `index_in_stage` is the
+    position of the module in `indices`. Keys and shapes of all these modules are checked.
 
     Raises:
         ValueError: a weight is not finite, or `open_stage` finds an error.

@@ -30,7 +30,7 @@ def choose_split(asked: Asked, work: ModuleWork, *, num_stages: int, model_layer
 def balanced_split(
     work: ModuleWork, *, num_stages: int, model_layers: int, speeds: Sequence[float] | None = None
 ) -> Split:
-    """Returns the split whose slowest stage has the least work; every stage has a block.
+    """Returns the split whose slowest stage has the least work; every stage has at least one block.
 
     If the slowest stages of several splits have the same work, the second-slowest stages decide,
     and so on. If the splits differ only in the order of the stages, the result has the fewest

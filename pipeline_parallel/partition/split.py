@@ -55,9 +55,9 @@ def fit_split(layers: Layers, *, num_stages: int, model_layers: int) -> Split:
 
 
 def check_split(asked: Asked, *, num_stages: int, model_layers: int) -> None:
-    """Raises ValueError if the blocks on the stages are not exactly the model's blocks.
+    """Raises ValueError unless the stages hold exactly the model's blocks, at least one each.
 
-    Also raises ValueError if a stage has no block. `asked` is the value of --num-layers.
+    `asked` is the value of --num-layers.
     """
     if isinstance(asked, Split):
         check_length(asked, num_stages)

@@ -1,4 +1,4 @@
-"""The split of the layers over the stages of a run, from --num-layers, and its description."""
+"""The split of a model's layers that --num-layers requests, and a log line about the split."""
 
 from modules.model_sizes import ModelSizes, ModuleWork
 from pipeline_parallel.partition.balance import choose_split, stage_work
@@ -49,7 +49,7 @@ class StageSplit:
 def split_costs(
     layers: Split, work: ModuleWork, *, schedule: str, recompute: bool
 ) -> list[StageCosts]:
-    """Returns the costs of a microbatch on each stage, in multiply-adds per token, not seconds.
+    """Returns the work of each action on each stage, in multiply-adds per token, not seconds.
 
     The head computes its gradients during forward, and is never recomputed. If backward is split,
     the gradients of the head's weights are computed in W.

@@ -40,9 +40,9 @@ def timetable(run: SimulatedRun) -> str:
 
 
 def describe(schedule: Schedule, num_stages: int, num_microbatches: int, costs: StageCosts) -> str:
-    """Returns a schedule's timetable, its total time, bubble, and microbatches in flight.
+    """Returns a text: a schedule's timetable, total time, bubble, and microbatches in flight.
 
-    `costs` are the slots of each action; they are the same on every stage.
+    `costs` are the slots of each action; an action takes the same slots on every stage.
     """
     run = simulate(schedule, num_stages, num_microbatches, Costs([costs] * num_stages))
     text = timetable(run) + (
@@ -58,7 +58,7 @@ def describe(schedule: Schedule, num_stages: int, num_microbatches: int, costs: 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the result of `describe`.
+    """Prints the timetable of the schedule that the flags choose.
 
     A wrong flag ends the command with exit status 2 and one line on stderr.
     """

@@ -31,7 +31,7 @@ def received(stage: int, action: Action, num_stages: int) -> Transfer | None:
     """Returns the message that `action` of `stage` needs before it starts.
 
     Returns None if no message is needed: for W, for F on the first stage, and for B and I on the
-    last stage.
+    last stage. These letters are the values of `Kind`.
     """
     if action.kind is Kind.FORWARD:
         return Transfer(stage - 1, False, action.microbatch) if stage > 0 else None
@@ -44,7 +44,7 @@ def sent(stage: int, action: Action, num_stages: int) -> Transfer | None:
     """Returns the message that `action` of `stage` sends at its end.
 
     Returns None if no message is sent: for W, for F on the last stage, and for B and I on the first
-    stage.
+    stage. These letters are the values of `Kind`.
     """
     if action.kind is Kind.FORWARD:
         return Transfer(stage, False, action.microbatch) if stage < num_stages - 1 else None

@@ -2,8 +2,8 @@
 
 A schedule yields the actions of one stage in order. The engine receives a message before an action
 and sends a message after the action, so a schedule does not contain messages. Every schedule runs
-backward of the microbatches in the same order on every stage, for any number of stages. So the sums
-of the gradients are equal to the last bit.
+backward of the microbatches in the same order on every stage. So the sums of the gradients are the
+same for any number of stages, equal to the last bit.
 
 A new schedule is one generator function and one line in `SCHEDULES`. The module `validate` checks a
 schedule before it runs, the module `simulator` computes the time of a schedule, and the command
@@ -64,7 +64,7 @@ def gpipe(stage: int, num_stages: int, num_microbatches: int) -> Iterator[Action
 def one_forward_one_backward(
     stage: int, num_stages: int, num_microbatches: int
 ) -> Iterator[Action]:
-    """Yields backward as early as possible.
+    """Yields each backward as early as possible.
 
     At most num_stages - stage microbatches are in flight.
     """
@@ -83,15 +83,15 @@ def one_forward_one_backward(
 #   stage 1   .  F0 F1 .  I0 F2 I1 W0 F3 I2 W1 I3 W2 W3
 #   stage 2   .  .  F0 I0 F1 I1 F2 I2 W0 F3 I3 W1 W2 W3
 def zero_bubble_h1(stage: int, num_stages: int, num_microbatches: int) -> Iterator[Action]:
-    """Yields 1f1b with weight gradients that run later, when the stage would otherwise wait.
+    """Yields the actions of 1f1b, but each W runs later, when the stage would otherwise wait.
 
     Stage i delays each weight gradient by i microbatches. No other stage waits for a gradient from
     the first stage, so the first stage does not split backward.
 
-    At most num_stages microbatches are in flight (from F to the end of W). If all stages have the
-    same costs and num_microbatches >= num_stages, each stage is idle for (num_stages - 1) *
-    (F + I - min(F, I, W)). The paper assumes that W is the shortest and gives F + I - W. For 1f1b
-    the factor is F + I + W.
+    At most num_stages microbatches are in flight (from F to the end of W). If each action
+    takes the same time on all stages and num_microbatches >= num_stages, each stage is idle for
+    (num_stages - 1) * (F + I - min(F, I, W)) seconds. The paper assumes that W is the shortest and
+    gives F + I - W. For 1f1b the factor is F + I + W.
     """
     for action in one_forward_one_backward(stage, num_stages, num_microbatches):
         kind, microbatch = action

@@ -1,8 +1,8 @@
 """Simulation of the time that a schedule takes, from the seconds of its actions and messages.
 
-It follows the engine. A stage runs its actions one after another. An action starts when the stage
-is free and the message for the action has arrived. A send does not delay the sender. A link carries
-one message at a time in each direction, so messages queue on a slow link.
+The simulation does what the engine does. A stage runs its actions one after another. An action
+starts when the stage is free and the message for the action has arrived. A send does not delay the
+sender. A link carries one message at a time in each direction, so messages queue on a slow link.
 """
 
 import math
@@ -97,7 +97,7 @@ class SimulatedRun:
 
     @property
     def bubble(self) -> float:
-        """Returns the fraction (0 to 1) of the time in which stages are idle, over all stages."""
+        """Returns the fraction (0 to 1) of the total time in which a stage is idle, on average."""
         if self.total == 0:
             return 0.0
         busy = math.fsum(action.end - action.start for action in self.actions)

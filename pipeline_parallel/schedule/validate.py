@@ -1,4 +1,4 @@
-"""Checks of a schedule before it runs, and the number of microbatches in flight."""
+"""Checks of a schedule before it runs, and its largest number of microbatches in flight."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
