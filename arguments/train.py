@@ -1,4 +1,4 @@
-"""The command line of dist_clm_train.py, parsed into settings. Needs no torch."""
+"""The command line of dist_clm_train.py, parsed into settings. The module imports no torch."""
 
 import argparse
 import os
@@ -16,7 +16,7 @@ VERSION = "0.2.0"
 
 
 def train_parser(*, shows_all: bool = False) -> argparse.ArgumentParser:
-    """Returns the parser; its help shows the flags that most runs need, or all if `shows_all`."""
+    """Returns the parser; its help shows the flags that most runs need, or all with `shows_all`."""
     parser = OneLineParser(
         "Fine-tunes a model that is cut into layer-sharded stages; one process per rank.",
         epilog=None if shows_all else "--help-all lists every flag.",

@@ -1,4 +1,4 @@
-"""Tensor tools of several packages: dtypes by name, and checks for finite values."""
+"""Tensor functions that several packages use: dtypes by name, and checks for finite values."""
 
 from collections.abc import Iterator
 
@@ -21,7 +21,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def part_sums(tensor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields the parts of the flattened `tensor`, each with its sum, a tensor of shape ()."""
+    """Yields the pair (part, sum) for each part of the flattened `tensor`."""
     for part in torch.split(tensor.flatten(), _FINITE_CHUNK):
         yield part, part.sum()
 

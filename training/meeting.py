@@ -1,6 +1,6 @@
-"""The rendezvous of all ranks; after it, every rank learns at once of another rank's failure.
+"""The rendezvous of all ranks. After the rendezvous, a failure of one rank reaches all ranks.
 
-The rendezvous needs no model and no data, so the large libraries are imported after it.
+The rendezvous needs no model and no data, so the large libraries are imported later.
 """
 
 import logging
