@@ -27,7 +27,8 @@ class WandbRun:
     """A run at wandb; after the first failure it logs nothing.
 
     run: the result of `wandb.init`; None logs nothing.
-    run_id: if `run` is None, the id of an earlier wandb run, so that a later start can continue it.
+    run_id: if `run` is None, the id of an earlier wandb run, which a later start of the program
+        can continue.
     """
 
     def __init__(self, run: Any = None, *, run_id: str | None = None) -> None:

@@ -25,7 +25,7 @@ READ_BYTES = 1 << 20
 class JsonlFile:
     """A .jsonl, .jsonl.zst or .jsonl.gz file; blank lines, CRLF and a byte order mark are allowed.
 
-    A record's offset counts bytes of the uncompressed text. To continue at an offset in a
+    A record's offset is a number of bytes of the uncompressed text. To continue at an offset in a
     compressed file, all text before the offset is decompressed.
     """
 
@@ -85,7 +85,7 @@ class JsonlRows:
 
     @cached_property
     def digest(self) -> str:
-        """A hash of the files' names, sizes and both ends, and of the ends of all lines."""
+        """A hash of each file's name, size, first and last bytes, and positions of line ends."""
         digest = hashlib.blake2b(digest_size=16)
         for path, index in zip(self._paths, self._indices, strict=True):
             digest.update(describe_file(path, len(index)))
