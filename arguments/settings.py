@@ -89,8 +89,8 @@ class UpdateSettings:
     """The settings of the batches, the updates and the optimizer.
 
     A step is an iteration; `gradient_accumulate_step` iterations make one update. `batch_size` is
-    the number of sequences in the batch of one pipeline, `micro_batch_size` the number in a
-    microbatch. A sequence has `seq_length` tokens.
+    the number of sequences in the batch of one pipeline. `micro_batch_size` is the number of
+    sequences in a microbatch. A sequence has `seq_length` tokens.
     """
 
     total_steps: int
@@ -129,7 +129,7 @@ class UpdateSettings:
 
 @dataclass(frozen=True)
 class PrecisionSettings:
-    """The settings of precision, of the loss scale of fp16, and of flags that reduce memory."""
+    """The settings of the precision, the fp16 loss scale, and the reduction of memory."""
 
     fp16: bool
     bf16: bool
@@ -154,7 +154,7 @@ class PrecisionSettings:
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """The settings of checkpoints: the folder, the steps to save, and the steps to keep."""
+    """The settings of checkpoints: their folder, when they are saved, and how many are kept."""
 
     checkpoint_path: Path
     checkpoint_steps: int

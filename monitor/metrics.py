@@ -20,7 +20,7 @@ from common.files import replace_file
 
 @dataclass(frozen=True)
 class IterationMetrics:
-    """The metrics of iteration `step`, counted from 1: one line of the file.
+    """The metrics of iteration `step`, counted from 1: one line of metrics.jsonl.
 
     loss: mean over the trained tokens of all replicas and microbatches, in nats.
     lr, grad_norm: the values of the update at the end of this iteration; None without an update.
@@ -91,7 +91,7 @@ class MetricsFile:
         replace_file(self.path, b"".join(map(_encode, lines)))
 
     def append(self, *metrics: IterationMetrics) -> None:
-        """Appends a line for each iteration; if it raises OSError, the file is unchanged."""
+        """Appends a line for each iteration; if `append` raises OSError, the file is unchanged."""
         content = b"".join(_encode(iteration.to_json()) for iteration in metrics)
         with self.path.open("ab", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
@@ -175,7 +175,7 @@ class Stopwatch:
         self._since = time.perf_counter()
 
     def lap(self) -> float:
-        """Returns the seconds since the last call, without pauses; first, since the creation."""
+        """Returns the seconds since the previous `lap`, or since the creation, without pauses."""
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         return seconds

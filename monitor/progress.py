@@ -13,7 +13,7 @@ _RECENT = 50  # recent iterations that estimate the remaining time
 
 
 class Progress:
-    """The progress line of a run of `total_steps`, on the same console as the log lines.
+    """The progress line of a run with `total_steps` steps, on the same console as the log lines.
 
     The first and the last iteration and every evaluation are always shown.
     """
@@ -71,7 +71,7 @@ def _format(loss: float) -> str:
 
 
 def recent_average(seconds: Sequence[float]) -> float:
-    """Returns the mean of the times; from five times on, without the shortest and the longest.
+    """Returns the mean of `seconds`; with five or more, without the shortest and the longest.
 
     A median would be wrong with gradient accumulation, because every n-th iteration is longer.
     """

@@ -74,7 +74,7 @@ class BlockStream:
         self._num_blocks = 0
 
     def next_block(self) -> TokenBlock:
-        """Returns the next block; raises ValueError if its source has a bad line or no token."""
+        """Returns the next block; raises ValueError if a source has a bad line or no token."""
         draw = _draw(self._identity.seed, self._num_blocks)
         block = self._packers[bisect.bisect_right(self._bounds, draw)].next_block()
         self._num_blocks += 1

@@ -107,7 +107,7 @@ def sample_source(
     """Tokenizes the first documents of a source and counts documents, tokens and blocks.
 
     Args:
-        documents: The source; no document of it may have been read.
+        documents: The shuffled source, from which no document has been read.
         encoder: Tokenizes the sample.
         seq_len: The number of tokens in a block.
         pack: "document" keeps documents apart in blocks; "concat" does not.

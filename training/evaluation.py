@@ -64,10 +64,10 @@ class Evaluation:
     def _run_set(
         self, name: str, batches: Iterator[TokenBatch] | None, *, may_stop: bool
     ) -> StepTotals:
-        """Returns the totals of one set; `batches` is None on ranks other than 0.
+        """Returns the total loss and tokens of one held-out set.
 
-        With `may_stop`, a request to stop ends the set early; the totals then cover the batches
-        before the request.
+        `batches` has the set's batches on rank 0, and is None on other ranks. With `may_stop`, a
+        request to stop ends the set early; the totals then cover the batches before the request.
         """
         if batches is not None and may_stop:  # other ranks stop after rank 0's last batch
             batches = takewhile(lambda _: self.stop.asked is None, batches)

@@ -45,7 +45,7 @@ class Iteration:
         self._totals, self._report, self._stop = totals, report, stop
         self._tokens_in_update, self._losses_are_finite = 0, True
         self._last_skip = ""  # why the last skipped update was skipped
-        self._bad: tuple[PipelineBatch, Losses] | None = None  # the last iteration's, if not finite
+        self._bad: tuple[PipelineBatch, Losses] | None = None  # last batch, if its loss was bad
 
     @property
     def _optimizer(self) -> MixedPrecisionOptimizer:

@@ -1,4 +1,4 @@
-"""The rendezvous of all ranks. After the rendezvous, a failure of one rank reaches all ranks.
+"""The rendezvous of all ranks. After the rendezvous, all ranks learn at once if a rank fails.
 
 The rendezvous needs no model and no data, so the large libraries are imported later.
 """

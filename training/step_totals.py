@@ -78,7 +78,7 @@ class TotalsReducer:
         """Returns the totals over all processes; every process calls it.
 
         Args:
-            loss, tokens: the numbers of this process; 0 and 0 if it computes no loss.
+            loss, tokens: the numbers of this process; 0 and 0 if this process computes no loss.
             squared_norms: the squared norm of each gradient of this stage, in the order of the
                 parameters, after the sum over the replicas; 0 for a gradient that another replica
                 owns; None if no update ends.
@@ -142,7 +142,7 @@ def _float64(*values: float) -> Tensor:
 
 
 def _first_cause(slots: Sequence[float]) -> StopCause | None:
-    """Returns the first request in pairs (rank + 1, signal + 1); (0, 0) means no request."""
+    """Returns the first request to stop from pairs (rank + 1, signal + 1); 0 means no request."""
     pairs = zip(slots[::2], slots[1::2], strict=True)
     return next(
         (StopCause(round(rank) - 1, round(signal) - 1) for rank, signal in pairs if rank), None

@@ -37,7 +37,7 @@ _OF_LABEL = {
 
 
 class SimulatedSpan(NamedTuple):
-    """A simulated action of a stage, in seconds; `F3` is the forward of microbatch 3."""
+    """A simulated action of a stage; `F3` is the forward of microbatch 3. Times are in seconds."""
 
     stage: int
     label: str
@@ -54,7 +54,7 @@ class RankBreakdown:
 
 
 class Shares(NamedTuple):
-    """Fractions of the time that all ranks together spend in a step; they sum to 1."""
+    """Fractions of the time that all ranks together spend in a step; the fractions sum to 1."""
 
     compute: float
     communication: float
@@ -83,7 +83,7 @@ def breakdown_by_rank(
 
 
 def shares(breakdowns: Sequence[RankBreakdown], *, start: float, end: float) -> Shares:
-    """Returns the shares of all ranks' time from `start` to `end` (seconds)."""
+    """Returns the shares of work, communication and bubble from `start` to `end` (seconds)."""
     total = (end - start) * len(breakdowns)
     work = sum(_length(union((s.start, s.end) for s in rank.work)) for rank in breakdowns)
     communication = sum(_length(rank.communication) for rank in breakdowns)

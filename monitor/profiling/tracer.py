@@ -88,13 +88,13 @@ class Tracer:
         return ()
 
     def step(self, step: int) -> AbstractContextManager[None]:
-        """Traces the block as step `step`."""
+        """Traces the `with` block as step `step`."""
         return NO_SPAN
 
     def span(
         self, track: Track, *, microbatch: int | None = None, size: int | None = None
     ) -> AbstractContextManager[None]:
-        """Traces the block as one span; `size` is the number of elements in the tensor."""
+        """Traces the `with` block as one span; `size` is the number of tensor elements in it."""
         return NO_SPAN
 
     def close(self) -> None:

@@ -141,9 +141,9 @@ class _Process:
     def _make_documents(self) -> PackedDocuments | None:
         """Returns documents whose lengths need the most memory; None without --pack document.
 
-        The lengths of real documents depend on the data, so the dry run uses the worst lengths: on
-        CPUs, attention keeps the most bytes for them. On GPUs in half precision, documents of any
-        length need as much memory as complete rows.
+        The lengths of real documents depend on the data, so the dry run uses the lengths for which
+        attention on a CPU keeps the most bytes. On GPUs in half precision, documents of any length
+        need as much memory as complete rows.
         """
         if self._settings.data.pack != "document":
             return None
@@ -156,7 +156,7 @@ class _Process:
         return FakeBatch.documents_of(doc_starts.repeat(self._settings.update.micro_batch_size, 1))
 
     def _make_algorithm(self) -> Algorithm:
-        """Creates the algorithm of --optimizer, which also computes its tables now."""
+        """Creates the algorithm of --optimizer, and makes it compute the tables that it keeps."""
         algorithm = ALGORITHMS[self._settings.update.optimizer]()
         algorithm.empty_state(torch.zeros(SMALLEST_IN_8_BITS))
         return WithoutSteps(algorithm) if self._cuda else algorithm

@@ -27,7 +27,7 @@ class LiveBytes(TorchDispatchMode):
 
     `current` and `peak` are bytes by device type. A tensor counts from the first operator that uses
     it until its storage is freed; each storage counts once. A tensor that an operator creates and
-    frees inside itself does not count.
+    frees before the operator ends does not count.
     """
 
     def __init__(self) -> None:

@@ -101,9 +101,9 @@ def _cut(document: _Segment, seq_len: int) -> Iterator[_Segment]:
 def fit(lengths: Sequence[int], bin_size: int) -> list[list[int]]:
     """Distributes `lengths` over bins; returns the indices of `lengths` that are in each bin.
 
-    Each length is from 1 to `bin_size`, and so is the sum of the lengths in a bin. The longest
-    length is placed first, each in the bin with the least space that is enough for it; equal
-    lengths are placed in order. The indices in a bin ascend; bins are sorted by their first index.
+    Each length is from 1 to `bin_size`, and the lengths in a bin sum to at most `bin_size`. The
+    largest length is placed first, and each length goes into the bin with the least space that is
+    enough; equal lengths are placed in order. Bins, and the indices in a bin, are sorted.
     """
     bins: list[list[int]] = []
     free: list[tuple[int, int]] = []  # (free space, number) of each bin, ascending

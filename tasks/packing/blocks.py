@@ -51,7 +51,7 @@ class TokenBatch:
 
     token_ids: int64 (rows, seq_len).
     labels: int64 (rows, seq_len), the token that each position predicts: the next token if
-        `TokenBlock.predicted` has this token, else IGNORED. The last position is always IGNORED.
+        `TokenBlock.predicted` is true for it, else IGNORED. The last position is always IGNORED.
     state: the state of the stream after these blocks; empty for evaluation.
     documents: the origins of each row's documents.
     doc_starts: int64 (rows, seq_len), as in a block; None if documents are not kept apart.

@@ -55,7 +55,7 @@ class Packer(ABC):
 
     @abstractmethod
     def _reread(self) -> None:
-        """Reads the documents that are partly used again, and skips the part that `_used` counts.
+        """Reads again the documents that are partly used, and skips the part that `_used` counts.
 
         The source must be in the state before these documents.
         """

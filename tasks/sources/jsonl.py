@@ -73,7 +73,7 @@ class JsonlFile:
 class JsonlRows:
     """The lines of several uncompressed files (see `tasks.sources.base.IndexedRows`).
 
-    If a line is edited during the run, its new text is read; its length must not change.
+    If a line is edited during the run, the new text is read; the line's length must not change.
     """
 
     def __init__(self, paths: Sequence[str], row_format: RowFormat) -> None:
@@ -102,7 +102,7 @@ class JsonlRows:
         return parse_line(raw, origin, self._row_format) if raw.strip() else None
 
     def _read_line(self, file: int, line: int, origin: str) -> bytes:
-        """Returns a line; checks the bytes before and after it to detect a changed file."""
+        """Returns a line; checks the bytes around the line to detect that the file changed."""
         start, end = self._indices[file].span(line)
         before = min(start, 1)
         size = before + end - start

@@ -114,7 +114,7 @@ def _index_paths(path: str) -> list[Path]:
 
 
 def _load(index_path: Path, stat: os.stat_result) -> LineIndex | None:
-    """Returns the stored index; None if it is missing, incomplete or of a changed file."""
+    """Returns the stored index; None if it is missing or incomplete, or the file has changed."""
     try:
         with index_path.open("rb") as file:
             magic, size, mtime, num_lines, digest = _HEADER.unpack(file.read(_HEADER.size))

@@ -21,7 +21,7 @@ class RowFormat:
     """A format of rows.
 
     columns: the keys that are read; a table must have at least one of these columns.
-    parse: returns the document of a row and its origin, or raises BadLineError.
+    parse: a function of a row and the row's origin; returns the document or raises BadLineError.
     """
 
     columns: tuple[str, ...]

@@ -67,10 +67,7 @@ class DocumentPrefetcher:
         return self._documents.state()
 
     def restore(self, state: State) -> None:
-        """Restores a document's `state_before`, so that `next` returns this document.
-
-        Raises ValueError if files changed.
-        """
+        """Restores the state before a document, which `next` then returns; may raise ValueError."""
         self._documents.restore(state)
         self._last_productive_epoch = self._documents.epoch
         self._begin()

@@ -1,4 +1,4 @@
-"""Worker processes that encode documents before training needs them, in order."""
+"""Worker processes that encode documents in advance; results keep the order of the documents."""
 
 import contextlib
 import itertools
@@ -121,7 +121,7 @@ class _ResultMessage(NamedTuple):
         ]
 
 
-_encoder: Encoder  # of a worker process, set when it starts
+_encoder: Encoder  # each worker process sets it at its start
 
 
 def _start_worker(encoder: Encoder) -> None:
