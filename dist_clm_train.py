@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None, timing: Timing = DEFAULT_TIMING) -> 
 
     Args:
         argv: the flags; None: the flags of this process's command line.
-        timing: the waiting times among the ranks.
+        timing: the waiting times of rendezvous, heartbeats and exit.
     """
     settings = parse_train(argv)
     parallel = settings.parallel
@@ -70,7 +70,7 @@ def preview(settings: Settings, num_blocks: int) -> None:
 
 
 def plan(settings: Settings) -> None:
-    """Prints the needs of each stage; exits with status 1 if a stage exceeds --device-memory."""
+    """Prints the memory of each stage; exits with status 1 if a stage exceeds --device-memory."""
     if settings.parallel.rank != 0:
         return
     from planning.memory.plan import MemoryPlan

@@ -1,6 +1,7 @@
-"""Checks that need more than one flag. Needs no torch.
+"""Checks of rules that connect several flags. The module imports no torch.
 
-Each check raises a ValueError of one line, which names flags, their values and the expected values.
+A failed check raises ValueError. Its text is one line that names the flags, the values that the
+user gave, and the values that are allowed.
 """
 
 from arguments.settings import (

@@ -1,4 +1,4 @@
-"""Checks of the flags against config.json and the packages of this machine. Needs no torch."""
+"""Checks of flags against config.json and installed packages. The module imports no torch."""
 
 from collections.abc import Mapping
 from importlib.util import find_spec

@@ -10,7 +10,7 @@ from arguments.values import layers, switch, whole
 
 
 def parse_convert_from_hf(family: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the flags of convert_from_hf_<family>.py; exits with status 2 on a mistake."""
+    """Parses the flags of convert_from_hf_<family>.py; exits with status 2 if a flag is wrong."""
     parser = OneLineParser(f"Converts a Hugging Face {family} model to layer shards.")
     add = parser.add_argument
     add("--model-name", required=True, help="folder in the Hugging Face format, or hub name")
@@ -30,7 +30,7 @@ def parse_convert_from_hf(family: str, argv: Sequence[str] | None = None) -> arg
 
 
 def parse_convert_to_hf(family: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the flags of convert_to_hf_<family>.py; exits with status 2 on a mistake."""
+    """Parses the flags of convert_to_hf_<family>.py; exits with status 2 if a flag is wrong."""
     parser = OneLineParser(f"Converts a {family} training checkpoint to the Hugging Face format.")
     add = parser.add_argument
     add(

@@ -18,7 +18,7 @@ class Flag:
             every flag.
         resume: the rule for a resumed run. "must match": a value that differs from the checkpoint's
             is an error; "may change": a changed value is logged in one line; "not kept": the
-            checkpoint does not hold the value, or other code logs a change.
+            checkpoint does not hold the flag's value, or other code handles a changed value.
         ranks: the rule for the ranks. "same": the job starts only if all ranks have the same value;
             "own": the ranks' values may differ, because the flag names something on one machine or
             only rank 0 reads it; "proven": all ranks need the same secret, and each rank proves
@@ -38,7 +38,7 @@ class Flag:
 
     @property
     def dest(self) -> str:
-        """Returns the name of the settings field that holds the value."""
+        """Returns the name of the settings field that holds the flag's value."""
         return self.name.removeprefix("--").replace("-", "_")
 
     def add_to(self, group: Any, *, is_shown: bool) -> None:

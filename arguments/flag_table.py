@@ -1,8 +1,8 @@
 """The table of all flags of dist_clm_train.py, grouped by the headings of --help.
 
-Each flag in the table has a rule for a change on resume and a rule for different values on ranks. A
-new flag needs an entry in a file of arguments/flags/, a field in a group of `arguments.settings`,
-and the code that uses the value.
+Each flag has a rule for a run that resumes with another value, and a rule for ranks with different
+values. A new flag needs an entry in a file of arguments/flags/, a field in a class of
+`arguments.settings`, and the code that uses the value.
 """
 
 from typing import Any
@@ -29,7 +29,7 @@ FLAGS: tuple[Flag, ...] = tuple(flag for flags in FLAGS_BY_HEADING.values() for 
 
 
 def fixed_flags(settings: Settings) -> dict[str, Any]:
-    """Returns the values that must match the checkpoint on resume, by their names in errors."""
+    """Returns the values that a resumed run must not change, by their names in error messages."""
     replicas, update = settings.parallel.data_group_size, settings.update
     return {
         **_kept(settings, "must match"),
@@ -39,12 +39,12 @@ def fixed_flags(settings: Settings) -> dict[str, Any]:
 
 
 def free_flags(settings: Settings) -> dict[str, Any]:
-    """Returns the values that may change on resume, by flag."""
+    """Returns the values that a resumed run may change, by the name of the flag."""
     return _kept(settings, "may change")
 
 
 def flags_of_all_ranks(settings: Settings) -> dict[str, str | int | float | bool | None]:
-    """Returns the values that must be the same on all ranks, as JSON values by flag."""
+    """Returns the flag values that must be the same on all ranks, as JSON values by flag name."""
     values = settings.values()
     shared: dict[str, str | int | float | bool | None] = {
         "giving --evaluation-data": settings.data.evaluation_data is not None

@@ -1,4 +1,4 @@
-"""Defaults that depend on the launcher or on other flags. Needs no torch."""
+"""Default values of flags that depend on torchrun or on other flags. Imports no torch."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,11 +12,11 @@ _TORCHRUN = (
 
 
 def fill_defaults(values: dict[str, Any], environ: Mapping[str, str]) -> None:
-    """Sets the flags that were not given; uses torchrun's variables if torchrun runs the process.
+    """Sets flags that the user did not give; uses torchrun's variables if torchrun is the launcher.
 
     Args:
         values: the parsed flags by field name. The function changes this dictionary, and adds
-            `start_id` and `agent_store`.
+            `start_id` and `agent_store` (see `arguments.settings.NetworkSettings`).
         environ: the environment variables.
 
     Raises:

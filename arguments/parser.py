@@ -1,4 +1,4 @@
-"""The parser of every entry script; a mistake raises a ValueError of one line. Needs no torch."""
+"""The flag parser of all entry scripts. A wrong flag raises ValueError. Imports no torch."""
 
 import argparse
 import re
@@ -16,7 +16,7 @@ class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser that raises ValueError for a mistake and accepts no abbreviated flags."""
+    """A parser that raises ValueError for a wrong flag and accepts no abbreviated flags."""
 
     def __init__(self, description: str, *, epilog: str | None = None) -> None:
         super().__init__(

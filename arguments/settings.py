@@ -1,4 +1,4 @@
-"""The settings of a run: frozen groups, created once from the command line.
+"""The settings of a run: frozen dataclasses, created once from the command line.
 
 Each field has the name of its flag; the help texts in `arguments.flag_table` explain the flags.
 """
@@ -45,8 +45,8 @@ class ParallelSettings:
 class NetworkSettings:
     """The settings of the network between the ranks.
 
-    `start_id` identifies one start of the job by torchrun. `agent_store` says whether torchrun's
-    agent hosts the TCPStore. Timeouts are in seconds.
+    `start_id` identifies one start of the job by torchrun; it is "" without torchrun. `agent_store`
+    says whether torchrun's agent hosts the TCPStore. Timeouts are in seconds.
     """
 
     dist_url: str
@@ -89,8 +89,8 @@ class UpdateSettings:
     """The settings of the batches, the updates and the optimizer.
 
     A step is an iteration; `gradient_accumulate_step` iterations make one update. `batch_size` is
-    the number of sequences in the batch of one pipeline, `micro_batch_size` the number in a
-    microbatch. A sequence has `seq_length` tokens.
+    the number of sequences in the batch of one pipeline. `micro_batch_size` is the number of
+    sequences in a microbatch. A sequence has `seq_length` tokens.
     """
 
     total_steps: int
@@ -116,7 +116,7 @@ class UpdateSettings:
         return self.batch_size // self.micro_batch_size
 
     def nominal_tokens(self, num_replicas: int) -> int:
-        """Returns the number of predicted tokens of an update in which every token is trained."""
+        """Returns the number of tokens that an update predicts if every token is trained."""
         sequences = self.gradient_accumulate_step * num_replicas * self.batch_size
         return sequences * (self.seq_length - 1)
 
@@ -129,7 +129,7 @@ class UpdateSettings:
 
 @dataclass(frozen=True)
 class PrecisionSettings:
-    """The settings of precision, of the loss scale of fp16, and of flags that reduce memory."""
+    """The settings of the precision, the fp16 loss scale, and the reduction of memory."""
 
     fp16: bool
     bf16: bool
@@ -154,7 +154,7 @@ class PrecisionSettings:
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """The settings of checkpoints: the folder, the steps to save, and the steps to keep."""
+    """The settings of checkpoints: their folder, when they are saved, and how many are kept."""
 
     checkpoint_path: Path
     checkpoint_steps: int
@@ -166,9 +166,9 @@ class CheckpointSettings:
     grace_seconds: float
 
     def saves_after(self, step: int, update: UpdateSettings) -> bool:
-        """Returns whether a save is due after iteration `step`.
+        """Returns whether a checkpoint must be saved after iteration `step`.
 
-        A save that is due before the end of an update is delayed until the update ends.
+        A checkpoint that is due before the end of an update is saved when the update ends.
         """
         if not update.ends_update(step):
             return False
@@ -206,7 +206,7 @@ class Settings:
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> "Settings":
-        """Creates the groups from values by field name."""
+        """Creates the settings from the values of all fields, by field name."""
         groups = get_type_hints(cls).items()
         return cls(
             **{
@@ -216,7 +216,7 @@ class Settings:
         )
 
     def values(self) -> dict[str, Any]:
-        """Returns the values of all groups by field name; `from_values` is the inverse."""
+        """Returns the values of all fields by field name; `from_values` is the inverse function."""
         groups = (getattr(self, field.name) for field in fields(self))
         return {
             field.name: getattr(group, field.name) for group in groups for field in fields(group)

@@ -1,4 +1,4 @@
-"""The command line of dist_clm_train.py, parsed into settings. Needs no torch."""
+"""The command line of dist_clm_train.py, parsed into settings. The module imports no torch."""
 
 import argparse
 import os
@@ -16,7 +16,7 @@ VERSION = "0.2.0"
 
 
 def train_parser(*, shows_all: bool = False) -> argparse.ArgumentParser:
-    """Returns the parser; its help shows the flags that most runs need, or all if `shows_all`."""
+    """Returns the parser; its help shows all flags if `shows_all`, else those of most runs."""
     parser = OneLineParser(
         "Fine-tunes a model that is cut into layer-sharded stages; one process per rank.",
         epilog=None if shows_all else "--help-all lists every flag.",
@@ -35,7 +35,7 @@ def train_parser(*, shows_all: bool = False) -> argparse.ArgumentParser:
 def parse_train(
     argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None
 ) -> Settings:
-    """Parses and checks the flags; on a mistake, exits with one line and status 2.
+    """Parses and checks the flags; if a flag is wrong, prints one line and exits with status 2.
 
     Args:
         argv: the command line without the program's name; None: the command line of this process.

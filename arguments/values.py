@@ -1,4 +1,4 @@
-"""Parsers of flag values; a mistake raises an ArgumentTypeError of one line."""
+"""Parsers of flag values; a wrong value raises ArgumentTypeError with a text of one line."""
 
 import argparse
 import math

@@ -1,4 +1,4 @@
-"""Atomic replacement of files: a reader sees the old or the new content, never a part of it."""
+"""Atomic replacement of files: a reader sees the complete old or the complete new content."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def flush(path: Path) -> None:
-    """Forces a file, or a folder's entries, to disk, so that a power failure cannot lose them."""
+    """Waits until a file, or a folder's list of files, is on disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

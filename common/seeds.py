@@ -1,12 +1,13 @@
-"""Seeds derived from the run's seed and a purpose, so no random generator's state is saved.
+"""Seeds that depend on the run's seed and a purpose; checkpoints save no generator's state.
 
 The first parts of a seed are the run's seed and one of these words:
 
     "weights"   random initial weights, by module
-    "source"    the order of a source's documents, by its place in --task-name
-    "order"     the order of an epoch;  "round": a round of its permutation
+    "source"    the order of a source's documents, by the number of the source in --task-name
+    "order"     the order of the documents in an epoch
+    "round"     a round of the permutation that "order" computes
     "mixture"   the source of each block
-    "dropout"   the masks, by update, sequence and layer
+    "dropout"   the dropout masks, by update, sequence and layer
 
 Do not change these words or the order of the parts: older runs could then not resume exactly.
 """

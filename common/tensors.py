@@ -1,4 +1,4 @@
-"""Tensor tools of several packages: dtypes by name, and checks for finite values."""
+"""Tensor functions that several packages use: dtypes by name, and checks for finite values."""
 
 from collections.abc import Iterator
 
@@ -11,9 +11,9 @@ _FINITE_CHUNK = 1 << 22  # elements checked at once, so that the check needs lit
 def is_finite(tensor: Tensor) -> bool:
     """Returns whether no element is NaN or infinite.
 
-    The function first checks sums, which is 50 times as fast as a check of each element. A finite
-    sum means that all its elements are finite. If a sum is not finite, the function checks each
-    element.
+    The function first checks the sum of each part, which is 50 times as fast as a check of each
+    element. If the sum is finite, all elements of the part are finite. If the sum is not finite,
+    the function checks each element of the part.
     """
     return all(
         bool(total.isfinite()) or bool(part.isfinite().all()) for part, total in part_sums(tensor)
@@ -21,7 +21,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def part_sums(tensor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields the parts of the flattened `tensor`, each with its sum, a tensor of shape ()."""
+    """Yields the pair (part, sum) for each part of the flattened `tensor`."""
     for part in torch.split(tensor.flatten(), _FINITE_CHUNK):
         yield part, part.sum()
 

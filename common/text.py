@@ -1,4 +1,4 @@
-"""Text for messages: one line, sizes in bytes, tables."""
+"""Functions that format text for messages: errors as one line, sizes in bytes, and tables."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -14,7 +14,7 @@ def one_line(error: BaseException) -> str:
 
 
 def format_bytes(num_bytes: int) -> str:
-    """Formats a number of bytes: `812.3 MB`, in powers of 1000, or `812 bytes` below 1000."""
+    """Formats a number of bytes as `812.3 MB` (1 MB is 1000 kB), or `812 bytes` if below 1000."""
     for size, unit in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
         if num_bytes >= size:
             return f"{num_bytes / size:.1f} {unit}"

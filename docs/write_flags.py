@@ -1,7 +1,7 @@
 """Writes docs/reference/flags.md from the flag table.
 
 python docs/write_flags.py            writes the page
-python docs/write_flags.py --check    exit status 1 if the page is another one
+python docs/write_flags.py --check    exits with status 1 if the page does not match the table
 """
 
 import sys

@@ -11,8 +11,8 @@ _CLEAR = "\r\x1b[2K"
 class Console:
     """A stream for complete lines and, on a terminal, one live line below them.
 
-    It is thread-safe. A terminal that is closed does not end training: text that cannot be written
-    is dropped.
+    The class is thread-safe. If the terminal is closed, training continues: text that cannot be
+    written is dropped.
     """
 
     def __init__(self, stream: TextIO) -> None:

@@ -11,7 +11,7 @@ _QUIET = ("datasets", "filelock", "httpx", "huggingface_hub", "matplotlib", "tor
 
 
 class ConsoleHandler(logging.Handler):
-    """A handler that prints through a console, so that records do not break its live line."""
+    """A handler that prints through a console, so that log lines do not break the live line."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -28,9 +28,10 @@ def setup_logging(rank: int, stream: TextIO) -> Console:
     """Sends the log records of the process to `stream`, and replaces any earlier setup.
 
     Rank 0 prints messages of level INFO and higher. Other ranks print messages of level WARNING and
-    higher, as `rank 3: message`. Sets TORCH_CPP_LOG_LEVEL if it is unset and torch is not imported
-    yet: torch's sockets would log a lost peer before the line that names the rank. Returns the
-    console; `monitor.progress.Progress` uses it too.
+    higher, as `rank 3: message`. Also sets the variable TORCH_CPP_LOG_LEVEL if it is unset. Without
+    this, torch's sockets would log a lost peer before the line that names the lost rank; torch
+    reads the variable when it is imported. Returns the console, which
+    `monitor.progress.Progress` uses too.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     console = Console(stream)

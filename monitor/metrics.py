@@ -20,11 +20,11 @@ from common.files import replace_file
 
 @dataclass(frozen=True)
 class IterationMetrics:
-    """The metrics of iteration `step`, counted from 1: one line of the file.
+    """The metrics of iteration `step`, counted from 1: one line of metrics.jsonl.
 
     loss: mean over the trained tokens of all replicas and microbatches, in nats.
-    lr, grad_norm: of the update at the end of this iteration; None without an update. grad_norm is
-        also None for a skipped update.
+    lr, grad_norm: the values of the update at the end of this iteration; None without an update.
+        grad_norm is also None for a skipped update.
     step_seconds: the time of the iteration, without saves and evaluations.
     held_out: the evaluation after this iteration.
     held_out_before: the evaluation before the first iteration.
@@ -82,16 +82,16 @@ class MetricsFile:
         self.path = path
 
     def clear(self) -> None:
-        """Starts an empty file, for a run that starts at step 0."""
+        """Replaces the file by an empty file, for a run that starts at step 0."""
         replace_file(self.path, b"")
 
     def cut_after(self, step: int) -> None:
-        """Deletes the lines after `step`, and incomplete lines left by a crash."""
+        """Deletes the lines of iterations after `step`, and incomplete lines left by a crash."""
         lines = [line for line in read_metrics(self.path) if line["step"] <= step]
         replace_file(self.path, b"".join(map(_encode, lines)))
 
     def append(self, *metrics: IterationMetrics) -> None:
-        """Appends a line for each iteration; if it raises OSError, the file is unchanged."""
+        """Appends a line for each iteration; if `append` raises OSError, the file is unchanged."""
         content = b"".join(_encode(iteration.to_json()) for iteration in metrics)
         with self.path.open("ab", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
@@ -126,7 +126,7 @@ def _decode(line: bytes) -> dict[str, Any] | None:
 
 
 class SetLoss(NamedTuple):
-    """The mean loss over the trained tokens of an evaluation set, in nats, and their number."""
+    """The mean loss of an evaluation set in nats per trained token, and the number of tokens."""
 
     loss: float
     num_trained_tokens: int
@@ -175,14 +175,14 @@ class Stopwatch:
         self._since = time.perf_counter()
 
     def lap(self) -> float:
-        """Returns the seconds since the last call (or the start), without pauses."""
+        """Returns the seconds since the previous `lap`, or since the creation, without pauses."""
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         return seconds
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Excludes the time of the block from the lap."""
+        """Excludes the time of the `with` block from the next result of `lap`."""
         start = time.perf_counter()
         yield
         self._since += time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""Detection of out-of-memory errors; each library reports them with another type or text."""
+"""Detection of out-of-memory errors, whose types and texts differ between libraries."""
 
 import errno
 import re

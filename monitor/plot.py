@@ -25,7 +25,7 @@ Points = list[tuple[int, float]]  # (step, value)
 
 
 def draw_loss(metrics_path: Path, png_path: Path) -> None:
-    """Draws the metrics so far and replaces the last picture; a failure only logs a warning."""
+    """Draws the metrics and replaces the previous picture; a failure only logs a warning."""
     try:
         lines = read_metrics(metrics_path)
         if lines:
@@ -123,7 +123,7 @@ def _draw_sets(axes: Any, curves: Mapping[str, Points]) -> list[Any]:
 
 
 def _short(name: str) -> str:
-    """Returns a name for the legend: cut if long, with $ escaped ($ starts a formula)."""
+    """Returns a set's name for the legend: cut if long, and with $ escaped ($ starts a formula)."""
     cut = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
     return cut.replace("$", r"\$")
 

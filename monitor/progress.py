@@ -13,7 +13,7 @@ _RECENT = 50  # recent iterations that estimate the remaining time
 
 
 class Progress:
-    """The progress line of a run of `total_steps`, on the same console as the log lines.
+    """The progress line of a run with `total_steps` steps, on the same console as the log lines.
 
     The first and the last iteration and every evaluation are always shown.
     """
@@ -31,7 +31,7 @@ class Progress:
         self._eval_loss: float | None = None
 
     def update(self, metrics: IterationMetrics) -> None:
-        """Shows an iteration if the interval has passed, and its evaluation if there was one."""
+        """Shows an iteration if the interval has passed; always shows an evaluation."""
         self._recent.append(metrics.step_seconds)
         self._lr = self._lr if metrics.lr is None else metrics.lr
         if metrics.held_out is not None:
@@ -43,7 +43,7 @@ class Progress:
             show(self._line(metrics))
 
     def show_evaluation(self, step: int, held_out: HeldOut) -> None:
-        """Prints the held-out loss, in total and of each set; step 0 is before iteration 1."""
+        """Prints the held-out loss of all data and of each set; step 0 is before iteration 1."""
         self._eval_loss = held_out.loss
         sets = [f"; {name}: {_format(of_set.loss)}" for name, of_set in held_out.sets.items()]
         self._console.print(f"step {step}: held-out {_format(held_out.loss)}{''.join(sets)}")
@@ -71,7 +71,7 @@ def _format(loss: float) -> str:
 
 
 def recent_average(seconds: Sequence[float]) -> float:
-    """Returns the mean of the times; of five or more, it excludes the shortest and the longest.
+    """Returns the mean of `seconds`; with five or more, without the shortest and the longest.
 
     A median would be wrong with gradient accumulation, because every n-th iteration is longer.
     """

@@ -20,7 +20,7 @@ PLOT_NAME = "loss.png"
 
 
 class Recorder:
-    """The recorder of ranks other than 0: the interface of recorders, and records nothing.
+    """The interface of recorders; this class itself, for ranks other than 0, records nothing.
 
     run_id: the id of the run at wandb; checkpoints save the id.
     """
@@ -80,7 +80,7 @@ class FileRecorder(Recorder):
         self._wandb.close()
 
     def _write(self, *, warn: bool) -> None:
-        """Writes the pending lines; a full disk only logs a warning, if `warn` is true."""
+        """Writes the pending metrics; if this fails, only logs a warning (if `warn` is true)."""
         try:
             self._metrics.append(*self._unwritten)
         except OSError as error:

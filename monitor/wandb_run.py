@@ -24,10 +24,11 @@ _CLOSE_SECONDS = 60.0
 
 
 class WandbRun:
-    """A run at wandb; after the first failure it logs nothing.
+    """A run at wandb; after the first failure of wandb, this object logs nothing.
 
-    run: the result of `wandb.init`; None logs nothing.
-    run_id: if `run` is None, the id of an earlier wandb run, so that a later start can continue it.
+    run: the result of `wandb.init`; if None, nothing is logged.
+    run_id: if `run` is None, the id of an earlier wandb run, which a later start of the program
+        can continue.
     """
 
     def __init__(self, run: Any = None, *, run_id: str | None = None) -> None:

@@ -16,7 +16,7 @@ def open_local(name: str, path: str) -> DataSource:
 
 @dataclass(frozen=True)
 class CotFile:
-    """The task's JSON file, loaded into memory; a record's offset and line count entries."""
+    """The task's JSON file, loaded into memory; a record's offset and line are entry numbers."""
 
     path: str
 

@@ -1,4 +1,4 @@
-"""Held-out text for evaluation: read once, packed in order, and padded at the end."""
+"""Batches of held-out text: each document is read once, in order; padding fills the last batch."""
 
 import itertools
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ def evaluation_batches(
     bad_lines: BadLines | None = None,
     max_batches: int | None = None,
 ) -> Iterator[TokenBatch]:
-    """Yields the text of a source in batches; padding is token 0 and not trained.
+    """Yields the tokens of a source in batches; padding tokens are 0 and do not count in the loss.
 
     Args:
         name: A file, folder, registered task or data set on the hub.

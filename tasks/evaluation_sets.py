@@ -1,4 +1,4 @@
-"""The flag --evaluation-data: sources of held-out text and their names. Needs no torch."""
+"""The flag --evaluation-data: held-out sources with names. The module imports no torch."""
 
 import os
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ EVALUATION_FLAG = "--evaluation-data"
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """A source of held-out text, and a printable name for its loss.
+    """A source of held-out text, and a printable name that logs and metrics show.
 
     The name is empty if this is the only set and the user gave no name.
     """

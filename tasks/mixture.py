@@ -2,8 +2,8 @@
 
 The source of a block depends only on (seed, index of the block). The draws are stratified: the unit
 interval is divided into STRATUM parts, and STRATUM consecutive blocks draw from different parts, in
-random order. The probabilities are still the weights, and the shares converge faster than with
-independent draws.
+random order. The probability of a source is still its weight, and the source's share of the blocks
+comes close to the weight sooner than with independent draws.
 """
 
 import bisect
@@ -43,7 +43,7 @@ class StreamIdentity:
         return [spec.weight / largest / total for spec in self.sources]
 
     def flags(self) -> dict[str, str]:
-        """Returns flag -> value, with normalised weights: `a:1,b:1` equals `a:2,b:2`."""
+        """Returns the values by flag; weights are normalised, so `a:1,b:1` equals `a:2,b:2`."""
         pairs = zip(self.sources, self.weights(), strict=True)
         return {
             TASK_FLAG: ",".join(f"{spec.name}:{weight:.6g}" for spec, weight in pairs),
@@ -74,7 +74,7 @@ class BlockStream:
         self._num_blocks = 0
 
     def next_block(self) -> TokenBlock:
-        """Returns the next block; raises ValueError if its source has a bad line or no token."""
+        """Returns the next block; raises ValueError if a source has a bad line or no token."""
         draw = _draw(self._identity.seed, self._num_blocks)
         block = self._packers[bisect.bisect_right(self._bounds, draw)].next_block()
         self._num_blocks += 1
@@ -93,7 +93,7 @@ class BlockStream:
         }
 
     def restore(self, state: State) -> None:
-        """Restores `state`; raises ValueError if it is of another mixture or if files changed."""
+        """Restores `state`; raises ValueError if it belongs to another mixture or files changed."""
         for flag, value in self._identity.flags().items():
             saved = state["flags"][flag]
             if saved != value:
@@ -104,7 +104,7 @@ class BlockStream:
 
 
 def _draw(seed: int, block: int) -> float:
-    """Returns the random number of a block, in [0, 1)."""
+    """Returns the random number, in [0, 1), that chooses the source of a block."""
     group, index = divmod(block, STRATUM)
     generator = random.Random(derive_seed(seed, "mixture", group))
     strata = generator.sample(range(STRATUM), STRATUM)

@@ -1,4 +1,4 @@
-"""The registered task `natural_instructions`, or `ni`: definitions of tasks, and their instances.
+"""The registered task `natural_instructions`, or `ni`: definitions of tasks with their instances.
 
 The folder has the layout of the repository allenai/natural-instructions: a JSON file for each task,
 and a list of the tasks to train on. The document of an instance is
@@ -64,7 +64,7 @@ def open_local(name: str, path: str) -> DataSource:
 
 
 class InstanceRows:
-    """The instances of several files (see `tasks.sources.base.IndexedRows`).
+    """The instances of several task files, as rows (see `tasks.sources.base.IndexedRows`).
 
     Each file is parsed once, and its instances are copied to a temporary file, one per line, for
     fast reads in any order. Memory holds only one file at a time. Raises ValueError if a file

@@ -1,4 +1,4 @@
-"""The data source of a name: a task, files, a saved data set, or a data set on the hub."""
+"""Opening of a data source by name: a task, files, a saved data set, or a data set on the hub."""
 
 from functools import partial
 

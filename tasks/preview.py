@@ -35,9 +35,10 @@ _ESCAPED = {
 def preview_blocks(
     stream: BlockStream, tokenizer: Any, count: int, *, colour: bool
 ) -> Iterator[str]:
-    """Yields two texts for each of the next `count` blocks: its origins and its text.
+    """Yields two texts for each of the next `count` blocks: a line with origins, and the block.
 
-    With `colour`, trained text is green and other text is grey. Without it, other text is in [- -].
+    With `colour`, trained text is green, and text that is not trained is grey. Without `colour`,
+    text that is not trained is in [- -].
     """
     for number in range(1, count + 1):
         block = stream.next_block()
@@ -68,7 +69,7 @@ def _mark(text: str, is_trained: bool, colour: bool) -> str:
 
 @dataclass(frozen=True)
 class SourceSample:
-    """The numbers of a sample of a source.
+    """The numbers of documents, tokens and blocks in a sample of a source.
 
     num_documents, num_tokens, num_trained_tokens: the numbers in the sample.
     num_blocks: the blocks that the sample fills, without padding and skipped blocks.
@@ -103,10 +104,10 @@ def sample_source(
     max_documents: int = SAMPLE_DOCUMENTS,
     count_seconds: float = COUNT_SECONDS,
 ) -> SourceSample:
-    """Tokenizes the first documents of a source and returns their numbers.
+    """Tokenizes the first documents of a source and counts documents, tokens and blocks.
 
     Args:
-        documents: The source; no document of it may have been read.
+        documents: The shuffled source, from which no document has been read.
         encoder: Tokenizes the sample.
         seq_len: The number of tokens in a block.
         pack: "document" keeps documents apart in blocks; "concat" does not.

@@ -1,7 +1,7 @@
-"""The registered tasks, and checks of the sources in --task-name and --evaluation-data. No torch.
+"""The registered tasks, and checks of the sources in --task-name and --evaluation-data.
 
 A registered task is an entry in TASKS. A task with its own row format (see `tasks.sources.rows`)
-has a separate file.
+has a separate file. The module imports no torch.
 """
 
 import json
@@ -38,7 +38,7 @@ class TaskEntry:
     open_local: Callable[[str, str], DataSource] | None = None
 
     def locate(self, name: str, *, flag: str) -> SourceLocation:
-        """Returns the location of the data; raises ValueError without `path` and without `hub`."""
+        """Returns the data's location; raises ValueError if `path` is missing and `hub` is None."""
         if os.path.exists(self.path):
             if self.open_local is not None:
                 return SourceLocation(self.path, "task")
@@ -102,7 +102,7 @@ def check_source(spec: SourceSpec, *, flag: str = TASK_FLAG) -> None:
 
 
 def open_task(name: str, location: SourceLocation) -> DataSource:
-    """Opens a task with its own layout; raises ValueError if the data has another layout."""
+    """Opens a task with its own file layout; raises ValueError if the files differ from it."""
     open_local = TASKS[name].open_local
     assert open_local is not None, "the location is of kind task"
     return open_local(name, location.path)
@@ -114,7 +114,7 @@ def row_format_of(name: str) -> RowFormat:
 
 
 def locate_source(name: str, *, flag: str = TASK_FLAG) -> SourceLocation:
-    """Returns the location of a source, on disk if it is there; raises ValueError if missing."""
+    """Returns a source's location: on disk, else the hub; a task without data raises ValueError."""
     if name in TASKS:
         return TASKS[name].locate(name, flag=flag)
     is_file_name = os.path.exists(name) or name.endswith(SUFFIXES)

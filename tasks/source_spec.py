@@ -1,4 +1,4 @@
-"""The flag --task-name: sources and their weights. Needs no torch."""
+"""The flag --task-name: sources and their weights. The module imports no torch."""
 
 import math
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class SourceLocation:
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """An item of --task-name: a task, path or hub name, and its weight, not normalised."""
+    """An item of --task-name: a task, path or hub name, and the weight that the user gave."""
 
     name: str
     weight: float = 1.0
@@ -52,7 +52,7 @@ def _parse_item(item: str, value: str) -> SourceSpec:
 
 
 def _split_weight(item: str) -> tuple[str, float]:
-    """Returns name and weight; splits at the last ':' only if a number follows, unlike `C:/x`."""
+    """Returns name and weight; splits at the last ':' only if a number follows the ':'."""
     name, colon, tail = item.rpartition(":")
     try:
         return (name.strip(), float(tail)) if colon else (item, 1.0)

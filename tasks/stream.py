@@ -1,4 +1,4 @@
-"""The training stream: sources, shuffles, encoder, packers and mixture together."""
+"""The training stream, which joins sources, shuffles, encoder, packers and mixture."""
 
 from collections.abc import Sequence
 from typing import Any

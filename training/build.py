@@ -145,7 +145,7 @@ def build_stage_engine(
     """Builds the engine of this stage.
 
     Raises:
-        ValueError: neighbouring stages would send different shapes.
+        ValueError: neighbouring stages would send tensors of different shapes.
     """
     update = settings.update
     hidden_size = settings.model.embedding_dim
@@ -170,7 +170,7 @@ def build_stage_engine(
 def open_run_recorder(
     settings: Settings, context: RunContext, start: RunStart, console: Console
 ) -> Recorder:
-    """Opens the run's records, or continues the checkpoint's records; only rank 0 records."""
+    """Opens the recorder, which continues the records of a resumed run; only rank 0 records."""
     if context.rank != 0:
         return Recorder()
     point = start.point

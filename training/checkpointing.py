@@ -1,4 +1,4 @@
-"""Saves of a run's steps: free disk space, content, and the reaction to a failed save."""
+"""Writing of checkpoints: the free disk space, their content, and what a failed save causes."""
 
 import logging
 import platform
@@ -36,10 +36,12 @@ def check_room(
     model: StageModel,
     done: int,
 ) -> None:
-    """Checks that the disks have room for the saves after `done` steps; every process calls it.
+    """Checks that the disks have space for the checkpoints that are saved after step `done`.
+
+    Every process calls it.
 
     Raises:
-        ValueError: on every rank, if a disk has too little room.
+        ValueError: on every rank, if a disk has too little space.
     """
     update, path = settings.update, settings.checkpoint.checkpoint_path
     every = settings.checkpoint.checkpoint_steps or update.total_steps
@@ -60,7 +62,7 @@ class Saver:
     the copy is written to disk. The constructor allocates the memory of the copy.
 
     Args:
-        extra_meta: a function that returns more fields of meta.json.
+        extra_meta: a function that returns additional fields of meta.json.
     """
 
     def __init__(
@@ -82,23 +84,23 @@ class Saver:
 
     @property
     def is_pending(self) -> bool:
-        """Returns whether a save began and is not complete yet."""
+        """Returns whether the save of a checkpoint has begun and is not finished."""
         return self._store.pending is not None
 
     @property
     def is_writing(self) -> bool:
-        """Returns whether this process still writes the pending step."""
+        """Returns whether this process still writes its files of the checkpoint."""
         return self._store.is_writing
 
     def save(self, step: int, data: Mapping[str, Any], *, is_last: bool) -> bool:
-        """Saves a step; returns whether the step is completely saved. No other save may be pending.
+        """Saves the checkpoint of a step; returns whether the checkpoint is complete.
 
-        With --async-checkpoint, the save is still pending when `save` returns, unless `is_last` is
-        true.
+        The previous save must be finished. With --async-checkpoint, this save is not finished when
+        the method returns, unless `is_last` is true.
 
         Raises:
-            SaveFailedError: on all ranks, if the save fails and is the run's last, or if it fails
-                with --checkpoint-failure fatal.
+            SaveFailedError: on all ranks, if the save fails and `is_last` is true or
+                --checkpoint-failure is fatal.
         """
         self._store.begin(self._meta(step, data), parts=self._parts(step))
         if self._snapshot is not None and not is_last:
@@ -106,7 +108,7 @@ class Saver:
         return self.finish(is_last=is_last)
 
     def finish(self, *, is_last: bool = False) -> bool:
-        """Waits for the pending save; returns whether it succeeded. Raises errors like `save`."""
+        """Waits until the save ends; returns whether it succeeded. Raises errors as `save` does."""
         step = self._store.pending
         try:
             self._store.finish()
@@ -126,7 +128,7 @@ class Saver:
         self._store.finish_cleanup()
 
     def _parts(self, step: int) -> dict[str, Any]:
-        """Returns this stage's state; a process that writes it gets a host-memory copy."""
+        """Returns this stage's state; replica 0, which writes it, gets a copy in host memory."""
         parts = {
             "checkpoint": self._model.state_dict(),
             "optimizer": collect_state(self._update_step.optimizer, self._control, self._topology),

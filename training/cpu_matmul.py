@@ -1,7 +1,7 @@
 """The choice of the fp32 matmul library on CPUs: made before the first matmul, logged and saved.
 
-Each rank chooses the library for its own CPU. On resume, a rank keeps the library in the
-checkpoint, because the exact results of a run depend on the library.
+Each rank chooses the library for its own CPU. On resume, a rank uses the library that the
+checkpoint names, because the exact results of a run depend on the library.
 """
 
 import logging
@@ -27,17 +27,17 @@ def choose_cpu_matmul(
     control: Communicator,
     cpu: CpuInfo | None = None,
 ) -> list[Matmul]:
-    """Selects and logs the matmul of each rank's CPU; every rank calls it.
+    """Selects and logs the matmul library of each rank's CPU; every rank calls it.
 
     Args:
-        saved: each rank's choice in the checkpoint to resume from; None without such a choice.
+        saved: the library of each rank in the checkpoint to resume from; None if there is none.
         cpu: the CPU; None: the CPU of this machine.
 
     Returns:
-        Every rank's choice, for the checkpoint.
+        The library of each rank, which checkpoints save.
 
     Raises:
-        ValueError: the matmul that --cpu-matmul requests is less exact than fp32 on this CPU.
+        ValueError: the library that --cpu-matmul requests is less exact than fp32 on this CPU.
     """
     cpu = cpu or CpuInfo.of_this_machine()
     choice = select_matmul(flag, cpu, saved_choice(saved, control.rank))
@@ -61,7 +61,7 @@ def _half(fast: bool) -> str:
 
 
 def _by_rank(told: Sequence[str]) -> str:
-    """Returns the text if it is the same on all ranks, else each text with its ranks."""
+    """Joins the ranks' texts `told`: the common text, or each different text with its ranks."""
     if len(set(told)) == 1:
         return told[0]
     ranks: dict[str, list[str]] = {}

@@ -34,7 +34,7 @@ class TrainingData:
         check_vocabulary(self.tokenizer, vocab_size)
 
     def open_loader(self, state: dict[str, Any] | None) -> BatchLoader:
-        """Returns the loader of all replicas' batches, from the start or from a saved `state`."""
+        """Returns a loader of all replicas' batches; it continues from `state` if there is one."""
         workers = self._settings.data.data_workers
         stream = _open_stream(self._settings, self.tokenizer, num_workers=workers)
         if state is not None:
@@ -42,7 +42,7 @@ class TrainingData:
         return BatchLoader(stream, rows=self._rows)
 
     def open_evaluation(self) -> dict[str, Iterator[TokenBatch]]:
-        """Returns the batches of each held-out set, from its beginning, by the name of the set."""
+        """Returns the batches of all held-out sets by the set's name, from the first batch on."""
         given = self._settings.data.evaluation_data
         sets = [] if given is None else parse_evaluation_data(given)
         return {held_out.name: self._batches_of(held_out.source) for held_out in sets}
@@ -100,7 +100,7 @@ def _open_stream(settings: Settings, tokenizer: Any, *, num_workers: int) -> Blo
 
 
 def _bad_lines(settings: Settings) -> BadLines:
-    """Returns the handling of bad lines by --bad-lines; one file lists all skipped lines."""
+    """Returns the policy that --bad-lines requests; one file lists the skipped lines."""
     if settings.data.bad_lines == "error":
         return BadLines()
     path = settings.checkpoint.checkpoint_path / "bad_lines.txt"
@@ -108,10 +108,10 @@ def _bad_lines(settings: Settings) -> BadLines:
 
 
 def checkpoint_extras(model_folder: Path, name: str, tokenizer: Any) -> dict[str, bytes]:
-    """Returns the content of config.json and the tokenizer's files, for every checkpoint, by name.
+    """Returns the files that every checkpoint gets, by name: config.json and the tokenizer's files.
 
-    `name` is --tokenizer-name. If it is a folder, the files of the folder are read; else the loaded
-    `tokenizer` is saved to a temporary folder and read from there.
+    `name` is the value of --tokenizer-name. If `name` is a folder, the tokenizer's files are read
+    from this folder; else the loaded `tokenizer` is saved to a temporary folder and read there.
     """
     if Path(name).is_dir():
         files = _read(Path(name))

@@ -1,4 +1,4 @@
-"""The device of a rank, and the backends that carry its messages."""
+"""The choice of a rank's device, and of the backends that send messages between ranks."""
 
 import logging
 import os
@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 def choose_device(parallel: ParallelSettings, *, ranks_here: int) -> torch.device:
-    """Returns the device that the flags select; makes a GPU the current device.
+    """Returns the device that the flags select; a GPU also becomes torch's current device.
 
     On a CPU, the `ranks_here` processes of this machine share its cores equally, unless
     OMP_NUM_THREADS is set.

@@ -25,8 +25,8 @@ class Evaluation:
     """The measurement of the held-out loss, over all evaluation data and over each set.
 
     Attributes:
-        open_sets: on rank 0, opens all sets from their beginning, by name; None on other ranks,
-            which receive the names from rank 0.
+        open_sets: a function that returns the batches of all sets by the set's name, from the
+            first batch on; None on ranks other than 0, which receive the names from rank 0.
         stop: the request to stop that this process knows of; rank 0 knows the requests of all
             ranks.
     """
@@ -40,11 +40,11 @@ class Evaluation:
     stop: StopRequest
 
     def run(self, *, may_stop: bool) -> HeldOut | StopCause:
-        """Returns the mean loss per trained token, the same on every rank; every rank calls it.
+        """Measures the mean loss per trained token; every rank calls it and gets the same result.
 
         A loss that is not finite causes only a warning, because evaluation does not change the
-        weights. With `may_stop`, a request to stop ends the evaluation after a batch, and the
-        request is returned.
+        weights. With `may_stop`, a request to stop ends the evaluation after the current batch, and
+        the method returns the request in place of the loss.
         """
         sets = {} if self.open_sets is None else self.open_sets()
         found: dict[str, StepTotals] = {}
@@ -64,10 +64,10 @@ class Evaluation:
     def _run_set(
         self, name: str, batches: Iterator[TokenBatch] | None, *, may_stop: bool
     ) -> StepTotals:
-        """Returns the totals of one set; `batches` is None on ranks other than 0.
+        """Returns the total loss and tokens of one held-out set.
 
-        With `may_stop`, a request to stop ends the set early; the totals then cover the batches
-        before the request.
+        `batches` has the set's batches on rank 0, and is None on other ranks. With `may_stop`, a
+        request to stop ends the set early; the totals then cover the batches before the request.
         """
         if batches is not None and may_stop:  # other ranks stop after rank 0's last batch
             batches = takewhile(lambda _: self.stop.asked is None, batches)
@@ -93,8 +93,8 @@ class Evaluation:
     def _warn(self, name: str, found: Sequence[Sequence[tuple[int, int]]]) -> None:
         """Logs a warning that lists the blocks whose loss is not finite.
 
-        `found` has, for each rank, pairs of a batch's number and the number of a microbatch in it,
-        from 0.
+        `found` has a list for each rank: pairs of the number of a batch and the number of a
+        microbatch in this batch. Both numbers start at 0.
         """
         blocks = [
             (number * self.context.topology.num_replicas + rank // self.context.topology.num_stages)

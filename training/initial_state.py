@@ -73,8 +73,8 @@ def load_state_(
 ) -> None:
     """Restores the optimizer and the loss scale from the checkpoint, if the run resumes.
 
-    `indices` are the numbers of this stage's modules. A predecessor's checkpoint changes neither
-    the optimizer nor the loss scale.
+    `indices` are the numbers of this stage's modules. A checkpoint of an older system (a
+    predecessor, see docs/glossary.md) changes neither the optimizer nor the loss scale.
     """
     topology, control, resume = context.topology, context.control, start.point
     if resume is None or resume.meta is None:

@@ -26,7 +26,7 @@ class TrainingStoppedError(RuntimeError):
 
 
 class Iteration:
-    """The runner of iterations; every process runs each iteration."""
+    """The code that runs one iteration after another; every process runs each iteration."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Iteration:
         self._totals, self._report, self._stop = totals, report, stop
         self._tokens_in_update, self._losses_are_finite = 0, True
         self._last_skip = ""  # why the last skipped update was skipped
-        self._bad: tuple[PipelineBatch, Losses] | None = None  # the last iteration's, if not finite
+        self._bad: tuple[PipelineBatch, Losses] | None = None  # last batch, if its loss was bad
 
     @property
     def _optimizer(self) -> MixedPrecisionOptimizer:
@@ -60,11 +60,12 @@ class Iteration:
     ) -> tuple[StepTotals, UpdateResult | None]:
         """Runs iteration `step` and, if the iteration ends an update, the update.
 
-        After backward, `is_writing` is called; its result tells the other ranks whether this
-        process still writes a checkpoint.
+        After backward, the method calls `is_writing` and sends the result to the other ranks: it
+        tells whether this process still writes a checkpoint.
 
         Returns:
-            The totals of the iteration, and the result of the update; None without an update.
+            The totals of the iteration, and the result of the update; None in place of the result
+            if the iteration ends no update.
 
         Raises:
             TrainingStoppedError: on every rank, if a number is not finite and the update cannot be
@@ -85,7 +86,7 @@ class Iteration:
             )
 
     def explain_skips(self, step: int, saved: str) -> str:
-        """Returns why the run gives up; `saved` tells the result of the save. All ranks call it."""
+        """Explains why the run gives up; `saved` is the text about the save. All ranks call it."""
         cause = self._last_skip if self._bad is None else self._report.explain_loss(*self._bad)
         return (
             f"step {step}: {self.update_step.skipped_in_a_row} updates in a row were skipped "
@@ -121,7 +122,7 @@ class Iteration:
         return totals
 
     def _squared_norms(self) -> list[float]:
-        """Returns the squared norm of each gradient of this stage; 0 if another replica owns it."""
+        """Returns this stage's squared gradient norms; 0 for gradients that other replicas own."""
         gradients = dict(self._optimizer.gradients.reported())
         size = sum(gradient.numel() for gradient in gradients.values())
         with self._tracer.span(Track.OPTIMIZER_COMP, size=size):
@@ -163,7 +164,7 @@ class Iteration:
     def _check_finite(
         self, step: int, totals: StepTotals, batch: PipelineBatch, losses: Losses
     ) -> None:
-        """Raises the same TrainingStoppedError on every rank if a number is not finite."""
+        """Raises TrainingStoppedError on every rank if the loss or a gradient is not finite."""
         if math.isfinite(totals.loss) and totals.first_bad is None:
             return
         if math.isfinite(totals.loss):

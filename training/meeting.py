@@ -1,6 +1,6 @@
-"""The rendezvous of all ranks; after it, every rank learns at once of another rank's failure.
+"""The rendezvous of all ranks. After the rendezvous, all ranks learn at once if a rank fails.
 
-The rendezvous needs no model and no data, so the large libraries are imported after it.
+The rendezvous needs no model and no data, so the large libraries are imported later.
 """
 
 import logging

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 def simulate_pipeline(
     steps: Sequence[StepOfAllRanks], *, schedule: str, num_stages: int, num_microbatches: int
 ) -> SimulatedRun:
-    """Simulates the forward and backward of a step with the median costs measured in `steps`.
+    """Simulates the forward and backward of a step with the median times measured in `steps`.
 
     In the simulation, messages take no time.
     """
@@ -53,7 +53,7 @@ def simulate_pipeline(
 def simulated_step(
     steps: Sequence[StepOfAllRanks], *, schedule: str, num_stages: int, num_microbatches: int
 ) -> float:
-    """Returns the seconds that a step should take, given the costs measured in `steps`.
+    """Returns the seconds that a step should take, according to the times measured in `steps`.
 
     Each stage computes the norms of its gradients when its part of the pipeline ends. The update
     begins when all stages have their norms.
@@ -67,7 +67,7 @@ def simulated_step(
 
 
 class TrainingProfile:
-    """The tracer of a run, and the timeline that is drawn at the end; every rank has one.
+    """The tracer of a rank, and the timeline that is drawn at the end of the run.
 
     Without --profiling tidy_profiling, nothing is traced, written or logged. The files have the
     name of the checkpoint folder and are written under the working directory.
@@ -130,7 +130,7 @@ class TrainingProfile:
 def _optimizer_seconds(
     steps: Sequence[StepOfAllRanks], num_stages: int
 ) -> tuple[list[float], list[float]]:
-    """Returns the seconds of the norms by stage, and the seconds of the update by stage.
+    """Returns each stage's seconds for the gradient norms, and each stage's seconds for the update.
 
     Each number is a median over steps and replicas.
     """
@@ -145,6 +145,6 @@ def _optimizer_seconds(
 
 
 def _optimizer_spans(spans: Sequence[RankSpan], rank: int) -> list[float]:
-    """Returns the seconds of a rank's optimizer spans in one step: the norms, then the update."""
+    """Returns the seconds of a rank's optimizer spans: the gradient norms, then the update."""
     of_rank = (s for s in spans if s.rank == rank and s.track is Track.OPTIMIZER_COMP)
     return [s.end - s.start for s in sorted(of_rank, key=lambda span: span.start)]

@@ -1,4 +1,4 @@
-"""The search for the checkpoint that a run continues, and checks that it belongs to the run."""
+"""The search for the checkpoint that a run continues, and checks that this checkpoint fits."""
 
 import logging
 from collections.abc import Mapping
@@ -23,8 +23,8 @@ class Resumed(NamedTuple):
 
     Attributes:
         point: the checkpoint; None if the run starts without one.
-        layers: the split of the run.
-        source: the split in the checkpoint.
+        layers: the split that the run uses.
+        source: the split with which the checkpoint was saved.
     """
 
     point: ResumePoint | None
@@ -37,7 +37,8 @@ def find_resume(
 ) -> Resumed:
     """Returns the checkpoint that the run continues, and the split of the run's layers.
 
-    Every process calls it. A predecessor's checkpoint must have the same split as the run.
+    Every process calls it. The checkpoint of an older system (a predecessor, see docs/glossary.md)
+    must have the same split as the run.
 
     Raises:
         ValueError: the flags forbid a resume, or the checkpoint is damaged or belongs to another
@@ -75,7 +76,7 @@ def find_resume(
 
 
 def idle_flags(precision: PrecisionSettings, scaler: Mapping[str, Any]) -> set[str]:
-    """Returns the loss-scale flags that have no effect on a run resumed with `scaler`'s state."""
+    """Returns the loss-scale flags without effect if a run resumes with the state `scaler`."""
     dynamic = {"--initial-loss-scale", "--min-loss-scale", "--loss-scale-window", "--hysteresis"}
     if not precision.fp16:
         return dynamic | {"--loss-scale", "--max-skipped-updates"}

@@ -53,7 +53,7 @@ def train(
         A line that says why `stop` ended the run early; None if the run is complete.
 
     Raises:
-        ValueError: a user's mistake.
+        ValueError: the user made a mistake.
         TrainingStoppedError: training cannot continue.
     """
     start = open_run(settings, context)
@@ -80,9 +80,9 @@ def _train(
     stop: StopRequest,
     closing: ExitStack,
 ) -> str | None:
-    """Builds the parts of the run and trains; the order of the parts shows mistakes early.
+    """Builds the parts of the run and trains; parts that show a user's mistakes come first.
 
-    `operation` gets the name of the operation that uses memory, for an out-of-memory error.
+    `operation` gets the name of each operation; an out-of-memory error names the current one.
     """
     if start.data is not None:
         start.data.check_evaluation()
@@ -193,7 +193,7 @@ def _explaining_memory(
 
 
 def _check_success(point: ResumePoint | None) -> None:
-    """Raises TrainingStoppedError if the run gave up at the step of its checkpoint."""
+    """Raises TrainingStoppedError if the checkpoint was saved when the run gave up."""
     if point is not None and point.meta is not None and point.meta.gave_up:
         raise TrainingStoppedError(
             f"the run gave up at its last step, {point.step}: too many updates in a row were "

@@ -1,4 +1,4 @@
-"""The start of a run: its model, its data, its checkpoints, and the step it continues from."""
+"""The model, data and checkpoints with which a run starts, and the step that it continues from."""
 
 import hashlib
 import json
@@ -27,10 +27,10 @@ class RunStart:
     """The model, data and checkpoint that a run starts with.
 
     Attributes:
-        split: the split that --num-layers requests.
-        layers: the split of the run.
-        source: the split in the checkpoint.
-        data: the data on rank 0; None on other ranks.
+        split: the split of the layers over the stages that --num-layers requests.
+        layers: the split that the run uses.
+        source: the split with which the checkpoint was saved.
+        data: the training data and held-out data on rank 0; None on other ranks.
         point: the checkpoint to continue from; None without one.
     """
 

@@ -1,6 +1,7 @@
 """The work of one rank, from the connection to the other ranks to the exit of the process.
 
-If a run ends on one rank, it ends on every rank, with one line and the same exit status.
+If a run fails or stops on one rank, it ends on every rank: each rank prints one line with the
+reason, and all ranks have the same exit status.
 """
 
 import sys
@@ -96,7 +97,7 @@ def _connect(settings: Settings, meeting: Meeting) -> tuple[Settings, RunContext
 def _fail_with_traceback(
     policy: ExitPolicy, error: Exception, *, before_exit: Callable[[], object]
 ) -> NoReturn:
-    """Ends the run after an unexpected error: a traceback here, one line on the other ranks."""
+    """Ends the run after an unexpected error; this rank prints a traceback, the others one line."""
     traceback.print_exc()
     causes = [error, error.__cause__] if error.__cause__ is not None else [error]
     line = ": ".join(f"{type(cause).__name__}: {one_line(cause)}" for cause in causes)

@@ -1,4 +1,4 @@
-"""Checks of this machine before a rank meets the others. Needs no torch."""
+"""Checks of this machine before a rank joins the other ranks. The module imports no torch."""
 
 import logging
 import os
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class LocalResources:
-    """The resources of this machine for the run; `problem` is the first failed check."""
+    """The resources of this machine for the run; `problem` is the error of a failed check."""
 
     problem: ValueError | None = None
     interface: Interface | None = None

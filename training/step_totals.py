@@ -1,8 +1,8 @@
 """Totals of an iteration over all processes: loss, tokens, gradient norm, requests to stop.
 
-Each number has its own slot, which one process fills and all other processes leave zero. One
-all-reduce therefore gives every process the exact numbers. Each process adds the numbers in the
-same order, so the totals do not depend on P.
+Each number has its own element (slot) of a tensor. One process fills the slot, and all other
+processes leave it zero. One all-reduce therefore gives every process the exact numbers. Each
+process adds the numbers in the same order, so the totals do not depend on the number of stages.
 """
 
 import math
@@ -27,9 +27,9 @@ class StepTotals(NamedTuple):
     Attributes:
         loss: the sum of the token losses, in nats.
         tokens: the number of trained tokens.
-        squared_norm: the squared norm of all stages' gradients; None if no update ends here.
+        squared_norm: the squared norm of all stages' gradients; None if no update ends.
         first_bad: the number of the first parameter, over all stages, whose gradient is not finite.
-        stop_cause: the request to stop, of the lowest rank that knows of a request; or None.
+        stop_cause: the request to stop from the lowest rank that knows of one; None without one.
         is_writing: whether a process still writes a checkpoint.
     """
 
@@ -44,10 +44,11 @@ class StepTotals(NamedTuple):
 class TotalsReducer:
     """A reducer that sums the totals over all processes, with one all-reduce of float64 slots.
 
-    The slots are: the loss and tokens of each replica; for each rank, the rank that first got a
-    signal to stop and the signal's number (both plus one; zero without a signal); a flag that is
-    positive while a process writes a checkpoint; and, at the end of an update, the squared norm of
-    each parameter of all stages.
+    The slots are: the loss and tokens of each replica; for each rank, two slots for a request to
+    stop; a flag that is positive while a process writes a checkpoint; and, at the end of an update,
+    the squared gradient norm of each parameter of all stages. The slots of a request are the number
+    of the rank that got the signal, and the number of the signal. Both have 1 added, because 0
+    means that there is no request.
 
     Args:
         num_parameters: the number of parameters of each stage.
@@ -77,10 +78,10 @@ class TotalsReducer:
         """Returns the totals over all processes; every process calls it.
 
         Args:
-            loss, tokens: the numbers of this process; 0 and 0 if it computes no loss.
-            squared_norms: the squared norm of each gradient of this stage, in order, after the sum
-                over the replicas; 0 if another replica owns the gradient; None if no update ends
-                here.
+            loss, tokens: the numbers of this process; 0 and 0 if this process computes no loss.
+            squared_norms: the squared norm of each gradient of this stage, in the order of the
+                parameters, after the sum over the replicas; 0 for a gradient that another replica
+                owns; None if no update ends.
             stop_cause: the request to stop that this process knows of.
             is_writing: whether this process still writes a checkpoint.
         """
@@ -141,7 +142,7 @@ def _float64(*values: float) -> Tensor:
 
 
 def _first_cause(slots: Sequence[float]) -> StopCause | None:
-    """Returns the first request to stop, from pairs of rank + 1 and signal + 1."""
+    """Returns the first request to stop from pairs (rank + 1, signal + 1); 0 means no request."""
     pairs = zip(slots[::2], slots[1::2], strict=True)
     return next(
         (StopCause(round(rank) - 1, round(signal) - 1) for rank, signal in pairs if rank), None

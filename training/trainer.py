@@ -1,4 +1,4 @@
-"""The training loop: iterations, evaluations, metrics, saves, and requests to stop."""
+"""The training loop: iterations, evaluations, metrics, checkpoints, and requests to stop."""
 
 from typing import NoReturn
 
@@ -13,7 +13,7 @@ from training.iteration import Iteration, TrainingStoppedError
 
 
 class Trainer:
-    """The training loop from one step to the last; every process runs it."""
+    """The training loop, which ends after the last step; every process runs it."""
 
     def __init__(
         self,
@@ -32,8 +32,8 @@ class Trainer:
     def run(self, start: int) -> str | None:
         """Runs iterations `start` + 1 to the last; `start` is 0 or the step of the checkpoint.
 
-        After a request to stop on any rank, all ranks save at the end of the next update and
-        return.
+        After a request to stop on any rank, all ranks finish the current update, save a checkpoint
+        and return.
 
         Returns:
             A line that says why the run stopped early; None if the run is complete.
@@ -90,10 +90,10 @@ class Trainer:
         return update_step.scale if result is None else result.loss_scale
 
     def _evaluate(self, step: int) -> HeldOut | None:
-        """Evaluates after `step`, unless the run has no held-out data or stops before.
+        """Evaluates after `step`; returns None if there is no held-out data or the run stops.
 
-        A request to stop does not end the evaluation after the last step: a complete run needs its
-        result.
+        A request to stop does not end the evaluation after the last step, because a complete run
+        needs the result of this evaluation.
         """
         may_stop = step < self._total_steps
         if self._evaluation is None or (self._stop_cause is not None and may_stop):
@@ -105,7 +105,7 @@ class Trainer:
         return result
 
     def _stops_after(self, step: int) -> bool:
-        """Returns whether the run stops early; after the last step, the run is complete instead."""
+        """Returns whether the run stops early after `step`; after the last step it is complete."""
         if self._stop_cause is None or step == self._total_steps:
             return False
         return self._settings.update.ends_update(step)

@@ -4,11 +4,11 @@ Communication is exposed while a rank does no work and
 
 - sends a message; or
 - waits for a message that its neighbour has already computed; or
-- is in optimizer-comm after the last backward of all ranks.
+- sends or waits in the track optimizer-comm, after the last backward of all ranks.
 
 All other time without work is the bubble: the rank waits for another rank's computation, or the
-host is between two spans. The shares are fractions of the step's time, summed over all ranks. The
-simulator's timeline has no spans of messages, so a gap counts as a wait for the next computation.
+host is between two spans. The simulated timeline has no spans of messages, so a gap between two
+computations counts as the receive of the second computation's input.
 """
 
 from collections.abc import Iterable, Sequence
@@ -37,7 +37,7 @@ _OF_LABEL = {
 
 
 class SimulatedSpan(NamedTuple):
-    """An action of a simulated stage, such as `F3`, `B3`, `I3` or `W3`; times are in seconds."""
+    """A simulated action of a stage; `F3` is the forward of microbatch 3. Times are in seconds."""
 
     stage: int
     label: str
@@ -54,7 +54,7 @@ class RankBreakdown:
 
 
 class Shares(NamedTuple):
-    """Fractions of the step's time, summed over all ranks; the three fractions sum to 1."""
+    """Fractions of the time that all ranks together spend in a step; the fractions sum to 1."""
 
     compute: float
     communication: float
@@ -83,7 +83,7 @@ def breakdown_by_rank(
 
 
 def shares(breakdowns: Sequence[RankBreakdown], *, start: float, end: float) -> Shares:
-    """Returns the shares of all ranks' time from `start` to `end` (seconds)."""
+    """Returns the shares of work, communication and bubble from `start` to `end` (seconds)."""
     total = (end - start) * len(breakdowns)
     work = sum(_length(union((s.start, s.end) for s in rank.work)) for rank in breakdowns)
     communication = sum(_length(rank.communication) for rank in breakdowns)
@@ -91,7 +91,7 @@ def shares(breakdowns: Sequence[RankBreakdown], *, start: float, end: float) -> 
 
 
 def simulated_spans(actions: Iterable[SimulatedSpan]) -> list[RankSpan]:
-    """Returns the spans of a simulated timeline, with a receive for each wait of a stage."""
+    """Returns the spans of a simulated timeline; a gap before forward or backward is a receive."""
     spans: list[RankSpan] = []
     free_since: dict[int, float] = {}
     for action in sorted(actions, key=lambda action: action.start):

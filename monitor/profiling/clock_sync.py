@@ -17,7 +17,7 @@ ROUNDS = 16
 
 
 class HostMessages(Protocol):
-    """An interface for small host tensors between ranks; every communicator implements it.
+    """An interface to send small host tensors between ranks; every communicator implements it.
 
     `send` and `receive` return an object with a method `wait`.
     """

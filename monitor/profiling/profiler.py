@@ -29,7 +29,7 @@ Simulate = Callable[[StepOfAllRanks], Sequence[SimulatedSpan]]
 
 @dataclass(frozen=True)
 class Profiler:
-    """A rank's tracer, the clock of the run, and messages to synchronize the clock."""
+    """A rank's tracer, the clock of the run, and the communicator that synchronizes the clock."""
 
     tracer: Tracer
     clock: ClockSync
@@ -81,7 +81,7 @@ def start_profiling(
     """Synchronizes the clocks and starts a tracer; every rank calls this.
 
     Args:
-        messages: messages between all ranks.
+        messages: the communicator of all ranks.
         run: the name of the run, part of the name of the trace file.
         cuda: whether the run is on GPUs.
         folder: the folder of the trace files.

@@ -80,9 +80,9 @@ def join_step(
 
 
 def compute_costs(spans: Sequence[RankSpan], *, num_stages: int) -> dict[tuple[int, Track], float]:
-    """Returns the median seconds of a microbatch on each (stage, compute track), over replicas.
+    """Returns the median seconds of a microbatch over all replicas, by (stage, compute track).
 
-    The simulator uses these times, so that the simulation is comparable to the step.
+    The simulator uses these times, so that the simulation is comparable to the measured step.
     """
     seconds: dict[tuple[int, Track], list[float]] = defaultdict(list)
     for span in spans:

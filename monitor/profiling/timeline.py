@@ -70,12 +70,12 @@ class Timeline:
         return breakdown_by_rank(spans, num_stages=self.num_stages, num_ranks=self.num_stages)
 
     def measured_shares(self) -> Shares:
-        """Returns the shares of the complete step, including the optimizer."""
+        """Returns the shares of work, communication and bubble in the complete measured step."""
         step = self.measured
         return shares(self.measured_breakdown(), start=step.start, end=step.end)
 
     def simulated_shares(self) -> Shares:
-        """Returns the shares of the simulated time; the simulation ends with the last backward."""
+        """Returns the same shares of the simulation, which ends with the last backward."""
         return shares(self.simulated_breakdown(), start=0.0, end=self.simulated_seconds)
 
     @property
@@ -108,7 +108,7 @@ class Timeline:
 
 
 def draw_timeline(timeline: Timeline, path: Path) -> None:
-    """Draws the timeline and replaces the last picture; a failure only logs a warning."""
+    """Draws the timeline and replaces the previous picture; a failure only logs a warning."""
     try:
         picture = io.BytesIO()
         timeline_figure(timeline).savefig(picture, format="png")
@@ -191,7 +191,7 @@ def _draw_rows(
     bounds: Interval,
     shift: float,
 ) -> None:
-    """Draws a row for each breakdown, the first row at the top; shifts times by `shift` seconds."""
+    """Draws a row for each rank, the first row at the top; adds `shift` seconds to all times."""
     axes.set_ylim(len(breakdowns) - 0.5, -0.5)
     axes.set_yticks(range(len(breakdowns)), names)
     axes.tick_params(axis="y", length=0)

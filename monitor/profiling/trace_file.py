@@ -1,7 +1,8 @@
 """Trace files in the Chrome trace event format; Perfetto and chrome://tracing can open them.
 
-The file is one JSON list, and every entry is a span (ph X), so that scripts can read it easily. The
-args of the first entry hold the offset and the error of the clock.
+The file is one JSON list, and every entry is a span (ph X), so that scripts can read the file
+easily. The args of the first entry have the offset between this rank's clock and rank 0's clock,
+and the largest error of the offset.
 """
 
 import json

@@ -56,7 +56,7 @@ TimedSpan = tuple[Track, Time, Time, int | None, int | None]  # like `Span`
 
 
 class StepTrace(NamedTuple):
-    """The spans of one step, in the order of their ends; begin and end are as in `Span`."""
+    """One step and its spans, sorted by the end of the span; begin and end are as in `Span`."""
 
     step: int
     begin: int
@@ -88,13 +88,13 @@ class Tracer:
         return ()
 
     def step(self, step: int) -> AbstractContextManager[None]:
-        """Traces the block as step `step`."""
+        """Traces the `with` block as step `step`."""
         return NO_SPAN
 
     def span(
         self, track: Track, *, microbatch: int | None = None, size: int | None = None
     ) -> AbstractContextManager[None]:
-        """Traces the block as one span; `size` is the number of elements in the tensor."""
+        """Traces the `with` block as one span; `size` is the number of tensor elements in it."""
         return NO_SPAN
 
     def close(self) -> None:
@@ -105,7 +105,7 @@ NO_TRACER = Tracer()
 
 
 class StepLog:
-    """The last `keep` steps; `write` gets them after every `keep` new steps and at the end."""
+    """A log of the last `keep` steps, which calls `write` after `keep` new steps and at the end."""
 
     def __init__(
         self, write: Callable[[Sequence[StepTrace]], None], *, keep: int = KEEP_STEPS
@@ -127,7 +127,7 @@ class StepLog:
 
 
 class SpanTracer(Tracer, Generic[Time]):
-    """A tracer that collects the spans of a step; `now` gives their begin and end times."""
+    """A tracer that collects the spans of a step; `now` returns the current time."""
 
     def __init__(self, log: StepLog, now: Callable[[], Time]) -> None:
         self._log, self._now = log, now
@@ -149,7 +149,7 @@ class SpanTracer(Tracer, Generic[Time]):
 
 
 class _OpenSpan(Generic[Time]):
-    """A running span; when it ends, on any thread, it adds itself to its step."""
+    """A span that has begun; when the span ends, on any thread, it is added to the step's spans."""
 
     __slots__ = ("_begin", "_microbatch", "_now", "_size", "_spans", "_track")
 

@@ -33,7 +33,7 @@ _MATMUL_SECONDS = 1.0  # all devices measure at once, as in training
 
 
 def check_cluster(settings: Settings, context: RunContext, rendezvous: Rendezvous) -> int:
-    """Compares machines and measures devices and links; every rank calls it, rank 0 logs.
+    """Compares machines and measures devices and links; every rank calls it, rank 0 logs results.
 
     Returns:
         The exit status: 0, or 1 if ranks differ or something is missing on a rank.
@@ -112,7 +112,7 @@ def measure_links(
 
 
 def make_plan(settings: Settings, sizes: ModelSizes) -> RunShape | None:
-    """Returns the shape of the run for this model; None if the flags cannot split the model."""
+    """Returns the `RunShape` of a run with this model; None if --num-layers cannot split it."""
     update = settings.update
     work = sizes.work(update.seq_length)
     try:
@@ -146,9 +146,10 @@ def _activation_bytes(settings: Settings) -> int:
 def _message_bytes(
     settings: Settings, topology: Topology, link: Link, plan: RunShape | None
 ) -> int:
-    """Returns the bytes of a microbatch's activations, or of a bucket of gradients.
+    """Returns the bytes of one message on a link: a microbatch's activations or gradients.
 
-    If all gradients of a stage fit into one bucket, the bytes of these gradients are returned.
+    Between replicas, a message is a bucket of gradients, or all gradients of a stage if they are
+    smaller than a bucket.
     """
     if link.group == "pipeline":
         return _activation_bytes(settings)

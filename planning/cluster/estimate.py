@@ -25,8 +25,8 @@ class RunShape:
 
     Attributes:
         tokens: the tokens of a microbatch.
-        message: the bytes of a microbatch's activations, which are the bytes of their gradients
-            too.
+        message: the bytes of a microbatch's activations; the gradients of these activations have
+            as many bytes.
     """
 
     model: ModelSizes
@@ -83,14 +83,14 @@ class Estimate:
         return self.links[link].message_seconds(self.plan.message)
 
     def compute_seconds(self, link: Link) -> float:
-        """Returns the seconds of the receiver's computation on one message of a pipeline link."""
+        """Returns the seconds that the receiving stage of a pipeline link computes per message."""
         replica, stage = divmod(link.to, self.topology.num_stages)
         costs = self._costs(replica)[stage]
         is_gradient = link.to < link.source
         return costs.input_gradient + costs.weight_gradient if is_gradient else costs.forward
 
     def stage_seconds(self, layers: Split) -> float:
-        """Returns the seconds of a microbatch's forward in the slowest stage of a split."""
+        """Returns the seconds of a microbatch's forward on the slowest stage of the split."""
         pairs = zip(stage_work(layers, self.plan.work), self.speeds, strict=True)
         return max(work / speed for work, speed in pairs) * self.plan.tokens
 
@@ -102,9 +102,10 @@ class Estimate:
         )
 
     def exchange(self, stage: int) -> tuple[float, Link] | None:
-        """Returns the seconds in which replicas sum a stage's gradients, and their slowest link.
+        """Returns the seconds in which the replicas sum a stage's gradients, and the slowest link.
 
-        Each replica sends 2 (R - 1) / R of the gradients' bytes. Returns None for a single replica.
+        Each of R replicas sends 2 (R - 1) / R times the bytes of the gradients. Returns None if
+        there is only one replica.
         """
         replicas = self.topology.num_replicas
         ranks = self.topology.replica_ranks(stage)

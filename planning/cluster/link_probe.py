@@ -1,9 +1,9 @@
 """The links of a run, and their speeds, measured with the communicator of training.
 
-Only the sender's clock measures: the seconds from the start of a message to the arrival of a short
-answer, minus half the round trip of two short messages. A delay in one direction therefore counts
-half in each direction. A low rate counts only in its own direction. The receiver posts its receive
-before the message starts, as in training.
+Times are read only from the sender's clock. The time of a message is the seconds from the start of
+its send to the arrival of a short answer, minus half the round-trip time of short messages. A delay
+in one direction therefore counts half in each direction. A low rate (bytes per second) counts only
+in the direction that has this rate. As in training, the receive is posted before the send starts.
 """
 
 import statistics
@@ -26,7 +26,7 @@ _REPEATS = 5
 
 
 class Link(NamedTuple):
-    """One direction between two global ranks, in the group `pipeline` or `replicas`."""
+    """A connection from one global rank to another, in the group `pipeline` or `replicas`."""
 
     group: str
     source: int

@@ -34,12 +34,12 @@ class MachineFacts(NamedTuple):
     Attributes:
         model: the sizes of the model; None if the rank cannot read a config.json that fits the
             flags.
-        problems: a line for each mistake that would end a run.
+        problems: a line for each user's mistake that would end a run.
         versions: the versions of software, by name.
         config: the values of config.json, by key.
-        files: the size of each shard of the rank's stage, and the checksum if a manifest has it;
-            None for a missing file.
-        damage: a line for each reason to reject an existing shard.
+        files: the size of each layer shard of the rank's stage, and the checksum if a manifest has
+            one; None for a missing file.
+        damage: a line for each reason to reject a shard that exists.
         resumes: whether --checkpoint-path has a checkpoint, so that a run would not read the
             shards.
     """
@@ -160,7 +160,7 @@ def _identity(path: Path, listed: Any) -> str | None:
 
 
 def _damage(folder: Path, names: Sequence[str]) -> list[str]:
-    """Returns the errors of shards whose size differs from the manifest, each line once."""
+    """Returns the error of each shard whose size differs from the manifest, without repetition."""
     lines = []
     for name in names:
         try:
@@ -171,7 +171,7 @@ def _damage(folder: Path, names: Sequence[str]) -> list[str]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Returns the JSON object in a file, or an empty one if the file is missing or invalid."""
+    """Returns the JSON object in a file, or {} if the file is missing or invalid."""
     try:
         return read_json_object(path)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The measured speed of a device in matmuls of a model's sizes."""
+"""The measured speed of a device in matmuls that have the sizes of a model."""
 
 import statistics
 import time

@@ -27,8 +27,8 @@ def rank_table(
 ) -> str:
     """Returns a table with a line for each rank.
 
-    `clocks` has, for each rank, the seconds that its clock is ahead of rank 0's clock, and the
-    error in seconds.
+    `clocks` has two numbers for each rank: the seconds that the rank's clock is ahead of rank 0's
+    clock, and the largest error of this measurement in seconds.
     """
     rows = [["rank", "stage", "replica", "host", "interface", "device", "clock", "matmul"]]
     if plan is not None:
@@ -49,7 +49,7 @@ def rank_table(
 def link_table(
     participants: Sequence[Participant], links: Mapping[Link, LinkSpeed], wanted: Mapping[Link, int]
 ) -> str:
-    """Returns a table with a line for each link; `wanted` has the bytes of a message in a run."""
+    """Returns a table with a line for each link; `wanted` has the bytes of a message by link."""
     rows = [["link", "of", "latency", "message", "takes", "rate"]]
     for link, speed in links.items():
         ends, size = _ends(participants, link), wanted[link]
@@ -64,7 +64,7 @@ def link_table(
 def advice(
     estimate: Estimate | None, participants: Sequence[Participant], *, precision: str
 ) -> Iterator[str]:
-    """Yields lines with the expected times, and with remedies for long times."""
+    """Yields lines with the expected times of a run, and with remedies for long times."""
     if estimate is None:
         yield "no rank has a config.json that matches the flags, so no step time is estimated"
         return

@@ -29,9 +29,10 @@ class Change(NamedTuple):
 def helpful_changes(
     settings: Settings, model: PlannedModel, *, cuda: bool, rank: int, peak: int
 ) -> list[Change]:
-    """Returns the changes that reduce a rank's peak of `peak` bytes, the best one first.
+    """Returns the flag changes that reduce the peak memory of `rank`, the best change first.
 
-    If a change alters the number of stages, the highest peak of all stages counts.
+    `peak` is the peak without a change. If a change alters the number of stages, the highest peak
+    of all stages counts.
     """
     changes, has_steps = [], any_steps(settings.checkpoint.checkpoint_path)
     for flags, changed in _variants(settings):

@@ -1,4 +1,4 @@
-"""The memory of one process of a run, from an iteration and an update with fake tensors.
+"""The memory of one process of a run, computed by an iteration and an update on fake tensors.
 
 A dry run needs no weights, no data and no other process: torch's FakeTensorMode creates tensors
 with a shape, a dtype and a device, but without memory. The model, optimizer, schedule and engine of
@@ -56,11 +56,11 @@ class StageMemory:
         parameters: the number of parameters.
         weights, gradients: bytes on the device all the time.
         optimizer: bytes of masters and moments, on the device all the time.
-        host: bytes in host memory, for --use-offload and for the copy of --async-checkpoint on a
-            GPU.
-        copied: bytes of the copy of --async-checkpoint on a CPU.
-        held: the number of microbatches in flight at once.
-        checkpoint: bytes on disk.
+        host: in runs on a GPU, bytes in host memory for --use-offload, and for the copy of the
+            state that --async-checkpoint makes.
+        copied: in runs on a CPU, bytes of the copy of the state that --async-checkpoint makes.
+        held: the largest number of microbatches in flight at once.
+        checkpoint: bytes of the stage's files in a checkpoint.
     """
 
     parameters: int
@@ -75,7 +75,7 @@ class StageMemory:
 
     @property
     def activations(self) -> int:
-        """Returns the rest of the peak: activations, messages and temporary tensors."""
+        """Returns the rest of the peak in bytes: activations, messages and temporary tensors."""
         return self.peak - self.weights - self.gradients - self.optimizer - self.copied
 
 
@@ -88,7 +88,7 @@ class PlannedModel(NamedTuple):
 
 
 class DryRun:
-    """A dry run of the processes of a run with these settings and this model.
+    """A dry run of a training run with these settings and this model, one process at a time.
 
     With `cuda`, the dry run models processes on GPUs; this machine needs no GPU. Attention then
     keeps the tensors of flash attention (half precision) or of the memory-efficient kernel (fp32).
@@ -99,14 +99,14 @@ class DryRun:
         self._settings, self._model, self._cuda = settings, model, cuda
 
     def of_rank(self, rank: int) -> StageMemory:
-        """Returns the memory of the process of this global rank."""
+        """Returns the memory of the process with this global rank."""
         parallel = self._settings.parallel
         topology = Topology(rank, parallel.pipeline_group_size, parallel.data_group_size)
         return _Process(self._settings, self._model, topology, cuda=self._cuda).run()
 
 
 class _Process:
-    """One process of a dry run; `run` puts its model on the device."""
+    """One process of a dry run; `run` creates the model's weights on the device."""
 
     def __init__(
         self, settings: Settings, model: PlannedModel, topology: Topology, *, cuda: bool
@@ -141,8 +141,9 @@ class _Process:
     def _make_documents(self) -> PackedDocuments | None:
         """Returns documents whose lengths need the most memory; None without --pack document.
 
-        The lengths of real documents depend on the data. On CPUs, attention keeps the most for
-        these lengths. On GPUs in half precision, documents need as much memory as complete rows.
+        The lengths of real documents depend on the data, so the dry run uses the lengths for which
+        attention on a CPU keeps the most bytes. On GPUs in half precision, documents of any length
+        need as much memory as complete rows.
         """
         if self._settings.data.pack != "document":
             return None
@@ -155,7 +156,7 @@ class _Process:
         return FakeBatch.documents_of(doc_starts.repeat(self._settings.update.micro_batch_size, 1))
 
     def _make_algorithm(self) -> Algorithm:
-        """Creates the algorithm of --optimizer and the tables that it computes once."""
+        """Creates the algorithm of --optimizer, and makes it compute the tables that it keeps."""
         algorithm = ALGORITHMS[self._settings.update.optimizer]()
         algorithm.empty_state(torch.zeros(SMALLEST_IN_8_BITS))
         return WithoutSteps(algorithm) if self._cuda else algorithm
@@ -174,7 +175,7 @@ class _Process:
         )
 
     def _copy(self, optimizer: MixedPrecisionOptimizer) -> list[Tensor]:
-        """Creates the copy that --async-checkpoint keeps in host memory; empty without the flag."""
+        """Creates the copy of the state that --async-checkpoint keeps; empty without the flag."""
         if not self._settings.checkpoint.async_checkpoint or self._topology.replica != 0:
             return []
         names = optimizer.names
@@ -267,7 +268,7 @@ class _Process:
 
 
 def _kept(optimizer: MixedPrecisionOptimizer) -> list[Tensor]:
-    """Returns the masters and the moments."""
+    """Returns the masters and the moments of the optimizer."""
     moments = (moment for state in optimizer.moments.values() for moment in state.values())
     return [*optimizer.masters.values(), *moments]
 

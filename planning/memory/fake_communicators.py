@@ -1,4 +1,4 @@
-"""Communicators of a dry run: they send nothing, but keep tensors as long as real ones."""
+"""Communicators of a dry run: they send nothing, but keep tensors alive as real ones do."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from comm.communicator import Done, Work
 
 
 class _FinishedWork:
-    """An operation that is complete; the object keeps the operation's tensors alive."""
+    """A complete operation of a communicator; the object keeps the operation's tensors alive."""
 
     def __init__(self, tensors: object) -> None:
         self._tensors = tensors
@@ -36,7 +36,7 @@ class FakeSingleProcess(_WithoutPeers, SingleProcessCommunicator):
 
 
 class FakeGloo(_WithoutPeers, GlooCommunicator):
-    """The gloo communicator without messages; it sums in the order of the members."""
+    """The gloo communicator without messages; its all-reduce allocates the same tensors."""
 
     def __init__(self, group: Group) -> None:
         torch_group: Any = None  # never used
@@ -47,7 +47,7 @@ class FakeGloo(_WithoutPeers, GlooCommunicator):
 
 
 class FakeNccl(_WithoutPeers, GroupMembership):
-    """An NCCL communicator without messages; it sums in place and allocates no torch tensors."""
+    """An NCCL communicator without messages; like NCCL's, its sums allocate no torch tensors."""
 
     def send(self, tensor: Tensor, *, to: int) -> Work:
         return _FinishedWork(tensor)

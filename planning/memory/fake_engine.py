@@ -29,7 +29,7 @@ class FakeEngine(Engine):
     """An engine that records the live bytes on `device_type` and reads no values of tensors."""
 
     def watch(self, live: LiveBytes, device_type: str) -> list[Watched]:
-        """Returns a list; each later action appends its live bytes to the list."""
+        """Returns a list; each later action appends a `Watched` to the list."""
         self._live, self._device_type = live, device_type
         self._watched: list[Watched] = []
         return self._watched
@@ -53,7 +53,7 @@ ON_HOST = ("lengths_of_rows", "longest", "groups")
 
 
 class FakeBatch(PipelineBatch):
-    """A batch whose microbatches share `documents`, which are created outside the dry run."""
+    """A batch whose microbatches all have the same `documents`, created outside the dry run."""
 
     def __init__(
         self,
@@ -90,11 +90,12 @@ class FakeBatch(PipelineBatch):
 def peak_of_more(watched: Sequence[Watched], more: int, *, sent: int) -> int:
     """Returns the peak bytes of an iteration with `more` additional microbatches.
 
-    `watched` has the live bytes of the actions that ran. The function serves schedules that hold
-    all microbatches from the forward on (gpipe). Until the backwards begin, each additional
-    microbatch adds the bytes that a forward leaves. After that, each adds `sent`: the bytes of a
-    gradient whose send is not known to be complete. The third forward shows the bytes of a forward,
-    because the first forward also creates tables and the last ones need less.
+    `watched` has the live bytes of the actions that ran. If `more` is not 0, the schedule must run
+    all forwards before the first backward (gpipe). Until the backwards begin, each additional
+    microbatch adds the bytes that a forward leaves. After that, each additional microbatch adds
+    `sent`: the bytes of a gradient whose send is not known to be complete. The bytes that a forward
+    leaves are those of the third forward, because the first forward also creates tables and the
+    last forwards need less.
     """
     forwards = [entry for entry in watched if entry.action.kind is Kind.FORWARD]
     first, rest = watched[: len(forwards) + 2], watched[len(forwards) + 2 :]

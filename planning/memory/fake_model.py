@@ -16,7 +16,7 @@ from planning.memory.live_bytes import LiveBytes
 
 
 class WithoutSteps:
-    """An optimizer algorithm whose steps do nothing, since on GPUs steps need no memory."""
+    """An optimizer algorithm whose `step` does nothing, since a step on a GPU needs no memory."""
 
     def __init__(self, algorithm: Algorithm) -> None:
         self._algorithm = algorithm
@@ -31,7 +31,7 @@ class WithoutSteps:
 
 @contextmanager
 def tensors_without_memory() -> Iterator[LiveBytes]:
-    """Makes the tensors of the block fake; clears cached tables before and after the block."""
+    """Makes all tensors in the `with` block fake; clears cached tables before and after it."""
     _clear_tables()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:

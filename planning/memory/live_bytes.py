@@ -23,11 +23,11 @@ _COMPOUND = frozenset(
 
 
 class LiveBytes(TorchDispatchMode):
-    """A dispatch mode that counts the storages of the tensors that operators take and create.
+    """A dispatch mode that counts the bytes of the tensors that operators take and create.
 
     `current` and `peak` are bytes by device type. A tensor counts from the first operator that uses
     it until its storage is freed; each storage counts once. A tensor that an operator creates and
-    frees inside itself does not count.
+    frees before the operator ends does not count.
     """
 
     def __init__(self) -> None:

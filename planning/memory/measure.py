@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class MemoryMeasure:
-    """The measured peak of live tensor bytes of a process; disabled without `wanted`.
+    """A measurement of the peak bytes of a process's live tensors; only if `wanted` is true.
 
     On a GPU, the peak is the peak of torch's allocator.
     """

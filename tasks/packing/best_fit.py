@@ -1,9 +1,10 @@
 """Packing of complete documents into blocks: a document is cut only if it is longer than a block.
 
 Documents are read in groups that fill about GROUP_BLOCKS blocks. A group is packed by best-fit
-decreasing: the longest document first, each into the block in which it leaves the least space (Ding
-et al., Fewer Truncations Improve Language Modeling, arXiv 2404.10830). The rest of a block is
-padding. A document longer than a block is cut into segments, which are packed like documents.
+decreasing: the longest document first, each document into the block that then has the least free
+space (Ding et al., Fewer Truncations Improve Language Modeling, arXiv 2404.10830). The rest of a
+block is padding. A document longer than a block is cut into segments, which are packed like
+documents.
 """
 
 from bisect import bisect_left, insort
@@ -98,11 +99,11 @@ def _cut(document: _Segment, seq_len: int) -> Iterator[_Segment]:
 
 
 def fit(lengths: Sequence[int], bin_size: int) -> list[list[int]]:
-    """Returns bins of indices of `lengths`; the lengths in a bin sum to at most `bin_size`.
+    """Distributes `lengths` over bins; returns the indices of `lengths` that are in each bin.
 
-    Each length is from 1 to `bin_size`. The longest is placed first, always in the bin with the
-    least space that is enough; equal lengths are placed in order. The indices in a bin ascend, and
-    the bins are sorted by their first index.
+    Each length is from 1 to `bin_size`, and the lengths in a bin sum to at most `bin_size`. The
+    largest length is placed first, and each length goes into the bin with the least space that is
+    enough; equal lengths are placed in order. Bins, and the indices in a bin, are sorted.
     """
     bins: list[list[int]] = []
     free: list[tuple[int, int]] = []  # (free space, number) of each bin, ascending

@@ -17,7 +17,8 @@ class TokenBlock:
     token_ids: int64 (seq_len,).
     trained: bool (seq_len,), true for tokens that the model learns to predict.
     documents: the origins of the documents ("file:line"), in order; empty in evaluation.
-    padding: the number of tokens at the end that belong to no document; they are 0, not trained.
+    padding: the number of tokens at the end that belong to no document; these tokens are 0 and are
+        not trained.
     doc_starts: int64 (seq_len,), for each token the index of its document's first token; padding
         counts as a document. None if documents are not kept apart.
     """
@@ -30,7 +31,7 @@ class TokenBlock:
 
     @property
     def predicted(self) -> NDArray[np.bool_]:
-        """Returns a mask, bool (seq_len,): trained tokens that are not the first of their document.
+        """Returns a mask of the trained tokens except the first token of each document.
 
         If documents are not kept apart, the block counts as one document.
         """
@@ -49,8 +50,8 @@ class TokenBatch:
     """A batch of blocks; each block is a row of the arrays.
 
     token_ids: int64 (rows, seq_len).
-    labels: int64 (rows, seq_len), the token that each position predicts: the next token if it is
-        `predicted`, else IGNORED. The last position is always IGNORED.
+    labels: int64 (rows, seq_len), the token that each position predicts: the next token if
+        `TokenBlock.predicted` is true for it, else IGNORED. The last position is always IGNORED.
     state: the state of the stream after these blocks; empty for evaluation.
     documents: the origins of each row's documents.
     doc_starts: int64 (rows, seq_len), as in a block; None if documents are not kept apart.

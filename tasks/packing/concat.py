@@ -17,8 +17,8 @@ from tasks.tokenization.prefetch import DocumentPrefetcher, PrefetchedDocument
 class Packer(ABC):
     """An endless sequence of blocks from one source.
 
-    The state has the source's state before a document, and `used`: the number of tokens (or blocks)
-    that were used since then.
+    The packer's state has the source's state before the first document that is not used completely,
+    and `used`: the number of tokens (or blocks) that were used since this document began.
     """
 
     def __init__(self, documents: DocumentPrefetcher, seq_len: int) -> None:
@@ -46,7 +46,7 @@ class Packer(ABC):
         return {"documents": self._state_before, "used": self._used, "epoch": self._epoch}
 
     def restore(self, state: State) -> None:
-        """Restores `state` and reads the documents in use; raises ValueError if files changed."""
+        """Restores `state` and rereads unfinished documents; raises ValueError if files changed."""
         self._documents.restore(state["documents"])
         self._state_before = state["documents"]
         self._used = state["used"]
@@ -55,9 +55,9 @@ class Packer(ABC):
 
     @abstractmethod
     def _reread(self) -> None:
-        """Reads the documents in use again, and skips the part that `_used` counts.
+        """Reads again the documents that are partly used, and skips the part that `_used` counts.
 
-        The source must be at its state before these documents.
+        The source must be in the state before these documents.
         """
 
 
@@ -102,7 +102,7 @@ def _copy_tokens(document: EncodedDocument, used: int, block: TokenBlock, filled
 
 
 def pack_concat(documents: Iterable[EncodedDocument], seq_len: int) -> Iterator[TokenBlock]:
-    """Yields the blocks of `documents`; skips blocks without trained tokens, pads the last one."""
+    """Yields the blocks of `documents`; skips untrained blocks, and pads the last block."""
     return (block for block in _fill_blocks(documents, seq_len) if block.predicted.any())
 
 

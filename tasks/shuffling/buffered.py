@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class _Position(NamedTuple):
-    """A position in an epoch: a file's index in the shuffled order, and a position in the file."""
+    """A position in an epoch: the index of a file in the shuffled order, and a position in it."""
 
     file: int = 0
     offset: int = 0
@@ -132,7 +132,7 @@ class BufferedShuffle:
 
     @cached_property
     def _digest(self) -> str:
-        """A hash of the files: of name, size and both ends on disk; of the name on the hub."""
+        """A hash of each file's name, size and both ends; for a hub data set, only of its name."""
         digest = hashlib.blake2b(digest_size=16)
         for path in sorted(file.path for file in self.source.files):
             digest.update(describe_file(path, 0) if os.path.isfile(path) else path.encode())

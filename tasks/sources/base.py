@@ -44,7 +44,7 @@ class BadLineError(ValueError):
 
 
 class DocumentRecord(NamedTuple):
-    """A document or bad line of a file, and the position after it, where reading continues.
+    """A document or bad line of a file, and the position in the file where reading continues.
 
     size: the approximate size of the document in memory, in bytes.
     offset, line: the position; each kind of file has its own unit.
@@ -110,7 +110,7 @@ class DataSource:
 
 @dataclass(frozen=True)
 class IndexedFile:
-    """A file with rows, which `open_rows` opens; a record's offset and line count rows."""
+    """A file whose rows `open_rows` opens; a record's offset and line are the row number."""
 
     path: str
     open_rows: Callable[[], IndexedRows]

@@ -33,7 +33,8 @@ def open_hub(name: str, location: SourceLocation, row_format: RowFormat) -> Data
 class HubFile:
     """A data set `org/name`, or a configuration of a data set, `org/name/configuration`.
 
-    A record's offset and line count rows. To continue at an offset, all rows before it are read.
+    A record's offset and line are both the number of rows read. To continue at an offset, all rows
+    before this offset are read again.
     """
 
     location: SourceLocation

@@ -25,7 +25,7 @@ READ_BYTES = 1 << 20
 class JsonlFile:
     """A .jsonl, .jsonl.zst or .jsonl.gz file; blank lines, CRLF and a byte order mark are allowed.
 
-    A record's offset counts bytes of the uncompressed text. To continue at an offset in a
+    A record's offset is a number of bytes of the uncompressed text. To continue at an offset in a
     compressed file, all text before the offset is decompressed.
     """
 
@@ -73,7 +73,7 @@ class JsonlFile:
 class JsonlRows:
     """The lines of several uncompressed files (see `tasks.sources.base.IndexedRows`).
 
-    If a line is edited during the run, its new text is read; its length must not change.
+    If a line is edited during the run, the new text is read; the line's length must not change.
     """
 
     def __init__(self, paths: Sequence[str], row_format: RowFormat) -> None:
@@ -85,7 +85,7 @@ class JsonlRows:
 
     @cached_property
     def digest(self) -> str:
-        """A hash of the files' names, sizes and both ends, and of the ends of all lines."""
+        """A hash of each file's name, size, first and last bytes, and positions of line ends."""
         digest = hashlib.blake2b(digest_size=16)
         for path, index in zip(self._paths, self._indices, strict=True):
             digest.update(describe_file(path, len(index)))
@@ -102,7 +102,7 @@ class JsonlRows:
         return parse_line(raw, origin, self._row_format) if raw.strip() else None
 
     def _read_line(self, file: int, line: int, origin: str) -> bytes:
-        """Returns a line; checks the bytes before and after it to detect a changed file."""
+        """Returns a line; checks the bytes around the line to detect that the file changed."""
         start, end = self._indices[file].span(line)
         before = min(start, 1)
         size = before + end - start

@@ -3,8 +3,8 @@
 The index of `a.jsonl` is `.a.jsonl.lines`: the file's size and modification time, a digest of the
 line ends, and the line ends as 64-bit numbers, which are memory-mapped. The index is rebuilt when
 the file has changed. If the file's folder cannot be written, the index is stored in CACHE_FOLDER,
-under a hash of the file's path. If this fails too, the index stays in memory, and every run
-rebuilds it.
+under a hash of the file's path. If CACHE_FOLDER cannot be written either, the index stays in
+memory, and every run rebuilds it.
 """
 
 import contextlib
@@ -92,7 +92,7 @@ def _map_index(path: Path, digest: bytes) -> _MappedIndex:
 
 
 def load_line_index(path: str) -> LineIndex:
-    """Returns the index of a file, stored or newly built; raises ValueError if unreadable."""
+    """Returns the stored or a new index of a file; raises ValueError if the file is unreadable."""
     try:
         stat = os.stat(path)
         index_paths = _index_paths(path)
@@ -114,7 +114,7 @@ def _index_paths(path: str) -> list[Path]:
 
 
 def _load(index_path: Path, stat: os.stat_result) -> LineIndex | None:
-    """Returns the stored index; None if it is missing, incomplete or of a changed file."""
+    """Returns the stored index; None if it is missing or incomplete, or the file has changed."""
     try:
         with index_path.open("rb") as file:
             magic, size, mtime, num_lines, digest = _HEADER.unpack(file.read(_HEADER.size))

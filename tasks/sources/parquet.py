@@ -19,7 +19,7 @@ BATCH_ROWS = 256
 class ParquetFile:
     """A .parquet file; reads only the columns of `row_format`, and one row group at a time.
 
-    A record's offset counts rows.
+    A record's offset is a number of rows.
     """
 
     path: str

@@ -1,7 +1,7 @@
 """Formats of a line or a table's row: {"text"}, {"prompt", "completion"} or {"messages"}.
 
-If a row has several of these keys, messages come before prompt and completion, and prompt and
-completion before text. Other keys are ignored. Registered tasks have other formats.
+If a row has several of these keys, messages are preferred to prompt and completion, and these two
+to text. Other keys are ignored. Some registered tasks have other formats.
 """
 
 import json
@@ -21,7 +21,7 @@ class RowFormat:
     """A format of rows.
 
     columns: the keys that are read; a table must have at least one of these columns.
-    parse: returns the document of a row and its origin, or raises BadLineError.
+    parse: a function of a row and the row's origin; returns the document or raises BadLineError.
     """
 
     columns: tuple[str, ...]
@@ -117,7 +117,7 @@ def _kind(value: Any) -> str:
 
 
 def read_json(path: str, problem: str) -> Any:
-    """Returns the value of a JSON file; raises ValueError, with `problem` if it is not JSON."""
+    """Returns the value in a JSON file; raises ValueError, with `problem` if it is not JSON."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             return json.load(file)

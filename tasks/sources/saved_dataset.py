@@ -39,7 +39,7 @@ class SavedRows:
 
     @cached_property
     def digest(self) -> str:
-        """A hash of state.json, which has the data set's fingerprint, and of the files."""
+        """A hash of state.json, which has the data set's fingerprint, and of the data files."""
         state = Path(self._folder, "state.json").read_bytes()
         digest = hashlib.blake2b(state, digest_size=16)
         for path in self._paths:

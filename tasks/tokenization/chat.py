@@ -17,7 +17,8 @@ _MARKS = {"user": f"{HUMAN} ", "assistant": f"{BOT} ", "system": ""}
 def find_bot_turns(text: str) -> Spans | None:
     """Returns the bot's turns in a text of OIG's format, each with the newline after it.
 
-    A turn begins with HUMAN or BOT at the beginning of a line. Returns None if there is no turn.
+    In the chats of the data set OIG (Open Instruction Generalist), a turn begins with HUMAN or BOT
+    at the beginning of a line. Returns None if the text has no turn.
     """
     marks = list(_TURN.finditer(text))
     if not marks:
@@ -84,7 +85,7 @@ class ChatFormat:
         """Returns the text before the assistant's turn if the conversation begins with this turn.
 
         A template cannot render an empty conversation. So this function finds the header that the
-        template adds for a next turn, and searches this header in the first turn.
+        template adds for a next turn, and looks for this header in the first turn.
         """
         turn = self._apply_template([message], origin)
         with_header = self._apply_template([message], origin, add_header=True)

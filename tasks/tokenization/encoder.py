@@ -38,14 +38,14 @@ class _EncoderInput(NamedTuple):
 
 
 class Encoder:
-    """An encoder of documents; adds the end-of-text token after, or a separator before each one.
+    """An encoder of documents, which adds the end-of-text token after each document.
 
-    The encoder adds no other special tokens. A separator is tokenized together with the text
-    (predecessors did this with a newline), and then no end-of-text token is added.
+    With a separator, the encoder adds the separator before each document and no end-of-text token;
+    the separator is tokenized together with the text. The encoder adds no other special tokens.
 
     train_on: "all" trains on all tokens. "completion" trains only on answers, and on the
-        end-of-text token after an answer. Both have the same tokens; a token is trained if any of
-        its characters is in an answer.
+        end-of-text token after an answer: a token is trained if any of its characters is in an
+        answer. The value does not change the tokens.
     """
 
     def __init__(

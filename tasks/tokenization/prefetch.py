@@ -23,10 +23,10 @@ class PrefetchedDocument(NamedTuple):
 
 
 class _PendingBatch(NamedTuple):
-    """A batch that is being encoded: until then, `encoded` of each document is EMPTY.
+    """A batch of documents that workers encode; `encoded` of each document is still EMPTY.
 
-    results: waits for the encoded documents.
-    error: the error of reading the document after this batch, if any.
+    results: a function that waits for the encoded documents and returns them.
+    error: the error that occurred when the document after this batch was read; else None.
     """
 
     documents: list[PrefetchedDocument]
@@ -63,11 +63,11 @@ class DocumentPrefetcher:
                 raise self.source.error("yields no token")
 
     def state(self) -> State:
-        """Returns the source's state; called only before any document is read."""
+        """Returns the source's state; callers call this only before they read a document."""
         return self._documents.state()
 
     def restore(self, state: State) -> None:
-        """Restores a `state_before`: its document is the next; raises like `Shuffle.restore`."""
+        """Restores the state before a document, which `next` then returns; may raise ValueError."""
         self._documents.restore(state)
         self._last_productive_epoch = self._documents.epoch
         self._begin()

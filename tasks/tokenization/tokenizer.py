@@ -1,4 +1,4 @@
-"""The tokenizer: loaded with transformers and checked."""
+"""Loading of the tokenizer with transformers, and checks of the tokenizer."""
 
 import os
 from typing import Any

@@ -1,4 +1,4 @@
-"""Worker processes that encode documents before training needs them, and keep their order."""
+"""Worker processes that encode documents in advance; results keep the order of the documents."""
 
 import contextlib
 import itertools
@@ -35,13 +35,14 @@ class Workers:
 
     @property
     def depth(self) -> int:
-        """The number of lists of documents that keeps every process busy."""
+        """The number of lists of documents that must be in work so that every process is busy."""
         return 0 if self._num_workers == 0 else self._num_workers + 1
 
     def encode(self, documents: Sequence[Document]) -> Callable[[], Results]:
         """Starts to encode `documents`; returns a function that waits for the results.
 
-        Both calls raise ChildProcessError if a worker process died; then all workers are ended.
+        This method and the returned function raise ChildProcessError if a worker process died; then
+        all workers are ended.
         """
         if self._num_workers == 0:
             return partial(self._encoder.encode_all, documents)
@@ -85,7 +86,7 @@ class Workers:
 
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Blocks RANK_SIGNALS in this thread; processes that start in the block inherit this."""
+    """Blocks RANK_SIGNALS in this thread, and in processes that start in the `with` block."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, RANK_SIGNALS)
     try:
         yield
@@ -112,7 +113,7 @@ class _ResultMessage(NamedTuple):
         return cls(ends, token_ids, trained, errors)
 
     def unpack(self) -> Results:
-        """Returns the separate results."""
+        """Returns the results, one for each document."""
         spans = map(slice, [0, *self.ends[:-1]], self.ends)
         return [
             self.errors.get(i) or EncodedDocument(self.token_ids[span], self.trained[span])
@@ -120,7 +121,7 @@ class _ResultMessage(NamedTuple):
         ]
 
 
-_encoder: Encoder  # of a worker process, set when it starts
+_encoder: Encoder  # each worker process sets it at its start
 
 
 def _start_worker(encoder: Encoder) -> None:
