@@ -103,7 +103,7 @@ def test_another_flag_on_one_rank(outcomes: dict[str, Outcome]) -> None:
 
 
 def test_a_missing_rank_is_named_while_the_others_wait(outcomes: dict[str, Outcome]) -> None:
-    """Rank 3 has the token of another job: it ends at once and counts as missing."""
+    """Rank 3, with another job's token, ends at once; the other ranks report it as missing."""
     *waiting, other = outcomes["missing"]
     for one in waiting:
         assert one.status == 1

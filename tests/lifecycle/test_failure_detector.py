@@ -20,7 +20,7 @@ NUM_RANKS = 3
 
 
 class Rank:
-    """A detector whose events are only recorded."""
+    """A rank with a failure detector, whose events are only recorded."""
 
     def __init__(self, rank: int, store: SignedStore) -> None:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()

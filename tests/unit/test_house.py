@@ -1,5 +1,7 @@
 """Tests the rules of the source: floors, import cycles, argparse, torch, sizes of files.
 
+Each package ("room") has a floor, and imports only from packages on lower floors.
+
 Imports are read from the source, including imports inside a function or under `if TYPE_CHECKING`,
 because these also connect two modules. Registries name modules in strings and load them on demand:
 such a string counts as an import for the floors, but not for cycles, because a registry avoids
@@ -62,14 +64,14 @@ print(json.dumps(errors))
 
 
 class Import(NamedTuple):
-    """One import: its line and its module."""
+    """One import statement: the line, and the module that is imported."""
 
     line: int
     module: str
 
 
 def imports(path: Path, *, strings: bool = False) -> Iterator[Import]:
-    """Yields the project's modules that a file imports; with `strings`, also modules in strings."""
+    """Yields the project's modules that a file imports; `strings` adds those that strings name."""
     package = module_of(path).split(".") if path.stem == "__init__" else list(path.parts[:-1])
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
@@ -102,7 +104,7 @@ def test_a_room_imports_only_from_lower_floors(room: str) -> None:
 
 
 def test_no_test_module_imports_another() -> None:
-    """Code that two test modules need is in tests/support."""
+    """No test module imports another: code that two of them need is in tests/support."""
     users = [
         f"{path}:{line}: {module}"
         for path in files("tests")
@@ -134,7 +136,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     "room", [room for room in ROOMS if room not in ("arguments", *ENTRY_SCRIPTS)]
 )
 def test_argparse_stays_where_commands_are_parsed(room: str) -> None:
-    """Exceptions are arguments/, entry scripts, `__main__` files, tests and benchmarks."""
+    """Only arguments/, entry scripts, `__main__` files, tests, benchmarks, examples import it."""
     users = {
         str(path)
         for path in files(room)
@@ -157,7 +159,7 @@ def torch_free_modules() -> list[str]:
 
 @pytest.fixture(scope="module")
 def import_errors() -> dict[str, str]:
-    """Imports all modules in one process, where an import of torch is an error."""
+    """Imports all torch-free modules in one process; returns each one's error, or an empty text."""
     command = [sys.executable, "-c", IMPORT_ALL, *torch_free_modules()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     errors: dict[str, str] = json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""Tests names: one meaning per class name, and the field's words instead of old ones."""
+"""Tests names: no two classes share one, and the field's usual words replace private old ones."""
 
 import ast
 import re
@@ -26,7 +26,7 @@ def test_no_class_name_has_two_meanings() -> None:
 
 @pytest.mark.parametrize("room", OUTSIDE_TESTS)
 def test_a_constructor_has_at_most_eight_parameters(room: str) -> None:
-    """`self` does not count, nor do the generated constructors of dataclasses and named tuples."""
+    """A constructor, if not generated, has at most eight parameters besides `self`."""
     many = []
     for path in files(room):
         for node in ast.walk(tree(path)):
@@ -40,10 +40,10 @@ def test_a_constructor_has_at_most_eight_parameters(room: str) -> None:
 
 
 class Gone(NamedTuple):
-    """An old word of the project, and the field's word for it.
+    """An old word of the project that must not be used, and the field's word instead of it.
 
-    `words` must not be a part of any name that is bound in `rooms`: of a file, class, function,
-    parameter, variable or attribute. `names` must not be the name of a file, class or function.
+    In the packages `rooms`, no name of a file, class, function, parameter, variable or attribute
+    may contain one of `words`, and no file, class or function may have one of `names`.
     """
 
     instead: str
@@ -99,7 +99,7 @@ GONE = [
 
 @cache
 def bound_names(path: Path) -> frozenset[tuple[str, bool]]:
-    """Returns the names that a file binds, and whether each is of a file, class or function."""
+    """Returns the names that a file binds, with True for those of a file, class or function."""
     names = {(part, True) for part in path.with_suffix("").parts[1:]}
     for node in ast.walk(tree(path)):
         if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -115,7 +115,7 @@ def bound_names(path: Path) -> frozenset[tuple[str, bool]]:
 
 @cache
 def words(name: str) -> set[str]:
-    """Returns the words of a name in either case: `_FakeHub` and `fake_hub` have the same."""
+    """Returns the words of a name in lower case; they are equal for `_FakeHub` and `fake_hub`."""
     return {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
 
 
