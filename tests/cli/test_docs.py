@@ -71,7 +71,7 @@ def test_readme_is_short_and_has_every_package() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_file_that_is_named_exists(page: Path) -> None:
-    """Each file that a page names exists, maybe in another folder; code blocks are not checked."""
+    """Each file named in a page exists; its first folders may be left out. Code is not checked."""
     text = re.sub(r"```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
     names = set(re.findall(r"(?<![\w/.<>-])[\w/]*\w\.(?:py|sh|sbatch)\b", text))
     files = [f"/{path.relative_to(ROOT)}" for path in ROOT.glob("[!.]*/**/*")]

@@ -127,7 +127,7 @@ def test_a_few_microbatches_tell_of_many(
 
 
 def test_on_gpus_scores_are_never_held(folder: Path) -> None:
-    """On GPUs, attention scores are not stored: twice the tokens in half the rows fit as well."""
+    """Half the rows of twice the tokens need equal GPU memory: attention scores are not stored."""
     flags: dict[str, Any] = {"recompute": False, "bf16": True, "pp_mode": "1f1b"}
     short = rehearse(folder, 0, cuda=True, seq_length=32, micro_batch_size=4, **flags)
     long = rehearse(folder, 0, cuda=True, seq_length=64, micro_batch_size=2, **flags)

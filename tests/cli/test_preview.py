@@ -1,4 +1,4 @@
-"""Tests --preview-data: its blocks are those of training, its numbers as counted by hand."""
+"""Tests --preview-data: it shows the blocks of training, and numbers equal to hand counts."""
 
 import json
 import re

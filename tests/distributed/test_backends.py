@@ -1,8 +1,8 @@
-"""Tests training over every communication backend: losses and weights equal gloo's bit for bit.
+"""Tests training over every communication backend: losses and weights are those over gloo.
 
-The tests run on CPU. Test doubles replace the layer next to the GPU: NCCL's communicator for CuPy's
-backend, and process groups (by gloo's) for torch's NCCL backend. Bits can be compared, because a
-gradient is the sum of only two replicas, which does not depend on their order.
+The tests run on CPU. Test doubles replace what needs a GPU: NCCL's communicator in the cupy_nccl
+backend, and torch's NCCL process groups, by gloo's, in the nccl backend. Bits can be compared,
+because a gradient is the sum of only two replicas, which does not depend on their order.
 """
 
 from collections import Counter

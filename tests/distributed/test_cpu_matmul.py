@@ -126,7 +126,7 @@ def test_products_that_are_not_fp32_are_left_where_nobody_asked(
 
 @pytest.mark.parametrize("saved", [None, []])
 def test_a_checkpoint_that_does_not_tell_leaves_it_to_the_cpu(saved: list[Matmul] | None) -> None:
-    """A checkpoint made on GPUs, or with fewer replicas, leaves the choice to the CPU."""
+    """A checkpoint of GPUs, or of fewer replicas, has no library for a rank: the CPU decides."""
     assert saved_choice(saved, 0) is None
 
 
@@ -154,7 +154,7 @@ def test_half_precision_is_told_in_one_line(
 
 @dataclass(frozen=True)
 class Machines:
-    """A hook that gives each rank a CPU; the rank logs the torch setting with which it trains."""
+    """A hook that pretends that each rank has a given CPU; the rank logs torch's matmul setting."""
 
     kinds: tuple[str, str]
 

@@ -40,7 +40,7 @@ SCHEDULED = [("gpipe", "true"), ("1f1b", "false"), ("zb-h1", "true")]
 
 
 class Reference(NamedTuple):
-    """Expected losses of iterations, norms of updates, and held-out loss before training."""
+    """Expected losses, gradient norms of the updates, and held-out loss before training."""
 
     losses: list[float]
     norms: list[float]

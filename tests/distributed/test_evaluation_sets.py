@@ -1,4 +1,4 @@
-"""Tests several named held-out sets over stages and replicas against Hugging Face's model.
+"""Tests losses of several held-out sets over stages and replicas against Hugging Face's model.
 
 The reference packs the texts itself, and evaluates before the first update and after the last.
 """
@@ -30,7 +30,7 @@ class Sums(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """The folder of all runs, and the reference's sums of each set before and after training."""
+    """The folder of all runs, and the reference's loss sums per set before and after training."""
 
     folder: Path
     before: dict[str, Sums]

@@ -172,7 +172,7 @@ def test_bits_do_not_depend_on_the_schedule(
 
 @pytest.mark.parametrize("name", ["bf16", "huge"])
 def test_more_replicas_add_the_same_gradients_in_another_order(name: str, trained: Trained) -> None:
-    """Losses of one and two replicas differ by rounding only; other stages change no bit."""
+    """Losses of R=1 and R=2 differ by rounding only; the number of stages changes no bit."""
     one, two = (lines_of(trained.folder, name, *shape) for shape in ((4, 1), (2, 2)))
     for key in ("loss", "grad_norm"):
         error = worst([line[key] for line in two], [line[key] for line in one])

@@ -43,7 +43,7 @@ class Place(NamedTuple):
 
 
 class Resumed(NamedTuple):
-    """A run with its optimizer state at `whole`, and a resume from its middle with it at `rest`."""
+    """A run with its optimizer state at `whole`, and its resume with the state at `rest`."""
 
     precision: str
     optimizer: str
@@ -202,7 +202,7 @@ def check_content(folder: Path, kind: Resumed) -> None:
 
 
 def check_replicas(folder: Path, one: OtherReplicas) -> None:
-    """Checks losses with other replicas: rounding differs, and 8-bit moments may by one code."""
+    """Checks losses with another R: rounding differs, and 8-bit moments may differ by one code."""
     name = f"{one.whole_name}-to-{one.replicas}"
     whole = [line["loss"] for line in metrics(folder, one.whole_name, 1, 2)]
     resumed = [line["loss"] for line in metrics(folder, name, 1, one.replicas)]
@@ -215,7 +215,7 @@ def check_replicas(folder: Path, one: OtherReplicas) -> None:
 
 @pytest.mark.parametrize("kind", FEW, ids=[kind.name for kind in FEW])
 def test_a_resumed_run_ends_in_the_same_bits(kind: Resumed, folder: Path) -> None:
-    """A resumed run ends in the same bits, even if it offloads or shards its optimizer anew."""
+    """A resumed run ends in the same bits, even if its optimizer state is in another place."""
     check_resumed(folder, kind)
     check_content(folder, kind)
 
@@ -227,7 +227,7 @@ def test_another_number_of_replicas_goes_on(one: OtherReplicas, folder: Path) ->
 
 @pytest.mark.slow
 def test_every_kind_and_place(tmp_path: Path) -> None:
-    """The place of the optimizer state changes no bit of metrics, nor of either checkpoint."""
+    """The place of the optimizer state changes no bit of the metrics or of the checkpoints."""
     train_all(tmp_path, ALL, ALL_REPLICAS)
     for kind in ALL:
         check_resumed(tmp_path, kind)

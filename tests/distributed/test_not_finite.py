@@ -194,7 +194,7 @@ def test_a_run_that_gave_up_goes_on(trained: Trained) -> None:
 
 
 def test_a_loss_in_the_first_half_of_an_update_costs_all_of_it(trained: Trained) -> None:
-    """An update is skipped if its first iteration's loss is bad, even with finite gradients."""
+    """An update is skipped if the first of its two losses is not finite (all gradients are)."""
     folder = trained[0]
     lines = lines_of(folder, "half-an-update", 2, 2)
     assert [line["loss"] is None for line in lines] == [n == 3 for n in range(1, 7)]
@@ -243,7 +243,7 @@ def test_weights_that_are_not_finite_are_not_saved(trained: Trained) -> None:
 
 
 def test_a_held_out_loss_that_is_not_finite_loses_nothing(trained: Trained) -> None:
-    """A held-out loss that is not finite is null, its blocks are named, and the run is saved."""
+    """A bad held-out loss is null in the metrics, its blocks are logged, and the run is saved."""
     folder, told = trained
     path = run_folder(folder, "held-out", 2, 2)
     assert (path / "latest").read_text() == str(STEPS)

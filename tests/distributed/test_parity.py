@@ -64,7 +64,7 @@ class Run(NamedTuple):
 
 
 def scheduled(schedule: str, recompute: str = "true") -> dict[str, Any]:
-    """Returns flags of a schedule with microbatches of one row: four if there is one replica."""
+    """Returns flags of a schedule with one row per microbatch (R = 1: four microbatches)."""
     return {"pp-mode": schedule, "recompute": recompute, "micro-batch-size": 1}
 
 

@@ -52,7 +52,7 @@ Event = dict[str, Any]
 
 @dataclass(frozen=True)
 class InFolder:
-    """A hook: a rank works in the folder `path`; if `bad`, one output is infinite in one step."""
+    """A hook that runs a rank in the folder `path`; if `bad`, an output of one step is infinite."""
 
     path: Path
     bad: bool = False
@@ -128,7 +128,7 @@ def computed(events: list[Event]) -> str:
 def test_profiling_changes_no_bit_and_traces_nothing_when_off(
     schedule: str, folder: Path, told: OfRanks
 ) -> None:
-    """Losses with profiling equal those of a run without, of any schedule, which traces nothing."""
+    """Losses with profiling, of each schedule, are those of a run without, which has no traces."""
     for key in ("loss", "grad_norm"):
         profiled = curve(folder, schedule, STAGES, REPLICAS, key)
         assert profiled == curve(folder, "off", STAGES, REPLICAS, key)
@@ -271,7 +271,7 @@ def test_a_world_of_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def by_hand(optimizer: list[list[tuple[float, float]]]) -> StepOfAllRanks:
-    """Builds a step of two stages and microbatches (F 1 s, B 2 s) with these optimizer spans."""
+    """Builds a step of 2 stages and 2 microbatches (F 1 s, B 2 s) with these optimizer spans."""
     spans = []
     for rank, of_rank in enumerate(optimizer):
         for i in range(2):

@@ -213,7 +213,7 @@ def test_files_of_another_save_are_not_mixed_in(four: Path, ended: Ended) -> Non
 
 @pytest.mark.slow
 def test_the_whole_matrix(tmp_path: Path) -> None:
-    """A resume from any shape to any other keeps the losses, in each precision and optimizer."""
+    """A resume from any shape to any other keeps the losses, in fp32 and bf16, any optimizer."""
     longer = {"total-steps": SAVED + LONG}
     whole = [Case("-".join(kind), flags(tmp_path, kind, **longer)) for kind in KINDS]
     others = [case for kind in KINDS for case in resumed(tmp_path, kind, PAIRS, **longer)]

@@ -1,4 +1,4 @@
-"""Tests which flags a resumed run can change, and what it logs about them, with one rank."""
+"""Tests, with one rank, which flags a resumed run can change, and what it logs about them."""
 
 import logging
 import shutil

@@ -1,4 +1,4 @@
-"""Tests convert, train, convert back with files of Hugging Face or older systems (predecessors)."""
+"""Tests conversion, training, conversion back: Hugging Face's and older (predecessors') files."""
 
 import json
 import os
@@ -228,7 +228,7 @@ def test_training_goes_on_with_predecessors_weights(
 def test_a_predecessors_checkpoint_starts_a_run_of_its_own(
     family: str, base: Path, ended: Outcomes
 ) -> None:
-    """A run with a predecessor's weights begins at step 0, says so, and resumes from its own."""
+    """A run with a predecessor's weights begins at step 0; a restart resumes its own step 2."""
     run = base / f"old-checkpoint-{family}" / "run"
     told = ended[f"old-checkpoint-{family}-1"][0].stdout.splitlines()
     (line,) = [line for line in told if "checkpoint_20" in line]
@@ -252,7 +252,7 @@ def test_a_predecessors_checkpoint_starts_a_run_of_its_own(
 def test_what_came_of_predecessors_files_converts(
     family: str, base: Path, tmp_path: Path, ended: Outcomes
 ) -> None:
-    """The run's checkpoint converts to slightly changed weights, the predecessor's to its own."""
+    """The predecessor's checkpoint converts unchanged, the run's with slightly changed weights."""
     folder = base / f"old-checkpoint-{family}"
     expected = expected_hf(family, make_modules(family))
     to_hf(folder / "run", tmp_path / "new", family, verify=True)

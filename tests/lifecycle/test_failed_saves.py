@@ -1,7 +1,7 @@
-"""Tests that a run whose disk fails loses one checkpoint, warns, and keeps losses and the others.
+"""Tests that a run with a failing disk warns and loses one checkpoint; all else is unchanged.
 
 The system itself refuses the writes, because the test limits the size of a rank's files during the
-save of a checkpoint. One test, which may need permission to mount, fills a small disk instead.
+save of a checkpoint. One test fills a small disk instead, where it has permission to mount.
 """
 
 import importlib
@@ -79,7 +79,7 @@ SEEN = "seen.json"
 def no_room_for_a_line(_topology: Topology) -> Iterator[None]:
     """Refuses once to write the metrics line of step 2, after which a checkpoint is saved.
 
-    Before a checkpoint's folder is renamed, the steps that metrics.jsonl has are noted.
+    Before a checkpoint's folder is renamed, the hook notes the steps that metrics.jsonl has.
     """
     append, publish = MetricsFile.append, importlib.import_module(FOLDER).publish
     refused: list[int] = []
@@ -231,7 +231,7 @@ def test_a_refused_write_names_the_file(ended: Ended) -> None:
 
 
 def test_a_step_is_not_saved_before_its_line_is_written(ended: Ended) -> None:
-    """A step's metrics line is written before its checkpoint: a resume would not write it again."""
+    """A step's metrics line is written before its checkpoint: a resume would not add the line."""
     notes = [json.loads(line) for line in (ended.run("a line") / SEEN).read_text().splitlines()]
     assert {step for step, _ in notes} == set(range(EVERY, STEPS + 1, EVERY))
     for step, seen in notes:
@@ -271,7 +271,7 @@ def test_a_save_that_fails_does_not_hide_why_training_stopped(fails: bool) -> No
 
 
 def test_a_disk_that_is_full_for_the_rest_of_the_run(tmp_path: Path) -> None:
-    """Training goes on to its last step; its failed save gives status 1. A restart completes it."""
+    """Training goes on; if the last save fails, the status is 1 and a restart completes the run."""
     changes = "--num-layers 3 --total-steps 30 --checkpoint-steps 10 --data-workers 0"
     flags = make_flags(tmp_path) | flags_of(changes)
     steps = Slow(0, "pipeline_parallel.engine:Engine.train", 0.03)  # so the disk fills first

@@ -55,7 +55,7 @@ def wire() -> Iterator[None]:
 
 
 def test_a_run_lives_through_a_cut_connection(tmp_path: Path) -> None:
-    """All connections between two stages of a pipeline are cut in the middle of a step."""
+    """A run resumes after a cut of all connections between two stages in the middle of a step."""
     step = next(moment for moment in ANY_STEP if moment.name == "step")
     fault = Fault(CUT, 3, step, 0.0, peer=2, one=False, to_all=False, rest=None)
     plan = RunPlan(0, {}, [[fault]])

@@ -48,7 +48,7 @@ def waits(kill: Kill) -> bool:
 def live(rank: int, _world: int, _url: str, lab: Lab, plan: Sequence[Kill]) -> Starts:
     """Starts the uninterrupted run, the run that `plan` kills, and the run without a shared disk.
 
-    Meanwhile, rank 1 starts the cases in which rank 0 only waits for a rank that never joins.
+    Meanwhile, a second process tries the kills after which rank 0 waits for a rank in vain.
     """
     if rank == 1:
         changes = {"join-timeout": SHORT_JOIN}
@@ -202,7 +202,7 @@ def test_without_a_shared_disk_stages_that_saved_differently_go_back_together(
 
 
 def test_latest_of_a_complete_run_catches_up(starts: Starts) -> None:
-    """If a rank dies after the save of the last step, before `latest`, a restart corrects it."""
+    """If a rank dies between writing the last step and `latest`, a restart corrects `latest`."""
     second, third = starts["apart"][1:3]
     assert second.steps == STEPS
     assert third.outcome.statuses == [0] * WORLD

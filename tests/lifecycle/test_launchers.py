@@ -132,7 +132,7 @@ def test_a_launch_script_passes_the_signal_on_and_returns_75(tmp_path: Path) -> 
 def test_the_scripts_start_every_rank_with_either_launcher(
     tmp_path: Path, script: str, ranks: int, launcher: str, command: str
 ) -> None:
-    """A script starts all its ranks; its user's arguments override its own (a double logs them)."""
+    """A script starts all its ranks, and its user's arguments override those in the script."""
     log = tmp_path / "log"
     log.touch()
     (tmp_path / command).write_text('#!/usr/bin/env bash\necho "$*" >>"$LOG"\n')

@@ -78,7 +78,7 @@ class Failing:
 
 @dataclass(frozen=True)
 class FailingBlock:
-    """A hook: memory runs out in one forward of a block, the `number`th of all blocks from 0."""
+    """A hook that lets memory run out in block forward `number`, counted over all blocks from 0."""
 
     number: int
 

@@ -136,7 +136,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     "room", [room for room in ROOMS if room not in ("arguments", *ENTRY_SCRIPTS)]
 )
 def test_argparse_stays_where_commands_are_parsed(room: str) -> None:
-    """Only arguments/, entry scripts, `__main__` files, tests, benchmarks, examples import it."""
+    """Only arguments/, entry scripts, `__main__`, tests, benchmarks, examples import argparse."""
     users = {
         str(path)
         for path in files(room)

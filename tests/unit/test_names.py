@@ -1,4 +1,4 @@
-"""Tests names: no two classes share one, and the field's usual words replace private old ones."""
+"""Tests names: no two classes share a name, and usual words of the field replace old words."""
 
 import ast
 import re

@@ -120,10 +120,10 @@ def test_memory_falls_with_the_microbatches_held(stage_index: int, recompute: bo
 def test_weight_gradients_that_wait_cost_little_memory(stage_index: int) -> None:
     """zb-h1 with 16 microbatches needs little more memory than gpipe with P = 4.
 
-    Between I and W, a layer holds inputs and output gradients of four matmuls for a microbatch: 16
-    activations. Before I, it holds 12.5. So two layers hold 2 x 3.5 = 7 more for each waiting
-    microbatch (`stage_index` of them) and the current one. The last stage also holds the
-    gradients of its logits.
+    Between input gradient (I) and weight gradient (W), a layer holds for a microbatch the inputs
+    and output gradients of four matmuls: 16 activations. Before I, it holds 12.5. So two layers
+    hold 2 x 3.5 = 7 more for each waiting microbatch (`stage_index` of them) and the current one.
+    The last stage also holds the gradients of its logits.
     """
     found = peak_of("zb-h1", stage_index, M, recompute=False)
     as_many = peak_of("gpipe", stage_index, P, recompute=False)

@@ -171,7 +171,7 @@ OTHER_ORDERS = [
 
 @pytest.mark.parametrize("lines", OTHER_ORDERS)
 def test_nor_in_a_schedule_of_another_order(lines: list[str]) -> None:
-    """No send is resolved too early, also in other orders that `check_schedule` accepts."""
+    """No stage waits too early for a send, also in other orders that `check_schedule` accepts."""
     knowledge = Knowledge(calls_of(schedule_of(lines), 2, 1 + max(map(int, lines[0][1::3]))))
     knowledge.play()
     assert knowledge.num_resolves > 0

@@ -84,7 +84,7 @@ def test_a_message_of_another_size_takes_latency_and_its_share() -> None:
 
 
 def test_the_links_of_a_run() -> None:
-    """A run has links, both ways, between neighbours in a pipeline and replicas of a stage."""
+    """A run's links join neighbours in a pipeline and replicas of a stage, in both directions."""
     assert links(Topology(0, 1, 1)) == []
     pairs = [(0, 1), (1, 0), (1, 2), (2, 1)]
     assert links(Topology(0, 3, 1)) == [Link("pipeline", *pair) for pair in pairs]

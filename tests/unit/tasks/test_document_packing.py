@@ -82,7 +82,7 @@ def documents_of(block: TokenBlock) -> list[list[int]]:
 
 
 def test_no_document_is_cut_that_fits_and_all_come(tmp_path: Path) -> None:
-    """Texts that fit in a block are not cut, and come equally often, to within 4 (last group)."""
+    """Texts that fit in a block are not cut; how often each comes differs by at most 4."""
     texts = make_texts(40, seed=3, longest=60)
     whole = {tuple(tokenizer()(text)["input_ids"] + [EOS]): text for text in texts}
     source = source_of(write_jsonl(tmp_path / "a.jsonl", texts))

@@ -107,7 +107,7 @@ def test_no_line_is_dropped(
     is_ended: bool,
     tmp_path: Path,
 ) -> None:
-    """Each valid line is a document, even an equal one; an invalid line is skipped and reported."""
+    """Every valid line gives a document, equal lines too; an invalid line is skipped and told."""
     raw = b"".join(line + end for (line, _), end in lines)
     raw = raw if is_ended or not lines else raw.removesuffix(lines[-1][1])
     path = tmp_path / f"a.{kind}"

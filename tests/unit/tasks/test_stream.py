@@ -55,7 +55,7 @@ def stream_of(sources: Sequence[SourceSpec], **options: Any) -> BlockStream:
     "way", [{}, {"pack": "document", "train_on": "completion", "separator": "\n"}]
 )
 def test_workers_change_no_token(sources: list[SourceSpec], way: dict[str, Any]) -> None:
-    """0 and 3 workers give the same 900 blocks and states, over several epochs."""
+    """Streams with 0 and with 3 worker processes give the same 900 blocks and states."""
     streams = [stream_of(sources, num_workers=workers, **way) for workers in (0, 3)]
     for number in range(900):
         alone, apart = (content(stream.next_block()) for stream in streams)
