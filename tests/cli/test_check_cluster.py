@@ -1,4 +1,4 @@
-"""Tests --check-cluster with four real processes, and their reports about each other."""
+"""Tests --check-cluster with four real processes that agree, or of which one differs."""
 
 import re
 import socket
@@ -89,7 +89,7 @@ def test_another_model_on_one_rank(outcomes: dict[str, Outcome]) -> None:
 
 
 def test_no_model_on_one_rank(outcomes: dict[str, Outcome]) -> None:
-    """If rank 3 has no model, the check uses config.json of the other ranks for its measurement."""
+    """If rank 3 has no model, the check still measures, with config.json of the other ranks."""
     told = outcomes["no model"][0].stdout
     assert [one.status for one in outcomes["no model"]] == [1] * 4
     assert re.search(r"- rank 3 \(host .*\): --model-name \S*nowhere: no such folder\n", told)
@@ -103,7 +103,7 @@ def test_another_flag_on_one_rank(outcomes: dict[str, Outcome]) -> None:
 
 
 def test_a_missing_rank_is_named_while_the_others_wait(outcomes: dict[str, Outcome]) -> None:
-    """Rank 3 has the token of another job: it ends at once and counts as missing."""
+    """Rank 3, with another job's token, ends at once; the other ranks report it as missing."""
     *waiting, other = outcomes["missing"]
     for one in waiting:
         assert one.status == 1

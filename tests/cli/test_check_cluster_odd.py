@@ -1,7 +1,7 @@
 """Tests --check-cluster when one of four ranks is slow or differs from the other ranks.
 
-The test makes the difference inside that process: by a sleep in one communicator's sends, or by a
-changed matmul rate, version or clock.
+The test makes the difference in the process of this rank: by a sleep in a communicator's sends, or
+by a changed matmul rate, version or clock.
 """
 
 import re
@@ -37,7 +37,7 @@ CUT = "pytorch_6.pt"
 
 
 class Throttled:
-    """Communicator whose long messages to one rank take SLEEP seconds longer."""
+    """A communicator whose long messages to one rank take SLEEP seconds longer."""
 
     def __init__(self, group: Communicator, *, to: int) -> None:
         self._group, self._to = group, to
@@ -131,14 +131,14 @@ def the(lines: list[str], text: str) -> str:
 
 
 def seconds(lines: list[str]) -> float:
-    """Returns the seconds of an iteration in the report."""
+    """Returns how many seconds an iteration takes, according to the report."""
     took = re.search(r"takes at least (\S+) (m?s) of", the(lines, "an iteration ("))
     assert took
     return float(took[1]) / {"s": 1, "ms": 1000}[took[2]]
 
 
 def test_a_slow_link_is_named_with_what_steps_become(found: Found) -> None:
-    """Each message takes 50 ms, which is longer than a step's two microbatches compute."""
+    """The report names a link whose messages take 50 ms, and how much longer it makes steps."""
     status, lines = found["a slow pipeline"]
     assert status == 0, "a slow link alone is no failure"
     line = the(lines, "the pipelines' slowest link")
@@ -157,7 +157,7 @@ def test_slow_replicas_are_named(found: Found) -> None:
 
 
 def test_a_slow_device_gets_fewer_layers(found: Found) -> None:
-    """Stage 1 has a hundredth of the others' speed: it gets one of eight layers, and the head."""
+    """The report advises one of eight layers for stage 1, a hundred times slower than stage 0."""
     line = the(found["a slow device"][1], "--num-layers 7,1")
     assert "--num-layers 7,1 is more even than 4,4" in line
     line = the(found["a slow device"][1], "- devices differ: ")
@@ -180,7 +180,7 @@ def test_another_clock_is_named(found: Found) -> None:
 
 
 def test_a_cut_shard_is_named_by_all_whose_stage_reads_it(found: Found) -> None:
-    """Ranks 1 and 3 read the same file, but its size differs from the manifest."""
+    """Ranks 1 and 3 read the same shard, whose size its manifest does not have: both are named."""
     status, lines = found["a cut shard"]
     assert status == 1
     told = [line for line in lines if CUT in line]

@@ -47,7 +47,7 @@ def test_the_site_loads_nothing_from_a_network(site: Path) -> None:
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_links_into_the_project_lead_somewhere(page: str, site: Path) -> None:
-    """mkdocs checks links between its own pages; the test looks for an anchor in the built page."""
+    """The file and the anchor of each link exist; mkdocs itself checks links inside docs/."""
     for target, anchor in LINK.findall((ROOT / page).read_text(encoding="utf-8")):
         assert (ROOT / target).exists(), target
         if anchor:
@@ -56,7 +56,7 @@ def test_links_into_the_project_lead_somewhere(page: str, site: Path) -> None:
 
 
 def test_the_page_of_flags_is_that_of_the_flag_table() -> None:
-    """`python docs/write_flags.py` writes the page."""
+    """The page of flags is as `python docs/write_flags.py` writes it from the flag table."""
     command = [sys.executable, "docs/write_flags.py", "--check"]
     assert subprocess.run(command, cwd=ROOT, timeout=60).returncode == 0
 
@@ -71,7 +71,7 @@ def test_readme_is_short_and_has_every_package() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_file_that_is_named_exists(page: Path) -> None:
-    """A name can omit the first folders of a path; code blocks, which make files, are skipped."""
+    """Each file named in a page exists; its first folders may be left out. Code is not checked."""
     text = re.sub(r"```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
     names = set(re.findall(r"(?<![\w/.<>-])[\w/]*\w\.(?:py|sh|sbatch)\b", text))
     files = [f"/{path.relative_to(ROOT)}" for path in ROOT.glob("[!.]*/**/*")]
@@ -117,7 +117,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
 def test_every_shown_command_runs(
     page: Path, shown: Callable[[Path], Path], tmp_path: Path
 ) -> None:
-    """The blocks of each page run in order, in a copy with the results of the quick start."""
+    """All command blocks of a page run in order, in a copy of the project after the quick start."""
     project = shown(tmp_path)
     for block in blocks_of(page):
         if block.is_run:
@@ -125,7 +125,7 @@ def test_every_shown_command_runs(
 
 
 def test_every_block_of_commands_is_seen() -> None:
-    """No page has an indented block or another name of the shell, which the tests would miss."""
+    """No page has a command block that is indented or not named bash: tests would miss it."""
     for page in PAGES:
         fences = re.findall(r"^\s*```(\w+)", page.read_text(encoding="utf-8"), flags=re.M)
         assert not {"sh", "shell", "console"}.intersection(fences), page

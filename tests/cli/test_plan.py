@@ -1,4 +1,4 @@
-"""Tests --plan: its numbers against arithmetic, its output, and its decision whether a run fits."""
+"""Tests --plan: numbers against arithmetic, output, and the decision whether memory is enough."""
 
 import os
 import re
@@ -72,7 +72,7 @@ BYTES: list[tuple[dict[str, Any], int, int]] = [
 def test_bytes_of_a_parameter_are_those_of_the_readme(
     changes: dict[str, Any], device: float, on_host: float, cuda: bool, folder: Path
 ) -> None:
-    """Bytes per parameter are those of the README's table, within 4%.
+    """The planned bytes per parameter are those of the README's table, within 4%.
 
     The plan differs slightly from the table: ZeRO stage 1 assigns complete weights to replicas,
     8bit-adam has fp32 moments for small weights, and offload has two buffers of the largest weight.
@@ -91,13 +91,13 @@ def test_bytes_of_a_parameter_are_those_of_the_readme(
 
 
 def pinned(size: int) -> int:
-    """Returns the size of a pinned block: the next power of two."""
+    """Returns how much pinned host memory `size` bytes take: the next power of two."""
     return 1 << (size - 1).bit_length()
 
 
 @pytest.mark.parametrize("cuda", [False, True])
 def test_the_copy_that_is_saved_is_in_host_memory(cuda: bool, folder: Path) -> None:
-    """The replica that saves copies weights, masters, moments; pinned sizes are powers of two."""
+    """Replica 0, which saves, needs host memory for a copy of weights, masters and moments."""
     counts = [p.numel() for p in GPTNeoXForCausalLM(CONFIG).parameters()]
     flags: dict[str, Any] = {"bf16": True, "data_group_size": 2, "batch_size": 1}
     for rank, size in ((0, 14), (1, 0)):
@@ -117,7 +117,7 @@ def test_the_copy_that_is_saved_is_in_host_memory(cuda: bool, folder: Path) -> N
 def test_a_few_microbatches_tell_of_many(
     mode: str, recompute: bool, stage: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Few simulated microbatches give the memory of all, except 4 bytes of loss for each."""
+    """A plan from few microbatches equals one from all, except for 4 bytes of loss for each."""
     flags: dict[str, Any] = {"pp_mode": mode, "recompute": recompute, "pipeline_group_size": 2}
     found = rehearse(folder, stage, batch_size=MANY_ROWS, **flags)
     monkeypatch.setattr(planning.memory.dry_run, "ENOUGH", MANY_ROWS)
@@ -127,7 +127,7 @@ def test_a_few_microbatches_tell_of_many(
 
 
 def test_on_gpus_scores_are_never_held(folder: Path) -> None:
-    """Twice the tokens in half the rows need equal memory: attention scores are not stored."""
+    """Half the rows of twice the tokens need equal GPU memory: attention scores are not stored."""
     flags: dict[str, Any] = {"recompute": False, "bf16": True, "pp_mode": "1f1b"}
     short = rehearse(folder, 0, cuda=True, seq_length=32, micro_batch_size=4, **flags)
     long = rehearse(folder, 0, cuda=True, seq_length=64, micro_batch_size=2, **flags)
@@ -177,7 +177,7 @@ def in_units(millions: float) -> str:
 
 
 def test_what_does_not_fit_is_told_with_what_helps(folder: Path, capsys: Capture) -> None:
-    """A plan with the advised change gives the advised memory; the first change saves most."""
+    """Each change that the plan advises gives the memory that it predicts; the first saves most."""
     flags: dict[str, Any] = {"recompute": False, "micro_batch_size": 2}
     peak = rehearse(folder, 0, **flags).peak
     assert plan(folder, capsys, **flags, device_memory=f"{peak}B")[0] == 0

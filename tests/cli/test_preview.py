@@ -1,4 +1,4 @@
-"""Tests --preview-data: the shown blocks are those of training, and numbers are counted by hand."""
+"""Tests --preview-data: it shows the blocks of training, and numbers equal to hand counts."""
 
 import json
 import re
@@ -32,7 +32,7 @@ PAIRS = [{"prompt": f"fox {i}:", "completion": " dog"} for i in range(10)]
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes batches of 16 documents, so that no small source is read many times for one batch."""
+    """Limits a tokenized batch to 16 documents: a larger one would read a small source often."""
     monkeypatch.setattr(prefetch, "BATCH_DOCUMENTS", 16)
 
 
@@ -65,7 +65,7 @@ def sample(path: Path, *, train_on: TrainOn = "all", **options: Any) -> SourceSa
 
 
 def test_the_blocks_are_those_of_training(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The preview needs no weights; text and places are those of the stream that a run opens."""
+    """The preview shows text and origins of the blocks that a run would train, without weights."""
     out = run(folder, capsys)
     sources = {"pairs.jsonl": 1, "text.jsonl.zst": 3}
     specs = [SourceSpec(str(folder / name), weight) for name, weight in sources.items()]
@@ -102,7 +102,7 @@ def test_text_does_not_command_the_terminal(tmp_path: Path) -> None:
 
 
 def test_the_mixture_is_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The run has 10 steps of 4 blocks of 16 tokens; a quarter of the tokens is from the pairs."""
+    """The table counts each source; of a run's 10 x 4 x 16 tokens, a quarter is from the pairs."""
     lines = run(folder, capsys, "--train-on completion").splitlines()
     heading, pairs, text = lines[-3:]
     assert heading.split() == ["share", "documents", "tokens", "trained", "epochs", "source"]
@@ -137,7 +137,7 @@ def test_what_is_read_in_order_is_counted(tmp_path: Path) -> None:
 
 
 def test_padding_is_counted_in_the_epochs(tmp_path: Path) -> None:
-    """A document has 9 tokens, so one document fits into a block of 16."""
+    """Padding counts in the epochs: only one document of 9 tokens fits into a block of 16."""
     path = write_jsonl(tmp_path / "a.jsonl", [" fox" * 8] * 40)
     numbers = sample(path, pack="document")
     assert numbers.num_tokens == 40 * 9

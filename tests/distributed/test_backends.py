@@ -1,8 +1,8 @@
-"""Tests a training step over every backend: losses and weights are equal, bit for bit.
+"""Tests training over every communication backend: losses and weights are those over gloo.
 
-The tests run on CPU, with doubles of the last layer before a GPU: NCCL's communicator for CuPy's
-backend, and gloo's groups for torch's own NCCL backend. A gradient is the sum of two replicas,
-which does not depend on their order, so bits can be compared.
+The tests run on CPU. Test doubles replace what needs a GPU: NCCL's communicator in the cupy_nccl
+backend, and torch's NCCL process groups, by gloo's, in the nccl backend. Bits can be compared,
+because a gradient is the sum of only two replicas, which does not depend on their order.
 """
 
 from collections import Counter
@@ -87,7 +87,7 @@ def test_training_is_that_over_gloo(
 def test_activations_and_gradients_went_through_the_double(
     trained: tuple[Path, Sequence[Traffic]],
 ) -> None:
-    """Messages have the compute type; the expected traffic is calculated from the shapes."""
+    """Messages go through NCCL's double in the compute type; their sizes follow from the shapes."""
     total = sum((traffic for traffic in trained[1]), Counter[tuple[str, int]]())
     elements = 2 * ROWS * TOKENS * HIDDEN * UPDATES  # between two neighbours, both ways
     opened = 2 * 2 + 2 * 3  # each edge's first message has one number: two pipelines of 2, one of 4

@@ -1,7 +1,7 @@
-"""Tests --cpu-matmul: each rank's library depends on its CPU, is logged, saved and resumed.
+"""Tests --cpu-matmul: a rank's matmul library depends on its CPU, is logged, saved and resumed.
 
-The tests replace the machine's CPU by other CPUs. torch uses oneDNN only where the machine has
-AVX-512; on other machines torch's default computes the tests.
+The tests replace the description of the machine's CPU by that of other CPUs. torch uses oneDNN only
+on a machine with AVX-512; on others, torch's default also computes the runs with oneDNN.
 """
 
 import logging
@@ -126,7 +126,7 @@ def test_products_that_are_not_fp32_are_left_where_nobody_asked(
 
 @pytest.mark.parametrize("saved", [None, []])
 def test_a_checkpoint_that_does_not_tell_leaves_it_to_the_cpu(saved: list[Matmul] | None) -> None:
-    """A checkpoint made on GPUs, or with fewer replicas, leaves the choice to the CPU."""
+    """A checkpoint of GPUs, or of fewer replicas, has no library for a rank: the CPU decides."""
     assert saved_choice(saved, 0) is None
 
 
@@ -154,7 +154,7 @@ def test_half_precision_is_told_in_one_line(
 
 @dataclass(frozen=True)
 class Machines:
-    """The CPUs of the ranks; each rank logs the torch setting with which it trains."""
+    """A hook that pretends that each rank has a given CPU; the rank logs torch's matmul setting."""
 
     kinds: tuple[str, str]
 
@@ -192,7 +192,7 @@ RUNS: dict[str, tuple[str, tuple[str, str], str | None, list[str]]] = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Returns the folder of all runs, and each rank's log."""
+    """Trains all of RUNS; returns their folder, and each rank's log."""
     path = tmp_path_factory.mktemp("matmul")
     write_jsonl(path / "a.jsonl", make_texts(60, seed=1))
     make_shards(path, "model", "gptneox", {"num_hidden_layers": 2})

@@ -1,6 +1,6 @@
 """Tests --pack document over stages and replicas against the Hugging Face model.
 
-The reference gives each document to the Hugging Face model alone; a document ends at its
+The reference gives the Hugging Face model one document at a time; a document ends at its
 end-of-text token.
 """
 
@@ -40,7 +40,7 @@ SCHEDULED = [("gpipe", "true"), ("1f1b", "false"), ("zb-h1", "true")]
 
 
 class Reference(NamedTuple):
-    """Losses of the iterations, gradient norms of the updates, held-out loss before training."""
+    """Expected losses, gradient norms of the updates, and held-out loss before training."""
 
     losses: list[float]
     norms: list[float]
@@ -48,7 +48,7 @@ class Reference(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """The folder of all runs, each model's reference, and losses with documents not kept apart."""
+    """The folder of all runs, each model's reference, and losses of documents not kept apart."""
 
     folder: Path
     references: dict[str, Reference]
@@ -72,7 +72,7 @@ def held_out_loss(model: Alone, path: Path) -> float:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Trains each model in its shape, several schedules with or without recompute, and dropout."""
+    """Trains each model in its shape, and short runs with other schedules, recompute or dropout."""
     folder = tmp_path_factory.mktemp("apart")
     write_jsonl(folder / "a.jsonl", make_texts(60, seed=1, longest=4))
     write_jsonl(folder / "b.jsonl", make_texts(60, seed=2))

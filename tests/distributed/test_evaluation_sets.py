@@ -1,6 +1,6 @@
-"""Tests several named held-out sets over stages and replicas against Hugging Face's model.
+"""Tests losses of several held-out sets over stages and replicas against Hugging Face's model.
 
-The reference packs the texts itself; it evaluates before its first update and after its last.
+The reference packs the texts itself, and evaluates before the first update and after the last.
 """
 
 import math
@@ -30,7 +30,7 @@ class Sums(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """The folder of all runs, and the reference's sums for each set before and after training."""
+    """The folder of all runs, and the reference's loss sums per set before and after training."""
 
     folder: Path
     before: dict[str, Sums]
@@ -99,7 +99,7 @@ def test_each_set_has_the_loss_of_one_process(suffix: str, step: int, trained: T
 
 
 def test_the_reference_tells_the_sets_apart(trained: Trained) -> None:
-    """Reference losses differ between sets, and between a mean of tokens and a mean of sets."""
+    """The sets differ in size and mean loss, and training changes the loss of each set."""
     assert trained.before["wiki"].tokens > 4 * trained.before["b"].tokens
     for sums in (trained.before, trained.after):
         means = [one.loss / one.tokens for one in sums.values()]
@@ -125,7 +125,7 @@ def test_a_resumed_run_has_the_same_bits(trained: Trained) -> None:
 
 
 def test_one_set_without_a_name_has_none(trained: Trained) -> None:
-    """A set without a name has no entry in eval_sets; its loss equals the loss among other sets."""
+    """A set without a name has no entry in eval_sets; its loss is that of the set with a name."""
     (alone,), (named,) = lines_of(trained, "alone"), lines_of(trained, "one")
     keys = [key for key in alone if key.startswith("eval")]
     assert keys == ["eval_loss", "eval_perplexity", "eval_loss_before"]

@@ -29,7 +29,7 @@ UPDATES = 8
 
 
 def write_pairs(path: Path) -> Path:
-    """Writes pairs: prompts of one to twelve words, completions of one to ten digits."""
+    """Writes 80 pairs: a prompt of one to twelve words, and a completion of one to ten digits."""
     draw = random.Random(5)
     lines = [
         {

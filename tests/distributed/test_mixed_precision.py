@@ -59,7 +59,7 @@ def flags(folder: Path, recipe: Recipe) -> dict[str, Any]:
 
 
 def train_with_products_in_fp32(*args: Any) -> dict[str, Told]:
-    """Trains with fp32 matmuls, like the reference, also on a CPU that multiplies in fp16."""
+    """Trains with matmuls in fp32, as the reference does, even on a CPU that multiplies in fp16."""
     with patch("modules.matmul.rounding.rounds_matmul", return_value=True):
         return train_cases(*args)
 
@@ -73,7 +73,7 @@ class Trained(NamedTuple):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Trains fp16 and bf16 in their shapes and schedules, and fp16 with overflows on some ranks."""
+    """Trains fp16 and bf16 with SHAPES and SCHEDULED, and fp16 with overflows on one rank."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("mixed")
     write_jsonl(folder / "a.jsonl", make_texts(60, seed=1))
@@ -120,14 +120,14 @@ def test_fp16_is_its_twin(name: str, trained: Trained) -> None:
 
 
 def check_same(folder: Path, one: tuple[str, Shape], other: tuple[str, Shape]) -> None:
-    """Checks that two runs, each a name and a shape, have the same bits."""
+    """Checks that two runs, given by name and shape, have the same metrics and weights."""
     for read in (lines_of, weights_of):
         assert read(folder, one[0], *one[1]) == read(folder, other[0], *other[1])
 
 
 @pytest.mark.parametrize("rank", RANKS)
 def test_an_overflow_is_the_same_wherever_it_happens(rank: int, trained: Trained) -> None:
-    """An overflow on any rank gives the same bits; every rank logs one line for each skip."""
+    """An overflow on any rank gives the same bits; every rank logs a line for a skipped update."""
     name, shape = f"hysteresis-1-on-{rank}", (2, 2)
     check_same(trained.folder, (name, shape), ("hysteresis-1-on-3", shape))
     where = (
@@ -172,7 +172,7 @@ def test_bits_do_not_depend_on_the_schedule(
 
 @pytest.mark.parametrize("name", ["bf16", "huge"])
 def test_more_replicas_add_the_same_gradients_in_another_order(name: str, trained: Trained) -> None:
-    """Losses differ by rounding only; the runs also differ in stages, which change no bit."""
+    """Losses of R=1 and R=2 differ by rounding only; the number of stages changes no bit."""
     one, two = (lines_of(trained.folder, name, *shape) for shape in ((4, 1), (2, 2)))
     for key in ("loss", "grad_norm"):
         error = worst([line[key] for line in two], [line[key] for line in one])

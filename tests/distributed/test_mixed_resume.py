@@ -1,9 +1,9 @@
 """Tests that a run resumes with the same bits in every precision and with every optimizer.
 
-Each run resumes from a copy of an uninterrupted run at its middle step. It must end with the same
-metrics and the same files, also if the optimizer state moves by --use-offload or --zero-stage. In
-fp16 the updates just before and just after the save are skipped, so the scale, its hysteresis and
-the count of clean updates must be restored too.
+Each run resumes from an uninterrupted run's checkpoint of the middle step. It must end with the
+metrics and files of the uninterrupted run, even if --use-offload or --zero-stage is changed. In
+fp16, the updates just before and after the checkpoint are skipped, so the loss scale, its
+hysteresis and the count of updates without an overflow must be restored too.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ TOLERANCE = 1e-5  # the project's tolerance in fp32 for another R
 
 
 class Place(NamedTuple):
-    """Place of the optimizer's state: on the device or offloaded, complete or sharded."""
+    """The place of a run's optimizer state: on the device or offloaded, complete or sharded."""
 
     offload: bool
     sharded: bool
@@ -43,7 +43,7 @@ class Place(NamedTuple):
 
 
 class Resumed(NamedTuple):
-    """An uninterrupted run, and a run that resumes from its middle with the state elsewhere."""
+    """A run with its optimizer state at `whole`, and its resume with the state at `rest`."""
 
     precision: str
     optimizer: str
@@ -202,7 +202,7 @@ def check_content(folder: Path, kind: Resumed) -> None:
 
 
 def check_replicas(folder: Path, one: OtherReplicas) -> None:
-    """Checks losses for another R; rounding differs, and 8-bit moments may differ by one code."""
+    """Checks losses with another R: rounding differs, and 8-bit moments may differ by one code."""
     name = f"{one.whole_name}-to-{one.replicas}"
     whole = [line["loss"] for line in metrics(folder, one.whole_name, 1, 2)]
     resumed = [line["loss"] for line in metrics(folder, name, 1, one.replicas)]
@@ -215,7 +215,7 @@ def check_replicas(folder: Path, one: OtherReplicas) -> None:
 
 @pytest.mark.parametrize("kind", FEW, ids=[kind.name for kind in FEW])
 def test_a_resumed_run_ends_in_the_same_bits(kind: Resumed, folder: Path) -> None:
-    """Bits stay the same, even if the resumed run changes offload or sharding of the state."""
+    """A resumed run ends in the same bits, even if its optimizer state is in another place."""
     check_resumed(folder, kind)
     check_content(folder, kind)
 
@@ -227,7 +227,7 @@ def test_another_number_of_replicas_goes_on(one: OtherReplicas, folder: Path) ->
 
 @pytest.mark.slow
 def test_every_kind_and_place(tmp_path: Path) -> None:
-    """The place of the optimizer state changes no bit, neither at the save nor at the end."""
+    """The place of the optimizer state changes no bit of the metrics or of the checkpoints."""
     train_all(tmp_path, ALL, ALL_REPLICAS)
     for kind in ALL:
         check_resumed(tmp_path, kind)

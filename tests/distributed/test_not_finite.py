@@ -1,4 +1,4 @@
-"""Tests the errors for numbers that are not finite; no update uses such numbers."""
+"""Tests the errors for losses, gradients and weights that are not finite; no update uses them."""
 
 import json
 import re
@@ -106,7 +106,7 @@ def blocks_of(folder: Path, step: int) -> list[TokenBlock]:
 
 
 def documents_of(folder: Path, step: int, rows: Sequence[int]) -> str:
-    """Returns the documents of these rows, in the format of the messages."""
+    """Returns the names of the documents in these rows, in the format of the error messages."""
     blocks = blocks_of(folder, step)
     return "; ".join(", ".join(blocks[row].documents) for row in rows)
 
@@ -117,7 +117,7 @@ def documents_of(folder: Path, step: int, rows: Sequence[int]) -> str:
 def test_a_loss_that_is_not_finite_stops_every_rank(
     run: str, stage: int, rows: tuple[int, int], trained: Trained
 ) -> None:
-    """The error names step, stage, and the documents of that replica's microbatch."""
+    """The error of every rank names step, stage, and the documents of the bad microbatch."""
     folder = trained[0]
     blocks, named = blocks_of(folder, BAD_STEP), documents_of(folder, BAD_STEP, rows)
     expected = (
@@ -150,10 +150,10 @@ def test_a_gradient_that_is_not_finite_stops_every_rank(trained: Trained) -> Non
 
 @pytest.mark.parametrize("run", ["fp16-loss", "fp16-all"])
 def test_in_fp16_such_a_loss_costs_one_update(run: str, trained: Trained) -> None:
-    """In fp16, a loss that is not finite skips one update, and the metrics have null for it.
+    """In fp16, a loss that is not finite skips one update, and is null in the metrics.
 
-    The run continues even if the gradients are finite, as for a logit of -inf. If they are not
-    finite, the bad loss is the reason that is logged.
+    The update is skipped even if the gradients are finite, as for a logit of -inf. If the gradients
+    are not finite either, the log line still gives the loss as the reason.
     """
     folder = trained[0]
     lines = lines_of(folder, run, 2, 2)
@@ -194,7 +194,7 @@ def test_a_run_that_gave_up_goes_on(trained: Trained) -> None:
 
 
 def test_a_loss_in_the_first_half_of_an_update_costs_all_of_it(trained: Trained) -> None:
-    """A bad loss in its first iteration skips an update, even if all gradients are finite."""
+    """An update is skipped if the first of its two losses is not finite (all gradients are)."""
     folder = trained[0]
     lines = lines_of(folder, "half-an-update", 2, 2)
     assert [line["loss"] is None for line in lines] == [n == 3 for n in range(1, 7)]
@@ -203,7 +203,7 @@ def test_a_loss_in_the_first_half_of_an_update_costs_all_of_it(trained: Trained)
 
 
 def test_a_constant_scale_stays_through_an_overflow(trained: Trained) -> None:
-    """A constant scale ignores --min-loss-scale, here a larger value."""
+    """A constant loss scale stays after an overflow, and ignores a larger --min-loss-scale."""
     lines = lines_of(trained[0], "constant", 2, 2)
     assert [line["loss_scale"] for line in lines] == [64.0] * STEPS
     assert [line["grad_norm"] is None for line in lines] == [n == 3 for n in range(1, STEPS + 1)]
@@ -229,7 +229,7 @@ def test_a_scale_halves_down_to_the_smallest(trained: Trained) -> None:
 
 
 def test_weights_that_are_not_finite_are_not_saved(trained: Trained) -> None:
-    """A master of 1e5 does not fit fp16, so no checkpoint is saved."""
+    """If an update with --lr 1e5 makes weights that do not fit fp16, no checkpoint is saved."""
     folder = trained[0]
     for stopped in ends_of(trained, "blown-up"):
         assert stopped.startswith(
@@ -243,7 +243,7 @@ def test_weights_that_are_not_finite_are_not_saved(trained: Trained) -> None:
 
 
 def test_a_held_out_loss_that_is_not_finite_loses_nothing(trained: Trained) -> None:
-    """A held-out loss that is not finite is null, its blocks are named, and the run is saved."""
+    """A bad held-out loss is null in the metrics, its blocks are logged, and the run is saved."""
     folder, told = trained
     path = run_folder(folder, "held-out", 2, 2)
     assert (path / "latest").read_text() == str(STEPS)
@@ -257,7 +257,7 @@ def test_a_held_out_loss_that_is_not_finite_loses_nothing(trained: Trained) -> N
 
 
 def test_a_set_whose_loss_is_not_finite_is_named(trained: Trained) -> None:
-    """The other set has its loss; the loss over both sets is null."""
+    """If the loss of one of two held-out sets is not finite, the loss over both is null, too."""
     folder, told = trained
     path = run_folder(folder, "held-out-sets", 2, 2)
     first, *_, last = read_metrics(path / "metrics.jsonl")
@@ -282,7 +282,7 @@ def test_giving_up_names_the_blocks_of_a_bad_loss(trained: Trained) -> None:
 
 
 def test_a_run_that_gave_up_at_its_end_is_no_success_when_started_again(trained: Trained) -> None:
-    """A restart fails again; with more --total-steps the run continues."""
+    """A run that gave up at its last step fails again if restarted; with more steps it goes on."""
     folder = trained[0]
     for stopped in ends_of(trained, "at-end"):
         assert stopped.startswith(f"step {STEPS}: {MAX_SKIPPED} updates")

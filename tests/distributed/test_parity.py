@@ -1,9 +1,9 @@
 """Tests shapes P x R against the Hugging Face model that is trained in one process.
 
-Runs of 20 iterations, at a rate at which the loss changes, are compared with the reference; they
-cover models, accumulation, schedules and shapes pairwise. Runs of few updates are compared with
-each other, bit for bit: they differ in everything that does not change a sum. The slow test has the
-complete matrix.
+Runs of 20 iterations are compared with the reference, at a learning rate at which the loss changes.
+These runs cover models, accumulation, schedules and shapes pairwise. Runs of few updates are
+compared with each other, bit for bit: they differ in the settings that must change no bit. The slow
+test has every combination.
 """
 
 from collections.abc import Mapping, Sequence
@@ -64,7 +64,7 @@ class Run(NamedTuple):
 
 
 def scheduled(schedule: str, recompute: str = "true") -> dict[str, Any]:
-    """Returns flags with microbatches of one row: a pipeline of one replica has four."""
+    """Returns flags of a schedule with one row per microbatch (R = 1: four microbatches)."""
     return {"pp-mode": schedule, "recompute": recompute, "micro-batch-size": 1}
 
 
@@ -137,12 +137,12 @@ ALL_SAME = {
 
 
 def small_buckets(topology: Topology) -> AbstractContextManager[object]:
-    """Makes small buckets: one for each large weight, and one for all other weights."""
+    """Makes small gradient buckets: one for each large weight, and one for all other weights."""
     return patch("data_parallel.grad_buffer.BUCKET_BYTES", 4096)
 
 
 def train_all(folder: Path, parity: Sequence[Run], same: Mapping[str, Sequence[Run]]) -> None:
-    """Trains the runs of both kinds; runs of few updates are in the folder `short`."""
+    """Trains all runs; those of `same`, with few updates, write to the folder `short`."""
     write_jsonl(folder / "a.jsonl", make_texts(60, seed=1))
     write_jsonl(folder / "b.jsonl", make_texts(60, seed=2))
     for name, model in MODELS.items():
@@ -238,7 +238,7 @@ def test_layers_are_split_as_listed_and_as_auto_chooses(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_the_whole_matrix(tmp_path: Path) -> None:
-    """Every model, accumulation, schedule and shape agrees with one process and with each other."""
+    """All models, accumulations, schedules and shapes agree with one process and each other."""
     train_all(tmp_path, ALL_PARITY, ALL_SAME)
     references: dict[tuple[str, int, float | None], Any] = {}
     for run in ALL_PARITY:

@@ -32,7 +32,7 @@ MODELS = {
 
 
 class Shape(NamedTuple):
-    """A run: its stages, replicas, model and flags; `slow` runs only with the slow tests."""
+    """A run: its stages, replicas, model and flags; if `slow`, only the slow tests run it."""
 
     name: str
     stages: int

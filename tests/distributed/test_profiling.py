@@ -1,4 +1,4 @@
-"""Tests --profiling tidy_profiling in complete runs: traces, timeline, and unchanged bits."""
+"""Tests --profiling tidy_profiling in complete runs: traces, timeline, and unchanged losses."""
 
 import json
 import os
@@ -52,7 +52,7 @@ Event = dict[str, Any]
 
 @dataclass(frozen=True)
 class InFolder:
-    """Hook: runs in working directory `path`; if `bad`, one number becomes inf in one step."""
+    """A hook that runs a rank in the folder `path`; if `bad`, an output of one step is infinite."""
 
     path: Path
     bad: bool = False
@@ -87,7 +87,7 @@ def flags(folder: Path, schedule: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def told(folder: Path) -> OfRanks:
-    """Trains each schedule with profiling, one without, and a run that stops; returns the logs."""
+    """Trains each schedule with profiling, one run without, one that stops; returns the logs."""
     cases = [Case("off", flags(folder, "gpipe"), InFolder(folder / "in-off"))]
     for schedule in ORDERS:
         own = flags(folder, schedule) | {"profiling": "tidy_profiling"}
@@ -105,7 +105,7 @@ def read_trace(folder: Path, name: str, rank: int) -> list[Event]:
 
 
 def by_step(events: list[Event]) -> dict[int, list[Event]]:
-    """Returns a rank's spans by step, in the order of their starts."""
+    """Returns a rank's trace events by step, sorted by their start times."""
     found = defaultdict(list)
     for event in sorted(events, key=lambda event: event["ts"]):
         found[event["args"]["step"]].append(event)
@@ -117,7 +117,7 @@ def num_elements(shard: Path) -> int:
 
 
 def computed(events: list[Event]) -> str:
-    """Returns the order of a rank's computations."""
+    """Returns a rank's computations in their order, such as F0 B0."""
     boxes = [event for event in events if event["tid"] in LETTERS]
     ends = [event["ts"] + event["dur"] for event in boxes]
     assert all(end <= event["ts"] for end, event in zip(ends, boxes[1:], strict=False))
@@ -128,7 +128,7 @@ def computed(events: list[Event]) -> str:
 def test_profiling_changes_no_bit_and_traces_nothing_when_off(
     schedule: str, folder: Path, told: OfRanks
 ) -> None:
-    """Bits do not depend on the schedule, so one run without profiling is enough."""
+    """Losses with profiling, of each schedule, are those of a run without, which has no traces."""
     for key in ("loss", "grad_norm"):
         profiled = curve(folder, schedule, STAGES, REPLICAS, key)
         assert profiled == curve(folder, "off", STAGES, REPLICAS, key)
@@ -271,7 +271,7 @@ def test_a_world_of_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def by_hand(optimizer: list[list[tuple[float, float]]]) -> StepOfAllRanks:
-    """Builds a step of two stages and two microbatches (F 1, B 2), with optimizer spans."""
+    """Builds a step of 2 stages and 2 microbatches (F 1 s, B 2 s) with these optimizer spans."""
     spans = []
     for rank, of_rank in enumerate(optimizer):
         for i in range(2):

@@ -1,7 +1,7 @@
 """Tests runs that stop, die or have no shared disk, and resume with another number of stages.
 
-Two pipelines of two stages (2,1 of three layers) become four of one stage, or one of three. The
-losses are those of an undisturbed run.
+Two pipelines of two stages (2,1 of three layers) become four pipelines of one stage, or one
+pipeline of three. The losses must equal those of an uninterrupted run. A `Lab` starts the runs.
 """
 
 import shutil
@@ -40,7 +40,7 @@ NEEDS = {1: 0, 2: 1}  # rank of three stages: the stage of two whose files it ne
 
 @dataclass(frozen=True)
 class Seen:
-    """Outcome of a start; then `latest`, and the steps in rank 0's folder."""
+    """The outcome of a start of the program; then `latest`, and the steps in rank 0's folder."""
 
     outcome: Outcome
     latest: str
@@ -76,9 +76,9 @@ def live(_rank: int, _world: int, _url: str, lab: Lab) -> dict[str, Seen]:
 
 
 def live_apart(_rank: int, _world: int, _url: str, lab: Lab) -> dict[str, Seen]:
-    """Stops a run where each rank has its own disk, then resumes in another shape.
+    """Stops a run whose ranks have separate disks, then resumes it twice with three stages.
 
-    The first resume lacks files that it needs, the second has them.
+    The first resume lacks files of the checkpoint that it needs; the second has all of them.
     """
     never = {"checkpoint-steps": 0}
     found = {
@@ -116,7 +116,7 @@ def check_losses(lab: Lab, disk: Path) -> None:
 def test_machines_are_told_which_files_to_bring_and_go_on_with_them(
     lab: Lab, seen: dict[str, Seen]
 ) -> None:
-    """Every rank ends with status 2 and an error that names the missing files."""
+    """Every rank's error names the files that are missing; with these files, the run resumes."""
     (apart,) = run_ranks(1, live_apart, lab, deadline=400.0)
     assert apart["stopped"].outcome.statuses == [75] * WORLD
     assert apart["apart"].outcome.statuses == [2] * 3
@@ -152,7 +152,7 @@ def test_a_death_in_the_first_save_of_other_stages_costs_that_save_alone(
 
 
 def test_old_steps_of_other_stages_go_as_those_of_these_do(lab: Lab, seen: dict[str, Seen]) -> None:
-    """Retention deletes old steps, and optimizer states of all their stages, at any split."""
+    """Retention deletes old steps and optimizer states, also those saved with other stages."""
     stopped = seen["kept, stopped"]
     assert stopped.outcome.statuses == [75] * WORLD
     assert (stopped.latest, stopped.steps) == (str(SAVED), [str(STOPPED), str(SAVED)])

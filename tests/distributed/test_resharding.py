@@ -1,7 +1,7 @@
 """Tests that a run resumes with other stages, replicas or split, and with the same losses.
 
-Every shape trains to its end and saves its middle; from there, runs resume in other shapes. Their
-losses must be those of the run that kept its shape.
+A run of every shape trains to its end and saves its middle step; from there, runs resume in other
+shapes. Their losses must equal those of the run that kept its shape.
 """
 
 import json
@@ -63,7 +63,7 @@ Spoil = Callable[[Path], object]
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
-    """Trains the pairs for fp32 with adam, and one pair for each other precision and optimizer."""
+    """Trains FEW pairs of shapes in fp32 with adam, and one pair for each of OTHER_KINDS."""
     folder = tmp_path_factory.mktemp("resharding")
     whole = [Case("fp32-adam", flags(folder, KINDS[0]))]
     others = resumed(folder, KINDS[0], FEW)
@@ -84,7 +84,7 @@ def test_every_shape_goes_on_at_others(source: Shape, target: Shape, ended: Ende
 def test_every_precision_and_optimizer_does(
     kind: tuple[str, str], pair: Pair, ended: Ended
 ) -> None:
-    """The losses are the same if the resumed run shards and offloads its state, too."""
+    """Losses stay the same, even if the resumed run also shards and offloads its optimizer."""
     assert check_resumed(ended[0], kind, *pair) < TOLERANCES[kind]
 
 
@@ -140,12 +140,12 @@ SPOILT: dict[str, tuple[Spoil, str]] = {
 
 @pytest.fixture
 def four(ended: Ended, tmp_path: Path) -> Path:
-    """Returns a copy of the run of four stages."""
+    """Returns a copy of the folder of the run with four stages."""
     return shutil.copytree(run_folder(ended[0], "fp32-adam", 4, 1), tmp_path / "run")
 
 
 def first_of_two(run: Path, folder: Path) -> RunStart:
-    """Starts the first of two stages, up to the point where it would read weights."""
+    """Resumes a run as the first of two stages, up to the point where it would read weights."""
     own = flags_of(f"""
         --checkpoint-path {run} --pipeline-group-size 2 --world-size 2 --num-layers 4,1
         --batch-size 4 --use-cuda false
@@ -157,7 +157,7 @@ def first_of_two(run: Path, folder: Path) -> RunStart:
 def test_a_file_that_a_stage_needs_and_is_not_whole_is_named(
     name: str, four: Path, ended: Ended
 ) -> None:
-    """The error also offers the step before, which is complete."""
+    """The error names the damaged or missing file, and the newest complete step before it."""
     spoil, words = SPOILT[name]
     spoil(four / str(STEPS))
     with pytest.raises(ValueError, match=re.escape(words)) as error:
@@ -178,7 +178,7 @@ def test_what_a_stage_does_not_need_does_not_matter(four: Path, ended: Ended) ->
 def test_what_is_not_here_is_told_by_name_rank_and_host(
     four: Path, ended: Ended, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Missing files are an error if no other step is complete, else a warning."""
+    """Missing files are named in a warning if another step is complete, else in an error."""
     needs = (
         f"rank 0 on {socket.gethostname()} needs in {{}} "
         "prank_2_{{checkpoint.pt,optimizer.pt,scheduler.pt,manifest.json}}"
@@ -213,7 +213,7 @@ def test_files_of_another_save_are_not_mixed_in(four: Path, ended: Ended) -> Non
 
 @pytest.mark.slow
 def test_the_whole_matrix(tmp_path: Path) -> None:
-    """Every pair of shapes has the same losses in fp32 and bf16, with each optimizer."""
+    """A resume from any shape to any other keeps the losses, in fp32 and bf16, any optimizer."""
     longer = {"total-steps": SAVED + LONG}
     whole = [Case("-".join(kind), flags(tmp_path, kind, **longer)) for kind in KINDS]
     others = [case for kind in KINDS for case in resumed(tmp_path, kind, PAIRS, **longer)]

@@ -1,4 +1,4 @@
-"""Tests which flags a resumed run can change, and its log lines, in a world of one."""
+"""Tests, with one rank, which flags a resumed run can change, and what it logs about them."""
 
 import logging
 import shutil
@@ -88,7 +88,7 @@ def test_what_may_change_is_told_in_one_line(
 def test_more_steps_go_on_with_the_schedule_computed_anew(
     flags: dict[str, Any], tmp_path: Path
 ) -> None:
-    """A resumed run with more steps has the learning rates of a schedule with all steps."""
+    """Resumed with more --total-steps, a run has the learning rates of a schedule of all steps."""
     longer = {**flags, "total-steps": 8, "checkpoint-path": tmp_path / "longer"}
     train_alone({**longer, "total-steps": STEPS})
     train_alone(longer)
@@ -102,7 +102,7 @@ def test_more_steps_go_on_with_the_schedule_computed_anew(
 def test_held_out_text_that_predicts_nothing_is_told_before_training(
     resumed: bool, flags: dict[str, Any], tmp_path: Path
 ) -> None:
-    """The error comes before training, also for a set that is evaluated only at the end."""
+    """A held-out set that predicts nothing is an error before training, even in a resumed run."""
     empty = tmp_path / "empty.jsonl"
     empty.write_text('{"text": ""}\n')
     run = tmp_path / "run"
@@ -119,7 +119,7 @@ def test_held_out_text_that_predicts_nothing_is_told_before_training(
 def test_the_same_step_is_saved_over_one_that_never_was_whole(
     flags: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A new save replaces an incomplete step and warns; leftovers of dead processes are deleted."""
+    """A run warns of an incomplete step, saves it anew, and deletes leftovers of dead processes."""
     run = tmp_path / "run"
     again = {**flags, "checkpoint-path": run}
     train_alone(again)

@@ -32,7 +32,7 @@ def stream_of(path: Path, workers: int) -> BlockStream:
 def take(
     rank: int, _world: int, _url: str, shapes: list[tuple[int, int, str]], path: Path
 ) -> list[Taken]:
-    """Returns this rank's batches in each shape; the data is resumed in the middle."""
+    """Returns this rank's batches in each shape; the data stream is restored after half of them."""
     return [_take(Topology(rank, *shape), url, path) for *shape, url in shapes]
 
 
@@ -74,7 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_tokens_do_not_depend_on_the_shape(folder: Path) -> None:
-    """20 batches, resumed after 10, with 1, 0 or 3 workers equal the batches of one loader."""
+    """In each shape, 20 batches equal those of one loader, with 1, 0 or 3 workers and a restore."""
     loader = BatchLoader(stream_of(folder, workers=0), rows=ROWS)
     expected = [loader.next() for _ in range(BATCHES)]
     loader.close()

@@ -1,4 +1,4 @@
-"""Tests when a resumed run keeps the split of its checkpoint, according to --num-layers."""
+"""Tests for which values of --num-layers a resumed run keeps the split of its checkpoint."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ def flags(folder: Path, num_layers: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
-    """Trains two stages with 1,3, 2,2 and 3,1, and three resumed runs; returns rank 0's logs."""
+    """Trains two stages with layers 1,3, 2,2 and 3,1, and resumes each; returns rank 0's logs."""
     folder = tmp_path_factory.mktemp("split-resume")
     write_jsonl(folder / "a.jsonl", make_texts(20, seed=1))
     make_shards(folder, "model", "gptneox", {"num_hidden_layers": LAYERS})
@@ -67,7 +67,7 @@ def test_a_run_goes_on_with_its_split(name: str, spelled: str, split: str, ended
 
 
 def first_rank(folder: Path, run: Path, num_layers: str, stages: int = 2) -> RunStart:
-    """Starts stage 0 of a resume, up to the read of weights; needs no other stage."""
+    """Resumes a run as stage 0, up to the read of weights; this needs no other stage's process."""
     own = flags_of(f"""
         --checkpoint-path {run} --use-cuda false --pipeline-group-size {stages}
         --world-size {stages}
@@ -101,7 +101,7 @@ def test_another_spelling_of_the_same_split_is_no_change(
 def test_another_split_is_told_in_one_line(
     name: str, asked: str, stages: int, line: str, ended: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """auto keeps the checkpoint's split for the same number of stages, else chooses a new one."""
+    """One line tells both splits; auto chooses a new one only for another number of stages."""
     run = run_folder(ended[0], name, 2, 1)
     with caplog.at_level(logging.INFO):
         assert first_rank(ended[0], run, asked, stages).step == STEPS

@@ -1,4 +1,4 @@
-"""Tests conversion, training and conversion back, for Hugging Face's and predecessors' files."""
+"""Tests conversion, training, conversion back: Hugging Face's and older (predecessors') files."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def road(base: Path, family: str, stages: int, num_layers: str) -> Run:
 
 
 def small_tokenizer() -> Any:
-    """Builds a tokenizer of complete words, for the predecessors' vocabulary of 53."""
+    """Builds a tokenizer of complete words, for the predecessors' vocabulary of 53 tokens."""
     vocabulary = {word: index for index, word in enumerate(["<eos>", "<unk>", *WORDS])}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -75,7 +75,7 @@ def small_tokenizer() -> Any:
 
 
 def old_shards(family: str, folder: Path) -> None:
-    """Writes layer shards in the published format: fp16, with masks and rotary tables."""
+    """Writes layer shards as predecessors published them: fp16, with masks and rotary tables."""
     folder.mkdir(parents=True)
     small_tokenizer().save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(CONFIGS[family]))
@@ -101,7 +101,7 @@ def from_old_shards(base: Path, family: str) -> Run:
 
 
 def from_old_checkpoint(base: Path, family: str) -> list[Run]:
-    """Returns a run from a predecessor's checkpoint, and a run that finds our checkpoint there.
+    """Returns a run from a predecessor's checkpoint, and a run that resumes from the first run's.
 
     No layer shards exist, so neither run can read them.
     """
@@ -180,7 +180,7 @@ def test_an_iteration_at_rate_0_changes_no_bit(
 
 
 def test_the_split_is_told_once(ended: Outcomes) -> None:
-    """Expected: a block has 32 x (4 x 32 + 2 x 128 + 25) multiply-adds, the head 32 x 400."""
+    """Shares are of multiply-adds: 32 x (4 x 32 + 2 x 128 + 25) a block, 32 x 400 in the head."""
     told = [rank.stdout.splitlines() for rank in ended["road-gptj-4"]]
     lines = [line for rank in told for line in rank if "layers of the stages" in line]
     assert lines == [
@@ -228,7 +228,7 @@ def test_training_goes_on_with_predecessors_weights(
 def test_a_predecessors_checkpoint_starts_a_run_of_its_own(
     family: str, base: Path, ended: Outcomes
 ) -> None:
-    """One line reports a start at step 0 with a fresh optimizer; then our checkpoint is latest."""
+    """A run with a predecessor's weights begins at step 0; a restart resumes its own step 2."""
     run = base / f"old-checkpoint-{family}" / "run"
     told = ended[f"old-checkpoint-{family}-1"][0].stdout.splitlines()
     (line,) = [line for line in told if "checkpoint_20" in line]
@@ -252,7 +252,7 @@ def test_a_predecessors_checkpoint_starts_a_run_of_its_own(
 def test_what_came_of_predecessors_files_converts(
     family: str, base: Path, tmp_path: Path, ended: Outcomes
 ) -> None:
-    """The trained weights differ slightly from the old ones; the old checkpoint is unchanged."""
+    """The predecessor's checkpoint converts unchanged, the run's with slightly changed weights."""
     folder = base / f"old-checkpoint-{family}"
     expected = expected_hf(family, make_modules(family))
     to_hf(folder / "run", tmp_path / "new", family, verify=True)
@@ -269,7 +269,7 @@ def test_what_came_of_predecessors_files_converts(
 
 @pytest.mark.slow
 def test_torchrun(base: Path) -> None:
-    """torchrun sets rank, world size, address and device.
+    """A run that torchrun starts takes rank, world size, address and device from torchrun.
 
     In the default tests, test_launchers starts torchrun with --standalone.
     """

@@ -1,7 +1,7 @@
-"""Tests that a mistake in files of a model or checkpoint gives the same line on every rank.
+"""Tests that a mistake in files of a model or checkpoint gives every rank the same error line.
 
-Each mistake is made in the smallest possible world, and some of each kind in a world of four
-(WORLDS). The tests of the readers have more mistakes in files of weights.
+Each mistake is made in a run of as few ranks as possible, and some of each kind in a run of four
+ranks (WORLDS). The tests of the readers have more mistakes in files of weights.
 """
 
 import pickle
@@ -79,7 +79,7 @@ FOLDERS: dict[str, tuple[int, Spoil, list[str]]] = {
 
 
 def in_step(name: str, spoil: Spoil) -> Spoil:
-    """Damages a file of a step and updates the manifests' checksums, as if training saved it."""
+    """Returns a function that damages a file of step 2 and updates the manifests' checksums."""
 
     def spoil_and_reseal(folder: Path) -> None:
         spoil(folder / "2" / name)
@@ -149,7 +149,7 @@ WORLDS = {
 
 
 def first_runs(home: Path) -> list[Run]:
-    """Returns a run for each mistake in FOLDERS, and first starts for the runs of RESUMES."""
+    """Returns a run for each mistake in FOLDERS, and the runs that those of RESUMES resume."""
     runs = [first_start(home, size) for size in (4, 1)]
     for name, (rank, spoil, _) in FOLDERS.items():
         # As a published model, without a manifest: the reader itself finds the mistake.
@@ -161,7 +161,7 @@ def first_runs(home: Path) -> list[Run]:
 
 
 def first_start(home: Path, size: int) -> Run:
-    """Returns a start without a mistake; it takes over the lock of a dead process."""
+    """Returns a run without a mistake, in whose folder is the lock of a dead process."""
     one = start(home, f"{FIRST} {size}", {}, size)
     made = folder_of(home, one.name) / "checkpoints"
     made.mkdir()
@@ -170,7 +170,7 @@ def first_start(home: Path, size: int) -> Run:
 
 
 def second_run(home: Path, name: str) -> Run:
-    """Returns a start with a mistake of RESUMES, on the checkpoint of a first start."""
+    """Returns a run with a mistake of RESUMES, which resumes from a copy of a first run's files."""
     flags, spoil, _ = RESUMES[name]
     one = start(home, name, on_all(f"--total-steps 4 {flags}"), WORLDS.get(name, 1))
     made = folder_of(home, name) / "checkpoints"

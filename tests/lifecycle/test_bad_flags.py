@@ -1,7 +1,7 @@
-"""Tests that a mistake in flags gives the same line and exit status 2 on every rank.
+"""Tests that a mistake in flags gives the same error line and exit status 2 on every rank.
 
-Each mistake is made in the smallest possible world, and some of each kind in a world of four
-(WORLDS). tests/cli/test_bad_input.py tests most mistakes in one process.
+Each mistake is made in a run of as few ranks as possible, and some of each kind in a run of four
+ranks (WORLDS). tests/cli/test_bad_input.py tests most mistakes in one process.
 """
 
 import json
@@ -26,7 +26,7 @@ LATE = "another lr, seen before all are there"
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a folder of valid input, a tokenizer with one token too many, and a large weight."""
+    """Makes valid input, a tokenizer with one token too many, and a model with a huge weight."""
     home = make_home(tmp_path_factory.mktemp("bad-flags"))
     tokenizer().save_pretrained(home / "longer")
     path = home / "longer" / "tokenizer.json"

@@ -1,7 +1,7 @@
-"""Tests that a failing disk costs only one save: a warning, unchanged checkpoints and losses.
+"""Tests that a run with a failing disk warns and loses one checkpoint; all else is unchanged.
 
-The system itself refuses the writes: the size of a rank's files is limited during a save. Where the
-test has permission to mount, a small disk becomes full instead.
+The system itself refuses the writes, because the test limits the size of a rank's files during the
+save of a checkpoint. One test fills a small disk instead, where it has permission to mount.
 """
 
 import importlib
@@ -37,9 +37,9 @@ SMALL_FILES = 5000  # bytes; enough for the manifest and meta.json, not for weig
 
 @dataclass(frozen=True)
 class Fails:
-    """Hook: on `rank`, the calls with numbers `nth` of a module's function fail after their work.
+    """A hook: on `rank`, the `nth` calls of a module's function do their work, then raise an error.
 
-    With `limit` (bytes), they fail because the system limits the size of the process's files.
+    With `limit`, they fail during the work, because a file can have at most `limit` bytes.
     """
 
     rank: int
@@ -68,7 +68,7 @@ class Fails:
 
 
 def slow_disk(_topology: Topology) -> AbstractContextManager[object]:
-    """Makes the files of a stage take longer to write than the steps until the next save."""
+    """Makes the write of a stage's files last longer than the steps until the next checkpoint."""
     return slowed(f"{FOLDER}:write_stage_files", 0.5)
 
 
@@ -77,9 +77,9 @@ SEEN = "seen.json"
 
 @contextmanager
 def no_room_for_a_line(_topology: Topology) -> Iterator[None]:
-    """Refuses to write the metrics of step 2 once; step 2 ends with a save.
+    """Refuses once to write the metrics line of step 2, after which a checkpoint is saved.
 
-    Each save notes the steps in the metrics before its folder is renamed.
+    Before a checkpoint's folder is renamed, the hook notes the steps that metrics.jsonl has.
     """
     append, publish = MetricsFile.append, importlib.import_module(FOLDER).publish
     refused: list[int] = []
@@ -109,7 +109,7 @@ def not_renamed(rank: int) -> Fails:
 
 @dataclass(frozen=True)
 class Story:
-    """A failure, whether it ends the run, and the steps that exist at the end."""
+    """A failed save of a checkpoint, whether it ends the run, and the steps saved at the end."""
 
     fails: Fails
     steps: list[int]
@@ -189,7 +189,7 @@ def test_the_steps_that_could_be_saved_are_there_and_nothing_else(name: str, end
 
 @pytest.mark.parametrize("name", STORIES)
 def test_rank_0_says_what_failed_and_where(name: str, ended: Ended) -> None:
-    """Rank 0 logs the failure; if the failure ends the run, every rank reports it."""
+    """Only rank 0 logs a failed save; if the failure ends the run, every rank reports it."""
     story, told = STORIES[name], [told[ended.run(name).name] for told in ended.told]
     if story.stops:
         assert all(one.stopped is not None and story.words in one.stopped for one in told)
@@ -209,7 +209,7 @@ def test_the_curve_and_the_weights_are_those_of_an_undisturbed_run(name: str, en
 
 
 def test_what_is_written_beside_training_is_what_training_had(ended: Ended) -> None:
-    """Async saves contain the weights of their step, though training changes them meanwhile."""
+    """A checkpoint of --async-checkpoint has the weights of its step, though training goes on."""
     for step in range(EVERY, STEPS + 1, EVERY):
         for stage in range(2):
             beside, whole = (state(ended.run(name), stage, step) for name in ("beside", "whole"))
@@ -231,7 +231,7 @@ def test_a_refused_write_names_the_file(ended: Ended) -> None:
 
 
 def test_a_step_is_not_saved_before_its_line_is_written(ended: Ended) -> None:
-    """A step's metrics line is written before its save; a resume would not write the line again."""
+    """A step's metrics line is written before its checkpoint: a resume would not add the line."""
     notes = [json.loads(line) for line in (ended.run("a line") / SEEN).read_text().splitlines()]
     assert {step for step, _ in notes} == set(range(EVERY, STEPS + 1, EVERY))
     for step, seen in notes:
@@ -240,7 +240,7 @@ def test_a_step_is_not_saved_before_its_line_is_written(ended: Ended) -> None:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_save_that_fails_does_not_hide_why_training_stopped(fails: bool) -> None:
-    """The pending save ends first; if it fails too, the error names both failures."""
+    """When training stops, a pending save ends first; if the save fails, the error names both."""
 
     class Pending:
         is_pending, is_writing = True, True
@@ -271,7 +271,7 @@ def test_a_save_that_fails_does_not_hide_why_training_stopped(fails: bool) -> No
 
 
 def test_a_disk_that_is_full_for_the_rest_of_the_run(tmp_path: Path) -> None:
-    """Training continues to its end, where the save fails with status 1; a restart completes it."""
+    """Training goes on; if the last save fails, the status is 1 and a restart completes the run."""
     changes = "--num-layers 3 --total-steps 30 --checkpoint-steps 10 --data-workers 0"
     flags = make_flags(tmp_path) | flags_of(changes)
     steps = Slow(0, "pipeline_parallel.engine:Engine.train", 0.03)  # so the disk fills first

@@ -1,4 +1,4 @@
-"""Tests the failure detector without a policy: it reports events and ends no process."""
+"""Tests the failure detector alone: it reports events, and ends no process."""
 
 import queue
 import socket
@@ -20,7 +20,7 @@ NUM_RANKS = 3
 
 
 class Rank:
-    """A detector whose events are only recorded."""
+    """A rank with a failure detector, whose events are only recorded."""
 
     def __init__(self, rank: int, store: SignedStore) -> None:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()

@@ -1,4 +1,4 @@
-"""Tests a rank that dies, fails or hangs: each other rank ends soon, with a line that names it."""
+"""Tests that, if a rank dies, fails or hangs, all others end soon with a line that names it."""
 
 import os
 import signal
@@ -70,7 +70,7 @@ class Run:
         await_ready([rank for number, rank in enumerate(self.ranks) if number != but_for])
 
     def survivors(self, victim: int, *, within: float) -> Iterator[tuple[int, str]]:
-        """Yields each other rank and its one line; each must end with status 1."""
+        """Yields number and line of each rank except `victim`; each must end with status 1."""
         for number, rank in enumerate(self.ranks):
             if number != victim:
                 assert rank.status(within=within) == 1

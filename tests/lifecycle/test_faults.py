@@ -1,12 +1,12 @@
-"""Tests that runs with random faults end with the bits of an undisturbed run.
+"""Tests that runs with random faults end with the bits of a run without faults.
 
 The faults are SIGKILL and SIGSTOP of any rank, cut connections, full disks and SIGTERM: 1 to 3 per
 run, at named moments or by the clock. After each fault all ranks end in time, with the expected
 statuses and a line with the reason; `latest` always names a complete checkpoint; the same command
 resumes.
 By default one connection is cut; other tests have the other kinds of faults. The long form is
-`pytest -s -m faults tests/lifecycle/test_faults.py`. FAULT_SEED draws other faults (`clock`: any),
-FAULT_RUNS is the number of runs, and FAULT_LOG is a file that gets the result of each run.
+`pytest -s -m faults tests/lifecycle/test_faults.py`. FAULT_SEED is the seed of the faults (`clock`:
+the time), FAULT_RUNS the number of runs, and FAULT_LOG a file that gets the result of each run.
 """
 
 import os
@@ -29,7 +29,7 @@ SEED_APART, RUNS_APART = 12252, 3
 
 
 def lead(folder: Path, seed: int, runs: int, hosts: Sequence[Host] = ()) -> None:
-    """Draws and checks runs with faults; prints the counts, and the seed that repeats them."""
+    """Draws, starts and checks runs with faults; prints a report, and the seed of these runs."""
     given = os.environ.get("FAULT_SEED", str(seed))
     seed = time.time_ns() % 1_000_000 if given == "clock" else int(given)
     print(f"FAULT_SEED={seed}")
@@ -55,7 +55,7 @@ def wire() -> Iterator[None]:
 
 
 def test_a_run_lives_through_a_cut_connection(tmp_path: Path) -> None:
-    """All connections between two stages of a pipeline are cut in the middle of a step."""
+    """A run resumes after a cut of all connections between two stages in the middle of a step."""
     step = next(moment for moment in ANY_STEP if moment.name == "step")
     fault = Fault(CUT, 3, step, 0.0, peer=2, one=False, to_all=False, rest=None)
     plan = RunPlan(0, {}, [[fault]])

@@ -2,8 +2,8 @@
 
 The run has two pipelines of two stages, two weighted sources and held-out data. A plan, drawn from
 a seed, kills a rank at each moment of tests/support/kill_plan.py. After each kill the other ranks
-end by themselves, and `latest`, if it exists, names a complete checkpoint. The result of the last
-start is compared with an undisturbed run.
+end by themselves, and `latest`, if it exists, names a complete checkpoint. After the last start of
+the program, the run must have the bits of an uninterrupted run.
 """
 
 import shutil
@@ -46,9 +46,9 @@ def waits(kill: Kill) -> bool:
 
 
 def live(rank: int, _world: int, _url: str, lab: Lab, plan: Sequence[Kill]) -> Starts:
-    """Runs the reference, the plan's starts and a last one, and the run without a shared disk.
+    """Starts the uninterrupted run, the run that `plan` kills, and the run without a shared disk.
 
-    Starts that only wait for a rank run at the same time, as a separate run.
+    Meanwhile, a second process tries the kills after which rank 0 waits for a rank in vain.
     """
     if rank == 1:
         changes = {"join-timeout": SHORT_JOIN}
@@ -64,7 +64,7 @@ def live(rank: int, _world: int, _url: str, lab: Lab, plan: Sequence[Kill]) -> S
 
 
 def live_apart(lab: Lab) -> list[Start]:
-    """Starts a run in which every rank has its own disk; the tests describe the starts."""
+    """Starts a run whose ranks have separate disks seven times; the tests describe each start."""
     disks = [lab.disk("apart", rank) for rank in WRITERS]
     saves_left = (lab.steps - SAVE) // SAVE
     one_renamed = Kill("only one stage renamed", 1, PUBLISH, nth=2, wait=1.0)
@@ -123,7 +123,7 @@ def survivors(start: Start) -> list[int]:
 
 
 def test_the_plan_hits_every_moment(starts: Starts, deaths: list[Start]) -> None:
-    """Each kind of moment also comes before the first checkpoint, and every rank is killed."""
+    """The plan kills every rank, and at each kind of moment also before the first checkpoint."""
     missed = [start.kill for start in deaths if start.outcome.statuses[victim(start)] != -9]
     assert not missed
     found = [*starts["killed"], *starts["waiting"]]
@@ -134,7 +134,7 @@ def test_the_plan_hits_every_moment(starts: Starts, deaths: list[Start]) -> None
 
 
 def test_the_others_end_by_themselves_in_time(deaths: list[Start]) -> None:
-    """The exit status is 1; it is 2 if rank 0 was killed so early that no rank reached it."""
+    """The other ranks exit with 1, or with 2 if rank 0 was killed before a rank reached rank 0."""
     for start in deaths:
         assert start.kill is not None
         expected = 2 if start.kill.moment == "import" and victim(start) == 0 else 1
@@ -157,7 +157,7 @@ def test_latest_names_a_whole_checkpoint_after_every_death(deaths: list[Start]) 
 
 
 def test_the_run_ends_with_the_bits_of_the_undisturbed_one(lab: Lab, starts: Starts) -> None:
-    """Metrics have each step once, with the same numbers; weights and moments are the same."""
+    """The killed run has the metrics, weights and moments of the uninterrupted run."""
     assert starts["whole"][0].outcome.statuses == [0] * WORLD
     assert starts["killed"][-1].outcome.statuses == [0] * WORLD
     whole, killed = lab.disk("whole"), lab.disk("killed")
@@ -189,7 +189,7 @@ def test_a_torn_last_line_of_the_metrics_is_mended(lab: Lab) -> None:
 def test_without_a_shared_disk_stages_that_saved_differently_go_back_together(
     lab: Lab, starts: Starts
 ) -> None:
-    """Stage 0's folder was renamed, stage 1's was not; the disks of other replicas stay empty."""
+    """If only one stage has the newest step, all go back; disks of other replicas stay empty."""
     first, second = starts["apart"][:2]
     assert first.latest == str(SAVE)
     assert second.begin == SAVE
@@ -202,7 +202,7 @@ def test_without_a_shared_disk_stages_that_saved_differently_go_back_together(
 
 
 def test_latest_of_a_complete_run_catches_up(starts: Starts) -> None:
-    """The rank was killed after the last rename, before `latest`; a restart corrects `latest`."""
+    """If a rank dies between writing the last step and `latest`, a restart corrects `latest`."""
     second, third = starts["apart"][1:3]
     assert second.steps == STEPS
     assert third.outcome.statuses == [0] * WORLD
@@ -220,7 +220,7 @@ def test_a_cut_file_of_one_stage_is_an_error_that_offers_the_step_before(starts:
 
 
 def test_once_it_is_moved_away_all_go_back_to_the_step_before(lab: Lab, starts: Starts) -> None:
-    """The run warns and ends with the same bits; nothing of the old folder remains."""
+    """Without the damaged folder, the run goes back to the step before and ends as undisturbed."""
     assert_went_back(starts["apart"][4])
     assert numbers(lab.disk("apart", 0)) == numbers(lab.disk("whole"))
     assert same(state(lab.disk("apart", 1), 1, STEPS), state(lab.disk("whole"), 1, STEPS))
@@ -228,7 +228,7 @@ def test_once_it_is_moved_away_all_go_back_to_the_step_before(lab: Lab, starts: 
 
 
 def test_a_step_of_another_run_on_one_stage_is_not_mixed_in(starts: Starts) -> None:
-    """A machine's files of an earlier run are not used; all ranks go back to the step before."""
+    """If a stage's files of a step are another run's, all ranks go back to the step before."""
     assert_went_back(starts["apart"][5])
 
 

@@ -59,7 +59,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 
 def environ(**more: str) -> dict[str, str]:
-    """Returns an environment with this interpreter's commands first, as in an active venv."""
+    """Returns an environment whose PATH begins with this interpreter's folder, as in a venv."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
 
@@ -106,9 +106,9 @@ def steps_done(disk: Path) -> int:
 
 
 def test_a_launch_script_passes_the_signal_on_and_returns_75(tmp_path: Path) -> None:
-    """A script passes Ctrl-C (SIGINT) on to its ranks, because background jobs ignore SIGINT.
+    """A script passes Ctrl-C (SIGINT) on to its ranks as SIGTERM: background jobs ignore SIGINT.
 
-    A double of the command `python` starts ranks that only wait for a signal.
+    A test double of the command `python` starts ranks that only wait for a signal.
     """
     log, script = tmp_path / "log", tmp_path / "listen.py"
     script.write_text(LISTENING)
@@ -132,7 +132,7 @@ def test_a_launch_script_passes_the_signal_on_and_returns_75(tmp_path: Path) -> 
 def test_the_scripts_start_every_rank_with_either_launcher(
     tmp_path: Path, script: str, ranks: int, launcher: str, command: str
 ) -> None:
-    """A double of the launcher's command logs its arguments; later arguments override earlier."""
+    """A script starts all its ranks, and its user's arguments override those in the script."""
     log = tmp_path / "log"
     log.touch()
     (tmp_path / command).write_text('#!/usr/bin/env bash\necho "$*" >>"$LOG"\n')
@@ -172,7 +172,7 @@ def test_a_script_refuses_another_launcher() -> None:
 def test_the_sbatch_script_requeues_what_stopped_as_asked(
     tmp_path: Path, status: str, state_of_job: str, expected: int, requeued: bool
 ) -> None:
-    """A cancelled job is in state COMPLETING, so the script does not requeue it."""
+    """A job that ends with status 75 is requeued, unless it was cancelled (state COMPLETING)."""
     for name, body in SLURM.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
@@ -197,9 +197,9 @@ def finish(_rank: int, _world: int, _url: str, lab: Lab) -> list[Start]:
 
 
 def test_torchrun_restarts_and_stops_to_the_same_bits(lab: Lab) -> None:
-    """torchrun restarts all ranks after SIGKILL of one, and saves after SIGTERM.
+    """Under torchrun, all ranks restart after SIGKILL of one, and save a checkpoint after SIGTERM.
 
-    A later start ends with the bits of an undisturbed run.
+    A later start of the program ends with the bits of an uninterrupted run.
     """
     disk, log = lab.disk("torchrun"), lab.folder / "torchrun.log"
     disk.parent.mkdir()

@@ -31,7 +31,7 @@ CPU = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to a
 
 @dataclass(frozen=True)
 class Bounded:
-    """Hook: limits a rank's address space after the build, so the next activations do not fit."""
+    """A hook that limits a rank's address space after the build, so that activations do not fit."""
 
     rank: int
 
@@ -67,7 +67,7 @@ def flags(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Failing:
-    """Hook: a call of `target` during training raises `error`."""
+    """A hook that makes each call of `target` raise `error`."""
 
     target: str
     error: Exception
@@ -78,7 +78,7 @@ class Failing:
 
 @dataclass(frozen=True)
 class FailingBlock:
-    """Hook: memory runs out in forward `number` of all blocks, counted from the start."""
+    """A hook that lets memory run out in block forward `number`, counted over all blocks from 0."""
 
     number: int
 
@@ -173,7 +173,7 @@ def test_what_failed_is_let_go_of_before_the_plan() -> None:
 
 
 def test_memory_that_truly_runs_out_ends_every_rank(folder: Path) -> None:
-    """Memory runs out on rank 1 of two stages; both ranks report it in one line, status 1."""
+    """If memory runs out on rank 1, both ranks say so in one line and exit with status 1."""
     own = flags(folder) | flags_of(f"""
         --batch-size 120 --seq-length 256 --pipeline-group-size 2 --world-size 2
         --dist-url tcp://127.0.0.1:{free_port()} --checkpoint-path {folder}/bounded

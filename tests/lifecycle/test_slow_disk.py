@@ -1,4 +1,4 @@
-"""Tests that a read slower than --dist-timeout does not end the start of a run."""
+"""Tests that a run begins even if a rank's reads take longer than --dist-timeout."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,9 +30,9 @@ def slow_shards(topology: Topology) -> Iterator[None]:
 
 @contextmanager
 def slow_checkpoint(topology: Topology) -> Iterator[None]:
-    """Makes a checkpoint's reads slow: leftovers, each module, the optimizer, a part of its state.
+    """Slows a resume: the deletion of leftovers, and reads of modules and of optimizer state.
 
-    The stages read the state in two and three parts.
+    The two stages read their optimizer state in two and three parts.
     """
     with (
         patch("optimizer.state_dict._BATCH_ELEMENTS", 1),

@@ -1,8 +1,8 @@
-"""Tests a stop by a signal: the run saves after its update and exits with status 75.
+"""Tests a stop by a signal: the run ends its update, saves a checkpoint and exits with 75.
 
-The run has two pipelines of two stages, and two iterations per update. It is stopped many times, at
-chosen moments, and resumed with the same command; at its end it has the bits of an undisturbed run.
-It saves only when it is stopped, except in one start.
+The run has two pipelines of two stages, and two iterations per update. Signals stop it many times,
+at chosen moments, and the same command resumes it; at its end, it has the bits of an uninterrupted
+run. It saves checkpoints only when it is stopped, except where PLAN sets --checkpoint-steps.
 """
 
 import json
@@ -53,10 +53,10 @@ def saved(step: int) -> str:
 
 
 class Stop(NamedTuple):
-    """A start that gets signals, and the expected end of every rank.
+    """A start of the run in which ranks get signals, and the expected end of every rank.
 
-    who: the signal and the rank in all lines; rest: the other text of the lines; latest: the step
-    that is saved then; changes: changed flags.
+    who: the signal and the rank that all error lines name; rest: the remaining text of the lines;
+    latest: the newest step that is saved at the end; changes: changed flags.
     """
 
     kills: list[Kill]
@@ -148,7 +148,7 @@ LEFT_OUT = {3, 6, 9, 12, 15}  # evaluations that a pending stop omits
 
 
 class Lived(NamedTuple):
-    """Outcomes of the starts by name, of a world of one, and of a rank 1 that finds no rank 0."""
+    """Outcomes of the starts by name, of a run of one rank, and of a rank that finds no rank 0."""
 
     starts: Starts
     alone: Outcome
@@ -187,7 +187,7 @@ def starts(lived: Lived) -> Starts:
 
 @pytest.mark.parametrize("name", PLAN)
 def test_all_ranks_end_alike_and_say_so_in_one_line(name: str, starts: Starts) -> None:
-    """A rank that ends because of another rank's request names that rank."""
+    """All ranks end with one line and the same status; the line names the rank with the signal."""
     start, stop = starts[name], PLAN[name]
     assert start.outcome.statuses == [stop.status] * WORLD
     if stop.kills[0].to_all:  # rank 0 can receive another rank's request first
@@ -215,7 +215,7 @@ def test_a_run_that_is_asked_in_its_last_step_is_complete(starts: Starts) -> Non
 
 
 def test_the_run_ends_with_the_bits_of_the_undisturbed_one(lab: Lab, starts: Starts) -> None:
-    """Held-out losses that the stops omitted are not compared."""
+    """The stopped run has the bits of the other one, except evaluations that the stops omitted."""
     whole, stopped = lab.disk("whole"), lab.disk("stopped")
     assert starts["whole"].outcome.statuses == [0] * WORLD
     expected = numbers(whole)
@@ -246,7 +246,7 @@ def test_a_rank_that_finds_no_rank_0_stops_alone(lived: Lived) -> None:
 
 
 def test_a_world_of_one_stops_too(lab: Lab, lived: Lived) -> None:
-    """In a world of one, the line does not begin with the rank."""
+    """A run of one rank exits with 75, too; its line does not begin with the rank."""
     assert lived.alone.statuses == [75]
     assert lived.alone.lines == [[f"asked to stop (SIGINT on rank 0): {saved(2)}"]]
     assert Path(lab.disk("alone"), "latest").read_text() == "2"

@@ -1,6 +1,6 @@
 """Tests a rank that fails and ends slowly: the other ranks report its error, not a timeout.
 
-The run has two pipelines of two stages; their timeout is shorter than the slow rank's exit.
+The run has two pipelines of two stages; --dist-timeout is shorter than the slow rank's exit.
 """
 
 from pathlib import Path

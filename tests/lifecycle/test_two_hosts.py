@@ -1,8 +1,8 @@
 """Tests a run on two machines that share only the code and are joined by a network.
 
 Each machine is a network namespace with its own address, interface name, host name and folder. The
-losses are those of one machine, bit for bit, also after one machine died and both were started
-again.
+losses must equal those of a run on one machine, bit for bit, also after the rank on one machine was
+killed and both ranks were started again.
 """
 
 import shutil
@@ -73,7 +73,7 @@ def flags(layout: str, rank: int, port: int) -> dict[str, Any]:
 
 
 def chain(base: Path, layout: str, port: int, victim: int) -> list[Run]:
-    """Returns three starts on two hosts: a wrong interface, a killed rank, and a resume."""
+    """Returns three starts of the run: with a wrong interface, with a killed rank, and a resume."""
     homes = [base / layout / host.name for host in HOSTS]
 
     def start(name: str, interfaces: tuple[str | None, str | None], kill: bool = False) -> Run:
@@ -96,7 +96,7 @@ def chain(base: Path, layout: str, port: int, victim: int) -> list[Run]:
 
 
 def alone(base: Path, layout: str, port: int) -> Run:
-    """Returns the same run, undisturbed on one host."""
+    """Returns the same run without interruption, with both ranks on one host."""
     home = base / layout / "alone"
     home.mkdir()
     shutil.copytree(base / "m", home / "m")
@@ -172,7 +172,7 @@ def test_each_host_keeps_its_own_stage(base: Path, ended: Outcomes) -> None:
 
 
 def test_gathered_files_become_one_model(base: Path, tmp_path: Path, ended: Outcomes) -> None:
-    """The conversion needs only the far host's weights and their manifest beside the near files."""
+    """To convert, only the far host's weights and their manifest are copied to the near host."""
     near, far = (base / "one pipeline" / host.name / "run" / str(STEPS) for host in HOSTS)
     shutil.copytree(near, tmp_path / "gathered")
     for name in ("prank_1_checkpoint.pt", "prank_1_manifest.json"):

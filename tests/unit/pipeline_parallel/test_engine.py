@@ -1,4 +1,4 @@
-"""Tests the engine with doubles: its waits, its microbatches in flight, and its failures."""
+"""Tests the pipeline engine with test doubles: waits, microbatches in flight, and failures."""
 
 from functools import cache, partial
 from typing import Any
@@ -30,7 +30,7 @@ from tests.support.stages import (
 
 
 def test_gpipes_first_stage_runs_all_forwards_before_the_second_begins() -> None:
-    """The first stage waits for no send, and no stage receives."""
+    """gpipe's first stage sends all 8 microbatches before it waits for any message."""
     communicator = NotedCommunicator(0, 2)
     communicator.at_receive = Mock(side_effect=PeerLostError)
     engine = make_engine(gpipe, communicator, num_microbatches=8)
@@ -104,9 +104,9 @@ ACTIVATION = 4 * ROWS * TOKENS * HIDDEN  # bytes
 
 @pytest.mark.parametrize(("stage_index", "recompute"), [(0, False), (P - 1, False), (1, True)])
 def test_memory_falls_with_the_microbatches_held(stage_index: int, recompute: bool) -> None:
-    """1f1b with 16 microbatches needs as much memory as gpipe with 1f1b's number in flight.
+    """1f1b with 16 microbatches needs no more memory than gpipe with as many as 1f1b has in flight.
 
-    Messages need more: two received ahead in each direction.
+    The limit adds four activations for messages: two received ahead in each direction.
     """
     gpipe_of = partial(peak_of, "gpipe", stage_index, recompute=recompute)
     held = P - stage_index
@@ -118,11 +118,12 @@ def test_memory_falls_with_the_microbatches_held(stage_index: int, recompute: bo
 
 @pytest.mark.parametrize("stage_index", [0, P - 1])
 def test_weight_gradients_that_wait_cost_little_memory(stage_index: int) -> None:
-    """zb-h1 needs for 16 microbatches little more memory than gpipe for P.
+    """zb-h1 with 16 microbatches needs little more memory than gpipe with P = 4.
 
-    Between I and W, a layer's microbatch holds inputs and gradients of its four matmuls, 16
-    activations in total, and 12.5 before I: 7 more for two layers, for `stage_index` microbatches
-    and for the current one. The last stage also holds the gradients of its logits.
+    Between input gradient (I) and weight gradient (W), a layer holds for a microbatch the inputs
+    and output gradients of four matmuls: 16 activations. Before I, it holds 12.5. So two layers
+    hold 2 x 3.5 = 7 more for each waiting microbatch (`stage_index` of them) and the current one.
+    The last stage also holds the gradients of its logits.
     """
     found = peak_of("zb-h1", stage_index, M, recompute=False)
     as_many = peak_of("gpipe", stage_index, P, recompute=False)
@@ -137,7 +138,7 @@ def test_weight_gradients_that_wait_cost_little_memory(stage_index: int) -> None
 
 @pytest.mark.parametrize("mode", SCHEDULES)
 def test_a_failure_in_backward_names_stage_microbatch_action_and_shape(mode: str) -> None:
-    """The failure is in the fourth microbatch of a middle stage; the cause is chained."""
+    """If microbatch 3 of stage 1 fails, the error names both, the action and the received shape."""
     communicator = NotedCommunicator(1, 3)
     model = make_model(1, 3)
     cause, seen = ValueError("no such thing"), list[Tensor]()
@@ -193,7 +194,7 @@ def test_a_lost_peer_is_not_the_stages_failure() -> None:
 
 
 def test_the_last_stage_puts_off_the_weight_gradients_of_its_head_too() -> None:
-    """zb-h1's forward makes the gradients of the logits, and W the projection's gradient."""
+    """With zb-h1, the weight gradient of the output projection is computed in W, not before."""
     stage: Any = make_stage(NotedCommunicator(1, 2), schedule=zero_bubble_h1, recompute=False)
     (name,) = (n for n in stage._gradients.views if n.endswith("embed_out.weight"))
     gradient = stage._gradients.views[name]

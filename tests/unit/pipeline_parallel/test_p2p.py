@@ -21,7 +21,7 @@ def make_link(communicator: Any, **changes: Any) -> StageLink:
 
 
 def test_receives_are_posted_ahead() -> None:
-    """Two receives of each kind are posted, until no more messages will come."""
+    """A link posts receives ahead for two activations and two gradients, or fewer if fewer come."""
     communicator = NotedCommunicator(1, 3)
     link = make_link(communicator)
     link.expect(activations=4, gradients=1)
@@ -168,5 +168,5 @@ def test_neighbours_that_differ_are_told_so_on_both_sides(
 
 
 def test_sends_end_no_sooner_than_they_must(told: list[dict[str, Any]]) -> None:
-    """All 48 MB are sent before the neighbour receives the first message; the order is kept."""
+    """A stage begins 12 sends of 4 MB before its neighbour receives any; all arrive in order."""
     assert told[1]["received"] == [[float(number)] for number in range(COUNT)]

@@ -1,6 +1,6 @@
-"""Tests that the sends which the engine resolves have arrived, in every schedule.
+"""Tests that the engine waits only for sends whose message has arrived, in every schedule.
 
-The test derives this from the happened-before relation.
+Which messages have arrived is known from the happened-before relation of the calls (Lamport).
 """
 
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ class IdleStage:
 
 
 def calls_of(schedule: Schedule, num_stages: int, num_microbatches: int) -> list[list[Any]]:
-    """Returns the calls of each stage's engine to its link, in order."""
+    """Returns, for each stage, the calls that its engine makes to its link, in order."""
     found = []
     for stage in range(num_stages):
         link: Any = NotedLink(stage, num_stages)
@@ -80,7 +80,7 @@ def calls_of(schedule: Schedule, num_stages: int, num_microbatches: int) -> list
 
 
 def test_an_evaluation_holds_few_sends() -> None:
-    """For any number of microbatches, a stage waits for its sends of a few microbatches ago."""
+    """In an evaluation, a stage has at most AHEAD + 1 sends that it has not yet waited for."""
     link: Any = NotedLink(0, 2)
     idle: Any = IdleStage()
     engine = Engine(idle, link, schedule=SCHEDULES["1f1b"], num_microbatches=20)
@@ -95,9 +95,9 @@ def test_an_evaluation_holds_few_sends() -> None:
 
 
 class Knowledge:
-    """Knowledge of each stage: the number of completed calls of every stage.
+    """Vector clocks: for each stage, how many calls of every stage it knows to be complete.
 
-    Vector clocks (Lamport's happened-before): a message transfers its sender's knowledge.
+    A message gives its sender's knowledge to its receiver (Lamport's happened-before).
     """
 
     def __init__(self, calls: Sequence[Sequence[tuple[str, int, int]]]) -> None:
@@ -108,7 +108,7 @@ class Knowledge:
         self.num_resolves = 0
 
     def play(self) -> None:
-        """Runs each call as early as possible; fails if a resolve's sends may not have arrived."""
+        """Runs the calls; fails if a stage waits for a send whose message may not have arrived."""
         moved = True
         while moved:
             moved = False
@@ -171,7 +171,7 @@ OTHER_ORDERS = [
 
 @pytest.mark.parametrize("lines", OTHER_ORDERS)
 def test_nor_in_a_schedule_of_another_order(lines: list[str]) -> None:
-    """The validator accepts any order that both neighbours have."""
+    """No stage waits too early for a send, also in other orders that `check_schedule` accepts."""
     knowledge = Knowledge(calls_of(schedule_of(lines), 2, 1 + max(map(int, lines[0][1::3]))))
     knowledge.play()
     assert knowledge.num_resolves > 0

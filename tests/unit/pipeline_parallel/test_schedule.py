@@ -1,4 +1,4 @@
-"""Tests schedules against literal tables, and the timetables in the comments of the source."""
+"""Tests schedules against tables made by hand, and the timetables in comments of the source."""
 
 from pathlib import Path
 

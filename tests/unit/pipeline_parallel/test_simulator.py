@@ -1,4 +1,4 @@
-"""Tests simulated times against formulas, tables by hand, and the longest path."""
+"""Tests simulated times against formulas, a table made by hand, and a longest-path search."""
 
 import math
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def test_gpipe_and_1f1b_take_m_and_p_less_one_turns(
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(st.integers(1, 6), st.integers(0, 8), SLOTS, SLOTS, SLOTS)
 def test_zb_h1_idles_as_its_paper_says(p: int, more: int, f: int, i: int, w: int) -> None:
-    """The paper's (p - 1)(f + i - w) holds if w <= f and w <= i; a longer w hides no more time."""
+    """zb-h1 idles (p - 1)(f + i - min(f, i, w)); the paper has w alone, for w <= f and w <= i."""
     m = p + more
     run = even("zb-h1", p, m, f, i, w)
     assert run.total - m * (f + i + w) == (p - 1) * (f + i - min(f, i, w))
@@ -56,7 +56,7 @@ def test_backward_may_cost_less_than_its_parts() -> None:
 
 
 def test_actions_are_a_timetable_with_messages_on_their_way() -> None:
-    """The run has two stages and two microbatches; activations take 0.5 s, gradients 0.25 s."""
+    """Actions wait for messages: activations take 0.5 s, gradients 0.25 s. The table is by hand."""
     costs = Costs([StageCosts(1, 1, 1)] * 2, activation_seconds=0.5, gradient_seconds=0.25)
     run = simulate(SCHEDULES["1f1b"], 2, 2, costs)
     expected = [
@@ -72,7 +72,7 @@ def test_actions_are_a_timetable_with_messages_on_their_way() -> None:
 
 
 def longest_path(schedule: Schedule, num_stages: int, microbatches: int, costs: Costs) -> float:
-    """Returns the end of the step: the longest path over actions and messages, by relaxation."""
+    """Returns when the step ends: the length of the longest path over its actions and messages."""
     Node = tuple[int, str, int]
     seconds: dict[Node, float] = {}
     edges: list[tuple[Node, Node]] = []

@@ -34,11 +34,11 @@ def estimate(
 
 
 def test_an_iteration_is_the_pipelines_products_and_messages() -> None:
-    """An iteration takes the pipeline's matmuls and messages.
+    """An iteration takes the time of the matmuls and messages on the way through the pipeline.
 
-    At 50 multiply-adds per second, a block's forward takes 1 s and its backward 2 s; the head
-    computes its gradients in forward: 2 + 4 = 6 s. Forward 3, message, 7 with the head; backward 2,
-    message, 6.
+    At 50 multiply-adds per second, a block's forward takes 1 s and its backward 2 s. The head takes
+    2 + 4 = 6 s, all in forward, where it also computes its gradients. So the forwards of stages 0
+    and 1 take 3 s and 1 + 6 = 7 s, their backwards 6 s and 2 s; a message takes 0.001 s.
     """
     assert estimate(1).iteration_with_free_links == pytest.approx(3 + 7 + 2 + 6)
     assert estimate(1).iteration == pytest.approx(3 + 0.001 + 7 + 2 + 0.001 + 6)
@@ -60,7 +60,7 @@ def test_the_slowest_pipeline_and_replica_count() -> None:
 
 
 def test_what_replicas_exchange() -> None:
-    """A block's matrices have 2 x (4 x 2 + 2 x 3) = 28 numbers, embedding and head 14 each."""
+    """Replicas exchange 2 x (4 x 2 + 2 x 3) = 28 gradients a block, 14 for embedding or head."""
     slow = Link("replicas", 3, 1)
     found = estimate(2, {slow}, {}, message=1)
     assert PLAN.gradient_bytes(0) == 4 * (3 * 28 + 14)
@@ -141,6 +141,6 @@ def machine(**changes: Any) -> MachineFacts:
     ],
 )
 def test_differences_are_named_once(odd: dict[str, Any], told: list[str]) -> None:
-    """A stage's shards are compared between its ranks; a run that resumes needs no shards."""
+    """Shards are compared only between the ranks of a stage, and not in a run that resumes."""
     machines = [machine(), machine(**odd), machine(), machine()]
     assert differences(ROSTER, machines) == told

@@ -24,7 +24,7 @@ WORDS = 8  # bytes of the probe's short messages
 
 
 class KnownLink:
-    """Both ends of a link: each send and each receive advances the clock."""
+    """A simulated link, with both ends: each send and each receive advances the clock."""
 
     def __init__(self, *, latency: float, rate: float) -> None:
         self._latency, self._rate = latency, rate
@@ -84,7 +84,7 @@ def test_a_message_of_another_size_takes_latency_and_its_share() -> None:
 
 
 def test_the_links_of_a_run() -> None:
-    """A run has links between neighbours of each pipeline and all pairs of replicas, both ways."""
+    """A run's links join neighbours in a pipeline and replicas of a stage, in both directions."""
     assert links(Topology(0, 1, 1)) == []
     pairs = [(0, 1), (1, 0), (1, 2), (2, 1)]
     assert links(Topology(0, 3, 1)) == [Link("pipeline", *pair) for pair in pairs]
@@ -96,7 +96,7 @@ def test_the_links_of_a_run() -> None:
 
 
 def measure_all(rank: int, world_size: int, _: str, urls: dict[str, str]) -> list[Any]:
-    """Probes every backend between three replicas; checks an all-reduce after each probe."""
+    """Measures the links between three replicas with each backend; then checks an all-reduce."""
     found = []
     for backend, url in urls.items():
         with ExitStack() as doubles:
@@ -116,7 +116,7 @@ def measure_all(rank: int, world_size: int, _: str, urls: dict[str, str]) -> lis
 
 
 def test_real_channels() -> None:
-    """Every rank knows the results of all pairs, in both directions, over every backend."""
+    """Every rank gets the same speeds for all links between three replicas, with every backend."""
     urls = {backend: f"tcp://127.0.0.1:{free_port()}" for backend in ("gloo", "cupy_nccl", "nccl")}
     by_rank = run_ranks(3, measure_all, urls)
     assert by_rank[0] == by_rank[1] == by_rank[2]

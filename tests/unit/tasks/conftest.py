@@ -10,9 +10,9 @@ from tasks.tokenization import prefetch
 
 @pytest.fixture(autouse=True, scope="module")
 def small_batches() -> Iterator[None]:
-    """Makes batches of 16 documents, so that no small source is read many times for one batch.
+    """Limits a tokenized batch to 16 documents: a larger one would read a small source many times.
 
-    Streams also meet many ends of batches.
+    With small batches, the streams also cross many batch ends.
     """
     with patch.object(prefetch, "BATCH_DOCUMENTS", 16):
         yield

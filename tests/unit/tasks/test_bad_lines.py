@@ -22,7 +22,7 @@ ODD_ROLE = b'{"messages": [{"role": "narrator", "content": "once"}]}'
 
 
 def content(bad: dict[int, bytes] = BAD) -> bytes:
-    """Returns the texts, one per line, with bad lines at their line numbers (from 1)."""
+    """Returns TEXTS as JSON lines, with each bad line at its line number, counted from 1."""
     lines = [json.dumps({"text": text}).encode() for text in TEXTS]
     for number, line in bad.items():
         lines.insert(number - 1, line)
@@ -79,7 +79,7 @@ def test_a_stream_resumes_over_bad_lines(tmp_path: Path) -> None:
     ("bad", "share", "stops"), [(10, 0.01, False), (11, 0.01, True), (1, 0.0, True)]
 )
 def test_too_many_end_the_run(bad: int, share: float, stops: bool, tmp_path: Path) -> None:
-    """The allowed share is of at least 1000 lines."""
+    """A run ends when bad lines exceed the share of the lines read, or of 1000 if fewer."""
     path = write(tmp_path / "a.jsonl", dict.fromkeys(range(1, bad + 1), b"[]"))
     lines = BadLines(tmp_path / "bad", max_share=share)
     documents = shuffle_source(open_source(str(path)), seed=1, bad_lines=lines)

@@ -1,4 +1,4 @@
-"""Tests conversations as texts, and their trained parts, against literal texts."""
+"""Tests the text of a conversation and its parts that are trained, against literal texts."""
 
 import copy
 from typing import Any
@@ -124,7 +124,7 @@ def test_answers_are_trained_and_what_ends_them() -> None:
 
 
 def test_spaces_in_an_answer_are_trained() -> None:
-    """Spaces are trained, though GPT-NeoX's tokenizers leave them out of a token's characters."""
+    """Spaces in an answer are trained, though GPT-NeoX's tokenizers omit them in token offsets."""
     trimming = copy.deepcopy(tokenizer())
     trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     code = Document("code:  if x:\n    go   ", "a:1", completions=((5, 22),))

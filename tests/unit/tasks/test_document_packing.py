@@ -1,4 +1,4 @@
-"""Tests documents kept apart: complete in one block if they fit, all present, in order."""
+"""Tests `--pack document`: a document that fits is complete in one block, and none is lost."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ EOS = 0
 
 
 def of_lengths(lengths: list[int]) -> list[EncodedDocument]:
-    """Returns documents of these lengths; document i consists of tokens i + 1."""
+    """Returns documents of these lengths; document i repeats token i + 1, because 0 is padding."""
     return [
         EncodedDocument(np.full(n, i + 1, dtype=np.int32), np.ones(n, dtype=np.bool_))
         for i, n in enumerate(lengths)
@@ -35,7 +35,7 @@ def of_lengths(lengths: list[int]) -> list[EncodedDocument]:
 
 
 def test_a_literal_group() -> None:
-    """Lengths 3, 5, 2, 6, 9 (pieces of 8 and 1) and 4 have this literal packing in blocks of 8."""
+    """Documents of 3, 5, 2, 6, 9 and 4 tokens fill blocks of 8 as written here; 9 becomes 8 + 1."""
     blocks = list(pack_best_fit(of_lengths([3, 5, 2, 6, 9, 4]), 8))
     assert [block.token_ids.tolist() for block in blocks] == [
         [1, 1, 1, 2, 2, 2, 2, 2],
@@ -82,7 +82,7 @@ def documents_of(block: TokenBlock) -> list[list[int]]:
 
 
 def test_no_document_is_cut_that_fits_and_all_come(tmp_path: Path) -> None:
-    """40 texts in 30 groups come equally often, except in the last, incomplete group."""
+    """Texts that fit in a block are not cut; how often each comes differs by at most 4."""
     texts = make_texts(40, seed=3, longest=60)
     whole = {tuple(tokenizer()(text)["input_ids"] + [EOS]): text for text in texts}
     source = source_of(write_jsonl(tmp_path / "a.jsonl", texts))

@@ -1,4 +1,4 @@
-"""Tests shuffled documents: each once per epoch, in new orders, restored exactly."""
+"""Tests shuffled documents: each comes once per epoch, in a new order, and a restore is exact."""
 
 import json
 import tracemalloc
@@ -98,7 +98,7 @@ def test_cot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_does_not_grow_with_the_file(
     tmp_path: Path, name: str, sizes: tuple[int, int]
 ) -> None:
-    """Larger files need no more memory, also if compressed text expands a thousandfold."""
+    """Reading a larger file needs no more memory, even if its compressed text expands a lot."""
     peaks = []
     for megabytes in sizes:
         text = "x" * 10_000

@@ -1,4 +1,4 @@
-"""Tests held-out text: all of it once, in order, padded and masked."""
+"""Tests evaluation batches: all held-out text once, in order, and padding that is not scored."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Tests files of any bytes: each document is read, or a line reports the error."""
+"""Tests files of random bytes: all documents are read, or a one-line error names the file."""
 
 import gzip
 import io
@@ -56,7 +56,7 @@ def error_of(call: Callable[[], object]) -> str | None:
 
 
 def read_all(path: Path, *, is_buffered: bool = False) -> tuple[list[str], int, str | None]:
-    """Returns the texts of an epoch, the number of skipped lines, and the error that ended it."""
+    """Returns an epoch's texts, the number of skipped lines, and the error that ended the epoch."""
     told = path.parent / "told"
     told.unlink(missing_ok=True)
     bad = BadLines(told, max_share=1.0)
@@ -107,7 +107,7 @@ def test_no_line_is_dropped(
     is_ended: bool,
     tmp_path: Path,
 ) -> None:
-    """Equal lines are separate documents; any other line is blank, or skipped and reported."""
+    """Every valid line gives a document, equal lines too; an invalid line is skipped and told."""
     raw = b"".join(line + end for (line, _), end in lines)
     raw = raw if is_ended or not lines else raw.removesuffix(lines[-1][1])
     path = tmp_path / f"a.{kind}"
@@ -160,7 +160,7 @@ WHOLE = {kind: pack(LINES) for kind, pack in PACK.items()} | {"parquet": table()
 
 
 def check_told(path: Path) -> None:
-    """Checks that all of the file is read, or that one line names the file."""
+    """Checks that the file is read without an error, or that a one-line error names it."""
     *_, error = read_all(path)
     assert error is None or (str(path) in error and "\n" not in error), error
 
@@ -257,7 +257,7 @@ ONE_LINE = len(content([0]))
 def test_an_edit_that_keeps_the_size_is_seen_or_read_as_it_is(
     lengths: list[int], moved: int, kind: str, is_ended: bool, data: st.DataObject, tmp_path: Path
 ) -> None:
-    """Each line is a current line of the file, or an error; never a part of it, nor two."""
+    """After an edit, a read returns a complete current line or fails; never a part or two lines."""
     edited = list(lengths)
     place = data.draw(st.integers(0, len(lengths) - 2))
     if kind == "moved":

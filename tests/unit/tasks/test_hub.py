@@ -1,4 +1,4 @@
-"""Tests data sets of the hub: streamed from a double, and errors without a hub."""
+"""Tests data sets of the Hugging Face hub: a stream from a test double, errors without a hub."""
 
 import contextlib
 import http.server
@@ -54,7 +54,7 @@ def no_split() -> Any:
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], Calls]:
-    """Replaces the hub by the data set of a function; returns the recorded calls."""
+    """Returns a function that replaces the hub by a data set, and returns the recorded calls."""
 
     def put(make: Callable[[], Any]) -> Calls:
         calls: Calls = []
@@ -158,7 +158,7 @@ def closed_port() -> Iterator[str]:
 
 @contextlib.contextmanager
 def empty_hub() -> Iterator[str]:
-    """Serves the hub's answer for an unknown name."""
+    """Runs a server that answers every request as the hub does for an unknown data set."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -188,7 +188,7 @@ def empty_hub() -> Iterator[str]:
 def test_told_at_once(
     endpoint: Callable[[], Any], reason: str, flag: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An error needs one request: `datasets`, which retries for half a minute, is not called."""
+    """A hub error is found by one request, without `datasets`, which retries for half a minute."""
     monkeypatch.setattr(module, "HUB_TIMEOUT_SECONDS", 0.3)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: pytest.fail("asked"))

@@ -1,4 +1,4 @@
-"""Tests the full shuffle of all lines: each once, in new orders, restored without a replay."""
+"""Tests the full shuffle: each line comes once per epoch, in new orders, and can be restored."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ TEXTS = make_texts(103, seed=1)
 
 
 def write_parts(path: Path, texts: list[str]) -> Path:
-    """Writes the texts to four files: one is empty; they have blank lines and no final newline."""
+    """Writes the texts to three files with blank lines and no final newline; a fourth is empty."""
     path.mkdir()
     for part in range(3):
         lines = [json.dumps({"text": text}) for text in texts[part::3]]
@@ -57,7 +57,7 @@ def test_every_document_once_per_epoch_in_new_orders(path: Path) -> None:
 
 
 def test_the_shuffle_reaches_over_the_whole_source(path: Path) -> None:
-    """A document's place in an epoch is not near its place in the file."""
+    """A document's position in an epoch is independent of its position in the file."""
     order = take(opened(path), len(TEXTS))
     first = sorted(TEXTS.index(text) for text in order[:25])
     assert first[0] < 20
@@ -81,7 +81,7 @@ def test_a_source_that_changed_is_not_resumed(path: Path) -> None:
 
 
 def test_lines_that_moved_in_the_middle_are_seen(tmp_path: Path) -> None:
-    """A word that moved to another line is detected, though the file's size and ends are equal."""
+    """A word moved to another line is detected, though the file's size, begin and end are equal."""
     texts = ["a" * 100_000, "word", "", "b" * 100_000]
     documents = opened(write_jsonl(tmp_path / "a.jsonl", texts))
     state = documents.state()
@@ -227,7 +227,7 @@ def test_a_permutation_has_each_number_once(size: int) -> None:
 
 @pytest.mark.parametrize("size", [5, 16])
 def test_each_number_may_stand_anywhere(size: int) -> None:
-    """Chi-square of a position's numbers over the seeds is below its mean plus five deviations."""
+    """Over 1000 seeds, a position has each number equally often, by a chi-square test."""
     orders = [Permutation(size, seed) for seed in range(1000)]
     for order in orders:
         _ = order[0]  # this computes the later positions, too

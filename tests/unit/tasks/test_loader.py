@@ -1,4 +1,4 @@
-"""Tests batches prepared ahead: labels, state, errors, and the end of the thread."""
+"""Tests the loader that prepares batches in a thread: labels, errors, and the thread's end."""
 
 import threading
 import time

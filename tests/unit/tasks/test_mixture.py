@@ -1,4 +1,4 @@
-"""Tests the mixture: its weights and its state (test_stream tests its shares)."""
+"""Tests a mixture of sources: weights and restored state (test_stream tests blocks' shares)."""
 
 from pathlib import Path
 from typing import Any

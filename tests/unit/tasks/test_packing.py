@@ -1,4 +1,4 @@
-"""Tests blocks against a simple packing, and a restore in the middle of documents."""
+"""Tests packed blocks against a simple implementation, and a restore inside a document."""
 
 import itertools
 import logging
@@ -67,7 +67,7 @@ def test_blocks_equal_a_naive_packing(tmp_path: Path, seq_len: int, separator: s
 
 @pytest.mark.parametrize("separator", [None, "\n"])
 def test_restored_anywhere(tmp_path: Path, separator: str | None) -> None:
-    """A stream can be restored in the middle of a document of many blocks, too."""
+    """A packer can be restored after any block, even in the middle of a long document."""
     texts = [*TEXTS, " ".join(make_texts(60, seed=5))]
     path = write_folder(tmp_path / "folder", texts)
     check_blocks_restored_anywhere(lambda: _pack(path, 32, separator))

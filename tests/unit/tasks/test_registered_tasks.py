@@ -1,4 +1,4 @@
-"""Tests the registered tasks, with their own folder, or else with a data set of the hub."""
+"""Tests the registered tasks, read from a folder of data/ or, without one, from the hub."""
 
 import json
 import logging
@@ -48,7 +48,7 @@ def in_order(name: str) -> list[Document | BadLineError]:
 
 
 def write_task(name: str, count: int, **changes: Any) -> list[str]:
-    """Writes a task's file; returns the outputs that are trained."""
+    """Writes the file of a natural-instructions task; returns the outputs that are trained."""
     texts = make_texts(count, seed=len(name))
     task = {
         "Definition": [f"Define {name} 漢字."],

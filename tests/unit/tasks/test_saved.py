@@ -105,7 +105,7 @@ def test_a_data_set_that_changed_is_not_resumed(tmp_path: Path) -> None:
 
 
 def test_a_change_far_from_a_file_s_ends_is_seen(tmp_path: Path) -> None:
-    """Only the ends of large files are read; datasets' own fingerprint shows other changes."""
+    """A change in a large file's middle changes the digest, which has datasets' own fingerprint."""
     digests = []
     for middle in ("b", "c", "b"):
         data = datasets.Dataset.from_dict({"text": ["a" * 200_000, middle, "a" * 200_000]})
@@ -168,7 +168,7 @@ def test_a_broken_data_set_is_named(
 
 
 def test_rows_that_are_no_document_are_skipped_and_named(tmp_path: Path) -> None:
-    """One text is null and one is not UTF-8, as other programs can write them."""
+    """Rows whose text is null or not UTF-8, as other programs write, are skipped and named."""
     texts = pyarrow.array([b"a", None, b"\xff", b"b"]).view(pyarrow.string())
     data = datasets.Dataset(pyarrow.table({"text": texts}))
     data.save_to_disk(str(tmp_path / "saved"))

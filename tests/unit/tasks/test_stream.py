@@ -1,6 +1,6 @@
-"""Tests the stream of a run: its tokens do not depend on workers or on restarts.
+"""Tests a run's training stream: the tokens do not depend on worker processes or restarts.
 
-The shares equal the weights, and every document comes once per epoch.
+Each source's share of the blocks equals its weight, and every document comes once per epoch.
 """
 
 import json
@@ -55,7 +55,7 @@ def stream_of(sources: Sequence[SourceSpec], **options: Any) -> BlockStream:
     "way", [{}, {"pack": "document", "train_on": "completion", "separator": "\n"}]
 )
 def test_workers_change_no_token(sources: list[SourceSpec], way: dict[str, Any]) -> None:
-    """0 and 3 workers give the same 900 blocks and states, over several epochs."""
+    """Streams with 0 and with 3 worker processes give the same 900 blocks and states."""
     streams = [stream_of(sources, num_workers=workers, **way) for workers in (0, 3)]
     for number in range(900):
         alone, apart = (content(stream.next_block()) for stream in streams)
@@ -72,9 +72,9 @@ def test_workers_change_no_token(sources: list[SourceSpec], way: dict[str, Any])
 def test_cut_at_ten_steps_it_is_the_same_stream(
     sources: list[SourceSpec], way: dict[str, Any]
 ) -> None:
-    """120 steps have the same batches as a run that is killed and resumed 10 times.
+    """A run of 120 steps has the same batches as one that is stopped and resumed 10 times.
 
-    Parts with and without a worker process follow each other in every order.
+    Between resumes, the run has a worker process or none, in every order of the two.
     """
     loader = BatchLoader(stream_of(sources, **way), rows=ROWS)
     whole = [loader.next() for _ in range(120)]
@@ -106,7 +106,7 @@ def test_shares_are_the_weights(sources: list[SourceSpec]) -> None:
 
 
 def test_every_document_comes_once_an_epoch_in_another_order(sources: list[SourceSpec]) -> None:
-    """The order of each source's documents is that of the blocks, over three epochs."""
+    """In three epochs of blocks, each document comes once an epoch, and the orders differ."""
     stream = stream_of(sources)
     orders: dict[str, list[str]] = {spec.name: [] for spec in sources}
     while min(source["epoch"] for source in stream.state()["sources"]) < 3:

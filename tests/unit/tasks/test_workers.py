@@ -28,7 +28,7 @@ def is_there(pid: int) -> bool:
 
 
 def test_signals_to_all_processes_are_not_for_workers() -> None:
-    """Ctrl-C and a job's SIGTERM also reach the workers, but the rank decides when they end."""
+    """Workers ignore SIGINT, SIGTERM and SIGUSR1, which reach all processes: the rank ends them."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     workers = Workers(Encoder(tokenizer()), 1)
     expected = [one.token_ids.tolist() for one in Encoder(tokenizer()).encode_all(DOCUMENTS)]  # type: ignore[union-attr]
@@ -45,14 +45,14 @@ def test_signals_to_all_processes_are_not_for_workers() -> None:
 
 
 def encode_until_it_fails(workers: Workers) -> None:
-    """Encodes until an error; a pool notices a dead process late, and its others still work."""
+    """Encodes until an error, because a pool notices a dead process late and works meanwhile."""
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
         workers.encode(DOCUMENTS)()
 
 
 def test_one_that_dies_is_told_and_the_others_end() -> None:
-    """Each worker is killed in turn; one of them holds the queue's lock, for which others wait."""
+    """If one of two workers is killed, encoding fails and the other ends, whatever lock is held."""
     for victim in range(2):
         workers = Workers(Encoder(tokenizer()), 2)
         results = [workers.encode(DOCUMENTS * 100) for _ in range(20)]
@@ -74,7 +74,7 @@ def test_one_that_dies_is_told_and_the_others_end() -> None:
 
 
 def live_and_wait(pipe: int) -> None:
-    """Writes the process ids of its workers, then waits to be killed."""
+    """Starts two workers, writes their process ids to `pipe` and waits to be killed."""
     workers = Workers(Encoder(tokenizer()), 2)
     for result in [workers.encode(DOCUMENTS) for _ in range(20)]:
         result()

@@ -1,4 +1,4 @@
-"""Tests the imports before a rank's first step, because each large library takes seconds."""
+"""Tests which libraries a rank imports before its first step: a large one takes seconds."""
 
 import json
 import os
@@ -38,7 +38,7 @@ for activation in PUBLISHED:
 
 
 def imported_by(code: str, *arguments: str, folder: Path) -> set[str]:
-    """Returns the modules that a process has imported; its exit status must be 0."""
+    """Runs the code in a process, which must succeed; returns the modules that it has imported."""
     command = [sys.executable, "-c", REPORT + code, *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=True)

@@ -1,4 +1,4 @@
-"""Tests the loop over iterations, with doubles for its components."""
+"""Tests the training loop, with test doubles for its components."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +8,7 @@ from training.trainer import Trainer
 
 
 class Saver:
-    """Saver that writes a step beside training; the write ends during the next iteration."""
+    """A saver that writes a checkpoint during training; the write ends in the next iteration."""
 
     is_pending = is_writing = False
 
@@ -27,7 +27,7 @@ class Saver:
 
 
 class Iterations:
-    """Iterations that last as long as a write: `saver` has written when backward ends."""
+    """Iterations that each last until `saver` has ended the write of its checkpoint."""
 
     update_step = SimpleNamespace(has_given_up=False, may_skip=False)
     feed = SimpleNamespace(state={})

@@ -1,4 +1,4 @@
-"""Tests the log line with the split and its expected bubble."""
+"""Tests the log line with the split of the layers and the bubble to expect from it."""
 
 import pytest
 
