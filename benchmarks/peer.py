@@ -70,7 +70,7 @@ def mean_loss(logits: Tensor, tokens: Tensor) -> Tensor:
 class Update:
     """Clipping over all stages, then AdamW, on fp32 masters if the model is in half precision.
 
-    `fused`: whether torch's fastest AdamW is used, or its default.
+    `fused`: whether torch's fastest AdamW is used; else torch's default AdamW.
     """
 
     def __init__(self, module: nn.Module, *, fused: bool, stages: bool) -> None:
