@@ -144,7 +144,7 @@ def _timed(contender: Contender, groups: ProcessGroups) -> tuple[float, float]:
 
 
 def _result(name: str, steps: Sequence[Sequence[Any]], end: Sequence[Any]) -> Result:
-    """Returns the result: in each round the slower process's seconds and the last process's loss."""
+    """Returns the result: the seconds are the slower process's, the losses the last process's."""
     return Result(
         name,
         [max(seconds for seconds, _ in pair) for pair in steps][1:],

@@ -53,7 +53,7 @@ class GatheredSum:
 
 
 class SharedSum:
-    """An all-reduce in two rounds: a member sums its share of a slice, then sends the sum to all."""
+    """An all-reduce in two rounds: each member sums its share of a slice; then all get the sums."""
 
     def __init__(self, flat: Tensor, messages: PointToPoint, *, slice_bytes: int) -> None:
         self._shares = (s.tensor_split(messages.size) for s in _slices(flat, slice_bytes))

@@ -67,7 +67,7 @@ def plug(host: Host, *, up: bool) -> None:
 
 
 def enter_host(name: str) -> None:
-    """Moves this process to a host: its network, and a host name only this process sees."""
+    """Moves this process to the network of a host; only this process sees the new host name."""
     libc = ctypes.CDLL(None, use_errno=True)
     with Path("/var/run/netns", name).open("rb") as namespace:
         if libc.setns(namespace.fileno(), _CLONE_NEWNET) or libc.unshare(_CLONE_NEWUTS):
