@@ -31,7 +31,7 @@ class ContenderSpec:
 
 @dataclass(frozen=True)
 class Case:
-    """A table of results. `shape` is (stages, replicas); `ratios` names contenders to compare."""
+    """A table of results. `shape` is (stages, replicas); `ratios` are pairs of contender names."""
 
     name: str
     title: str

@@ -130,7 +130,7 @@ def step_meta(step: int) -> StepMeta:
 
 
 def check(state: Mapping[str, Any]) -> None:
-    """Checks that all tensors are finite, as training does before a save."""
+    """Checks that all tensors are finite, as training does before it saves a checkpoint."""
     for value in state.values():
         if isinstance(value, Mapping):
             check(value)

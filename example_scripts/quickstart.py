@@ -141,7 +141,7 @@ def say(text: str) -> None:
 
 
 def run(command: str) -> None:
-    """Runs a script of the project; a log gets the output, and its end is shown at a failure."""
+    """Runs a script of the project with its output in a log; shows the log if the script fails."""
     script, *flags = command.split()
     log = (LOGS / script).with_suffix(".log")
     with log.open("wb") as file:

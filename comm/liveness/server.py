@@ -110,7 +110,7 @@ class LivenessServer:
         )
 
     def publish(self, message: Message) -> None:
-        """Sends the message of a failure to all ranks, rank 0 included; only the first failure."""
+        """Sends the first failure to all ranks, rank 0 included; later failures are not sent."""
         with self._changed:
             if self._closing:
                 return

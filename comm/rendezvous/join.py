@@ -87,8 +87,8 @@ def join(
         url: --dist-url, the address of the master, which is the process that hosts the store.
         facts: flag -> value; must be the same on all ranks. The world size is always added.
         key: the key of the job; a rank with another key belongs to another job.
-        start: the name of this start of the run; it differs if one store serves several starts, as
-            in torchrun's restarts.
+        start: the name of this start of the run; starts that share one store, such as torchrun's
+            restarts, need different names.
         join_timeout: seconds; the process ends if the ranks are not connected by then.
         host: whether this process hosts the store; None: rank 0 hosts it. Under torchrun the agent
             hosts the store, so `host` is False.

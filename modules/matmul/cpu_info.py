@@ -84,7 +84,7 @@ class CpuInfo:
 
 
 def _first_entry(path: Path) -> str:
-    """Returns the text up to the first empty line, because reading all 256 entries is slow."""
+    """Returns the text up to the first empty line; reading the entries of all CPUs is slow."""
     lines = []
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:

@@ -35,7 +35,7 @@ def misbehaviour(hits: Sequence[Hit], outcome: Outcome, seconds: float | None) -
 
 
 def _after(hit: Hit, outcome: Outcome, last: float, seconds: float) -> list[str]:
-    """Returns the problems of a start of all ranks that the fault `hit` ended."""
+    """Returns the problems after the fault `hit`, which should end all ranks in time."""
     fault, problems = hit.fault, []
     limit = ENDS_JOINING if hit.phase in JOINING else ENDS.get(fault.kind)
     if limit is not None and seconds + last - hit.at > limit:

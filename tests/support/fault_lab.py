@@ -22,7 +22,7 @@ _RESTARTS = 3  # more than the number of faults
 
 @dataclass(frozen=True)
 class FaultLab:
-    """A Lab for runs with faults. With `hosts`, each stage has a host, and each rank has a disk."""
+    """A Lab for runs with faults. With `hosts`, each stage has a host, each rank its own disk."""
 
     lab: Lab
     hosts: Sequence[Host] = ()

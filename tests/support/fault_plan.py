@@ -52,7 +52,7 @@ class RunPlan:
 
 
 def draw_runs(seed: int, count: int, kinds: Sequence[str] = ALONE) -> list[RunPlan]:
-    """Draws runs of 1 to 3 faults; half of them save async, and a third has data workers."""
+    """Draws runs of 1 to 3 faults; half of the runs save asynchronously, a third have workers."""
     draw = random.Random(seed)
     deck = _shuffled_for_ever(draw, kinds)
     return [

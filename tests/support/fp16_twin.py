@@ -154,7 +154,7 @@ class WideLinear(nn.Module):
         return out
 
     def add(self, x: Tensor, gradient: Tensor) -> None:
-        """Adds to `sums` for one sequence: x (tokens, inputs), gradient (1, tokens, outputs)."""
+        """Adds a sequence's gradients; x is (tokens, inputs), gradient is (1, tokens, outputs)."""
         self.sums[self.weight].addmm_(gradient[0].float().t(), x)
         if self.bias is not None:
             self.sums[self.bias].add_(gradient[0].float().sum(0))

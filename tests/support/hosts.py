@@ -62,7 +62,7 @@ def wired() -> Iterator[None]:
 
 
 def plug(host: Host, *, up: bool) -> None:
-    """Cuts the wire at a host without any message to either end, or restores it."""
+    """Cuts the wire at a host without any message to either end, or restores the wire."""
     ip("-n", host.name, "link", "set", host.interface, "up" if up else "down")
 
 

@@ -45,7 +45,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Lab:
-    """The runs in `folder`, by name; `flags` are common to their ranks."""
+    """The runs in `folder`, by name; `flags` are the flags that all ranks have."""
 
     folder: Path
     flags: Mapping[str, Any]

@@ -94,7 +94,7 @@ def open_channel(
     dist_timeout: float = 30.0,
     connect_neighbours: bool = True,
 ) -> tuple[NcclCommunicator, Told]:
-    """Opens a pipeline of `size` ranks on CPU; returns its communicator and its queue of hangs."""
+    """Returns a pipeline's communicator on CPU, and the queue that gets the errors of hangs."""
     told: Told = queue.SimpleQueue()
     topology = Topology(rank=rank, num_stages=size, num_replicas=1)
     channel = NcclCommunicator(
