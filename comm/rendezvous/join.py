@@ -43,8 +43,8 @@ class Rendezvous:
     nonce: random hex that identifies this start of the run.
     key: the key of the job, for proofs on other connections.
     store: the store with the values of this start; None in a world of one rank.
-    deadline: still active; `create_process_groups` cancels it when the groups exist. None in a
-        world of one rank.
+    deadline: the join deadline; `create_process_groups` cancels the deadline when the groups exist.
+        None in a world of one rank.
     """
 
     rank: int
@@ -85,7 +85,7 @@ def join(
 
     Args:
         url: --dist-url, the address of the master, which is the process that hosts the store.
-        facts: flag -> value; must be the same on all ranks. The world size is always added.
+        facts: flag -> value; must be the same on all ranks. `join` adds the world size.
         key: the key of the job; a rank with another key belongs to another job.
         start: the name of this start of the run; starts that share one store, such as torchrun's
             restarts, need different names.

@@ -38,7 +38,7 @@ class WeightGradBuffer(Protocol):
     def deferring(self, deferred: Deferred | None) -> AbstractContextManager[None]:
         """Defers additions to gradients in the `with` block.
 
-        For each addition, a function that adds is appended to `deferred`. If `deferred` is None,
+        Each addition is appended to `deferred` as a function to call later. If `deferred` is None,
         additions are not deferred.
         """
 
