@@ -1,4 +1,4 @@
-"""Tables of `pipeline.py`: the contenders that run side by side."""
+"""Tables of `pipeline.py`; the contenders of a table are the implementations that it compares."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ WORK = Workload()
 
 @dataclass(frozen=True)
 class ContenderSpec:
-    """A contender of a table: its name, and the function that builds its part in one process.
+    """A contender of a table: its name, and the function that builds the Contender of one process.
 
     matmul: the matmul backend while the contender runs; None: the backend of the command line.
     """
@@ -31,7 +31,7 @@ class ContenderSpec:
 
 @dataclass(frozen=True)
 class Case:
-    """A table of results. `shape` is (P, R); `ratios` are pairs of names (ours, theirs)."""
+    """A table of results. `shape` is (stages, replicas); `ratios` are pairs of contender names."""
 
     name: str
     title: str

@@ -3,12 +3,13 @@
     python benchmarks/checkpoint.py [--megabytes 1000] [--rounds 7] [--folder DIR]
 
 One process saves a state of --megabytes (weights, and AdamW's moments in fp32) with checksums, and
-flushes the files to disk. It alternates between saving at once and saving beside training. Between
-saves it multiplies matrices for as long as a save takes, as training would do. Beside training, the
-stall consists of the check that all values are finite, the copy to host memory and, after all files
-are written, the renames. In both cases the previous step is deleted beside training
-(--keep-checkpoints 1). The first save of each kind is not counted, because it allocates memory. The
-peer is torch.save of the same state, flushed to disk, without checksums.
+flushes the files to disk. It alternates between two kinds of save: at once, in which training waits
+for the files, and beside training, in which a thread writes the files. In place of training, the
+process multiplies matrices for as long as a save takes. Beside training, the stall (the time in
+which training waits) consists of the check that all values are finite, the copy to host memory and,
+after all files are written, the renames. In both cases the previous checkpoint is deleted beside
+training (--keep-checkpoints 1). The first save of each kind is not counted, because it allocates
+memory. The peer is torch.save of the same state, flushed to disk, without checksums.
 """
 
 import argparse
@@ -129,7 +130,7 @@ def step_meta(step: int) -> StepMeta:
 
 
 def check(state: Mapping[str, Any]) -> None:
-    """Checks that all tensors are finite, as training does before a save."""
+    """Checks that all tensors are finite, as training does before it saves a checkpoint."""
     for value in state.values():
         if isinstance(value, Mapping):
             check(value)

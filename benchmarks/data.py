@@ -122,7 +122,7 @@ def show_index(large: Path, tiny: Path, tokenizer: Any) -> None:
 
 
 def show_peak(path: str, folder: str) -> None:
-    """Prints the peak memory (RSS) of this process and of its worker; needs a new process."""
+    """Prints the peak memory (RSS) of this process and its worker; must run in a new process."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(f"{folder}/tokenizer")
     stream = open_stream(Path(path), tokenizer, workers=1)
     for _ in range(BLOCKS_FOR_MEMORY):

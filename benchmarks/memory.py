@@ -6,7 +6,7 @@ One stage of a GPT-NeoX (hidden 256, 8 layers) is built for every combination of
 algorithm, offload and sharding over two replicas, and makes one update. The measured value is the
 size of all tensor storages that exist after the update, divided by the number of parameters.
 "device" counts the tensors on the model's device, "host" the tensors that --use-offload moves to
-host memory. On a machine without a GPU, all are in host memory, but count in the same way.
+host memory. Without a GPU all tensors are in host memory, but they are counted in the same way.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def expected(
 ) -> tuple[float, float]:
     """Returns the calculated bytes per parameter: (device, host).
 
-    They count compute weights, fp32 gradients, masters and moments.
+    The bytes are those of compute weights, fp32 gradients, masters and moments.
     """
     weight = DTYPES[precision].itemsize
     kept = MOMENTS[algorithm] + (4 if weight < 4 or offload else 0)

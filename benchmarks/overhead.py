@@ -1,4 +1,4 @@
-"""Overhead of a contender: measured step time / time simulated from the measured costs."""
+"""Overhead of our pipeline: step time / time simulated from the durations of its actions."""
 
 import statistics
 

@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 class HuggingFaceStage(nn.Module):
-    """Consecutive layers of Hugging Face's GPT-NeoX, with its embedding and head at the ends."""
+    """Layers of Hugging Face's GPT-NeoX; the first stage has the embedding, the last the head."""
 
     def __init__(self, work: Workload, stage: int) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def mean_loss(logits: Tensor, tokens: Tensor) -> Tensor:
 class Update:
     """Clipping over all stages, then AdamW, on fp32 masters if the model is in half precision.
 
-    `fused`: whether torch's fastest AdamW is used, or its default.
+    `fused`: whether torch's fastest AdamW is used; else torch's default AdamW.
     """
 
     def __init__(self, module: nn.Module, *, fused: bool, stages: bool) -> None:

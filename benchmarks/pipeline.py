@@ -144,7 +144,7 @@ def _timed(contender: Contender, groups: ProcessGroups) -> tuple[float, float]:
 
 
 def _result(name: str, steps: Sequence[Sequence[Any]], end: Sequence[Any]) -> Result:
-    """Returns the result: the slower process's seconds, and the loss of the last process."""
+    """Returns the result: the seconds are the slower process's, the losses the last process's."""
     return Result(
         name,
         [max(seconds for seconds, _ in pair) for pair in steps][1:],
@@ -155,7 +155,7 @@ def _result(name: str, steps: Sequence[Sequence[Any]], end: Sequence[Any]) -> Re
 
 
 def report(case: Case, results: list[Result], alone: float) -> None:
-    """Prints the table of a case: medians, and the ratio to the bound (see README.md)."""
+    """Prints the table of a case: step times, also relative to the bound that README.md defines."""
     by_name = {result.name: result for result in results}
     (stages, replicas), m = case.shape, case.work.batch
     tokens = m * case.work.tokens * replicas

@@ -3,8 +3,9 @@
     python benchmarks/precision.py [--updates 200]
 
 It trains the same model on the same blocks, each run in one process. It prints the training loss
-(mean of the last ten updates), the held-out loss after the last update, and the ratio of both to
-fp32 with adam. The exit status is 1 if a ratio exceeds its limit or is not a number.
+(mean of the last ten updates), the held-out loss after the last update, and the ratios of the two
+losses to those of fp32 with adam. The exit status is 1 if a ratio exceeds the run's limit or is not
+a number.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from modules.matmul.cpu_info import CpuInfo
 
 
 class PrecisionRun(NamedTuple):
-    """Flags of a run, and the allowed deviation of its losses from fp32 with adam (a fraction)."""
+    """Flags of a run, and the allowed fraction by which its losses differ from fp32 with adam."""
 
     flags: list[str]
     limit: float
@@ -39,7 +40,7 @@ RUNS = {
 
 
 def train(folder: Path, name: str, flags: list[str], updates: int) -> tuple[float, float, float]:
-    """Trains; returns mean loss of the last ten updates, held-out loss, seconds per update."""
+    """Trains; returns the mean loss of the last ten updates, held-out loss, seconds per update."""
     checkpoints = folder / name.replace(" ", "-")
     command = [
         sys.executable,

@@ -1,4 +1,4 @@
-"""Processes of same_bits.py, which run the scripts of a checkout: start, wait and end.
+"""Processes that run a checkout's scripts for same_bits.py: how they start and end.
 
 Importing torch and transformers takes seconds, and a table of runs starts a hundred scripts.
 Therefore the processes are forks of one server, which has imported these libraries but nothing of
@@ -64,9 +64,9 @@ def run_processes(
 ) -> None:
     """Runs one process for each command until all processes have succeeded.
 
-    The first word of a command is the script; the processes work in `folder`. When `is_enough`
-    returns True, all processes get SIGKILL. Raises FailedError if a process fails or `deadline`
-    (seconds) passes.
+    The first word of a command is the script; `folder` is the working directory. When `is_enough`
+    returns True, all processes get SIGKILL. Raises FailedError if a process fails or runs longer
+    than `deadline` seconds.
     """
     logs = [folder / f"{name}.process{number}.log" for number in range(len(commands))]
     start = _start_fresh if fresh else _start_fork
@@ -120,7 +120,7 @@ def _be_script(command: Sequence[str], folder: Path, log: Path) -> None:
 def _wait(
     processes: Sequence[Process], end: float, is_enough: Callable[[], bool] | None
 ) -> str | None:
-    """Waits until all processes have succeeded or `is_enough`; returns the problem, or None."""
+    """Waits until all processes succeed or `is_enough` returns True; returns a problem or None."""
     while True:
         statuses = [process.status() for process in processes]
         for number, status in enumerate(statuses):

@@ -54,7 +54,7 @@ MODELS = {
 class Run(NamedTuple):
     """One run: its name, its model, and its starts, which share a folder of checkpoints.
 
-    starts: each has the shape P x R, and its flags in addition to the flags of all runs.
+    starts: for each start of the script, the shape P x R and the flags in addition to COMMON.
     killed_at: the first start gets SIGKILL after it has written this number of lines of metrics.
     overflows: the run must skip some of its updates, but not all.
     is_converted: the last checkpoint is converted to the Hugging Face format.
@@ -184,7 +184,7 @@ def _train_tokenizer(texts: list[str], size: int) -> Any:
 
 
 def _make_model(model: Model, tokenizer: Any) -> Any:
-    """Builds a Hugging Face model of random weights; zero biases and norms would hide errors."""
+    """Builds a Hugging Face model; biases and norms are random too, as zeros would hide errors."""
     torch.manual_seed(0)
     end = tokenizer.eos_token_id
     common = {"vocab_size": len(tokenizer), "bos_token_id": end, "eos_token_id": end}

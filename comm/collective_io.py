@@ -1,7 +1,7 @@
 """File I/O that all ranks do at the same time; an error of one rank is returned on all ranks.
 
 Slow disk I/O may take longer than --dist-timeout, the time limit of one operation between ranks. So
-the I/O runs in a thread, and every second the ranks exchange whether they are done.
+the I/O runs in a thread, and every second each rank tells all ranks whether its I/O is done.
 """
 
 import logging
@@ -69,10 +69,12 @@ def run_on_all(
     Args:
         work: a function or a running task; None if this rank has nothing to do.
         name: the name of the work in the log, which reports slow ranks.
-        expected: errors that are returned on all ranks; any other error is raised on its rank.
+        expected: types of errors that are returned on all ranks; an error of another type is raised
+            on the rank where it occurs.
 
     Returns:
-        The first expected error with its rank and host, the same on all ranks; None without error.
+        The first expected error with its rank and host, the same on all ranks; None if no rank had
+        such an error.
     """
     task = work if work is None or isinstance(work, BackgroundTask) else BackgroundTask(work)
     done, failure = task is None, None

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class PeerLostError(RuntimeError):
-    """The error of an operation whose peer died, hung or could not be reached; names the peer."""
+    """The error of an operation whose peer died, hung or was unreachable; it names the peer."""
 
 
 class Work(Protocol):
@@ -18,7 +18,7 @@ class Work(Protocol):
     """
 
     def wait(self) -> None:
-        """Waits until the tensor may be read and written; raises PeerLostError. Called once."""
+        """Waits until the tensor may be read and written; raises PeerLostError. Call it once."""
 
 
 class Done:
@@ -81,9 +81,9 @@ class Communicator(PointToPoint, Protocol):
 
 
 class CurrentOperation:
-    """The name of the operation that this process waits for; the error of a lost rank quotes it.
+    """The name of the operation that this process waits for.
 
-    Another thread reads the name.
+    The error about a lost rank quotes the name. Another thread reads the name for this error.
     """
 
     def __init__(self) -> None:
@@ -91,7 +91,7 @@ class CurrentOperation:
 
     @contextmanager
     def during(self, text: str) -> Iterator[None]:
-        """Sets the name to `text` for a block; after an error the name stays, for the report."""
+        """Sets the name to `text` in the `with` block; an error in the block does not reset it."""
         before, self.text = self.text, text
         yield
         self.text = before

@@ -13,7 +13,8 @@ from comm.topology import Topology
 class RunContext:
     """The topology, the communicators and the device of this process.
 
-    `start` identifies this start of the run: the same text on all ranks, another at each start.
+    `start` identifies this start of the program: all ranks have the same text, and each start has
+    another text.
     """
 
     topology: Topology

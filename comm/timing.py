@@ -12,7 +12,7 @@ class Timing:
 
     poll: the interval of reading the store while ranks join.
     report: the interval of log lines from a rank that waits for others.
-    acknowledge: the time for ranks that have joined to read the verdict.
+    acknowledge: the time for ranks that have joined to read the verdict of the rendezvous.
     late: the time for ranks that have not joined yet to read a verdict about a user's mistake.
     join_grace: the time after --join-timeout until the process ends, even if a library hangs.
     handshake: the time for a new connection to prove its rank.
@@ -21,8 +21,8 @@ class Timing:
     heartbeat_interval: the interval of messages that every rank must answer.
     unresponsive: the time without a message until a rank counts as unresponsive.
     check: the time for all ranks to answer that they are alive.
-    linger: the time for the other ranks to receive a failure before this rank ends.
-    before_exit: the time for the work between a failure and the exit.
+    linger: the time for the other ranks to learn of a failure before this rank ends.
+    before_exit: the time for this rank's last work between a failure and its exit.
     close: the time for the other ranks to disconnect at the end of a run.
     same_stop: signals within this time are one stop request; a terminal and a launcher may each
         send a signal.

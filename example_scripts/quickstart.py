@@ -135,13 +135,13 @@ def main() -> None:
 
 
 def say(text: str) -> None:
-    """Prints a line with the time since the start."""
+    """Prints a line with the time since this script started."""
     minutes, seconds = divmod(int(time.monotonic() - BEGIN), 60)
     print(f"[{minutes}:{seconds:02d}] {text}", flush=True)
 
 
 def run(command: str) -> None:
-    """Runs a script of the project with its output in a log, which is shown if it fails."""
+    """Runs a script of the project with its output in a log; shows the log if the script fails."""
     script, *flags = command.split()
     log = (LOGS / script).with_suffix(".log")
     with log.open("wb") as file:

@@ -39,7 +39,7 @@ def check_model(
         The perplexity before training, the perplexity after training, and an indented sample.
 
     Raises:
-        SystemExit: the two perplexities differ, or training reduced it less than fivefold.
+        SystemExit: the two perplexities differ, or training did not divide the perplexity by 5.
     """
     logging.disable_progress_bar()
     model, tokenizer = load(folder)
@@ -66,7 +66,7 @@ def load(folder: Path) -> tuple[Any, Any]:
 
 
 def blocks(tokenizer: Any, path: Path, seq_length: int) -> Iterator[list[int]]:
-    """Joins the documents, each with an end of text, and yields blocks of `seq_length` tokens."""
+    """Joins the documents, each with an end token, and yields blocks of `seq_length` tokens."""
     tokens: list[int] = []
     for line in path.read_text().splitlines():
         tokens += tokenizer(json.loads(line)["text"], add_special_tokens=False)["input_ids"]

@@ -13,7 +13,7 @@ from modules.families.base import Family
 
 
 def make_layer(family: Family, config: Any, index: int, device: torch.device | str) -> nn.Module:
-    """Returns module `index` of the model (see above), uninitialised, in fp32 on `device`.
+    """Returns module `index` of the model (0 is the embedding), uninitialised, in fp32 on `device`.
 
     On the device "meta" the module uses no memory: it has only names and shapes.
     """

@@ -1,4 +1,4 @@
-"""The sizes of a model, and its work in multiply-adds. Needs no torch.
+"""The sizes of a model, and its work in multiply-adds. This module needs no torch.
 
 The multiply-adds of a forward pass per token depend only on the config and the sequence length.
 They are integers, so a command gives the same numbers on every machine. Norms, activations and
@@ -21,7 +21,8 @@ class ModelSizes(NamedTuple):
     """The sizes of a model; its family reads the sizes from the config.
 
     hidden: the width of activations. inner: the width of the feed-forward part.
-    block_weights: the number of elements in a block's matrices: multiply-adds per token.
+    block_weights: the number of elements in a block's matrices, and of their multiply-adds per
+        token.
     """
 
     layers: int
@@ -42,5 +43,5 @@ class ModelSizes(NamedTuple):
 
     @property
     def head_weights(self) -> int:
-        """The number of elements in the projection onto the vocabulary, and in the embedding."""
+        """The number of elements in the projection onto the vocabulary, also in the embedding."""
         return self.hidden * self.vocabulary

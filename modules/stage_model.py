@@ -15,7 +15,7 @@ from modules.layers.lm_head import Head
 
 
 class StageModel(nn.ModuleList):
-    """A stage's modules, in fp32, uninitialised; `indices` are the numbers in the complete model.
+    """A stage's modules, in fp32, uninitialised; `indices` are their numbers in the complete model.
 
     A key of its state dict is `<j>.<name>`; j counts the stage's modules from 0.
     """
@@ -59,7 +59,7 @@ class StageModel(nn.ModuleList):
         documents: PackedDocuments | None = None,
         recompute: bool = False,
     ) -> Tensor:
-        """Returns the sum of the token losses; called only on the last stage.
+        """Returns the sum of the token losses; only the last stage calls this.
 
         Backward returns the gradients of the sum times `scale` (`modules.layers.lm_head`). `labels`
         are (rows, seq_len); the last position is not used.

@@ -35,7 +35,7 @@ class Group:
 
 
 class GroupMembership:
-    """The index of this process in a group, and the names of its peers."""
+    """The index of this process in a group, and the names of the group's members."""
 
     def __init__(self, group: Group) -> None:
         self._name, self._members = group.name, group.members
@@ -86,7 +86,7 @@ class TorchWork:
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """Returns a view of the tensor as bytes, (nbytes,); every backend can send bytes."""
+    """Returns a view of the tensor as bytes, of shape (nbytes,); every backend can send bytes."""
     return tensor.detach().view(-1).view(torch.uint8)
 
 

@@ -3,14 +3,14 @@
 Tests use host tensors: they replace only CuPy's NCCL communicator with a double, and threads take
 the place of CUDA streams.
 
-A pipeline stage's activation and its neighbour's gradient travel at the same time. On one NCCL
+Between two neighbouring stages, an activation and a gradient travel at the same time. On one NCCL
 communicator the second message would wait until the first is done. So every direction between two
 neighbours has its own communicator of two members and its own stream.
 
-NCCL connects two members at their first message, and blocks the host until both members have
-called. Two members that both post a receive first would wait for each other forever. So every
+NCCL connects two members at their first message, and blocks the host until one member has called
+send and the other receive. Two members that both call receive first would wait forever. So every
 communicator carries one message when it is opened, and all members open the communicators in the
-same order. Pairs of members that are not neighbours are opened at their first message.
+same order. The communicators of members that are not neighbours are opened at the first message.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,8 +53,8 @@ class _Channel:
 class NcclCommunicator(GroupMembership):
     """A Communicator over NCCL.
 
-    store: through the store, the first member of a channel gives the others NCCL's unique id.
-    on_hang: called if a wait takes longer than `group.dist_timeout`.
+    store: passes NCCL's unique id from the first member of a channel to the other members.
+    on_hang: gets the error of a message that failed or took longer than `group.dist_timeout`.
 
     Raises ValueError if CuPy or its NCCL is not installed, PeerLostError if a channel cannot be
     opened.
@@ -79,7 +79,7 @@ class NcclCommunicator(GroupMembership):
             self.all_reduce(self._scratch()).wait()
 
     def connect_neighbours(self) -> None:
-        """Opens the channels between neighbours; every member calls this before its messages."""
+        """Opens the channels between neighbours; every member calls this before its first send."""
         for left in range(self.size - 1):  # the same order on all members, so no deadlock
             if self._rank in (left, left + 1):
                 self._open_pair(left, left + 1)
@@ -99,7 +99,7 @@ class NcclCommunicator(GroupMembership):
         return self._run(operation, self._all, call, [tensor, tensor], _SUM)
 
     def reduce(self, tensor: Tensor, *, root: int) -> Work:
-        """Starts summing `tensor` in place on all members; NCCL chooses the order of the sum."""
+        """Starts summing `tensor` in place on member `root`; NCCL chooses the order of the sum."""
         assert tensor.dtype != torch.bool
         operation = f"reduce to {self._peers[root]} with {self._others}"
         return self._run(operation, self._all, self._all.nccl.reduce, [tensor, tensor], _SUM, root)
@@ -161,7 +161,7 @@ class NcclCommunicator(GroupMembership):
         return self._edges[source, to]
 
     def _open_pair(self, left: int, right: int) -> None:
-        """Opens both directions between two members, in the same order on both members."""
+        """Opens the channels of both directions, in the same order on both members."""
         for source, to in ((left, right), (right, left)):
             self._edges[source, to] = self._open("edge", (source, to))
             if self._rank == source:
@@ -173,7 +173,7 @@ class NcclCommunicator(GroupMembership):
         return torch.zeros(1, device=self._device)
 
     def _open(self, kind: str, members: Sequence[int]) -> _Channel:
-        """Opens a communicator of `members` (indices in the group); each of them calls this.
+        """Opens a communicator of `members` (indices in the group); each member calls this.
 
         `kind` is part of the store's key: `all` for the complete group, `edge` for one direction
         between two members.
@@ -202,7 +202,7 @@ class NcclCommunicator(GroupMembership):
 
 @dataclass(frozen=True)
 class _NcclWork:
-    """A message in a stream; on a GPU, `wait` blocks the computation and not the host."""
+    """A message in a stream; on a GPU, `wait` delays later computation but not the host."""
 
     name: str
     event: Event

@@ -2,7 +2,7 @@
 
 Messages and broadcasts carry bytes, so that every dtype works. A sum over more than two members is
 computed in the order of the members (comm.backends.ordered_reduce), because gloo's order depends on
-the position in the buffer.
+an element's position in the buffer.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ _NUM_SUM_TAGS = 2**30  # gloo's tags are positive ints; fewer sums than this run
 
 
 class GlooCommunicator(GroupMembership):
-    """A Communicator over torch's gloo group `torch_group`, which has the same members."""
+    """A Communicator over torch's gloo group `torch_group`, which has the members of `group`."""
 
     def __init__(self, torch_group: dist.ProcessGroup, group: Group) -> None:
         super().__init__(group)
@@ -34,14 +34,14 @@ class GlooCommunicator(GroupMembership):
         self._sums = InTurn()
 
     def send(self, tensor: Tensor, *, to: int, tag: int = _MESSAGE_TAG, prefix: str = "") -> Work:
-        """Starts a send to the receive of the same tag; `prefix` begins the operation's name."""
+        """Starts sending to the `receive` with this tag; `prefix` begins the operation's name."""
         post = partial(dist.isend, as_bytes(tensor), self._members[to], group=self._group, tag=tag)
         return self._start(f"{prefix}send to {self._peers[to]}", tensor, post)
 
     def receive(
         self, tensor: Tensor, *, source: int, tag: int = _MESSAGE_TAG, prefix: str = ""
     ) -> Work:
-        """Starts a receive from the send of the same tag; `prefix` begins the operation's name."""
+        """Starts receiving from the `send` with this tag; `prefix` begins the operation's name."""
         data, rank = as_bytes(tensor), self._members[source]
         post = partial(dist.irecv, data, rank, group=self._group, tag=tag)
         return self._start(f"{prefix}receive from {self._peers[source]}", tensor, post)
@@ -51,7 +51,7 @@ class GlooCommunicator(GroupMembership):
 
         The result's bits do not depend on the buffer's length or on an element's position. With two
         members, gloo's threads compute the sum. With more members, this call starts the first
-        messages; `wait` sends the other messages and adds.
+        messages; `wait` sends the other messages and adds the tensors.
         """
         if tensor.numel() == 0:
             return Done()
@@ -66,7 +66,7 @@ class GlooCommunicator(GroupMembership):
     def reduce(self, tensor: Tensor, *, root: int) -> Work:
         """Starts a sum on `root`, in the order of the members.
 
-        This call starts the first messages. On `root`, `wait` adds.
+        This call starts the first messages. On `root`, `wait` adds the tensors.
         """
         if tensor.numel() == 0:
             return Done()
@@ -90,7 +90,7 @@ class GlooCommunicator(GroupMembership):
         dist.destroy_process_group(self._group)
 
     def _tagged_messages(self, operation: str) -> "_TaggedMessages":
-        """Returns the messages of the next sum.
+        """Returns an object that sends and receives the messages of the next sum.
 
         Their tag is the same on all members, because all members start sums in the same order.
         """

@@ -20,7 +20,7 @@ class HangDetector:
     """A thread that checks pending messages.
 
     limit: the longest time in seconds from the start of the wait to the end of the message.
-    on_hang: called in that thread for the first message that takes longer or fails.
+    on_hang: the thread calls it once, for the first message that takes longer or fails.
     """
 
     def __init__(self, *, limit: float, on_hang: Callable[[PeerLostError], object]) -> None:
@@ -31,7 +31,7 @@ class HangDetector:
         threading.Thread(target=self._run, name="hang-detector", daemon=True).start()
 
     def add(self, operation: str, is_done: Callable[[], bool]) -> None:
-        """Adds a message; called when the wait for the message begins.
+        """Adds a message to the checks. Call this when the wait for the message begins.
 
         `is_done` raises RuntimeError if the library reports a failure.
         """

@@ -1,4 +1,4 @@
-"""Communication of CUDA tensors through copies in host memory: slower, but it needs only TCP."""
+"""Communication of CUDA tensors through copies in host memory; slower than NCCL, needs only TCP."""
 
 from dataclasses import dataclass
 

@@ -53,7 +53,7 @@ class GatheredSum:
 
 
 class SharedSum:
-    """An all-reduce in two rounds: each member sums its share of a slice and sends it to all."""
+    """An all-reduce in two rounds: each member sums its share of a slice; then all get the sums."""
 
     def __init__(self, flat: Tensor, messages: PointToPoint, *, slice_bytes: int) -> None:
         self._shares = (s.tensor_split(messages.size) for s in _slices(flat, slice_bytes))
@@ -71,7 +71,7 @@ class SharedSum:
         _wait(works)
 
     def _start(self) -> "tuple[Sequence[Tensor], _Part] | None":
-        """Starts the next slice; returns all members' shares and this member's part.
+        """Starts the messages of the next slice; returns the members' shares and this member's sum.
 
         Returns None after the last slice.
         """
@@ -107,7 +107,7 @@ class SentToRoot:
 
 
 class _Part:
-    """The elements `own` that this member sums; `sent` has the tensor for each other member."""
+    """The elements `own` that this member sums; `sent[m]` is the tensor to send to member m."""
 
     def __init__(self, own: Tensor, messages: PointToPoint, *, sent: Sequence[Tensor] = ()) -> None:
         self._own = own

@@ -50,7 +50,7 @@ def create_stream(device: torch.device) -> Stream:
 
 
 class CudaStream:
-    """A CUDA stream; `block_compute` blocks the current stream and not the host."""
+    """A CUDA stream; `block_compute` of its events blocks the current stream and not the host."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -87,7 +87,7 @@ class _CudaEvent:
 
 
 class HostStream:
-    """A worker thread that runs the calls; `block_compute` blocks the calling thread.
+    """A worker thread that runs the calls; `block_compute` of its events blocks the calling thread.
 
     After a call has failed, no later call runs, and every later event raises the same error.
     """

@@ -3,8 +3,8 @@
 As in comm.backends.cupy_nccl, each direction between two neighbours has its own group of two
 members, and so its own stream: on one stream an activation would wait for a gradient. torch creates
 a group's NCCL communicator at the group's first operation, and blocks the host until all members
-have called. A receive that is posted early could block forever. So each group sends one message at
-the start, which creates its communicator.
+have called the operation. A receive that is posted early could block forever. So each group first
+sends one message, which creates the group's communicator.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +28,7 @@ class TorchGroups:
     """torch's process groups for one set of processes.
 
     all_members: for collectives, and for messages between members that are not neighbours.
-    edges: one group for each direction; the key is (source, to), the indices of two neighbours.
+    edges: a group for each direction between neighbours; the key is their indices (source, to).
     """
 
     all_members: dist.ProcessGroup
@@ -52,7 +52,7 @@ def make_groups(members: Sequence[int], *, dist_timeout: float) -> TorchGroups:
 
 
 def new_group(ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:
-    """Creates a torch group; this is the only call here that needs GPUs."""
+    """Creates a torch group; this is the only call in this file that needs GPUs."""
     group: dist.ProcessGroup = dist.new_group(list(ranks), backend="nccl", timeout=timeout)
     return group
 
@@ -60,8 +60,8 @@ def new_group(ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:
 class TorchNcclCommunicator(GroupMembership):
     """A Communicator over torch's NCCL groups.
 
-    `on_hang` is called if a wait takes longer than `group.dist_timeout`. Raises PeerLostError if a
-    group cannot be connected.
+    `on_hang` gets the error of an operation that failed or took longer than `group.dist_timeout`.
+    Raises PeerLostError if a group cannot be connected.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class TorchNcclCommunicator(GroupMembership):
         return self._start(f"all-reduce with {self._others}", tensor, post)
 
     def reduce(self, tensor: Tensor, *, root: int) -> Work:
-        """Starts summing `tensor` in place on all members; NCCL chooses the order of the sum."""
+        """Starts summing `tensor` in place on member `root`; NCCL chooses the order of the sum."""
         group, rank = self._groups.all_members, self._members[root]
         post = partial(dist.reduce, tensor, rank, group=group, async_op=True)
         return self._start(f"reduce to {self._peers[root]} with {self._others}", tensor, post)

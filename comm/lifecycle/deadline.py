@@ -9,7 +9,7 @@ from comm.timing import DEFAULT_TIMING
 
 
 class Deadline:
-    """A deadline: ends the process after `seconds` plus `grace`, unless it is cancelled before.
+    """A time limit; its thread ends the process after `seconds` + `grace` if not cancelled before.
 
     torch's TCPStore client can hang longer than its timeout if another program listens at the port.
     The client releases the interpreter lock while it hangs, so the deadline's thread still runs.
@@ -26,7 +26,7 @@ class Deadline:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the start."""
+        """Seconds since this deadline was created."""
         return time.monotonic() - self._started
 
     @property

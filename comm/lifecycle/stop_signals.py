@@ -65,7 +65,7 @@ def training(grace_seconds: float) -> Phase:
 
 
 def cleanup(grace_seconds: float) -> Phase:
-    """Returns the phase after the last save, when old checkpoints are deleted."""
+    """Returns the phase after the last checkpoint is saved, when old checkpoints are deleted."""
     line = (
         "and ended during cleanup: the last step is saved; some checkpoints beyond "
         "--keep-checkpoints are not deleted yet, a later save deletes them; start the same command "
@@ -75,7 +75,7 @@ def cleanup(grace_seconds: float) -> Phase:
 
 
 class StopRequest:
-    """The first stop request that reached this process, or None, and the current phase."""
+    """The first stop request that reached this process (None before), and the current phase."""
 
     def __init__(self) -> None:
         self.asked: StopCause | None = None
@@ -87,7 +87,7 @@ class StopRequest:
 
 
 class StopListener:
-    """A listener that turns SIGNALS into a stop request, and ends the process if it is too slow.
+    """A listener that turns SIGNALS into a stop request, and ends a process that stops too slowly.
 
     A signal that the parent process set to ignored stays ignored. Only the main thread can
     construct a listener.
@@ -116,7 +116,7 @@ class StopListener:
     def hand_over(
         self, *, end: Callable[[int, str], object], forward: Callable[[int], None]
     ) -> None:
-        """Sets the functions to end the process (`end`) and to send a signal on (`forward`).
+        """Sets the functions that end the process (`end`) and tell rank 0 of a signal (`forward`).
 
         `end` gets the exit status and the error line; `forward` gets the signal's number.
         """

@@ -12,10 +12,10 @@ from comm.rendezvous.signed_store import LIVENESS_ADDRESS
 
 
 def connect_to_server(rendezvous: Rendezvous, *, master: str) -> tuple[socket.socket, BinaryIO]:
-    """Returns a connection to rank 0 and a reader of its lines; errors call rank 0 `master`.
+    """Returns a connection to rank 0, and a file that reads lines from the connection.
 
-    Raises ConnectionError if rank 0 has ended, if its address cannot be reached, or if another
-    program listens there.
+    `master` is rank 0's name in errors. Raises ConnectionError if rank 0 has ended, if its address
+    cannot be reached, or if another program listens there.
     """
     assert rendezvous.store is not None
     assert rendezvous.deadline is not None
@@ -47,7 +47,7 @@ def connect_to_server(rendezvous: Rendezvous, *, master: str) -> tuple[socket.so
 
 
 def _shake_hands(rendezvous: Rendezvous, connection: socket.socket, lines: BinaryIO) -> None:
-    """Proves this rank's job to rank 0, and checks rank 0's proof; raises ValueError."""
+    """Proves to rank 0 that this rank knows the job key; raises ValueError if rank 0 does not."""
     handshake = Handshake(rendezvous.key, rendezvous.nonce)
     challenge = decode(lines.readline(MAX_LINE)).get("challenge")
     reply = handshake.reply(challenge, rank=rendezvous.rank)

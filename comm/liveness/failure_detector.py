@@ -70,7 +70,7 @@ class FailureDetector:
         self._heartbeat = Heartbeat(timing)  # of rank 0; the server has the others'
 
     def connect(self, rendezvous: Rendezvous, *, master: str) -> list[int]:
-        """Connects this rank to rank 0, which errors call `master`; a single rank does nothing.
+        """Connects this rank to rank 0; errors call rank 0 `master`. A single rank does nothing.
 
         Returns, on rank 0, the ranks that joined but did not connect before the join deadline; an
         empty list on other ranks. Raises ConnectionError like `connect_to_server`.

@@ -84,7 +84,7 @@ class ExitPolicy:
         Args:
             status: the exit status of all ranks.
             line: the error; every rank reports it once.
-            before_exit: called after the error was sent to the other ranks; it may take a minute.
+            before_exit: runs after the error was sent to the other ranks; it may take a minute.
         """
         self._claim()
         if before_exit is not None:
@@ -113,7 +113,7 @@ class ExitPolicy:
         self._end(1, self._lost(0, "it does not answer"))
 
     def _join_deadline_passed(self, status: int, line: str) -> NoReturn:
-        """Ends this process because the groups were not created in time; names a hanging rank."""
+        """Ends this process: the groups were not created in time; the error names a hung rank."""
         if self.detector.all_alive():
             self.fail(status, line.removeprefix(f"rank {self._rank}: "))
         self._end(status, self._lost(0, "it does not answer"))
@@ -143,7 +143,7 @@ class ExitPolicy:
         )
 
     def _claim(self) -> None:
-        """Returns for the first thread only; any other thread waits here and ends the process."""
+        """Returns in the first thread that calls it; a later thread waits and ends the process."""
         if not self._claimed.acquire(blocking=False):
             time.sleep(self._exit_seconds)
             exit_process(1)
@@ -151,7 +151,7 @@ class ExitPolicy:
             self._deadline.cancel()  # or it would report a second error line
 
     def _end(self, status: int, line: str) -> NoReturn:
-        """Ends this process because of another rank's failure, unless it already ends."""
+        """Ends this process because another rank failed, unless another thread already ends it."""
         self._claim()
         report_line(f"rank {self._rank}: {line}")
         self._exit(status)

@@ -1,7 +1,7 @@
 """Handshake on a new liveness connection: rank 0 and another rank prove that they know the job key.
 
 The handshake is challenge and response in both directions (ISO/IEC 9798-4). Each side draws a new
-random number, and the other side proves the key with that number. So no proof can be replayed.
+random number, and the other side's proof must contain that number. So no proof can be replayed.
 """
 
 import secrets
@@ -16,7 +16,7 @@ from comm.rendezvous.job_key import JobKey
 class Handshake:
     """The handshake messages of both sides; `nonce` identifies one start of the job.
 
-    A rank of an older start fails the handshake.
+    A rank that belongs to an older start of the job fails the handshake.
     """
 
     key: JobKey
@@ -40,6 +40,6 @@ class Handshake:
     def is_answer(
         self, answer: Mapping[str, Any], *, challenge: object, reply: Mapping[str, Any]
     ) -> bool:
-        """Returns whether `answer` proves that rank 0 of this start has read `reply`."""
+        """Returns whether `answer` proves that rank 0 of this start of the job has read `reply`."""
         message = ("rank 0", self.nonce, reply["rank"], str(challenge), reply["challenge"])
         return self.key.is_proof(answer.get("proof"), *message)

@@ -1,4 +1,4 @@
-"""Heartbeats: warns about an unresponsive rank long before a collective times out.
+"""Heartbeats: they show that a rank is unresponsive long before a collective times out.
 
 When a process is killed, its connection closes, and the server notices this at once. When a process
 is suspended or swaps, or its machine loses power, the connection stays open.
@@ -34,7 +34,7 @@ class Heartbeat:
     def changes(self, connected: Iterable[int]) -> list[tuple[int, bool]]:
         """Returns the connected ranks that became unresponsive (True) or responsive again (False).
 
-        Must be called often. A long pause between two calls means that this process itself was
+        Call this often. A long pause between two calls means that this process itself was
         suspended; then every rank's waiting time starts again.
         """
         now = time.monotonic()

@@ -7,7 +7,7 @@ A message is one JSON object per line. The server first sends {"challenge"}. A r
     to the ranks:  {"lost": rank} | {"silent": rank} | {"failed": status, "line", "rank"}
                    | {"check": true} | {"all_alive": true} | {"bye": true}
 Rank 0 itself also gets {"unresponsive": whether, "rank"}.
-The server checks all ranks at regular intervals (comm.liveness.heartbeat), and when a rank asks.
+The server checks all ranks at regular intervals (comm.liveness.heartbeat), and at {"check"}.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ class _Connection:
 
 
 class LivenessServer:
-    """A server that listens on `address` in its own thread; it calls `on_message` for rank 0."""
+    """A server that listens on `address` in its own thread; `on_message` gets rank 0's messages."""
 
     def __init__(
         self,
@@ -103,14 +103,14 @@ class LivenessServer:
     def await_departures(self, *, seconds: float) -> None:
         """Waits up to `seconds` until every other rank has connected and disconnected.
 
-        A rank that connects late must also receive a failure.
+        This includes ranks that connect late, because they must also receive a failure.
         """
         self._await(
             lambda: len(self._seen) == self._world_size - 1 and not self._connected(), seconds
         )
 
     def publish(self, message: Message) -> None:
-        """Sends a failed or lost rank to all ranks, rank 0 included; sends only the first one."""
+        """Sends the first failure to all ranks, rank 0 included; later failures are not sent."""
         with self._changed:
             if self._closing:
                 return
@@ -130,7 +130,7 @@ class LivenessServer:
                 self._broadcast({"check": True})
 
     def close(self) -> None:
-        """Announces the end to all connected ranks; a connection that closes then is no failure."""
+        """Tells all connected ranks that the run ends; closed connections are no failures then."""
         with self._changed:
             self._closing = True
         self._broadcast({"bye": True})

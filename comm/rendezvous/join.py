@@ -1,9 +1,9 @@
 """Rendezvous of all ranks at the start of a run; a mismatch between ranks ends all of them.
 
-Every rank writes a description of itself to a shared store. One rank writes the verdict: rank 0
-when all ranks have joined, or the first rank that finds a mistake or reaches the deadline. Later
-verdicts are ignored. All ranks read the same verdict, so they report the same error and exit with
-the same status.
+Every rank writes a description of itself to a shared store. One rank writes the verdict, which is
+success or an error: rank 0 when all ranks have joined, or the first rank that finds a mistake or
+reaches the deadline. Later verdicts are ignored. All ranks read the same verdict, so they report
+the same error and exit with the same status.
 """
 
 import contextlib
@@ -40,11 +40,11 @@ class Rendezvous:
 
     rank: the rank of this process.
     participants: the description of every rank, in the order of the ranks.
-    nonce: random hex that identifies this start.
+    nonce: random hex that identifies this start of the run.
     key: the key of the job, for proofs on other connections.
-    store: the values of this start; None in a world of one rank.
-    deadline: still active; `create_process_groups` cancels it when the groups exist. None in a
-        world of one rank.
+    store: the store with the values of this start; None in a world of one rank.
+    deadline: the join deadline; `create_process_groups` cancels the deadline when the groups exist.
+        None in a world of one rank.
     """
 
     rank: int
@@ -84,20 +84,21 @@ def join(
     """Joins the other ranks and waits for the verdict.
 
     Args:
-        url: --dist-url.
-        facts: flag -> value; must be the same on all ranks. The world size is always added.
+        url: --dist-url, the address of the master, which is the process that hosts the store.
+        facts: flag -> value; must be the same on all ranks. `join` adds the world size.
         key: the key of the job; a rank with another key belongs to another job.
-        start: the name of this start, if one store serves several starts (torchrun's restarts).
+        start: the name of this start of the run; starts that share one store, such as torchrun's
+            restarts, need different names.
         join_timeout: seconds; the process ends if the ranks are not connected by then.
-        host: whether this process hosts the store; None: rank 0 does. Under torchrun the agent
+        host: whether this process hosts the store; None: rank 0 hosts it. Under torchrun the agent
             hosts the store, so `host` is False.
         stop: a stop request that ends the rendezvous of all ranks.
 
     Raises:
-        ValueError: a user's mistake: no master answers, the master belongs to another job, its port
-            is in use, facts differ, or two processes have the same rank.
+        ValueError: a user's mistake: no master answers, the master belongs to another job, the
+            master's port is in use, facts differ, or two processes have the same rank.
         TimeoutError: ranks are missing at the deadline; the text names the missing ranks.
-        ConnectionError: the master ended while the ranks joined, or another program writes to its
+        ConnectionError: the master ended while the ranks joined, or another program writes to the
             store.
         StopAskedError: a rank was asked to stop.
     """
@@ -227,9 +228,10 @@ class _Joining:
         return [rank for rank in ranks if not store.plain.check([_name(rank)])]
 
     def _await_readers(self, store: SignedStore, *, late_seconds: float) -> None:
-        """Makes rank 0, which may host the store, wait until the other ranks have read the verdict.
+        """Makes rank 0 wait until the other ranks have read the verdict.
 
-        Rank 0 waits at most `late_seconds` for ranks that have not joined yet.
+        Rank 0 may host the store. It waits at most `late_seconds` for ranks that have not joined
+        yet.
         """
         began = time.monotonic()
         with contextlib.suppress(DistError):

@@ -53,7 +53,7 @@ def _differing_fact(first: Participant, other: Participant) -> str | None:
 
 
 def _unreachable(first: Participant, other: Participant) -> str | None:
-    """Returns an error if only one of both addresses is a loopback address, else None.
+    """Returns an error if exactly one of the two addresses is a loopback address, else None.
 
     Another machine cannot reach a loopback address.
     """

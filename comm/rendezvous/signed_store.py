@@ -16,7 +16,7 @@ _MAX_HOST = 64  # an error shows at most this many characters of a foreign host 
 
 
 class SignedStore:
-    """A store of text values; each value needs a proof for this job, this start and its name.
+    """A store of text values; a value's proof depends on the job, this start and the value's name.
 
     start: distinguishes this start of the job from other starts in the same store.
     plain: torch's store with a name prefix for this start, for values without a proof.
@@ -33,7 +33,7 @@ class SignedStore:
         self._all_jobs.set("job", f"{salt} {self._key.prove('job', salt)} {host}")
 
     def check_job(self, *, url: str, rank: int, host: str) -> bool:
-        """Returns whether rank 0 has written its proof; raises ValueError if its job is another.
+        """Returns whether rank 0 has written its proof; raises ValueError if its job key differs.
 
         `rank` and `host` describe this process.
         """

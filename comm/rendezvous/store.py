@@ -60,7 +60,7 @@ def connect_to_store(
 
     Args:
         address: as for `host_store`.
-        on_retry: called between attempts.
+        on_retry: a function to call between two attempts.
 
     Raises:
         ValueError: no master answers in time; the text names --dist-url and the reason.

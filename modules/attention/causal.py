@@ -84,7 +84,7 @@ def _seed_default_generator(seed: int, device: torch.device) -> None:
     """Seeds the device's default generator, which torch's kernel uses.
 
     On a CPU this avoids torch.manual_seed, which also formats a stack trace for each other type of
-    device. This takes longer than the attention of a short row.
+    device. Formatting takes longer than the attention of a short row.
     """
     if device.type == "cpu":
         torch.default_generator.manual_seed(seed)

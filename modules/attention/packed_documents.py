@@ -15,8 +15,8 @@ from torch import Tensor
 class PackedDocuments:
     """The documents in a microbatch's rows; computed once for forward and backward of all blocks.
 
-    doc_starts: int64 (rows, seq_len) on the host: for each token, the position in the row of its
-        document's first token.
+    doc_starts: int64 (rows, seq_len) on the host: for each token, the position in the row at which
+        the token's document starts.
     device: the device of the activations; tensors for the blocks are copied to this device.
     """
 
@@ -40,7 +40,7 @@ class PackedDocuments:
 
     @cached_property
     def bounds(self) -> Tensor:
-        """The start of each document in the packed tokens, and the end: int32 (documents + 1)."""
+        """Where each document starts in the packed tokens, and the end: int32 (documents + 1)."""
         bounds = torch.zeros(len(self._packed_lengths) + 1, dtype=torch.int32)
         torch.cumsum(self._packed_lengths, 0, out=bounds[1:])
         return self._to_device(bounds)

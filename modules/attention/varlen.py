@@ -60,7 +60,7 @@ def _attend_varlen(packed: Sequence[Tensor], documents: PackedDocuments) -> Tens
 
 
 def _attend_by_length(packed: Sequence[Tensor], documents: PackedDocuments) -> Tensor:
-    """Returns attention inside all documents, computed length by length.
+    """Returns attention inside all documents; documents of equal length are computed together.
 
     The shapes are as in `_attend_varlen`.
     """

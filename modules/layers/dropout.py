@@ -17,7 +17,7 @@ Keys = Sequence[int] | None  # one for each row; None for no dropout
 
 
 class KeyedDropout(nn.Module):
-    """Inverted dropout with probability `p`; `site` is its name in the model, with the layer."""
+    """Inverted dropout with probability `p`; `site` names this dropout and its layer."""
 
     def __init__(self, p: float, site: str) -> None:
         super().__init__()

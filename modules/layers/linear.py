@@ -1,9 +1,9 @@
 """Layers with large weights, whose gradients are added directly into the gradient buffer.
 
-For every microbatch, autograd would create each weight's gradient as a new tensor and then add the
-tensor. With a `WeightGradBuffer`, these layers give the buffer the two factors of the gradient, and
-the buffer adds their product in place. A schedule that defers weight gradients (zb-h1) adds it
-later. Without a buffer, these layers are torch's own layers.
+For every microbatch, autograd would create each weight's gradient as a new tensor and then add this
+tensor to the sum. With a `WeightGradBuffer`, these layers give the buffer the two factors of the
+gradient, and the buffer adds the product of both factors in place. A schedule that defers weight
+gradients (zb-h1) adds the product later. Without a buffer, these layers are torch's own layers.
 """
 
 from collections.abc import Callable
@@ -29,16 +29,17 @@ class WeightGradBuffer(Protocol):
         Args:
             gradient: (tokens, outputs), the gradient of the layer's output.
             x: (tokens, inputs), the layer's input.
-            last: whether this is the microbatch's last addition to this weight.
+            last: whether this is the microbatch's last addition to this weight's gradient.
         """
 
     def add_rows(self, weight: Tensor, rows: Tensor, gradient: Tensor) -> None:
         """Adds `gradient` (n, hidden) to rows `rows` (n) of the weight's gradient."""
 
     def deferring(self, deferred: Deferred | None) -> AbstractContextManager[None]:
-        """Defers additions inside the block: appends a call for each addition to `deferred`.
+        """Defers additions to gradients in the `with` block.
 
-        If `deferred` is None, additions are not deferred.
+        Each addition is appended to `deferred` as a function to call later. If `deferred` is None,
+        additions are not deferred.
         """
 
 
@@ -50,7 +51,8 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """Initialises the weights, except on the device "meta".
 
-        On "meta" this has no effect, but makes torch import torch.compile, which takes 1.3 s.
+        On "meta" an initialisation has no effect, but makes torch import torch.compile, which takes
+        1.3 s.
         """
         if not self.weight.is_meta:
             super().reset_parameters()

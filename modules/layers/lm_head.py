@@ -46,7 +46,7 @@ class Head(nn.Module):
 
         Args:
             x: activations (rows, seq_len, hidden).
-            labels: (rows, seq_len); tokens with the label IGNORED add nothing.
+            labels: (rows, seq_len); tokens with the label IGNORED add nothing to the loss.
             scale: the factor of the gradients; the returned loss is not scaled.
         """
         normed, flat_labels = self.norm(x).flatten(0, 1), labels.flatten()
@@ -77,7 +77,7 @@ class _Loss(torch.autograd.Function):
 def _train_(
     x: Tensor, labels: Tensor, d_x: Tensor, projection: Linear, *, scale: float, last: bool
 ) -> Tensor:
-    """Returns the loss of one chunk; writes its gradients to `d_x` and the gradient buffer.
+    """Returns the loss of one chunk; writes the gradients to `d_x` and to the gradient buffer.
 
     When this function returns, its logits are freed before the next chunk's logits are created.
     """

@@ -2,7 +2,7 @@
 
 A rotation acts on pairs of dimensions. In NeoX's layout a pair is dimension i of the first half and
 dimension i of the second half; in GPT-J's layout a pair is two neighbouring dimensions. Backward
-rotates by the opposite angle, so forward does not save a tensor for it.
+rotates by the opposite angle, so forward does not save a tensor for backward.
 """
 
 from dataclasses import dataclass, replace
@@ -75,7 +75,7 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
 
 
 def split_and_rotate(fused: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-    """Splits `fused` (rows, heads, seq_len, 3 * size); returns rotated queries and keys, values."""
+    """Returns rotated queries, rotated keys and the values of `fused` (..., 3 * head size)."""
     query, key, value = _SplitAndRotate.apply(fused, rotation)  # type: ignore[no-untyped-call]
     return query, key, value
 

@@ -20,9 +20,9 @@ UNKNOWN = "unknown"
 class CpuInfo:
     """A CPU: its vendor as CPUID spells it, and its instructions.
 
-    has_avx512: has AVX-512 F, BW, DQ and VL, which oneDNN's AVX-512 kernels need.
-    has_avx512_bf16, has_amx: has instructions for bf16 matmuls (AVX512-BF16, AMX-BF16).
-    has_fp16_matmul: has instructions for fp16 matmuls (AVX512-FP16 or AMX-FP16); F16C can only
+    has_avx512: whether it has AVX-512 F, BW, DQ and VL, which oneDNN's AVX-512 kernels need.
+    has_avx512_bf16, has_amx: whether it has AVX512-BF16 or AMX-BF16, for bf16 matmuls.
+    has_fp16_matmul: whether it has AVX512-FP16 or AMX-FP16, for fp16 matmuls; F16C can only
         convert.
     """
 
@@ -46,7 +46,7 @@ class CpuInfo:
 
     @classmethod
     def from_cpuinfo(cls, text: str) -> "CpuInfo":
-        """Parses an entry of Linux's /proc/cpuinfo; on ARM the keys differ: all is unknown."""
+        """Parses an entry of Linux's /proc/cpuinfo; on ARM the keys differ, so nothing is known."""
         pairs = (line.partition(":") for line in text.splitlines())
         fields = {key.strip(): value.strip() for key, _, value in pairs}
         return cls.from_flags(
@@ -84,7 +84,7 @@ class CpuInfo:
 
 
 def _first_entry(path: Path) -> str:
-    """Returns the text up to the first empty line; to read the entries of 256 CPUs is slow."""
+    """Returns the text up to the first empty line; reading the entries of all CPUs is slow."""
     lines = []
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:

@@ -1,4 +1,4 @@
-"""Training runs in the test's own process, in a world of one."""
+"""Training runs in the test's own process, in a world of one rank."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Checks of every Communicator, for all backends; each member of a group runs them."""
+"""Checks of every Communicator, for all backends; each member of a group runs the checks."""
 
 from collections.abc import Sequence
 
@@ -37,7 +37,7 @@ def ordered_sum(size: int, length: int, dtype: torch.dtype) -> Tensor:
 
 
 def check_group(group: Communicator, *, sums: Sequence[torch.dtype]) -> None:
-    """Runs all checks; `sums` are the dtypes whose sums are exact or in the members' order."""
+    """Runs all checks; `sums` are the dtypes whose sums are exact or follow the members' order."""
     check_sums(group, sums)
     check_sums_at_root(group, sums)
     check_sums_under_way(group, sums[0])
@@ -68,7 +68,7 @@ def check_sums_at_root(group: Communicator, dtypes: Sequence[torch.dtype]) -> No
 
 
 def check_sums_under_way(group: Communicator, dtype: torch.dtype) -> None:
-    """Checks many pending sums of all lengths; each member waits in a different order."""
+    """Checks many pending sums of all lengths; every second member waits in reverse order."""
     lengths = [LENGTHS[1 + i % (len(LENGTHS) - 1)] for i in range(20)]
     tensors = [values(group.rank, n, dtype) + i for i, n in enumerate(lengths)]
     works = []

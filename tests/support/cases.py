@@ -1,4 +1,4 @@
-"""Training runs in processes that a test has spawned; one spawn serves many runs."""
+"""Training runs in processes that a test has started; the same processes train many runs."""
 
 import io
 import logging
@@ -32,10 +32,10 @@ from training.run import train
 class Case(NamedTuple):
     """One run: its name, and flags without dashes; a flag's value can be a function of (P, R).
 
-    hook: context around the run in every process, which causes a failure there.
-    after: another run's folder and a step; this run resumes from a copy of it at that step.
-    stops: the run ends with a TrainingStoppedError or a SaveFailedError.
-    shapes: the only shapes (P, R) of the run.
+    hook: a context around the run in every process; the context causes a failure.
+    after: another run's folder and a step; this run resumes from a copy of that run at this step.
+    stops: whether the run ends with a TrainingStoppedError or a SaveFailedError.
+    shapes: the only shapes (P, R) of the run; None: all shapes.
     """
 
     name: str
@@ -66,7 +66,7 @@ def train_cases(
     """Trains every case in every shape (P, R, url) of this world.
 
     The ranks meet at each shape's url. Checkpoints are in `folder`/<name>-<P>-<R>. Returns this
-    process's log by the same name.
+    process's log of each case; the keys are <name>-<P>-<R>.
     """
     told: dict[str, Told] = {}
     torch.set_num_threads(1)
@@ -85,7 +85,7 @@ def train_cases(
 def connected(
     topology: Topology, url: str, dist_backend: str = "gloo", *, dist_timeout: float = 60.0
 ) -> Iterator[tuple[ProcessGroups, str]]:
-    """Connects one process; yields its process groups and the nonce of the start."""
+    """Connects one process; yields its process groups and the nonce of the rendezvous."""
     entered = enter(
         topology.rank,
         url,
@@ -128,7 +128,7 @@ def _train_case(
 
 
 def settings_of(flags: dict[str, Any]) -> Settings:
-    """Parses flags without data workers: a worker's start takes longer than these texts."""
+    """Parses flags, with no data workers: starting a worker takes longer than reading the texts."""
     return parse_train(to_argv({"data-workers": 0, **flags}), {})
 
 
@@ -160,7 +160,7 @@ class LogLines(logging.Handler):
 
 
 def _copy_run(source: Path, target: Path, *, step: int) -> None:
-    """Copies a run as it was after the save of `step`; the metrics keep their later lines."""
+    """Copies a run as it was after the checkpoint of `step`; the metrics keep their later lines."""
     shutil.copytree(source, target)
     for entry in target.iterdir():
         if entry.name.isdecimal() and int(entry.name) > step:

@@ -1,4 +1,4 @@
-"""Small models on disk, in every format that the converters read, and damage to files."""
+"""Small models on disk, in every format that the converters read; functions that damage files."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -81,7 +81,7 @@ def _bin_name(name: str) -> str:
 
 
 def edit_weights(path: Path, changes: Mapping[str, Tensor | None]) -> None:
-    """Sets keys of a file of tensors; None removes a key."""
+    """Sets the tensors of some keys in a file of tensors; None removes a key."""
     torch_file = path.suffix != ".safetensors"
     state = torch.load(path, weights_only=True) if torch_file else load_file(path)
     state = {k: v for k, v in {**state, **changes}.items() if v is not None}
@@ -103,7 +103,7 @@ def hf_weights(folder: Path) -> dict[str, Tensor]:
 def make_checkpoint(
     shards: Path, folder: Path, *, counts: Sequence[int], meta: StepMeta | None
 ) -> Path:
-    """Makes a step's folder from layer shards in the layout of training, with plain torch.save.
+    """Makes a checkpoint from layer shards in the layout of training, with plain torch.save.
 
     `counts` are the numbers of layers of each stage.
     """
@@ -151,7 +151,7 @@ def copy_config(source: Path, target: Path) -> None:
 
 
 def reseal(folder: Path) -> None:
-    """Updates a step's manifests to the content of its files; a missing file stays listed."""
+    """Updates a checkpoint's manifests to the content of the files; a missing file stays listed."""
     for path in folder.glob("prank_*_manifest.json"):
         body = unseal(path)
         there = [name for name in body["files"] if (folder / name).is_file()]
@@ -160,7 +160,7 @@ def reseal(folder: Path) -> None:
 
 
 def make_predecessors(folder: Path) -> None:
-    """Deletes manifests and meta.json, so that a step's folder is like a predecessor's."""
+    """Deletes manifests and meta.json, as in an older system (a predecessor, docs/glossary.md)."""
     for path in (*folder.glob("prank_*_manifest.json"), folder / "meta.json"):
         path.unlink()
 

@@ -22,9 +22,9 @@ class Alone:
 
 
 class Wire(Alone):
-    """Rank 1's side of round trips; each trip takes (there, back) nanoseconds.
+    """Rank 1's side of round trips to rank 0; each trip takes (there, back) nanoseconds.
 
-    `now` is rank 1's clock; rank 0's clock is `ahead` of it.
+    `now` is rank 1's clock; rank 0's clock shows `ahead` nanoseconds more.
     """
 
     rank, size = 1, 2

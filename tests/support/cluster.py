@@ -1,4 +1,4 @@
-"""A model that is sufficient for --check-cluster only, and flags for it."""
+"""A model that is sufficient for --check-cluster only, and flags for --check-cluster."""
 
 import json
 from pathlib import Path
@@ -22,6 +22,6 @@ def make_model(folder: Path, **changes: Any) -> Path:
 
 
 def flags(home: Path, **more: Any) -> dict[str, Any]:
-    """Returns flags of a run with the model in m; its data does not exist."""
+    """Returns flags of a run with the model in folder m; the data of the run does not exist."""
     own = f"--task-name {home}/none.jsonl --checkpoint-path {home}/none --check-cluster"
     return right(home) | flags_of(own) | {"num-layers": 4} | more

@@ -1,4 +1,4 @@
-"""A test's rank with all its process groups, connected as the entry script does."""
+"""A rank of a test with all its process groups, connected as by the entry script."""
 
 import os
 import threading
@@ -116,7 +116,7 @@ def member(
 ) -> None:
     """Enters a run and calls `program`, as the entry script would.
 
-    Creates the file `ready` when this rank waits for another rank in the program.
+    Creates the file `ready` as soon as the program waits for another rank.
     """
     stages, replicas = shape
     timeouts: dict[str, Any] = {"dist_timeout": dist_timeout, "timing": timing}

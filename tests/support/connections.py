@@ -1,6 +1,6 @@
-"""Connections between two ranks, cut as by a router that forgets them: both ends see a close.
+"""Connections between two ranks, cut as by a router that drops them: both ranks see a close.
 
-This needs no privilege: a thread in one of the ranks shuts down its ends.
+A cut needs no privilege: a thread in one of the ranks shuts down the sockets of this rank.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ def _connections(pid: int) -> set[Ports]:
 
 @dataclass(frozen=True)
 class Cutter:
-    """Hook: cuts connections of one rank when the parent asks for it."""
+    """Hook: cuts connections of one rank when the parent process asks for a cut."""
 
     rank: int
     _asked: tuple[int, int] = field(default_factory=os.pipe)
@@ -43,7 +43,7 @@ class Cutter:
         threading.Thread(target=self._serve, name="cutter", daemon=True).start()
 
     def cut(self, connections: Sequence[Ports]) -> None:
-        """Called by the parent; returns after the cut, or after 3 seconds without an answer."""
+        """Asks the rank to cut; returns after the cut, or after 3 seconds without an answer."""
         for local, remote in connections:
             os.write(self._asked[1], f"{local} {remote}\n".encode())
         done = 0

@@ -81,7 +81,7 @@ def through_json(state: dict[str, Any]) -> Any:
 
 
 def check_restored_anywhere(documents: Shuffle, resumed: Shuffle) -> None:
-    """Checks that `resumed` continues like `documents` from 30 places in random order."""
+    """Checks that `resumed`, restored to 30 random states, continues like `documents`."""
     states, expected = [], []
     for _ in range(250):
         states.append(through_json(documents.state()))
@@ -99,7 +99,7 @@ def content(block: TokenBlock) -> list[Any]:
 
 
 def check_blocks_restored_anywhere(open_stream: Callable[[], Packer | BlockStream]) -> None:
-    """Checks that a stream restored at 20 of 200 places yields the same next 15 blocks."""
+    """Checks that a stream restored to 20 of 200 states yields the same next 15 blocks."""
     stream, states, blocks = open_stream(), [], []
     for _ in range(200):
         states.append(through_json(stream.state()))

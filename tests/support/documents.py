@@ -1,4 +1,4 @@
-"""Reference for documents kept apart: each document alone in the Hugging Face model."""
+"""Reference for packed documents: the Hugging Face model computes each document alone."""
 
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from modules.layers.lm_head import IGNORED
 
 
 def doc_starts_of(rows: Sequence[Sequence[int]]) -> Tensor:
-    """Returns the starts of rows that are full of documents of these lengths: (rows, seq_len)."""
+    """Returns `doc_starts` (rows, seq_len); `rows` has the lengths of each row's documents."""
     return torch.tensor(
         [
             [sum(lengths[:number]) for number, length in enumerate(lengths) for _ in range(length)]
@@ -22,7 +22,7 @@ def doc_starts_of(rows: Sequence[Sequence[int]]) -> Tensor:
 
 
 def doc_starts_after(token_ids: Tensor, end: int) -> Tensor:
-    """Returns the starts of documents whose last token is `end`: (rows, seq_len)."""
+    """Returns `doc_starts` (rows, seq_len); a document ends with the token `end`."""
     rows = []
     for row in token_ids.tolist():
         doc_starts = [0]
@@ -33,7 +33,7 @@ def doc_starts_after(token_ids: Tensor, end: int) -> Tensor:
 
 
 def documents_in(doc_starts: Tensor) -> Iterator[tuple[int, slice]]:
-    """Yields each document's row and its slice of that row."""
+    """Yields the row of each document, and the document's slice of the row."""
     for row, starts in enumerate(doc_starts.tolist()):
         for start in sorted(set(starts)):
             yield row, slice(start, start + starts.count(start))
@@ -46,10 +46,10 @@ def losses_alone(model: Any, document: Tensor) -> Tensor:
 
 
 class Alone(nn.Module):
-    """A Hugging Face model whose loss is the loss of each document alone.
+    """A Hugging Face model that computes the losses of each document alone.
 
-    `find` returns the starts of documents in rows of tokens; labels have Hugging Face's format, and
-    a document's first token is not predicted.
+    `find` returns `doc_starts` for rows of tokens; labels have Hugging Face's format, and a
+    document's first token is not predicted.
     """
 
     def __init__(self, model: Any, find: Callable[[Tensor], Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Checks of a start after each kind of fault: how its ranks end, and which files remain."""
+"""Checks after a start of a run with faults: how the ranks ended, and which files remain."""
 
 import re
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ _EVALUATED = ("eval_loss", "eval_perplexity")
 
 
 def misbehaviour(hits: Sequence[Hit], outcome: Outcome, seconds: float | None) -> list[str]:
-    """Returns the deviations from the expected end of a start, as texts."""
+    """Returns a text for each way in which the ranks of a start did not end as expected."""
     hung = [rank for rank, status in enumerate(outcome.statuses) if status is None]
     if hung:
         return [f"ranks {hung} hung: {outcome.lines}"]
@@ -35,7 +35,7 @@ def misbehaviour(hits: Sequence[Hit], outcome: Outcome, seconds: float | None) -
 
 
 def _after(hit: Hit, outcome: Outcome, last: float, seconds: float) -> list[str]:
-    """Returns the problems of a start that this fault ended."""
+    """Returns the problems after the fault `hit`, which should end all ranks in time."""
     fault, problems = hit.fault, []
     limit = ENDS_JOINING if hit.phase in JOINING else ENDS.get(fault.kind)
     if limit is not None and seconds + last - hit.at > limit:
@@ -47,7 +47,7 @@ def _after(hit: Hit, outcome: Outcome, last: float, seconds: float) -> list[str]
 
 
 def _ending(rank: int, hit: Hit, outcome: Outcome) -> str | None:
-    """Returns the problem with a rank's end, or None."""
+    """Returns the problem with the way in which a rank ended, or None."""
     fault, status, lines = hit.fault, outcome.statuses[rank], outcome.lines[rank]
     told = f"rank {rank} ended with {status}: {lines}"
     if fault.kind in (KILL, STOP) and rank == fault.rank:
@@ -67,7 +67,7 @@ def _statuses(hit: Hit) -> tuple[int, ...]:
 
 
 def _names(hit: Hit, rank: int, lines: Sequence[str]) -> bool:
-    """Returns whether the rank's one line names the lost rank, or the event."""
+    """Returns whether the rank's only line on stderr names the lost rank or the event."""
     if len(lines) != 1:
         return False
     fault, text = hit.fault, lines[0].removeprefix(f"rank {rank}: ")
@@ -83,9 +83,9 @@ def _names(hit: Hit, rank: int, lines: Sequence[str]) -> bool:
 
 
 def damage(lab: "FaultLab", name: str) -> list[str]:
-    """Returns what is damaged in the step that `latest` names.
+    """Returns what is damaged in the checkpoint that `latest` names.
 
-    The project's own check runs first; then the step is compared with the undisturbed run.
+    The project's own check runs first; then the checkpoint is compared with the undisturbed run's.
     """
     found = []
     for stage in range(STAGES):
@@ -107,7 +107,7 @@ def damage(lab: "FaultLab", name: str) -> list[str]:
 def differences(
     lab: "FaultLab", name: str, plan: RunPlan, statuses: Sequence[int | None]
 ) -> list[str]:
-    """Returns the differences from the undisturbed run at the end."""
+    """Returns how the files at the end of a run differ from those of the undisturbed run."""
     disk, whole = lab.stage_disk(name, 0), lab.stage_disk("whole", 0)
     steps = lab.lab.steps
     if list(statuses) != [0] * WORLD:
@@ -131,7 +131,7 @@ def differences(
 def _other_lines(
     lines: list[dict[str, object]], expected: list[dict[str, object]], *, stopped: bool
 ) -> list[str]:
-    """Returns the lines that differ; a stop can omit an evaluation."""
+    """Returns the lines of metrics that differ; a stopped run may lack an evaluation."""
     found = []
     for line, other in zip(lines, expected, strict=False):
         left_out = {key: other[key] for key in other if key not in _EVALUATED}

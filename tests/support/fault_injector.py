@@ -1,4 +1,4 @@
-"""Injector of the faults of one start, in the process that forked its ranks."""
+"""Injector of faults into the ranks of one start; it runs in the process that forked the ranks."""
 
 import contextlib
 import os
@@ -25,7 +25,7 @@ SMALL_FILES = 30_000  # bytes; more than a rank's output, less than a stage's we
 
 @dataclass(frozen=True)
 class Hit:
-    """A fault that happened: its rank's phase, and its time."""
+    """A fault that happened, the phase in which its rank was then, and the time in seconds."""
 
     fault: Fault
     phase: str
@@ -34,7 +34,7 @@ class Hit:
 
 @dataclass(frozen=True)
 class Point(Kill):
-    """A moment at which a rank waits until its parent has caused the fault."""
+    """A moment at which a rank waits until its parent process has caused the fault."""
 
     reached: tuple[int, int] = field(default_factory=os.pipe)
     go_on: tuple[int, int] = field(default_factory=os.pipe)
@@ -56,7 +56,7 @@ class Point(Kill):
 
 
 def point(fault: Fault) -> Point | None:
-    """Returns the point of a fault's named moment; None for a fault by the clock."""
+    """Returns the point of a fault at a named moment; None if the fault happens by the clock."""
     one = fault.moment
     if one is None:
         return None
@@ -64,7 +64,7 @@ def point(fault: Fault) -> Point | None:
 
 
 class Injector:
-    """Attendant of the ranks of one start, which causes the faults.
+    """Attendant (tests.support.runs) of the ranks of one start; the attendant causes the faults.
 
     steps: number of steps of the complete run.
     life: seconds of an undisturbed run.
@@ -119,7 +119,7 @@ class Injector:
         self._end_stopped(pids, ended)
 
     def close(self) -> None:
-        """Restores the machine for the next start."""
+        """Plugs in a pulled wire again, and closes all pipes to the ranks."""
         for hit in self.hits:
             if hit.fault.kind == UNPLUGGED:
                 plug(self._hosts[0], up=True)
@@ -131,8 +131,8 @@ class Injector:
     def _share(self, now: float) -> float:
         """Returns the fraction of the remaining run that is done, by the clock or by the metrics.
 
-        The larger one counts. The clock counts before the first step, and while a full disk delays
-        the metrics; but it can be late if the machine is faster than in the undisturbed run.
+        The larger fraction counts. The clock is needed before the first step, and while a full disk
+        delays the metrics. The metrics are needed if the run is faster than the undisturbed run.
         """
         assert self._began is not None
         begun, steps = self._done, len(read_metrics(self._metrics))
@@ -154,7 +154,7 @@ class Injector:
                 os.kill(pids[rank], _SIGNALS[fault.kind])
 
     def _limit_files(self, rank: int, pids: Sequence[int], size: int) -> None:
-        """Limits the size of files of the ranks that write to a rank's disk."""
+        """Limits the size of the files that ranks can write to the disk of `rank`."""
         for writer in WRITERS:
             if not self._hosts or writer % STAGES == rank % STAGES:
                 with contextlib.suppress(ProcessLookupError):

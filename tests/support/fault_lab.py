@@ -1,4 +1,4 @@
-"""Runs with random faults: each is started again until it is complete."""
+"""Runs with random faults: each run is started again until it is complete."""
 
 import time
 from collections import Counter
@@ -22,7 +22,7 @@ _RESTARTS = 3  # more than the number of faults
 
 @dataclass(frozen=True)
 class FaultLab:
-    """A lab whose stages are on `hosts`, each rank with its own disk; or all ranks on one host."""
+    """A Lab for runs with faults. With `hosts`, each stage has a host, each rank its own disk."""
 
     lab: Lab
     hosts: Sequence[Host] = ()
@@ -79,7 +79,7 @@ def make_fault_lab(folder: Path, hosts: Sequence[Host] = (), *, steps: int = STE
 def live(
     _rank: int, _world: int, _url: str, lab: FaultLab, plans: Sequence[RunPlan], log: Path
 ) -> list[Lived]:
-    """Runs all plans one after another, compares them with an undisturbed run, and logs them."""
+    """Runs the plans in sequence, compares each run with an undisturbed run, and logs each run."""
     life = _undisturbed(lab)
     lived = []
     for plan in plans:
@@ -90,7 +90,7 @@ def live(
 
 
 def _undisturbed(lab: FaultLab) -> float:
-    """Runs the reference, with all its steps saved; returns the seconds of an ordinary run."""
+    """Runs the reference, which saves every second step; returns the seconds of a usual run."""
     whole = lab.start("whole", {"checkpoint-steps": 2}, lab.injector("whole", [], life=1.0))
     began = time.monotonic()
     again = lab.start("again", {}, lab.injector("again", [], life=1.0))
@@ -134,7 +134,7 @@ def tell(lived: Lived) -> str:
 
 
 def report(lived: Sequence[Lived]) -> str:
-    """Returns a text with the counts of all runs."""
+    """Returns a text with the number of starts, faults and failures in all runs."""
     starts = [start for one in lived for start in one.starts]
     hits = [hit for start in starts for hit in start.hits]
     kinds, phases = Counter(hit.fault.kind for hit in hits), Counter(hit.phase for hit in hits)

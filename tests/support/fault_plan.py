@@ -23,9 +23,9 @@ class Fault:
 
     moment: a named moment; None for a fault by the clock, after the fraction `share` of the
     remaining run.
-    peer: the other end of a cut connection; one: only one of their connections is cut.
-    to_all: every rank gets the signal.
-    rest: seconds until a full disk has space again; None: not in this start.
+    peer: the rank at the other end of cut connections; one: whether only one connection is cut.
+    to_all: whether every rank gets the signal.
+    rest: seconds until a full disk has space again; None: the disk stays full in this start.
     """
 
     kind: str
@@ -44,7 +44,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """One run: its flags, and the faults of its starts; a last start has no faults."""
+    """One run: its flags, and the faults of each start; after these, a start without faults."""
 
     number: int
     changes: Mapping[str, Any]
@@ -52,7 +52,7 @@ class RunPlan:
 
 
 def draw_runs(seed: int, count: int, kinds: Sequence[str] = ALONE) -> list[RunPlan]:
-    """Draws runs of 1 to 3 faults; every second run saves async, every third has data workers."""
+    """Draws runs of 1 to 3 faults; half of the runs save asynchronously, a third have workers."""
     draw = random.Random(seed)
     deck = _shuffled_for_ever(draw, kinds)
     return [
@@ -69,13 +69,13 @@ def draw_runs(seed: int, count: int, kinds: Sequence[str] = ALONE) -> list[RunPl
 
 
 def _shuffled_for_ever(draw: random.Random, kinds: Sequence[str]) -> Iterator[str]:
-    """Yields every kind once in random order, then again, so few runs have all kinds."""
+    """Yields every kind once in random order, then again, so that a few runs have all kinds."""
     while True:
         yield from draw.sample(kinds, len(kinds))
 
 
 def _draw_starts(draw: random.Random, deck: Iterator[str]) -> list[list[Fault]]:
-    """Draws one fault per start; a full disk ends no start, so a second fault can follow it."""
+    """Draws one fault per start; a full disk does not end a start, so a second fault can follow."""
     starts: list[list[Fault]] = []
     for number in range(draw.randint(1, _MOST_FAULTS)):
         fault = _draw_fault(draw, next(deck), is_first=number == 0)

@@ -4,12 +4,13 @@ It has our modules in half precision, torch's AdamW on fp32 masters, and torch.a
 scale follows our rule. It shares with the tested code only the forward of embedding, blocks and
 norms, which tests/unit/modules compare with transformers.
 Activations and their gradients are rounded to fp16, because fp16 stores them. Gradients of large
-weights are not rounded: they belong to fp32 masters and are summed in fp32, so a product is rounded
-only if the CPU computes it in fp16. Gradients of logits are not rounded before they are
+weights are not rounded: they belong to fp32 masters and are summed in fp32, so they are rounded
+only if the CPU computes their matmul in fp16. Gradients of logits are not rounded before they are
 complete: (softmax - 1 at the label) x scale.
 One different last bit of a master can round a half-precision weight the other way, and then losses
-differ by roundings of fp16. Therefore the reference has one order of sums (microbatch by
-microbatch, token by token) and rounds the clipping once; then everything is equal bit for bit.
+differ by roundings of fp16. Therefore the reference adds gradients in one fixed order (microbatch
+by microbatch, token by token) and rounds the clipped gradients once; then the metrics of reference
+and run are equal bit for bit.
 """
 
 import math
@@ -40,7 +41,7 @@ Scale = tuple[float, int, int]  # scale, remaining hysteresis, clean updates in 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of a run with a reference; `poisoned` updates (counted from 1) overflow."""
+    """Settings of a run with a reference; the updates in `poisoned` (counted from 1) overflow."""
 
     updates: int = UPDATES
     accumulate: int = 1
@@ -52,7 +53,7 @@ class Recipe:
 
 
 def moved(scale: float, left: int, clean: int, overflow: bool, recipe: Recipe) -> Scale:
-    """Returns scale, hysteresis and clean updates after an update, by the scaler's rule."""
+    """Returns loss scale, remaining hysteresis and number of clean updates after an update."""
     if overflow:
         left = max(left - 1, 0)
         return (scale / 2 if left == 0 else scale), left, 0
@@ -136,9 +137,9 @@ class CrossEntropy(torch.autograd.Function):
 
 
 class WideLinear(nn.Module):
-    """A linear layer that multiplies in fp32 and rounds its output, an activation, to fp16.
+    """A linear layer that multiplies in fp32 and rounds its output to fp16.
 
-    The gradients of its parameters are added to `sums`.
+    The gradients of the layer's parameters are added to `sums`.
     """
 
     def __init__(self, half: nn.Linear) -> None:
@@ -153,7 +154,7 @@ class WideLinear(nn.Module):
         return out
 
     def add(self, x: Tensor, gradient: Tensor) -> None:
-        """Adds the gradients of one sequence: x (tokens, inputs), gradient (1, tokens, outputs)."""
+        """Adds a sequence's gradients; x is (tokens, inputs), gradient is (1, tokens, outputs)."""
         self.sums[self.weight].addmm_(gradient[0].float().t(), x)
         if self.bias is not None:
             self.sums[self.bias].add_(gradient[0].float().sum(0))
@@ -177,7 +178,7 @@ class WideLookup(nn.Module):
 
 
 class Twin:
-    """The model in fp16."""
+    """The fp16 model of the reference."""
 
     def __init__(self, folder: Path) -> None:
         self._model = load_model(folder).half()
@@ -189,7 +190,7 @@ class Twin:
         return {parameter: torch.zeros(parameter.shape) for parameter in self._parameters}
 
     def loss(self, tokens: Tensor, sums: Sums) -> Tensor:
-        """Returns one sequence's sum of token losses, whose gradients are added to `sums`."""
+        """Returns one sequence's sum of token losses; backward adds the gradients to `sums`."""
         for layer in self._wide:
             layer.sums = sums
         logits = self._model(tokens[None], None).float()[0]

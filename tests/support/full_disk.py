@@ -35,7 +35,7 @@ def small_disk(place: Path, size: str) -> Iterator[None]:
 
 
 def fill(path: Path) -> None:
-    """Fills the free space of the disk."""
+    """Fills the free space of the disk with the file `path`."""
     with path.open("wb", buffering=0) as file:
         try:
             while file.write(b"0" * 4096):

@@ -1,4 +1,4 @@
-"""Gradients of a module and its optimizer, as in a stage."""
+"""Builders of the gradients and the optimizer of a module, as in a stage."""
 
 import torch
 from torch import nn

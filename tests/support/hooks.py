@@ -1,4 +1,4 @@
-"""Hooks that change a rank's process before its start: it dies, stops, fails or slows down."""
+"""Hooks that change a rank's process before it runs: the rank dies, stops, fails or is slow."""
 
 import contextlib
 import importlib
@@ -32,7 +32,7 @@ def find(target: str) -> tuple[Any, str]:
 class Kill:
     """A signal to one rank at its `nth` call of `module:function` or `module:Class.method`.
 
-    when: `before` or `after` the call; `half`, for torch.save only: after half of the file.
+    when: `before` or `after` the call; `half` (only for torch.save): when half the file is written.
     about: count only calls whose first two arguments contain this text.
     wait: seconds that the rank waits before each signal, while the other ranks continue.
     signals: sent one after the other; the rank continues after a signal that it survives.
@@ -50,7 +50,7 @@ class Kill:
     to_all: bool = False
 
     def arm(self) -> None:
-        """Prepares this process so that it gets the signals at the moment."""
+        """Changes the target in this process, so that the target's `nth` call sends the signals."""
         owner, name = find(self.target)
         original, calls = getattr(owner, name), itertools.count(1)
 
@@ -110,7 +110,7 @@ def _slower(function: Callable[..., Any], seconds: float, about: str) -> Callabl
 
 
 def kill_once(rank: int, seen: Callable[[int], bool]) -> Attendant:
-    """Returns an attendant that kills a rank once `seen(pid)` is true."""
+    """Returns an attendant that kills a rank as soon as `seen(pid)` is true."""
 
     def attend(pids: Sequence[int], ended: Mapping[int, int | None]) -> None:
         if rank not in ended and seen(pids[rank]):

@@ -62,12 +62,12 @@ def wired() -> Iterator[None]:
 
 
 def plug(host: Host, *, up: bool) -> None:
-    """Cuts the wire at a host without any message to either end, or restores it."""
+    """Cuts the wire at a host without any message to either end, or restores the wire."""
     ip("-n", host.name, "link", "set", host.interface, "up" if up else "down")
 
 
 def enter_host(name: str) -> None:
-    """Moves this process to a host: its network, and a host name only this process sees."""
+    """Moves this process to the network of a host; only this process sees the new host name."""
     libc = ctypes.CDLL(None, use_errno=True)
     with Path("/var/run/netns", name).open("rb") as namespace:
         if libc.setns(namespace.fileno(), _CLONE_NEWNET) or libc.unshare(_CLONE_NEWUTS):

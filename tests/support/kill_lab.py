@@ -1,4 +1,4 @@
-"""Runs of four ranks in one folder: data, model, flags, and the files after a start."""
+"""Runs of four ranks in one folder (a lab): data, model, flags, and the files after a start."""
 
 import json
 import re
@@ -31,7 +31,7 @@ class Start:
     kill: the first kill of the start.
     latest: the content of rank 0's `latest`; None if there is none.
     damage: the damage in the folders that each stage's `latest` names.
-    begin: the step from which the run resumed; None if rank 0 ended before.
+    begin: the step from which the run resumed; None if rank 0 ended before it could resume.
     steps: the number of lines in metrics.jsonl.
     """
 
@@ -45,7 +45,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Lab:
-    """The runs in `folder`, by name; `flags` are common to their ranks."""
+    """The runs in `folder`, by name; `flags` are the flags that all ranks have."""
 
     folder: Path
     flags: Mapping[str, Any]
@@ -55,13 +55,13 @@ class Lab:
         return int(self.flags["total-steps"])
 
     def disk(self, name: str, rank: int | None = None) -> Path:
-        """Returns the --checkpoint-path that all ranks share, or, with `rank`, the rank's own."""
+        """Returns the --checkpoint-path of all ranks; with `rank`, the path of this rank alone."""
         return self.folder / name / ("disk" if rank is None else f"disk{rank}")
 
     def argvs(
         self, name: str, *, own_disks: bool = False, changes: Mapping[str, Any] | None = None
     ) -> list[list[str]]:
-        """Returns the command lines of one start; only the port is new each time."""
+        """Returns the ranks' command lines for one start; each call of this takes a new port."""
         common = {**self.flags, "dist-url": f"tcp://127.0.0.1:{free_port()}", **(changes or {})}
         disks = [self.disk(name, rank if own_disks else None) for rank in range(WORLD)]
         return [
@@ -77,7 +77,7 @@ class Lab:
         changes: Mapping[str, Any] | None = None,
         timing: Timing = DEFAULT_TIMING,
     ) -> Start:
-        """Runs one start to its end in forked ranks; the result names the first of `kills`."""
+        """Starts all ranks as forks, waits for their end; the result has the first of `kills`."""
         argvs = self.argvs(name, own_disks=own_disks, changes=changes)
         place, hooks = self.folder / name, [kill for kill in kills if kill is not None]
         place.mkdir(exist_ok=True)  # folder of the ranks' output: another run can use it, too
@@ -97,7 +97,7 @@ class Lab:
 
 
 def _damage_of_latest(disk: Path, stage: int) -> str | None:
-    """Returns the damage in the folder that `latest` names, in the files of `stage`."""
+    """Returns the damage of the files of `stage` in the folder that `latest` names, or None."""
     if not (disk / "latest").exists():
         return None
     folder = disk / (disk / "latest").read_text()
@@ -112,7 +112,7 @@ def _damage_of_latest(disk: Path, stage: int) -> str | None:
 
 
 def _begin(told: list[str]) -> int | None:
-    """Returns the first step by rank 0's log; a fresh run logs the layers of its model."""
+    """Returns the step from which the run resumed, by rank 0's log; 0 if the run began anew."""
     for line in told:
         if found := re.match(r"resumed from step (\d+)", line):
             return int(found[1])
@@ -122,7 +122,7 @@ def _begin(told: list[str]) -> int | None:
 
 
 def make_lab(folder: Path, steps: int = STEPS) -> Lab:
-    """Makes a lab: two weighted sources that end within the run, held-out data, dropout."""
+    """Makes a lab: two weighted sources that a run reads more than once, held-out data, dropout."""
     write_jsonl(folder / "a.jsonl", make_texts(6, seed=1))
     write_jsonl(folder / "b.jsonl.zst", make_texts(10, seed=2))
     write_jsonl(folder / "held_out.jsonl", make_texts(12, seed=3))
@@ -153,7 +153,7 @@ def marked(disk: Path) -> list[int]:
 
 
 def state(disk: Path, stage: int, step: int = STEPS) -> dict[str, Any]:
-    """Returns all tensors and numbers that a stage saved in a step, by part."""
+    """Returns what a stage saved in the checkpoint of `step`: weights, optimizer and scheduler."""
     return {
         part: torch.load(disk / str(step) / f"prank_{stage}_{part}.pt", weights_only=True)
         for part in ("checkpoint", "optimizer", "scheduler")

@@ -1,4 +1,4 @@
-"""Moments at which a rank can die, from the import to the last file of a save, and plans."""
+"""Moments at which a rank can die, and plans, which are lists of kills at such moments."""
 
 import random
 from collections.abc import Sequence
@@ -70,7 +70,7 @@ MOMENTS = (*JOINING, *FIRST, *ANY_STEP, *SAVING, *RENAMING)
 
 
 def draw_plan(seed: int) -> list[Kill]:
-    """Returns every moment once, shuffled: first the moments that need no checkpoint."""
+    """Returns a kill at every moment, shuffled; moments that need no checkpoint come first."""
     draw = random.Random(seed)
     early = [IMPORT, *JOINING, *FIRST, *draw.sample(SAVING, 3)]
     middle = draw.choice(RENAMING[1:])
@@ -81,7 +81,7 @@ def draw_plan(seed: int) -> list[Kill]:
 
 
 def draw_short_plan(seed: int) -> list[Kill]:
-    """Returns moments of each kind, before and after the first checkpoint; a run of three saves."""
+    """Returns kills at moments of each kind, before and after the first of three checkpoints."""
     draw = random.Random(seed)
     of_first_save = SAVING[:-1]  # the omitted one needs a second save in the same start
     early = [IMPORT, draw.choice(JOINING[1:5]), draw.choice(JOINING[5:]), *draw.sample(FIRST, 2)]

@@ -1,8 +1,8 @@
 """Launcher of every process that a test starts; runs of ranks are in tests.support.runs.
 
 A process is a fork of a server that has imported all modules (tests.support.preloaded), or a fork
-of such a fork. A test of the start itself uses a Python script instead. Every process writes to
-files, and is killed if its parent dies.
+of such a fork. A test of the program's start runs a Python script instead. Every process writes to
+files, and is killed if its parent process dies.
 """
 
 import contextlib
@@ -93,7 +93,7 @@ def free_port() -> int:
 
 
 def fork(place: Path, function: Callable[..., object], *args: object) -> Process:
-    """Calls `function(*args)` in a fork; outside a fork, both must be picklable."""
+    """Calls `function(*args)` in a fork; outside a fork, function and args must be picklable."""
     process = _make_process(_live, place, function, args)
     for end in (".out", ".err"):
         place.with_name(place.name + end).write_bytes(b"")
@@ -127,7 +127,7 @@ def spawn(place: Path, script: Path, argv: Sequence[str], environ: Mapping[str, 
 
 
 def start(folder: Path, name: str, function: Callable[..., object], *args: object) -> Process:
-    """Calls `function(ready, *args)` in a fork, which creates the file `ready` when it is ready.
+    """Calls `function(ready, *args)` in a fork; the function creates the file `ready` when ready.
 
     A ValueError gives one line and exit status 2, as in dist_clm_train.py; an OSError gives exit
     status 1.

@@ -1,4 +1,4 @@
-"""Peak bytes of the tensors of a call, counted in torch's allocator."""
+"""Peak memory of a call in bytes, counted in torch's allocator."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -11,8 +11,8 @@ Result = TypeVar("Result")
 def peak_bytes(call: Callable[[], Result]) -> tuple[Result, int]:
     """Calls `call`; returns its result, and the peak of the bytes that it allocated.
 
-    Memory that kernels allocate counts, and earlier memory does not. Earlier memory that is freed
-    during the call reduces the count, as on the machine.
+    Memory that kernels allocate counts; memory from before the call does not. If such memory is
+    freed during the call, the count falls, as the use of memory on the machine does.
     """
     with profile(use_cpu=True, use_kineto=True, profile_memory=True) as recorded:
         result = call()

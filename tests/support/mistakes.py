@@ -1,4 +1,4 @@
-"""Runs of one, two or four ranks with a mistake, and the line with which all ranks end."""
+"""Runs of one, two or four ranks with a user's mistake, and the error line of all ranks."""
 
 import re
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ def folder_of(home: Path, name: str) -> Path:
 
 
 def start(home: Path, name: str, changes: Mapping[int, str], size: int = 1) -> Run:
-    """Returns a run with its own working directory."""
+    """Returns a run with its own working directory; `changes` has changed flags by rank."""
     folder = folder_of(home, name)
     folder.mkdir(parents=True)
     stages, replicas = SHAPES[size]

@@ -74,7 +74,7 @@ def hf_keys(family: Family, num_layers: int, index: int) -> dict[str, str]:
 
 
 def hf_parameter(model: Any, key: str) -> Tensor:
-    """Returns a parameter of a Hugging Face model by its name in the files."""
+    """Returns a parameter of a Hugging Face model by its name in Hugging Face's files."""
     if key == "embed_out.weight":
         weight: Tensor = model.get_output_embeddings().weight
         return weight
@@ -98,5 +98,5 @@ def from_hf(family_name: str, model: Any, folder: Path) -> StageModel:
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
-    """Returns the largest difference, relative to the largest absolute value of `theirs`."""
+    """Returns the tensors' largest difference / the largest absolute value of `theirs`."""
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()

@@ -1,4 +1,4 @@
-"""Double of cupy.cuda.nccl.NcclCommunicator: host memory, sent between processes.
+"""Double of cupy.cuda.nccl.NcclCommunicator: it sends host memory between processes.
 
 Everything else of the real module stays: unique ids, dtype codes, NcclError. The members of a
 communicator connect at abstract Unix sockets that are named after its unique id; each member waits
@@ -94,7 +94,7 @@ def open_channel(
     dist_timeout: float = 30.0,
     connect_neighbours: bool = True,
 ) -> tuple[NcclCommunicator, Told]:
-    """Opens a pipeline of `size` ranks on CPU; returns it and the queue of its hang detector."""
+    """Returns a pipeline's communicator on CPU, and the queue that gets the errors of hangs."""
     told: Told = queue.SimpleQueue()
     topology = Topology(rank=rank, num_stages=size, num_replicas=1)
     channel = NcclCommunicator(
@@ -219,7 +219,7 @@ class NcclDouble:
 
 
 def _meet(name: str, size: int, rank: int) -> dict[int, socket.socket]:
-    """Connects to each other member: calls members before this one, accepts members after it."""
+    """Connects to each other member: calls lower members, and accepts calls of higher members."""
     links: dict[int, socket.socket] = {}
     with socket.socket(socket.AF_UNIX) as door:
         door.bind(_address(name, rank))

@@ -1,4 +1,4 @@
-"""Pages of the documentation, their bash blocks, and a copy of the project for these commands."""
+"""Pages of the documentation, their bash blocks, and a copy of the project that runs the blocks."""
 
 import os
 import re

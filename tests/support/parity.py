@@ -1,4 +1,4 @@
-"""Flags of the parity tests, and the Hugging Face model trained in one process.
+"""Flags of the parity tests, and the reference: a Hugging Face model trained in one process.
 
 The reference trains on the same blocks in plain torch: one optimizer, one loss, and none of our
 code except the reader of the blocks.
@@ -35,7 +35,7 @@ DROPOUT = (
 
 
 def layers_of_a_stage(stages: int, replicas: int) -> str:
-    """Returns the split of 5 layers: 5; 3,2 (--num-layers 3); or 2,1,1,1."""
+    """Returns --num-layers for 5 layers on 1, 2 or 4 stages; with 2 stages, 3 means 3,2."""
     return {1: "5", 2: "3", 4: "2,1,1,1"}[stages]
 
 
@@ -44,7 +44,7 @@ def rows_of_a_replica(stages: int, replicas: int) -> int:
 
 
 def rows_of_a_microbatch(stages: int, replicas: int) -> int:
-    """Returns the rows of a microbatch, with two microbatches in each shape."""
+    """Returns the rows of a microbatch; a batch has two microbatches in each shape (P, R)."""
     return ROWS // replicas // 2
 
 
@@ -106,7 +106,7 @@ def reference(
 
 
 def worst(ours: Sequence[float | None], theirs: Sequence[float | None]) -> float:
-    """Returns the largest relative difference; both must have None in the same places."""
+    """Returns the largest relative difference; both lists must have None at the same indices."""
     errors = [0.0]
     for a, b in zip(ours, theirs, strict=True):
         if a is None or b is None:

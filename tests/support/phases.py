@@ -1,4 +1,4 @@
-"""Current phase of each rank of a start, visible to its parent."""
+"""Current phase of each rank, visible to the process that forked the ranks."""
 
 import mmap
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ _WRITE = "checkpoint.store:CheckpointStore._write"
 
 
 class Phases:
-    """Shared memory of forked ranks, two bytes each: phase, and whether a thread saves."""
+    """Shared memory of forked ranks; each has two bytes: phase, and whether a thread saves."""
 
     def __init__(self, world: int) -> None:
         self._memory = mmap.mmap(-1, 2 * world)

@@ -1,4 +1,4 @@
-"""Hooks for tests.support.cases.Case: a number that is not finite in one process."""
+"""Hooks for tests.support.cases.Case that make a number infinite in one process."""
 
 import math
 from collections.abc import Collection, Iterator
@@ -73,9 +73,10 @@ class BadOutput:
 
 @dataclass(frozen=True)
 class InfiniteLoss:
-    """Hook: on `rank`, a last stage, one loss is inf though its gradients are finite.
+    """Hook: on `rank`, one microbatch's loss is inf, but the gradients are finite.
 
-    A logit of -inf causes this. step: the training step; calls: numbers of evaluations, from 0.
+    A logit of -inf has this effect. `rank` is a last stage. step: the training step with the inf;
+    calls: the calls of Engine.evaluate with the inf, counted from 0.
     """
 
     rank: int
@@ -134,7 +135,7 @@ NUM_MICROBATCHES = 2  # of a pipeline's batch; BadOutput relies on it
 
 @contextmanager
 def _begun() -> Iterator[list[ReplicaGradients]]:
-    """Yields a list with the gradients whose update began last."""
+    """Yields a list with the ReplicaGradients whose update began last."""
     begin, begun = ReplicaGradients.begin_update, list[ReplicaGradients]()
 
     def noted(gradients: ReplicaGradients, num_microbatches: int) -> None:

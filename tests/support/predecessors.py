@@ -1,6 +1,7 @@
-"""Files of predecessors, made by torch.save from literal lists of their keys.
+"""Files of an older system (a predecessor, see docs/glossary.md), from literal lists of keys.
 
-None of the project's code makes them, so an error in its tables cannot stay hidden.
+The project's code makes none of these files, so an error in the project's tables of keys cannot
+stay hidden.
 """
 
 import json
@@ -111,7 +112,7 @@ def save_stage(path: Path, name: str, modules: list[dict[str, Tensor]]) -> None:
 
 
 def make_checkpoint(name: str, folder: Path, meta: str | None = '{"step": 20}') -> None:
-    """Writes two stages of two layers: the second has one block and the head."""
+    """Writes two stages: the embedding and two blocks; one block and the head."""
     modules = make_modules(name)
     folder.mkdir(parents=True)
     save_stage(folder / "prank_0_checkpoint.pt", name, modules[:3])

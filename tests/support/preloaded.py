@@ -1,7 +1,7 @@
 """Imports of the server whose forks are the tests' processes (tests.support.launcher).
 
 Without the server, each process would need seconds for its imports. training.session is left out,
-because it binds functions that hooks replace.
+because it imports by name functions that hooks replace.
 """
 
 import gc

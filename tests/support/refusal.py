@@ -1,4 +1,4 @@
-"""Checks of the error for a user's mistake, and a file that runs code."""
+"""Checks of the error for a user's mistake, and an object whose pickle runs code."""
 
 import os
 from collections.abc import Callable
@@ -17,7 +17,7 @@ def refusal(call: Callable[[], object]) -> str:
 
 
 def check_refused(call: Callable[[], object], *words: str) -> None:
-    """Checks that `call` is refused with one line that contains these words."""
+    """Checks that `call` raises a ValueError of one line that contains these words."""
     line = refusal(call)
     assert len(line) < 500
     assert all(word in line for word in words), line

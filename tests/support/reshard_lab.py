@@ -1,6 +1,6 @@
-"""Runs of many shapes (P, R) that resume from each other's middle, and their logs.
+"""Runs of many shapes (P, R), and runs that resume from the middle of such a run in any shape.
 
-Dropout is on; its masks depend on a module's place in the model.
+Dropout is on, because dropout masks depend on a module's number in the model.
 """
 
 import time
@@ -54,7 +54,7 @@ def resumed_name(kind: tuple[str, str], source: Shape) -> str:
 def resumed(
     folder: Path, kind: tuple[str, str], pairs: Sequence[tuple[Shape, Shape]], **changes: object
 ) -> list[Case]:
-    """Returns runs that resume from the middle of other runs."""
+    """Returns a run for each pair (source, target) that resumes from the middle of the source."""
     return [
         Case(
             resumed_name(kind, source),
@@ -69,7 +69,7 @@ def resumed(
 def train_in_turn(
     rank: int, _world_size: int, url: str, turns: Sequence[Turn], folder: Path
 ) -> dict[str, Told]:
-    """Trains worlds of several sizes in turn; a turn uses the first ranks of all."""
+    """Trains in worlds of several sizes, one after the other; each world uses the first ranks."""
     told: dict[str, Told] = {}
     for number, (shape, cases) in enumerate(turns):
         begun = folder / f"turn-{number}"
@@ -85,7 +85,7 @@ def train_in_turn(
 def train_all(
     folder: Path, whole: list[Case], others: list[Case], *, deadline: float
 ) -> dict[str, Told]:
-    """Trains each shape's runs, then the resumed runs; returns rank 0's log."""
+    """Trains `whole` in all shapes, then `others`, which resume; returns rank 0's logs."""
     write_jsonl(folder / "a.jsonl", make_texts(60, seed=1))
     changes = {"num_hidden_layers": LAYERS, "intermediate_size": 128}  # 8-bit moments: 4096 numbers
     dropout = {"hidden_dropout": 0.1, "attention_dropout": 0.1}

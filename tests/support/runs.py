@@ -23,14 +23,14 @@ _OF_A_USER = ("GLOO_", "LOCAL_RANK", "MASTER_", "NCCL_", "RANK", "WANDB_", "WORL
 
 
 class Hook(Protocol):
-    """A change to one rank's process before its start."""
+    """A change to one rank's process before the rank runs."""
 
     @property
     def rank(self) -> int:
         """Rank whose process is changed."""
 
     def arm(self) -> None:
-        """Makes the change; called once, in that process."""
+        """Changes the process; the process itself calls this once."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Rank:
     late: seconds until the process starts.
     hooks: changes to the process.
     timing: timeouts and intervals of the ranks.
-    is_forked: False for a start by a user's command, without hooks and timing.
+    is_forked: False if a user's command starts the process, without hooks and timing.
     """
 
     argv: Sequence[str]

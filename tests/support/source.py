@@ -1,4 +1,4 @@
-"""Source of the project for the tests of its rules: packages, files, modules."""
+"""Source of the project for the tests of its rules; a "room" is a package or an entry script."""
 
 import ast
 from collections.abc import Iterable

@@ -14,7 +14,7 @@ Flags = dict[str, Any]
 
 
 def make_home(folder: Path) -> Path:
-    """Makes a folder with layer shards (m; a GPT-J's in j), and with good and bad data."""
+    """Makes a folder with layer shards (GPT-NeoX in m, GPT-J in j), and with good and bad data."""
     for name, family, layers in (("m", "gptneox", "num_hidden_layers"), ("j", "gptj", "n_layer")):
         make_shards(folder, name, family, {layers: LAYERS}, place="")
     write_jsonl(folder / "data.jsonl", make_texts(60, seed=1))
