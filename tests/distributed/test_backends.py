@@ -1,7 +1,7 @@
-"""Tests training over every communication backend: losses and weights are those over gloo.
+"""Tests training over every communication backend: losses and weights are as over gloo.
 
-The tests run on CPU. Test doubles replace what needs a GPU: NCCL's communicator in the cupy_nccl
-backend, and torch's NCCL process groups, by gloo's, in the nccl backend. Bits can be compared,
+The tests run on CPU. Where a backend needs a GPU, doubles replace it: NCCL's communicator in the
+cupy_nccl backend; torch's NCCL groups (by gloo groups) in the nccl backend. Bits can be compared,
 because a gradient is the sum of only two replicas, which does not depend on their order.
 """
 
@@ -87,7 +87,7 @@ def test_training_is_that_over_gloo(
 def test_activations_and_gradients_went_through_the_double(
     trained: tuple[Path, Sequence[Traffic]],
 ) -> None:
-    """Messages go through NCCL's double in the compute type; their sizes follow from the shapes."""
+    """Stages send the expected bytes in the compute type through the double; replicas use it, too."""
     total = sum((traffic for traffic in trained[1]), Counter[tuple[str, int]]())
     elements = 2 * ROWS * TOKENS * HIDDEN * UPDATES  # between two neighbours, both ways
     opened = 2 * 2 + 2 * 3  # each edge's first message has one number: two pipelines of 2, one of 4

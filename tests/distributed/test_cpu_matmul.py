@@ -1,7 +1,7 @@
 """Tests --cpu-matmul: a rank's matmul library depends on its CPU, is logged, saved and resumed.
 
-The tests replace the description of the machine's CPU by that of other CPUs. torch uses oneDNN only
-on a machine with AVX-512; on others, torch's default also computes the runs with oneDNN.
+The tests replace the description of the machine's CPU by descriptions of other CPUs. torch uses
+oneDNN only on a machine with AVX-512; on other machines, torch's default computes all runs.
 """
 
 import logging
@@ -126,7 +126,7 @@ def test_products_that_are_not_fp32_are_left_where_nobody_asked(
 
 @pytest.mark.parametrize("saved", [None, []])
 def test_a_checkpoint_that_does_not_tell_leaves_it_to_the_cpu(saved: list[Matmul] | None) -> None:
-    """A checkpoint of GPUs, or of fewer replicas, has no library for a rank: the CPU decides."""
+    """A checkpoint from GPUs, or fewer replicas, names no library for a rank: the CPU decides."""
     assert saved_choice(saved, 0) is None
 
 
@@ -192,7 +192,7 @@ RUNS: dict[str, tuple[str, tuple[str, str], str | None, list[str]]] = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Trains all of RUNS; returns their folder, and each rank's log."""
+    """Trains each run in RUNS; returns the folder of all runs, and each rank's log."""
     path = tmp_path_factory.mktemp("matmul")
     write_jsonl(path / "a.jsonl", make_texts(60, seed=1))
     make_shards(path, "model", "gptneox", {"num_hidden_layers": 2})

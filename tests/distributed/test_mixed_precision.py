@@ -73,7 +73,7 @@ class Trained(NamedTuple):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Trains fp16 and bf16 with SHAPES and SCHEDULED, and fp16 with overflows on one rank."""
+    """Trains each shape in SHAPES, each run in SCHEDULED, and fp16 with overflows on one rank."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("mixed")
     write_jsonl(folder / "a.jsonl", make_texts(60, seed=1))

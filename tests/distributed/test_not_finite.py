@@ -194,7 +194,7 @@ def test_a_run_that_gave_up_goes_on(trained: Trained) -> None:
 
 
 def test_a_loss_in_the_first_half_of_an_update_costs_all_of_it(trained: Trained) -> None:
-    """An update is skipped if the first of its two losses is not finite (all gradients are)."""
+    """An update is skipped if the first of its two losses is infinite and all else is finite."""
     folder = trained[0]
     lines = lines_of(folder, "half-an-update", 2, 2)
     assert [line["loss"] is None for line in lines] == [n == 3 for n in range(1, 7)]

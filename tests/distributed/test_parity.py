@@ -142,7 +142,7 @@ def small_buckets(topology: Topology) -> AbstractContextManager[object]:
 
 
 def train_all(folder: Path, parity: Sequence[Run], same: Mapping[str, Sequence[Run]]) -> None:
-    """Trains all runs; those of `same`, with few updates, write to the folder `short`."""
+    """Trains all runs; the runs in `same` have few updates, and write to the folder `short`."""
     write_jsonl(folder / "a.jsonl", make_texts(60, seed=1))
     write_jsonl(folder / "b.jsonl", make_texts(60, seed=2))
     for name, model in MODELS.items():

@@ -87,7 +87,7 @@ def flags(folder: Path, schedule: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def told(folder: Path) -> OfRanks:
-    """Trains each schedule with profiling, one run without, one that stops; returns the logs."""
+    """Trains each schedule with profiling, a run without it, and a run that stops; returns logs."""
     cases = [Case("off", flags(folder, "gpipe"), InFolder(folder / "in-off"))]
     for schedule in ORDERS:
         own = flags(folder, schedule) | {"profiling": "tidy_profiling"}
@@ -128,7 +128,7 @@ def computed(events: list[Event]) -> str:
 def test_profiling_changes_no_bit_and_traces_nothing_when_off(
     schedule: str, folder: Path, told: OfRanks
 ) -> None:
-    """Losses with profiling, of each schedule, are those of a run without, which has no traces."""
+    """Profiling changes no loss, under any schedule; a run without profiling writes no traces."""
     for key in ("loss", "grad_norm"):
         profiled = curve(folder, schedule, STAGES, REPLICAS, key)
         assert profiled == curve(folder, "off", STAGES, REPLICAS, key)

@@ -1,7 +1,7 @@
 """Tests runs that stop, die or have no shared disk, and resume with another number of stages.
 
-Two pipelines of two stages (2,1 of three layers) become four pipelines of one stage, or one
-pipeline of three. The losses must equal those of an uninterrupted run. A `Lab` starts the runs.
+Two pipelines of two stages (three layers, split 2,1) become four pipelines of one stage, or one
+pipeline of three stages. Losses must equal the losses of an uninterrupted run.
 """
 
 import shutil
@@ -35,12 +35,12 @@ THREE_STAGES = flags_of(
     "--pipeline-group-size 3 --data-group-size 1 --world-size 3 --batch-size 4 --num-layers 1"
 )
 KEEP = flags_of("--keep-checkpoints 2 --keep-optimizer-states 1")
-NEEDS = {1: 0, 2: 1}  # rank of three stages: the stage of two whose files it needs
+NEEDS = {1: 0, 2: 1}  # new rank (of three): old stage (of two) whose files it needs
 
 
 @dataclass(frozen=True)
 class Seen:
-    """The outcome of a start of the program; then `latest`, and the steps in rank 0's folder."""
+    """The outcome of one start, and `latest` and the saved steps in rank 0's folder after it."""
 
     outcome: Outcome
     latest: str
@@ -78,7 +78,7 @@ def live(_rank: int, _world: int, _url: str, lab: Lab) -> dict[str, Seen]:
 def live_apart(_rank: int, _world: int, _url: str, lab: Lab) -> dict[str, Seen]:
     """Stops a run whose ranks have separate disks, then resumes it twice with three stages.
 
-    The first resume lacks files of the checkpoint that it needs; the second has all of them.
+    The first resume lacks some of the checkpoint's files; the second has all files that it needs.
     """
     never = {"checkpoint-steps": 0}
     found = {

@@ -1,7 +1,7 @@
 """Tests that a run resumes with other stages, replicas or split, and with the same losses.
 
 A run of every shape trains to its end and saves its middle step; from there, runs resume in other
-shapes. Their losses must equal those of the run that kept its shape.
+shapes. Their losses must equal the losses of the run that kept its shape.
 """
 
 import json
@@ -63,7 +63,7 @@ Spoil = Callable[[Path], object]
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
-    """Trains FEW pairs of shapes in fp32 with adam, and one pair for each of OTHER_KINDS."""
+    """Trains each pair of shapes in FEW in fp32 with adam, and each pair in OTHER_KINDS."""
     folder = tmp_path_factory.mktemp("resharding")
     whole = [Case("fp32-adam", flags(folder, KINDS[0]))]
     others = resumed(folder, KINDS[0], FEW)
@@ -112,8 +112,8 @@ def test_as_many_stages_may_have_other_layers(ended: Ended) -> None:
     assert (meta["num_stages"], meta["num_layers"]) == (2, [2, 3])
 
 
-# Damage to the last step of four stages (1,2,1,1), and the error of the first of two stages (4,1),
-# which needs the files of the first three.
+# Damage to the last checkpoint of four stages (1,2,1,1), and the error of a resume with two stages
+# (4,1): their first stage needs the files of the first three of the four stages.
 SPOILT: dict[str, tuple[Spoil, str]] = {
     "optimizer cut": (
         lambda step: cut(step / "prank_2_optimizer.pt"),
@@ -213,7 +213,7 @@ def test_files_of_another_save_are_not_mixed_in(four: Path, ended: Ended) -> Non
 
 @pytest.mark.slow
 def test_the_whole_matrix(tmp_path: Path) -> None:
-    """A resume from any shape to any other keeps the losses, in fp32 and bf16, any optimizer."""
+    """A resume from any shape in any shape keeps the losses, for each pair in KINDS."""
     longer = {"total-steps": SAVED + LONG}
     whole = [Case("-".join(kind), flags(tmp_path, kind, **longer)) for kind in KINDS]
     others = [case for kind in KINDS for case in resumed(tmp_path, kind, PAIRS, **longer)]

@@ -88,7 +88,7 @@ def test_what_may_change_is_told_in_one_line(
 def test_more_steps_go_on_with_the_schedule_computed_anew(
     flags: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Resumed with more --total-steps, a run has the learning rates of a schedule of all steps."""
+    """After a resume with more --total-steps, the schedule of learning rates has the new length."""
     longer = {**flags, "total-steps": 8, "checkpoint-path": tmp_path / "longer"}
     train_alone({**longer, "total-steps": STEPS})
     train_alone(longer)

@@ -1,4 +1,4 @@
-"""Tests the lr column of a run's metrics against transformers' schedules."""
+"""Tests the learning rates in a run's metrics against transformers' schedules."""
 
 from collections.abc import Callable
 from functools import partial

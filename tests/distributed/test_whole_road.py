@@ -1,4 +1,4 @@
-"""Tests conversion, training, conversion back: Hugging Face's and older (predecessors') files."""
+"""Tests conversion, training and conversion back, with files of Hugging Face and predecessors."""
 
 import json
 import os
@@ -101,7 +101,7 @@ def from_old_shards(base: Path, family: str) -> Run:
 
 
 def from_old_checkpoint(base: Path, family: str) -> list[Run]:
-    """Returns a run from a predecessor's checkpoint, and a run that resumes from the first run's.
+    """Returns a run that starts from a predecessor's checkpoint, and a run that resumes this run.
 
     No layer shards exist, so neither run can read them.
     """
@@ -180,7 +180,7 @@ def test_an_iteration_at_rate_0_changes_no_bit(
 
 
 def test_the_split_is_told_once(ended: Outcomes) -> None:
-    """Shares are of multiply-adds: 32 x (4 x 32 + 2 x 128 + 25) a block, 32 x 400 in the head."""
+    """One rank tells it. Multiply-adds: 32 x (4 x 32 + 2 x 128 + 25) a block, 32 x 400 the head."""
     told = [rank.stdout.splitlines() for rank in ended["road-gptj-4"]]
     lines = [line for rank in told for line in rank if "layers of the stages" in line]
     assert lines == [
@@ -252,7 +252,7 @@ def test_a_predecessors_checkpoint_starts_a_run_of_its_own(
 def test_what_came_of_predecessors_files_converts(
     family: str, base: Path, tmp_path: Path, ended: Outcomes
 ) -> None:
-    """The predecessor's checkpoint converts unchanged, the run's with slightly changed weights."""
+    """A predecessor's weights convert unchanged; after training, the weights differ slightly."""
     folder = base / f"old-checkpoint-{family}"
     expected = expected_hf(family, make_modules(family))
     to_hf(folder / "run", tmp_path / "new", family, verify=True)

@@ -37,7 +37,7 @@ def ordered_sum(size: int, length: int, dtype: torch.dtype) -> Tensor:
 
 
 def check_group(group: Communicator, *, sums: Sequence[torch.dtype]) -> None:
-    """Runs all checks; `sums` are the dtypes whose sums are exact or follow the members' order."""
+    """Runs all checks; the group adds dtypes in `sums` exactly, or in the order of the members."""
     check_sums(group, sums)
     check_sums_at_root(group, sums)
     check_sums_under_way(group, sums[0])

@@ -33,7 +33,7 @@ class Case(NamedTuple):
     """One run: its name, and flags without dashes; a flag's value can be a function of (P, R).
 
     hook: a context around the run in every process; the context causes a failure.
-    after: another run's folder and a step; this run resumes from a copy of that run at this step.
+    after: the folder name of another run, and a step; the run resumes from a copy of this step.
     stops: whether the run ends with a TrainingStoppedError or a SaveFailedError.
     shapes: the only shapes (P, R) of the run; None: all shapes.
     """
@@ -128,7 +128,7 @@ def _train_case(
 
 
 def settings_of(flags: dict[str, Any]) -> Settings:
-    """Parses flags, with no data workers: starting a worker takes longer than reading the texts."""
+    """Parses flags, with no data workers: starting a worker takes longer than reading the data."""
     return parse_train(to_argv({"data-workers": 0, **flags}), {})
 
 
@@ -160,7 +160,7 @@ class LogLines(logging.Handler):
 
 
 def _copy_run(source: Path, target: Path, *, step: int) -> None:
-    """Copies a run as it was after the checkpoint of `step`; the metrics keep their later lines."""
+    """Copies a run up to the checkpoint of `step`; the metrics file keeps lines of later steps."""
     shutil.copytree(source, target)
     for entry in target.iterdir():
         if entry.name.isdecimal() and int(entry.name) > step:
@@ -181,7 +181,7 @@ def curve(folder: Path, name: str, stages: int, replicas: int, key: str = "loss"
 def weights_of(
     folder: Path, name: str, stages: int, replicas: int, step: int | None = None
 ) -> list[bytes]:
-    """Returns a checkpoint's weights (default: the last) in the order of the layers, as bytes."""
+    """Returns the weights of a checkpoint (default: the last one) as bytes, by layer."""
     path = run_folder(folder, name, stages, replicas)
     saved = path / ((path / "latest").read_text() if step is None else str(step))
     return [

@@ -160,19 +160,19 @@ def reseal(folder: Path) -> None:
 
 
 def make_predecessors(folder: Path) -> None:
-    """Deletes manifests and meta.json, as in an older system (a predecessor, docs/glossary.md)."""
+    """Deletes manifests and meta.json, which a predecessor (docs/glossary.md) does not write."""
     for path in (*folder.glob("prank_*_manifest.json"), folder / "meta.json"):
         path.unlink()
 
 
 def to_shards(source: Path | str, save_dir: Path, name: str = "gptneox", **options: Any) -> Path:
-    """Converts a folder in the Hugging Face format; `options` are those of `convert_from_hf`."""
+    """Converts a folder in the Hugging Face format; `convert_from_hf` gets `options`."""
     options = {"dtype": "keep", **options}
     return convert_from_hf(family(name), model_name=str(source), save_dir=save_dir, **options)
 
 
 def to_hf(source: Path, save_path: Path, name: str = "gptneox", **options: Any) -> Path:
-    """Converts a checkpoint; `options` are those of `convert_to_hf`."""
+    """Converts a checkpoint to the Hugging Face format; `convert_to_hf` gets `options`."""
     stages = {"n_stages": None, "n_layer_per_stage": None}
     options = {**stages, "config_name": None, "fp16": False, "verify": False, **options}
     return convert_to_hf(family(name), ckpt_path=source, save_path=save_path, **options)

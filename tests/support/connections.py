@@ -20,7 +20,7 @@ Ports = tuple[int, int]  # ports of this end and of the other end
 
 
 def between(pid: int, other: int) -> list[Ports]:
-    """Returns the connections between two processes as ports; the first port is `pid`'s."""
+    """Returns the connections between two processes, as pairs: port of `pid`, port of `other`."""
     theirs = {(remote, local) for local, remote in _connections(other)}
     return sorted(_connections(pid) & theirs)
 

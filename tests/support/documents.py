@@ -1,4 +1,7 @@
-"""Reference for packed documents: the Hugging Face model computes each document alone."""
+"""Reference for packed documents: the Hugging Face model computes each document alone.
+
+`doc_starts` (rows, seq_len) has, for each token, the index in its row at which its document starts.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
@@ -12,7 +15,7 @@ from modules.layers.lm_head import IGNORED
 
 
 def doc_starts_of(rows: Sequence[Sequence[int]]) -> Tensor:
-    """Returns `doc_starts` (rows, seq_len); `rows` has the lengths of each row's documents."""
+    """Returns `doc_starts`; each element of `rows` has the lengths of the documents in one row."""
     return torch.tensor(
         [
             [sum(lengths[:number]) for number, length in enumerate(lengths) for _ in range(length)]

@@ -85,7 +85,7 @@ def _names(hit: Hit, rank: int, lines: Sequence[str]) -> bool:
 def damage(lab: "FaultLab", name: str) -> list[str]:
     """Returns what is damaged in the checkpoint that `latest` names.
 
-    The project's own check runs first; then the checkpoint is compared with the undisturbed run's.
+    The project's own check runs first, then a comparison with this step of the undisturbed run.
     """
     found = []
     for stage in range(STAGES):
@@ -107,7 +107,7 @@ def damage(lab: "FaultLab", name: str) -> list[str]:
 def differences(
     lab: "FaultLab", name: str, plan: RunPlan, statuses: Sequence[int | None]
 ) -> list[str]:
-    """Returns how the files at the end of a run differ from those of the undisturbed run."""
+    """Returns how the files at the end of a run differ from the files of the undisturbed run."""
     disk, whole = lab.stage_disk(name, 0), lab.stage_disk("whole", 0)
     steps = lab.lab.steps
     if list(statuses) != [0] * WORLD:

@@ -90,7 +90,7 @@ def live(
 
 
 def _undisturbed(lab: FaultLab) -> float:
-    """Runs the reference, which saves every second step; returns the seconds of a usual run."""
+    """Runs the reference, which saves steps 2, 4 and so on; returns the time of a usual run."""
     whole = lab.start("whole", {"checkpoint-steps": 2}, lab.injector("whole", [], life=1.0))
     began = time.monotonic()
     again = lab.start("again", {}, lab.injector("again", [], life=1.0))

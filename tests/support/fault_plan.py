@@ -44,7 +44,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """One run: its flags, and the faults of each start; after these, a start without faults."""
+    """One run: its flags, and the faults of each start; later starts have no faults."""
 
     number: int
     changes: Mapping[str, Any]

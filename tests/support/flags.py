@@ -1,4 +1,4 @@
-"""Flags of dist_clm_train.py in a user's spelling, by name."""
+"""Flags of dist_clm_train.py, parsed from a text as a user types it."""
 
 from typing import Any
 

@@ -3,11 +3,11 @@
 It has our modules in half precision, torch's AdamW on fp32 masters, and torch.amp.GradScaler, whose
 scale follows our rule. It shares with the tested code only the forward of embedding, blocks and
 norms, which tests/unit/modules compare with transformers.
-Activations and their gradients are rounded to fp16, because fp16 stores them. Gradients of large
-weights are not rounded: they belong to fp32 masters and are summed in fp32, so they are rounded
-only if the CPU computes their matmul in fp16. Gradients of logits are not rounded before they are
-complete: (softmax - 1 at the label) x scale.
-One different last bit of a master can round a half-precision weight the other way, and then losses
+Activations and their gradients are rounded to fp16, because fp16 stores them. Gradients of linear
+layers and embeddings are summed in fp32 and not rounded; a run rounds them only if its CPU computes
+their matmul in fp16. Gradients of logits are not rounded before they are complete:
+(softmax - 1 at the label) x scale.
+If the last bit of a master differs, its fp16 weight can be rounded the other way, and then losses
 differ by roundings of fp16. Therefore the reference adds gradients in one fixed order (microbatch
 by microbatch, token by token) and rounds the clipped gradients once; then the metrics of reference
 and run are equal bit for bit.

@@ -48,7 +48,7 @@ def make_wire() -> None:
 
 @contextmanager
 def wired() -> Iterator[None]:
-    """Creates the two hosts for the `with` block; skips the test without the permission."""
+    """Creates the two hosts for the `with` block; skips the test if they cannot be created."""
     if shutil.which("ip") is None:
         pytest.skip("needs the command ip (Debian's package iproute2)")
     try:

@@ -61,7 +61,7 @@ class Lab:
     def argvs(
         self, name: str, *, own_disks: bool = False, changes: Mapping[str, Any] | None = None
     ) -> list[list[str]]:
-        """Returns the ranks' command lines for one start; each call of this takes a new port."""
+        """Returns the ranks' command lines for one start; each call takes a new port."""
         common = {**self.flags, "dist-url": f"tcp://127.0.0.1:{free_port()}", **(changes or {})}
         disks = [self.disk(name, rank if own_disks else None) for rank in range(WORLD)]
         return [

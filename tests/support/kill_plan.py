@@ -81,7 +81,7 @@ def draw_plan(seed: int) -> list[Kill]:
 
 
 def draw_short_plan(seed: int) -> list[Kill]:
-    """Returns kills at moments of each kind, before and after the first of three checkpoints."""
+    """Returns kills at moments of each kind, before and after the first checkpoint of the run."""
     draw = random.Random(seed)
     of_first_save = SAVING[:-1]  # the omitted one needs a second save in the same start
     early = [IMPORT, draw.choice(JOINING[1:5]), draw.choice(JOINING[5:]), *draw.sample(FIRST, 2)]

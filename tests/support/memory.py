@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TypeVar
 
-from torch.autograd.profiler import profile  # torch.profiler's parses every event: slow
+from torch.autograd.profiler import profile  # the one of torch.profiler parses every event: slow
 
 Result = TypeVar("Result")
 
@@ -11,8 +11,8 @@ Result = TypeVar("Result")
 def peak_bytes(call: Callable[[], Result]) -> tuple[Result, int]:
     """Calls `call`; returns its result, and the peak of the bytes that it allocated.
 
-    Memory that kernels allocate counts; memory from before the call does not. If such memory is
-    freed during the call, the count falls, as the use of memory on the machine does.
+    Memory that kernels allocate counts; memory from before the call does not. If the call frees
+    memory from before it, the count falls, as the use of memory on the machine does.
     """
     with profile(use_cpu=True, use_kineto=True, profile_memory=True) as recorded:
         result = call()

@@ -1,6 +1,6 @@
 """Double of cupy.cuda.nccl.NcclCommunicator: it sends host memory between processes.
 
-Everything else of the real module stays: unique ids, dtype codes, NcclError. The members of a
+Everything else of cupy.cuda.nccl stays: unique ids, dtype codes, NcclError. The members of a
 communicator connect at abstract Unix sockets that are named after its unique id; each member waits
 for all others. Every message has a header: a wrong call, count, dtype or root is an error at the
 receiver.
@@ -174,7 +174,7 @@ class NcclDouble:
         return [member for member in range(self._size) if member != self._rank]
 
     def _sum(self, header: Header, mine: Tensor, target: int, *, root: int) -> None:
-        """Sums on `root`, in the order of the members."""
+        """Adds the tensors of all members on `root`, in the order of the members."""
         if self._rank != root:
             self._give(root, header, mine)
             return
@@ -219,7 +219,7 @@ class NcclDouble:
 
 
 def _meet(name: str, size: int, rank: int) -> dict[int, socket.socket]:
-    """Connects to each other member: calls lower members, and accepts calls of higher members."""
+    """Connects to every other member; of two members, the one with the higher rank calls."""
     links: dict[int, socket.socket] = {}
     with socket.socket(socket.AF_UNIX) as door:
         door.bind(_address(name, rank))

@@ -58,7 +58,7 @@ def copy_project(folder: Path) -> Path:
 def run_block(block: Block, project: Path) -> None:
     """Runs a block in a copy of the project; asserts that each command succeeds.
 
-    A free port replaces the port in the page, which can be in use on this machine.
+    The port in the page can be in use on this machine, so a free port replaces it.
     """
     script = _WAIT + block.text.replace("7033", str(free_port()))
     process = subprocess.Popen(

@@ -1,7 +1,7 @@
 """Imports of the server whose forks are the tests' processes (tests.support.launcher).
 
 Without the server, each process would need seconds for its imports. training.session is left out,
-because it imports by name functions that hooks replace.
+because hooks replace functions that it imports by name.
 """
 
 import gc

@@ -32,7 +32,7 @@ def layers_of(stages: int, _replicas: int) -> str:
 
 
 def flags(folder: Path, kind: tuple[str, str], **changes: object) -> dict[str, Any]:
-    """Returns the flags of a run in this precision with this optimizer, for any shape."""
+    """Returns the flags of a run of `kind` (precision, optimizer), for any shape."""
     precision, optimizer = kind
     return {
         **model_flags(folder),
@@ -54,7 +54,7 @@ def resumed_name(kind: tuple[str, str], source: Shape) -> str:
 def resumed(
     folder: Path, kind: tuple[str, str], pairs: Sequence[tuple[Shape, Shape]], **changes: object
 ) -> list[Case]:
-    """Returns a run for each pair (source, target) that resumes from the middle of the source."""
+    """Returns a run in `target` from the middle of the run in `source`, for each pair of them."""
     return [
         Case(
             resumed_name(kind, source),
@@ -85,7 +85,7 @@ def train_in_turn(
 def train_all(
     folder: Path, whole: list[Case], others: list[Case], *, deadline: float
 ) -> dict[str, Told]:
-    """Trains `whole` in all shapes, then `others`, which resume; returns rank 0's logs."""
+    """Trains `whole`, then `others`, which resume, in their shapes; returns rank 0's logs."""
     write_jsonl(folder / "a.jsonl", make_texts(60, seed=1))
     changes = {"num_hidden_layers": LAYERS, "intermediate_size": 128}  # 8-bit moments: 4096 numbers
     dropout = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
