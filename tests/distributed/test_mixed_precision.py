@@ -38,7 +38,7 @@ RECIPES = {
 # (tests.support.fp16_twin). One more rounding in the clipping gives 9e-6.
 LOSS_TOLERANCE = 1e-5
 NORM_TOLERANCE = 1e-6  # 2e-16 was measured
-# R=2 computes (a + b) + (c + d), R=1 computes ((a + b) + c) + d, in fp32. The norms differ by it
+# R=2 computes (a + b) + (c + d), R=1 computes ((a + b) + c) + d, in fp32. Therefore norms differ
 # (6e-8 was measured); losses would differ if a weight were rounded the other way.
 REPLICAS_TOLERANCE = 1e-4
 

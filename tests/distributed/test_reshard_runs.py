@@ -1,7 +1,7 @@
 """Tests runs that stop, die or have no shared disk, and resume with another number of stages.
 
 Two pipelines of two stages (three layers, split 2,1) become four pipelines of one stage, or one
-pipeline of three stages. Losses must equal the losses of an uninterrupted run.
+pipeline of three. Losses must equal the losses of an uninterrupted run. A `Lab` starts the runs.
 """
 
 import shutil

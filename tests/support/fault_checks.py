@@ -85,7 +85,7 @@ def _names(hit: Hit, rank: int, lines: Sequence[str]) -> bool:
 def damage(lab: "FaultLab", name: str) -> list[str]:
     """Returns what is damaged in the checkpoint that `latest` names.
 
-    The project's own check runs first, then a comparison with this step of the undisturbed run.
+    The project's own check runs first, then a comparison with the same step of the undisturbed run.
     """
     found = []
     for stage in range(STAGES):

@@ -12,7 +12,7 @@ def peak_bytes(call: Callable[[], Result]) -> tuple[Result, int]:
     """Calls `call`; returns its result, and the peak of the bytes that it allocated.
 
     Memory that kernels allocate counts; memory from before the call does not. If the call frees
-    memory from before it, the count falls, as the use of memory on the machine does.
+    such older memory, the count falls, as the use of memory on the machine does.
     """
     with profile(use_cpu=True, use_kineto=True, profile_memory=True) as recorded:
         result = call()

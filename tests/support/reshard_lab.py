@@ -54,7 +54,7 @@ def resumed_name(kind: tuple[str, str], source: Shape) -> str:
 def resumed(
     folder: Path, kind: tuple[str, str], pairs: Sequence[tuple[Shape, Shape]], **changes: object
 ) -> list[Case]:
-    """Returns a run in `target` from the middle of the run in `source`, for each pair of them."""
+    """Returns a run for each pair: in shape target, from the middle of the run in shape source."""
     return [
         Case(
             resumed_name(kind, source),

@@ -103,7 +103,7 @@ class Outcome(tuple[Ended, ...]):
 
     @property
     def seconds(self) -> float:
-        """Seconds from the first end of a process to the last end of a process."""
+        """Seconds from the end of the first process to the end of the last process."""
         ends = [ended.seconds for ended in self]
         return max(ends) - min(ends)
 

@@ -19,7 +19,7 @@ class Listener(NamedTuple):
 
 
 def tcp_lines(pid: int, state: str) -> list[tuple[str, str]]:
-    """Returns local and remote address of each TCP socket that is in `state`, of one process."""
+    """Returns local and remote address of each TCP socket of process `pid` that is in `state`."""
     own, found = descriptors(pid), []
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
