@@ -102,7 +102,7 @@ def run_case(case: Case, rounds: int, matmul: Matmul) -> tuple[list[Result], flo
 
 
 def _measure_alone(pipe: Connection, rank: int, port: int, case_name: str, matmul: Matmul) -> None:
-    """Sends the seconds that one process needs while a second process does the same work."""
+    """Sends the seconds of one microbatch; a second process does the same work at the same time."""
     torch.set_num_threads(1)
     use_matmul(matmul)
     groups, close = meet(Topology(rank, 1, 2), port)
@@ -130,7 +130,7 @@ def _contend(
 
 
 def _peak_bytes() -> int:
-    """Returns VmHWM in bytes; getrusage's value would include the memory of the parent process."""
+    """Returns the peak memory in bytes; the value of getrusage would include the parent process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (line,) = (one for one in lines if one.startswith("VmHWM:"))
     return 1024 * int(line.split()[1])
@@ -144,7 +144,7 @@ def _timed(contender: Contender, groups: ProcessGroups) -> tuple[float, float]:
 
 
 def _result(name: str, steps: Sequence[Sequence[Any]], end: Sequence[Any]) -> Result:
-    """Returns the result: the seconds are the slower process's, the losses the last process's."""
+    """Returns the result: the seconds of the slower process, and the losses of the last process."""
     return Result(
         name,
         [max(seconds for seconds, _ in pair) for pair in steps][1:],

@@ -3,9 +3,9 @@
     python benchmarks/precision.py [--updates 200]
 
 It trains the same model on the same blocks, each run in one process. It prints the training loss
-(mean of the last ten updates), the held-out loss after the last update, and the ratios of the two
-losses to those of fp32 with adam. The exit status is 1 if a ratio exceeds the run's limit or is not
-a number.
+(mean of the last ten updates), the held-out loss after the last update, and each loss divided by
+the same loss of the run in fp32 with adam. The exit status is 1 if a ratio differs from 1 by more
+than the run's limit or is not a number.
 """
 
 import argparse

@@ -33,7 +33,7 @@ _server = multiprocessing.get_context("forkserver")
 
 
 class FailedError(Exception):
-    """Error for a process that failed or a run that proves nothing; the text gives the reason."""
+    """Error for wrong flags, a process that failed, or a run that did not do what it should."""
 
 
 class Process(NamedTuple):

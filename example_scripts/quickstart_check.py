@@ -102,7 +102,7 @@ def check(before: float, reported: float, ours: float) -> None:
 
 
 def sample(model: Any, tokenizer: Any) -> str:
-    """Generates a text after PROMPT; the text is the same each time."""
+    """Generates a text that begins with PROMPT; the text is the same each time."""
     torch.manual_seed(0)
     prompt = tokenizer(PROMPT, return_tensors="pt")
     tokens = model.generate(

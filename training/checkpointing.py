@@ -1,4 +1,4 @@
-"""Writing of checkpoints: the free disk space, their content, and what a failed save causes."""
+"""Writing of checkpoints: their content, the needed disk space, and the effect of a failed save."""
 
 import logging
 import platform

@@ -61,7 +61,7 @@ def _half(fast: bool) -> str:
 
 
 def _by_rank(told: Sequence[str]) -> str:
-    """Joins the ranks' texts `told`: the common text, or each different text with its ranks."""
+    """Joins the ranks' texts: returns the text that all have, or each text with its ranks."""
     if len(set(told)) == 1:
         return told[0]
     ranks: dict[str, list[str]] = {}

@@ -60,16 +60,16 @@ class Iteration:
     ) -> tuple[StepTotals, UpdateResult | None]:
         """Runs iteration `step` and, if the iteration ends an update, the update.
 
-        After backward, the method calls `is_writing` and sends the result to the other ranks: it
-        tells whether this process still writes a checkpoint.
+        `is_writing` tells whether this process still writes a checkpoint. The method calls it after
+        backward, and the totals have the result for all ranks.
 
         Returns:
             The totals of the iteration, and the result of the update; None in place of the result
             if the iteration ends no update.
 
         Raises:
-            TrainingStoppedError: on every rank, if a number is not finite and the update cannot be
-                skipped.
+            TrainingStoppedError: on every rank, if the loss or a gradient is not finite and the
+                update cannot be skipped.
         """
         with self._tracer.step(step):
             totals = self._run(step, is_writing)

@@ -1,4 +1,4 @@
-"""The search for the checkpoint that a run continues, and checks that this checkpoint fits."""
+"""The search for the checkpoint that a run continues, and checks that it fits this run."""
 
 import logging
 from collections.abc import Mapping

@@ -85,7 +85,7 @@ def advice(
 def about_clocks(
     participants: Sequence[Participant], clocks: Sequence[Sequence[float]]
 ) -> Iterator[str]:
-    """Yields a line for each clock that differs from rank 0's by more than SKEWED seconds."""
+    """Yields a line for each clock more than SKEWED seconds ahead of or behind rank 0's clock."""
     for participant, (ahead, error) in zip(participants, clocks, strict=True):
         if abs(ahead) - error > SKEWED:
             yield (

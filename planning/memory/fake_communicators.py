@@ -47,7 +47,7 @@ class FakeGloo(_WithoutPeers, GlooCommunicator):
 
 
 class FakeNccl(_WithoutPeers, GroupMembership):
-    """An NCCL communicator without messages; like NCCL's, its sums allocate no torch tensors."""
+    """An NCCL communicator without messages; as in NCCL, sums allocate no torch tensors."""
 
     def send(self, tensor: Tensor, *, to: int) -> Work:
         return _FinishedWork(tensor)

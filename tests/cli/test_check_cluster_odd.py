@@ -180,7 +180,7 @@ def test_another_clock_is_named(found: Found) -> None:
 
 
 def test_a_cut_shard_is_named_by_all_whose_stage_reads_it(found: Found) -> None:
-    """Ranks 1 and 3 read the same shard, whose size its manifest does not have: both are named."""
+    """Ranks 1 and 3 read the same shard, whose size differs from the manifest: both are named."""
     status, lines = found["a cut shard"]
     assert status == 1
     told = [line for line in lines if CUT in line]

@@ -117,7 +117,7 @@ def test_the_copy_that_is_saved_is_in_host_memory(cuda: bool, folder: Path) -> N
 def test_a_few_microbatches_tell_of_many(
     mode: str, recompute: bool, stage: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A plan from few microbatches equals one from all, except for 4 bytes of loss for each."""
+    """A plan from few microbatches equals the plan from all, except for 4 bytes per microbatch."""
     flags: dict[str, Any] = {"pp_mode": mode, "recompute": recompute, "pipeline_group_size": 2}
     found = rehearse(folder, stage, batch_size=MANY_ROWS, **flags)
     monkeypatch.setattr(planning.memory.dry_run, "ENOUGH", MANY_ROWS)

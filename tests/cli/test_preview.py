@@ -65,7 +65,7 @@ def sample(path: Path, *, train_on: TrainOn = "all", **options: Any) -> SourceSa
 
 
 def test_the_blocks_are_those_of_training(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The preview shows text and origins of the blocks that a run would train, without weights."""
+    """The preview needs no model; it shows text and origins of the blocks that a run trains."""
     out = run(folder, capsys)
     sources = {"pairs.jsonl": 1, "text.jsonl.zst": 3}
     specs = [SourceSpec(str(folder / name), weight) for name, weight in sources.items()]
@@ -154,8 +154,8 @@ def test_padding_is_counted_in_the_epochs(tmp_path: Path) -> None:
 def test_epochs_are_those_that_a_run_makes(tmp_path: Path, pack: Pack, rows: int) -> None:
     """The epochs in the preview are the epochs of a real stream after 1000 blocks.
 
-    Most blocks of long prompts have no trained token and are skipped; with one row, one document is
-    packed many times into a group.
+    Most blocks of long prompts have no trained token and are skipped. With one row, the blocks
+    repeat one document.
     """
     pairs = [{"prompt": "fox " * (i % 7 * 20), "completion": " dog" * 3} for i in range(rows)]
     path = tmp_path / "a.jsonl"

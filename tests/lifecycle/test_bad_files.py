@@ -1,7 +1,7 @@
 """Tests that a mistake in files of a model or checkpoint gives every rank the same error line.
 
-Each mistake is made in a run of as few ranks as possible, and some of each kind in a run of four
-ranks (WORLDS). The tests of the readers have more mistakes in files of weights.
+Each mistake has its own run. Most runs have one rank; WORLDS lists the mistakes whose runs have
+more ranks. The unit tests of the code that reads weights have more mistakes in files of weights.
 """
 
 import pickle
@@ -149,7 +149,7 @@ WORLDS = {
 
 
 def first_runs(home: Path) -> list[Run]:
-    """Returns a run for each mistake in FOLDERS, and the runs that those of RESUMES resume."""
+    """Returns a run for each mistake in FOLDERS, and two right runs, which `second_run` resumes."""
     runs = [first_start(home, size) for size in (4, 1)]
     for name, (rank, spoil, _) in FOLDERS.items():
         # As a published model, without a manifest: the reader itself finds the mistake.
@@ -170,7 +170,7 @@ def first_start(home: Path, size: int) -> Run:
 
 
 def second_run(home: Path, name: str) -> Run:
-    """Returns a run with a mistake of RESUMES, which resumes from a copy of a first run's files."""
+    """Returns a run with the mistake `name` from RESUMES; it resumes a copy of a first run."""
     flags, spoil, _ = RESUMES[name]
     one = start(home, name, on_all(f"--total-steps 4 {flags}"), WORLDS.get(name, 1))
     made = folder_of(home, name) / "checkpoints"

@@ -1,7 +1,7 @@
 """Tests that a mistake in flags gives the same error line and exit status 2 on every rank.
 
-Each mistake is made in a run of as few ranks as possible, and some of each kind in a run of four
-ranks (WORLDS). tests/cli/test_bad_input.py tests most mistakes in one process.
+Each mistake has its own run. Most runs have one rank; WORLDS lists the mistakes whose runs have
+more ranks. tests/cli/test_bad_input.py tests most mistakes in one process.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Tests that a run with a failing disk warns and loses one checkpoint; all else is unchanged.
 
 The system itself refuses the writes, because the test limits the size of a rank's files during the
-save of a checkpoint. One test fills a small disk instead, where it has permission to mount.
+save of a checkpoint. One test fills a small disk instead, if it has permission to mount one.
 """
 
 import importlib
@@ -256,7 +256,7 @@ def test_a_save_that_fails_does_not_hide_why_training_stopped(fails: bool) -> No
             return True
 
         def close(self) -> None:
-            """Does nothing, because nothing was dropped."""
+            """Does nothing, because no old checkpoint is being deleted."""
 
     class Stopped(Trainer):
         def __init__(self, saver: Any) -> None:

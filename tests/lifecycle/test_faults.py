@@ -4,7 +4,7 @@ The faults are SIGKILL and SIGSTOP of any rank, cut connections, full disks and 
 run, at named moments or by the clock. After each fault all ranks end in time, with the expected
 statuses and a line with the reason; `latest` always names a complete checkpoint; the same command
 resumes.
-By default one connection is cut; other tests have the other kinds of faults. The long form is
+By default only a test that cuts connections runs. The command for the random faults is
 `pytest -s -m faults tests/lifecycle/test_faults.py`. FAULT_SEED is the seed of the faults (`clock`:
 the time), FAULT_RUNS the number of runs, and FAULT_LOG a file that gets the result of each run.
 """

@@ -64,7 +64,7 @@ def live(rank: int, _world: int, _url: str, lab: Lab, plan: Sequence[Kill]) -> S
 
 
 def live_apart(lab: Lab) -> list[Start]:
-    """Starts a run whose ranks have separate disks seven times; the tests describe each start."""
+    """Starts one run seven times, with a disk for each rank; the tests describe each start."""
     disks = [lab.disk("apart", rank) for rank in WRITERS]
     saves_left = (lab.steps - SAVE) // SAVE
     one_renamed = Kill("only one stage renamed", 1, PUBLISH, nth=2, wait=1.0)
@@ -123,7 +123,7 @@ def survivors(start: Start) -> list[int]:
 
 
 def test_the_plan_hits_every_moment(starts: Starts, deaths: list[Start]) -> None:
-    """The plan kills every rank, and at each kind of moment also before the first checkpoint."""
+    """Each planned kill happens; for each kind of moment, one comes before the first checkpoint."""
     missed = [start.kill for start in deaths if start.outcome.statuses[victim(start)] != -9]
     assert not missed
     found = [*starts["killed"], *starts["waiting"]]
@@ -134,7 +134,7 @@ def test_the_plan_hits_every_moment(starts: Starts, deaths: list[Start]) -> None
 
 
 def test_the_others_end_by_themselves_in_time(deaths: list[Start]) -> None:
-    """The other ranks exit with 1, or with 2 if rank 0 was killed before a rank reached rank 0."""
+    """The other ranks exit with 1; if rank 0 was killed before they could connect to it, with 2."""
     for start in deaths:
         assert start.kill is not None
         expected = 2 if start.kill.moment == "import" and victim(start) == 0 else 1
@@ -189,7 +189,7 @@ def test_a_torn_last_line_of_the_metrics_is_mended(lab: Lab) -> None:
 def test_without_a_shared_disk_stages_that_saved_differently_go_back_together(
     lab: Lab, starts: Starts
 ) -> None:
-    """If only one stage has the newest step, all go back; disks of other replicas stay empty."""
+    """If only one stage has the newest step, both resume an older one; replica 1 writes no file."""
     first, second = starts["apart"][:2]
     assert first.latest == str(SAVE)
     assert second.begin == SAVE
@@ -220,7 +220,7 @@ def test_a_cut_file_of_one_stage_is_an_error_that_offers_the_step_before(starts:
 
 
 def test_once_it_is_moved_away_all_go_back_to_the_step_before(lab: Lab, starts: Starts) -> None:
-    """Without the damaged folder, the run goes back to the step before and ends as undisturbed."""
+    """Without the damaged folder, the run resumes an older step and ends with the same bits."""
     assert_went_back(starts["apart"][4])
     assert numbers(lab.disk("apart", 0)) == numbers(lab.disk("whole"))
     assert same(state(lab.disk("apart", 1), 1, STEPS), state(lab.disk("whole"), 1, STEPS))
@@ -228,7 +228,7 @@ def test_once_it_is_moved_away_all_go_back_to_the_step_before(lab: Lab, starts: 
 
 
 def test_a_step_of_another_run_on_one_stage_is_not_mixed_in(starts: Starts) -> None:
-    """If a stage's files of a step are another run's, all ranks go back to the step before."""
+    """If a stage's files of a step come from another run, all ranks resume from an older step."""
     assert_went_back(starts["apart"][5])
 
 

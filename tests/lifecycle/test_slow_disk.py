@@ -30,9 +30,9 @@ def slow_shards(topology: Topology) -> Iterator[None]:
 
 @contextmanager
 def slow_checkpoint(topology: Topology) -> Iterator[None]:
-    """Slows a resume: the deletion of leftovers, and reads of modules and of optimizer state.
+    """Slows a resume: the deletion of incomplete files, and reads of weights and optimizer state.
 
-    The two stages read their optimizer state in two and three parts.
+    One stage reads its optimizer state in two batches, the other stage in three.
     """
     with (
         patch("optimizer.state_dict._BATCH_ELEMENTS", 1),

@@ -1,4 +1,4 @@
-"""Tests a stop by a signal: the run ends its update, saves a checkpoint and exits with 75.
+"""Tests a stop by a signal: the run completes the update, saves a checkpoint and exits with 75.
 
 The run has two pipelines of two stages, and two iterations per update. Signals stop it many times,
 at chosen moments, and the same command resumes it; at its end, it has the bits of an uninterrupted
@@ -215,7 +215,7 @@ def test_a_run_that_is_asked_in_its_last_step_is_complete(starts: Starts) -> Non
 
 
 def test_the_run_ends_with_the_bits_of_the_undisturbed_one(lab: Lab, starts: Starts) -> None:
-    """The stopped run has the bits of the other one, except evaluations that the stops omitted."""
+    """The stopped run has the bits of the uninterrupted run, but lacks some evaluations."""
     whole, stopped = lab.disk("whole"), lab.disk("stopped")
     assert starts["whole"].outcome.statuses == [0] * WORLD
     expected = numbers(whole)

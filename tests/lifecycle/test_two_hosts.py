@@ -172,7 +172,7 @@ def test_each_host_keeps_its_own_stage(base: Path, ended: Outcomes) -> None:
 
 
 def test_gathered_files_become_one_model(base: Path, tmp_path: Path, ended: Outcomes) -> None:
-    """To convert, only the far host's weights and their manifest are copied to the near host."""
+    """With the far host's weights and manifest, the near host's checkpoint is a complete model."""
     near, far = (base / "one pipeline" / host.name / "run" / str(STEPS) for host in HOSTS)
     shutil.copytree(near, tmp_path / "gathered")
     for name in ("prank_1_checkpoint.pt", "prank_1_manifest.json"):
