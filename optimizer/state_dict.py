@@ -162,7 +162,7 @@ def finite_weights(optimizer: MixedPrecisionOptimizer) -> list[bool]:
 
 
 def _tensors(optimizer: MixedPrecisionOptimizer, name: str) -> dict[str, Tensor]:
-    """Returns one weight's state by part; an empty dict if this process does not update it."""
+    """Returns a weight's state by part; empty if this process does not update the weight."""
     tensors = dict(optimizer.moments.get(name, {}))
     if optimizer.has_own_masters and name in optimizer.masters:
         tensors[MASTERS] = optimizer.masters[name]

@@ -39,7 +39,8 @@ def verify(
 ) -> None:
     """Compares the logits of a converted model with the logits of its checkpoint.
 
-    Logs the largest difference of two logits, divided by the largest absolute logit.
+    Logs the largest difference between a logit of the converted model and the same logit of the
+    checkpoint, divided by the largest absolute logit of the checkpoint.
 
     Args:
         folder: the converted model.
