@@ -27,9 +27,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RetentionPolicy:
-    """The number of newest steps to keep, and the number of these to keep with optimizer state.
+    """The number of newest steps to keep, and how many of them keep their optimizer state.
 
-    `steps` None keeps all steps; `optimizer_states` None keeps the optimizer state of all of them.
+    If `steps` is None, all steps are kept. If `optimizer_states` is None, every kept step keeps its
+    optimizer state.
     """
 
     steps: int | None = None

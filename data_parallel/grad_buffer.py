@@ -93,7 +93,7 @@ class GradBuffer:
 
     @contextmanager
     def deferring(self, deferred: Deferred | None) -> Iterator[None]:
-        """Defers the additions of linear layers to the buffer inside the `with` block.
+        """Defers all additions that linear layers make in the `with` block.
 
         Each addition is appended to `deferred` as a function without arguments, to be called later.
         If `deferred` is None, no addition is deferred.

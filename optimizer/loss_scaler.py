@@ -47,7 +47,7 @@ class ConstantScale:
         return {"kind": CONSTANT, "scale": self.scale}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Does nothing: only the flag sets a constant scale."""
+        """Does nothing: a constant scale comes from a flag, not from a checkpoint."""
 
 
 class DynamicScale:

@@ -1,5 +1,7 @@
 """The fp32 masters of a stage's weights, and their update from the gradients.
 
+A compute copy is a weight in the compute type; forward and backward use these copies.
+
 The same classes serve every combination of compute type (fp32, fp16, bf16), algorithm (AdamW, 8-bit
 AdamW), offload to the host, and sharding over the replicas. The combinations differ in the memory
 that holds a master and in the replica that updates the master. Offload and sharding do not change

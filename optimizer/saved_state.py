@@ -33,10 +33,10 @@ class SavedState:
         return {key: value for key, value in self.state.items() if key not in HEADER}
 
     def check(self, *, kind: str, updates: int) -> None:
-        """Raises ValueError if the algorithm, the number of updates or a weight is not expected.
+        """Raises ValueError if algorithm or number of updates is wrong, or a weight is unknown.
 
-        `kind` is the expected algorithm, and `updates` is the expected number of updates. The
-        weights `names` are expected.
+        `kind` is the expected algorithm, and `updates` is the expected number of updates. A weight
+        is unknown if it is not in `names`.
         """
         for key, expected in (("kind", kind), ("updates", updates)):
             if self.state.get(key) != expected:

@@ -1,7 +1,7 @@
 """Optimizer state for a checkpoint, independent of the number of replicas.
 
 Replica 0 writes and reads the state of a stage. Other replicas send and receive the state of the
-weights that they update. Sender and receiver both know the shapes of these tensors.
+weights that they update. Sender and receiver both know the shapes of the sent tensors.
 """
 
 from collections.abc import Mapping, Sequence
@@ -65,7 +65,8 @@ def restore_state(
 
     Args:
         optimizer: the optimizer to fill.
-        states: on replica 0, states that together have all weights of the stage; None on others.
+        states: on replica 0, states that together have all weights of the stage; None on other
+            replicas.
         control: the group of all processes.
         topology: the stage and replica of this process.
         updates: the number of updates that the states must have.
@@ -96,8 +97,8 @@ def _read(
 ) -> None:
     """Reads the state of the weights `names` on replica 0.
 
-    The function copies the state of the weights that replica 0 updates to `optimizer`, and adds the
-    state of the weights that other replicas update to `to_send`.
+    If replica 0 updates a weight, the function copies the state of this weight to `optimizer`. If
+    other replicas update a weight, the function adds the state of this weight to `to_send`.
     """
     for name in names:
         values = sources[name].read(name, empty_state(optimizer, name))
@@ -161,7 +162,7 @@ def finite_weights(optimizer: MixedPrecisionOptimizer) -> list[bool]:
 
 
 def _tensors(optimizer: MixedPrecisionOptimizer, name: str) -> dict[str, Tensor]:
-    """Returns one weight's state by part; an empty dict if this process does not update it."""
+    """Returns a weight's state by part; empty if this process does not update the weight."""
     tensors = dict(optimizer.moments.get(name, {}))
     if optimizer.has_own_masters and name in optimizer.masters:
         tensors[MASTERS] = optimizer.masters[name]

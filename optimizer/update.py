@@ -1,4 +1,4 @@
-"""The last part of an update: the gradients are clipped, and the weights updated or left as is.
+"""The update step: it clips the gradients and changes the weights, or skips the update.
 
 All processes of a run make the same decision whether to skip the update.
 """
@@ -107,7 +107,7 @@ class UpdateStep:
         return {"skipped_in_a_row": self.skipped_in_a_row, "scaler": self._scaler.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restores a result of `state`; a count of skips of `max_skipped` or more becomes 0."""
+        """Restores a result of `state`; a count of at least `max_skipped` skips becomes 0."""
         skipped = int(state["skipped_in_a_row"])
         self.skipped_in_a_row = skipped if skipped < self._max_skipped else 0
         self._scaler.load_state(state["scaler"])

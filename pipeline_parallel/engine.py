@@ -87,8 +87,8 @@ class Engine:
     def train(self, batch: PipelineBatch, *, loss_scale: float) -> Losses:
         """Runs forward and backward of a batch; returns the losses of the batch.
 
-        The gradients are those of the sum of the token losses times `loss_scale`. Backward adds
-        them to the gradient buffer of the stage.
+        Backward computes the gradients of (sum of the token losses) * `loss_scale`, and adds them
+        to the gradient buffer of the stage.
         """
         self._loss_scale = loss_scale
         self._link.expect(activations=self._num_microbatches, gradients=self._num_microbatches)
@@ -189,10 +189,10 @@ class Engine:
 def _arrived(
     neighbour: Sequence[Action], receiving: Collection[Kind], *, with_: Collection[Kind]
 ) -> dict[int, int]:
-    """Returns how many messages a neighbour has received before it sends each of its messages.
+    """Counts the messages that a neighbour has received before it sends each of its messages.
 
-    The result has this number for each message of the neighbour, by microbatch. When this message
-    arrives, this stage knows that so many of its own messages have arrived at the neighbour.
+    The result has a count for each microbatch. When the neighbour's message of a microbatch
+    arrives, this stage knows that the neighbour has received that many messages from this stage.
 
     Args:
         neighbour: the actions of the neighbour, in order.

@@ -35,7 +35,7 @@ class MessageSpec(NamedTuple):
 class StageLink:
     """The connection of a stage with its neighbours, for activations and gradients.
 
-    `stage` is the number of the stage, and `num_stages` the number of stages in the pipeline.
+    `stage` is the index of the stage in the pipeline, and `num_stages` is the number of stages.
 
     Args:
         pipeline: the processes of the pipeline, in the order of their stages.
@@ -69,7 +69,7 @@ class StageLink:
         self._gradients = _Direction(pipeline, following, previous, spec, tracer, backward)
 
     def expect(self, *, activations: int, gradients: int) -> None:
-        """Begins an iteration that receives this number of activations and of gradients."""
+        """Begins an iteration that receives `activations` activations and `gradients` gradients."""
         self._activations.expect(activations)
         self._gradients.expect(gradients)
 

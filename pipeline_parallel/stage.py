@@ -76,7 +76,7 @@ class Stage:
         return x.grad
 
     def weight_gradient(self, microbatch: int) -> None:
-        """Adds large weights' gradients to the buffer; the second part of a split backward."""
+        """Runs the second part of a split backward: adds the gradients of large weights."""
         for add in self._deferred.pop(microbatch):
             add()
 

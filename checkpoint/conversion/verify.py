@@ -1,4 +1,4 @@
-"""Comparison of a converted model with its checkpoint, by one forward pass of each.
+"""Comparison of a converted model with its checkpoint, by the logits of one forward pass.
 
 The modules of this project run on the weights of the stage files. The model of transformers runs on
 the weights of the new safetensors files. Both run in fp32 on the same random tokens, one block
@@ -39,7 +39,8 @@ def verify(
 ) -> None:
     """Compares the logits of a converted model with the logits of its checkpoint.
 
-    Logs the largest difference of two logits, divided by the largest absolute logit.
+    Logs the largest difference between a logit of the converted model and the same logit of the
+    checkpoint, divided by the largest absolute logit of the checkpoint.
 
     Args:
         folder: the converted model.
@@ -101,10 +102,11 @@ def _run_theirs(folder: Path, family: Family, config: Any, tokens: Tensor) -> Te
 def _fill(
     model: nn.Module, family: Family, names: Mapping[str, str], weights: ModuleWeights
 ) -> None:
-    """Copies `weights` (by shard key) to the parameters of `model`.
+    """Copies `weights` to the parameters of `model`.
 
-    `names` maps a shard key to a Hugging Face key. In transformers a few parameters have a name
-    that differs from their key in the file; `family.hf_aliases` lists these names.
+    `weights` are by shard key (the name of a weight in a layer shard), and `names` maps a shard key
+    to a Hugging Face key. In transformers a few parameters have a name that differs from their key
+    in the file; `family.hf_aliases` lists these names.
     """
     parameters = dict(model.named_parameters())
     attributes = {name: alias for alias, name in family.hf_aliases.items()}

@@ -2,8 +2,8 @@
 
 A checksum detects an incomplete or damaged file before the file's content is used. A manifest also
 has a checksum of its own content, so damage to any byte of the manifest is detected. CRC-32 detects
-every burst of up to 32 wrong bits, and misses other damage once in 2^32 cases. On any processor the
-computation of a CRC-32 is as fast as the memory. CRC-32 does not detect a change made on purpose.
+all damage within 32 neighbouring bits, and misses other damage once in 2^32 cases. The computation
+of a CRC-32 is as fast as the memory. CRC-32 does not detect a change made on purpose.
 """
 
 import json
@@ -99,7 +99,7 @@ def sum_file(path: Path) -> FileSum:
 def check_size(path: Path, expected: FileSum, *, manifest: str) -> None:
     """Raises ValueError if the file is missing or its size differs from `expected`.
 
-    `manifest` is the name of the manifest that lists the file. The error text names both.
+    `manifest` is the name of the manifest that lists the file. An error names file and manifest.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file, but {manifest} lists it")
@@ -111,7 +111,7 @@ def check_size(path: Path, expected: FileSum, *, manifest: str) -> None:
 def check_file(path: Path, expected: FileSum, *, manifest: str) -> None:
     """Reads a file; raises ValueError if its size or checksum differs from `expected`.
 
-    `manifest` is the name of the manifest that lists the file. The error text names both.
+    `manifest` is the name of the manifest that lists the file. An error names file and manifest.
     """
     check_size(path, expected, manifest=manifest)
     try:

@@ -1,4 +1,8 @@
-"""Weights in the Hugging Face format: reading from one or more files, writing to safetensors."""
+"""Weights in the Hugging Face format: reading from one or more files, writing to safetensors.
+
+A shard key is the name of a weight in a layer shard. Module 0 of a model is the embedding, modules
+1 to L are the L blocks, and module L + 1 is the head.
+"""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -47,8 +51,7 @@ ModuleWeights = dict[str, HfWeights]  # by shard key
 def read_module(module: ModuleWeights, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Returns a module's weights by shard key, cast to `dtype` if `dtype` is given.
 
-    A shard key is the name of a weight in a layer shard. Raises ValueError if a weight is not
-    finite.
+    Raises ValueError if a weight is not finite.
     """
     weights: dict[str, Tensor] = {}
     for file in dict.fromkeys(source.file for source in module.values()):
@@ -71,11 +74,11 @@ def hf_names(family: Family, config: Any, index: int) -> dict[str, str]:
 def open_model(folder: Path, family: Family, config: Any) -> list[ModuleWeights]:
     """Returns, for each module of the model, the file and key of each weight, by shard key.
 
-    Only the headers of the files are read, and the values of weights that have two keys.
+    The headers of the files are read, and the values only of weights that have two keys.
 
     Raises:
         ValueError: a file is missing or damaged, a key is missing or extra, two keys of one weight
-            have different values, a shape differs from the config's, or a type is not a float. The
+            have different values, a shape does not match the config, or a type is not a float. The
             text names file and key.
     """
     sources = _collect(_open_files(folder), family)
@@ -99,9 +102,10 @@ def open_model(folder: Path, family: Family, config: Any) -> list[ModuleWeights]
 
 
 def _collect(files: Sequence[TensorFile], family: Family) -> dict[str, HfWeights]:
-    """Returns the file and key of every weight, by the key that the family uses; omits buffers.
+    """Returns where every weight is, by the weight's Hugging Face key; omits buffers.
 
-    Raises ValueError if a weight has two keys with different values.
+    A key in a file can be an alias from `family.hf_aliases`; the result has the key that the alias
+    stands for. Raises ValueError if a weight has two keys with different values.
     """
     sources: dict[str, HfWeights] = {}
     for file in files:

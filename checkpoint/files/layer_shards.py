@@ -47,7 +47,7 @@ def check_shard_size(path: Path) -> None:
 
 
 def check_companions(folder: Path) -> None:
-    """Checks the tokenizer files and generation settings with the manifest, as `check_shard`."""
+    """Checks the tokenizer files and generation settings in the same way as `check_shard`."""
     if not has_manifest(folder):
         return
     for name, expected in sorted(_read(folder).items()):
@@ -79,7 +79,10 @@ def _check(path: Path, expected: FileSum, check: Callable[..., None]) -> None:
 
 
 def shard_name(index: int, num_layers: int) -> str:
-    """Returns the file name of the shard of module `index`; in file names the first block is 0."""
+    """Returns the file name of the shard of module `index`.
+
+    Module 0 is the embedding. Module 1 is the first block, in the file `pytorch_0.pt`.
+    """
     if index == 0:
         return "pytorch_embs.pt"
     return "pytorch_lm_head.pt" if index == num_layers + 1 else f"pytorch_{index - 1}.pt"

@@ -35,7 +35,7 @@ _ZIP_MAGIC = b"PK\x03\x04"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """The shape and type of a tensor, from the file's header; one type is "float16"."""
+    """A tensor's shape and type, from the file's header; `dtype` is a name such as "float16"."""
 
     shape: tuple[int, ...]
     dtype: str

@@ -1,4 +1,4 @@
-"""Comparison of a run with the checkpoint from which the run resumes: its flags and config."""
+"""Comparison of a run's flags and config with the checkpoint from which the run resumes."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Resharding: the use of a checkpoint by a run with another split into stages.
 
-For each stage of the run, this module finds the files of the checkpoint that hold the stage's
-modules. Weights and optimizer state keep their values.
+For each stage of the run, these functions find the files of the checkpoint that hold the stage's
+modules (embedding, blocks, head). Weights and optimizer state keep their values.
 """
 
 from collections.abc import Callable, Iterable

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class StageFiles(NamedTuple):
-    """A stage of which one disk has all the files that the stage wrote in one save.
+    """A stage whose files of one save are all on one disk.
 
     `save` is the id of this save, and `num_stages` is the number of stages that took part in it.
     """

@@ -3,8 +3,8 @@
 Files are written to a hidden folder beside the final folder, and flushed to disk. When every stage
 has written its files, the hidden folder is renamed. When every stage sees the renamed folder, the
 file `latest` is changed to this step. On a shared disk the stages write into one folder; otherwise
-each machine has its own folder. The operations are the same in both cases, so an operation does no
-harm if another process has done it already.
+each machine has its own folder. The operations are the same in both cases, because an operation
+does no harm if another process has done it already.
 
 A predecessor is an older system (see docs/glossary.md), whose folders are named `checkpoint_<N>`.
 """
@@ -116,7 +116,7 @@ def step_folders(path: Path) -> list[int]:
 
 
 def predecessor_step(path: Path) -> int | None:
-    """Returns the step N that `latest` names if only a predecessor's folder has it, else None."""
+    """Returns the step that `latest` names if only a predecessor saved this step, else None."""
     text = latest_text(path)
     if text is None or not re.fullmatch(r"[0-9]+", text) or (path / str(int(text))).is_dir():
         return None
@@ -129,6 +129,6 @@ def predecessor_folder(path: Path, step: int) -> Path:
 
 
 def any_steps(path: Path) -> bool:
-    """Returns whether `path` has any checkpoint; incomplete ones and a predecessor's count too."""
+    """Returns whether `path` has any checkpoint, also an incomplete one or one of a predecessor."""
     names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
     return any(re.fullmatch("latest|(checkpoint_)?[0-9]+", name) for name in names)

@@ -1,6 +1,6 @@
 """The file `latest`, which names the newest step, and a manifest that detects damage to `latest`.
 
-`latest` contains only a number, so a wrong bit can change this number to another step's. So the
+`latest` contains only a number, and a wrong bit can change it to the number of another step. So the
 manifest `latest_manifest.json` contains the number too. The manifest is written before `latest` and
 again after `latest`. Between these two writes the manifest contains the new and the previous
 number, so the two files agree after a crash at any moment.

@@ -58,7 +58,7 @@ class StageManifest:
 
 
 def part_name(stage: int | str, part: str) -> str:
-    """Returns the file name of a part of a stage's state; stage "*" gives a pattern for all."""
+    """Returns the file name of one part of a stage; stage "*" gives a pattern for all stages."""
     return f"prank_{stage}_{part}.pt"
 
 

@@ -69,8 +69,8 @@ def open_stage(
     the model.
 
     Raises:
-        ValueError: the file is missing or damaged, a key is missing or extra, a shape differs from
-            the config's, or a type is not a float. The text names file and key.
+        ValueError: the file is missing or damaged, a key is missing or extra, a shape does not
+            match the config, or a type is not a float. The text names file and key.
     """
     file = TorchFile(path)
     shapes = [module_shapes(family, config, index) for index in indices]

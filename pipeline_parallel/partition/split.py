@@ -25,9 +25,9 @@ Asked = Layers | Literal["auto"]
 
 
 def parse_layers(text: str) -> Layers:
-    """Returns the value of a flag such as `4` or `5,3`.
+    """Returns the int or the `Split` that `text` describes, for example `4` or `5,3`.
 
-    Raises ValueError without a text if the form is different or a number is below 1.
+    Raises ValueError without a message if `text` has another form or a number is below 1.
     """
     if not _SPELLING.fullmatch(text):
         raise ValueError
@@ -38,7 +38,7 @@ def parse_layers(text: str) -> Layers:
 
 
 def even_split(per_stage: int, *, num_stages: int, model_layers: int) -> tuple[int, ...]:
-    """Returns the number of blocks on each stage if every stage but the last has `per_stage`.
+    """Returns the number of blocks on each stage if all but the last have `per_stage` blocks.
 
     If the model has too few blocks, the last stages have fewer blocks or none.
     """

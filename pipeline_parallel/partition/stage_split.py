@@ -51,8 +51,8 @@ def split_costs(
 ) -> list[StageCosts]:
     """Returns the work of each action on each stage, in multiply-adds per token, not seconds.
 
-    The head computes its gradients during forward, and is never recomputed. If backward is split,
-    the gradients of the head's weights are computed in W.
+    The head computes its gradients during forward, and is never recomputed. If a schedule has
+    weight-gradient actions, they compute the gradients of the head's weights.
     """
     costs, last = [], len(layers) - 1
     for stage, count in enumerate(layers):

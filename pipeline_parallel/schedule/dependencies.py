@@ -54,7 +54,7 @@ def sent(stage: int, action: Action, num_stages: int) -> Transfer | None:
 
 
 def execution_order(actions: Sequence[Sequence[Action]]) -> Iterator[tuple[int, Action]]:
-    """Yields pairs (stage, action) of all stages, each after the action that sends its message.
+    """Yields pairs (stage, action) of all stages, each after the action whose message it needs.
 
     Args:
         actions: the actions of each stage, in the order of the schedule.

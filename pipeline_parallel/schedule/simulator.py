@@ -19,7 +19,7 @@ from pipeline_parallel.schedule.validate import peak_in_flight
 class StageCosts:
     """Seconds of each action of a microbatch on a stage.
 
-    If `backward` is None, B takes the seconds of I and W together.
+    If `backward` is None, it is the sum of `input_gradient` and `weight_gradient`.
     """
 
     forward: float

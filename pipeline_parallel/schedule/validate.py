@@ -1,4 +1,7 @@
-"""Checks of a schedule before it runs, and its largest number of microbatches in flight."""
+"""Checks of a schedule before it runs, and its largest number of microbatches in flight.
+
+F, B, I and W are the values of `Kind`: forward, backward, input gradient and weight gradient.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
