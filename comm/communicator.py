@@ -66,8 +66,8 @@ class Communicator(PointToPoint, Protocol):
     def reduce(self, tensor: Tensor, *, root: int) -> Work:
         """Starts summing `tensor` over the members; only member `root` gets the sum.
 
-        On CPU the sum has the same bits as `all_reduce`. On the other members the values of
-        `tensor` are undefined afterwards.
+        On CPU the sum has the same bits as the sum of `all_reduce`. On the other members the values
+        of `tensor` are undefined afterwards.
         """
 
     def broadcast(self, tensor: Tensor, *, root: int) -> None:

@@ -24,7 +24,7 @@ from comm.topology import Topology
 class ProcessGroups:
     """The groups of this process.
 
-    control: all ranks, for host tensors; its connections are separate from the other groups'.
+    control: all ranks, for host tensors; it shares no connection with other groups.
     pipeline: the stages of this replica, indexed by stage.
     replicas: the ranks that hold this stage, indexed by replica.
     """
@@ -53,8 +53,8 @@ def create_process_groups(
 
     Args:
         dist_backend: `cupy_nccl`, `nccl` (torch's own) or `gloo`, for the pipeline.
-        dp_backend: `nccl` or `gloo`, for the replicas; `nccl` is CuPy's, or torch's if dist_backend
-            is `nccl`. On a CPU only gloo works, unless a test replaces NCCL.
+        dp_backend: `nccl` or `gloo`, for the replicas; `nccl` means NCCL through CuPy, or through
+            torch if dist_backend is `nccl`. On a CPU only gloo works, unless a test replaces NCCL.
         dist_timeout: seconds that one operation may wait for a peer.
         policy: gets the name of the current operation, and the error of a hanging CUDA operation.
 

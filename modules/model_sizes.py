@@ -21,8 +21,8 @@ class ModelSizes(NamedTuple):
     """The sizes of a model; its family reads the sizes from the config.
 
     hidden: the width of activations. inner: the width of the feed-forward part.
-    block_weights: the number of elements in a block's matrices, and of their multiply-adds per
-        token.
+    block_weights: the number of elements in a block's matrices. Each element needs one multiply-add
+        per token.
     """
 
     layers: int
@@ -43,5 +43,5 @@ class ModelSizes(NamedTuple):
 
     @property
     def head_weights(self) -> int:
-        """The number of elements in the projection onto the vocabulary, also in the embedding."""
+        """The number of elements in the projection onto the vocabulary; equal in the embedding."""
         return self.hidden * self.vocabulary

@@ -25,9 +25,9 @@ class EvaluationSet:
 def parse_evaluation_data(value: str) -> list[EvaluationSet]:
     """Parses `[name=]source,[name=]source,...`; ignores white space around items and names.
 
-    The default name is the name of the file without its suffix, of the folder, or of the task. A
-    value or item that is an existing path is not split. Raises ValueError if an item or a name is
-    empty, a source has a weight, or two names are the same.
+    An item without `name=` has the name of its file (without the suffix), folder or task. A value
+    or item that is an existing path is not split. Raises ValueError if an item or a name is empty,
+    a source has a weight, or two names are the same.
     """
     if os.path.exists(value):
         return [EvaluationSet("", value)]

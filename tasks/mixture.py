@@ -1,9 +1,9 @@
 """A mixture: one stream of blocks from several sources, drawn at random by the sources' weights.
 
 The source of a block depends only on (seed, index of the block). The draws are stratified: the unit
-interval is divided into STRATUM parts, and STRATUM consecutive blocks draw from different parts, in
-random order. The probability of a source is still its weight, and the source's share of the blocks
-comes close to the weight sooner than with independent draws.
+interval is divided into N parts (N is STRATUM), and N consecutive blocks draw from different parts,
+in random order. The probability of a source is still its weight, and the source's share of the
+blocks comes close to the weight sooner than with independent draws.
 """
 
 import bisect

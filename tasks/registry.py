@@ -102,7 +102,7 @@ def check_source(spec: SourceSpec, *, flag: str = TASK_FLAG) -> None:
 
 
 def open_task(name: str, location: SourceLocation) -> DataSource:
-    """Opens a task with its own file layout; raises ValueError if the files differ from it."""
+    """Opens a task with its own file layout; raises ValueError if the files have another layout."""
     open_local = TASKS[name].open_local
     assert open_local is not None, "the location is of kind task"
     return open_local(name, location.path)
@@ -114,7 +114,7 @@ def row_format_of(name: str) -> RowFormat:
 
 
 def locate_source(name: str, *, flag: str = TASK_FLAG) -> SourceLocation:
-    """Returns a source's location: on disk, else the hub; a task without data raises ValueError."""
+    """Locates a source on disk, else on the hub; raises ValueError for a task without data."""
     if name in TASKS:
         return TASKS[name].locate(name, flag=flag)
     is_file_name = os.path.exists(name) or name.endswith(SUFFIXES)

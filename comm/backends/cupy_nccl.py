@@ -1,7 +1,7 @@
 """Communicators over NCCL, through CuPy: tensors travel from GPU to GPU. (Not yet run on a GPU.)
 
-Tests use host tensors: they replace only CuPy's NCCL communicator with a double, and threads take
-the place of CUDA streams.
+Tests use host tensors. A test double replaces CuPy's NCCL communicator, and threads replace CUDA
+streams.
 
 Between two neighbouring stages, an activation and a gradient travel at the same time. On one NCCL
 communicator the second message would wait until the first is done. So every direction between two

@@ -34,14 +34,14 @@ class GlooCommunicator(GroupMembership):
         self._sums = InTurn()
 
     def send(self, tensor: Tensor, *, to: int, tag: int = _MESSAGE_TAG, prefix: str = "") -> Work:
-        """Starts sending to the `receive` with this tag; `prefix` begins the operation's name."""
+        """Starts a send; the `receive` needs the same tag. `prefix` begins the operation's name."""
         post = partial(dist.isend, as_bytes(tensor), self._members[to], group=self._group, tag=tag)
         return self._start(f"{prefix}send to {self._peers[to]}", tensor, post)
 
     def receive(
         self, tensor: Tensor, *, source: int, tag: int = _MESSAGE_TAG, prefix: str = ""
     ) -> Work:
-        """Starts receiving from the `send` with this tag; `prefix` begins the operation's name."""
+        """Starts a receive; the `send` needs the same tag. `prefix` begins the operation's name."""
         data, rank = as_bytes(tensor), self._members[source]
         post = partial(dist.irecv, data, rank, group=self._group, tag=tag)
         return self._start(f"{prefix}receive from {self._peers[source]}", tensor, post)

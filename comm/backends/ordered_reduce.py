@@ -19,8 +19,8 @@ from comm.communicator import PointToPoint, Work
 class InTurn:
     """The unfinished sums of a group, which complete in the order of their start.
 
-    A wait for one sum completes all earlier sums first. Without this order two members could wait
-    for each other forever: each for the second round of a different sum.
+    A wait for one sum completes all earlier sums first. A SharedSum sends its second round only in
+    `wait`. So without this order two members could wait forever, each in the `wait` of another sum.
     """
 
     def __init__(self) -> None:

@@ -20,7 +20,7 @@ class Event(Protocol):
     def block_compute(self) -> None:
         """Makes all computation that is queued later wait for this point.
 
-        A HostStream raises the error of an earlier call here.
+        An event of a HostStream raises the error of an earlier call.
         """
 
 

@@ -75,7 +75,7 @@ def cleanup(grace_seconds: float) -> Phase:
 
 
 class StopRequest:
-    """The first stop request that reached this process (None before), and the current phase."""
+    """The first stop request of this process (`asked`, or None), and the current `phase`."""
 
     def __init__(self) -> None:
         self.asked: StopCause | None = None
@@ -87,10 +87,10 @@ class StopRequest:
 
 
 class StopListener:
-    """A listener that turns SIGNALS into a stop request, and ends a process that stops too slowly.
+    """A listener that records a stop request, and ends this process if it stops too slowly.
 
-    A signal that the parent process set to ignored stays ignored. Only the main thread can
-    construct a listener.
+    SIGNALS are the signals that request a stop. A signal that the parent process set to ignored
+    stays ignored. Only the main thread can construct a listener.
     """
 
     def __init__(

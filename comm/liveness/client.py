@@ -47,7 +47,7 @@ def connect_to_server(rendezvous: Rendezvous, *, master: str) -> tuple[socket.so
 
 
 def _shake_hands(rendezvous: Rendezvous, connection: socket.socket, lines: BinaryIO) -> None:
-    """Proves to rank 0 that this rank knows the job key; raises ValueError if rank 0 does not."""
+    """Proves that this rank knows the job key; raises ValueError if rank 0 does not know it."""
     handshake = Handshake(rendezvous.key, rendezvous.nonce)
     challenge = decode(lines.readline(MAX_LINE)).get("challenge")
     reply = handshake.reply(challenge, rank=rendezvous.rank)

@@ -67,10 +67,10 @@ class FailureDetector:
         self._failure_received = threading.Event()
         self._all_alive = threading.Event()
         self._closing = False
-        self._heartbeat = Heartbeat(timing)  # of rank 0; the server has the others'
+        self._heartbeat = Heartbeat(timing)  # of rank 0; the server watches the other ranks
 
     def connect(self, rendezvous: Rendezvous, *, master: str) -> list[int]:
-        """Connects this rank to rank 0; errors call rank 0 `master`. A single rank does nothing.
+        """Connects to rank 0; `master` is rank 0's name in errors. A single rank does nothing.
 
         Returns, on rank 0, the ranks that joined but did not connect before the join deadline; an
         empty list on other ranks. Raises ConnectionError like `connect_to_server`.

@@ -113,7 +113,7 @@ class ExitPolicy:
         self._end(1, self._lost(0, "it does not answer"))
 
     def _join_deadline_passed(self, status: int, line: str) -> NoReturn:
-        """Ends this process: the groups were not created in time; the error names a hung rank."""
+        """Ends this process at the join deadline; if a rank hangs, the error names the rank."""
         if self.detector.all_alive():
             self.fail(status, line.removeprefix(f"rank {self._rank}: "))
         self._end(status, self._lost(0, "it does not answer"))

@@ -58,7 +58,7 @@ class _Connection:
 
 
 class LivenessServer:
-    """A server that listens on `address` in its own thread; `on_message` gets rank 0's messages."""
+    """A server that listens on `address` in a thread; `on_message` gets the messages to rank 0."""
 
     def __init__(
         self,

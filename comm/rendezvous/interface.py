@@ -24,7 +24,7 @@ class Interface:
 def choose_interface(
     *, flag: str | None, master_host: str, environ: Mapping[str, str]
 ) -> Interface:
-    """Returns the interface that the flag or environment names, else the one towards rank 0.
+    """Returns the interface that flag or environment names, else the interface towards rank 0.
 
     Raises:
         ValueError: no such interface; flag and variables differ; `master_host` is unknown.
@@ -46,7 +46,7 @@ def choose_interface(
 
 
 def export(interface: Interface, environ: MutableMapping[str, str]) -> None:
-    """Sets the interface variables of gloo and NCCL, except those that the user has set."""
+    """Sets the interface variables of gloo and NCCL, except variables that the user has set."""
     for variable in VARIABLES:
         environ.setdefault(variable, interface.name)
 
@@ -54,7 +54,7 @@ def export(interface: Interface, environ: MutableMapping[str, str]) -> None:
 def _given_name(flag: str | None, environ: Mapping[str, str]) -> tuple[str, str] | None:
     """Returns the flag or variable that names an interface, and the interface's name.
 
-    Returns None if no flag or variable is set; raises ValueError if two of them differ.
+    Returns None if no flag or variable is set; raises ValueError if two names differ.
     """
     given = {"--net-interface": flag} | {name: environ.get(name) for name in VARIABLES}
     named = [(source, name) for source, name in given.items() if name]

@@ -228,10 +228,9 @@ class _Joining:
         return [rank for rank in ranks if not store.plain.check([_name(rank)])]
 
     def _await_readers(self, store: SignedStore, *, late_seconds: float) -> None:
-        """Makes rank 0 wait until the other ranks have read the verdict.
+        """Makes rank 0, which may host the store, wait until all ranks have read the verdict.
 
-        Rank 0 may host the store. It waits at most `late_seconds` for ranks that have not joined
-        yet.
+        Rank 0 waits at most `late_seconds` for ranks that have not joined yet.
         """
         began = time.monotonic()
         with contextlib.suppress(DistError):

@@ -1,4 +1,4 @@
-"""The key-value store at --dist-url: rank 0 or torchrun's agent hosts it, all ranks connect."""
+"""The key-value store at --dist-url; the master (rank 0 or torchrun's agent) hosts the store."""
 
 import errno
 import ipaddress
@@ -28,7 +28,7 @@ def host_store(url: str, *, address: str, deadline: Deadline) -> TCPStore:
             (see `_resolve`).
 
     Raises:
-        ValueError: the port is in use, or the address is not this machine's.
+        ValueError: the port is in use, or the address does not belong to this machine.
     """
     host, port = parse_dist_url(url)
     family, bound = _resolve(host, address)

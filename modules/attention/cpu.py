@@ -1,7 +1,7 @@
 """Causal attention over short sequences on a CPU, for training.
 
 torch's CPU kernel works in small tiles, which is slow, and computes the probabilities again in
-backward. For short sequences the probabilities are much smaller than a block's other activations.
+backward. For short sequences the probabilities are much smaller than a layer's other activations.
 Then it is faster to save the probabilities, and to compute each block of queries as one batched
 matmul over all heads.
 """

@@ -21,7 +21,7 @@ def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, *, dropout: float 
 
 
 def _gpu_kernel(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-    """Calls flash attention; in fp32, which flash attention lacks, the memory-efficient kernel."""
+    """Calls flash attention, which has no fp32; for fp32 calls the memory-efficient kernel."""
     ops = torch.ops.aten
     out: Tensor
     if query.dtype == torch.float32:

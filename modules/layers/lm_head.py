@@ -79,7 +79,7 @@ def _train_(
 ) -> Tensor:
     """Returns the loss of one chunk; writes the gradients to `d_x` and to the gradient buffer.
 
-    When this function returns, its logits are freed before the next chunk's logits are created.
+    The logits of this chunk are freed before the logits of the next chunk are created.
     """
     assert projection.grad_buffer is not None, "training needs a gradient buffer"
     logits = linear(x, projection.weight, projection.bias).float()

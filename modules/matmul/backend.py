@@ -2,8 +2,8 @@
 
 On x86, torch uses MKL by default. On AMD CPUs MKL runs AVX2 kernels, but oneDNN has AVX-512
 kernels. torch 2.13 uses oneDNN for fp32 matmuls if `fp32_precision` is "bf16" and the CPU has
-AVX-512 (`mkldnn_gemm` and `use_mkldnn_bf32_matmul` in its Matmul.cpp). This value permits oneDNN to
-compute in bf16, but oneDNN does so only with AMX. Without AMX its results are fp32.
+AVX-512 (`mkldnn_gemm` and `use_mkldnn_bf32_matmul` in its Matmul.cpp). The value "bf16" permits
+oneDNN to compute in bf16, but oneDNN does so only with AMX. Without AMX its results are fp32.
 """
 
 from collections.abc import Callable

@@ -6,9 +6,9 @@ Communication is exposed while a rank does no work and
 - waits for a message that its neighbour has already computed; or
 - sends or waits in the track optimizer-comm, after the last backward of all ranks.
 
-All other time without work is the bubble: the rank waits for another rank's computation, or the
-host is between two spans. The simulated timeline has no spans of messages, so a gap between two
-computations counts as the receive of the second computation's input.
+All other time without work is the bubble: the rank waits for another rank's computation, or runs
+code that no span (measured interval) covers. The simulated timeline has no spans of messages, so a
+gap between two computations counts as the receive of the second computation's input.
 """
 
 from collections.abc import Iterable, Sequence

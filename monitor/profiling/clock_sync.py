@@ -47,7 +47,7 @@ class ClockOffset(NamedTuple):
 
 
 def clock_offset(messages: HostMessages, *, clock: Clock, rounds: int = ROUNDS) -> ClockOffset:
-    """Returns the offset between this process's clock and rank 0's; every rank calls this.
+    """Returns the offset between the clocks of this process and rank 0; every rank calls this.
 
     Rank 0 answers one rank after another, with `rounds` round trips for each rank.
     """

@@ -31,7 +31,7 @@ def trace_path(run: str, rank: int, *, folder: Path = TRACE_FOLDER) -> Path:
 def trace_events(
     steps: Iterable[StepTrace], *, rank: int, clock: ClockSync
 ) -> Iterator[dict[str, Any]]:
-    """Yields the trace events of `steps`, each step sorted by begin; ts and dur are microseconds.
+    """Yields the trace events of `steps`, sorted by begin in each step; ts and dur are in µs.
 
     ts counts from the beginning of the run.
     """

@@ -105,7 +105,7 @@ NO_TRACER = Tracer()
 
 
 class StepLog:
-    """A log of the last `keep` steps, which calls `write` after `keep` new steps and at the end."""
+    """A log of the last `keep` steps; it calls `write` after `keep` new steps and at the end."""
 
     def __init__(
         self, write: Callable[[Sequence[StepTrace]], None], *, keep: int = KEEP_STEPS

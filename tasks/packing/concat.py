@@ -27,7 +27,7 @@ class Packer(ABC):
         self._used = self._epoch = 0
 
     def next_block(self) -> TokenBlock:
-        """Returns the next block with a trained token; raises ValueError if an epoch has none."""
+        """Returns the next block with a trained token; raises ValueError if there is none."""
         first_skipped: int | None = None  # epoch
         while not (block := self._pack()).predicted.any():
             first_skipped = self._epoch if first_skipped is None else first_skipped

@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class _Position(NamedTuple):
-    """A position in an epoch: the index of a file in the shuffled order, and a position in it."""
+    """A position in an epoch: a file's index in the shuffled order, and a position in the file."""
 
     file: int = 0
     offset: int = 0

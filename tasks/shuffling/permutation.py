@@ -26,7 +26,7 @@ class Permutation:
         self._start, self._block = 0, list[int]()
 
     def __getitem__(self, position: int) -> int:
-        """Returns the number at `position`; also computes and caches the numbers after it."""
+        """Returns the number at `position`; also computes and caches the numbers that follow."""
         if not 0 <= position - self._start < len(self._block):
             self._start = position
             self._block = self._compute(position, min(position + _BLOCK, self._size)).tolist()

@@ -11,7 +11,7 @@ MIN_LINES = 1000  # smallest divisor of the share: one bad line of the first ten
 
 
 class BadLines:
-    """The policy for bad lines: they are skipped and listed in `file`; without `file`, an error.
+    """The policy: bad lines are skipped and listed in `file`; without `file`, they are errors.
 
     max_share: the largest share of bad lines among the lines read so far (counted as at least
         MIN_LINES); a larger share ends the run.

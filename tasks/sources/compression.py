@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import zstandard
 
 # Compressed bytes per call. Repetitive text can be more than ten thousand times larger after
-# decompression, so this number limits the memory of a call to about 10 MB.
+# decompression, so INPUT_BYTES limits the memory of a call to about 10 MB.
 INPUT_BYTES = 512
 MAX_WINDOW_BYTES = 1 << 31
 GZIP_WBITS = 16 + zlib.MAX_WBITS  # zlib's number for the gzip format

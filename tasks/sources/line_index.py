@@ -50,7 +50,7 @@ class LineIndex:
 
     @property
     def ends(self) -> NDArray[np.uint64]:
-        """The line ends, uint64 (lines,): `ends[i]` is the index of the byte after line i.
+        """The line ends, uint64 (lines,): `ends[i]` is the position of the byte after line i.
 
         Raises ValueError if the stored index was deleted or rebuilt.
         """
@@ -59,7 +59,7 @@ class LineIndex:
         return self._storage
 
     def span(self, line: int) -> tuple[int, int]:
-        """Returns the index of a line's first byte and of the byte after it; raises like `ends`."""
+        """Returns the positions where a line begins and ends; raises ValueError like `ends`."""
         ends = self.ends
         return (int(ends[line - 1]) if line else 0), int(ends[line])
 
@@ -175,7 +175,7 @@ def _create_file(path: str, index_paths: Sequence[Path]) -> tuple[Path, Any] | N
 
 
 def _find_ends(file: BinaryIO, path: str, stat: os.stat_result) -> Iterator[NDArray[np.uint64]]:
-    """Yields the line ends in order, one array for each block; the last line may lack a newline.
+    """Yields the line ends in order, one array for each read; the last line may lack a newline.
 
     Raises ValueError if the file changes during the read.
     """

@@ -103,8 +103,8 @@ class SlowTokenizer:
 def split_text(text: str) -> list[str]:
     """Splits `text` into chunks of at most CHUNK_CHARACTERS; each later chunk begins with a space.
 
-    Byte-level tokenizers, such as those of GPT-J and GPT-NeoX, never merge across such a space, so
-    the chunks have the same tokens as the complete text. If there is no space near the end of a
+    Byte-level tokenizers, as GPT-J and GPT-NeoX have, never merge across such a space, so the
+    chunks have the same tokens as the complete text. If there is no space near the end of a
     chunk, the text is split at the limit.
     """
     chunks, start = [], 0

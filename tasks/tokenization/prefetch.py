@@ -67,7 +67,7 @@ class DocumentPrefetcher:
         return self._documents.state()
 
     def restore(self, state: State) -> None:
-        """Restores the state before a document, which `next` then returns; may raise ValueError."""
+        """Restores the state before a document, so that `next` returns it; may raise ValueError."""
         self._documents.restore(state)
         self._last_productive_epoch = self._documents.epoch
         self._begin()

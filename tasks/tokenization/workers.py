@@ -35,7 +35,7 @@ class Workers:
 
     @property
     def depth(self) -> int:
-        """The number of lists of documents that must be in work so that every process is busy."""
+        """The number of lists of documents that must be under way so that every process is busy."""
         return 0 if self._num_workers == 0 else self._num_workers + 1
 
     def encode(self, documents: Sequence[Document]) -> Callable[[], Results]:
