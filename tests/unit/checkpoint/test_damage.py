@@ -68,7 +68,7 @@ def cases(files: list[str], damages: list[str], few: int) -> list[Any]:
 
 
 def bring_stage_of_first(run: Path) -> None:
-    """Replaces stage 1's files of the last step by those of the first, as a user may by mistake."""
+    """Replaces stage 1's files of step 4 by stage 1's files of step 2, as a user may by mistake."""
     for path in (run / str(FIRST)).glob("prank_1_*"):
         shutil.copy(path, run / str(LAST))
 

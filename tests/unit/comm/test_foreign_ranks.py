@@ -251,9 +251,9 @@ def test_a_token_file(tmp_path: Path) -> None:
 def test_a_name_of_this_machine_itself_stands_for_its_interface(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The store does not listen on a loopback address that a hosts file gives this machine's name.
+    """If the hosts file gives this machine's name a loopback address, the store does not use it.
 
-    The store then listens on the address of the network interface. If this is a loopback address
+    The store then listens on the address of the network interface. If that is a loopback address
     too, as here, rank 0 warns that no other machine can join.
     """
     monkeypatch.setattr(

@@ -68,7 +68,7 @@ def test_every_kind_of_file_has_the_same_documents(kind: str, tmp_path: Path) ->
 
 
 def answers(path: Path) -> Packer:
-    """Returns a packer of a file's documents that trains only the answers."""
+    """Returns a packer of a file's documents; only the tokens of answers are trained."""
     documents = BufferedShuffle(open_source(str(path)), seed=1)
     return packed(documents, Encoder(tokenizer(), train_on="completion"), 16)
 
