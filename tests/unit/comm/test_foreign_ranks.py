@@ -1,7 +1,7 @@
 """Tests that only this job's ranks can join a run, whatever else connects to its ports.
 
 Other clients connect to every port of a run of four processes. Ranks of other jobs connect to the
-run's --dist-url. A rank accepts a value in the store only if a rank of this job has signed it.
+run's --dist-url. A rank accepts a value in torch's store only if a rank of this job has signed it.
 """
 
 import contextlib

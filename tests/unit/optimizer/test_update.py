@@ -15,7 +15,7 @@ NOMINAL, SCALE, GRADIENT = 40, 8.0, 3.0
 
 
 class Descent:
-    """Algorithm that subtracts lr * gradient, so that a weight of 0 shows the update's gradient."""
+    """Algorithm that subtracts lr * gradient: a weight that began at 0 shows the gradient."""
 
     kind = "descent"
 

@@ -104,7 +104,7 @@ ACTIVATION = 4 * ROWS * TOKENS * HIDDEN  # bytes
 
 @pytest.mark.parametrize(("stage_index", "recompute"), [(0, False), (P - 1, False), (1, True)])
 def test_memory_falls_with_the_microbatches_held(stage_index: int, recompute: bool) -> None:
-    """1f1b with 16 microbatches needs no more memory than gpipe with as many as 1f1b has in flight.
+    """1f1b holds P - stage of 16 microbatches, and needs no more memory than gpipe with so many.
 
     The limit adds four activations for messages: two received ahead in each direction.
     """

@@ -28,7 +28,7 @@ LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 
 
 def write_all(folder: Path) -> dict[str, Path]:
-    """Writes ROWS to a file of each kind; gzip has two members, parquet groups of seven rows."""
+    """Writes ROWS to a file of each kind; gzip has two members, parquet has groups of 7 rows."""
     paths = {kind: folder / f"a.{kind}" for kind in ("jsonl", "jsonl.gz", "jsonl.zst", "parquet")}
     half = len(LINES) // 2
     paths["jsonl"].write_bytes(LINES)
