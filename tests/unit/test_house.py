@@ -135,7 +135,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     "room", [room for room in ROOMS if room not in ("arguments", *ENTRY_SCRIPTS)]
 )
 def test_argparse_stays_where_commands_are_parsed(room: str) -> None:
-    """Only arguments/, entry scripts, `__main__` files and the folders of ASIDE use argparse."""
+    """Only arguments/, entry scripts, `__main__` files and the folders in ASIDE use argparse."""
     users = {
         str(path)
         for path in files(room)
@@ -158,7 +158,7 @@ def torch_free_modules() -> list[str]:
 
 @pytest.fixture(scope="module")
 def import_errors() -> dict[str, str]:
-    """Imports all of TORCH_FREE in a process that refuses torch; returns the errors by module."""
+    """Imports the modules in TORCH_FREE in a process that refuses torch; returns their errors."""
     command = [sys.executable, "-c", IMPORT_ALL, *torch_free_modules()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     errors: dict[str, str] = json.loads(done.stdout)

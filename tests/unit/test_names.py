@@ -26,7 +26,7 @@ def test_no_class_name_has_two_meanings() -> None:
 
 @pytest.mark.parametrize("room", OUTSIDE_TESTS)
 def test_a_constructor_has_at_most_eight_parameters(room: str) -> None:
-    """A constructor has at most 8 parameters besides `self`; generated ones are not checked."""
+    """A constructor has at most 8 parameters besides `self`; generated code is not checked."""
     many = []
     for path in files(room):
         for node in ast.walk(tree(path)):
@@ -115,7 +115,7 @@ def bound_names(path: Path) -> frozenset[tuple[str, bool]]:
 
 @cache
 def words(name: str) -> set[str]:
-    """Returns the words of a name in lower case: fake and hub, of `_FakeHub` or `fake_hub`."""
+    """Returns a name's words in lower case: fake and hub for `_FakeHub` or `fake_hub`."""
     return {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
 
 

@@ -1,4 +1,4 @@
-"""Fixture with models for the tests of `checkpoint/`, which damage only copies of the models."""
+"""Fixture with models for the tests of `checkpoint/`; these tests damage only copies of them."""
 
 from pathlib import Path
 

@@ -32,7 +32,7 @@ NAN = float("nan")
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Yields a working directory; after the test, checks that no pickle ran and `out` is empty."""
+    """Yields a working directory; then checks that no pickled code ran and `out` is empty."""
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     assert not (tmp_path / "ran").exists()

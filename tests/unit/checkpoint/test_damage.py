@@ -68,7 +68,7 @@ def cases(files: list[str], damages: list[str], few: int) -> list[Any]:
 
 
 def bring_stage_of_first(run: Path) -> None:
-    """Replaces stage 1's files of the last step by those of the first, as a user may by mistake."""
+    """Replaces stage 1's files of step 4 by stage 1's files of step 2, as a user may by mistake."""
     for path in (run / str(FIRST)).glob("prank_1_*"):
         shutil.copy(path, run / str(LAST))
 
@@ -221,7 +221,7 @@ def error_on_every_rank(name: str, made: Made) -> str:
 
 @pytest.mark.parametrize(("file", "damage"), cases(FILES, list(DAMAGES), few=2))
 def test_training_names_the_file_on_every_rank(file: str, damage: str, made: Made) -> None:
-    """Every rank's error names the damaged file; for a step's file, also an older complete step."""
+    """Every rank's error names the damaged file; for a file of step 4, it also names step 2."""
     error = error_on_every_rank(f"{file}: {damage}", made)
     assert f"/{file}: " in error
     if file in STEP_FILES:

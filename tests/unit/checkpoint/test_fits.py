@@ -87,7 +87,7 @@ def test_what_does_not_fit_is_named(
     ],
 )
 def test_what_is_finite(values: list[float], kind: torch.dtype, finite: bool) -> None:
-    """`is_finite` finds inf and NaN, also in the last of the parts in which it checks a tensor."""
+    """`is_finite` checks a tensor in parts; it finds inf and NaN, also in the last part."""
     tensor = torch.tensor(values, dtype=kind)
     assert is_finite(tensor) == finite
     assert is_finite(torch.cat([torch.zeros(2 * (1 << 22), dtype=kind), tensor])) == finite

@@ -45,7 +45,7 @@ def build(form: str, layers: int, folder: Path) -> None:
 
 
 def resident(line: str) -> int:
-    """Returns the memory in bytes that a line of /proc/self/status has, such as VmRSS."""
+    """Returns the value of a line of /proc/self/status, such as VmRSS, in bytes."""
     return int(Path("/proc/self/status").read_text().partition(f"{line}:")[2].split()[0]) * 1024
 
 

@@ -230,7 +230,7 @@ def test_what_cannot_be_removed_is_told(tmp_path: Path, caplog: pytest.LogCaptur
 
 
 def peak(saves: int, keep: RetentionPolicy, kept: tuple[int, int]) -> int:
-    """Returns how many bytes `saves` checkpoints add at most; weights have 4, a state has 8."""
+    """Returns how many bytes `saves` checkpoints add at most; weights need 4 bytes, a state 8."""
     there = [index >= kept[0] - kept[1] for index in range(kept[0])]  # whether it has state
     sizes = [len(there) * 4 + sum(there) * 8]
     for _ in range(saves):

@@ -11,7 +11,7 @@ from tests.support.launcher import Launch, Process, start
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Launch]:
-    """Yields a function that calls `function(ready, *args, **options)` in a new process."""
+    """Yields a launcher: a process calls `function(ready, ...)`, which creates the file `ready`."""
     started: list[Process] = []
 
     def launch_one(function: Callable[..., object], *args: object, **options: object) -> Process:

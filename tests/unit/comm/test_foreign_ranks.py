@@ -1,7 +1,7 @@
 """Tests that only this job's ranks can join a run, whatever else connects to its ports.
 
 Other clients connect to every port of a run of four processes. Ranks of other jobs connect to the
-run's --dist-url. A rank accepts a value in the store only if a rank of this job has signed it.
+run's --dist-url. A rank accepts a value in torch's store only if a rank of this job has signed it.
 """
 
 import contextlib
@@ -251,9 +251,9 @@ def test_a_token_file(tmp_path: Path) -> None:
 def test_a_name_of_this_machine_itself_stands_for_its_interface(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The store does not listen on a loopback address that a hosts file gives this machine's name.
+    """If the hosts file gives this machine's name a loopback address, the store does not use it.
 
-    The store then listens on the address of the network interface. If this is a loopback address
+    The store then listens on the address of the network interface. If that is a loopback address
     too, as here, rank 0 warns that no other machine can join.
     """
     monkeypatch.setattr(

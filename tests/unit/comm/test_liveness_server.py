@@ -26,12 +26,12 @@ class Connection:
         self.challenge = decode(self._lines.readline())["challenge"]
 
     def shake_hands(self, rank: int, handshake: Handshake = HANDSHAKE) -> "Connection":
-        """Answers the server's challenge as `rank`, with the job's key and nonce of `handshake`."""
+        """Answers the server's challenge as `rank`, with the key and the nonce of `handshake`."""
         self.reply = handshake.reply(self.challenge, rank=rank)
         return self.send(encode(self.reply))
 
     def enter(self, rank: int) -> "Connection":
-        """Does the handshake as `rank`, and checks that the server proves to be of this run."""
+        """Does the handshake as `rank`; checks the server's proof that it belongs to this run."""
         answer = decode(self.shake_hands(rank).read())
         assert HANDSHAKE.is_answer(answer, challenge=self.challenge, reply=self.reply)
         return self

@@ -146,7 +146,7 @@ CALLS = "send recv broadcast allReduce reduce allGather destroy check_async_erro
 
 @pytest.mark.parametrize("call", CALLS.split())
 def test_the_double_is_called_as_the_real_one(call: str) -> None:
-    """The double has CuPy's parameter names, which a CuPy method's first docstring line lists."""
+    """The double has CuPy's parameter names, read from the first line of CuPy's docstring."""
     line = getattr(nccl.NcclCommunicator, call).__doc__.splitlines()[0]
     real = re.fullmatch(rf"NcclCommunicator\.{call}\((.*)\)", line)
     assert real is not None

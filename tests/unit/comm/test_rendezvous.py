@@ -59,7 +59,7 @@ def url() -> str:
 
 
 def expect(processes: Iterable[Process], status: int, text: str, *, within: float) -> None:
-    """Checks each process's `status`, and `text` in its only line that is not about waiting."""
+    """Checks each exit status, and that the only line not about waiting contains `text`."""
     for process in processes:
         assert process.status(within=within) == status, process.lines
         (line,) = [line for line in process.lines if "waiting for" not in line]
@@ -108,7 +108,7 @@ def test_a_busy_port(launch: Launch) -> None:
 
 
 def test_a_foreign_listener_that_never_answers(launch: Launch) -> None:
-    """If a foreign server never answers, a rank ends at the deadline; torch's client would not."""
+    """If a foreign server never answers, a rank ends at the deadline; torch's client would hang."""
     with socket.create_server(("127.0.0.1", 0)) as foreign:
         url = f"tcp://127.0.0.1:{foreign.getsockname()[1]}"
         rank = launch(joins, 1, 2, url, join_timeout=1.0, timing=LITTLE_GRACE)
@@ -127,7 +127,7 @@ def test_a_rank_that_dies_before_the_groups_stand(launch: Launch, url: str) -> N
 
 
 def test_a_rank_that_lingers_past_the_deadline_reports_one_line(launch: Launch, url: str) -> None:
-    """A rank whose peers hang reports one line after the deadline, as after a network failure."""
+    """A rank that is alone after the deadline, because its peers hang or died, reports one line."""
     launch(links_and_hangs, 1, 3, url, join_timeout=3.0)
     launch(arrives_and_dies, 2, 3, url, join_timeout=3.0)
     rank = launch(links, 0, 3, url, join_timeout=3.0, timing=LITTLE_GRACE)
@@ -135,7 +135,7 @@ def test_a_rank_that_lingers_past_the_deadline_reports_one_line(launch: Launch, 
 
 
 def test_a_rank_that_hangs_before_the_groups_stand(launch: Launch, url: str) -> None:
-    """The other ranks name the hung rank, and not a rank that the deadline ended before."""
+    """The other ranks name the hung rank, and not a rank that ended earlier, at the deadline."""
     programs: Programs = (connects, connects, links_and_hangs)
     ranks = [launch(program, r, 3, url, join_timeout=2.0) for r, program in enumerate(programs)]
     expect(ranks[:2], 1, "rank 2 (stage 2, replica 0, host ", within=20.0)

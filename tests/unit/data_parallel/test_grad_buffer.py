@@ -86,7 +86,7 @@ def autograds(name: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", MODELS_TRIED)
 def test_gradients_are_autograds(name: str) -> None:
-    """Gradients equal autograd's up to fp32 rounding, and have the same bits in each of WAYS."""
+    """Gradients equal autograd's up to fp32 rounding; each pair in WAYS gives the same bits."""
     expected = autograds(name)
     found = computed(name, *WAYS[0])
     assert found.keys() == expected.keys()
@@ -184,8 +184,8 @@ class Update:
     """Record of the collective calls of a stage in one update, with small buckets.
 
     `starts` has the parameters of each bucket, in the order in which buckets were sent. `left` has
-    two numbers for each microbatch: the buckets sent when backward begins, and the buckets sent
-    when the embedding's gradient comes, which is the last of a backward.
+    two counts of sent buckets for each microbatch: when its backward begins, and when the
+    embedding's gradient comes, which is the last gradient of a backward.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Tests that the project's activations have the same bits as those of transformers."""
+"""Tests that the project's activation functions give the same bits as those of transformers."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Tests the head's chunked loss: numbers against torch's cross entropy on all logits, memory."""
+"""Tests the head's chunked loss: its memory, and its numbers against torch's cross entropy."""
 
 import copy
 import math

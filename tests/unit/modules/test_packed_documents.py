@@ -80,7 +80,7 @@ def test_positions_begin_anew_in_each_document(pairs: bool) -> None:
 
 
 def test_both_ways_of_attending_to_a_length_are_tried() -> None:
-    """ROWS has lengths for the project's short attention and for torch's, with heads of size 8."""
+    """Some lengths in ROWS use the project's short attention, others torch's attention."""
     lengths = {length for row in ROWS for length in row}
     assert {is_short(torch.empty(1, 4, length, 8)) for length in lengths} == {True, False}
 
@@ -191,7 +191,7 @@ def test_a_document_is_the_same_wherever_it_lies(
 
 
 def test_documents_that_are_whole_rows_are_rows(tmp_path: Path) -> None:
-    """Rows with one document each have the bits of rows without documents, and use no kernel."""
+    """Rows of one document each give the same bits as without `documents`, and use no kernel."""
     ours = from_hf("gptneox", make_hf("gptneox"), tmp_path)
     tokens = torch.randint(0, 97, (2, TOKENS))
     with with_kernel() as kernel:

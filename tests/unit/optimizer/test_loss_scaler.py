@@ -50,7 +50,7 @@ def test_a_dynamic_scale_becomes_a_constant_one() -> None:
 
 
 def test_a_shorter_window_is_full_already() -> None:
-    """If the window falls from 10 to 3 after 5 clean updates, the next one doubles the scale."""
+    """If --loss-scale-window falls to 3 after 5 clean updates, the sixth doubles the scale."""
     scaler = resumed(after(dynamic(window=10), "ccccc"), dynamic(window=3))
     assert after(scaler, "c").scale == 65536.0
     assert after(scaler, "cc").scale == 65536.0

@@ -141,6 +141,6 @@ def machine(**changes: Any) -> MachineFacts:
     ],
 )
 def test_differences_are_named_once(odd: dict[str, Any], told: list[str]) -> None:
-    """Shards are compared only between the ranks of a stage, and not in a run that resumes."""
+    """A difference gives one line; stages need different shards, and a resume needs no shards."""
     machines = [machine(), machine(**odd), machine(), machine()]
     assert differences(ROSTER, machines) == told

@@ -47,7 +47,7 @@ class KnownLink:
 
 @pytest.fixture
 def slow() -> Iterator[KnownLink]:
-    """Returns a link with a latency of 0.1 s in each direction and a rate of 1 kB/s."""
+    """Yields a link with a latency of 0.1 s in each direction and a rate of 1 kB/s."""
     link = KnownLink(latency=0.1, rate=1e3)
     clock = SimpleNamespace(monotonic=lambda: link.now, perf_counter=lambda: link.now)
     with patch("planning.cluster.link_probe.time", clock):

@@ -107,7 +107,7 @@ def test_no_line_is_dropped(
     is_ended: bool,
     tmp_path: Path,
 ) -> None:
-    """Every valid line gives a document, equal lines too; an invalid line is skipped and told."""
+    """Valid lines give documents, equal lines too; an invalid line is skipped and reported."""
     raw = b"".join(line + end for (line, _), end in lines)
     raw = raw if is_ended or not lines else raw.removesuffix(lines[-1][1])
     path = tmp_path / f"a.{kind}"
@@ -257,7 +257,7 @@ ONE_LINE = len(content([0]))
 def test_an_edit_that_keeps_the_size_is_seen_or_read_as_it_is(
     lengths: list[int], moved: int, kind: str, is_ended: bool, data: st.DataObject, tmp_path: Path
 ) -> None:
-    """After an edit, a read returns a complete current line or fails; never a part or two lines."""
+    """After an edit, a read returns one complete line of the new file, or it fails."""
     edited = list(lengths)
     place = data.draw(st.integers(0, len(lengths) - 2))
     if kind == "moved":

@@ -54,7 +54,7 @@ def no_split() -> Any:
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], Calls]:
-    """Returns a function that replaces the hub by a data set, and returns the recorded calls."""
+    """Returns a function that replaces the hub by a data set; the function returns the calls."""
 
     def put(make: Callable[[], Any]) -> Calls:
         calls: Calls = []

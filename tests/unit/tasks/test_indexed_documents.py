@@ -1,4 +1,4 @@
-"""Tests the full shuffle: each line comes once per epoch, in new orders, and can be restored."""
+"""Tests the full shuffle: each line comes once per epoch, in a new order; a restore is exact."""
 
 import json
 import logging

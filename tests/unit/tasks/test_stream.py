@@ -74,7 +74,7 @@ def test_cut_at_ten_steps_it_is_the_same_stream(
 ) -> None:
     """A run of 120 steps has the same batches as one that is stopped and resumed 10 times.
 
-    Between resumes, the run has a worker process or none, in every order of the two.
+    Each part of the run has a worker process or none; every change between these two occurs.
     """
     loader = BatchLoader(stream_of(sources, **way), rows=ROWS)
     whole = [loader.next() for _ in range(120)]

@@ -28,7 +28,7 @@ def is_there(pid: int) -> bool:
 
 
 def test_signals_to_all_processes_are_not_for_workers() -> None:
-    """Workers ignore SIGINT, SIGTERM and SIGUSR1, which reach all processes: the rank ends them."""
+    """A worker ignores SIGINT, SIGTERM and SIGUSR1, which reach all processes; its rank ends it."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     workers = Workers(Encoder(tokenizer()), 1)
     expected = [one.token_ids.tolist() for one in Encoder(tokenizer()).encode_all(DOCUMENTS)]  # type: ignore[union-attr]

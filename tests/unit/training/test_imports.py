@@ -51,7 +51,7 @@ def test_help_imports_neither_torch_nor_transformers(flag: str) -> None:
 
 
 def test_a_rank_imports_no_library_that_its_model_does_not_need(tmp_path: Path) -> None:
-    """A model on CPU with any usual activation imports none of the large libraries."""
+    """A model on CPU with any usual activation function imports none of the large libraries."""
     (tmp_path / "text.jsonl").write_text('{"text": "a"}\n')
     imported = imported_by(SESSION, folder=tmp_path)
     assert "training.run" in imported
