@@ -36,7 +36,7 @@ abbreviated.
   value; they prove it to each other and never send it.
 """
 TITLES = """\
-| flag | values | default | meaning | resume | ranks |
+| flag | meaning | values | default | resume | ranks |
 |---|---|---|---|---|---|
 """
 RESUME = {"must match": "fixed", "may change": "free", "not kept": "-"}
@@ -55,9 +55,9 @@ def flags_page() -> str:
 def _row(flag: Flag) -> str:
     cells = [
         f"`{flag.name}`",
+        flag.help.replace("|", "\\|"),
         _values(flag),
         "required" if flag.required else _default(flag.default),
-        flag.help.replace("|", "\\|"),
         RESUME[flag.resume],
         RANKS[flag.ranks],
     ]
