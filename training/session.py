@@ -43,7 +43,7 @@ def run_session(
     console: Console,
     stop: StopRequest,
 ) -> None:
-    """Trains or checks the cluster; ends the process if the run did not complete."""
+    """Checks the cluster or trains a model; ends the process if the run did not complete."""
     policy = meeting.policy
     closing = ExitStack()  # slow cleanup, which runs after the other ranks know of a failure
     try:

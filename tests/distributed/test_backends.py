@@ -1,8 +1,8 @@
-"""Tests training over every communication backend: the same losses and weights as over gloo.
+"""Tests that training over every backend gives the same losses and weights as over gloo.
 
 The tests run on CPU. A double replaces NCCL's communicator in the cupy_nccl backend; gloo groups
-replace torch's NCCL groups in the nccl backend. Bits can be compared, because a gradient is the sum
-of only two replicas, which does not depend on their order.
+replace torch's NCCL groups in the nccl backend. The results can be compared bit for bit, because a
+gradient is a sum over at most two replicas, and the order of two numbers does not change their sum.
 """
 
 from collections import Counter
@@ -87,7 +87,7 @@ def test_training_is_that_over_gloo(
 def test_activations_and_gradients_went_through_the_double(
     trained: tuple[Path, Sequence[Traffic]],
 ) -> None:
-    """NCCL's double carries stages' messages, all in the compute type, and replicas' gradients."""
+    """NCCL's double carries stages' messages in the compute type, and also replicas' gradients."""
     total = sum((traffic for traffic in trained[1]), Counter[tuple[str, int]]())
     elements = 2 * ROWS * TOKENS * HIDDEN * UPDATES  # between two neighbours, both ways
     opened = 2 * 2 + 2 * 3  # each edge's first message has one number: two pipelines of 2, one of 4

@@ -40,7 +40,7 @@ SCHEDULED = [("gpipe", "true"), ("1f1b", "false"), ("zb-h1", "true")]
 
 
 class Reference(NamedTuple):
-    """Expected losses, gradient norms of the updates, and held-out loss before training."""
+    """Results of the reference: losses, gradient norms, and the held-out loss before training."""
 
     losses: list[float]
     norms: list[float]
@@ -48,7 +48,7 @@ class Reference(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """The folder of all runs, each model's reference, and losses of documents not kept apart."""
+    """The runs' folder, the references by model, and losses if attention crosses documents."""
 
     folder: Path
     references: dict[str, Reference]
@@ -61,7 +61,7 @@ def find(tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def held_out_loss(model: Alone, path: Path) -> float:
-    """Returns the mean loss of all tokens except each document's first, one document at a time."""
+    """Gives the model one document at a time; returns the mean loss over all predicted tokens."""
     texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
     found = [
         losses_alone(model.model, torch.tensor([*tokenizer()(text)["input_ids"], END]))
