@@ -166,7 +166,7 @@ def _has_lines(path: Path, count: int) -> bool:
 
 
 def metric_bits(line: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yields name and exact value of each metric except times; nested names as `<key>.<metric>`."""
+    """Yields name and exact value of each metric except times; a nested one is `<key>.<metric>`."""
     for key, value in line.items():
         if isinstance(value, Mapping):
             yield from ((f"{key}.{inner}", bits) for inner, bits in metric_bits(value))

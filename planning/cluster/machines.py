@@ -92,7 +92,7 @@ def collect_machine_facts(
 
 
 def describe_device(device: torch.device) -> str:
-    """Returns the name of the GPU, or the name of the CPU and the number of its threads in use."""
+    """Returns the name of the GPU, or the name of the CPU and the number of torch's threads."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} (cuda:{device.index})"
     threads = torch.get_num_threads()

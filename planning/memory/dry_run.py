@@ -106,7 +106,7 @@ class DryRun:
 
 
 class _Process:
-    """One process of a dry run; only `run` makes the weights on the device, and counts them."""
+    """One process of a dry run; the weights are made in `run`, so that their bytes are counted."""
 
     def __init__(
         self, settings: Settings, model: PlannedModel, topology: Topology, *, cuda: bool

@@ -52,7 +52,7 @@ def fill_without_values(model: StageModel, device: torch.device) -> None:
 
 
 def draw_no_dropout(model: StageModel) -> None:
-    """Turns off dropout masks, because torch's meta device (here for a GPU) cannot draw them."""
+    """Disables dropout masks, because the meta device, which stands for a GPU, cannot draw them."""
     for module in model.modules():
         if isinstance(module, KeyedDropout):
             module.draw_ = lambda mask, keys: None  # type: ignore[method-assign]

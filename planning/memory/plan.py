@@ -122,7 +122,7 @@ class MemoryPlan:
             yield f"rank 0 to the others: {sent} of tokens an iteration"
 
     def _num_token_messages(self) -> int:
-        """Returns how many tensors of tokens rank 0 sends to other ranks in an iteration."""
+        """Returns how many tensors (tokens, labels, document starts) rank 0 sends per iteration."""
         settings, num_stages = self._settings, len(self._stages)
         documents = settings.data.pack == "document"
         needs = [(s == 0) + (s == num_stages - 1) + documents for s in range(num_stages)]

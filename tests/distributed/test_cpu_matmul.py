@@ -1,4 +1,4 @@
-"""Tests --cpu-matmul: a rank's matmul library depends on its CPU, is logged, saved and resumed.
+"""Tests --cpu-matmul: each rank's library fits its CPU, is logged and saved; a resume keeps it.
 
 The tests replace the description of the machine's CPU by descriptions of other CPUs. Whatever the
 description says, torch uses oneDNN only if the machine has AVX-512, else torch's default library.

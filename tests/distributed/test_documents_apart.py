@@ -72,7 +72,7 @@ def held_out_loss(model: Alone, path: Path) -> float:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Trains each model in its shape, and short runs with other schedules, recompute or dropout."""
+    """Trains the models of TRIED, and short runs with other schedules, recompute or dropout."""
     folder = tmp_path_factory.mktemp("apart")
     write_jsonl(folder / "a.jsonl", make_texts(60, seed=1, longest=4))
     write_jsonl(folder / "b.jsonl", make_texts(60, seed=2))

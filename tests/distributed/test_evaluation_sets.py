@@ -125,7 +125,7 @@ def test_a_resumed_run_has_the_same_bits(trained: Trained) -> None:
 
 
 def test_one_set_without_a_name_has_none(trained: Trained) -> None:
-    """With a single set without a name, no eval_sets are written; its loss is that with a name."""
+    """A single set without a name writes no eval_sets; a name does not change the loss of a set."""
     (alone,), (named,) = lines_of(trained, "alone"), lines_of(trained, "one")
     keys = [key for key in alone if key.startswith("eval")]
     assert keys == ["eval_loss", "eval_perplexity", "eval_loss_before"]

@@ -127,7 +127,7 @@ def check_same(folder: Path, one: tuple[str, Shape], other: tuple[str, Shape]) -
 
 @pytest.mark.parametrize("rank", RANKS)
 def test_an_overflow_is_the_same_wherever_it_happens(rank: int, trained: Trained) -> None:
-    """The rank that overflows does not change the bits; all ranks log a line per skipped update."""
+    """The bits do not depend on which rank overflows; all ranks log a line per skipped update."""
     name, shape = f"hysteresis-1-on-{rank}", (2, 2)
     check_same(trained.folder, (name, shape), ("hysteresis-1-on-3", shape))
     where = (

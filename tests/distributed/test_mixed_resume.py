@@ -202,7 +202,7 @@ def check_content(folder: Path, kind: Resumed) -> None:
 
 
 def check_replicas(folder: Path, one: OtherReplicas) -> None:
-    """Checks that another R changes losses slightly: by rounding, or one code of 8-bit moments."""
+    """Checks that another R changes losses only by rounding, or by one code of 8-bit moments."""
     name = f"{one.whole_name}-to-{one.replicas}"
     whole = [line["loss"] for line in metrics(folder, one.whole_name, 1, 2)]
     resumed = [line["loss"] for line in metrics(folder, name, 1, one.replicas)]

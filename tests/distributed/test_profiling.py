@@ -271,7 +271,7 @@ def test_a_world_of_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def by_hand(optimizer: list[list[tuple[float, float]]]) -> StepOfAllRanks:
-    """Builds a step of 2 stages and 2 microbatches (F 1 s, B 2 s); `optimizer`: spans by rank."""
+    """Builds a step of 2 stages and 2 microbatches (F 1 s, B 2 s); `optimizer`: spans per rank."""
     spans = []
     for rank, of_rank in enumerate(optimizer):
         for i in range(2):

@@ -1,7 +1,7 @@
 """Tests runs that stop, die or have no shared disk, and resume with another number of stages.
 
 Two pipelines of two stages (three layers, split 2,1) become four pipelines of one stage, or one
-pipeline of three. Losses must equal those of an uninterrupted run. `Lab` makes flags and folders.
+pipeline of three. Losses must equal the losses of an uninterrupted run.
 """
 
 import shutil

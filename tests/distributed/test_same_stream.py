@@ -74,7 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_tokens_do_not_depend_on_the_shape(folder: Path) -> None:
-    """In each shape, 20 batches equal those of one loader, despite other workers and a restore."""
+    """In each shape, 20 batches equal one loader's, with any number of workers and a restore."""
     loader = BatchLoader(stream_of(folder, workers=0), rows=ROWS)
     expected = [loader.next() for _ in range(BATCHES)]
     loader.close()

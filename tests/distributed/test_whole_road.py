@@ -274,7 +274,7 @@ def test_what_came_of_predecessors_files_converts(
 def test_torchrun(base: Path) -> None:
     """A run that torchrun starts takes rank, world size, address and device from torchrun.
 
-    In the default tests, test_launchers starts torchrun with --standalone.
+    This slow test starts torchrun without --standalone; test_launchers starts it with the flag.
     """
     folder = base / "torchrun"
     folder.mkdir()
