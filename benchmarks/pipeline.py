@@ -144,7 +144,7 @@ def _timed(contender: Contender, groups: ProcessGroups) -> tuple[float, float]:
 
 
 def _result(name: str, steps: Sequence[Sequence[Any]], end: Sequence[Any]) -> Result:
-    """Returns the result: the seconds of the slower process, and the losses of the last process."""
+    """Returns the result: the slower process's seconds, and the losses, which the last one has."""
     return Result(
         name,
         [max(seconds for seconds, _ in pair) for pair in steps][1:],

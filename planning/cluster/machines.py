@@ -205,7 +205,7 @@ def _differing(
 ) -> list[str]:
     """Returns a line for each fact whose value differs between the ranks that have it.
 
-    For config.json, a missing key is a difference too.
+    For config.json, a key that only some of the ranks have is also a difference.
     """
     lines = []
     for name in dict.fromkeys(name for of_rank in facts for name in of_rank):

@@ -175,7 +175,7 @@ class _Process:
         )
 
     def _copy(self, optimizer: MixedPrecisionOptimizer) -> list[Tensor]:
-        """Creates the copy of the state that --async-checkpoint keeps; empty without the flag."""
+        """Creates the copy of the state for --async-checkpoint; empty if this rank keeps none."""
         if not self._settings.checkpoint.async_checkpoint or self._topology.replica != 0:
             return []
         names = optimizer.names

@@ -1,4 +1,4 @@
-"""--plan: the memory and messages of each stage, without weights, data or other ranks."""
+"""--plan: the memory and messages of each stage, computed without weights, data or other ranks."""
 
 from collections.abc import Iterator
 from functools import cached_property

@@ -90,7 +90,8 @@ def test_activations_and_gradients_went_through_the_double(
     """NCCL's double carries stages' messages in the compute type, and also replicas' gradients."""
     total = sum((traffic for traffic in trained[1]), Counter[tuple[str, int]]())
     elements = 2 * ROWS * TOKENS * HIDDEN * UPDATES  # between two neighbours, both ways
-    opened = 2 * 2 + 2 * 3  # each edge's first message has one number: two pipelines of 2, one of 4
+    # Each direction of a link begins with a message of one number: two pipelines of 2, one of 4.
+    opened = 2 * 2 + 2 * 3
     assert total["send", nccl.NCCL_FLOAT32] == 4 * (elements + 3 * elements + opened)
     assert total["send", nccl.NCCL_BFLOAT16] == 2 * elements
     assert total["send", nccl.NCCL_FLOAT16] == 2 * 2 * elements

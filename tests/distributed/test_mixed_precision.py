@@ -26,7 +26,7 @@ SHAPES: dict[str, list[Shape]] = {
 HUGE = 2.0**28
 # Kind, schedule, recompute and shape; gpipe does not recompute.
 SCHEDULED = [("huge", "zb-h1", "true", (2, 2)), ("bf16", "1f1b", "false", (4, 1))]
-RANKS = (0, 3)  # of two stages and two replicas: they differ in both
+RANKS = (0, 3)  # of two stages and two replicas; the ranks differ in stage and replica
 RECIPES = {
     "hysteresis-1": Recipe(hysteresis=1, poisoned=(2, 7)),
     "hysteresis-2": Recipe(hysteresis=2, poisoned=(2, 3, 8)),

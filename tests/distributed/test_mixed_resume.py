@@ -116,7 +116,7 @@ def flags(folder: Path, precision: str, optimizer: str, place: Place) -> dict[st
 
 def train_all(folder: Path, resumed: Sequence[Resumed], others: Sequence[OtherReplicas]) -> None:
     write_jsonl(folder / "a.jsonl", make_texts(60, seed=1))
-    changes = {"num_hidden_layers": LAYERS, "intermediate_size": 128}  # 8-bit moments: 4096 numbers
+    changes = {"num_hidden_layers": LAYERS, "intermediate_size": 128}  # 8 bits need 4096 numbers
     make_shards(folder, "model", "gptneox", changes)
     cases: dict[str, Case] = {}
     for one in others:

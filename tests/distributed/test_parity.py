@@ -37,7 +37,7 @@ from tests.support.parity import (
 
 Shape = tuple[int, int]
 CLIPPED = 0.1  # a gradient norm that every update exceeds
-# The head has as many multiply-adds as three and a half blocks: an even split in two stages is 4,1.
+# The head has the multiply-adds of three and a half blocks, so an even split in two stages is 4,1.
 HEAVY_HEAD = ("gptneox", {"num_hidden_layers": LAYERS, "vocab_size": 1000})
 MODELS = {**MODELS_TRIED, "dropout": DROPOUT, "heavy-head": HEAVY_HEAD}
 ONE, TWO, FOUR = (1, 1), (2, 1), (4, 1)

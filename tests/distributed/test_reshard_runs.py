@@ -78,7 +78,7 @@ def live(_rank: int, _world: int, _url: str, lab: Lab) -> dict[str, Seen]:
 def live_apart(_rank: int, _world: int, _url: str, lab: Lab) -> dict[str, Seen]:
     """Stops a run whose ranks have separate disks, then resumes it twice with three stages.
 
-    The first resume lacks some of the checkpoint's files; the second has all files that it needs.
+    In the first resume, ranks lack files of the checkpoint; in the second, they have all they need.
     """
     never = {"checkpoint-steps": 0}
     found = {
