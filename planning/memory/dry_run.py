@@ -156,7 +156,7 @@ class _Process:
         return FakeBatch.documents_of(doc_starts.repeat(self._settings.update.micro_batch_size, 1))
 
     def _make_algorithm(self) -> Algorithm:
-        """Creates the algorithm of --optimizer; it computes its tables here, from real tensors."""
+        """Creates the algorithm of --optimizer; it computes its tables here, as real tensors."""
         algorithm = ALGORITHMS[self._settings.update.optimizer]()
         algorithm.empty_state(torch.zeros(SMALLEST_IN_8_BITS))
         return WithoutSteps(algorithm) if self._cuda else algorithm
