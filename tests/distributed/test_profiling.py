@@ -52,7 +52,7 @@ Event = dict[str, Any]
 
 @dataclass(frozen=True)
 class InFolder:
-    """A hook that runs a rank in the folder `path`; if `bad`, an output of one step is infinite."""
+    """A hook that runs a rank in the folder `path`; if `bad`, rank 1 makes an infinite output."""
 
     path: Path
     bad: bool = False

@@ -74,7 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_tokens_do_not_depend_on_the_shape(folder: Path) -> None:
-    """In each shape, 20 batches equal one loader's, with any number of workers and a restore."""
+    """Every shape gets the batches of a single loader, also with workers and after a restore."""
     loader = BatchLoader(stream_of(folder, workers=0), rows=ROWS)
     expected = [loader.next() for _ in range(BATCHES)]
     loader.close()
