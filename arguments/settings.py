@@ -46,7 +46,7 @@ class NetworkSettings:
     """The settings of the network between the ranks.
 
     `start_id` identifies one start of the job by torchrun; it is "" without torchrun. `agent_store`
-    says whether torchrun's agent hosts the TCPStore. Timeouts are in seconds.
+    says whether torchrun's agent hosts the TCPStore of the rendezvous. Timeouts are in seconds.
     """
 
     dist_url: str
@@ -116,7 +116,7 @@ class UpdateSettings:
         return self.batch_size // self.micro_batch_size
 
     def nominal_tokens(self, num_replicas: int) -> int:
-        """Returns the number of tokens that an update predicts if every token is trained."""
+        """Returns the number of tokens that all replicas predict in an update if none is masked."""
         sequences = self.gradient_accumulate_step * num_replicas * self.batch_size
         return sequences * (self.seq_length - 1)
 

@@ -31,7 +31,7 @@ class ContenderSpec:
 
 @dataclass(frozen=True)
 class Case:
-    """A table of results. `shape` is (stages, replicas); `ratios` are pairs of contender names."""
+    """A table of results. `shape` is (stages, replicas); `ratios` names the pairs to compare."""
 
     name: str
     title: str

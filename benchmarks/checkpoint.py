@@ -5,11 +5,11 @@
 One process saves a state of --megabytes (weights, and AdamW's moments in fp32) with checksums, and
 flushes the files to disk. It alternates between two kinds of save: at once, in which training waits
 for the files, and beside training, in which a thread writes the files. In place of training, the
-process multiplies matrices for as long as a save takes. Beside training, the stall (the time in
-which training waits) consists of the check that all values are finite, the copy to host memory and,
-after all files are written, the renames. In both cases the previous checkpoint is deleted beside
-training (--keep-checkpoints 1). The first save of each kind is not counted, because it allocates
-memory. The peer is torch.save of the same state, flushed to disk, without checksums.
+process multiplies matrices for as long as a save takes. In a save beside training, the stall (the
+time in which training waits) consists of the check that all values are finite, the copy to host
+memory and, after all files are written, the renames. After both kinds, the previous checkpoint is
+deleted beside training (--keep-checkpoints 1). The first save of each kind is not counted, because
+it allocates memory. The peer is torch.save of the same state, flushed to disk, without checksums.
 """
 
 import argparse

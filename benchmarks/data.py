@@ -4,9 +4,9 @@
 
 The texts are the documentation strings of Python's standard library, repeated; the tokenizer is a
 byte-level BPE that is trained on these texts. The peer is the tokenizers library itself. It has as
-many processes of one thread as we have workers, and gets the same texts from memory in lists of
-256. Our side reads the texts from a .jsonl file in shuffled order, masks, packs and batches them;
-for this it uses the main process in addition to the workers. Both sides take turns.
+many processes of one thread as our side has workers, and gets the same texts from memory in lists
+of 256. Our side reads the texts from a .jsonl file in shuffled order, masks, packs and batches
+them; for this it uses the main process in addition to the workers. The two sides take turns.
 """
 
 import argparse
@@ -183,7 +183,7 @@ def start_peer(texts: Sequence[str], tokenizer: Any, part: int, parts: int) -> C
 
 
 def peer(end: Connection, texts: list[str], tokenizer: Tokenizer) -> None:
-    """Encodes the texts after each request, until the requested number of tokens is reached."""
+    """Answers requests; for each, encodes texts until they have the requested number of tokens."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     lists = [texts[start : start + LIST] for start in range(0, len(texts), LIST)]
     while wanted := end.recv():

@@ -13,7 +13,7 @@ from comm.topology import Topology
 
 
 def meet(topology: Topology, port: int) -> tuple[ProcessGroups, Callable[[], None]]:
-    """Connects this process; returns the process groups and a function that closes them."""
+    """Connects this process to the others; returns the groups, and a function that closes them."""
     rendezvous = join(
         url=f"tcp://127.0.0.1:{port}",
         rank=topology.rank,

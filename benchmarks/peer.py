@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 class HuggingFaceStage(nn.Module):
-    """Layers of Hugging Face's GPT-NeoX; the first stage has the embedding, the last the head."""
+    """A stage of Hugging Face's GPT-NeoX; the first also has the embedding, the last the head."""
 
     def __init__(self, work: Workload, stage: int) -> None:
         super().__init__()

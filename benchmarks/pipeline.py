@@ -67,7 +67,7 @@ class Pair:
             self._pipes.append(ours)
 
     def ask(self, question: str) -> list[Any]:
-        """Returns the answers of both processes; exits if a process has died."""
+        """Asks both processes, and returns their answers; exits if a process has died."""
         for pipe in self._pipes:
             pipe.send(question)
         return self.answers()
@@ -102,7 +102,7 @@ def run_case(case: Case, rounds: int, matmul: Matmul) -> tuple[list[Result], flo
 
 
 def _measure_alone(pipe: Connection, rank: int, port: int, case_name: str, matmul: Matmul) -> None:
-    """Sends the seconds of one microbatch; a second process does the same work at the same time."""
+    """Measures one microbatch while a second process does the same work; sends the seconds."""
     torch.set_num_threads(1)
     use_matmul(matmul)
     groups, close = meet(Topology(rank, 1, 2), port)
@@ -144,7 +144,7 @@ def _timed(contender: Contender, groups: ProcessGroups) -> tuple[float, float]:
 
 
 def _result(name: str, steps: Sequence[Sequence[Any]], end: Sequence[Any]) -> Result:
-    """Returns the result: the seconds of the slower process, and the losses of the last process."""
+    """Returns the result: the slower process's seconds, and the losses, which the last one has."""
     return Result(
         name,
         [max(seconds for seconds, _ in pair) for pair in steps][1:],

@@ -7,7 +7,7 @@ Run it before and after a refactoring. `record` trains every run of the table in
 with the dist_clm_train.py of a checkout, one process per rank; with two cores this takes about
 three minutes. It writes the exact metrics of every iteration, and a SHA-256 of every tensor in the
 last checkpoint and in the layer shards. It uses only the command line and the files on disk, and
-imports nothing from the checkout; so source files may have moved in the second checkout. `compare`
+imports nothing from the checkout, so source files may have moved in the second checkout. `compare`
 prints a line for each run: identical, or the first difference. Its exit status is 1 if anything
 differs. Bits depend on the processor and on the versions of libraries, so both files must be made
 on one machine with one Python environment.
@@ -166,7 +166,7 @@ def _has_lines(path: Path, count: int) -> bool:
 
 
 def metric_bits(line: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yields name and exact value of each metric except times; nested names as `<key>.<metric>`."""
+    """Yields name and exact value of each metric except times; a nested one is `<key>.<metric>`."""
     for key, value in line.items():
         if isinstance(value, Mapping):
             yield from ((f"{key}.{inner}", bits) for inner, bits in metric_bits(value))

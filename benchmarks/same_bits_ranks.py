@@ -120,7 +120,7 @@ def _be_script(command: Sequence[str], folder: Path, log: Path) -> None:
 def _wait(
     processes: Sequence[Process], end: float, is_enough: Callable[[], bool] | None
 ) -> str | None:
-    """Waits until all processes succeed or `is_enough` returns True; returns a problem or None."""
+    """Waits until the processes end or `is_enough` returns True; returns a problem, else None."""
     while True:
         statuses = [process.status() for process in processes]
         for number, status in enumerate(statuses):

@@ -184,7 +184,7 @@ def _train_tokenizer(texts: list[str], size: int) -> Any:
 
 
 def _make_model(model: Model, tokenizer: Any) -> Any:
-    """Builds a Hugging Face model; biases and norms are random too, as zeros would hide errors."""
+    """Builds a Hugging Face model with random biases and norms, because zeros would hide errors."""
     torch.manual_seed(0)
     end = tokenizer.eos_token_id
     common = {"vocab_size": len(tokenizer), "bos_token_id": end, "eos_token_id": end}

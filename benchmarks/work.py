@@ -67,4 +67,4 @@ class Contender(Protocol):
     """One side of a benchmark, in one process."""
 
     def step(self) -> float:
-        """Makes one update; returns the loss before the update; NaN if the process has no loss."""
+        """Makes one update; returns the loss before it, or NaN if this process computes no loss."""

@@ -1,4 +1,4 @@
-"""Seeds that depend on the run's seed and a purpose; checkpoints save no generator's state.
+"""Seeds from the run's seed and a purpose, so that checkpoints need no state of a generator.
 
 The first parts of a seed are the run's seed and one of these words:
 
@@ -9,7 +9,8 @@ The first parts of a seed are the run's seed and one of these words:
     "mixture"   the source of each block
     "dropout"   the dropout masks, by update, sequence and layer
 
-Do not change these words or the order of the parts: older runs could then not resume exactly.
+Do not change these words or the order of the parts, because a run that was saved before the change
+could not resume exactly.
 """
 
 import hashlib

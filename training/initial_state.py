@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 def load_weights_(
     model: StageModel, settings: Settings, context: RunContext, start: RunStart
 ) -> None:
-    """Sets the weights of this stage's fp32 model; all replicas then hold the same weights.
+    """Sets the weights of this stage's fp32 model, which are the same on all replicas of the stage.
 
     Raises:
         ValueError: a file is missing or invalid, or replicas have different files.

@@ -61,7 +61,7 @@ class Iteration:
         """Runs iteration `step` and, if the iteration ends an update, the update.
 
         `is_writing` tells whether this process still writes a checkpoint. The method calls it after
-        backward, and the totals have the result for all ranks.
+        backward; `is_writing` of the totals tells whether any process still writes.
 
         Returns:
             The totals of the iteration, and the result of the update; None in place of the result

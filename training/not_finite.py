@@ -35,7 +35,7 @@ class NotFiniteReport:
         return f"{self.parameter_names[totals.first_bad]} has a gradient that is not finite"
 
     def explain_loss(self, batch: PipelineBatch, losses: Losses) -> str:
-        """Returns the stage and data of a loss that is not finite, as text; all ranks call it."""
+        """Returns a text with the stage and data that made a loss not finite; all ranks call it."""
         num_stages, settings = self._context.topology.num_stages, self._settings
         bad = [i for i, loss in enumerate(losses.of_microbatches) if not math.isfinite(loss)]
         reports = gather_json(self._context.control, [bad, self._engine.find_not_finite(batch)])

@@ -76,7 +76,7 @@ def find_resume(
 
 
 def idle_flags(precision: PrecisionSettings, scaler: Mapping[str, Any]) -> set[str]:
-    """Returns the loss-scale flags without effect if a run resumes with the state `scaler`."""
+    """Returns the loss-scale flags that have no effect on a run that resumes from `scaler`."""
     dynamic = {"--initial-loss-scale", "--min-loss-scale", "--loss-scale-window", "--hysteresis"}
     if not precision.fp16:
         return dynamic | {"--loss-scale", "--max-skipped-updates"}

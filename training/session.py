@@ -43,7 +43,7 @@ def run_session(
     console: Console,
     stop: StopRequest,
 ) -> None:
-    """Trains or checks the cluster; ends the process if the run did not complete."""
+    """Checks the cluster or trains a model; ends the process if the run did not complete."""
     policy = meeting.policy
     closing = ExitStack()  # slow cleanup, which runs after the other ranks know of a failure
     try:
@@ -76,7 +76,7 @@ def run_session(
 
 
 def _connect(settings: Settings, meeting: Meeting) -> tuple[Settings, RunContext]:
-    """Chooses the device and connects the ranks; the returned settings name the backends."""
+    """Chooses the device and connects the ranks; the returned settings name the chosen backends."""
     transformers_logging.set_verbosity_error()
     rendezvous = meeting.rendezvous
     device = choose_device(settings.parallel, ranks_here=len(rendezvous.ranks_on_this_host))

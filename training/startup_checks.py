@@ -27,7 +27,7 @@ class LocalResources:
 
 
 def check_this_machine(settings: Settings) -> LocalResources:
-    """Checks everything on this machine that needs neither torch nor the other ranks.
+    """Makes all checks of this machine that need neither torch nor the other ranks.
 
     A problem is returned, not raised. Only this rank sees the problem, so this rank first joins the
     other ranks and reports it; then all ranks exit.

@@ -92,7 +92,7 @@ def collect_machine_facts(
 
 
 def describe_device(device: torch.device) -> str:
-    """Returns the name of the GPU, or the name of the CPU and the number of its threads in use."""
+    """Returns the name of the GPU, or the name of the CPU and the number of torch's threads."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} (cuda:{device.index})"
     threads = torch.get_num_threads()
@@ -205,7 +205,7 @@ def _differing(
 ) -> list[str]:
     """Returns a line for each fact whose value differs between the ranks that have it.
 
-    For config.json, a missing key is a difference too.
+    For config.json, a key that only some of the ranks have is also a difference.
     """
     lines = []
     for name in dict.fromkeys(name for of_rank in facts for name in of_rank):

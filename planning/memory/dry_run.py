@@ -90,7 +90,7 @@ class PlannedModel(NamedTuple):
 class DryRun:
     """A dry run of a training run with these settings and this model, one process at a time.
 
-    With `cuda`, the dry run models processes on GPUs; this machine needs no GPU. Attention then
+    With `cuda`, the dry run models processes on GPUs (this machine needs no GPU), where attention
     keeps the tensors of flash attention (half precision) or of the memory-efficient kernel (fp32).
     Memory of libraries other than torch, and memory inside an operator, is not counted.
     """
@@ -106,7 +106,7 @@ class DryRun:
 
 
 class _Process:
-    """One process of a dry run; `run` creates the model's weights on the device."""
+    """One process of a dry run; the weights are made in `run`, so that their bytes are counted."""
 
     def __init__(
         self, settings: Settings, model: PlannedModel, topology: Topology, *, cuda: bool
@@ -156,7 +156,7 @@ class _Process:
         return FakeBatch.documents_of(doc_starts.repeat(self._settings.update.micro_batch_size, 1))
 
     def _make_algorithm(self) -> Algorithm:
-        """Creates the algorithm of --optimizer, and makes it compute the tables that it keeps."""
+        """Creates the algorithm of --optimizer; it computes its tables here, as real tensors."""
         algorithm = ALGORITHMS[self._settings.update.optimizer]()
         algorithm.empty_state(torch.zeros(SMALLEST_IN_8_BITS))
         return WithoutSteps(algorithm) if self._cuda else algorithm
@@ -175,7 +175,7 @@ class _Process:
         )
 
     def _copy(self, optimizer: MixedPrecisionOptimizer) -> list[Tensor]:
-        """Creates the copy of the state that --async-checkpoint keeps; empty without the flag."""
+        """Creates the copy of the state for --async-checkpoint; empty if this rank keeps none."""
         if not self._settings.checkpoint.async_checkpoint or self._topology.replica != 0:
             return []
         names = optimizer.names
@@ -280,5 +280,5 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 
 def _pinned(size: int) -> int:
-    """Returns the bytes of a pinned buffer: torch's CachingHostAllocator uses powers of two."""
+    """Returns the bytes of a pinned buffer, which torch rounds up to a power of two."""
     return 1 << max(size - 1, 0).bit_length()

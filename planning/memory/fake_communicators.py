@@ -24,7 +24,7 @@ class _WithoutPeers:
     """The methods that all fake communicators share."""
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """Returns an empty tensor (0, ...), because fake tensors have no values to compare."""
+        """Returns a tensor without rows, so that callers compare no values; fake ones have none."""
         return tensor.new_empty((0, *tensor.shape))
 
     def close(self) -> None:
@@ -36,7 +36,7 @@ class FakeSingleProcess(_WithoutPeers, SingleProcessCommunicator):
 
 
 class FakeGloo(_WithoutPeers, GlooCommunicator):
-    """The gloo communicator without messages; its all-reduce allocates the same tensors."""
+    """A gloo communicator without messages; its all-reduce allocates tensors as gloo's does."""
 
     def __init__(self, group: Group) -> None:
         torch_group: Any = None  # never used

@@ -53,7 +53,7 @@ ON_HOST = ("lengths_of_rows", "longest", "groups")
 
 
 class FakeBatch(PipelineBatch):
-    """A batch whose microbatches all have the same `documents`, created outside the dry run."""
+    """A batch whose microbatches all have the same `documents`, which are made of real tensors."""
 
     def __init__(
         self,
@@ -68,7 +68,10 @@ class FakeBatch(PipelineBatch):
 
     @staticmethod
     def documents_of(doc_starts: Tensor) -> PackedDocuments:
-        """Returns documents with all properties computed, since fake tensors have no values."""
+        """Returns documents whose properties are already computed.
+
+        The dry run cannot compute them from fake tensors, which have no values.
+        """
         documents = PackedDocuments(doc_starts, torch.device("cpu"))
         for name in (*ON_DEVICE, *ON_HOST):
             getattr(documents, name)

@@ -31,7 +31,10 @@ class WithoutSteps:
 
 @contextmanager
 def tensors_without_memory() -> Iterator[LiveBytes]:
-    """Makes all tensors in the `with` block fake; clears cached tables before and after it."""
+    """Makes all tensors in the `with` block fake.
+
+    Cached tables are cleared before and after the block, because real and fake ones must not mix.
+    """
     _clear_tables()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
@@ -49,7 +52,7 @@ def fill_without_values(model: StageModel, device: torch.device) -> None:
 
 
 def draw_no_dropout(model: StageModel) -> None:
-    """Turns off dropout masks: torch's meta device, which stands for a GPU, has no generator."""
+    """Disables dropout masks, because the meta device, which stands for a GPU, cannot draw them."""
     for module in model.modules():
         if isinstance(module, KeyedDropout):
             module.draw_ = lambda mask, keys: None  # type: ignore[method-assign]

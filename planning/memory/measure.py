@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class MemoryMeasure:
-    """A measurement of the peak bytes of a process's live tensors; only if `wanted` is true.
+    """A measurement of the peak bytes of a process's live tensors; does nothing if not `wanted`.
 
     On a GPU, the peak is the peak of torch's allocator.
     """

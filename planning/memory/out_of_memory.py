@@ -22,7 +22,8 @@ def explain_out_of_memory(
 ) -> str:
     """Returns one line that explains an out-of-memory error.
 
-    First, the memory that the error's stack frames hold is released, because the plan needs memory.
+    The function first releases the memory that the error's stack frames hold, because the dry run
+    that plans the memory needs memory itself.
 
     Args:
         place: the stage, and its operation when `error` was raised.

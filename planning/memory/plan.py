@@ -1,4 +1,4 @@
-"""--plan: the memory and messages of each stage, without weights, data or other ranks."""
+"""--plan: the memory and messages of each stage, computed without weights, data or other ranks."""
 
 from collections.abc import Iterator
 from functools import cached_property
@@ -122,7 +122,7 @@ class MemoryPlan:
             yield f"rank 0 to the others: {sent} of tokens an iteration"
 
     def _num_token_messages(self) -> int:
-        """Returns the number of token messages from rank 0 to the other ranks."""
+        """Returns how many tensors (tokens, labels, document starts) rank 0 sends per iteration."""
         settings, num_stages = self._settings, len(self._stages)
         documents = settings.data.pack == "document"
         needs = [(s == 0) + (s == num_stages - 1) + documents for s in range(num_stages)]

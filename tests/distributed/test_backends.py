@@ -1,8 +1,8 @@
-"""Tests training over every communication backend: the same losses and weights as over gloo.
+"""Tests that training over every backend gives the same losses and weights as over gloo.
 
 The tests run on CPU. A double replaces NCCL's communicator in the cupy_nccl backend; gloo groups
-replace torch's NCCL groups in the nccl backend. Bits can be compared, because a gradient is the sum
-of only two replicas, which does not depend on their order.
+replace torch's NCCL groups in the nccl backend. The results can be compared bit for bit, because a
+gradient is a sum over at most two replicas, and the order of two numbers does not change their sum.
 """
 
 from collections import Counter
@@ -47,7 +47,7 @@ def flags(folder: Path) -> dict[str, Any]:
 def train_over_each(
     rank: int, world_size: int, url: str, meetings: dict[str, Any], folder: Path
 ) -> Traffic:
-    """Trains all cases over every backend; returns the traffic through NCCL's double."""
+    """Trains all cases over every backend; returns this rank's bytes through NCCL's double."""
     cases = [
         Case(name, flags(folder) | changes, shapes=SHAPES[name])
         for name, changes in PRECISIONS.items()
@@ -87,10 +87,11 @@ def test_training_is_that_over_gloo(
 def test_activations_and_gradients_went_through_the_double(
     trained: tuple[Path, Sequence[Traffic]],
 ) -> None:
-    """NCCL's double carries stages' messages, all in the compute type, and replicas' gradients."""
+    """NCCL's double carries stages' messages in the compute type, and also replicas' gradients."""
     total = sum((traffic for traffic in trained[1]), Counter[tuple[str, int]]())
     elements = 2 * ROWS * TOKENS * HIDDEN * UPDATES  # between two neighbours, both ways
-    opened = 2 * 2 + 2 * 3  # each edge's first message has one number: two pipelines of 2, one of 4
+    # Each direction of a link begins with a message of one number: two pipelines of 2, one of 4.
+    opened = 2 * 2 + 2 * 3
     assert total["send", nccl.NCCL_FLOAT32] == 4 * (elements + 3 * elements + opened)
     assert total["send", nccl.NCCL_BFLOAT16] == 2 * elements
     assert total["send", nccl.NCCL_FLOAT16] == 2 * 2 * elements

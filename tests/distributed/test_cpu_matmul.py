@@ -1,7 +1,7 @@
-"""Tests --cpu-matmul: a rank's matmul library depends on its CPU, is logged, saved and resumed.
+"""Tests --cpu-matmul: each rank's library fits its CPU, is logged and saved; a resume keeps it.
 
-The tests replace the description of the machine's CPU by descriptions of other CPUs. torch uses
-oneDNN only on a machine with AVX-512; on other machines, torch's default computes all runs.
+The tests replace the description of the machine's CPU by descriptions of other CPUs. Whatever the
+description says, torch uses oneDNN only if the machine has AVX-512, else torch's default library.
 """
 
 import logging
@@ -126,7 +126,7 @@ def test_products_that_are_not_fp32_are_left_where_nobody_asked(
 
 @pytest.mark.parametrize("saved", [None, []])
 def test_a_checkpoint_that_does_not_tell_leaves_it_to_the_cpu(saved: list[Matmul] | None) -> None:
-    """A checkpoint from GPUs, or fewer replicas, names no library for a rank: the CPU decides."""
+    """If a checkpoint (of GPUs, or of fewer ranks) names no library for a rank, its CPU decides."""
     assert saved_choice(saved, 0) is None
 
 

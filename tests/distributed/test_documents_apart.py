@@ -40,7 +40,7 @@ SCHEDULED = [("gpipe", "true"), ("1f1b", "false"), ("zb-h1", "true")]
 
 
 class Reference(NamedTuple):
-    """Expected losses, gradient norms of the updates, and held-out loss before training."""
+    """Results of the reference: losses, gradient norms, and the held-out loss before training."""
 
     losses: list[float]
     norms: list[float]
@@ -48,7 +48,7 @@ class Reference(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """The folder of all runs, each model's reference, and losses of documents not kept apart."""
+    """The runs' folder, the references by model, and losses if attention crosses documents."""
 
     folder: Path
     references: dict[str, Reference]
@@ -61,7 +61,7 @@ def find(tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def held_out_loss(model: Alone, path: Path) -> float:
-    """Returns the mean loss of all tokens except each document's first, one document at a time."""
+    """Gives the model one document at a time; returns the mean loss over all predicted tokens."""
     texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
     found = [
         losses_alone(model.model, torch.tensor([*tokenizer()(text)["input_ids"], END]))
@@ -72,7 +72,7 @@ def held_out_loss(model: Alone, path: Path) -> float:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Trains each model in its shape, and short runs with other schedules, recompute or dropout."""
+    """Trains the models of TRIED, and short runs with other schedules, recompute or dropout."""
     folder = tmp_path_factory.mktemp("apart")
     write_jsonl(folder / "a.jsonl", make_texts(60, seed=1, longest=4))
     write_jsonl(folder / "b.jsonl", make_texts(60, seed=2))

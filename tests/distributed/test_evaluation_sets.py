@@ -38,7 +38,7 @@ class Trained(NamedTuple):
 
 
 def sums_of(model: Any, texts: list[str]) -> Sums:
-    """Returns the loss sum and token count of a set in blocks; the last block may be shorter."""
+    """Cuts a set into blocks; returns the sum of the losses, and the number of predicted tokens."""
     backend = tokenizer().backend_tokenizer
     tokens = torch.tensor([t for text in texts for t in [*backend.encode(text).ids, 0]])
     losses = []
@@ -125,7 +125,7 @@ def test_a_resumed_run_has_the_same_bits(trained: Trained) -> None:
 
 
 def test_one_set_without_a_name_has_none(trained: Trained) -> None:
-    """A set without a name has no entry in eval_sets; its loss is the same as with a name."""
+    """A single set without a name writes no eval_sets; a name does not change the loss of a set."""
     (alone,), (named,) = lines_of(trained, "alone"), lines_of(trained, "one")
     keys = [key for key in alone if key.startswith("eval")]
     assert keys == ["eval_loss", "eval_perplexity", "eval_loss_before"]
@@ -136,7 +136,7 @@ def test_one_set_without_a_name_has_none(trained: Trained) -> None:
 
 
 def test_a_limit_is_of_each_set(trained: Trained) -> None:
-    """--evaluation-num-batch limits each set; a batch has the rows of both replicas."""
+    """--evaluation-num-batch limits the batches of each set; a batch has both replicas' rows."""
     (line,) = lines_of(trained, "limited")
     tokens = {name: one["tokens"] for name, one in line["eval_sets"].items()}
     assert tokens["wiki"] == ROWS * (TOKENS - 1) < trained.before["wiki"].tokens

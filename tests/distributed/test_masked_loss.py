@@ -1,7 +1,8 @@
 """Tests --train-on completion over stages and replicas against Hugging Face's model.
 
-The reference has labels of -100 for prompts. Documents are packed end to end, or kept apart.
-Completions consist of digits and prompts do not, so a token's characters give its label.
+Documents are packed end to end; in one of two runs, attention does not cross documents. The labels
+of the reference are -100 for prompts. Completions consist of digits and prompts do not, so the
+reference takes the labels from the characters of the tokens.
 """
 
 import json
@@ -43,7 +44,7 @@ def write_pairs(path: Path) -> Path:
 
 
 def labels_of(tokens: Tensor) -> Tensor:
-    """Returns labels: -100 for each token that is neither a number nor the end of text."""
+    """Returns the tokens as labels; -100 replaces all tokens except digits and the end of text."""
     names = tokenizer().convert_ids_to_tokens(tokens.flatten().tolist())
     trained = [name.isdigit() or name == "<eos>" for name in names]
     return tokens.masked_fill(~torch.tensor(trained).view(tokens.shape), -100)

@@ -26,7 +26,7 @@ SHAPES: dict[str, list[Shape]] = {
 HUGE = 2.0**28
 # Kind, schedule, recompute and shape; gpipe does not recompute.
 SCHEDULED = [("huge", "zb-h1", "true", (2, 2)), ("bf16", "1f1b", "false", (4, 1))]
-RANKS = (0, 3)  # of two stages and two replicas: they differ in both
+RANKS = (0, 3)  # of two stages and two replicas; the ranks differ in stage and replica
 RECIPES = {
     "hysteresis-1": Recipe(hysteresis=1, poisoned=(2, 7)),
     "hysteresis-2": Recipe(hysteresis=2, poisoned=(2, 3, 8)),
@@ -73,7 +73,7 @@ class Trained(NamedTuple):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Trains each shape in SHAPES, each run in SCHEDULED, and fp16 with overflows on one rank."""
+    """Trains the runs of SHAPES and SCHEDULED, and fp16 runs with overflows on a single rank."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("mixed")
     write_jsonl(folder / "a.jsonl", make_texts(60, seed=1))
@@ -127,7 +127,7 @@ def check_same(folder: Path, one: tuple[str, Shape], other: tuple[str, Shape]) -
 
 @pytest.mark.parametrize("rank", RANKS)
 def test_an_overflow_is_the_same_wherever_it_happens(rank: int, trained: Trained) -> None:
-    """An overflow on any rank gives the same bits; every rank logs a line for a skipped update."""
+    """The bits do not depend on which rank overflows; all ranks log a line per skipped update."""
     name, shape = f"hysteresis-1-on-{rank}", (2, 2)
     check_same(trained.folder, (name, shape), ("hysteresis-1-on-3", shape))
     where = (

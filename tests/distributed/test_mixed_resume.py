@@ -43,7 +43,7 @@ class Place(NamedTuple):
 
 
 class Resumed(NamedTuple):
-    """A run with its optimizer state at `whole`, and its resume with the state at `rest`."""
+    """A run whose optimizer state is at the place `whole`; its resume has the state at `rest`."""
 
     precision: str
     optimizer: str
@@ -116,7 +116,7 @@ def flags(folder: Path, precision: str, optimizer: str, place: Place) -> dict[st
 
 def train_all(folder: Path, resumed: Sequence[Resumed], others: Sequence[OtherReplicas]) -> None:
     write_jsonl(folder / "a.jsonl", make_texts(60, seed=1))
-    changes = {"num_hidden_layers": LAYERS, "intermediate_size": 128}  # 8-bit moments: 4096 numbers
+    changes = {"num_hidden_layers": LAYERS, "intermediate_size": 128}  # 8 bits need 4096 numbers
     make_shards(folder, "model", "gptneox", changes)
     cases: dict[str, Case] = {}
     for one in others:
@@ -186,7 +186,7 @@ def check_resumed(folder: Path, kind: Resumed) -> None:
 
 
 def check_content(folder: Path, kind: Resumed) -> None:
-    """Checks that a checkpoint contains the tensors of its precision and optimizer."""
+    """Checks the types of a checkpoint's tensors, and that its masters round to its weights."""
     compute = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[kind.precision]
     tensors = state(folder, kind.whole_name)
     weights = {k: v for k, v in tensors.items() if "checkpoint" in k}
@@ -202,7 +202,7 @@ def check_content(folder: Path, kind: Resumed) -> None:
 
 
 def check_replicas(folder: Path, one: OtherReplicas) -> None:
-    """Checks losses with another R: rounding differs, and 8-bit moments may differ by one code."""
+    """Checks that another R changes losses only by rounding, or by one code of 8-bit moments."""
     name = f"{one.whole_name}-to-{one.replicas}"
     whole = [line["loss"] for line in metrics(folder, one.whole_name, 1, 2)]
     resumed = [line["loss"] for line in metrics(folder, name, 1, one.replicas)]
@@ -215,7 +215,7 @@ def check_replicas(folder: Path, one: OtherReplicas) -> None:
 
 @pytest.mark.parametrize("kind", FEW, ids=[kind.name for kind in FEW])
 def test_a_resumed_run_ends_in_the_same_bits(kind: Resumed, folder: Path) -> None:
-    """A resumed run ends in the same bits, even if its optimizer state is in another place."""
+    """A resume gives the uninterrupted run's bits, even if the optimizer state changes place."""
     check_resumed(folder, kind)
     check_content(folder, kind)
 

@@ -150,7 +150,7 @@ def test_a_gradient_that_is_not_finite_stops_every_rank(trained: Trained) -> Non
 
 @pytest.mark.parametrize("run", ["fp16-loss", "fp16-all"])
 def test_in_fp16_such_a_loss_costs_one_update(run: str, trained: Trained) -> None:
-    """In fp16, a loss that is not finite skips one update, and is null in the metrics.
+    """In fp16, a loss that is not finite is null in the metrics, and its update is skipped.
 
     The update is skipped even if the gradients are finite, as for a logit of -inf. If the gradients
     are not finite either, the log line still gives the loss as the reason.
@@ -203,7 +203,7 @@ def test_a_loss_in_the_first_half_of_an_update_costs_all_of_it(trained: Trained)
 
 
 def test_a_constant_scale_stays_through_an_overflow(trained: Trained) -> None:
-    """A constant loss scale stays after an overflow, and ignores a larger --min-loss-scale."""
+    """An overflow does not change a constant loss scale, even if --min-loss-scale is larger."""
     lines = lines_of(trained[0], "constant", 2, 2)
     assert [line["loss_scale"] for line in lines] == [64.0] * STEPS
     assert [line["grad_norm"] is None for line in lines] == [n == 3 for n in range(1, STEPS + 1)]
@@ -243,7 +243,7 @@ def test_weights_that_are_not_finite_are_not_saved(trained: Trained) -> None:
 
 
 def test_a_held_out_loss_that_is_not_finite_loses_nothing(trained: Trained) -> None:
-    """A bad held-out loss is null in the metrics, its blocks are logged, and the run is saved."""
+    """If a held-out loss is not finite, the metrics show null, and the run goes on and is saved."""
     folder, told = trained
     path = run_folder(folder, "held-out", 2, 2)
     assert (path / "latest").read_text() == str(STEPS)
@@ -257,7 +257,7 @@ def test_a_held_out_loss_that_is_not_finite_loses_nothing(trained: Trained) -> N
 
 
 def test_a_set_whose_loss_is_not_finite_is_named(trained: Trained) -> None:
-    """If the loss of one of two held-out sets is not finite, the loss over both is null, too."""
+    """If the loss of one of two held-out sets is not finite, it and the loss over both are null."""
     folder, told = trained
     path = run_folder(folder, "held-out-sets", 2, 2)
     first, *_, last = read_metrics(path / "metrics.jsonl")
@@ -282,7 +282,7 @@ def test_giving_up_names_the_blocks_of_a_bad_loss(trained: Trained) -> None:
 
 
 def test_a_run_that_gave_up_at_its_end_is_no_success_when_started_again(trained: Trained) -> None:
-    """A run that gave up at its last step fails again if restarted; with more steps it goes on."""
+    """A run that gave up at its last step fails again if restarted, unless --total-steps grows."""
     folder = trained[0]
     for stopped in ends_of(trained, "at-end"):
         assert stopped.startswith(f"step {STEPS}: {MAX_SKIPPED} updates")

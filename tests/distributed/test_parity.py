@@ -2,8 +2,8 @@
 
 Runs of 20 iterations are compared with the reference, at a learning rate at which the loss changes.
 These runs cover models, accumulation, schedules and shapes pairwise. Runs of few updates are
-compared with each other, bit for bit: they differ in the settings that must change no bit. The slow
-test has every combination.
+compared with each other, bit for bit, because they differ only in settings that must change no bit.
+The slow test has every combination.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,7 +37,7 @@ from tests.support.parity import (
 
 Shape = tuple[int, int]
 CLIPPED = 0.1  # a gradient norm that every update exceeds
-# The head has as many multiply-adds as three and a half blocks: an even split in two stages is 4,1.
+# The head has the multiply-adds of three and a half blocks, so an even split in two stages is 4,1.
 HEAVY_HEAD = ("gptneox", {"num_hidden_layers": LAYERS, "vocab_size": 1000})
 MODELS = {**MODELS_TRIED, "dropout": DROPOUT, "heavy-head": HEAVY_HEAD}
 ONE, TWO, FOUR = (1, 1), (2, 1), (4, 1)
@@ -64,7 +64,7 @@ class Run(NamedTuple):
 
 
 def scheduled(schedule: str, recompute: str = "true") -> dict[str, Any]:
-    """Returns flags of a schedule with one row per microbatch (R = 1: four microbatches)."""
+    """Returns flags of a schedule with one row per microbatch (four microbatches if R is 1)."""
     return {"pp-mode": schedule, "recompute": recompute, "micro-batch-size": 1}
 
 
@@ -137,7 +137,7 @@ ALL_SAME = {
 
 
 def small_buckets(topology: Topology) -> AbstractContextManager[object]:
-    """Makes small gradient buckets: one for each large weight, and one for all other weights."""
+    """Returns a context in which buckets are small, so that a stage's gradients fill several."""
     return patch("data_parallel.grad_buffer.BUCKET_BYTES", 4096)
 
 
@@ -238,7 +238,7 @@ def test_layers_are_split_as_listed_and_as_auto_chooses(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_the_whole_matrix(tmp_path: Path) -> None:
-    """All models, accumulations, schedules and shapes agree with one process and each other."""
+    """Every model, accumulation, schedule and shape agrees with one process and with the others."""
     train_all(tmp_path, ALL_PARITY, ALL_SAME)
     references: dict[tuple[str, int, float | None], Any] = {}
     for run in ALL_PARITY:

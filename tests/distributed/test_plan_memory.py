@@ -17,13 +17,13 @@ from tests.support.flags import flags_of
 from tests.support.launcher import run_ranks
 
 WITHIN = 0.01
-WITHIN_DOCUMENTS = 0.05  # a plan does not know their lengths
+WITHIN_DOCUMENTS = 0.05  # a plan does not know the lengths of documents
 SIZES = {"vocab_size": 2048, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 NEOX = SIZES | {"intermediate_size": 512, "max_position_embeddings": 256}
 GPTJ = {"vocab_size": 2048, "n_embd": 128, "n_layer": 2, "n_head": 8}
 GPTJ |= {"n_positions": 256, "rotary_dim": 8}
 MODELS = {
-    "neox": GPTNeoXConfig(**NEOX),  # heads of 32: up to 128 tokens, probabilities are stored
+    "neox": GPTNeoXConfig(**NEOX),  # head size 32: up to 128 tokens, attention keeps probabilities
     "dropout": GPTNeoXConfig(**NEOX, hidden_dropout=0.1, attention_dropout=0.1),
     "wide": GPTNeoXConfig(**{**NEOX, "num_attention_heads": 1, "vocab_size": 6000}),
     "deep": GPTNeoXConfig(**{**NEOX, "num_hidden_layers": 6, "num_attention_heads": 1}),

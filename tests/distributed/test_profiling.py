@@ -52,7 +52,7 @@ Event = dict[str, Any]
 
 @dataclass(frozen=True)
 class InFolder:
-    """A hook that runs a rank in the folder `path`; if `bad`, an output of one step is infinite."""
+    """A hook that runs a rank in the folder `path`; if `bad`, rank 1 makes an infinite output."""
 
     path: Path
     bad: bool = False
@@ -87,7 +87,7 @@ def flags(folder: Path, schedule: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def told(folder: Path) -> OfRanks:
-    """Trains each schedule with profiling, a run without it, and a run that stops; returns logs."""
+    """Trains each schedule with profiling, a run without it, and one that fails; returns logs."""
     cases = [Case("off", flags(folder, "gpipe"), InFolder(folder / "in-off"))]
     for schedule in ORDERS:
         own = flags(folder, schedule) | {"profiling": "tidy_profiling"}
@@ -117,7 +117,7 @@ def num_elements(shard: Path) -> int:
 
 
 def computed(events: list[Event]) -> str:
-    """Returns a rank's computations in their order, such as F0 B0."""
+    """Returns a rank's computations in order, as in ORDERS: F0 is the forward of microbatch 0."""
     boxes = [event for event in events if event["tid"] in LETTERS]
     ends = [event["ts"] + event["dur"] for event in boxes]
     assert all(end <= event["ts"] for end, event in zip(ends, boxes[1:], strict=False))
@@ -197,7 +197,7 @@ def test_the_optimizer_is_traced_where_an_update_ends(
 def test_nothing_is_received_before_it_is_computed(
     schedule: str, replica: int, folder: Path, told: OfRanks
 ) -> None:
-    """On a common clock, a tensor is received after its computation, and used after its receive."""
+    """On a common clock, a receive ends after its tensor is computed and before it is used."""
     of_stage = [read_trace(folder, schedule, replica * STAGES + stage) for stage in range(STAGES)]
     off = sum(events[0]["args"]["clock-error-us"] for events in of_stage) + 0.01
     ways = [
@@ -271,7 +271,7 @@ def test_a_world_of_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def by_hand(optimizer: list[list[tuple[float, float]]]) -> StepOfAllRanks:
-    """Builds a step of 2 stages and 2 microbatches (F 1 s, B 2 s) with these optimizer spans."""
+    """Builds a step of 2 stages and 2 microbatches (F 1 s, B 2 s); `optimizer`: spans per rank."""
     spans = []
     for rank, of_rank in enumerate(optimizer):
         for i in range(2):

@@ -1,7 +1,7 @@
 """Tests that a run resumes with other stages, replicas or split, and with the same losses.
 
-A run of every shape trains to its end and saves its middle step; from there, runs resume in other
-shapes. Their losses must equal the losses of the run that kept its shape.
+A run of every shape trains to its end and saves its middle step; from this step, other runs resume
+in other shapes. Their losses must equal the losses of the run that kept its shape.
 """
 
 import json
@@ -63,7 +63,7 @@ Spoil = Callable[[Path], object]
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
-    """Trains each pair of shapes in FEW in fp32 with adam, each kind and pair in OTHER_KINDS."""
+    """Trains the runs of all pairs in FEW (fp32, adam) and OTHER_KINDS, and their resumed runs."""
     folder = tmp_path_factory.mktemp("resharding")
     whole = [Case("fp32-adam", flags(folder, KINDS[0]))]
     others = resumed(folder, KINDS[0], FEW)
@@ -84,7 +84,7 @@ def test_every_shape_goes_on_at_others(source: Shape, target: Shape, ended: Ende
 def test_every_precision_and_optimizer_does(
     kind: tuple[str, str], pair: Pair, ended: Ended
 ) -> None:
-    """Losses stay the same, even if the resumed run also shards and offloads its optimizer."""
+    """A resume in another shape keeps losses, even if it also shards and offloads the optimizer."""
     assert check_resumed(ended[0], kind, *pair) < TOLERANCES[kind]
 
 
@@ -157,7 +157,7 @@ def first_of_two(run: Path, folder: Path) -> RunStart:
 def test_a_file_that_a_stage_needs_and_is_not_whole_is_named(
     name: str, four: Path, ended: Ended
 ) -> None:
-    """The error names the damaged or missing file, and the newest complete step before it."""
+    """The error names the damaged or missing file, and the newest earlier step that is complete."""
     spoil, words = SPOILT[name]
     spoil(four / str(STEPS))
     with pytest.raises(ValueError, match=re.escape(words)) as error:
@@ -213,7 +213,7 @@ def test_files_of_another_save_are_not_mixed_in(four: Path, ended: Ended) -> Non
 
 @pytest.mark.slow
 def test_the_whole_matrix(tmp_path: Path) -> None:
-    """A resume from any shape in any shape keeps losses, with each precision and optimizer."""
+    """A resume from any shape to any shape keeps losses, with each precision and optimizer."""
     longer = {"total-steps": SAVED + LONG}
     whole = [Case("-".join(kind), flags(tmp_path, kind, **longer)) for kind in KINDS]
     others = [case for kind in KINDS for case in resumed(tmp_path, kind, PAIRS, **longer)]

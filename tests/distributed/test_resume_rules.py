@@ -21,7 +21,7 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Returns the flags of a run that has done four steps and saved steps 2 and 4."""
+    """Trains a run for four steps, which saves steps 2 and 4; returns the flags of the run."""
     folder = tmp_path_factory.mktemp("rules")
     write_jsonl(folder / "a.jsonl", make_texts(20, seed=1))
     write_jsonl(folder / "b.jsonl", make_texts(20, seed=2))
@@ -102,7 +102,7 @@ def test_more_steps_go_on_with_the_schedule_computed_anew(
 def test_held_out_text_that_predicts_nothing_is_told_before_training(
     resumed: bool, flags: dict[str, Any], tmp_path: Path
 ) -> None:
-    """A held-out set that predicts nothing is an error before training, even in a resumed run."""
+    """A held-out set without tokens to predict is an error before training, even after a resume."""
     empty = tmp_path / "empty.jsonl"
     empty.write_text('{"text": ""}\n')
     run = tmp_path / "run"

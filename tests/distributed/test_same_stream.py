@@ -1,4 +1,4 @@
-"""Tests that all shapes with one global batch get the same tokens, with any number of workers."""
+"""Tests that the tokens of global batches do not depend on the shape or the number of workers."""
 
 from pathlib import Path
 
@@ -74,7 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_tokens_do_not_depend_on_the_shape(folder: Path) -> None:
-    """In each shape (1, 0 or 3 workers), 20 batches equal a loader's batches, despite a restore."""
+    """Every shape gets the batches of a single loader, also with workers and after a restore."""
     loader = BatchLoader(stream_of(folder, workers=0), rows=ROWS)
     expected = [loader.next() for _ in range(BATCHES)]
     loader.close()

@@ -33,7 +33,7 @@ def flags(folder: Path, num_layers: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
-    """Trains two stages with layers 1,3, 2,2 and 3,1, and resumes each; returns rank 0's logs."""
+    """Trains runs of two stages, split 1,3 or 2,2 or 3,1; resumes each; returns rank 0's logs."""
     folder = tmp_path_factory.mktemp("split-resume")
     write_jsonl(folder / "a.jsonl", make_texts(20, seed=1))
     make_shards(folder, "model", "gptneox", {"num_hidden_layers": LAYERS})

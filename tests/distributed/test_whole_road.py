@@ -55,7 +55,7 @@ def run_of(name: str, folder: Path, stages: int, flags: str) -> Run:
 
 
 def road(base: Path, family: str, stages: int, num_layers: str) -> Run:
-    """Returns a run of one iteration at learning rate 0."""
+    """Returns a run that trains a converted model for one iteration at learning rate 0."""
     folder = base / f"road-{family}-{stages}"
     folder.mkdir()
     shutil.copy(base / "data.jsonl", folder)
@@ -180,7 +180,10 @@ def test_an_iteration_at_rate_0_changes_no_bit(
 
 
 def test_the_split_is_told_once(ended: Outcomes) -> None:
-    """One rank tells it. Multiply-adds: 32 x (4 x 32 + 2 x 128 + 25) a block, 32 x 400 the head."""
+    """Only rank 0 logs the split, with each stage's share of the multiply-adds.
+
+    A block has 32 x (4 x 32 + 2 x 128 + 25) multiply-adds per token, and the head has 32 x 400.
+    """
     told = [rank.stdout.splitlines() for rank in ended["road-gptj-4"]]
     lines = [line for rank in told for line in rank if "layers of the stages" in line]
     assert lines == [
@@ -228,7 +231,7 @@ def test_training_goes_on_with_predecessors_weights(
 def test_a_predecessors_checkpoint_starts_a_run_of_its_own(
     family: str, base: Path, ended: Outcomes
 ) -> None:
-    """A run with a predecessor's weights begins at step 0; a restart resumes its own step 2."""
+    """A run with a predecessor's weights begins at step 0; restarted, it resumes its own step 2."""
     run = base / f"old-checkpoint-{family}" / "run"
     told = ended[f"old-checkpoint-{family}-1"][0].stdout.splitlines()
     (line,) = [line for line in told if "checkpoint_20" in line]
@@ -271,7 +274,7 @@ def test_what_came_of_predecessors_files_converts(
 def test_torchrun(base: Path) -> None:
     """A run that torchrun starts takes rank, world size, address and device from torchrun.
 
-    In the default tests, test_launchers starts torchrun with --standalone.
+    This slow test starts torchrun without --standalone; test_launchers starts it with the flag.
     """
     folder = base / "torchrun"
     folder.mkdir()
