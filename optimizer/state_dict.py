@@ -1,7 +1,7 @@
 """Optimizer state for a checkpoint, independent of the number of replicas.
 
 Replica 0 writes and reads the state of a stage. Other replicas send and receive the state of the
-weights that they update. Sender and receiver both know the shapes of the sent tensors.
+weights that they update. The receiver knows the shapes, so the sender sends only the values.
 """
 
 from collections.abc import Mapping, Sequence

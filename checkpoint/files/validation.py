@@ -1,4 +1,4 @@
-"""Validation of weights: a file has exactly the weights that the config requires, all finite.
+"""Checks of weights: a file must have exactly the weights that the config requires, all finite.
 
 An error text is one line. It names file and key, and shows the actual and the expected value.
 """
@@ -33,7 +33,7 @@ def module_shapes(family: Family, config: Any, index: int) -> dict[str, tuple[in
 
 
 def check_entries(file: TensorFile, family: Family, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises ValueError unless a file has exactly the weights in `shapes`, as floats.
+    """Raises ValueError unless a file has exactly the weights in `shapes`, with a float type.
 
     The buffers (masks, rotary tables) in the file are ignored.
     """

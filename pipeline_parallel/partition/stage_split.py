@@ -8,7 +8,7 @@ from pipeline_parallel.schedule.simulator import Costs, StageCosts, simulate
 
 
 class StageSplit:
-    """The split of a model's layers that --num-layers requests, with the work of each layer.
+    """The split of a model's layers that --num-layers requests, and the work of each layer.
 
     Args:
         asked: the value of --num-layers.
@@ -51,8 +51,8 @@ def split_costs(
 ) -> list[StageCosts]:
     """Returns the work of each action on each stage, in multiply-adds per token, not seconds.
 
-    The head computes its gradients during forward, and is never recomputed. If a schedule has
-    weight-gradient actions, they compute the gradients of the head's weights.
+    The head is never recomputed. Its forward also computes the gradients of its input and weights.
+    But if a schedule has weight-gradient actions, these compute the gradients of its weights.
     """
     costs, last = [], len(layers) - 1
     for stage, count in enumerate(layers):

@@ -90,8 +90,9 @@ def zero_bubble_h1(stage: int, num_stages: int, num_microbatches: int) -> Iterat
 
     At most num_stages microbatches are in flight (from F to the end of W). If each action
     takes the same time on all stages and num_microbatches >= num_stages, each stage is idle for
-    (num_stages - 1) * (F + I - min(F, I, W)) seconds. The paper assumes that W is the shortest and
-    gives F + I - W. For 1f1b the factor is F + I + W.
+    (num_stages - 1) * (F + I - min(F, I, W)) seconds; here F, I and W are the seconds of these
+    actions. The paper assumes that W is the shortest, so its factor is F + I - W. For 1f1b the
+    factor is F + I + W.
     """
     for action in one_forward_one_backward(stage, num_stages, num_microbatches):
         kind, microbatch = action
