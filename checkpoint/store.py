@@ -39,7 +39,7 @@ class ResumePoint(NamedTuple):
     """The step from which training resumes, and its folder on the machines of replica 0.
 
     `meta` is None for a checkpoint of an older system (a predecessor, see docs/glossary.md). From
-    such a checkpoint only the weights are used.
+    such a checkpoint only the weights are used, and `step` is 0.
     """
 
     step: int

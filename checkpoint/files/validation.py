@@ -33,9 +33,10 @@ def module_shapes(family: Family, config: Any, index: int) -> dict[str, tuple[in
 
 
 def check_entries(file: TensorFile, family: Family, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises ValueError unless a file has exactly the weights in `shapes`, with a float type.
+    """Raises ValueError unless a file has exactly the weights in `shapes`, with these shapes.
 
-    The buffers (masks, rotary tables) in the file are ignored.
+    The type of each weight must be a float type. The buffers (masks, rotary tables) in the file are
+    ignored.
     """
     path, keys = file.path, {key for key in file.entries if not family.buffers.search(key)}
     if missing := sorted(shapes.keys() - keys):

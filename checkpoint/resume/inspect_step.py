@@ -20,7 +20,7 @@ from pipeline_parallel.partition.split import Split
 
 
 class InspectedStep(NamedTuple):
-    """The state of a step's folder on a stage's machine, found from the sizes of its files.
+    """The state of a step's folder on a stage's machine; of large files only sizes are checked.
 
     save: the id of the save; it is the same for all stages of one save.
     problem: an error text for the first file that is damaged, deleted, or of another step or save.

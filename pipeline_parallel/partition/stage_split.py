@@ -52,7 +52,7 @@ def split_costs(
     """Returns the work of each action on each stage, in multiply-adds per token, not seconds.
 
     The head is never recomputed. Its forward also computes the gradients of its input and weights.
-    But if a schedule has weight-gradient actions, these compute the gradients of its weights.
+    But if a schedule has weight-gradient actions, they compute the gradients of the head's weights.
     """
     costs, last = [], len(layers) - 1
     for stage, count in enumerate(layers):

@@ -83,7 +83,7 @@ def one_forward_one_backward(
 #   stage 1   .  F0 F1 .  I0 F2 I1 W0 F3 I2 W1 I3 W2 W3
 #   stage 2   .  .  F0 I0 F1 I1 F2 I2 W0 F3 I3 W1 W2 W3
 def zero_bubble_h1(stage: int, num_stages: int, num_microbatches: int) -> Iterator[Action]:
-    """Yields the actions of 1f1b, but each W runs later, when the stage would otherwise wait.
+    """Yields 1f1b with B split into I and W; W runs later, when the stage would otherwise wait.
 
     Stage i delays each weight gradient by i microbatches. No other stage waits for a gradient from
     the first stage, so the first stage does not split backward.
