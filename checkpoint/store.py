@@ -160,7 +160,7 @@ class CheckpointStore:
         self._deleter.start()
 
     def finish_cleanup(self) -> None:
-        """Deletes steps that `policy` does not keep, and waits for this; all ranks call it."""
+        """Deletes steps that `policy` does not keep, and waits for the end; all ranks call it."""
         self._deleter.finish()
 
     def _attempt(

@@ -17,7 +17,7 @@ def _constant(progress: float) -> float:
 
 
 # Each function gets the finished fraction (0 to 1) of the updates after the warm-up. It returns 1
-# for the peak rate, 0 for the lowest rate.
+# for the peak rate, and 0 for the lowest rate.
 DECAYS: dict[str, Callable[[float], float]] = {
     "linear": _linear,
     "cosine": _cosine,

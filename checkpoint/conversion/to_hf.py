@@ -47,7 +47,7 @@ def convert_to_hf(
 
     Raises:
         ValueError: a flag or file is wrong or damaged, or the logits differ. The text names the
-            flag or file. The folder `save_path` is not created.
+            flag or file. Nothing is left in `save_path`.
     """
     step = resolve_checkpoint(ckpt_path)
     if not check_weights(step, companions=config_name is None):

@@ -83,7 +83,7 @@ def _run_theirs(folder: Path, family: Family, config: Any, tokens: Tensor) -> Te
     """Returns the logits that the model of transformers computes for `tokens` (rows, tokens).
 
     To save memory, the model has a single block. For each block of the converted model, the
-    function copies the weights into this block and runs it.
+    function copies the block's weights into the single block, and runs it.
     """
     small = copy.deepcopy(config)
     small.num_hidden_layers = 1

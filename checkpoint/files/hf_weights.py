@@ -40,7 +40,7 @@ class HfWeights:
     key: str
 
     def num_bytes(self, dtype: torch.dtype | None = None) -> int:
-        """Returns the weight's size in bytes in the type `dtype`; None stands for the file's type."""
+        """Returns the weight's size in bytes in type `dtype`; None stands for the file's type."""
         entry = self.file.entries[self.key]
         return entry.size * (dtype or DTYPES[entry.dtype]).itemsize
 

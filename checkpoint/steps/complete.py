@@ -87,7 +87,7 @@ def _is_complete(disks: Sequence[Sequence[StageFiles]]) -> bool:
 def _inspect_folder(folder: Path, step: int) -> list[StageFiles]:
     """Returns the stages whose files in `folder` are complete.
 
-    Raises OSError if the disk fails, because this does not mean that a file is missing.
+    Raises OSError if the disk fails, because a disk error does not mean that a file is missing.
     """
     complete = []
     for stage in manifest_stages(folder):
