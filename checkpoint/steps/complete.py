@@ -69,9 +69,9 @@ def complete_steps(disks: Sequence[Mapping[int, Sequence[StageFiles]]]) -> list[
 
 
 def _is_complete(disks: Sequence[Sequence[StageFiles]]) -> bool:
-    """Returns whether, for one save of a step, each stage has its files on its own disk.
+    """Returns whether all files of one save of a step exist, each stage's files on its own disk.
 
-    If the run that saved the step had another number of stages, the files can be on any disk.
+    If the run that saved the step had more or fewer stages, the files can be on any disk.
     """
     available = {files for disk in disks for files in disk}
     for save, num_stages in {(files.save, files.num_stages) for files in available}:

@@ -49,7 +49,7 @@ class StageSplit:
 def split_costs(
     layers: Split, work: ModuleWork, *, schedule: str, recompute: bool
 ) -> list[StageCosts]:
-    """Returns the work of each action on each stage, in multiply-adds per token, not seconds.
+    """Returns the costs of each stage's actions, in multiply-adds per token instead of seconds.
 
     The head is never recomputed. Its forward also computes the gradients of its input and weights.
     But if a schedule has weight-gradient actions, they compute the gradients of the head's weights.
