@@ -47,7 +47,10 @@ class Snapshot:
 def _map_tensors(
     state: Mapping[str, Any], convert: Callable[[Key, Tensor], Tensor], start: Key = ()
 ) -> dict[str, Any]:
-    """Returns `state` with converted tensors; `start` holds the names that lead to `state`."""
+    """Returns a copy of `state` in which `convert` has replaced each tensor.
+
+    `start` holds the names that lead from the outermost mapping to `state`.
+    """
     converted = dict(state)
     for name, value in state.items():
         if isinstance(value, Mapping):

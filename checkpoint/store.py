@@ -39,7 +39,7 @@ class ResumePoint(NamedTuple):
     """The step from which training resumes, and its folder on the machines of replica 0.
 
     `meta` is None for a checkpoint of an older system (a predecessor, see docs/glossary.md). From
-    such a checkpoint only the weights are used.
+    such a checkpoint only the weights are used, and `step` is 0.
     """
 
     step: int
@@ -160,7 +160,7 @@ class CheckpointStore:
         self._deleter.start()
 
     def finish_cleanup(self) -> None:
-        """Deletes steps that `policy` does not keep, and waits; every process must call it."""
+        """Deletes steps that `policy` does not keep, and waits for the end; all ranks call it."""
         self._deleter.finish()
 
     def _attempt(
@@ -172,7 +172,7 @@ class CheckpointStore:
     ) -> None:
         """Runs `work`, one part of a save, on every process that writes files.
 
-        If a process fails, `undo` runs on all of them. If `undo` is None, the step stays complete.
+        If `work` fails on one of them, all of them run `undo`. Without `undo` the step stays saved.
 
         Raises:
             SaveFailedError: `work` failed on a process.
@@ -216,7 +216,7 @@ class CheckpointStore:
         return self._policy.added_bytes(saves, present=present, weights=weights, state=state)
 
     def find(self, split: ResumeSplit) -> ResumePoint | None:
-        """Returns the newest step that is complete on every stage, or None.
+        """Returns the newest step that is complete on every stage, else a predecessor's, else None.
 
         Every process must call `find`. Before a process reads files of the step other than
         meta.json and config.json, all must call `verify`. `split` is the split of the run; the
@@ -272,7 +272,7 @@ class CheckpointStore:
 
 
 def _write_or_retry(write: Callable[[], None], deletion: BackgroundTask | None) -> None:
-    """Calls `write`; after an OSError, waits for the end of `deletion` and calls `write` again."""
+    """Calls `write`; after an OSError, waits until `deletion` has freed space and retries."""
     try:
         write()
     except OSError:

@@ -52,9 +52,9 @@ class AllReduce:
                 broadcast_owned(self._parameters, self._partition, self._replicas)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns an empty state: an all-reduce needs nothing from earlier updates."""
+        """Returns an empty state, because an all-reduce needs nothing from earlier updates."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Does nothing: an all-reduce has no state."""
+        """Does nothing, because an all-reduce has no state."""
         assert not state, "an all-reduce has no state"

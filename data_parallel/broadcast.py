@@ -57,7 +57,7 @@ def broadcast_owned(
 
 
 def same_on_all(tensors: Iterable[Tensor], replicas: Communicator) -> bool:
-    """Returns whether all replicas hold the same values; compares a checksum of each tensor."""
+    """Returns whether `tensors` are equal on all replicas; compares a checksum of each tensor."""
     sums = [t.contiguous().view(torch.int32).sum(dtype=torch.int64) for t in tensors]
     gathered = replicas.all_gather(torch.stack(sums))
     return bool((gathered == gathered[0]).all())

@@ -23,6 +23,7 @@ BUCKET_BYTES = 25 * 2**20  # as in torch's DistributedDataParallel
 class Bucket:
     """Neighbouring gradients of weights with the same owner, exchanged in one operation.
 
+    owner: the only or the first replica that updates the weights.
     names: the names of the weights.
     gradients: the slice of the buffer with the gradients of these weights, in one dimension.
     num_incomplete: the number of gradients to which some microbatches have not added yet.
@@ -38,9 +39,9 @@ class GradBuffer:
     """The fp32 buffer `flat` for the gradients; `views` has a view of it for each parameter.
 
     Linear layers and the embedding add their gradients through the methods of
-    `modules.layers.linear.WeightGradBuffer`. For all other parameters autograd makes the gradient:
-    if the parameter is fp32, its `grad` is the view; in half precision, a hook adds `grad` to the
-    view and deletes `grad`. Frozen parameters have no gradient in the buffer.
+    `modules.layers.linear.WeightGradBuffer`. For all other parameters autograd makes the gradient.
+    The `grad` of an fp32 parameter is the view, so autograd adds to the buffer. In half precision,
+    a hook adds `grad` to the view and deletes `grad`. Frozen parameters have no gradient.
 
     Args:
         parameters: the weights of a stage by name, already in the compute type.
@@ -74,7 +75,7 @@ class GradBuffer:
         self._handed_over: set[str] = set()  # parameters with gradients not made by autograd
 
     def expect(self, num_microbatches: int) -> None:
-        """Begins an update: each of `num_microbatches` microbatches adds to every gradient once."""
+        """Begins an update of `num_microbatches` microbatches; each adds once to every gradient."""
         self._num_expected = dict.fromkeys(self.views, num_microbatches)
         self._pending = list(self._buckets)
         for bucket in self._buckets:

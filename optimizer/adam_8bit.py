@@ -11,9 +11,10 @@ from optimizer.adam import BETAS, EPS, State
 class Adam8bit:
     """AdamW8bit of bitsandbytes, which updates one weight at a time.
 
-    The same optimizer of bitsandbytes updates all weights: before an update, the weight and its
-    state are put into this optimizer. To make a new optimizer each time would take longer than the
-    update. bitsandbytes keeps fp32 moments for weights with fewer than 4096 elements.
+    All updates use one optimizer object of bitsandbytes, because making a new object takes longer
+    than an update. Before an update, the weight and its state are put into this object, and they
+    are taken out after it. bitsandbytes keeps fp32 moments for weights with fewer than 4096
+    elements.
 
     Raises:
         ValueError: bitsandbytes is not installed.

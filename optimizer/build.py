@@ -30,8 +30,8 @@ def build_optimizer(
 ) -> MixedPrecisionOptimizer:
     """Returns a stage's optimizer; the optimizer owns the buffer to which backward adds gradients.
 
-    The weights in the compute type (compute copies) are made before this buffer, because backward
-    produces gradients in the type of the compute copies.
+    The function first casts the weights to the compute type (compute copies) and then makes the
+    buffer, because the buffer handles fp32 and half-precision weights in different ways.
 
     Args:
         model: the stage, in fp32; its weights become the compute copies.

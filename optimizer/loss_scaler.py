@@ -31,7 +31,7 @@ class LossScaler(Protocol):
         """Returns the state for `load_state`, including the kind of the scaler."""
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restores the state of a scaler of any kind, within the limits that the flags set."""
+        """Restores a saved state of any kind of scaler; the flags still limit the scale."""
 
 
 class ConstantScale:
@@ -47,7 +47,7 @@ class ConstantScale:
         return {"kind": CONSTANT, "scale": self.scale}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Does nothing: a constant scale comes from a flag, not from a checkpoint."""
+        """Does nothing, because a constant scale comes from a flag, not from a checkpoint."""
 
 
 class DynamicScale:

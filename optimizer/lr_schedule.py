@@ -16,8 +16,8 @@ def _constant(progress: float) -> float:
     return 1.0
 
 
-# Functions of the fraction of updates done after the warm-up (0 to 1); they return the fraction of
-# the peak rate.
+# Each function gets the finished fraction (0 to 1) of the updates after the warm-up. It returns 1
+# for the peak rate, and 0 for the lowest rate.
 DECAYS: dict[str, Callable[[float], float]] = {
     "linear": _linear,
     "cosine": _cosine,
@@ -39,7 +39,7 @@ def learning_rate(
         warmup: the number of updates before the peak.
         total: the number of updates of the run.
         peak: the highest rate.
-        lowest: the rate after the last update.
+        lowest: the rate after the last update, unless `kind` is "constant".
     """
     if update < warmup:
         return peak * (update / max(1, warmup))

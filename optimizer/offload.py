@@ -22,7 +22,7 @@ class HostCopies:
         self._device = device
 
     def of(self, gradients: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Yields a host copy of each gradient; the next gradient is copied in the meantime.
+        """Yields a host copy of each gradient; while the caller uses it, the next one is copied.
 
         A copy is valid until the next copy is yielded.
         """

@@ -17,10 +17,10 @@ class SavedState:
     """The optimizer state of one stage in a checkpoint.
 
     source: the file of the state, for error texts.
-    state: the content of the file. The masters and each kind of moments are a part: tensors by
-        weight name.
+    state: the content of the file. Its parts are the masters and each kind of moments. A part maps
+        the names of the weights to tensors.
     names: the names of all weights of the saved stage.
-    saved_names: the name in the file of each weight to restore, by the weight's name in this run.
+    saved_names: for each weight to restore, maps its name in this run to its name in the file.
     """
 
     source: Path

@@ -1,7 +1,7 @@
 """Optimizer state for a checkpoint, independent of the number of replicas.
 
 Replica 0 writes and reads the state of a stage. Other replicas send and receive the state of the
-weights that they update. Sender and receiver both know the shapes of the sent tensors.
+weights that they update. The receiver knows the shapes, so the sender sends only the values.
 """
 
 from collections.abc import Mapping, Sequence
@@ -134,8 +134,8 @@ def _share(
 def _batches(optimizer: MixedPrecisionOptimizer, control: Communicator) -> list[list[str]]:
     """Returns the names of the weights in batches; every process has the same number of batches.
 
-    Replica 0 reads the state of a complete batch before it sends the state. The files are
-    memory-mapped, so reading needs only memory of the system's file cache.
+    Replica 0 reads the state of a complete batch, and then sends the state. The files are
+    memory-mapped, so the state that was read takes only memory of the system's file cache.
     """
     sent = {
         name: optimizer.weight_of(name).numel() * (optimizer.partition.holders(name) != [0])

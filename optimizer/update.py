@@ -107,7 +107,7 @@ class UpdateStep:
         return {"skipped_in_a_row": self.skipped_in_a_row, "scaler": self._scaler.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restores a result of `state`; a count of at least `max_skipped` skips becomes 0."""
+        """Restores a result of `state`; a count of skips that would end the run becomes 0."""
         skipped = int(state["skipped_in_a_row"])
         self.skipped_in_a_row = skipped if skipped < self._max_skipped else 0
         self._scaler.load_state(state["scaler"])

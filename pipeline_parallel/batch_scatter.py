@@ -2,8 +2,8 @@
 
 If attention is limited to single documents, every stage also gets the starts of the documents.
 
-Token ids are small, so only rank 0 reads data. Rank 0 sends the rows of an iteration while the
-previous iteration is computed, so no stage waits for data.
+Token ids are small, so rank 0 can read and send them for all pipelines. It sends the rows of an
+iteration while the previous iteration is computed, so no stage waits for data.
 """
 
 from collections.abc import Iterator, Sequence

@@ -189,10 +189,10 @@ class Engine:
 def _arrived(
     neighbour: Sequence[Action], receiving: Collection[Kind], *, with_: Collection[Kind]
 ) -> dict[int, int]:
-    """Counts the messages that a neighbour has received before it sends each of its messages.
+    """Returns how many messages a neighbour has received before it sends a microbatch's message.
 
-    The result has a count for each microbatch. When the neighbour's message of a microbatch
-    arrives, this stage knows that the neighbour has received that many messages from this stage.
+    The result maps each microbatch to this number. All these messages are between the neighbour and
+    this stage. When a message arrives, this stage knows that so many of its sends are complete.
 
     Args:
         neighbour: the actions of the neighbour, in order.

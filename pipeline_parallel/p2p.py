@@ -1,8 +1,8 @@
 """Messages between neighbours: activations to the next stage, gradients to the previous stage.
 
 Receives are posted early, so messages travel while the stage computes. Sends do not wait. The first
-and the last stage have only one neighbour: methods for the missing neighbour return at once, so the
-engine runs the same code on every stage.
+and the last stage have only one neighbour. Methods for the missing neighbour do nothing and return
+at once, so the engine runs the same code on every stage.
 """
 
 from collections import deque

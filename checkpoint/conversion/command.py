@@ -38,10 +38,10 @@ def run_to_hf(model_type: str, flags: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _command() -> Iterator[None]:
-    """Writes log lines to stdout and errors to stderr; exits with status 2 after an error.
+    """Writes the log lines of the `with` block to stdout; exits with status 2 after an error.
 
-    The warnings of the libraries are silenced, because the conversion itself raises an error for
-    each problem of which they warn.
+    The error (ValueError or OSError) is written to stderr as one line. Warnings of libraries are
+    not shown, because the conversion itself raises an error for each problem of which they warn.
     """
     from huggingface_hub.utils.tqdm import disable_progress_bars
 

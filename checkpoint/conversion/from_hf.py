@@ -20,14 +20,15 @@ def convert_from_hf(family: Family, *, model_name: str, save_dir: Path, dtype: s
 
     Args:
         model_name: a local folder or the name of a model on the hub.
-        dtype: "keep", or the type to write: "fp16", "bf16" or "fp32".
+        dtype: the type to write: "fp16", "bf16" or "fp32"; "keep" keeps the type of each weight.
 
     Returns:
         The folder of the shards inside `save_dir`. Its name is the base name of a local folder, or
         the hub name with / replaced by _.
 
     Raises:
-        ValueError: a flag or a file is wrong; the text names it. No files are left on disk.
+        ValueError: a flag or a file is wrong; the text names it. No new files are left in
+            `save_dir`.
     """
     final = save_dir / folder_name(model_name)
     source = find_model(model_name, flag="--model-name", weights=True)

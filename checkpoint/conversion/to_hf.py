@@ -37,9 +37,9 @@ def convert_to_hf(
 
     Args:
         ckpt_path: the folder of a step, or a folder with the file `latest`.
-        n_stages, n_layer_per_stage: the split of the layers. They are required for a checkpoint of
-            an older system (a predecessor, see docs/glossary.md), which does not record its split.
-            For other checkpoints they are compared with meta.json.
+        n_stages, n_layer_per_stage: the split of the layers. A checkpoint of an older system (a
+            predecessor, see docs/glossary.md) does not record its split, so they are required. For
+            any other checkpoint they can be None; else they must agree with its meta.json.
         config_name: a local folder or hub name with config and tokenizer; None stands for the
             step's folder.
         fp16: whether to write fp16. Otherwise all weights get the widest type in the checkpoint.
@@ -47,7 +47,7 @@ def convert_to_hf(
 
     Raises:
         ValueError: a flag or file is wrong or damaged, or the logits differ. The text names the
-            flag or file. No files are left on disk.
+            flag or file. Nothing is left in `save_path`.
     """
     step = resolve_checkpoint(ckpt_path)
     if not check_weights(step, companions=config_name is None):

@@ -82,7 +82,8 @@ def _run_ours(
 def _run_theirs(folder: Path, family: Family, config: Any, tokens: Tensor) -> Tensor:
     """Returns the logits that the model of transformers computes for `tokens` (rows, tokens).
 
-    The model has a single block, into which the weights of each block are copied in turn.
+    To save memory, the model has a single block. For each block of the converted model, the
+    function copies the block's weights into the single block, and runs it.
     """
     small = copy.deepcopy(config)
     small.num_hidden_layers = 1
@@ -116,7 +117,7 @@ def _fill(
 
 
 def _block_output(model: Any, family: Family, x: Tensor) -> Tensor:
-    """Returns the activations (rows, tokens, hidden) after the model's single block."""
+    """Returns the output of the model's single block for `x`; both are (rows, tokens, hidden)."""
     outputs: list[Any] = []
     prefix = next(iter(family.hf_block.values())).partition(".{layer}")[0]
     block = model.get_submodule(f"{prefix}.0")

@@ -40,7 +40,7 @@ class HfWeights:
     key: str
 
     def num_bytes(self, dtype: torch.dtype | None = None) -> int:
-        """Returns the bytes of the weight in the type `dtype`; None stands for the file's type."""
+        """Returns the weight's size in bytes in type `dtype`; None stands for the file's type."""
         entry = self.file.entries[self.key]
         return entry.size * (dtype or DTYPES[entry.dtype]).itemsize
 
@@ -74,7 +74,8 @@ def hf_names(family: Family, config: Any, index: int) -> dict[str, str]:
 def open_model(folder: Path, family: Family, config: Any) -> list[ModuleWeights]:
     """Returns, for each module of the model, the file and key of each weight, by shard key.
 
-    The headers of the files are read, and the values only of weights that have two keys.
+    The function reads only the headers of the files. But if a weight has two keys in the files, it
+    reads the values of both keys to compare them.
 
     Raises:
         ValueError: a file is missing or damaged, a key is missing or extra, two keys of one weight
@@ -102,9 +103,9 @@ def open_model(folder: Path, family: Family, config: Any) -> list[ModuleWeights]
 
 
 def _collect(files: Sequence[TensorFile], family: Family) -> dict[str, HfWeights]:
-    """Returns where every weight is, by the weight's Hugging Face key; omits buffers.
+    """Returns the file and key of every weight, by its Hugging Face key; omits buffers.
 
-    A key in a file can be an alias from `family.hf_aliases`; the result has the key that the alias
+    If a key in a file is an alias in `family.hf_aliases`, the result uses the key that the alias
     stands for. Raises ValueError if a weight has two keys with different values.
     """
     sources: dict[str, HfWeights] = {}

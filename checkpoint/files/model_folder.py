@@ -38,7 +38,7 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def write_config(source: Path, target: Path, **changes: object) -> None:
-    """Writes the config.json of `source` with `changes` to `target`.
+    """Copies config.json from `source` to `target`; in the copy, sets the fields in `changes`.
 
     Before transformers 4.56 the field `dtype` had the name `torch_dtype`. If the config has this
     old field, a change of `dtype` changes the old field too.

@@ -1,4 +1,4 @@
-"""Validation of weights: a file has exactly the weights that the config requires, all finite.
+"""Checks of weights: a file must have exactly the weights that the config requires, all finite.
 
 An error text is one line. It names file and key, and shows the actual and the expected value.
 """
@@ -33,9 +33,10 @@ def module_shapes(family: Family, config: Any, index: int) -> dict[str, tuple[in
 
 
 def check_entries(file: TensorFile, family: Family, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises ValueError unless a file has exactly the weights in `shapes`, as floats.
+    """Raises ValueError unless a file has exactly the weights in `shapes`, with these shapes.
 
-    The buffers (masks, rotary tables) in the file are ignored.
+    The type of each weight must be a float type. The buffers (masks, rotary tables) in the file are
+    ignored.
     """
     path, keys = file.path, {key for key in file.entries if not family.buffers.search(key)}
     if missing := sorted(shapes.keys() - keys):

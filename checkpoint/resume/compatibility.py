@@ -11,7 +11,7 @@ from common.files import read_json_object
 def check_same_run(meta: StepMeta, flags: Mapping[str, Any]) -> None:
     """Raises ValueError if a flag that must not change has another value in the checkpoint.
 
-    The text names the flag and both values. `flags` has the run's values of all such flags.
+    The text names the flag and both values. `flags` maps all such flags to the values of the run.
     """
     for flag, value in flags.items():
         if (saved := meta.flags.get(flag)) != value:

@@ -1,12 +1,12 @@
-"""Search for the step to resume from: the newest step of which every stage has its files.
+"""Search for the step to resume from: the newest step for which each stage has the files it needs.
 
-All files of a step must come from the same save. A crash during a save leaves the new step on some
-machines only: the stages then return to the previous step, with a warning. No crash damages a step
-that was complete on all stages. So a damaged or missing file of a complete step is an error; the
-error text names the previous complete step as a remedy.
+All files of a step must come from the same save. After a crash during a save, only some machines
+have the new step. Then all stages resume from the previous step, and rank 0 logs a warning. No
+crash damages a step that was complete on all stages. So a damaged or missing file of such a step is
+an error; the error text says how to resume from the previous complete step.
 
-A step can come from a run with another split into stages. Then each stage needs, on its own
-machine, the files of the stages that saved its modules.
+A step can come from a run with another split into stages. Then each stage of this run needs, on its
+own machine, the files of those stages of the other run that held its modules.
 """
 
 import logging
@@ -62,14 +62,14 @@ class ResumeSearch:
         self._views = [_decode(view) for view in views[: topology.num_stages]]
 
     def newest_step(self) -> int | None:
-        """Returns the newest step that the run can resume from; None if there is no such step.
+        """Returns the newest step that the run can resume from; None if no save was completed.
 
         Predecessors' checkpoints are ignored. The method verifies the step's meta.json, config and
         tokenizer, but not its weights and optimizer state.
 
         Raises:
-            ValueError: a file is damaged or missing, or no step is complete on every stage. All
-                ranks raise the same error.
+            ValueError: a file is damaged or missing, or a save was completed but now no step is
+                complete on every stage. All ranks raise the same error.
         """
         for rank, view in enumerate(self._views):
             if view.problem is not None:
@@ -123,7 +123,7 @@ class ResumeSearch:
         return f"on rank {rank}: {problem}" if self._control.size > 1 else problem
 
     def _common_steps(self) -> list[int]:
-        """Returns the steps that were complete on every stage after one save of all stages.
+        """Returns the steps that were complete on every stage, with all files from the same save.
 
         Since then, files of such a step can have been damaged or deleted.
         """
@@ -135,7 +135,7 @@ class ResumeSearch:
         ]
 
     def _problem(self, step: int, *, small: bool) -> str | None:
-        """Returns an error text if files of a step are damaged, or None; the same on all ranks.
+        """Returns an error text if files of a step are damaged, else None; all ranks get the same.
 
         The method first uses the results of `inspect_step`, and then reads the files.
         """

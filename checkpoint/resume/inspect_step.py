@@ -20,7 +20,7 @@ from pipeline_parallel.partition.split import Split
 
 
 class InspectedStep(NamedTuple):
-    """The state of a step's folder on a stage's machine, found from the sizes of its files.
+    """The state of a step's folder on a stage's machine; of large files only sizes are checked.
 
     save: the id of the save; it is the same for all stages of one save.
     problem: an error text for the first file that is damaged, deleted, or of another step or save.
@@ -54,8 +54,8 @@ def inspect_step(folder: Path, stage: int, split: ResumeSplit) -> InspectedStep:
         record = InspectedStep(split=saved, sources=sources)
         if saved is None and stage >= num_stages:
             return record
-        # The files of another stage may never have been copied to this machine. The stage's own
-        # files were written on this machine.
+        # With another split the stage needs files of other stages, which the user may not have
+        # copied to this machine yet. Otherwise it needs its own files, which were written here.
         if saved is not None and split.differs_from(saved):
             absent = [source for source in sources if not any(folder.glob(f"prank_{source}_*"))]
             if absent:

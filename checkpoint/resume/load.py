@@ -59,8 +59,8 @@ def load_checkpoint_(
 ) -> None:
     """Fills a stage with weights from a training checkpoint; reads only the stage's modules.
 
-    This project or an older system (a predecessor, see docs/glossary.md) has saved the checkpoint.
-    `split` is the split of the checkpoint.
+    The checkpoint can be from this project or an older system (a predecessor, see
+    docs/glossary.md). `split` is the split of the checkpoint.
 
     Raises:
         ValueError: a file is missing or has wrong weights. The text names file and key.

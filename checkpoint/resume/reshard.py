@@ -50,7 +50,7 @@ class ResumeSplit:
     """The split of the layers in a run that can resume from a checkpoint.
 
     requested: the value of --num-layers.
-    resolved: the split into this run's stages if there is no checkpoint.
+    resolved: the split that the run uses if there is no checkpoint.
     """
 
     requested: Asked

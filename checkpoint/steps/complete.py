@@ -1,4 +1,4 @@
-"""Complete steps: saved steps of which every stage has all its files.
+"""Complete steps: saved steps for which each stage still has all files that it wrote.
 
 After a crash during a save, or after a disk was replaced, a step is on some machines only. No run
 can resume from such a step, and --keep-checkpoints does not count it.
@@ -63,15 +63,15 @@ def find_complete_steps(path: Path | None, last: int, *, control: Communicator) 
 
 
 def complete_steps(disks: Sequence[Mapping[int, Sequence[StageFiles]]]) -> list[int]:
-    """Returns the complete steps in order; `disks` has the complete stages on each disk by step."""
+    """Returns the complete steps in order; `disks` holds each disk's complete stages, by step."""
     steps = {step for disk in disks for step in disk}
     return sorted(step for step in steps if _is_complete([disk.get(step, ()) for disk in disks]))
 
 
 def _is_complete(disks: Sequence[Sequence[StageFiles]]) -> bool:
-    """Returns whether, for one save of a step, each stage has its files on its own disk.
+    """Returns whether all files of one save of a step exist, each stage's files on its own disk.
 
-    If the run that saved the step had another number of stages, the files can be on any disk.
+    If the run that saved the step had more or fewer stages, the files can be on any disk.
     """
     available = {files for disk in disks for files in disk}
     for save, num_stages in {(files.save, files.num_stages) for files in available}:
@@ -87,7 +87,7 @@ def _is_complete(disks: Sequence[Sequence[StageFiles]]) -> bool:
 def _inspect_folder(folder: Path, step: int) -> list[StageFiles]:
     """Returns the stages whose files in `folder` are complete.
 
-    Raises OSError if the disk fails: a disk error does not mean that the step is incomplete.
+    Raises OSError if the disk fails, because a disk error does not mean that a file is missing.
     """
     complete = []
     for stage in manifest_stages(folder):

@@ -56,7 +56,7 @@ def write_stage_files(folder: Path, stage: int, parts: Mapping[str, Any]) -> dic
 
 
 def move_aside(final: Path, nonce: str) -> None:
-    """Renames the folder `final` if it exists, for example from an earlier save of the step."""
+    """Renames the folder `final` if an earlier save of the step left it; this frees the name."""
     _rename_if_exists(final, _replaced_folder(final, nonce))
 
 

@@ -57,7 +57,7 @@ def check_latest(path: Path, *, has_manifests: bool) -> None:
     except ValueError as error:
         raise ValueError(f"{error}; {_REMEDY}") from error
     step = _parse(text)
-    possible = (check["step"], check.get("before", check["step"]))  # None for a missing `latest`
+    possible = (check["step"], check.get("before", check["step"]))  # None: no `latest` yet
     if (text is None or step is not None) and step in possible:
         return
     known = "no step" if check["step"] is None else check["step"]

@@ -58,7 +58,10 @@ class StageManifest:
 
 
 def part_name(stage: int | str, part: str) -> str:
-    """Returns the file name of one part of a stage; stage "*" gives a pattern for all stages."""
+    """Returns the name of the file that holds a part of a stage's state, such as "optimizer".
+
+    Stage "*" gives a pattern for all stages.
+    """
     return f"prank_{stage}_{part}.pt"
 
 

@@ -2,7 +2,7 @@
 
 A step's folder has one file `prank_<i>_checkpoint.pt` per stage. The keys in the file are
 `<j>.<name>`, where the number j counts the modules of the stage from 0. The files of an older
-system (a predecessor, see docs/glossary.md) contain buffers too, which are ignored.
+system (a predecessor, see docs/glossary.md) also contain buffers, which are ignored.
 """
 
 import re

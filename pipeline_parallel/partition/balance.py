@@ -34,7 +34,7 @@ def balanced_split(
 
     If the slowest stages of several splits have the same work, the second-slowest stages decide,
     and so on. If the splits differ only in the order of the stages, the result has the fewest
-    blocks on the first stages, because schedules keep the most activations there.
+    blocks on the first stages, because these stages keep the most activations in memory.
 
     The result is exact. The search adds one stage at a time, and finds the best split for each
     number of blocks on the stages so far. This is correct because a further stage with the same

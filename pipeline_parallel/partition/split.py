@@ -55,7 +55,7 @@ def fit_split(layers: Layers, *, num_stages: int, model_layers: int) -> Split:
 
 
 def check_split(asked: Asked, *, num_stages: int, model_layers: int) -> None:
-    """Raises ValueError unless the stages hold exactly the model's blocks, at least one each.
+    """Raises ValueError unless the stages hold exactly the model's blocks, each stage at least one.
 
     `asked` is the value of --num-layers.
     """

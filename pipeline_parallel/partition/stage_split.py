@@ -8,7 +8,7 @@ from pipeline_parallel.schedule.simulator import Costs, StageCosts, simulate
 
 
 class StageSplit:
-    """The split of a model's layers that --num-layers requests, with the work of each layer.
+    """The split of a model's layers that --num-layers requests, and the work of each layer.
 
     Args:
         asked: the value of --num-layers.
@@ -49,10 +49,10 @@ class StageSplit:
 def split_costs(
     layers: Split, work: ModuleWork, *, schedule: str, recompute: bool
 ) -> list[StageCosts]:
-    """Returns the work of each action on each stage, in multiply-adds per token, not seconds.
+    """Returns the costs of each stage's actions, in multiply-adds per token instead of seconds.
 
-    The head computes its gradients during forward, and is never recomputed. If a schedule has
-    weight-gradient actions, they compute the gradients of the head's weights.
+    The head is never recomputed. Its forward also computes the gradients of its input and weights.
+    But if a schedule has weight-gradient actions, they compute the gradients of the head's weights.
     """
     costs, last = [], len(layers) - 1
     for stage, count in enumerate(layers):

@@ -42,7 +42,7 @@ def timetable(run: SimulatedRun) -> str:
 def describe(schedule: Schedule, num_stages: int, num_microbatches: int, costs: StageCosts) -> str:
     """Returns a text: a schedule's timetable, total time, bubble, and microbatches in flight.
 
-    `costs` are the slots of each action; an action takes the same slots on every stage.
+    `costs` has the number of time slots of each action; the number is the same on every stage.
     """
     run = simulate(schedule, num_stages, num_microbatches, Costs([costs] * num_stages))
     text = timetable(run) + (

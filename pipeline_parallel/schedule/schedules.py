@@ -83,15 +83,16 @@ def one_forward_one_backward(
 #   stage 1   .  F0 F1 .  I0 F2 I1 W0 F3 I2 W1 I3 W2 W3
 #   stage 2   .  .  F0 I0 F1 I1 F2 I2 W0 F3 I3 W1 W2 W3
 def zero_bubble_h1(stage: int, num_stages: int, num_microbatches: int) -> Iterator[Action]:
-    """Yields the actions of 1f1b, but each W runs later, when the stage would otherwise wait.
+    """Yields 1f1b with B split into I and W; W runs later, when the stage would otherwise wait.
 
     Stage i delays each weight gradient by i microbatches. No other stage waits for a gradient from
     the first stage, so the first stage does not split backward.
 
     At most num_stages microbatches are in flight (from F to the end of W). If each action
     takes the same time on all stages and num_microbatches >= num_stages, each stage is idle for
-    (num_stages - 1) * (F + I - min(F, I, W)) seconds. The paper assumes that W is the shortest and
-    gives F + I - W. For 1f1b the factor is F + I + W.
+    (num_stages - 1) * (F + I - min(F, I, W)) seconds; here F, I and W are the seconds of these
+    actions. The paper assumes that W is the shortest, so its factor is F + I - W. For 1f1b the
+    factor is F + I + W.
     """
     for action in one_forward_one_backward(stage, num_stages, num_microbatches):
         kind, microbatch = action
