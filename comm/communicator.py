@@ -22,7 +22,7 @@ class Work(Protocol):
 
 
 class Done:
-    """The Work of an operation that is complete from the start: it sends no message."""
+    """The Work of an operation that is complete from the start, because it sends no message."""
 
     def wait(self) -> None:
         """Returns at once."""

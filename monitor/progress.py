@@ -71,7 +71,7 @@ def _format(loss: float) -> str:
 
 
 def recent_average(seconds: Sequence[float]) -> float:
-    """Returns the mean of `seconds`; with five or more, without the shortest and the longest.
+    """Returns the mean of `seconds`; if there are five or more, omits the shortest and the longest.
 
     A median would be wrong with gradient accumulation, because every n-th iteration is longer.
     """

@@ -110,7 +110,7 @@ def sample_source(
         documents: The shuffled source, from which no document has been read.
         encoder: Tokenizes the sample.
         seq_len: The number of tokens in a block.
-        pack: "document" keeps documents apart in blocks; "concat" does not.
+        pack: "document" packs complete documents; "concat" fills every block.
         max_documents: The largest number of documents in the sample.
         count_seconds: The time limit for counting the rows of a source without an index.
     """

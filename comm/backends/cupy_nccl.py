@@ -56,7 +56,7 @@ class NcclCommunicator(GroupMembership):
     store: passes NCCL's unique id from the first member of a channel to the other members.
     on_hang: gets the error of a message that failed or took longer than `group.dist_timeout`.
 
-    Raises ValueError if CuPy or its NCCL is not installed, PeerLostError if a channel cannot be
+    Raises ValueError if CuPy or its NCCL is not installed, and PeerLostError if a channel cannot be
     opened.
     """
 
@@ -133,7 +133,7 @@ class NcclCommunicator(GroupMembership):
     ) -> Work:
         """Submits `call(*pointers, count, dtype code, *arguments, stream)` to the channel's stream.
 
-        The first buffer gives count and dtype.
+        `pointers` are the addresses of `buffers`; the first buffer gives count and dtype.
         """
         tensor, name = buffers[0], f"{self._name} {operation}"
         assert tensor.is_contiguous()

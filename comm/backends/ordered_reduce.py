@@ -53,7 +53,7 @@ class GatheredSum:
 
 
 class SharedSum:
-    """An all-reduce in two rounds: each member sums its share of a slice; then all get the sums."""
+    """An all-reduce in two rounds: members sum their share of a slice, then send the sum to all."""
 
     def __init__(self, flat: Tensor, messages: PointToPoint, *, slice_bytes: int) -> None:
         self._shares = (s.tensor_split(messages.size) for s in _slices(flat, slice_bytes))
@@ -71,7 +71,7 @@ class SharedSum:
         _wait(works)
 
     def _start(self) -> "tuple[Sequence[Tensor], _Part] | None":
-        """Starts the messages of the next slice; returns the members' shares and this member's sum.
+        """Starts the messages of the next slice; returns the slice's shares and this member's part.
 
         Returns None after the last slice.
         """

@@ -20,7 +20,7 @@ class Event(Protocol):
     def block_compute(self) -> None:
         """Makes all computation that is queued later wait for this point.
 
-        An event of a HostStream raises the error of an earlier call.
+        An event of a HostStream raises the error of the first earlier call that failed.
         """
 
 

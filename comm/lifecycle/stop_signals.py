@@ -40,7 +40,7 @@ class StopAskedError(Exception):
 class Phase(NamedTuple):
     """The effect of a stop request during one phase of the process.
 
-    seconds: if the process still runs after this time, the listener's thread ends it.
+    seconds: if the process still runs this long after the request, the listener's thread ends it.
     status, line: the exit status and the error line in that case.
     """
 

@@ -1,7 +1,8 @@
 """Heartbeats: they show that a rank is unresponsive long before a collective times out.
 
 When a process is killed, its connection closes, and the server notices this at once. When a process
-is suspended or swaps, or its machine loses power, the connection stays open.
+is suspended or swaps, or its machine loses power, the connection stays open, and only the missing
+heartbeats show the failure.
 """
 
 import time

@@ -31,7 +31,7 @@ class _Segment(NamedTuple):
 
 
 class BestFitPacker(Packer):
-    """A packer that keeps documents apart; `used` counts the used blocks of the current group."""
+    """A packer of complete documents; `used` counts the used blocks of the current group."""
 
     def __init__(self, documents: DocumentPrefetcher, seq_len: int) -> None:
         super().__init__(documents, seq_len)

@@ -7,7 +7,8 @@ from tasks.sources.base import BadLineError
 
 logger = logging.getLogger(__name__)
 
-MIN_LINES = 1000  # smallest divisor of the share: one bad line of the first ten is not 10%
+# The smallest divisor of the share. Without it, one bad line among the first ten would be 10%.
+MIN_LINES = 1000
 
 
 class BadLines:

@@ -40,7 +40,7 @@ class Document(NamedTuple):
 
 
 class BadLineError(ValueError):
-    """The error of a line that is not a document; names file, line and reason in one line."""
+    """The error of a line that is not a document; the text names file, line and reason."""
 
 
 class DocumentRecord(NamedTuple):
@@ -110,7 +110,7 @@ class DataSource:
 
 @dataclass(frozen=True)
 class IndexedFile:
-    """A file whose rows `open_rows` opens; a record's offset and line are the row number."""
+    """A file whose rows `open_rows` opens; a record's offset and line are numbers of read rows."""
 
     path: str
     open_rows: Callable[[], IndexedRows]

@@ -1,6 +1,6 @@
 """A stream that decompresses a file and detects truncated data.
 
-If a file is truncated, the libraries' own stream readers end without an error, or they read the
+The libraries' own stream readers end without an error if a file is truncated, or they read the
 complete file at once. The libraries' decompression objects report whether a frame (zstd) or member
 (gzip) is complete, so this stream uses these objects.
 """

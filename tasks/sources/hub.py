@@ -18,7 +18,7 @@ HUB_TIMEOUT_SECONDS = 10.0
 
 
 def check_hub(location: SourceLocation, row_format: RowFormat) -> None:
-    """Raises ValueError if the hub has no such data set, or if it has no usable column."""
+    """Raises ValueError if the hub has no such data set, or the data set has no usable column."""
     _check_reachable(location)
     _stream_rows(location, row_format)
 

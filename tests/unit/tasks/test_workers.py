@@ -20,7 +20,7 @@ SECONDS = 20.0
 
 
 def is_there(pid: int) -> bool:
-    """Returns whether a process lives; a zombie does not."""
+    """Returns whether a process lives; a zombie counts as dead."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
@@ -52,7 +52,7 @@ def encode_until_it_fails(workers: Workers) -> None:
 
 
 def test_one_that_dies_is_told_and_the_others_end() -> None:
-    """If one of two workers is killed, encoding fails and the other ends, whatever lock is held."""
+    """If one of two workers is killed, even with a lock, encoding fails and the other ends."""
     for victim in range(2):
         workers = Workers(Encoder(tokenizer()), 2)
         results = [workers.encode(DOCUMENTS * 100) for _ in range(20)]
