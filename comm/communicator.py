@@ -91,7 +91,7 @@ class CurrentOperation:
 
     @contextmanager
     def during(self, text: str) -> Iterator[None]:
-        """Sets the name to `text` in the `with` block; an error in the block does not reset it."""
+        """Sets the name to `text` in the `with` block; if the block fails, `text` stays set."""
         before, self.text = self.text, text
         yield
         self.text = before

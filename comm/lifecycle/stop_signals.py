@@ -20,7 +20,7 @@ from comm.timing import DEFAULT_TIMING, Timing
 STOPPED = 75  # exit status: the run was asked to stop, lost nothing, and is not finished
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _TICK_SECONDS = 0.1
-_JOIN_SECONDS = 5.0  # for the main thread to inform the ranks that it joins
+_JOIN_SECONDS = 5.0  # for the main thread to inform the other ranks of the stop
 
 
 class StopCause(NamedTuple):
@@ -65,7 +65,7 @@ def training(grace_seconds: float) -> Phase:
 
 
 def cleanup(grace_seconds: float) -> Phase:
-    """Returns the phase after the last checkpoint is saved, when old checkpoints are deleted."""
+    """Returns the phase in which old checkpoints are deleted, after the last one was saved."""
     line = (
         "and ended during cleanup: the last step is saved; some checkpoints beyond "
         "--keep-checkpoints are not deleted yet, a later save deletes them; start the same command "

@@ -70,7 +70,7 @@ class FailureDetector:
         self._heartbeat = Heartbeat(timing)  # of rank 0; the server watches the other ranks
 
     def connect(self, rendezvous: Rendezvous, *, master: str) -> list[int]:
-        """Connects to rank 0; `master` is rank 0's name in errors. A single rank does nothing.
+        """Connects to rank 0, if there are other ranks; `master` is rank 0's name in errors.
 
         Returns, on rank 0, the ranks that joined but did not connect before the join deadline; an
         empty list on other ranks. Raises ConnectionError like `connect_to_server`.

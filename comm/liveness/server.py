@@ -131,7 +131,7 @@ class LivenessServer:
                 self._broadcast({"check": True})
 
     def close(self) -> None:
-        """Tells all connected ranks that the run ends, so that a closed connection is no failure."""
+        """Tells all connected ranks that the run ends; then a closed connection is no failure."""
         with self._changed:
             self._closing = True
         self._broadcast({"bye": True})

@@ -34,7 +34,7 @@ def step_times(steps: Sequence[StepTrace], clock: ClockSync) -> list[list[float]
 
 
 def median_step(times: Sequence[Sequence[Sequence[float]]]) -> int | None:
-    """Returns the step of median length among the steps that all ranks traced; None without any.
+    """Returns the step of median length among those that all ranks traced; None if there is none.
 
     A step lasts from the earliest start to the latest end of a rank. If the number of steps is
     even, the shorter of the two middle steps is chosen. `times` are the `step_times` of all ranks.

@@ -29,7 +29,7 @@ class Packer(ABC):
 
     def next_block(self) -> TokenBlock:
         """Returns the next block with a trained token; raises ValueError if there is none."""
-        first_skipped: int | None = None  # epoch
+        first_skipped: int | None = None  # the epoch of the first block that is skipped
         while not (block := self._pack()).predicted.any():
             first_skipped = self._epoch if first_skipped is None else first_skipped
             if self._epoch > first_skipped + 1:

@@ -110,7 +110,10 @@ class DataSource:
 
 @dataclass(frozen=True)
 class IndexedFile:
-    """A file whose rows `open_rows` opens; a record's offset and line are numbers of read rows."""
+    """A file whose rows `open_rows` opens.
+
+    A record's offset and line are both the number of rows read.
+    """
 
     path: str
     open_rows: Callable[[], IndexedRows]
@@ -130,7 +133,10 @@ def row_record(document: Document | BadLineError, position: int) -> DocumentReco
 
 
 def describe_file(path: str, num_rows: int) -> bytes:
-    """Returns a file's name, size, rows and a hash of both ends; raises ValueError on failure."""
+    """Returns a file's name, size, number of rows, and a hash of its first and last bytes.
+
+    Raises ValueError if the file cannot be read.
+    """
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size

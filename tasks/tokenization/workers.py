@@ -127,7 +127,7 @@ _encoder: Encoder  # each worker process sets it at its start
 def _start_worker(encoder: Encoder) -> None:
     global _encoder
     _encoder = encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process, one core
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker process uses one core
     for number in RANK_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()

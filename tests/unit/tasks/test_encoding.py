@@ -1,4 +1,4 @@
-"""Tests that the encoder's tokens equal those of the tokenizer, for every way of encoding."""
+"""Tests that the encoder's tokens equal the tokenizer's, also in chunks and with a separator."""
 
 import json
 from pathlib import Path

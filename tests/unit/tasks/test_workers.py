@@ -45,14 +45,14 @@ def test_signals_to_all_processes_are_not_for_workers() -> None:
 
 
 def encode_until_it_fails(workers: Workers) -> None:
-    """Encodes until an error, because a pool notices a dead process late and works meanwhile."""
+    """Encodes until an error, because a pool notices a dead process late and works until then."""
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
         workers.encode(DOCUMENTS)()
 
 
 def test_one_that_dies_is_told_and_the_others_end() -> None:
-    """If one of two workers is killed, even with a lock, encoding fails and the other ends."""
+    """If one of two workers is killed while it may hold a lock, encoding fails and both end."""
     for victim in range(2):
         workers = Workers(Encoder(tokenizer()), 2)
         results = [workers.encode(DOCUMENTS * 100) for _ in range(20)]
