@@ -65,7 +65,7 @@ def training(grace_seconds: float) -> Phase:
 
 
 def cleanup(grace_seconds: float) -> Phase:
-    """Returns the phase in which old checkpoints are deleted, after the last one was saved."""
+    """Returns the phase of deleting old checkpoints, after the run's last checkpoint is saved."""
     line = (
         "and ended during cleanup: the last step is saved; some checkpoints beyond "
         "--keep-checkpoints are not deleted yet, a later save deletes them; start the same command "

@@ -70,10 +70,11 @@ class FailureDetector:
         self._heartbeat = Heartbeat(timing)  # of rank 0; the server watches the other ranks
 
     def connect(self, rendezvous: Rendezvous, *, master: str) -> list[int]:
-        """Connects to rank 0, if there are other ranks; `master` is rank 0's name in errors.
+        """Starts the server on rank 0; connects any other rank to it. One rank alone does nothing.
 
         Returns, on rank 0, the ranks that joined but did not connect before the join deadline; an
-        empty list on other ranks. Raises ConnectionError like `connect_to_server`.
+        empty list on other ranks. Raises ConnectionError like `connect_to_server`, with the name
+        `master` for rank 0.
         """
         if rendezvous.store is None or rendezvous.deadline is None:
             return []

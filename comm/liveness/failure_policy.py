@@ -143,9 +143,9 @@ class ExitPolicy:
         )
 
     def _claim(self) -> None:
-        """Returns in the first thread that calls it; only this thread may end the process.
+        """Returns in the first thread that calls it, which then ends the process.
 
-        A later thread waits. It ends the process if the first thread did not do so in time.
+        A later thread waits here, and ends the process if the first thread does not do so in time.
         """
         if not self._claimed.acquire(blocking=False):
             time.sleep(self._exit_seconds)

@@ -21,7 +21,7 @@ class Heartbeat:
         self._unresponsive: set[int] = set()
 
     def is_due(self) -> bool:
-        """Returns whether a check is due; if so, starts the interval until the next check."""
+        """Returns whether a check of all ranks is due; if so, the interval starts again."""
         now = time.monotonic()
         if now - self._last_check < self._timing.heartbeat_interval:
             return False

@@ -103,7 +103,7 @@ def _copy_tokens(document: EncodedDocument, used: int, block: TokenBlock, filled
 
 
 def pack_concat(documents: Iterable[EncodedDocument], seq_len: int) -> Iterator[TokenBlock]:
-    """Yields the blocks of `documents`; skips blocks that train no token, pads the last block."""
+    """Yields the blocks of `documents`; skips blocks without trained token; pads the last block."""
     return (block for block in _fill_blocks(documents, seq_len) if block.predicted.any())
 
 

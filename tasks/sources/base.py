@@ -61,7 +61,7 @@ class SourceFile(Protocol):
 
     @property
     def path(self) -> str:
-        """The path of the file, as errors name it."""
+        """The path of the file; errors name it."""
 
     def read(self, offset: int = 0, line: int = 0) -> Iterator[DocumentRecord]:
         """Yields the records from a position to the end; the default position is the beginning.

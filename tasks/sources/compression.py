@@ -90,7 +90,7 @@ class _DecompressedStream(io.RawIOBase):
 
 
 def open_decompressed(file: BinaryIO, name: str) -> BinaryIO:
-    """Returns a stream of the decompressed data of a .zst or .gz file; returns other files as is.
+    """Returns a stream of the decompressed data of a .zst or .gz file, or any other file itself.
 
     A file may have several frames. Closing the stream also closes the file. A read raises
     DamagedStream if the data is damaged.

@@ -54,7 +54,7 @@ def no_split() -> Any:
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], Calls]:
-    """Returns a function that replaces the hub by a data set, and returns the calls to the hub."""
+    """Returns a function; it replaces the hub by a data set and returns the calls to the hub."""
 
     def put(make: Callable[[], Any]) -> Calls:
         calls: Calls = []
