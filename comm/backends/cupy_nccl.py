@@ -10,7 +10,7 @@ neighbours has its own communicator of two members and its own stream.
 NCCL connects two members at their first message, and blocks the host until one member has called
 send and the other receive. Two members that both call receive first would wait forever. So every
 communicator carries one message when it is opened, and all members open the communicators in the
-same order. The communicators of members that are not neighbours are opened at the first message.
+same order. Members that are not neighbours open their communicators later, at their first message.
 """
 
 from collections.abc import Callable, Sequence

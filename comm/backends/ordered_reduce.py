@@ -1,9 +1,10 @@
 """Sums over the members of a group, added in the order of the members.
 
 Libraries add in an order that depends on an element's position in the buffer and on the buffer's
-length. Here the host adds the tensors, which arrive as point-to-point messages; each sum has its
-own tag. Every sum is a Work: the constructor starts the first messages, and `wait` does the rest.
-Long buffers are cut into slices, and at most two slices are in transfer, so that copies stay small.
+length. Here the host adds the tensors, which arrive as point-to-point messages. The messages of a
+sum have a tag of their own, so that sums cannot get each other's messages. Every sum is a Work: the
+constructor starts the first messages, and `wait` does the rest. Long buffers are cut into slices,
+and at most two slices are in transfer, so that copies stay small.
 """
 
 from collections import deque

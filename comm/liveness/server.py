@@ -25,7 +25,7 @@ from comm.liveness.protocol import MAX_LINE, Message, decode, encode, set_keep_a
 from comm.timing import DEFAULT_TIMING, Timing
 
 _MAX_REPLY_BYTES = 1024  # limit for a connection before its handshake
-_MAX_UNPROVED = 64  # connections without a handshake, in addition to one for each rank
+_MAX_UNPROVED = 64  # limit of connections without a handshake, in addition to one for each rank
 
 
 class _Connection:
