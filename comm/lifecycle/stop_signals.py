@@ -75,7 +75,7 @@ def cleanup(grace_seconds: float) -> Phase:
 
 
 class StopRequest:
-    """The first stop request of this process (`asked`, or None), and the current `phase`."""
+    """The first stop request that this process got (`asked`, or None), and the current `phase`."""
 
     def __init__(self) -> None:
         self.asked: StopCause | None = None

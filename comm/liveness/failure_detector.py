@@ -70,7 +70,7 @@ class FailureDetector:
         self._heartbeat = Heartbeat(timing)  # of rank 0; the server watches the other ranks
 
     def connect(self, rendezvous: Rendezvous, *, master: str) -> list[int]:
-        """Starts the server on rank 0; connects any other rank to it. One rank alone does nothing.
+        """Starts the server on rank 0, and connects any other rank; does nothing for a single rank.
 
         Returns, on rank 0, the ranks that joined but did not connect before the join deadline; an
         empty list on other ranks. Raises ConnectionError like `connect_to_server`, with the name

@@ -1,8 +1,8 @@
 """Causal attention with torch's fused kernels; these kernels store no mask and no score matrix.
 
 torch has no fused kernel for the device "meta" and would allocate the score matrix. In a dry run,
-"meta" represents a GPU. The GPU kernels return the right shapes on "meta", too, so this file calls
-them directly.
+"meta" represents a GPU. The GPU kernels accept "meta" tensors and return the right shapes, so this
+file calls them directly.
 """
 
 import torch

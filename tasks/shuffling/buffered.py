@@ -1,8 +1,8 @@
 """A buffered shuffle of a source that can only be read in order: endless and exactly resumable.
 
 The source is read in chunks of some thousand documents, and each chunk is shuffled. The files of a
-folder are shuffled, too. The order depends only on (seed, epoch, chunk), so the state is the
-chunk's position in a file and an index in the chunk. A restore reads one chunk.
+folder are read in a random order. Both orders depend only on (seed, epoch, chunk), so the state is
+the chunk's position in a file and an index in the chunk. A restore reads one chunk.
 """
 
 import hashlib

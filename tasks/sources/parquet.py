@@ -1,4 +1,4 @@
-"""Parquet files: each row is a document; the columns are the keys of `tasks.sources.rows`."""
+"""Parquet files: each row is a document; a column is named like its key in `tasks.sources.rows`."""
 
 import os
 from collections.abc import Iterator
