@@ -18,7 +18,7 @@ class Work(Protocol):
     """
 
     def wait(self) -> None:
-        """Waits until the tensor may be read and written; raises PeerLostError. Call it once."""
+        """Waits until the tensor may be read and written; can raise PeerLostError. Call it once."""
 
 
 class Done:

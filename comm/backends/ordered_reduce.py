@@ -96,7 +96,7 @@ class SumAtRoot:
 
 
 class SentToRoot:
-    """A non-root member's side of a reduce; it sends all slices at once, without a copy."""
+    """A non-root member's side of a reduce; the constructor starts all sends, without a copy."""
 
     def __init__(
         self, flat: Tensor, messages: PointToPoint, *, root: int, slice_bytes: int

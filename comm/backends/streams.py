@@ -102,7 +102,7 @@ class HostStream:
         return 0
 
     def wait_for_compute(self, tensor: Tensor) -> None:
-        """Does nothing: the host has already computed `tensor`."""
+        """Does nothing, because the host has already computed `tensor`."""
 
     def submit(self, call: Callable[[], None]) -> None:
         self._queue.put(call)

@@ -100,12 +100,12 @@ class FailureDetector:
         self._send(message)
 
     def await_publication(self, *, seconds: float) -> None:
-        """Waits until rank 0 has published a failure of any rank; returns at once on rank 0."""
+        """Waits up to `seconds` until rank 0 publishes a failure; returns at once on rank 0."""
         if self._connection is not None:
             self._failure_received.wait(seconds)
 
     def await_departures(self, *, seconds: float) -> None:
-        """Waits on rank 0 until all other ranks have disconnected; returns at once elsewhere."""
+        """Waits on rank 0, up to `seconds`, for other ranks to disconnect; else returns at once."""
         if self._server is not None:
             self._server.await_departures(seconds=seconds)
 

@@ -85,7 +85,7 @@ class CpuInfo:
 
 
 def _first_entry(path: Path) -> str:
-    """Returns the text up to the first empty line; reading the entries of all CPUs is slow."""
+    """Returns the entry of the first CPU, because reading the entries of all CPUs is slow."""
     lines = []
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
