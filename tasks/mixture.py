@@ -93,7 +93,7 @@ class BlockStream:
         }
 
     def restore(self, state: State) -> None:
-        """Restores `state`; raises ValueError if it belongs to another mixture or files changed."""
+        """Restores `state`; raises ValueError if it is of another mixture, or if files changed."""
         for flag, value in self._identity.flags().items():
             saved = state["flags"][flag]
             if saved != value:

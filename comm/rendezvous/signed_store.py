@@ -34,7 +34,7 @@ class SignedStore:
         self._all_jobs.set("job", f"{salt} {self._key.prove('job', salt)} {host}")
 
     def check_job(self, *, url: str, rank: int, host: str) -> bool:
-        """Returns whether rank 0 has written its proof; raises ValueError if it is of another job.
+        """Returns whether rank 0's proof is in the store; raises ValueError if its job differs.
 
         `rank` and `host` describe this process.
         """

@@ -1,4 +1,4 @@
-"""A data set on the hub as a source: its split `train`, streamed in order."""
+"""The source for a data set on the hub: the data set's split `train`, streamed in order."""
 
 import itertools
 from collections.abc import Iterator
