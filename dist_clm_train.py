@@ -2,7 +2,7 @@
 
 Exit statuses:
     0: the run is complete.
-    1: another failure, for example a stop that took longer than --grace-seconds, or a second
+    1: any other failure, for example a stop that took longer than --grace-seconds, or a second
         request to stop.
     2: the user made a mistake.
     75: SIGTERM, SIGINT or SIGUSR1 stopped the run without a loss of progress; the same command
@@ -23,7 +23,7 @@ from monitor.logs import setup_logging
 from training.startup_checks import check_this_machine
 
 # torch is imported below, after the flags have been checked, and the model's libraries after the
-# ranks have met: both take seconds.
+# ranks have met, because both imports take seconds.
 
 
 def main(argv: Sequence[str] | None = None, timing: Timing = DEFAULT_TIMING) -> None:

@@ -15,8 +15,8 @@ from comm.objects import gather_json
 
 logger = logging.getLogger(__name__)
 
-EXCHANGE_SECONDS = 1.0  # between two exchanges
-SLOW_SECONDS = 60.0  # until the first report of slow ranks; then each time the duration doubles
+EXCHANGE_SECONDS = 1.0  # after this time the ranks tell each other again whether they are done
+SLOW_SECONDS = 60.0  # until the first report of slow ranks; the next report is after twice the time
 
 
 class BackgroundTask:

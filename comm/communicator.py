@@ -18,11 +18,11 @@ class Work(Protocol):
     """
 
     def wait(self) -> None:
-        """Waits until the tensor may be read and written; raises PeerLostError. Call it once."""
+        """Waits until the tensor may be read and written; can raise PeerLostError. Call it once."""
 
 
 class Done:
-    """The Work of an operation that is complete from the start: it sends no message."""
+    """The Work of an operation that is complete from the start, because it sends no message."""
 
     def wait(self) -> None:
         """Returns at once."""
@@ -91,7 +91,7 @@ class CurrentOperation:
 
     @contextmanager
     def during(self, text: str) -> Iterator[None]:
-        """Sets the name to `text` in the `with` block; an error in the block does not reset it."""
+        """Sets the name to `text` in the `with` block; if the block fails, `text` stays set."""
         before, self.text = self.text, text
         yield
         self.text = before

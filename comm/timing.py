@@ -24,8 +24,8 @@ class Timing:
     linger: the time for the other ranks to learn of a failure before this rank ends.
     before_exit: the time for this rank's last work between a failure and its exit.
     close: the time for the other ranks to disconnect at the end of a run.
-    same_stop: signals within this time are one stop request; a terminal and a launcher may each
-        send a signal.
+    same_stop: signals within this time are one stop request, because a terminal and a launcher may
+        each send a signal.
     """
 
     poll: float = 0.1

@@ -15,7 +15,7 @@ from modules.families.base import Family
 def make_layer(family: Family, config: Any, index: int, device: torch.device | str) -> nn.Module:
     """Returns module `index` of the model (0 is the embedding), uninitialised, in fp32 on `device`.
 
-    On the device "meta" the module uses no memory: it has only names and shapes.
+    On the device "meta" the module uses no memory, because it has only names and shapes.
     """
     with torch.device("meta"):
         if index == 0:

@@ -43,5 +43,5 @@ class ModelSizes(NamedTuple):
 
     @property
     def head_weights(self) -> int:
-        """The number of elements in the projection onto the vocabulary; equal in the embedding."""
+        """The number of elements in the head's projection; the embedding has the same number."""
         return self.hidden * self.vocabulary

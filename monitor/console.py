@@ -11,8 +11,8 @@ _CLEAR = "\r\x1b[2K"
 class Console:
     """A stream for complete lines and, on a terminal, one live line below them.
 
-    The class is thread-safe. If the terminal is closed, training continues: text that cannot be
-    written is dropped.
+    The class is thread-safe. Text that cannot be written is dropped, so that training continues
+    after the terminal is closed.
     """
 
     def __init__(self, stream: TextIO) -> None:

@@ -29,9 +29,9 @@ def setup_logging(rank: int, stream: TextIO) -> Console:
 
     Rank 0 prints messages of level INFO and higher. Other ranks print messages of level WARNING and
     higher, as `rank 3: message`. Also sets the variable TORCH_CPP_LOG_LEVEL if it is unset. Without
-    this, torch's sockets would log a lost peer before the line that names the lost rank; torch
-    reads the variable when it is imported. Returns the console, which
-    `monitor.progress.Progress` uses too.
+    this, torch's sockets would log a lost peer before the line that names the lost rank. torch
+    reads the variable when it is imported, so this function must be called before that. Returns the
+    console, on which `monitor.progress.Progress` prints.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     console = Console(stream)

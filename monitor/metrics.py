@@ -28,6 +28,7 @@ class IterationMetrics:
     step_seconds: the time of the iteration, without saves and evaluations.
     held_out: the evaluation after this iteration.
     held_out_before: the evaluation before the first iteration.
+    resumed: whether this is the first iteration after a resume.
 
     If loss_scale, held_out or held_out_before is None, its keys are not in the line.
     """

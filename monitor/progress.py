@@ -9,7 +9,7 @@ from monitor.metrics import HeldOut, IterationMetrics, perplexity
 
 _PLAIN_INTERVAL = 10.0  # seconds between plain lines
 _LIVE_INTERVAL = 0.1  # seconds between updates of the live line
-_RECENT = 50  # recent iterations that estimate the remaining time
+_RECENT = 50  # the number of recent iterations from which the remaining time is estimated
 
 
 class Progress:
@@ -71,7 +71,7 @@ def _format(loss: float) -> str:
 
 
 def recent_average(seconds: Sequence[float]) -> float:
-    """Returns the mean of `seconds`; with five or more, without the shortest and the longest.
+    """Returns the mean of `seconds`; if there are five or more, omits the shortest and the longest.
 
     A median would be wrong with gradient accumulation, because every n-th iteration is longer.
     """

@@ -80,7 +80,7 @@ class FileRecorder(Recorder):
         self._wandb.close()
 
     def _write(self, *, warn: bool) -> None:
-        """Writes the pending metrics; if this fails, only logs a warning (if `warn` is true)."""
+        """Writes the pending metrics; never raises an error, but logs it if `warn` is true."""
         try:
             self._metrics.append(*self._unwritten)
         except OSError as error:

@@ -1,7 +1,7 @@
 """Weights & Biases (wandb): an additional record of the metrics, if the user has configured it.
 
-Any failure, such as an unreachable server, only logs a warning. wandb never prompts for input,
-because a prompt on one rank would make all ranks wait.
+Any failure, such as an unreachable server, only logs a warning. wandb is not started if it would
+prompt for input, because a prompt on one rank would make all ranks wait.
 """
 
 import configparser

@@ -16,7 +16,10 @@ def open_local(name: str, path: str) -> DataSource:
 
 @dataclass(frozen=True)
 class CotFile:
-    """The task's JSON file, loaded into memory; a record's offset and line are entry numbers."""
+    """The task's JSON file, which a read loads into memory.
+
+    A record's offset and line are both the number of entries read.
+    """
 
     path: str
 

@@ -69,7 +69,7 @@ def _parse_item(item: str, value: str) -> tuple[str | None, str]:
 def _split_name(item: str) -> tuple[str | None, str]:
     """Splits an item at the first '='; a path such as `/data/lang=en/a.jsonl` is not split.
 
-    Returns the name, or None without a name, and the source.
+    Returns the name (None if the item has no name) and the source.
     """
     name, equals, source = item.partition("=")
     if not equals or "/" in name or os.path.exists(item):

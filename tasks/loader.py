@@ -11,9 +11,9 @@ DEPTH = 3
 
 
 class BatchLoader:
-    """A loader of batches with `rows` blocks of `stream`; it prepares at most `depth` batches.
+    """A loader of batches of `rows` blocks from `stream`; it keeps at most `depth` batches ready.
 
-    The loader owns the stream: restore the stream before you create the loader. The state in a
+    The loader owns the stream, so restore the stream before you create the loader. The state in a
     batch is the state of the stream right after the blocks of this batch.
     """
 

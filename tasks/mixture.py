@@ -43,7 +43,7 @@ class StreamIdentity:
         return [spec.weight / largest / total for spec in self.sources]
 
     def flags(self) -> dict[str, str]:
-        """Returns the values by flag; weights are normalised, so `a:1,b:1` equals `a:2,b:2`."""
+        """Returns the settings by flag; weights are normalised, so `a:1,b:1` equals `a:2,b:2`."""
         pairs = zip(self.sources, self.weights(), strict=True)
         return {
             TASK_FLAG: ",".join(f"{spec.name}:{weight:.6g}" for spec, weight in pairs),
@@ -93,7 +93,7 @@ class BlockStream:
         }
 
     def restore(self, state: State) -> None:
-        """Restores `state`; raises ValueError if it belongs to another mixture or files changed."""
+        """Restores `state`; raises ValueError if it is of another mixture, or if files changed."""
         for flag, value in self._identity.flags().items():
             saved = state["flags"][flag]
             if saved != value:

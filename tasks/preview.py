@@ -21,7 +21,8 @@ from tasks.tokenization.encoder import EncodedDocument, Encoder
 
 SAMPLE_DOCUMENTS = 2000  # documents of a source in the sample, at most
 SAMPLE_TOKENS = 1 << 23  # tokens of a sample, at most
-MIN_BLOCKS = 1024  # a sample is packed repeatedly into this many blocks, since the order matters
+# A sample is packed in several orders into this many blocks, because the order changes the number.
+MIN_BLOCKS = 1024
 COUNT_SECONDS = 30.0
 GREEN, GREY, PLAIN = "\x1b[32m", "\x1b[90m", "\x1b[0m"
 # Control characters are escaped, because they could move a terminal's cursor or change its colour.
@@ -110,7 +111,7 @@ def sample_source(
         documents: The shuffled source, from which no document has been read.
         encoder: Tokenizes the sample.
         seq_len: The number of tokens in a block.
-        pack: "document" keeps documents apart in blocks; "concat" does not.
+        pack: "document" packs complete documents; "concat" fills every block.
         max_documents: The largest number of documents in the sample.
         count_seconds: The time limit for counting the rows of a source without an index.
     """

@@ -14,7 +14,7 @@ class SourceLocation:
     """The location of a source's documents: a path, or a name on the hub.
 
     kind: the kind of location; "task" is a special layout, opened by a registered task's module.
-    missing: for kind "hub", the beginning of an error about a missing path.
+    missing: for kind "hub", says that no path exists; an error of the hub begins with this text.
     """
 
     path: str

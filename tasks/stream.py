@@ -41,7 +41,8 @@ def open_training_stream(
         seed: Determines the order of each source and the mixture.
         separator: The text before each document; None: the end-of-text token after each document.
         train_on: "all" trains on all tokens, "completion" only on answers.
-        pack: "document" keeps documents apart in blocks; "concat" does not.
+        pack: "document" packs complete documents, and attention does not cross documents; "concat"
+            fills every block.
         bad_lines: The policy for bad lines; None: a bad line is an error.
         num_workers: The number of processes that tokenize; it does not change the blocks.
         chunk_documents: The number of documents in a chunk of a buffered shuffle.

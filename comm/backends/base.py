@@ -86,7 +86,7 @@ class TorchWork:
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """Returns a view of the tensor as bytes, of shape (nbytes,); every backend can send bytes."""
+    """Returns a view of the tensor as bytes (nbytes,), because every backend can send bytes."""
     return tensor.detach().view(-1).view(torch.uint8)
 
 

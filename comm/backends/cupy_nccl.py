@@ -10,7 +10,7 @@ neighbours has its own communicator of two members and its own stream.
 NCCL connects two members at their first message, and blocks the host until one member has called
 send and the other receive. Two members that both call receive first would wait forever. So every
 communicator carries one message when it is opened, and all members open the communicators in the
-same order. The communicators of members that are not neighbours are opened at the first message.
+same order. Members that are not neighbours open their communicators later, at their first message.
 """
 
 from collections.abc import Callable, Sequence
@@ -56,7 +56,7 @@ class NcclCommunicator(GroupMembership):
     store: passes NCCL's unique id from the first member of a channel to the other members.
     on_hang: gets the error of a message that failed or took longer than `group.dist_timeout`.
 
-    Raises ValueError if CuPy or its NCCL is not installed, PeerLostError if a channel cannot be
+    Raises ValueError if CuPy or its NCCL is not installed, and PeerLostError if a channel cannot be
     opened.
     """
 
@@ -133,7 +133,7 @@ class NcclCommunicator(GroupMembership):
     ) -> Work:
         """Submits `call(*pointers, count, dtype code, *arguments, stream)` to the channel's stream.
 
-        The first buffer gives count and dtype.
+        `pointers` are the addresses of `buffers`; the first buffer gives count and dtype.
         """
         tensor, name = buffers[0], f"{self._name} {operation}"
         assert tensor.is_contiguous()

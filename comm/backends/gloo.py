@@ -47,11 +47,11 @@ class GlooCommunicator(GroupMembership):
         return self._start(f"{prefix}receive from {self._peers[source]}", tensor, post)
 
     def all_reduce(self, tensor: Tensor) -> Work:
-        """Starts a sum in the order of the members.
+        """Starts a sum over the members, added in the order of the members.
 
         The result's bits do not depend on the buffer's length or on an element's position. With two
-        members, gloo's threads compute the sum. With more members, this call starts the first
-        messages; `wait` sends the other messages and adds the tensors.
+        members the order does not matter, so gloo's threads compute the sum. With more members,
+        this call starts the first messages; `wait` sends the other messages and adds the tensors.
         """
         if tensor.numel() == 0:
             return Done()
@@ -66,7 +66,7 @@ class GlooCommunicator(GroupMembership):
     def reduce(self, tensor: Tensor, *, root: int) -> Work:
         """Starts a sum on `root`, in the order of the members.
 
-        This call starts the first messages. On `root`, `wait` adds the tensors.
+        This call starts the first messages. On `root`, `wait` receives the rest and adds them.
         """
         if tensor.numel() == 0:
             return Done()

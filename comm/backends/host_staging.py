@@ -1,4 +1,4 @@
-"""Communication of CUDA tensors through copies in host memory; slower than NCCL, needs only TCP."""
+"""Communication of CUDA tensors through copies in host memory: slow, but it needs only TCP."""
 
 from dataclasses import dataclass
 
@@ -53,7 +53,10 @@ class HostStagingCommunicator:
 
 @dataclass(frozen=True)
 class _CopyWork:
-    """The Work of a host copy; `wait` copies a received message to the device tensor `target`."""
+    """The Work of an operation on a host copy; `wait` copies its result to the device (`target`).
+
+    `target` is None if this process receives no result.
+    """
 
     work: Work
     copy: Tensor

@@ -1,9 +1,10 @@
 """Sums over the members of a group, added in the order of the members.
 
 Libraries add in an order that depends on an element's position in the buffer and on the buffer's
-length. Here the host adds the tensors, which arrive as point-to-point messages; each sum has its
-own tag. Every sum is a Work: the constructor starts the first messages, and `wait` does the rest.
-Long buffers are cut into slices, and at most two slices are in transfer, so that copies stay small.
+length. Here the host adds the tensors, which arrive as point-to-point messages. The messages of a
+sum have a tag of their own, so that sums cannot get each other's messages. Every sum is a Work: the
+constructor starts the first messages, and `wait` does the rest. Long buffers are cut into slices,
+and at most two slices are in transfer, so that copies stay small.
 """
 
 from collections import deque
@@ -53,7 +54,7 @@ class GatheredSum:
 
 
 class SharedSum:
-    """An all-reduce in two rounds: each member sums its share of a slice; then all get the sums."""
+    """An all-reduce in two rounds: members sum their share of a slice, then send the sum to all."""
 
     def __init__(self, flat: Tensor, messages: PointToPoint, *, slice_bytes: int) -> None:
         self._shares = (s.tensor_split(messages.size) for s in _slices(flat, slice_bytes))
@@ -71,7 +72,7 @@ class SharedSum:
         _wait(works)
 
     def _start(self) -> "tuple[Sequence[Tensor], _Part] | None":
-        """Starts the messages of the next slice; returns the members' shares and this member's sum.
+        """Starts the messages of the next slice; returns the slice's shares and this member's part.
 
         Returns None after the last slice.
         """
@@ -95,7 +96,7 @@ class SumAtRoot:
 
 
 class SentToRoot:
-    """A non-root member's side of a reduce; it sends all slices at once, without a copy."""
+    """A non-root member's side of a reduce; the constructor starts all sends, without a copy."""
 
     def __init__(
         self, flat: Tensor, messages: PointToPoint, *, root: int, slice_bytes: int

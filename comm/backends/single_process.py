@@ -25,7 +25,7 @@ class SingleProcessCommunicator:
         self._no_peer(source)
 
     def all_reduce(self, tensor: Tensor) -> Work:
-        """Leaves `tensor` unchanged: it already is the sum over one member."""
+        """Leaves `tensor` unchanged, because it already is the sum over one member."""
         return Done()
 
     def reduce(self, tensor: Tensor, *, root: int) -> Work:
@@ -39,7 +39,7 @@ class SingleProcessCommunicator:
         return tensor.unsqueeze(0).clone()
 
     def close(self) -> None:
-        """Does nothing: there is no resource to release."""
+        """Does nothing, because there is no resource to release."""
 
     def _no_peer(self, peer: int) -> NoReturn:
         raise AssertionError(f"a group of one process has no member {peer}")

@@ -20,7 +20,7 @@ class Event(Protocol):
     def block_compute(self) -> None:
         """Makes all computation that is queued later wait for this point.
 
-        An event of a HostStream raises the error of an earlier call.
+        An event of a HostStream raises the error of the first earlier call that failed.
         """
 
 
@@ -102,7 +102,7 @@ class HostStream:
         return 0
 
     def wait_for_compute(self, tensor: Tensor) -> None:
-        """Does nothing: the host has already computed `tensor`."""
+        """Does nothing, because the host has already computed `tensor`."""
 
     def submit(self, call: Callable[[], None]) -> None:
         self._queue.put(call)

@@ -1,10 +1,10 @@
 """Communicators over torch.distributed's NCCL groups, without CuPy. (Not yet run on a GPU.)
 
 As in comm.backends.cupy_nccl, each direction between two neighbours has its own group of two
-members, and so its own stream: on one stream an activation would wait for a gradient. torch creates
-a group's NCCL communicator at the group's first operation, and blocks the host until all members
-have called the operation. A receive that is posted early could block forever. So each group first
-sends one message, which creates the group's communicator.
+members, and so its own stream. If both directions shared one stream, an activation would wait for a
+gradient. torch creates a group's NCCL communicator at the group's first operation, and blocks the
+host until all members have called the operation. A receive that is posted early could block
+forever. So each group first sends one message, which creates the group's communicator.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,8 @@ from comm.backends.base import Group, GroupMembership, Post, TorchWork, as_bytes
 from comm.backends.hang_detector import HangDetector
 from comm.communicator import CurrentOperation, Done, PeerLostError, Work
 
-_GRACE_SECONDS = 60.0  # longer than --dist-timeout, because torch's timeout names no peer
+# torch's timeout is this much longer than --dist-timeout, because torch's error names no peer.
+_GRACE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from comm.timing import DEFAULT_TIMING
 
 
 class Deadline:
-    """A time limit; its thread ends the process after `seconds` + `grace` if not cancelled before.
+    """A time limit; unless it is cancelled, its thread ends the process after `seconds` + `grace`.
 
     torch's TCPStore client can hang longer than its timeout if another program listens at the port.
     The client releases the interpreter lock while it hangs, so the deadline's thread still runs.

@@ -20,7 +20,7 @@ from comm.timing import DEFAULT_TIMING, Timing
 STOPPED = 75  # exit status: the run was asked to stop, lost nothing, and is not finished
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _TICK_SECONDS = 0.1
-_JOIN_SECONDS = 5.0  # for the main thread to inform the ranks that it joins
+_JOIN_SECONDS = 5.0  # for the main thread to inform the other ranks of the stop
 
 
 class StopCause(NamedTuple):
@@ -40,7 +40,7 @@ class StopAskedError(Exception):
 class Phase(NamedTuple):
     """The effect of a stop request during one phase of the process.
 
-    seconds: if the process still runs after this time, the listener's thread ends it.
+    seconds: if the process still runs this long after the request, the listener's thread ends it.
     status, line: the exit status and the error line in that case.
     """
 
@@ -65,7 +65,7 @@ def training(grace_seconds: float) -> Phase:
 
 
 def cleanup(grace_seconds: float) -> Phase:
-    """Returns the phase after the last checkpoint is saved, when old checkpoints are deleted."""
+    """Returns the phase of deleting old checkpoints, after the run's last checkpoint is saved."""
     line = (
         "and ended during cleanup: the last step is saved; some checkpoints beyond "
         "--keep-checkpoints are not deleted yet, a later save deletes them; start the same command "
@@ -75,7 +75,7 @@ def cleanup(grace_seconds: float) -> Phase:
 
 
 class StopRequest:
-    """The first stop request of this process (`asked`, or None), and the current `phase`."""
+    """The first stop request that this process got (`asked`, or None), and the current `phase`."""
 
     def __init__(self) -> None:
         self.asked: StopCause | None = None

@@ -1,4 +1,4 @@
-"""A rank's connection to the liveness server on rank 0, with the handshake of both sides."""
+"""A rank's connection to the liveness server on rank 0; both prove that they know the job key."""
 
 import socket
 from typing import BinaryIO
@@ -15,7 +15,7 @@ def connect_to_server(rendezvous: Rendezvous, *, master: str) -> tuple[socket.so
     """Returns a connection to rank 0, and a file that reads lines from the connection.
 
     `master` is rank 0's name in errors. Raises ConnectionError if rank 0 has ended, if its address
-    cannot be reached, or if another program listens there.
+    cannot be reached, or if another program listens at this address.
     """
     assert rendezvous.store is not None
     assert rendezvous.deadline is not None

@@ -70,10 +70,11 @@ class FailureDetector:
         self._heartbeat = Heartbeat(timing)  # of rank 0; the server watches the other ranks
 
     def connect(self, rendezvous: Rendezvous, *, master: str) -> list[int]:
-        """Connects to rank 0; `master` is rank 0's name in errors. A single rank does nothing.
+        """Starts the server on rank 0, and connects any other rank; does nothing for a single rank.
 
         Returns, on rank 0, the ranks that joined but did not connect before the join deadline; an
-        empty list on other ranks. Raises ConnectionError like `connect_to_server`.
+        empty list on other ranks. Raises ConnectionError like `connect_to_server`, with the name
+        `master` for rank 0.
         """
         if rendezvous.store is None or rendezvous.deadline is None:
             return []
@@ -99,12 +100,12 @@ class FailureDetector:
         self._send(message)
 
     def await_publication(self, *, seconds: float) -> None:
-        """Waits until rank 0 has published a failure of any rank; returns at once on rank 0."""
+        """Waits up to `seconds` until rank 0 publishes a failure; returns at once on rank 0."""
         if self._connection is not None:
             self._failure_received.wait(seconds)
 
     def await_departures(self, *, seconds: float) -> None:
-        """Waits on rank 0 until all other ranks have disconnected; returns at once elsewhere."""
+        """Waits on rank 0, up to `seconds`, for other ranks to disconnect; else returns at once."""
         if self._server is not None:
             self._server.await_departures(seconds=seconds)
 

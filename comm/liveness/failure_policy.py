@@ -94,7 +94,7 @@ class ExitPolicy:
         if before_exit is not None:
             try:
                 before_exit()
-            except Exception as error:  # only logged: the first error ends the process
+            except Exception as error:  # only logged, because the first error ends the process
                 logger.warning("error during the exit: %s: %s", type(error).__name__, error)
         self.detector.await_publication(seconds=self._timing.linger)
         self._exit(status)
@@ -102,7 +102,7 @@ class ExitPolicy:
     def operation_failed(
         self, error: BaseException, *, before_exit: Callable[[], object] | None = None
     ) -> NoReturn:
-        """Ends this process because an operation with other ranks failed; the line names the cause.
+        """Ends this process because an operation with other ranks failed; reports the cause.
 
         The cause is often another rank that died or hangs. So this rank first asks all ranks
         whether they are alive. It reports the text of `error` only if all are alive. `before_exit`
@@ -143,12 +143,15 @@ class ExitPolicy:
         )
 
     def _claim(self) -> None:
-        """Returns in the first thread that calls it; a later thread waits and ends the process."""
+        """Returns in the first thread that calls it, which then ends the process.
+
+        A later thread waits here, and ends the process if the first thread does not do so in time.
+        """
         if not self._claimed.acquire(blocking=False):
             time.sleep(self._exit_seconds)
             exit_process(1)
         if self._deadline is not None:
-            self._deadline.cancel()  # or it would report a second error line
+            self._deadline.cancel()  # otherwise it would report a second error line
 
     def _end(self, status: int, line: str) -> NoReturn:
         """Ends this process because another rank failed, unless another thread already ends it."""

@@ -1,7 +1,8 @@
 """Heartbeats: they show that a rank is unresponsive long before a collective times out.
 
 When a process is killed, its connection closes, and the server notices this at once. When a process
-is suspended or swaps, or its machine loses power, the connection stays open.
+is suspended or swaps, or its machine loses power, the connection stays open, and only the missing
+heartbeats show the failure.
 """
 
 import time
@@ -20,7 +21,7 @@ class Heartbeat:
         self._unresponsive: set[int] = set()
 
     def is_due(self) -> bool:
-        """Returns whether a check is due; if so, starts the interval until the next check."""
+        """Returns whether a check of all ranks is due; if so, the interval starts again."""
         now = time.monotonic()
         if now - self._last_check < self._timing.heartbeat_interval:
             return False

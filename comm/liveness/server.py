@@ -7,7 +7,8 @@ A message is one JSON object per line. The server first sends {"challenge"}. A r
     to the ranks:  {"lost": rank} | {"silent": rank} | {"failed": status, "line", "rank"}
                    | {"check": true} | {"all_alive": true} | {"bye": true}
 Rank 0 itself also gets {"unresponsive": whether, "rank"}.
-The server checks all ranks at regular intervals (comm.liveness.heartbeat), and at {"check"}.
+The server asks all ranks whether they are alive at regular intervals (comm.liveness.heartbeat), and
+whenever a rank sends {"check"}.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ from comm.liveness.protocol import MAX_LINE, Message, decode, encode, set_keep_a
 from comm.timing import DEFAULT_TIMING, Timing
 
 _MAX_REPLY_BYTES = 1024  # limit for a connection before its handshake
-_MAX_UNPROVED = 64  # connections without a handshake, in addition to one for each rank
+_MAX_UNPROVED = 64  # limit of connections without a handshake, in addition to one for each rank
 
 
 class _Connection:
@@ -130,7 +131,7 @@ class LivenessServer:
                 self._broadcast({"check": True})
 
     def close(self) -> None:
-        """Tells all connected ranks that the run ends; closed connections are no failures then."""
+        """Tells all connected ranks that the run ends; then a closed connection is no failure."""
         with self._changed:
             self._closing = True
         self._broadcast({"bye": True})

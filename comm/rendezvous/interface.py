@@ -1,4 +1,4 @@
-"""The network interface of a process: the user names it, or it is on the route to rank 0."""
+"""The network interface of a process: the one that the user names, else the one towards rank 0."""
 
 import ipaddress
 import socket
@@ -24,7 +24,7 @@ class Interface:
 def choose_interface(
     *, flag: str | None, master_host: str, environ: Mapping[str, str]
 ) -> Interface:
-    """Returns the interface that flag or environment names, else the interface towards rank 0.
+    """Returns the interface that the flag or a variable names, else the one on the way to rank 0.
 
     Raises:
         ValueError: no such interface; flag and variables differ; `master_host` is unknown.

@@ -1,8 +1,9 @@
 """A store with proofs. torch's TCPStore accepts any client, even a rank of another job.
 
-Rank 0 writes a proof of its job under a name that all jobs share. So a rank with another job key
-ends at once and does not wait for its deadline. All other names depend on the job key and on the
-start of the job. Important values carry a proof, so that a value from another client is detected.
+Rank 0 writes a proof of its job under a name that all jobs share. A rank with another job key reads
+this proof and ends at once, without waiting for its deadline. All other names depend on the job key
+and on the start of the job. Important values carry a proof, so that a value from another client is
+detected.
 """
 
 import secrets
@@ -33,7 +34,7 @@ class SignedStore:
         self._all_jobs.set("job", f"{salt} {self._key.prove('job', salt)} {host}")
 
     def check_job(self, *, url: str, rank: int, host: str) -> bool:
-        """Returns whether rank 0 has written its proof; raises ValueError if it is of another job.
+        """Returns whether rank 0's proof is in the store; raises ValueError if its job differs.
 
         `rank` and `host` describe this process.
         """

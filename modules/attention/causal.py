@@ -1,8 +1,8 @@
 """Causal attention, with or without dropout, over complete rows or inside packed documents.
 
 A dropout mask depends only on its sequence, not on the microbatch (`modules.layers.dropout`), so
-attention with dropout runs row by row. In packed rows it runs document by document: the mask of a
-document depends on the sequence and on the document's number in the row.
+attention with dropout runs row by row. In packed rows it runs document by document, because the
+mask of a document depends on the sequence and on the document's number in the row.
 """
 
 from collections.abc import Sequence

@@ -16,11 +16,12 @@ from torch import Tensor
 from modules.attention.sdpa import sdpa_attention
 
 QUERY_BLOCK = 64  # queries in one batched matmul
-MAX_LENGTH_PER_SIZE = 4  # longest sequence / head size: probabilities are 1/8 of the activations
+# The longest sequence / head size. At this length the probabilities are 1/8 of the activations.
+MAX_LENGTH_PER_SIZE = 4
 
 
 def is_short(query: Tensor) -> bool:
-    """Returns whether `query` (rows, heads, seq_len, head size) is on a CPU and short enough."""
+    """Returns whether `short_attention` suits `query` (rows, heads, seq_len, head size)."""
     return query.device.type == "cpu" and query.shape[2] <= MAX_LENGTH_PER_SIZE * query.shape[3]
 
 

@@ -40,7 +40,7 @@ class PackedDocuments:
 
     @cached_property
     def bounds(self) -> Tensor:
-        """The start of each document in the packed tokens, and the end: int32 (documents + 1)."""
+        """The start of each document in the packed tokens, and their end: int32 (documents + 1)."""
         bounds = torch.zeros(len(self._packed_lengths) + 1, dtype=torch.int32)
         torch.cumsum(self._packed_lengths, 0, out=bounds[1:])
         return self._to_device(bounds)

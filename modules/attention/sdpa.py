@@ -1,7 +1,8 @@
 """Causal attention with torch's fused kernels; these kernels store no mask and no score matrix.
 
 torch has no fused kernel for the device "meta" and would allocate the score matrix. In a dry run,
-"meta" represents a GPU, so this file calls the GPU kernels on "meta": they return the right shapes.
+"meta" represents a GPU. The GPU kernels accept "meta" tensors and return the right shapes, so this
+file calls them directly.
 """
 
 import torch

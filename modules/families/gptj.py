@@ -118,7 +118,7 @@ class GPTJHead(Head):
 
 
 def _inner_size(config: Any) -> int:
-    """Returns the width of the feed-forward part: `n_inner`, or 4 times the hidden size if null."""
+    """Returns the feed-forward part's width: `n_inner`; if it is None, 4 times the hidden size."""
     return 4 * config.n_embd if config.n_inner is None else config_size(config, "n_inner")
 
 

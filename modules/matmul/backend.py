@@ -67,12 +67,12 @@ def fp32_error() -> float:
 
 
 def _linear(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """Returns the matmul of a linear layer's forward: transposed weight, with bias."""
+    """Returns a @ b + c[0], like the forward of a linear layer (transposed weight, bias)."""
     return F.linear(a[None], b.t().contiguous(), c[0])
 
 
 def _plain(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """Returns the matmul of a linear layer's backward: transposed left operand."""
+    """Returns a @ b, like the backward of a linear layer (transposed left operand)."""
     return a.t().contiguous().t().mm(b)
 
 
@@ -83,7 +83,7 @@ def _added_in_place(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def _batched(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """Returns a batched matmul, as for the heads of attention."""
+    """Returns c + a @ b twice, computed as one batch like the heads of attention."""
     return torch.baddbmm(torch.stack([c, c]), torch.stack([a, a]), torch.stack([b, b]))
 
 

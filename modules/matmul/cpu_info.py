@@ -21,7 +21,8 @@ class CpuInfo:
     """A CPU: its vendor as CPUID spells it, and its instructions.
 
     has_avx512: whether it has AVX-512 F, BW, DQ and VL, which oneDNN's AVX-512 kernels need.
-    has_avx512_bf16, has_amx: whether it has AVX512-BF16 or AMX-BF16, for bf16 matmuls.
+    has_avx512_bf16: whether it has AVX512-BF16, for bf16 matmuls.
+    has_amx: whether it has AMX-BF16, for bf16 matmuls.
     has_fp16_matmul: whether it has AVX512-FP16 or AMX-FP16, for fp16 matmuls; F16C can only
         convert.
     """
@@ -84,7 +85,7 @@ class CpuInfo:
 
 
 def _first_entry(path: Path) -> str:
-    """Returns the text up to the first empty line; reading the entries of all CPUs is slow."""
+    """Returns the entry of the first CPU, because reading the entries of all CPUs is slow."""
     lines = []
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:

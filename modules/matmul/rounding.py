@@ -1,8 +1,8 @@
 """Matmuls in the compute type, also on CPUs without matmul instructions for half precision.
 
 Such a CPU multiplies half precision much more slowly than fp32. So its matmuls are computed in fp32
-and rounded once. Products of half-precision numbers are exact in fp32, so only the order of the
-sums differs.
+and rounded once. Products of half-precision numbers are exact in fp32, so the results differ from
+those of matmul instructions only by the order of the sums.
 """
 
 from functools import cache

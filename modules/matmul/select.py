@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 
 
 def saved_choice(saved: Sequence[Matmul] | None, rank: int) -> Matmul | None:
-    """Returns the library that the checkpoint saved for `rank`; None if it has no such rank."""
+    """Returns the library that the checkpoint saved for `rank`; None if it saved none."""
     return saved[rank] if saved is not None and rank < len(saved) else None
 
 

@@ -135,7 +135,7 @@ def _ready(
     last_backward: float,
     num_stages: int,
 ) -> float:
-    """Returns the time from which a communication span no longer waits for a computation."""
+    """Returns the time from which a span waits for no computation and counts as communication."""
     if span.track in _SENDS:
         return span.start
     if span.track is Track.OPTIMIZER_COMM:

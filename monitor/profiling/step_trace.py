@@ -34,7 +34,7 @@ def step_times(steps: Sequence[StepTrace], clock: ClockSync) -> list[list[float]
 
 
 def median_step(times: Sequence[Sequence[Sequence[float]]]) -> int | None:
-    """Returns the step of median length among the steps that all ranks traced, or None.
+    """Returns the step of median length among those that all ranks traced; None if there is none.
 
     A step lasts from the earliest start to the latest end of a rank. If the number of steps is
     even, the shorter of the two middle steps is chosen. `times` are the `step_times` of all ranks.
@@ -80,9 +80,10 @@ def join_step(
 
 
 def compute_costs(spans: Sequence[RankSpan], *, num_stages: int) -> dict[tuple[int, Track], float]:
-    """Returns the median seconds of a microbatch over all replicas, by (stage, compute track).
+    """Returns the median seconds of computing one microbatch, by (stage, compute track).
 
-    The simulator uses these times, so that the simulation is comparable to the measured step.
+    The median is over all microbatches of all replicas. The simulator uses these times, so that the
+    simulation is comparable to the measured step.
     """
     seconds: dict[tuple[int, Track], list[float]] = defaultdict(list)
     for span in spans:

@@ -50,7 +50,7 @@ _STYLES = {
 
 @dataclass(frozen=True)
 class Timeline:
-    """A measured step and its simulation; the simulation's time 0 is the step's first forward."""
+    """A measured step and its simulation, whose time 0 is the start of the step's first forward."""
 
     measured: StepOfAllRanks
     simulated: Sequence[SimulatedSpan]
@@ -75,7 +75,7 @@ class Timeline:
         return shares(self.measured_breakdown(), start=step.start, end=step.end)
 
     def simulated_shares(self) -> Shares:
-        """Returns the same shares of the simulation, which ends with the last backward."""
+        """Returns the shares of work, communication and bubble in the complete simulation."""
         return shares(self.simulated_breakdown(), start=0.0, end=self.simulated_seconds)
 
     @property
@@ -84,7 +84,7 @@ class Timeline:
 
     @property
     def pipeline_start(self) -> float:
-        """The start of the first forward, in seconds."""
+        """The start of the measured step's first forward, in seconds since the run began."""
         return min(
             (span.start for span in self.measured.spans if span.track in PIPELINE_WORK),
             default=self.measured.start,
@@ -92,7 +92,10 @@ class Timeline:
 
     @property
     def pipeline_seconds(self) -> float:
-        """Seconds from the first forward to the end of the last backward, as in the simulation."""
+        """The measured seconds from the start of the first forward to the end of the last backward.
+
+        The simulation covers the same part of a step.
+        """
         start = self.pipeline_start
         ends = (span.end for span in self.measured.spans if span.track in PIPELINE_WORK)
         return max(ends, default=start) - start

@@ -94,7 +94,7 @@ class Tracer:
     def span(
         self, track: Track, *, microbatch: int | None = None, size: int | None = None
     ) -> AbstractContextManager[None]:
-        """Traces the `with` block as one span; `size` is the number of tensor elements in it."""
+        """Traces the `with` block as one span; the block works on `size` tensor elements."""
         return NO_SPAN
 
     def close(self) -> None:

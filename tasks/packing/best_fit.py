@@ -1,9 +1,9 @@
 """Packing of complete documents into blocks: a document is cut only if it is longer than a block.
 
 Documents are read in groups that fill about GROUP_BLOCKS blocks. A group is packed by best-fit
-decreasing: the longest document first, each document into the block that then has the least free
-space (Ding et al., Fewer Truncations Improve Language Modeling, arXiv 2404.10830). The rest of a
-block is padding. A document longer than a block is cut into segments, which are packed like
+decreasing: the longest document first, each document into the block with the least free space that
+is enough (Ding et al., Fewer Truncations Improve Language Modeling, arXiv 2404.10830). The rest of
+a block is padding. A document longer than a block is cut into segments, which are packed like
 documents.
 """
 
@@ -31,7 +31,7 @@ class _Segment(NamedTuple):
 
 
 class BestFitPacker(Packer):
-    """A packer that keeps documents apart; `used` counts the used blocks of the current group."""
+    """A packer of complete documents; `used` counts the used blocks of the current group."""
 
     def __init__(self, documents: DocumentPrefetcher, seq_len: int) -> None:
         super().__init__(documents, seq_len)

@@ -20,7 +20,7 @@ class TokenBlock:
     padding: the number of tokens at the end that belong to no document; these tokens are 0 and are
         not trained.
     doc_starts: int64 (seq_len,), for each token the index of its document's first token; padding
-        counts as a document. None if documents are not kept apart.
+        counts as a document. None if the model treats the block as one document.
     """
 
     token_ids: NDArray[np.int64]
@@ -33,7 +33,7 @@ class TokenBlock:
     def predicted(self) -> NDArray[np.bool_]:
         """Returns a mask of the trained tokens except the first token of each document.
 
-        If documents are not kept apart, the block counts as one document.
+        If `doc_starts` is None, the block counts as one document.
         """
         indices = np.arange(len(self.token_ids))
         return self.trained & (indices > (0 if self.doc_starts is None else self.doc_starts))
@@ -54,7 +54,7 @@ class TokenBatch:
         `TokenBlock.predicted` is true for it, else IGNORED. The last position is always IGNORED.
     state: the state of the stream after these blocks; empty for evaluation.
     documents: the origins of each row's documents.
-    doc_starts: int64 (rows, seq_len), as in a block; None if documents are not kept apart.
+    doc_starts: int64 (rows, seq_len), the blocks' `TokenBlock.doc_starts`; None if those are None.
     """
 
     token_ids: NDArray[np.int64]

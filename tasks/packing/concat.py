@@ -1,7 +1,7 @@
 """Packing of documents into blocks, one document directly after another.
 
 Every block is full. If a document does not fit, its rest is at the start of the next block.
-`tasks.packing.best_fit` keeps documents apart.
+`tasks.packing.best_fit` packs complete documents instead.
 """
 
 from abc import ABC, abstractmethod
@@ -17,8 +17,9 @@ from tasks.tokenization.prefetch import DocumentPrefetcher, PrefetchedDocument
 class Packer(ABC):
     """An endless sequence of blocks from one source.
 
-    The packer's state has the source's state before the first document that is not used completely,
-    and `used`: the number of tokens (or blocks) that were used since this document began.
+    The packer's state contains the source's state before the first document that is not used
+    completely, and `used`, the number of tokens (or blocks) that were used since that document
+    began.
     """
 
     def __init__(self, documents: DocumentPrefetcher, seq_len: int) -> None:
@@ -28,7 +29,7 @@ class Packer(ABC):
 
     def next_block(self) -> TokenBlock:
         """Returns the next block with a trained token; raises ValueError if there is none."""
-        first_skipped: int | None = None  # epoch
+        first_skipped: int | None = None  # the epoch of the first block that is skipped
         while not (block := self._pack()).predicted.any():
             first_skipped = self._epoch if first_skipped is None else first_skipped
             if self._epoch > first_skipped + 1:
@@ -62,7 +63,7 @@ class Packer(ABC):
 
 
 class ConcatPacker(Packer):
-    """A packer without gaps; `used` counts the used tokens of the current document."""
+    """A packer that fills every block; `used` counts the used tokens of the current document."""
 
     def __init__(self, documents: DocumentPrefetcher, seq_len: int) -> None:
         super().__init__(documents, seq_len)
@@ -102,7 +103,7 @@ def _copy_tokens(document: EncodedDocument, used: int, block: TokenBlock, filled
 
 
 def pack_concat(documents: Iterable[EncodedDocument], seq_len: int) -> Iterator[TokenBlock]:
-    """Yields the blocks of `documents`; skips untrained blocks, and pads the last block."""
+    """Yields the blocks of `documents`; skips blocks without trained token; pads the last block."""
     return (block for block in _fill_blocks(documents, seq_len) if block.predicted.any())
 
 

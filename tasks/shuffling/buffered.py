@@ -1,8 +1,8 @@
 """A buffered shuffle of a source that can only be read in order: endless and exactly resumable.
 
 The source is read in chunks of some thousand documents, and each chunk is shuffled. The files of a
-folder are shuffled, too. The order depends only on (seed, epoch, chunk), so the state is a position
-in a file and an index. A restore reads one chunk.
+folder are read in a random order. Both orders depend only on (seed, epoch, chunk), so the state is
+the chunk's position in a file and an index in the chunk. A restore reads one chunk.
 """
 
 import hashlib
@@ -132,7 +132,7 @@ class BufferedShuffle:
 
     @cached_property
     def _digest(self) -> str:
-        """A hash of each file's name, size and both ends; for a hub data set, only of its name."""
+        """A hash of each file's name, size, first and last bytes; for the hub, only of the name."""
         digest = hashlib.blake2b(digest_size=16)
         for path in sorted(file.path for file in self.source.files):
             digest.update(describe_file(path, 0) if os.path.isfile(path) else path.encode())

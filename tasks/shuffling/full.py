@@ -64,7 +64,7 @@ class FullShuffle:
         return {"epoch": self.epoch, "position": self._position, "files": self._rows.digest}
 
     def restore(self, state: State) -> None:
-        """Restores `state`; raises ValueError if the files have changed since the state."""
+        """Restores `state`; raises ValueError if the files have changed since it was saved."""
         if "position" not in state:
             raise self.source.changed_error(
                 "it could only be read in file order, and can now be read in any order"

@@ -7,14 +7,15 @@ from tasks.sources.base import BadLineError
 
 logger = logging.getLogger(__name__)
 
-MIN_LINES = 1000  # smallest divisor of the share: one bad line of the first ten is not 10%
+# The smallest divisor of the share. Without it, one bad line among the first ten would be 10%.
+MIN_LINES = 1000
 
 
 class BadLines:
     """The policy: bad lines are skipped and listed in `file`; without `file`, they are errors.
 
-    max_share: the largest share of bad lines among the lines read so far (counted as at least
-        MIN_LINES); a larger share ends the run.
+    max_share: the largest share of bad lines among the lines read so far; a larger share ends the
+        run. The share is computed as if at least MIN_LINES lines were read.
     """
 
     def __init__(self, file: Path | None = None, *, max_share: float = 0.0) -> None:

@@ -40,7 +40,7 @@ class Document(NamedTuple):
 
 
 class BadLineError(ValueError):
-    """The error of a line that is not a document; names file, line and reason in one line."""
+    """The error of a line that is not a document; the text names file, line and reason."""
 
 
 class DocumentRecord(NamedTuple):
@@ -61,7 +61,7 @@ class SourceFile(Protocol):
 
     @property
     def path(self) -> str:
-        """The path of the file, as errors name it."""
+        """The path of the file; errors name it."""
 
     def read(self, offset: int = 0, line: int = 0) -> Iterator[DocumentRecord]:
         """Yields the records from a position to the end; the default position is the beginning.
@@ -110,7 +110,10 @@ class DataSource:
 
 @dataclass(frozen=True)
 class IndexedFile:
-    """A file whose rows `open_rows` opens; a record's offset and line are the row number."""
+    """A file whose rows `open_rows` opens.
+
+    A record's offset and line are both the number of rows read.
+    """
 
     path: str
     open_rows: Callable[[], IndexedRows]
@@ -130,7 +133,10 @@ def row_record(document: Document | BadLineError, position: int) -> DocumentReco
 
 
 def describe_file(path: str, num_rows: int) -> bytes:
-    """Returns a file's name, size, rows and a hash of both ends; raises ValueError on failure."""
+    """Returns a file's name, size, number of rows, and a hash of its first and last bytes.
+
+    Raises ValueError if the file cannot be read.
+    """
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size

@@ -1,6 +1,6 @@
 """A stream that decompresses a file and detects truncated data.
 
-If a file is truncated, the libraries' own stream readers end without an error, or they read the
+The libraries' own stream readers end without an error if a file is truncated, or they read the
 complete file at once. The libraries' decompression objects report whether a frame (zstd) or member
 (gzip) is complete, so this stream uses these objects.
 """
@@ -90,7 +90,7 @@ class _DecompressedStream(io.RawIOBase):
 
 
 def open_decompressed(file: BinaryIO, name: str) -> BinaryIO:
-    """Returns a stream of the decompressed data of a .zst or .gz file; returns other files as is.
+    """Returns a stream of the decompressed data of a .zst or .gz file, or any other file itself.
 
     A file may have several frames. Closing the stream also closes the file. A read raises
     DamagedStream if the data is damaged.

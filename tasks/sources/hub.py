@@ -1,4 +1,4 @@
-"""A data set on the hub as a source: its split `train`, streamed in order."""
+"""The source for a data set on the hub: the data set's split `train`, streamed in order."""
 
 import itertools
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ HUB_TIMEOUT_SECONDS = 10.0
 
 
 def check_hub(location: SourceLocation, row_format: RowFormat) -> None:
-    """Raises ValueError if the hub has no such data set, or if it has no usable column."""
+    """Raises ValueError if the hub has no such data set, or the data set has no usable column."""
     _check_reachable(location)
     _stream_rows(location, row_format)
 

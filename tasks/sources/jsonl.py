@@ -73,7 +73,8 @@ class JsonlFile:
 class JsonlRows:
     """The lines of several uncompressed files (see `tasks.sources.base.IndexedRows`).
 
-    If a line is edited during the run, the new text is read; the line's length must not change.
+    If a line is edited during the run, the new text is read. An edit that moves the end of the line
+    is an error.
     """
 
     def __init__(self, paths: Sequence[str], row_format: RowFormat) -> None:

@@ -1,4 +1,4 @@
-"""Parquet files: each row is a document; the columns are the keys of `tasks.sources.rows`."""
+"""Parquet files: each row is a document; a column is named like its key in `tasks.sources.rows`."""
 
 import os
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ BATCH_ROWS = 256
 class ParquetFile:
     """A .parquet file; reads only the columns of `row_format`, and one row group at a time.
 
-    A record's offset is a number of rows.
+    A record's offset and line are both the number of rows read.
     """
 
     path: str

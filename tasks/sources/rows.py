@@ -117,7 +117,10 @@ def _kind(value: Any) -> str:
 
 
 def read_json(path: str, problem: str) -> Any:
-    """Returns the value in a JSON file; raises ValueError, with `problem` if it is not JSON."""
+    """Returns the value in a JSON file; raises ValueError if the file cannot be read.
+
+    problem: a text for the error if the file is not JSON.
+    """
     try:
         with open(path, encoding="utf-8-sig") as file:
             return json.load(file)

@@ -116,10 +116,11 @@ class Encoder:
 
 
 def overlap(offsets: NDArray[np.int64], spans: Spans) -> NDArray[np.bool_]:
-    """Returns a mask, bool (n,), of the tokens that share a character with any span.
+    """Returns a mask, bool (n,), of the tokens with at least one character inside a span.
 
     offsets: int64 (n, 2), the first and last (exclusive) character of each token.
-    spans: sorted, without overlaps; a conversation may have very many spans.
+    spans: sorted, without overlaps. They are searched by bisection, because a conversation may have
+        very many spans.
     """
     filled = np.array([span for span in spans if span[0] < span[1]], dtype=np.int64).reshape(-1, 2)
     num_begun = np.searchsorted(filled[:, 0], offsets[:, 1])  # spans that begin before a token ends

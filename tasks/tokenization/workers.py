@@ -26,7 +26,7 @@ RANK_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 class Workers:
     """A pool of `num_workers` processes that run `encoder`; with 0, the caller's process runs it.
 
-    The processes start with the first documents, and end when the caller's process ends.
+    The processes start at the first `encode`, and end when the caller's process ends.
     """
 
     def __init__(self, encoder: Encoder, num_workers: int) -> None:
@@ -35,7 +35,7 @@ class Workers:
 
     @property
     def depth(self) -> int:
-        """The number of lists of documents that must be under way so that every process is busy."""
+        """The number of `encode` calls to start in advance, so that every process is busy."""
         return 0 if self._num_workers == 0 else self._num_workers + 1
 
     def encode(self, documents: Sequence[Document]) -> Callable[[], Results]:
@@ -95,7 +95,7 @@ def _signals_blocked() -> Iterator[None]:
 
 
 class _ResultMessage(NamedTuple):
-    """The results as a worker sends them: the tokens of all documents in one array."""
+    """The results in the form that a worker sends; one array has the tokens of all documents."""
 
     ends: list[int]
     token_ids: NDArray[np.int32]
@@ -127,7 +127,7 @@ _encoder: Encoder  # each worker process sets it at its start
 def _start_worker(encoder: Encoder) -> None:
     global _encoder
     _encoder = encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process, one core
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker process uses one core
     for number in RANK_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()

@@ -10,7 +10,7 @@ from tasks.tokenization import prefetch
 
 @pytest.fixture(autouse=True, scope="module")
 def small_batches() -> Iterator[None]:
-    """Limits a tokenized batch to 16 documents: a larger one would read a small source many times.
+    """Limits a batch to 16 documents, so that it does not span many epochs of a small source.
 
     With small batches, the streams also cross many batch ends.
     """

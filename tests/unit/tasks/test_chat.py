@@ -1,4 +1,4 @@
-"""Tests the text of a conversation and its parts that are trained, against literal texts."""
+"""Tests, against literal texts, the text of a conversation and which parts of it are trained."""
 
 import copy
 from typing import Any

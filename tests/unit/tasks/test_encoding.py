@@ -1,4 +1,4 @@
-"""Tests that the encoder's tokens equal those of the tokenizer, for every way of encoding."""
+"""Tests that the encoder's tokens equal the tokenizer's, also in chunks and with a separator."""
 
 import json
 from pathlib import Path
@@ -53,7 +53,7 @@ def test_what_the_tokenizers_file_cuts_and_pads_is_not(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("train_on", ["all", "completion"])
 def test_a_long_text_goes_through_in_chunks(monkeypatch: pytest.MonkeyPatch, train_on: Any) -> None:
-    """A long text, encoded in chunks, has the same tokens and trained parts as in one piece."""
+    """A text that is encoded in chunks has the same tokens and trained parts as in one piece."""
     text = "\n".join(make_texts(300, seed=5)).replace("fox", "fox \t ").replace("dog", " 12  dog")
     half = len(text) // 2
     document = Document(text, "a:1", completions=((half, len(text)),))
@@ -91,7 +91,7 @@ def test_batches_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tokens_are_trained_that_share_a_character_with_an_answer(
     gaps: list[tuple[int, int]], tokens: list[tuple[int, int]]
 ) -> None:
-    """A token is trained if it shares a character with an answer.
+    """A token is trained if at least one of its characters is inside an answer.
 
     gaps: for each answer, the gap before it and the answer's length. tokens: start and length of
     each token; a token with a negative start is in the separator before the text.

@@ -8,7 +8,7 @@ from tasks.evaluation_sets import EvaluationSet, check_evaluation_data, parse_ev
 from tests.support.data import write_jsonl
 from tests.support.refusal import refusal
 
-# Existing paths, for values whose meaning depends on them.
+# Paths that exist in every test; the meaning of some values depends on whether a path exists.
 FILES = ("a,b.jsonl", "lang=en.jsonl", "lang=de/x.jsonl", "time:0.5", "plain/a.jsonl", "b.jsonl")
 
 

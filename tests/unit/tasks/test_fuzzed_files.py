@@ -107,7 +107,7 @@ def test_no_line_is_dropped(
     is_ended: bool,
     tmp_path: Path,
 ) -> None:
-    """Valid lines give documents, equal lines too; an invalid line is skipped and reported."""
+    """Each valid line gives a document, even a repeated line; an invalid line is reported."""
     raw = b"".join(line + end for (line, _), end in lines)
     raw = raw if is_ended or not lines else raw.removesuffix(lines[-1][1])
     path = tmp_path / f"a.{kind}"
@@ -160,7 +160,7 @@ WHOLE = {kind: pack(LINES) for kind, pack in PACK.items()} | {"parquet": table()
 
 
 def check_told(path: Path) -> None:
-    """Checks that the file is read without an error, or that a one-line error names it."""
+    """Checks that the file is read without an error, or that a one-line error names the file."""
     *_, error = read_all(path)
     assert error is None or (str(path) in error and "\n" not in error), error
 
@@ -282,7 +282,7 @@ def test_an_edit_that_keeps_the_size_is_seen_or_read_as_it_is(
             with pytest.raises(ValueError, match="changed after its lines were indexed") as told:
                 rows.read(number)
             assert str(told.value).startswith(f"{path}:{number + 1}: ")
-            assert not isinstance(told.value, BadLineError)  # which could be skipped
+            assert not isinstance(told.value, BadLineError)  # a BadLineError could be skipped
 
 
 @pytest.mark.parametrize("more", [b"tail", b'\n{"text": "a"}\n', b"\n"])

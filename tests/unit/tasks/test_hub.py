@@ -1,4 +1,4 @@
-"""Tests data sets of the Hugging Face hub: a stream from a test double, errors without a hub."""
+"""Tests data sets of the Hugging Face hub: rows from a test double, and errors without a hub."""
 
 import contextlib
 import http.server
@@ -54,7 +54,7 @@ def no_split() -> Any:
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], Calls]:
-    """Returns a function that replaces the hub by a data set; the function returns the calls."""
+    """Returns a function; it replaces the hub by a data set and returns the calls to the hub."""
 
     def put(make: Callable[[], Any]) -> Calls:
         calls: Calls = []

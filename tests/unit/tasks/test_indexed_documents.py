@@ -23,7 +23,7 @@ TEXTS = make_texts(103, seed=1)
 
 
 def write_parts(path: Path, texts: list[str]) -> Path:
-    """Writes the texts to three files with blank lines and no final newline; a fourth is empty."""
+    """Writes the texts to three files with blank lines and no final newline, and an empty file."""
     path.mkdir()
     for part in range(3):
         lines = [json.dumps({"text": text}) for text in texts[part::3]]
@@ -81,7 +81,7 @@ def test_a_source_that_changed_is_not_resumed(path: Path) -> None:
 
 
 def test_lines_that_moved_in_the_middle_are_seen(tmp_path: Path) -> None:
-    """A word moved to another line is detected, though the file's size, begin and end are equal."""
+    """A word that moves to another line is detected, though the file's size and ends are equal."""
     texts = ["a" * 100_000, "word", "", "b" * 100_000]
     documents = opened(write_jsonl(tmp_path / "a.jsonl", texts))
     state = documents.state()

@@ -1,4 +1,4 @@
-"""Tests the registered tasks, read from a folder of data/ or, without one, from the hub."""
+"""Tests the registered tasks, read from a folder in data/ or, if it is missing, from the hub."""
 
 import json
 import logging

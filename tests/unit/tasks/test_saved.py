@@ -105,7 +105,10 @@ def test_a_data_set_that_changed_is_not_resumed(tmp_path: Path) -> None:
 
 
 def test_a_change_far_from_a_file_s_ends_is_seen(tmp_path: Path) -> None:
-    """A change in the middle of a large file changes the digest, through datasets' fingerprint."""
+    """A change in the middle of a large file changes the digest.
+
+    The digest covers the fingerprint that `datasets` computes from the data.
+    """
     digests = []
     for middle in ("b", "c", "b"):
         data = datasets.Dataset.from_dict({"text": ["a" * 200_000, middle, "a" * 200_000]})

@@ -33,7 +33,7 @@ APART = {3, 4}  # parts of the run that are tokenized by a worker process
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> list[SourceSpec]:
-    """Makes a plain file, a folder of plain and compressed files, and a file of pairs."""
+    """Makes a plain file, a folder of plain and compressed files, and a file of prompts."""
     folder = tmp_path_factory.mktemp("sources")
     pairs = [{"prompt": text, "completion": " dog"} for text in make_texts(70, seed=3)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
@@ -74,7 +74,8 @@ def test_cut_at_ten_steps_it_is_the_same_stream(
 ) -> None:
     """A run of 120 steps has the same batches as one that is stopped and resumed 10 times.
 
-    Each part of the run has a worker process or none; every change between these two occurs.
+    Some parts of the run use a worker process and some use none; a resume with one more worker
+    process, with one less and with the same number all occur.
     """
     loader = BatchLoader(stream_of(sources, **way), rows=ROWS)
     whole = [loader.next() for _ in range(120)]
@@ -97,7 +98,7 @@ def test_cut_at_ten_steps_it_is_the_same_stream(
 
 
 def test_shares_are_the_weights(sources: list[SourceSpec]) -> None:
-    """In 3000 blocks, each source's share is within 1% of its weight (0.2: 594 to 606 blocks)."""
+    """In 3000 blocks, each source's share is within 1% of its weight: 594 to 606 blocks for 0.2."""
     stream = stream_of(sources)
     origins = [stream.next_block().documents[0] for _ in range(3000)]
     for spec, weight in zip(sources, WEIGHTS, strict=True):

@@ -28,7 +28,7 @@ def test_broken_folder(tmp_path: Path, content: str | None) -> None:
 
 @pytest.mark.parametrize("model_type", ["gpt_neox", "gptj"])
 def test_a_config_alone_is_no_tokenizer(tmp_path: Path, model_type: str) -> None:
-    """A folder with only config.json is refused: transformers would make an empty tokenizer."""
+    """A folder with only config.json is refused, because its tokenizer would have no tokens."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     with pytest.raises(ValueError, match=r"--tokenizer-name .*: there are no tokenizer files"):
         load_tokenizer(str(tmp_path))

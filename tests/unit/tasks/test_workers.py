@@ -20,7 +20,7 @@ SECONDS = 20.0
 
 
 def is_there(pid: int) -> bool:
-    """Returns whether a process lives; a zombie does not."""
+    """Returns whether a process lives; a zombie counts as dead."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
@@ -45,14 +45,14 @@ def test_signals_to_all_processes_are_not_for_workers() -> None:
 
 
 def encode_until_it_fails(workers: Workers) -> None:
-    """Encodes until an error, because a pool notices a dead process late and works meanwhile."""
+    """Encodes until an error, because a pool notices a dead process late and works until then."""
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
         workers.encode(DOCUMENTS)()
 
 
 def test_one_that_dies_is_told_and_the_others_end() -> None:
-    """If one of two workers is killed, encoding fails and the other ends, whatever lock is held."""
+    """If one of two workers is killed while it may hold a lock, encoding fails and both end."""
     for victim in range(2):
         workers = Workers(Encoder(tokenizer()), 2)
         results = [workers.encode(DOCUMENTS * 100) for _ in range(20)]
