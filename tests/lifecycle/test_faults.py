@@ -71,5 +71,5 @@ def test_drawn_faults(tmp_path: Path) -> None:
 
 @pytest.mark.faults
 def test_drawn_faults_of_two_hosts_that_share_no_disk(wire: None, tmp_path: Path) -> None:
-    """Each host has the ranks of one stage; one fault cuts the wire between the hosts."""
+    """Each host has the ranks of one stage; one more kind of fault cuts the wire between hosts."""
     lead(tmp_path, SEED_APART, RUNS_APART, HOSTS)

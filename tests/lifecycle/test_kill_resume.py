@@ -1,9 +1,9 @@
 """Tests that a run killed by SIGKILL at any moment resumes and ends with the same bits.
 
 The run has two pipelines of two stages, two weighted sources and held-out data. A plan, drawn from
-a seed, kills a rank at each moment of tests/support/kill_plan.py. After each kill the other ranks
-end by themselves, and `latest`, if it exists, names a complete checkpoint. After the last start of
-the program, the run must have the bits of an uninterrupted run.
+a seed, kills a rank at moments of each kind in tests/support/kill_plan.py. After each kill the
+other ranks end by themselves, and `latest`, if it exists, names a complete checkpoint. After the
+last start of the program, the run must have the bits of an uninterrupted run.
 """
 
 import shutil
