@@ -102,7 +102,7 @@ def test_text_does_not_command_the_terminal(tmp_path: Path) -> None:
 
 
 def test_the_mixture_is_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The table counts each source; of a run's 10 x 4 x 16 tokens, a quarter is from the pairs."""
+    """The table counts each source's tokens; of a run's 10 x 4 x 16 tokens, the pairs have 25%."""
     lines = run(folder, capsys, "--train-on completion").splitlines()
     heading, pairs, text = lines[-3:]
     assert heading.split() == ["share", "documents", "tokens", "trained", "epochs", "source"]

@@ -123,7 +123,7 @@ def survivors(start: Start) -> list[int]:
 
 
 def test_the_plan_hits_every_moment(starts: Starts, deaths: list[Start]) -> None:
-    """Each planned kill happens; for each kind of moment, one comes before the first checkpoint."""
+    """Each planned kill happens; for each kind of moment, a kill precedes the first checkpoint."""
     missed = [start.kill for start in deaths if start.outcome.statuses[victim(start)] != -9]
     assert not missed
     found = [*starts["killed"], *starts["waiting"]]
@@ -189,7 +189,7 @@ def test_a_torn_last_line_of_the_metrics_is_mended(lab: Lab) -> None:
 def test_without_a_shared_disk_stages_that_saved_differently_go_back_together(
     lab: Lab, starts: Starts
 ) -> None:
-    """If only one stage has the newest step, both resume an older one; replica 1 writes no file."""
+    """If only one stage has the newest step, both resume an older step; replica 1 has no files."""
     first, second = starts["apart"][:2]
     assert first.latest == str(SAVE)
     assert second.begin == SAVE

@@ -187,7 +187,7 @@ def starts(lived: Lived) -> Starts:
 
 @pytest.mark.parametrize("name", PLAN)
 def test_all_ranks_end_alike_and_say_so_in_one_line(name: str, starts: Starts) -> None:
-    """All ranks end with one line and the same status; it names the rank that got the signal."""
+    """All ranks end with one line and one status; the line names the rank that got the signal."""
     start, stop = starts[name], PLAN[name]
     assert start.outcome.statuses == [stop.status] * WORLD
     if stop.kills[0].to_all:  # rank 0 can receive another rank's request first

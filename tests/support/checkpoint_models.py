@@ -53,7 +53,7 @@ def is_norm(key: str) -> bool:
 
 
 def save_model(model: Any, folder: Path, form: str = "single") -> Path:
-    """Saves a model as safetensors or .bin, in one file or many, and fake tokenizer files."""
+    """Saves a model as safetensors or .bin, in one file or many; adds fake tokenizer files."""
     size = "20KB" if form.startswith("sharded") else "1GB"
     model.save_pretrained(folder, max_shard_size=size)
     for name, text in TOKENIZER_FILES.items():
@@ -103,7 +103,7 @@ def hf_weights(folder: Path) -> dict[str, Tensor]:
 def make_checkpoint(
     shards: Path, folder: Path, *, counts: Sequence[int], meta: StepMeta | None
 ) -> Path:
-    """Makes, from layer shards, a checkpoint with the files of a run; uses plain torch.save.
+    """Makes a checkpoint from layer shards: a run's files of weights, written by plain torch.save.
 
     `counts` has the number of layers of each stage. Without `meta` there are no manifests.
     """

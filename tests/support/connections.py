@@ -33,7 +33,7 @@ def _connections(pid: int) -> set[Ports]:
 
 @dataclass(frozen=True)
 class Cutter:
-    """Hook: cuts connections of one rank when the parent process asks for a cut."""
+    """Hook: one rank cuts connections to other ranks when the parent process asks for it."""
 
     rank: int
     _asked: tuple[int, int] = field(default_factory=os.pipe)

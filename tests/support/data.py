@@ -48,7 +48,7 @@ def make_texts(count: int, *, seed: int, longest: int = 30) -> list[str]:
 
 
 def write_jsonl(path: Path, texts: Iterable[str]) -> Path:
-    """Writes one text per line; compresses a file named .zst, in two frames."""
+    """Writes one text per line; if the name ends with .zst, compresses the lines in two frames."""
     lines = [json.dumps({"text": text, "meta": 1}) + "\n" for text in texts]
     if path.suffix == ".zst":
         half = len(lines) // 2
@@ -99,7 +99,7 @@ def content(block: TokenBlock) -> list[Any]:
 
 
 def check_blocks_restored_anywhere(open_stream: Callable[[], Packer | BlockStream]) -> None:
-    """Checks that a stream restored to 20 states of another one yields the next 15 blocks of it."""
+    """Checks that a stream restored to 20 states of another one yields that one's next blocks."""
     stream, states, blocks = open_stream(), [], []
     for _ in range(200):
         states.append(through_json(stream.state()))

@@ -52,7 +52,7 @@ class RunPlan:
 
 
 def draw_runs(seed: int, count: int, kinds: Sequence[str] = ALONE) -> list[RunPlan]:
-    """Draws runs with 1 to 3 faults; half of them save asynchronously, a third use a data worker."""
+    """Draws runs with 1 to 3 faults; half save asynchronously, a third use a data worker."""
     draw = random.Random(seed)
     deck = _shuffled_for_ever(draw, kinds)
     return [

@@ -122,7 +122,7 @@ def _begin(told: list[str]) -> int | None:
 
 
 def make_lab(folder: Path, steps: int = STEPS) -> Lab:
-    """Makes a lab: two weighted sources that a run reads more than once, held-out data, dropout."""
+    """Makes a lab; its runs repeat two weighted sources, evaluate held-out data and use dropout."""
     write_jsonl(folder / "a.jsonl", make_texts(6, seed=1))
     write_jsonl(folder / "b.jsonl.zst", make_texts(10, seed=2))
     write_jsonl(folder / "held_out.jsonl", make_texts(12, seed=3))

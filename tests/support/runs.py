@@ -69,7 +69,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Ended:
-    """End of a process; `status` is negative for a signal, None after the deadline.
+    """End of a process; `status` is negative if a signal killed it, None if the deadline passed.
 
     seconds: time from the start of the run to the end of the process.
     """
