@@ -1,4 +1,4 @@
-"""Tests --plan: numbers against arithmetic, output, and the decision whether memory is enough."""
+"""Tests --plan: its numbers against arithmetic, its output, its decision if memory is enough."""
 
 import os
 import re

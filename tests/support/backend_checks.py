@@ -75,7 +75,7 @@ def check_sums_under_way(group: Communicator, dtype: torch.dtype) -> None:
     for i, tensor in enumerate(tensors):
         root = i % group.size
         works.append(group.reduce(tensor, root=root) if i % 3 == 0 else group.all_reduce(tensor))
-    gathered = group.all_gather(torch.tensor(group.rank))  # another operation between
+    gathered = group.all_gather(torch.tensor(group.rank))  # while the sums are pending
     assert gathered.tolist() == list(range(group.size))
     for i in (range(20), reversed(range(20)))[group.rank % 2]:
         works[i].wait()

@@ -53,7 +53,7 @@ def _ending(rank: int, hit: Hit, outcome: Outcome) -> str | None:
     if fault.kind in (KILL, STOP) and rank == fault.rank:
         return None if status == -9 else told
     if fault.kind == TERM and hit.phase in JOINING and rank == fault.rank and status == -15:
-        return None  # before its signal handler was set
+        return None  # the signal came before the rank had set its handler
     if status == 0 and not lines:  # this rank had already completed
         return None
     return None if status in _statuses(hit) and _names(hit, rank, lines) else told

@@ -207,7 +207,7 @@ class NcclDouble:
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
-        """Makes every later call fail after an error, in this process and at the peers."""
+        """Closes the connections after an error, so that later calls fail here and at the peers."""
         try:
             yield
         except (OSError, nccl.NcclError) as error:

@@ -88,7 +88,7 @@ def train_all(
 ) -> dict[str, Told]:
     """Trains the cases `whole`, then `others`, which resume from them; returns rank 0's logs."""
     write_jsonl(folder / "a.jsonl", make_texts(60, seed=1))
-    changes = {"num_hidden_layers": LAYERS, "intermediate_size": 128}  # 8-bit moments: 4096 numbers
+    changes = {"num_hidden_layers": LAYERS, "intermediate_size": 128}  # enough for 8-bit moments
     dropout = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
     make_shards(folder, "model", "gptneox", changes | dropout)
     turns: list[Turn] = [
