@@ -223,7 +223,7 @@ def refusal(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> str:
-    """Runs a start's checks, which must end this process with status 2; returns the error line."""
+    """Runs a start's checks, which must raise SystemExit with code 2; returns the error line."""
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.setenv(variable, environ.get(variable, ""))  # so that the test restores it
     with pytest.raises(SystemExit) as ended:
@@ -271,7 +271,7 @@ def printed_by(flag: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_every_flag_is_a_field_of_one_group() -> None:
-    """Each flag is one field of the settings; the test lists the other fields, all derived."""
+    """Each flag is one field of the settings; the test lists the fields that are no flags."""
     groups = get_type_hints(settings.Settings).values()
     names = [field.name for group in groups for field in fields(group)]
     assert len(names) == len(set(names))

@@ -89,7 +89,7 @@ def test_another_model_on_one_rank(outcomes: dict[str, Outcome]) -> None:
 
 
 def test_no_model_on_one_rank(outcomes: dict[str, Outcome]) -> None:
-    """If rank 3 has no model, the check still measures, with config.json of the other ranks."""
+    """If rank 3 has no model, the check still measures with config.json of the other ranks."""
     told = outcomes["no model"][0].stdout
     assert [one.status for one in outcomes["no model"]] == [1] * 4
     assert re.search(r"- rank 3 \(host .*\): --model-name \S*nowhere: no such folder\n", told)

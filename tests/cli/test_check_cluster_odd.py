@@ -138,7 +138,7 @@ def seconds(lines: list[str]) -> float:
 
 
 def test_a_slow_link_is_named_with_what_steps_become(found: Found) -> None:
-    """The report names a link whose messages take 50 ms, and how much longer it makes steps."""
+    """The report names a link whose messages take 50 ms, and says how much it slows iterations."""
     status, lines = found["a slow pipeline"]
     assert status == 0, "a slow link alone is no failure"
     line = the(lines, "the pipelines' slowest link")
@@ -157,7 +157,7 @@ def test_slow_replicas_are_named(found: Found) -> None:
 
 
 def test_a_slow_device_gets_fewer_layers(found: Found) -> None:
-    """The report advises one of eight layers for stage 1, a hundred times slower than stage 0."""
+    """If rank 3 is a hundred times slower, the report advises one of eight layers for its stage."""
     line = the(found["a slow device"][1], "--num-layers 7,1")
     assert "--num-layers 7,1 is more even than 4,4" in line
     line = the(found["a slow device"][1], "- devices differ: ")
@@ -180,7 +180,7 @@ def test_another_clock_is_named(found: Found) -> None:
 
 
 def test_a_cut_shard_is_named_by_all_whose_stage_reads_it(found: Found) -> None:
-    """Ranks 1 and 3 read the same shard, whose size differs from the manifest: both are named."""
+    """The report names ranks 1 and 3, which both read a shard shorter than the manifest says."""
     status, lines = found["a cut shard"]
     assert status == 1
     told = [line for line in lines if CUT in line]

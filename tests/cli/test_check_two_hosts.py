@@ -24,7 +24,7 @@ def wire() -> Iterator[None]:
 
 @pytest.mark.usefixtures("wire")
 def test_the_rate_of_a_link_is_that_of_its_shaper(tmp_path: Path) -> None:
-    """The report has the rate that the shaper allows; the hosts' files are at different paths."""
+    """The report has the rate that the shaper allows, even if the hosts' paths to files differ."""
     near, far = HOSTS
     shape(near.name, near.interface)
     ranks = []

@@ -71,7 +71,7 @@ def test_readme_is_short_and_has_every_package() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_file_that_is_named_exists(page: Path) -> None:
-    """Each file named in a page exists; its first folders may be left out. Code is not checked."""
+    """Each file named in a page, outside code blocks, exists; a page may omit its first folders."""
     text = re.sub(r"```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
     names = set(re.findall(r"(?<![\w/.<>-])[\w/]*\w\.(?:py|sh|sbatch)\b", text))
     files = [f"/{path.relative_to(ROOT)}" for path in ROOT.glob("[!.]*/**/*")]
@@ -125,7 +125,7 @@ def test_every_shown_command_runs(
 
 
 def test_every_block_of_commands_is_seen() -> None:
-    """No page has a command block that is indented or not named bash: tests would miss it."""
+    """No page has a command block that is indented or not named bash, as tests would miss it."""
     for page in PAGES:
         fences = re.findall(r"^\s*```(\w+)", page.read_text(encoding="utf-8"), flags=re.M)
         assert not {"sh", "shell", "console"}.intersection(fences), page

@@ -1,4 +1,4 @@
-"""Tests --plan: numbers against arithmetic, output, and the decision whether memory is enough."""
+"""Tests --plan: its numbers against arithmetic, its output, its decision if memory is enough."""
 
 import os
 import re
@@ -97,7 +97,7 @@ def pinned(size: int) -> int:
 
 @pytest.mark.parametrize("cuda", [False, True])
 def test_the_copy_that_is_saved_is_in_host_memory(cuda: bool, folder: Path) -> None:
-    """Replica 0, which saves, needs host memory for a copy of weights, masters and moments."""
+    """With --async-checkpoint, replica 0 has a copy of weights, masters and moments on the host."""
     counts = [p.numel() for p in GPTNeoXForCausalLM(CONFIG).parameters()]
     flags: dict[str, Any] = {"bf16": True, "data_group_size": 2, "batch_size": 1}
     for rank, size in ((0, 14), (1, 0)):
@@ -117,7 +117,7 @@ def test_the_copy_that_is_saved_is_in_host_memory(cuda: bool, folder: Path) -> N
 def test_a_few_microbatches_tell_of_many(
     mode: str, recompute: bool, stage: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A plan from few microbatches equals the plan from all, except for 4 bytes per microbatch."""
+    """A dry run of few microbatches gives the plan of all, except for 4 bytes per microbatch."""
     flags: dict[str, Any] = {"pp_mode": mode, "recompute": recompute, "pipeline_group_size": 2}
     found = rehearse(folder, stage, batch_size=MANY_ROWS, **flags)
     monkeypatch.setattr(planning.memory.dry_run, "ENOUGH", MANY_ROWS)
@@ -127,7 +127,7 @@ def test_a_few_microbatches_tell_of_many(
 
 
 def test_on_gpus_scores_are_never_held(folder: Path) -> None:
-    """Half the rows of twice the tokens need equal GPU memory: attention scores are not stored."""
+    """Half the rows of twice the length need equal GPU memory, as attention scores are not kept."""
     flags: dict[str, Any] = {"recompute": False, "bf16": True, "pp_mode": "1f1b"}
     short = rehearse(folder, 0, cuda=True, seq_length=32, micro_batch_size=4, **flags)
     long = rehearse(folder, 0, cuda=True, seq_length=64, micro_batch_size=2, **flags)
@@ -177,7 +177,7 @@ def in_units(millions: float) -> str:
 
 
 def test_what_does_not_fit_is_told_with_what_helps(folder: Path, capsys: Capture) -> None:
-    """Each change that the plan advises gives the memory that it predicts; the first saves most."""
+    """Each advised change leads to the peak that the plan predicts; the first one saves most."""
     flags: dict[str, Any] = {"recompute": False, "micro_batch_size": 2}
     peak = rehearse(folder, 0, **flags).peak
     assert plan(folder, capsys, **flags, device_memory=f"{peak}B")[0] == 0
@@ -225,7 +225,7 @@ def closed_pipe() -> int:
 def plan_to(output: int, folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> int:
     """Runs --plan with `output` as its standard output; returns the exit status.
 
-    Closing the file raises an error if the file still holds text that could not be written.
+    If main leaves unwritten text in the file, closing the file raises an error: the test fails.
     """
     with os.fdopen(output, "w") as file:
         monkeypatch.setattr(sys, "stdout", file)

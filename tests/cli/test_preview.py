@@ -32,7 +32,7 @@ PAIRS = [{"prompt": f"fox {i}:", "completion": " dog"} for i in range(10)]
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Limits a tokenized batch to 16 documents: a larger one would read a small source often."""
+    """Limits tokenized batches to 16 documents; a larger batch would read a small source often."""
     monkeypatch.setattr(prefetch, "BATCH_DOCUMENTS", 16)
 
 
@@ -102,7 +102,7 @@ def test_text_does_not_command_the_terminal(tmp_path: Path) -> None:
 
 
 def test_the_mixture_is_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The table counts each source; of a run's 10 x 4 x 16 tokens, a quarter is from the pairs."""
+    """The table counts each source's tokens; of a run's 10 x 4 x 16 tokens, the pairs have 25%."""
     lines = run(folder, capsys, "--train-on completion").splitlines()
     heading, pairs, text = lines[-3:]
     assert heading.split() == ["share", "documents", "tokens", "trained", "epochs", "source"]
@@ -137,7 +137,7 @@ def test_what_is_read_in_order_is_counted(tmp_path: Path) -> None:
 
 
 def test_padding_is_counted_in_the_epochs(tmp_path: Path) -> None:
-    """Padding counts in the epochs: only one document of 9 tokens fits into a block of 16."""
+    """The epochs count padding, because a block of 16 tokens has room for one document of 9."""
     path = write_jsonl(tmp_path / "a.jsonl", [" fox" * 8] * 40)
     numbers = sample(path, pack="document")
     assert numbers.num_tokens == 40 * 9

@@ -101,7 +101,7 @@ def negate_last(folder: Path) -> None:
 
 
 # Flags of a second start, the damage to the first start's checkpoint, and the words of the error
-# line. The tests of resume have the other flags.
+# line. The tests of resume change more flags.
 RESUMES: dict[str, tuple[str, Spoil, list[str]]] = {
     "another seed": ("--seed 7", lambda d: None, ["--seed is 7", "made with 42"]),
     "no resume wanted": (
@@ -152,7 +152,7 @@ def first_runs(home: Path) -> list[Run]:
     """Returns a run for each mistake in FOLDERS, and two right runs, which `second_run` resumes."""
     runs = [first_start(home, size) for size in (4, 1)]
     for name, (rank, spoil, _) in FOLDERS.items():
-        # As a published model, without a manifest: the reader itself finds the mistake.
+        # Without a manifest, as in a published model, so that the reader itself finds the mistake.
         model = shutil.copytree(home / "m", home / "copies" / folder_of(home, name).name)
         (model / "manifest.json").unlink()
         spoil(model)
@@ -161,7 +161,7 @@ def first_runs(home: Path) -> list[Run]:
 
 
 def first_start(home: Path, size: int) -> Run:
-    """Returns a run without a mistake, in whose folder is the lock of a dead process."""
+    """Returns a run without a mistake; its checkpoint folder has the lock of a dead process."""
     one = start(home, f"{FIRST} {size}", {}, size)
     made = folder_of(home, one.name) / "checkpoints"
     made.mkdir()

@@ -131,7 +131,7 @@ WORLDS = {
 
 
 def all_runs(home: Path, busy: str) -> list[Run]:
-    """Returns a run for each mistake in FLAGS, and runs with a rank that is late or alone."""
+    """Returns a run for each mistake in FLAGS and ALONE, and a run whose last rank starts late."""
     runs = [start(home, name, changes, WORLDS.get(name, 1)) for name, (changes, _) in FLAGS.items()]
     late = start(home, LATE, {2: "--lr 0.5"}, size=4)
     runs.append(replace(late, ranks=[*late.ranks[:3], replace(late.ranks[3], late=1.5)]))

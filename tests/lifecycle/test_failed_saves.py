@@ -1,4 +1,4 @@
-"""Tests that a run with a failing disk warns and loses one checkpoint; all else is unchanged.
+"""Tests that a failed save gives a warning and loses its checkpoint, but changes nothing else.
 
 The system itself refuses the writes, because the test limits the size of a rank's files during the
 save of a checkpoint. One test fills a small disk instead, if it has permission to mount one.
@@ -77,7 +77,7 @@ SEEN = "seen.json"
 
 @contextmanager
 def no_room_for_a_line(_topology: Topology) -> Iterator[None]:
-    """Refuses once to write the metrics line of step 2, after which a checkpoint is saved.
+    """Refuses the first write of step 2's metrics line; a checkpoint is saved after this step.
 
     Before a checkpoint's folder is renamed, the hook notes the steps that metrics.jsonl has.
     """
@@ -231,7 +231,10 @@ def test_a_refused_write_names_the_file(ended: Ended) -> None:
 
 
 def test_a_step_is_not_saved_before_its_line_is_written(ended: Ended) -> None:
-    """A step's metrics line is written before its checkpoint: a resume would not add the line."""
+    """A step's metrics line is written before its checkpoint.
+
+    Otherwise a crash between the two would lose the line, since a resume does not repeat the step.
+    """
     notes = [json.loads(line) for line in (ended.run("a line") / SEEN).read_text().splitlines()]
     assert {step for step, _ in notes} == set(range(EVERY, STEPS + 1, EVERY))
     for step, seen in notes:

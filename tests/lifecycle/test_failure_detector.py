@@ -1,4 +1,4 @@
-"""Tests the failure detector alone: it reports events, and ends no process."""
+"""Tests the failure detector without the failure policy: it reports events, and ends no process."""
 
 import queue
 import socket

@@ -46,7 +46,7 @@ def close_slowly(rank: Rank) -> None:
 
 
 def part_at_once(rank: Rank) -> None:
-    """Ends rank 0 first; the other ranks end while rank 0 waits for them."""
+    """Returns on rank 0 first; before rank 0 exits, it waits until the other ranks end."""
     time.sleep(0.2 * rank.topology.rank)
 
 

@@ -23,7 +23,8 @@ from tests.support.kill_plan import ANY_STEP
 from tests.support.launcher import run_ranks
 
 SHORT = 8  # steps of a run with one fault
-# Few runs with every kind of fault; most faults are at named moments, which all machines reach.
+# With these seeds, few runs have every kind of fault, most at named moments, which a run reaches on
+# every machine.
 SEED, RUNS = 1962, 4
 SEED_APART, RUNS_APART = 12252, 3
 
@@ -71,5 +72,5 @@ def test_drawn_faults(tmp_path: Path) -> None:
 
 @pytest.mark.faults
 def test_drawn_faults_of_two_hosts_that_share_no_disk(wire: None, tmp_path: Path) -> None:
-    """Each host has the ranks of one stage; one fault cuts the wire between the hosts."""
+    """Each host has the ranks of one stage; one more kind of fault cuts the wire between hosts."""
     lead(tmp_path, SEED_APART, RUNS_APART, HOSTS)

@@ -1,9 +1,9 @@
 """Tests that a run killed by SIGKILL at any moment resumes and ends with the same bits.
 
 The run has two pipelines of two stages, two weighted sources and held-out data. A plan, drawn from
-a seed, kills a rank at each moment of tests/support/kill_plan.py. After each kill the other ranks
-end by themselves, and `latest`, if it exists, names a complete checkpoint. After the last start of
-the program, the run must have the bits of an uninterrupted run.
+a seed, kills a rank at moments of each kind in tests/support/kill_plan.py. After each kill the
+other ranks end by themselves, and `latest`, if it exists, names a complete checkpoint. After the
+last start of the program, the run must have the bits of an uninterrupted run.
 """
 
 import shutil
@@ -123,7 +123,7 @@ def survivors(start: Start) -> list[int]:
 
 
 def test_the_plan_hits_every_moment(starts: Starts, deaths: list[Start]) -> None:
-    """Each planned kill happens; for each kind of moment, one comes before the first checkpoint."""
+    """Each planned kill happens; for each kind of moment, a kill precedes the first checkpoint."""
     missed = [start.kill for start in deaths if start.outcome.statuses[victim(start)] != -9]
     assert not missed
     found = [*starts["killed"], *starts["waiting"]]
@@ -189,7 +189,7 @@ def test_a_torn_last_line_of_the_metrics_is_mended(lab: Lab) -> None:
 def test_without_a_shared_disk_stages_that_saved_differently_go_back_together(
     lab: Lab, starts: Starts
 ) -> None:
-    """If only one stage has the newest step, both resume an older one; replica 1 writes no file."""
+    """If only one stage has the newest step, both resume an older step; replica 1 has no files."""
     first, second = starts["apart"][:2]
     assert first.latest == str(SAVE)
     assert second.begin == SAVE

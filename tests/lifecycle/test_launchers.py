@@ -68,7 +68,7 @@ def environ(**more: str) -> dict[str, str]:
 def started(
     command: list[Any], log: Path, env: dict[str, str]
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Starts a process in its own session; at the end, all its processes are killed."""
+    """Starts a process in its own session; kills it and its children when the `with` block ends."""
     with log.open("ab") as file:
         process = subprocess.Popen(
             list(map(str, command)),
@@ -106,7 +106,7 @@ def steps_done(disk: Path) -> int:
 
 
 def test_a_launch_script_passes_the_signal_on_and_returns_75(tmp_path: Path) -> None:
-    """A script passes Ctrl-C (SIGINT) on to its ranks as SIGTERM: background jobs ignore SIGINT.
+    """A script sends its ranks SIGTERM after Ctrl-C (SIGINT), as background jobs ignore SIGINT.
 
     A test double of the command `python` starts ranks that only wait for a signal.
     """

@@ -31,7 +31,7 @@ CPU = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to a
 
 @dataclass(frozen=True)
 class Bounded:
-    """A hook that limits a rank's address space when training begins: activations do not fit."""
+    """A hook that limits a rank's address space when training begins, so activations do not fit."""
 
     rank: int
 
@@ -78,7 +78,7 @@ class Failing:
 
 @dataclass(frozen=True)
 class FailingBlock:
-    """A hook: a block's forward runs out of memory; `number` counts the blocks' forwards from 0."""
+    """A hook: a block's forward runs out of memory after `number` successful forwards of blocks."""
 
     number: int
 

@@ -22,7 +22,7 @@ SHAPE = (2, 2)
 
 @contextmanager
 def slow_shards(topology: Topology) -> Iterator[None]:
-    """Makes layer shards of the second replica slow to read."""
+    """Slows the second replica's reads of layer shards."""
     seconds = SLOW / 2 if topology.replica == 1 else 0.0
     with slowed("checkpoint.resume.load:load_layer_shard", seconds):
         yield

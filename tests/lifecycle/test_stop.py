@@ -187,7 +187,7 @@ def starts(lived: Lived) -> Starts:
 
 @pytest.mark.parametrize("name", PLAN)
 def test_all_ranks_end_alike_and_say_so_in_one_line(name: str, starts: Starts) -> None:
-    """All ranks end with one line and the same status; the line names the rank with the signal."""
+    """All ranks end with one line and one status; the line names the rank that got the signal."""
     start, stop = starts[name], PLAN[name]
     assert start.outcome.statuses == [stop.status] * WORLD
     if stop.kills[0].to_all:  # rank 0 can receive another rank's request first
@@ -246,7 +246,7 @@ def test_a_rank_that_finds_no_rank_0_stops_alone(lived: Lived) -> None:
 
 
 def test_a_world_of_one_stops_too(lab: Lab, lived: Lived) -> None:
-    """A run of one rank exits with 75, too; its line does not begin with the rank."""
+    """A run of one rank also exits with 75, but its error line does not begin with the rank."""
     assert lived.alone.statuses == [75]
     assert lived.alone.lines == [[f"asked to stop (SIGINT on rank 0): {saved(2)}"]]
     assert Path(lab.disk("alone"), "latest").read_text() == "2"

@@ -83,7 +83,7 @@ def chain(base: Path, layout: str, port: int, victim: int) -> list[Run]:
             extra = {} if named is None else {"net-interface": named}
             given = to_argv(flags(layout, rank, port) | extra)
             ranks.append(Rank(given, homes[rank], host=host.name, hooks=[no_picture]))
-        saved = homes[0] / "run" / "latest"  # written once both hosts have the step
+        saved = homes[0] / "run" / "latest"  # written after both hosts have the step
         attend = kill_once(victim, lambda _pid: saved.exists()) if kill else None
         return Run(f"{layout}, {name}", ranks, attend)
 
@@ -96,7 +96,7 @@ def chain(base: Path, layout: str, port: int, victim: int) -> list[Run]:
 
 
 def alone(base: Path, layout: str, port: int) -> Run:
-    """Returns the same run without interruption, with both ranks on one host."""
+    """Returns an uninterrupted run with the flags of `chain`, but with both ranks on one host."""
     home = base / layout / "alone"
     home.mkdir()
     shutil.copytree(base / "m", home / "m")

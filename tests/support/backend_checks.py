@@ -1,4 +1,4 @@
-"""Checks of every Communicator, for all backends; each member of a group runs the checks."""
+"""Checks that the Communicator of every backend must pass; each member of a group runs them."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ BIG = 2**18  # elements: more than a socket's buffers take
 
 
 def values(member: int, length: int, dtype: torch.dtype) -> Tensor:
-    """Returns the tensor of `member`; every process can compute it."""
+    """Returns the tensor of `member`, drawn from a seed, so that every process can compute it."""
     generator = torch.Generator().manual_seed(100 * length + member)
     if dtype.is_floating_point:
         return (torch.randn(length, generator=generator) * 10.0**member).to(dtype)
@@ -37,7 +37,7 @@ def ordered_sum(size: int, length: int, dtype: torch.dtype) -> Tensor:
 
 
 def check_group(group: Communicator, *, sums: Sequence[torch.dtype]) -> None:
-    """Runs all checks; the group adds dtypes in `sums` exactly, or in the order of the members."""
+    """Runs all checks; `sums` are the dtypes for which a sum must have the bits of ordered_sum."""
     check_sums(group, sums)
     check_sums_at_root(group, sums)
     check_sums_under_way(group, sums[0])
@@ -68,14 +68,14 @@ def check_sums_at_root(group: Communicator, dtypes: Sequence[torch.dtype]) -> No
 
 
 def check_sums_under_way(group: Communicator, dtype: torch.dtype) -> None:
-    """Checks many pending sums of all lengths; every second member waits in reverse order."""
+    """Checks twenty sums pending at once; every second member waits for them in reverse order."""
     lengths = [LENGTHS[1 + i % (len(LENGTHS) - 1)] for i in range(20)]
     tensors = [values(group.rank, n, dtype) + i for i, n in enumerate(lengths)]
     works = []
     for i, tensor in enumerate(tensors):
         root = i % group.size
         works.append(group.reduce(tensor, root=root) if i % 3 == 0 else group.all_reduce(tensor))
-    gathered = group.all_gather(torch.tensor(group.rank))  # another operation between
+    gathered = group.all_gather(torch.tensor(group.rank))  # while the sums are pending
     assert gathered.tolist() == list(range(group.size))
     for i in (range(20), reversed(range(20)))[group.rank % 2]:
         works[i].wait()
@@ -101,7 +101,7 @@ def check_broadcast_and_gather(group: Communicator) -> None:
 
 
 def check_messages(group: Communicator) -> None:
-    """Checks a message of each length and dtype in both directions between all pairs."""
+    """Checks that all pairs of members can exchange messages of every length and dtype."""
     for left in range(group.size):
         for right in range(left + 1, group.size):
             if group.rank in (left, right):
@@ -122,7 +122,7 @@ def _exchange(group: Communicator, peer: int) -> None:
 
 
 def check_order(group: Communicator) -> None:
-    """Checks the order of fifty pending messages of different lengths in each direction."""
+    """Checks that fifty pending messages between members 0 and 1 arrive in order, both ways."""
     if group.rank >= 2:
         return
     peer = 1 - group.rank

@@ -47,7 +47,7 @@ class Case(NamedTuple):
 
 
 class Told(NamedTuple):
-    """A process's log of a run, and the error that stopped the run."""
+    """A process's log of a run, and the text of the error that stopped the run, if one did."""
 
     lines: list[str]
     stopped: str | None
@@ -128,7 +128,7 @@ def _train_case(
 
 
 def settings_of(flags: dict[str, Any]) -> Settings:
-    """Parses flags, with no data workers: starting a worker takes longer than reading the data."""
+    """Parses flags; by default without data workers, whose start takes longer than their work."""
     return parse_train(to_argv({"data-workers": 0, **flags}), {})
 
 
@@ -173,7 +173,7 @@ def run_folder(folder: Path, name: str, stages: int, replicas: int) -> Path:
 
 
 def curve(folder: Path, name: str, stages: int, replicas: int, key: str = "loss") -> list[float]:
-    """Returns one key of a run's metrics for all iterations."""
+    """Returns the value of `key` in the run's metrics of each iteration."""
     lines = read_metrics(run_folder(folder, name, stages, replicas) / "metrics.jsonl")
     return [line[key] for line in lines]
 
@@ -181,7 +181,7 @@ def curve(folder: Path, name: str, stages: int, replicas: int, key: str = "loss"
 def weights_of(
     folder: Path, name: str, stages: int, replicas: int, step: int | None = None
 ) -> list[bytes]:
-    """Returns the weights of a checkpoint (default: the last one) as bytes, by layer."""
+    """Returns the bytes of each weight of a checkpoint (default: the last), layer by layer."""
     path = run_folder(folder, name, stages, replicas)
     saved = path / ((path / "latest").read_text() if step is None else str(step))
     return [
@@ -196,5 +196,5 @@ def to_argv(flags: dict[str, Any]) -> list[str]:
 
 
 def meet_at(shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int, str]]:
-    """Returns each shape (P, R) with a url of its own."""
+    """Returns (P, R, url) for each shape; every url has a different free port."""
     return [(*shape, f"tcp://127.0.0.1:{free_port()}") for shape in shapes]

@@ -1,4 +1,4 @@
-"""Small models on disk, in every format that the converters read; functions that damage files."""
+"""Small models on disk in all formats that the converters read, and functions that damage files."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -37,7 +37,7 @@ def family(name: str) -> Family:
 
 
 def make_model(name: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    """Returns a seeded transformers model whose weights, biases and norms all differ."""
+    """Returns a transformers model; its weights, biases and norms are random, from a fixed seed."""
     config_class = {"gptj": GPTJConfig, "gptneox": GPTNeoXConfig}[name]
     ends = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0}
     model = AutoModelForCausalLM.from_config(config_class(**CONFIGS[name] | ends | changes))
@@ -53,7 +53,7 @@ def is_norm(key: str) -> bool:
 
 
 def save_model(model: Any, folder: Path, form: str = "single") -> Path:
-    """Saves a model as one or many safetensors or .bin files, with fake tokenizer files."""
+    """Saves a model as safetensors or .bin, in one file or many; adds fake tokenizer files."""
     size = "20KB" if form.startswith("sharded") else "1GB"
     model.save_pretrained(folder, max_shard_size=size)
     for name, text in TOKENIZER_FILES.items():
@@ -103,9 +103,9 @@ def hf_weights(folder: Path) -> dict[str, Tensor]:
 def make_checkpoint(
     shards: Path, folder: Path, *, counts: Sequence[int], meta: StepMeta | None
 ) -> Path:
-    """Makes a checkpoint from layer shards in the layout of training, with plain torch.save.
+    """Makes a checkpoint from layer shards: a run's files of weights, written by plain torch.save.
 
-    `counts` are the numbers of layers of each stage.
+    `counts` has the number of layers of each stage. Without `meta` there are no manifests.
     """
     names = ["pytorch_embs.pt", *(f"pytorch_{i}.pt" for i in range(NUM_LAYERS))]
     modules = [torch.load(shards / name, weights_only=True) for name in names]
@@ -166,7 +166,7 @@ def make_predecessors(folder: Path) -> None:
 
 
 def to_shards(source: Path | str, save_dir: Path, name: str = "gptneox", **options: Any) -> Path:
-    """Converts a folder in the Hugging Face format; `convert_from_hf` gets `options`."""
+    """Converts a Hugging Face folder to layer shards; `convert_from_hf` gets `options`."""
     options = {"dtype": "keep", **options}
     return convert_from_hf(family(name), model_name=str(source), save_dir=save_dir, **options)
 
@@ -183,7 +183,7 @@ def cut(path: Path) -> None:
 
 
 def flip(path: Path, place: float = 0.5) -> None:
-    """Flips a bit; `place` is 0 for the first byte and 1 for the last byte."""
+    """Flips a bit of a file; `place` is 0 for the first byte and 1 for the last byte."""
     content = bytearray(path.read_bytes())
     content[int(place * (len(content) - 1))] ^= 1
     path.write_bytes(content)

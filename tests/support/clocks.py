@@ -1,4 +1,4 @@
-"""Doubles of clocks and messages, in one process."""
+"""Doubles of communicators with simulated clocks, so that one process can test ClockSync."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,9 +22,10 @@ class Alone:
 
 
 class Wire(Alone):
-    """Rank 1's side of round trips to rank 0; each trip takes (there, back) nanoseconds.
+    """Communicator of rank 1; rank 0, which is simulated, answers each message.
 
-    `now` is rank 1's clock; rank 0's clock shows `ahead` nanoseconds more.
+    trips: for each message, the nanoseconds of the way to rank 0 and of the way back.
+    now: rank 1's clock; rank 0's clock shows `ahead` nanoseconds more.
     """
 
     rank, size = 1, 2

@@ -12,7 +12,7 @@ SHARDS = ["pytorch_embs.pt", *(f"pytorch_{i}.pt" for i in range(8)), "pytorch_lm
 
 
 def make_model(folder: Path, **changes: Any) -> Path:
-    """Writes config.json of 8 layers, and empty shards that cannot be read."""
+    """Writes config.json of a model of 8 layers; its shards are empty, so nothing can read them."""
     make_hf("gptneox", vocab_size=400, num_hidden_layers=8).config.save_pretrained(folder)
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -22,6 +22,6 @@ def make_model(folder: Path, **changes: Any) -> Path:
 
 
 def flags(home: Path, **more: Any) -> dict[str, Any]:
-    """Returns flags of a run with the model in folder m; the data of the run does not exist."""
+    """Returns flags of a run whose model is in `home`/m and whose data does not exist."""
     own = f"--task-name {home}/none.jsonl --checkpoint-path {home}/none --check-cluster"
     return right(home) | flags_of(own) | {"num-layers": 4} | more

@@ -24,7 +24,7 @@ from comm.topology import Topology
 
 @dataclass(frozen=True)
 class Rank:
-    """One process of a run, joined and connected."""
+    """One process that has joined a run and connected its process groups."""
 
     topology: Topology
     rendezvous: Rendezvous

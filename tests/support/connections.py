@@ -1,6 +1,6 @@
-"""Connections between two ranks, cut as by a router that drops them: both ranks see a close.
+"""Cuts of connections between two ranks, as if a router dropped them; both ranks see a close.
 
-A cut needs no privilege: a thread in one of the ranks shuts down the sockets of this rank.
+A cut needs no privilege, because a thread in one of the ranks shuts down this rank's own sockets.
 """
 
 import contextlib
@@ -26,14 +26,14 @@ def between(pid: int, other: int) -> list[Ports]:
 
 
 def _connections(pid: int) -> set[Ports]:
-    """Returns a process's connections as ports; the process can be in another network namespace."""
+    """Returns the ports of a process's connections, also if it is in another network namespace."""
     ends = tcp_lines(pid, _ESTABLISHED)
     return {(int(own.split(":")[1], 16), int(other.split(":")[1], 16)) for own, other in ends}
 
 
 @dataclass(frozen=True)
 class Cutter:
-    """Hook: cuts connections of one rank when the parent process asks for a cut."""
+    """Hook: one rank cuts connections to other ranks when the parent process asks for it."""
 
     rank: int
     _asked: tuple[int, int] = field(default_factory=os.pipe)

@@ -48,7 +48,7 @@ def make_texts(count: int, *, seed: int, longest: int = 30) -> list[str]:
 
 
 def write_jsonl(path: Path, texts: Iterable[str]) -> Path:
-    """Writes one text per line; compresses a file named .zst, in two frames."""
+    """Writes one text per line; if the name ends with .zst, compresses the lines in two frames."""
     lines = [json.dumps({"text": text, "meta": 1}) + "\n" for text in texts]
     if path.suffix == ".zst":
         half = len(lines) // 2
@@ -70,18 +70,18 @@ def write_folder(path: Path, texts: list[str]) -> Path:
 
 
 def packed(documents: Shuffle, encoder: Encoder, seq_len: int, pack: Pack = "concat") -> Packer:
-    """Returns the packer of one source, which is tokenized in this process."""
+    """Returns the packer of one source's documents; this process tokenizes them."""
     encoded = DocumentPrefetcher(documents, Workers(encoder, 0), encoder.train_on)
     return PACKERS[pack](encoded, seq_len)
 
 
 def through_json(state: dict[str, Any]) -> Any:
-    """Returns the state as a checkpoint restores it."""
+    """Converts the state to JSON and back, as a checkpoint does."""
     return json.loads(json.dumps(state))
 
 
 def check_restored_anywhere(documents: Shuffle, resumed: Shuffle) -> None:
-    """Checks that `resumed`, restored to 30 random states, continues like `documents`."""
+    """Checks that `resumed`, restored to 30 states of `documents`, yields the same documents."""
     states, expected = [], []
     for _ in range(250):
         states.append(through_json(documents.state()))
@@ -99,7 +99,7 @@ def content(block: TokenBlock) -> list[Any]:
 
 
 def check_blocks_restored_anywhere(open_stream: Callable[[], Packer | BlockStream]) -> None:
-    """Checks that a stream restored to 20 of 200 states yields the same next 15 blocks."""
+    """Checks that a stream restored to 20 states of another one yields that one's next blocks."""
     stream, states, blocks = open_stream(), [], []
     for _ in range(200):
         states.append(through_json(stream.state()))

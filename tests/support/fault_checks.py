@@ -35,7 +35,7 @@ def misbehaviour(hits: Sequence[Hit], outcome: Outcome, seconds: float | None) -
 
 
 def _after(hit: Hit, outcome: Outcome, last: float, seconds: float) -> list[str]:
-    """Returns the problems after the fault `hit`, which should end all ranks in time."""
+    """Returns what is wrong with the ends of the ranks if the fault `hit` has caused them."""
     fault, problems = hit.fault, []
     limit = ENDS_JOINING if hit.phase in JOINING else ENDS.get(fault.kind)
     if limit is not None and seconds + last - hit.at > limit:
@@ -53,7 +53,7 @@ def _ending(rank: int, hit: Hit, outcome: Outcome) -> str | None:
     if fault.kind in (KILL, STOP) and rank == fault.rank:
         return None if status == -9 else told
     if fault.kind == TERM and hit.phase in JOINING and rank == fault.rank and status == -15:
-        return None  # before its signal handler was set
+        return None  # the signal came before the rank had set its handler
     if status == 0 and not lines:  # this rank had already completed
         return None
     return None if status in _statuses(hit) and _names(hit, rank, lines) else told
@@ -131,7 +131,7 @@ def differences(
 def _other_lines(
     lines: list[dict[str, object]], expected: list[dict[str, object]], *, stopped: bool
 ) -> list[str]:
-    """Returns the lines of metrics that differ; a stopped run may lack an evaluation."""
+    """Returns the lines of metrics that are not as expected; a stopped run may lack evaluations."""
     found = []
     for line, other in zip(lines, expected, strict=False):
         left_out = {key: other[key] for key in other if key not in _EVALUATED}

@@ -25,7 +25,7 @@ SMALL_FILES = 30_000  # bytes; more than a rank's output, less than a stage's we
 
 @dataclass(frozen=True)
 class Hit:
-    """A fault that happened, the phase in which its rank was then, and the time in seconds."""
+    """A fault that happened, the phase of its rank at that moment, and the time in seconds."""
 
     fault: Fault
     phase: str
@@ -93,7 +93,7 @@ class Injector:
         self._room: dict[Fault, float] = {}  # time at which a full disk has space again
 
     def armed(self) -> list[Hook]:
-        """Returns the hooks of the ranks."""
+        """Resets the phases; returns the hooks for the ranks of the start."""
         self._phases.begin()
         return [
             *(PhaseMarks(rank, self._phases) for rank in range(WORLD)),

@@ -22,7 +22,7 @@ _RESTARTS = 3  # more than the number of faults
 
 @dataclass(frozen=True)
 class FaultLab:
-    """A Lab for runs with faults. With `hosts`, each stage has a host, each rank its own disk."""
+    """Lab for runs with faults; with `hosts`, each stage has a host, and each rank its own disk."""
 
     lab: Lab
     hosts: Sequence[Host] = ()
@@ -90,7 +90,7 @@ def live(
 
 
 def _undisturbed(lab: FaultLab) -> float:
-    """Runs the reference, which saves steps 2, 4 and so on; returns the time of a usual run."""
+    """Runs the reference, which saves steps 2, 4 and so on; returns the seconds of a second run."""
     whole = lab.start("whole", {"checkpoint-steps": 2}, lab.injector("whole", [], life=1.0))
     began = time.monotonic()
     again = lab.start("again", {}, lab.injector("again", [], life=1.0))

@@ -44,7 +44,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """One run: its flags, and the faults of each start; later starts have no faults."""
+    """One run: its flags, and the faults of its first starts; later starts have no faults."""
 
     number: int
     changes: Mapping[str, Any]
@@ -52,7 +52,7 @@ class RunPlan:
 
 
 def draw_runs(seed: int, count: int, kinds: Sequence[str] = ALONE) -> list[RunPlan]:
-    """Draws runs of 1 to 3 faults; half of the runs save asynchronously, a third have workers."""
+    """Draws runs with 1 to 3 faults; half save asynchronously, a third use a data worker."""
     draw = random.Random(seed)
     deck = _shuffled_for_ever(draw, kinds)
     return [
@@ -69,13 +69,13 @@ def draw_runs(seed: int, count: int, kinds: Sequence[str] = ALONE) -> list[RunPl
 
 
 def _shuffled_for_ever(draw: random.Random, kinds: Sequence[str]) -> Iterator[str]:
-    """Yields every kind once in random order, then again, so that a few runs have all kinds."""
+    """Yields all kinds in random order, again and again, so that even a few runs have all kinds."""
     while True:
         yield from draw.sample(kinds, len(kinds))
 
 
 def _draw_starts(draw: random.Random, deck: Iterator[str]) -> list[list[Fault]]:
-    """Draws one fault per start; a full disk does not end a start, so a second fault can follow."""
+    """Draws one fault per start; after a full disk, which need not end the start, sometimes two."""
     starts: list[list[Fault]] = []
     for number in range(draw.randint(1, _MOST_FAULTS)):
         fault = _draw_fault(draw, next(deck), is_first=number == 0)

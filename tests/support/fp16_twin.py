@@ -110,7 +110,7 @@ def twin(folder: Path, recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def clip_(masters: Sequence[Tensor], max_norm: float) -> float:
-    """Clips like torch's clip_grad_norm_, with sum of squares and coefficient in fp64."""
+    """Clips like torch's clip_grad_norm_, but computes sum of squares and coefficient in fp64."""
     gradients = [master.grad for master in masters if master.grad is not None]
     norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
     norm = norms.double().square().sum().sqrt().item()

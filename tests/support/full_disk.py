@@ -12,7 +12,7 @@ import pytest
 
 @contextmanager
 def files_no_larger_than(size: int) -> Iterator[None]:
-    """Limits all files of this process to `size` bytes inside the `with` block."""
+    """Limits each file that this process writes in the `with` block to `size` bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

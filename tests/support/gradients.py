@@ -14,7 +14,7 @@ from optimizer.mixed_precision import MixedPrecisionOptimizer, MixedPrecisionWei
 def gradients_of(
     model: nn.Module, replicas: Communicator | None = None, *, sharded: bool = False
 ) -> ReplicaGradients:
-    """Builds the gradients of `model`; without `replicas` there are no other replicas."""
+    """Builds the gradients of `model`; without `replicas`, this process is the only replica."""
     parameters, alone = dict(model.named_parameters()), SingleProcessCommunicator()
     replicas = replicas or alone
     partition = ZeroPartition(parameters, replicas, sharded=sharded)

@@ -95,7 +95,7 @@ class Slow:
 
 
 def slowed(target: str, seconds: float, about: str = "") -> AbstractContextManager[object]:
-    """Slows calls of `target` with an argument that begins with `about`, in the `with` block."""
+    """Delays, in the `with` block, calls of `target` if an argument begins with `about`."""
     owner, name = find(target)
     return patch.object(owner, name, _slower(getattr(owner, name), seconds, about))
 

@@ -30,7 +30,7 @@ class Start:
 
     kill: the first kill of the start.
     latest: the content of rank 0's `latest`; None if there is none.
-    damage: the damage in the folders that each stage's `latest` names.
+    damage: for each damaged stage, the error in the folder that the stage's `latest` names.
     begin: the step from which the run resumed; None if rank 0 ended before it could resume.
     steps: the number of lines in metrics.jsonl.
     """
@@ -55,7 +55,7 @@ class Lab:
         return int(self.flags["total-steps"])
 
     def disk(self, name: str, rank: int | None = None) -> Path:
-        """Returns the --checkpoint-path of all ranks; with `rank`, the path of this rank alone."""
+        """Returns the --checkpoint-path that all ranks share; with `rank`, this rank's own path."""
         return self.folder / name / ("disk" if rank is None else f"disk{rank}")
 
     def argvs(
@@ -77,10 +77,10 @@ class Lab:
         changes: Mapping[str, Any] | None = None,
         timing: Timing = DEFAULT_TIMING,
     ) -> Start:
-        """Starts all ranks as forks, waits for their end; the result has the first of `kills`."""
+        """Forks all ranks and waits for their end; the result's `kill` is the first of `kills`."""
         argvs = self.argvs(name, own_disks=own_disks, changes=changes)
         place, hooks = self.folder / name, [kill for kill in kills if kill is not None]
-        place.mkdir(exist_ok=True)  # folder of the ranks' output: another run can use it, too
+        place.mkdir(exist_ok=True)  # of the ranks' output; an earlier start may have made it
         given: list[Hook] = [no_picture, *hooks]
         outcome = fork_ranks(argvs, place, hooks=given, timing=timing)
         disks = [self.disk(name, rank if own_disks else None) for rank in WRITERS]
@@ -122,7 +122,7 @@ def _begin(told: list[str]) -> int | None:
 
 
 def make_lab(folder: Path, steps: int = STEPS) -> Lab:
-    """Makes a lab: two weighted sources that a run reads more than once, held-out data, dropout."""
+    """Makes a lab; its runs repeat two weighted sources, evaluate held-out data and use dropout."""
     write_jsonl(folder / "a.jsonl", make_texts(6, seed=1))
     write_jsonl(folder / "b.jsonl.zst", make_texts(10, seed=2))
     write_jsonl(folder / "held_out.jsonl", make_texts(12, seed=3))

@@ -82,7 +82,7 @@ Launch = Callable[..., Process]  # of a function and its arguments
 
 
 def free_port() -> int:
-    """Returns a free port on loopback, below the system's own range (from 32768)."""
+    """Returns a free port on loopback, below the ports that the system assigns (from 32768)."""
     pid = os.getpid()
     ports = _ports.setdefault(pid, itertools.cycle(range(20_000 + pid % 100 * 100, 30_100)))
     while True:
@@ -93,7 +93,7 @@ def free_port() -> int:
 
 
 def fork(place: Path, function: Callable[..., object], *args: object) -> Process:
-    """Calls `function(*args)` in a fork; outside a fork, function and args must be picklable."""
+    """Calls `function(*args)` in a fork; if the caller is no fork, it pickles function and args."""
     process = _make_process(_live, place, function, args)
     for end in (".out", ".err"):
         place.with_name(place.name + end).write_bytes(b"")
@@ -129,8 +129,8 @@ def spawn(place: Path, script: Path, argv: Sequence[str], environ: Mapping[str, 
 def start(folder: Path, name: str, function: Callable[..., object], *args: object) -> Process:
     """Calls `function(ready, *args)` in a fork; the function creates the file `ready` when ready.
 
-    A ValueError gives one line and exit status 2, as in dist_clm_train.py; an OSError gives exit
-    status 1.
+    If the function raises a ValueError, the fork writes one line to stderr and exits with status 2,
+    as dist_clm_train.py does; after an OSError it exits with status 1.
     """
     place = folder / name
     return fork(place, _report_errors, function, place.with_name(f"{name}.ready"), *args)
@@ -176,7 +176,7 @@ def _die_with_parent() -> None:
 
 
 def _live(place: Path, function: Callable[..., object], args: tuple[object, ...]) -> NoReturn:
-    """Runs `function` in a forked process, then exits like the interpreter."""
+    """Runs `function` in a forked process, then exits with the status that Python itself gives."""
     global _is_fork
     status = 1
     try:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TypeVar
 
-from torch.autograd.profiler import profile  # the one of torch.profiler parses every event: slow
+from torch.autograd.profiler import profile  # torch.profiler's is slow, as it parses all events
 
 Result = TypeVar("Result")
 

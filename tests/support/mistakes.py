@@ -25,7 +25,7 @@ def folder_of(home: Path, name: str) -> Path:
 
 
 def start(home: Path, name: str, changes: Mapping[int, str], size: int = 1) -> Run:
-    """Returns a run with its own working directory; `changes` has changed flags by rank."""
+    """Returns a run with its own working directory; `changes` are each rank's own flags."""
     folder = folder_of(home, name)
     folder.mkdir(parents=True)
     stages, replicas = SHAPES[size]

@@ -83,7 +83,7 @@ def hf_parameter(model: Any, key: str) -> Tensor:
 
 
 def from_hf(family_name: str, model: Any, folder: Path) -> StageModel:
-    """Builds one stage of all our modules with the weights of a Hugging Face model."""
+    """Builds the whole model as one stage of our modules, with a Hugging Face model's weights."""
     model.config.save_pretrained(folder)
     family = MODELS[family_name].load()
     config = family.load_config(folder)
@@ -98,5 +98,5 @@ def from_hf(family_name: str, model: Any, folder: Path) -> StageModel:
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
-    """Returns the tensors' largest difference / the largest absolute value of `theirs`."""
+    """Returns the tensors' largest difference divided by the largest absolute value of `theirs`."""
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()

@@ -2,8 +2,8 @@
 
 Everything else of cupy.cuda.nccl stays: unique ids, dtype codes, NcclError. The members of a
 communicator connect at abstract Unix sockets that are named after its unique id; each member waits
-for all others. Every message has a header: a wrong call, count, dtype or root is an error at the
-receiver.
+for all others. Every message has a header; if its call, count, dtype or root is not what the
+receiver expects, the receiver raises an error.
 """
 
 import ctypes
@@ -79,7 +79,7 @@ _HEADER = struct.Struct("<12siqi")
 
 @contextmanager
 def nccl_double() -> Iterator[Traffic]:
-    """Replaces NcclCommunicator of the real module by NcclDouble; yields the traffic."""
+    """Replaces the real module's NcclCommunicator by NcclDouble; yields counts of sent bytes."""
     traffic: Traffic = Counter()
     with patch.object(nccl, "NcclCommunicator", partial(NcclDouble, traffic=traffic)):
         yield traffic
@@ -207,7 +207,7 @@ class NcclDouble:
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
-        """Makes every later call fail after an error, in this process and at the peers."""
+        """Closes the connections after an error, so that later calls fail here and at the peers."""
         try:
             yield
         except (OSError, nccl.NcclError) as error:
@@ -219,7 +219,7 @@ class NcclDouble:
 
 
 def _meet(name: str, size: int, rank: int) -> dict[int, socket.socket]:
-    """Connects to every other member; of two members, the one with the higher rank calls."""
+    """Connects to every other member; the member with the higher rank opens the connection."""
     links: dict[int, socket.socket] = {}
     with socket.socket(socket.AF_UNIX) as door:
         door.bind(_address(name, rank))

@@ -26,7 +26,7 @@ _WRITE = "checkpoint.store:CheckpointStore._write"
 
 
 class Phases:
-    """Shared memory of forked ranks; each has two bytes: phase, and whether a thread saves."""
+    """Memory that forked ranks share; a rank has two bytes: phase, and whether a thread saves."""
 
     def __init__(self, world: int) -> None:
         self._memory = mmap.mmap(-1, 2 * world)

@@ -9,7 +9,7 @@ from comm.communicator import Work
 
 
 class NotedWork:
-    """An operation that records its wait, and then calls `at_wait`."""
+    """An operation whose `wait` records that it was called, and then calls `at_wait`."""
 
     def __init__(self, events: list[str], what: str, at_wait: Callable[[], object]) -> None:
         self._events, self._what, self._at_wait = events, what, at_wait
@@ -20,7 +20,7 @@ class NotedWork:
 
 
 class NotedCommunicator:
-    """Member `rank` of `size`; `events` has the start of each call and each wait, in order.
+    """Member `rank` of a group of `size`; `events` lists started operations and waits, in order.
 
     Received tensors are random; a group's sum is this member's tensor.
     """

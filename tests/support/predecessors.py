@@ -112,7 +112,7 @@ def save_stage(path: Path, name: str, modules: list[dict[str, Tensor]]) -> None:
 
 
 def make_checkpoint(name: str, folder: Path, meta: str | None = '{"step": 20}') -> None:
-    """Writes two stages: the embedding and two blocks; one block and the head."""
+    """Writes a checkpoint of two stages: (embedding, two blocks) and (one block, head)."""
     modules = make_modules(name)
     folder.mkdir(parents=True)
     save_stage(folder / "prank_0_checkpoint.pt", name, modules[:3])

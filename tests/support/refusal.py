@@ -24,7 +24,7 @@ def check_refused(call: Callable[[], object], *words: str) -> None:
 
 
 class RunsCode:
-    """An object whose pickle makes a file in the working directory when it is read."""
+    """An object whose pickle, if it is loaded, makes the file `ran` in the working directory."""
 
     def __reduce__(self) -> Any:
         return (os.system, ("touch ran",))

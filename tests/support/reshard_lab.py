@@ -1,6 +1,7 @@
 """Runs of many shapes (P, R), and runs that resume from the middle of such a run in any shape.
 
-Dropout is on, because dropout masks depend on a module's number in the model.
+Dropout is on to find wrong module numbers, because a dropout mask depends on the module's number
+in the model.
 """
 
 import time
@@ -54,7 +55,7 @@ def resumed_name(kind: tuple[str, str], source: Shape) -> str:
 def resumed(
     folder: Path, kind: tuple[str, str], pairs: Sequence[tuple[Shape, Shape]], **changes: object
 ) -> list[Case]:
-    """Returns a run for each pair: in shape target, from the middle of the run in shape source."""
+    """Returns, for each pair (source, target), a run of shape target that resumes source's run."""
     return [
         Case(
             resumed_name(kind, source),
@@ -85,9 +86,9 @@ def train_in_turn(
 def train_all(
     folder: Path, whole: list[Case], others: list[Case], *, deadline: float
 ) -> dict[str, Told]:
-    """Trains `whole`, then `others`, which resume, in their shapes; returns rank 0's logs."""
+    """Trains the cases `whole`, then `others`, which resume from them; returns rank 0's logs."""
     write_jsonl(folder / "a.jsonl", make_texts(60, seed=1))
-    changes = {"num_hidden_layers": LAYERS, "intermediate_size": 128}  # 8-bit moments: 4096 numbers
+    changes = {"num_hidden_layers": LAYERS, "intermediate_size": 128}  # enough for 8-bit moments
     dropout = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
     make_shards(folder, "model", "gptneox", changes | dropout)
     turns: list[Turn] = [

@@ -69,9 +69,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Ended:
-    """End of a process; `status` is negative for a signal, None after the deadline.
+    """End of a process; `status` is negative if a signal killed it, None if the deadline passed.
 
-    seconds: time since the start of the run.
+    seconds: time from the start of the run to the end of the process.
     """
 
     status: int | None
@@ -141,7 +141,7 @@ def fork_ranks(
 
 
 def run(one: Run) -> Outcome:
-    """Returns the outcome of one run."""
+    """Runs all processes of one run to their end, and returns the outcome."""
     return run_all([[one]], at_once=1)[one.name]
 
 
@@ -168,7 +168,7 @@ def _run_chain(runs: Sequence[Run], outcomes: dict[str, Outcome]) -> Generator[N
 
 
 def _run(one: Run) -> Generator[None, None, Outcome]:
-    """Yields until all processes have ended; kills processes at the deadline."""
+    """Starts a run, then yields until all its processes have ended; kills them at the deadline."""
     began = time.monotonic()
     processes: list[Process] = []
     ends: dict[int, tuple[int | None, float]] = {}

@@ -12,8 +12,8 @@ ENTRY_SCRIPTS = [
     *(f"convert_{way}_hf_{family}" for way in ("from", "to") for family in ("gptj", "gptneox")),
     "dist_clm_train",
 ]
-# A package imports only from packages with a lower number. common/ is the lowest: the model uses
-# its seeds and its files, too.
+# A package imports only from packages with a lower number. common/ has the lowest, because modules/
+# uses seeds and files from it.
 FLOORS = {
     "tests": 8,
     "dist_clm_train": 7, "benchmarks": 7,

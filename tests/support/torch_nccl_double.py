@@ -1,4 +1,4 @@
-"""gloo groups in place of NCCL groups, so torch's own NCCL backend runs on CPU."""
+"""gloo groups in place of NCCL groups, so that comm.backends.torch_nccl runs on CPU."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
