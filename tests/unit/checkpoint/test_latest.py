@@ -1,4 +1,4 @@
-"""Tests the file `latest` and its manifest: power loss, crash, and the errors for damage."""
+"""Tests the file `latest` and its manifest after a power loss, a crash, or damage."""
 
 import itertools
 import os
@@ -18,7 +18,7 @@ from common.files import replace_file
 class Disk:
     """A simulated disk, on which a power loss can undo a rename until the folder is flushed.
 
-    After each rename, the disk calls `look` in each state that a power loss could leave.
+    After each rename, the disk takes each state that a power loss could leave, and calls `look`.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, look: Callable[[], None]) -> None:
@@ -58,7 +58,7 @@ def test_a_replaced_file_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_no_loss_of_power_is_taken_for_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No state after a power loss is an error, also if the new step is lower than the old one."""
+    """`check_latest` accepts every state after a power loss, even if the new step is lower."""
     seen: set[str | None] = set()
 
     def look() -> None:
@@ -94,7 +94,7 @@ def test_the_next_run_goes_on_after_a_crash(step: int, written: int, tmp_path: P
 def test_another_number_than_the_manifests_is_damage(
     text: str, known: int | None, tmp_path: Path
 ) -> None:
-    """`latest` is damaged if its manifest has another step, even if `latest` names a folder."""
+    """`latest` is damaged if its manifest has another step, even if `latest`'s folder exists."""
     (tmp_path / "latest").write_text(text)
     (tmp_path / "latest_manifest.json").write_bytes(seal({"step": known}))
     (tmp_path / text).mkdir()

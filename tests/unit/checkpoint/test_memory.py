@@ -1,6 +1,6 @@
-"""Tests that conversion never holds a complete model: more layers need no more peak memory.
+"""Tests that a conversion's peak memory does not grow with the number of layers.
 
-Each conversion runs in a new process, so that VmHWM is the peak memory of this conversion.
+Each conversion runs in a new process, so that the process's peak memory is the conversion's.
 """
 
 from pathlib import Path
@@ -62,7 +62,7 @@ def convert(_rank: int, _world: int, _url: str, form: str, layers: int, folder: 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin", "checkpoint"])
 def test_peak_memory_does_not_grow_with_layers(form: str, tmp_path: Path) -> None:
-    """Twelve more layers raise the peak by less than a fifth of the bytes of these layers."""
+    """Twelve more layers raise peak memory by less than a fifth of the bytes of their weights."""
     peaks = []
     for layers in (12, 24):
         folder = tmp_path / str(layers)

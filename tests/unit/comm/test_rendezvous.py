@@ -59,7 +59,7 @@ def url() -> str:
 
 
 def expect(processes: Iterable[Process], status: int, text: str, *, within: float) -> None:
-    """Checks each exit status, and that the only line not about waiting contains `text`."""
+    """Checks each process's status, and that its only line that is not on waiting has `text`."""
     for process in processes:
         assert process.status(within=within) == status, process.lines
         (line,) = [line for line in process.lines if "waiting for" not in line]
@@ -108,7 +108,7 @@ def test_a_busy_port(launch: Launch) -> None:
 
 
 def test_a_foreign_listener_that_never_answers(launch: Launch) -> None:
-    """If a foreign server never answers, a rank ends at the deadline; torch's client would hang."""
+    """If a foreign server never answers, a rank ends at the deadline, unlike torch's own client."""
     with socket.create_server(("127.0.0.1", 0)) as foreign:
         url = f"tcp://127.0.0.1:{foreign.getsockname()[1]}"
         rank = launch(joins, 1, 2, url, join_timeout=1.0, timing=LITTLE_GRACE)
@@ -135,7 +135,7 @@ def test_a_rank_that_lingers_past_the_deadline_reports_one_line(launch: Launch, 
 
 
 def test_a_rank_that_hangs_before_the_groups_stand(launch: Launch, url: str) -> None:
-    """The other ranks name the hung rank, and not a rank that ended earlier, at the deadline."""
+    """At the deadline, both other ranks name the hung rank, even if one of them ends first."""
     programs: Programs = (connects, connects, links_and_hangs)
     ranks = [launch(program, r, 3, url, join_timeout=2.0) for r, program in enumerate(programs)]
     expect(ranks[:2], 1, "rank 2 (stage 2, replica 0, host ", within=20.0)

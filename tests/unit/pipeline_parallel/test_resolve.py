@@ -1,6 +1,6 @@
 """Tests that the engine waits only for sends whose message has arrived, in every schedule.
 
-Which messages have arrived is known from the happened-before relation of the calls (Lamport).
+The tests calculate which messages have arrived, by Lamport's happened-before relation of calls.
 """
 
 from collections.abc import Sequence
