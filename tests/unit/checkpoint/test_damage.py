@@ -57,7 +57,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 def cases(files: list[str], damages: list[str], few: int) -> list[Any]:
     """Returns a test case for each pair of file and damage; most cases are marked slow.
 
-    For each file, `few` cases are not marked. For the files in LATEST, no case is marked.
+    For each file, the number of unmarked cases is `few`. For the files in LATEST, none is marked.
     """
     found = []
     for number, file in enumerate(files):
@@ -221,7 +221,7 @@ def error_on_every_rank(name: str, made: Made) -> str:
 
 @pytest.mark.parametrize(("file", "damage"), cases(FILES, list(DAMAGES), few=2))
 def test_training_names_the_file_on_every_rank(file: str, damage: str, made: Made) -> None:
-    """Every rank's error names the damaged file and, if this is of step 4, the older step 2."""
+    """Every rank's error names the damaged file, and the older step 2 if the file is of step 4."""
     error = error_on_every_rank(f"{file}: {damage}", made)
     assert f"/{file}: " in error
     if file in STEP_FILES:

@@ -45,7 +45,7 @@ VALUES = [
 
 
 def write(model: StageModel, folder: Path, value: float, kind: torch.dtype) -> None:
-    """Writes the model as shards and as a checkpoint; one weight, of type `kind`, has `value`."""
+    """Writes the model as shards and as a checkpoint; one weight, of type `kind`, holds `value`."""
     state = model.state_dict()
     changed = state[f"2.{KEY}"].to(kind)
     changed[5] = value

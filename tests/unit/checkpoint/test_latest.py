@@ -58,7 +58,7 @@ def test_a_replaced_file_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_no_loss_of_power_is_taken_for_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`check_latest` accepts every state after a power loss, even if the new step is lower."""
+    """No state after a power loss is an error, even if the new step is lower than the old one."""
     seen: set[str | None] = set()
 
     def look() -> None:
@@ -94,7 +94,7 @@ def test_the_next_run_goes_on_after_a_crash(step: int, written: int, tmp_path: P
 def test_another_number_than_the_manifests_is_damage(
     text: str, known: int | None, tmp_path: Path
 ) -> None:
-    """`latest` is damaged if its manifest has another step, even if `latest`'s folder exists."""
+    """`latest` is damaged if its manifest has another step, even if `latest` names a folder."""
     (tmp_path / "latest").write_text(text)
     (tmp_path / "latest_manifest.json").write_bytes(seal({"step": known}))
     (tmp_path / text).mkdir()

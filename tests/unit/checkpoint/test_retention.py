@@ -166,7 +166,7 @@ def save(store: CheckpointStore, *steps: int, is_last: bool = False) -> None:
 
 
 def test_old_steps_go_beside_training(tmp_path: Path) -> None:
-    """A slow deletion delays no save; the next run deletes old steps that this run could not."""
+    """A slow deletion delays no save; the next run deletes old steps that this run has left."""
     store = make_store(tmp_path, RetentionPolicy(1))
     trained = threading.Event()
 

@@ -59,7 +59,7 @@ def url() -> str:
 
 
 def expect(processes: Iterable[Process], status: int, text: str, *, within: float) -> None:
-    """Checks each process's status, and that its only line that is not on waiting has `text`."""
+    """Checks exit statuses; besides "waiting for" lines, each process prints one line, with `text`."""
     for process in processes:
         assert process.status(within=within) == status, process.lines
         (line,) = [line for line in process.lines if "waiting for" not in line]

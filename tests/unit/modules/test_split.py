@@ -118,7 +118,8 @@ def test_auto_of_known_models(
 def test_the_work_of_a_known_model() -> None:
     """The work of a block and of the head equals numbers calculated by hand.
 
-    Block: 4 x 512^2 + 2 x 512 x 2048 + 2 x 512 x 128.5, the mean number of keys. Head: 512 x 8192.
+    Block: 4 x 512^2 + 2 x 512 x 2048 + 2 x 512 x 128.5, where 128.5 is the mean number of keys.
+    Head: 512 x 8192.
     """
     work = MODELS["gptneox"].load().sizes(hf_config("gptneox", NEOX)).work(256)
     assert work == ModuleWork(block=1048576 + 2097152 + 131584, head=4194304)

@@ -67,7 +67,7 @@ def test_the_peak_of_training_is_that_of_the_allocator(dtype: torch.dtype) -> No
 
 
 def test_what_bitsandbytes_makes_on_the_way_is_counted() -> None:
-    """LiveBytes counts what bitsandbytes takes during an update: about five times the weight."""
+    """LiveBytes counts the memory of a bitsandbytes update, about five times that of the weight."""
     weight, algorithm = torch.zeros(2**20), Adam8bit()
     state = algorithm.empty_state(weight)
     gradient = torch.ones_like(weight)

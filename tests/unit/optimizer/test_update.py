@@ -53,7 +53,7 @@ def apply(updater: UpdateStep, *, tokens: int = NOMINAL, bad: str = "") -> Updat
 
 @pytest.mark.parametrize("tokens", [NOMINAL, 10])
 def test_gradients_are_over_the_tokens_that_were_trained(tokens: int) -> None:
-    """Backward divides gradients by 40; the update divides by the number of trained tokens instead."""
+    """Backward divides gradients by 40; the update divides by the trained tokens instead."""
     weight = nn.Parameter(torch.zeros(1))
     outcome = apply(make_updater(weight), tokens=tokens)
     expected = GRADIENT / SCALE * 40 / tokens

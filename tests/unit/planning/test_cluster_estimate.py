@@ -60,7 +60,7 @@ def test_the_slowest_pipeline_and_replica_count() -> None:
 
 
 def test_what_replicas_exchange() -> None:
-    """Replicas exchange 28 gradients for each block, and 2 x 7 = 14 for the embedding or the head."""
+    """Replicas exchange 28 gradients for each block, and 2 x 7 = 14 for embedding or head."""
     slow = Link("replicas", 3, 1)
     found = estimate(2, {slow}, {}, message=1)
     assert PLAN.gradient_bytes(0) == 4 * (3 * 28 + 14)
