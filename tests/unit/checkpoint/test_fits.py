@@ -1,4 +1,4 @@
-"""Tests that loading refuses weights beyond the range of the compute type; tests `is_finite`."""
+"""Tests that weights beyond the range of the compute type do not load, and tests `is_finite`."""
 
 import math
 import re

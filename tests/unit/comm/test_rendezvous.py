@@ -59,7 +59,7 @@ def url() -> str:
 
 
 def expect(processes: Iterable[Process], status: int, text: str, *, within: float) -> None:
-    """Checks exit statuses; besides "waiting for" lines, each process prints one line, with `text`."""
+    """Checks exit statuses, and that each process's only line besides "waiting for" has `text`."""
     for process in processes:
         assert process.status(within=within) == status, process.lines
         (line,) = [line for line in process.lines if "waiting for" not in line]
