@@ -100,7 +100,7 @@ def save(
 
 
 def live(rank: int, _world: int, url: str, folder: Path) -> Found:
-    """Runs all cases; returns for each case the steps and optimizer states on this stage's disk."""
+    """Runs every case; returns which steps, and which optimizer states, this stage's disk keeps."""
     found = {}
     logging.getLogger().setLevel(logging.ERROR)
     with connected(Topology(rank, STAGES, 1), url) as (groups, nonce):

@@ -81,7 +81,7 @@ def test_a_damaged_file_is_an_error_that_names_it(
 
 
 def test_without_a_manifest_the_same_weights_load(home: Home, tmp_path: Path) -> None:
-    """Shards without a manifest load, even with a changed weight, which then nothing can detect."""
+    """Shards without a manifest load, even if a weight was changed, since nothing can detect it."""
     whole = start(home.model, home).state_dict()
     model = Path(shutil.copytree(home.model, tmp_path / "model"))
     (model / "manifest.json").unlink()

@@ -1,4 +1,4 @@
-"""Tests that weights beyond the range of the compute type do not load, and tests `is_finite`."""
+"""Tests that loading refuses weights beyond the range of the compute type; tests `is_finite`."""
 
 import math
 import re
@@ -45,7 +45,7 @@ VALUES = [
 
 
 def write(model: StageModel, folder: Path, value: float, kind: torch.dtype) -> None:
-    """Writes the model as shards and as a checkpoint; one weight, of type `kind`, holds `value`."""
+    """Writes the model as shards and as a checkpoint; a tensor of type `kind` contains `value`."""
     state = model.state_dict()
     changed = state[f"2.{KEY}"].to(kind)
     changed[5] = value

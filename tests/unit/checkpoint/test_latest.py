@@ -18,7 +18,7 @@ from common.files import replace_file
 class Disk:
     """A simulated disk, on which a power loss can undo a rename until the folder is flushed.
 
-    After each rename, the disk takes each state that a power loss could leave, and calls `look`.
+    After each rename, the disk calls `look` in each state that a power loss could leave.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, look: Callable[[], None]) -> None:
@@ -58,7 +58,7 @@ def test_a_replaced_file_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_no_loss_of_power_is_taken_for_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No state after a power loss is an error, even if the new step is lower than the old one."""
+    """No state after a power loss is an error, also if the new step is lower than the old one."""
     seen: set[str | None] = set()
 
     def look() -> None:

@@ -62,7 +62,7 @@ def convert(_rank: int, _world: int, _url: str, form: str, layers: int, folder: 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin", "checkpoint"])
 def test_peak_memory_does_not_grow_with_layers(form: str, tmp_path: Path) -> None:
-    """Twelve more layers raise peak memory by less than a fifth of the bytes of their weights."""
+    """Twelve more layers raise the peak by less than a fifth of the bytes of these layers."""
     peaks = []
     for layers in (12, 24):
         folder = tmp_path / str(layers)

@@ -31,7 +31,7 @@ class Connection:
         return self.send(encode(self.reply))
 
     def enter(self, rank: int) -> "Connection":
-        """Does the handshake as `rank`; checks that the server proves to belong to this run."""
+        """Does the handshake as `rank`; checks the server's proof that it belongs to this run."""
         answer = decode(self.shake_hands(rank).read())
         assert HANDSHAKE.is_answer(answer, challenge=self.challenge, reply=self.reply)
         return self

@@ -108,7 +108,7 @@ def test_a_busy_port(launch: Launch) -> None:
 
 
 def test_a_foreign_listener_that_never_answers(launch: Launch) -> None:
-    """If a foreign server never answers, a rank ends at the deadline, unlike torch's own client."""
+    """If a foreign server never answers, a rank ends at the deadline; torch's client would hang."""
     with socket.create_server(("127.0.0.1", 0)) as foreign:
         url = f"tcp://127.0.0.1:{foreign.getsockname()[1]}"
         rank = launch(joins, 1, 2, url, join_timeout=1.0, timing=LITTLE_GRACE)

@@ -185,7 +185,7 @@ class Update:
 
     `starts` lists the parameters of each bucket, in the order in which the buckets were sent.
     `left` lists, for each microbatch, how many buckets were sent when its backward began, and when
-    the embedding's gradient came, the last gradient of a backward.
+    the embedding's gradient came, which is the last gradient of a backward.
     """
 
     def __init__(

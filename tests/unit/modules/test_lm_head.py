@@ -169,7 +169,7 @@ class WideHead(Head):
 
 
 def peak_of(dtype: torch.dtype, chunks: int, *, training: bool) -> float:
-    """Returns the loss's peak memory, with backward if `training`, in units of all fp32 logits."""
+    """Returns the loss's peak memory, with backward if `training`; 1.0 means all logits in fp32."""
     head = WideHead(dtype)
     buffer = gradients_of(head).buffer
     attach_grad_buffer(head, buffer)

@@ -59,7 +59,7 @@ def test_places_of_documents() -> None:
 
 @pytest.mark.parametrize("pairs", [False, True])
 def test_positions_begin_anew_in_each_document(pairs: bool) -> None:
-    """Rotary embedding of packed documents has the bits of each document alone, in both passes."""
+    """Rotary embedding has the same bits as for each document alone, in forward and backward."""
     x, gradient = torch.randn(2, len(ROWS), 3, TOKENS, 8)
     options: dict[str, Any] = {"pairs": pairs, "dtype": torch.float32, "device": CPU}
     together = x.clone().requires_grad_()

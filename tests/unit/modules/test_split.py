@@ -136,7 +136,7 @@ def test_the_work_of_a_known_model() -> None:
     ],
 )
 def test_work_is_that_of_the_modules_matrices(name: str, changes: dict[str, Any]) -> None:
-    """Work per token is the number of matrix elements; a block adds 2 x hidden size per key."""
+    """A module's work is its number of matrix elements; a block adds 2 x hidden size per key."""
     family, config, tokens = MODELS[name].load(), make_hf(name, **changes).config, 9
     layers = [make_layer(family, config, i, "meta") for i in range(config.num_hidden_layers + 2)]
     _, block, *_, head = (sum(p.numel() for p in x.parameters() if p.dim() > 1) for x in layers)

@@ -21,7 +21,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def fake_wandb(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Replaces wandb by a double whose `init` fails; returns a list of its calls' arguments."""
+    """Replaces wandb by a double whose `init` fails; returns a list of `init`'s arguments."""
     calls: list[dict[str, Any]] = []
 
     def init(**arguments: Any) -> Any:

@@ -46,7 +46,7 @@ def make_updater(
 
 
 def apply(updater: UpdateStep, *, tokens: int = NOMINAL, bad: str = "") -> UpdateResult:
-    """Applies an update; `bad` is "loss" or "gradient" if that is not finite, and else empty."""
+    """Applies an update; `bad` names the number that is not finite: "loss", "gradient" or none."""
     norm = math.inf if bad == "gradient" else GRADIENT**2
     return updater.apply(norm, num_trained_tokens=tokens, losses_are_finite=bad != "loss")
 

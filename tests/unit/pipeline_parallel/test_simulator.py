@@ -34,9 +34,10 @@ def test_gpipe_and_1f1b_take_m_and_p_less_one_turns(
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(st.integers(1, 6), st.integers(0, 8), SLOTS, SLOTS, SLOTS)
 def test_zb_h1_idles_as_its_paper_says(p: int, more: int, f: int, i: int, w: int) -> None:
-    """A zb-h1 stage waits (p - 1)(f + i - min(f, i, w)); in the paper, w is the smallest of three.
+    """Each of p stages of zb-h1 waits (p - 1)(f + i - min(f, i, w)) slots in a step.
 
-    There are p stages; a forward takes f slots, an input gradient i, and a weight gradient w.
+    A forward takes f slots, an input gradient i and a weight gradient w. In the paper, w is the
+    smallest of the three.
     """
     m = p + more
     run = even("zb-h1", p, m, f, i, w)
