@@ -32,7 +32,7 @@ from tests.support.source import (
     tree,
 )
 
-# A package means each of its modules.
+# A package in this list stands for all its modules.
 LISTED = """
 arguments tasks.registry tasks.source_spec tasks.evaluation_sets modules.registry
 data_parallel.modes pipeline_parallel.schedule.schedules pipeline_parallel.partition.split
@@ -70,7 +70,7 @@ class Import(NamedTuple):
 
 
 def imports(path: Path, *, strings: bool = False) -> Iterator[Import]:
-    """Yields a file's imports of project modules; with `strings`, also of modules in strings."""
+    """Yields a file's imports of project modules; if `strings`, also modules named in strings."""
     package = module_of(path).split(".") if path.stem == "__init__" else list(path.parts[:-1])
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):

@@ -26,7 +26,7 @@ def test_no_class_name_has_two_meanings() -> None:
 
 @pytest.mark.parametrize("room", OUTSIDE_TESTS)
 def test_a_constructor_has_at_most_eight_parameters(room: str) -> None:
-    """A constructor has at most 8 parameters besides `self`; generated code is not checked."""
+    """A constructor has at most 8 parameters besides `self`; generated ones are not checked."""
     many = []
     for path in files(room):
         for node in ast.walk(tree(path)):

@@ -16,7 +16,7 @@ from tests.support.checkpoint_models import (
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Makes a NeoX model, one folder per format; `ck` is a checkpoint of 2 stages (2, 1 layers)."""
+    """Writes a NeoX model in five formats, one folder each; `ck` is a checkpoint of two stages."""
     base = tmp_path_factory.mktemp("originals")
     model = make_model("gptneox")
     for folder, form in (("st", "single"), ("many", "sharded"), ("bin", "bin")):

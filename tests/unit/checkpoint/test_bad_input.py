@@ -1,4 +1,4 @@
-"""Tests that a mistake in files or flags gives an error of one line, and no output files.
+"""Tests that a mistake in a conversion's files or flags gives a one-line error and no output.
 
 The error names the mistake. The converters' other tests are in test_conversion.py.
 """
@@ -32,7 +32,7 @@ NAN = float("nan")
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Yields a working directory; then checks that no pickled code ran and `out` is empty."""
+    """Yields a working folder; afterwards, checks that no pickled code ran and `out` is empty."""
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     assert not (tmp_path / "ran").exists()

@@ -1,8 +1,8 @@
 """Tests that --keep-checkpoints counts only checkpoints that are complete on every stage.
 
-Two stages, each with its own disk, save checkpoints at steps 2, 5 and 8. Then a case changes the
-disk of stage 1. The next start of the program saves step 10, keeps two complete checkpoints, and
-deletes incomplete ones.
+Two stages, each with its own disk, save checkpoints at steps 2, 5 and 8. Then each case changes
+files on the disks. The next start of the program saves step 10, keeps two complete checkpoints,
+and deletes older and incomplete ones.
 """
 
 import logging
@@ -32,7 +32,7 @@ def nothing(_disk: Path) -> None:
 
 
 def remove(disk: Path) -> None:
-    """Removes stage 1's step 8, as if the program crashed after stage 0 alone had saved it."""
+    """Removes stage 1's step 8, as if the program crashed when only stage 0 had saved it."""
     shutil.rmtree(disk / "8")
 
 
@@ -51,19 +51,19 @@ def bring(disk: Path) -> None:
 
 
 def refuse(disk: Path) -> None:
-    """Makes stage 1's manifest of step 8 unreadable: a folder takes the place of the file."""
+    """Replaces stage 1's manifest of step 8 by a folder, so that reading the manifest fails."""
     (disk / "8" / "prank_1_manifest.json").unlink()
     (disk / "8" / "prank_1_manifest.json").mkdir()
 
 
 def take_a_number(disk: Path) -> None:
-    """Adds folder 7, which is no checkpoint, and step 12, which is newer than the new step 10."""
+    """Adds an empty folder 7, and a copy of step 8 as step 12, which is above the new step 10."""
     (disk / "7").mkdir()
     shutil.copytree(disk / "8", disk / "12")
 
 
-# The change of stage 1's disk, the steps at the end on stage 0's disk, and on stage 1's if they
-# differ.
+# The change of the disks, the steps that are on stage 0's disk at the end, and the steps on stage
+# 1's disk if they differ.
 STORIES: dict[str, tuple[Callable[[Path], None], list[str], list[str] | None]] = {
     "nothing": (nothing, ["8", "10"], None),
     "gone": (remove, ["5", "10"], None),
@@ -144,9 +144,9 @@ def held(save_name: str, num_stages: int, *stages: int) -> list[StageFiles]:
 
 
 def test_a_step_of_other_stages_counts_where_the_disks_together_have_it() -> None:
-    """A checkpoint of one or three stages counts if the two disks together have every stage.
+    """A checkpoint of one or three stages is complete if the run's two disks together hold it.
 
-    For a checkpoint of two stages, each stage's files must be on this stage's own disk.
+    In a checkpoint of two stages, like the run's own, each stage's files must be on its own disk.
     """
     by_step = {
         1: (held("a", 3, 0, 1), held("a", 3, 1, 2)),

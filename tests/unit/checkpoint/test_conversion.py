@@ -112,7 +112,7 @@ def test_scripts_end_with_status_2_and_one_line(
 def test_scripts_convert_both_ways(
     originals: Path, tmp_path: Path, run: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Both scripts succeed with nothing on stderr; one runs as a process, for its full stderr."""
+    """Both scripts print nothing on stderr; one runs in a new process, to see all its stderr."""
     hf = tmp_path / "hf"
     flags = ("--ckpt-path", originals / "ck", "--save-path", hf, "--verify")
     done = subprocess.run(

@@ -1,8 +1,8 @@
 """Tests that each damaged or foreign file of a checkpoint gives an error that names the file.
 
 Two stages train four steps and save checkpoints at steps 2 and 4. Each case damages a copy of the
-run's folder, or puts undamaged files of another checkpoint into the copy, which no checksum
-detects. The errors of training and of the converter must name the file.
+run's folder, or puts undamaged files of another checkpoint into the copy; no checksum detects such
+files. The errors of training and of the converter must name the file.
 """
 
 import json
@@ -55,9 +55,9 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 def cases(files: list[str], damages: list[str], few: int) -> list[Any]:
-    """Returns a test case for each file and each damage; most cases are marked slow.
+    """Returns a test case for each pair of file and damage; most cases are marked slow.
 
-    For each file, `few` of the damages are not slow. For files in LATEST, no damage is slow.
+    For each file, the number of unmarked cases is `few`. For the files in LATEST, none is marked.
     """
     found = []
     for number, file in enumerate(files):
@@ -100,7 +100,7 @@ def alter_meta(run: Path) -> None:
         reseal(path.with_name(name), files={**files, path.name: sum_file(path)._asdict()})
 
 
-# The function that changes a run's folder, and the end of training's error, from the step on.
+# The function that changes a run's folder, and the words that the error must contain.
 MOVED: dict[str, tuple[Callable[[Path], None], str]] = {
     "called 6": (call_by_another_number, f"/6/{MANIFESTS[0]}: belongs to step {LAST}"),
     "stage 1 of the first": (
@@ -153,7 +153,7 @@ def train_and_open(
     folder: Path,
     names: list[str],
 ) -> dict[str, Opened]:
-    """Trains; then, for each of `names`, damages a copy of the run and opens the copy to resume."""
+    """Trains; then makes each change in `names` to a copy of the run and opens it to resume."""
     train_cases(rank, world, url, [shape], [Case("run", flags)], folder)
     whole, run = run_folder(folder, "run", STAGES, 1), folder / "damaged"
     found: dict[str, Opened] = {}
@@ -178,7 +178,7 @@ def train_and_open(
 
 @dataclass(frozen=True)
 class Made:
-    """The undamaged run, and the results of opening its damaged copies, by rank."""
+    """The undamaged run, and each rank's results of opening the damaged copies."""
 
     folder: Path
     run: Path
@@ -187,7 +187,7 @@ class Made:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Made:
-    """Trains, and opens damaged copies of the run only for the tests that pytest selected."""
+    """Trains one run; opens only those damaged copies of it that the selected tests need."""
     folder = tmp_path_factory.mktemp("damage")
     write_jsonl(folder / "a.jsonl", make_texts(20, seed=1))
     make_shards(folder, "model", "gptneox", {"num_hidden_layers": 3})
@@ -221,7 +221,7 @@ def error_on_every_rank(name: str, made: Made) -> str:
 
 @pytest.mark.parametrize(("file", "damage"), cases(FILES, list(DAMAGES), few=2))
 def test_training_names_the_file_on_every_rank(file: str, damage: str, made: Made) -> None:
-    """Every rank's error names the damaged file; for a file of step 4, it also names step 2."""
+    """Every rank's error names the damaged file, and the older step 2 if the file is of step 4."""
     error = error_on_every_rank(f"{file}: {damage}", made)
     assert f"/{file}: " in error
     if file in STEP_FILES:
@@ -279,7 +279,7 @@ def test_the_converter_names_what_is_not_of_the_step(name: str, made: Made, tmp_
 def test_a_folder_of_any_name_converts_and_only_what_is_read_counts(
     made: Made, tmp_path: Path
 ) -> None:
-    """A step's folder converts under any name, also without optimizer, scheduler and config."""
+    """The converter takes a step's folder of any name, also without optimizer and scheduler."""
     step = tmp_path / "gathered"
     step.mkdir()
     weights = [f"prank_{stage}_checkpoint.pt" for stage in range(STAGES)]

@@ -1,4 +1,4 @@
-"""Tests the file `latest` and its manifest: power loss, crash, and the errors for damage."""
+"""Tests the file `latest` and its manifest after a power loss, a crash, or damage."""
 
 import itertools
 import os
@@ -94,7 +94,7 @@ def test_the_next_run_goes_on_after_a_crash(step: int, written: int, tmp_path: P
 def test_another_number_than_the_manifests_is_damage(
     text: str, known: int | None, tmp_path: Path
 ) -> None:
-    """`latest` is damaged if its manifest has another step, even if `latest` names a folder."""
+    """`latest` is damaged if its manifest has another step, even if the step in `latest` exists."""
     (tmp_path / "latest").write_text(text)
     (tmp_path / "latest_manifest.json").write_bytes(seal({"step": known}))
     (tmp_path / text).mkdir()

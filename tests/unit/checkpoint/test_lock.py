@@ -27,7 +27,7 @@ def test_who_comes_second_is_told_who_holds_it(
 
 
 def test_another_word_for_a_held_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error EACCES means that another process has the lock: NFS, for example, gives EACCES."""
+    """The error EACCES, which NFS may give, means that another process holds the lock."""
     raising(monkeypatch, errno.EACCES)
     with pytest.raises(ValueError, match="in use by another process"):
         lock_folder(tmp_path)

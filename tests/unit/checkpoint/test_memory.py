@@ -1,6 +1,6 @@
-"""Tests that conversion never holds a complete model: more layers need no more peak memory.
+"""Tests that a conversion's peak memory does not grow with the number of layers.
 
-Each conversion runs in a new process, so that VmHWM is the peak memory of this conversion.
+Each conversion runs in a new process, so that the process's peak memory is the conversion's.
 """
 
 from pathlib import Path

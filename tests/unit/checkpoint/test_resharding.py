@@ -5,7 +5,7 @@ import pytest
 from checkpoint.resume.reshard import ResumeSplit, describe_change, find_module, map_names
 from pipeline_parallel.partition.split import AUTO, Asked, Split
 
-# Blocks are modules 1 to 7, the embedding is 0, the head is 8. Split: modules of each stage.
+# For each split, the modules of each stage: embedding 0, blocks 1 to 7, head 8.
 HELD = {
     (7,): [[0, 1, 2, 3, 4, 5, 6, 7, 8]],
     (5, 2): [[0, 1, 2, 3, 4, 5], [6, 7, 8]],
@@ -40,7 +40,7 @@ def test_a_stage_needs_the_files_of_those_that_had_its_modules(
 
 
 def test_names_are_those_of_the_stage_that_saved_them() -> None:
-    """Only module 4 is mapped: the saved stage has modules 2 to 4, the run's stage has 4 to 8."""
+    """Only module 4 is mapped, because the saved stage has modules 2 to 4, and the run's 4 to 8."""
     keys = {index: [f"w{index}", "bias"] for index in range(9)}
     found = map_names(range(2, 5), range(4, 9), lambda index: keys[index])
     assert found == {"0.w4": "2.w4", "0.bias": "2.bias"}

@@ -41,7 +41,7 @@ KEPT, KEEP = ["6", "8", "10"], {"keep-checkpoints": 3, "keep-optimizer-states": 
 
 
 class Killed(BaseException):
-    """Exception that simulates the death of the process: only the process's files stay."""
+    """Exception that simulates the death of the process, which leaves only its files."""
 
 
 class AtOnce(BackgroundTask):
@@ -54,7 +54,7 @@ class AtOnce(BackgroundTask):
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Trains a run `all`, which keeps all steps, and `few`, which does not; returns few's flags."""
+    """Trains run `all`, which keeps all steps, and `few`, which keeps 3; returns few's flags."""
     folder = tmp_path_factory.mktemp("pruning")
     write_jsonl(folder / "a.jsonl", make_texts(20, seed=1))
     make_shards(folder, "model", "gptneox", {"num_hidden_layers": 2})
@@ -166,7 +166,7 @@ def save(store: CheckpointStore, *steps: int, is_last: bool = False) -> None:
 
 
 def test_old_steps_go_beside_training(tmp_path: Path) -> None:
-    """A slow deletion delays no save; the next run deletes the old steps that a run leaves."""
+    """A slow deletion delays no save; the next run deletes old steps that this run has left."""
     store = make_store(tmp_path, RetentionPolicy(1))
     trained = threading.Event()
 
@@ -230,8 +230,8 @@ def test_what_cannot_be_removed_is_told(tmp_path: Path, caplog: pytest.LogCaptur
 
 
 def peak(saves: int, keep: RetentionPolicy, kept: tuple[int, int]) -> int:
-    """Returns how many bytes `saves` checkpoints add at most; weights need 4 bytes, a state 8."""
-    there = [index >= kept[0] - kept[1] for index in range(kept[0])]  # whether it has state
+    """Returns by how many bytes the checkpoints on disk grow at most during `saves` saves."""
+    there = [index >= kept[0] - kept[1] for index in range(kept[0])]  # whether a step has state
     sizes = [len(there) * 4 + sum(there) * 8]
     for _ in range(saves):
         there.append(True)
@@ -266,7 +266,7 @@ def test_a_disk_that_does_not_let_latest_catch_up_is_a_warning(
 
 
 def test_a_deletion_that_outlasts_a_save_is_caught_up_before_the_next(tmp_path: Path) -> None:
-    """A deletion that had to wait for a slow one begins, at the latest, with the next save."""
+    """A deletion that waits for an earlier, slow one begins, at the latest, with the next save."""
     store = make_store(tmp_path, RetentionPolicy(1))
     may_end, second_began = threading.Event(), threading.Event()
 

@@ -46,7 +46,7 @@ def ours(
 ) -> tuple[dict[str, Tensor], Path]:
     """Returns a model's weights, and the folder of a run with a checkpoint of this model.
 
-    The checkpoint also has config, tokenizer and meta.json, and stages of `counts` layers.
+    The checkpoint's stages have `counts` layers; it also has config, tokenizer and meta.json.
     """
     source = save_model(model, tmp_path / "in")
     shards, run = to_shards(name, source, tmp_path, dtype), tmp_path / "run"

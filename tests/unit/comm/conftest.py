@@ -1,4 +1,4 @@
-"""Fixture for tests that start processes; at the end of a test, its processes are killed."""
+"""Fixture that starts processes for a test, and kills them at the end of the test."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,7 +11,7 @@ from tests.support.launcher import Launch, Process, start
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Launch]:
-    """Yields a launcher: a process calls `function(ready, ...)`, which creates the file `ready`."""
+    """Yields a function that starts a process, in which `function(ready, ...)` is called."""
     started: list[Process] = []
 
     def launch_one(function: Callable[..., object], *args: object, **options: object) -> Process:

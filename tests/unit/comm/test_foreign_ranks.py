@@ -1,7 +1,8 @@
 """Tests that only this job's ranks can join a run, whatever else connects to its ports.
 
-Other clients connect to every port of a run of four processes. Ranks of other jobs connect to the
-run's --dist-url. A rank accepts a value in torch's store only if a rank of this job has signed it.
+In these tests, other clients connect to every port of a run of four processes, and ranks of other
+jobs connect to the run's --dist-url. Such clients can write values to torch's store, but a rank
+accepts only a value that a rank of this job has signed.
 """
 
 import contextlib
@@ -55,7 +56,7 @@ def joins(ready: Path, rank: int, world_size: int, url: str, key: JobKey = KEY) 
 
 
 def report_pickles(ready: Path, rank: int, url: str, program: Callable[[Rank], None]) -> None:
-    """Runs `program` as one rank of four; if this process unpickles data, it reports on stderr."""
+    """Runs `program` on one rank of four; reports on stderr if this process unpickles data."""
 
     def tell(event: str, found: tuple[object, ...]) -> None:
         if event == "pickle.find_class":
@@ -251,10 +252,10 @@ def test_a_token_file(tmp_path: Path) -> None:
 def test_a_name_of_this_machine_itself_stands_for_its_interface(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """If the hosts file gives this machine's name a loopback address, the store does not use it.
+    """The store does not listen on a loopback address that the hosts file gives to this machine.
 
-    The store then listens on the address of the network interface. If that is a loopback address
-    too, as here, rank 0 warns that no other machine can join.
+    It listens on the address of the network interface instead. If this is also a loopback address,
+    as in this test, rank 0 warns that no other machine can join.
     """
     monkeypatch.setattr(
         "comm.rendezvous.store.resolve",

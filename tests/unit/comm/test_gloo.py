@@ -10,7 +10,7 @@ from tests.support.launcher import run_ranks
 
 
 def check_slices(rank: Rank) -> None:
-    """Checks that the sum of a long tensor has the same bits as sums of small parts of it."""
+    """Checks that an all-reduce of a long tensor has the same bits as all-reduces of its parts."""
     control = rank.groups.control
     length = 5 * 2**20 + 5  # one slice of fp32 and 5 numbers more
     tensor = values(control.rank, length, torch.float32)

@@ -41,7 +41,7 @@ class Connection:
         return self
 
     def read(self) -> bytes:
-        """Returns the next line; empty if the server has closed the connection."""
+        """Returns the next line, or no bytes if the server has closed the connection."""
         try:
             return self._lines.readline()
         except ConnectionResetError:
@@ -110,7 +110,7 @@ def test_a_rank_of_another_job_or_start_is_dropped(
 
 
 def test_what_a_rank_said_once_is_of_no_use_again(server: LivenessServer) -> None:
-    """The server refuses a recorded reply, and a reply in which the rank's number was changed."""
+    """The server refuses a reply recorded on another connection, and one with a changed rank."""
     first = Connection(server).enter(1)
     played_back = Connection(server).send(encode(first.reply))
     assert played_back.read() == b""
@@ -124,7 +124,7 @@ def test_strangers_that_hang_on_keep_no_rank_out(
 ) -> None:
     """Connections that do not finish the handshake do not prevent a rank's connection.
 
-    The server keeps 64 such connections and one more per rank; it drops the oldest first.
+    The server keeps at most 64 such connections and one more per rank; it drops the oldest first.
     """
     strangers = [Connection(server).send(b'{"rank": 1, "chal') for _ in range(70)]
     assert [stranger.read() for stranger in strangers[:3]] == [b"", b"", b""]

@@ -123,7 +123,10 @@ def mismatch_each(rank: int, world_size: int, url: str) -> None:
 
 
 def test_what_does_not_fit_is_an_error_that_names_the_peer() -> None:
-    """Each error names the peer. The last case kills rank 1; then rank 0 fails on purpose."""
+    """Each error names the peer.
+
+    The last case kills rank 1, so `run_ranks` fails. Rank 0's error tells that all cases passed.
+    """
     with pytest.raises(RuntimeError) as caught:
         run_ranks(2, mismatch_each)
     text = str(caught.value)

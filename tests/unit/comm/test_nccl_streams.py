@@ -34,7 +34,7 @@ def open_all(size: int, **options: Any) -> list[tuple[NcclCommunicator, Told]]:
 def test_every_communicator_has_carried_a_message_before_it_is_used(
     connect_neighbours: bool, pairs: list[tuple[int, int]]
 ) -> None:
-    """Opening sends a message on each communicator, because the first message blocks both ends."""
+    """Opening a communicator sends a message on it, because its first message blocks both ends."""
     used = queue.SimpleQueue[tuple[str, bytes]]()
 
     class Noting(NcclDouble):

@@ -59,7 +59,7 @@ def url() -> str:
 
 
 def expect(processes: Iterable[Process], status: int, text: str, *, within: float) -> None:
-    """Checks each exit status, and that the only line not about waiting contains `text`."""
+    """Checks exit statuses, and that each process's only line besides "waiting for" has `text`."""
     for process in processes:
         assert process.status(within=within) == status, process.lines
         (line,) = [line for line in process.lines if "waiting for" not in line]
@@ -135,7 +135,7 @@ def test_a_rank_that_lingers_past_the_deadline_reports_one_line(launch: Launch, 
 
 
 def test_a_rank_that_hangs_before_the_groups_stand(launch: Launch, url: str) -> None:
-    """The other ranks name the hung rank, and not a rank that ended earlier, at the deadline."""
+    """At the deadline, both other ranks name the hung rank, even if one of them ends first."""
     programs: Programs = (connects, connects, links_and_hangs)
     ranks = [launch(program, r, 3, url, join_timeout=2.0) for r, program in enumerate(programs)]
     expect(ranks[:2], 1, "rank 2 (stage 2, replica 0, host ", within=20.0)

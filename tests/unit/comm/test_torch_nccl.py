@@ -49,7 +49,10 @@ def all_checks(
 
 
 def test_four_ranks() -> None:
-    """All ranks make the same groups: one of all members, one per direction between neighbours."""
+    """All ranks make the same groups for each pipeline and for the replicas of each stage.
+
+    One group has all members; two groups, one per direction, join each pair of neighbours.
+    """
     shapes = [(p, r, f"tcp://127.0.0.1:{free_port()}") for p, r in ((2, 2), (4, 1))]
     groups = run_ranks(4, all_checks, shapes, deadline=120.0)
     assert all(of_rank == groups[0] for of_rank in groups)

@@ -12,7 +12,7 @@ from tests.support.gradients import gradients_of
 
 SHAPES = [(3,), (2, 5), (40,), (1,), (6, 2), (7,)]
 LIMIT = 4 * 20  # bytes of twenty numbers
-BUCKETS = [13, 40, 20]  # numbers in each: 3 + 10, one larger than the limit, 1 + 12 + 7
+BUCKETS = [13, 40, 20]  # numbers in each: 3 + 10; 40, beyond the limit; 1 + 12 + 7
 
 
 class Wire(SingleProcessCommunicator):
@@ -52,7 +52,7 @@ def test_buckets_are_bounded_and_whole() -> None:
 @pytest.mark.parametrize("sharded", [True, False])
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_owners_of_sharded_weights_broadcast_them(replicas: int, sharded: bool) -> None:
-    """With sharding, each of two replicas broadcasts once; otherwise there is no broadcast."""
+    """With sharded weights, each of two replicas broadcasts its share once; otherwise none does."""
     communicator = Wire(0, []) if replicas == 2 else SingleProcessCommunicator()
     with patch.object(communicator, "broadcast") as broadcast:
         gradients_of(nn.Linear(4, 5), communicator, sharded=sharded).after_update()

@@ -53,7 +53,7 @@ def microbatches() -> list[Tensor]:
 
 
 def run(stage: Stage, *, later: bool) -> None:
-    """Runs all microbatches; with `later`, computes weight gradients after the next backward."""
+    """Runs all microbatches; if `later`, computes weight gradients one backward later."""
     for number, tokens in enumerate(microbatches()):
         stage.forward(number, tokens, tokens, range(ROWS), loss_scale=1.0)
         stage.backward(number, None)
@@ -86,7 +86,7 @@ def autograds(name: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", MODELS_TRIED)
 def test_gradients_are_autograds(name: str) -> None:
-    """Gradients equal autograd's up to fp32 rounding; each pair in WAYS gives the same bits."""
+    """Gradients equal autograd's up to fp32 rounding; all ways to compute them give equal bits."""
     expected = autograds(name)
     found = computed(name, *WAYS[0])
     assert found.keys() == expected.keys()
@@ -120,7 +120,7 @@ def test_one_microbatch_has_the_bits_of_torch() -> None:
 
 @contextmanager
 def noted() -> Iterator[list[str]]:
-    """Yields a list that gets a parameter's name whenever the buffer counts a gradient of it."""
+    """Yields a list; whenever the buffer counts a gradient, its parameter's name is added."""
     names: list[str] = []
     count = GradBuffer._count_microbatch
 
@@ -183,9 +183,9 @@ def test_a_microbatch_too_few_is_found() -> None:
 class Update:
     """Record of the collective calls of a stage in one update, with small buckets.
 
-    `starts` has the parameters of each bucket, in the order in which buckets were sent. `left` has
-    two counts of sent buckets for each microbatch: when its backward begins, and when the
-    embedding's gradient comes, which is the last gradient of a backward.
+    `starts` lists the parameters of each bucket, in the order in which the buckets were sent.
+    `left` lists, for each microbatch, how many buckets were sent when its backward began, and when
+    the embedding's gradient came, which is the last gradient of a backward.
     """
 
     def __init__(
@@ -225,7 +225,7 @@ def names_in(buffer: Tensor, views: dict[str, Tensor]) -> list[str]:
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_buckets_leave_before_backward_is_over(recompute: bool) -> None:
-    """All buckets except at most two are sent before the embedding's gradient comes.
+    """In the last backward, all buckets but at most two are sent before the embedding's gradient.
 
     The stage waits for a bucket only after all buckets are sent.
     """

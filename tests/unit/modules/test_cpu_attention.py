@@ -35,7 +35,7 @@ def run(attend: Callable[..., Tensor], qkv: list[Tensor], gradient: Tensor) -> l
 )
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_it_is_torchs_attention(tokens: int, dtype: torch.dtype, allowed: float) -> None:
-    """Results are torch's results up to rounding: sums of at most 256 terms have another order."""
+    """Results differ from torch's only by rounding, since sums of up to 256 terms are reordered."""
     *qkv, gradient = inputs(tokens, dtype)
     found = run(short_attention, qkv, gradient)
     expected = run(partial(scaled_dot_product_attention, is_causal=True), qkv, gradient)

@@ -18,7 +18,7 @@ from tests.support.memory import peak_bytes
 from tests.support.models import make_hf
 
 ROWS, TOKENS, HIDDEN, VOCABULARY = 3, 7, 32, 97
-# Tokens of a chunk, of 21 tokens: one, divisors and other numbers, all, more.
+# Tokens of a chunk, if a microbatch has 21: one, divisors and other numbers, all, more.
 CHUNKS = [1, 3, 7, 8, 20, 21, 50]
 EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 # Roundings of the computation (product, softmax, gradient, product, norm's backward), each of a sum

@@ -80,7 +80,7 @@ def test_positions_begin_anew_in_each_document(pairs: bool) -> None:
 
 
 def test_both_ways_of_attending_to_a_length_are_tried() -> None:
-    """Some lengths in ROWS use the project's short attention, others torch's attention."""
+    """Some documents in ROWS are short enough for the project's own attention, others are not."""
     lengths = {length for row in ROWS for length in row}
     assert {is_short(torch.empty(1, 4, length, 8)) for length in lengths} == {True, False}
 
@@ -158,7 +158,7 @@ def test_losses_and_gradients_are_those_of_each_document_alone(
 def test_no_token_sees_another_document(
     name: str, changes: dict[str, Any], way: str, tmp_path: Path
 ) -> None:
-    """A changed document changes no bit of other documents, and gradients stay in a document."""
+    """A change of a document changes no bit of the others, and their gradients do not reach it."""
     ours = from_hf(name, make_hf(name, **changes), tmp_path)
     documents = packed()
     changed = torch.zeros(len(ROWS), TOKENS, dtype=torch.bool)
@@ -180,7 +180,7 @@ def test_no_token_sees_another_document(
 def test_a_document_is_the_same_wherever_it_lies(
     name: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    """A document has the same bits in two places, because positions restart at each document."""
+    """A document's output has the same bits at two places of a row, since positions restart."""
     block = from_hf(name, make_hf(name, **changes), tmp_path)[1]
     x, between = torch.randn(2, 1, 16, 32)
     row = torch.cat([x, between, x], 1)
@@ -191,7 +191,7 @@ def test_a_document_is_the_same_wherever_it_lies(
 
 
 def test_documents_that_are_whole_rows_are_rows(tmp_path: Path) -> None:
-    """Rows of one document each give the same bits as without `documents`, and use no kernel."""
+    """If each row is one document, outputs are the same as without `documents`; no kernel runs."""
     ours = from_hf("gptneox", make_hf("gptneox"), tmp_path)
     tokens = torch.randint(0, 97, (2, TOKENS))
     with with_kernel() as kernel:

@@ -142,7 +142,7 @@ def test_config_that_is_not_built_is_refused_by_name(
 
 
 def test_old_spelling_of_the_rotation(tmp_path: Path) -> None:
-    """A config from before transformers 5 loads; it has rotary_pct and rotary_emb_base."""
+    """A config from before transformers 5, with rotary_pct and rotary_emb_base, loads."""
     make_hf("gptneox").config.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     raw = json.loads(path.read_text())

@@ -40,7 +40,7 @@ def test_a_number_or_a_list_is_a_split(
 
 
 def test_a_stage_has_its_blocks_and_the_ends_their_modules() -> None:
-    """Blocks are modules 1 to 4; stage 0 also has the embedding, 0, the last stage the head, 5."""
+    """Stage 0 has the embedding, module 0; the last stage has the head, 5; blocks are 1 to 4."""
     assert [stage_modules(i, (1, 2, 1)) for i in range(3)] == [range(2), range(2, 4), range(4, 6)]
     assert stage_modules(0, (4,)) == range(6)
 
@@ -72,7 +72,7 @@ def test_auto_is_the_best_of_all_splits(block: int, head: int) -> None:
 
 @pytest.mark.parametrize("speeds", [(1, 1, 1), (3, 1, 2), (1, 10, 1), (0.5, 4, 1e3)])
 def test_a_slower_device_gets_fewer_blocks(speeds: tuple[float, ...]) -> None:
-    """At these device speeds, no other split has a slowest stage that takes less time."""
+    """At these device speeds, no other split makes the slowest stage faster."""
     for layers in range(3, 12):
         found = balanced_split(ModuleWork(2, 3), num_stages=3, model_layers=layers, speeds=speeds)
 
@@ -116,7 +116,11 @@ def test_auto_of_known_models(
 
 
 def test_the_work_of_a_known_model() -> None:
-    """By hand: block 4 x 512^2 + 2 x 512 x 2048 + 2 x 512 x 128.5 mean keys; head 512 x 8192."""
+    """The work of a block and of the head equals numbers calculated by hand.
+
+    Block: 4 x 512^2 + 2 x 512 x 2048 + 2 x 512 x 128.5, where 128.5 is the mean number of keys.
+    Head: 512 x 8192.
+    """
     work = MODELS["gptneox"].load().sizes(hf_config("gptneox", NEOX)).work(256)
     assert work == ModuleWork(block=1048576 + 2097152 + 131584, head=4194304)
     assert stage_work(Split((5, 3)), work) == (5 * 3277312, 3 * 3277312 + 4194304)

@@ -42,10 +42,10 @@ def test_a_storage_that_grows_counts_as_it_is() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_peak_of_training_is_that_of_the_allocator(dtype: torch.dtype) -> None:
-    """The peak while a transformer layer trains is within 2% of the peak in torch's allocator.
+    """While a layer trains, the peak of LiveBytes is within 2% of that of torch's allocator.
 
-    The peaks differ because operators free some memory inside themselves. oneDNN is off, because
-    oneDNN's bf16 matmul uses scratch memory on some CPUs.
+    The peaks differ because LiveBytes does not count what an operator creates and frees before the
+    operator ends. oneDNN is off, because its bf16 matmul uses scratch memory on some CPUs.
     """
     layer = nn.TransformerEncoderLayer(64, 4, 256, dropout=0.0, batch_first=True).to(dtype)
     given = torch.randn(4, 128, 64, dtype=dtype)
@@ -67,7 +67,7 @@ def test_the_peak_of_training_is_that_of_the_allocator(dtype: torch.dtype) -> No
 
 
 def test_what_bitsandbytes_makes_on_the_way_is_counted() -> None:
-    """Memory that bitsandbytes takes inside an update, some five times the weight, is counted."""
+    """LiveBytes counts the memory of a bitsandbytes update, about five times that of the weight."""
     weight, algorithm = torch.zeros(2**20), Adam8bit()
     state = algorithm.empty_state(weight)
     gradient = torch.ones_like(weight)

@@ -47,7 +47,7 @@ def test_optional_keys_appear_where_they_say_something() -> None:
 
 
 def test_each_set_of_an_evaluation_has_its_numbers(metrics_file: MetricsFile) -> None:
-    """A line has each set's loss and perplexity; a number not finite or too large is null."""
+    """A line has loss and perplexity of each evaluation set; null stands for NaN or infinity."""
     before = HeldOut(2.5, {"wiki": SetLoss(3.0, 10), "a/b c": SetLoss(1e6, 10)})
     after = HeldOut(math.nan, {"wiki": SetLoss(0.0, 10), "a/b c": SetLoss(math.nan, 5)})
     metrics_file.append(line(1, held_out=after, held_out_before=before))

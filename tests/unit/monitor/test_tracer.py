@@ -86,7 +86,7 @@ def test_the_last_steps_are_written_whenever_so_many_are_new_and_at_the_end() ->
 
 
 class Device:
-    """A simulated GPU; its clock returns the next of `ticks` (milliseconds) at each call."""
+    """A simulated GPU; each call of its clock returns the next of `ticks`, in milliseconds."""
 
     def __init__(self, ticks: Sequence[float]) -> None:
         self._ticks: Iterator[float] = iter(ticks)

@@ -33,7 +33,7 @@ def resumed(kept: DynamicScale, scaler: DynamicScale) -> DynamicScale:
 
 
 def test_a_constant_scale_becomes_a_dynamic_one(caplog: pytest.LogCaptureFixture) -> None:
-    """After a checkpoint with a constant scale, a dynamic one starts at --initial-loss-scale."""
+    """If the checkpoint's scale was constant, a dynamic scale starts at --initial-loss-scale."""
     scaler = dynamic(initial=1024.0, hysteresis=1)
     with caplog.at_level(logging.INFO):
         scaler.load_state(ConstantScale(128.0, may_skip=True).state())
@@ -58,7 +58,7 @@ def test_a_shorter_window_is_full_already() -> None:
 
 
 def test_a_higher_minimum_lifts_the_scale(caplog: pytest.LogCaptureFixture) -> None:
-    """A loaded scale below --min-loss-scale rises to this minimum, with a log line, and stays."""
+    """A scale loaded below --min-loss-scale rises to this minimum; overflows do not lower it."""
     with caplog.at_level(logging.INFO):
         scaler = resumed(dynamic(initial=16.0), dynamic(minimum=64.0, hysteresis=1))
     assert scaler.scale == 64.0

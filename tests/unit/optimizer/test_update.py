@@ -15,7 +15,7 @@ NOMINAL, SCALE, GRADIENT = 40, 8.0, 3.0
 
 
 class Descent:
-    """Algorithm that subtracts lr * gradient: a weight that began at 0 shows the gradient."""
+    """Algorithm that subtracts lr * gradient, so that a weight that was 0 shows the gradient."""
 
     kind = "descent"
 
@@ -53,7 +53,7 @@ def apply(updater: UpdateStep, *, tokens: int = NOMINAL, bad: str = "") -> Updat
 
 @pytest.mark.parametrize("tokens", [NOMINAL, 10])
 def test_gradients_are_over_the_tokens_that_were_trained(tokens: int) -> None:
-    """Backward divides gradients by 40 tokens; after the update, they are per trained token."""
+    """Backward divides gradients by 40; the update divides by the trained tokens instead."""
     weight = nn.Parameter(torch.zeros(1))
     outcome = apply(make_updater(weight), tokens=tokens)
     expected = GRADIENT / SCALE * 40 / tokens
@@ -62,7 +62,7 @@ def test_gradients_are_over_the_tokens_that_were_trained(tokens: int) -> None:
 
 
 def test_clipping_is_of_the_exact_gradient() -> None:
-    """Clipping uses the norm over 10 trained tokens, 1.5, not the norm over 40 tokens, 0.375."""
+    """If 10 of 40 tokens are trained, clipping uses the norm per trained token, 1.5, not 0.375."""
     weight = nn.Parameter(torch.zeros(1))
     outcome = apply(make_updater(weight, max_norm=0.5), tokens=10)
     assert outcome.grad_norm == pytest.approx(1.5, rel=1e-6)

@@ -104,9 +104,10 @@ ACTIVATION = 4 * ROWS * TOKENS * HIDDEN  # bytes
 
 @pytest.mark.parametrize(("stage_index", "recompute"), [(0, False), (P - 1, False), (1, True)])
 def test_memory_falls_with_the_microbatches_held(stage_index: int, recompute: bool) -> None:
-    """1f1b holds P - stage of 16 microbatches, and needs no more memory than gpipe with so many.
+    """1f1b with 16 microbatches needs no more memory than gpipe with P - stage microbatches.
 
-    The limit adds four activations for messages: two received ahead in each direction.
+    1f1b has at most P - stage microbatches in flight. The limit adds four activations for messages,
+    two of which are received ahead in each direction.
     """
     gpipe_of = partial(peak_of, "gpipe", stage_index, recompute=recompute)
     held = P - stage_index
@@ -120,10 +121,10 @@ def test_memory_falls_with_the_microbatches_held(stage_index: int, recompute: bo
 def test_weight_gradients_that_wait_cost_little_memory(stage_index: int) -> None:
     """zb-h1 with 16 microbatches needs little more memory than gpipe with 4 microbatches.
 
-    Between input gradient (I) and weight gradient (W), a layer holds for a microbatch the inputs
-    and output gradients of four matmuls: 16 activations. Before I, it holds 12.5. So the two
-    layers of a stage hold 2 x 3.5 = 7 more for each waiting microbatch (`stage_index` of them) and
-    the current one. The last stage also holds the gradients of its logits.
+    Between input gradient (I) and weight gradient (W) of a microbatch, a layer holds the inputs and
+    output gradients of four matmuls, as large as 16 activations. Before I, it holds 12.5. So the
+    two layers of a stage hold 2 x 3.5 = 7 more for the current microbatch, and for each microbatch
+    that waits for W; `stage_index` wait. The last stage also holds the gradients of its logits.
     """
     found = peak_of("zb-h1", stage_index, M, recompute=False)
     as_many = peak_of("gpipe", stage_index, P, recompute=False)
@@ -138,7 +139,7 @@ def test_weight_gradients_that_wait_cost_little_memory(stage_index: int) -> None
 
 @pytest.mark.parametrize("mode", SCHEDULES)
 def test_a_failure_in_backward_names_stage_microbatch_action_and_shape(mode: str) -> None:
-    """If a backward fails, the error names stage, microbatch, action and the received shape."""
+    """If a backward fails, the error names stage, microbatch, action and last received shape."""
     communicator = NotedCommunicator(1, 3)
     model = make_model(1, 3)
     cause, seen = ValueError("no such thing"), list[Tensor]()

@@ -21,7 +21,7 @@ def make_link(communicator: Any, **changes: Any) -> StageLink:
 
 
 def test_receives_are_posted_ahead() -> None:
-    """A link posts receives ahead for two activations and two gradients, or fewer if fewer come."""
+    """A link keeps two receives posted in each direction, or fewer if fewer messages still come."""
     communicator = NotedCommunicator(1, 3)
     link = make_link(communicator)
     link.expect(activations=4, gradients=1)

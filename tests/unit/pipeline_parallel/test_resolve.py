@@ -1,6 +1,6 @@
 """Tests that the engine waits only for sends whose message has arrived, in every schedule.
 
-Which messages have arrived is known from the happened-before relation of the calls (Lamport).
+The tests calculate which messages have arrived, by Lamport's happened-before relation of calls.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ class NotedLink:
         self.calls: list[tuple[str, int, int]] = []  # call, activations, gradients
 
     def expect(self, *, activations: int, gradients: int) -> None:
-        """Does nothing, because all messages arrive."""
+        """Does nothing, because this link posts no receives ahead."""
 
     def receive_activation(self) -> Tensor | None:
         self.calls.append(("receive", 1, 0))
@@ -46,7 +46,7 @@ class NotedLink:
         self.calls.append(("resolve", activations, gradients))
 
     def flush(self) -> None:
-        """Does nothing, because all messages are sent."""
+        """Does nothing, because this link has no sends to wait for."""
 
 
 class IdleStage:

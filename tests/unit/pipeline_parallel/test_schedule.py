@@ -1,4 +1,4 @@
-"""Tests schedules against tables made by hand, and the timetables in comments of the source."""
+"""Tests schedules, and the timetables in the source's comments, against tables made by hand."""
 
 from pathlib import Path
 

@@ -34,7 +34,11 @@ def test_gpipe_and_1f1b_take_m_and_p_less_one_turns(
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(st.integers(1, 6), st.integers(0, 8), SLOTS, SLOTS, SLOTS)
 def test_zb_h1_idles_as_its_paper_says(p: int, more: int, f: int, i: int, w: int) -> None:
-    """zb-h1 idles (p - 1)(f + i - min(f, i, w)); in the paper, w is the smallest of the three."""
+    """Each of p stages of zb-h1 waits (p - 1)(f + i - min(f, i, w)) slots in a step.
+
+    A forward takes f slots, an input gradient i and a weight gradient w. In the paper, w is the
+    smallest of the three.
+    """
     m = p + more
     run = even("zb-h1", p, m, f, i, w)
     assert run.total - m * (f + i + w) == (p - 1) * (f + i - min(f, i, w))
@@ -56,7 +60,7 @@ def test_backward_may_cost_less_than_its_parts() -> None:
 
 
 def test_actions_are_a_timetable_with_messages_on_their_way() -> None:
-    """Actions wait for messages: activations take 0.5 s, gradients 0.25 s. The table is by hand."""
+    """Times equal a table made by hand; messages take 0.5 s (activations) or 0.25 s (gradients)."""
     costs = Costs([StageCosts(1, 1, 1)] * 2, activation_seconds=0.5, gradient_seconds=0.25)
     run = simulate(SCHEDULES["1f1b"], 2, 2, costs)
     expected = [
@@ -72,7 +76,7 @@ def test_actions_are_a_timetable_with_messages_on_their_way() -> None:
 
 
 def longest_path(schedule: Schedule, num_stages: int, microbatches: int, costs: Costs) -> float:
-    """Returns when the step ends: the length of the longest path over its actions and messages."""
+    """Returns the end of the step, the length of the longest path over its actions and messages."""
     Node = tuple[int, str, int]
     seconds: dict[Node, float] = {}
     edges: list[tuple[Node, Node]] = []

@@ -60,7 +60,7 @@ def test_the_slowest_pipeline_and_replica_count() -> None:
 
 
 def test_what_replicas_exchange() -> None:
-    """Replicas exchange 2 x (4 x 2 + 2 x 3) = 28 gradients a block, 14 for embedding or head."""
+    """Replicas exchange 28 gradients for each block, and 2 x 7 = 14 for embedding or head."""
     slow = Link("replicas", 3, 1)
     found = estimate(2, {slow}, {}, message=1)
     assert PLAN.gradient_bytes(0) == 4 * (3 * 28 + 14)
@@ -141,6 +141,6 @@ def machine(**changes: Any) -> MachineFacts:
     ],
 )
 def test_differences_are_named_once(odd: dict[str, Any], told: list[str]) -> None:
-    """A difference gives one line; stages need different shards, and a resume needs no shards."""
+    """A difference gives one line. Stages may list different shards; a resume needs no shards."""
     machines = [machine(), machine(**odd), machine(), machine()]
     assert differences(ROSTER, machines) == told

@@ -24,7 +24,7 @@ WORDS = 8  # bytes of the probe's short messages
 
 
 class KnownLink:
-    """A simulated link, with both ends: each send and each receive advances the clock."""
+    """Both ends of a simulated link; each send and each receive advances the link's clock."""
 
     def __init__(self, *, latency: float, rate: float) -> None:
         self._latency, self._rate = latency, rate
@@ -64,7 +64,7 @@ def test_a_message_of_full_size(slow: KnownLink) -> None:
 
 
 def test_a_slow_link_gets_shorter_messages(slow: KnownLink) -> None:
-    """A megabyte would take 1000 s: the probe sends a few kilobytes and extrapolates."""
+    """If a megabyte would take 1000 s, the probe sends a few kilobytes and extrapolates."""
     found = probe(slow, to=1, nbytes=10**6, device=CPU, budget=20.0)
     assert found.nbytes == 4096 == max(slow.sizes)
     assert slow.now < 25.0
@@ -96,7 +96,7 @@ def test_the_links_of_a_run() -> None:
 
 
 def measure_all(rank: int, world_size: int, _: str, urls: dict[str, str]) -> list[Any]:
-    """Measures the links between three replicas with each backend; then checks an all-reduce."""
+    """Measures links between three replicas with each backend; afterwards, checks an all-reduce."""
     found = []
     for backend, url in urls.items():
         with ExitStack() as doubles:

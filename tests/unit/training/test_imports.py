@@ -1,4 +1,4 @@
-"""Tests which libraries a rank imports before its first step: a large one takes seconds."""
+"""Tests which libraries a rank imports before its first step, since a large one takes seconds."""
 
 import json
 import os
