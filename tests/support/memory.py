@@ -1,5 +1,6 @@
 """How many bytes of tensors a call holds at once, counted at torch's allocator."""
 
+import gc
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -12,10 +13,15 @@ def peak_bytes(call: Callable[[], Result]) -> tuple[Result, int]:
     """What `call` returns, and the most bytes that it had allocated and not freed at any time.
 
     What kernels allocate for themselves counts, and what was there before does not. Memory that
-    was there before and is freed meanwhile makes room, as it does on the machine.
+    was there before and is freed meanwhile makes room, as it does on the machine. The garbage of
+    earlier tests must not: the collector rests during the call.
     """
-    with profile(use_cpu=True, use_kineto=True, profile_memory=True) as recorded:
-        result = call()
+    gc.disable()
+    try:
+        with profile(use_cpu=True, use_kineto=True, profile_memory=True) as recorded:
+            result = call()
+    finally:
+        gc.enable()
     assert recorded.kineto_results is not None
     events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
