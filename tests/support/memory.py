@@ -1,5 +1,6 @@
 """Peak memory of a call in bytes, counted in torch's allocator."""
 
+import gc
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -12,10 +13,15 @@ def peak_bytes(call: Callable[[], Result]) -> tuple[Result, int]:
     """Calls `call`; returns its result, and the peak of the bytes that it allocated.
 
     Memory that kernels allocate counts; memory from before the call does not. If the call frees
-    such older memory, the count falls, as the use of memory on the machine does.
+    such older memory, the count falls, as the use of memory on the machine does. The garbage
+    collector is off during the call, because it would free the garbage of earlier tests.
     """
-    with profile(use_cpu=True, use_kineto=True, profile_memory=True) as recorded:
-        result = call()
+    gc.disable()
+    try:
+        with profile(use_cpu=True, use_kineto=True, profile_memory=True) as recorded:
+            result = call()
+    finally:
+        gc.enable()
     assert recorded.kineto_results is not None
     events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
