@@ -58,7 +58,7 @@ def test_a_shorter_window_is_full_already() -> None:
 
 
 def test_a_higher_minimum_lifts_the_scale(caplog: pytest.LogCaptureFixture) -> None:
-    """A loaded scale that is too low rises to --min-loss-scale; overflows do not lower it again."""
+    """A loaded scale below --min-loss-scale rises to it; overflows then do not change the scale."""
     with caplog.at_level(logging.INFO):
         scaler = resumed(dynamic(initial=16.0), dynamic(minimum=64.0, hysteresis=1))
     assert scaler.scale == 64.0
