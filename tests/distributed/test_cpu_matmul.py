@@ -127,7 +127,7 @@ def test_products_that_are_not_fp32_are_left_where_nobody_asked(
 
 @pytest.mark.parametrize("saved", [None, []])
 def test_a_checkpoint_that_does_not_tell_leaves_it_to_the_cpu(saved: list[Matmul] | None) -> None:
-    """The CPU decides if a checkpoint (of GPUs or of fewer ranks) names no library for the rank."""
+    """The CPU decides if a checkpoint (of a GPU run or fewer ranks) names no library for the rank."""
     assert saved_choice(saved, 0) is None
 
 
