@@ -22,7 +22,7 @@ _RESTARTS = 3  # more than the number of faults
 
 @dataclass(frozen=True)
 class FaultLab:
-    """Lab for faults; if `hosts` is given, each stage has a host, and each rank has a disk."""
+    """Lab for faults; if `hosts` is given, each stage has a host, and ranks do not share a disk."""
 
     lab: Lab
     hosts: Sequence[Host] = ()
