@@ -1,7 +1,8 @@
-"""Tests --cpu-matmul: each rank's library fits its CPU, is logged and saved; a resume keeps it.
+"""Tests --cpu-matmul: how each rank chooses its matmul library, logs it, and keeps it in a resume.
 
 The tests replace the description of the machine's CPU by descriptions of other CPUs. Whatever the
-description says, torch uses oneDNN only if the machine has AVX-512, else torch's default library.
+description says, torch can use oneDNN only if the machine has AVX-512; otherwise torch uses its
+default library.
 """
 
 import logging
@@ -126,7 +127,7 @@ def test_products_that_are_not_fp32_are_left_where_nobody_asked(
 
 @pytest.mark.parametrize("saved", [None, []])
 def test_a_checkpoint_that_does_not_tell_leaves_it_to_the_cpu(saved: list[Matmul] | None) -> None:
-    """If a checkpoint (of GPUs, or of fewer ranks) names no library for a rank, its CPU decides."""
+    """If the checkpoint of a GPU run or of fewer ranks names no library, the rank's CPU decides."""
     assert saved_choice(saved, 0) is None
 
 
@@ -154,7 +155,7 @@ def test_half_precision_is_told_in_one_line(
 
 @dataclass(frozen=True)
 class Machines:
-    """A hook that pretends that each rank has a given CPU; the rank logs torch's matmul setting."""
+    """Hook: each rank sees the CPU in `kinds` as its own, and logs torch's matmul setting."""
 
     kinds: tuple[str, str]
 

@@ -1,6 +1,7 @@
-"""Tests losses of several held-out sets over stages and replicas against Hugging Face's model.
+"""Tests that 2 x 2 ranks compute the same losses of held-out sets as Hugging Face's model.
 
-The reference packs the texts itself, and evaluates before the first update and after the last.
+The reference is that model in one process. The reference packs the texts itself, and evaluates
+before the first update and after the last update.
 """
 
 import math
@@ -30,7 +31,7 @@ class Sums(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """The folder of all runs, and the reference's loss sums per set before and after training."""
+    """The folder of all runs; for each set, the reference's `Sums` before and after training."""
 
     folder: Path
     before: dict[str, Sums]
@@ -125,7 +126,7 @@ def test_a_resumed_run_has_the_same_bits(trained: Trained) -> None:
 
 
 def test_one_set_without_a_name_has_none(trained: Trained) -> None:
-    """A single set without a name writes no eval_sets; a name does not change the loss of a set."""
+    """If the only set has no name, metrics have no eval_sets; a name does not change the loss."""
     (alone,), (named,) = lines_of(trained, "alone"), lines_of(trained, "one")
     keys = [key for key in alone if key.startswith("eval")]
     assert keys == ["eval_loss", "eval_perplexity", "eval_loss_before"]

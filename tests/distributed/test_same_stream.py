@@ -1,4 +1,4 @@
-"""Tests that the tokens of global batches do not depend on the shape or the number of workers."""
+"""Tests that the tokens of global batches do not depend on the shape or on data workers."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def stream_of(path: Path, workers: int) -> BlockStream:
 def take(
     rank: int, _world: int, _url: str, shapes: list[tuple[int, int, str]], path: Path
 ) -> list[Taken]:
-    """Returns this rank's batches in each shape; the data stream is restored after half of them."""
+    """Returns this rank's batches in each shape; the second half is from a restored data stream."""
     return [_take(Topology(rank, *shape), url, path) for *shape, url in shapes]
 
 
@@ -74,7 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_tokens_do_not_depend_on_the_shape(folder: Path) -> None:
-    """Every shape gets the batches of a single loader, also with workers and after a restore."""
+    """In each shape, ranks get the same batches as one process without data workers and restore."""
     loader = BatchLoader(stream_of(folder, workers=0), rows=ROWS)
     expected = [loader.next() for _ in range(BATCHES)]
     loader.close()

@@ -1,4 +1,4 @@
-"""A rank of a test with all its process groups, connected as by the entry script."""
+"""Ranks for tests; they join a run and connect process groups as the entry script does."""
 
 import os
 import threading

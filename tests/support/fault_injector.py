@@ -1,4 +1,4 @@
-"""Injector of faults into the ranks of one start; it runs in the process that forked the ranks."""
+"""Injector of faults into ranks during one start of a run; the ranks' parent process uses it."""
 
 import contextlib
 import os
@@ -56,7 +56,7 @@ class Point(Kill):
 
 
 def point(fault: Fault) -> Point | None:
-    """Returns the point of a fault at a named moment; None if the fault happens by the clock."""
+    """Returns a Point for the fault's named moment; None if the fault has no named moment."""
     one = fault.moment
     if one is None:
         return None
@@ -64,7 +64,7 @@ def point(fault: Fault) -> Point | None:
 
 
 class Injector:
-    """Attendant (tests.support.runs) of the ranks of one start; the attendant causes the faults.
+    """Attendant (see tests.support.runs) that causes faults in the ranks during one start of a run.
 
     steps: number of steps of the complete run.
     life: seconds of an undisturbed run.
@@ -129,10 +129,11 @@ class Injector:
             one.close()
 
     def _share(self, now: float) -> float:
-        """Returns the fraction of the remaining run that is done, by the clock or by the metrics.
+        """Returns the fraction that is done of the steps that this start has to run.
 
-        The larger fraction counts. The clock is needed before the first step, and while a full disk
-        delays the metrics. The metrics are needed if the run is faster than the undisturbed run.
+        The clock gives one fraction, and the metrics give another; the larger one counts. The clock
+        is needed before the first step, and while a full disk delays the metrics. The metrics are
+        needed if the run is faster than the undisturbed run.
         """
         assert self._began is not None
         begun, steps = self._done, len(read_metrics(self._metrics))

@@ -1,4 +1,4 @@
-"""Runs with random faults: each run is started again until it is complete."""
+"""Training runs in which random faults happen; each run is started again until it is complete."""
 
 import time
 from collections import Counter
@@ -22,7 +22,7 @@ _RESTARTS = 3  # more than the number of faults
 
 @dataclass(frozen=True)
 class FaultLab:
-    """Lab for runs with faults; with `hosts`, each stage has a host, and each rank its own disk."""
+    """Lab for faults; if `hosts` is given, each stage has a host, and ranks do not share a disk."""
 
     lab: Lab
     hosts: Sequence[Host] = ()
@@ -50,7 +50,7 @@ class FaultLab:
 
 @dataclass(frozen=True)
 class Start:
-    """One start of a run: its faults, the seconds from the last fault to the end, its problems."""
+    """One start of a run; `seconds` is the time between the last fault and the end of the start."""
 
     hits: list[Hit]
     missed: list[Fault]
@@ -61,7 +61,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Lived:
-    """One run from its first to its last start; `problems` are the problems at its end."""
+    """One run with all its starts; `problems` are the problems found after the last start."""
 
     plan: RunPlan
     starts: list[Start]
@@ -90,7 +90,7 @@ def live(
 
 
 def _undisturbed(lab: FaultLab) -> float:
-    """Runs the reference, which saves steps 2, 4 and so on; returns the seconds of a second run."""
+    """Runs the reference, which saves every 2 steps; returns the duration of one more run."""
     whole = lab.start("whole", {"checkpoint-steps": 2}, lab.injector("whole", [], life=1.0))
     began = time.monotonic()
     again = lab.start("again", {}, lab.injector("again", [], life=1.0))

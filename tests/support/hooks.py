@@ -1,4 +1,4 @@
-"""Hooks that change a rank's process before it runs: the rank dies, stops, fails or is slow."""
+"""Hooks that change a rank's process so that the rank later dies, stops, fails or is slow."""
 
 import contextlib
 import importlib
@@ -19,7 +19,7 @@ _HEARD_SECONDS = 0.3  # limit for the reaction to a signal that does not kill
 
 
 def find(target: str) -> tuple[Any, str]:
-    """Returns the owner of `module:function` or `module:Class.method`, and the attribute's name."""
+    """Splits `module:function` or `module:Class.method` into module or class, and last name."""
     module, _, path = target.partition(":")
     *outer, name = path.split(".")
     owner: Any = importlib.import_module(module)
@@ -30,13 +30,13 @@ def find(target: str) -> tuple[Any, str]:
 
 @dataclass(frozen=True)
 class Kill:
-    """A signal to one rank at its `nth` call of `module:function` or `module:Class.method`.
+    """Signals to one rank at its `nth` call of `module:function` or `module:Class.method`.
 
     when: `before` or `after` the call; `half` (only for torch.save): when half the file is written.
-    about: count only calls whose first two arguments contain this text.
+    about: only calls whose first two arguments contain this text are counted.
     wait: seconds that the rank waits before each signal, while the other ranks continue.
-    signals: sent one after the other; the rank continues after a signal that it survives.
-    to_all: every rank gets the signals, as from a terminal.
+    signals: sent in this order; the rank continues after a signal that it survives.
+    to_all: whether every rank gets the signals, as after Ctrl-C in a terminal.
     """
 
     moment: str
@@ -83,7 +83,7 @@ def _write_half(save: Callable[[Any, Any], None], state: Any, file: Any) -> None
 
 @dataclass(frozen=True)
 class Slow:
-    """A rank whose every call of `module:function` or `module:Class.method` takes longer."""
+    """A rank whose calls of `module:function` or `module:Class.method` take longer."""
 
     rank: int
     target: str

@@ -70,7 +70,7 @@ MOMENTS = (*JOINING, *FIRST, *ANY_STEP, *SAVING, *RENAMING)
 
 
 def draw_plan(seed: int) -> list[Kill]:
-    """Returns a kill at every moment, shuffled; moments that need no checkpoint come first."""
+    """Returns kills at all moments in random order; the kills that need a checkpoint come late."""
     draw = random.Random(seed)
     early = [IMPORT, *JOINING, *FIRST, *draw.sample(SAVING, 3)]
     middle = draw.choice(RENAMING[1:])
@@ -81,7 +81,7 @@ def draw_plan(seed: int) -> list[Kill]:
 
 
 def draw_short_plan(seed: int) -> list[Kill]:
-    """Returns kills at moments of each kind, before and after the first checkpoint of the run."""
+    """Returns kills from each group of moments, some before and some after the first checkpoint."""
     draw = random.Random(seed)
     of_first_save = SAVING[:-1]  # the omitted one needs a second save in the same start
     early = [IMPORT, draw.choice(JOINING[1:5]), draw.choice(JOINING[5:]), *draw.sample(FIRST, 2)]

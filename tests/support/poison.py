@@ -75,8 +75,9 @@ class BadOutput:
 class InfiniteLoss:
     """Hook: on `rank`, one microbatch's loss is inf, but the gradients are finite.
 
-    A logit of -inf has this effect. `rank` is a last stage. step: the training step with the inf;
-    calls: the calls of Engine.evaluate with the inf, counted from 0.
+    A logit of -inf would have this effect. `rank` must be the last stage of a pipeline.
+    step: the training step in which the loss is inf.
+    calls: the calls of Engine.evaluate, counted from 0, in which the loss is inf.
     """
 
     rank: int

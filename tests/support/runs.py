@@ -1,4 +1,4 @@
-"""Runs of dist_clm_train.py to their end; ranks can be on simulated hosts."""
+"""Runs of dist_clm_train.py that tests start and wait for; ranks can be on simulated hosts."""
 
 import contextlib
 import importlib
@@ -44,7 +44,7 @@ class Rank:
     late: seconds until the process starts.
     hooks: changes to the process.
     timing: timeouts and intervals of the ranks.
-    is_forked: False if a user's command starts the process, without hooks and timing.
+    is_forked: False if a user's command starts the process; it then has no hooks and no timing.
     """
 
     argv: Sequence[str]
@@ -85,7 +85,7 @@ class Ended:
 
 
 class Outcome(tuple[Ended, ...]):
-    """Ends of all processes of a run, by rank."""
+    """Results of all processes of a run, in the order of ranks."""
 
     @property
     def statuses(self) -> list[int | None]:
@@ -126,7 +126,7 @@ def fork_ranks(
     hosts: Sequence[str] | None = None,
     timing: Timing = DEFAULT_TIMING,
 ) -> Outcome:
-    """Runs all ranks of dist_clm_train.py to their end, which `hooks` or `attend` can cause."""
+    """Runs all ranks of dist_clm_train.py until they end; `hooks` or `attend` can end them."""
     ranks = [
         Rank(
             argv,
@@ -146,7 +146,7 @@ def run(one: Run) -> Outcome:
 
 
 def run_all(chains: Sequence[Sequence[Run]], *, at_once: int) -> dict[str, Outcome]:
-    """Returns outcomes by name; runs `at_once` chains at once, and a chain's runs in sequence."""
+    """Runs `at_once` chains in parallel, a chain's runs in sequence; returns outcomes by name."""
     outcomes: dict[str, Outcome] = {}
     waiting = [_run_chain(chain, outcomes) for chain in chains]
     running: list[Generator[None]] = []

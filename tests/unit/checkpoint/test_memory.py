@@ -1,6 +1,6 @@
 """Tests that a conversion's peak memory does not grow with the number of layers.
 
-Each conversion runs in a new process, so that the process's peak memory is the conversion's.
+Each conversion runs in a new process, so that the process's peak is the peak of the conversion.
 """
 
 from pathlib import Path
@@ -50,7 +50,7 @@ def resident(line: str) -> int:
 
 
 def convert(_rank: int, _world: int, _url: str, form: str, layers: int, folder: Path) -> int:
-    """Converts a model; returns by how many bytes the memory of this process grew at most."""
+    """Converts a model; returns this process's peak memory minus its memory before, in bytes."""
     hf_files.SHARD_BYTES = 15_000_000
     before = resident("VmRSS")
     if form == "checkpoint":

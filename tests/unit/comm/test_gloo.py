@@ -22,7 +22,7 @@ def check_slices(rank: Rank) -> None:
 
 
 def check_host_copies(rank: Rank) -> None:
-    """Checks HostStagingCommunicator with CPU tensors; it sends copies made in host memory."""
+    """Checks, with CPU tensors, that HostStagingCommunicator sends copies of tensors."""
     channel = HostStagingCommunicator(rank.groups.pipeline)
     peer = 1 - channel.rank
     mine, theirs = torch.full((2, 3), float(channel.rank)), torch.empty(2, 3)

@@ -50,7 +50,7 @@ def test_drift_is_spread_evenly_between_two_measurements() -> None:
 
 
 class Seen(NamedTuple):
-    """A rank's clock offset, and one moment: `host` in host time, `run` in the time of the run."""
+    """A rank's clock offset; `host` and `run` are one moment, in host time and in run time."""
 
     offset: ClockOffset
     host: int

@@ -50,7 +50,7 @@ def test_a_dynamic_scale_becomes_a_constant_one() -> None:
 
 
 def test_a_shorter_window_is_full_already() -> None:
-    """If --loss-scale-window falls to 3 after 5 clean updates, the sixth doubles the scale."""
+    """If --loss-scale-window changes to 3 after 5 clean updates, update 6 doubles the scale."""
     scaler = resumed(after(dynamic(window=10), "ccccc"), dynamic(window=3))
     assert after(scaler, "c").scale == 65536.0
     assert after(scaler, "cc").scale == 65536.0
@@ -58,7 +58,7 @@ def test_a_shorter_window_is_full_already() -> None:
 
 
 def test_a_higher_minimum_lifts_the_scale(caplog: pytest.LogCaptureFixture) -> None:
-    """A scale loaded below --min-loss-scale rises to this minimum; overflows do not lower it."""
+    """A loaded scale below --min-loss-scale rises to it; overflows then do not change the scale."""
     with caplog.at_level(logging.INFO):
         scaler = resumed(dynamic(initial=16.0), dynamic(minimum=64.0, hysteresis=1))
     assert scaler.scale == 64.0

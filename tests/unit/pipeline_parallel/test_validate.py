@@ -1,4 +1,4 @@
-"""Tests the validator with schedules that were broken by hand."""
+"""Tests the schedule validator: it accepts all modes and names the fault of a broken schedule."""
 
 from typing import NamedTuple
 

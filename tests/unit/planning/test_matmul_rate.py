@@ -50,7 +50,7 @@ def test_all_rows_where_there_is_time(device: KnownDevice) -> None:
 
 
 def test_fewer_rows_on_a_slow_device(device: KnownDevice) -> None:
-    """The probe multiplies fewer rows, because all rows would take 100 s."""
+    """The measurement uses fewer rows, because a matmul of all rows would take 100 s."""
     assert rate(10_000, 10.0) == pytest.approx(1e3)
     assert max(device.rows) < 1000
     assert device.now < 12.0

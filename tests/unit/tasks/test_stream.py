@@ -74,8 +74,8 @@ def test_cut_at_ten_steps_it_is_the_same_stream(
 ) -> None:
     """A run of 120 steps has the same batches as one that is stopped and resumed 10 times.
 
-    Some parts of the run use a worker process and some use none; a resume with one more worker
-    process, with one less and with the same number all occur.
+    Some parts of the run use a worker process and some use none. A resume can therefore have one
+    worker process more than the part before it, one less, or the same number.
     """
     loader = BatchLoader(stream_of(sources, **way), rows=ROWS)
     whole = [loader.next() for _ in range(120)]
@@ -98,7 +98,7 @@ def test_cut_at_ten_steps_it_is_the_same_stream(
 
 
 def test_shares_are_the_weights(sources: list[SourceSpec]) -> None:
-    """In 3000 blocks, each source's share is within 1% of its weight: 594 to 606 blocks for 0.2."""
+    """Each source's share of 3000 blocks is within 1% of its weight (594 to 606 for weight 0.2)."""
     stream = stream_of(sources)
     origins = [stream.next_block().documents[0] for _ in range(3000)]
     for spec, weight in zip(sources, WEIGHTS, strict=True):
@@ -107,7 +107,7 @@ def test_shares_are_the_weights(sources: list[SourceSpec]) -> None:
 
 
 def test_every_document_comes_once_an_epoch_in_another_order(sources: list[SourceSpec]) -> None:
-    """In three epochs of blocks, each document comes once an epoch, and the orders differ."""
+    """In each of three epochs, every document comes once; the order differs between the epochs."""
     stream = stream_of(sources)
     orders: dict[str, list[str]] = {spec.name: [] for spec in sources}
     while min(source["epoch"] for source in stream.state()["sources"]) < 3:

@@ -38,7 +38,7 @@ for activation in PUBLISHED:
 
 
 def imported_by(code: str, *arguments: str, folder: Path) -> set[str]:
-    """Runs the code in a process, which must succeed; returns the modules that it has imported."""
+    """Runs the code in a process, which must end without error; returns the imported modules."""
     command = [sys.executable, "-c", REPORT + code, *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=True)
@@ -51,7 +51,7 @@ def test_help_imports_neither_torch_nor_transformers(flag: str) -> None:
 
 
 def test_a_rank_imports_no_library_that_its_model_does_not_need(tmp_path: Path) -> None:
-    """A model on CPU with any usual activation function imports none of the large libraries."""
+    """For a model on CPU with any usual activation function, a rank imports no large library."""
     (tmp_path / "text.jsonl").write_text('{"text": "a"}\n')
     imported = imported_by(SESSION, folder=tmp_path)
     assert "training.run" in imported
