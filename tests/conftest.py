@@ -1,8 +1,8 @@
 """Settings of every test process.
 
-Each process has one thread: several tests run at once, and threads that wait for a busy core are
-far slower than one thread. SIGINT has its default handler, as in a terminal: a shell's background
-job ignores SIGINT, and so would all processes that the tests start and interrupt.
+Each process has one thread, because several tests run at once, and threads that wait for a busy
+core are far slower than one thread. SIGINT gets its default handler, because processes that a
+shell's background job starts ignore SIGINT, and the tests must be able to interrupt them.
 """
 
 import os
@@ -19,7 +19,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 @pytest.fixture(autouse=True, scope="module")
 def products_of_its_own() -> Iterator[None]:
-    """Resets the matmul backend after each test module, because a run in this process sets it."""
+    """Resets the matmul backend after each test module, because some tests change the backend."""
     yield
     backend = sys.modules.get("modules.matmul.backend")  # an import of it would take seconds
     if backend is not None:

@@ -1,4 +1,4 @@
-"""Tests that a wrong flag of a converter gives one line with the expected value, and status 2."""
+"""Tests that a wrong flag ends a converter with status 2 and an error line that names the flag."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Tests conversion, training and conversion back, with files of Hugging Face and predecessors."""
+"""Tests training of weights from Hugging Face and predecessors, and conversion of the results."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def road(base: Path, family: str, stages: int, num_layers: str) -> Run:
 
 
 def small_tokenizer() -> Any:
-    """Builds a tokenizer of complete words, for the predecessors' vocabulary of 53 tokens."""
+    """Builds a tokenizer of a few whole words, which fit predecessors' vocabulary of 53 tokens."""
     vocabulary = {word: index for index, word in enumerate(["<eos>", "<unk>", *WORDS])}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -75,7 +75,7 @@ def small_tokenizer() -> Any:
 
 
 def old_shards(family: str, folder: Path) -> None:
-    """Writes layer shards as predecessors published them: fp16, with masks and rotary tables."""
+    """Writes layer shards as predecessors did: fp16 weights, attention masks and rotary tables."""
     folder.mkdir(parents=True)
     small_tokenizer().save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(CONFIGS[family]))
@@ -101,9 +101,9 @@ def from_old_shards(base: Path, family: str) -> Run:
 
 
 def from_old_checkpoint(base: Path, family: str) -> list[Run]:
-    """Returns a run that starts from a predecessor's checkpoint, and a run that resumes this run.
+    """Returns a run from a predecessor's checkpoint, and a run that resumes the first run.
 
-    No layer shards exist, so neither run can read them.
+    The layer shards are deleted, so both runs must read their weights from checkpoints.
     """
     folder = base / f"old-checkpoint-{family}"
     old_shards(family, folder / "m")
@@ -131,7 +131,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ended(base: Path) -> Outcomes:
-    """Returns the outcomes of all ranks of all runs; each must have exit status 0."""
+    """Returns the outcomes of all runs; every rank must have exit status 0 and an empty stderr."""
     chains = [[road(base, family, stages, num_layers)] for family, stages, num_layers, _ in ROADS]
     chains += [[from_old_shards(base, family)] for family in FAMILIES]
     chains += [from_old_checkpoint(base, family) for family in FAMILIES]
@@ -231,7 +231,7 @@ def test_training_goes_on_with_predecessors_weights(
 def test_a_predecessors_checkpoint_starts_a_run_of_its_own(
     family: str, base: Path, ended: Outcomes
 ) -> None:
-    """A run with a predecessor's weights begins at step 0; restarted, it resumes its own step 2."""
+    """A predecessor's weights start a run at step 0; the next start resumes this run at step 2."""
     run = base / f"old-checkpoint-{family}" / "run"
     told = ended[f"old-checkpoint-{family}-1"][0].stdout.splitlines()
     (line,) = [line for line in told if "checkpoint_20" in line]
@@ -255,7 +255,7 @@ def test_a_predecessors_checkpoint_starts_a_run_of_its_own(
 def test_what_came_of_predecessors_files_converts(
     family: str, base: Path, tmp_path: Path, ended: Outcomes
 ) -> None:
-    """A predecessor's weights convert unchanged; after training, the weights differ slightly."""
+    """Conversion keeps a predecessor's weights; training changes them, but only slightly."""
     folder = base / f"old-checkpoint-{family}"
     expected = expected_hf(family, make_modules(family))
     to_hf(folder / "run", tmp_path / "new", family, verify=True)

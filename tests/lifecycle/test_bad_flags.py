@@ -26,7 +26,7 @@ LATE = "another lr, seen before all are there"
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Makes valid input, a tokenizer with one token too many, and a model with a huge weight."""
+    """Makes valid input, a tokenizer with too many tokens, and weights too large for fp16."""
     home = make_home(tmp_path_factory.mktemp("bad-flags"))
     tokenizer().save_pretrained(home / "longer")
     path = home / "longer" / "tokenizer.json"

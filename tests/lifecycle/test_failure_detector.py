@@ -1,4 +1,4 @@
-"""Tests the failure detector without the failure policy: it reports events, and ends no process."""
+"""Tests the events that the failure detector reports; no failure policy acts on the events."""
 
 import queue
 import socket

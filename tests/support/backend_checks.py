@@ -1,4 +1,4 @@
-"""Checks that the Communicator of every backend must pass; each member of a group runs them."""
+"""Shared tests of all backends' Communicators; each member of a group must call check_group."""
 
 from collections.abc import Sequence
 
@@ -37,7 +37,7 @@ def ordered_sum(size: int, length: int, dtype: torch.dtype) -> Tensor:
 
 
 def check_group(group: Communicator, *, sums: Sequence[torch.dtype]) -> None:
-    """Runs all checks; `sums` are the dtypes for which a sum must have the bits of ordered_sum."""
+    """Runs all checks; for the dtypes `sums`, a sum must equal that of ordered_sum bit for bit."""
     check_sums(group, sums)
     check_sums_at_root(group, sums)
     check_sums_under_way(group, sums[0])
@@ -68,7 +68,7 @@ def check_sums_at_root(group: Communicator, dtypes: Sequence[torch.dtype]) -> No
 
 
 def check_sums_under_way(group: Communicator, dtype: torch.dtype) -> None:
-    """Checks twenty sums pending at once; every second member waits for them in reverse order."""
+    """Checks twenty pending sums; the members with an odd rank wait for them in reverse order."""
     lengths = [LENGTHS[1 + i % (len(LENGTHS) - 1)] for i in range(20)]
     tensors = [values(group.rank, n, dtype) + i for i, n in enumerate(lengths)]
     works = []
@@ -122,7 +122,7 @@ def _exchange(group: Communicator, peer: int) -> None:
 
 
 def check_order(group: Communicator) -> None:
-    """Checks that fifty pending messages between members 0 and 1 arrive in order, both ways."""
+    """Checks that members 0 and 1 get fifty pending messages from each other in order."""
     if group.rank >= 2:
         return
     peer = 1 - group.rank
@@ -151,10 +151,10 @@ def check_sum_beside_messages(group: Communicator) -> None:
 
 
 def check_posted_ahead(group: Communicator) -> None:
-    """Checks a pipeline whose stages post all receives of a step first; sends must not block.
+    """Checks that sends do not block in a pipeline whose stages first post all receives of a step.
 
-    The first stage starts all its sends before it waits; the other stages pass each message on, and
-    the last stage sends it back. Messages are longer than any buffer between the processes.
+    The first stage starts all its sends before it waits. The middle stages pass each message on,
+    and the last stage sends it back. Messages are longer than any buffer between the processes.
     """
     count, last = 6, group.size - 1
     prev = group.rank - 1 if group.rank > 0 else None

@@ -39,7 +39,7 @@ def tokenizer() -> Any:
 
 
 def make_texts(count: int, *, seed: int, longest: int = 30) -> list[str]:
-    """Returns different texts of 1 to `longest` words."""
+    """Returns texts that differ; each has its own prefix, then 1 to `longest` random words."""
     draw = random.Random(seed)
     return [
         f"{seed}-{i} " + " ".join(draw.choices(WORDS, k=draw.randint(1, longest)))
@@ -48,7 +48,7 @@ def make_texts(count: int, *, seed: int, longest: int = 30) -> list[str]:
 
 
 def write_jsonl(path: Path, texts: Iterable[str]) -> Path:
-    """Writes one text per line; if the name ends with .zst, compresses the lines in two frames."""
+    """Writes one text per line; a .zst file has two zstd frames, each with half of the lines."""
     lines = [json.dumps({"text": text, "meta": 1}) + "\n" for text in texts]
     if path.suffix == ".zst":
         half = len(lines) // 2
@@ -60,7 +60,7 @@ def write_jsonl(path: Path, texts: Iterable[str]) -> Path:
 
 
 def write_folder(path: Path, texts: list[str]) -> Path:
-    """Writes the texts into five files, plain and compressed, beside files that are not data."""
+    """Writes the texts to three plain and two compressed files; adds files that are not data."""
     path.mkdir()
     for i in range(5):
         write_jsonl(path / f"part{i}.jsonl{'.zst' if i % 2 else ''}", texts[i::5])
@@ -81,7 +81,7 @@ def through_json(state: dict[str, Any]) -> Any:
 
 
 def check_restored_anywhere(documents: Shuffle, resumed: Shuffle) -> None:
-    """Checks that `resumed`, restored to 30 states of `documents`, yields the same documents."""
+    """Restores `resumed` to 30 states of `documents`; each time, the same documents must follow."""
     states, expected = [], []
     for _ in range(250):
         states.append(through_json(documents.state()))
@@ -99,7 +99,7 @@ def content(block: TokenBlock) -> list[Any]:
 
 
 def check_blocks_restored_anywhere(open_stream: Callable[[], Packer | BlockStream]) -> None:
-    """Checks that a stream restored to 20 states of another one yields that one's next blocks."""
+    """Restores a stream to 20 states of another stream; each time, the same blocks must follow."""
     stream, states, blocks = open_stream(), [], []
     for _ in range(200):
         states.append(through_json(stream.state()))

@@ -1,4 +1,4 @@
-"""Reference for packed documents: the Hugging Face model computes each document alone.
+"""Reference for packed documents: a Hugging Face model that computes one document at a time.
 
 `doc_starts` (rows, seq_len) has, for each token, the index in its row at which its document starts.
 """
@@ -43,16 +43,16 @@ def documents_in(doc_starts: Tensor) -> Iterator[tuple[int, slice]]:
 
 
 def losses_alone(model: Any, document: Tensor) -> Tensor:
-    """Returns the losses of a document's tokens except the first; `document` is (tokens,)."""
+    """Returns the losses of a document of shape (tokens,), for all tokens except the first."""
     logits = model(document.unsqueeze(0)).logits[0, :-1]
     return functional.cross_entropy(logits, document[1:], reduction="none")
 
 
 class Alone(nn.Module):
-    """A Hugging Face model that computes the losses of each document alone.
+    """A Hugging Face model that computes the losses of one document at a time.
 
-    `find` returns `doc_starts` for rows of tokens; labels have Hugging Face's format, and a
-    document's first token is not predicted.
+    `find` returns `doc_starts` for rows of tokens. Labels have Hugging Face's format. The first
+    token of a document is not predicted.
     """
 
     def __init__(self, model: Any, find: Callable[[Tensor], Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Checks after a start of a run with faults: how the ranks ended, and which files remain."""
+"""Checks of the ranks' ends and of the files after a start of a run with faults."""
 
 import re
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ _EVALUATED = ("eval_loss", "eval_perplexity")
 
 
 def misbehaviour(hits: Sequence[Hit], outcome: Outcome, seconds: float | None) -> list[str]:
-    """Returns a text for each way in which the ranks of a start did not end as expected."""
+    """Returns the problems with how the ranks of a start ended; empty if they ended as expected."""
     hung = [rank for rank, status in enumerate(outcome.statuses) if status is None]
     if hung:
         return [f"ranks {hung} hung: {outcome.lines}"]
@@ -35,7 +35,7 @@ def misbehaviour(hits: Sequence[Hit], outcome: Outcome, seconds: float | None) -
 
 
 def _after(hit: Hit, outcome: Outcome, last: float, seconds: float) -> list[str]:
-    """Returns what is wrong with the ends of the ranks if the fault `hit` has caused them."""
+    """Returns the problems with how the ranks ended, on the assumption that `hit` ended them."""
     fault, problems = hit.fault, []
     limit = ENDS_JOINING if hit.phase in JOINING else ENDS.get(fault.kind)
     if limit is not None and seconds + last - hit.at > limit:
@@ -47,7 +47,7 @@ def _after(hit: Hit, outcome: Outcome, last: float, seconds: float) -> list[str]
 
 
 def _ending(rank: int, hit: Hit, outcome: Outcome) -> str | None:
-    """Returns the problem with the way in which a rank ended, or None."""
+    """Returns the problem with how a rank ended, or None."""
     fault, status, lines = hit.fault, outcome.statuses[rank], outcome.lines[rank]
     told = f"rank {rank} ended with {status}: {lines}"
     if fault.kind in (KILL, STOP) and rank == fault.rank:
@@ -67,7 +67,7 @@ def _statuses(hit: Hit) -> tuple[int, ...]:
 
 
 def _names(hit: Hit, rank: int, lines: Sequence[str]) -> bool:
-    """Returns whether the rank's only line on stderr names the lost rank or the event."""
+    """Returns whether the rank's stderr is one line that names a lost rank or the fault."""
     if len(lines) != 1:
         return False
     fault, text = hit.fault, lines[0].removeprefix(f"rank {rank}: ")
@@ -131,7 +131,7 @@ def differences(
 def _other_lines(
     lines: list[dict[str, object]], expected: list[dict[str, object]], *, stopped: bool
 ) -> list[str]:
-    """Returns the lines of metrics that are not as expected; a stopped run may lack evaluations."""
+    """Describes the lines that differ from `expected`; if `stopped`, evaluations may be missing."""
     found = []
     for line, other in zip(lines, expected, strict=False):
         left_out = {key: other[key] for key in other if key not in _EVALUATED}

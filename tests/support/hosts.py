@@ -1,4 +1,4 @@
-"""Simulated machines: network namespaces joined by a wire, each with a name and an address."""
+"""Two simulated machines: network namespaces with addresses, and a virtual wire that joins them."""
 
 import ctypes
 import os
@@ -62,12 +62,12 @@ def wired() -> Iterator[None]:
 
 
 def plug(host: Host, *, up: bool) -> None:
-    """Cuts the wire at a host without any message to either end, or restores the wire."""
+    """Restores the wire at a host if `up`, else cuts it; a cut closes no connection."""
     ip("-n", host.name, "link", "set", host.interface, "up" if up else "down")
 
 
 def enter_host(name: str) -> None:
-    """Moves this process to the network of a host; only this process sees the new host name."""
+    """Moves this process to the network of a host, and sets the host name for this process only."""
     libc = ctypes.CDLL(None, use_errno=True)
     with Path("/var/run/netns", name).open("rb") as namespace:
         if libc.setns(namespace.fileno(), _CLONE_NEWNET) or libc.unshare(_CLONE_NEWUTS):

@@ -10,11 +10,11 @@ Result = TypeVar("Result")
 
 
 def peak_bytes(call: Callable[[], Result]) -> tuple[Result, int]:
-    """Calls `call`; returns its result, and the peak of the bytes that it allocated.
+    """Calls `call`; returns its result, and the peak count of the bytes that it has allocated.
 
-    Memory that kernels allocate counts; memory from before the call does not. If the call frees
-    such older memory, the count falls, as the use of memory on the machine does. The garbage
-    collector is off during the call, because it would free the garbage of earlier tests.
+    The count includes memory that kernels allocate, but no memory from before the call. If the
+    call frees such older memory, the count falls, because the process then uses less memory. The
+    garbage collector is off during the call, because it would free the garbage of earlier tests.
     """
     gc.disable()
     try:

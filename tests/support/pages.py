@@ -1,4 +1,4 @@
-"""Pages of the documentation, their bash blocks, and a copy of the project that runs the blocks."""
+"""Documentation pages, their bash blocks, and a copy of the project in which the blocks run."""
 
 import os
 import re
@@ -45,7 +45,7 @@ def blocks_of(page: Path) -> Iterator[Block]:
 
 
 def copy_project(folder: Path) -> Path:
-    """Copies the project to `folder`/project, with this interpreter's environment as .venv."""
+    """Copies the project to `folder`/project; the copy's .venv is a link to sys.prefix."""
     copy = folder / "project"
     made = shutil.ignore_patterns(".*", "__pycache__", "htmlcov", "wandb", "site")
     shutil.copytree(ROOT, copy, ignore=made)

@@ -1,4 +1,4 @@
-"""Tests that conversion from Hugging Face to shards to a checkpoint and back keeps all weights."""
+"""Tests that conversion to shards, to a checkpoint and back to Hugging Face keeps all weights."""
 
 import json
 from pathlib import Path
@@ -46,7 +46,8 @@ def ours(
 ) -> tuple[dict[str, Tensor], Path]:
     """Returns a model's weights, and the folder of a run with a checkpoint of this model.
 
-    The checkpoint's stages have `counts` layers; it also has config, tokenizer and meta.json.
+    `counts` has the number of layers of each stage. The checkpoint includes config, tokenizer and
+    meta.json.
     """
     source = save_model(model, tmp_path / "in")
     shards, run = to_shards(name, source, tmp_path, dtype), tmp_path / "run"
@@ -197,7 +198,7 @@ def test_the_empty_folder_of_that_name_is_filled(tmp_path: Path) -> None:
 
 
 def test_verify_rejects_other_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """--verify gives an error, and no output, if the converter swaps weights of query and key."""
+    """If the converter swaps the weights of query and key, --verify fails and no output remains."""
     _, run = ours("gptj", make_model("gptj"), tmp_path, 2, 1)
 
     def swap(key: str) -> str:

@@ -11,7 +11,7 @@ from tests.support.launcher import Launch, Process, start
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Launch]:
-    """Yields a function that starts a process, in which `function(ready, ...)` is called."""
+    """Yields `launch_one`, which calls `function(ready, ...)` in a new process."""
     started: list[Process] = []
 
     def launch_one(function: Callable[..., object], *args: object, **options: object) -> Process:

@@ -51,7 +51,8 @@ def all_checks(
 def test_four_ranks() -> None:
     """All ranks make the same groups for each pipeline and for the replicas of each stage.
 
-    One group has all members; two groups, one per direction, join each pair of neighbours.
+    A pipeline has one group of all its ranks, and two groups (one per direction) for each pair of
+    neighbours. The replicas of a stage have groups of the same kinds.
     """
     shapes = [(p, r, f"tcp://127.0.0.1:{free_port()}") for p, r in ((2, 2), (4, 1))]
     groups = run_ranks(4, all_checks, shapes, deadline=120.0)

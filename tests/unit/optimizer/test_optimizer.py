@@ -60,7 +60,7 @@ def rate(update: int, *, kind: str, warmup: int, total: int, lowest: float = 0.0
 
 
 def test_scale_moves_by_the_rule() -> None:
-    """The scale after each update equals a table made by hand; o is an overflow, c is clean."""
+    """The scales equal a list made by hand; an update has an overflow (o) or has none (c)."""
     scaler = DynamicScale(initial=16.0, minimum=4.0, window=3, hysteresis=2)
     verdicts = "ooooccocccococ"
     scales = [16, 8, 4, 4, 4, 4, 4, 4, 4, 8, 8, 8, 4, 4]
@@ -110,7 +110,7 @@ THEIRS = {
 
 @pytest.mark.parametrize("algorithm", THEIRS)
 def test_adam_is_that_of_its_library_to_the_bit(algorithm: type[Algorithm]) -> None:
-    """Weights equal the library's after five steps that decay only matrices, at different rates."""
+    """Weights equal the library's after five steps; only matrices decay, and steps differ in lr."""
     shapes = {"big.weight": (80, 100), "small.bias": (7,), "small.weight": (5, 3)}
     parameters, twin = make_parameters(shapes), make_parameters(shapes)
     ours = make_optimizer(parameters, algorithm=algorithm())
@@ -164,7 +164,7 @@ def test_offload_gives_the_same_numbers(dtype: torch.dtype, algorithm: type[Algo
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_steps_fp32_masters(dtype: torch.dtype) -> None:
-    """Small updates add up in fp32 masters as in an fp32 run; the weights are rounded masters."""
+    """Masters equal the weights of an fp32 run; fp16 or bf16 weights equal the rounded masters."""
     full, half = make_parameters(), make_parameters()
     one, two = make_optimizer(full), make_optimizer(half, dtype=dtype)
     for step in range(30):

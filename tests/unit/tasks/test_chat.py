@@ -1,4 +1,4 @@
-"""Tests, against literal texts, the text of a conversation and which parts of it are trained."""
+"""Tests the text of a conversation and its trained parts; the expected texts are literals."""
 
 import copy
 from typing import Any
@@ -98,7 +98,7 @@ def test_a_template_that_rewrites_what_was_said_is_told() -> None:
 
 
 def learned(document: Document, **options: Any) -> str:
-    """Returns the trained tokens as text, and one dot for each series of other tokens."""
+    """Returns the trained tokens as text, in which a dot stands for each series of other tokens."""
     tokens, trained = Encoder(tokenizer(), **options).encode(document)
     out = ""
     for token, is_trained in zip(tokens.tolist(), trained.tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""Tests evaluation batches: all held-out text once, in order, and padding that is not scored."""
+"""Tests that evaluation batches have all held-out text once, in order, and score no padding."""
 
 from pathlib import Path
 from typing import Any

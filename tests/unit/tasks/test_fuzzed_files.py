@@ -1,4 +1,4 @@
-"""Tests files of random bytes: all documents are read, or a one-line error names the file."""
+"""Tests that random or damaged files can be read, or give a one-line error with the file's name."""
 
 import gzip
 import io
@@ -191,7 +191,7 @@ def test_a_file_with_bytes_that_are_others(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "parquet"])
 def test_a_file_that_was_cut_at_any_byte(kind: str, tmp_path: Path) -> None:
-    """A cut file is always an error, and a part of a line is never a document."""
+    """A cut file always gives an error, and a part of a line never becomes a document."""
     path, whole = tmp_path / f"a.{kind}", WHOLE[kind]
     for cut in range(0, len(whole), 11 if kind == "parquet" else 1):
         path.write_bytes(whole[:cut])

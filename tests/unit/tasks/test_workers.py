@@ -28,7 +28,7 @@ def is_there(pid: int) -> bool:
 
 
 def test_signals_to_all_processes_are_not_for_workers() -> None:
-    """A worker ignores SIGINT, SIGTERM and SIGUSR1, which reach all processes; its rank ends it."""
+    """A worker ignores SIGINT, SIGTERM and SIGUSR1, and ends when its rank calls `close`."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     workers = Workers(Encoder(tokenizer()), 1)
     expected = [one.token_ids.tolist() for one in Encoder(tokenizer()).encode_all(DOCUMENTS)]  # type: ignore[union-attr]
@@ -45,14 +45,14 @@ def test_signals_to_all_processes_are_not_for_workers() -> None:
 
 
 def encode_until_it_fails(workers: Workers) -> None:
-    """Encodes until an error, because a pool notices a dead process late and works until then."""
+    """Encodes until an error comes, because a pool can work for a while after a process died."""
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
         workers.encode(DOCUMENTS)()
 
 
 def test_one_that_dies_is_told_and_the_others_end() -> None:
-    """If one of two workers is killed while it may hold a lock, encoding fails and both end."""
+    """If one of two workers dies while it may hold a lock, encoding fails, and both workers end."""
     for victim in range(2):
         workers = Workers(Encoder(tokenizer()), 2)
         results = [workers.encode(DOCUMENTS * 100) for _ in range(20)]
