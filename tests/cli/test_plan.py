@@ -1,4 +1,4 @@
-"""Tests --plan: its numbers against arithmetic, its output, its decision if memory is enough."""
+"""Tests --plan: its numbers, its output, and how it decides whether the memory is enough."""
 
 import os
 import re
@@ -74,8 +74,9 @@ def test_bytes_of_a_parameter_are_those_of_the_readme(
 ) -> None:
     """The planned bytes per parameter are those of the README's table, within 4%.
 
-    The plan differs slightly from the table: ZeRO stage 1 assigns complete weights to replicas,
-    8bit-adam has fp32 moments for small weights, and offload has two buffers of the largest weight.
+    The plan differs slightly from the table because ZeRO stage 1 divides no weight between
+    replicas, 8bit-adam keeps the moments of small weights in fp32, and offload needs two buffers as
+    large as the largest weight.
     """
     found = rehearse(folder, 0, cuda=cuda, batch_size=1, **changes)
     count = sum(p.numel() for p in GPTNeoXForCausalLM(CONFIG).parameters())
@@ -91,7 +92,7 @@ def test_bytes_of_a_parameter_are_those_of_the_readme(
 
 
 def pinned(size: int) -> int:
-    """Returns how much pinned host memory `size` bytes take: the next power of two."""
+    """Returns the pinned host memory for `size` bytes: `size` rounded up to a power of two."""
     return 1 << (size - 1).bit_length()
 
 
@@ -117,7 +118,7 @@ def test_the_copy_that_is_saved_is_in_host_memory(cuda: bool, folder: Path) -> N
 def test_a_few_microbatches_tell_of_many(
     mode: str, recompute: bool, stage: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A dry run of few microbatches gives the plan of all, except for 4 bytes per microbatch."""
+    """A plan from a few microbatches is right for all, except for 4 bytes per microbatch."""
     flags: dict[str, Any] = {"pp_mode": mode, "recompute": recompute, "pipeline_group_size": 2}
     found = rehearse(folder, stage, batch_size=MANY_ROWS, **flags)
     monkeypatch.setattr(planning.memory.dry_run, "ENOUGH", MANY_ROWS)
@@ -127,7 +128,7 @@ def test_a_few_microbatches_tell_of_many(
 
 
 def test_on_gpus_scores_are_never_held(folder: Path) -> None:
-    """Half the rows of twice the length need equal GPU memory, as attention scores are not kept."""
+    """GPUs keep no attention scores, so half the rows of twice the length need the same memory."""
     flags: dict[str, Any] = {"recompute": False, "bf16": True, "pp_mode": "1f1b"}
     short = rehearse(folder, 0, cuda=True, seq_length=32, micro_batch_size=4, **flags)
     long = rehearse(folder, 0, cuda=True, seq_length=64, micro_batch_size=2, **flags)
@@ -177,7 +178,7 @@ def in_units(millions: float) -> str:
 
 
 def test_what_does_not_fit_is_told_with_what_helps(folder: Path, capsys: Capture) -> None:
-    """Each advised change leads to the peak that the plan predicts; the first one saves most."""
+    """The peak printed for each advised change is right; the change that saves most comes first."""
     flags: dict[str, Any] = {"recompute": False, "micro_batch_size": 2}
     peak = rehearse(folder, 0, **flags).peak
     assert plan(folder, capsys, **flags, device_memory=f"{peak}B")[0] == 0
@@ -225,7 +226,7 @@ def closed_pipe() -> int:
 def plan_to(output: int, folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> int:
     """Runs --plan with `output` as its standard output; returns the exit status.
 
-    If main leaves unwritten text in the file, closing the file raises an error: the test fails.
+    If main leaves text in the file's buffer, closing the file raises an error, and the test fails.
     """
     with os.fdopen(output, "w") as file:
         monkeypatch.setattr(sys, "stdout", file)

@@ -1,4 +1,4 @@
-"""Tests --preview-data: it shows the blocks of training, and numbers equal to hand counts."""
+"""Tests that --preview-data shows the blocks that a run trains, and counts the data correctly."""
 
 import json
 import re
@@ -32,7 +32,7 @@ PAIRS = [{"prompt": f"fox {i}:", "completion": " dog"} for i in range(10)]
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Limits tokenized batches to 16 documents; a larger batch would read a small source often."""
+    """Limits batches to 16 documents, because a large one would read a small source many times."""
     monkeypatch.setattr(prefetch, "BATCH_DOCUMENTS", 16)
 
 
@@ -102,7 +102,7 @@ def test_text_does_not_command_the_terminal(tmp_path: Path) -> None:
 
 
 def test_the_mixture_is_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The table counts each source's tokens; of a run's 10 x 4 x 16 tokens, the pairs have 25%."""
+    """The table counts each source's tokens; 25% of a run's 640 tokens come from pairs.jsonl."""
     lines = run(folder, capsys, "--train-on completion").splitlines()
     heading, pairs, text = lines[-3:]
     assert heading.split() == ["share", "documents", "tokens", "trained", "epochs", "source"]
@@ -137,7 +137,7 @@ def test_what_is_read_in_order_is_counted(tmp_path: Path) -> None:
 
 
 def test_padding_is_counted_in_the_epochs(tmp_path: Path) -> None:
-    """The epochs count padding, because a block of 16 tokens has room for one document of 9."""
+    """A block of 16 tokens holds one of 40 documents of 9 tokens, so 80 blocks are 2 epochs."""
     path = write_jsonl(tmp_path / "a.jsonl", [" fox" * 8] * 40)
     numbers = sample(path, pack="document")
     assert numbers.num_tokens == 40 * 9
@@ -154,8 +154,8 @@ def test_padding_is_counted_in_the_epochs(tmp_path: Path) -> None:
 def test_epochs_are_those_that_a_run_makes(tmp_path: Path, pack: Pack, rows: int) -> None:
     """The epochs in the preview are the epochs of a real stream after 1000 blocks.
 
-    Most blocks of long prompts have no trained token and are skipped. With one row, the blocks
-    repeat one document.
+    Most blocks of long prompts have no trained token and are skipped. If the file has only one row,
+    all blocks repeat the same document.
     """
     pairs = [{"prompt": "fox " * (i % 7 * 20), "completion": " dog" * 3} for i in range(rows)]
     path = tmp_path / "a.jsonl"

@@ -1,6 +1,6 @@
-"""Tests the memory in --plan against the memory that a run measures, in many shapes.
+"""Tests the memory that --plan predicts against the memory that runs of many shapes measure.
 
-Live bytes of tensors do not depend on the machine's speed or load, so this is not a timed test.
+The bytes of live tensors do not depend on the speed or the load of the machine.
 """
 
 import re

@@ -1,7 +1,7 @@
 """Tests that a mistake in files of a model or checkpoint gives every rank the same error line.
 
 Each mistake has its own run. Most runs have one rank; WORLDS lists the mistakes whose runs have
-more ranks. The unit tests of the code that reads weights have more mistakes in files of weights.
+more ranks. The unit tests of the code that reads weights try more mistakes in files of weights.
 """
 
 import pickle
@@ -149,7 +149,7 @@ WORLDS = {
 
 
 def first_runs(home: Path) -> list[Run]:
-    """Returns a run for each mistake in FOLDERS, and two right runs, which `second_run` resumes."""
+    """Returns a run for each mistake in FOLDERS, and two correct runs, from which others resume."""
     runs = [first_start(home, size) for size in (4, 1)]
     for name, (rank, spoil, _) in FOLDERS.items():
         # Without a manifest, as in a published model, so that the reader itself finds the mistake.

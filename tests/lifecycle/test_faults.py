@@ -1,12 +1,13 @@
 """Tests that runs with random faults end with the bits of a run without faults.
 
-The faults are SIGKILL and SIGSTOP of any rank, cut connections, full disks and SIGTERM: 1 to 3 per
-run, at named moments or by the clock. After each fault all ranks end in time, with the expected
-statuses and a line with the reason; `latest` always names a complete checkpoint; the same command
-resumes.
-By default only a test that cuts connections runs. The command for the random faults is
-`pytest -s -m faults tests/lifecycle/test_faults.py`. FAULT_SEED is the seed of the faults (`clock`:
-the time), FAULT_RUNS the number of runs, and FAULT_LOG a file that gets the result of each run.
+The faults are SIGKILL and SIGSTOP of any rank, cut connections, full disks and SIGTERM. A run has 1
+to 3 faults, at named moments or at random times. After each fault, all ranks end in time, with the
+expected statuses and a line with the reason; `latest` always names a complete checkpoint; the same
+command resumes.
+By default, only a test that cuts connections runs. The command for the random faults is
+`pytest -s -m faults tests/lifecycle/test_faults.py`. FAULT_SEED is the seed of the faults, or
+`clock` for a seed from the time; FAULT_RUNS is the number of runs; the file FAULT_LOG gets the
+result of each run.
 """
 
 import os
@@ -23,8 +24,8 @@ from tests.support.kill_plan import ANY_STEP
 from tests.support.launcher import run_ranks
 
 SHORT = 8  # steps of a run with one fault
-# With these seeds, few runs have every kind of fault, most at named moments, which a run reaches on
-# every machine.
+# With these seeds, even a few runs have faults of every kind. Most faults are at named moments,
+# which a run reaches on every machine.
 SEED, RUNS = 1962, 4
 SEED_APART, RUNS_APART = 12252, 3
 
@@ -56,7 +57,7 @@ def wire() -> Iterator[None]:
 
 
 def test_a_run_lives_through_a_cut_connection(tmp_path: Path) -> None:
-    """A run resumes after a cut of all connections between two stages in the middle of a step."""
+    """A run resumes after all connections between two ranks were cut in the middle of a step."""
     step = next(moment for moment in ANY_STEP if moment.name == "step")
     fault = Fault(CUT, 3, step, 0.0, peer=2, one=False, to_all=False, rest=None)
     plan = RunPlan(0, {}, [[fault]])
@@ -72,5 +73,5 @@ def test_drawn_faults(tmp_path: Path) -> None:
 
 @pytest.mark.faults
 def test_drawn_faults_of_two_hosts_that_share_no_disk(wire: None, tmp_path: Path) -> None:
-    """Each host has the ranks of one stage; one more kind of fault cuts the wire between hosts."""
+    """Each host has the ranks of one stage; a fault can also cut the wire between the hosts."""
     lead(tmp_path, SEED_APART, RUNS_APART, HOSTS)

@@ -1,4 +1,4 @@
-"""Runs of four ranks in one folder (a lab): data, model, flags, and the files after a start."""
+"""A lab: a folder in which tests start runs of four ranks and examine the files of each start."""
 
 import json
 import re
@@ -28,9 +28,9 @@ STEPS, SAVE, EVALUATE = 24, 4, 3
 class Start:
     """One start of all ranks, and its result.
 
-    kill: the first kill of the start.
+    kill: the first kill of the start; None if there is none.
     latest: the content of rank 0's `latest`; None if there is none.
-    damage: for each damaged stage, the error in the folder that the stage's `latest` names.
+    damage: for each stage whose files in the latest checkpoint cannot be read, the error.
     begin: the step from which the run resumed; None if rank 0 ended before it could resume.
     steps: the number of lines in metrics.jsonl.
     """
@@ -45,7 +45,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Lab:
-    """The runs in `folder`, by name; `flags` are the flags that all ranks have."""
+    """Runs in `folder`, each in a subfolder with its name; `flags` are the flags of all ranks."""
 
     folder: Path
     flags: Mapping[str, Any]
@@ -55,7 +55,7 @@ class Lab:
         return int(self.flags["total-steps"])
 
     def disk(self, name: str, rank: int | None = None) -> Path:
-        """Returns the --checkpoint-path that all ranks share; with `rank`, this rank's own path."""
+        """Returns the --checkpoint-path of all ranks, or the rank's own one if `rank` is given."""
         return self.folder / name / ("disk" if rank is None else f"disk{rank}")
 
     def argvs(
@@ -97,7 +97,7 @@ class Lab:
 
 
 def _damage_of_latest(disk: Path, stage: int) -> str | None:
-    """Returns the damage of the files of `stage` in the folder that `latest` names, or None."""
+    """Reads the files of `stage` in the folder that `latest` names; returns the error or None."""
     if not (disk / "latest").exists():
         return None
     folder = disk / (disk / "latest").read_text()
@@ -112,7 +112,7 @@ def _damage_of_latest(disk: Path, stage: int) -> str | None:
 
 
 def _begin(told: list[str]) -> int | None:
-    """Returns the step from which the run resumed, by rank 0's log; 0 if the run began anew."""
+    """Returns the step from which the run resumed, 0 for a new run, None if it ended earlier."""
     for line in told:
         if found := re.match(r"resumed from step (\d+)", line):
             return int(found[1])
@@ -122,7 +122,7 @@ def _begin(told: list[str]) -> int | None:
 
 
 def make_lab(folder: Path, steps: int = STEPS) -> Lab:
-    """Makes a lab; its runs repeat two weighted sources, evaluate held-out data and use dropout."""
+    """Makes a lab; runs train on two weighted sources, evaluate held-out data and use dropout."""
     write_jsonl(folder / "a.jsonl", make_texts(6, seed=1))
     write_jsonl(folder / "b.jsonl.zst", make_texts(10, seed=2))
     write_jsonl(folder / "held_out.jsonl", make_texts(12, seed=3))

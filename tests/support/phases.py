@@ -26,7 +26,7 @@ _WRITE = "checkpoint.store:CheckpointStore._write"
 
 
 class Phases:
-    """Memory that forked ranks share; a rank has two bytes: phase, and whether a thread saves."""
+    """Shared memory with two bytes per rank: its phase, and whether a thread saves a checkpoint."""
 
     def __init__(self, world: int) -> None:
         self._memory = mmap.mmap(-1, 2 * world)
@@ -50,7 +50,7 @@ class Phases:
 
 @dataclass(frozen=True)
 class PhaseMarks:
-    """Hook: one rank's process records its phase."""
+    """Hook that makes the process of `rank` record its phase in `phases`."""
 
     rank: int
     phases: Phases

@@ -1,7 +1,7 @@
-"""Tests the rules of the source: imports between packages, argparse, torch, sizes of files.
+"""Tests rules of the source code: imports between packages, of argparse and of torch; file sizes.
 
 Each package has a floor, a number in tests/support/source.py, and imports only from packages with
-a lower number. Imports are read from the source, including imports inside a function or under
+a lower number. The tests read all imports, including imports inside a function or under
 `if TYPE_CHECKING`, because these also connect two modules. A registry names modules in strings and
 loads them on demand. Such a string counts as an import for the floors, but not for import cycles,
 because a registry is a way to avoid cycles.

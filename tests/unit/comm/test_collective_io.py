@@ -1,4 +1,4 @@
-"""Tests file operations on all ranks: slow ones do not time out; all ranks learn of a failure."""
+"""Tests run_on_all: slow file operations do not time out, and all ranks learn of a failure."""
 
 import logging
 import threading
@@ -23,7 +23,7 @@ def succeed() -> None:
 
 
 def work_on_all(rank: int, world: int, url: str) -> list[str | None]:
-    """Runs slow work on rank 1, then failing work on the last rank; returns both errors or None."""
+    """Runs slow work on rank 1, then failing work on the last rank; returns the two results."""
     with connected(Topology(rank, world, 1), url, dist_timeout=3.0) as (groups, _):
         slow = (lambda: time.sleep(7.0)) if rank == 1 else None
         found = [run_on_all(groups.control, slow, "slow work")]

@@ -1,4 +1,4 @@
-"""Tests HostStream, whose thread runs calls in order and passes on errors, and CudaStream."""
+"""Tests CudaStream, and HostStream, whose thread runs calls in order and reports their errors."""
 
 import gc
 import threading

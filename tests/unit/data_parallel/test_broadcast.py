@@ -52,7 +52,7 @@ def test_buckets_are_bounded_and_whole() -> None:
 @pytest.mark.parametrize("sharded", [True, False])
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_owners_of_sharded_weights_broadcast_them(replicas: int, sharded: bool) -> None:
-    """With sharded weights, each of two replicas broadcasts its share once; otherwise none does."""
+    """If two replicas divide the weights, each broadcasts its share once; otherwise none does."""
     communicator = Wire(0, []) if replicas == 2 else SingleProcessCommunicator()
     with patch.object(communicator, "broadcast") as broadcast:
         gradients_of(nn.Linear(4, 5), communicator, sharded=sharded).after_update()

@@ -169,7 +169,7 @@ class WideHead(Head):
 
 
 def peak_of(dtype: torch.dtype, chunks: int, *, training: bool) -> float:
-    """Returns the loss's peak memory, with backward if `training`; 1.0 means all logits in fp32."""
+    """Returns the peak memory of the loss (and backward, if `training`); 1.0 is all fp32 logits."""
     head = WideHead(dtype)
     buffer = gradients_of(head).buffer
     attach_grad_buffer(head, buffer)
@@ -204,5 +204,5 @@ def test_fp32_holds_one_chunk_of_logits(chunks: int, training: bool) -> None:
 @pytest.mark.parametrize("chunks", [1, 2, 4, 16])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_holds_few_chunks_of_logits(dtype: torch.dtype, chunks: int) -> None:
-    """At the peak, memory holds the logits of one chunk in fp32, and again in half precision."""
+    """At the peak, memory holds the logits of one chunk twice: in fp32 and in half precision."""
     assert peak_of(dtype, chunks, training=True) <= 1.5 / chunks + SMALL

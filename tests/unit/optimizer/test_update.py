@@ -15,7 +15,7 @@ NOMINAL, SCALE, GRADIENT = 40, 8.0, 3.0
 
 
 class Descent:
-    """Algorithm that subtracts lr * gradient, so that a weight that was 0 shows the gradient."""
+    """Algorithm that subtracts lr * gradient; a weight of 0 becomes -gradient, because lr is 1."""
 
     kind = "descent"
 
@@ -46,14 +46,14 @@ def make_updater(
 
 
 def apply(updater: UpdateStep, *, tokens: int = NOMINAL, bad: str = "") -> UpdateResult:
-    """Applies an update; `bad` names the number that is not finite: "loss", "gradient" or none."""
+    """Applies an update; `bad` names the number that is not finite: "loss" or "gradient"."""
     norm = math.inf if bad == "gradient" else GRADIENT**2
     return updater.apply(norm, num_trained_tokens=tokens, losses_are_finite=bad != "loss")
 
 
 @pytest.mark.parametrize("tokens", [NOMINAL, 10])
 def test_gradients_are_over_the_tokens_that_were_trained(tokens: int) -> None:
-    """Backward divides gradients by 40; the update divides by the trained tokens instead."""
+    """Backward divides gradients by 40; the update replaces 40 by the number of trained tokens."""
     weight = nn.Parameter(torch.zeros(1))
     outcome = apply(make_updater(weight), tokens=tokens)
     expected = GRADIENT / SCALE * 40 / tokens
@@ -62,7 +62,7 @@ def test_gradients_are_over_the_tokens_that_were_trained(tokens: int) -> None:
 
 
 def test_clipping_is_of_the_exact_gradient() -> None:
-    """If 10 of 40 tokens are trained, clipping uses the norm per trained token, 1.5, not 0.375."""
+    """If 10 of 40 tokens are trained, clipping uses the norm of the mean over 10 tokens (1.5)."""
     weight = nn.Parameter(torch.zeros(1))
     outcome = apply(make_updater(weight, max_norm=0.5), tokens=10)
     assert outcome.grad_norm == pytest.approx(1.5, rel=1e-6)
