@@ -1,7 +1,7 @@
 """Tests that every mistake with flags gives one error line and exit status 2.
 
-The line names the flag or file, the value, and the expected value. These tests run in this process;
-tests/lifecycle/test_bad_flags.py and test_bad_files.py start real processes.
+The line names the flag or file, the value, and the expected value. These tests call the checks in
+pytest's process; tests/lifecycle/test_bad_flags.py and test_bad_files.py start the program.
 """
 
 import re
@@ -135,7 +135,7 @@ TORCHELASTIC_RUN_ID=1 MASTER_PORT=http | --dist-url tcp://127.0.0.1:http | tcp:/
 
 
 def mistakes() -> Iterator[tuple[str, str]]:
-    """Yields each mistake, in shell syntax, and the words of its error line, joined by " | "."""
+    """Yields a mistake, in shell syntax, and words of its error line, with " | " between them."""
     for line in WRONG_NUMBERS.strip().splitlines():
         expected, *flags = line.split(" | ")
         for flag, *values in map(str.split, flags):
@@ -223,7 +223,7 @@ def refusal(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> str:
-    """Runs a start's checks, which must raise SystemExit with code 2; returns the error line."""
+    """Checks that `start_alone` raises SystemExit with code 2, and returns the error line."""
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.setenv(variable, environ.get(variable, ""))  # so that the test restores it
     with pytest.raises(SystemExit) as ended:
@@ -271,7 +271,7 @@ def printed_by(flag: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_every_flag_is_a_field_of_one_group() -> None:
-    """Each flag is one field of the settings; the test lists the fields that are no flags."""
+    """Each flag sets a field of exactly one group of settings; three fields have no flag."""
     groups = get_type_hints(settings.Settings).values()
     names = [field.name for group in groups for field in fields(group)]
     assert len(names) == len(set(names))

@@ -1,7 +1,6 @@
-"""Tests --pack document over stages and replicas against the Hugging Face model.
+"""Tests --pack document, on several stages and replicas, against a Hugging Face model.
 
-The reference gives the Hugging Face model one document at a time; a document ends at its
-end-of-text token.
+This reference computes the loss of each document separately; an end-of-text token ends a document.
 """
 
 import json
@@ -48,7 +47,7 @@ class Reference(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """The runs' folder, the references by model, and losses if attention crosses documents."""
+    """The runs' folder and the references; `together`: losses when attention crosses documents."""
 
     folder: Path
     references: dict[str, Reference]
@@ -72,7 +71,7 @@ def held_out_loss(model: Alone, path: Path) -> float:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Trains the models of TRIED, and short runs with other schedules, recompute or dropout."""
+    """Trains the models in TRIED; makes short runs with SCHEDULED's settings and with dropout."""
     folder = tmp_path_factory.mktemp("apart")
     write_jsonl(folder / "a.jsonl", make_texts(60, seed=1, longest=4))
     write_jsonl(folder / "b.jsonl", make_texts(60, seed=2))

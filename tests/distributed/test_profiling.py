@@ -1,4 +1,4 @@
-"""Tests --profiling tidy_profiling in complete runs: traces, timeline, and unchanged losses."""
+"""Tests --profiling tidy_profiling: it writes traces and a timeline, and changes no loss."""
 
 import json
 import os
@@ -52,7 +52,7 @@ Event = dict[str, Any]
 
 @dataclass(frozen=True)
 class InFolder:
-    """A hook that runs a rank in the folder `path`; if `bad`, rank 1 makes an infinite output."""
+    """A hook that runs a rank in the folder `path`; if `bad`, one output of rank 1 is inf."""
 
     path: Path
     bad: bool = False
@@ -87,7 +87,7 @@ def flags(folder: Path, schedule: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def told(folder: Path) -> OfRanks:
-    """Trains each schedule with profiling, a run without it, and one that fails; returns logs."""
+    """Profiles a run of each schedule; another run is not profiled, and one fails."""
     cases = [Case("off", flags(folder, "gpipe"), InFolder(folder / "in-off"))]
     for schedule in ORDERS:
         own = flags(folder, schedule) | {"profiling": "tidy_profiling"}
@@ -117,7 +117,7 @@ def num_elements(shard: Path) -> int:
 
 
 def computed(events: list[Event]) -> str:
-    """Returns a rank's computations in order, as in ORDERS: F0 is the forward of microbatch 0."""
+    """Returns a rank's computations in order, in ORDERS' notation: F0 is microbatch 0's forward."""
     boxes = [event for event in events if event["tid"] in LETTERS]
     ends = [event["ts"] + event["dur"] for event in boxes]
     assert all(end <= event["ts"] for end, event in zip(ends, boxes[1:], strict=False))
@@ -197,7 +197,7 @@ def test_the_optimizer_is_traced_where_an_update_ends(
 def test_nothing_is_received_before_it_is_computed(
     schedule: str, replica: int, folder: Path, told: OfRanks
 ) -> None:
-    """On a common clock, a receive ends after its tensor is computed and before it is used."""
+    """A receive ends after one stage computed the tensor and before the other stage uses it."""
     of_stage = [read_trace(folder, schedule, replica * STAGES + stage) for stage in range(STAGES)]
     off = sum(events[0]["args"]["clock-error-us"] for events in of_stage) + 0.01
     ways = [
@@ -271,12 +271,12 @@ def test_a_world_of_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def by_hand(optimizer: list[list[tuple[float, float]]]) -> StepOfAllRanks:
-    """Builds a step of 2 stages and 2 microbatches (F 1 s, B 2 s); `optimizer`: spans per rank."""
+    """Builds a step of 2 stages and 2 microbatches; `optimizer` has each rank's optimizer spans."""
     spans = []
     for rank, of_rank in enumerate(optimizer):
         for i in range(2):
-            spans.append(RankSpan(rank, Track.FORWARD_COMPUTE, i, float(i), i + 1.0))
-            spans.append(RankSpan(rank, Track.BACKWARD_COMPUTE, i, 5.0 + i, 7.0 + i))
+            spans.append(RankSpan(rank, Track.FORWARD_COMPUTE, i, float(i), i + 1.0))  # 1 s
+            spans.append(RankSpan(rank, Track.BACKWARD_COMPUTE, i, 5.0 + i, 7.0 + i))  # 2 s
         spans += [RankSpan(rank, Track.OPTIMIZER_COMP, None, *span) for span in of_rank]
     return StepOfAllRanks(1, 0.0, 24.0, spans)
 

@@ -1,4 +1,4 @@
-"""Tests that, if a rank dies, fails or hangs, all others end soon with a line that names it."""
+"""Tests that, if a rank dies, fails or hangs, the others end soon and name it in an error line."""
 
 import os
 import signal
@@ -46,7 +46,7 @@ def close_slowly(rank: Rank) -> None:
 
 
 def part_at_once(rank: Rank) -> None:
-    """Returns on rank 0 first; before rank 0 exits, it waits until the other ranks end."""
+    """Returns first on rank 0, which must then wait until the other ranks end."""
     time.sleep(0.2 * rank.topology.rank)
 
 
@@ -70,7 +70,7 @@ class Run:
         await_ready([rank for number, rank in enumerate(self.ranks) if number != but_for])
 
     def survivors(self, victim: int, *, within: float) -> Iterator[tuple[int, str]]:
-        """Yields number and line of each rank except `victim`; each must end with status 1."""
+        """Checks that ranks except `victim` end with status 1; yields their numbers and errors."""
         for number, rank in enumerate(self.ranks):
             if number != victim:
                 assert rank.status(within=within) == 1

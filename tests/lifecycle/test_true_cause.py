@@ -1,6 +1,6 @@
-"""Tests a rank that fails and ends slowly: the other ranks report its error, not a timeout.
+"""Tests that, if a rank fails and exits slowly, the other ranks report its error, not a timeout.
 
-The run has two pipelines of two stages; --dist-timeout is shorter than the slow rank's exit.
+The run has two pipelines of two stages; the slow exit takes longer than --dist-timeout.
 """
 
 from pathlib import Path

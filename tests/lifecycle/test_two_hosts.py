@@ -1,8 +1,8 @@
 """Tests a run on two machines that share only the code and are joined by a network.
 
 Each machine is a network namespace with its own address, interface name, host name and folder. The
-losses must equal those of a run on one machine, bit for bit, also after the rank on one machine was
-killed and both ranks were started again.
+rank on one machine is killed, and then both ranks are started again. The losses must equal those of
+an uninterrupted run on one machine, bit for bit.
 """
 
 import shutil
@@ -47,7 +47,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def furnish(base: Path, layout: str) -> None:
-    """Gives each host its stages' shards and the config; the first host also gets the data."""
+    """Gives each host its stage's shards and config; only the first gets data and tokenizer."""
     for index, host in enumerate(HOSTS):
         home = base / layout / host.name
         shutil.copytree(base / "m", home / "m")
@@ -73,7 +73,7 @@ def flags(layout: str, rank: int, port: int) -> dict[str, Any]:
 
 
 def chain(base: Path, layout: str, port: int, victim: int) -> list[Run]:
-    """Returns three starts of the run: with a wrong interface, with a killed rank, and a resume."""
+    """Returns three starts of a run: one has a wrong interface, one loses a rank, one resumes."""
     homes = [base / layout / host.name for host in HOSTS]
 
     def start(name: str, interfaces: tuple[str | None, str | None], kill: bool = False) -> Run:
@@ -107,13 +107,13 @@ def alone(base: Path, layout: str, port: int) -> Run:
 
 
 def our_lines(ended: Ended) -> list[str]:
-    """Returns the lines on stderr without torch's lines about addresses that have no name."""
+    """Returns the lines on stderr except torch's lines about addresses without a host name."""
     return [line for line in ended.lines if "hostname of the client socket cannot be" not in line]
 
 
 @pytest.fixture(scope="module")
 def ended(wire: None, base: Path) -> Outcomes:
-    """Returns the outcomes of all processes; the layouts run at the same time."""
+    """Runs the layouts at the same time, and returns the outcomes of all processes."""
     chains = []
     for index, layout in enumerate(LAYOUTS):
         furnish(base, layout)
@@ -172,7 +172,7 @@ def test_each_host_keeps_its_own_stage(base: Path, ended: Outcomes) -> None:
 
 
 def test_gathered_files_become_one_model(base: Path, tmp_path: Path, ended: Outcomes) -> None:
-    """With the far host's weights and manifest, the near host's checkpoint is a complete model."""
+    """The near host's checkpoint plus the far host's weights and manifest is a complete model."""
     near, far = (base / "one pipeline" / host.name / "run" / str(STEPS) for host in HOSTS)
     shutil.copytree(near, tmp_path / "gathered")
     for name in ("prank_1_checkpoint.pt", "prank_1_manifest.json"):

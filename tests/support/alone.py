@@ -1,4 +1,4 @@
-"""Training runs in the test's own process, in a world of one rank."""
+"""Training of a single rank in the test's own process."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""A model that is sufficient for --check-cluster only, and flags for --check-cluster."""
+"""A model without weights, which is enough for --check-cluster, and flags for --check-cluster."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ SHARDS = ["pytorch_embs.pt", *(f"pytorch_{i}.pt" for i in range(8)), "pytorch_lm
 
 
 def make_model(folder: Path, **changes: Any) -> Path:
-    """Writes config.json of a model of 8 layers; its shards are empty, so nothing can read them."""
+    """Writes config.json of a model with 8 layers, and an empty file in place of each shard."""
     make_hf("gptneox", vocab_size=400, num_hidden_layers=8).config.save_pretrained(folder)
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

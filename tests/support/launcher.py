@@ -1,8 +1,8 @@
-"""Launcher of every process that a test starts; runs of ranks are in tests.support.runs.
+"""Launcher of every process that a test starts; tests.support.runs uses it to start whole runs.
 
 A process is a fork of a server that has imported all modules (tests.support.preloaded), or a fork
-of such a fork. A test of the program's start runs a Python script instead. Every process writes to
-files, and is killed if its parent process dies.
+of such a fork. Tests of the program's start run a Python script in a new process instead. The
+output of a process goes to files. A process is killed if its parent process dies.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ def is_fork() -> bool:
 
 
 class Process:
-    """A started process; `place` is the path of its output without .out and .err."""
+    """A started process; the path `place` plus .out or .err is the file of its stdout or stderr."""
 
     def __init__(self, process: "BaseProcess | subprocess.Popen[bytes]", place: Path) -> None:
         self._process, self._place = process, place
@@ -82,7 +82,7 @@ Launch = Callable[..., Process]  # of a function and its arguments
 
 
 def free_port() -> int:
-    """Returns a free port on loopback, below the ports that the system assigns (from 32768)."""
+    """Returns a free port on loopback, lower than all ports that the system assigns by itself."""
     pid = os.getpid()
     ports = _ports.setdefault(pid, itertools.cycle(range(20_000 + pid % 100 * 100, 30_100)))
     while True:
@@ -93,7 +93,7 @@ def free_port() -> int:
 
 
 def fork(place: Path, function: Callable[..., object], *args: object) -> Process:
-    """Calls `function(*args)` in a fork; if the caller is no fork, it pickles function and args."""
+    """Calls `function(*args)` in a fork; both must be picklable if the caller is not a fork."""
     process = _make_process(_live, place, function, args)
     for end in (".out", ".err"):
         place.with_name(place.name + end).write_bytes(b"")
@@ -112,7 +112,7 @@ def _make_process(target: Callable[..., object], *args: object) -> BaseProcess:
 
 
 def spawn(place: Path, script: Path, argv: Sequence[str], environ: Mapping[str, str]) -> Process:
-    """Starts a Python script as a user does, in the folder of its output."""
+    """Starts a Python script as a user does; its working directory is the folder of `place`."""
     files = [place.with_name(place.name + end).open("wb") for end in (".out", ".err")]
     with files[0] as out, files[1] as err:
         process = subprocess.Popen(
@@ -127,10 +127,10 @@ def spawn(place: Path, script: Path, argv: Sequence[str], environ: Mapping[str, 
 
 
 def start(folder: Path, name: str, function: Callable[..., object], *args: object) -> Process:
-    """Calls `function(ready, *args)` in a fork; the function creates the file `ready` when ready.
+    """Calls `function(ready, *args)` in a fork; when ready, the function creates the file `ready`.
 
-    If the function raises a ValueError, the fork writes one line to stderr and exits with status 2,
-    as dist_clm_train.py does; after an OSError it exits with status 1.
+    If the function raises a ValueError or an OSError, the fork writes the error's text to stderr.
+    Then it exits as dist_clm_train.py does, with status 2 for ValueError and 1 for OSError.
     """
     place = folder / name
     return fork(place, _report_errors, function, place.with_name(f"{name}.ready"), *args)
@@ -148,11 +148,12 @@ def run_ranks(
 ) -> list[Result]:
     """Calls `function(rank, world_size, dist_url, *args)` in `world_size` processes.
 
-    `function` must be importable, its arguments and result picklable. Returns the results by rank.
+    `function` must be importable, and its arguments and result must be picklable. Returns a list
+    with the result of each rank.
 
     Raises:
         RuntimeError: a rank raised or died (the text has its traceback), or a rank still ran after
-            `deadline` seconds; all processes have ended by then.
+            `deadline` seconds. All processes have ended before the error is raised.
     """
     url = f"tcp://127.0.0.1:{free_port()}"
     with tempfile.TemporaryDirectory() as folder:
@@ -176,7 +177,7 @@ def _die_with_parent() -> None:
 
 
 def _live(place: Path, function: Callable[..., object], args: tuple[object, ...]) -> NoReturn:
-    """Runs `function` in a forked process, then exits with the status that Python itself gives."""
+    """Runs `function` in this fork, then ends it with the exit status that Python would give."""
     global _is_fork
     status = 1
     try:
@@ -221,7 +222,7 @@ def _store_result(place: Path, function: Callable[..., object], *args: object) -
 
 
 def _await(processes: Sequence[Process], deadline: float) -> list[int]:
-    """Waits for all processes, kills them at the deadline, and returns the killed ranks."""
+    """Waits for all processes, kills those that run at the deadline, and returns their ranks."""
     while (running := [p for p in processes if p.status() is None]) and time.monotonic() < deadline:
         if any(process.status() for process in processes):
             deadline = min(deadline, time.monotonic() + _AFTER_FAILURE_SECONDS)
@@ -232,7 +233,7 @@ def _await(processes: Sequence[Process], deadline: float) -> list[int]:
 
 
 def _result(place: Path, process: Process) -> tuple[str, Any]:
-    """Returns a rank's problem (empty if there is none) and its result."""
+    """Returns the problem of a rank (empty if there is none) and the rank's result."""
     status = process.status()
     if status == 0 and place.exists():
         return "", pickle.loads(place.read_bytes())

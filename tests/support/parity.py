@@ -1,7 +1,7 @@
 """Flags of the parity tests, and the reference: a Hugging Face model trained in one process.
 
-The reference trains on the same blocks in plain torch: one optimizer, one loss, and none of our
-code except the reader of the blocks.
+The reference trains on the same blocks, in plain torch with one optimizer and one loss. Of our code
+it uses only the reader of the blocks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +35,7 @@ DROPOUT = (
 
 
 def layers_of_a_stage(stages: int, replicas: int) -> str:
-    """Returns --num-layers for 5 layers on 1, 2 or 4 stages; with 2 stages, 3 means 3,2."""
+    """Returns --num-layers for 5 layers on 1, 2 or 4 stages; on 2 stages, the value 3 means 3,2."""
     return {1: "5", 2: "3", 4: "2,1,1,1"}[stages]
 
 
@@ -44,7 +44,7 @@ def rows_of_a_replica(stages: int, replicas: int) -> int:
 
 
 def rows_of_a_microbatch(stages: int, replicas: int) -> int:
-    """Returns the rows of a microbatch; a batch has two microbatches in each shape (P, R)."""
+    """Returns the number of rows in a microbatch; in every shape, a batch has two microbatches."""
     return ROWS // replicas // 2
 
 
@@ -78,9 +78,9 @@ def reference(
     labels_of: Callable[[Tensor], Tensor] = torch.clone,
     updates: int = UPDATES,
 ) -> tuple[list[float], list[float]]:
-    """Returns losses of the iterations and gradient norms of the updates, from one process.
+    """Trains `model` in one process; returns losses of iterations and gradient norms of updates.
 
-    `stream` yields the tokens of a block; `labels_of` makes labels from tokens.
+    Each item of `stream` is the tokens of one block; `labels_of` makes labels from tokens.
     """
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
@@ -106,7 +106,7 @@ def reference(
 
 
 def worst(ours: Sequence[float | None], theirs: Sequence[float | None]) -> float:
-    """Returns the largest relative difference; both lists must have None at the same indices."""
+    """Returns the largest relative difference of two lists that have None at the same indices."""
     errors = [0.0]
     for a, b in zip(ours, theirs, strict=True):
         if a is None or b is None:

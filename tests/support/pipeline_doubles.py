@@ -1,4 +1,4 @@
-"""Double of a communicator without peers: it records each call and completes it at once."""
+"""Double of a communicator: it has no peers, records operations, and completes them at once."""
 
 from collections.abc import Callable
 
@@ -20,9 +20,9 @@ class NotedWork:
 
 
 class NotedCommunicator:
-    """Member `rank` of a group of `size`; `events` lists started operations and waits, in order.
+    """Member `rank` of `size` members; `events` lists started operations and calls of `wait`.
 
-    Received tensors are random; a group's sum is this member's tensor.
+    Received tensors are random; the sum over the group is this member's own tensor.
     """
 
     def __init__(self, rank: int, size: int) -> None:

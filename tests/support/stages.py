@@ -1,4 +1,4 @@
-"""Stages of a tiny model, without their neighbours."""
+"""Stages of a tiny model; a test can run one stage without the stages before and after it."""
 
 from functools import cache
 from typing import Any
@@ -27,7 +27,7 @@ def config(num_layers: int) -> Any:
 
 
 def make_model(stage_index: int, num_stages: int) -> StageModel:
-    """Builds one of `num_stages` stages of two layers each."""
+    """Builds stage `stage_index` of a model that has two layers on each of `num_stages` stages."""
     family, of_all = MODELS["gptneox"].load(), config(2 * num_stages)
     indices = stage_modules(stage_index, [2] * num_stages)
     model = StageModel(family, of_all, indices, device=CPU)

@@ -31,7 +31,7 @@ class Connection:
         return self.send(encode(self.reply))
 
     def enter(self, rank: int) -> "Connection":
-        """Does the handshake as `rank`; checks the server's proof that it belongs to this run."""
+        """Does the handshake as `rank`; checks the proof that the server belongs to this run."""
         answer = decode(self.shake_hands(rank).read())
         assert HANDSHAKE.is_answer(answer, challenge=self.challenge, reply=self.reply)
         return self
@@ -41,7 +41,7 @@ class Connection:
         return self
 
     def read(self) -> bytes:
-        """Returns the next line, or no bytes if the server has closed the connection."""
+        """Returns the next line, or empty bytes if the server has closed the connection."""
         try:
             return self._lines.readline()
         except ConnectionResetError:
@@ -110,7 +110,7 @@ def test_a_rank_of_another_job_or_start_is_dropped(
 
 
 def test_what_a_rank_said_once_is_of_no_use_again(server: LivenessServer) -> None:
-    """The server refuses a reply recorded on another connection, and one with a changed rank."""
+    """The server refuses a reply copied from another connection or changed to another rank."""
     first = Connection(server).enter(1)
     played_back = Connection(server).send(encode(first.reply))
     assert played_back.read() == b""
@@ -122,9 +122,9 @@ def test_what_a_rank_said_once_is_of_no_use_again(server: LivenessServer) -> Non
 def test_strangers_that_hang_on_keep_no_rank_out(
     server: LivenessServer, messages: queue.Queue[Message]
 ) -> None:
-    """Connections that do not finish the handshake do not prevent a rank's connection.
+    """Connections that do not finish the handshake do not block a rank's connection.
 
-    The server keeps at most 64 such connections and one more per rank; it drops the oldest first.
+    The server keeps at most 64 such connections plus one for each rank; it drops the oldest first.
     """
     strangers = [Connection(server).send(b'{"rank": 1, "chal') for _ in range(70)]
     assert [stranger.read() for stranger in strangers[:3]] == [b"", b"", b""]

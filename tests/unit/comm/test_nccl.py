@@ -1,6 +1,6 @@
-"""Tests the CuPy/NCCL backend without a GPU, on a double: a simulated NCCL communicator.
+"""Tests the CuPy/NCCL backend without a GPU; a double simulates the NCCL communicator.
 
-Only a GPU can test the real NCCL communicator and the CUDA streams of comm.backends.streams.
+Tests of the real NCCL communicator and of the CUDA streams (comm.backends.streams) need a GPU.
 """
 
 import inspect
@@ -123,9 +123,9 @@ def mismatch_each(rank: int, world_size: int, url: str) -> None:
 
 
 def test_what_does_not_fit_is_an_error_that_names_the_peer() -> None:
-    """Each error names the peer.
+    """If rank 1's operation does not match rank 0's, or rank 1 dies, rank 0's error names rank 1.
 
-    The last case kills rank 1, so `run_ranks` fails. Rank 0's error tells that all cases passed.
+    Rank 1 exits in the last case, so `run_ranks` raises; its text tells that all cases passed.
     """
     with pytest.raises(RuntimeError) as caught:
         run_ranks(2, mismatch_each)
@@ -149,7 +149,7 @@ CALLS = "send recv broadcast allReduce reduce allGather destroy check_async_erro
 
 @pytest.mark.parametrize("call", CALLS.split())
 def test_the_double_is_called_as_the_real_one(call: str) -> None:
-    """The double has CuPy's parameter names, read from the first line of CuPy's docstring."""
+    """The double's parameters have the names that the first line of CuPy's docstring shows."""
     line = getattr(nccl.NcclCommunicator, call).__doc__.splitlines()[0]
     real = re.fullmatch(rf"NcclCommunicator\.{call}\((.*)\)", line)
     assert real is not None

@@ -1,4 +1,4 @@
-"""Tests stages, replicas and groups of ranks against tables written by hand."""
+"""Tests the stage, the replica and the groups of each rank against tables written by hand."""
 
 from comm.topology import Topology
 

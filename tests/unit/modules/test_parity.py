@@ -1,4 +1,4 @@
-"""Tests logits and gradients against the Hugging Face model, for configs of both families."""
+"""Tests that models of both families have the Hugging Face model's logits and gradients."""
 
 import json
 from pathlib import Path
@@ -142,7 +142,7 @@ def test_config_that_is_not_built_is_refused_by_name(
 
 
 def test_old_spelling_of_the_rotation(tmp_path: Path) -> None:
-    """A config from before transformers 5, with rotary_pct and rotary_emb_base, loads."""
+    """rotary_pct and rotary_emb_base, which configs had before transformers 5, are still read."""
     make_hf("gptneox").config.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     raw = json.loads(path.read_text())

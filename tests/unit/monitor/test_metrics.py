@@ -112,7 +112,7 @@ def test_a_torn_line_up_to_the_resumed_step_does_not_spoil_the_next(
 
 
 def test_a_line_that_the_disk_takes_half_of_is_not_there(metrics_file: MetricsFile) -> None:
-    """If the disk takes only part of a line, this part is removed, and later lines are complete."""
+    """If only part of a line fits on disk, that part is removed, and later lines are complete."""
     metrics_file.append(line(1))
     size = metrics_file.path.stat().st_size
     with files_no_larger_than(size + 20), pytest.raises(OSError, match=r"metrics\.jsonl"):
@@ -125,7 +125,7 @@ def test_a_line_that_the_disk_takes_half_of_is_not_there(metrics_file: MetricsFi
 def test_lines_that_the_disk_does_not_take_wait_for_it(
     metrics_file: MetricsFile, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A full disk is reported once, and the lines are written when the disk has space again."""
+    """A full disk is reported once; the missing lines are written when the disk has space again."""
     folder = metrics_file.path.parent
     progress = Progress(9, Console(io.StringIO()))
     recorder = FileRecorder(folder, metrics_file, progress, WandbRun())

@@ -1,4 +1,4 @@
-"""Tests trace files: the exact entries, and that a file is complete at every moment."""
+"""Tests that a trace file has exactly the expected entries and is complete at every moment."""
 
 import json
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Tests that the engine waits only for sends whose message has arrived, in every schedule.
+"""Tests that, in every schedule, the engine waits only for sends whose message has arrived.
 
-The tests calculate which messages have arrived, by Lamport's happened-before relation of calls.
+Lamport's happened-before relation of the calls tells the tests which messages have arrived.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from tests.support.orders import schedule_of
 
 
 class NotedLink:
-    """A link that records the engine's calls."""
+    """Double of `StageLink` that records the engine's calls."""
 
     def __init__(self, stage: int, num_stages: int) -> None:
         self.stage, self.num_stages = stage, num_stages
@@ -26,7 +26,7 @@ class NotedLink:
         self.calls: list[tuple[str, int, int]] = []  # call, activations, gradients
 
     def expect(self, *, activations: int, gradients: int) -> None:
-        """Does nothing, because this link posts no receives ahead."""
+        """Does nothing, because this link posts no receives."""
 
     def receive_activation(self) -> Tensor | None:
         self.calls.append(("receive", 1, 0))
@@ -46,7 +46,7 @@ class NotedLink:
         self.calls.append(("resolve", activations, gradients))
 
     def flush(self) -> None:
-        """Does nothing, because this link has no sends to wait for."""
+        """Does nothing, because this link sends no messages."""
 
 
 class IdleStage:
@@ -95,9 +95,9 @@ def test_an_evaluation_holds_few_sends() -> None:
 
 
 class Knowledge:
-    """Vector clocks: for each stage, how many calls of every stage it knows to be complete.
+    """Vector clocks: a stage counts, for every stage, the calls that it knows to be complete.
 
-    A message gives its sender's knowledge to its receiver (Lamport's happened-before).
+    With each message the receiver also gets the sender's counts (Lamport's happened-before).
     """
 
     def __init__(self, calls: Sequence[Sequence[tuple[str, int, int]]]) -> None:
@@ -108,7 +108,7 @@ class Knowledge:
         self.num_resolves = 0
 
     def play(self) -> None:
-        """Runs the calls; fails if a stage waits for a send whose message may not have arrived."""
+        """Simulates the calls; checks that stages wait only for sends known to have arrived."""
         moved = True
         while moved:
             moved = False
@@ -171,7 +171,7 @@ OTHER_ORDERS = [
 
 @pytest.mark.parametrize("lines", OTHER_ORDERS)
 def test_nor_in_a_schedule_of_another_order(lines: list[str]) -> None:
-    """No stage waits too early for a send, also in other orders that `check_schedule` accepts."""
+    """Even in other orders that `check_schedule` accepts, no stage waits for a send too early."""
     knowledge = Knowledge(calls_of(schedule_of(lines), 2, 1 + max(map(int, lines[0][1::3]))))
     knowledge.play()
     assert knowledge.num_resolves > 0

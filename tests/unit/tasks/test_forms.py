@@ -1,4 +1,4 @@
-"""Tests that every kind of file and every form of line gives the same documents."""
+"""Tests that all kinds of data files give the same documents, and that errors name bad lines."""
 
 import gzip
 import json
@@ -28,7 +28,7 @@ LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 
 
 def write_all(folder: Path) -> dict[str, Path]:
-    """Writes ROWS to a file of each kind; gzip has two members, parquet has groups of 7 rows."""
+    """Writes ROWS to a file of each kind; gzip has two members, parquet has 7 rows per group."""
     paths = {kind: folder / f"a.{kind}" for kind in ("jsonl", "jsonl.gz", "jsonl.zst", "parquet")}
     half = len(LINES) // 2
     paths["jsonl"].write_bytes(LINES)
@@ -68,7 +68,7 @@ def test_every_kind_of_file_has_the_same_documents(kind: str, tmp_path: Path) ->
 
 
 def answers(path: Path) -> Packer:
-    """Returns a packer of a file's documents; only the tokens of answers are trained."""
+    """Returns a packer of a file's documents; only tokens of completions are trained."""
     documents = BufferedShuffle(open_source(str(path)), seed=1)
     return packed(documents, Encoder(tokenizer(), train_on="completion"), 16)
 

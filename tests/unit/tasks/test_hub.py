@@ -1,4 +1,4 @@
-"""Tests data sets of the Hugging Face hub: rows from a test double, and errors without a hub."""
+"""Tests data sets of the Hugging Face hub, without the hub: how rows are read, and the errors."""
 
 import contextlib
 import http.server
@@ -54,7 +54,7 @@ def no_split() -> Any:
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], Calls]:
-    """Returns a function; it replaces the hub by a data set and returns the calls to the hub."""
+    """Returns `put(make)`, which replaces the hub by `make()` and returns the list of hub calls."""
 
     def put(make: Callable[[], Any]) -> Calls:
         calls: Calls = []
@@ -188,7 +188,7 @@ def empty_hub() -> Iterator[str]:
 def test_told_at_once(
     endpoint: Callable[[], Any], reason: str, flag: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A hub error is found by one request, without `datasets`, which retries for half a minute."""
+    """One request finds a hub error; `datasets`, which retries for half a minute, is not called."""
     monkeypatch.setattr(module, "HUB_TIMEOUT_SECONDS", 0.3)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: pytest.fail("asked"))

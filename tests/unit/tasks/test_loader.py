@@ -1,4 +1,4 @@
-"""Tests the loader that prepares batches in a thread: labels, errors, and the thread's end."""
+"""Tests the loader's thread: it makes batches with labels, passes errors on, and ends at close."""
 
 import threading
 import time
