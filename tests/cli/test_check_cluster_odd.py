@@ -1,7 +1,7 @@
 """Tests --check-cluster when one of four ranks is slow or differs from the other ranks.
 
-The test makes the difference in the process of this rank: by a sleep in a communicator's sends, or
-by a changed matmul rate, version or clock.
+In the slow or different rank, a patch slows a communicator's sends, or changes the matmul rate, the
+version or the clock. In one more case, a shard on the disk that all ranks share is too short.
 """
 
 import re
@@ -157,7 +157,7 @@ def test_slow_replicas_are_named(found: Found) -> None:
 
 
 def test_a_slow_device_gets_fewer_layers(found: Found) -> None:
-    """If rank 3 is a hundred times slower, the report advises one of eight layers for its stage."""
+    """If rank 3 is 100 times slower, the report advises to put one layer of eight on its stage."""
     line = the(found["a slow device"][1], "--num-layers 7,1")
     assert "--num-layers 7,1 is more even than 4,4" in line
     line = the(found["a slow device"][1], "- devices differ: ")

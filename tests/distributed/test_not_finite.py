@@ -1,4 +1,4 @@
-"""Tests the errors for losses, gradients and weights that are not finite; no update uses them."""
+"""Tests what a run does if a loss, gradient or weight is not finite; no update uses this number."""
 
 import json
 import re
@@ -152,8 +152,8 @@ def test_a_gradient_that_is_not_finite_stops_every_rank(trained: Trained) -> Non
 def test_in_fp16_such_a_loss_costs_one_update(run: str, trained: Trained) -> None:
     """In fp16, a loss that is not finite is null in the metrics, and its update is skipped.
 
-    The update is skipped even if the gradients are finite, as for a logit of -inf. If the gradients
-    are not finite either, the log line still gives the loss as the reason.
+    A logit of -inf makes only the loss infinite; the update is skipped although the gradients are
+    finite. If the gradients are not finite either, the log line still gives the loss as the reason.
     """
     folder = trained[0]
     lines = lines_of(folder, run, 2, 2)
@@ -194,7 +194,7 @@ def test_a_run_that_gave_up_goes_on(trained: Trained) -> None:
 
 
 def test_a_loss_in_the_first_half_of_an_update_costs_all_of_it(trained: Trained) -> None:
-    """An update is skipped if the first of its two losses is infinite and all else is finite."""
+    """An update of two iterations is skipped even if only the first iteration has a loss of inf."""
     folder = trained[0]
     lines = lines_of(folder, "half-an-update", 2, 2)
     assert [line["loss"] is None for line in lines] == [n == 3 for n in range(1, 7)]
@@ -257,7 +257,7 @@ def test_a_held_out_loss_that_is_not_finite_loses_nothing(trained: Trained) -> N
 
 
 def test_a_set_whose_loss_is_not_finite_is_named(trained: Trained) -> None:
-    """If the loss of one of two held-out sets is not finite, it and the loss over both are null."""
+    """If one held-out set's loss is inf, this loss and the loss over both sets are null."""
     folder, told = trained
     path = run_folder(folder, "held-out-sets", 2, 2)
     first, *_, last = read_metrics(path / "metrics.jsonl")

@@ -1,7 +1,7 @@
 """Tests runs that stop, die or have no shared disk, and resume with another number of stages.
 
 Two pipelines of two stages (three layers, split 2,1) become four pipelines of one stage, or one
-pipeline of three. Losses must equal the losses of an uninterrupted run.
+pipeline of three stages. Losses must equal the losses of an uninterrupted run.
 """
 
 import shutil
@@ -40,7 +40,7 @@ NEEDS = {1: 0, 2: 1}  # new rank (of three): old stage (of two) whose files it n
 
 @dataclass(frozen=True)
 class Seen:
-    """The outcome of one start, with `latest` and the saved steps in rank 0's folder at its end."""
+    """The outcome of one start of a run, and rank 0's `latest` and saved steps after this start."""
 
     outcome: Outcome
     latest: str
@@ -116,7 +116,7 @@ def check_losses(lab: Lab, disk: Path) -> None:
 def test_machines_are_told_which_files_to_bring_and_go_on_with_them(
     lab: Lab, seen: dict[str, Seen]
 ) -> None:
-    """Every rank's error names the files that ranks lack; once they are copied, the run resumes."""
+    """Every rank's error names the files that ranks lack; with these files, the run resumes."""
     (apart,) = run_ranks(1, live_apart, lab, deadline=400.0)
     assert apart["stopped"].outcome.statuses == [75] * WORLD
     assert apart["apart"].outcome.statuses == [2] * 3
@@ -152,7 +152,7 @@ def test_a_death_in_the_first_save_of_other_stages_costs_that_save_alone(
 
 
 def test_old_steps_of_other_stages_go_as_those_of_these_do(lab: Lab, seen: dict[str, Seen]) -> None:
-    """Retention deletes old steps and optimizer states, also those of another number of stages."""
+    """Old steps and optimizer states are deleted, even those saved when the run had more stages."""
     stopped = seen["kept, stopped"]
     assert stopped.outcome.statuses == [75] * WORLD
     assert (stopped.latest, stopped.steps) == (str(SAVED), [str(STOPPED), str(SAVED)])

@@ -1,4 +1,4 @@
-"""Tests that a run resumes with other stages, replicas or split, and with the same losses.
+"""Tests that losses stay the same if a run resumes with other stages, replicas or split.
 
 A run of every shape trains to its end and saves its middle step; from this step, other runs resume
 in other shapes. Their losses must equal the losses of the run that kept its shape.
@@ -63,7 +63,7 @@ Spoil = Callable[[Path], object]
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
-    """Trains the runs of all pairs in FEW (fp32, adam) and OTHER_KINDS, and their resumed runs."""
+    """Trains in each source shape of FEW and OTHER_KINDS, and resumes in the target shapes."""
     folder = tmp_path_factory.mktemp("resharding")
     whole = [Case("fp32-adam", flags(folder, KINDS[0]))]
     others = resumed(folder, KINDS[0], FEW)
@@ -84,7 +84,7 @@ def test_every_shape_goes_on_at_others(source: Shape, target: Shape, ended: Ende
 def test_every_precision_and_optimizer_does(
     kind: tuple[str, str], pair: Pair, ended: Ended
 ) -> None:
-    """A resume in another shape keeps losses, even if it also shards and offloads the optimizer."""
+    """Losses stay the same after a resume in another shape that adds ZeRO stage 1 and offload."""
     assert check_resumed(ended[0], kind, *pair) < TOLERANCES[kind]
 
 
@@ -213,7 +213,7 @@ def test_files_of_another_save_are_not_mixed_in(four: Path, ended: Ended) -> Non
 
 @pytest.mark.slow
 def test_the_whole_matrix(tmp_path: Path) -> None:
-    """A resume from any shape to any shape keeps losses, with each precision and optimizer."""
+    """Losses stay the same after a resume from any shape to any shape, with each kind in KINDS."""
     longer = {"total-steps": SAVED + LONG}
     whole = [Case("-".join(kind), flags(tmp_path, kind, **longer)) for kind in KINDS]
     others = [case for kind in KINDS for case in resumed(tmp_path, kind, PAIRS, **longer)]

@@ -81,7 +81,7 @@ def _bin_name(name: str) -> str:
 
 
 def edit_weights(path: Path, changes: Mapping[str, Tensor | None]) -> None:
-    """Sets the tensors of some keys in a file of tensors; None removes a key."""
+    """Writes the tensors of `changes` into a file; removes the keys whose value is None."""
     torch_file = path.suffix != ".safetensors"
     state = torch.load(path, weights_only=True) if torch_file else load_file(path)
     state = {k: v for k, v in {**state, **changes}.items() if v is not None}
@@ -103,9 +103,10 @@ def hf_weights(folder: Path) -> dict[str, Tensor]:
 def make_checkpoint(
     shards: Path, folder: Path, *, counts: Sequence[int], meta: StepMeta | None
 ) -> Path:
-    """Makes a checkpoint from layer shards: a run's files of weights, written by plain torch.save.
+    """Makes a checkpoint from layer shards; torch.save, not the project's code, writes the weights.
 
-    `counts` has the number of layers of each stage. Without `meta` there are no manifests.
+    `counts` has the number of layers of each stage. Without `meta`, the checkpoint has no meta.json
+    and no manifests.
     """
     names = ["pytorch_embs.pt", *(f"pytorch_{i}.pt" for i in range(NUM_LAYERS))]
     modules = [torch.load(shards / name, weights_only=True) for name in names]
@@ -151,7 +152,7 @@ def copy_config(source: Path, target: Path) -> None:
 
 
 def reseal(folder: Path) -> None:
-    """Updates a checkpoint's manifests to the content of the files; a missing file stays listed."""
+    """Updates sizes and checksums in a checkpoint's manifests; a missing file stays listed."""
     for path in folder.glob("prank_*_manifest.json"):
         body = unseal(path)
         there = [name for name in body["files"] if (folder / name).is_file()]

@@ -1,4 +1,4 @@
-"""Cuts of connections between two ranks, as if a router dropped them; both ranks see a close.
+"""A hook that cuts connections between two ranks, as if a router closed them on both sides.
 
 A cut needs no privilege, because a thread in one of the ranks shuts down this rank's own sockets.
 """
@@ -33,7 +33,7 @@ def _connections(pid: int) -> set[Ports]:
 
 @dataclass(frozen=True)
 class Cutter:
-    """Hook: one rank cuts connections to other ranks when the parent process asks for it."""
+    """A hook that cuts connections of one rank to others when the parent process asks for this."""
 
     rank: int
     _asked: tuple[int, int] = field(default_factory=os.pipe)
@@ -43,7 +43,7 @@ class Cutter:
         threading.Thread(target=self._serve, name="cutter", daemon=True).start()
 
     def cut(self, connections: Sequence[Ports]) -> None:
-        """Asks the rank to cut; returns after the cut, or after 3 seconds without an answer."""
+        """Asks the rank for the cuts; returns after them, or after 3 seconds without an answer."""
         for local, remote in connections:
             os.write(self._asked[1], f"{local} {remote}\n".encode())
         done = 0
@@ -67,7 +67,7 @@ class Cutter:
 
 
 def _ends(local: int, remote: int) -> Iterator[socket.socket]:
-    """Yields this process's sockets of the connection between these ports."""
+    """Yields each socket of this process that connects port `local` to port `remote`."""
     for descriptor in descriptors("self").values():
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as end:
             is_ip = end.family in (socket.AF_INET, socket.AF_INET6)

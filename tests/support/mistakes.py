@@ -1,4 +1,4 @@
-"""Runs of one, two or four ranks with a user's mistake, and the error line of all ranks."""
+"""A run of one, two or four ranks in which a user made a mistake, and its error line."""
 
 import re
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ def folder_of(home: Path, name: str) -> Path:
 
 
 def start(home: Path, name: str, changes: Mapping[int, str], size: int = 1) -> Run:
-    """Returns a run with its own working directory; `changes` are each rank's own flags."""
+    """Returns a run in a new working directory; `changes` has each rank's additional flags."""
     folder = folder_of(home, name)
     folder.mkdir(parents=True)
     stages, replicas = SHAPES[size]

@@ -1,4 +1,4 @@
-"""Files of an older system (a predecessor, see docs/glossary.md), from literal lists of keys.
+"""Files of an older system (a predecessor, see docs/glossary.md), from key lists in this module.
 
 The project's code makes none of these files, so an error in the project's tables of keys cannot
 stay hidden.
@@ -28,7 +28,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def read_shapes(lines: str) -> Shapes:
-    """Reads names, each followed by the sizes of its tensor."""
+    """Reads pairs of a tensor's name and the tensor's sizes, such as `wte.weight 53x16`."""
     words = lines.split()
     pairs = zip(words[::2], words[1::2], strict=True)
     return {name: tuple(map(int, sizes.split("x"))) for name, sizes in pairs}
@@ -89,7 +89,7 @@ def weights(shapes: Shapes, generator: torch.Generator) -> dict[str, Tensor]:
 
 
 def make_modules(name: str) -> list[dict[str, Tensor]]:
-    """Returns embedding, three blocks and head: fp16 weights, without buffers."""
+    """Returns the fp16 weights, without buffers, of the embedding, three blocks and the head."""
     generator = torch.Generator().manual_seed(5)
     shapes = [EMBEDDING[name], *[BLOCK[name]] * LAYERS, HEAD[name]]
     return [weights(module, generator) for module in shapes]

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 @contextmanager
 def gloo_for_nccl() -> Iterator[list[tuple[int, ...]]]:
-    """Replaces new NCCL groups by gloo groups; yields the ranks of each new group, in order."""
+    """Replaces new NCCL groups by gloo groups; yields a list that gets each new group's ranks."""
     made: list[tuple[int, ...]] = []
 
     def new_group(ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:

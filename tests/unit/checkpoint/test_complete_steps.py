@@ -1,8 +1,8 @@
 """Tests that --keep-checkpoints counts only checkpoints that are complete on every stage.
 
 Two stages, each with its own disk, save checkpoints at steps 2, 5 and 8. Then each case changes
-files on the disks. The next start of the program saves step 10, keeps two complete checkpoints,
-and deletes older and incomplete ones.
+files on the disks. The next start of the program saves step 10, keeps the two newest complete
+checkpoints, and deletes incomplete checkpoints and older ones.
 """
 
 import logging
@@ -100,7 +100,7 @@ def save(
 
 
 def live(rank: int, _world: int, url: str, folder: Path) -> Found:
-    """Runs every case; returns which steps, and which optimizer states, this stage's disk keeps."""
+    """Runs every case; returns the steps and optimizer states that stay on this rank's disk."""
     found = {}
     logging.getLogger().setLevel(logging.ERROR)
     with connected(Topology(rank, STAGES, 1), url) as (groups, nonce):
@@ -146,7 +146,7 @@ def held(save_name: str, num_stages: int, *stages: int) -> list[StageFiles]:
 def test_a_step_of_other_stages_counts_where_the_disks_together_have_it() -> None:
     """A checkpoint of one or three stages is complete if the run's two disks together hold it.
 
-    In a checkpoint of two stages, like the run's own, each stage's files must be on its own disk.
+    If a checkpoint has two stages, as the run has, each stage's files must be on this stage's disk.
     """
     by_step = {
         1: (held("a", 3, 0, 1), held("a", 3, 1, 2)),

@@ -81,7 +81,7 @@ def test_a_damaged_file_is_an_error_that_names_it(
 
 
 def test_without_a_manifest_the_same_weights_load(home: Home, tmp_path: Path) -> None:
-    """Shards without a manifest load, even if a weight was changed, since nothing can detect it."""
+    """Without a manifest, no checksum shows a changed weight, so the shards are loaded."""
     whole = start(home.model, home).state_dict()
     model = Path(shutil.copytree(home.model, tmp_path / "model"))
     (model / "manifest.json").unlink()
@@ -95,7 +95,7 @@ def test_without_a_manifest_the_same_weights_load(home: Home, tmp_path: Path) ->
 
 
 def test_a_shard_that_the_manifest_does_not_list_is_an_error(home: Home, tmp_path: Path) -> None:
-    """A shard not listed in manifest.json is an error, since it may be of another conversion."""
+    """A shard not in manifest.json is an error, because it may come from another conversion."""
     model = Path(shutil.copytree(home.model, tmp_path / "model"))
     listed = [path for path in model.iterdir() if path.name not in (NAME, SHARDS[1])]
     write_shard_manifest(model, {path.name: sum_file(path) for path in listed})

@@ -1,4 +1,4 @@
-"""Tests the CuPy/NCCL backend with all ranks in one process: opening, order of calls, hangs."""
+"""Tests first messages, call order and hang reports of CuPy/NCCL with all ranks in one process."""
 
 import queue
 import threading
@@ -34,7 +34,7 @@ def open_all(size: int, **options: Any) -> list[tuple[NcclCommunicator, Told]]:
 def test_every_communicator_has_carried_a_message_before_it_is_used(
     connect_neighbours: bool, pairs: list[tuple[int, int]]
 ) -> None:
-    """Opening a communicator sends a message on it, because its first message blocks both ends."""
+    """The first message on a communicator blocks both ends, so the opening already sends one."""
     used = queue.SimpleQueue[tuple[str, bytes]]()
 
     class Noting(NcclDouble):
@@ -78,7 +78,7 @@ def _wait_in_vain(work: Work) -> None:
 
 
 def test_a_failure_that_nccl_knows_of_ends_a_message_that_never_ends() -> None:
-    """The hang detector asks NCCL for its error and reports the error while the stream waits."""
+    """The hang detector asks NCCL for errors and reports one even if the stream still waits."""
     with nccl_double():
         opened = open_all(2)
     channel, told = opened[1]  # keep the other rank alive, or the message would fail

@@ -1,7 +1,7 @@
 """Tests the choice of a matmul library, and `fp32_error`, which measures a matmul's error.
 
-`fp32_error` must detect a matmul that is less exact than fp32, as on some CPUs. The tests make one
-torch operation less exact: they round its operands to the bits of bf16 or tf32.
+`fp32_error` must detect a matmul that is less exact than fp32, such as oneDNN's with AMX. The tests
+make one torch operation less exact: they round its operands to the bits of bf16 or tf32.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,7 +34,7 @@ def test_amds_cpus_with_avx512_are_known_to_win() -> None:
 
 
 def test_products_on_this_machine() -> None:
-    """Both choices set torch's precision flag; matmul is true fp32, except in oneDNN with AMX."""
+    """`use_matmul` sets torch's precision flag; only oneDNN with AMX is less exact than fp32."""
     mkldnn: Any = torch.backends.mkldnn
     use_matmul("onednn")
     assert mkldnn.matmul.fp32_precision == "bf16"

@@ -1,4 +1,4 @@
-"""Tests tracers, which record begin and end of a step's parts, with simulated clocks."""
+"""Tests, with simulated clocks, that tracers record when each part of a step begins and ends."""
 
 import time
 from collections.abc import Iterator, Sequence

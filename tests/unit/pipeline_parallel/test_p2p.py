@@ -1,4 +1,4 @@
-"""Tests messages between stages: receives posted ahead, sends without waits, equal shapes."""
+"""Tests messages between stages: receives are posted early, sends do not block, shapes agree."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def make_link(communicator: Any, **changes: Any) -> StageLink:
 
 
 def test_receives_are_posted_ahead() -> None:
-    """A link keeps two receives posted in each direction, or fewer if fewer messages still come."""
+    """A link keeps two receives posted in each direction, or fewer if it expects fewer messages."""
     communicator = NotedCommunicator(1, 3)
     link = make_link(communicator)
     link.expect(activations=4, gradients=1)

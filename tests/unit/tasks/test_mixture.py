@@ -1,4 +1,4 @@
-"""Tests a mixture of sources: weights and restored state (test_stream tests blocks' shares)."""
+"""Tests a mixture's weights and restored state; test_stream tests each source's share of blocks."""
 
 from pathlib import Path
 from typing import Any

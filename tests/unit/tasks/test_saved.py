@@ -1,4 +1,4 @@
-"""Tests data sets saved to disk by `datasets`: all rows, full shuffle, exact restore."""
+"""Tests data sets that `datasets` saved: a shuffle reads every row once, a restore is exact."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def save(folder: Path, texts: list[str] = TEXTS) -> Path:
-    """Saves a data set as arrays in three files, with an additional column that is ignored."""
+    """Saves a data set in numpy format to three files; its column `number` is not for training."""
     data = datasets.Dataset.from_dict({"number": range(len(texts)), "text": texts})
     data.with_format("numpy").save_to_disk(str(folder), num_shards=3)
     return folder
@@ -171,7 +171,7 @@ def test_a_broken_data_set_is_named(
 
 
 def test_rows_that_are_no_document_are_skipped_and_named(tmp_path: Path) -> None:
-    """Rows whose text is null or not UTF-8, as other programs write, are skipped and named."""
+    """Rows whose text is null or not UTF-8 are skipped and named; some programs write such rows."""
     texts = pyarrow.array([b"a", None, b"\xff", b"b"]).view(pyarrow.string())
     data = datasets.Dataset(pyarrow.table({"text": texts}))
     data.save_to_disk(str(tmp_path / "saved"))
