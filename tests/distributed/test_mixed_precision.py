@@ -1,4 +1,4 @@
-"""Tests fp16 and bf16 training over stages and replicas against the same steps in one process."""
+"""Tests fp16 runs against a reference in one process, and compares runs of different shapes."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,7 +65,7 @@ def train_with_products_in_fp32(*args: Any) -> dict[str, Told]:
 
 
 class Trained(NamedTuple):
-    """The folder of all runs, and each process's log of each run."""
+    """The folder of all runs, and each process's log of each run with four ranks."""
 
     folder: Path
     told: list[dict[str, Told]]
@@ -73,7 +73,7 @@ class Trained(NamedTuple):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Trains the runs of SHAPES and SCHEDULED, and fp16 runs with overflows on a single rank."""
+    """Trains the runs of SHAPES and SCHEDULED, and fp16 runs in which one rank overflows."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("mixed")
     write_jsonl(folder / "a.jsonl", make_texts(60, seed=1))
@@ -127,7 +127,7 @@ def check_same(folder: Path, one: tuple[str, Shape], other: tuple[str, Shape]) -
 
 @pytest.mark.parametrize("rank", RANKS)
 def test_an_overflow_is_the_same_wherever_it_happens(rank: int, trained: Trained) -> None:
-    """The bits do not depend on which rank overflows; all ranks log a line per skipped update."""
+    """Metrics and weights do not depend on the rank that overflows; all ranks log each skip."""
     name, shape = f"hysteresis-1-on-{rank}", (2, 2)
     check_same(trained.folder, (name, shape), ("hysteresis-1-on-3", shape))
     where = (
@@ -172,7 +172,7 @@ def test_bits_do_not_depend_on_the_schedule(
 
 @pytest.mark.parametrize("name", ["bf16", "huge"])
 def test_more_replicas_add_the_same_gradients_in_another_order(name: str, trained: Trained) -> None:
-    """Losses of R=1 and R=2 differ by rounding only; the number of stages changes no bit."""
+    """R changes losses and gradient norms by rounding only; the number of stages changes no bit."""
     one, two = (lines_of(trained.folder, name, *shape) for shape in ((4, 1), (2, 2)))
     for key in ("loss", "grad_norm"):
         error = worst([line[key] for line in two], [line[key] for line in one])

@@ -21,7 +21,7 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Trains a run for four steps, which saves steps 2 and 4; returns the flags of the run."""
+    """Trains for four steps, saves checkpoints after steps 2 and 4, and returns the run's flags."""
     folder = tmp_path_factory.mktemp("rules")
     write_jsonl(folder / "a.jsonl", make_texts(20, seed=1))
     write_jsonl(folder / "b.jsonl", make_texts(20, seed=2))
@@ -119,7 +119,7 @@ def test_held_out_text_that_predicts_nothing_is_told_before_training(
 def test_the_same_step_is_saved_over_one_that_never_was_whole(
     flags: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A run warns of an incomplete step, saves it anew, and deletes leftovers of dead processes."""
+    """A resume warns of an incomplete checkpoint, saves it again, and deletes temporary files."""
     run = tmp_path / "run"
     again = {**flags, "checkpoint-path": run}
     train_alone(again)

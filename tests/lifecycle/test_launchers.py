@@ -1,4 +1,4 @@
-"""Tests that launchers pass a signal on to the ranks: example scripts, sbatch, torchrun."""
+"""Tests how launchers (example scripts, sbatch, torchrun) start ranks and pass signals to them."""
 
 import os
 import shutil
@@ -106,9 +106,10 @@ def steps_done(disk: Path) -> int:
 
 
 def test_a_launch_script_passes_the_signal_on_and_returns_75(tmp_path: Path) -> None:
-    """A script sends its ranks SIGTERM after Ctrl-C (SIGINT), as background jobs ignore SIGINT.
+    """After Ctrl-C (SIGINT), a script sends SIGTERM to its ranks.
 
-    A test double of the command `python` starts ranks that only wait for a signal.
+    The ranks are background jobs, which ignore SIGINT. A test double of the command `python` starts
+    ranks that only wait for a signal.
     """
     log, script = tmp_path / "log", tmp_path / "listen.py"
     script.write_text(LISTENING)
@@ -132,7 +133,7 @@ def test_a_launch_script_passes_the_signal_on_and_returns_75(tmp_path: Path) -> 
 def test_the_scripts_start_every_rank_with_either_launcher(
     tmp_path: Path, script: str, ranks: int, launcher: str, command: str
 ) -> None:
-    """A script starts all its ranks, and its user's arguments override those in the script."""
+    """A script starts all its ranks, and arguments given to the script override its own."""
     log = tmp_path / "log"
     log.touch()
     (tmp_path / command).write_text('#!/usr/bin/env bash\necho "$*" >>"$LOG"\n')
@@ -197,9 +198,9 @@ def finish(_rank: int, _world: int, _url: str, lab: Lab) -> list[Start]:
 
 
 def test_torchrun_restarts_and_stops_to_the_same_bits(lab: Lab) -> None:
-    """Under torchrun, all ranks restart after SIGKILL of one, and save a checkpoint after SIGTERM.
+    """torchrun restarts all ranks after one is killed; after SIGTERM, they save a checkpoint.
 
-    A later start of the program ends with the bits of an uninterrupted run.
+    If the run is then resumed, its metrics and last checkpoint are those of an uninterrupted run.
     """
     disk, log = lab.disk("torchrun"), lab.folder / "torchrun.log"
     disk.parent.mkdir()

@@ -1,4 +1,4 @@
-"""Training runs in processes that a test has started; the same processes train many runs."""
+"""Functions that train many runs in the same processes, and read their metrics and weights."""
 
 import io
 import logging
@@ -30,11 +30,12 @@ from training.run import train
 
 
 class Case(NamedTuple):
-    """One run: its name, and flags without dashes; a flag's value can be a function of (P, R).
+    """A run to train in one or more shapes.
 
-    hook: a context around the run in every process; the context causes a failure.
+    flags: flags without dashes; a flag's value can be a function of (P, R).
+    hook: returns the context manager in which a process trains, for example to cause a failure.
     after: the folder name of another run, and a step; the run resumes from a copy of this step.
-    stops: whether the run ends with a TrainingStoppedError or a SaveFailedError.
+    stops: whether a TrainingStoppedError or a SaveFailedError may end the run.
     shapes: the only shapes (P, R) of the run; None: all shapes.
     """
 
@@ -47,7 +48,7 @@ class Case(NamedTuple):
 
 
 class Told(NamedTuple):
-    """A process's log of a run, and the text of the error that stopped the run, if one did."""
+    """A process's log of a run, and the text of the error that stopped the run (None: no error)."""
 
     lines: list[str]
     stopped: str | None
@@ -63,10 +64,10 @@ def train_cases(
     dist_backend: str = "gloo",
     dist_timeout: float = 60.0,
 ) -> dict[str, Told]:
-    """Trains every case in every shape (P, R, url) of this world.
+    """Trains each case in those of `shapes` that it allows; an item of `shapes` is (P, R, url).
 
-    The ranks meet at each shape's url. Checkpoints are in `folder`/<name>-<P>-<R>. Returns this
-    process's log of each case; the keys are <name>-<P>-<R>.
+    For each shape, the ranks meet at its url. Checkpoints are in `folder`/<name>-<P>-<R>. Returns
+    what this process logged in each run; the keys are <name>-<P>-<R>.
     """
     told: dict[str, Told] = {}
     torch.set_num_threads(1)
@@ -85,7 +86,7 @@ def train_cases(
 def connected(
     topology: Topology, url: str, dist_backend: str = "gloo", *, dist_timeout: float = 60.0
 ) -> Iterator[tuple[ProcessGroups, str]]:
-    """Connects one process; yields its process groups and the nonce of the rendezvous."""
+    """Connects this process to its peers; yields the process groups and the rendezvous's nonce."""
     entered = enter(
         topology.rank,
         url,
@@ -128,7 +129,7 @@ def _train_case(
 
 
 def settings_of(flags: dict[str, Any]) -> Settings:
-    """Parses flags; by default without data workers, whose start takes longer than their work."""
+    """Parses flags; the default is no data worker, since its start takes longer than its work."""
     return parse_train(to_argv({"data-workers": 0, **flags}), {})
 
 
@@ -173,7 +174,7 @@ def run_folder(folder: Path, name: str, stages: int, replicas: int) -> Path:
 
 
 def curve(folder: Path, name: str, stages: int, replicas: int, key: str = "loss") -> list[float]:
-    """Returns the value of `key` in the run's metrics of each iteration."""
+    """Returns the values of `key` in the run's metrics, one per iteration."""
     lines = read_metrics(run_folder(folder, name, stages, replicas) / "metrics.jsonl")
     return [line[key] for line in lines]
 

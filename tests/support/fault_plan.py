@@ -1,4 +1,4 @@
-"""Faults drawn from a seed, run by run: their kind, rank and moment."""
+"""Random faults of test runs; a seed determines the kind, rank and moment of each fault."""
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,13 +19,13 @@ _MOST_FAULTS = 3
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault of `rank`.
+    """A fault that happens to `rank`.
 
-    moment: a named moment; None for a fault by the clock, after the fraction `share` of the
-    remaining run.
+    moment: the named moment of the fault; None: the fault happens when the fraction `share` of the
+    remaining run is done.
     peer: the rank at the other end of cut connections; one: whether only one connection is cut.
-    to_all: whether every rank gets the signal.
-    rest: seconds until a full disk has space again; None: the disk stays full in this start.
+    to_all: whether every rank gets the signal SIGTERM, and not only `rank`.
+    rest: seconds until a full disk has space again; None: the disk is full until the start ends.
     """
 
     kind: str
@@ -52,7 +52,7 @@ class RunPlan:
 
 
 def draw_runs(seed: int, count: int, kinds: Sequence[str] = ALONE) -> list[RunPlan]:
-    """Draws runs with 1 to 3 faults; half save asynchronously, a third use a data worker."""
+    """Draws runs of 1 to 3 faults; half the runs save asynchronously, a third use a data worker."""
     draw = random.Random(seed)
     deck = _shuffled_for_ever(draw, kinds)
     return [
@@ -75,10 +75,11 @@ def _shuffled_for_ever(draw: random.Random, kinds: Sequence[str]) -> Iterator[st
 
 
 def _draw_starts(draw: random.Random, deck: Iterator[str]) -> list[list[Fault]]:
-    """Draws one fault per start; after a full disk, which need not end the start, sometimes two."""
+    """Draws one fault per start, or sometimes two: a full disk, and then another fault."""
     starts: list[list[Fault]] = []
     for number in range(draw.randint(1, _MOST_FAULTS)):
         fault = _draw_fault(draw, next(deck), is_first=number == 0)
+        # A full disk need not end the start, so another fault can follow in the same start.
         on_top = bool(starts) and starts[-1][-1].kind == FULL and fault.kind != FULL
         if on_top and draw.random() < 0.5:
             starts[-1].append(fault)

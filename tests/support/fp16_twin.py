@@ -1,16 +1,16 @@
-"""Reference of fp16 training: one process, in plain torch.
+"""Reference for fp16 training, which computes a run's metrics in one process with plain torch.
 
-It has our modules in half precision, torch's AdamW on fp32 masters, and torch.amp.GradScaler, whose
-scale follows our rule. It shares with the tested code only the forward of embedding, blocks and
-norms, which tests/unit/modules compare with transformers.
+It uses our modules in half precision, torch's AdamW on fp32 masters, and torch.amp.GradScaler with
+the loss scale that `moved` returns. It shares with the tested code only the forward of embedding,
+blocks and norms, which tests/unit/modules compare with transformers.
 Activations and their gradients are rounded to fp16, because fp16 stores them. Gradients of linear
 layers and embeddings are summed in fp32 and not rounded; a run rounds them only if its CPU computes
-their matmul in fp16. Gradients of logits are not rounded before they are complete:
-(softmax - 1 at the label) x scale.
+their matmul in fp16. Gradients of logits, (softmax - 1 at the label) x scale, are computed in fp32
+and rounded at the end.
 If the last bit of a master differs, its fp16 weight can be rounded the other way, and then losses
 differ by roundings of fp16. Therefore the reference adds gradients in one fixed order (microbatch
-by microbatch, token by token) and rounds the clipped gradients once; then the metrics of reference
-and run are equal bit for bit.
+by microbatch, token by token) and rounds the clipped gradients once; then the gradients of
+reference and run are equal bit for bit.
 """
 
 import math
@@ -121,7 +121,7 @@ def clip_(masters: Sequence[Tensor], max_norm: float) -> float:
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Sum of the token losses of logits (tokens, vocabulary)."""
+    """Sum of the token losses; the logits have the shape (tokens, vocabulary)."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class WideLinear(nn.Module):
         return out
 
     def add(self, x: Tensor, gradient: Tensor) -> None:
-        """Adds a sequence's gradients; x is (tokens, inputs), gradient is (1, tokens, outputs)."""
+        """Adds gradients to `sums`; x is (tokens, inputs), gradient is (1, tokens, outputs)."""
         self.sums[self.weight].addmm_(gradient[0].float().t(), x)
         if self.bias is not None:
             self.sums[self.bias].add_(gradient[0].float().sum(0))

@@ -1,4 +1,4 @@
-"""Builders of the gradients and the optimizer of a module, as in a stage."""
+"""Functions that build weights of a stage for unit tests, and their gradients and optimizer."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""Schedules as text, with one line of actions per stage."""
+"""Functions that parse a schedule from text, in which each line lists the actions of one stage."""
 
 from collections.abc import Iterator, Sequence
 

@@ -1,4 +1,4 @@
-"""Checks of the error for a user's mistake, and an object whose pickle runs code."""
+"""Functions that check errors after a user's mistake, and an object whose pickle runs code."""
 
 import os
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Source of the project for the tests of its rules; a "room" is a package or an entry script."""
+"""Lists of source files, for tests of names and imports; a "room" is a package or entry script."""
 
 import ast
 from collections.abc import Iterable
@@ -37,7 +37,7 @@ def assert_none(violations: Iterable[str], rule: str) -> None:
 
 
 def files(room: str) -> list[Path]:
-    """Returns the Python files of a package, or the script of that name, relative to the root."""
+    """Returns the paths of a package's Python files, or of an entry script, relative to ROOT."""
     if room in ENTRY_SCRIPTS:
         return [Path(f"{room}.py")]
     return sorted(path.relative_to(ROOT) for path in (ROOT / room).rglob("*.py"))

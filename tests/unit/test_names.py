@@ -26,7 +26,7 @@ def test_no_class_name_has_two_meanings() -> None:
 
 @pytest.mark.parametrize("room", OUTSIDE_TESTS)
 def test_a_constructor_has_at_most_eight_parameters(room: str) -> None:
-    """A constructor has at most 8 parameters besides `self`; generated ones are not checked."""
+    """A constructor has at most 8 parameters besides `self`; dataclasses are not checked."""
     many = []
     for path in files(room):
         for node in ast.walk(tree(path)):
@@ -40,10 +40,10 @@ def test_a_constructor_has_at_most_eight_parameters(room: str) -> None:
 
 
 class Gone(NamedTuple):
-    """A word that the project gave up, and the usual technical word that replaces it.
+    """Words that the project gave up, and the usual technical words that replace them.
 
     In the packages `rooms`, no name of a file, class, function, parameter, variable or attribute
-    contains one of `words`, and no file, class or function is called one of `names`.
+    contains one of `words`, and no file, class or function has one of `names` as its full name.
     """
 
     instead: str

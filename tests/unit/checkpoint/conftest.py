@@ -1,4 +1,4 @@
-"""Fixture with models for the tests of `checkpoint/`; these tests damage only copies of them."""
+"""Fixture with models for the tests of `checkpoint/`; a test damages only a copy of a model."""
 
 from pathlib import Path
 

@@ -58,7 +58,7 @@ def test_a_replaced_file_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_no_loss_of_power_is_taken_for_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No state after a power loss is an error, also if the new step is lower than the old one."""
+    """No power loss makes check_latest fail, even if the new step is lower than the old one."""
     seen: set[str | None] = set()
 
     def look() -> None:

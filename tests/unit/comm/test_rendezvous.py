@@ -1,4 +1,4 @@
-"""Tests that a rendezvous that cannot succeed ends every rank in time with a one-line error."""
+"""Tests that every rank ends before a deadline, with a one-line error, if the rendezvous fails."""
 
 import os
 import signal
@@ -59,7 +59,10 @@ def url() -> str:
 
 
 def expect(processes: Iterable[Process], status: int, text: str, *, within: float) -> None:
-    """Checks exit statuses, and that each process's only line besides "waiting for" has `text`."""
+    """Checks that each process exits with `status` after printing one line, which contains `text`.
+
+    Lines with "waiting for" do not count.
+    """
     for process in processes:
         assert process.status(within=within) == status, process.lines
         (line,) = [line for line in process.lines if "waiting for" not in line]

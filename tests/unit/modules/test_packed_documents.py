@@ -1,7 +1,7 @@
-"""Tests documents packed in rows against each document alone in Hugging Face's model.
+"""Tests packed documents; the reference is Hugging Face's model on one document at a time.
 
-Attention is computed in one of two ways: one call for all documents of the same length, or one call
-of a GPU kernel for all documents. The tests cover both ways, with a simulated kernel.
+Attention is computed in one of two ways: with one call for each length of documents, or with one
+call of a GPU kernel for all documents. The tests cover both ways; they simulate the kernel.
 """
 
 from collections.abc import Callable, Iterator
@@ -59,7 +59,7 @@ def test_places_of_documents() -> None:
 
 @pytest.mark.parametrize("pairs", [False, True])
 def test_positions_begin_anew_in_each_document(pairs: bool) -> None:
-    """Rotary embedding has the same bits as for each document alone, in forward and backward."""
+    """A document's rotary embedding and gradients have the same bits with and without packing."""
     x, gradient = torch.randn(2, len(ROWS), 3, TOKENS, 8)
     options: dict[str, Any] = {"pairs": pairs, "dtype": torch.float32, "device": CPU}
     together = x.clone().requires_grad_()
@@ -95,7 +95,7 @@ def with_kernel() -> Iterator[Any]:
 
 
 def _kernel(query: Tensor, key: Tensor, value: Tensor, *options: Any, **more: Any) -> Tensor:
-    """Computes what torch documents for `varlen_attn` with causal attention; checks arguments."""
+    """Computes causal attention like torch's `varlen_attn`, and checks the arguments."""
     cu_seq_q, cu_seq_k, max_q, max_k = options
     assert more == {"window_size": (-1, 0)}
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
@@ -158,7 +158,7 @@ def test_losses_and_gradients_are_those_of_each_document_alone(
 def test_no_token_sees_another_document(
     name: str, changes: dict[str, Any], way: str, tmp_path: Path
 ) -> None:
-    """A change of a document changes no bit of the others, and their gradients do not reach it."""
+    """A document's outputs do not depend on other documents, and add nothing to their gradients."""
     ours = from_hf(name, make_hf(name, **changes), tmp_path)
     documents = packed()
     changed = torch.zeros(len(ROWS), TOKENS, dtype=torch.bool)

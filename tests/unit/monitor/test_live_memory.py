@@ -1,4 +1,4 @@
-"""Tests LiveBytes, which counts bytes of live tensors, against hand counts and the allocator."""
+"""Tests LiveBytes, which counts bytes of live tensors, against known sizes and the allocator."""
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def test_the_peak_of_training_is_that_of_the_allocator(dtype: torch.dtype) -> No
 
 
 def test_what_bitsandbytes_makes_on_the_way_is_counted() -> None:
-    """LiveBytes counts the memory of a bitsandbytes update, about five times that of the weight."""
+    """LiveBytes counts what a bitsandbytes update allocates, at least 4 times the weight's size."""
     weight, algorithm = torch.zeros(2**20), Adam8bit()
     state = algorithm.empty_state(weight)
     gradient = torch.ones_like(weight)

@@ -12,7 +12,7 @@ from tasks.tokenization import prefetch
 def small_batches() -> Iterator[None]:
     """Limits a batch to 16 documents, so that it does not span many epochs of a small source.
 
-    With small batches, the streams also cross many batch ends.
+    The tests then read many batches, so they also cover the change from one batch to the next.
     """
     with patch.object(prefetch, "BATCH_DOCUMENTS", 16):
         yield

@@ -27,7 +27,7 @@ class Saver:
 
 
 class Iterations:
-    """Iterations that each last until `saver` has ended the write of its checkpoint."""
+    """Test double of Iteration; in each iteration, the saver's write of a checkpoint ends."""
 
     update_step = SimpleNamespace(has_given_up=False, may_skip=False)
     feed = SimpleNamespace(state={})
