@@ -1,4 +1,4 @@
-"""Tests --check-cluster with four real processes that agree, or of which one differs."""
+"""Tests --check-cluster with four real processes; in most tests, a flag of rank 3 differs."""
 
 import re
 import socket
@@ -34,7 +34,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ranks(home: Path, odd: str, more: str = "", timing: Timing = DEFAULT_TIMING) -> list[Rank]:
-    """Returns the four ranks of a run; the last rank gets the additional flags `odd`."""
+    """Returns the four ranks of a run; all get the flags `more`, and rank 3 also gets `odd`."""
     common = flags(home, **{"dist-url": f"tcp://127.0.0.1:{free_port()}"}, **flags_of(more))
     return [
         Rank(argv({**common, "rank": rank, **flags_of(odd * (rank == 3))}), home, timing=timing)
@@ -89,7 +89,7 @@ def test_another_model_on_one_rank(outcomes: dict[str, Outcome]) -> None:
 
 
 def test_no_model_on_one_rank(outcomes: dict[str, Outcome]) -> None:
-    """If rank 3 has no model, the check still measures with config.json of the other ranks."""
+    """If rank 3 has no model, the check estimates an iteration from another rank's config.json."""
     told = outcomes["no model"][0].stdout
     assert [one.status for one in outcomes["no model"]] == [1] * 4
     assert re.search(r"- rank 3 \(host .*\): --model-name \S*nowhere: no such folder\n", told)
@@ -103,7 +103,7 @@ def test_another_flag_on_one_rank(outcomes: dict[str, Outcome]) -> None:
 
 
 def test_a_missing_rank_is_named_while_the_others_wait(outcomes: dict[str, Outcome]) -> None:
-    """Rank 3, with another job's token, ends at once; the other ranks report it as missing."""
+    """Rank 3 has another job's token, so it ends early; the other ranks report it as missing."""
     *waiting, other = outcomes["missing"]
     for one in waiting:
         assert one.status == 1

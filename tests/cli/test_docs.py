@@ -1,4 +1,4 @@
-"""Tests README and docs: the site builds, links and flags exist, and each shown command runs."""
+"""Tests README and docs: the site can be built, all links and flags exist, the commands succeed."""
 
 import hashlib
 import os
@@ -30,7 +30,7 @@ LOADED = re.compile(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=\"?(https
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Builds the site; --strict fails for a link or an anchor of docs/ that does not exist."""
+    """Builds the site; --strict makes a link in docs/ to a missing page or anchor an error."""
     folder = tmp_path_factory.mktemp("docs") / "site"
     env = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(folder)]
@@ -56,7 +56,7 @@ def test_links_into_the_project_lead_somewhere(page: str, site: Path) -> None:
 
 
 def test_the_page_of_flags_is_that_of_the_flag_table() -> None:
-    """The page of flags is as `python docs/write_flags.py` writes it from the flag table."""
+    """The page of flags equals what `python docs/write_flags.py` writes from the flag table."""
     command = [sys.executable, "docs/write_flags.py", "--check"]
     assert subprocess.run(command, cwd=ROOT, timeout=60).returncode == 0
 
@@ -71,7 +71,7 @@ def test_readme_is_short_and_has_every_package() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_file_that_is_named_exists(page: Path) -> None:
-    """Each file named in a page, outside code blocks, exists; a page may omit its first folders."""
+    """Each file that a page names outside code blocks exists; a path may lack its first folders."""
     text = re.sub(r"```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
     names = set(re.findall(r"(?<![\w/.<>-])[\w/]*\w\.(?:py|sh|sbatch)\b", text))
     files = [f"/{path.relative_to(ROOT)}" for path in ROOT.glob("[!.]*/**/*")]
@@ -117,7 +117,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
 def test_every_shown_command_runs(
     page: Path, shown: Callable[[Path], Path], tmp_path: Path
 ) -> None:
-    """All command blocks of a page run in order, in a copy of the project after the quick start."""
+    """A page's runnable blocks succeed in order, in a project with the quick start's results."""
     project = shown(tmp_path)
     for block in blocks_of(page):
         if block.is_run:
@@ -125,7 +125,7 @@ def test_every_shown_command_runs(
 
 
 def test_every_block_of_commands_is_seen() -> None:
-    """No page has a command block that is indented or not named bash, as tests would miss it."""
+    """No command block is indented or marked sh, shell or console; tests would miss that block."""
     for page in PAGES:
         fences = re.findall(r"^\s*```(\w+)", page.read_text(encoding="utf-8"), flags=re.M)
         assert not {"sh", "shell", "console"}.intersection(fences), page

@@ -47,7 +47,7 @@ def flags(folder: Path) -> dict[str, Any]:
 def train_over_each(
     rank: int, world_size: int, url: str, meetings: dict[str, Any], folder: Path
 ) -> Traffic:
-    """Trains all cases over every backend; returns this rank's bytes through NCCL's double."""
+    """Trains all cases over every backend; returns how many bytes this rank's NCCL double sent."""
     cases = [
         Case(name, flags(folder) | changes, shapes=SHAPES[name])
         for name, changes in PRECISIONS.items()

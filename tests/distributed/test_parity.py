@@ -1,7 +1,7 @@
-"""Tests shapes P x R against the Hugging Face model that is trained in one process.
+"""Tests runs in shapes P x R against the same Hugging Face model, trained in one process.
 
-Runs of 20 iterations are compared with the reference, at a learning rate at which the loss changes.
-These runs cover models, accumulation, schedules and shapes pairwise. Runs of few updates are
+Runs of 20 iterations are compared with this reference; their learning rate is high enough to change
+the loss. Each family, schedule, P and R occurs in at least one of them. Runs of few updates are
 compared with each other, bit for bit, because they differ only in settings that must change no bit.
 The slow test has every combination.
 """
@@ -46,7 +46,7 @@ SHAPES = [ONE, TWO, ONE_TWICE, FOUR, TWO_TWICE, FOUR_TWICE]
 
 
 class Run(NamedTuple):
-    """A model, the iterations per update, a shape, and additional flags."""
+    """One run: its model, its iterations per update, its shape, and its additional flags."""
 
     model: str
     accumulate: int
@@ -64,7 +64,7 @@ class Run(NamedTuple):
 
 
 def scheduled(schedule: str, recompute: str = "true") -> dict[str, Any]:
-    """Returns flags of a schedule with one row per microbatch (four microbatches if R is 1)."""
+    """Returns flags of a schedule; a microbatch is one row, so a batch has four if R is 1."""
     return {"pp-mode": schedule, "recompute": recompute, "micro-batch-size": 1}
 
 
@@ -216,7 +216,7 @@ def test_losses_are_those_of_one_process(run: Run, folder: Path) -> None:
 
 @pytest.mark.parametrize("name", SAME)
 def test_bits_depend_on_replicas_alone(name: str, folder: Path) -> None:
-    """Stages, split, schedule, recompute and the buckets of gradients change no bit."""
+    """Stages, split, schedule, recompute and gradient buckets change no bit of loss or weights."""
     check_same(folder, SAME[name])
 
 
@@ -238,7 +238,7 @@ def test_layers_are_split_as_listed_and_as_auto_chooses(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_the_whole_matrix(tmp_path: Path) -> None:
-    """Every model, accumulation, schedule and shape agrees with one process and with the others."""
+    """Every run agrees with one process, or bit for bit with the other runs of its group."""
     train_all(tmp_path, ALL_PARITY, ALL_SAME)
     references: dict[tuple[str, int, float | None], Any] = {}
     for run in ALL_PARITY:

@@ -1,4 +1,4 @@
-"""Tests for which values of --num-layers a resumed run keeps the split of its checkpoint."""
+"""Tests which split a resumed run has: its checkpoint's, or the one that --num-layers gives."""
 
 import json
 import logging
@@ -67,7 +67,7 @@ def test_a_run_goes_on_with_its_split(name: str, spelled: str, split: str, ended
 
 
 def first_rank(folder: Path, run: Path, num_layers: str, stages: int = 2) -> RunStart:
-    """Resumes a run as stage 0, up to the read of weights; this needs no other stage's process."""
+    """Opens a run on stage 0 to resume it; loads no weights and needs no other stage's process."""
     own = flags_of(f"""
         --checkpoint-path {run} --use-cuda false --pipeline-group-size {stages}
         --world-size {stages}

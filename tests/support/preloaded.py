@@ -1,7 +1,7 @@
 """Imports of the server whose forks are the tests' processes (tests.support.launcher).
 
-Without the server, each process would need seconds for its imports. training.session is left out,
-because hooks replace functions that it imports by name.
+Without the server, each process would need seconds for its imports. The server does not import
+training.session, because hooks must replace functions before that module imports them by name.
 """
 
 import gc

@@ -1,4 +1,4 @@
-"""Runs of many shapes (P, R), and runs that resume from the middle of such a run in any shape.
+"""Runs of many shapes (P, R); other runs resume each of them from its middle, in every shape.
 
 Dropout is on to find wrong module numbers, because a dropout mask depends on the module's number
 in the model.
@@ -55,7 +55,7 @@ def resumed_name(kind: tuple[str, str], source: Shape) -> str:
 def resumed(
     folder: Path, kind: tuple[str, str], pairs: Sequence[tuple[Shape, Shape]], **changes: object
 ) -> list[Case]:
-    """Returns, for each pair (source, target), a run of shape target that resumes source's run."""
+    """Returns a run per pair (source, target); it has shape `target` and resumes `source`'s run."""
     return [
         Case(
             resumed_name(kind, source),
@@ -70,7 +70,7 @@ def resumed(
 def train_in_turn(
     rank: int, _world_size: int, url: str, turns: Sequence[Turn], folder: Path
 ) -> dict[str, Told]:
-    """Trains in worlds of several sizes, one after the other; each world uses the first ranks."""
+    """Trains cases in one world after the other; a world of n ranks uses the first n processes."""
     told: dict[str, Told] = {}
     for number, (shape, cases) in enumerate(turns):
         begun = folder / f"turn-{number}"

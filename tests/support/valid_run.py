@@ -1,4 +1,4 @@
-"""Folder and flags without a mistake, for the tests of bad input."""
+"""Folder with models and data, and valid flags; the tests of bad input change the flags."""
 
 from pathlib import Path
 from typing import Any

@@ -68,7 +68,7 @@ def cases(files: list[str], damages: list[str], few: int) -> list[Any]:
 
 
 def bring_stage_of_first(run: Path) -> None:
-    """Replaces stage 1's files of step 4 by stage 1's files of step 2, as a user may by mistake."""
+    """Replaces stage 1's files of step 4 by those of step 2; a user may do this by mistake."""
     for path in (run / str(FIRST)).glob("prank_1_*"):
         shutil.copy(path, run / str(LAST))
 
@@ -153,7 +153,7 @@ def train_and_open(
     folder: Path,
     names: list[str],
 ) -> dict[str, Opened]:
-    """Trains; then makes each change in `names` to a copy of the run and opens it to resume."""
+    """Trains a run; then, for each of `names`, changes a copy of the run and opens the copy."""
     train_cases(rank, world, url, [shape], [Case("run", flags)], folder)
     whole, run = run_folder(folder, "run", STAGES, 1), folder / "damaged"
     found: dict[str, Opened] = {}
@@ -221,7 +221,7 @@ def error_on_every_rank(name: str, made: Made) -> str:
 
 @pytest.mark.parametrize(("file", "damage"), cases(FILES, list(DAMAGES), few=2))
 def test_training_names_the_file_on_every_rank(file: str, damage: str, made: Made) -> None:
-    """Every rank's error names the damaged file, and the older step 2 if the file is of step 4."""
+    """Every rank's error names the damaged file; if the file is of step 4, it also names step 2."""
     error = error_on_every_rank(f"{file}: {damage}", made)
     assert f"/{file}: " in error
     if file in STEP_FILES:
@@ -279,7 +279,7 @@ def test_the_converter_names_what_is_not_of_the_step(name: str, made: Made, tmp_
 def test_a_folder_of_any_name_converts_and_only_what_is_read_counts(
     made: Made, tmp_path: Path
 ) -> None:
-    """The converter takes a step's folder of any name, also without optimizer and scheduler."""
+    """The converter reads a step's folder of any name; it needs no optimizer or scheduler files."""
     step = tmp_path / "gathered"
     step.mkdir()
     weights = [f"prank_{stage}_checkpoint.pt" for stage in range(STAGES)]

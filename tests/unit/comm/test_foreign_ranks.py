@@ -67,7 +67,7 @@ def report_pickles(ready: Path, rank: int, url: str, program: Callable[[Rank], N
 
 
 def add_until_told(stop_file: Path, rank: Rank) -> None:
-    """All-reduces over each group and checks each sum, again and again until `stop_file` exists."""
+    """Repeats an all-reduce over each group and checks the sums, until `stop_file` exists."""
     going = True
     while going:
         for group in (rank.groups.control, rank.groups.pipeline, rank.groups.replicas):
@@ -146,7 +146,7 @@ STRANGE = {
 
 @pytest.mark.parametrize("name", STRANGE)
 def test_the_store_tells_a_stranger_no_secret_and_believes_none(launch: Launch, name: str) -> None:
-    """A foreign client finds no secret in the store; a value that the client sets ends the run."""
+    """A foreign client finds no secret in the store; a value that it sets makes the run fail."""
     value, words = STRANGE[name]
     port = free_port()
     rank = launch(joins, 0, 2, f"tcp://127.0.0.1:{port}")
@@ -252,10 +252,10 @@ def test_a_token_file(tmp_path: Path) -> None:
 def test_a_name_of_this_machine_itself_stands_for_its_interface(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The store does not listen on a loopback address that the hosts file gives to this machine.
+    """The store does not listen on a loopback address that /etc/hosts gives to this machine's name.
 
-    It listens on the address of the network interface instead. If this is also a loopback address,
-    as in this test, rank 0 warns that no other machine can join.
+    It listens on the address of the network interface instead. If the interface's address is a
+    loopback address too, as in this test, rank 0 warns that no other machine can join.
     """
     monkeypatch.setattr(
         "comm.rendezvous.store.resolve",

@@ -1,4 +1,4 @@
-"""Tests the pipeline engine with test doubles: waits, microbatches in flight, and failures."""
+"""Tests messages, microbatches in flight and failures of the pipeline engine, with doubles."""
 
 from functools import cache, partial
 from typing import Any
@@ -106,8 +106,8 @@ ACTIVATION = 4 * ROWS * TOKENS * HIDDEN  # bytes
 def test_memory_falls_with_the_microbatches_held(stage_index: int, recompute: bool) -> None:
     """1f1b with 16 microbatches needs no more memory than gpipe with P - stage microbatches.
 
-    1f1b has at most P - stage microbatches in flight. The limit adds four activations for messages,
-    two of which are received ahead in each direction.
+    1f1b has at most P - stage microbatches in flight. The test allows four more activations,
+    because two messages are received ahead in each direction.
     """
     gpipe_of = partial(peak_of, "gpipe", stage_index, recompute=recompute)
     held = P - stage_index
@@ -122,9 +122,10 @@ def test_weight_gradients_that_wait_cost_little_memory(stage_index: int) -> None
     """zb-h1 with 16 microbatches needs little more memory than gpipe with 4 microbatches.
 
     Between input gradient (I) and weight gradient (W) of a microbatch, a layer holds the inputs and
-    output gradients of four matmuls, as large as 16 activations. Before I, it holds 12.5. So the
-    two layers of a stage hold 2 x 3.5 = 7 more for the current microbatch, and for each microbatch
-    that waits for W; `stage_index` wait. The last stage also holds the gradients of its logits.
+    output gradients of four matmuls; together, these have the size of 16 activations. Before I, the
+    layer holds 12.5 activations. So the two layers of a stage hold 2 x 3.5 = 7 activations more for
+    the current microbatch, and 7 for each of the `stage_index` microbatches that wait for W. The
+    last stage also holds the gradients of its logits.
     """
     found = peak_of("zb-h1", stage_index, M, recompute=False)
     as_many = peak_of("gpipe", stage_index, P, recompute=False)
@@ -195,7 +196,7 @@ def test_a_lost_peer_is_not_the_stages_failure() -> None:
 
 
 def test_the_last_stage_puts_off_the_weight_gradients_of_its_head_too() -> None:
-    """With zb-h1, the weight gradient of the output projection is computed in W, not before."""
+    """With zb-h1, `weight_gradient`, not `backward`, computes the output projection's gradient."""
     stage: Any = make_stage(NotedCommunicator(1, 2), schedule=zero_bubble_h1, recompute=False)
     (name,) = (n for n in stage._gradients.views if n.endswith("embed_out.weight"))
     gradient = stage._gradients.views[name]

@@ -76,7 +76,7 @@ def test_actions_are_a_timetable_with_messages_on_their_way() -> None:
 
 
 def longest_path(schedule: Schedule, num_stages: int, microbatches: int, costs: Costs) -> float:
-    """Returns the end of the step, the length of the longest path over its actions and messages."""
+    """Returns a step's duration, which is the longest path through its actions and messages."""
     Node = tuple[int, str, int]
     seconds: dict[Node, float] = {}
     edges: list[tuple[Node, Node]] = []

@@ -1,4 +1,4 @@
-"""Tests shuffled documents: each comes once per epoch, in a new order, and a restore is exact."""
+"""Tests shuffles: an epoch has each document once, in a new order; a restore continues it."""
 
 import json
 import tracemalloc

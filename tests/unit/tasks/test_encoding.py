@@ -1,4 +1,4 @@
-"""Tests that the encoder's tokens equal the tokenizer's, also in chunks and with a separator."""
+"""Tests that the encoder gives the tokenizer's tokens, also in chunks or after a separator."""
 
 import json
 from pathlib import Path

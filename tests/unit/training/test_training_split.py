@@ -1,4 +1,4 @@
-"""Tests the log line with the split of the layers and the bubble to expect from it."""
+"""Tests the log line that names the split of the layers and the expected bubble."""
 
 import pytest
 
