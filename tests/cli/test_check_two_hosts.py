@@ -1,4 +1,4 @@
-"""Tests --check-cluster between two hosts; Linux's traffic shaper limits the first host's rate."""
+"""Tests --check-cluster between two hosts; a traffic shaper limits the first host's send rate."""
 
 import re
 import shutil
@@ -24,7 +24,7 @@ def wire() -> Iterator[None]:
 
 @pytest.mark.usefixtures("wire")
 def test_the_rate_of_a_link_is_that_of_its_shaper(tmp_path: Path) -> None:
-    """The report has the rate that the shaper allows, even if the hosts' paths to files differ."""
+    """The reported rate is about the shaper's rate, even if each host has its own model path."""
     near, far = HOSTS
     shape(near.name, near.interface)
     ranks = []

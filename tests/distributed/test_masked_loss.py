@@ -1,8 +1,8 @@
-"""Tests --train-on completion over stages and replicas against Hugging Face's model.
+"""Tests --train-on completion with several stages and replicas against Hugging Face's model.
 
 Documents are packed end to end; in one of two runs, attention does not cross documents. The labels
-of the reference are -100 for prompts. Completions consist of digits and prompts do not, so the
-reference takes the labels from the characters of the tokens.
+for Hugging Face's model are -100 at the tokens of prompts. Only completions consist of digits, so
+the test recognises a token of a completion by its characters.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""Tests that a failed save gives a warning and loses its checkpoint, but changes nothing else.
+"""Tests that training continues after a failed save, with a warning and without the checkpoint.
 
-The system itself refuses the writes, because the test limits the size of a rank's files during the
-save of a checkpoint. One test fills a small disk instead, if it has permission to mount one.
+In some tests, the operating system refuses to write a checkpoint, because the test limits the size
+of the files that a rank writes. One test fills a small disk, if it has permission to mount one.
 """
 
 import importlib
@@ -37,9 +37,10 @@ SMALL_FILES = 5000  # bytes; enough for the manifest and meta.json, not for weig
 
 @dataclass(frozen=True)
 class Fails:
-    """A hook: on `rank`, the `nth` calls of a module's function do their work, then raise an error.
+    """A hook that makes some calls of a module's function fail on `rank`; `nth` has their numbers.
 
-    With `limit`, they fail during the work, because a file can have at most `limit` bytes.
+    Such a call does its work and then raises an error. With `limit`, it fails during its work,
+    because a file can have at most `limit` bytes.
     """
 
     rank: int
@@ -77,9 +78,9 @@ SEEN = "seen.json"
 
 @contextmanager
 def no_room_for_a_line(_topology: Topology) -> Iterator[None]:
-    """Refuses the first write of step 2's metrics line; a checkpoint is saved after this step.
+    """Makes the first write of step 2's metrics line fail; a checkpoint is saved after this step.
 
-    Before a checkpoint's folder is renamed, the hook notes the steps that metrics.jsonl has.
+    Before a checkpoint's folder is renamed, the hook notes which steps have a metrics line.
     """
     append, publish = MetricsFile.append, importlib.import_module(FOLDER).publish
     refused: list[int] = []
@@ -109,7 +110,7 @@ def not_renamed(rank: int) -> Fails:
 
 @dataclass(frozen=True)
 class Story:
-    """A failed save of a checkpoint, whether it ends the run, and the steps saved at the end."""
+    """A failed save, whether it ends the run, and the steps whose checkpoints exist at the end."""
 
     fails: Fails
     steps: list[int]
@@ -243,7 +244,7 @@ def test_a_step_is_not_saved_before_its_line_is_written(ended: Ended) -> None:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_save_that_fails_does_not_hide_why_training_stopped(fails: bool) -> None:
-    """When training stops, a pending save ends first; if the save fails, the error names both."""
+    """If training stops during a save, the save is finished; its failure is added to the error."""
 
     class Pending:
         is_pending, is_writing = True, True
@@ -259,7 +260,7 @@ def test_a_save_that_fails_does_not_hide_why_training_stopped(fails: bool) -> No
             return True
 
         def close(self) -> None:
-            """Does nothing, because no old checkpoint is being deleted."""
+            """Does nothing, because this double never deletes an old checkpoint."""
 
     class Stopped(Trainer):
         def __init__(self, saver: Any) -> None:
@@ -274,7 +275,10 @@ def test_a_save_that_fails_does_not_hide_why_training_stopped(fails: bool) -> No
 
 
 def test_a_disk_that_is_full_for_the_rest_of_the_run(tmp_path: Path) -> None:
-    """Training goes on; if the last save fails, the status is 1 and a restart completes the run."""
+    """Training continues on the full disk; the run exits with 1, because its last save fails.
+
+    A restart completes the run after the disk has free space again.
+    """
     changes = "--num-layers 3 --total-steps 30 --checkpoint-steps 10 --data-workers 0"
     flags = make_flags(tmp_path) | flags_of(changes)
     steps = Slow(0, "pipeline_parallel.engine:Engine.train", 0.03)  # so the disk fills first

@@ -1,9 +1,9 @@
-"""Tests that a run killed by SIGKILL at any moment resumes and ends with the same bits.
+"""Tests that a run killed at any moment resumes and ends with the bits of an uninterrupted run.
 
-The run has two pipelines of two stages, two weighted sources and held-out data. A plan, drawn from
-a seed, kills a rank at moments of each kind in tests/support/kill_plan.py. After each kill the
-other ranks end by themselves, and `latest`, if it exists, names a complete checkpoint. After the
-last start of the program, the run must have the bits of an uninterrupted run.
+The run has two pipelines of two stages, two weighted sources and held-out data. It is started many
+times; SIGKILL ends one rank in each start except the last. A plan, drawn from a seed, sets the rank
+and the moment; it has moments of each kind in tests/support/kill_plan.py. After each kill the other
+ranks end by themselves, and `latest`, if it exists, names a complete checkpoint.
 """
 
 import shutil
@@ -40,15 +40,16 @@ END_SECONDS = 15.0  # limit for the other ranks after all have joined; before, t
 
 
 def waits(kill: Kill) -> bool:
-    """Returns whether rank 0 waits until --join-timeout for a rank that never joins or connects."""
+    """Returns whether `kill` makes another rank wait for the killed rank until --join-timeout."""
     joining = ("comm.rendezvous.join", "comm.liveness.failure_detector")
     return kill.moment == "import" or (kill.rank != 0 and kill.target.startswith(joining))
 
 
 def live(rank: int, _world: int, _url: str, lab: Lab, plan: Sequence[Kill]) -> Starts:
-    """Starts the uninterrupted run, the run that `plan` kills, and the run without a shared disk.
+    """Starts the runs of the tests in two processes; returns this process's starts, by run.
 
-    Meanwhile, a second process tries the kills after which rank 0 waits for a rank in vain.
+    Process 0 starts the uninterrupted run, the run that `plan` kills, and the run without a shared
+    disk. Process 1 starts a run with the kills of `plan` for which `waits` is true.
     """
     if rank == 1:
         changes = {"join-timeout": SHORT_JOIN}
@@ -64,7 +65,10 @@ def live(rank: int, _world: int, _url: str, lab: Lab, plan: Sequence[Kill]) -> S
 
 
 def live_apart(lab: Lab) -> list[Start]:
-    """Starts one run seven times, with a disk for each rank; the tests describe each start."""
+    """Starts one run seven times; each rank has a disk of its own.
+
+    A kill ends each of the first two starts; saved files are changed before each of the last four.
+    """
     disks = [lab.disk("apart", rank) for rank in WRITERS]
     saves_left = (lab.steps - SAVE) // SAVE
     one_renamed = Kill("only one stage renamed", 1, PUBLISH, nth=2, wait=1.0)
@@ -123,7 +127,10 @@ def survivors(start: Start) -> list[int]:
 
 
 def test_the_plan_hits_every_moment(starts: Starts, deaths: list[Start]) -> None:
-    """Each planned kill happens; for each kind of moment, a kill precedes the first checkpoint."""
+    """Each planned kill happens, and every rank is killed at least once.
+
+    Kills before the first checkpoint are of five kinds: import, join, first step, evaluation, save.
+    """
     missed = [start.kill for start in deaths if start.outcome.statuses[victim(start)] != -9]
     assert not missed
     found = [*starts["killed"], *starts["waiting"]]
@@ -134,7 +141,7 @@ def test_the_plan_hits_every_moment(starts: Starts, deaths: list[Start]) -> None
 
 
 def test_the_others_end_by_themselves_in_time(deaths: list[Start]) -> None:
-    """The other ranks exit with 1; if rank 0 was killed before they could connect to it, with 2."""
+    """The other ranks exit with 1, or with 2 if rank 0 died before they could connect to it."""
     for start in deaths:
         assert start.kill is not None
         expected = 2 if start.kill.moment == "import" and victim(start) == 0 else 1
@@ -157,7 +164,7 @@ def test_latest_names_a_whole_checkpoint_after_every_death(deaths: list[Start]) 
 
 
 def test_the_run_ends_with_the_bits_of_the_undisturbed_one(lab: Lab, starts: Starts) -> None:
-    """The killed run has the metrics, weights and moments of the uninterrupted run."""
+    """The killed run has the metrics, weights and optimizer state of the uninterrupted run."""
     assert starts["whole"][0].outcome.statuses == [0] * WORLD
     assert starts["killed"][-1].outcome.statuses == [0] * WORLD
     whole, killed = lab.disk("whole"), lab.disk("killed")
@@ -189,7 +196,10 @@ def test_a_torn_last_line_of_the_metrics_is_mended(lab: Lab) -> None:
 def test_without_a_shared_disk_stages_that_saved_differently_go_back_together(
     lab: Lab, starts: Starts
 ) -> None:
-    """If only one stage has the newest step, both resume an older step; replica 1 has no files."""
+    """If only one stage has the newest checkpoint, both stages resume from an older one.
+
+    The ranks of replica 1 save no files.
+    """
     first, second = starts["apart"][:2]
     assert first.latest == str(SAVE)
     assert second.begin == SAVE
@@ -220,7 +230,10 @@ def test_a_cut_file_of_one_stage_is_an_error_that_offers_the_step_before(starts:
 
 
 def test_once_it_is_moved_away_all_go_back_to_the_step_before(lab: Lab, starts: Starts) -> None:
-    """Without the damaged folder, the run resumes an older step and ends with the same bits."""
+    """Without the damaged folder, the run resumes from an older step.
+
+    It ends with the bits of the uninterrupted run.
+    """
     assert_went_back(starts["apart"][4])
     assert numbers(lab.disk("apart", 0)) == numbers(lab.disk("whole"))
     assert same(state(lab.disk("apart", 1), 1, STEPS), state(lab.disk("whole"), 1, STEPS))

@@ -78,7 +78,7 @@ class Failing:
 
 @dataclass(frozen=True)
 class FailingBlock:
-    """A hook: a block's forward runs out of memory after `number` successful forwards of blocks."""
+    """A hook that lets `number` forwards of blocks succeed; the next forward runs out of memory."""
 
     number: int
 

@@ -1,8 +1,9 @@
-"""Tests a stop by a signal: the run completes the update, saves a checkpoint and exits with 75.
+"""Tests a stop by a signal: the run completes its update, saves a checkpoint and exits with 75.
 
 The run has two pipelines of two stages, and two iterations per update. Signals stop it many times,
-at chosen moments, and the same command resumes it; at its end, it has the bits of an uninterrupted
-run. It saves checkpoints only when it is stopped, except where PLAN sets --checkpoint-steps.
+at chosen moments; after each stop, the same command resumes it. When it is complete, it has the
+bits of an uninterrupted run. It saves checkpoints only when it is stopped, except in starts for
+which PLAN sets --checkpoint-steps.
 """
 
 import json
@@ -53,10 +54,10 @@ def saved(step: int) -> str:
 
 
 class Stop(NamedTuple):
-    """A start of the run in which ranks get signals, and the expected end of every rank.
+    """A start of the run, the signals that ranks get in it, and the expected end of every rank.
 
-    who: the signal and the rank that all error lines name; rest: the remaining text of the lines;
-    latest: the newest step that is saved at the end; changes: changed flags.
+    who: the signal and the rank that all error lines name; rest: the text after `who` in the lines;
+    latest: the newest step that is saved at the end; changes: flags that only this start has.
     """
 
     kills: list[Kill]
@@ -148,7 +149,7 @@ LEFT_OUT = {3, 6, 9, 12, 15}  # evaluations that a pending stop omits
 
 
 class Lived(NamedTuple):
-    """Outcomes of the starts by name, of a run of one rank, and of a rank that finds no rank 0."""
+    """Outcomes: PLAN's starts by name, a run of one rank, and a rank 1 that finds no rank 0."""
 
     starts: Starts
     alone: Outcome
@@ -187,7 +188,7 @@ def starts(lived: Lived) -> Starts:
 
 @pytest.mark.parametrize("name", PLAN)
 def test_all_ranks_end_alike_and_say_so_in_one_line(name: str, starts: Starts) -> None:
-    """All ranks end with one line and one status; the line names the rank that got the signal."""
+    """All ranks end with the same status; each error line names the rank that got the signal."""
     start, stop = starts[name], PLAN[name]
     assert start.outcome.statuses == [stop.status] * WORLD
     if stop.kills[0].to_all:  # rank 0 can receive another rank's request first

@@ -1,4 +1,4 @@
-"""Writes that the system refuses, as if the disk was full."""
+"""Functions that make writes fail: a limit on the size of files, and a small disk to fill."""
 
 import resource
 import shutil

@@ -1,9 +1,9 @@
 """Double of cupy.cuda.nccl.NcclCommunicator: it sends host memory between processes.
 
-Everything else of cupy.cuda.nccl stays: unique ids, dtype codes, NcclError. The members of a
-communicator connect at abstract Unix sockets that are named after its unique id; each member waits
-for all others. Every message has a header; if its call, count, dtype or root is not what the
-receiver expects, the receiver raises an error.
+The rest of cupy.cuda.nccl is not replaced: unique ids, dtype codes, NcclError. The members of a
+communicator connect through abstract Unix sockets, named after the communicator's unique id; each
+member waits for all others. Every message has a header; if the header's call, count, dtype or root
+is not what the receiver expects, the receiver raises an error.
 """
 
 import ctypes
@@ -58,7 +58,7 @@ class DoubleError(nccl.NcclError):
 
 
 class Header(NamedTuple):
-    """Header of a message: the call, its root (or -1), the number of elements, the dtype code."""
+    """Header of a message: call, root (-1 if the call has none), number of elements, dtype code."""
 
     call: str
     root: int
@@ -94,7 +94,7 @@ def open_channel(
     dist_timeout: float = 30.0,
     connect_neighbours: bool = True,
 ) -> tuple[NcclCommunicator, Told]:
-    """Returns a pipeline's communicator on CPU, and the queue that gets the errors of hangs."""
+    """Returns a pipeline's CPU communicator, and the queue that gets an error if a call hangs."""
     told: Told = queue.SimpleQueue()
     topology = Topology(rank=rank, num_stages=size, num_replicas=1)
     channel = NcclCommunicator(
@@ -109,7 +109,7 @@ def open_channel(
 
 
 class NcclDouble:
-    """Double of cupy.cuda.nccl.NcclCommunicator(ndev, commId, rank); its calls block."""
+    """Double of cupy.cuda.nccl.NcclCommunicator(ndev, commId, rank) with blocking calls."""
 
     def __init__(self, ndev: int, commId: bytes, rank: int, *, traffic: Traffic) -> None:
         assert len(commId) == 128

@@ -1,4 +1,4 @@
-"""Literal tables of every schedule; a new schedule needs rows here for the general tests."""
+"""Expected timetables and orders of every schedule; the tests require rows for a new schedule."""
 
 from collections.abc import Callable
 

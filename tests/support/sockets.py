@@ -19,7 +19,7 @@ class Listener(NamedTuple):
 
 
 def tcp_lines(pid: int, state: str) -> list[tuple[str, str]]:
-    """Returns local and remote address of each TCP socket of process `pid` that is in `state`."""
+    """Returns local and remote address of each TCP socket in `state` that process `pid` has."""
     own, found = descriptors(pid), []
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
@@ -30,7 +30,7 @@ def tcp_lines(pid: int, state: str) -> list[tuple[str, str]]:
 
 
 def descriptors(pid: int | str) -> dict[str, int]:
-    """Returns a process's descriptors of sockets by inode."""
+    """Returns the file descriptors of a process's sockets; the keys are the sockets' inodes."""
     found = {}
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(OSError):  # already closed
@@ -47,7 +47,7 @@ def listeners(pid: int) -> list[Listener]:
 
 
 def _address(text: str) -> str:
-    """Decodes an address of 32-bit words in the machine's byte order."""
+    """Decodes an IP address, given as hexadecimal 32-bit words in the machine's byte order."""
     words = [int(text[i : i + 8], 16) for i in range(0, len(text), 8)]
     packed = struct.pack(f"={len(words)}I", *words)
     family = socket.AF_INET if len(words) == 1 else socket.AF_INET6

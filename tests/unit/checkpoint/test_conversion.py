@@ -1,4 +1,4 @@
-"""Tests the converters: disk space, model names, interruptions, and the scripts that users run."""
+"""Tests conversions that fail or are interrupted, and the scripts that users run to convert."""
 
 import logging
 import os
@@ -112,7 +112,7 @@ def test_scripts_end_with_status_2_and_one_line(
 def test_scripts_convert_both_ways(
     originals: Path, tmp_path: Path, run: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Both scripts print nothing on stderr; one runs in a new process, to see all its stderr."""
+    """Neither script writes to stderr; one runs in a new process, so that no output is missed."""
     hf = tmp_path / "hf"
     flags = ("--ckpt-path", originals / "ck", "--save-path", hf, "--verify")
     done = subprocess.run(

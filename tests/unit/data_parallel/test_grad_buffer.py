@@ -53,7 +53,7 @@ def microbatches() -> list[Tensor]:
 
 
 def run(stage: Stage, *, later: bool) -> None:
-    """Runs all microbatches; if `later`, computes weight gradients one backward later."""
+    """Runs all microbatches; `later` delays each weight gradient until after the next backward."""
     for number, tokens in enumerate(microbatches()):
         stage.forward(number, tokens, tokens, range(ROWS), loss_scale=1.0)
         stage.backward(number, None)
@@ -74,7 +74,7 @@ def computed(name: str, recompute: bool, later: bool) -> dict[str, Tensor]:
 
 
 def autograds(name: str) -> dict[str, Tensor]:
-    """Returns the gradients that torch's autograd computes in fp64, from all logits at once."""
+    """Returns autograd's gradients in fp64; a microbatch's logits are not divided into chunks."""
     torch.manual_seed(2)
     model = make_model(name).double()
     for tokens in microbatches():
@@ -120,7 +120,7 @@ def test_one_microbatch_has_the_bits_of_torch() -> None:
 
 @contextmanager
 def noted() -> Iterator[list[str]]:
-    """Yields a list; whenever the buffer counts a gradient, its parameter's name is added."""
+    """Yields a list of parameters' names; a name is added when the buffer counts its gradient."""
     names: list[str] = []
     count = GradBuffer._count_microbatch
 
@@ -181,11 +181,11 @@ def test_a_microbatch_too_few_is_found() -> None:
 
 
 class Update:
-    """Record of the collective calls of a stage in one update, with small buckets.
+    """Record of the collective calls of a stage in one update; the buckets are small.
 
     `starts` lists the parameters of each bucket, in the order in which the buckets were sent.
-    `left` lists, for each microbatch, how many buckets were sent when its backward began, and when
-    the embedding's gradient came, which is the last gradient of a backward.
+    `left` has two numbers for each microbatch: how many buckets were sent before its backward
+    began, and how many were sent before its last gradient (the embedding's) came.
     """
 
     def __init__(
@@ -225,7 +225,7 @@ def names_in(buffer: Tensor, views: dict[str, Tensor]) -> list[str]:
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_buckets_leave_before_backward_is_over(recompute: bool) -> None:
-    """In the last backward, all buckets but at most two are sent before the embedding's gradient.
+    """In the last backward, at most two buckets are unsent when the embedding's gradient comes.
 
     The stage waits for a bucket only after all buckets are sent.
     """
@@ -241,7 +241,7 @@ def test_buckets_leave_before_backward_is_over(recompute: bool) -> None:
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_buckets_leave_in_one_order_on_all_replicas(sharded: bool) -> None:
-    """All replicas send buckets from last to first layer, in whatever order gradients come."""
+    """Replicas send buckets from last to first layer, even if gradients come in another order."""
     updates = [
         Update(rank=rank, recompute=recompute, later=later, sharded=sharded)
         for rank in (0, 1)

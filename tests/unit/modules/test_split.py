@@ -1,7 +1,7 @@
 """Tests --num-layers: forms of its value, the modules of each stage, and the balanced split.
 
-The balanced split must be the best of all splits. It is calculated from the work of each module,
-which must match the matrices in the real module.
+The balanced split must be the best of all splits. It is calculated from the work of each module;
+this work must match the sizes of the matrices in the real module.
 """
 
 from itertools import combinations, pairwise
@@ -40,7 +40,7 @@ def test_a_number_or_a_list_is_a_split(
 
 
 def test_a_stage_has_its_blocks_and_the_ends_their_modules() -> None:
-    """Stage 0 has the embedding, module 0; the last stage has the head, 5; blocks are 1 to 4."""
+    """Besides blocks, stage 0 has module 0 (embedding) and the last stage has module 5 (head)."""
     assert [stage_modules(i, (1, 2, 1)) for i in range(3)] == [range(2), range(2, 4), range(4, 6)]
     assert stage_modules(0, (4,)) == range(6)
 
@@ -118,7 +118,7 @@ def test_auto_of_known_models(
 def test_the_work_of_a_known_model() -> None:
     """The work of a block and of the head equals numbers calculated by hand.
 
-    Block: 4 x 512^2 + 2 x 512 x 2048 + 2 x 512 x 128.5, where 128.5 is the mean number of keys.
+    Block: 4 x 512^2 + 2 x 512 x 2048 + 2 x 512 x 128.5; a token attends to 128.5 keys on average.
     Head: 512 x 8192.
     """
     work = MODELS["gptneox"].load().sizes(hf_config("gptneox", NEOX)).work(256)
@@ -136,7 +136,10 @@ def test_the_work_of_a_known_model() -> None:
     ],
 )
 def test_work_is_that_of_the_modules_matrices(name: str, changes: dict[str, Any]) -> None:
-    """A module's work is its number of matrix elements; a block adds 2 x hidden size per key."""
+    """A module's work per token is its number of matrix elements.
+
+    A block's work has, in addition, 2 x hidden size for each key that a token attends to.
+    """
     family, config, tokens = MODELS[name].load(), make_hf(name, **changes).config, 9
     layers = [make_layer(family, config, i, "meta") for i in range(config.num_hidden_layers + 2)]
     _, block, *_, head = (sum(p.numel() for p in x.parameters() if p.dim() > 1) for x in layers)

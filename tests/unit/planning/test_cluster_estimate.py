@@ -34,11 +34,12 @@ def estimate(
 
 
 def test_an_iteration_is_the_pipelines_products_and_messages() -> None:
-    """An iteration takes the time of the matmuls and messages on the way through the pipeline.
+    """An iteration takes the time of a microbatch's matmuls and messages, in forward and backward.
 
     At 50 multiply-adds per second, a block's forward takes 1 s and its backward 2 s. The head takes
-    2 + 4 = 6 s, all in forward, where it also computes its gradients. So the forwards of stages 0
-    and 1 take 3 s and 1 + 6 = 7 s, their backwards 6 s and 2 s; a message takes 0.001 s.
+    2 + 4 = 6 s in forward, because it computes its gradients there. So stage 0 takes 3 s in forward
+    and 6 s in backward; stage 1 takes 1 + 6 = 7 s in forward and 2 s in backward. A message takes
+    0.001 s.
     """
     assert estimate(1).iteration_with_free_links == pytest.approx(3 + 7 + 2 + 6)
     assert estimate(1).iteration == pytest.approx(3 + 0.001 + 7 + 2 + 0.001 + 6)
@@ -141,6 +142,9 @@ def machine(**changes: Any) -> MachineFacts:
     ],
 )
 def test_differences_are_named_once(odd: dict[str, Any], told: list[str]) -> None:
-    """A difference gives one line. Stages may list different shards; a resume needs no shards."""
+    """A difference between machines gives one line.
+
+    Machines may list different shards, since stages need different ones. A resume needs no shards.
+    """
     machines = [machine(), machine(**odd), machine(), machine()]
     assert differences(ROSTER, machines) == told
