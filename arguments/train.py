@@ -16,7 +16,7 @@ VERSION = "0.2.0"
 
 
 def train_parser(*, shows_all: bool = False) -> argparse.ArgumentParser:
-    """Returns the parser; its help shows all flags if `shows_all`, else the flags of most runs."""
+    """Returns the parser; its help shows all flags if `shows_all`, else only common flags."""
     parser = OneLineParser(
         "Fine-tunes a model that is cut into layer-sharded stages; one process per rank.",
         epilog=None if shows_all else "--help-all lists every flag.",

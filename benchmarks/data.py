@@ -2,11 +2,12 @@
 
     python benchmarks/data.py [--large-mb 2000] [--rounds 7]
 
-The texts are the documentation strings of Python's standard library, repeated; the tokenizer is a
-byte-level BPE that is trained on these texts. The peer is the tokenizers library itself. It has as
-many processes of one thread as our side has workers, and gets the same texts from memory in lists
-of 256. Our side reads the texts from a .jsonl file in shuffled order, masks, packs and batches
-them; for this it uses the main process in addition to the workers. The two sides take turns.
+The benchmark compares our side, which makes blocks from texts, with a peer that only tokenizes the
+texts. The texts are the documentation strings of Python's standard library, repeated; the tokenizer
+is a byte-level BPE that is trained on these texts. The peer is the tokenizers library itself. It
+runs as many single-threaded processes as our side has workers, and gets the same texts from memory
+in lists of 256. Our side reads the texts from a .jsonl file in shuffled order, masks, packs and
+batches them in the workers and the main process. The two sides are measured alternately.
 """
 
 import argparse
@@ -87,7 +88,7 @@ def train_tokenizer(texts: Sequence[str]) -> Any:
 
 
 def write(path: Path, texts: Sequence[str], *, megabytes: int) -> Path:
-    """Writes the texts as lines, repeated until the file has `megabytes`, at least once."""
+    """Writes all texts as lines, and repeats them until the file has at least `megabytes`."""
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
     with path.open("wb") as file:
         file.write(lines)
@@ -183,7 +184,7 @@ def start_peer(texts: Sequence[str], tokenizer: Any, part: int, parts: int) -> C
 
 
 def peer(end: Connection, texts: list[str], tokenizer: Tokenizer) -> None:
-    """Answers requests; for each, encodes texts until they have the requested number of tokens."""
+    """Encodes at least as many tokens as each request asks for; answers with the exact number."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     lists = [texts[start : start + LIST] for start in range(0, len(texts), LIST)]
     while wanted := end.recv():

@@ -1,8 +1,8 @@
 """Processes that run a checkout's scripts for same_bits.py: how they start and end.
 
-Importing torch and transformers takes seconds, and a table of runs starts a hundred scripts.
+Importing torch and transformers takes seconds, and same_bits.py starts a hundred scripts.
 Therefore the processes are forks of one server, which has imported these libraries but nothing of
-the checkout. With `fresh`, each process is a new interpreter instead, as a user starts it.
+the checkout. With `fresh`, each process is a new Python interpreter, as when a user starts it.
 """
 
 import multiprocessing
@@ -120,7 +120,7 @@ def _be_script(command: Sequence[str], folder: Path, log: Path) -> None:
 def _wait(
     processes: Sequence[Process], end: float, is_enough: Callable[[], bool] | None
 ) -> str | None:
-    """Waits until the processes end or `is_enough` returns True; returns a problem, else None."""
+    """Waits until the processes end or `is_enough` returns True; returns an error text or None."""
     while True:
         statuses = [process.status() for process in processes]
         for number, status in enumerate(statuses):

@@ -112,7 +112,7 @@ class CheckpointStore:
 
     @property
     def pending(self) -> int | None:
-        """Returns the step whose save has begun and is not finished, or None; same on all ranks."""
+        """Returns the step whose save has begun, or None after `finish`; all ranks agree on it."""
         return None if self._pending is None else self._pending.step
 
     @property
@@ -160,7 +160,7 @@ class CheckpointStore:
         self._deleter.start()
 
     def finish_cleanup(self) -> None:
-        """Deletes steps that `policy` does not keep, and waits for the end; all ranks call it."""
+        """Deletes steps that `policy` does not keep, and returns when done; all ranks call it."""
         self._deleter.finish()
 
     def _attempt(
@@ -202,7 +202,7 @@ class CheckpointStore:
         flush(partial)
 
     def needed_bytes(self, saves: int, *, weights: int, state: int) -> int:
-        """Returns the most bytes that this process adds to the disk for `saves` more checkpoints.
+        """Returns how many bytes `saves` more checkpoints add at most to the disk of this process.
 
         Args:
             saves: the number of checkpoints that will be saved.
@@ -216,7 +216,7 @@ class CheckpointStore:
         return self._policy.added_bytes(saves, present=present, weights=weights, state=state)
 
     def find(self, split: ResumeSplit) -> ResumePoint | None:
-        """Returns the newest step that is complete on every stage, else a predecessor's, else None.
+        """Returns the newest step complete on all stages, else a predecessor's checkpoint or None.
 
         Every process must call `find`. Before a process reads files of the step other than
         meta.json and config.json, all must call `verify`. `split` is the split of the run; the

@@ -30,7 +30,7 @@ def choose_cpu_matmul(
     """Selects and logs the matmul library of each rank's CPU; every rank calls it.
 
     Args:
-        saved: the library of each rank in the checkpoint to resume from; None if there is none.
+        saved: the library of each rank in the checkpoint to resume from; None if none was saved.
         cpu: the CPU; None: the CPU of this machine.
 
     Returns:

@@ -61,7 +61,7 @@ def check_entry(file: TensorFile, key: str, shape: tuple[int, ...]) -> None:
 def read_weights(
     file: TensorFile, keys: Iterable[str], dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """Returns the tensors `keys` of a file by key, cast to `dtype` if `dtype` is given.
+    """Returns the file's tensors for `keys`, by key; casts them to `dtype` if `dtype` is given.
 
     Raises:
         ValueError: a tensor is not finite, before or after the cast; the text names file and key.

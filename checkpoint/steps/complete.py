@@ -63,15 +63,15 @@ def find_complete_steps(path: Path | None, last: int, *, control: Communicator) 
 
 
 def complete_steps(disks: Sequence[Mapping[int, Sequence[StageFiles]]]) -> list[int]:
-    """Returns the complete steps in order; `disks` holds each disk's complete stages, by step."""
+    """Returns the complete steps, sorted; each of `disks` maps a step to the stages on a disk."""
     steps = {step for disk in disks for step in disk}
     return sorted(step for step in steps if _is_complete([disk.get(step, ()) for disk in disks]))
 
 
 def _is_complete(disks: Sequence[Sequence[StageFiles]]) -> bool:
-    """Returns whether all files of one save of a step exist, each stage's files on its own disk.
+    """Returns whether one save of a step has all files, each stage's files on that stage's disk.
 
-    If the run that saved the step had more or fewer stages, the files can be on any disk.
+    If the number of stages of that save is not the number of disks, the files can be on any disk.
     """
     available = {files for disk in disks for files in disk}
     for save, num_stages in {(files.save, files.num_stages) for files in available}:

@@ -54,7 +54,7 @@ class NcclCommunicator(GroupMembership):
     """A Communicator over NCCL.
 
     store: passes NCCL's unique id from the first member of a channel to the other members.
-    on_hang: gets the error of a message that failed or took longer than `group.dist_timeout`.
+    on_hang: is called with the error if a message fails or takes longer than `group.dist_timeout`.
 
     Raises ValueError if CuPy or its NCCL is not installed, and PeerLostError if a channel cannot be
     opened.
@@ -155,7 +155,7 @@ class NcclCommunicator(GroupMembership):
         return _NcclWork(name, event, check, self._hang_detector, self._operation)
 
     def _edge(self, source: int, to: int) -> _Channel:
-        """Returns the channel for messages from member `source` to member `to`; opens it if new."""
+        """Returns the channel for messages from member `source` to `to`; opens it if necessary."""
         if (source, to) not in self._edges:
             self._open_pair(min(source, to), max(source, to))
         return self._edges[source, to]

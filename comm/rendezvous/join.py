@@ -41,7 +41,7 @@ class Rendezvous:
     rank: the rank of this process.
     participants: the description of every rank, in the order of the ranks.
     nonce: random hex that identifies this start of the run.
-    key: the key of the job, for proofs on other connections.
+    key: the key of the job, with which ranks prove on other connections that they are of this job.
     store: the store with the values of this start; None in a world of one rank.
     deadline: the join deadline; `create_process_groups` cancels the deadline when the groups exist.
         None in a world of one rank.
@@ -156,7 +156,7 @@ class _Joining:
         self._report(f"waiting for {self._master}")
 
     def join(self, store: SignedStore, key: JobKey) -> Rendezvous:
-        """Posts this rank's description and waits for the verdict; raises the verdict's error."""
+        """Posts this rank's description, waits for the verdict, and raises it if it is an error."""
         if self._rank == 0:
             store.prove_job(self._participant.host)
         self._register(store)

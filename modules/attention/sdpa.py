@@ -22,7 +22,7 @@ def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, *, dropout: float 
 
 
 def _gpu_kernel(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-    """Calls flash attention, which has no fp32; for fp32 calls the memory-efficient kernel."""
+    """Calls the memory-efficient kernel for fp32, else flash attention, which lacks fp32."""
     ops = torch.ops.aten
     out: Tensor
     if query.dtype == torch.float32:

@@ -2,7 +2,7 @@
 
 On GPUs with flash attention, in half precision, one variable-length kernel computes all documents.
 Otherwise the documents are sorted by length, and all documents of one length are computed together
-like rows. If every row is one document, the attention over complete rows is used.
+as the rows of one batch. If every row is one document, the attention over complete rows is used.
 """
 
 from collections.abc import Sequence
@@ -36,8 +36,8 @@ def varlen_attention(
 def has_varlen_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Returns whether torch's `varlen_attn` supports these tensors.
 
-    `varlen_attn` needs flash attention and a head size that is a multiple of 8. (torch pads other
-    head sizes only in the flash attention over rows.)
+    `varlen_attn` needs flash attention and a head size that is a multiple of 8. (Only torch's flash
+    attention over rows pads other head sizes.)
     """
     params = SDPAParams(query, key, value, None, 0.0, True, False)
     return can_use_flash_attention(params) and query.shape[-1] % 8 == 0
@@ -75,7 +75,7 @@ def _attend_by_length(packed: Sequence[Tensor], documents: PackedDocuments) -> T
 
 
 def _as_rows(packed: Tensor, count: int, length: int) -> Tensor:
-    """Returns a view (count, heads, length, head size) of (count * length, heads, head size)."""
+    """Returns `packed` (count * length, heads, head size) as (count, heads, length, head size)."""
     return packed.view(count, length, *packed.shape[1:]).transpose(1, 2)
 
 

@@ -27,7 +27,7 @@ def matmul_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Returns x @ weight.T + bias; x (..., inputs), weight (outputs, inputs), bias (outputs)."""
+    """Returns x @ weight.T + bias; the shapes are (..., inputs), (outputs, inputs), (outputs)."""
     dtype = matmul_dtype(x)
     if dtype == x.dtype:
         return functional.linear(x, weight, bias)

@@ -1,4 +1,4 @@
-"""Selection of the CPU's fp32 matmul library, from the flag, the checkpoint and the CPU."""
+"""Selection of the CPU's fp32 matmul library; the flag, the checkpoint and the CPU decide."""
 
 import logging
 from collections.abc import Sequence

@@ -24,7 +24,7 @@ class _WithoutPeers:
     """The methods that all fake communicators share."""
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """Returns a tensor without rows, so that callers compare no values; fake ones have none."""
+        """Returns a tensor without rows, so callers compare no values, which fake tensors lack."""
         return tensor.new_empty((0, *tensor.shape))
 
     def close(self) -> None:

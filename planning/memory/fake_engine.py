@@ -53,7 +53,7 @@ ON_HOST = ("lengths_of_rows", "longest", "groups")
 
 
 class FakeBatch(PipelineBatch):
-    """A batch whose microbatches all have the same `documents`, which are made of real tensors."""
+    """A batch whose microbatches all get fake tensors, shaped like the real ones in `documents`."""
 
     def __init__(
         self,
@@ -95,10 +95,10 @@ def peak_of_more(watched: Sequence[Watched], more: int, *, sent: int) -> int:
 
     `watched` has the live bytes of the actions that ran. If `more` is not 0, the schedule must run
     all forwards before the first backward (gpipe). Until the backwards begin, each additional
-    microbatch adds the bytes that a forward leaves. After that, each additional microbatch adds
-    `sent`: the bytes of a gradient whose send is not known to be complete. The bytes that a forward
-    leaves are those of the third forward, because the first forward also creates tables and the
-    last forwards need less.
+    microbatch adds the bytes that stay live after its forward. They are measured at the third
+    forward, because the first forward also creates tables and the last forwards need less. After
+    the backwards begin, each additional microbatch adds `sent`: the bytes of a gradient whose send
+    is not known to be complete.
     """
     forwards = [entry for entry in watched if entry.action.kind is Kind.FORWARD]
     first, rest = watched[: len(forwards) + 2], watched[len(forwards) + 2 :]

@@ -1,10 +1,10 @@
 """Packing of complete documents into blocks: a document is cut only if it is longer than a block.
 
 Documents are read in groups that fill about GROUP_BLOCKS blocks. A group is packed by best-fit
-decreasing: the longest document first, each document into the block with the least free space that
-is enough (Ding et al., Fewer Truncations Improve Language Modeling, arXiv 2404.10830). The rest of
-a block is padding. A document longer than a block is cut into segments, which are packed like
-documents.
+decreasing: the longest document is placed first, and each document goes into the block with the
+least free space that is enough (Ding et al., Fewer Truncations Improve Language Modeling, arXiv
+2404.10830). The rest of a block is padding. A document longer than a block is cut into segments,
+which are packed like documents.
 """
 
 from bisect import bisect_left, insort
@@ -31,7 +31,7 @@ class _Segment(NamedTuple):
 
 
 class BestFitPacker(Packer):
-    """A packer of complete documents; `used` counts the used blocks of the current group."""
+    """A packer of complete documents; its state's `used` counts the used blocks of a group."""
 
     def __init__(self, documents: DocumentPrefetcher, seq_len: int) -> None:
         super().__init__(documents, seq_len)
@@ -99,11 +99,12 @@ def _cut(document: _Segment, seq_len: int) -> Iterator[_Segment]:
 
 
 def fit(lengths: Sequence[int], bin_size: int) -> list[list[int]]:
-    """Distributes `lengths` over bins; returns the indices of `lengths` that are in each bin.
+    """Distributes `lengths` over bins; returns, for each bin, the indices of the lengths in it.
 
     Each length is from 1 to `bin_size`, and the lengths in a bin sum to at most `bin_size`. The
     largest length is placed first, and each length goes into the bin with the least space that is
-    enough; equal lengths are placed in order. Bins, and the indices in a bin, are sorted.
+    enough; of equal lengths, the one with the lower index is placed first. The bins are sorted by
+    their first index, and the indices in a bin are sorted.
     """
     bins: list[list[int]] = []
     free: list[tuple[int, int]] = []  # (free space, number) of each bin, ascending

@@ -1,6 +1,6 @@
 """A buffered shuffle of a source that can only be read in order: endless and exactly resumable.
 
-The source is read in chunks of some thousand documents, and each chunk is shuffled. The files of a
+The source is read in chunks of a few thousand documents, and each chunk is shuffled. The files of a
 folder are read in a random order. Both orders depend only on (seed, epoch, chunk), so the state is
 the chunk's position in a file and an index in the chunk. A restore reads one chunk.
 """
@@ -132,14 +132,14 @@ class BufferedShuffle:
 
     @cached_property
     def _digest(self) -> str:
-        """A hash of each file's name, size, first and last bytes; for the hub, only of the name."""
+        """A hash of all files' names, sizes, first and last bytes; for hub files, of names only."""
         digest = hashlib.blake2b(digest_size=16)
         for path in sorted(file.path for file in self.source.files):
             digest.update(describe_file(path, 0) if os.path.isfile(path) else path.encode())
         return digest.hexdigest()
 
     def restore(self, state: State) -> None:
-        """Restores `state` and reads one chunk; raises ValueError if the files have changed."""
+        """Restores what the method `state` returned; raises ValueError if the files changed."""
         if "chunk" not in state:
             raise self.source.changed_error(
                 "it could be read in any order, and can now only be read in file order"

@@ -1,10 +1,10 @@
 """An index of a file's line ends, built once and stored in the same folder as the file.
 
-The index of `a.jsonl` is `.a.jsonl.lines`: the file's size and modification time, a digest of the
-line ends, and the line ends as 64-bit numbers, which are memory-mapped. The index is rebuilt when
-the file has changed. If the file's folder cannot be written, the index is stored in CACHE_FOLDER,
-under a hash of the file's path. If CACHE_FOLDER cannot be written either, the index stays in
-memory, and every run rebuilds it.
+The index of `a.jsonl` is stored as `.a.jsonl.lines`. It holds the file's size and modification
+time, a digest of the line ends, and the line ends as 64-bit numbers, which are memory-mapped. The
+index is rebuilt when the file has changed. If the file's folder cannot be written, the index is
+stored in CACHE_FOLDER, under a hash of the file's path. If CACHE_FOLDER cannot be written either,
+the index stays in memory, and every run rebuilds it.
 """
 
 import contextlib
