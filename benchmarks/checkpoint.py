@@ -7,9 +7,10 @@ flushes the files to disk. It alternates between two kinds of save: at once, in 
 for the files, and beside training, in which a thread writes the files. In place of training, the
 process multiplies matrices for as long as a save takes. In a save beside training, the stall (the
 time in which training waits) consists of the check that all values are finite, the copy to host
-memory and, after all files are written, the renames. After both kinds, the previous checkpoint is
-deleted beside training (--keep-checkpoints 1). The first save of each kind is not counted, because
-it allocates memory. The peer is torch.save of the same state, flushed to disk, without checksums.
+memory and, after all files are written, the renames. After a save of either kind, the previous
+checkpoint is deleted beside training (--keep-checkpoints 1). The first save of each kind is not
+counted, because it allocates memory. For comparison, torch.save writes the same state, which is
+flushed to disk but has no checksums.
 """
 
 import argparse
@@ -156,7 +157,7 @@ def until(end: float) -> Callable[[], bool]:
 
 
 def train(is_over: Callable[[], bool]) -> float:
-    """Multiplies matrices until `is_over`, at least once; returns the products per second."""
+    """Multiplies matrices, once or more, until `is_over()` is true; returns products per second."""
     a = torch.ones(SIZE, SIZE)
     start, count = time.perf_counter(), 0
     while count == 0 or not is_over():

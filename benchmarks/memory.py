@@ -102,7 +102,7 @@ def expected(
 ) -> tuple[float, float]:
     """Returns the calculated bytes per parameter: (device, host).
 
-    The bytes are those of compute weights, fp32 gradients, masters and moments.
+    The bytes are those of weights in the compute type, fp32 gradients, masters and moments.
     """
     weight = DTYPES[precision].itemsize
     kept = MOMENTS[algorithm] + (4 if weight < 4 or offload else 0)

@@ -1,4 +1,4 @@
-"""The interface of all communication between processes; each library has an implementation."""
+"""The interface of all communication between processes; comm/backends implements it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,7 +61,7 @@ class Communicator(PointToPoint, Protocol):
     """
 
     def all_reduce(self, tensor: Tensor) -> Work:
-        """Starts summing `tensor` in place over the members; on CPU in the order of the members."""
+        """Starts summing `tensor` in place over the members; a CPU adds in the members' order."""
 
     def reduce(self, tensor: Tensor, *, root: int) -> Work:
         """Starts summing `tensor` over the members; only member `root` gets the sum.

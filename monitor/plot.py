@@ -35,7 +35,7 @@ def draw_loss(metrics_path: Path, png_path: Path) -> None:
 
 
 def held_out_curves(lines: Iterable[dict[str, Any]]) -> dict[str, Points]:
-    """Returns the held-out losses of each set by name; the key of an unnamed set is "".
+    """Returns the held-out losses of each set; the keys are the sets' names, or "" for no name.
 
     The evaluation before the first iteration has step 0.
     """

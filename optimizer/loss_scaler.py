@@ -17,8 +17,8 @@ class LossScaler(Protocol):
     """The scale of the losses.
 
     scale: the factor of the losses of the next update.
-    may_skip: whether gradients that are not finite (an fp16 overflow) only skip the update; if
-        False, they end the run.
+    may_skip: whether the run continues, without the update, after gradients that are not finite
+        (an fp16 overflow); if False, the run ends.
     """
 
     scale: float
@@ -31,7 +31,7 @@ class LossScaler(Protocol):
         """Returns the state for `load_state`, including the kind of the scaler."""
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restores a saved state of any kind of scaler; the flags still limit the scale."""
+        """Restores a state that a scaler of any kind saved; the flags of this run still apply."""
 
 
 class ConstantScale:

@@ -14,7 +14,8 @@ class SourceLocation:
     """The location of a source's documents: a path, or a name on the hub.
 
     kind: the kind of location; "task" is a special layout, opened by a registered task's module.
-    missing: for kind "hub", says that no path exists; an error of the hub begins with this text.
+    missing: for kind "hub", a text that says that no such path exists. If the hub also fails, the
+        error begins with this text.
     """
 
     path: str

@@ -1,4 +1,4 @@
-"""The search for the checkpoint that a run continues, and checks that it fits this run."""
+"""The search for the checkpoint that a run continues, and the check that it fits the run."""
 
 import logging
 from collections.abc import Mapping
@@ -37,8 +37,8 @@ def find_resume(
 ) -> Resumed:
     """Returns the checkpoint that the run continues, and the split of the run's layers.
 
-    Every process calls it. The checkpoint of an older system (a predecessor, see docs/glossary.md)
-    must have the same split as the run.
+    Every process must call this function. The checkpoint of an older system (a predecessor, see
+    docs/glossary.md) must have the same split as the run.
 
     Raises:
         ValueError: the flags forbid a resume, or the checkpoint is damaged or belongs to another
@@ -76,7 +76,7 @@ def find_resume(
 
 
 def idle_flags(precision: PrecisionSettings, scaler: Mapping[str, Any]) -> set[str]:
-    """Returns the loss-scale flags that have no effect on a run that resumes from `scaler`."""
+    """Returns the loss-scale flags that a run ignores if it restores the scaler state `scaler`."""
     dynamic = {"--initial-loss-scale", "--min-loss-scale", "--loss-scale-window", "--hysteresis"}
     if not precision.fp16:
         return dynamic | {"--loss-scale", "--max-skipped-updates"}

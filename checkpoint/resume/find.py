@@ -6,7 +6,7 @@ crash damages a step that was complete on all stages. So a damaged or missing fi
 an error; the error text says how to resume from the previous complete step.
 
 A step can come from a run with another split into stages. Then each stage of this run needs, on its
-own machine, the files of those stages of the other run that held its modules.
+own machine, the files of those stages of the other run that held this stage's modules.
 """
 
 import logging
@@ -87,7 +87,7 @@ class ResumeSearch:
         return None
 
     def verify(self, step: int, *, small: bool = False) -> None:
-        """Reads and checks all files of a step that this run needs.
+        """Reads and checks every file that this run needs from `step`.
 
         `small` limits the check to the small files that every stage writes: meta.json, config,
         tokenizer.
@@ -123,9 +123,9 @@ class ResumeSearch:
         return f"on rank {rank}: {problem}" if self._control.size > 1 else problem
 
     def _common_steps(self) -> list[int]:
-        """Returns the steps that were complete on every stage, with all files from the same save.
+        """Returns the steps that one and the same save completed on every stage.
 
-        Since then, files of such a step can have been damaged or deleted.
+        Since that save, files of such a step can have been damaged or deleted.
         """
         return [
             step
@@ -135,7 +135,7 @@ class ResumeSearch:
         ]
 
     def _problem(self, step: int, *, small: bool) -> str | None:
-        """Returns an error text if files of a step are damaged, else None; all ranks get the same.
+        """Returns an error text if files of a step are damaged, else None; the same on all ranks.
 
         The method first uses the results of `inspect_step`, and then reads the files.
         """

@@ -23,7 +23,7 @@ def find_module(index: int, split: Split) -> tuple[int, int]:
 
 
 def stages_holding(indices: Iterable[int], split: Split) -> list[int]:
-    """Returns the stages of a checkpoint that hold the modules `indices` of the model, in order."""
+    """Returns the sorted stages of a checkpoint that hold the model's modules `indices`."""
     return sorted({find_module(index, split)[0] for index in indices})
 
 

@@ -1,9 +1,9 @@
 """The file `latest`, which names the newest step, and a manifest that detects damage to `latest`.
 
 `latest` contains only a number, and a wrong bit can change it to the number of another step. So the
-manifest `latest_manifest.json` contains the number too. The manifest is written before `latest` and
-again after `latest`. Between these two writes the manifest contains the new and the previous
-number, so the two files agree after a crash at any moment.
+manifest `latest_manifest.json` contains the number too. A save writes first the manifest, then
+`latest`, and then the manifest again. Between its two writes, the manifest contains the new and the
+previous number, so the two files agree after a crash at any moment.
 """
 
 import re
@@ -19,7 +19,7 @@ _REMEDY = f"remove {LATEST} and {CHECK} to resume from the newest complete step"
 
 
 def expect_latest(path: Path) -> None:
-    """Creates the manifest of `latest` if there is none; a save calls it before `publish`."""
+    """Creates the manifest of `latest` if there is none, before a save renames its folder."""
     if not (path / CHECK).exists():
         replace_file(path / CHECK, seal({"step": None}))
 
@@ -45,7 +45,7 @@ def check_latest(path: Path, *, has_manifests: bool) -> None:
 
     `has_manifests` says whether any step under `path` has a manifest. An older system (a
     predecessor, see docs/glossary.md) wrote no manifests. So if neither `latest` nor any step has a
-    manifest, nothing is checked.
+    manifest, nothing is checked. If `latest` and its manifest are both missing, that is no error.
     """
     text = latest_text(path)
     if not (path / CHECK).exists():

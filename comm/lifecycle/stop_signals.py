@@ -1,8 +1,8 @@
 """Signals that ask this process to stop; a separate thread receives them.
 
-If the main thread hangs in a library, Python runs no signal handler. So the C-level handler writes
-the signal's number to a pipe. A thread reads the pipe and enforces the time limit of the stop. The
-effect of a stop request depends on the phase of the process.
+If the main thread hangs in a library, Python runs no signal handler. So Python's handler in C
+writes the signal's number to a pipe (signal.set_wakeup_fd). A thread reads the pipe and enforces
+the time limit of the stop. The effect of a stop request depends on the phase of the process.
 """
 
 import math
@@ -40,8 +40,8 @@ class StopAskedError(Exception):
 class Phase(NamedTuple):
     """The effect of a stop request during one phase of the process.
 
-    seconds: if the process still runs this long after the request, the listener's thread ends it.
-    status, line: the exit status and the error line in that case.
+    seconds: the time limit of the stop; after it, the listener's thread ends the process.
+    status, line: the exit status and the error line if the listener's thread ends the process.
     """
 
     seconds: float
@@ -87,7 +87,7 @@ class StopRequest:
 
 
 class StopListener:
-    """A listener that records a stop request, and ends this process if it stops too slowly.
+    """A listener that records a stop request, and ends this process after the time limit.
 
     SIGNALS are the signals that request a stop. A signal that the parent process set to ignored
     stays ignored. Only the main thread can construct a listener.
@@ -137,7 +137,7 @@ class StopListener:
                 self._end(1, f"{asked} and again ({signal.Signals(again).name}): ended at once")
 
     def _read(self, seconds: float | None) -> int | None:
-        """Returns the number of the next signal; None if no signal comes within `seconds`."""
+        """Returns the next signal's number; None after `seconds`, or if it is not in SIGNALS."""
         if not select.select([self._pipe], [], [], seconds)[0]:
             return None
         (number,) = os.read(self._pipe, 1)

@@ -16,7 +16,7 @@ SCALE = math.sqrt(2.0 / math.pi)
 
 
 class GELUNew(nn.Module):
-    """The tanh approximation of GELU, in the order of operations of transformers' `gelu_new`."""
+    """GELU's tanh approximation, computed in the same order as in transformers' `gelu_new`."""
 
     def forward(self, x: Tensor) -> Tensor:
         # Keep this one expression: its order decides the order in which backward adds gradients.
@@ -24,7 +24,7 @@ class GELUNew(nn.Module):
 
 
 class GELUFast(nn.Module):
-    """The tanh approximation of GELU, in the order of operations of transformers' `gelu_fast`."""
+    """GELU's tanh approximation, computed in the same order as in transformers' `gelu_fast`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))

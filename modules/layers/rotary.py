@@ -17,7 +17,8 @@ from torch import Tensor
 class Rotation:
     """The tables of cosines and sines (seq_len, pairs), and the dimensions that form the pairs.
 
-    In a result of `at`, the tables are (rows, 1, seq_len, pairs), for all heads of each row.
+    The method `at` returns a Rotation with tables (rows, 1, seq_len, pairs): every row has its own
+    tables, which all its heads use. `width` is the number of dimensions that are rotated.
     """
 
     cos: Tensor
@@ -32,7 +33,7 @@ class Rotation:
         return replace(self, cos=cos, sin=sin)
 
     def apply(self, x: Tensor, out: Tensor, *, inverse: bool = False) -> None:
-        """Rotates `x` (rows, heads, seq_len, head size) into `out` of the same shape."""
+        """Writes the rotated `x` to `out`; both are (rows, heads, seq_len, head size)."""
         sign = -1.0 if inverse else 1.0
         first, second = x[..., self.first], x[..., self.second]
         out[..., self.width :] = x[..., self.width :]

@@ -77,7 +77,7 @@ def _plain(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def _added_in_place(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """Returns c + a @ b; the product is added in place in a larger buffer, as for gradients."""
+    """Returns c + a @ b; as with gradients, the product is added in place to a part of a buffer."""
     part = c.new_zeros(c.shape[0], c.shape[1] + 3)[:, 1:-2]
     return part.copy_(c).addmm_(a, b)
 

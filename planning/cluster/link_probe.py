@@ -1,9 +1,10 @@
 """The links of a run, and their speeds, measured with the communicator of training.
 
 Times are read only from the sender's clock. The time of a message is the seconds from the start of
-its send to the arrival of a short answer, minus half the round-trip time of short messages. A delay
-in one direction therefore counts half in each direction. A low rate (bytes per second) counts only
-in the direction that has this rate. As in training, the receive is posted before the send starts.
+its send to the arrival of a short answer, minus half the round-trip time of short messages. So half
+of a delay in one direction is added to the latency of each direction. A low rate (bytes per second)
+changes only the result of the direction that has this rate. As in training, the receive is posted
+before the send starts.
 """
 
 import statistics
@@ -34,10 +35,11 @@ class Link(NamedTuple):
 
 
 def links(topology: Topology) -> list[Link]:
-    """Returns all links of a run in both directions, pipeline by pipeline, then stage by stage.
+    """Returns all links of a run, in both directions.
 
-    All pairs of a stage's replicas are links, because each replica receives a share of the
-    gradients from all other replicas.
+    The links between the stages of each pipeline come first, and then the links between the
+    replicas of each stage. All pairs of a stage's replicas are links, because each replica receives
+    a share of the gradients from all other replicas.
     """
     run_links: list[Link] = []
     for replica in range(topology.num_replicas):

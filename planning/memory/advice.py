@@ -31,8 +31,8 @@ def helpful_changes(
 ) -> list[Change]:
     """Returns the flag changes that reduce the peak memory of `rank`, the best change first.
 
-    `peak` is the peak without a change. If a change alters the number of stages, the highest peak
-    of all stages counts.
+    `peak` is the peak without a change. If a change alters the number of stages, `peak` is compared
+    with the highest peak of all stages.
     """
     changes, has_steps = [], any_steps(settings.checkpoint.checkpoint_path)
     for flags, changed in _variants(settings):
@@ -54,7 +54,7 @@ def helpful_changes(
 
 
 def _variants(settings: Settings) -> Iterator[tuple[str, Settings]]:
-    """Yields each change that can reduce memory, as flags and as the changed settings."""
+    """Yields the flags of each change that can reduce memory, and the changed settings."""
     if not settings.precision.recompute:
         yield "--recompute true", settings.changed(recompute=True)
     if settings.parallel.pp_mode != "1f1b":

@@ -1,4 +1,4 @@
-"""Explanation of an out-of-memory error: the operation, the planned memory, and the next step."""
+"""Explanation of an out-of-memory error: the operation, the planned memory, and a remedy."""
 
 import gc
 import traceback

@@ -81,7 +81,7 @@ def prompt_document(prompt: str, completion: str, origin: str) -> Document:
 
 
 def check_text(value: Any, origin: str, key: str) -> str:
-    """Returns `value`; raises BadLineError, which names `key`, if it is not a valid string."""
+    """Returns `value`; if it is not a valid string, raises BadLineError, which names `key`."""
     if not isinstance(value, str):
         raise BadLineError(f'{origin}: expected a string as "{key}", got {_kind(value)}')
     try:

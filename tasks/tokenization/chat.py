@@ -1,4 +1,4 @@
-"""Chat formats: conversations as one text, and the assistant's turns in this text."""
+"""Chat formats: how a conversation becomes a text, and where the assistant's turns are in it."""
 
 import re
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ def find_bot_turns(text: str) -> Spans | None:
 
 
 class ChatFormat:
-    """A renderer of messages as text: with the tokenizer's chat template, else in OIG's format."""
+    """A renderer of messages as text; uses OIG's format if the tokenizer has no chat template."""
 
     def __init__(self, tokenizer: Any) -> None:
         has_template = bool(getattr(tokenizer, "chat_template", None))

@@ -41,8 +41,8 @@ class Workers:
     def encode(self, documents: Sequence[Document]) -> Callable[[], Results]:
         """Starts to encode `documents`; returns a function that waits for the results.
 
-        This method and the returned function raise ChildProcessError if a worker process died; then
-        all workers are ended.
+        This method and the returned function raise ChildProcessError if a worker process died.
+        Before they raise it, they end all workers.
         """
         if self._num_workers == 0:
             return partial(self._encoder.encode_all, documents)
@@ -104,7 +104,7 @@ class _ResultMessage(NamedTuple):
 
     @classmethod
     def pack(cls, results: Results) -> "_ResultMessage":
-        """Returns the message for `results`, with their arrays joined."""
+        """Joins the arrays of `results` and returns the message."""
         errors = {i: item for i, item in enumerate(results) if isinstance(item, BadLineError)}
         documents = [EMPTY if isinstance(item, BadLineError) else item for item in results]
         ends = list(itertools.accumulate(len(document.token_ids) for document in documents))
