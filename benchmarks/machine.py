@@ -1,4 +1,4 @@
-"""Machine of a benchmark: its processor, and the speed of one process."""
+"""The processor that runs a benchmark, and the time of one microbatch in a single process."""
 
 import time
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def describe_machine() -> str:
 
 
 def peak(dtype: torch.dtype) -> float:
-    """Returns GFLOP/s of a matmul: of 1024 x 1024 matrices in fp32, of 384 x 384 in other types."""
+    """Returns the GFLOP/s of a matmul: 1024 x 1024 matrices in fp32, 384 x 384 in other types."""
     size = 1024 if dtype == torch.float32 else 384
     a = torch.ones(size, size, dtype=dtype)
     seconds = median(_seconds(lambda: a @ a) for _ in range(5))

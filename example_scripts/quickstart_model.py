@@ -69,7 +69,7 @@ def file_docstrings(path: Path) -> Iterator[str]:
 
 
 def unique(texts: Iterable[str]) -> Iterator[str]:
-    """Yields each text of at least MIN_CHARACTERS once, in order."""
+    """Yields each text once, in order; skips texts of fewer than MIN_CHARACTERS characters."""
     seen = set()
     for text in texts:
         if len(text) >= MIN_CHARACTERS and text not in seen:
@@ -98,7 +98,7 @@ def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def write_model(folder: Path, tokenizer: PreTrainedTokenizerFast) -> int:
-    """Saves a model of random weights and its tokenizer; returns the number of parameters."""
+    """Saves a model with random weights, and the tokenizer; returns the number of parameters."""
     logging.disable_progress_bar()
     torch.manual_seed(0)
     config = GPTNeoXConfig(

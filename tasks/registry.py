@@ -145,7 +145,7 @@ def _training_split(folder: str, flag: str) -> str:
 
 
 def _check_saved_columns(folder: str, row_format: RowFormat) -> None:
-    """Raises ValueError if a saved data set has no usable column; does not import datasets."""
+    """Raises ValueError if a saved data set has no usable column; reads only a JSON file."""
     columns = _read_names(folder, "dataset_info.json", "features", shown(folder), "columns")
     row_format.select_columns(columns, shown(folder))
 

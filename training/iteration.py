@@ -60,8 +60,8 @@ class Iteration:
     ) -> tuple[StepTotals, UpdateResult | None]:
         """Runs iteration `step` and, if the iteration ends an update, the update.
 
-        `is_writing` tells whether this process still writes a checkpoint. The method calls it after
-        backward; `is_writing` of the totals tells whether any process still writes.
+        The method calls `is_writing` after backward, to learn whether this process still writes a
+        checkpoint. In the returned totals, `is_writing` tells whether any process still writes one.
 
         Returns:
             The totals of the iteration, and the result of the update; None in place of the result
@@ -86,7 +86,7 @@ class Iteration:
             )
 
     def explain_skips(self, step: int, saved: str) -> str:
-        """Explains why the run gives up; `saved` is the text about the save. All ranks call it."""
+        """Returns the text of the final error, which quotes `saved`. All ranks must call this."""
         cause = self._last_skip if self._bad is None else self._report.explain_loss(*self._bad)
         return (
             f"step {step}: {self.update_step.skipped_in_a_row} updates in a row were skipped "

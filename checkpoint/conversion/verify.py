@@ -105,9 +105,9 @@ def _fill(
 ) -> None:
     """Copies `weights` to the parameters of `model`.
 
-    `weights` are by shard key (the name of a weight in a layer shard), and `names` maps a shard key
-    to a Hugging Face key. In transformers a few parameters have a name that differs from their key
-    in the file; `family.hf_aliases` lists these names.
+    The keys of `weights` are shard keys: the names of the weights in a layer shard. `names` maps a
+    shard key to a Hugging Face key. In transformers a few parameters have a name that differs from
+    their key in the file; `family.hf_aliases` lists these names.
     """
     parameters = dict(model.named_parameters())
     attributes = {name: alias for alias, name in family.hf_aliases.items()}

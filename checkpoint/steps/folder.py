@@ -56,7 +56,7 @@ def write_stage_files(folder: Path, stage: int, parts: Mapping[str, Any]) -> dic
 
 
 def move_aside(final: Path, nonce: str) -> None:
-    """Renames the folder `final` if an earlier save of the step left it; this frees the name."""
+    """Renames `final` if it exists (from an earlier save of the step); this frees the name."""
     _rename_if_exists(final, _replaced_folder(final, nonce))
 
 
@@ -129,6 +129,6 @@ def predecessor_folder(path: Path, step: int) -> Path:
 
 
 def any_steps(path: Path) -> bool:
-    """Returns whether `path` has any checkpoint, also an incomplete one or one of a predecessor."""
+    """Returns whether `path` contains a checkpoint, even an incomplete one or a predecessor's."""
     names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
     return any(re.fullmatch("latest|(checkpoint_)?[0-9]+", name) for name in names)

@@ -1,4 +1,4 @@
-"""Base classes of the communicators: the group of processes, and torch's async operations."""
+"""Parts that communicators share: a group, the membership in it, and torch's async operations."""
 
 import time
 from collections.abc import Callable
@@ -19,11 +19,11 @@ _NO_TIMEOUT = timedelta(0)  # torch's kNoTimeout: the timeout of torch's group a
 
 @dataclass(frozen=True)
 class Group:
-    """A group of processes, with the settings for waiting on a peer.
+    """A group of processes, and the settings that apply while this process waits for a peer.
 
     name: `pipeline`, `replicas` or `control`; errors quote the name.
     members: the global ranks, in the order of the group; this process is one of them.
-    operation: gets the name of the operation that this process waits for.
+    operation: holds the name of the operation that this process waits for.
     dist_timeout: seconds that one operation may wait for a peer.
     """
 

@@ -53,9 +53,9 @@ class HostStagingCommunicator:
 
 @dataclass(frozen=True)
 class _CopyWork:
-    """The Work of an operation on a host copy; `wait` copies its result to the device (`target`).
+    """The Work of an operation on a host copy; `wait` also copies the result to `target`.
 
-    `target` is None if this process receives no result.
+    `target` is the tensor on the device; it is None if this process receives no result.
     """
 
     work: Work

@@ -1,7 +1,7 @@
-"""Heartbeats: they show that a rank is unresponsive long before a collective times out.
+"""Heartbeats; without them, an unresponsive rank is noticed only when a collective times out.
 
 When a process is killed, its connection closes, and the server notices this at once. When a process
-is suspended or swaps, or its machine loses power, the connection stays open, and only the missing
+is suspended, or its machine swaps or loses power, the connection stays open, and only the missing
 heartbeats show the failure.
 """
 

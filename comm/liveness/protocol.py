@@ -29,7 +29,7 @@ def decode(line: bytes) -> dict[str, Any]:
 
 
 def set_keep_alive(connection: socket.socket) -> None:
-    """Turns on TCP keep-alive, which detects a cut network after 30 seconds, not two hours."""
+    """Turns on TCP keep-alive, which detects a cut network in 30 seconds instead of two hours."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
         if hasattr(socket, option):

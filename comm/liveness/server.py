@@ -1,4 +1,4 @@
-"""The liveness server on rank 0: collects the failures of all ranks and sends them to all ranks.
+"""The liveness server on rank 0: notices when ranks fail, and sends the first failure to all ranks.
 
 A message is one JSON object per line. The server first sends {"challenge"}. A rank replies with
 {"rank", "challenge", "proof"}, and the server answers {"proof"} (comm.liveness.handshake). Then:
@@ -6,7 +6,7 @@ A message is one JSON object per line. The server first sends {"challenge"}. A r
                    | {"stop": signal}: the rank was asked to stop; only rank 0 gets this
     to the ranks:  {"lost": rank} | {"silent": rank} | {"failed": status, "line", "rank"}
                    | {"check": true} | {"all_alive": true} | {"bye": true}
-Rank 0 itself also gets {"unresponsive": whether, "rank"}.
+Rank 0 itself also gets {"unresponsive": true or false, "rank"}.
 The server asks all ranks whether they are alive at regular intervals (comm.liveness.heartbeat), and
 whenever a rank sends {"check"}.
 """
@@ -59,7 +59,7 @@ class _Connection:
 
 
 class LivenessServer:
-    """A server that listens on `address` in a thread; `on_message` gets the messages to rank 0."""
+    """A server that listens on `address` in a thread; messages for rank 0 go to `on_message`."""
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ class LivenessServer:
                 self._broadcast({"check": True})
 
     def close(self) -> None:
-        """Tells all connected ranks that the run ends; then a closed connection is no failure."""
+        """Tells all connected ranks that the run ends; a connection lost later is no failure."""
         with self._changed:
             self._closing = True
         self._broadcast({"bye": True})
@@ -216,7 +216,7 @@ class LivenessServer:
             self.publish({"lost": connection.rank})
 
     def _drop_unproved(self) -> None:
-        """Drops connections without a handshake: slow ones, and the oldest if there are many."""
+        """Drops connections whose handshake is late; if too many lack one, drops the oldest."""
         now = time.monotonic()
         unproved = [connection for connection in self._connections if connection.rank is None]
         num_surplus = len(unproved) - _MAX_UNPROVED - self._world_size

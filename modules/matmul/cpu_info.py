@@ -1,7 +1,8 @@
-"""The CPU of this machine: its name and instructions, read from its flags and never measured.
+"""The CPU of this machine: its name and instructions, as the system lists them.
 
-The CPU determines the matmul library and the rounding of half precision, and so the order of sums.
-Therefore two runs of a command on the same type of machine must find the same result here.
+The CPU determines the library of fp32 matmuls, and whether matmuls in half precision are computed
+in fp32 and rounded. Both change the order of sums. So two runs of a command on the same type of
+machine must find the same instructions. Therefore nothing here is measured.
 """
 
 import platform
@@ -74,8 +75,8 @@ class CpuInfo:
 
         If the CPU has no matmul instructions for `dtype`, torch converts number by number, which is
         slow. Measured on one thread of a Zen 3 CPU (AVX2), 256x512 by 512x2048, torch 2.13: fp32
-        5.9 ms, bf16 55 ms, fp16 46 ms; converted to fp32, multiplied and rounded: bf16 6.2 ms, fp16
-        6.0 ms.
+        5.9 ms, bf16 55 ms, fp16 46 ms. If the matrices are converted to fp32 and the product is
+        rounded, bf16 takes 6.2 ms and fp16 6.0 ms.
         """
         if dtype == torch.bfloat16:
             return self.has_avx512_bf16 or self.has_amx

@@ -112,7 +112,7 @@ def simulate(
     The schedule must pass `check_schedule`, or be `forward_only`.
 
     Raises:
-        ValueError: the schedule deadlocks, or `costs` has another number of stages.
+        ValueError: the schedule deadlocks, or `costs` is not for `num_stages` stages.
     """
     if len(costs.stages) != num_stages:
         raise ValueError(f"expected the costs of {num_stages} stages, got {len(costs.stages)}")

@@ -27,7 +27,7 @@ class MemoryMeasure:
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Measures the memory of the block; on a CPU, the block takes several times as long."""
+        """Measures the memory in the `with` block, which takes several times as long on a CPU."""
         if not self._wanted:
             yield
         elif self._device.type == "cuda":
@@ -38,7 +38,7 @@ class MemoryMeasure:
                 yield
 
     def log(self, settings: Settings, model: PlannedModel, context: RunContext) -> None:
-        """Logs the measured and the planned peak of every rank, on rank 0; every rank calls it."""
+        """Logs on rank 0 the measured and planned peak of every rank; all ranks must call it."""
         if not self._wanted:
             return
         is_cuda = self._device.type == "cuda"

@@ -15,8 +15,8 @@ from tasks.sources.base import BadLineError, DataSource, Document, IndexedRows, 
 class FullShuffle:
     """A shuffle of a source with `open_rows`; it yields each document once per epoch.
 
-    Two equal sources with different seeds have different orders. The rows are opened, and files are
-    indexed by line, when the first document is read.
+    Two equal sources with different seeds have different orders. The rows of the source are opened
+    when they are first needed; for a file of lines, this makes or loads an index of the lines.
     """
 
     def __init__(self, source: DataSource, *, seed: int, bad_lines: BadLines | None = None) -> None:
@@ -64,7 +64,7 @@ class FullShuffle:
         return {"epoch": self.epoch, "position": self._position, "files": self._rows.digest}
 
     def restore(self, state: State) -> None:
-        """Restores `state`; raises ValueError if the files have changed since it was saved."""
+        """Restores what the method `state` returned; raises ValueError if the files changed."""
         if "position" not in state:
             raise self.source.changed_error(
                 "it could only be read in file order, and can now be read in any order"

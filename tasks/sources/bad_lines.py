@@ -45,7 +45,7 @@ class BadLines:
             ) from error
 
     def _record(self, file: Path, line: str) -> None:
-        """Appends a line to the file, unless this run or an earlier run has already written it."""
+        """Appends the text `line` to `file`, unless this run or an earlier one already did so."""
         if self._recorded is None:
             self._recorded = set(file.read_text("utf-8").splitlines()) if file.is_file() else set()
         if line not in self._recorded:

@@ -1,4 +1,4 @@
-"""Documents and data sources: the interfaces of files and rows, the same for all formats."""
+"""Documents and data sources, and the interfaces that files and rows of all formats have."""
 
 import hashlib
 import os

@@ -40,12 +40,12 @@ class _EncoderInput(NamedTuple):
 class Encoder:
     """An encoder of documents, which adds the end-of-text token after each document.
 
-    With a separator, the encoder adds the separator before each document and no end-of-text token;
-    the separator is tokenized together with the text. The encoder adds no other special tokens.
+    If there is a separator, the encoder adds no end-of-text token. It puts the separator before the
+    text and tokenizes both together. The encoder adds no other special tokens.
 
-    train_on: "all" trains on all tokens. "completion" trains only on answers, and on the
-        end-of-text token after an answer: a token is trained if any of its characters is in an
-        answer. The value does not change the tokens.
+    train_on: "all" trains on all tokens. "completion" trains only on tokens with at least one
+        character in an answer, and on the end-of-text token after an answer. The value does not
+        change the tokens.
     """
 
     def __init__(
