@@ -111,8 +111,7 @@ def checkpoint_extras(model_folder: Path, name: str, tokenizer: Any) -> dict[str
     """Returns the files that every checkpoint gets, by name: config.json and the tokenizer's files.
 
     `name` is the value of --tokenizer-name. If `name` is a folder, the tokenizer's files are read
-    from this folder; else the loaded `tokenizer` is saved to a temporary folder and the files are
-    read from this folder.
+    from this folder; else from a temporary folder, to which the loaded `tokenizer` is saved.
     """
     if Path(name).is_dir():
         files = _read(Path(name))

@@ -54,7 +54,7 @@ class GatheredSum:
 
 
 class SharedSum:
-    """An all-reduce in two rounds: members sum their shares of a slice, then send the sums to all."""
+    """An all-reduce in two rounds: members sum their shares of a slice, then send sums to all."""
 
     def __init__(self, flat: Tensor, messages: PointToPoint, *, slice_bytes: int) -> None:
         self._shares = (s.tensor_split(messages.size) for s in _slices(flat, slice_bytes))
