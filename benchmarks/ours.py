@@ -1,4 +1,4 @@
-"""Our side of `pipeline.py`: the training loop, with a data loader that repeats one batch."""
+"""Our pipeline in `pipeline.py`: the training loop, with a data loader that repeats one batch."""
 
 import math
 from typing import Any

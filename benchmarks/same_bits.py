@@ -166,7 +166,7 @@ def _has_lines(path: Path, count: int) -> bool:
 
 
 def metric_bits(line: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yields name and exact value of each metric except times; a nested one is `<key>.<metric>`."""
+    """Yields each metric's name (if nested: `<key>.<metric>`) and exact value; leaves out times."""
     for key, value in line.items():
         if isinstance(value, Mapping):
             yield from ((f"{key}.{inner}", bits) for inner, bits in metric_bits(value))
@@ -175,7 +175,7 @@ def metric_bits(line: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def tensor_bits(folder: Path, pattern: str) -> dict[str, str]:
-    """Returns the SHA-256 of each tensor in the files, and each other value, by file and key."""
+    """Returns `<file> <key>` -> SHA-256 of the tensor, or `repr` of a value that is no tensor."""
     paths = sorted(folder.glob(pattern))
     if not paths:
         raise FailedError(f"{folder} has no file {pattern}")

@@ -114,7 +114,7 @@ class _GroupFactory:
     ) -> Communicator:
         """Returns the communicator of this process's group among `groups`.
 
-        All ranks create torch's groups for all `groups`, in the same order.
+        With torch's backends every rank creates all of `groups` in the same order, as torch needs.
         """
         if len(groups[0]) == 1:
             return SingleProcessCommunicator()

@@ -27,7 +27,7 @@ class Console:
             self._write(f"{_CLEAR}{text}\n{self._live}" if self._live else f"{text}\n")
 
     def set_live(self, text: str) -> None:
-        """Replaces the live line, cut to the width of the terminal."""
+        """Replaces the live line by `text`, which is cut to the width of the terminal."""
         assert self.is_terminal
         with self._lock:
             self._live = text[: self._columns() - 1]

@@ -176,7 +176,7 @@ class Stopwatch:
         self._since = time.perf_counter()
 
     def lap(self) -> float:
-        """Returns the seconds since the previous `lap`, or since the creation, without pauses."""
+        """Returns the seconds since the last `lap`, or since creation; omits `paused` blocks."""
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         return seconds

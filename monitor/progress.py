@@ -1,4 +1,4 @@
-"""Progress of the run: a live line on a terminal, or a plain line every ten seconds elsewhere."""
+"""Progress of the run: on a terminal a live line, otherwise a plain line every ten seconds."""
 
 import time
 from collections import deque
@@ -43,7 +43,7 @@ class Progress:
             show(self._line(metrics))
 
     def show_evaluation(self, step: int, held_out: HeldOut) -> None:
-        """Prints the held-out loss of all data and of each set; step 0 is before iteration 1."""
+        """Prints the held-out loss of all data and of each set; `step` is 0 before iteration 1."""
         self._eval_loss = held_out.loss
         sets = [f"; {name}: {_format(of_set.loss)}" for name, of_set in held_out.sets.items()]
         self._console.print(f"step {step}: held-out {_format(held_out.loss)}{''.join(sets)}")

@@ -39,7 +39,8 @@ def build_optimizer(
         precision: the type of the compute copies, a key of `common.tensors.DTYPES`.
         weight_decay: the weight decay of matrices; it is 0 for biases and norms.
         offload: whether masters and moments are in host memory.
-        zero_stage: 0: every replica updates every weight. 1: one replica updates each weight.
+        zero_stage: 0: every replica updates every weight. 1: for each weight, one replica
+            updates the weight and sends it to the others.
         dp_mode: a key of `data_parallel.modes.DP_MODES`.
         replicas: the processes that train this stage.
         tracer: records how long updates and communication take.

@@ -42,8 +42,8 @@ class BatchScatter:
         topology: the stage and replica of this process.
         rows: the number of rows of a pipeline's batch.
         seq_len: the number of tokens in a row.
-        keeps_apart: whether attention is limited to single documents; then every batch has
-            `doc_starts`.
+        keeps_apart: whether attention is limited to single documents; if it is, every batch
+            has `doc_starts`.
         device: the device for token ids and labels.
     """
 
@@ -64,7 +64,7 @@ class BatchScatter:
         self._buffers: dict[str, Tensor] = {}
 
     def start(self, batch: TokenBatch | None) -> None:
-        """Starts to send `batch` from rank 0; on other ranks `batch` is None."""
+        """Starts to send `batch` on rank 0, or to receive on the other ranks (`batch` is None)."""
         self._buffers = {}
         if batch is None:
             for name, needed in self._needs(self._topology.stage).items():

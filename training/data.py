@@ -42,7 +42,7 @@ class TrainingData:
         return BatchLoader(stream, rows=self._rows)
 
     def open_evaluation(self) -> dict[str, Iterator[TokenBatch]]:
-        """Returns the batches of all held-out sets by the set's name, from the first batch on."""
+        """Returns set name -> batches of the held-out set; each call starts at the first batch."""
         given = self._settings.data.evaluation_data
         sets = [] if given is None else parse_evaluation_data(given)
         return {held_out.name: self._batches_of(held_out.source) for held_out in sets}
@@ -100,7 +100,7 @@ def _open_stream(settings: Settings, tokenizer: Any, *, num_workers: int) -> Blo
 
 
 def _bad_lines(settings: Settings) -> BadLines:
-    """Returns the policy that --bad-lines requests; one file lists the skipped lines."""
+    """Returns the policy that --bad-lines requests; bad_lines.txt lists the skipped lines."""
     if settings.data.bad_lines == "error":
         return BadLines()
     path = settings.checkpoint.checkpoint_path / "bad_lines.txt"
@@ -111,7 +111,7 @@ def checkpoint_extras(model_folder: Path, name: str, tokenizer: Any) -> dict[str
     """Returns the files that every checkpoint gets, by name: config.json and the tokenizer's files.
 
     `name` is the value of --tokenizer-name. If `name` is a folder, the tokenizer's files are read
-    from this folder; else the loaded `tokenizer` is saved to a temporary folder and read there.
+    from this folder; else from a temporary folder, to which the loaded `tokenizer` is saved.
     """
     if Path(name).is_dir():
         files = _read(Path(name))

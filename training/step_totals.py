@@ -27,9 +27,9 @@ class StepTotals(NamedTuple):
     Attributes:
         loss: the sum of the token losses, in nats.
         tokens: the number of trained tokens.
-        squared_norm: the squared norm of all stages' gradients; None if no update ends.
+        squared_norm: the squared norm of all stages' gradients; None if no update follows.
         first_bad: the number of the first parameter, over all stages, whose gradient is not finite.
-        stop_cause: the request to stop from the lowest rank that knows of one; None without one.
+        stop_cause: the request to stop from the lowest rank that knows of one; None if none does.
         is_writing: whether a process still writes a checkpoint.
     """
 
@@ -81,7 +81,7 @@ class TotalsReducer:
             loss, tokens: the numbers of this process; 0 and 0 if this process computes no loss.
             squared_norms: the squared norm of each gradient of this stage, in the order of the
                 parameters, after the sum over the replicas; 0 for a gradient that another replica
-                owns; None if no update ends.
+                owns; None if no update follows this iteration.
             stop_cause: the request to stop that this process knows of.
             is_writing: whether this process still writes a checkpoint.
         """

@@ -1,10 +1,10 @@
-"""Sums over the members of a group, added in the order of the members.
+"""Sums of tensors over the members of a group; the tensors are added in the members' order.
 
 Libraries add in an order that depends on an element's position in the buffer and on the buffer's
 length. Here the host adds the tensors, which arrive as point-to-point messages. The messages of a
 sum have a tag of their own, so that sums cannot get each other's messages. Every sum is a Work: the
 constructor starts the first messages, and `wait` does the rest. Long buffers are cut into slices,
-and at most two slices are in transfer, so that copies stay small.
+and at most two slices are in transfer, so that the received copies take little memory.
 """
 
 from collections import deque
@@ -54,7 +54,7 @@ class GatheredSum:
 
 
 class SharedSum:
-    """An all-reduce in two rounds: members sum their share of a slice, then send the sum to all."""
+    """An all-reduce in two rounds: members sum their shares of a slice, then send sums to all."""
 
     def __init__(self, flat: Tensor, messages: PointToPoint, *, slice_bytes: int) -> None:
         self._shares = (s.tensor_split(messages.size) for s in _slices(flat, slice_bytes))
@@ -83,7 +83,7 @@ class SharedSum:
 
 
 class SumAtRoot:
-    """The root member's side of a reduce; each other member has a SentToRoot."""
+    """The root member's side of a reduce; every non-root member has a SentToRoot."""
 
     def __init__(self, flat: Tensor, messages: PointToPoint, *, slice_bytes: int) -> None:
         self._parts = (_Part(part, messages) for part in _slices(flat, slice_bytes))
@@ -120,7 +120,7 @@ class _Part:
             self._works += [messages.send(sent[member], to=member) for member in others]
 
     def sum(self) -> None:
-        """Waits for the other members' elements; sums all into `own` in the members' order."""
+        """Waits for the other members' elements; sets `own` to the sum in the members' order."""
         _wait(self._works)
         total = self._rows[0]
         for row in self._rows[1:]:

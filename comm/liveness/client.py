@@ -1,4 +1,4 @@
-"""A rank's connection to the liveness server on rank 0; both prove that they know the job key."""
+"""A rank's connection to rank 0's liveness server; both sides prove that they know the job key."""
 
 import socket
 from typing import BinaryIO

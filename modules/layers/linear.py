@@ -33,7 +33,7 @@ class WeightGradBuffer(Protocol):
         """
 
     def add_rows(self, weight: Tensor, rows: Tensor, gradient: Tensor) -> None:
-        """Adds `gradient` (n, hidden) to rows `rows` (n) of the weight's gradient."""
+        """Adds each row i of `gradient` (n, hidden) to row `rows[i]` of the weight's gradient."""
 
     def deferring(self, deferred: Deferred | None) -> AbstractContextManager[None]:
         """Defers additions to gradients in the `with` block.

@@ -1,4 +1,4 @@
-"""Profiling of a run (--profiling): a tracer, and at the end the trace files and timeline.png."""
+"""Profiling of a run (--profiling): the tracer of each rank, its trace file, and timeline.png."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

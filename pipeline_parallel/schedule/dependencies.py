@@ -54,7 +54,7 @@ def sent(stage: int, action: Action, num_stages: int) -> Transfer | None:
 
 
 def execution_order(actions: Sequence[Sequence[Action]]) -> Iterator[tuple[int, Action]]:
-    """Yields pairs (stage, action) of all stages, each after the action whose message it needs.
+    """Yields (stage, action) for all actions; each action follows the one whose message it needs.
 
     Args:
         actions: the actions of each stage, in the order of the schedule.
@@ -90,8 +90,8 @@ def execution_order(actions: Sequence[Sequence[Action]]) -> Iterator[tuple[int, 
 def _deadlock(waiting: dict[int, Action], num_stages: int) -> str:
     """Returns the error text for a deadlock.
 
-    `waiting` has the next action of each stage that waits. The function follows the chain of
-    stages from a waiting stage to the sender of its message, until it finds a stage twice.
+    `waiting` maps each stage that waits to its next action. The function goes from a waiting stage
+    to the sender of its message, and so on, until a stage does not wait or is found twice.
     """
     path = [min(waiting)]
     while True:

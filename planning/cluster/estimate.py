@@ -48,7 +48,7 @@ class RunShape:
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
-    """The expected times of a run; `rates` has the multiply-adds per second of each rank."""
+    """The expected times of a run; `rates[r]` is rank r's number of multiply-adds per second."""
 
     plan: RunShape
     topology: Topology
@@ -83,7 +83,7 @@ class Estimate:
         return self.links[link].message_seconds(self.plan.message)
 
     def compute_seconds(self, link: Link) -> float:
-        """Returns the seconds that the receiving stage of a pipeline link computes per message."""
+        """Returns how many seconds the stage that receives over a link computes per message."""
         replica, stage = divmod(link.to, self.topology.num_stages)
         costs = self._costs(replica)[stage]
         is_gradient = link.to < link.source

@@ -34,14 +34,14 @@ class MachineFacts(NamedTuple):
     Attributes:
         model: the sizes of the model; None if the rank cannot read a config.json that fits the
             flags.
-        problems: a line for each user's mistake that would end a run.
+        problems: a line for each mistake of the user that would end a run.
         versions: the versions of software, by name.
         config: the values of config.json, by key.
         files: the size of each layer shard of the rank's stage, and the checksum if a manifest has
             one; None for a missing file.
         damage: a line for each reason to reject a shard that exists.
-        resumes: whether --checkpoint-path has a checkpoint, so that a run would not read the
-            shards.
+        resumes: whether a run would read its weights from a checkpoint in --checkpoint-path, not
+            from the shards.
     """
 
     device: str

@@ -33,8 +33,8 @@ def open_hub(name: str, location: SourceLocation, row_format: RowFormat) -> Data
 class HubFile:
     """A data set `org/name`, or a configuration of a data set, `org/name/configuration`.
 
-    A record's offset and line are both the number of rows read. To continue at an offset, all rows
-    before this offset are read again.
+    A record's offset and line are both the number of its row, counted from 1. A read that continues
+    at an offset reads all rows before this offset again.
     """
 
     location: SourceLocation
@@ -59,7 +59,7 @@ class HubFile:
 
 
 def _check_reachable(location: SourceLocation) -> None:
-    """Raises ValueError at once if the hub has no such data set; `datasets` would try for 30 s."""
+    """Raises ValueError at once if the hub lacks the data set; `datasets` would need 30 s."""
     if constants.HF_HUB_OFFLINE:
         return  # offline, datasets reads its cache or fails at once
     try:
