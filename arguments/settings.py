@@ -129,7 +129,7 @@ class UpdateSettings:
 
 @dataclass(frozen=True)
 class PrecisionSettings:
-    """The settings of the precision, the fp16 loss scale, and the reduction of memory."""
+    """The settings of the precision, the fp16 loss scale, CPU matmuls, and how memory is saved."""
 
     fp16: bool
     bf16: bool
@@ -206,7 +206,7 @@ class Settings:
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> "Settings":
-        """Creates the settings from the values of all fields, by field name."""
+        """Creates the settings from `values`, which maps the name of each field to its value."""
         groups = get_type_hints(cls).items()
         return cls(
             **{

@@ -120,7 +120,7 @@ _PUBLIC_SERVERS = ("https://api.wandb.ai", "https://api.forge.coreweave.com")
 
 
 def wandb_mode(environ: Mapping[str, str] = os.environ) -> str | None:
-    """Returns the value of WANDB_MODE in lower case, as wandb reads it; None if not set."""
+    """Returns the mode that wandb reads from WANDB_MODE, in lower case; None if it is not set."""
     mode = environ.get("WANDB_MODE", "").strip().lower()
     return "offline" if mode == "dryrun" else mode or None
 

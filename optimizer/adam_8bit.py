@@ -12,8 +12,8 @@ class Adam8bit:
     """AdamW8bit of bitsandbytes, which updates one weight at a time.
 
     All updates use one optimizer object of bitsandbytes, because making a new object takes longer
-    than an update. Before an update, the weight and its state are put into this object, and they
-    are taken out after it. bitsandbytes keeps fp32 moments for weights with fewer than 4096
+    than an update. Before an update, the weight and its state are put into this object; after
+    the update, they are taken out. bitsandbytes keeps fp32 moments for weights with fewer than 4096
     elements.
 
     Raises:

@@ -57,7 +57,7 @@ class UpdateStep:
 
     @property
     def loss_scale(self) -> float:
-        """Returns `scale` / `nominal_tokens`, the factor of a sum of token losses in backward."""
+        """Returns `scale` / `nominal_tokens`; backward multiplies the sum of token losses by it."""
         return self._scaler.scale / self._nominal
 
     @property
@@ -67,7 +67,7 @@ class UpdateStep:
 
     @property
     def may_skip(self) -> bool:
-        """Returns whether gradients that are not finite skip the update; else they end the run."""
+        """Returns whether the update is skipped if gradients are not finite; else the run ends."""
         return self._scaler.may_skip
 
     @property
@@ -107,7 +107,7 @@ class UpdateStep:
         return {"skipped_in_a_row": self.skipped_in_a_row, "scaler": self._scaler.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restores a result of `state`; a count of skips that would end the run becomes 0."""
+        """Restores what `state()` returned; a count of skips that would end the run becomes 0."""
         skipped = int(state["skipped_in_a_row"])
         self.skipped_in_a_row = skipped if skipped < self._max_skipped else 0
         self._scaler.load_state(state["scaler"])

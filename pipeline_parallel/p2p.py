@@ -69,7 +69,7 @@ class StageLink:
         self._gradients = _Direction(pipeline, following, previous, spec, tracer, backward)
 
     def expect(self, *, activations: int, gradients: int) -> None:
-        """Begins an iteration that receives `activations` activations and `gradients` gradients."""
+        """Begins an iteration; the arguments say how many messages of each kind it will receive."""
         self._activations.expect(activations)
         self._gradients.expect(gradients)
 

@@ -145,7 +145,7 @@ def build_stage_engine(
     """Builds the engine of this stage.
 
     Raises:
-        ValueError: neighbouring stages would send tensors of different shapes.
+        ValueError: the tensors that the stages would send differ in shape or type.
     """
     update = settings.update
     hidden_size = settings.model.embedding_dim

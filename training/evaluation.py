@@ -25,8 +25,9 @@ class Evaluation:
     """The measurement of the held-out loss, over all evaluation data and over each set.
 
     Attributes:
-        open_sets: a function that returns the batches of all sets by the set's name, from the
-            first batch on; None on ranks other than 0, which receive the names from rank 0.
+        open_sets: a function that returns the batches of each set, by the set's name; each call
+            starts again at the first batch. It is None on ranks other than 0, which receive the
+            names from rank 0.
         stop: the request to stop that this process knows of; rank 0 knows the requests of all
             ranks.
     """
@@ -64,10 +65,10 @@ class Evaluation:
     def _run_set(
         self, name: str, batches: Iterator[TokenBatch] | None, *, may_stop: bool
     ) -> StepTotals:
-        """Returns the total loss and tokens of one held-out set.
+        """Returns the total loss and the number of trained tokens of one held-out set.
 
         `batches` has the set's batches on rank 0, and is None on other ranks. With `may_stop`, a
-        request to stop ends the set early; the totals then cover the batches before the request.
+        request to stop ends this function early; the totals then cover the batches before it.
         """
         if batches is not None and may_stop:  # other ranks stop after rank 0's last batch
             batches = takewhile(lambda _: self.stop.asked is None, batches)

@@ -55,8 +55,8 @@ def simulated_step(
 ) -> float:
     """Returns the seconds that a step should take, according to the times measured in `steps`.
 
-    Each stage computes the norms of its gradients when its part of the pipeline ends. The update
-    begins when all stages have their norms.
+    Each stage computes the norms of its gradients after its last backward. The update begins when
+    all stages have their norms.
     """
     simulation = simulate_pipeline(
         steps, schedule=schedule, num_stages=num_stages, num_microbatches=num_microbatches

@@ -105,7 +105,7 @@ class Trainer:
         return result
 
     def _stops_after(self, step: int) -> bool:
-        """Returns whether the run stops early after `step`; after the last step it is complete."""
+        """Returns whether the run stops early after `step`; after the last step it never does."""
         if self._stop_cause is None or step == self._total_steps:
             return False
         return self._settings.update.ends_update(step)

@@ -74,8 +74,8 @@ def hf_names(family: Family, config: Any, index: int) -> dict[str, str]:
 def open_model(folder: Path, family: Family, config: Any) -> list[ModuleWeights]:
     """Returns, for each module of the model, the file and key of each weight, by shard key.
 
-    The function reads only the headers of the files. But if a weight has two keys in the files, it
-    reads the values of both keys to compare them.
+    The function reads only the headers of the files. But if a weight is in the files under two
+    keys, the function also reads and compares the two tensors.
 
     Raises:
         ValueError: a file is missing or damaged, a key is missing or extra, two keys of one weight
@@ -103,9 +103,9 @@ def open_model(folder: Path, family: Family, config: Any) -> list[ModuleWeights]
 
 
 def _collect(files: Sequence[TensorFile], family: Family) -> dict[str, HfWeights]:
-    """Returns the file and key of every weight, by its Hugging Face key; omits buffers.
+    """Returns a dict from Hugging Face keys to the weights in the files; omits buffers.
 
-    If a key in a file is an alias in `family.hf_aliases`, the result uses the key that the alias
+    If a key in a file is an alias in `family.hf_aliases`, the dict has the key that the alias
     stands for. Raises ValueError if a weight has two keys with different values.
     """
     sources: dict[str, HfWeights] = {}
@@ -151,7 +151,7 @@ def _open_files(folder: Path) -> list[TensorFile]:
 def group_modules(sizes: Sequence[int]) -> list[list[int]]:
     """Groups modules into output files of at most SHARD_BYTES; a larger module has its own file.
 
-    `sizes` are the bytes of the modules. Returns the indices of the modules of each file.
+    `sizes` holds the size of each module in bytes. Returns the indices of the modules of each file.
     """
     groups: list[list[int]] = []
     filled = SHARD_BYTES
@@ -169,8 +169,8 @@ def write_model(
 ) -> None:
     """Writes a model as safetensors files; the memory holds the tensors of one file at a time.
 
-    `sizes` are the bytes of the modules. `read` returns the tensors of the module with a given
-    index, by Hugging Face key.
+    `sizes` holds the size of each module in bytes. `read` returns the tensors of the module with a
+    given index, by Hugging Face key.
     """
     groups = group_modules(sizes)
     weight_map: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Communicators over torch.distributed's gloo groups: host tensors, TCP between hosts.
+"""Communicators over torch.distributed's gloo groups; they send tensors in host memory over TCP.
 
 Messages and broadcasts carry bytes, so that every dtype works. A sum over more than two members is
 computed in the order of the members (comm.backends.ordered_reduce), because gloo's order depends on
@@ -34,20 +34,20 @@ class GlooCommunicator(GroupMembership):
         self._sums = InTurn()
 
     def send(self, tensor: Tensor, *, to: int, tag: int = _MESSAGE_TAG, prefix: str = "") -> Work:
-        """Starts a send; the `receive` needs the same tag. `prefix` begins the operation's name."""
+        """Starts a send; the receiver uses the same tag. `prefix` begins the operation's name."""
         post = partial(dist.isend, as_bytes(tensor), self._members[to], group=self._group, tag=tag)
         return self._start(f"{prefix}send to {self._peers[to]}", tensor, post)
 
     def receive(
         self, tensor: Tensor, *, source: int, tag: int = _MESSAGE_TAG, prefix: str = ""
     ) -> Work:
-        """Starts a receive; the `send` needs the same tag. `prefix` begins the operation's name."""
+        """Starts a receive; the sender uses the same tag. `prefix` begins the operation's name."""
         data, rank = as_bytes(tensor), self._members[source]
         post = partial(dist.irecv, data, rank, group=self._group, tag=tag)
         return self._start(f"{prefix}receive from {self._peers[source]}", tensor, post)
 
     def all_reduce(self, tensor: Tensor) -> Work:
-        """Starts a sum over the members, added in the order of the members.
+        """Starts a sum over the members; their tensors are added in the order of the members.
 
         The result's bits do not depend on the buffer's length or on an element's position. With two
         members the order does not matter, so gloo's threads compute the sum. With more members,
@@ -64,9 +64,10 @@ class GlooCommunicator(GroupMembership):
         return self._sums.add(SharedSum(tensor.view(-1), messages, slice_bytes=_SLICE_BYTES))
 
     def reduce(self, tensor: Tensor, *, root: int) -> Work:
-        """Starts a sum on `root`, in the order of the members.
+        """Starts a sum whose result only `root` gets; it adds in the order of the members.
 
-        This call starts the first messages. On `root`, `wait` receives the rest and adds them.
+        This call starts the first messages. On `root`, `wait` receives the other messages and adds
+        the tensors.
         """
         if tensor.numel() == 0:
             return Done()

@@ -3,8 +3,9 @@
 As in comm.backends.cupy_nccl, each direction between two neighbours has its own group of two
 members, and so its own stream. If both directions shared one stream, an activation would wait for a
 gradient. torch creates a group's NCCL communicator at the group's first operation, and blocks the
-host until all members have called the operation. A receive that is posted early could block
-forever. So each group first sends one message, which creates the group's communicator.
+host until all members have called the operation. If the first operation were a receive that is
+posted early, the host could wait forever. So each group first sends one message, which creates the
+group's communicator.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -53,7 +54,7 @@ def make_groups(members: Sequence[int], *, dist_timeout: float) -> TorchGroups:
 
 
 def new_group(ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:
-    """Creates a torch group; this is the only call in this file that needs GPUs."""
+    """Creates an NCCL group; the other code in this file also runs without GPUs, on gloo groups."""
     group: dist.ProcessGroup = dist.new_group(list(ranks), backend="nccl", timeout=timeout)
     return group
 
@@ -151,6 +152,6 @@ class _TorchNcclWork(TorchWork):
 
 
 def _directions(size: int) -> list[tuple[int, int]]:
-    """Returns (source, to) for both directions of all neighbours in a group of `size`, in order."""
+    """Returns (source, to) for both directions between neighbours, in a group of `size` members."""
     pairs = [(left, left + 1) for left in range(size - 1)]
     return [edge for left, right in pairs for edge in ((left, right), (right, left))]

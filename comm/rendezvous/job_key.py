@@ -1,7 +1,7 @@
 """The secret key of a job: with it, ranks prove to each other that they belong to the same job.
 
-The key is never sent. A proof is an HMAC-SHA256 (RFC 2104) of a message with the key. A listener
-cannot use a proof for another message.
+The key is never sent. A proof is an HMAC-SHA256 (RFC 2104) of a message with the key. Someone
+who reads a proof on the network cannot use it for another message.
 """
 
 import hashlib

@@ -37,7 +37,7 @@ _OF_LABEL = {
 
 
 class SimulatedSpan(NamedTuple):
-    """A simulated action of a stage; `F3` is the forward of microbatch 3. Times are in seconds."""
+    """A simulated action of a stage; label F3 is forward of microbatch 3. Times are in seconds."""
 
     stage: int
     label: str
@@ -135,7 +135,7 @@ def _ready(
     last_backward: float,
     num_stages: int,
 ) -> float:
-    """Returns the time from which a span waits for no computation and counts as communication."""
+    """Returns when a span stops waiting for a computation; from then on, it is communication."""
     if span.track in _SENDS:
         return span.start
     if span.track is Track.OPTIMIZER_COMM:

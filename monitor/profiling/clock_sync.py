@@ -79,7 +79,7 @@ class ClockSync:
 
     @property
     def offset(self) -> int:
-        """The offset to the run's clock that was measured last, in nanoseconds."""
+        """The last measured offset to the run's clock, in nanoseconds."""
         return self._offsets[-1].offset
 
     @property

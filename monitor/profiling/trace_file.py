@@ -31,9 +31,9 @@ def trace_path(run: str, rank: int, *, folder: Path = TRACE_FOLDER) -> Path:
 def trace_events(
     steps: Iterable[StepTrace], *, rank: int, clock: ClockSync
 ) -> Iterator[dict[str, Any]]:
-    """Yields the trace events of `steps`, sorted by begin in each step; ts and dur are in µs.
+    """Yields the trace events of `steps`, step by step, in the order in which the spans begin.
 
-    ts counts from the beginning of the run.
+    ts and dur are in µs; ts counts from the beginning of the run.
     """
     clock_args = {"clock-offset-us": clock.offset / 1000, "clock-error-us": clock.error / 1000}
     for step in steps:

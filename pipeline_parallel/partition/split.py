@@ -38,7 +38,7 @@ def parse_layers(text: str) -> Layers:
 
 
 def even_split(per_stage: int, *, num_stages: int, model_layers: int) -> tuple[int, ...]:
-    """Returns the number of blocks on each stage if all but the last have `per_stage` blocks.
+    """Returns the number of blocks on each stage if every stage except the last has `per_stage`.
 
     If the model has too few blocks, the last stages have fewer blocks or none.
     """
@@ -55,7 +55,7 @@ def fit_split(layers: Layers, *, num_stages: int, model_layers: int) -> Split:
 
 
 def check_split(asked: Asked, *, num_stages: int, model_layers: int) -> None:
-    """Raises ValueError unless the stages hold exactly the model's blocks, each stage at least one.
+    """Raises ValueError unless the stages hold exactly the model's blocks and no stage is empty.
 
     `asked` is the value of --num-layers.
     """

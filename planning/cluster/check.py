@@ -33,7 +33,7 @@ _MATMUL_SECONDS = 1.0  # all devices measure at once, as in training
 
 
 def check_cluster(settings: Settings, context: RunContext, rendezvous: Rendezvous) -> int:
-    """Compares machines and measures devices and links; every rank calls it, rank 0 logs results.
+    """Compares machines and measures devices and links; all ranks call it, and rank 0 logs results.
 
     Returns:
         The exit status: 0, or 1 if ranks differ or something is missing on a rank.
@@ -82,7 +82,7 @@ def measure_links(
     """Measures the links of the run one after another; every rank calls it.
 
     Args:
-        wanted: the bytes of a message in a run, by link.
+        wanted: for each link, the size in bytes of a message that the run sends over it.
         dist_timeout: the timeout of a waiting rank, in seconds.
     """
     budget = min(_LINK_SECONDS, dist_timeout / 4)
@@ -146,10 +146,10 @@ def _activation_bytes(settings: Settings) -> int:
 def _message_bytes(
     settings: Settings, topology: Topology, link: Link, plan: RunShape | None
 ) -> int:
-    """Returns the bytes of one message on a link: a microbatch's activations or gradients.
+    """Returns the size in bytes of one message on a link.
 
-    Between replicas, a message is a bucket of gradients, or all gradients of a stage if they are
-    smaller than a bucket.
+    Between stages, a message is the activations or gradients of a microbatch. Between replicas, a
+    message is a bucket of gradients, or all gradients of a stage if they are smaller than a bucket.
     """
     if link.group == "pipeline":
         return _activation_bytes(settings)
