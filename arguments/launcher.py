@@ -1,4 +1,4 @@
-"""Default values of flags that depend on torchrun or on other flags. Imports no torch."""
+"""Default values of flags, taken from torchrun or from other flags. This module needs no torch."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,8 +1,8 @@
-"""The peer in `pipeline.py`: torch's own pipelining and DistributedDataParallel.
+"""The peer of our pipeline in `pipeline.py`: torch's own pipelining and DistributedDataParallel.
 
-The peer uses Hugging Face's layers, the schedules of torch.distributed.pipelining over the same
-gloo connections, AdamW on the same parameter groups, and one gradient clipping over both stages. A
-careful user would write the same.
+The peer uses Hugging Face's layers and the schedules of torch.distributed.pipelining. Like our
+side, it sends messages over gloo, applies weight decay to the same weights, and clips the gradients
+of both stages by their common norm. A careful user would write the same code.
 """
 
 import math
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 class HuggingFaceStage(nn.Module):
-    """A stage of Hugging Face's GPT-NeoX; the first also has the embedding, the last the head."""
+    """A stage of Hugging Face's GPT-NeoX: layers, embedding (stage 0) and head (last stage)."""
 
     def __init__(self, work: Workload, stage: int) -> None:
         super().__init__()
@@ -68,9 +68,11 @@ def mean_loss(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 class Update:
-    """Clipping over all stages, then AdamW, on fp32 masters if the model is in half precision.
+    """The update of a stage: it clips the gradients, and then runs AdamW.
 
+    If the model is in half precision, AdamW changes fp32 masters of the weights.
     `fused`: whether torch's fastest AdamW is used; else torch's default AdamW.
+    `stages`: whether the norm for the clipping is the norm over all stages.
     """
 
     def __init__(self, module: nn.Module, *, fused: bool, stages: bool) -> None:

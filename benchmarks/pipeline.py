@@ -102,7 +102,7 @@ def run_case(case: Case, rounds: int, matmul: Matmul) -> tuple[list[Result], flo
 
 
 def _measure_alone(pipe: Connection, rank: int, port: int, case_name: str, matmul: Matmul) -> None:
-    """Measures one microbatch while a second process does the same work; sends the seconds."""
+    """Sends the seconds of one microbatch; meanwhile the other process does the same work."""
     torch.set_num_threads(1)
     use_matmul(matmul)
     groups, close = meet(Topology(rank, 1, 2), port)
@@ -114,7 +114,7 @@ def _measure_alone(pipe: Connection, rank: int, port: int, case_name: str, matmu
 def _contend(
     pipe: Connection, rank: int, port: int, case_name: str, name: str, matmul: Matmul
 ) -> None:
-    """Runs one process of a contender: one step per request; sends its peak memory at the end."""
+    """Makes a step of a contender at each request; at the end, sends peak memory and overhead."""
     torch.set_num_threads(1)
     use_matmul(matmul)
     case = CASES[case_name]
@@ -144,7 +144,7 @@ def _timed(contender: Contender, groups: ProcessGroups) -> tuple[float, float]:
 
 
 def _result(name: str, steps: Sequence[Sequence[Any]], end: Sequence[Any]) -> Result:
-    """Returns the result: the slower process's seconds, and the losses, which the last one has."""
+    """Returns a contender's result: seconds of the slower process, and losses of the last rank."""
     return Result(
         name,
         [max(seconds for seconds, _ in pair) for pair in steps][1:],

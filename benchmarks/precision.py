@@ -2,10 +2,10 @@
 
     python benchmarks/precision.py [--updates 200]
 
-It trains the same model on the same blocks, each run in one process. It prints the training loss
-(mean of the last ten updates), the held-out loss after the last update, and each loss divided by
-the same loss of the run in fp32 with adam. The exit status is 1 if a ratio differs from 1 by more
-than the run's limit or is not a number.
+Each run is one process; all runs train the same model on the same blocks. The benchmark prints the
+training loss (mean of the last ten updates), the held-out loss after the last update, and each loss
+divided by the same loss of the run in fp32 with adam. The exit status is 1 if such a ratio differs
+from 1 by more than the limit of its run in `RUNS`, or is not a number.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from modules.matmul.cpu_info import CpuInfo
 
 
 class PrecisionRun(NamedTuple):
-    """Flags of a run, and the allowed fraction by which its losses differ from fp32 with adam."""
+    """The flags of a run; `limit` is the largest allowed difference of its loss ratios from 1."""
 
     flags: list[str]
     limit: float
@@ -40,7 +40,7 @@ RUNS = {
 
 
 def train(folder: Path, name: str, flags: list[str], updates: int) -> tuple[float, float, float]:
-    """Trains; returns the mean loss of the last ten updates, held-out loss, seconds per update."""
+    """Trains a run; returns the last ten updates' mean loss, held-out loss, seconds per update."""
     checkpoints = folder / name.replace(" ", "-")
     command = [
         sys.executable,

@@ -13,8 +13,8 @@ from comm.topology import Topology
 class RunContext:
     """The topology, the communicators and the device of this process.
 
-    `start` identifies this start of the program: all ranks have the same text, and each start has
-    another text.
+    `start` is a text that identifies this start of the program: it is the same on all ranks, and
+    it is different at every other start.
     """
 
     topology: Topology

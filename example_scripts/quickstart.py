@@ -1,9 +1,9 @@
-"""Quick start: all steps from a Hugging Face model to a trained one, with a user's commands.
+"""Quick start: all steps from a Hugging Face model to a trained one, by commands that users type.
 
 It makes a small GPT-NeoX and a corpus, cuts the model into layer shards, trains it in 2 pipelines
-of 2 stages, kills every process halfway, resumes, converts back, and checks the result with plain
-transformers. All files are in ./quickstart, which is deleted at the start. quickstart.sh runs this
-script.
+of 2 stages, kills every process halfway, resumes the run, converts the last checkpoint to the
+Hugging Face format, and checks the result with transformers only. All files are in ./quickstart,
+which is deleted at the start. quickstart.sh runs this script.
 """
 
 import shutil
@@ -43,7 +43,7 @@ dist_clm_train.py --model-name {OUT}/shards/small-neox --model-type gptneox
 
 
 class Ranks:
-    """The ranks of the training command, each with a log; leaving `with` kills all ranks."""
+    """The ranks of the training command, each with a log; the end of a `with` block kills them."""
 
     def __init__(self, port: int) -> None:
         self._processes = []

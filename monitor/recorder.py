@@ -31,7 +31,7 @@ class Recorder:
         """Records an evaluation before the first iteration."""
 
     def log_iteration(self, metrics: IterationMetrics) -> None:
-        """Records an iteration, with its evaluation if one was due."""
+        """Records an iteration, and the evaluation after it if there was an evaluation."""
 
     def before_save(self) -> None:
         """Writes pending metrics before a checkpoint is written."""
@@ -66,7 +66,7 @@ class FileRecorder(Recorder):
         self._wandb.log(metrics.to_json(), metrics.step)
 
     def before_save(self) -> None:
-        """Writes the pending lines, because a resumed run cannot write lines of earlier steps."""
+        """Writes pending lines, because a run that resumes from this checkpoint would lose them."""
         if self._unwritten:
             self._write(warn=False)
 
@@ -80,7 +80,7 @@ class FileRecorder(Recorder):
         self._wandb.close()
 
     def _write(self, *, warn: bool) -> None:
-        """Writes the pending metrics; never raises an error, but logs it if `warn` is true."""
+        """Writes the pending metrics; does not raise an OSError, but logs it if `warn` is true."""
         try:
             self._metrics.append(*self._unwritten)
         except OSError as error:

@@ -69,7 +69,7 @@ def restore_state(
             replicas.
         control: the group of all processes.
         topology: the stage and replica of this process.
-        updates: the number of updates that the states must have.
+        updates: the number of updates before the save; each state must have this number.
 
     Raises:
         ValueError: a state does not match the optimizer; the text names the file and the part.

@@ -16,9 +16,9 @@ def open_local(name: str, path: str) -> DataSource:
 
 @dataclass(frozen=True)
 class CotFile:
-    """The task's JSON file, which a read loads into memory.
+    """The task's JSON file; `read` loads the complete file into memory.
 
-    A record's offset and line are both the number of entries read.
+    A record's offset and its line are the same number: the entries read, this entry included.
     """
 
     path: str

@@ -1,9 +1,9 @@
 """A mixture: one stream of blocks from several sources, drawn at random by the sources' weights.
 
 The source of a block depends only on (seed, index of the block). The draws are stratified: the unit
-interval is divided into N parts (N is STRATUM), and N consecutive blocks draw from different parts,
-in random order. The probability of a source is still its weight, and the source's share of the
-blocks comes close to the weight sooner than with independent draws.
+interval is divided into N parts (N is STRATUM), and each group of N blocks draws one number from
+each part, in random order. The probability of a source is still its weight, and the source's share
+of the blocks comes close to the weight sooner than with independent draws.
 """
 
 import bisect
@@ -93,7 +93,10 @@ class BlockStream:
         }
 
     def restore(self, state: State) -> None:
-        """Restores `state`; raises ValueError if it is of another mixture, or if files changed."""
+        """Restores what the method `state` returned.
+
+        Raises ValueError if the mixture or a file of a source has changed.
+        """
         for flag, value in self._identity.flags().items():
             saved = state["flags"][flag]
             if saved != value:

@@ -80,9 +80,10 @@ def _train(
     stop: StopRequest,
     closing: ExitStack,
 ) -> str | None:
-    """Builds the parts of the run and trains; parts that show a user's mistakes come first.
+    """Builds the parts of the run, and trains.
 
-    `operation` gets the name of each operation; an out-of-memory error names the current one.
+    Parts that can find a mistake of the user are built first. `operation.text` is set to the name
+    of the current operation, because the text of an out-of-memory error contains this name.
     """
     if start.data is not None:
         start.data.check_evaluation()

@@ -97,7 +97,7 @@ def _connect(settings: Settings, meeting: Meeting) -> tuple[Settings, RunContext
 def _fail_with_traceback(
     policy: ExitPolicy, error: Exception, *, before_exit: Callable[[], object]
 ) -> NoReturn:
-    """Ends the run after an unexpected error; this rank prints a traceback, the others one line."""
+    """Ends the run after an unexpected error; this rank also prints a traceback."""
     traceback.print_exc()
     causes = [error, error.__cause__] if error.__cause__ is not None else [error]
     line = ": ".join(f"{type(cause).__name__}: {one_line(cause)}" for cause in causes)

@@ -39,7 +39,7 @@ def convert_to_hf(
         ckpt_path: the folder of a step, or a folder with the file `latest`.
         n_stages, n_layer_per_stage: the split of the layers. A checkpoint of an older system (a
             predecessor, see docs/glossary.md) does not record its split, so they are required. For
-            any other checkpoint they can be None; else they must agree with its meta.json.
+            any other checkpoint they can be None; if given, they must agree with its meta.json.
         config_name: a local folder or hub name with config and tokenizer; None stands for the
             step's folder.
         fp16: whether to write fp16. Otherwise all weights get the widest type in the checkpoint.

@@ -1,7 +1,8 @@
 """The manifests in a step's folder: each stage writes a manifest that lists all its files.
 
-All stages write the same meta.json, config and tokenizer. So a manifest is valid if the stage has
-its own folder, and also if several stages share a folder.
+Every stage also writes meta.json, config and tokenizer, which are the same for all stages, and its
+manifest lists them. So a folder has all files that its manifests list, whether each stage writes to
+its own folder (on several machines) or all stages write to one folder.
 """
 
 import re
@@ -132,7 +133,7 @@ def check_weights(folder: Path, *, companions: bool) -> bool:
     """Verifies all files of a step that a conversion reads.
 
     These files are the weights of all stages and meta.json; if `companions` is true, also config
-    and tokenizer. The folder can have any name.
+    and tokenizer. The name of the folder is not checked, so the folder can be renamed.
 
     Returns:
         False for a predecessor's checkpoint, which has no manifests to verify; else True.

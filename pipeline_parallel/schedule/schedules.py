@@ -1,5 +1,6 @@
-"""Schedules: the order in which a stage runs microbatches, without tensors, ranks or I/O.
+"""Schedules: the order in which a stage runs microbatches.
 
+The code of a schedule uses no tensors, no communication and no I/O.
 A schedule yields the actions of one stage in order. The engine receives a message before an action
 and sends a message after the action, so a schedule does not contain messages. Every schedule runs
 backward of the microbatches in the same order on every stage. So the sums of the gradients are the

@@ -49,7 +49,7 @@ def rank_table(
 def link_table(
     participants: Sequence[Participant], links: Mapping[Link, LinkSpeed], wanted: Mapping[Link, int]
 ) -> str:
-    """Returns a table with a line for each link; `wanted` has the bytes of a message by link."""
+    """Returns a table with a line for each link; `wanted` maps links to the bytes of a message."""
     rows = [["link", "of", "latency", "message", "takes", "rate"]]
     for link, speed in links.items():
         ends, size = _ends(participants, link), wanted[link]
@@ -85,7 +85,7 @@ def advice(
 def about_clocks(
     participants: Sequence[Participant], clocks: Sequence[Sequence[float]]
 ) -> Iterator[str]:
-    """Yields a line for each clock more than SKEWED seconds ahead of or behind rank 0's clock."""
+    """Yields a line for each clock that differs from rank 0's clock by more than SKEWED seconds."""
     for participant, (ahead, error) in zip(participants, clocks, strict=True):
         if abs(ahead) - error > SKEWED:
             yield (

@@ -90,7 +90,7 @@ class PlannedModel(NamedTuple):
 class DryRun:
     """A dry run of a training run with these settings and this model, one process at a time.
 
-    With `cuda`, the dry run models processes on GPUs (this machine needs no GPU), where attention
+    If `cuda` is true, the dry run models processes on GPUs; it needs no GPU itself. Attention then
     keeps the tensors of flash attention (half precision) or of the memory-efficient kernel (fp32).
     Memory of libraries other than torch, and memory inside an operator, is not counted.
     """
@@ -156,7 +156,7 @@ class _Process:
         return FakeBatch.documents_of(doc_starts.repeat(self._settings.update.micro_batch_size, 1))
 
     def _make_algorithm(self) -> Algorithm:
-        """Creates the algorithm of --optimizer; it computes its tables here, as real tensors."""
+        """Creates the algorithm of --optimizer; computes its tables now, while tensors are real."""
         algorithm = ALGORITHMS[self._settings.update.optimizer]()
         algorithm.empty_state(torch.zeros(SMALLEST_IN_8_BITS))
         return WithoutSteps(algorithm) if self._cuda else algorithm

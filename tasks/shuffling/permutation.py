@@ -12,9 +12,9 @@ _BLOCK = 1024  # positions that are computed at once
 class Permutation:
     """A permutation of the numbers 0 to size - 1; the order depends only on `size` and `seed`.
 
-    A Feistel network permutes the numbers below the next power of four. If a result is `size` or
-    more, the network is applied to this result again (Black and Rogaway, Ciphers with Arbitrary
-    Finite Domains, 2002).
+    A Feistel network permutes the numbers below a power of four that is at least `size`. If a
+    result is `size` or more, the network is applied to this result again (Black and Rogaway,
+    Ciphers with Arbitrary Finite Domains, 2002).
     """
 
     def __init__(self, size: int, seed: int) -> None:
