@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None, timing: Timing = DEFAULT_TIMING) -> 
 
 
 def preview(settings: Settings, num_blocks: int) -> None:
-    """Prints the first blocks and numbers about the mixture; only rank 0 reads data and prints."""
+    """Prints the first blocks, then numbers about the mixture; only rank 0 reads and prints."""
     if settings.parallel.rank != 0:
         return
     from training.data import preview_data

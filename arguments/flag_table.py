@@ -29,7 +29,7 @@ FLAGS: tuple[Flag, ...] = tuple(flag for flags in FLAGS_BY_HEADING.values() for 
 
 
 def fixed_flags(settings: Settings) -> dict[str, Any]:
-    """Returns the values that a resumed run must not change, by their names in error messages."""
+    """Returns the values that a resumed run must not change; the keys are their names in errors."""
     replicas, update = settings.parallel.data_group_size, settings.update
     return {
         **_kept(settings, "must match"),

@@ -1,4 +1,4 @@
-"""Connection between the processes of a benchmark, over loopback, as in a training run."""
+"""Connection of a benchmark's processes over loopback, with the code that a training run uses."""
 
 from collections.abc import Callable
 

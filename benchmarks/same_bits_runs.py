@@ -54,7 +54,7 @@ MODELS = {
 class Run(NamedTuple):
     """One run: its name, its model, and its starts, which share a folder of checkpoints.
 
-    starts: for each start of the script, the shape P x R and the flags in addition to COMMON.
+    starts: for each start of dist_clm_train.py, P x R and the flags in addition to COMMON.
     killed_at: the first start gets SIGKILL after it has written this number of lines of metrics.
     overflows: the run must skip some of its updates, but not all.
     is_converted: the last checkpoint is converted to the Hugging Face format.
@@ -169,7 +169,7 @@ def _write(path: Path, lines: Iterable[dict[str, str]]) -> None:
 
 
 def _train_tokenizer(texts: list[str], size: int) -> Any:
-    """Trains a byte-level BPE tokenizer of at most `size` tokens, including the end of text."""
+    """Trains a byte-level BPE tokenizer of at most `size` tokens; one token is EOS."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -184,7 +184,7 @@ def _train_tokenizer(texts: list[str], size: int) -> Any:
 
 
 def _make_model(model: Model, tokenizer: Any) -> Any:
-    """Builds a Hugging Face model with random biases and norms, because zeros would hide errors."""
+    """Builds a Hugging Face model; adds noise to biases and norms, because 0 and 1 hide errors."""
     torch.manual_seed(0)
     end = tokenizer.eos_token_id
     common = {"vocab_size": len(tokenizer), "bos_token_id": end, "eos_token_id": end}

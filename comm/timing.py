@@ -47,7 +47,7 @@ class Timing:
 
     @property
     def answer(self) -> float:
-        """The time in seconds for rank 0 to answer whether all ranks are alive."""
+        """Returns the seconds within which rank 0 must answer whether all ranks are alive."""
         return self.check + 2.0
 
 

@@ -20,8 +20,8 @@ def broadcast_bucketed(
         tensors: contiguous tensors of one type; the shapes are the same on all replicas.
         replicas: the processes that take part.
         root: the replica that sends.
-        bucket_bytes: the largest message in bytes. A larger tensor is sent as one message, without
-            a copy.
+        bucket_bytes: the size limit of a message that joins several tensors. A larger tensor is
+            sent as a message of its own, without a copy.
     """
     for bucket in _buckets(tensors, bucket_bytes):
         if len(bucket) == 1:

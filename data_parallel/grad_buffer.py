@@ -23,7 +23,7 @@ BUCKET_BYTES = 25 * 2**20  # as in torch's DistributedDataParallel
 class Bucket:
     """Neighbouring gradients of weights with the same owner, exchanged in one operation.
 
-    owner: the only or the first replica that updates the weights.
+    owner: the replica that updates the weights; the first replica if all replicas update them.
     names: the names of the weights.
     gradients: the slice of the buffer with the gradients of these weights, in one dimension.
     num_incomplete: the number of gradients to which some microbatches have not added yet.

@@ -1,4 +1,4 @@
-"""The dp modes: how replicas exchange gradients, by the value of --dp-mode.
+"""The dp modes: the ways in which replicas exchange gradients, one for each value of --dp-mode.
 
 The module imports no torch until `load_dp_mode` is called.
 

@@ -39,7 +39,7 @@ def check_model(
         The perplexity before training, the perplexity after training, and an indented sample.
 
     Raises:
-        SystemExit: the two perplexities differ, or training did not divide the perplexity by 5.
+        SystemExit: the two perplexities differ, or the perplexity did not fall to a fifth or less.
     """
     logging.disable_progress_bar()
     model, tokenizer = load(folder)
@@ -88,7 +88,7 @@ def held_out_loss(model: Any, token_blocks: Iterator[list[int]]) -> float:
 
 
 def reported_perplexities(path: Path) -> tuple[float, float]:
-    """Returns the perplexities in metrics.jsonl: before training, and the last one."""
+    """Returns the perplexity before training and the last perplexity, both from metrics.jsonl."""
     lines = read_metrics(path)
     return math.exp(lines[0]["eval_loss_before"]), lines[-1]["eval_perplexity"]
 

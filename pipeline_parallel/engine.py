@@ -189,10 +189,10 @@ class Engine:
 def _arrived(
     neighbour: Sequence[Action], receiving: Collection[Kind], *, with_: Collection[Kind]
 ) -> dict[int, int]:
-    """Returns how many messages a neighbour has received before it sends a microbatch's message.
+    """Maps each microbatch to the number of this stage's messages that a neighbour has received.
 
-    The result maps each microbatch to this number. All these messages are between the neighbour and
-    this stage. When a message arrives, this stage knows that so many of its sends are complete.
+    The neighbour receives these messages before it sends the microbatch's message to this stage.
+    When that message arrives, this stage knows that its sends of the counted messages are complete.
 
     Args:
         neighbour: the actions of the neighbour, in order.

@@ -1,4 +1,4 @@
-"""The training stream, which joins sources, shuffles, encoder, packers and mixture."""
+"""The training stream, made of sources, their shuffles, an encoder, packers and a mixture."""
 
 from collections.abc import Sequence
 from typing import Any

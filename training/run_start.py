@@ -45,7 +45,7 @@ class RunStart:
 
     @property
     def planned(self) -> PlannedModel:
-        """Returns the model and its split, as the memory plan needs them."""
+        """Returns the model and its split in the form that the memory plan needs."""
         return PlannedModel(self.family, self.config, self.layers)
 
     @property

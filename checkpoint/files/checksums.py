@@ -2,8 +2,8 @@
 
 A checksum detects an incomplete or damaged file before the file's content is used. A manifest also
 has a checksum of its own content, so damage to any byte of the manifest is detected. CRC-32 detects
-all damage within 32 neighbouring bits, and misses other damage once in 2^32 cases. The computation
-of a CRC-32 is as fast as the memory. CRC-32 does not detect a change made on purpose.
+all damage within 32 neighbouring bits, and misses one in 2^32 cases of other damage. A CRC-32
+is computed about as fast as memory is read. CRC-32 does not detect a change made on purpose.
 """
 
 import json
@@ -30,7 +30,7 @@ class FileSum(NamedTuple):
 class SummingFile:
     """A writable file for torch.save that computes the checksum of the written bytes.
 
-    `error` is the OSError of a failed write, for which torch.save itself raises a RuntimeError.
+    `error` is the OSError of a failed write; torch.save raises a RuntimeError in its place.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -161,7 +161,7 @@ def _encode(body: Mapping[str, Any]) -> bytes:
 
 
 def encode_sums(sums: Mapping[str, FileSum]) -> dict[str, dict[str, Any]]:
-    """Converts checksums by file name to dicts, the form in which a manifest stores them."""
+    """Converts each file's checksum to a dict, the form in which a manifest stores it."""
     return {name: file_sum._asdict() for name, file_sum in sums.items()}
 
 

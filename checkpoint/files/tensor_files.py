@@ -53,11 +53,11 @@ class TensorFile(Protocol):
     entries: dict[str, TensorInfo]
 
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yields each of `keys` with a copy of its tensor in memory."""
+        """Yields, for each key in `keys`, the key and a copy of its tensor in memory."""
 
 
 class SafetensorsFile:
-    """A .safetensors file; raises ValueError with the path if the file is missing or damaged."""
+    """A .safetensors file; if it is missing or damaged, a ValueError with its path is raised."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -128,7 +128,7 @@ class TorchFile:
 
 
 def open_tensor_file(path: Path) -> TensorFile:
-    """Opens a file of tensors, as safetensors if the name ends in .safetensors, else with torch."""
+    """Opens a SafetensorsFile if the file's name ends in .safetensors, otherwise a TorchFile."""
     return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
 
 

@@ -29,13 +29,13 @@ class Stream(Protocol):
 
     @property
     def pointer(self) -> int:
-        """The stream's address, for a C library; 0 for a host stream."""
+        """Returns the stream's address, for a C library; 0 for a host stream."""
 
     def wait_for_compute(self, tensor: Tensor) -> None:
         """Makes later calls wait until the queued computation has written `tensor`."""
 
     def submit(self, call: Callable[[], None]) -> None:
-        """Queues `call` after all earlier calls; `call` uses the stream at `pointer`."""
+        """Queues `call` after earlier calls; on a GPU, `call` must use the stream at `pointer`."""
 
     def record_event(self) -> Event:
         """Returns the point after all calls that were submitted so far."""

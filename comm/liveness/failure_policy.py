@@ -30,10 +30,10 @@ _RESUME = "Start all ranks again to resume from the latest checkpoint."
 
 
 class ExitPolicy:
-    """A policy that ends this process at the first failure of any rank; one line names the cause.
+    """A policy that reports the first failure of any rank in one line and ends this process.
 
     detector: passes every event to this policy.
-    operation: the communication that this rank waits for; the error of a lost rank names it.
+    operation: the communication that this rank waits for; errors about a lost rank name it.
     stop: on rank 0, gets the stop requests of other ranks.
     """
 
@@ -79,7 +79,7 @@ class ExitPolicy:
     def fail(
         self, status: int, line: str, *, before_exit: Callable[[], object] | None = None
     ) -> NoReturn:
-        """Ends this process because of its own error, and all other ranks with the same error.
+        """Ends this process because of its own error; makes all other ranks end and report it.
 
         Args:
             status: the exit status of all ranks.
@@ -143,7 +143,7 @@ class ExitPolicy:
         )
 
     def _claim(self) -> None:
-        """Returns in the first thread that calls it, which then ends the process.
+        """Returns only in the first thread that calls it; this thread must then end the process.
 
         A later thread waits here, and ends the process if the first thread does not do so in time.
         """

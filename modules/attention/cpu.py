@@ -2,8 +2,8 @@
 
 torch's CPU kernel works in small tiles, which is slow, and computes the probabilities again in
 backward. For short sequences the probabilities are much smaller than a layer's other activations.
-Then it is faster to save the probabilities, and to compute each block of queries as one batched
-matmul over all heads.
+In this case it is faster to save the probabilities, and to compute each block of queries as one
+batched matmul over all heads.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ def is_short(query: Tensor) -> bool:
 
 
 def row_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Returns causal attention over complete rows, computed by the faster implementation."""
+    """Returns causal attention within each row, computed by the faster of two implementations."""
     if is_short(query):
         return short_attention(query, key, value)
     return sdpa_attention(query, key, value)

@@ -16,7 +16,7 @@ from planning.memory.live_bytes import LiveBytes
 
 
 class WithoutSteps:
-    """An optimizer algorithm whose `step` does nothing, since a step on a GPU needs no memory."""
+    """An optimizer algorithm for a GPU's memory plan; steps need no memory, so `step` is empty."""
 
     def __init__(self, algorithm: Algorithm) -> None:
         self._algorithm = algorithm
@@ -33,7 +33,8 @@ class WithoutSteps:
 def tensors_without_memory() -> Iterator[LiveBytes]:
     """Makes all tensors in the `with` block fake.
 
-    Cached tables are cleared before and after the block, because real and fake ones must not mix.
+    Cached tables are cleared before and after the block, so that no real table is used in the
+    block, and no fake table after it.
     """
     _clear_tables()
     try:

@@ -17,9 +17,9 @@ from tasks.tokenization.prefetch import DocumentPrefetcher, PrefetchedDocument
 class Packer(ABC):
     """An endless sequence of blocks from one source.
 
-    The packer's state contains the source's state before the first document that is not used
-    completely, and `used`, the number of tokens (or blocks) that were used since that document
-    began.
+    In the packer's state, `documents` is the source's state before the first document that is not
+    used completely. `used` is the number of tokens that were used since the start of that document;
+    a packer of complete documents counts blocks instead.
     """
 
     def __init__(self, documents: DocumentPrefetcher, seq_len: int) -> None:
@@ -47,7 +47,7 @@ class Packer(ABC):
         return {"documents": self._state_before, "used": self._used, "epoch": self._epoch}
 
     def restore(self, state: State) -> None:
-        """Restores `state` and rereads unfinished documents; raises ValueError if files changed."""
+        """Restores what the method `state` returned; raises ValueError if files have changed."""
         self._documents.restore(state["documents"])
         self._state_before = state["documents"]
         self._used = state["used"]

@@ -28,7 +28,7 @@ class DamagedStream(Exception):
 class _Codec:
     """A compression format.
 
-    new_frame: creates a decompressor of one frame, with decompress(bytes), eof and unused_data.
+    new_frame: creates a decompressor of one frame; it has decompress(bytes), eof and unused_data.
     """
 
     name: str
@@ -90,7 +90,7 @@ class _DecompressedStream(io.RawIOBase):
 
 
 def open_decompressed(file: BinaryIO, name: str) -> BinaryIO:
-    """Returns a stream of the decompressed data of a .zst or .gz file, or any other file itself.
+    """Returns a stream of a .zst or .gz file's decompressed data; returns any other file unchanged.
 
     A file may have several frames. Closing the stream also closes the file. A read raises
     DamagedStream if the data is damaged.

@@ -1,4 +1,4 @@
-"""Parquet files: each row is a document; a column is named like its key in `tasks.sources.rows`."""
+"""Parquet files: each row is a document; the column names are the keys in `tasks.sources.rows`."""
 
 import os
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ BATCH_ROWS = 256
 
 @dataclass(frozen=True)
 class ParquetFile:
-    """A .parquet file; reads only the columns of `row_format`, and one row group at a time.
+    """A .parquet file; `read` reads only the columns of `row_format`, one row group at a time.
 
     A record's offset and line are both the number of rows read.
     """
