@@ -1,4 +1,4 @@
-"""Tables of `pipeline.py`; the contenders of a table are the implementations that it compares."""
+"""The tables that `pipeline.py` prints; the implementations in a table are its contenders."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,7 +31,10 @@ class ContenderSpec:
 
 @dataclass(frozen=True)
 class Case:
-    """A table of results. `shape` is (stages, replicas); `ratios` names the pairs to compare."""
+    """The definition of a table of results; `shape` is (stages, replicas).
+
+    `ratios`: pairs of contenders, by name; the table shows the ratio of their speeds.
+    """
 
     name: str
     title: str

@@ -1,4 +1,4 @@
-"""Overhead of our pipeline: step time / time simulated from the durations of its actions."""
+"""Overhead of our pipeline: measured step time / step time simulated from measured actions."""
 
 import statistics
 

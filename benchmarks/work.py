@@ -1,4 +1,4 @@
-"""Workload of both sides of `pipeline.py`: one model, one batch of tokens, one optimizer."""
+"""The workload of both sides, ours and torch's, in `pipeline.py`: model, batch and optimizer."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property

@@ -37,7 +37,7 @@ class RetentionPolicy:
     optimizer_states: int | None = None
 
     def added_bytes(self, saves: int, *, present: tuple[int, int], weights: int, state: int) -> int:
-        """Returns the most bytes that `saves` more checkpoints add to the disk at any time.
+        """Returns the most bytes that the next checkpoints add to the disk at any time.
 
         Args:
             saves: the number of checkpoints that will be saved.
@@ -117,7 +117,7 @@ class StepDeleter:
 def delete_old_steps(
     path: Path, step: int, policy: RetentionPolicy, *, complete: Sequence[int], nonce: str
 ) -> None:
-    """Deletes steps and optimizer states under `path`, up to `step`, that `policy` does not keep.
+    """Deletes the steps up to `step`, and their optimizer states, that `policy` does not keep.
 
     It deletes the files of all stages, also of stages that the run no longer has. Stages that share
     a folder can call it at the same time. A folder without any stage's files may belong to the

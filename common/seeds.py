@@ -1,13 +1,16 @@
 """Seeds from the run's seed and a purpose, so that checkpoints need no state of a generator.
 
-The first parts of a seed are the run's seed and one of these words:
+The first part of a seed is the run's seed, or a seed that was derived from it. The second part is
+one of these words:
 
     "weights"   random initial weights, by module
     "source"    the order of a source's documents, by the number of the source in --task-name
-    "order"     the order of the documents in an epoch
-    "round"     a round of the permutation that "order" computes
+    "order"     the order of the documents in an epoch, if the source can be read in any order
+    "files"     the order of the files in an epoch, if the source is read in chunks
+    "chunk"     the order of the documents in a chunk
+    "round"     a round of the permutation whose seed is that of "order"
     "mixture"   the source of each block
-    "dropout"   the dropout masks, by update, sequence and layer
+    "dropout"   the dropout keys, by update and sequence (a key and a layer's name give a mask)
 
 Do not change these words or the order of the parts, because a run that was saved before the change
 could not resume exactly.

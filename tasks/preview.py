@@ -36,10 +36,10 @@ _ESCAPED = {
 def preview_blocks(
     stream: BlockStream, tokenizer: Any, count: int, *, colour: bool
 ) -> Iterator[str]:
-    """Yields two texts for each of the next `count` blocks: a line with origins, and the block.
+    """Yields two texts for each of the next `count` blocks: a summary, and the block itself.
 
-    With `colour`, trained text is green, and text that is not trained is grey. Without `colour`,
-    text that is not trained is in [- -].
+    The summary has the origin ("file:line") of each document. With `colour`, trained text is green,
+    and other text is grey. Without `colour`, text that is not trained is between [- and -].
     """
     for number in range(1, count + 1):
         block = stream.next_block()
@@ -73,7 +73,7 @@ class SourceSample:
     """The numbers of documents, tokens and blocks in a sample of a source.
 
     num_documents, num_tokens, num_trained_tokens: the numbers in the sample.
-    num_blocks: the blocks that the sample fills, without padding and skipped blocks.
+    num_blocks: the mean number of blocks with trained tokens that the sample fills in an epoch.
     is_complete: whether the sample contains the complete source.
     num_rows: if the sample is not complete, the number of rows that were counted in the source.
     has_more_rows: whether the source has more rows than were counted.
@@ -142,7 +142,7 @@ def sample_source(
 def _count_blocks(
     encoded: Sequence[EncodedDocument], num_tokens: int, seq_len: int, pack: Pack
 ) -> float:
-    """Returns the mean number of trained blocks that the documents fill in one epoch.
+    """Returns the mean number of blocks with trained tokens that the documents fill in an epoch.
 
     The documents are packed several times, in different orders, into at least MIN_BLOCKS blocks.
     """
@@ -169,8 +169,8 @@ def describe_mixture(
 ) -> str:
     """Returns a table with a line for each source; `run_blocks` is the run's number of blocks.
 
-    The mark ~ means: estimated from a sample. The marks > and < mean: a lower or upper bound,
-    because not all rows were counted.
+    The mark ~ means: estimated from a sample. If not all rows were counted, > marks a lower bound
+    and < an upper bound.
     """
     columns = {"share": 7, "documents": 13, "tokens": 15, "trained": 15, "epochs": 9}
     lines = ["".join(f"{name:>{width}s}" for name, width in columns.items()) + "  source"]

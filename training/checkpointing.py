@@ -124,7 +124,7 @@ class Saver:
         return True
 
     def close(self) -> None:
-        """Waits until old checkpoints are deleted; every process calls it."""
+        """Deletes old checkpoints and waits until they are deleted; every process calls it."""
         self._store.finish_cleanup()
 
     def _parts(self, step: int) -> dict[str, Any]:

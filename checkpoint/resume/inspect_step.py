@@ -20,7 +20,7 @@ from pipeline_parallel.partition.split import Split
 
 
 class InspectedStep(NamedTuple):
-    """The state of a step's folder on a stage's machine; of large files only sizes are checked.
+    """The state of a step's folder on a stage's machine; large files are checked only for size.
 
     save: the id of the save; it is the same for all stages of one save.
     problem: an error text for the first file that is damaged, deleted, or of another step or save.

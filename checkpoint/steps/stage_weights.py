@@ -49,7 +49,7 @@ def resolve_checkpoint(path: Path) -> Path:
 
 
 def open_checkpoint(folder: Path, family: Family, config: Any, split: Split) -> list[ModuleWeights]:
-    """Returns, for each module of the model, the file and key of each weight, by name.
+    """Returns a mapping for each module of the model: from a weight's name to its file and key.
 
     The weights are in the files of all stages. Raises ValueError as `open_stage` does.
     """
@@ -63,7 +63,7 @@ def open_checkpoint(folder: Path, family: Family, config: Any, split: Split) -> 
 def open_stage(
     path: Path, family: Family, config: Any, indices: Sequence[int]
 ) -> list[ModuleWeights]:
-    """Returns, for each module of a stage, the file and key of each weight, by name.
+    """Returns a mapping for each module of a stage: from a weight's name to its file and key.
 
     Only the header of the file `path` is read. `indices` are the numbers of the stage's modules in
     the model.

@@ -32,7 +32,7 @@ class RankLost(NamedTuple):
 
 
 class RankFailed(NamedTuple):
-    """The event that a rank failed, with the exit status and the error line for all ranks."""
+    """The event that a rank failed; all ranks should end with its exit status and error line."""
 
     rank: int
     status: int
@@ -72,9 +72,9 @@ class FailureDetector:
     def connect(self, rendezvous: Rendezvous, *, master: str) -> list[int]:
         """Starts the server on rank 0, and connects any other rank; does nothing for a single rank.
 
-        Returns, on rank 0, the ranks that joined but did not connect before the join deadline; an
-        empty list on other ranks. Raises ConnectionError like `connect_to_server`, with the name
-        `master` for rank 0.
+        On rank 0, the result lists the ranks that joined but did not connect before the join
+        deadline; on other ranks, it is empty. Raises ConnectionError as `connect_to_server` does;
+        `master` is rank 0's name in errors.
         """
         if rendezvous.store is None or rendezvous.deadline is None:
             return []
@@ -105,12 +105,12 @@ class FailureDetector:
             self._failure_received.wait(seconds)
 
     def await_departures(self, *, seconds: float) -> None:
-        """Waits on rank 0, up to `seconds`, for other ranks to disconnect; else returns at once."""
+        """Waits up to `seconds` until the other ranks disconnect; only rank 0 waits."""
         if self._server is not None:
             self._server.await_departures(seconds=seconds)
 
     def all_alive(self) -> bool:
-        """Asks all ranks whether they are alive; returns False if no positive answer comes in time.
+        """Asks all ranks whether they are alive; returns whether all of them answer in time.
 
         A rank other than 0 that does not answer is reported as an event.
         """

@@ -1,8 +1,9 @@
-"""A store with proofs. torch's TCPStore accepts any client, even a rank of another job.
+"""A store in which a value can carry a proof that a rank of this job wrote it.
 
-Rank 0 writes a proof of its job under a name that all jobs share. A rank with another job key reads
-this proof and ends at once, without waiting for its deadline. All other names depend on the job key
-and on the start of the job. Important values carry a proof, so that a value from another client is
+The proof is needed because torch's TCPStore accepts any client, even a rank of another job. Rank 0
+writes a proof of its job under a name that all jobs share. A rank with another job key reads this
+proof and ends at once, without waiting for its deadline. All other names depend on the job key and
+on the start of the job. Important values carry a proof, so that a value from another client is
 detected.
 """
 
@@ -17,7 +18,7 @@ _MAX_HOST = 64  # an error shows at most this many characters of a foreign host 
 
 
 class SignedStore:
-    """A store of text values; a value's proof depends on the job, this start and the value's name.
+    """A store of text values; a proof depends on the job, this start, the value and its name.
 
     start: distinguishes this start of the job from other starts in the same store.
     plain: torch's store with a name prefix for this start, for values without a proof.
@@ -34,9 +35,9 @@ class SignedStore:
         self._all_jobs.set("job", f"{salt} {self._key.prove('job', salt)} {host}")
 
     def check_job(self, *, url: str, rank: int, host: str) -> bool:
-        """Returns whether rank 0's proof is in the store; raises ValueError if its job differs.
+        """Returns whether rank 0's proof is in the store.
 
-        `rank` and `host` describe this process.
+        `rank` and `host` describe this process. Raises ValueError if rank 0 is of another job.
         """
         if not self._all_jobs.check(["job"]):
             return False

@@ -36,8 +36,8 @@ def causal_attention(
         dropout: the probability of dropping an attention weight.
         site: the name of this attention in the model; the dropout masks depend on it.
         keys: the dropout key of each row; None for no dropout.
-        documents: the documents of the rows, which do not attend to each other; None if attention
-            covers complete rows.
+        documents: the documents of the rows, if a token attends only to its own document;
+            None if attention covers complete rows.
 
     Returns:
         (rows, heads, seq_len, head size).

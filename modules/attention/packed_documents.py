@@ -13,11 +13,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class PackedDocuments:
-    """The documents in a microbatch's rows; computed once for forward and backward of all blocks.
+    """The documents in a microbatch's rows; each property is computed once for all layers.
 
     doc_starts: int64 (rows, seq_len) on the host: for each token, the position in the row at which
         the token's document starts.
-    device: the device of the activations; tensors for the blocks are copied to this device.
+    device: the device of the activations; the properties that are tensors are copied to it.
     """
 
     doc_starts: Tensor
@@ -40,7 +40,10 @@ class PackedDocuments:
 
     @cached_property
     def bounds(self) -> Tensor:
-        """The start of each document in the packed tokens, and their end: int32 (documents + 1)."""
+        """The start of each document in the packed tokens, then the number of these tokens.
+
+        The type and shape are int32 (documents + 1).
+        """
         bounds = torch.zeros(len(self._packed_lengths) + 1, dtype=torch.int32)
         torch.cumsum(self._packed_lengths, 0, out=bounds[1:])
         return self._to_device(bounds)

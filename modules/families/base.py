@@ -99,7 +99,7 @@ def dense_sizes(config: Any, *, inner: int) -> ModelSizes:
 
 
 def check_heads(config: Any) -> None:
-    """Raises ValueError if the hidden size is not a multiple of the number of heads."""
+    """Raises ValueError unless hidden size / heads is an integer and equals head_dim, if given."""
     hidden, heads = config.hidden_size, config.num_attention_heads
     if hidden % heads:
         raise ValueError(f"hidden size {hidden} is not a multiple of {heads} attention heads")

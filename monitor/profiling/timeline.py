@@ -140,7 +140,7 @@ def timeline_figure(timeline: Timeline) -> Any:
 
 
 def _width(timeline: Timeline) -> float:
-    """Returns the figure's width in inches, so that most boxes have space for a number."""
+    """Returns a figure width in inches at which most boxes have space for a number."""
     boxes = max((len(rank.work) for rank in timeline.measured_breakdown()), default=0)
     return min(max(_NARROW, _BOX * boxes), _WIDE)
 

@@ -37,8 +37,8 @@ def balanced_split(
     blocks on the first stages, because these stages keep the most activations in memory.
 
     The result is exact. The search adds one stage at a time, and finds the best split for each
-    number of blocks on the stages so far. This is correct because a further stage with the same
-    work does not change which of two splits is better.
+    number of blocks on the stages so far. This is correct because the better of two splits stays
+    the better one if a stage is added to both, with the same work in both.
 
     Args:
         work: the work of a block and of the head.

@@ -57,8 +57,8 @@ def peak_in_flight(schedule: Schedule, stage: int, num_stages: int, num_microbat
 def peak_recomputed(schedule: Schedule, stage: int, num_stages: int, num_microbatches: int) -> int:
     """Returns the largest number of microbatches with recomputed activations in memory on `stage`.
 
-    B recomputes and frees activations block by block. I recomputes the activations of all blocks of
-    the stage, and they stay in memory until W ends.
+    The action B recomputes and frees activations block by block. The action I recomputes the
+    activations of all blocks of the stage, and they stay in memory until W ends.
     """
     return _peak(schedule(stage, num_stages, num_microbatches), BACKWARD_BEGINS)
 

@@ -1,4 +1,4 @@
-"""A source that `datasets` has saved to disk (`save_to_disk`)."""
+"""A source in a folder that the library `datasets` has saved (`save_to_disk`)."""
 
 import hashlib
 from functools import cached_property, partial
@@ -39,7 +39,10 @@ class SavedRows:
 
     @cached_property
     def digest(self) -> str:
-        """A hash of state.json, which has the data set's fingerprint, and of the data files."""
+        """A hash of state.json, which has the data set's fingerprint, and of the data files.
+
+        Of each data file, it covers what `describe_file` returns.
+        """
         state = Path(self._folder, "state.json").read_bytes()
         digest = hashlib.blake2b(state, digest_size=16)
         for path in self._paths:

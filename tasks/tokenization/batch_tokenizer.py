@@ -28,7 +28,7 @@ class TokenizedText(NamedTuple):
 
 
 class FastTokenizer:
-    """A fast tokenizer: calls the tokenizers library directly, without transformers' overhead.
+    """A fast tokenizer; it calls the tokenizers library directly, without transformers' overhead.
 
     A process that unpickles this object does not import transformers. The tokenizer's
     post-processor is not used, because it adds special tokens. GPT-NeoX's post-processor also
@@ -71,7 +71,7 @@ class FastTokenizer:
 def _join_chunks(
     chunks: Sequence[str], tokenized: Iterator[TokenizedText], end_ids: list[int]
 ) -> TokenizedText:
-    """Returns the tokens of one text: takes its chunks from `tokenized` and appends `end_ids`."""
+    """Joins the tokens of a text's chunks, which are next in `tokenized`, and appends `end_ids`."""
     parts = list(itertools.islice(tokenized, len(chunks)))
     token_ids = np.concatenate([*(part.token_ids for part in parts), np.array(end_ids, np.int32)])
     starts = itertools.accumulate(map(len, chunks[:-1]), initial=0)
@@ -101,11 +101,11 @@ class SlowTokenizer:
 
 
 def split_text(text: str) -> list[str]:
-    """Splits `text` into chunks of at most CHUNK_CHARACTERS; each later chunk begins with a space.
+    """Splits `text` into chunks of at most CHUNK_CHARACTERS, each time before a space if possible.
 
-    Byte-level tokenizers, as GPT-J and GPT-NeoX have, never merge across such a space, so the
-    chunks have the same tokens as the complete text. If there is no space near the end of a
-    chunk, the text is split at the limit.
+    The space is between a word and a letter. The byte-level tokenizers of GPT-J and GPT-NeoX never
+    merge across such a space, so the chunks have the same tokens as the complete text. If there is
+    no such space near the end of a chunk, the text is split at the limit.
     """
     chunks, start = [], 0
     while len(text) - start > CHUNK_CHARACTERS:
