@@ -2,8 +2,8 @@
 
 Exit statuses:
     0: the run is complete.
-    1: any other failure, for example a stop that took longer than --grace-seconds, or a second
-        request to stop.
+    1: a failure that is not a mistake of the user, for example a stop that took longer than
+        --grace-seconds, or a second request to stop.
     2: the user made a mistake.
     75: SIGTERM, SIGINT or SIGUSR1 stopped the run without a loss of progress; the same command
         resumes the run.
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None, timing: Timing = DEFAULT_TIMING) -> 
 
 
 def preview(settings: Settings, num_blocks: int) -> None:
-    """Prints the first blocks, then numbers about the mixture; only rank 0 reads and prints."""
+    """Prints the first blocks of the data and a table of its sources; only rank 0 does this."""
     if settings.parallel.rank != 0:
         return
     from training.data import preview_data

@@ -14,11 +14,12 @@ class Flag:
     """A flag in the table of `arguments.flag_table`.
 
     Attributes:
-        common: whether most runs need the flag. --help shows only these flags; --help-all shows
-            every flag.
+        common: whether most runs need the flag. --help shows only the common flags; --help-all
+            shows every flag.
         resume: the rule for a resumed run. "must match": a value that differs from the value in the
             checkpoint is an error; "may change": a changed value is logged in one line; "not kept":
-            the checkpoint does not hold the flag's value, or other code handles a changed value.
+            neither rule saves or compares the value; for some flags, such as --pack, other code
+            does both.
         ranks: the rule for the ranks. "same": the job starts only if all ranks have the same value;
             "own": the ranks' values may differ, because the flag names something on one machine or
             only rank 0 reads it; "proven": all ranks need the same secret, and each rank proves

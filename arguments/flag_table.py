@@ -29,7 +29,7 @@ FLAGS: tuple[Flag, ...] = tuple(flag for flags in FLAGS_BY_HEADING.values() for 
 
 
 def fixed_flags(settings: Settings) -> dict[str, Any]:
-    """Returns the values that a resumed run must not change; the keys are their names in errors."""
+    """Returns the values that a resumed run must not change, by the name that an error prints."""
     replicas, update = settings.parallel.data_group_size, settings.update
     return {
         **_kept(settings, "must match"),
@@ -44,7 +44,7 @@ def free_flags(settings: Settings) -> dict[str, Any]:
 
 
 def flags_of_all_ranks(settings: Settings) -> dict[str, str | int | float | bool | None]:
-    """Returns the flag values that must be the same on all ranks, as JSON values by flag name."""
+    """Returns flag values that must be the same on all ranks, by the name that an error prints."""
     values = settings.values()
     shared: dict[str, str | int | float | bool | None] = {
         "giving --evaluation-data": settings.data.evaluation_data is not None

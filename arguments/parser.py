@@ -1,4 +1,4 @@
-"""The flag parser of all entry scripts. A wrong flag raises ValueError. Imports no torch."""
+"""The flag parser of dist_clm_train.py and convert_*.py. The module imports no torch."""
 
 import argparse
 import re

@@ -116,7 +116,7 @@ class UpdateSettings:
         return self.batch_size // self.micro_batch_size
 
     def nominal_tokens(self, num_replicas: int) -> int:
-        """Returns the number of tokens that all replicas predict in an update if none is masked."""
+        """Returns how many tokens an update predicts, over all replicas, if no token is masked."""
         sequences = self.gradient_accumulate_step * num_replicas * self.batch_size
         return sequences * (self.seq_length - 1)
 
@@ -129,7 +129,7 @@ class UpdateSettings:
 
 @dataclass(frozen=True)
 class PrecisionSettings:
-    """The settings of the precision, the fp16 loss scale, CPU matmuls, and how memory is saved."""
+    """The settings of the precision, the fp16 loss scale, CPU matmuls, recompute and offload."""
 
     fp16: bool
     bf16: bool

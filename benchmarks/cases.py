@@ -19,7 +19,7 @@ WORK = Workload()
 
 @dataclass(frozen=True)
 class ContenderSpec:
-    """A contender of a table: its name, and the function that builds the Contender of one process.
+    """An entry of a table: its name, and `make`, which builds the `Contender` of one process.
 
     matmul: the matmul backend while the contender runs; None: the backend of the command line.
     """
@@ -148,7 +148,7 @@ def _many() -> Case:
 
 
 def _defaults() -> Case:
-    """Builds the case in which each side has its own default matmul backend and default AdamW."""
+    """Builds the case in which our side and torch's use their default matmul backends and AdamW."""
     matmul = choose_matmul(CpuInfo.of_this_machine())
     mine = replace(ours(WORK, "gpipe"), matmul=matmul)
     other = replace(theirs(WORK, "GPipe", fused=False), matmul="default")

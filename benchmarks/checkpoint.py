@@ -3,14 +3,14 @@
     python benchmarks/checkpoint.py [--megabytes 1000] [--rounds 7] [--folder DIR]
 
 One process saves a state of --megabytes (weights, and AdamW's moments in fp32) with checksums, and
-flushes the files to disk. It alternates between two kinds of save: at once, in which training waits
-for the files, and beside training, in which a thread writes the files. In place of training, the
-process multiplies matrices for as long as a save takes. In a save beside training, the stall (the
-time in which training waits) consists of the check that all values are finite, the copy to host
-memory and, after all files are written, the renames. After a save of either kind, the previous
-checkpoint is deleted beside training (--keep-checkpoints 1). The first save of each kind is not
-counted, because it allocates memory. For comparison, torch.save writes the same state, which is
-flushed to disk but has no checksums.
+flushes the files to disk. It alternates between two kinds of save. In a save "at once", training
+waits until all files are written. In a save "beside training", a thread writes the files while
+training continues. In place of training, the process multiplies matrices for as long as a save
+takes. In a save beside training, the stall (the time in which training waits) consists of the check
+that all values are finite, the copy to host memory and, after all files are written, the renames.
+After a save of either kind, the previous checkpoint is deleted beside training
+(--keep-checkpoints 1). The first save of each kind is not counted, because it allocates memory. For
+comparison, torch.save writes the same state to disk, with a flush but without checksums.
 """
 
 import argparse

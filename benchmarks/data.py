@@ -184,7 +184,7 @@ def start_peer(texts: Sequence[str], tokenizer: Any, part: int, parts: int) -> C
 
 
 def peer(end: Connection, texts: list[str], tokenizer: Tokenizer) -> None:
-    """Encodes at least as many tokens as each request asks for; answers with the exact number."""
+    """Receives token counts; for each, encodes at least that many and sends how many it encoded."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     lists = [texts[start : start + LIST] for start in range(0, len(texts), LIST)]
     while wanted := end.recv():

@@ -2,11 +2,12 @@
 
     python benchmarks/memory.py
 
-One stage of a GPT-NeoX (hidden 256, 8 layers) is built for every combination of precision,
-algorithm, offload and sharding over two replicas, and makes one update. The measured value is the
-size of all tensor storages that exist after the update, divided by the number of parameters.
-"device" counts the tensors on the model's device, "host" the tensors that --use-offload moves to
-host memory. Without a GPU all tensors are in host memory, but they are counted in the same way.
+For every combination of precision, optimizer (adam or 8bit-adam), offload (yes or no) and ZeRO
+stage (0; 1 with two replicas), one stage of a GPT-NeoX (hidden 256, 8 layers) is built and makes
+one update. The measured value is the size of all tensor storages that exist after the update,
+divided by the number of parameters. "device" counts the tensors on the model's device, "host" the
+tensors that --use-offload moves to host memory. Without a GPU all tensors are in host memory, but
+they are counted in the same way.
 """
 
 import argparse

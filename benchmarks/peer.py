@@ -2,7 +2,7 @@
 
 The peer uses Hugging Face's layers and the schedules of torch.distributed.pipelining. Like our
 side, it sends messages over gloo, applies weight decay to the same weights, and clips the gradients
-of both stages by their common norm. A careful user would write the same code.
+of both stages by their common norm. It is written as a careful user of torch would write it.
 """
 
 import math

@@ -2,8 +2,8 @@
 
     python benchmarks/pipeline.py [--case fp32 --case bf16 ...] [--rounds 7]
 
-Two processes of one thread each train a GPT-NeoX (hidden 512, 8 layers, vocabulary 8192, blocks of
-256 tokens) with AdamW and clipping. benchmarks/README.md explains the tables.
+Two processes, with one thread each, together train a GPT-NeoX (hidden 512, 8 layers, vocabulary
+8192, blocks of 256 tokens) with AdamW and clipping. benchmarks/README.md explains the tables.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def run_case(case: Case, rounds: int, matmul: Matmul) -> tuple[list[Result], flo
 
 
 def _measure_alone(pipe: Connection, rank: int, port: int, case_name: str, matmul: Matmul) -> None:
-    """Sends the seconds of one microbatch; meanwhile the other process does the same work."""
+    """Measures one microbatch while the other process does the same work; sends the seconds."""
     torch.set_num_threads(1)
     use_matmul(matmul)
     groups, close = meet(Topology(rank, 1, 2), port)

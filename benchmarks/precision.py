@@ -40,7 +40,7 @@ RUNS = {
 
 
 def train(folder: Path, name: str, flags: list[str], updates: int) -> tuple[float, float, float]:
-    """Trains a run; returns the last ten updates' mean loss, held-out loss, seconds per update."""
+    """Trains a run; returns mean loss (last ten updates), held-out loss and seconds per update."""
     checkpoints = folder / name.replace(" ", "-")
     command = [
         sys.executable,
@@ -85,7 +85,7 @@ def train(folder: Path, name: str, flags: list[str], updates: int) -> tuple[floa
 
 
 def number(loss: float | None) -> float:
-    """Returns a loss of the metrics; NaN for null, which means that the loss is not finite."""
+    """Returns `loss`, or NaN if None: metrics.jsonl has null for a loss that is not finite."""
     return math.nan if loss is None else loss
 
 

@@ -224,7 +224,7 @@ def _first_difference(one: Entry, other: Entry) -> str | None:
 
 
 def _names(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Returns the keys of both mappings without duplicates, in the order of the first mapping."""
+    """Returns the keys of `one`, and then the keys that only `other` has."""
     return list(dict.fromkeys([*one, *other]))
 
 

@@ -62,11 +62,11 @@ def run_processes(
     fresh: bool,
     is_enough: Callable[[], bool] | None = None,
 ) -> None:
-    """Runs one process for each command until all processes have succeeded.
+    """Runs one process for each command, and waits until all processes have succeeded.
 
-    The first word of a command is the script; `folder` is the working directory. When `is_enough`
-    returns True, all processes get SIGKILL. Raises FailedError if a process fails or runs longer
-    than `deadline` seconds.
+    The first word of a command is the script; `folder` is the working directory. If `is_enough` is
+    given, all processes get SIGKILL as soon as it returns True. Raises FailedError if a process
+    fails or runs longer than `deadline` seconds, or if all end before `is_enough` returns True.
     """
     logs = [folder / f"{name}.process{number}.log" for number in range(len(commands))]
     start = _start_fresh if fresh else _start_fork

@@ -52,13 +52,14 @@ MODELS = {
 
 
 class Run(NamedTuple):
-    """One run: its name, its model, and its starts, which share a folder of checkpoints.
+    """One run: one or more starts of dist_clm_train.py that share a folder of checkpoints.
 
-    starts: for each start of dist_clm_train.py, P x R and the flags in addition to COMMON.
-    killed_at: the first start gets SIGKILL after it has written this number of lines of metrics.
-    overflows: the run must skip some of its updates, but not all.
+    model: a key of MODELS.
+    starts: for each start, P x R and the flags in addition to COMMON.
+    killed_at: when metrics.jsonl has this number of lines, the first start gets SIGKILL; 0: never.
+    overflows: same_bits.py checks that the run skips some of its updates, but not all.
     is_converted: the last checkpoint is converted to the Hugging Face format.
-    is_fresh: each rank is a new interpreter, as a user starts it (see same_bits_ranks.py).
+    is_fresh: each process is a new Python interpreter, not a fork (see same_bits_ranks.py).
     """
 
     name: str
@@ -184,7 +185,7 @@ def _train_tokenizer(texts: list[str], size: int) -> Any:
 
 
 def _make_model(model: Model, tokenizer: Any) -> Any:
-    """Builds a Hugging Face model; adds noise to biases and norms, because 0 and 1 hide errors."""
+    """Builds a Hugging Face model with random biases and norms: defaults of 0 and 1 hide errors."""
     torch.manual_seed(0)
     end = tokenizer.eos_token_id
     common = {"vocab_size": len(tokenizer), "bos_token_id": end, "eos_token_id": end}

@@ -16,7 +16,7 @@ SEED = 7
 class Workload:
     """A GPT-NeoX, and batches of `batch` sequences; a microbatch has one sequence.
 
-    `split`: layers per stage. `precision`: fp32 or bf16 (compute copies of fp32 masters).
+    `split`: layers per stage. `precision`: fp32 or bf16; with bf16, the masters remain fp32.
     """
 
     split: tuple[int, ...] = (4, 4)

@@ -37,10 +37,10 @@ class RetentionPolicy:
     optimizer_states: int | None = None
 
     def added_bytes(self, saves: int, *, present: tuple[int, int], weights: int, state: int) -> int:
-        """Returns the most bytes that the next checkpoints add to the disk at any time.
+        """Returns how many free bytes on the disk are enough to save `saves` more checkpoints.
 
         Args:
-            saves: the number of checkpoints that will be saved.
+            saves: the number of checkpoints; after each, old steps are deleted as the policy says.
             present: the number of steps on disk now, and how many of them have optimizer state.
             weights: the bytes of the weights in one step.
             state: the bytes of the optimizer state in one step.
@@ -56,8 +56,8 @@ class RetentionPolicy:
 class StepDeleter:
     """Background deletion of the steps under `path` that `policy` does not keep.
 
-    Every process must call each method except `running` at the same time. `path` is None for a
-    process that writes no checkpoints.
+    Except for the property `running`, the methods are collective: all processes must call them
+    together. `path` is None for a process that writes no checkpoints.
     """
 
     def __init__(
@@ -80,7 +80,8 @@ class StepDeleter:
     def start(self) -> None:
         """Starts to delete old steps if a new step was saved since the last deletion.
 
-        If an earlier deletion still runs on any process, only a later call starts the new deletion.
+        If an earlier deletion still runs on any process, this call does nothing, and a later call
+        starts the new deletion.
         """
         if self._saved is None or any(gather_json(self._control, self.running is not None)):
             return
@@ -117,11 +118,12 @@ class StepDeleter:
 def delete_old_steps(
     path: Path, step: int, policy: RetentionPolicy, *, complete: Sequence[int], nonce: str
 ) -> None:
-    """Deletes the steps up to `step`, and their optimizer states, that `policy` does not keep.
+    """Deletes the steps up to `step` that `policy` does not keep.
 
-    It deletes the files of all stages, also of stages that the run no longer has. Stages that share
-    a folder can call it at the same time. A folder without any stage's files may belong to the
-    user, so it is not deleted.
+    In the steps that stay, it deletes the optimizer states that `policy` does not keep. It deletes
+    the files of all stages, also of stages that the run no longer has. Stages that share a folder
+    can call it at the same time. A folder without any stage's files may belong to the user, so it
+    is not deleted.
 
     Args:
         path: the folder of the steps.

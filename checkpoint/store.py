@@ -97,8 +97,8 @@ class CheckpointStore:
 
         Args:
             meta: the content of meta.json; only rank 0's content is saved.
-            parts: this stage's data by part (checkpoint, optimizer, scheduler). The data must not
-                change until the files are written.
+            parts: this stage's data by key: "checkpoint" has the weights, and "optimizer" and
+                "scheduler" have their state. The data must not change until the files are written.
         """
         assert self._pending is None, "one step is saved at a time"
         self._deleter.start()  # if it was not started after the last save
@@ -125,14 +125,13 @@ class CheckpointStore:
         return task is not None and not task.has_ended
 
     def finish(self) -> None:
-        """Waits until the pending step is written, and renames its folder to the final name.
+        """Waits until the step `pending` is written, renames its folder, and updates `latest`.
 
-        Every process must call it.
+        Every process must call it. The file `latest` contains the number of the newest saved step.
 
         Raises:
             SaveFailedError: a disk failed. The text names rank and file, and is the same on all
-                processes. Either the step is not saved, or it is saved but `latest` does not name
-                it.
+                processes. Either the step is not saved, or only `latest` could not be updated.
         """
         assert self._pending is not None, "a step was begun"
         (step, folder, task), self._pending = self._pending, None
@@ -172,7 +171,8 @@ class CheckpointStore:
     ) -> None:
         """Runs `work`, one part of a save, on every process that writes files.
 
-        If `work` fails on one of them, all of them run `undo`. Without `undo` the step stays saved.
+        If `work` fails on one of them, all run `undo`, and the step is not saved. `undo` is None if
+        earlier parts have already saved the step; then nothing is undone.
 
         Raises:
             SaveFailedError: `work` failed on a process.
@@ -202,7 +202,7 @@ class CheckpointStore:
         flush(partial)
 
     def needed_bytes(self, saves: int, *, weights: int, state: int) -> int:
-        """Returns how many bytes `saves` more checkpoints add at most to the disk of this process.
+        """Returns the most bytes that the next checkpoints can add to the disk of this process.
 
         Args:
             saves: the number of checkpoints that will be saved.
@@ -216,11 +216,12 @@ class CheckpointStore:
         return self._policy.added_bytes(saves, present=present, weights=weights, state=state)
 
     def find(self, split: ResumeSplit) -> ResumePoint | None:
-        """Returns the newest step complete on all stages, else a predecessor's checkpoint or None.
+        """Returns the newest complete step, else a predecessor's checkpoint, else None.
 
-        Every process must call `find`. Before a process reads files of the step other than
-        meta.json and config.json, all must call `verify`. `split` is the split of the run; the
-        checkpoint can have another split. Raises ValueError as `ResumeSearch.newest_step` does.
+        Every process must call `find`. The step is complete on all stages. At first a process may
+        read only meta.json and config.json of the step. It may read other files when every process
+        has called `verify`. `split` is the split of the run; the checkpoint can have another split.
+        Raises ValueError as `ResumeSearch.newest_step` does.
         """
         search = ResumeSearch(self.path, split, control=self._control, topology=self._topology)
         self._search = search
@@ -249,9 +250,9 @@ class CheckpointStore:
     def update_latest(self, step: int) -> None:
         """Writes the number `step`, from which the run resumes, to the file `latest`.
 
-        `latest` can name an older step, after a crash during a save, or a newer step, which a user
-        has moved away. The program can find the step without `latest`, so a disk error is only
-        logged as a warning.
+        After a crash during a save, `latest` can name an older step. If a user has moved the newest
+        step away, `latest` names a newer step. The program can find the step without `latest`, so a
+        disk error is only logged as a warning.
         """
         if not self._writes or latest_text(self.path) == str(step):
             return
@@ -272,7 +273,7 @@ class CheckpointStore:
 
 
 def _write_or_retry(write: Callable[[], None], deletion: BackgroundTask | None) -> None:
-    """Calls `write`; after an OSError, waits until `deletion` has freed space and retries."""
+    """Calls `write`; on an OSError while `deletion` runs, calls it again after the deletion."""
     try:
         write()
     except OSError:

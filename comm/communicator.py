@@ -61,7 +61,7 @@ class Communicator(PointToPoint, Protocol):
     """
 
     def all_reduce(self, tensor: Tensor) -> Work:
-        """Starts summing `tensor` in place over the members; a CPU adds in the members' order."""
+        """Starts summing `tensor` in place over the members; on CPU, in order of their indices."""
 
     def reduce(self, tensor: Tensor, *, root: int) -> Work:
         """Starts summing `tensor` over the members; only member `root` gets the sum.
@@ -83,7 +83,8 @@ class Communicator(PointToPoint, Protocol):
 class CurrentOperation:
     """The name of the operation that this process waits for.
 
-    The error about a lost rank quotes the name. Another thread reads the name for this error.
+    The error about a lost rank quotes the name. While one thread waits, another thread can write
+    this error.
     """
 
     def __init__(self) -> None:

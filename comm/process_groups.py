@@ -52,14 +52,15 @@ def create_process_groups(
     """Creates the groups; every rank calls this, after `ExitPolicy.connect`.
 
     Args:
-        dist_backend: `cupy_nccl`, `nccl` (torch's own) or `gloo`, for the pipeline.
-        dp_backend: `nccl` or `gloo`, for the replicas; `nccl` means NCCL through CuPy, or through
-            torch if dist_backend is `nccl`. On a CPU only gloo works, unless a test replaces NCCL.
+        dist_backend: for the pipeline: `cupy_nccl`, `nccl` (torch's NCCL backend) or `gloo`.
+        dp_backend: for the replicas: `gloo` or `nccl`. Here `nccl` means torch's NCCL backend if
+            dist_backend is `nccl` too; otherwise it means `cupy_nccl`. On a CPU only `gloo` works,
+            unless a test replaces NCCL.
         dist_timeout: seconds that one operation may wait for a peer.
-        policy: gets the name of the current operation, and the error of a hanging CUDA operation.
+        policy: the groups report to it their current operation, and errors of NCCL operations.
 
     Raises:
-        ValueError: a backend is `cupy_nccl`, but CuPy is not installed.
+        ValueError: a group uses `cupy_nccl`, but CuPy or its NCCL is not installed.
         PeerLostError: a peer could not be reached.
     """
     if rendezvous.store is None or rendezvous.deadline is None:
@@ -96,7 +97,7 @@ class _GroupFactory:
     policy: ExitPolicy
 
     def create(self, pipeline: str, replicas: str) -> ProcessGroups:
-        """Creates the groups; `pipeline` and `replicas` are `cupy_nccl`, `nccl` or `gloo`."""
+        """Creates the groups; the arguments name backends: `cupy_nccl`, `nccl` or `gloo`."""
         topology = self.topology
         pipelines = [topology.pipeline_ranks(r) for r in range(topology.num_replicas)]
         stages = [topology.replica_ranks(s) for s in range(topology.num_stages)]
@@ -112,9 +113,10 @@ class _GroupFactory:
     def _own_group(
         self, name: str, groups: Sequence[tuple[int, ...]], backend: str
     ) -> Communicator:
-        """Returns the communicator of this process's group among `groups`.
+        """Returns the communicator of the group in `groups` that contains this process.
 
-        With torch's backends every rank creates all of `groups` in the same order, as torch needs.
+        For `nccl` and `gloo`, which are torch's backends, every rank creates all of `groups`,
+        because torch requires that all ranks create the same groups in the same order.
         """
         if len(groups[0]) == 1:
             return SingleProcessCommunicator()

@@ -12,8 +12,8 @@ class Timing:
 
     poll: the interval of reading the store while ranks join.
     report: the interval of log lines from a rank that waits for others.
-    acknowledge: the time for ranks that have joined to read the verdict of the rendezvous.
-    late: the time for ranks that have not joined yet to read a verdict about a user's mistake.
+    acknowledge: how long rank 0 waits until all joined ranks have read an error of the rendezvous.
+    late: the same for ranks that have not joined yet, if the join deadline has not passed.
     join_grace: the time after --join-timeout until the process ends, even if a library hangs.
     handshake: the time for a new connection to prove its rank.
     send: the timeout of sending a message.
@@ -22,7 +22,7 @@ class Timing:
     unresponsive: the time without a message until a rank counts as unresponsive.
     check: the time for all ranks to answer that they are alive.
     linger: the time for the other ranks to learn of a failure before this rank ends.
-    before_exit: the time for this rank's last work between a failure and its exit.
+    before_exit: the time for this rank's slow cleanup between a failure and its exit.
     close: the time for the other ranks to disconnect at the end of a run.
     same_stop: signals within this time are one stop request, because a terminal and a launcher may
         each send a signal.

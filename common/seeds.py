@@ -1,16 +1,16 @@
 """Seeds from the run's seed and a purpose, so that checkpoints need no state of a generator.
 
-The first part of a seed is the run's seed, or a seed that was derived from it. The second part is
-one of these words:
+`derive_seed` makes a seed from several parts. The first part is the run's seed, or a seed that was
+derived from it. The second part, except in the seed of a dropout mask, is one of these words:
 
     "weights"   random initial weights, by module
     "source"    the order of a source's documents, by the number of the source in --task-name
     "order"     the order of the documents in an epoch, if the source can be read in any order
     "files"     the order of the files in an epoch, if the source is read in chunks
     "chunk"     the order of the documents in a chunk
-    "round"     a round of the permutation whose seed is that of "order"
+    "round"     a round of a permutation, by number; the first part is a seed made with "order"
     "mixture"   the source of each block
-    "dropout"   the dropout keys, by update and sequence (a key and a layer's name give a mask)
+    "dropout"   the dropout keys, by update and sequence (a mask's parts: a key and a layer's name)
 
 Do not change these words or the order of the parts, because a run that was saved before the change
 could not resume exactly.

@@ -40,8 +40,9 @@ class GradBuffer:
 
     Linear layers and the embedding add their gradients through the methods of
     `modules.layers.linear.WeightGradBuffer`. For all other parameters autograd makes the gradient.
-    The `grad` of an fp32 parameter is the view, so autograd adds to the buffer. In half precision,
-    a hook adds `grad` to the view and deletes `grad`. Frozen parameters have no gradient.
+    The `grad` of every fp32 parameter is its view, so autograd adds to the buffer. The `grad` of an
+    fp16 or bf16 parameter is a separate tensor; a hook adds it to the view and deletes it. Frozen
+    parameters have no gradient.
 
     Args:
         parameters: the weights of a stage by name, already in the compute type.
@@ -75,7 +76,7 @@ class GradBuffer:
         self._handed_over: set[str] = set()  # parameters with gradients not made by autograd
 
     def expect(self, num_microbatches: int) -> None:
-        """Begins an update of `num_microbatches` microbatches; each adds once to every gradient."""
+        """Begins an update; each of `num_microbatches` microbatches adds once to every gradient."""
         self._num_expected = dict.fromkeys(self.views, num_microbatches)
         self._pending = list(self._buckets)
         for bucket in self._buckets:
@@ -161,7 +162,7 @@ class GradBuffer:
         parameter.register_post_accumulate_grad_hook(accumulated)
 
     def _count_microbatch(self, name: str) -> None:
-        """Counts a microbatch for the gradient `name`; calls `on_ready` for each ready bucket."""
+        """Notes that a microbatch added to gradient `name`; calls `on_ready` with new ready buckets."""
         if name not in self._num_expected:
             return  # no update has begun
         self._num_expected[name] -= 1

@@ -11,7 +11,7 @@ from comm.communicator import Communicator
 
 
 class ZeroPartition:
-    """The replicas that hold the master and moments of each weight, and update the weight.
+    """The assignment of each weight to the replicas that hold its master and moments and update it.
 
     Frozen weights are not part of the partition.
 
@@ -38,7 +38,7 @@ class ZeroPartition:
         return [name for name in self.names if self._replicas.rank in self.holders(name)]
 
     def owner(self, name: str) -> int:
-        """Returns the owner of a weight: the only or the first replica that updates the weight."""
+        """Returns the owner of a weight: the replica that updates it, or replica 0 if all do."""
         return self._owners[name]
 
     def holders(self, name: str) -> list[int]:

@@ -33,13 +33,14 @@ def check_curve(metrics: Path, *, total_steps: int, resumed_from: int) -> None:
 def check_model(
     folder: Path, *, held_out: Path, metrics: Path, seq_length: int
 ) -> tuple[float, float, str]:
-    """Compares the computed held-out perplexity with the reported one, and generates a sample.
+    """Computes the held-out perplexity, compares it with the reported one, and generates a sample.
 
     Returns:
-        The perplexity before training, the perplexity after training, and an indented sample.
+        The reported perplexities before and after training, and an indented sample.
 
     Raises:
-        SystemExit: the two perplexities differ, or the perplexity did not fall to a fifth or less.
+        SystemExit: the computed perplexity differs from the one that was reported after training,
+            or training reduced the perplexity by less than a factor of NEEDED_FALL.
     """
     logging.disable_progress_bar()
     model, tokenizer = load(folder)
@@ -94,7 +95,7 @@ def reported_perplexities(path: Path) -> tuple[float, float]:
 
 
 def check(before: float, reported: float, ours: float) -> None:
-    """Raises SystemExit if the perplexities differ, or if the perplexity fell too little."""
+    """Raises SystemExit if `ours` and `reported` differ, or `before / reported` < NEEDED_FALL."""
     if not math.isclose(reported, ours, rel_tol=TOLERANCE):
         sys.exit(f"training reported {reported:.4g}, but transformers computes {ours:.4g}")
     if before < NEEDED_FALL * reported:

@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def make(folder: Path, num_documents: int | None = None) -> str:
-    """Writes the model and a corpus of `num_documents` (None: all); returns a text with sizes."""
+    """Writes the model and a corpus of `num_documents` (None: all); returns their sizes as text."""
     found = unique(docstrings(Path(sysconfig.get_paths()["stdlib"])))
     documents = list(itertools.islice(found, num_documents))
     held_out = documents[::HELD_OUT_EVERY]
@@ -83,7 +83,7 @@ def write_jsonl(path: Path, texts: Iterable[str]) -> None:
 
 
 def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE tokenizer of VOCAB_SIZE tokens, including the end of text."""
+    """Trains a byte-level BPE tokenizer of VOCAB_SIZE tokens; one of them is the token EOS."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

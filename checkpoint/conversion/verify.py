@@ -106,8 +106,8 @@ def _fill(
     """Copies `weights` to the parameters of `model`.
 
     The keys of `weights` are shard keys: the names of the weights in a layer shard. `names` maps a
-    shard key to a Hugging Face key. In transformers a few parameters have a name that differs from
-    their key in the file; `family.hf_aliases` lists these names.
+    shard key to a Hugging Face key. Most parameters of `model` have the Hugging Face key as their
+    name. For the others, `family.hf_aliases` maps the parameter's name to the Hugging Face key.
     """
     parameters = dict(model.named_parameters())
     attributes = {name: alias for alias, name in family.hf_aliases.items()}

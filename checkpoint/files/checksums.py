@@ -125,7 +125,7 @@ def check_file(path: Path, expected: FileSum, *, manifest: str) -> None:
 
 
 def seal(body: Mapping[str, Any]) -> bytes:
-    """Returns JSON that contains `body`, the number of the file format, and a checksum of both."""
+    """Returns `body` as JSON with two more fields: the format number and a checksum of the rest."""
     body = {"format": FORMAT, **body}
     return _encode({**body, _SEAL: sum_bytes(_encode(body)).crc32})
 

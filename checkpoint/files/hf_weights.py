@@ -40,7 +40,7 @@ class HfWeights:
     key: str
 
     def num_bytes(self, dtype: torch.dtype | None = None) -> int:
-        """Returns the weight's size in bytes in type `dtype`; None stands for the file's type."""
+        """Returns how many bytes the weight takes as `dtype`; None stands for its type on disk."""
         entry = self.file.entries[self.key]
         return entry.size * (dtype or DTYPES[entry.dtype]).itemsize
 
@@ -72,7 +72,7 @@ def hf_names(family: Family, config: Any, index: int) -> dict[str, str]:
 
 
 def open_model(folder: Path, family: Family, config: Any) -> list[ModuleWeights]:
-    """Returns, for each module of the model, the file and key of each weight, by shard key.
+    """Finds each weight in the files; returns one dict per module, from shard keys to HfWeights.
 
     The function reads only the headers of the files. But if a weight is in the files under two
     keys, the function also reads and compares the two tensors.
@@ -80,7 +80,7 @@ def open_model(folder: Path, family: Family, config: Any) -> list[ModuleWeights]
     Raises:
         ValueError: a file is missing or damaged, a key is missing or extra, two keys of one weight
             have different values, a shape does not match the config, or a type is not a float. The
-            text names file and key.
+            text names the file or folder, and also the key if one weight is wrong.
     """
     sources = _collect(_open_files(folder), family)
     modules: list[ModuleWeights] = []

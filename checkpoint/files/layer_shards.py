@@ -1,7 +1,8 @@
 """Layer shards: a folder with one file for each module of a model, and an optional manifest.json.
 
-Published shards have no manifest, so they are loaded without verification. A user who changes a
-shard must remove the manifest, because it lists the checksum of the old shard.
+Shards that an older system wrote, such as those published for download, have no manifest. They are
+loaded without verification. A user who changes a shard must remove the manifest, because it lists
+the checksum of the old shard.
 """
 
 from collections.abc import Callable, Mapping
@@ -89,14 +90,14 @@ def shard_name(index: int, num_layers: int) -> str:
 
 
 def load_layer_shard(folder: Path, family: Family, config: Any, index: int) -> dict[str, Tensor]:
-    """Returns the weights of module `index` from its shard in `folder`, in the types of the file.
+    """Returns the weights of module `index` from its shard in `folder`, each in its stored type.
 
     The family's buffers (masks, rotary tables) are ignored.
 
     Raises:
-        ValueError: the file is missing, damaged or unsafe; a key is missing or extra; or a weight
-            has another shape than in the config, a type that is not a float, or a value that is
-            not finite. The text names the file.
+        ValueError: the file is missing, is damaged, or contains code; a key is missing or extra; a
+            weight's shape does not match the config; its type is not a float; or one of its values
+            is not finite. The text names the file.
     """
     file = TorchFile(folder / shard_name(index, config.num_hidden_layers))
     shapes = module_shapes(family, config, index)

@@ -62,7 +62,7 @@ def find_model(model_name: str, *, flag: str, weights: bool) -> Path:
     Args:
         model_name: a local folder or the name of a model on the hub.
         flag: the flag that gave `model_name`, for error texts.
-        weights: whether to download the weights too; config and tokenizer are always downloaded.
+        weights: whether a download includes the weights; it always includes config and tokenizer.
 
     Raises:
         ValueError: there is no such folder, and the hub lacks the model or cannot be reached.

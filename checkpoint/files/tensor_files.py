@@ -1,7 +1,8 @@
 """Files of named tensors, from torch.save or safetensors, read one tensor at a time.
 
-The pages of a memory-mapped file count as memory of the process until the file is unmapped. So a
-file is reopened after every few tensors, and the memory does not grow with the number of tensors.
+The pages read from a memory-mapped file count as memory of the process until the file is unmapped.
+So a file is unmapped and mapped again after every few tensors. In this way the memory does not grow
+with the number of tensors.
 """
 
 import logging
@@ -150,9 +151,10 @@ def _state_dict(path: Path, loaded: object) -> dict[str, Tensor]:
 
 
 def _damaged(path: Path, expected: str, error: Exception) -> ValueError:
-    """Returns a one-line ValueError for the error of a library that failed to load `path`.
+    """Returns the ValueError to raise after torch or safetensors failed to load the file `path`.
 
-    The text omits torch's advice to load the file without safety checks.
+    `expected` says what the file should be, and `error` is the library's error. The text of the
+    ValueError is one line and omits torch's advice to load the file without safety checks.
     """
     if code := re.search(r"GLOBAL (\S+)", str(error)):
         return ValueError(f"{path}: refused: it asks to run {code[1]}, expected only tensors")

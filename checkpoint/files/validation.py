@@ -1,6 +1,6 @@
 """Checks of weights: a file must have exactly the weights that the config requires, all finite.
 
-An error text is one line. It names file and key, and shows the actual and the expected value.
+An error text is one line. It names the file and the key of the weight, and says what is wrong.
 """
 
 from collections.abc import Iterable, Mapping
@@ -98,5 +98,5 @@ def check_fits(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) ->
 
 
 def _summarise(keys: list[str]) -> str:
-    """Returns a short text for an error: `a` for one key `a`, `a and 3 more` for four keys."""
+    """Returns the first key and, if there are others, their number: "wte.weight and 3 more"."""
     return keys[0] if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more"

@@ -9,9 +9,10 @@ from common.files import read_json_object
 
 
 def check_same_run(meta: StepMeta, flags: Mapping[str, Any]) -> None:
-    """Raises ValueError if a flag that must not change has another value in the checkpoint.
+    """Raises ValueError if a flag in `flags` has another value in the checkpoint.
 
-    The text names the flag and both values. `flags` maps all such flags to the values of the run.
+    `flags` holds the flags that must not change when a run resumes, with their values in this run.
+    The text of the error names the flag and both values.
     """
     for flag, value in flags.items():
         if (saved := meta.flags.get(flag)) != value:

@@ -5,8 +5,9 @@ have the new step. Then all stages resume from the previous step, and rank 0 log
 crash damages a step that was complete on all stages. So a damaged or missing file of such a step is
 an error; the error text says how to resume from the previous complete step.
 
-A step can come from a run with another split into stages. Then each stage of this run needs, on its
-own machine, the files of those stages of the other run that held this stage's modules.
+A step can come from a run with another split into stages. Then the modules of a stage of this run
+are in the files of one or more stages of the other run. The stage needs these files on its own
+machine.
 """
 
 import logging
@@ -123,9 +124,9 @@ class ResumeSearch:
         return f"on rank {rank}: {problem}" if self._control.size > 1 else problem
 
     def _common_steps(self) -> list[int]:
-        """Returns the steps that one and the same save completed on every stage.
+        """Returns the steps that were once complete on every stage, all files from the same save.
 
-        Since that save, files of such a step can have been damaged or deleted.
+        Files of such a step can have been damaged or deleted later.
         """
         return [
             step

@@ -39,7 +39,7 @@ class InspectedStep(NamedTuple):
 
     @property
     def is_candidate(self) -> bool:
-        """Returns whether this machine once had all files of the step that the stage needs."""
+        """Returns whether this machine ever had all the step's files that the stage needs."""
         return self.save is not None or self.problem is not None
 
 

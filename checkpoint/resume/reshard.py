@@ -59,8 +59,8 @@ class ResumeSplit:
     def after(self, saved: Split) -> Split:
         """Returns the run's split if the run resumes from a checkpoint with the split `saved`.
 
-        With --num-layers auto and the same number of stages the run keeps `saved`, because another
-        version of the program can choose another split for `auto`.
+        With --num-layers auto, the run keeps `saved` if the number of stages is unchanged. The
+        checkpoint can be from another version of the program, whose `auto` gives another split.
         """
         keeps = self.requested == AUTO and len(saved) == len(self.resolved)
         return saved if keeps else self.resolved

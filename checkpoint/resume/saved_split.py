@@ -17,12 +17,13 @@ def read_split(
 ) -> Split:
     """Returns the split in a step's meta.json, or else the split that the flags give.
 
-    Only an older system (a predecessor, see docs/glossary.md) saves no split in meta.json.
+    A checkpoint of an older system (a predecessor, see docs/glossary.md) has no split in meta.json.
 
     Raises:
         ValueError: flags and meta.json differ, or both lack the split; the model type is not
-            `model_type`; or the sum of the split is not `model_layers`. The text names the flag or
-            file and both values.
+            `model_type`; the sum of the split is not `model_layers`; or the folder has a file of a
+            stage that the split lacks. The text names the flag or the file, and the values that
+            differ.
     """
     path = folder / META
     if is_predecessors(folder):

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class StageFiles(NamedTuple):
-    """A stage whose files of one save are all on one disk.
+    """The record that a disk has all files that one stage wrote in one save.
 
     `save` is the id of this save, and `num_stages` is the number of stages that took part in it.
     """
@@ -63,15 +63,16 @@ def find_complete_steps(path: Path | None, last: int, *, control: Communicator) 
 
 
 def complete_steps(disks: Sequence[Mapping[int, Sequence[StageFiles]]]) -> list[int]:
-    """Returns the complete steps, sorted; each of `disks` maps a step to the stages on a disk."""
+    """Returns the sorted complete steps; for each disk, `disks` maps a step to its stages there."""
     steps = {step for disk in disks for step in disk}
     return sorted(step for step in steps if _is_complete([disk.get(step, ()) for disk in disks]))
 
 
 def _is_complete(disks: Sequence[Sequence[StageFiles]]) -> bool:
-    """Returns whether one save of a step has all files, each stage's files on that stage's disk.
+    """Returns whether, for one save of a step, each stage's disk has all files of this stage.
 
-    If the number of stages of that save is not the number of disks, the files can be on any disk.
+    `disks` is in the order of the stages. If more or fewer stages took part in the save than
+    there are disks now, its files can be on any of the disks.
     """
     available = {files for disk in disks for files in disk}
     for save, num_stages in {(files.save, files.num_stages) for files in available}:

@@ -116,7 +116,7 @@ def step_folders(path: Path) -> list[int]:
 
 
 def predecessor_step(path: Path) -> int | None:
-    """Returns the step that `latest` names if only a predecessor saved this step, else None."""
+    """Returns the step in `latest` if this step has only a predecessor's folder, else None."""
     text = latest_text(path)
     if text is None or not re.fullmatch(r"[0-9]+", text) or (path / str(int(text))).is_dir():
         return None

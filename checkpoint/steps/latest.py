@@ -19,9 +19,12 @@ _REMEDY = f"remove {LATEST} and {CHECK} to resume from the newest complete step"
 
 
 def expect_latest(path: Path) -> None:
-    """Creates the manifest of `latest` if there is none, before a save renames its folder."""
+    """Creates the manifest of `latest` if it is missing; call before `publish`.
+
+    The manifest contains the number in `latest`, which a predecessor may have written, or no step.
+    """
     if not (path / CHECK).exists():
-        replace_file(path / CHECK, seal({"step": None}))
+        replace_file(path / CHECK, seal({"step": _parse(latest_text(path))}))
 
 
 def write_latest(path: Path, step: int) -> None:
@@ -41,11 +44,11 @@ def latest_text(path: Path) -> str | None:
 
 
 def check_latest(path: Path, *, has_manifests: bool) -> None:
-    """Raises ValueError if `latest` or its manifest is missing or damaged; the text names the file.
+    """Raises ValueError if `latest` or its manifest is damaged, or if only one of them is missing.
 
-    `has_manifests` says whether any step under `path` has a manifest. An older system (a
-    predecessor, see docs/glossary.md) wrote no manifests. So if neither `latest` nor any step has a
-    manifest, nothing is checked. If `latest` and its manifest are both missing, that is no error.
+    The error names the file. A missing `latest` is no error if the manifest names no step. A
+    missing manifest is no error if `has_manifests` is false, that is, if no step under `path` has a
+    manifest either: a predecessor (an older system, see docs/glossary.md) wrote no manifests.
     """
     text = latest_text(path)
     if not (path / CHECK).exists():

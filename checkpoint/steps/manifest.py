@@ -1,8 +1,8 @@
-"""The manifests in a step's folder: each stage writes a manifest that lists all its files.
+"""The manifests in a step's folder: the manifest of a stage lists all files that the stage wrote.
 
-Every stage also writes meta.json, config and tokenizer, which are the same for all stages, and its
-manifest lists them. So a folder has all files that its manifests list, whether each stage writes to
-its own folder (on several machines) or all stages write to one folder.
+Every stage writes its own files and also meta.json, config and tokenizer, which are the same for
+all stages. So each file that a manifest lists is in the same folder as the manifest, whether the
+stages write to folders on several machines or all to one folder.
 """
 
 import re
@@ -45,7 +45,7 @@ class StageManifest:
         return checksums.seal({**vars(self), "files": checksums.encode_sums(self.files)})
 
     def check_sizes(self, folder: Path) -> None:
-        """Raises ValueError for the first file in `folder` that is missing or has a wrong size."""
+        """Raises ValueError if a listed file is missing in `folder` or has a wrong size."""
         for name, expected in self.files.items():
             check_size(folder / name, expected, manifest=self.name)
 
@@ -121,9 +121,9 @@ def check_one_save(folder: Path, manifests: Sequence[StageManifest]) -> None:
 
 
 def check_step(path: Path, actual: int, *, expected: int, owner: str) -> None:
-    """Raises ValueError if `actual` differs from `expected`; `actual` is the step of file `path`.
+    """Raises ValueError if `actual`, the step of the file `path`, is not the step `expected`.
 
-    For the error text, `owner` names the file or folder that has the step `expected`.
+    The error text says that `owner`, another file or the folder, is of the step `expected`.
     """
     if actual != expected:
         raise ValueError(f"{path}: belongs to step {actual}, but {owner} is of step {expected}")

@@ -37,7 +37,7 @@ class StepMeta:
     """The content of a step's meta.json.
 
     step, updates: the number of iterations so far, and the number of updates so far.
-    update_step: the state of the update step and of the loss scaler.
+    update_step: the number of skipped updates in a row, and the state of the loss scaler.
     gave_up: whether the run ended because it skipped too many updates in a row.
     num_layers: the number of layers on each stage.
     flags: the values of the flags that must be the same when the run resumes.
@@ -46,7 +46,7 @@ class StepMeta:
     data: the state of the data stream.
     cpu_matmul: the matmul library of each rank on CPUs; None on GPUs.
     wandb_id: the id of the run at Weights & Biases.
-    start: the id of the start of the program that saved the step.
+    start: an id that is new each time the program starts; it shows which start saved the step.
     """
 
     step: int

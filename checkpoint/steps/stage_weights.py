@@ -22,13 +22,14 @@ from pipeline_parallel.partition.split import Split, stage_modules
 
 
 def resolve_checkpoint(path: Path) -> Path:
-    """Returns the folder of a step: `path` itself, or the folder that `path`/latest names.
+    """Returns the folder of a step: `path` itself if it has no file `latest`, else a folder in it.
 
     `latest` contains only a number N. It names the folder `N` if this folder exists, else the
     folder `checkpoint_N`.
 
     Raises:
-        ValueError: a file or folder is missing, or `latest` is damaged. The text names the path.
+        ValueError: a folder is missing, `latest` is not a number, or `check_latest` finds an error.
+            The text names the path.
     """
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder, expected a training checkpoint")
@@ -86,7 +87,7 @@ def open_stage(
 def read_stage_module(
     path: Path, family: Family, config: Any, indices: Sequence[int], index_in_stage: int
 ) -> dict[str, Tensor]:
-    """Returns the weights of one module of a stage by name, in the types of the file.
+    """Returns the weights of one module of a stage by name, with the types they have in the file.
 
     `indices` are the numbers of the stage's modules in the model, and `index_in_stage` is the
     position of the module in `indices`. Keys and shapes of all these modules are checked.

@@ -51,7 +51,7 @@ class _Channel:
 
 
 class NcclCommunicator(GroupMembership):
-    """A Communicator over NCCL.
+    """A Communicator over NCCL, made of channels: NCCL communicators, each with its own stream.
 
     store: passes NCCL's unique id from the first member of a channel to the other members.
     on_hang: is called with the error if a message fails or takes longer than `group.dist_timeout`.
@@ -155,7 +155,7 @@ class NcclCommunicator(GroupMembership):
         return _NcclWork(name, event, check, self._hang_detector, self._operation)
 
     def _edge(self, source: int, to: int) -> _Channel:
-        """Returns the channel for messages from member `source` to `to`; opens it if necessary."""
+        """Returns the channel from member `source` to member `to`; opens it if necessary."""
         if (source, to) not in self._edges:
             self._open_pair(min(source, to), max(source, to))
         return self._edges[source, to]
@@ -173,10 +173,10 @@ class NcclCommunicator(GroupMembership):
         return torch.zeros(1, device=self._device)
 
     def _open(self, kind: str, members: Sequence[int]) -> _Channel:
-        """Opens a communicator of `members` (indices in the group); each member calls this.
+        """Opens an NCCL communicator of `members` (indices in the group); each of them calls this.
 
-        `kind` is part of the store's key: `all` for the complete group, `edge` for one direction
-        between two members.
+        The store passes NCCL's unique id under a key that contains `kind`: `all` for the complete
+        group, `edge` for one direction between two members.
         """
         ranks = [self._members[member] for member in members]
         key = f"nccl/{self._name}/{kind}/{'-'.join(map(str, ranks))}"

@@ -64,10 +64,10 @@ class GlooCommunicator(GroupMembership):
         return self._sums.add(SharedSum(tensor.view(-1), messages, slice_bytes=_SLICE_BYTES))
 
     def reduce(self, tensor: Tensor, *, root: int) -> Work:
-        """Starts a sum whose result only `root` gets; it adds in the order of the members.
+        """Starts a sum that only `root` gets; the tensors are added in the order of the members.
 
-        This call starts the first messages. On `root`, `wait` receives the other messages and adds
-        the tensors.
+        On `root`, this call starts to receive the first messages, and `wait` receives the other
+        messages and adds the tensors. On the other members, this call starts to send all messages.
         """
         if tensor.numel() == 0:
             return Done()

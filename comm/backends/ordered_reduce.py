@@ -2,7 +2,7 @@
 
 Libraries add in an order that depends on an element's position in the buffer and on the buffer's
 length. Here the host adds the tensors, which arrive as point-to-point messages. The messages of a
-sum have a tag of their own, so that sums cannot get each other's messages. Every sum is a Work: the
+sum carry a tag that no other sum uses, so that no other sum receives them. Every sum is a Work: the
 constructor starts the first messages, and `wait` does the rest. Long buffers are cut into slices,
 and at most two slices are in transfer, so that the received copies take little memory.
 """
@@ -18,17 +18,17 @@ from comm.communicator import PointToPoint, Work
 
 
 class InTurn:
-    """The unfinished sums of a group, which complete in the order of their start.
+    """The unfinished sums of a group; they complete in the order in which they were started.
 
-    A wait for one sum completes all earlier sums first. A SharedSum sends its second round only in
-    `wait`. So without this order two members could wait forever, each in the `wait` of another sum.
+    A wait for one sum completes all earlier sums first. Otherwise two members that wait for
+    different sums could wait forever, because a SharedSum sends a member's result only in `wait`.
     """
 
     def __init__(self) -> None:
         self._under_way: deque[Work] = deque()
 
     def add(self, work: Work) -> Work:
-        """Returns a Work for the same sum; the Work completes all earlier sums first."""
+        """Adds `work`; returns a Work whose `wait` completes all earlier sums, then this sum."""
         self._under_way.append(work)
         return _Turn(work, self._under_way)
 
@@ -54,7 +54,7 @@ class GatheredSum:
 
 
 class SharedSum:
-    """An all-reduce in two rounds: members sum their shares of a slice, then send sums to all."""
+    """An all-reduce in two rounds: each member sums a share of a slice and sends the sum to all."""
 
     def __init__(self, flat: Tensor, messages: PointToPoint, *, slice_bytes: int) -> None:
         self._shares = (s.tensor_split(messages.size) for s in _slices(flat, slice_bytes))
@@ -72,9 +72,9 @@ class SharedSum:
         _wait(works)
 
     def _start(self) -> "tuple[Sequence[Tensor], _Part] | None":
-        """Starts the messages of the next slice; returns the slice's shares and this member's part.
+        """Starts the first round of the next slice; returns None after the last slice.
 
-        Returns None after the last slice.
+        Returns the slice as one share for each member, and the _Part that sums this member's share.
         """
         shares = next(self._shares, None)
         if shares is None:
@@ -108,7 +108,7 @@ class SentToRoot:
 
 
 class _Part:
-    """The elements `own` that this member sums; `sent[m]` is the tensor to send to member m."""
+    """The sum of `own` and a tensor from each other member; `sent[m]` is sent to member m."""
 
     def __init__(self, own: Tensor, messages: PointToPoint, *, sent: Sequence[Tensor] = ()) -> None:
         self._own = own

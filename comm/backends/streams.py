@@ -18,7 +18,7 @@ class Event(Protocol):
         """Returns whether all calls before this point are done (or have failed); does not wait."""
 
     def block_compute(self) -> None:
-        """Makes all computation that is queued later wait for this point.
+        """Delays computation that is queued after this call until the stream reaches this point.
 
         An event of a HostStream raises the error of the first earlier call that failed.
         """

@@ -3,9 +3,9 @@
 As in comm.backends.cupy_nccl, each direction between two neighbours has its own group of two
 members, and so its own stream. If both directions shared one stream, an activation would wait for a
 gradient. torch creates a group's NCCL communicator at the group's first operation, and blocks the
-host until all members have called the operation. If the first operation were a receive that is
-posted early, the host could wait forever. So each group first sends one message, which creates the
-group's communicator.
+host until all members have called the operation. If two neighbours both called receive first
+and send later, they would wait forever. So the constructor of TorchNcclCommunicator runs one
+operation in every group, which creates the group's communicator.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -54,7 +54,7 @@ def make_groups(members: Sequence[int], *, dist_timeout: float) -> TorchGroups:
 
 
 def new_group(ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:
-    """Creates an NCCL group; the other code in this file also runs without GPUs, on gloo groups."""
+    """Creates an NCCL group; tests without GPUs replace this function and create a gloo group."""
     group: dist.ProcessGroup = dist.new_group(list(ranks), backend="nccl", timeout=timeout)
     return group
 
@@ -138,7 +138,7 @@ class TorchNcclCommunicator(GroupMembership):
 
 
 class _TorchNcclWork(TorchWork):
-    """An operation in torch's stream; `wait` blocks the GPU and not the host."""
+    """An operation in its group's stream; `wait` blocks the current stream and not the host."""
 
     def __init__(
         self, name: str, post: Post, operation: CurrentOperation, hang_detector: HangDetector

@@ -36,7 +36,7 @@ class Deadline:
 
     @property
     def progress(self) -> str:
-        """The elapsed time and the limit for log lines, such as `20 s of 300 s`."""
+        """Text for log lines: the elapsed time and the limit, such as `20 s of 300 s`."""
         return f"{self.elapsed:.0f} s of {self.seconds:g} s"
 
     def expect(self, *, status: int, line: str) -> None:
@@ -44,7 +44,7 @@ class Deadline:
         self._verdict = (status, line)
 
     def hand_over(self, end: Callable[[int, str], object]) -> None:
-        """Makes the deadline call `end(status, line)` instead of ending the process itself."""
+        """Sets `end(status, line)` as the function that ends the process after the deadline."""
         self._end = end
 
     def cancel(self) -> None:

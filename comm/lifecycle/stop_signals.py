@@ -1,8 +1,9 @@
 """Signals that ask this process to stop; a separate thread receives them.
 
-If the main thread hangs in a library, Python runs no signal handler. So Python's handler in C
-writes the signal's number to a pipe (signal.set_wakeup_fd). A thread reads the pipe and enforces
-the time limit of the stop. The effect of a stop request depends on the phase of the process.
+If the main thread hangs in a library, Python does not call handlers that are Python functions. But
+Python's own C handler still writes the signal's number to a pipe (signal.set_wakeup_fd). A thread
+reads the pipe and enforces the time limit of the stop. The effect of a stop request depends on the
+phase of the process.
 """
 
 import math
@@ -75,7 +76,7 @@ def cleanup(grace_seconds: float) -> Phase:
 
 
 class StopRequest:
-    """The first stop request that this process got (`asked`, or None), and the current `phase`."""
+    """The first stop request (`asked`, which is None before it comes) and the current `phase`."""
 
     def __init__(self) -> None:
         self.asked: StopCause | None = None
@@ -116,7 +117,7 @@ class StopListener:
     def hand_over(
         self, *, end: Callable[[int, str], object], forward: Callable[[int], None]
     ) -> None:
-        """Sets the functions that end the process (`end`) and tell rank 0 of a signal (`forward`).
+        """Sets two functions: `end` ends the process, and `forward` tells rank 0 of a signal.
 
         `end` gets the exit status and the error line; `forward` gets the signal's number.
         """
@@ -137,7 +138,7 @@ class StopListener:
                 self._end(1, f"{asked} and again ({signal.Signals(again).name}): ended at once")
 
     def _read(self, seconds: float | None) -> int | None:
-        """Returns the next signal's number; None after `seconds`, or if it is not in SIGNALS."""
+        """Returns the next signal's number; None if `seconds` pass or it is not in SIGNALS."""
         if not select.select([self._pipe], [], [], seconds)[0]:
             return None
         (number,) = os.read(self._pipe, 1)

@@ -52,8 +52,8 @@ Event: TypeAlias = RankLost | RankFailed | HeartbeatChanged | StopCause
 class FailureDetector:
     """A rank's failure detector: rank 0 runs the server, and every other rank is a client.
 
-    The detector's threads call `on_event`; only rank 0 gets a StopCause. All methods can be called
-    from any thread.
+    The detector's threads call `on_event`. When another rank is asked to stop, only rank 0 gets an
+    event, a StopCause. All methods can be called from any thread.
     """
 
     def __init__(
@@ -112,7 +112,8 @@ class FailureDetector:
     def all_alive(self) -> bool:
         """Asks all ranks whether they are alive; returns whether all of them answer in time.
 
-        A rank other than 0 that does not answer is reported as an event.
+        If a rank other than 0 does not answer, `on_event` also gets a RankLost. If rank 0 does not
+        answer, only the result shows it.
         """
         if self._server is not None:
             self._server.check()

@@ -33,7 +33,7 @@ class ExitPolicy:
     """A policy that reports the first failure of any rank in one line and ends this process.
 
     detector: passes every event to this policy.
-    operation: the communication that this rank waits for; errors about a lost rank name it.
+    operation: the communication that this rank waits for; an error about a lost rank quotes it.
     stop: on rank 0, gets the stop requests of other ranks.
     """
 

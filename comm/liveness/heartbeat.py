@@ -1,8 +1,8 @@
 """Heartbeats; without them, an unresponsive rank is noticed only when a collective times out.
 
 When a process is killed, its connection closes, and the server notices this at once. When a process
-is suspended, or its machine swaps or loses power, the connection stays open, and only the missing
-heartbeats show the failure.
+is suspended, or its machine loses power or is busy with swapping memory, the connection stays open,
+and only the missing heartbeats show the failure.
 """
 
 import time
@@ -36,7 +36,7 @@ class Heartbeat:
         """Returns the connected ranks that became unresponsive (True) or responsive again (False).
 
         Call this often. A long pause between two calls means that this process itself was
-        suspended; then every rank's waiting time starts again.
+        suspended; then, for every rank, the time since its last message starts again at 0.
         """
         now = time.monotonic()
         if now - self._last_call > self._timing.unresponsive / 2:

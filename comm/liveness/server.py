@@ -3,12 +3,13 @@
 A message is one JSON object per line. The server first sends {"challenge"}. A rank replies with
 {"rank", "challenge", "proof"}, and the server answers {"proof"} (comm.liveness.handshake). Then:
     to the server: {"failed": status, "line"} | {"check": true} | {"alive": true} | {"bye": true}
-                   | {"stop": signal}: the rank was asked to stop; only rank 0 gets this
-    to the ranks:  {"lost": rank} | {"silent": rank} | {"failed": status, "line", "rank"}
-                   | {"check": true} | {"all_alive": true} | {"bye": true}
-Rank 0 itself also gets {"unresponsive": true or false, "rank"}.
-The server asks all ranks whether they are alive at regular intervals (comm.liveness.heartbeat), and
-whenever a rank sends {"check"}.
+                   | {"stop": signal}: the rank was asked to stop
+    to the ranks:  {"lost": rank}: its connection closed | {"silent": rank}: it does not answer
+                   | {"failed": status, "line", "rank"} | {"check": true} | {"all_alive": true}
+                   | {"bye": true}
+Only rank 0 itself gets {"stop": signal, "rank"} and {"unresponsive": true or false, "rank"}.
+At regular intervals (comm.liveness.heartbeat), and whenever a rank sends {"check"}, the server asks
+all ranks whether they are alive.
 """
 
 import contextlib
@@ -104,7 +105,8 @@ class LivenessServer:
     def await_departures(self, *, seconds: float) -> None:
         """Waits up to `seconds` until every other rank has connected and disconnected.
 
-        This includes ranks that connect late, because they must also receive a failure.
+        It also waits for ranks that are not connected yet, because the message about a failure must
+        reach them too.
         """
         self._await(
             lambda: len(self._seen) == self._world_size - 1 and not self._connected(), seconds
@@ -216,7 +218,7 @@ class LivenessServer:
             self.publish({"lost": connection.rank})
 
     def _drop_unproved(self) -> None:
-        """Drops connections whose handshake is late; if too many lack one, drops the oldest."""
+        """Drops connections without a handshake: late ones, and the oldest if they are too many."""
         now = time.monotonic()
         unproved = [connection for connection in self._connections if connection.rank is None]
         num_surplus = len(unproved) - _MAX_UNPROVED - self._world_size

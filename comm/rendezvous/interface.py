@@ -24,10 +24,11 @@ class Interface:
 def choose_interface(
     *, flag: str | None, master_host: str, environ: Mapping[str, str]
 ) -> Interface:
-    """Returns the interface that the flag or a variable names, else the one on the way to rank 0.
+    """Returns the interface that `flag` or one of VARIABLES names, else the one towards rank 0.
 
     Raises:
-        ValueError: no such interface; flag and variables differ; `master_host` is unknown.
+        ValueError: the named interface is missing or has no address; two given names differ;
+            `master_host` is unknown, or no route leads to it; no interface is found on the route.
     """
     given = _given_name(flag, environ)
     if given is not None:

@@ -1,9 +1,9 @@
 """Rendezvous of all ranks at the start of a run; a mismatch between ranks ends all of them.
 
-Every rank writes a description of itself to a shared store. One rank writes the verdict, which is
-success or an error: rank 0 when all ranks have joined, or the first rank that finds a mistake or
-reaches the deadline. Later verdicts are ignored. All ranks read the same verdict, so they report
-the same error and exit with the same status.
+Every rank writes a description of itself to a shared store. Then all wait for a verdict. Rank 0
+writes success when all ranks have joined and match. Any rank that finds a mistake, reaches the
+deadline or is asked to stop writes an error. Only the first verdict counts. All ranks read it, so
+they report the same error and exit with the same status.
 """
 
 import contextlib
@@ -41,8 +41,8 @@ class Rendezvous:
     rank: the rank of this process.
     participants: the description of every rank, in the order of the ranks.
     nonce: random hex that identifies this start of the run.
-    key: the key of the job, with which ranks prove on other connections that they are of this job.
-    store: the store with the values of this start; None in a world of one rank.
+    key: the key of the job; the handshakes of the liveness connections use it.
+    store: the store where the ranks met; None in a world of one rank.
     deadline: the join deadline; `create_process_groups` cancels the deadline when the groups exist.
         None in a world of one rank.
     """
@@ -87,12 +87,12 @@ def join(
         url: --dist-url, the address of the master, which is the process that hosts the store.
         facts: flag -> value; must be the same on all ranks. `join` adds the world size.
         key: the key of the job; a rank with another key belongs to another job.
-        start: the name of this start of the run; starts that share one store, such as torchrun's
-            restarts, need different names.
-        join_timeout: seconds; the process ends if the ranks are not connected by then.
+        start: a name that all ranks of this start of the run share. When torchrun restarts the
+            ranks, they use the same store again, so the new start needs a new name.
+        join_timeout: a limit in seconds; if not all ranks are connected by then, the process ends.
         host: whether this process hosts the store; None: rank 0 hosts it. Under torchrun the agent
             hosts the store, so `host` is False.
-        stop: a stop request that ends the rendezvous of all ranks.
+        stop: `join` polls it; when it holds a stop request, the rendezvous of all ranks ends.
 
     Raises:
         ValueError: a user's mistake: no master answers, the master belongs to another job, the
@@ -228,9 +228,10 @@ class _Joining:
         return [rank for rank in ranks if not store.plain.check([_name(rank)])]
 
     def _await_readers(self, store: SignedStore, *, late_seconds: float) -> None:
-        """Makes rank 0, which may host the store, wait until all ranks have read the verdict.
+        """Tells rank 0 that this rank has read the verdict; on rank 0, waits for all ranks.
 
-        Rank 0 waits at most `late_seconds` for ranks that have not joined yet.
+        Rank 0 waits because it may host the store, which ends with its host. It waits at most
+        `late_seconds` for ranks that have not joined yet.
         """
         began = time.monotonic()
         with contextlib.suppress(DistError):

@@ -1,10 +1,10 @@
 """A store in which a value can carry a proof that a rank of this job wrote it.
 
-The proof is needed because torch's TCPStore accepts any client, even a rank of another job. Rank 0
-writes a proof of its job under a name that all jobs share. A rank with another job key reads this
-proof and ends at once, without waiting for its deadline. All other names depend on the job key and
-on the start of the job. Important values carry a proof, so that a value from another client is
-detected.
+Proofs are needed because torch's TCPStore accepts any client, even a rank of another job. `set` and
+`set_first` write a value with a proof, and `get` detects a value from another client. The names of
+these values in the TCPStore depend on the job key and on the start of the job. Only one name is the
+same for all jobs: under this name, rank 0 writes a proof that it knows its job key. A rank with
+another job key finds this proof wrong; it ends at once and does not wait for its deadline.
 """
 
 import secrets
@@ -18,9 +18,9 @@ _MAX_HOST = 64  # an error shows at most this many characters of a foreign host 
 
 
 class SignedStore:
-    """A store of text values; a proof depends on the job, this start, the value and its name.
+    """A store of text values; a proof depends on the job key, `start`, the value and its name.
 
-    start: distinguishes this start of the job from other starts in the same store.
+    start: the name of this start of the job; each start that uses the same store has another name.
     plain: torch's store with a name prefix for this start, for values without a proof.
     """
 
@@ -30,7 +30,7 @@ class SignedStore:
         self.plain = PrefixStore(f"{start}/{key.prove('prefix', start)}", store)
 
     def prove_job(self, host: str) -> None:
-        """Writes the proof of this rank's job; only rank 0, on `host`, calls this."""
+        """Writes a proof of the job, and rank 0's host name for errors; only rank 0 calls this."""
         salt = secrets.token_hex(16)
         self._all_jobs.set("job", f"{salt} {self._key.prove('job', salt)} {host}")
 

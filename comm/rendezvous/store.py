@@ -21,11 +21,11 @@ _PROBE_SECONDS = 5.0
 
 
 def host_store(url: str, *, address: str, deadline: Deadline) -> TCPStore:
-    """Hosts the store on this machine; it listens only at the address of `url`.
+    """Hosts the store on this machine; it listens at one address only.
 
     Args:
-        address: this machine's address, used if other machines cannot reach the address of `url`
-            (see `_resolve`).
+        address: this machine's address; the store listens there, and not at the address of `url`,
+            in the two cases that `_resolve` describes.
 
     Raises:
         ValueError: the port is in use, or the address does not belong to this machine.
@@ -102,9 +102,10 @@ def _await_listener(
 def _resolve(host: str, address: str) -> tuple[socket.AddressFamily, str]:
     """Returns the address family and the address of the store.
 
-    /etc/hosts often gives a machine's own name a loopback address, which other machines cannot
-    reach. In this case, and if `host` is an unspecified address such as 0.0.0.0, this function
-    returns this machine's `address`.
+    This is the address of `host`, but in two cases it is this machine's `address`: if `host` is an
+    unspecified address such as 0.0.0.0, or if `host` is a name, other than localhost, that has a
+    loopback address. /etc/hosts often gives a machine's own name such an address, which other
+    machines cannot reach.
     """
     family, resolved = resolve(host)
     ip = ipaddress.ip_address(resolved)

@@ -1,8 +1,9 @@
 """Causal attention, with or without dropout, over complete rows or inside packed documents.
 
-A dropout mask depends only on its sequence, not on the microbatch (`modules.layers.dropout`), so
-attention with dropout runs row by row. In packed rows it runs document by document, because the
-mask of a document depends on the sequence and on the document's number in the row.
+The dropout mask of a row must not depend on the other rows of the microbatch (see
+`modules.layers.dropout`), so attention with dropout runs row by row, and each row has its own seed.
+In packed rows it runs document by document. The seed of a document depends on the row's dropout key
+and on the document's number in the row.
 """
 
 from collections.abc import Sequence
@@ -83,8 +84,8 @@ def _dropout_attention(
 def _seed_default_generator(seed: int, device: torch.device) -> None:
     """Seeds the device's default generator, which torch's kernel uses.
 
-    On a CPU this avoids torch.manual_seed, which also formats a stack trace for each other type of
-    device. Formatting takes longer than the attention of a short row.
+    On a CPU this does not call torch.manual_seed, because torch.manual_seed also formats one stack
+    trace for every other device type. This takes longer than the attention of a short row.
     """
     if device.type == "cpu":
         torch.default_generator.manual_seed(seed)

@@ -40,9 +40,9 @@ class PackedDocuments:
 
     @cached_property
     def bounds(self) -> Tensor:
-        """The start of each document in the packed tokens, then the number of these tokens.
+        """The start of each document in the packed tokens: int32 (documents + 1).
 
-        The type and shape are int32 (documents + 1).
+        The last element is the number of all packed tokens.
         """
         bounds = torch.zeros(len(self._packed_lengths) + 1, dtype=torch.int32)
         torch.cumsum(self._packed_lengths, 0, out=bounds[1:])

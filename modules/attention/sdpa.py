@@ -1,8 +1,8 @@
 """Causal attention with torch's fused kernels; these kernels store no mask and no score matrix.
 
-torch has no fused kernel for the device "meta" and would allocate the score matrix. In a dry run,
-"meta" represents a GPU. The GPU kernels accept "meta" tensors and return the right shapes, so this
-file calls them directly.
+In a dry run, the device "meta" represents a GPU. But for "meta" tensors, torch's attention function
+does not choose a fused kernel; it allocates the score matrix. The fused GPU kernels accept "meta"
+tensors and return the right shapes, so this file calls these kernels directly for "meta".
 """
 
 import torch

@@ -36,8 +36,8 @@ def varlen_attention(
 def has_varlen_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Returns whether torch's `varlen_attn` supports these tensors.
 
-    `varlen_attn` needs flash attention and a head size that is a multiple of 8. (Only torch's flash
-    attention over rows pads other head sizes.)
+    `varlen_attn` needs flash attention and a head size that is a multiple of 8. torch's check for
+    flash attention also accepts other head sizes, because `scaled_dot_product_attention` pads them.
     """
     params = SDPAParams(query, key, value, None, 0.0, True, False)
     return can_use_flash_attention(params) and query.shape[-1] % 8 == 0

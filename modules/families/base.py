@@ -1,10 +1,11 @@
 """The interface of a model family: its modules, their Hugging Face names, its config and sizes.
 
 A family's file (for example `modules/families/gptneox.py`) defines `FAMILY`. A model is an
-embedding, then blocks, then a head. Each of these modules is one layer shard and is called as
-`module(x, keys, documents)`. `keys` are the dropout keys of the rows of `x`
-(`modules.layers.dropout`); None for no dropout. `documents` are the documents of the rows
-(`modules.attention.packed_documents`); None if attention covers complete rows.
+embedding, then blocks, then a head. Each of these modules has one file in the layer shards and is
+called as `module(x, keys, documents)`. `keys` has a dropout key for each row of `x`
+(`modules.layers.dropout`); it is None for no dropout. `documents` tells where each document starts
+in the rows (`modules.attention.packed_documents`), because tokens attend only to their own
+document; it is None if attention covers complete rows.
 """
 
 import re
@@ -24,14 +25,14 @@ from modules.model_sizes import ModelSizes
 
 @dataclass(frozen=True)
 class Family:
-    """A model family.
+    """A model family; a key is the name of a tensor in a layer shard or in a Hugging Face file.
 
     sizes: returns the sizes from a config.
-    hf_embedding, hf_block, hf_head: shard key -> Hugging Face key; a block's Hugging Face keys
-        contain `{layer}`.
-    buffers: matches keys of buffers, in shards and in Hugging Face files; these keys are ignored.
+    hf_embedding, hf_block, hf_head: key in a layer shard -> key in Hugging Face files; in hf_block,
+        the Hugging Face keys contain `{layer}` in place of the block's number.
+    buffers: matches the keys of buffers; a tensor with such a key is ignored in both kinds of file.
     check_config: raises ValueError for a config that needs an unsupported computation.
-    hf_aliases: other names in Hugging Face files -> the Hugging Face keys in the tables above.
+    hf_aliases: another key in some Hugging Face files -> the Hugging Face key in the tables above.
     """
 
     name: str
@@ -99,7 +100,7 @@ def dense_sizes(config: Any, *, inner: int) -> ModelSizes:
 
 
 def check_heads(config: Any) -> None:
-    """Raises ValueError unless hidden size / heads is an integer and equals head_dim, if given."""
+    """Raises ValueError unless hidden_size is heads * n (n an integer) and head_dim is n or None."""
     hidden, heads = config.hidden_size, config.num_attention_heads
     if hidden % heads:
         raise ValueError(f"hidden size {hidden} is not a multiple of {heads} attention heads")

@@ -107,7 +107,7 @@ class GPTJBlock(nn.Module):
 
 
 class GPTJHead(Head):
-    """The head, with the parameter names of GPT-J's files."""
+    """The head; its modules are named as in GPT-J's Hugging Face files."""
 
     norm_name, projection_name = "ln_f", "lm_head"
 
@@ -128,7 +128,7 @@ def model_sizes(config: Any) -> ModelSizes:
 
 
 def check_config(config: Any) -> None:
-    """Raises ValueError if these modules would compute other results than transformers."""
+    """Raises ValueError for a config that is invalid or that these modules do not support."""
     check_heads(config)
     check_activation("activation_function", config.activation_function)
     head_size, rotary = config.n_embd // config.n_head, config.rotary_dim

@@ -106,7 +106,7 @@ class GPTNeoXBlock(nn.Module):
 
 
 class GPTNeoXHead(Head):
-    """The head, with the parameter names of GPT-NeoX's files."""
+    """The head; its modules are named as in GPT-NeoX's Hugging Face files."""
 
     norm_name, projection_name = "final_layer_norm", "embed_out"
 
@@ -122,7 +122,7 @@ def model_sizes(config: Any) -> ModelSizes:
 
 
 def check_config(config: Any) -> None:
-    """Raises ValueError if these modules would compute other results than transformers."""
+    """Raises ValueError for a config that is invalid or that these modules do not support."""
     check_heads(config)
     check_activation("hidden_act", config.hidden_act)
     kind = config.rope_parameters.get("rope_type", "default")

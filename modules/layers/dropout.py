@@ -2,8 +2,9 @@
 
 The mask of a sequence must be the same when a block is computed again in backward (recompute),
 after a resume, and with another number of stages and replicas. So no generator keeps a state
-between calls. Each row of a microbatch has a key; the key and the name of the dropout's site
-determine the mask.
+between calls: each mask is drawn with a seed made from a key and a name. Each row of a microbatch
+has a key, made from seed, update and sequence (`common.seeds.dropout_keys`). Each dropout has a
+name, its `site`, which contains the layer.
 """
 
 from collections.abc import Sequence

@@ -132,7 +132,7 @@ def the(lines: list[str], text: str) -> str:
 
 def seconds(lines: list[str]) -> float:
     """Returns how many seconds an iteration takes, according to the report."""
-    took = re.search(r"takes at least (\S+) (m?s) of", the(lines, "an iteration ("))
+    took = re.search(r"takes at least (\S+) (m?s) for", the(lines, "an iteration ("))
     assert took
     return float(took[1]) / {"s": 1, "ms": 1000}[took[2]]
 

@@ -75,6 +75,15 @@ def test_no_loss_of_power_is_taken_for_damage(
     assert seen == {None, "4", "8", "2", "10"}
 
 
+def test_a_crash_in_the_first_save_leaves_a_predecessors_checkpoint(tmp_path: Path) -> None:
+    """A predecessor wrote `latest` without a manifest; the first save ends before write_latest."""
+    (tmp_path / "latest").write_text("100")
+    expect_latest(tmp_path)
+    check_latest(tmp_path, has_manifests=False)
+    write_latest(tmp_path, 4)
+    check_latest(tmp_path, has_manifests=True)
+
+
 @pytest.mark.parametrize("step", [2, 8])
 @pytest.mark.parametrize("written", [0, 1, 2, 3])
 def test_the_next_run_goes_on_after_a_crash(step: int, written: int, tmp_path: Path) -> None:
