@@ -162,7 +162,7 @@ class GradBuffer:
         parameter.register_post_accumulate_grad_hook(accumulated)
 
     def _count_microbatch(self, name: str) -> None:
-        """Notes that a microbatch added to gradient `name`; calls `on_ready` with new ready buckets."""
+        """Counts a microbatch's gradient of `name`; calls `on_ready` for newly ready buckets."""
         if name not in self._num_expected:
             return  # no update has begun
         self._num_expected[name] -= 1

@@ -39,7 +39,7 @@ class ReplicaGradients:
         self.buffer = GradBuffer(parameters, partition, self.exchange.bucket_ready)
 
     def begin_update(self, num_microbatches: int) -> None:
-        """Begins an update: `num_microbatches` microbatches will add to `buffer`, now all 0."""
+        """Begins an update: `num_microbatches` microbatches add to `buffer`, which must be zero."""
         self.buffer.expect(num_microbatches)
 
     def finish_exchange(self) -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A model family: its module, Hugging Face name, and the config keys that flag checks read."""
+    """A model family: its module, its Hugging Face name, and config keys used to check flags."""
 
     module: str
     hf_model_type: str

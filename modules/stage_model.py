@@ -1,4 +1,4 @@
-"""The model of one stage: consecutive modules out of embedding, blocks and head."""
+"""The model of one stage: consecutive modules of the complete model (embedding, blocks, head)."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -61,8 +61,9 @@ class StageModel(nn.ModuleList):
     ) -> Tensor:
         """Returns the sum of the token losses; only the last stage calls this.
 
-        Backward returns the gradients of the sum times `scale` (`modules.layers.lm_head`). `labels`
-        are (rows, seq_len); the last position is not used.
+        Backward multiplies the gradients by `scale` (see `modules.layers.lm_head`). `labels` are
+        (rows, seq_len): the next token of each position, or IGNORED. The last position has no next
+        token and is not used.
         """
         x = self._up_to_head(x, keys, documents, recompute=recompute)
         return self.head.loss(x[:, :-1], labels[:, :-1], scale=scale)

@@ -1,4 +1,4 @@
-"""A terminal with log lines and one live line; the log lines scroll above the live line."""
+"""Log lines on a terminal, and below them one live line, whose text is replaced in place."""
 
 import contextlib
 import os

@@ -11,7 +11,7 @@ _QUIET = ("datasets", "filelock", "httpx", "huggingface_hub", "matplotlib", "tor
 
 
 class ConsoleHandler(logging.Handler):
-    """A handler that prints through a console, so that log lines do not break the live line."""
+    """A handler that prints on a console, which puts each log line above the progress line."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -28,10 +28,11 @@ def setup_logging(rank: int, stream: TextIO) -> Console:
     """Sends the log records of the process to `stream`, and replaces any earlier setup.
 
     Rank 0 prints messages of level INFO and higher. Other ranks print messages of level WARNING and
-    higher, as `rank 3: message`. Also sets the variable TORCH_CPP_LOG_LEVEL if it is unset. Without
-    this, torch's sockets would log a lost peer before the line that names the lost rank. torch
-    reads the variable when it is imported, so this function must be called before that. Returns the
-    console, on which `monitor.progress.Progress` prints.
+    higher, as `rank 3: message`. Returns the console, on which `monitor.progress.Progress` prints.
+
+    If the environment variable TORCH_CPP_LOG_LEVEL is unset, sets it to ERROR. With the default of
+    torch, its sockets would log messages about a lost rank before the line that names the rank. The
+    import of torch reads the variable, so this function must be called before the import.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     console = Console(stream)

@@ -31,7 +31,7 @@ class Progress:
         self._eval_loss: float | None = None
 
     def update(self, metrics: IterationMetrics) -> None:
-        """Shows an iteration if the interval has passed; always shows an evaluation."""
+        """Shows the iteration if none was shown for `_interval` seconds; shows any evaluation."""
         self._recent.append(metrics.step_seconds)
         self._lr = self._lr if metrics.lr is None else metrics.lr
         if metrics.held_out is not None:

@@ -20,7 +20,7 @@ PLOT_NAME = "loss.png"
 
 
 class Recorder:
-    """The interface of recorders; this class itself, for ranks other than 0, records nothing.
+    """The interface of recorders. Ranks other than 0 use this class itself, which records nothing.
 
     run_id: the id of the run at wandb; checkpoints save the id.
     """
@@ -66,7 +66,7 @@ class FileRecorder(Recorder):
         self._wandb.log(metrics.to_json(), metrics.step)
 
     def before_save(self) -> None:
-        """Writes pending lines, because a run that resumes from this checkpoint would lose them."""
+        """Writes pending lines, which a run resumed from the checkpoint would otherwise lose."""
         if self._unwritten:
             self._write(warn=False)
 

@@ -27,8 +27,8 @@ class WandbRun:
     """A run at wandb; after the first failure of wandb, this object logs nothing.
 
     run: the result of `wandb.init`; if None, nothing is logged.
-    run_id: if `run` is None, the id of an earlier wandb run, which a later start of the program
-        can continue.
+    run_id: the id of an earlier wandb run, used only if `run` is None; checkpoints keep the id, so
+        that wandb can continue that run after a resume.
     """
 
     def __init__(self, run: Any = None, *, run_id: str | None = None) -> None:

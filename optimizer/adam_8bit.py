@@ -32,7 +32,7 @@ class Adam8bit:
         self._adam: Any = optim.AdamW8bit([nn.Parameter(torch.empty(0))], betas=BETAS, eps=EPS)
 
     def empty_state(self, weight: Tensor) -> State:
-        """Returns the initial state of a weight: 8-bit codes, their tables and their scales."""
+        """Returns a weight's initial state: 8-bit moments, and tables and scales to decode them."""
         parameter = nn.Parameter(weight, requires_grad=False)
         self._put_in(parameter, {})
         self._adam.init_state(self._adam.param_groups[0], parameter, 0, 0)

@@ -31,7 +31,7 @@ class LossScaler(Protocol):
         """Returns the state for `load_state`, including the kind of the scaler."""
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restores a state that a scaler of any kind saved; the flags of this run still apply."""
+        """Restores the saved state of a scaler of any kind; this scaler keeps its own settings."""
 
 
 class ConstantScale:
@@ -56,10 +56,10 @@ class DynamicScale:
     Args:
         initial: the scale of the first update.
         minimum: the lowest scale.
-        window: the number of updates in a row without overflow after which the scale doubles, and
-            the count of overflows returns to 0.
-        hysteresis: the number of overflows at which the scale halves for the first time. Every
-            further overflow halves the scale again.
+        window: after this number of updates in a row without overflow, the scale doubles, and the
+            count of overflows (see `hysteresis`) returns to 0.
+        hysteresis: overflows are counted. The overflow at which the count reaches this number
+            halves the scale, and so does every later one; earlier ones do not change the scale.
     """
 
     may_skip = True
@@ -113,8 +113,8 @@ def make_scaler(
 ) -> LossScaler:
     """Returns the scaler of a run.
 
-    For fp16 the scale is dynamic, or `constant` if `constant` is above 0. For other precisions the
-    scale is 1.
+    For fp16, a value of `constant` above 0 is the scale of all updates; if `constant` is 0, the
+    scale is dynamic. For other precisions the scale is always 1.
     """
     if precision != "fp16":
         return ConstantScale(1.0, may_skip=False)

@@ -23,11 +23,12 @@ from optimizer.offload import HostCopies, to_host
 class MixedPrecisionWeights:
     """The fp32 masters and the compute copies of a stage's weights.
 
-    `masters` holds the masters of the weights that this replica updates, by name. A master is the
-    fp32 weight of `parameters` or, with offload, a copy of this weight in host memory.
+    The constructor casts the weights to `dtype`. A master is the fp32 tensor from before the cast
+    or, with offload, a copy of this tensor in host memory. `masters` holds the masters of the
+    weights that this replica updates, by name.
 
     Args:
-        parameters: the weights of a stage by name, in fp32; they become the compute copies.
+        parameters: the weights of a stage by name, in fp32; the cast makes them compute copies.
         partition: the replicas that update each weight.
         dtype: the type of the compute copies.
         offload: whether the masters are in host memory.

@@ -59,14 +59,14 @@ def restore_state(
     *,
     updates: int,
 ) -> None:
-    """Fills the optimizer from saved states, which `collect_state` returned.
+    """Fills the optimizer from the states in a checkpoint, which `collect_state` made for the save.
 
     Every process of the run must call it, and waits for the slowest disk.
 
     Args:
         optimizer: the optimizer to fill.
-        states: on replica 0, states that together have all weights of the stage; None on other
-            replicas.
+        states: on replica 0, the states of the saved stages that together have all weights of this
+            stage; None on other replicas.
         control: the group of all processes.
         topology: the stage and replica of this process.
         updates: the number of updates before the save; each state must have this number.
@@ -134,8 +134,9 @@ def _share(
 def _batches(optimizer: MixedPrecisionOptimizer, control: Communicator) -> list[list[str]]:
     """Returns the names of the weights in batches; every process has the same number of batches.
 
-    Replica 0 reads the state of a complete batch, and then sends the state. The files are
-    memory-mapped, so the state that was read takes only memory of the system's file cache.
+    Replica 0 reads the state of one batch and sends it before it reads the next batch, so only one
+    batch needs memory at a time. The files are memory-mapped, so this memory is part of the
+    system's file cache.
     """
     sent = {
         name: optimizer.weight_of(name).numel() * (optimizer.partition.holders(name) != [0])
@@ -162,7 +163,7 @@ def finite_weights(optimizer: MixedPrecisionOptimizer) -> list[bool]:
 
 
 def _tensors(optimizer: MixedPrecisionOptimizer, name: str) -> dict[str, Tensor]:
-    """Returns a weight's state by part; empty if this process does not update the weight."""
+    """Returns a weight's moments and, in half precision, its master, if this process has them."""
     tensors = dict(optimizer.moments.get(name, {}))
     if optimizer.has_own_masters and name in optimizer.masters:
         tensors[MASTERS] = optimizer.masters[name]
@@ -170,7 +171,7 @@ def _tensors(optimizer: MixedPrecisionOptimizer, name: str) -> dict[str, Tensor]
 
 
 def empty_state(optimizer: MixedPrecisionOptimizer, name: str) -> dict[str, Tensor]:
-    """Returns host tensors with the shapes and types of one weight's state, by part."""
+    """Returns new host tensors like a weight's moments and, in half precision, like its master."""
     master = torch.empty(optimizer.weight_of(name).shape, dtype=torch.float32)
     tensors = dict(optimizer.algorithm.empty_state(master))
     if optimizer.has_own_masters:

@@ -67,7 +67,7 @@ class UpdateStep:
 
     @property
     def may_skip(self) -> bool:
-        """Returns whether the update is skipped if gradients are not finite; else the run ends."""
+        """Returns whether gradients that are not finite skip the update rather than end the run."""
         return self._scaler.may_skip
 
     @property
@@ -78,7 +78,7 @@ class UpdateStep:
     def apply(
         self, squared_norm: float, *, num_trained_tokens: int, losses_are_finite: bool
     ) -> UpdateResult:
-        """Updates the weights with the exchanged gradients, or skips the update.
+        """Updates the weights with the gradients summed over the replicas, or skips the update.
 
         The update is skipped if the gradients or the losses are not finite. The losses are checked
         too, because a logit of -inf makes an infinite loss with finite gradients.
@@ -103,18 +103,18 @@ class UpdateStep:
         return UpdateResult(lr, norm, scale)
 
     def state(self) -> dict[str, Any]:
-        """Returns the state for a checkpoint: the count of skips, and the scaler's state."""
+        """Returns what a checkpoint keeps: the number of skips in a row and the scaler's state."""
         return {"skipped_in_a_row": self.skipped_in_a_row, "scaler": self._scaler.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restores what `state()` returned; a count of skips that would end the run becomes 0."""
+        """Restores a saved state; counts skips from 0 if the saved number would end the run."""
         skipped = int(state["skipped_in_a_row"])
         self.skipped_in_a_row = skipped if skipped < self._max_skipped else 0
         self._scaler.load_state(state["scaler"])
 
 
 def squared_norms(gradients: Sequence[Tensor]) -> list[float]:
-    """Returns the sum of squares of each gradient, computed from its norm in fp32."""
+    """Returns for each gradient the sum of its squares, computed from its norm in fp32."""
     if not gradients:
         return []
     norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients])

@@ -109,7 +109,8 @@ class BatchPrefetcher:
     """Training batches, each sent one iteration before its use.
 
     On rank 0, `state` and `documents` belong to the last batch that `next` returned: `state` is the
-    state of the data stream after this batch, and `documents` names the sources of each row.
+    state of the data stream after this batch, and `documents` has the origins ("file:line") of each
+    row's documents.
 
     Args:
         scatter: sends the batches.

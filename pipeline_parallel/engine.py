@@ -189,10 +189,11 @@ class Engine:
 def _arrived(
     neighbour: Sequence[Action], receiving: Collection[Kind], *, with_: Collection[Kind]
 ) -> dict[int, int]:
-    """Maps each microbatch to the number of this stage's messages that a neighbour has received.
+    """Returns how many sends to a neighbour are complete when a message from it arrives.
 
-    The neighbour receives these messages before it sends the microbatch's message to this stage.
-    When that message arrives, this stage knows that its sends of the counted messages are complete.
+    The neighbour sends one message to this stage for each microbatch. The result maps the
+    microbatch to the number of messages that the neighbour receives from this stage before it sends
+    this message.
 
     Args:
         neighbour: the actions of the neighbour, in order.

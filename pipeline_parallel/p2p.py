@@ -69,7 +69,7 @@ class StageLink:
         self._gradients = _Direction(pipeline, following, previous, spec, tracer, backward)
 
     def expect(self, *, activations: int, gradients: int) -> None:
-        """Begins an iteration; the arguments say how many messages of each kind it will receive."""
+        """Begins an iteration, in which this stage receives the given numbers of messages."""
         self._activations.expect(activations)
         self._gradients.expect(gradients)
 
@@ -90,10 +90,10 @@ class StageLink:
         self._gradients.send(gradient)
 
     def resolve(self, *, activations: int = 0, gradients: int = 0) -> None:
-        """Waits until the first sends of the iteration are complete, and frees the sent tensors.
+        """Waits until the given numbers of sends are complete, and frees the sent tensors.
 
-        `activations` and `gradients` say how many sends of each kind must be complete, counted from
-        the start of the iteration. The neighbours must have received these messages already, so the
+        `activations` and `gradients` are these numbers, counted from the start of the iteration. In
+        training, the engine counts only messages that the neighbours have received already, so the
         wait is short.
         """
         self._activations.resolve(activations)

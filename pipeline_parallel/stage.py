@@ -15,8 +15,8 @@ class Stage:
     Args:
         model: the stage's part of the model.
         recompute: whether backward computes the activations again.
-        gradients: the buffer to which backward adds the gradients of large weights.
-        splits: whether backward is split into `backward` and `weight_gradient`.
+        gradients: the buffer to which linear layers and the embedding add their gradients.
+        splits: whether a backward pass is two calls: `backward`, and later `weight_gradient`.
     """
 
     def __init__(
@@ -67,8 +67,8 @@ class Stage:
         """Adds the gradients of the weights to the buffer; returns the gradient of the input.
 
         Returns None on the first stage, because token ids have no gradient. `gradient` is the
-        gradient of the stage's output, or None if the output is a loss. If backward is split,
-        `weight_gradient` adds the gradients of large weights later.
+        gradient of the stage's output, or None if the output is a loss. If backward is split, the
+        gradients of linear layers are not added here but in `weight_gradient`.
         """
         x, out = self._after_forward.pop(microbatch)
         with self._gradients.deferring(self._deferred_of(microbatch)):
@@ -76,7 +76,7 @@ class Stage:
         return x.grad
 
     def weight_gradient(self, microbatch: int) -> None:
-        """Runs the second part of a split backward: adds the gradients of large weights."""
+        """Runs the second part of a split backward: adds the gradients of linear layers."""
         for add in self._deferred.pop(microbatch):
             add()
 

@@ -18,7 +18,7 @@ def open_local(name: str, path: str) -> DataSource:
 class CotFile:
     """The task's JSON file; `read` loads the complete file into memory.
 
-    A record's offset and its line are the same number: the entries read, this entry included.
+    A record's offset and line are both the number of its entry in the file, counted from 1.
     """
 
     path: str

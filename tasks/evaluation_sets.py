@@ -25,9 +25,10 @@ class EvaluationSet:
 def parse_evaluation_data(value: str) -> list[EvaluationSet]:
     """Parses `[name=]source,[name=]source,...`; ignores white space around items and names.
 
-    An item without `name=` has the name of its file (without the suffix), folder or task. A value
-    or item that is an existing path is not split. Raises ValueError if an item or a name is empty,
-    a source has a weight, or two names are the same.
+    An item without `name=` is named after its file (without the suffix), folder or task; if it is
+    the only item, its name is empty. A value that is an existing path is not split at ",", and an
+    item that is an existing path is not split at "=". Raises ValueError if an item, a name or a
+    source is empty, a source has a weight, or two names are the same.
     """
     if os.path.exists(value):
         return [EvaluationSet("", value)]

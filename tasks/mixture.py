@@ -1,9 +1,10 @@
 """A mixture: one stream of blocks from several sources, drawn at random by the sources' weights.
 
-The source of a block depends only on (seed, index of the block). The draws are stratified: the unit
-interval is divided into N parts (N is STRATUM), and each group of N blocks draws one number from
-each part, in random order. The probability of a source is still its weight, and the source's share
-of the blocks comes close to the weight sooner than with independent draws.
+A random number from 0 to 1 chooses the source of a block; it depends only on (seed, index of the
+block). The numbers are stratified: the interval is divided into N equal parts (N is STRATUM), and
+each group of N successive blocks gets one number from each part, in random order. The probability
+of a source is still its weight, and the source's share of the blocks comes close to the weight
+sooner than with independent numbers.
 """
 
 import bisect

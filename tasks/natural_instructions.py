@@ -1,15 +1,16 @@
-"""The registered task `natural_instructions`, or `ni`: definitions of tasks with their instances.
+"""The registered task `natural_instructions`, or `ni`: many language tasks with their instances.
 
-The folder has the layout of the repository allenai/natural-instructions: a JSON file for each task,
-and a list of the tasks to train on. The document of an instance is
+The data folder has the layout of the repository allenai/natural-instructions: a JSON file for each
+language task, with its definition and instances, and a list of the language tasks to train on. The
+document of an instance is
 
     <definition>
 
     Input: <input>
     Output: <output>
 
-and its completion is the text after "Output:". If an instance has several outputs, the first output
-is used, so that an instance is one document. On the hub an instance is a row with one output.
+and its completion is the text after "Output:". If an instance has several outputs, only the first
+output is used. The data set on the hub has one output in each row, and each row is a document.
 """
 
 import hashlib

@@ -20,7 +20,7 @@ PLAIN = ("inputs", "targets")
 
 
 def _parse(row: Mapping[str, Any], origin: str) -> Document:
-    """Returns the document of a row; adds a space if no white space separates the two parts."""
+    """Returns a row's document; adds a space if no white space separates inputs and targets."""
     keys = PLAIN if row.get(PRETOKENIZED[0]) is None else PRETOKENIZED
     inputs, targets = (check_text(row.get(key), origin, key) for key in keys)
     is_separated = not inputs or inputs[-1].isspace() or targets[:1].isspace()

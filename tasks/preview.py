@@ -73,7 +73,8 @@ class SourceSample:
     """The numbers of documents, tokens and blocks in a sample of a source.
 
     num_documents, num_tokens, num_trained_tokens: the numbers in the sample.
-    num_blocks: the mean number of blocks with trained tokens that the sample fills in an epoch.
+    num_blocks: how many blocks one epoch of the sample fills, as a mean over several orders of its
+        documents; a block without a trained token is not counted.
     is_complete: whether the sample contains the complete source.
     num_rows: if the sample is not complete, the number of rows that were counted in the source.
     has_more_rows: whether the source has more rows than were counted.
@@ -142,9 +143,10 @@ def sample_source(
 def _count_blocks(
     encoded: Sequence[EncodedDocument], num_tokens: int, seq_len: int, pack: Pack
 ) -> float:
-    """Returns the mean number of blocks with trained tokens that the documents fill in an epoch.
+    """Returns how many blocks one epoch of the documents fills, as a mean over several orders.
 
-    The documents are packed several times, in different orders, into at least MIN_BLOCKS blocks.
+    The documents are packed several times, in different orders, into at least MIN_BLOCKS blocks. A
+    block without a trained token is not counted.
     """
     repeats = math.ceil(MIN_BLOCKS * seq_len / num_tokens) if num_tokens else 1
     orders = (random.Random(seed).sample(encoded, len(encoded)) for seed in range(repeats))

@@ -1,7 +1,7 @@
 """The registered tasks, and checks of the sources in --task-name and --evaluation-data.
 
-A registered task is an entry in TASKS. A task with its own row format (see `tasks.sources.rows`)
-has a separate file. The module imports no torch.
+A registered task is an entry in TASKS. If a task has its own row format (see `tasks.sources.rows`),
+a separate Python module, such as `tasks.p3`, defines this format. This module imports no torch.
 """
 
 import json

@@ -14,8 +14,8 @@ class SourceLocation:
     """The location of a source's documents: a path, or a name on the hub.
 
     kind: the kind of location; "task" is a special layout, opened by a registered task's module.
-    missing: for kind "hub", a text that says that no such path exists. If the hub also fails, the
-        error begins with this text.
+    missing: for kind "hub", a text that says that the data are not on disk. If they cannot be
+        opened on the hub either, the error begins with this text.
     """
 
     path: str
@@ -25,7 +25,7 @@ class SourceLocation:
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """An item of --task-name: a task, path or hub name, and the weight that the user gave."""
+    """An item of --task-name: a source (a task, a path, or a name on the hub) and its weight."""
 
     name: str
     weight: float = 1.0

@@ -1,8 +1,9 @@
 """Settings of every test process.
 
 Each process has one thread, because several tests run at once, and threads that wait for a busy
-core are far slower than one thread. SIGINT gets its default handler, because processes that a
-shell's background job starts ignore SIGINT, and the tests must be able to interrupt them.
+core are far slower than one thread. SIGINT gets its default handler, because pytest ignores
+SIGINT when it is a shell's background job, and so would the processes that tests start and
+interrupt.
 """
 
 import os

@@ -99,8 +99,8 @@ class Saver:
         the method returns, unless `is_last` is true.
 
         Raises:
-            SaveFailedError: on all ranks, if the save fails and `is_last` is true or
-                --checkpoint-failure is fatal.
+            SaveFailedError: the save failed; raised on all ranks, but only if `is_last` is true
+                or if --checkpoint-failure is fatal.
         """
         self._store.begin(self._meta(step, data), parts=self._parts(step))
         if self._snapshot is not None and not is_last:
@@ -124,7 +124,7 @@ class Saver:
         return True
 
     def close(self) -> None:
-        """Deletes old checkpoints and waits until they are deleted; every process calls it."""
+        """Deletes the checkpoints beyond --keep-checkpoints, and returns when they are deleted."""
         self._store.finish_cleanup()
 
     def _parts(self, step: int) -> dict[str, Any]:

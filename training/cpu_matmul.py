@@ -1,7 +1,8 @@
-"""The choice of the fp32 matmul library on CPUs: made before the first matmul, logged and saved.
+"""The choice of the fp32 matmul library on CPUs; the log and the checkpoints name the library.
 
-Each rank chooses the library for its own CPU. On resume, a rank uses the library that the
-checkpoint names, because the exact results of a run depend on the library.
+Each rank chooses the library for its own CPU, before its first matmul. The exact results of a run
+depend on the library. So on resume, a rank uses the library that the checkpoint names, unless
+--cpu-matmul names another one.
 """
 
 import logging

@@ -28,8 +28,8 @@ class Evaluation:
         open_sets: a function that returns the batches of each set, by the set's name; each call
             starts again at the first batch. It is None on ranks other than 0, which receive the
             names from rank 0.
-        stop: the request to stop that this process knows of; rank 0 knows the requests of all
-            ranks.
+        stop: holds the first request to stop that this process gets, if it gets one; rank 0 also
+            gets the requests that come to other ranks.
     """
 
     settings: UpdateSettings
@@ -68,7 +68,8 @@ class Evaluation:
         """Returns the total loss and the number of trained tokens of one held-out set.
 
         `batches` has the set's batches on rank 0, and is None on other ranks. With `may_stop`, a
-        request to stop ends this function early; the totals then cover the batches before it.
+        request to stop ends this function after the current batch; the totals then do not cover
+        the batches that are left.
         """
         if batches is not None and may_stop:  # other ranks stop after rank 0's last batch
             batches = takewhile(lambda _: self.stop.asked is None, batches)
@@ -92,7 +93,7 @@ class Evaluation:
         return totals
 
     def _warn(self, name: str, found: Sequence[Sequence[tuple[int, int]]]) -> None:
-        """Logs a warning that lists the blocks whose loss is not finite.
+        """Logs a warning that lists the blocks of the microbatches whose loss is not finite.
 
         `found` has a list for each rank: pairs of the number of a batch and the number of a
         microbatch in this batch. Both numbers start at 0.

@@ -86,7 +86,10 @@ class Iteration:
             )
 
     def explain_skips(self, step: int, saved: str) -> str:
-        """Returns the text of the final error, which quotes `saved`. All ranks must call this."""
+        """Returns the text of the error with which the run gives up; every process calls it.
+
+        `saved` is the part of the text that says whether the weights are saved.
+        """
         cause = self._last_skip if self._bad is None else self._report.explain_loss(*self._bad)
         return (
             f"step {step}: {self.update_step.skipped_in_a_row} updates in a row were skipped "
@@ -122,7 +125,10 @@ class Iteration:
         return totals
 
     def _squared_norms(self) -> list[float]:
-        """Returns this stage's squared gradient norms; 0 for gradients that other replicas own."""
+        """Returns the squared norm of each weight's gradient in this stage.
+
+        For each weight, one replica (the owner) returns the norm; the other replicas return 0.
+        """
         gradients = dict(self._optimizer.gradients.reported())
         size = sum(gradient.numel() for gradient in gradients.values())
         with self._tracer.span(Track.OPTIMIZER_COMP, size=size):

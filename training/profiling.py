@@ -1,7 +1,7 @@
-"""--profiling of a run: the measured time of a step, compared with a simulation.
+"""The profile of a run (--profiling): the measured time of a step, compared with a simulation.
 
-The simulator covers only the pipeline. This module adds the optimizer's part of a step, in which no
-stage begins its update before all stages know the gradient norm.
+The simulator covers only the pipeline. To the simulated time, this module adds the gradient norms
+and the update. No stage begins its update before all stages have computed their norms.
 """
 
 import logging
@@ -69,8 +69,8 @@ def simulated_step(
 class TrainingProfile:
     """The tracer of a rank, and the timeline that is drawn at the end of the run.
 
-    Without --profiling tidy_profiling, nothing is traced, written or logged. The trace files have
-    the name of the checkpoint folder and are written under the working directory.
+    Without --profiling tidy_profiling, nothing is traced, written or logged. The trace files are
+    written under the working directory. Their names begin with the name of the checkpoint folder.
     """
 
     def __init__(self, settings: Settings, context: RunContext) -> None:

@@ -35,14 +35,14 @@ class Resumed(NamedTuple):
 def find_resume(
     settings: Settings, context: RunContext, *, store: CheckpointStore, split: StageSplit
 ) -> Resumed:
-    """Returns the checkpoint that the run continues, and the split of the run's layers.
+    """Returns the checkpoint from which the run resumes, and the splits of run and checkpoint.
 
     Every process must call this function. The checkpoint of an older system (a predecessor, see
     docs/glossary.md) must have the same split as the run.
 
     Raises:
-        ValueError: the flags forbid a resume, or the checkpoint is damaged or belongs to another
-            run.
+        ValueError: there is a checkpoint although --load-checkpoint is false, or the checkpoint is
+            damaged or does not fit the run.
     """
     resume_split = ResumeSplit(split.asked, split.layers)
     if not settings.checkpoint.load_checkpoint:

@@ -27,7 +27,7 @@ class RunStart:
     """The model, data and checkpoint that a run starts with.
 
     Attributes:
-        split: the split of the layers over the stages that --num-layers requests.
+        split: the split of the layers that --num-layers gives if there is no checkpoint.
         layers: the split that the run uses.
         source: the split with which the checkpoint was saved.
         data: the training data and held-out data on rank 0; None on other ranks.

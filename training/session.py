@@ -30,7 +30,7 @@ from training.startup_checks import LocalResources
 
 
 class End(NamedTuple):
-    """The exit status of a run that ended without an error, and a line with the reason."""
+    """The exit status of a run that raised no error; if it stopped early, `line` says why."""
 
     status: int
     line: str | None = None

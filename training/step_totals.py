@@ -44,11 +44,12 @@ class StepTotals(NamedTuple):
 class TotalsReducer:
     """A reducer that sums the totals over all processes, with one all-reduce of float64 slots.
 
-    The slots are: the loss and tokens of each replica; for each rank, two slots for a request to
-    stop; a flag that is positive while a process writes a checkpoint; and, at the end of an update,
-    the squared gradient norm of each parameter of all stages. The slots of a request are the number
-    of the rank that got the signal, and the number of the signal. Both have 1 added, because 0
-    means that there is no request.
+    The slots are, in this order: the loss and tokens of each replica; two slots of each rank, for
+    requests to stop; a flag that is positive while a process writes a checkpoint; and, if an update
+    follows the iteration, the squared gradient norm of each parameter of all stages. A rank that
+    knows of a request to stop writes into its own two slots which rank got the signal, and the
+    number of the signal. Both numbers have 1 added, because 0 means that this rank knows of no
+    request.
 
     Args:
         num_parameters: the number of parameters of each stage.
@@ -79,9 +80,9 @@ class TotalsReducer:
 
         Args:
             loss, tokens: the numbers of this process; 0 and 0 if this process computes no loss.
-            squared_norms: the squared norm of each gradient of this stage, in the order of the
-                parameters, after the sum over the replicas; 0 for a gradient that another replica
-                owns; None if no update follows this iteration.
+            squared_norms: a number for each parameter of this stage, in order: the squared norm of
+                its gradient, which the replicas have already summed, or 0 if another replica owns
+                the parameter. The whole list is None if no update follows this iteration.
             stop_cause: the request to stop that this process knows of.
             is_writing: whether this process still writes a checkpoint.
         """
@@ -142,7 +143,7 @@ def _float64(*values: float) -> Tensor:
 
 
 def _first_cause(slots: Sequence[float]) -> StopCause | None:
-    """Returns the first request to stop from pairs (rank + 1, signal + 1); 0 means no request."""
+    """Returns the first request among the pairs (rank + 1, signal + 1); (0, 0) means no request."""
     pairs = zip(slots[::2], slots[1::2], strict=True)
     return next(
         (StopCause(round(rank) - 1, round(signal) - 1) for rank, signal in pairs if rank), None

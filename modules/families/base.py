@@ -100,7 +100,7 @@ def dense_sizes(config: Any, *, inner: int) -> ModelSizes:
 
 
 def check_heads(config: Any) -> None:
-    """Raises ValueError unless hidden_size is heads * n (n an integer) and head_dim is n or None."""
+    """Raises ValueError unless hidden_size = heads * n (n: integer) and head_dim is n or None."""
     hidden, heads = config.hidden_size, config.num_attention_heads
     if hidden % heads:
         raise ValueError(f"hidden size {hidden} is not a multiple of {heads} attention heads")

@@ -2,9 +2,9 @@
 
 The mask of a sequence must be the same when a block is computed again in backward (recompute),
 after a resume, and with another number of stages and replicas. So no generator keeps a state
-between calls: each mask is drawn with a seed made from a key and a name. Each row of a microbatch
-has a key, made from seed, update and sequence (`common.seeds.dropout_keys`). Each dropout has a
-name, its `site`, which contains the layer.
+between calls: the seed of each mask is made from a key and a name. Each row of a microbatch has a
+key, made from the run's seed, the update and the sequence (`common.seeds.dropout_keys`). Each
+dropout has a name (`site`), which includes its layer.
 """
 
 from collections.abc import Sequence

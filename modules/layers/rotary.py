@@ -76,7 +76,7 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
 
 
 def split_and_rotate(fused: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns rotated queries, rotated keys and the values of `fused` (..., 3 * head size)."""
+    """Splits `fused` (..., 3 * head size) into queries, keys and values; rotates the first two."""
     query, key, value = _SplitAndRotate.apply(fused, rotation)  # type: ignore[no-untyped-call]
     return query, key, value
 

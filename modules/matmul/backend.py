@@ -1,9 +1,10 @@
-"""The library for fp32 matmuls on a CPU, and a check that its results are true fp32.
+"""The choice of a library for fp32 matmuls on a CPU; a check that its results are true fp32.
 
 On x86, torch uses MKL by default. On AMD CPUs MKL runs AVX2 kernels, but oneDNN has AVX-512
 kernels. torch 2.13 uses oneDNN for fp32 matmuls if `fp32_precision` is "bf16" and the CPU has
-AVX-512 (`mkldnn_gemm` and `use_mkldnn_bf32_matmul` in its Matmul.cpp). The value "bf16" permits
-oneDNN to compute in bf16, but oneDNN does so only with AMX. Without AMX its results are fp32.
+AVX-512 (`mkldnn_gemm` and `use_mkldnn_bf32_matmul` in torch's Matmul.cpp). The value "bf16"
+permits oneDNN to compute in bf16, but oneDNN does so only with AMX. Without AMX the results of
+oneDNN are fp32.
 """
 
 from collections.abc import Callable
@@ -72,7 +73,7 @@ def _linear(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def _plain(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """Returns a @ b, like the backward of a linear layer (transposed left operand)."""
+    """Returns a @ b, with `a` as a transposed view, like the backward of a linear layer."""
     return a.t().contiguous().t().mm(b)
 
 

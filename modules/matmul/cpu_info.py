@@ -2,7 +2,8 @@
 
 The CPU determines the library of fp32 matmuls, and whether matmuls in half precision are computed
 in fp32 and rounded. Both change the order of sums. So two runs of a command on the same type of
-machine must find the same instructions. Therefore nothing here is measured.
+machine must find the same instructions. Therefore this module only reads what the system lists; it
+measures no speed, because a measured speed differs from run to run.
 """
 
 import platform
@@ -37,7 +38,7 @@ class CpuInfo:
 
     @classmethod
     def of_this_machine(cls) -> "CpuInfo":
-        """Returns the first CPU of this machine; flags that are not known count as missing."""
+        """Returns this machine's first CPU; instructions that are not listed count as missing."""
         try:
             return cls.from_cpuinfo(_first_entry(CPUINFO))
         except OSError:

@@ -49,9 +49,9 @@ def _requested(flag: str, cpu: CpuInfo, saved: Matmul | None) -> Matmul:
 
 
 def _check_onednn(flag: str, cpu: CpuInfo) -> Matmul:
-    """Returns "onednn" if its results are true fp32; else switches to torch's default.
+    """Returns "onednn" if its results are true fp32; else activates and returns "default".
 
-    Raises ValueError instead of switching if the flag requests oneDNN.
+    Raises ValueError instead of returning "default" if the flag requests oneDNN.
     """
     error = fp32_error()
     if error <= 1.0:

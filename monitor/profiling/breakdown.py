@@ -4,11 +4,11 @@ Communication is exposed while a rank does no work and
 
 - sends a message; or
 - waits for a message that its neighbour has already computed; or
-- sends or waits in the track optimizer-comm, after the last backward of all ranks.
+- exchanges gradients, weights or totals (track optimizer-comm), after the backwards of all ranks.
 
 All other time without work is the bubble: the rank waits for another rank's computation, or runs
-code that no span (measured interval) covers. The simulated timeline has no spans of messages, so a
-gap between two computations counts as the receive of the second computation's input.
+code that no span (measured interval) covers. A step can also be simulated; the simulation has no
+spans of messages, so a gap before a forward or backward counts as the receive of its input.
 """
 
 from collections.abc import Iterable, Sequence
@@ -135,7 +135,7 @@ def _ready(
     last_backward: float,
     num_stages: int,
 ) -> float:
-    """Returns when a span stops waiting for a computation; from then on, it is communication."""
+    """Returns the time from which a span is communication; before, it waits for a computation."""
     if span.track in _SENDS:
         return span.start
     if span.track is Track.OPTIMIZER_COMM:

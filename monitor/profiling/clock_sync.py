@@ -61,8 +61,9 @@ def clock_offset(messages: HostMessages, *, clock: Clock, rounds: int = ROUNDS) 
 class ClockSync:
     """A converter from this process's clock to nanoseconds since the run began.
 
-    The run begins when rank 0 creates this object. The offset is interpolated linearly between the
-    first and the last measurement, so measurements at both ends of a run correct clock drift.
+    The run begins when rank 0 creates its ClockSync. The offset to add is interpolated linearly
+    between the first and the last measurement, so measurements at both ends of a run correct clock
+    drift.
     """
 
     def __init__(self, clock: Clock = time.perf_counter_ns) -> None:
@@ -79,7 +80,7 @@ class ClockSync:
 
     @property
     def offset(self) -> int:
-        """The last measured offset to the run's clock, in nanoseconds."""
+        """The last measured offset: nanoseconds since the run began minus this clock's time."""
         return self._offsets[-1].offset
 
     @property

@@ -27,7 +27,7 @@ class _DeviceStep(NamedTuple):
     spans: list[TimedSpan[Event]]
 
     def read(self) -> StepTrace:
-        """Returns the step in host times; waits until the device has finished the step."""
+        """Waits for the device to finish the step; returns it with times of the host's clock."""
         spans = [
             Span(track, self._time(begin), self._time(end), microbatch, size)
             for track, begin, end, microbatch, size in self.spans

@@ -29,7 +29,7 @@ Simulate = Callable[[StepOfAllRanks], Sequence[SimulatedSpan]]
 
 @dataclass(frozen=True)
 class Profiler:
-    """A rank's tracer, the clock of the run, and the communicator that synchronizes the clock."""
+    """A rank's tracer, the ClockSync for its times, and a communicator to measure clock offsets."""
 
     tracer: Tracer
     clock: ClockSync

@@ -1,4 +1,4 @@
-"""One step of all ranks, joined from the ranks' traces; traces are sent as small JSON lists."""
+"""One step of all ranks, joined from the traces that ranks exchange as small JSON lists."""
 
 import statistics
 from collections import defaultdict
@@ -20,7 +20,7 @@ class RankSpan(NamedTuple):
 
 
 class StepOfAllRanks(NamedTuple):
-    """A step of all ranks, from the earliest start to the latest end of a rank, in seconds."""
+    """A step; `start` is the earliest over all ranks, `end` the latest, in seconds."""
 
     step: int
     start: float
@@ -29,15 +29,16 @@ class StepOfAllRanks(NamedTuple):
 
 
 def step_times(steps: Sequence[StepTrace], clock: ClockSync) -> list[list[float]]:
-    """Returns [step, start, end] of each step of this rank, in seconds of the run's clock."""
+    """Returns [step, start, end] of each step of this rank, in seconds since the run began."""
     return [[s.step, _seconds(s.begin, clock), _seconds(s.end, clock)] for s in steps]
 
 
 def median_step(times: Sequence[Sequence[Sequence[float]]]) -> int | None:
     """Returns the step of median length among those that all ranks traced; None if there is none.
 
-    A step lasts from the earliest start to the latest end of a rank. If the number of steps is
-    even, the shorter of the two middle steps is chosen. `times` are the `step_times` of all ranks.
+    A step lasts from the earliest start on any rank to the latest end on any rank. If the number of
+    steps is even, the shorter of the two middle steps is chosen. `times` are the `step_times` of
+    all ranks.
     """
     by_step: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for of_rank in times:

@@ -1,8 +1,8 @@
 """Trace files in the Chrome trace event format; Perfetto and chrome://tracing can open them.
 
-The file is one JSON list, and every entry is a span (ph X), so that scripts can read the file
-easily. The args of the first entry have the offset between this rank's clock and rank 0's clock,
-and the largest error of the offset.
+The file is one JSON list, and every entry is a span (its field ph is "X"), so that scripts can
+read the file easily. The field args of the first entry also contains the offset from this rank's
+clock to the time since the run began, and the largest possible error of the offset.
 """
 
 import json
@@ -74,6 +74,6 @@ def _event(span: Span, *, rank: int, clock: ClockSync) -> dict[str, Any]:
 
 
 def _name(span: Span) -> str:
-    """Returns a name such as `F3` for pipeline work, else the track's name without its number."""
+    """Returns a name like `F3` (forward of microbatch 3), `forward-recv 3` or `optimizer-comp`."""
     name = _SHORT.get(span.track, f"{span.track.value.partition(' ')[2]} ")
     return f"{name}{'' if span.microbatch is None else span.microbatch}".rstrip()

@@ -4,9 +4,9 @@
         with tracer.span(Track.FORWARD_COMPUTE, microbatch=3):
             ...
 
-The tracer keeps only the last KEEP_STEPS steps, so memory and file stay small in a long run. The
-file is written after every KEEP_STEPS steps, and at the end. If a run is killed, its last file
-remains.
+The tracer keeps only the last KEEP_STEPS steps, so memory and the trace file stay small in a long
+run. The trace file is replaced after every KEEP_STEPS steps, and at the end of the run. If a run is
+killed, the file stays as it was last written.
 """
 
 import time
@@ -105,7 +105,7 @@ NO_TRACER = Tracer()
 
 
 class StepLog:
-    """A log of the last `keep` steps; it calls `write` after `keep` new steps and at the end."""
+    """A log of the last `keep` steps; it passes them to `write` after every `keep` new steps."""
 
     def __init__(
         self, write: Callable[[Sequence[StepTrace]], None], *, keep: int = KEEP_STEPS
@@ -120,7 +120,7 @@ class StepLog:
             self.flush()
 
     def flush(self) -> None:
-        """Writes the steps if there are new steps."""
+        """Passes all kept steps to `write` if any step is new since the last write."""
         if self._unwritten:
             self._write(self.steps)
             self._unwritten = 0

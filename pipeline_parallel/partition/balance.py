@@ -36,9 +36,9 @@ def balanced_split(
     and so on. If the splits differ only in the order of the stages, the result has the fewest
     blocks on the first stages, because these stages keep the most activations in memory.
 
-    The result is exact. The search adds one stage at a time, and finds the best split for each
-    number of blocks on the stages so far. This is correct because the better of two splits stays
-    the better one if a stage is added to both, with the same work in both.
+    The result is exact. The search adds one stage at a time. For each number of blocks on the
+    stages so far, it keeps only the best split. No other split can win later: if the same next
+    stage is added to two splits, the better of them stays the better one.
 
     Args:
         work: the work of a block and of the head.

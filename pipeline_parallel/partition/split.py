@@ -1,8 +1,8 @@
 """The split of a model's blocks into stages: the value of --num-layers, and the class `Split`.
 
-The value is `4` (4 blocks on each stage, and the rest on the last stage), `5,3` (5 blocks on the
-first stage and 3 on the second) or `auto`. The module imports no torch, because flags are checked
-before torch is loaded.
+The value is `4` (4 blocks on each stage except the last, which has the rest: 1 to 4 blocks), `5,3`
+(5 blocks on the first stage and 3 on the second) or `auto` (the most balanced split). The module
+imports no torch, because flags are checked before torch is loaded.
 """
 
 import re
@@ -38,9 +38,9 @@ def parse_layers(text: str) -> Layers:
 
 
 def even_split(per_stage: int, *, num_stages: int, model_layers: int) -> tuple[int, ...]:
-    """Returns the number of blocks on each stage if every stage except the last has `per_stage`.
+    """Returns the number of blocks on each stage: `per_stage`, as long as blocks are left.
 
-    If the model has too few blocks, the last stages have fewer blocks or none.
+    So the last stages can have fewer blocks or none. No stage has more than `per_stage`.
     """
     left = (model_layers - stage * per_stage for stage in range(num_stages))
     return tuple(max(0, min(per_stage, count)) for count in left)

@@ -51,8 +51,9 @@ def split_costs(
 ) -> list[StageCosts]:
     """Returns the costs of each stage's actions, in multiply-adds per token instead of seconds.
 
-    The head is never recomputed. Its forward also computes the gradients of its input and weights.
-    But if a schedule has weight-gradient actions, they compute the gradients of the head's weights.
+    The head is never recomputed. Its forward also computes the gradient of its input. If the last
+    stage has weight-gradient actions, they compute the gradients of the head's weights; otherwise
+    the head's forward computes these gradients too.
     """
     costs, last = [], len(layers) - 1
     for stage, count in enumerate(layers):

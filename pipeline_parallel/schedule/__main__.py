@@ -22,9 +22,9 @@ input-gradient action (I) to its weight-gradient action (W), or within B; at mos
 def timetable(run: SimulatedRun) -> str:
     """Returns the timetable of a simulated run, with one line for each stage.
 
-    Time runs from left to right. A slot is one second of `run`. An action of several slots
-    continues as ==, and an idle slot is a dot. The time of each action in `run` must be an integer
-    number of seconds, at least 1.
+    Time runs from left to right. Each column is a slot: one second of the simulated time. An action
+    of several slots continues as ==, and an idle slot is a dot. The time of each action in `run`
+    must be an integer number of seconds, at least 1.
     """
     rows = [[IDLE] * round(run.total) for _ in run.peak_in_flight]
     for stage, action, start_second, end_second in run.actions:

@@ -2,8 +2,8 @@
 
 The validator checks only that an execution order exists. The simulator computes times for the
 actions in this order. Sends do not wait, and receives are posted early, in the order of the stage's
-actions. So an action can start when the action that sends its message has run; the number of
-receives that are posted early makes no difference.
+actions. So the next action of a stage can start when the message that it needs has been sent. The
+number of receives that are posted early makes no difference.
 """
 
 from collections.abc import Iterator, Sequence
@@ -90,8 +90,9 @@ def execution_order(actions: Sequence[Sequence[Action]]) -> Iterator[tuple[int, 
 def _deadlock(waiting: dict[int, Action], num_stages: int) -> str:
     """Returns the error text for a deadlock.
 
-    `waiting` maps each stage that waits to its next action. The function goes from a waiting stage
-    to the sender of its message, and so on, until a stage does not wait or is found twice.
+    `waiting` has, for each stage that waits for a message, the action that needs this message. The
+    function goes from a waiting stage to the stage that should send the message, and so on, until
+    it comes to a stage that has ended, or to a stage for the second time.
     """
     path = [min(waiting)]
     while True:

@@ -2,9 +2,9 @@
 
 The code of a schedule uses no tensors, no communication and no I/O.
 A schedule yields the actions of one stage in order. The engine receives a message before an action
-and sends a message after the action, so a schedule does not contain messages. Every schedule runs
-backward of the microbatches in the same order on every stage. So the sums of the gradients are the
-same for any number of stages, equal to the last bit.
+and sends a message after the action, so a schedule does not contain messages. In every schedule,
+all stages run the backward passes of the microbatches in the same order. So the sums of the
+gradients are the same for any number of stages, equal to the last bit.
 
 A new schedule is one generator function and one line in `SCHEDULES`. The module `validate` checks a
 schedule before it runs, the module `simulator` computes the time of a schedule, and the command
@@ -92,8 +92,8 @@ def zero_bubble_h1(stage: int, num_stages: int, num_microbatches: int) -> Iterat
     At most num_stages microbatches are in flight (from F to the end of W). If each action
     takes the same time on all stages and num_microbatches >= num_stages, each stage is idle for
     (num_stages - 1) * (F + I - min(F, I, W)) seconds; here F, I and W are the seconds of these
-    actions. The paper assumes that W is the shortest, so its factor is F + I - W. For 1f1b the
-    factor is F + I + W.
+    actions. The paper assumes that W is the shortest action, so the second factor is F + I - W
+    there. For 1f1b the second factor is F + I + W.
     """
     for action in one_forward_one_backward(stage, num_stages, num_microbatches):
         kind, microbatch = action

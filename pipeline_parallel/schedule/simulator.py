@@ -97,7 +97,7 @@ class SimulatedRun:
 
     @property
     def bubble(self) -> float:
-        """Returns the fraction (0 to 1) of the total time in which a stage is idle, on average."""
+        """Returns the stages' mean idle time as a fraction (0 to 1) of `total`."""
         if self.total == 0:
             return 0.0
         busy = math.fsum(action.end - action.start for action in self.actions)
@@ -109,7 +109,8 @@ def simulate(
 ) -> SimulatedRun:
     """Simulates a schedule, and returns the times of its actions.
 
-    The schedule must pass `check_schedule`, or be `forward_only`.
+    The schedule must be `forward_only`, or one that `check_schedule` accepts. `simulate` does not
+    check this, but it finds deadlocks.
 
     Raises:
         ValueError: the schedule deadlocks, or `costs` is not for `num_stages` stages.

@@ -22,10 +22,10 @@ def check_schedule(schedule: Schedule, num_stages: int, num_microbatches: int) -
     A schedule must have these properties:
 
     - Each stage runs forward of each microbatch once, and then backward once: B, or I and later W.
-    - Each stage receives activations and gradients in the order in which its neighbour sends them,
-      because messages between two stages keep their order.
+    - Each stage's actions need activations and gradients in the order in which its neighbours send
+      them, because a message cannot overtake an earlier one.
     - All stages add the gradients of the microbatches in the same order.
-    - No stage waits for a message that is never sent, and no stages wait for each other.
+    - No stage waits for a message that is never sent, and the stages do not deadlock.
 
     The error text names stage, action and problem.
     """

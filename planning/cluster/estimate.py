@@ -83,7 +83,7 @@ class Estimate:
         return self.links[link].message_seconds(self.plan.message)
 
     def compute_seconds(self, link: Link) -> float:
-        """Returns how many seconds the stage that receives over a link computes per message."""
+        """Returns the seconds of the receiving stage's work on one message: forward or backward."""
         replica, stage = divmod(link.to, self.topology.num_stages)
         costs = self._costs(replica)[stage]
         is_gradient = link.to < link.source
@@ -102,10 +102,10 @@ class Estimate:
         )
 
     def exchange(self, stage: int) -> tuple[float, Link] | None:
-        """Returns the seconds in which the replicas sum a stage's gradients, and the slowest link.
+        """Returns how long the replicas take to sum a stage's gradients, and their slowest link.
 
-        Each of R replicas sends 2 (R - 1) / R times the bytes of the gradients. Returns None if
-        there is only one replica.
+        Each of R replicas sends 2 (R - 1) / R times the bytes of the gradients. The estimate is the
+        seconds of these bytes on the slowest link. Returns None if there is only one replica.
         """
         replicas = self.topology.num_replicas
         ranks = self.topology.replica_ranks(stage)

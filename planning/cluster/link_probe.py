@@ -1,10 +1,10 @@
 """The links of a run, and their speeds, measured with the communicator of training.
 
 Times are read only from the sender's clock. The time of a message is the seconds from the start of
-its send to the arrival of a short answer, minus half the round-trip time of short messages. So half
-of a delay in one direction is added to the latency of each direction. A low rate (bytes per second)
-changes only the result of the direction that has this rate. As in training, the receive is posted
-before the send starts.
+its send to the arrival of a short answer, minus half the round-trip time of short messages. The
+latency is also half this round-trip time. So if only one direction has a delay, the latency of each
+direction contains half of this delay. A low rate (bytes per second) of one direction changes only
+the result of this direction. As in training, the receive is posted before the send starts.
 """
 
 import statistics

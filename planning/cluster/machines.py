@@ -160,7 +160,7 @@ def _identity(path: Path, listed: Any) -> str | None:
 
 
 def _damage(folder: Path, names: Sequence[str]) -> list[str]:
-    """Returns the error of each shard whose size differs from the manifest, without repetition."""
+    """Returns the errors of the shards' size checks; an error of several shards is listed once."""
     lines = []
     for name in names:
         try:
@@ -205,7 +205,7 @@ def _differing(
 ) -> list[str]:
     """Returns a line for each fact whose value differs between the ranks that have it.
 
-    For config.json, a key that only some of the ranks have is also a difference.
+    With a `prefix` (for config.json), a rank without the fact also differs, unless it has no facts.
     """
     lines = []
     for name in dict.fromkeys(name for of_rank in facts for name in of_rank):

@@ -19,9 +19,9 @@ def matmul_rate(
 ) -> float:
     """Measures multiply-adds per second of a (rows, inputs) x (inputs, outputs) matmul in `dtype`.
 
-    The measurement takes about `budget` seconds. Processes that share a device start together and
-    take equally long, so they share the device during the complete measurement. If a matmul of all
-    rows would take too long, fewer rows are used.
+    The measurement takes about `budget` seconds. If several processes share a device, they must
+    call this function at the same time; then each measures the speed of its share. If a matmul of
+    all rows would take too long, fewer rows are used.
     """
     began = time.monotonic()
     weight = torch.ones(outputs, inputs, dtype=dtype, device=device)

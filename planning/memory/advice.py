@@ -31,8 +31,8 @@ def helpful_changes(
 ) -> list[Change]:
     """Returns the flag changes that reduce the peak memory of `rank`, the best change first.
 
-    `peak` is the peak without a change. If a change alters the number of stages, `peak` is compared
-    with the highest peak of all stages.
+    `peak` is the peak of `rank` with the present flags. If a change alters the number of stages,
+    `peak` is compared with the highest peak of the new stages.
     """
     changes, has_steps = [], any_steps(settings.checkpoint.checkpoint_path)
     for flags, changed in _variants(settings):

@@ -50,17 +50,18 @@ GPU = "meta"  # torch's device without memory stands for a GPU; no GPU is needed
 
 @dataclass(frozen=True)
 class StageMemory:
-    """The memory of one process, in bytes; `peak` is the maximum on its device.
+    """The memory of one process; all values except `parameters` and `held` are bytes.
 
     Attributes:
         parameters: the number of parameters.
-        weights, gradients: bytes on the device all the time.
-        optimizer: bytes of masters and moments, on the device all the time.
-        host: in runs on a GPU, bytes in host memory for --use-offload, and for the copy of the
-            state that --async-checkpoint makes.
-        copied: in runs on a CPU, bytes of the copy of the state that --async-checkpoint makes.
+        weights, gradients: on the device all the time.
+        optimizer: masters and moments on the device all the time; 0 if they are in `host`.
+        host: in runs on a GPU, host memory for --use-offload, and for the copy of the state that
+            --async-checkpoint makes; 0 in runs on a CPU.
+        copied: in runs on a CPU, the copy that --async-checkpoint makes; 0 in runs on a GPU.
+        peak: the maximum on the device.
         held: the largest number of microbatches in flight at once.
-        checkpoint: bytes of the stage's files in a checkpoint.
+        checkpoint: the stage's files in a checkpoint.
     """
 
     parameters: int
@@ -75,7 +76,7 @@ class StageMemory:
 
     @property
     def activations(self) -> int:
-        """Returns the rest of the peak in bytes: activations, messages and temporary tensors."""
+        """Returns the peak minus permanent bytes: activations, messages and temporary tensors."""
         return self.peak - self.weights - self.gradients - self.optimizer - self.copied
 
 
@@ -90,9 +91,10 @@ class PlannedModel(NamedTuple):
 class DryRun:
     """A dry run of a training run with these settings and this model, one process at a time.
 
-    If `cuda` is true, the dry run models processes on GPUs; it needs no GPU itself. Attention then
-    keeps the tensors of flash attention (half precision) or of the memory-efficient kernel (fp32).
-    Memory of libraries other than torch, and memory inside an operator, is not counted.
+    If `cuda` is true, the dry run models processes on GPUs; it needs no GPU itself. In this case
+    attention saves the same tensors for backward as the GPU kernels: flash attention in half
+    precision, the memory-efficient kernel in fp32. Memory of libraries other than torch, and memory
+    inside an operator, is not counted.
     """
 
     def __init__(self, settings: Settings, model: PlannedModel, *, cuda: bool) -> None:
@@ -142,8 +144,8 @@ class _Process:
         """Returns documents whose lengths need the most memory; None without --pack document.
 
         The lengths of real documents depend on the data, so the dry run uses the lengths for which
-        attention on a CPU keeps the most bytes. On GPUs in half precision, documents of any length
-        need as much memory as complete rows.
+        attention on a CPU keeps the most bytes, also for GPUs in fp32. On GPUs in half precision,
+        documents of any length need the same memory, so each row is one document.
         """
         if self._settings.data.pack != "document":
             return None
@@ -156,7 +158,7 @@ class _Process:
         return FakeBatch.documents_of(doc_starts.repeat(self._settings.update.micro_batch_size, 1))
 
     def _make_algorithm(self) -> Algorithm:
-        """Creates the algorithm of --optimizer; computes its tables now, while tensors are real."""
+        """Creates --optimizer's algorithm; computes 8bit-adam's tables while tensors are real."""
         algorithm = ALGORITHMS[self._settings.update.optimizer]()
         algorithm.empty_state(torch.zeros(SMALLEST_IN_8_BITS))
         return WithoutSteps(algorithm) if self._cuda else algorithm
@@ -191,7 +193,7 @@ class _Process:
             collect_state(optimizer, control, self._topology)
 
     def _train(self, optimizer: MixedPrecisionOptimizer, live: LiveBytes) -> int:
-        """Returns the peak bytes of an iteration that ends an update."""
+        """Returns the peak bytes of one iteration and of the exchange of its gradients."""
         settings, update, topology = self._settings, self._settings.update, self._topology
         all_held = settings.parallel.pp_mode == "gpipe"
         enough = ENOUGH if all_held else topology.num_stages + ENOUGH

@@ -24,7 +24,7 @@ class _WithoutPeers:
     """The methods that all fake communicators share."""
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """Returns a tensor without rows, so callers compare no values, which fake tensors lack."""
+        """Returns zero rows, because callers read each row's values, and fake tensors have none."""
         return tensor.new_empty((0, *tensor.shape))
 
     def close(self) -> None:

@@ -53,7 +53,7 @@ ON_HOST = ("lengths_of_rows", "longest", "groups")
 
 
 class FakeBatch(PipelineBatch):
-    """A batch whose microbatches all get fake tensors, shaped like the real ones in `documents`."""
+    """A batch of fake tensors; each microbatch has documents as long as the given `documents`."""
 
     def __init__(
         self,
@@ -91,14 +91,14 @@ class FakeBatch(PipelineBatch):
 
 
 def peak_of_more(watched: Sequence[Watched], more: int, *, sent: int) -> int:
-    """Returns the peak bytes of an iteration with `more` additional microbatches.
+    """Returns the peak bytes of an iteration with `more` microbatches more than in `watched`.
 
     `watched` has the live bytes of the actions that ran. If `more` is not 0, the schedule must run
-    all forwards before the first backward (gpipe). Until the backwards begin, each additional
-    microbatch adds the bytes that stay live after its forward. They are measured at the third
-    forward, because the first forward also creates tables and the last forwards need less. After
-    the backwards begin, each additional microbatch adds `sent`: the bytes of a gradient whose send
-    is not known to be complete.
+    all forwards before the first backward (gpipe). Until the second backward ends, each
+    additional microbatch adds the bytes that its forward leaves live: as many as the third forward,
+    because the first forward also creates tables and the last forwards need less. Later, each
+    additional microbatch adds only `sent`: the bytes of the gradient that its backward sends, which
+    stays live until the stage knows that the send is complete.
     """
     forwards = [entry for entry in watched if entry.action.kind is Kind.FORWARD]
     first, rest = watched[: len(forwards) + 2], watched[len(forwards) + 2 :]

@@ -27,7 +27,7 @@ class MemoryMeasure:
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Measures the memory in the `with` block, which takes several times as long on a CPU."""
+        """Measures the memory of the `with` block; on a CPU this makes it several times slower."""
         if not self._wanted:
             yield
         elif self._device.type == "cuda":

@@ -24,14 +24,14 @@ GROUP_BLOCKS = 32
 
 
 class _Segment(NamedTuple):
-    """A document, or a part of a long document that fits in one block."""
+    """A complete document, or a piece of a document that is longer than a block."""
 
     encoded: EncodedDocument
     origin: str
 
 
 class BestFitPacker(Packer):
-    """A packer of complete documents; its state's `used` counts the used blocks of a group."""
+    """A packer of complete documents; `used` in its state counts blocks taken from its group."""
 
     def __init__(self, documents: DocumentPrefetcher, seq_len: int) -> None:
         super().__init__(documents, seq_len)

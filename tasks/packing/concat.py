@@ -17,9 +17,10 @@ from tasks.tokenization.prefetch import DocumentPrefetcher, PrefetchedDocument
 class Packer(ABC):
     """An endless sequence of blocks from one source.
 
-    In the packer's state, `documents` is the source's state before the first document that is not
-    used completely. `used` is the number of tokens that were used since the start of that document;
-    a packer of complete documents counts blocks instead.
+    In the dict that `state` returns, `documents` is the state of the source before the current
+    document, and `used` is the number of tokens of this document that are already in blocks. A
+    packer of complete documents reads groups of documents: in its dict, `documents` is the state of
+    the source before the current group, and `used` is the number of used blocks of this group.
     """
 
     def __init__(self, documents: DocumentPrefetcher, seq_len: int) -> None:

@@ -1,8 +1,9 @@
 """A buffered shuffle of a source that can only be read in order: endless and exactly resumable.
 
 The source is read in chunks of a few thousand documents, and each chunk is shuffled. The files of a
-folder are read in a random order. Both orders depend only on (seed, epoch, chunk), so the state is
-the chunk's position in a file and an index in the chunk. A restore reads one chunk.
+folder are read in a random order. The order of the files depends only on (seed, epoch), and the
+order in a chunk only on (seed, epoch, chunk number). So the state needs only the epoch, the
+chunk's number and position in a file, and an index in the chunk. A restore reads one chunk.
 """
 
 import hashlib
@@ -40,7 +41,7 @@ class _Position(NamedTuple):
 class BufferedShuffle:
     """An endless shuffle that yields each document once per epoch; memory holds one chunk.
 
-    Two equal sources with different seeds have different orders.
+    Shuffles with different seeds yield the documents of the same source in different orders.
     """
 
     num_rows = None  # unknown until all rows are read

@@ -1,7 +1,7 @@
 """An endless full shuffle of all documents, for a source whose rows can be read in any order.
 
-The row at a position depends only on (seed, epoch, position), so the state is two numbers and a
-digest of the files. A restore reads no document.
+The row at a position depends only on (seed, epoch, position), so the state is the epoch, the
+position and a digest of the files. A restore reads no document.
 """
 
 from functools import cached_property
@@ -13,10 +13,11 @@ from tasks.sources.base import BadLineError, DataSource, Document, IndexedRows, 
 
 
 class FullShuffle:
-    """A shuffle of a source with `open_rows`; it yields each document once per epoch.
+    """A shuffle of a source whose `open_rows` is not None; it yields each document once per epoch.
 
-    Two equal sources with different seeds have different orders. The rows of the source are opened
-    when they are first needed; for a file of lines, this makes or loads an index of the lines.
+    Shuffles with different seeds yield the documents of the same source in different orders. The
+    rows of the source are opened when they are first needed; for a file of lines, this makes or
+    loads an index of the lines.
     """
 
     def __init__(self, source: DataSource, *, seed: int, bad_lines: BadLines | None = None) -> None:

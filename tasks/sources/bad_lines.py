@@ -14,8 +14,8 @@ MIN_LINES = 1000
 class BadLines:
     """The policy: bad lines are skipped and listed in `file`; without `file`, they are errors.
 
-    max_share: the largest share of bad lines among the lines read so far; a larger share ends the
-        run. The share is computed as if at least MIN_LINES lines were read.
+    max_share: the run ends if more than this share of the lines read so far is bad. While fewer
+        than MIN_LINES lines are read, the share is the number of bad lines divided by MIN_LINES.
     """
 
     def __init__(self, file: Path | None = None, *, max_share: float = 0.0) -> None:
@@ -28,7 +28,7 @@ class BadLines:
         self._num_read += 1
 
     def skip(self, error: BadLineError, *, is_counted: bool = False) -> None:
-        """Skips a bad line; `is_counted` says that the line was already counted as a good line.
+        """Skips a bad line; `is_counted`: `note_good` counted it before it proved to be bad.
 
         Raises ValueError if bad lines are errors, or if the share of bad lines is too large.
         """

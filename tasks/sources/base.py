@@ -47,7 +47,8 @@ class DocumentRecord(NamedTuple):
     """A document or bad line of a file, and the position in the file where reading continues.
 
     size: the approximate size of the document in memory, in bytes.
-    offset, line: the position; each kind of file has its own unit.
+    offset: the position; each kind of file has its own unit, such as bytes of text, or rows.
+    line: the number of lines or rows before the position.
     """
 
     document: Document | BadLineError
@@ -110,7 +111,7 @@ class DataSource:
 
 @dataclass(frozen=True)
 class IndexedFile:
-    """A file whose rows `open_rows` opens.
+    """A file or folder with rows that can be read in any order; `open_rows` opens these rows.
 
     A record's offset and line are both the number of rows read.
     """

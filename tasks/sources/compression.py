@@ -1,8 +1,8 @@
 """A stream that decompresses a file and detects truncated data.
 
-The libraries' own stream readers end without an error if a file is truncated, or they read the
-complete file at once. The libraries' decompression objects report whether a frame (zstd) or member
-(gzip) is complete, so this stream uses these objects.
+The stream reader of the library zstandard ends without an error if a file is truncated. The
+decompression objects of zstandard and zlib report whether a frame (zstd) or member (gzip) is
+complete, so this stream uses these objects.
 """
 
 import io

@@ -59,7 +59,7 @@ class HubFile:
 
 
 def _check_reachable(location: SourceLocation) -> None:
-    """Raises ValueError at once if the hub lacks the data set; `datasets` would need 30 s."""
+    """Raises ValueError if the data set is unreachable; `datasets` reports this only after 30 s."""
     if constants.HF_HUB_OFFLINE:
         return  # offline, datasets reads its cache or fails at once
     try:

@@ -153,7 +153,7 @@ def _build(path: str, index_paths: Sequence[Path], stat: os.stat_result) -> Line
 
 
 def _create_file(path: str, index_paths: Sequence[Path]) -> tuple[Path, Any] | None:
-    """Returns the first writable path and a temporary file in its folder, or None."""
+    """Returns (index path, temporary file) in the first writable folder; None if there is none."""
     refusal = ""
     for index_path in index_paths:
         try:
@@ -175,9 +175,10 @@ def _create_file(path: str, index_paths: Sequence[Path]) -> tuple[Path, Any] | N
 
 
 def _find_ends(file: BinaryIO, path: str, stat: os.stat_result) -> Iterator[NDArray[np.uint64]]:
-    """Yields the line ends in order, one array for each read; the last line may lack a newline.
+    """Yields arrays of line ends in order, one for each READ_BYTES of the file.
 
-    Raises ValueError if the file changes during the read.
+    If the last line has no newline, it ends at the end of the file. Raises ValueError if the file
+    changes while it is read.
     """
     offset, ends_with_newline = 0, True
     while raw := file.read(READ_BYTES):

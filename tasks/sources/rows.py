@@ -1,7 +1,7 @@
 """Formats of a line or a table's row: {"text"}, {"prompt", "completion"} or {"messages"}.
 
-If a row has several of these keys, messages are preferred to prompt and completion, and these two
-to text. Other keys are ignored. Some registered tasks have other formats.
+A row is read as messages if it has that key, else as prompt and completion if it has both keys,
+else as text. Other keys are ignored. Some registered tasks have other formats.
 """
 
 import json
@@ -117,9 +117,9 @@ def _kind(value: Any) -> str:
 
 
 def read_json(path: str, problem: str) -> Any:
-    """Returns the value in a JSON file; raises ValueError if the file cannot be read.
+    """Returns the content of a JSON file; raises ValueError if it cannot be read or is not JSON.
 
-    problem: a text for the error if the file is not JSON.
+    problem: what the error says about a file that is not JSON.
     """
     try:
         with open(path, encoding="utf-8-sig") as file:

@@ -39,9 +39,9 @@ class SavedRows:
 
     @cached_property
     def digest(self) -> str:
-        """A hash of state.json, which has the data set's fingerprint, and of the data files.
+        """A hash of state.json (it holds the data set's fingerprint) and of the data files.
 
-        Of each data file, it covers what `describe_file` returns.
+        Of a data file, it covers name, size, and first and last bytes (see `describe_file`).
         """
         state = Path(self._folder, "state.json").read_bytes()
         digest = hashlib.blake2b(state, digest_size=16)

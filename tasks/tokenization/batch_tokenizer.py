@@ -32,7 +32,8 @@ class FastTokenizer:
 
     A process that unpickles this object does not import transformers. The tokenizer's
     post-processor is not used, because it adds special tokens. GPT-NeoX's post-processor also
-    excludes white space from a token's characters, so spaces in an answer would belong to no token.
+    removes white space from each token's offsets. With it, a token of spaces would have no
+    characters, and `--train-on completion` would not train on it.
     """
 
     def __init__(self, tokenizer: Any, end_ids: list[int]) -> None:
@@ -71,7 +72,7 @@ class FastTokenizer:
 def _join_chunks(
     chunks: Sequence[str], tokenized: Iterator[TokenizedText], end_ids: list[int]
 ) -> TokenizedText:
-    """Joins the tokens of a text's chunks, which are next in `tokenized`, and appends `end_ids`."""
+    """Takes the tokens of a text's `chunks` from `tokenized`, joins them and appends `end_ids`."""
     parts = list(itertools.islice(tokenized, len(chunks)))
     token_ids = np.concatenate([*(part.token_ids for part in parts), np.array(end_ids, np.int32)])
     starts = itertools.accumulate(map(len, chunks[:-1]), initial=0)
@@ -101,11 +102,12 @@ class SlowTokenizer:
 
 
 def split_text(text: str) -> list[str]:
-    """Splits `text` into chunks of at most CHUNK_CHARACTERS, each time before a space if possible.
+    """Splits `text` into chunks of at most CHUNK_CHARACTERS.
 
-    The space is between a word and a letter. The byte-level tokenizers of GPT-J and GPT-NeoX never
-    merge across such a space, so the chunks have the same tokens as the complete text. If there is
-    no such space near the end of a chunk, the text is split at the limit.
+    If possible, a chunk ends before a single space that is followed by a letter. With the
+    byte-level tokenizers of GPT-J and GPT-NeoX, a new token always begins at such a space, so the
+    chunks have the same tokens as the complete text. Without such a space near the limit, a chunk
+    ends at the limit.
     """
     chunks, start = [], 0
     while len(text) - start > CHUNK_CHARACTERS:

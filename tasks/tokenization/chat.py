@@ -82,10 +82,11 @@ class ChatFormat:
         return spans
 
     def _prefix_of_first(self, message: ChatMessage, origin: str) -> str:
-        """Returns the text before the assistant's turn if the conversation begins with this turn.
+        """Returns the text before the assistant's answer in `message`, the first of a conversation.
 
-        A template cannot render an empty conversation. So this function finds the header that the
-        template adds for a next turn, and looks for this header in the first turn.
+        A template cannot render an empty conversation. So this function lets the template add a
+        header for an answer after `message`, and searches the rendered `message` for the same
+        header. The result ends with this header; it is empty if the header is not found.
         """
         turn = self._apply_template([message], origin)
         with_header = self._apply_template([message], origin, add_header=True)

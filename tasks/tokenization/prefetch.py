@@ -63,11 +63,11 @@ class DocumentPrefetcher:
                 raise self.source.error("yields no token")
 
     def state(self) -> State:
-        """Returns the source's state; call it only before the first `next`, which reads ahead."""
+        """Returns the source's state; valid only before the first `next`, as `next` reads ahead."""
         return self._documents.state()
 
     def restore(self, state: State) -> None:
-        """Sets the source's state; `next` continues there. Raises ValueError if a file changed."""
+        """Makes `next` continue at `state`; raises ValueError if a file changed since then."""
         self._documents.restore(state)
         self._last_productive_epoch = self._documents.epoch
         self._begin()

@@ -135,7 +135,7 @@ TORCHELASTIC_RUN_ID=1 MASTER_PORT=http | --dist-url tcp://127.0.0.1:http | tcp:/
 
 
 def mistakes() -> Iterator[tuple[str, str]]:
-    """Yields a mistake, in shell syntax, and words of its error line, with " | " between them."""
+    """Yields pairs: a mistake in shell syntax, and words of its error line joined by " | "."""
     for line in WRONG_NUMBERS.strip().splitlines():
         expected, *flags = line.split(" | ")
         for flag, *values in map(str.split, flags):

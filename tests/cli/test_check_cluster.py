@@ -89,7 +89,7 @@ def test_another_model_on_one_rank(outcomes: dict[str, Outcome]) -> None:
 
 
 def test_no_model_on_one_rank(outcomes: dict[str, Outcome]) -> None:
-    """If rank 3 has no model, the check estimates an iteration from another rank's config.json."""
+    """If rank 3 has no model, an iteration's time is estimated from another rank's config.json."""
     told = outcomes["no model"][0].stdout
     assert [one.status for one in outcomes["no model"]] == [1] * 4
     assert re.search(r"- rank 3 \(host .*\): --model-name \S*nowhere: no such folder\n", told)

@@ -1,7 +1,7 @@
 """Tests --check-cluster when one of four ranks is slow or differs from the other ranks.
 
-In the slow or different rank, a patch slows a communicator's sends, or changes the matmul rate, the
-version or the clock. In one more case, a shard on the disk that all ranks share is too short.
+A patch slows the sends of that one rank, lowers its measured matmul rate, or changes its torch
+version or its clock. In one more case, a shard on the disk that all ranks share is too short.
 """
 
 import re

@@ -24,7 +24,7 @@ def wire() -> Iterator[None]:
 
 @pytest.mark.usefixtures("wire")
 def test_the_rate_of_a_link_is_that_of_its_shaper(tmp_path: Path) -> None:
-    """The reported rate is about the shaper's rate, even if each host has its own model path."""
+    """The reported rate is about the shaper's; the two hosts may have different model paths."""
     near, far = HOSTS
     shape(near.name, near.interface)
     ranks = []

@@ -30,7 +30,7 @@ LOADED = re.compile(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=\"?(https
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Builds the site; --strict makes a link in docs/ to a missing page or anchor an error."""
+    """Builds the site; --strict refuses a link in docs/ whose page or anchor is missing."""
     folder = tmp_path_factory.mktemp("docs") / "site"
     env = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(folder)]
@@ -125,7 +125,7 @@ def test_every_shown_command_runs(
 
 
 def test_every_block_of_commands_is_seen() -> None:
-    """No command block is indented or marked sh, shell or console; tests would miss that block."""
+    """No command block is indented or marked sh, shell or console; tests would miss such blocks."""
     for page in PAGES:
         fences = re.findall(r"^\s*```(\w+)", page.read_text(encoding="utf-8"), flags=re.M)
         assert not {"sh", "shell", "console"}.intersection(fences), page

@@ -72,11 +72,11 @@ BYTES: list[tuple[dict[str, Any], int, int]] = [
 def test_bytes_of_a_parameter_are_those_of_the_readme(
     changes: dict[str, Any], device: float, on_host: float, cuda: bool, folder: Path
 ) -> None:
-    """The planned bytes per parameter are those of the README's table, within 4%.
+    """The planned bytes per parameter are those of docs/explanation/memory.md, within 4%.
 
-    The plan differs slightly from the table because ZeRO stage 1 divides no weight between
-    replicas, 8bit-adam keeps the moments of small weights in fp32, and offload needs two buffers as
-    large as the largest weight.
+    They differ slightly: in ZeRO stage 1, one replica keeps all masters and moments of a weight, so
+    the replicas' shares are unequal; 8bit-adam keeps the moments of small weights in fp32; and
+    offload needs two buffers as large as the largest weight.
     """
     found = rehearse(folder, 0, cuda=cuda, batch_size=1, **changes)
     count = sum(p.numel() for p in GPTNeoXForCausalLM(CONFIG).parameters())
@@ -118,7 +118,7 @@ def test_the_copy_that_is_saved_is_in_host_memory(cuda: bool, folder: Path) -> N
 def test_a_few_microbatches_tell_of_many(
     mode: str, recompute: bool, stage: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A plan from a few microbatches is right for all, except for 4 bytes per microbatch."""
+    """A dry run of a few microbatches plans the memory of all of them, within a few bytes."""
     flags: dict[str, Any] = {"pp_mode": mode, "recompute": recompute, "pipeline_group_size": 2}
     found = rehearse(folder, stage, batch_size=MANY_ROWS, **flags)
     monkeypatch.setattr(planning.memory.dry_run, "ENOUGH", MANY_ROWS)

@@ -32,7 +32,7 @@ PAIRS = [{"prompt": f"fox {i}:", "completion": " dog"} for i in range(10)]
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Limits batches to 16 documents, because a large one would read a small source many times."""
+    """Limits the prefetcher to batches of 16 documents; 1024 would repeat small sources often."""
     monkeypatch.setattr(prefetch, "BATCH_DOCUMENTS", 16)
 
 
@@ -137,7 +137,7 @@ def test_what_is_read_in_order_is_counted(tmp_path: Path) -> None:
 
 
 def test_padding_is_counted_in_the_epochs(tmp_path: Path) -> None:
-    """A block of 16 tokens holds one of 40 documents of 9 tokens, so 80 blocks are 2 epochs."""
+    """A block of 16 tokens has room for one document of 9, so 80 blocks hold 40 documents twice."""
     path = write_jsonl(tmp_path / "a.jsonl", [" fox" * 8] * 40)
     numbers = sample(path, pack="document")
     assert numbers.num_tokens == 40 * 9

@@ -87,7 +87,7 @@ def test_training_is_that_over_gloo(
 def test_activations_and_gradients_went_through_the_double(
     trained: tuple[Path, Sequence[Traffic]],
 ) -> None:
-    """NCCL's double carries stages' messages in the compute type, and also replicas' gradients."""
+    """The double carries stages' messages in the compute type, and replicas' gradients in fp32."""
     total = sum((traffic for traffic in trained[1]), Counter[tuple[str, int]]())
     elements = 2 * ROWS * TOKENS * HIDDEN * UPDATES  # between two neighbours, both ways
     # Each direction of a link begins with a message of one number: two pipelines of 2, one of 4.

@@ -127,7 +127,7 @@ def test_products_that_are_not_fp32_are_left_where_nobody_asked(
 
 @pytest.mark.parametrize("saved", [None, []])
 def test_a_checkpoint_that_does_not_tell_leaves_it_to_the_cpu(saved: list[Matmul] | None) -> None:
-    """If the checkpoint of a GPU run or of fewer ranks names no library, the rank's CPU decides."""
+    """A rank's CPU decides if the checkpoint is of a GPU run, or of a run that had no such rank."""
     assert saved_choice(saved, 0) is None
 
 
@@ -155,7 +155,7 @@ def test_half_precision_is_told_in_one_line(
 
 @dataclass(frozen=True)
 class Machines:
-    """Hook: each rank sees the CPU in `kinds` as its own, and logs torch's matmul setting."""
+    """Hook: rank i takes the CPU `kinds[i]` for its own, and logs torch's matmul setting."""
 
     kinds: tuple[str, str]
 

@@ -43,7 +43,7 @@ class Place(NamedTuple):
 
 
 class Resumed(NamedTuple):
-    """A run and its resume; the run's optimizer state is in `whole`, the resume's in `rest`."""
+    """A run and its resume; the places of their optimizer states are `whole` and `rest`."""
 
     precision: str
     optimizer: str
@@ -202,7 +202,7 @@ def check_content(folder: Path, kind: Resumed) -> None:
 
 
 def check_replicas(folder: Path, one: OtherReplicas) -> None:
-    """Checks that another R changes losses only by rounding (with 8bit-adam, 10 times as much)."""
+    """Checks that another R changes losses by less than TOLERANCE (8bit-adam: 10 * TOLERANCE)."""
     name = f"{one.whole_name}-to-{one.replicas}"
     whole = [line["loss"] for line in metrics(folder, one.whole_name, 1, 2)]
     resumed = [line["loss"] for line in metrics(folder, name, 1, one.replicas)]

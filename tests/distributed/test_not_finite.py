@@ -1,4 +1,4 @@
-"""Tests what a run does if a loss, gradient or weight is not finite; no update uses this number."""
+"""Tests what a run does if a loss, gradient or weight is inf or NaN; no update uses such values."""
 
 import json
 import re
@@ -282,7 +282,7 @@ def test_giving_up_names_the_blocks_of_a_bad_loss(trained: Trained) -> None:
 
 
 def test_a_run_that_gave_up_at_its_end_is_no_success_when_started_again(trained: Trained) -> None:
-    """A run that gave up at its last step fails again if restarted, unless --total-steps grows."""
+    """A run that skipped too many updates at its end resumes only with a larger --total-steps."""
     folder = trained[0]
     for stopped in ends_of(trained, "at-end"):
         assert stopped.startswith(f"step {STEPS}: {MAX_SKIPPED} updates")

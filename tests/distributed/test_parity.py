@@ -64,7 +64,7 @@ class Run(NamedTuple):
 
 
 def scheduled(schedule: str, recompute: str = "true") -> dict[str, Any]:
-    """Returns flags of a schedule; a microbatch is one row, so a batch has four if R is 1."""
+    """Returns the flags of a schedule; each of a batch's four rows is a microbatch of its own."""
     return {"pp-mode": schedule, "recompute": recompute, "micro-batch-size": 1}
 
 
@@ -238,7 +238,7 @@ def test_layers_are_split_as_listed_and_as_auto_chooses(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_the_whole_matrix(tmp_path: Path) -> None:
-    """Every run agrees with one process, or bit for bit with the other runs of its group."""
+    """Runs in ALL_PARITY have the reference's losses; bits are equal in each group of ALL_SAME."""
     train_all(tmp_path, ALL_PARITY, ALL_SAME)
     references: dict[tuple[str, int, float | None], Any] = {}
     for run in ALL_PARITY:

@@ -63,7 +63,7 @@ Spoil = Callable[[Path], object]
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
-    """Trains in each source shape of FEW and OTHER_KINDS, and resumes in the target shapes."""
+    """Trains in the first shape of each pair in FEW and OTHER_KINDS, and resumes in the second."""
     folder = tmp_path_factory.mktemp("resharding")
     whole = [Case("fp32-adam", flags(folder, KINDS[0]))]
     others = resumed(folder, KINDS[0], FEW)
@@ -84,7 +84,7 @@ def test_every_shape_goes_on_at_others(source: Shape, target: Shape, ended: Ende
 def test_every_precision_and_optimizer_does(
     kind: tuple[str, str], pair: Pair, ended: Ended
 ) -> None:
-    """Losses stay the same after a resume in another shape that adds ZeRO stage 1 and offload."""
+    """Losses stay the same if a resume changes the shape and adds ZeRO stage 1 and offload."""
     assert check_resumed(ended[0], kind, *pair) < TOLERANCES[kind]
 
 
@@ -145,7 +145,7 @@ def four(ended: Ended, tmp_path: Path) -> Path:
 
 
 def first_of_two(run: Path, folder: Path) -> RunStart:
-    """Resumes a run as the first of two stages, up to the point where it would read weights."""
+    """Resumes `run` on the first of two stages, up to the point where it would read weights."""
     own = flags_of(f"""
         --checkpoint-path {run} --pipeline-group-size 2 --world-size 2 --num-layers 4,1
         --batch-size 4 --use-cuda false

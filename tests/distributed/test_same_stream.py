@@ -74,7 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_tokens_do_not_depend_on_the_shape(folder: Path) -> None:
-    """In each shape, ranks get the same batches as one process without data workers and restore."""
+    """In each shape, ranks get the batches of one process without workers or a restored stream."""
     loader = BatchLoader(stream_of(folder, workers=0), rows=ROWS)
     expected = [loader.next() for _ in range(BATCHES)]
     loader.close()

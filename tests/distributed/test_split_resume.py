@@ -1,4 +1,4 @@
-"""Tests which split a resumed run has: its checkpoint's, or the one that --num-layers gives."""
+"""Tests whether a resumed run keeps its checkpoint's split or gets the split of --num-layers."""
 
 import json
 import logging
@@ -101,7 +101,7 @@ def test_another_spelling_of_the_same_split_is_no_change(
 def test_another_split_is_told_in_one_line(
     name: str, asked: str, stages: int, line: str, ended: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One line tells both splits; auto changes the split only if the number of stages changes."""
+    """One log line names the old and the new split; auto keeps the split unless P changes."""
     run = run_folder(ended[0], name, 2, 1)
     with caplog.at_level(logging.INFO):
         assert first_rank(ended[0], run, asked, stages).step == STEPS

@@ -149,7 +149,7 @@ WORLDS = {
 
 
 def first_runs(home: Path) -> list[Run]:
-    """Returns a run for each mistake in FOLDERS, and two correct runs, from which others resume."""
+    """Returns two correct runs, for second_run to resume, and a run for each mistake in FOLDERS."""
     runs = [first_start(home, size) for size in (4, 1)]
     for name, (rank, spoil, _) in FOLDERS.items():
         # Without a manifest, as in a published model, so that the reader itself finds the mistake.
@@ -170,7 +170,7 @@ def first_start(home: Path, size: int) -> Run:
 
 
 def second_run(home: Path, name: str) -> Run:
-    """Returns a run with the mistake `name` from RESUMES; it resumes a copy of a first run."""
+    """Returns a run that has the mistake RESUMES[name]; it resumes a copy of a correct run."""
     flags, spoil, _ = RESUMES[name]
     one = start(home, name, on_all(f"--total-steps 4 {flags}"), WORLDS.get(name, 1))
     made = folder_of(home, name) / "checkpoints"

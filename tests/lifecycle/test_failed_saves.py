@@ -69,7 +69,7 @@ class Fails:
 
 
 def slow_disk(_topology: Topology) -> AbstractContextManager[object]:
-    """Makes the write of a stage's files last longer than the steps until the next checkpoint."""
+    """Slows the write of a stage's files, so that it still runs when the next save is due."""
     return slowed(f"{FOLDER}:write_stage_files", 0.5)
 
 
@@ -244,7 +244,7 @@ def test_a_step_is_not_saved_before_its_line_is_written(ended: Ended) -> None:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_save_that_fails_does_not_hide_why_training_stopped(fails: bool) -> None:
-    """If training stops during a save, the save is finished; its failure is added to the error."""
+    """If an error stops training, a pending save goes on; if the save fails, its error is added."""
 
     class Pending:
         is_pending, is_writing = True, True
@@ -260,7 +260,7 @@ def test_a_save_that_fails_does_not_hide_why_training_stopped(fails: bool) -> No
             return True
 
         def close(self) -> None:
-            """Does nothing, because this double never deletes an old checkpoint."""
+            """Does nothing; the real method deletes old checkpoints, and this test has none."""
 
     class Stopped(Trainer):
         def __init__(self, saver: Any) -> None:

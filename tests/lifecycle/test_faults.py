@@ -1,13 +1,13 @@
 """Tests that runs with random faults end with the bits of a run without faults.
 
 The faults are SIGKILL and SIGSTOP of any rank, cut connections, full disks and SIGTERM. A run has 1
-to 3 faults, at named moments or at random times. After each fault, all ranks end in time, with the
-expected statuses and a line with the reason; `latest` always names a complete checkpoint; the same
-command resumes.
-By default, only a test that cuts connections runs. The command for the random faults is
-`pytest -s -m faults tests/lifecycle/test_faults.py`. FAULT_SEED is the seed of the faults, or
-`clock` for a seed from the time; FAULT_RUNS is the number of runs; the file FAULT_LOG gets the
-result of each run.
+to 3 faults, at moments that tests/support/kill_plan.py names or at random times. After each fault,
+all ranks end in time, with the expected statuses and a line with the reason; `latest` always names
+a complete checkpoint; the same command resumes the run.
+By default, pytest runs only the test that cuts connections. The command for the random faults is
+`pytest -s -m faults tests/lifecycle/test_faults.py`. It reads environment variables: FAULT_SEED is
+the seed of the faults, or `clock` for a new seed from the time; FAULT_RUNS is the number of runs;
+FAULT_LOG is the file that gets the result of each run.
 """
 
 import os

@@ -2,8 +2,9 @@
 
 The run has two pipelines of two stages, two weighted sources and held-out data. It is started many
 times; SIGKILL ends one rank in each start except the last. A plan, drawn from a seed, sets the rank
-and the moment; it has moments of each kind in tests/support/kill_plan.py. After each kill the other
-ranks end by themselves, and `latest`, if it exists, names a complete checkpoint.
+and the moment of each kill; it has kills from each group of moments in tests/support/kill_plan.py.
+After each kill the other ranks end by themselves, and `latest`, if it exists, names a complete
+checkpoint.
 """
 
 import shutil
@@ -46,10 +47,10 @@ def waits(kill: Kill) -> bool:
 
 
 def live(rank: int, _world: int, _url: str, lab: Lab, plan: Sequence[Kill]) -> Starts:
-    """Starts the runs of the tests in two processes; returns this process's starts, by run.
+    """Starts this process's share of the runs; returns the starts of each run by the run's name.
 
-    Process 0 starts the uninterrupted run, the run that `plan` kills, and the run without a shared
-    disk. Process 1 starts a run with the kills of `plan` for which `waits` is true.
+    Process 0 starts an uninterrupted run, a run without a shared disk, and a run with the kills of
+    `plan` for which `waits` is false. Process 1 starts a run with the other kills of `plan`.
     """
     if rank == 1:
         changes = {"join-timeout": SHORT_JOIN}
@@ -129,7 +130,8 @@ def survivors(start: Start) -> list[int]:
 def test_the_plan_hits_every_moment(starts: Starts, deaths: list[Start]) -> None:
     """Each planned kill happens, and every rank is killed at least once.
 
-    Kills before the first checkpoint are of five kinds: import, join, first step, evaluation, save.
+    At least one kill of each kind (import, join, first step, evaluation, save) happens before the
+    first checkpoint is complete.
     """
     missed = [start.kill for start in deaths if start.outcome.statuses[victim(start)] != -9]
     assert not missed
@@ -212,7 +214,7 @@ def test_without_a_shared_disk_stages_that_saved_differently_go_back_together(
 
 
 def test_latest_of_a_complete_run_catches_up(starts: Starts) -> None:
-    """If a rank dies between writing the last step and `latest`, a restart corrects `latest`."""
+    """If a rank saves the last step but dies before it writes `latest`, a restart writes it."""
     second, third = starts["apart"][1:3]
     assert second.steps == STEPS
     assert third.outcome.statuses == [0] * WORLD
@@ -230,7 +232,7 @@ def test_a_cut_file_of_one_stage_is_an_error_that_offers_the_step_before(starts:
 
 
 def test_once_it_is_moved_away_all_go_back_to_the_step_before(lab: Lab, starts: Starts) -> None:
-    """Without the damaged folder, the run resumes from an older step.
+    """After the folder with the damaged file is deleted, the run resumes from an older step.
 
     It ends with the bits of the uninterrupted run.
     """

@@ -32,7 +32,7 @@ def slow_shards(topology: Topology) -> Iterator[None]:
 def slow_checkpoint(topology: Topology) -> Iterator[None]:
     """Slows a resume: the deletion of incomplete files, and reads of weights and optimizer state.
 
-    One stage reads its optimizer state in two batches, the other stage in three.
+    One stage reads its optimizer state in two batches of weights, the other stage in three.
     """
     with (
         patch("optimizer.state_dict._BATCH_ELEMENTS", 1),

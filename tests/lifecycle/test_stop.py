@@ -149,7 +149,7 @@ LEFT_OUT = {3, 6, 9, 12, 15}  # evaluations that a pending stop omits
 
 
 class Lived(NamedTuple):
-    """Outcomes: PLAN's starts by name, a run of one rank, and a rank 1 that finds no rank 0."""
+    """Outcomes of PLAN's starts, of a run of one rank, and of rank 1 when rank 0 is not started."""
 
     starts: Starts
     alone: Outcome

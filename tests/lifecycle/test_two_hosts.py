@@ -113,7 +113,7 @@ def our_lines(ended: Ended) -> list[str]:
 
 @pytest.fixture(scope="module")
 def ended(wire: None, base: Path) -> Outcomes:
-    """Runs the layouts at the same time, and returns the outcomes of all processes."""
+    """Executes each layout's runs in sequence, both layouts in parallel; returns the outcomes."""
     chains = []
     for index, layout in enumerate(LAYOUTS):
         furnish(base, layout)
@@ -172,7 +172,7 @@ def test_each_host_keeps_its_own_stage(base: Path, ended: Outcomes) -> None:
 
 
 def test_gathered_files_become_one_model(base: Path, tmp_path: Path, ended: Outcomes) -> None:
-    """The near host's checkpoint plus the far host's weights and manifest is a complete model."""
+    """The first host's checkpoint plus the second host's weights and manifest is a whole model."""
     near, far = (base / "one pipeline" / host.name / "run" / str(STEPS) for host in HOSTS)
     shutil.copytree(near, tmp_path / "gathered")
     for name in ("prank_1_checkpoint.pt", "prank_1_manifest.json"):

@@ -37,7 +37,7 @@ def ordered_sum(size: int, length: int, dtype: torch.dtype) -> Tensor:
 
 
 def check_group(group: Communicator, *, sums: Sequence[torch.dtype]) -> None:
-    """Runs all checks; for the dtypes `sums`, a sum must equal that of ordered_sum bit for bit."""
+    """Runs all checks; `sums` lists the dtypes whose sums must equal `ordered_sum` bit for bit."""
     check_sums(group, sums)
     check_sums_at_root(group, sums)
     check_sums_under_way(group, sums[0])
@@ -122,7 +122,7 @@ def _exchange(group: Communicator, peer: int) -> None:
 
 
 def check_order(group: Communicator) -> None:
-    """Checks that members 0 and 1 get fifty pending messages from each other in order."""
+    """Checks that members 0 and 1 each get the other's fifty messages in the order of sending."""
     if group.rank >= 2:
         return
     peer = 1 - group.rank

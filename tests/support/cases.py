@@ -64,10 +64,11 @@ def train_cases(
     dist_backend: str = "gloo",
     dist_timeout: float = 60.0,
 ) -> dict[str, Told]:
-    """Trains each case in those of `shapes` that it allows; an item of `shapes` is (P, R, url).
+    """Trains every case in every shape; a case that lists shapes of its own skips all others.
 
-    For each shape, the ranks meet at its url. Checkpoints are in `folder`/<name>-<P>-<R>. Returns
-    what this process logged in each run; the keys are <name>-<P>-<R>.
+    `shapes` has (P, R, url) for each shape; the ranks meet at this url. Checkpoints are in
+    `folder`/<name>-<P>-<R>. Returns what this process logged in each run; the keys are
+    <name>-<P>-<R>.
     """
     told: dict[str, Told] = {}
     torch.set_num_threads(1)
@@ -129,7 +130,7 @@ def _train_case(
 
 
 def settings_of(flags: dict[str, Any]) -> Settings:
-    """Parses flags; the default is no data worker, since its start takes longer than its work."""
+    """Parses flags; --data-workers is 0 by default: a worker takes longer to start than to work."""
     return parse_train(to_argv({"data-workers": 0, **flags}), {})
 
 

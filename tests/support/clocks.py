@@ -1,4 +1,4 @@
-"""Doubles of communicators with simulated clocks, so that one process can test ClockSync."""
+"""Simulated communicators and clocks, with which one process can test ClockSync."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -81,7 +81,7 @@ def through_json(state: dict[str, Any]) -> Any:
 
 
 def check_restored_anywhere(documents: Shuffle, resumed: Shuffle) -> None:
-    """Restores `resumed` to 30 states of `documents`; each time, the same documents must follow."""
+    """Checks that `resumed` continues as `documents` did after each of 30 restored states."""
     states, expected = [], []
     for _ in range(250):
         states.append(through_json(documents.state()))
@@ -99,7 +99,7 @@ def content(block: TokenBlock) -> list[Any]:
 
 
 def check_blocks_restored_anywhere(open_stream: Callable[[], Packer | BlockStream]) -> None:
-    """Restores a stream to 20 states of another stream; each time, the same blocks must follow."""
+    """Checks that a new stream continues as the first one did after each of 20 restored states."""
     stream, states, blocks = open_stream(), [], []
     for _ in range(200):
         states.append(through_json(stream.state()))

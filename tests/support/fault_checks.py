@@ -1,4 +1,4 @@
-"""Checks of the ranks' ends and of the files after a start of a run with faults."""
+"""Checks of a run with faults: how its ranks ended, and whether its files are correct."""
 
 import re
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ _EVALUATED = ("eval_loss", "eval_perplexity")
 
 
 def misbehaviour(hits: Sequence[Hit], outcome: Outcome, seconds: float | None) -> list[str]:
-    """Returns the problems with how the ranks of a start ended; empty if they ended as expected."""
+    """Returns the problems with how the ranks ended (status, stderr, time); empty if none."""
     hung = [rank for rank, status in enumerate(outcome.statuses) if status is None]
     if hung:
         return [f"ranks {hung} hung: {outcome.lines}"]
@@ -131,7 +131,7 @@ def differences(
 def _other_lines(
     lines: list[dict[str, object]], expected: list[dict[str, object]], *, stopped: bool
 ) -> list[str]:
-    """Describes the lines that differ from `expected`; if `stopped`, evaluations may be missing."""
+    """Describes lines that differ from `expected`; `stopped` allows lines without evaluations."""
     found = []
     for line, other in zip(lines, expected, strict=False):
         left_out = {key: other[key] for key in other if key not in _EVALUATED}

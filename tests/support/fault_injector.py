@@ -119,7 +119,7 @@ class Injector:
         self._end_stopped(pids, ended)
 
     def close(self) -> None:
-        """Plugs in a pulled wire again, and closes all pipes to the ranks."""
+        """Restores the link between hosts if a fault cut it; closes all pipes to the ranks."""
         for hit in self.hits:
             if hit.fault.kind == UNPLUGGED:
                 plug(self._hosts[0], up=True)
@@ -129,7 +129,7 @@ class Injector:
             one.close()
 
     def _share(self, now: float) -> float:
-        """Returns the fraction that is done of the steps that this start has to run.
+        """Returns the completed fraction of the steps that were left when this start began.
 
         The clock gives one fraction, and the metrics give another; the larger one counts. The clock
         is needed before the first step, and while a full disk delays the metrics. The metrics are

@@ -22,7 +22,7 @@ _RESTARTS = 3  # more than the number of faults
 
 @dataclass(frozen=True)
 class FaultLab:
-    """Lab for faults; if `hosts` is given, each stage has a host, and ranks do not share a disk."""
+    """Lab for runs with faults; with `hosts`, each stage has a host, each rank has its own disk."""
 
     lab: Lab
     hosts: Sequence[Host] = ()
@@ -50,7 +50,7 @@ class FaultLab:
 
 @dataclass(frozen=True)
 class Start:
-    """One start of a run; `seconds` is the time between the last fault and the end of the start."""
+    """One start of a run; `seconds` is the time from the last fault until all ranks ended."""
 
     hits: list[Hit]
     missed: list[Fault]
@@ -90,7 +90,7 @@ def live(
 
 
 def _undisturbed(lab: FaultLab) -> float:
-    """Runs the reference, which saves every 2 steps; returns the duration of one more run."""
+    """Makes the reference files in a run without faults; returns the seconds of a second run."""
     whole = lab.start("whole", {"checkpoint-steps": 2}, lab.injector("whole", [], life=1.0))
     began = time.monotonic()
     again = lab.start("again", {}, lab.injector("again", [], life=1.0))

@@ -19,11 +19,12 @@ _MOST_FAULTS = 3
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault that happens to `rank`.
+    """A fault that happens to `rank` during one start of a run.
 
     moment: the named moment of the fault; None: the fault happens when the fraction `share` of the
-    remaining run is done.
-    peer: the rank at the other end of cut connections; one: whether only one connection is cut.
+    steps that this start has to run is done.
+    peer: the rank at the other end of the cut connections.
+    one: whether only one of these connections is cut.
     to_all: whether every rank gets the signal SIGTERM, and not only `rank`.
     rest: seconds until a full disk has space again; None: the disk is full until the start ends.
     """

@@ -4,13 +4,13 @@ It uses our modules in half precision, torch's AdamW on fp32 masters, and torch.
 the loss scale that `moved` returns. It shares with the tested code only the forward of embedding,
 blocks and norms, which tests/unit/modules compare with transformers.
 Activations and their gradients are rounded to fp16, because fp16 stores them. Gradients of linear
-layers and embeddings are summed in fp32 and not rounded; a run rounds them only if its CPU computes
-their matmul in fp16. Gradients of logits, (softmax - 1 at the label) x scale, are computed in fp32
-and rounded at the end.
-If the last bit of a master differs, its fp16 weight can be rounded the other way, and then losses
-differ by roundings of fp16. Therefore the reference adds gradients in one fixed order (microbatch
-by microbatch, token by token) and rounds the clipped gradients once; then the gradients of
-reference and run are equal bit for bit.
+layers and embeddings are summed in fp32 and not rounded. A run does the same, except on a CPU that
+computes their matmul in fp16. Gradients of logits, (softmax - one-hot label) x scale, are computed
+in fp32 and rounded at the end.
+If a master of the run and the same master of the reference differ in the last bit, their fp16
+weights can be rounded to different values, and then losses differ by roundings of fp16. Therefore
+the reference adds gradients in one fixed order (microbatch by microbatch, token by token) and
+rounds the clipped gradients once. So the gradients of reference and run are equal bit for bit.
 """
 
 import math
@@ -53,7 +53,7 @@ class Recipe:
 
 
 def moved(scale: float, left: int, clean: int, overflow: bool, recipe: Recipe) -> Scale:
-    """Returns loss scale, remaining hysteresis and number of clean updates after an update."""
+    """Returns the new loss scale, hysteresis left, and updates in a row without overflow."""
     if overflow:
         left = max(left - 1, 0)
         return (scale / 2 if left == 0 else scale), left, 0

@@ -35,7 +35,7 @@ def small_disk(place: Path, size: str) -> Iterator[None]:
 
 
 def fill(path: Path) -> None:
-    """Fills the free space of the disk with the file `path`."""
+    """Writes to the file `path` until its disk is full."""
     with path.open("wb", buffering=0) as file:
         try:
             while file.write(b"0" * 4096):

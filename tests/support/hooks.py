@@ -19,7 +19,7 @@ _HEARD_SECONDS = 0.3  # limit for the reaction to a signal that does not kill
 
 
 def find(target: str) -> tuple[Any, str]:
-    """Splits `module:function` or `module:Class.method` into module or class, and last name."""
+    """Returns module and name for `module:function`, class and name for `module:Class.method`."""
     module, _, path = target.partition(":")
     *outer, name = path.split(".")
     owner: Any = importlib.import_module(module)
@@ -110,7 +110,7 @@ def _slower(function: Callable[..., Any], seconds: float, about: str) -> Callabl
 
 
 def kill_once(rank: int, seen: Callable[[int], bool]) -> Attendant:
-    """Returns an attendant that kills a rank as soon as `seen(pid)` is true."""
+    """Returns an Attendant (see runs.py) that kills `rank` when `seen` is true for its pid."""
 
     def attend(pids: Sequence[int], ended: Mapping[int, int | None]) -> None:
         if rank not in ended and seen(pids[rank]):

@@ -45,7 +45,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Lab:
-    """Runs in `folder`, each in a subfolder with its name; `flags` are the flags of all ranks."""
+    """A folder of runs: each run has a subfolder with its name, and all its ranks have `flags`."""
 
     folder: Path
     flags: Mapping[str, Any]
@@ -112,7 +112,7 @@ def _damage_of_latest(disk: Path, stage: int) -> str | None:
 
 
 def _begin(told: list[str]) -> int | None:
-    """Returns the step from which the run resumed, 0 for a new run, None if it ended earlier."""
+    """Returns the step from which the run resumed, 0 for a new run, None if `told` has neither."""
     for line in told:
         if found := re.match(r"resumed from step (\d+)", line):
             return int(found[1])
@@ -122,7 +122,7 @@ def _begin(told: list[str]) -> int | None:
 
 
 def make_lab(folder: Path, steps: int = STEPS) -> Lab:
-    """Makes a lab; runs train on two weighted sources, evaluate held-out data and use dropout."""
+    """Makes a lab of runs with two weighted sources, evaluations of held-out data, and dropout."""
     write_jsonl(folder / "a.jsonl", make_texts(6, seed=1))
     write_jsonl(folder / "b.jsonl.zst", make_texts(10, seed=2))
     write_jsonl(folder / "held_out.jsonl", make_texts(12, seed=3))

@@ -70,7 +70,7 @@ MOMENTS = (*JOINING, *FIRST, *ANY_STEP, *SAVING, *RENAMING)
 
 
 def draw_plan(seed: int) -> list[Kill]:
-    """Returns kills at all moments in random order; the kills that need a checkpoint come late."""
+    """Returns one kill at each moment, in random order; the first kills need no checkpoint."""
     draw = random.Random(seed)
     early = [IMPORT, *JOINING, *FIRST, *draw.sample(SAVING, 3)]
     middle = draw.choice(RENAMING[1:])

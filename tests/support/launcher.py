@@ -1,8 +1,8 @@
-"""Launcher of every process that a test starts; tests.support.runs uses it to start whole runs.
+"""Launcher of the processes of a test; tests.support.runs uses it to start whole runs.
 
 A process is a fork of a server that has imported all modules (tests.support.preloaded), or a fork
-of such a fork. Tests of the program's start run a Python script in a new process instead. The
-output of a process goes to files. A process is killed if its parent process dies.
+of such a fork. Only a test that checks how the program starts gets a new Python process. The output
+of a process goes to files. A process is killed if its parent process dies.
 """
 
 import contextlib
@@ -93,7 +93,7 @@ def free_port() -> int:
 
 
 def fork(place: Path, function: Callable[..., object], *args: object) -> Process:
-    """Calls `function(*args)` in a fork; both must be picklable if the caller is not a fork."""
+    """Calls `function(*args)` in a fork; a caller that is no fork must give picklable objects."""
     process = _make_process(_live, place, function, args)
     for end in (".out", ".err"):
         place.with_name(place.name + end).write_bytes(b"")
@@ -177,7 +177,7 @@ def _die_with_parent() -> None:
 
 
 def _live(place: Path, function: Callable[..., object], args: tuple[object, ...]) -> NoReturn:
-    """Runs `function` in this fork, then ends it with the exit status that Python would give."""
+    """Calls `function(*args)`; ends this fork with the exit status that a script would have."""
     global _is_fork
     status = 1
     try:

@@ -10,10 +10,10 @@ Result = TypeVar("Result")
 
 
 def peak_bytes(call: Callable[[], Result]) -> tuple[Result, int]:
-    """Calls `call`; returns its result, and the peak count of the bytes that it has allocated.
+    """Calls `call`; returns its result, and the largest rise of memory in use, in bytes.
 
-    The count includes memory that kernels allocate, but no memory from before the call. If the
-    call frees such older memory, the count falls, because the process then uses less memory. The
+    The rise is measured from the start of the call. It includes memory that a kernel allocates and
+    frees again. If the call frees a tensor from before the call, the rise becomes smaller. The
     garbage collector is off during the call, because it would free the garbage of earlier tests.
     """
     gc.disable()

@@ -79,7 +79,7 @@ _HEADER = struct.Struct("<12siqi")
 
 @contextmanager
 def nccl_double() -> Iterator[Traffic]:
-    """Replaces the real module's NcclCommunicator by NcclDouble; yields counts of sent bytes."""
+    """Replaces cupy's communicator; yields how many bytes this process sends, by call and dtype."""
     traffic: Traffic = Counter()
     with patch.object(nccl, "NcclCommunicator", partial(NcclDouble, traffic=traffic)):
         yield traffic

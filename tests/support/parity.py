@@ -35,7 +35,7 @@ DROPOUT = (
 
 
 def layers_of_a_stage(stages: int, replicas: int) -> str:
-    """Returns --num-layers for 5 layers on 1, 2 or 4 stages; on 2 stages, the value 3 means 3,2."""
+    """Returns --num-layers for 5 layers; for 2 stages it is 3: the first holds 3, the last 2."""
     return {1: "5", 2: "3", 4: "2,1,1,1"}[stages]
 
 

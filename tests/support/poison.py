@@ -45,7 +45,7 @@ class Overflow:
 class BadOutput:
     """Hook: on `rank`, in `step`, the stage's output for `microbatch` contains inf.
 
-    The inf also appears when the batch is evaluated again to find the cause.
+    The inf appears again when Engine.find_not_finite repeats the forward of the batch.
     """
 
     rank: int
@@ -136,7 +136,7 @@ NUM_MICROBATCHES = 2  # of a pipeline's batch; BadOutput relies on it
 
 @contextmanager
 def _begun() -> Iterator[list[ReplicaGradients]]:
-    """Yields a list with the ReplicaGradients whose update began last."""
+    """Yields a list of one item: the ReplicaGradients object whose update began last."""
     begin, begun = ReplicaGradients.begin_update, list[ReplicaGradients]()
 
     def noted(gradients: ReplicaGradients, num_microbatches: int) -> None:

@@ -1,7 +1,7 @@
-"""Files of an older system (a predecessor, see docs/glossary.md), from key lists in this module.
+"""Checkpoint files in the format of an older system (a predecessor, see docs/glossary.md).
 
-The project's code makes none of these files, so an error in the project's tables of keys cannot
-stay hidden.
+Names of tensors come from lists in this module, not from the tables in modules.families. So a
+wrong name in one of those tables makes a test fail.
 """
 
 import json

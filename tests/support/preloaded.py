@@ -1,4 +1,4 @@
-"""Imports of the server whose forks are the tests' processes (tests.support.launcher).
+"""Imports of the fork server from which tests start processes (see tests.support.launcher).
 
 Without the server, each process would need seconds for its imports. The server does not import
 training.session, because hooks must replace functions before that module imports them by name.

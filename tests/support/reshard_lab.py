@@ -1,7 +1,7 @@
-"""Runs of many shapes (P, R); other runs resume each of them from its middle, in every shape.
+"""Runs of many shapes (P, R), and other runs that resume from them in each of these shapes.
 
-Dropout is on to find wrong module numbers, because a dropout mask depends on the module's number
-in the model.
+Dropout is on, because its masks depend on the layer's number in the model: if a stage counts its
+layers wrongly after a change of shape, the losses differ.
 """
 
 import time
@@ -70,7 +70,7 @@ def resumed(
 def train_in_turn(
     rank: int, _world_size: int, url: str, turns: Sequence[Turn], folder: Path
 ) -> dict[str, Told]:
-    """Trains cases in one world after the other; a world of n ranks uses the first n processes."""
+    """Trains the cases of one turn after another; a turn of n ranks uses the first n processes."""
     told: dict[str, Told] = {}
     for number, (shape, cases) in enumerate(turns):
         begun = folder / f"turn-{number}"

@@ -44,7 +44,8 @@ class Rank:
     late: seconds until the process starts.
     hooks: changes to the process.
     timing: timeouts and intervals of the ranks.
-    is_forked: False if a user's command starts the process; it then has no hooks and no timing.
+    is_forked: False to start a new Python process, as a user does; the flags, the working directory
+        and `environ` apply to it, the other fields do not.
     """
 
     argv: Sequence[str]
@@ -146,7 +147,7 @@ def run(one: Run) -> Outcome:
 
 
 def run_all(chains: Sequence[Sequence[Run]], *, at_once: int) -> dict[str, Outcome]:
-    """Runs `at_once` chains in parallel, a chain's runs in sequence; returns outcomes by name."""
+    """Executes chains of runs, at most `at_once` chains at a time; returns outcomes by run name."""
     outcomes: dict[str, Outcome] = {}
     waiting = [_run_chain(chain, outcomes) for chain in chains]
     running: list[Generator[None]] = []

@@ -1,4 +1,4 @@
-"""Expected timetables and orders of every schedule; the tests require rows for a new schedule."""
+"""Expected timetables and action orders; a test fails if this module has none for a schedule."""
 
 from collections.abc import Callable
 

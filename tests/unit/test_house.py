@@ -1,4 +1,4 @@
-"""Tests rules of the source code: imports between packages, of argparse and of torch; file sizes.
+"""Tests the source code's rules on imports (project packages, argparse, torch) and file sizes.
 
 Each package has a floor, a number in tests/support/source.py, and imports only from packages with
 a lower number. The tests read all imports, including imports inside a function or under

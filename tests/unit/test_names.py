@@ -99,7 +99,7 @@ GONE = [
 
 @cache
 def bound_names(path: Path) -> frozenset[tuple[str, bool]]:
-    """Returns each name that a file binds, and whether it names a file, class or function."""
+    """Returns each name that a file binds, with True for names of files, classes and functions."""
     names = {(part, True) for part in path.with_suffix("").parts[1:]}
     for node in ast.walk(tree(path)):
         if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):

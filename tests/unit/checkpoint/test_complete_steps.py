@@ -146,7 +146,8 @@ def held(save_name: str, num_stages: int, *stages: int) -> list[StageFiles]:
 def test_a_step_of_other_stages_counts_where_the_disks_together_have_it() -> None:
     """A checkpoint of one or three stages is complete if the run's two disks together hold it.
 
-    If a checkpoint has two stages, as the run has, each stage's files must be on this stage's disk.
+    The run has two stages. A checkpoint of two stages is complete only if stage 0's disk holds the
+    files of stage 0, and stage 1's disk those of stage 1.
     """
     by_step = {
         1: (held("a", 3, 0, 1), held("a", 3, 1, 2)),

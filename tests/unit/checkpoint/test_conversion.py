@@ -112,7 +112,7 @@ def test_scripts_end_with_status_2_and_one_line(
 def test_scripts_convert_both_ways(
     originals: Path, tmp_path: Path, run: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Neither script writes to stderr; one runs in a new process, so that no output is missed."""
+    """Both scripts leave stderr empty; one runs in a new process, so its imports are tested too."""
     hf = tmp_path / "hf"
     flags = ("--ckpt-path", originals / "ck", "--save-path", hf, "--verify")
     done = subprocess.run(

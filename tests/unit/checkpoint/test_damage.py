@@ -57,7 +57,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 def cases(files: list[str], damages: list[str], few: int) -> list[Any]:
     """Returns a test case for each pair of file and damage; most cases are marked slow.
 
-    For each file, the number of unmarked cases is `few`. For the files in LATEST, none is marked.
+    All cases of the files in LATEST are unmarked, and so are `few` cases of each other file.
     """
     found = []
     for number, file in enumerate(files):
@@ -221,7 +221,7 @@ def error_on_every_rank(name: str, made: Made) -> str:
 
 @pytest.mark.parametrize(("file", "damage"), cases(FILES, list(DAMAGES), few=2))
 def test_training_names_the_file_on_every_rank(file: str, damage: str, made: Made) -> None:
-    """Every rank's error names the damaged file; if the file is of step 4, it also names step 2."""
+    """Every rank's error names the damaged file and, for a file of step 4, the complete step 2."""
     error = error_on_every_rank(f"{file}: {damage}", made)
     assert f"/{file}: " in error
     if file in STEP_FILES:
@@ -279,7 +279,7 @@ def test_the_converter_names_what_is_not_of_the_step(name: str, made: Made, tmp_
 def test_a_folder_of_any_name_converts_and_only_what_is_read_counts(
     made: Made, tmp_path: Path
 ) -> None:
-    """The converter reads a step's folder of any name; it needs no optimizer or scheduler files."""
+    """A checkpoint in a folder of any name converts, even without optimizer or scheduler files."""
     step = tmp_path / "gathered"
     step.mkdir()
     weights = [f"prank_{stage}_checkpoint.pt" for stage in range(STAGES)]

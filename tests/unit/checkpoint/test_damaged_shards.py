@@ -81,7 +81,7 @@ def test_a_damaged_file_is_an_error_that_names_it(
 
 
 def test_without_a_manifest_the_same_weights_load(home: Home, tmp_path: Path) -> None:
-    """Without a manifest, no checksum shows a changed weight, so the shards are loaded."""
+    """Without a manifest, the same weights load; a changed weight loads too, without an error."""
     whole = start(home.model, home).state_dict()
     model = Path(shutil.copytree(home.model, tmp_path / "model"))
     (model / "manifest.json").unlink()

@@ -45,7 +45,7 @@ VALUES = [
 
 
 def write(model: StageModel, folder: Path, value: float, kind: torch.dtype) -> None:
-    """Writes the model as shards and as a checkpoint; a tensor of type `kind` contains `value`."""
+    """Writes shards and a checkpoint; in both, one bias has type `kind` and contains `value`."""
     state = model.state_dict()
     changed = state[f"2.{KEY}"].to(kind)
     changed[5] = value

@@ -103,7 +103,7 @@ def test_the_next_run_goes_on_after_a_crash(step: int, written: int, tmp_path: P
 def test_another_number_than_the_manifests_is_damage(
     text: str, known: int | None, tmp_path: Path
 ) -> None:
-    """`latest` is damaged if its manifest has another step, even if the step in `latest` exists."""
+    """`latest` is damaged if it does not name its manifest's step, even if it names a folder."""
     (tmp_path / "latest").write_text(text)
     (tmp_path / "latest_manifest.json").write_bytes(seal({"step": known}))
     (tmp_path / text).mkdir()

@@ -40,7 +40,7 @@ def test_a_stage_needs_the_files_of_those_that_had_its_modules(
 
 
 def test_names_are_those_of_the_stage_that_saved_them() -> None:
-    """Only module 4 is in both the saved stage (modules 2 to 4) and the run's stage (4 to 8)."""
+    """map_names maps only module 4: the saved stage has modules 2 to 4, the run's stage 4 to 8."""
     keys = {index: [f"w{index}", "bias"] for index in range(9)}
     found = map_names(range(2, 5), range(4, 9), lambda index: keys[index])
     assert found == {"0.w4": "2.w4", "0.bias": "2.bias"}

@@ -54,7 +54,7 @@ class AtOnce(BackgroundTask):
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Trains run `all`, which keeps all steps, and `few`, which keeps 3; returns flags of `few`."""
+    """Trains two runs: `all` keeps all steps, `few` keeps 3 steps; returns the flags of `few`."""
     folder = tmp_path_factory.mktemp("pruning")
     write_jsonl(folder / "a.jsonl", make_texts(20, seed=1))
     make_shards(folder, "model", "gptneox", {"num_hidden_layers": 2})
@@ -133,7 +133,7 @@ def killed_at(target: str, nth: int, *, after: bool) -> Iterator[None]:
 def test_a_crash_while_old_steps_go_costs_nothing(
     target: str, after: bool, flags: dict[str, Any], tmp_path: Path
 ) -> None:
-    """After a crash during a deletion of old files, a run resumes and ends with the right files."""
+    """If a run dies during a deletion, the next run ends with the same files as without a crash."""
     again = {**flags, "checkpoint-path": tmp_path / "run"}
     nth = 9 if target.endswith("_rename_if_exists") else 1  # four saves have two renames each
     at_once = patch("checkpoint.retention.BackgroundTask", AtOnce)
@@ -230,7 +230,7 @@ def test_what_cannot_be_removed_is_told(tmp_path: Path, caplog: pytest.LogCaptur
 
 
 def peak(saves: int, keep: RetentionPolicy, kept: tuple[int, int]) -> int:
-    """Returns the largest growth of the checkpoints on disk, in bytes, during `saves` saves."""
+    """Simulates saves and deletions; returns the peak of bytes on disk minus those at the start."""
     there = [index >= kept[0] - kept[1] for index in range(kept[0])]  # whether a step has state
     sizes = [len(there) * 4 + sum(there) * 8]
     for _ in range(saves):
@@ -266,7 +266,7 @@ def test_a_disk_that_does_not_let_latest_catch_up_is_a_warning(
 
 
 def test_a_deletion_that_outlasts_a_save_is_caught_up_before_the_next(tmp_path: Path) -> None:
-    """If a deletion has to wait for an earlier one, it begins with the next save at the latest."""
+    """A deletion that had to wait for an earlier one starts when the next save begins."""
     store = make_store(tmp_path, RetentionPolicy(1))
     may_end, second_began = threading.Event(), threading.Event()
 

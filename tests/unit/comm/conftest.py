@@ -11,7 +11,7 @@ from tests.support.launcher import Launch, Process, start
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Launch]:
-    """Yields `launch_one`, which calls `function(ready, ...)` in a new process."""
+    """Yields `launch_one`; it calls `function(ready, ...)` in a new process, see launcher.start."""
     started: list[Process] = []
 
     def launch_one(function: Callable[..., object], *args: object, **options: object) -> Process:

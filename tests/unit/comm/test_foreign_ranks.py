@@ -200,7 +200,7 @@ def another_jobs_server(link: socket.socket) -> None:
 
 
 def mirror(link: socket.socket) -> None:
-    """Sends a rank's own proof back to the rank."""
+    """Sends back the rank's handshake reply, as if it were the answer of rank 0."""
     link.sendall(encode({"challenge": "0123"}))
     link.sendall(link.makefile("rb").readline())
 

@@ -125,7 +125,8 @@ def mismatch_each(rank: int, world_size: int, url: str) -> None:
 def test_what_does_not_fit_is_an_error_that_names_the_peer() -> None:
     """If rank 1's operation does not match rank 0's, or rank 1 dies, rank 0's error names rank 1.
 
-    Rank 1 exits in the last case, so `run_ranks` raises; its text tells that all cases passed.
+    Rank 1 exits in the last case, so `run_ranks` always raises an error. If all cases passed, this
+    error contains rank 0's text "all cases passed".
     """
     with pytest.raises(RuntimeError) as caught:
         run_ranks(2, mismatch_each)

@@ -1,4 +1,4 @@
-"""Tests first messages, call order and hang reports of CuPy/NCCL with all ranks in one process."""
+"""Tests CuPy/NCCL in one process: a communicator's first message, call order and hang reports."""
 
 import queue
 import threading
@@ -34,7 +34,7 @@ def open_all(size: int, **options: Any) -> list[tuple[NcclCommunicator, Told]]:
 def test_every_communicator_has_carried_a_message_before_it_is_used(
     connect_neighbours: bool, pairs: list[tuple[int, int]]
 ) -> None:
-    """The first message on a communicator blocks both ends, so the opening already sends one."""
+    """Opening a communicator sends a message on it, because the first message blocks both ends."""
     used = queue.SimpleQueue[tuple[str, bytes]]()
 
     class Noting(NcclDouble):

@@ -1,4 +1,4 @@
-"""Tests CudaStream, and HostStream, whose thread runs calls in order and reports their errors."""
+"""Tests CudaStream and HostStream; HostStream's thread runs calls in order and reports errors."""
 
 import gc
 import threading

@@ -74,7 +74,7 @@ def computed(name: str, recompute: bool, later: bool) -> dict[str, Tensor]:
 
 
 def autograds(name: str) -> dict[str, Tensor]:
-    """Returns autograd's gradients in fp64; a microbatch's logits are not divided into chunks."""
+    """Returns autograd's fp64 gradients; the loss is not computed in chunks of tokens."""
     torch.manual_seed(2)
     model = make_model(name).double()
     for tokens in microbatches():
@@ -120,7 +120,7 @@ def test_one_microbatch_has_the_bits_of_torch() -> None:
 
 @contextmanager
 def noted() -> Iterator[list[str]]:
-    """Yields a list of parameters' names; a name is added when the buffer counts its gradient."""
+    """Yields a list; each call of `GradBuffer._count_microbatch` appends its argument `name`."""
     names: list[str] = []
     count = GradBuffer._count_microbatch
 
@@ -218,7 +218,7 @@ class Update:
 
 
 def names_in(buffer: Tensor, views: dict[str, Tensor]) -> list[str]:
-    """Returns the parameters whose views are in `buffer`."""
+    """Returns the names of the gradients in `views` that are in the memory of `buffer`."""
     end = buffer.data_ptr() + buffer.nbytes
     return [n for n, v in views.items() if buffer.data_ptr() <= v.data_ptr() < end]
 

@@ -45,7 +45,7 @@ def test_it_is_torchs_attention(tokens: int, dtype: torch.dtype, allowed: float)
 
 
 def test_the_future_is_not_seen() -> None:
-    """A change of query, key and value from position 130 on changes no bit of earlier outputs."""
+    """If query, key and value change from position 130 on, outputs before it keep the same bits."""
     query, key, value, _ = inputs(200, torch.float32)
     before = short_attention(query, key, value)
     for tensor in (query, key, value):

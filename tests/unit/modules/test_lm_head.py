@@ -169,7 +169,7 @@ class WideHead(Head):
 
 
 def peak_of(dtype: torch.dtype, chunks: int, *, training: bool) -> float:
-    """Returns the peak memory of the loss (and backward, if `training`); 1.0 is all fp32 logits."""
+    """Returns (peak memory of the loss) / (size of all fp32 logits); `training` adds backward."""
     head = WideHead(dtype)
     buffer = gradients_of(head).buffer
     attach_grad_buffer(head, buffer)

@@ -26,7 +26,7 @@ def _torchs_default() -> Iterator[None]:
 
 
 def test_amds_cpus_with_avx512_are_known_to_win() -> None:
-    """AMD's CPUs with AVX-512 get oneDNN; other CPUs, also a future AMD CPU with AMX, do not."""
+    """Only AMD's CPUs with AVX-512 and without AMX get oneDNN."""
     for kind, cpu in CPUS.items():
         assert choose_matmul(cpu) == ("onednn" if kind in ("Zen 4", "Zen 5") else "default")
     for other in (CpuInfo("AuthenticAMD", "to come", True, True, True), CpuInfo()):

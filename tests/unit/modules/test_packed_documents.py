@@ -80,7 +80,7 @@ def test_positions_begin_anew_in_each_document(pairs: bool) -> None:
 
 
 def test_both_ways_of_attending_to_a_length_are_tried() -> None:
-    """Some documents in ROWS are short enough for the project's own attention, others are not."""
+    """Some documents in ROWS are short enough for `short_attention`; others are too long for it."""
     lengths = {length for row in ROWS for length in row}
     assert {is_short(torch.empty(1, 4, length, 8)) for length in lengths} == {True, False}
 
@@ -158,7 +158,7 @@ def test_losses_and_gradients_are_those_of_each_document_alone(
 def test_no_token_sees_another_document(
     name: str, changes: dict[str, Any], way: str, tmp_path: Path
 ) -> None:
-    """A document's outputs do not depend on other documents, and add nothing to their gradients."""
+    """A document's input changes no other document's outputs, and gets no gradient from them."""
     ours = from_hf(name, make_hf(name, **changes), tmp_path)
     documents = packed()
     changed = torch.zeros(len(ROWS), TOKENS, dtype=torch.bool)
@@ -238,7 +238,7 @@ def attend(qkv: list[Tensor], rows: list[list[int]], keys: tuple[int, ...]) -> T
 
 
 def test_a_documents_mask_hangs_on_its_sequence_and_number() -> None:
-    """A document's dropout mask depends only on the sequence's key and the document's number."""
+    """A document's dropout mask depends only on its row's dropout key and its number in the row."""
     qkv = list(torch.randn(3, 2, 4, 24, 8))
     rows = [[10, 6, 8], [10, 14]]
     with with_kernel() as kernel:

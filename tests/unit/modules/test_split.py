@@ -40,7 +40,7 @@ def test_a_number_or_a_list_is_a_split(
 
 
 def test_a_stage_has_its_blocks_and_the_ends_their_modules() -> None:
-    """Besides blocks, stage 0 has module 0 (embedding) and the last stage has module 5 (head)."""
+    """Modules 1-4 are blocks; stage 0 also has the embedding (0), the last stage the head (5)."""
     assert [stage_modules(i, (1, 2, 1)) for i in range(3)] == [range(2), range(2, 4), range(4, 6)]
     assert stage_modules(0, (4,)) == range(6)
 

@@ -50,7 +50,7 @@ def test_drift_is_spread_evenly_between_two_measurements() -> None:
 
 
 class Seen(NamedTuple):
-    """A rank's clock offset; `host` and `run` are one moment, in host time and in run time."""
+    """A rank's clock offset; the time by perf_counter (`host`) and since the run began (`run`)."""
 
     offset: ClockOffset
     host: int

@@ -1,7 +1,8 @@
 """Tests a timeline of two stages and two microbatches against numbers calculated by hand.
 
 A forward takes 1 s, a backward 2 s, a message between stages 0.5 s. Below, F1 1-2 is the forward of
-microbatch 1 from second 1 to second 2; B is a backward. In the exchange, replicas sum gradients.
+microbatch 1 from second 1 to second 2; B is a backward. In the exchange, a rank waits until the
+last backward of all ranks has ended, at second 10; then replicas sum gradients, which takes 1 s.
 
     stage 0   F0 0-1, F1 1-2     B0 6-8, B1 8-10     exchange 10-11, update 11-12
     stage 1   F0 1.5-2.5, F1 2.5-3.5, B0 3.5-5.5, B1 5.5-7.5  exchange 7.5-11, update 11-12

@@ -1,4 +1,4 @@
-"""Tests that a trace file has exactly the expected entries and is complete at every moment."""
+"""Tests a trace file's entries, and that the file is a complete JSON list after each write."""
 
 import json
 from pathlib import Path

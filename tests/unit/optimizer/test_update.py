@@ -62,7 +62,7 @@ def test_gradients_are_over_the_tokens_that_were_trained(tokens: int) -> None:
 
 
 def test_clipping_is_of_the_exact_gradient() -> None:
-    """If 10 of 40 tokens are trained, clipping uses the norm of the mean over 10 tokens (1.5)."""
+    """If 10 of 40 tokens are trained, the mean gradient of these 10, with norm 1.5, is clipped."""
     weight = nn.Parameter(torch.zeros(1))
     outcome = apply(make_updater(weight, max_norm=0.5), tokens=10)
     assert outcome.grad_norm == pytest.approx(1.5, rel=1e-6)

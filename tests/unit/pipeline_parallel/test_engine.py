@@ -1,4 +1,4 @@
-"""Tests messages, microbatches in flight and failures of the pipeline engine, with doubles."""
+"""Tests messages, microbatches in flight and failures of the pipeline engine, with test doubles."""
 
 from functools import cache, partial
 from typing import Any

@@ -1,4 +1,4 @@
-"""Tests messages between stages: receives are posted early, sends do not block, shapes agree."""
+"""Tests messages between stages: early receives, sends that do not block, and wrong shapes."""
 
 from typing import Any
 

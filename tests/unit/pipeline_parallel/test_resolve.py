@@ -1,6 +1,7 @@
-"""Tests that, in every schedule, the engine waits only for sends whose message has arrived.
+"""Tests that, in every schedule, the engine waits for a send only after its message has arrived.
 
-Lamport's happened-before relation of the calls tells the tests which messages have arrived.
+So these waits are short. Lamport's happened-before relation of the calls tells the tests which
+messages have arrived.
 """
 
 from collections.abc import Sequence
@@ -171,7 +172,7 @@ OTHER_ORDERS = [
 
 @pytest.mark.parametrize("lines", OTHER_ORDERS)
 def test_nor_in_a_schedule_of_another_order(lines: list[str]) -> None:
-    """Even in other orders that `check_schedule` accepts, no stage waits for a send too early."""
+    """In orders that no --pp-mode uses, stages also wait for a send only after its arrival."""
     knowledge = Knowledge(calls_of(schedule_of(lines), 2, 1 + max(map(int, lines[0][1::3]))))
     knowledge.play()
     assert knowledge.num_resolves > 0

@@ -142,9 +142,10 @@ def machine(**changes: Any) -> MachineFacts:
     ],
 )
 def test_differences_are_named_once(odd: dict[str, Any], told: list[str]) -> None:
-    """A difference between machines gives one line.
+    """Each difference between machines, and each problem of a machine, is reported in one line.
 
-    Machines may list different shards, since stages need different ones. A resume needs no shards.
+    Different lists of shards are no difference, because each stage needs its own. Before a
+    resume, missing or damaged shards are no problem.
     """
     machines = [machine(), machine(**odd), machine(), machine()]
     assert differences(ROSTER, machines) == told

@@ -10,9 +10,10 @@ from tasks.tokenization import prefetch
 
 @pytest.fixture(autouse=True, scope="module")
 def small_batches() -> Iterator[None]:
-    """Limits a batch to 16 documents, so that it does not span many epochs of a small source.
+    """Limits the prefetcher's batches to 16 documents.
 
-    The tests then read many batches, so they also cover the change from one batch to the next.
+    A larger batch would span many epochs of a small source. With small batches, the tests read
+    many of them, so they also cover the change from one batch to the next.
     """
     with patch.object(prefetch, "BATCH_DOCUMENTS", 16):
         yield

@@ -79,7 +79,7 @@ def test_a_stream_resumes_over_bad_lines(tmp_path: Path) -> None:
     ("bad", "share", "stops"), [(10, 0.01, False), (11, 0.01, True), (1, 0.0, True)]
 )
 def test_too_many_end_the_run(bad: int, share: float, stops: bool, tmp_path: Path) -> None:
-    """A run ends if more than `share` of the lines read are bad; fewer than 1000 count as 1000."""
+    """A run ends if the number of bad lines exceeds share * max(number of lines read, 1000)."""
     path = write(tmp_path / "a.jsonl", dict.fromkeys(range(1, bad + 1), b"[]"))
     lines = BadLines(tmp_path / "bad", max_share=share)
     documents = shuffle_source(open_source(str(path)), seed=1, bad_lines=lines)

@@ -35,7 +35,7 @@ def of_lengths(lengths: list[int]) -> list[EncodedDocument]:
 
 
 def test_a_literal_group() -> None:
-    """Documents of 3, 5, 2, 6, 9 (8 + 1) and 4 tokens become blocks 3 + 5, 2 + 6, 8 and 1 + 4."""
+    """At 8 tokens per block, documents of 3, 5, 2, 6, 9 and 4 become 3 + 5, 2 + 6, 8 and 1 + 4."""
     blocks = list(pack_best_fit(of_lengths([3, 5, 2, 6, 9, 4]), 8))
     assert [block.token_ids.tolist() for block in blocks] == [
         [1, 1, 1, 2, 2, 2, 2, 2],
@@ -82,7 +82,7 @@ def documents_of(block: TokenBlock) -> list[list[int]]:
 
 
 def test_no_document_is_cut_that_fits_and_all_come(tmp_path: Path) -> None:
-    """Texts that fit in a block are not cut, and the numbers of their uses differ by at most 4."""
+    """Texts that fit in a block come uncut and about equally often: counts differ by at most 4."""
     texts = make_texts(40, seed=3, longest=60)
     whole = {tuple(tokenizer()(text)["input_ids"] + [EOS]): text for text in texts}
     source = source_of(write_jsonl(tmp_path / "a.jsonl", texts))

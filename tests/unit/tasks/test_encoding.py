@@ -1,4 +1,4 @@
-"""Tests that the encoder gives the tokenizer's tokens, also in chunks or after a separator."""
+"""Tests that the encoder's tokens are the tokenizer's, even if it cuts texts or adds separators."""
 
 import json
 from pathlib import Path

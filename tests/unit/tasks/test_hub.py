@@ -54,7 +54,7 @@ def no_split() -> Any:
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], Calls]:
-    """Returns `put(make)`, which replaces the hub by `make()` and returns the list of hub calls."""
+    """Returns `put(make)`: it replaces `load_dataset` by `make` and returns the later calls."""
 
     def put(make: Callable[[], Any]) -> Calls:
         calls: Calls = []

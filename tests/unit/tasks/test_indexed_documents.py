@@ -81,7 +81,7 @@ def test_a_source_that_changed_is_not_resumed(path: Path) -> None:
 
 
 def test_lines_that_moved_in_the_middle_are_seen(tmp_path: Path) -> None:
-    """A word's move to another line is detected, though the file's size and ends do not change."""
+    """Two swapped lines are detected, though the size, start and end of the file stay the same."""
     texts = ["a" * 100_000, "word", "", "b" * 100_000]
     documents = opened(write_jsonl(tmp_path / "a.jsonl", texts))
     state = documents.state()
@@ -227,7 +227,7 @@ def test_a_permutation_has_each_number_once(size: int) -> None:
 
 @pytest.mark.parametrize("size", [5, 16])
 def test_each_number_may_stand_anywhere(size: int) -> None:
-    """A chi-square test over 1000 seeds accepts that a position has each number equally often."""
+    """Over 1000 seeds, all numbers are about equally frequent at a position (chi-square test)."""
     orders = [Permutation(size, seed) for seed in range(1000)]
     for order in orders:
         _ = order[0]  # this computes the later positions, too

@@ -1,4 +1,4 @@
-"""Tests packed blocks against a simple packing, and the restore of a packer inside a document."""
+"""Tests packed blocks against a naive reference, and the restore of a packer inside a document."""
 
 import itertools
 import logging

@@ -48,7 +48,7 @@ def in_order(name: str) -> list[Document | BadLineError]:
 
 
 def write_task(name: str, count: int, **changes: Any) -> list[str]:
-    """Writes the file of a natural-instructions task; returns the outputs that are trained."""
+    """Writes a natural-instructions task; returns each instance's first output, the trained one."""
     texts = make_texts(count, seed=len(name))
     task = {
         "Definition": [f"Define {name} 漢字."],

@@ -52,7 +52,7 @@ def encode_until_it_fails(workers: Workers) -> None:
 
 
 def test_one_that_dies_is_told_and_the_others_end() -> None:
-    """If one of two workers dies while it may hold a lock, encoding fails, and both workers end."""
+    """If either of two workers is killed, even if it holds a lock, encoding fails and both end."""
     for victim in range(2):
         workers = Workers(Encoder(tokenizer()), 2)
         results = [workers.encode(DOCUMENTS * 100) for _ in range(20)]
