@@ -7,6 +7,8 @@ of a process goes to files. A process is killed if its parent process dies.
 
 import contextlib
 import ctypes
+import fcntl
+import functools
 import itertools
 import logging
 import multiprocessing
@@ -23,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import IO, Any, NoReturn, TypeVar
 
 Result = TypeVar("Result")
 _PR_SET_PDEATHSIG = 1
@@ -82,14 +84,25 @@ Launch = Callable[..., Process]  # of a function and its arguments
 
 
 def free_port() -> int:
-    """Returns a free port on loopback, lower than all ports that the system assigns by itself."""
+    """Returns a free port on loopback, below the ports that the system itself chooses (from 32768).
+
+    This process reserves the port until it ends: it locks the byte of that number in a file that
+    all test processes share, so no other test process gets the port before it is used.
+    """
     pid = os.getpid()
     ports = _ports.setdefault(pid, itertools.cycle(range(20_000 + pid % 100 * 100, 30_100)))
     while True:
         port = next(ports)
         with socket.socket() as probe, contextlib.suppress(OSError):
+            fcntl.lockf(_reservations(), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, port)
             probe.bind(("127.0.0.1", port))
             return port
+
+
+@functools.cache
+def _reservations() -> IO[bytes]:
+    """Returns the file of the reserved ports. Closing it would end all locks of this process."""
+    return Path(tempfile.gettempdir(), f"dist-clm-test-ports-{os.getuid()}").open("ab")
 
 
 def fork(place: Path, function: Callable[..., object], *args: object) -> Process:
