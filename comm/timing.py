@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Timing:
-    """Waiting times in seconds; other waiting times have a flag.
+    """Waiting times in seconds, beside those that a user sets with flags, such as --dist-timeout.
 
     poll: the interval of reading the store while ranks join.
     report: the interval of log lines from a rank that waits for others.

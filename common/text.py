@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
+CLEAR_LINE = "\r\x1b[2K"  # on a terminal: deletes the current line
+
 
 def shown(value: str) -> str:
     """Returns `value`, escaped if it has characters that are not printable."""

@@ -5,7 +5,7 @@ import os
 import threading
 from typing import TextIO
 
-_CLEAR = "\r\x1b[2K"
+from common.text import CLEAR_LINE
 
 
 class Console:
@@ -24,14 +24,14 @@ class Console:
     def print(self, text: str) -> None:
         """Writes `text` as a line, above the live line if there is one."""
         with self._lock:
-            self._write(f"{_CLEAR}{text}\n{self._live}" if self._live else f"{text}\n")
+            self._write(f"{CLEAR_LINE}{text}\n{self._live}" if self._live else f"{text}\n")
 
     def set_live(self, text: str) -> None:
         """Replaces the live line by `text`, which is cut to the width of the terminal."""
         assert self.is_terminal
         with self._lock:
             self._live = text[: self._columns() - 1]
-            self._write(f"{_CLEAR}{self._live}")
+            self._write(f"{CLEAR_LINE}{self._live}")
 
     def keep_live(self) -> None:
         """Ends the live line, which stays on the terminal as an ordinary line."""

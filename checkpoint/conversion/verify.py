@@ -59,13 +59,13 @@ def verify(
     theirs = _run_theirs(folder, family, config, tokens)
     difference = float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1e-30))
     allowed = TOLERANCE * math.sqrt(config.hidden_size) * len(modules)
-    LOGGER.info("verified: logits differ by %.2e at most, %.2e allowed", difference, allowed)
     if not difference <= allowed:
         raise ValueError(
             f"--verify: the logits of {folder} and of the checkpoint differ by {difference:.2e} of "
             f"the largest logit, and rounding explains at most {allowed:.2e}; convert again, and "
             f"report it if the difference remains"
         )
+    LOGGER.info("verified: logits differ by %.2e at most, %.2e allowed", difference, allowed)
 
 
 def _run_ours(

@@ -7,13 +7,19 @@ import sys
 import threading
 from typing import NoReturn
 
+from common.text import CLEAR_LINE
+
 _FLUSH_SECONDS = 3.0
 
 
 def report_line(line: str) -> None:
-    """Writes `line` to stderr as exactly one line."""
+    """Writes `line` to stderr as exactly one line.
+
+    On a terminal, the line replaces the progress line, which rank 0 draws again.
+    """
+    start = CLEAR_LINE if sys.stderr.isatty() else ""
     with contextlib.suppress(OSError, ValueError):  # a closed stderr must not keep a process alive
-        sys.stderr.write(" ".join(line.split()) + "\n")
+        sys.stderr.write(f"{start}{' '.join(line.split())}\n")
         sys.stderr.flush()
 
 

@@ -13,16 +13,19 @@ from planning.memory.dry_run import DryRun, PlannedModel
 
 
 class Change(NamedTuple):
-    """A change of flags, the bytes that it saves, and the peak bytes that remain.
+    """A change of flags, the bytes that it saves, and the bytes that remain.
 
     Attributes:
         flags: the changed flags, as a user writes them.
+        peak: the peak bytes on the device with these flags.
+        host: the bytes in host memory with these flags, beside a GPU.
         starts_anew: whether a run with these flags cannot resume from --checkpoint-path.
     """
 
     flags: str
     saved: int
     peak: int
+    host: int
     starts_anew: bool
 
 
@@ -47,9 +50,10 @@ def helpful_changes(
             # and head, and schedules keep most microbatches in flight there.
             ranks = sorted({0, 1, num_stages - 2, num_stages - 1})
         dry_run = DryRun(changed, planned, cuda=cuda)
-        left = max(dry_run.of_rank(r).peak for r in ranks)
+        stages = [dry_run.of_rank(r) for r in ranks]
+        left, host = max(stage.peak for stage in stages), max(stage.host for stage in stages)
         starts_anew = has_steps and fixed_flags(changed) != fixed_flags(settings)
-        changes.append(Change(flags, peak - left, left, starts_anew))
+        changes.append(Change(flags, peak - left, left, host, starts_anew))
     return sorted((c for c in changes if c.saved > 0), key=lambda c: -c.saved)
 
 

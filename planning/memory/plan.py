@@ -143,6 +143,8 @@ class MemoryPlan:
 
 
 def _describe_change(change: Change, limit: int) -> str:
+    host = f", {format_bytes(change.host)} of host memory" if change.host else ""
     fits = ", which fits" if change.peak <= limit else ""
     anew = " (a new run only)" if change.starts_anew else ""
-    return f"{format_bytes(change.saved)} less, {format_bytes(change.peak)} at the peak{fits}{anew}"
+    saved, peak = format_bytes(change.saved), format_bytes(change.peak)
+    return f"{saved} less, {peak} at the peak{fits}{host}{anew}"

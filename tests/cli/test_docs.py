@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -86,6 +87,15 @@ def test_every_flag_that_is_named_exists(page: Path) -> None:
     assert set(FLAG.findall(page.read_text(encoding="utf-8"))) - flags == set()
 
 
+def test_the_home_page_has_the_status_of_readme() -> None:
+    """Both pages begin with a table of what has run where; the rows are the same."""
+    pages = [README, ROOT / "docs" / "index.md"]
+    first_tables = [page.read_text(encoding="utf-8").split("|---|---|\n")[1] for page in pages]
+    readme, home = (table.split("\n\n")[0].replace("**", "") for table in first_tables)
+    assert "one GPU" in readme
+    assert home == readme
+
+
 def test_the_licence_is_apache_2_0_to_the_letter() -> None:
     """The expected checksum is that of apache.org/licenses/LICENSE-2.0.txt."""
     digest = hashlib.sha256((ROOT / "LICENSE").read_bytes()).hexdigest()
@@ -102,7 +112,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
 
     def copy(folder: Path) -> Path:
         project = copy_project(folder)
-        subprocess.run(["cp", "-r", first / "quickstart", project], check=True)
+        shutil.copytree(first / "quickstart", project / "quickstart")
         return project
 
     return copy

@@ -205,6 +205,15 @@ def test_what_does_not_fit_is_told_with_what_helps(folder: Path, capsys: Capture
         assert by_flag[flag] == in_units(own / 1e6)
 
 
+def test_the_advice_to_offload_names_the_host_memory(folder: Path, capsys: Capture) -> None:
+    """The host memory is that of a plan with --use-offload; other changes need none."""
+    _, lines = plan(folder, capsys, use_cuda=True, bf16=True, device_memory="1kB")
+    host = rehearse(folder, 0, cuda=True, bf16=True, use_offload=True).host
+    found = [line for line in lines if "of host memory" in line]
+    assert [line.split(":")[0].strip() for line in found] == ["--use-offload"]
+    assert found[0].endswith(f" at the peak, {in_units(host / 1e6)} of host memory")
+
+
 def test_what_no_checkpoint_goes_on_with_is_told_so(
     folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:

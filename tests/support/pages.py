@@ -18,6 +18,11 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md"
 NOT_RUN = ("# needs GPUs", "# needs a network")  # first line of a block that is not run
 _BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _DEADLINE = 300.0
+# The results of earlier runs and builds; no folder of the project has such a name.
+_NOT_COPIED = (
+    *(".*", "__pycache__", "htmlcov", "wandb", "site", "quickstart", "data"),
+    *("pretrained_models", "model_checkpoints", "trace_json"),
+)
 # bash's own `wait` returns 0, also if a job failed.
 _WAIT = 'wait() { local job; for job in $(jobs -p); do builtin wait "$job" || return; done; }\n'
 
@@ -47,10 +52,7 @@ def blocks_of(page: Path) -> Iterator[Block]:
 def copy_project(folder: Path) -> Path:
     """Copies the project to `folder`/project; the copy's .venv is a link to sys.prefix."""
     copy = folder / "project"
-    made = shutil.ignore_patterns(".*", "__pycache__", "htmlcov", "wandb", "site")
-    shutil.copytree(ROOT, copy, ignore=made)
-    for name in ("quickstart", "data", "pretrained_models", "model_checkpoints", "trace_json"):
-        shutil.rmtree(copy / name, ignore_errors=True)
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*_NOT_COPIED))
     (copy / ".venv").symlink_to(sys.prefix)
     return copy
 
