@@ -26,7 +26,7 @@ from tests.support.runs import Ended, Outcome, Rank, Run, run_all
 
 Outcomes = dict[str, Outcome]  # by run
 STEPS, EVERY = 20, 5
-LAYOUTS = {"one pipeline": (2, 1), "one replica in each": (1, 2)}
+LAYOUTS = {"one pipeline": (2, 1), "one replica in each": (1, 2)}  # stages and replicas
 LAYERS = 3
 
 
@@ -113,7 +113,7 @@ def our_lines(ended: Ended) -> list[str]:
 
 @pytest.fixture(scope="module")
 def ended(wire: None, base: Path) -> Outcomes:
-    """Executes each layout's runs in sequence, both layouts in parallel; returns the outcomes."""
+    """Executes the runs of the two LAYOUTS, one run after another in each; returns the outcomes."""
     chains = []
     for index, layout in enumerate(LAYOUTS):
         furnish(base, layout)

@@ -279,7 +279,7 @@ def test_the_converter_names_what_is_not_of_the_step(name: str, made: Made, tmp_
 def test_a_folder_of_any_name_converts_and_only_what_is_read_counts(
     made: Made, tmp_path: Path
 ) -> None:
-    """A checkpoint in a folder of any name converts, even without optimizer or scheduler files."""
+    """The folder can have any name, and needs no optimizer and scheduler files for a conversion."""
     step = tmp_path / "gathered"
     step.mkdir()
     weights = [f"prank_{stage}_checkpoint.pt" for stage in range(STAGES)]
