@@ -1,0 +1,138 @@
+"""The rows, the status and the JSON of one check for a machine with a GPU.
+
+A check is a module `tests.gpu.check_<number>_<name>` with a function `check(report, options)`. It
+ends with `run_check(check)`, so that the driver can start it as a process of its own:
+
+    python -m tests.gpu.check_2_numerics --device cpu --limit 60 --json rows.json
+
+No check needs pytest, because a bare machine may lack it.
+"""
+
+import argparse
+import faulthandler
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+OK, FAILED, NOT_HERE = "ok", "failed", "not here"
+EXIT_STATUS = {OK: 0, FAILED: 1, NOT_HERE: 3}
+_STACKS_BEFORE = 5.0  # seconds before the limit at which a check that hangs prints its stacks
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of a check.
+
+    device: "cuda" or "cpu".
+    quick: whether to run only the part that the default tests run.
+    limit: the seconds after which the driver ends the check.
+    """
+
+    device: str
+    quick: bool
+    limit: float
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device == "cuda"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: a measured value, or a condition that must hold.
+
+    ok: whether the condition holds; None if the value has no limit.
+    """
+
+    name: str
+    value: float | str | None = None
+    unit: str = ""
+    ok: bool | None = None
+    note: str = ""
+
+
+@dataclass
+class CheckReport:
+    """The rows of a check, and the reason if the check cannot run on this machine."""
+
+    rows: list[Row] = field(default_factory=list)
+    missing: str = ""
+
+    def measure(self, name: str, value: float | str, unit: str = "", note: str = "") -> None:
+        """Adds a measured value that has no limit."""
+        self._add(Row(name, value, unit, None, note))
+
+    def expect(
+        self,
+        name: str,
+        holds: bool,
+        value: float | str | None = None,
+        unit: str = "",
+        note: str = "",
+    ) -> None:
+        """Adds a condition; the check fails if `holds` is false."""
+        self._add(Row(name, value, unit, bool(holds), note))
+
+    def not_here(self, reason: str) -> None:
+        """Says why this machine cannot run the check; used if no row was added."""
+        self.missing = reason
+
+    @property
+    def status(self) -> str:
+        """Returns `failed` if a condition does not hold, `not here` without rows, else `ok`."""
+        if any(row.ok is False for row in self.rows):
+            return FAILED
+        if self.rows:
+            return OK
+        return NOT_HERE if self.missing else FAILED
+
+    def to_json(self) -> dict[str, object]:
+        """Returns the status, the rows and the reason `missing`."""
+        return {
+            "status": self.status,
+            "missing": self.missing,
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+    def _add(self, row: Row) -> None:
+        self.rows.append(row)
+        print(format_row(row), flush=True)
+
+
+def format_row(row: Row) -> str:
+    """Returns a row as a line of text."""
+    mark = {None: "     ", True: "ok   ", False: "FAIL "}[row.ok]
+    value = f"{row.value:.6g}" if isinstance(row.value, float) else str(row.value or "")
+    return f"{mark} {row.name:<56} {value:>12} {row.unit:<8} {row.note}".rstrip()
+
+
+def run_check(
+    check: Callable[[CheckReport, Options], None], argv: Sequence[str] | None = None
+) -> NoReturn:
+    """Runs a check with the options of the command line, and exits with `EXIT_STATUS`.
+
+    If the check hangs, the process prints the stacks of all threads before the driver ends it. An
+    exception becomes a row that failed.
+    """
+    parser = argparse.ArgumentParser(description="Runs one check.", allow_abbrev=False)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--quick", action="store_true", help="only what the default tests run")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds")
+    parser.add_argument("--json", type=Path, help="file for the rows")
+    args = parser.parse_args(argv)
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(max(1.0, args.limit - _STACKS_BEFORE))
+    report = CheckReport()
+    try:
+        check(report, Options(args.device, args.quick, args.limit))
+    except Exception as error:
+        traceback.print_exc()
+        report.expect(f"no exception ({type(error).__name__})", False, note=str(error)[:300])
+    faulthandler.cancel_dump_traceback_later()
+    if args.json is not None:
+        args.json.write_text(json.dumps(report.to_json()), encoding="utf-8")
+    sys.exit(EXIT_STATUS[report.status])
