@@ -28,6 +28,7 @@ from training.iteration import Iteration
 from training.not_finite import NotFiniteReport
 from training.run_start import RunStart
 from training.step_totals import TotalsReducer, names_by_stage
+from training.step_work import step_work
 from training.trainer import Trainer
 
 
@@ -130,8 +131,14 @@ def build_trainer(
         report=report,
         stop=stop,
     )
+    sizes = start.family.sizes(start.config)
     return Trainer(
-        settings, iteration=iteration, evaluation=evaluation, recorder=recorder, saver=saver
+        settings,
+        iteration=iteration,
+        work=step_work(settings, context, sizes),
+        evaluation=evaluation,
+        recorder=recorder,
+        saver=saver,
     )
 
 
