@@ -50,7 +50,7 @@ def use_deterministic_cuda() -> None:
     torch.use_deterministic_algorithms(True)
     # By default this mode also fills every new tensor, which takes time and helps no one: each of
     # our kernels writes all elements of its result.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
 
 

@@ -54,7 +54,7 @@ main(sys.argv[1:])
 def _restore_torch() -> Iterator[None]:
     yield
     torch.set_deterministic_debug_mode("default")
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
 
 
 @pytest.fixture
@@ -186,7 +186,8 @@ def test_deterministic_changes_runs_on_gpus_only(
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     assert run_here(device, flags, Mock()) is expected
-    assert torch.utils.deterministic.fill_uninitialized_memory is not expected
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    assert filled is not expected
     assert torch.backends.cudnn.benchmark is not expected
 
 
