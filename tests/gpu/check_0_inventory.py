@@ -75,7 +75,12 @@ def _matmul(report: CheckReport, device: torch.device, dtype: torch.dtype) -> No
 
 def _on_cpu(report: CheckReport) -> None:
     rate = matmul_rate(
-        rows=256, inputs=512, outputs=512, dtype=torch.float32, device=torch.device("cpu"), budget=0.1
+        rows=256,
+        inputs=512,
+        outputs=512,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        budget=0.1,
     )
     report.measure("matmul 256 x 512 x 512, float32", 2 * rate / 1e9, "GFLOP/s")
     report.expect("the matmul's rate is positive", rate > 0)

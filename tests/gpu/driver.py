@@ -130,7 +130,9 @@ def _parse(argv: Sequence[str] | None, checks: Sequence[CheckEntry]) -> argparse
     args = parser.parse_args(argv)
     words = [word.strip() for word in args.only.split(",") if word.strip()]
     if unknown := [word for word in words if word not in map(str, numbers)]:
-        parser.error(f"--only {args.only}: there is no check {unknown[0]}; the checks are {numbers}")
+        parser.error(
+            f"--only {args.only}: there is no check {unknown[0]}; the checks are {numbers}"
+        )
     args.only = set(map(int, words)) or set(numbers)
     return args
 

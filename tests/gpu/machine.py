@@ -37,7 +37,9 @@ def host_facts() -> MachineFacts:
     facts["cores"] = str(len(os.sched_getaffinity(0)))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     facts["host memory"] = f"{memory / 2**30:.0f} GiB"
-    facts["system"] = f"{platform.system()} {platform.release()}, Python {platform.python_version()}"
+    facts["system"] = (
+        f"{platform.system()} {platform.release()}, Python {platform.python_version()}"
+    )
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
             facts[package] = version(package)
@@ -70,7 +72,12 @@ def gpu_facts() -> MachineFacts:
         from cupy.cuda import nccl
 
         facts["CuPy's NCCL"] = str(nccl.get_version())
-    query = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(_NVIDIA_SMI)}", "--format=csv,noheader"]
+    query = [
+        "nvidia-smi",
+        "--id=0",
+        f"--query-gpu={','.join(_NVIDIA_SMI)}",
+        "--format=csv,noheader",
+    ]
     values = first_line(query).split(", ")
     if len(values) == len(_NVIDIA_SMI):
         facts |= dict(zip(_NVIDIA_SMI, values, strict=True))

@@ -32,7 +32,8 @@ wait_for_flag(volatile int* flag, unsigned long long nanoseconds) {
 
 extern "C" __global__ void set_flag(volatile int* flag) { *flag = 1; }
 """
-_MODULE: Any = cupy.RawModule(code=_SOURCE)  # compiled at its first use
+_WAIT: Any = cupy.RawKernel(_SOURCE, "wait_for_flag")  # compiled at its first call
+_SET: Any = cupy.RawKernel(_SOURCE, "set_flag")
 
 
 class WaitingKernels:
@@ -59,21 +60,23 @@ class WaitingKernels:
     ) -> None:
         self._flag = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         self.streams = [torch.cuda.Stream(priority=priority) for _ in range(streams)]
-        wait = _MODULE.get_function("wait_for_flag")
         if shared_bytes:
-            wait.max_dynamic_shared_size_bytes = shared_bytes
+            _WAIT.max_dynamic_shared_size_bytes = shared_bytes
         arguments = (np.uint64(self._flag.data_ptr()), np.uint64(int(seconds * 1e9)))
         for stream in self.streams:
             stream.wait_stream(torch.cuda.current_stream())
             with cupy.cuda.ExternalStream(stream.cuda_stream):
-                wait((blocks,), (_THREADS,), arguments, shared_mem=shared_bytes)
-                wait((1,), (32,), arguments)
+                _WAIT((blocks,), (_THREADS,), arguments, shared_mem=shared_bytes)
+                _WAIT((1,), (32,), arguments)
 
     def __enter__(self) -> "WaitingKernels":
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         """Releases the kernels, and waits until the GPU has no work left."""
         self.release()
@@ -91,7 +94,7 @@ class WaitingKernels:
     def release_on(self, stream: torch.cuda.Stream) -> None:
         """Queues a kernel on `stream` that sets the flag, as a peer's send does."""
         with cupy.cuda.ExternalStream(stream.cuda_stream):
-            _MODULE.get_function("set_flag")((1,), (1,), (np.uint64(self._flag.data_ptr()),))
+            _SET((1,), (1,), (np.uint64(self._flag.data_ptr()),))
 
 
 def load_kernels() -> None:
