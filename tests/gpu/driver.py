@@ -54,7 +54,11 @@ class CheckEntry:
 
     @property
     def name(self) -> str:
-        return self.module.partition(f"check_{self.number}_")[2] or self.module
+        return self.module.partition(f"check_{self.number}_")[2]
+
+    def planned(self, device: str) -> float:
+        """Returns the planned seconds on "cuda" or "cpu"."""
+        return self.seconds if device == "cuda" else self.cpu_seconds
 
 
 CHECKS = (
@@ -87,7 +91,6 @@ def main(argv: Sequence[str] | None = None, checks: Sequence[CheckEntry] = CHECK
     """Runs the checks that the command line chooses, and returns the exit status."""
     began = time.monotonic()
     args = _parse(argv, checks)
-    signal.signal(signal.SIGTERM, _exit_on_signal)  # so that SIGTERM ends the running check, too
     out = (args.out or Path(tempfile.mkdtemp(prefix="gpu-checks-"))).resolve()
     out.mkdir(parents=True, exist_ok=True)
     for old in (*out.glob("check_*.json"), *out.glob("check_*.txt")):
@@ -99,14 +102,15 @@ def main(argv: Sequence[str] | None = None, checks: Sequence[CheckEntry] = CHECK
         print(f"{name}: {value}")
     reasons = {check.number: _reason(check, args, machine) for check in checks}
     left = [check for check in checks if not reasons[check.number]]
-    total = args.total or (TOTAL_SECONDS if args.device == "cuda" else sum(map(_on_cpu, left)))
+    all_planned = sum(check.planned(args.device) for check in left)
+    total = args.total or (TOTAL_SECONDS if args.device == "cuda" else all_planned)
     results = []
     for check in checks:
         if reason := reasons[check.number]:
             results.append(CheckResult(check.number, check.name, NOT_HERE, reason))
         else:
-            planned = [_on_cpu(c) if args.device == "cpu" else c.seconds for c in left]
-            limit = _share(total - GRACE - (time.monotonic() - began), planned)
+            planned = [c.planned(args.device) for c in left]
+            limit = share(total - GRACE - (time.monotonic() - began), planned)
             left.remove(check)
             results.append(_run(check, args, out, limit))
         _write(out, args, machine, results, time.monotonic() - began)
@@ -141,11 +145,7 @@ def _exit_on_signal(number: int, frame: object) -> NoReturn:
     sys.exit(128 + number)
 
 
-def _on_cpu(check: CheckEntry) -> float:
-    return check.cpu_seconds
-
-
-def _share(left: float, planned: Sequence[float]) -> float:
+def share(left: float, planned: Sequence[float]) -> float:
     """Returns the first check's share of the seconds that are left for all planned checks.
 
     Time that earlier checks did not use goes to all later ones, but no check gets more than twice
@@ -246,4 +246,5 @@ def _print_summary(results: Sequence[CheckResult], out: Path) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _exit_on_signal)  # so that SIGTERM ends the running check, too
     sys.exit(main())

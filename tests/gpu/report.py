@@ -23,7 +23,8 @@ from typing import NoReturn
 
 OK, FAILED, NOT_HERE = "ok", "failed", "not here"
 EXIT_STATUS = {OK: 0, FAILED: 1, NOT_HERE: 3}
-_STACKS_BEFORE = 5.0  # seconds before the limit at which a check that hangs prints its stacks
+# A check that hangs prints its stacks so many seconds before its limit, or at half of it.
+_STACKS_BEFORE = 5.0
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def _run(load: Callable[[], Check], argv: Sequence[str] | None) -> NoReturn:
     args = parser.parse_args(argv)
     faulthandler.enable()
     # Never cancelled: if a library's thread keeps the process alive at its end, this shows it.
-    faulthandler.dump_traceback_later(max(1.0, args.limit - _STACKS_BEFORE))
+    faulthandler.dump_traceback_later(max(args.limit / 2, args.limit - _STACKS_BEFORE))
     report = CheckReport(file=args.json)
     try:
         load()(report, Options(args.device, args.quick, args.limit))
