@@ -194,8 +194,8 @@ def _allocator() -> Result:
         torch.cuda.empty_cache()
         allowed = torch.cuda.memory_reserved() + 2 * _GIB
         torch.cuda.set_per_process_memory_fraction(allowed / properties.total_memory)
+        block = [torch.empty(3 * _GIB // 2, dtype=torch.uint8, device="cuda")]
         with WaitingKernels(_HOLD) as waiting:
-            block: list[Tensor] = [torch.empty(3 * _GIB // 2, dtype=torch.uint8, device="cuda")]
             if how == "recorded":
                 block.pop().record_stream(waiting.streams[0])
             began = time.monotonic()
