@@ -160,8 +160,9 @@ def _gpu_facts(out: Path) -> MachineFacts:
     output = out / "machine.txt"
     end = run_child(command, cwd=ROOT, environ=os.environ, output=output, limit=_FACTS_SECONDS)
     try:
-        facts: MachineFacts = json.loads(output.read_text(encoding="utf-8").splitlines()[-1])
-        return facts
+        lines = output.read_text(encoding="utf-8", errors="replace").splitlines()
+        facts: MachineFacts = json.loads([line for line in lines if line.startswith("{")][-1])
+        return facts  # libraries may print warnings before and after it
     except (IndexError, ValueError):
         how = "hung" if end.hung else f"ended with status {end.status}"
         return {"no GPU": f"torch's first calls of CUDA {how}; see {output}"}
