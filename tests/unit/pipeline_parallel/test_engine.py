@@ -30,14 +30,14 @@ from tests.support.stages import (
 
 
 def test_gpipes_first_stage_runs_all_forwards_before_the_second_begins() -> None:
-    """gpipe's first stage sends all 8 microbatches before it waits for any message."""
+    """gpipe's first stage sends all 8 microbatches before it posts or waits for any receive."""
     communicator = NotedCommunicator(0, 2)
     communicator.at_receive = Mock(side_effect=PeerLostError)
     engine = make_engine(gpipe, communicator, num_microbatches=8)
     with pytest.raises(PeerLostError):
         engine.train(batch(8, first=True), loss_scale=1.0)
     before = communicator.events[: communicator.events.index("wait for receive from 1")]
-    assert before == ["receive from 1"] * 2 + ["send to 1"] * 8
+    assert before == ["send to 1"] * 8 + ["receive from 1"] * 2
 
 
 def batch(count: int, *, first: bool = False, last: bool = False) -> PipelineBatch:
