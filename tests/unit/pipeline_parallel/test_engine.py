@@ -135,6 +135,20 @@ def test_weight_gradients_that_wait_cost_little_memory(stage_index: int) -> None
     assert found < peak_of("gpipe", stage_index, M, recompute=False) / 2
 
 
+def test_backward_runs_in_the_thread_that_calls_it() -> None:
+    """On a GPU, autograd's own thread would launch kernels beside the engine's thread.
+
+    No GPU is here, so the test reads the switch that autograd obeys. Outside of backward the switch
+    has torch's default.
+    """
+    stage = make_stage(NotedCommunicator(1, 3), schedule=gpipe, recompute=False)
+    x, seen = torch.randn(ROWS, TOKENS, HIDDEN), list[bool]()
+    stage.forward(0, x, None, None, loss_scale=1.0)
+    x.register_hook(lambda gradient: seen.append(torch._C._is_multithreading_enabled()))
+    stage.backward(0, torch.ones(ROWS, TOKENS, HIDDEN))
+    assert [*seen, torch._C._is_multithreading_enabled()] == [False, True]
+
+
 # ---- failures ----
 
 
