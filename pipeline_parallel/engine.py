@@ -7,6 +7,9 @@ loading, CUDA loads a kernel at its first launch: it takes the lock of the conte
 the GPU has finished all earlier kernels. So the process would wait for the message, and the message
 for the work that the process launches next. The rule holds on every backend. Sources: CUDA
 programming guide, "Lazy Loading"; meta-pytorch/torchcomms, #2334 and #2470, on GitHub.
+
+Two neighbours that wait in this way at the same time can still block each other. Therefore
+`Engine.warm_up` loads the kernels of a step before the first receive.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -128,6 +131,23 @@ class Engine:
         self.evaluate(batch)
         microbatches, self._not_finite = self._not_finite, None
         return microbatches
+
+    def warm_up(self, batch: PipelineBatch) -> None:
+        """Runs every computation of a step on the first microbatch of `batch`; sends no messages.
+
+        Zeros take the place of messages. The gradients are added to the gradient buffer, and the
+        caller must set it to zero. No update may have begun, so the buffer does not count this
+        microbatch.
+        """
+        token_ids, labels = batch.token_ids(0), batch.labels(0)
+        x = self._link.spec.zeros() if token_ids is None else token_ids
+        gradient = self._link.spec.zeros() if labels is None else None
+        keys, documents = batch.keys(0), batch.documents(0, x.device)
+        self._stage.evaluate(x, labels, documents=documents)
+        self._stage.forward(0, x, labels, keys, loss_scale=1.0, documents=documents)
+        self._stage.backward(0, gradient)
+        if any(action.kind is Kind.WEIGHT_GRADIENT for action in self._train):
+            self._stage.weight_gradient(0)
 
     def _finish(self, batch: PipelineBatch) -> Losses:
         self._link.flush()

@@ -35,6 +35,10 @@ class MessageSpec(NamedTuple):
         """Returns an uninitialised tensor that can receive a message."""
         return torch.empty(self.shape, dtype=self.dtype, device=self.device)
 
+    def zeros(self) -> Tensor:
+        """Returns a message of zeros."""
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+
 
 def check_message_specs(control: Communicator, topology: Topology, spec: MessageSpec) -> None:
     """Checks that all processes send messages of one shape and type; every process calls it.

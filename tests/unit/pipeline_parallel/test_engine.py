@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from comm.communicator import PeerLostError
+from modules.layers.dropout import KeyedDropout
 from pipeline_parallel.engine import StageError
 from pipeline_parallel.microbatch import PipelineBatch
 from pipeline_parallel.schedule.schedules import SCHEDULES, gpipe, splits_backward, zero_bubble_h1
 from pipeline_parallel.schedule.validate import peak_in_flight
+from pipeline_parallel.stage import Stage
+from tests.support.gradients import gradients_of
 from tests.support.memory import peak_bytes
 from tests.support.pipeline_doubles import NotedCommunicator
 from tests.support.schedule_tables import IN_FLIGHT
@@ -147,6 +150,55 @@ def test_backward_runs_in_the_thread_that_calls_it() -> None:
     x.register_hook(lambda gradient: seen.append(torch._C._is_multithreading_enabled()))
     stage.backward(0, torch.ones(ROWS, TOKENS, HIDDEN))
     assert [*seen, torch._C._is_multithreading_enabled()] == [False, True]
+
+
+# ---- warm-up ----
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("stage_index", range(3))
+@pytest.mark.parametrize("mode", SCHEDULES)
+def test_a_warm_up_leaves_no_trace(mode: str, stage_index: int, recompute: bool) -> None:
+    """The next iteration has the same bits, and exchanges its buckets once, at the same time."""
+    cold, warm = (
+        iteration_of(mode, stage_index, recompute=recompute, warm=warm) for warm in (False, True)
+    )
+    assert warm == cold
+
+
+def iteration_of(mode: str, stage_index: int, *, recompute: bool, warm: bool) -> list[Any]:
+    """Returns gradients, losses, operations and the last message of an iteration with dropout."""
+    schedule, pipeline, replicas = (
+        SCHEDULES[mode],
+        NotedCommunicator(stage_index, 3),
+        NotedCommunicator(0, 2),
+    )
+    model, splits = make_model(stage_index, 3), splits_backward(schedule, stage_index, 3)
+    for module in model.modules():
+        if isinstance(module, KeyedDropout):
+            module.p = 0.1
+    gradients = gradients_of(model, replicas)
+    flat = gradients.buffer.flat
+    stage = Stage(model, recompute=recompute, gradients=gradients.buffer, splits=splits)
+    noted: Any = Mock(wraps=stage)
+    engine = make_engine(schedule, pipeline, num_microbatches=4, stage=noted)
+    rows = batch(4, first=stage_index == 0, last=stage_index == 2)
+    if warm:
+        before = torch.get_rng_state()
+        engine.warm_up(rows)
+        calls = ["evaluate", "forward", "backward"] + ["weight_gradient"] * splits
+        assert [call[0] for call in noted.method_calls] == calls
+        assert torch.equal(torch.get_rng_state(), before)
+        assert pipeline.events == replicas.events == []
+        assert stage.in_flight == set()
+        assert flat.any() == (stage_index == 2)  # other stages have a gradient of zeros
+        gradients.buffer.zero_()
+    torch.manual_seed(1)  # received messages are random numbers
+    gradients.begin_update(4)
+    losses = engine.train(rows, loss_scale=1.0)
+    gradients.finish_exchange()
+    assert flat.any()
+    return [flat.tolist(), losses, pipeline.events, pipeline.last_sent.tolist(), replicas.events]
 
 
 # ---- failures ----

@@ -20,7 +20,7 @@ from pipeline_parallel.engine import Engine
 from pipeline_parallel.microbatch import PipelineBatch
 from pipeline_parallel.p2p import AHEAD, MessageSpec, StageLink
 from pipeline_parallel.schedule.dependencies import Transfer, execution_order, received, sent
-from pipeline_parallel.schedule.schedules import SCHEDULES, Action, Schedule, forward_only
+from pipeline_parallel.schedule.schedules import SCHEDULES, Action, Kind, Schedule, forward_only
 from tests.support.orders import OTHER_ORDERS, schedule_of
 from tests.support.pipeline_doubles import IdleStage, NotedCommunicator
 
@@ -241,3 +241,13 @@ def test_the_walk_finds_receives_that_are_posted_too_early(
     assert walk.too_early() == early
     assert walk.completes(waits=True)
     assert not walk.completes(walk.first_of_kinds(), waits=False)
+
+
+def test_two_stages_that_wait_at_the_same_time_can_still_block_each_other() -> None:
+    """So the rule is not enough, and a warm-up loads the kernels before the first receive.
+
+    Stage 0 waits before F1 for gradient 0, and stage 1 waits before F0 for activation 1.
+    """
+    walk = Walk(SCHEDULES["1f1b"], 2, 2)
+    waiting = {(0, Action(Kind.FORWARD, 1)), (1, Action(Kind.FORWARD, 0))}
+    assert not walk.completes(waiting, waits=False)
