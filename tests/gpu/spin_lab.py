@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from comm.backends.hang_detector import HangDetector
+from comm.backends.streams import compute_event
 from tests.gpu.timing import time_calls
 from tests.gpu.waiting_kernel import WaitingKernels, load_kernels
 
@@ -172,7 +173,7 @@ def _detector() -> Result:
     with WaitingKernels(2 * _HOLD) as waiting:
         began = time.monotonic()
         detector = _watch(
-            waiting.streams[0].record_event(),
+            waiting.streams[0],
             lambda error: reported.append(time.monotonic() - began),
         )
         torch.copysign(x, x)  # cold
@@ -183,10 +184,13 @@ def _detector() -> Result:
     return {"reported": reported[0] if reported else None, "launched": launched, "hold": 2 * _HOLD}
 
 
-def _watch(event: torch.cuda.Event, on_hang: Callable[[Exception], None]) -> HangDetector:
-    """Watches `event` as a message that may take 0.3 s, as a communicator does."""
-    detector = HangDetector(limit=_DETECTOR_LIMIT, on_hang=on_hang)
-    detector.add("receive of the spin lab", event.query)
+def _watch(stream: torch.cuda.Stream, on_hang: Callable[[Exception], None]) -> HangDetector:
+    """Watches the work of `stream` as a message that may take 0.3 s, as a communicator does."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    detector = HangDetector(limit=_DETECTOR_LIMIT, on_hang=on_hang, device=device)
+    with torch.cuda.stream(stream):
+        event = compute_event(device)
+    detector.watch("receive of the spin lab", lambda: event)
     return detector
 
 
