@@ -6,6 +6,7 @@ import os
 import torch
 
 from arguments.settings import ParallelSettings
+from modules.attention.sdpa import disable_cudnn_attention
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ def choose_device(parallel: ParallelSettings, *, ranks_here: int) -> torch.devic
             asked = f"--use-cuda {parallel.use_cuda}".lower()
         raise ValueError(f"{asked}: this machine has {present} CUDA devices")
     torch.cuda.set_device(parallel.cuda_id)
+    disable_cudnn_attention()
     return torch.device("cuda", parallel.cuda_id)
 
 
