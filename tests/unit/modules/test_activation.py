@@ -56,8 +56,8 @@ def test_half_precision_errs_no_more_than_transformers(name: str, dtype: torch.d
 def test_only_the_input_is_saved_for_backward(name: str) -> None:
     """A block's activations were almost twice as large as necessary.
 
-    `gelu_new` and `gelu_fast` were computed by eight operators as in transformers, and autograd kept
-    four and seven tensors of the feed-forward part's width.
+    `gelu_new` and `gelu_fast` were computed by about eight operators as in transformers, and
+    autograd kept four and seven tensors of the feed-forward part's width.
     """
     saved: dict[int, int] = {}
 
