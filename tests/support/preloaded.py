@@ -6,18 +6,20 @@ training.session, because hooks must replace functions before that module import
 
 import gc
 import importlib
+import importlib.util
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at the import of the library
 
 MODULES = """
-    torch.distributed pytest bitsandbytes matplotlib.backends.backend_agg matplotlib.figure
+    torch.distributed matplotlib.backends.backend_agg matplotlib.figure
     transformers.models.auto.tokenization_auto transformers.tokenization_utils_tokenizers
     transformers.models.gptj.modeling_gptj transformers.models.gpt_neox.modeling_gpt_neox
     dist_clm_train training.run checkpoint.conversion.to_hf comm.process_groups monitor.plot
     modules.families.gptj modules.families.gptneox tests.support.cases tests.support.models
 """
-for name in MODULES.split():
+OPTIONAL = ("pytest", "bitsandbytes")  # a machine that runs only the checks for a GPU lacks them
+for name in MODULES.split() + [name for name in OPTIONAL if importlib.util.find_spec(name)]:
     importlib.import_module(name)
 
 # The tests' sources have about sixty documents; a prefetch of a thousand would read them seventeen
