@@ -72,12 +72,9 @@ def _train_over_nccl(report: CheckReport, folder: Path, options: Options, clock:
     """
     worlds = {backend: worlds_over(backend) for backend in BACKENDS}
     for number, (backend, of_backend) in enumerate(worlds.items()):
-        outcomes = run_worlds(
-            [[world] for world in of_backend],
-            folder,
-            options,
-            seconds=clock.share(len(worlds) - number),
-        )
+        later = len(worlds) - number - 1
+        chains = [[world] for world in of_backend]
+        outcomes = run_worlds(chains, folder, options, clock, later=later)
         for world, reference in zip(of_backend, worlds["gloo"], strict=True):
             expect_losses(
                 report,
@@ -99,7 +96,7 @@ def _train_over_gloo(report: CheckReport, folder: Path, options: Options, clock:
     alone = World("one process")
     worlds = worlds_over("gloo", QUICK_SCHEDULES if options.quick else SCHEDULES)
     chains = [[world] for world in (alone, *worlds)]
-    outcomes = run_worlds(chains, folder, options, seconds=clock.share(1) / len(chains))
+    outcomes = run_worlds(chains, folder, options, clock)
     for world in worlds:
         expect_losses(
             report,

@@ -8,9 +8,9 @@ import faulthandler
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ MODEL = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+ModelConfig = tuple[str, Mapping[str, Any]]  # family, and the fields of its config
 _STACKS_EVERY = 8.0  # seconds; less than --dist-timeout, so a rank that hangs prints its stacks
 _TAIL = 60  # lines of each rank that are shown after a failure
 _SPARE = 8.0  # seconds before a check's limit at which all its runs have ended
@@ -56,10 +57,10 @@ class Clock:
         self._end = time.monotonic() + options.limit - _SPARE
 
     def share(self, runs: int) -> float:
-        """Returns the seconds for the next of `runs` runs, if one of them may hang.
+        """Returns the deadline in seconds of the next run, if `runs` runs are left.
 
-        The next run gets half of the time that is left, and the last run all of it, so a run that
-        hangs leaves time to the others.
+        The last run gets all the time that is left, and an earlier run half of it: a run that hangs
+        leaves time to the others, and a run on a busy machine gets more than an equal share.
         """
         left = max(5.0, self._end - time.monotonic())
         return left if runs <= 1 else left / 2
@@ -72,6 +73,7 @@ class World:
     disk: the folder of its checkpoints, so that a run can resume another one; default: the name.
     attend: is called repeatedly while the run lasts (tests.support.runs).
     hooks: changes to its ranks.
+    environ: additional environment variables of its ranks.
     """
 
     name: str
@@ -82,6 +84,7 @@ class World:
     disk: str = ""
     attend: Attendant | None = None
     hooks: Sequence[Hook] = ()
+    environ: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,22 +102,26 @@ def environ_of(rank: int, options: Options) -> Mapping[str, str]:
     return {"NCCL_HOSTID": f"r{rank}", **NCCL_APART} if options.is_cuda else {}
 
 
-def make_inputs(folder: Path) -> None:
-    """Writes the config and the tokenizer of a small GPT-NeoX, and a file of texts."""
-    from transformers import GPTNeoXConfig  # slow imports; they run in a process of their own
+def make_inputs(folder: Path, configs: Mapping[str, ModelConfig]) -> None:
+    """Writes the config and the tokenizer of every model, by name, and a file of texts."""
+    from transformers import GPTJConfig, GPTNeoXConfig  # slow; it runs in a process of its own
 
     from tests.support.data import make_texts, tokenizer, write_jsonl
 
-    GPTNeoXConfig(**MODEL).save_pretrained(folder / "model")
-    tokenizer().save_pretrained(folder / "model")
-    write_jsonl(folder / "a.jsonl", make_texts(100, seed=1))
+    classes = {"gptj": GPTJConfig, "gptneox": GPTNeoXConfig}
+    for name, (family, config) in configs.items():
+        classes[family](**config).save_pretrained(folder / name)
+        tokenizer().save_pretrained(folder / name)
+    write_jsonl(folder / "a.jsonl", make_texts(300, seed=1))
 
 
-def start_inputs(folder: Path, options: Options) -> Process:
+def start_inputs(
+    folder: Path, options: Options, configs: Mapping[str, ModelConfig] | None = None
+) -> Process:
     """Starts a process that calls `make_inputs`; call `finish` before the inputs are used."""
     if options.is_cuda:
         use_new_interpreters()
-    return fork(folder / "inputs", make_inputs, folder)
+    return fork(folder / "inputs", make_inputs, folder, configs or {"model": ("gptneox", MODEL)})
 
 
 def finish(process: Process, *, within: float) -> None:
@@ -126,22 +133,35 @@ def finish(process: Process, *, within: float) -> None:
 
 
 def run_worlds(
-    chains: Iterable[Sequence[World]], folder: Path, options: Options, *, seconds: float
+    chains: Sequence[Sequence[World]],
+    folder: Path,
+    options: Options,
+    clock: Clock,
+    *,
+    later: int = 0,
 ) -> dict[str, Outcome]:
     """Runs chains of worlds; prints what failed runs wrote. Returns the outcomes by name.
 
-    On a GPU all chains run at once, on a CPU one after another. The runs of a chain share `seconds`
-    equally.
+    On a GPU all chains run at once, on a CPU one world after another. `later` is the number of such
+    calls that follow and need time too.
     """
-    runs = [
-        [_run(world, folder, options, seconds / len(chain)) for world in chain] for chain in chains
-    ]
-    if not options.is_cuda:
-        runs = [[one for chain in runs for one in chain]]
-    outcomes = run_all(runs, at_once=max(1, len(runs)))
-    for name, outcome in outcomes.items():
-        if any(outcome.statuses):
-            _show(name, outcome)
+    outcomes: dict[str, Outcome] = {}
+    if options.is_cuda:
+        seconds = clock.share(1 + later)
+        runs = [
+            [_run(world, folder, options, seconds / len(chain)) for world in chain]
+            for chain in chains
+        ]
+        outcomes |= run_all(runs, at_once=len(runs))
+    else:
+        worlds = [world for chain in chains for world in chain]
+        for number, world in enumerate(worlds):
+            seconds = clock.share(len(worlds) - number + later)
+            outcomes |= run_all([[_run(world, folder, options, seconds)]], at_once=1)
+    for world in (world for chain in chains for world in chain):
+        is_killed = world.attend is not None
+        if any(outcomes[world.name].statuses) and not is_killed:
+            _show(world.name, outcomes[world.name])
     return outcomes
 
 
@@ -150,6 +170,7 @@ def _run(world: World, folder: Path, options: Options, seconds: float) -> Run:
     place = folder / world.name
     place.mkdir()
     cuda = "true --cuda-id 0" if options.is_cuda else "false"
+    timeout = 20 if options.is_cuda else 60  # a busy CPU can be slow
     dp_backend = "gloo" if world.backend == "gloo" else "nccl"
     common = flags_of(f"""
         --model-name {folder}/model --load-pretrained-model false --model-type gptneox
@@ -157,7 +178,7 @@ def _run(world: World, folder: Path, options: Options, seconds: float) -> Run:
         --seq-length {SEQ_LENGTH} --batch-size {ROWS // world.replicas} --micro-batch-size 1
         --total-steps {STEPS} --lr 1e-3 --recompute false --data-workers 0 --net-interface lo
         --pipeline-group-size {world.stages} --data-group-size {world.replicas}
-        --world-size {size} --dist-url {url} --join-timeout 60 --dist-timeout 20
+        --world-size {size} --dist-url {url} --join-timeout 60 --dist-timeout {timeout}
         --checkpoint-path {disk(folder, world)} --use-cuda {cuda}
         --dist-backend {world.backend} --dp-backend {dp_backend}
     """)
@@ -166,7 +187,7 @@ def _run(world: World, folder: Path, options: Options, seconds: float) -> Run:
         Rank(
             to_argv({**flags, "rank": rank}),
             place,
-            environ=environ_of(rank, options),
+            environ={**environ_of(rank, options), **world.environ},
             hooks=[
                 Stacks(rank),
                 *(hook for hook in (no_picture, *world.hooks) if hook.rank == rank),
