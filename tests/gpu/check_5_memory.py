@@ -122,7 +122,7 @@ def _expect_trace(report: CheckReport, folder: Path, options: Options, outcome: 
     paths = [traces / f"disk_rank{rank}.json" for rank in range(TRACE.stages)]
     problems = trace_problems(paths, steps=STEPS, slack=SLACK[options.device])
     print(*problems, sep="\n", end="\n" * bool(problems))
-    report.expect(name, not problems, len(problems), "problems", "".join(problems[:1])[:300])
+    report.expect(name, not problems, float(len(problems)), "problems", "".join(problems[:1])[:300])
 
 
 if __name__ == "__main__":

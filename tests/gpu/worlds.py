@@ -18,7 +18,7 @@ from monitor.metrics import read_metrics
 from tests.gpu.report import CheckReport, Options
 from tests.support.flags import flags_of
 from tests.support.hooks import no_picture
-from tests.support.launcher import Process, fork, free_port, use_new_interpreters
+from tests.support.launcher import Process, fork, free_port, preload, use_new_interpreters
 from tests.support.runs import Attendant, Hook, Outcome, Rank, Run, run_all
 
 # NCCL refuses two ranks on one GPU if they have the same host. With a host name of its own, a rank
@@ -119,6 +119,7 @@ def start_inputs(
     folder: Path, options: Options, configs: Mapping[str, ModelConfig] | None = None
 ) -> Process:
     """Starts a process that calls `make_inputs`; call `finish` before the inputs are used."""
+    preload("tests.support.preloaded_training")
     if options.is_cuda:
         use_new_interpreters()
     return fork(folder / "inputs", make_inputs, folder, configs or {"model": ("gptneox", MODEL)})
