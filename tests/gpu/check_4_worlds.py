@@ -25,6 +25,7 @@ from tests.gpu.worlds import (
     reason,
     run_worlds,
     start_inputs,
+    succeeded,
 )
 from tests.support.hooks import Slow
 from tests.support.runs import Outcome
@@ -98,7 +99,7 @@ def _expect_resume(
     report: CheckReport, outcome: Outcome, folder: Path, whole: World, resumed: World
 ) -> None:
     """Adds the rows of the resumed run: it begins after a save, and has the bits of `whole`."""
-    if any(outcome.statuses):
+    if not succeeded(outcome):
         report.expect("the killed run resumes", False, note=reason(outcome))
         return
     lines = read_metrics(disk(folder, resumed) / "metrics.jsonl")

@@ -116,10 +116,17 @@ def make_inputs(folder: Path, configs: Mapping[str, ModelConfig]) -> None:
 
 
 def start_inputs(
-    folder: Path, options: Options, configs: Mapping[str, ModelConfig] | None = None
+    folder: Path,
+    options: Options,
+    configs: Mapping[str, ModelConfig] | None = None,
+    *,
+    imports: Sequence[str] = (),
 ) -> Process:
-    """Starts a process that calls `make_inputs`; call `finish` before the inputs are used."""
-    preload("tests.support.preloaded_training")
+    """Starts a process that calls `make_inputs`; call `finish` before the inputs are used.
+
+    `imports` are modules that most ranks of the check import, beside those of a training run.
+    """
+    preload("tests.support.preloaded_training", *imports)
     if options.is_cuda:
         use_new_interpreters()
     return fork(folder / "inputs", make_inputs, folder, configs or {"model": ("gptneox", MODEL)})
@@ -161,7 +168,7 @@ def run_worlds(
             outcomes |= run_all([[_run(world, folder, options, seconds)]], at_once=1)
     for world in (world for chain in chains for world in chain):
         is_killed = world.attend is not None
-        if any(outcomes[world.name].statuses) and not is_killed:
+        if not is_killed and not succeeded(outcomes[world.name]):
             _show(world.name, outcomes[world.name])
     return outcomes
 
@@ -248,7 +255,7 @@ def expect_losses(
 
     Losses that are equal in all steps would hide an update that does nothing, so they must differ.
     """
-    if any(outcome.statuses):
+    if not succeeded(outcome):
         report.expect(name, False, note=reason(outcome))
         return
     apart = largest_difference(found, expected)
@@ -256,6 +263,11 @@ def expect_losses(
     if not moves:
         note = f"losses that do not change: {found}"
     report.expect(name, moves and apart <= tolerance, apart, "relative", note)
+
+
+def succeeded(outcome: Outcome) -> bool:
+    """Returns whether all ranks ended with status 0; the status of a rank that hung is None."""
+    return all(status == 0 for status in outcome.statuses)
 
 
 def reason(outcome: Outcome) -> str:

@@ -35,7 +35,7 @@ _TICK_SECONDS = 0.02
 _ports: dict[int, Iterator[int]] = {}  # by process: forks must draw different ports
 _is_fork = False  # whether this process is a fork of the server
 _forks = True  # whether this process starts forks; False: new interpreters
-_preloaded = "tests.support.preloaded"  # the module that the server imports
+_preloaded = ("tests.support.preloaded",)  # the modules that the server imports
 
 
 def is_fork() -> bool:
@@ -53,10 +53,10 @@ def use_new_interpreters() -> None:
     _forks = False
 
 
-def preload(module: str) -> None:
-    """Makes the server import `module` alone; call this before the first process is started."""
+def preload(*modules: str) -> None:
+    """Makes the server import only `modules`; call this before the first process is started."""
     global _preloaded
-    _preloaded = module
+    _preloaded = modules
 
 
 class Process:
@@ -141,7 +141,7 @@ def _make_process(target: Callable[..., object], *args: object) -> BaseProcess:
     if not _forks:
         return multiprocessing.get_context("spawn").Process(target=target, args=args)
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload([_preloaded])
+    server.set_forkserver_preload(list(_preloaded))
     return server.Process(target=target, args=args)
 
 
