@@ -35,6 +35,12 @@ from tests.support.runs import Outcome
 WITHIN = 1e-5
 STEPS, SAVE = 8, 2
 KEPT = ("loss", "lr", "grad_norm")
+# Slow steps, so that the kill comes between two of them; and slower writes, so that weights change
+# before their copy is written.
+SLOW = [
+    Slow(0, "pipeline_parallel.engine:Engine.train", 0.1),
+    *(Slow(rank, "checkpoint.steps.folder:write_stage_files", 0.2) for rank in (0, 1)),
+]
 DETERMINISTIC = any(flag.name == "--deterministic" for flag in FLAGS)
 
 
@@ -70,9 +76,7 @@ def check(report: CheckReport, options: Options) -> None:
         alone = World("one process", flags=flags)
         whole = World("four ranks", 2, 2, f"{flags} --pp-mode 1f1b")
         kill = KillAll(disk(folder, World("killed")))
-        # A step lasts at least as long as several looks at the files, so the kill comes between.
-        slow = Slow(0, "pipeline_parallel.engine:Engine.train", 0.1)
-        killed = replace(whole, name="killed", attend=kill, hooks=[slow])
+        killed = replace(whole, name="killed", attend=kill, hooks=SLOW)
         resumed = replace(whole, name="resumed", disk=killed.name)
         chains = [[alone], [whole], [killed, resumed]]
         outcomes = run_worlds(chains, folder, options, clock)
