@@ -40,7 +40,7 @@ class HuggingFaceLoop:
         total = torch.zeros((), device=self._device)
         for rows in self._rows:
             loss = self._loss(rows) / len(self._rows)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total += loss.detach()
         nn.utils.clip_grad_norm_(self._parameters, MAX_NORM)
         self._adamw.step()

@@ -39,7 +39,7 @@ KEPT = ("loss", "lr", "grad_norm")
 # before their copy is written.
 SLOW = [
     Slow(0, "pipeline_parallel.engine:Engine.train", 0.1),
-    *(Slow(rank, "checkpoint.steps.folder:write_stage_files", 0.2) for rank in (0, 1)),
+    *(Slow(rank, "checkpoint.steps.folder:write_stage_files", 0.6) for rank in (0, 1)),
 ]
 DETERMINISTIC = any(flag.name == "--deterministic" for flag in FLAGS)
 

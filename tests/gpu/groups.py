@@ -4,6 +4,7 @@ import os
 import sys
 
 import torch
+from torch._C._distributed_c10d import HashStore
 
 from comm.backends.base import Group
 from comm.backends.cupy_nccl import NcclCommunicator
@@ -39,7 +40,7 @@ def check_alone(rank: int, options: Options) -> str:
     channel = NcclCommunicator(
         Group("pipeline", (0,), Topology(0, 1, 1), CurrentOperation(), _TIMEOUT),
         device=device,
-        store=torch.distributed.HashStore(),
+        store=HashStore(),
         on_hang=_raise,
     )
     for dtype in NUMBERS:

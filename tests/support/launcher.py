@@ -35,7 +35,7 @@ _TICK_SECONDS = 0.02
 _ports: dict[int, Iterator[int]] = {}  # by process: forks must draw different ports
 _is_fork = False  # whether this process is a fork of the server
 _forks = True  # whether this process starts forks; False: new interpreters
-_preloaded = ("tests.support.preloaded",)  # the modules that the server imports
+_preloaded: tuple[str, ...] = ("tests.support.preloaded",)  # the modules that the server imports
 
 
 def is_fork() -> bool:
