@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping
 
 import torch
-from torch._C._distributed_c10d import HashStore
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from comm.backends.base import Group
 from comm.backends.cupy_nccl import NcclCommunicator

@@ -46,6 +46,7 @@ MODEL = {
 }
 ModelConfig = tuple[str, Mapping[str, Any]]  # family, and the fields of its config
 _STACKS_EVERY = 8.0  # seconds; less than --dist-timeout, so a rank that hangs prints its stacks
+_OF_STACKS = ("  File ", "Thread 0x", "Current thread 0x", "Timeout (")  # as faulthandler writes
 _TAIL = 60  # lines of each rank that are shown after a failure
 _SPARE = 8.0  # seconds before a check's limit at which all its runs have ended
 
@@ -277,13 +278,14 @@ def reason(outcome: Outcome) -> str:
         return f"hung: rank {', '.join(hung)}; the stacks are above"
     first = next(ended for ended in outcome if ended.status)
     lines = [line for ended in outcome for line in (*ended.stdout.splitlines(), *ended.lines)]
-    return _telling_line([*lines, *first.lines[-1:]]) or f"exit status {first.status}"
+    return _telling_line([*lines, *first.lines]) or f"exit status {first.status}"
 
 
 def _telling_line(lines: Sequence[str]) -> str:
-    """Returns NCCL's first warning among `lines`, else the last line; empty without lines."""
+    """Returns NCCL's first warning, else the last line that is not of a stack; empty if none is."""
     warnings = [line for line in lines if "NCCL WARN" in line]
-    return [*warnings, *lines[-1:], ""][0][:300]
+    told = [line for line in lines if line.strip() and not line.startswith(_OF_STACKS)]
+    return [*warnings, *told[-1:], ""][0][:300]
 
 
 def _show(name: str, outcome: Outcome) -> None:
