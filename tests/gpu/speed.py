@@ -16,10 +16,9 @@ from comm.process_groups import ProcessGroups
 from comm.topology import Topology
 from common.tensors import synchronize
 from modules.registry import MODELS
+from monitor.device_peaks import peak_tflops
 
 WARM_UP = 2
-# FLOP/s of dense bf16 matmuls, from NVIDIA's data sheets, by a part of the device's name.
-PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 @dataclass(frozen=True)
@@ -65,9 +64,11 @@ def flops_per_token(work: Workload) -> float:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Returns the GPU's FLOP/s by its data sheet; None for another device."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
+    """Returns the GPU's FLOP/s in bf16 by its data sheet; None for another device."""
+    if device.type != "cuda":
+        return None
+    peak = peak_tflops(torch.cuda.get_device_name(device), "bf16")
+    return None if peak is None else 1e12 * peak
 
 
 def top_kernels(
