@@ -20,6 +20,7 @@ from comm.lifecycle.stop_signals import StopListener, StopRequest
 from comm.timing import DEFAULT_TIMING, Timing
 from common.text import one_line
 from monitor.logs import setup_logging
+from training.gpu_environment import set_gpu_variables
 from training.startup_checks import check_this_machine
 
 # torch is imported below, after the flags have been checked, and the model's libraries after the
@@ -39,6 +40,11 @@ def main(argv: Sequence[str] | None = None, timing: Timing = DEFAULT_TIMING) -> 
     if settings.output.preview_data is not None:
         preview(settings, settings.output.preview_data)
         return
+    gpu_variables: dict[str, str] = {}
+    if parallel.use_cuda is not False:  # before torch is imported; a plan counts their effect
+        gpu_variables = set_gpu_variables(
+            os.environ, deterministic=settings.precision.deterministic
+        )
     if settings.output.plan:
         plan(settings)
         return
@@ -46,6 +52,7 @@ def main(argv: Sequence[str] | None = None, timing: Timing = DEFAULT_TIMING) -> 
     alone = parallel.world_size == 1
     listener = StopListener(stop, rank=parallel.rank, alone=alone, timing=timing)
     resources = check_this_machine(settings)
+    resources.gpu_variables = gpu_variables
     if resources.problem is not None and alone:
         refuse(resources.problem)
     from training.meeting import meet

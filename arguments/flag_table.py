@@ -38,6 +38,11 @@ def fixed_flags(settings: Settings) -> dict[str, Any]:
     }
 
 
+def fixed_defaults() -> dict[str, Any]:
+    """Returns the defaults of the flags that must not change; old checkpoints lack new flags."""
+    return {flag.name: flag.default for flag in FLAGS if flag.resume == "must match"}
+
+
 def free_flags(settings: Settings) -> dict[str, Any]:
     """Returns the values that a resumed run may change, by the name of the flag."""
     return _kept(settings, "may change")

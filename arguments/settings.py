@@ -129,13 +129,14 @@ class UpdateSettings:
 
 @dataclass(frozen=True)
 class PrecisionSettings:
-    """The settings of the precision, the fp16 loss scale, CPU matmuls, recompute and offload."""
+    """The settings of precision, fp16 loss scale, CPU matmuls, recompute, offload, determinism."""
 
     fp16: bool
     bf16: bool
     recompute: bool
     use_offload: bool
     cpu_matmul: Literal["auto", "default", "onednn"]
+    deterministic: bool
     loss_scale: float
     initial_loss_scale: float
     min_loss_scale: float

@@ -24,7 +24,7 @@ from optimizer.update import UpdateStep
 from pipeline_parallel.batch_scatter import Rows
 from pipeline_parallel.build import build_engine
 from pipeline_parallel.engine import Engine
-from pipeline_parallel.p2p import StageLink
+from pipeline_parallel.p2p import MessageSpec, StageLink
 from pipeline_parallel.partition.split import stage_modules
 from training.iteration import Iteration
 from training.not_finite import NotFiniteReport
@@ -171,16 +171,10 @@ def _engine(
     optimizer: MixedPrecisionOptimizer,
     tracer: Tracer,
 ) -> Engine:
-    link = StageLink(
-        context.groups.pipeline,
-        shape=(1, work.tokens, work.hidden),
-        dtype=DTYPES[work.precision],
-        device=CPU,
-        tracer=tracer,
-    )
+    spec = MessageSpec((1, work.tokens, work.hidden), DTYPES[work.precision], CPU)
     return build_engine(
         model,
-        link,
+        StageLink(context.groups.pipeline, spec, tracer=tracer),
         gradients=optimizer.gradients.buffer,
         schedule=pp_mode,
         recompute=work.recompute,

@@ -45,7 +45,8 @@ from benchmarks.same_bits_runs import (
 )
 
 Entry = dict[str, dict[str, str]]  # place (a step, or a set of tensors) -> key -> exact value
-TIMES = {"step_seconds", "tokens_per_second"}  # metrics that always differ between two runs
+# metrics that differ between any two runs, and a number that older checkouts lack
+IGNORED_METRICS = {"step_seconds", "tokens_per_second", "tflops", "mfu", "tokens_processed"}
 
 
 def main() -> None:
@@ -170,7 +171,7 @@ def metric_bits(line: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key, value in line.items():
         if isinstance(value, Mapping):
             yield from ((f"{key}.{inner}", bits) for inner, bits in metric_bits(value))
-        elif key not in TIMES:
+        elif key not in IGNORED_METRICS:
             yield key, value.hex() if isinstance(value, float) else json.dumps(value)
 
 

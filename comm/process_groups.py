@@ -13,7 +13,7 @@ from comm.backends.cupy_nccl import NcclCommunicator
 from comm.backends.gloo import GlooCommunicator
 from comm.backends.host_staging import HostStagingCommunicator
 from comm.backends.single_process import SingleProcessCommunicator
-from comm.backends.torch_nccl import TorchNcclCommunicator, make_groups
+from comm.backends.torch_nccl import TorchNcclCommunicator, connect_all, connect_neighbours
 from comm.communicator import Communicator, PeerLostError
 from comm.liveness.failure_policy import ExitPolicy
 from comm.rendezvous.join import Rendezvous
@@ -25,8 +25,9 @@ class ProcessGroups:
     """The groups of this process.
 
     control: all ranks, for host tensors; it shares no connection with other groups.
-    pipeline: the stages of this replica, indexed by stage.
-    replicas: the ranks that hold this stage, indexed by replica.
+    pipeline: the stages of this replica, indexed by stage; for messages between neighbours. Over
+        NCCL it has no collectives.
+    replicas: the ranks that hold this stage, indexed by replica; for collectives.
     """
 
     control: Communicator
@@ -130,9 +131,12 @@ class _GroupFactory:
             nccl = NcclCommunicator(group, device=device, store=self.store, on_hang=on_hang)
             if name == "pipeline":
                 nccl.connect_neighbours()
+            else:
+                nccl.connect_all()
             return nccl
         if backend == "nccl":
-            made = {ranks: make_groups(ranks, dist_timeout=self.dist_timeout) for ranks in groups}
+            make = connect_neighbours if name == "pipeline" else connect_all
+            made = {ranks: make(ranks, dist_timeout=self.dist_timeout) for ranks in groups}
             return TorchNcclCommunicator(made[members], group, device=device, on_hang=on_hang)
         gloo_groups = {ranks: dist.new_group(list(ranks)) for ranks in groups}
         gloo = GlooCommunicator(gloo_groups[members], group)

@@ -41,6 +41,11 @@ class ModelSizes(NamedTuple):
         attention = self.hidden * (seq_len + 1)
         return ModuleWork(self.block_weights + attention, self.head_weights)
 
+    def multiply_adds(self, seq_len: int) -> int:
+        """Returns the multiply-adds per token of a forward pass through the complete model."""
+        work = self.work(seq_len)
+        return self.layers * work.block + work.head
+
     @property
     def head_weights(self) -> int:
         """The number of elements in the head's projection; the embedding has the same number."""

@@ -19,18 +19,37 @@ from common.files import replace_file
 
 
 @dataclass(frozen=True)
+class StepWork:
+    """The work of an iteration, which is the same in all iterations of a run.
+
+    num_tokens: the positions that go through the model, in all replicas; also positions that are
+        not trained.
+    device_flops: the floating-point operations of forward and backward, per device: the mean over
+        all devices. Recomputation is not counted.
+    peak_flops: the most operations per second of a device, the mean over all devices; None if the
+        peak of a device is not known.
+    """
+
+    num_tokens: int
+    device_flops: float
+    peak_flops: float | None
+
+
+@dataclass(frozen=True)
 class IterationMetrics:
     """The metrics of iteration `step`, counted from 1: one line of metrics.jsonl.
 
     loss: mean over the trained tokens of all replicas and microbatches, in nats.
     lr, grad_norm: the values of the update at the end of this iteration; None without an update.
         grad_norm is also None for a skipped update.
+    work: the tokens and operations of the iteration.
     step_seconds: the time of the iteration, without saves and evaluations.
     held_out: the evaluation after this iteration.
     held_out_before: the evaluation before the first iteration.
     resumed: whether this is the first iteration after a resume.
 
-    If loss_scale, held_out or held_out_before is None, its keys are not in the line.
+    If loss_scale, held_out or held_out_before is None, its keys are not in the line. The key mfu is
+    not in the line if the peak of a device is not known.
     """
 
     step: int
@@ -38,6 +57,7 @@ class IterationMetrics:
     lr: float | None
     grad_norm: float | None
     num_trained_tokens: int
+    work: StepWork
     step_seconds: float
     loss_scale: float | None = None
     held_out: "HeldOut | None" = None
@@ -46,8 +66,23 @@ class IterationMetrics:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """The trained tokens per second of all replicas; None if no time passed."""
-        return self.num_trained_tokens / self.step_seconds if self.step_seconds > 0 else None
+        """The processed tokens per second of all replicas; None if no time passed."""
+        return self._rate(self.work.num_tokens)
+
+    @property
+    def tflops(self) -> float | None:
+        """The teraflops per second of a device; None if no time passed."""
+        return self._rate(self.work.device_flops / 1e12)
+
+    @property
+    def mfu(self) -> float | None:
+        """The model flops utilization: the flops per second divided by the device's peak.
+
+        None if no time passed or the peak is not known. (As in Chowdhery et al., PaLM, arXiv
+        2204.02311, appendix B; here with the causal half of attention only.)
+        """
+        peak = self.work.peak_flops
+        return None if peak is None else self._rate(self.work.device_flops / peak)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the keys and values of the line; numbers that are not finite become None."""
@@ -57,12 +92,19 @@ class IterationMetrics:
             "lr": finite_or_none(self.lr),
             "grad_norm": finite_or_none(self.grad_norm),
             "tokens": self.num_trained_tokens,
+            "tokens_processed": self.work.num_tokens,
             "step_seconds": self.step_seconds,
             "tokens_per_second": finite_or_none(self.tokens_per_second),
+            "tflops": finite_or_none(self.tflops),
         }
+        if self.work.peak_flops is not None:
+            line["mfu"] = finite_or_none(self.mfu)
         if self.loss_scale is not None:
             line["loss_scale"] = finite_or_none(self.loss_scale)
         return line | self._held_out_to_json() | ({"resumed": True} if self.resumed else {})
+
+    def _rate(self, amount: float) -> float | None:
+        return amount / self.step_seconds if self.step_seconds > 0 else None
 
     def _held_out_to_json(self) -> dict[str, Any]:
         values: dict[str, Any] = {}

@@ -9,6 +9,7 @@ from monitor.metrics import HeldOut, IterationMetrics, perplexity
 
 _PLAIN_INTERVAL = 10.0  # seconds between plain lines
 _LIVE_INTERVAL = 0.1  # seconds between updates of the live line
+_MIN_TFLOPS = 1.0  # a slower device shows its speed only if its peak is known
 _RECENT = 50  # the number of recent iterations from which the remaining time is estimated
 
 
@@ -61,9 +62,18 @@ class Progress:
         if metrics.step < self._total_steps:
             left = recent_average(self._recent) * (self._total_steps - metrics.step)
             parts.append(f"{format_duration(left)} left")
+        parts += _utilization(metrics)  # a narrow terminal cuts the end of the line
         if self._eval_loss is not None:
             parts.append(f"held-out {self._eval_loss:.4f}")
         return " | ".join(parts)
+
+
+def _utilization(metrics: IterationMetrics) -> list[str]:
+    """Returns the part of the line about a device's speed; CPUs are too slow to need one."""
+    tflops, mfu = metrics.tflops, metrics.mfu
+    if tflops is None or (mfu is None and tflops < _MIN_TFLOPS):
+        return []
+    return [f"{tflops:.1f} TFLOP/s" + ("" if mfu is None else f", MFU {mfu:.0%}")]
 
 
 def _format(loss: float) -> str:

@@ -1,4 +1,16 @@
-"""The pipeline engine, which runs a stage's part of an iteration in the order of a schedule."""
+"""The pipeline engine, which runs a stage's part of an iteration in the order of a schedule.
+
+Receives are posted early, so that messages travel while the stage computes. But no receive is
+posted while its message depends on work that this process has not enqueued yet. Otherwise GPUs can
+deadlock: a receive of NCCL is a kernel that runs on the GPU until the message arrives. With lazy
+loading, CUDA loads a kernel at its first launch: it takes the lock of the context, and waits until
+the GPU has finished all earlier kernels. So the process would wait for the message, and the message
+for the work that the process launches next. The rule holds on every backend. Sources: CUDA
+programming guide, "Lazy Loading"; meta-pytorch/torchcomms, #2334 and #2470, on GitHub.
+
+Two neighbours that wait in this way at the same time can still block each other. Therefore
+`Engine.warm_up` loads the kernels of a step before the first receive.
+"""
 
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
@@ -71,6 +83,10 @@ class Engine:
         self._evaluate = list(forward_only(index, num_stages, num_microbatches))
         neighbours = max(0, index - 1), min(index + 1, num_stages - 1)
         before, after = (list(schedule(s, num_stages, num_microbatches)) for s in neighbours)
+        # A neighbour sends a message after it has received this many messages of this stage. So
+        # this stage may post the receive when it has sent as many, and when the message arrives,
+        # these sends are complete. Work of other stages adds no condition: it depends on this stage
+        # only through the neighbour, which has run its earlier actions.
         self._gradients_arrived = _arrived(before, BACKWARD_BEGINS, with_=FORWARDS)
         self._activations_arrived = _arrived(after, FORWARDS, with_=BACKWARD_BEGINS)
         self._not_finite: list[int] | None = None
@@ -91,14 +107,17 @@ class Engine:
         to the gradient buffer of the stage.
         """
         self._loss_scale = loss_scale
-        self._link.expect(activations=self._num_microbatches, gradients=self._num_microbatches)
+        self._link.expect(
+            activations=list(self._gradients_arrived.values()),
+            gradients=list(self._activations_arrived.values()),
+        )
         for action in self._train:
             self._run(action, self._runs[action.kind], batch)
         return self._finish(batch)
 
     def evaluate(self, batch: PipelineBatch) -> Losses:
         """Runs only forward of a batch, without dropout; returns the losses of the batch."""
-        self._link.expect(activations=self._num_microbatches, gradients=0)
+        self._link.expect(activations=[0] * self._num_microbatches, gradients=())
         for action in self._evaluate:
             self._run(action, self._evaluate_one, batch)
         return self._finish(batch)
@@ -112,6 +131,23 @@ class Engine:
         self.evaluate(batch)
         microbatches, self._not_finite = self._not_finite, None
         return microbatches
+
+    def warm_up(self, batch: PipelineBatch) -> None:
+        """Runs every computation of a step on the first microbatch of `batch`; sends no messages.
+
+        Zeros take the place of messages. The gradients are added to the gradient buffer, and the
+        caller must set it to zero. No update may have begun, so the buffer does not count this
+        microbatch.
+        """
+        token_ids, labels = batch.token_ids(0), batch.labels(0)
+        x = self._link.spec.zeros() if token_ids is None else token_ids
+        gradient = self._link.spec.zeros() if labels is None else None
+        keys, documents = batch.keys(0), batch.documents(0, x.device)
+        self._stage.evaluate(x, labels, documents=documents)
+        self._stage.forward(0, x, labels, keys, loss_scale=1.0, documents=documents)
+        self._stage.backward(0, gradient)
+        if any(action.kind is Kind.WEIGHT_GRADIENT for action in self._train):
+            self._stage.weight_gradient(0)
 
     def _finish(self, batch: PipelineBatch) -> Losses:
         self._link.flush()
@@ -193,7 +229,7 @@ def _arrived(
 
     The neighbour sends one message to this stage for each microbatch. The result maps the
     microbatch to the number of messages that the neighbour receives from this stage before it sends
-    this message.
+    this message. The messages are in the order in which the neighbour sends them.
 
     Args:
         neighbour: the actions of the neighbour, in order.

@@ -1,21 +1,25 @@
 """Messages between neighbours: activations to the next stage, gradients to the previous stage.
 
-Receives are posted early, so messages travel while the stage computes. Sends do not wait. The first
-and the last stage have only one neighbour. Methods for the missing neighbour do nothing and return
-at once, so the engine runs the same code on every stage.
+Receives are posted early, so messages travel while the stage computes. But a receive whose message
+depends on later work of this stage is not posted before this work, because it could block the stage
+(see `pipeline_parallel.engine`). Sends do not wait. The first and the last stage have only one
+neighbour. Methods for the missing neighbour do nothing and return at once, so the engine runs the
+same code on every stage.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from comm.communicator import Communicator, Work
+from comm.topology import Topology
 from common.tensors import DTYPES
 from monitor.profiling.tracer import NO_TRACER, Tracer, Track
 
-AHEAD = 2  # receives that are posted in each direction: for the next two messages
+AHEAD = 2  # the most receives that are posted in each direction: for the next two messages
 
 _DTYPES = list(DTYPES.values())
 
@@ -31,6 +35,30 @@ class MessageSpec(NamedTuple):
         """Returns an uninitialised tensor that can receive a message."""
         return torch.empty(self.shape, dtype=self.dtype, device=self.device)
 
+    def zeros(self) -> Tensor:
+        """Returns a message of zeros."""
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+
+
+def check_message_specs(control: Communicator, topology: Topology, spec: MessageSpec) -> None:
+    """Checks that all processes send messages of one shape and type; every process calls it.
+
+    The processes compare the shapes over `control`, the group of all processes. So the pipeline's
+    communicator needs no collective operation.
+
+    Raises:
+        ValueError: the shapes or types differ. All processes raise it.
+    """
+    own = [*spec.shape, _DTYPES.index(spec.dtype)]
+    for rank, row in enumerate(control.all_gather(torch.tensor(own)).tolist()):
+        if row != own:
+            raise ValueError(
+                f"{topology.describe(topology.rank)} has activations (rows, tokens, hidden) of "
+                f"{spec.shape} in {spec.dtype}, but {topology.describe(rank)} has "
+                f"{tuple(row[:3])} in {_DTYPES[row[3]]}: --micro-batch-size, --seq-length, "
+                "--embedding-dim, --fp16 and --bf16 must be the same on all ranks"
+            )
+
 
 class StageLink:
     """The connection of a stage with its neighbours, for activations and gradients.
@@ -39,55 +67,56 @@ class StageLink:
 
     Args:
         pipeline: the processes of the pipeline, in the order of their stages.
-        shape: the shape of a microbatch's activations and of their gradients, (rows, seq_len,
-            hidden).
-        dtype: the type of activations and gradients.
-        device: the device of activations and gradients.
+        spec: the activations of a microbatch, and their gradients; the same on all stages (see
+            `check_message_specs`).
         tracer: records how long sends and receives block the host.
-
-    Raises:
-        ValueError: the stages of the pipeline have different shapes or types. All stages raise it.
     """
 
     def __init__(
-        self,
-        pipeline: Communicator,
-        *,
-        shape: tuple[int, int, int],
-        dtype: torch.dtype,
-        device: torch.device,
-        tracer: Tracer = NO_TRACER,
+        self, pipeline: Communicator, spec: MessageSpec, *, tracer: Tracer = NO_TRACER
     ) -> None:
-        self.stage, self.num_stages = pipeline.rank, pipeline.size
+        self.stage, self.num_stages, self.spec = pipeline.rank, pipeline.size, spec
         previous = self.stage - 1 if self.stage > 0 else None
         following = self.stage + 1 if self.stage + 1 < self.num_stages else None
-        spec = MessageSpec(shape, dtype, device)
-        _check_alike(pipeline, spec)
         forward = (Track.FORWARD_RECV, Track.FORWARD_SEND)
         backward = (Track.BACKWARD_RECV, Track.BACKWARD_SEND)
         self._activations = _Direction(pipeline, previous, following, spec, tracer, forward)
         self._gradients = _Direction(pipeline, following, previous, spec, tracer, backward)
 
-    def expect(self, *, activations: int, gradients: int) -> None:
-        """Begins an iteration, in which this stage receives the given numbers of messages."""
+    def expect(self, *, activations: Sequence[int], gradients: Sequence[int]) -> None:
+        """Begins an iteration, and posts the receives that are permitted already.
+
+        Args:
+            activations: for each activation that this stage will receive, in order: the number of
+                gradients that this stage must send before the receive may be posted.
+            gradients: the same for each gradient that this stage will receive, with the number of
+                activations.
+        """
         self._activations.expect(activations)
         self._gradients.expect(gradients)
+        self._post()
 
     def receive_activation(self) -> Tensor | None:
         """Returns the next activation from the previous stage; None on the first stage."""
-        return self._activations.receive()
+        activation = self._activations.receive()
+        self._post()
+        return activation
 
     def receive_gradient(self) -> Tensor | None:
         """Returns the next gradient from the next stage; None on the last stage."""
-        return self._gradients.receive()
+        gradient = self._gradients.receive()
+        self._post()
+        return gradient
 
     def send_activation(self, activation: Tensor) -> None:
         """Starts to send `activation` to the next stage; does nothing on the last stage."""
         self._activations.send(activation)
+        self._post()
 
     def send_gradient(self, gradient: Tensor | None) -> None:
         """Starts to send `gradient` to the previous stage; does nothing on the first stage."""
         self._gradients.send(gradient)
+        self._post()
 
     def resolve(self, *, activations: int = 0, gradients: int = 0) -> None:
         """Waits until the given numbers of sends are complete, and frees the sent tensors.
@@ -103,6 +132,11 @@ class StageLink:
         """Waits until all sends are complete."""
         self._activations.flush()
         self._gradients.flush()
+
+    def _post(self) -> None:
+        """Posts every receive that is permitted now; each call of the engine may permit one."""
+        self._activations.post(self._gradients.num_sent)
+        self._gradients.post(self._activations.num_sent)
 
 
 class _Direction:
@@ -123,24 +157,37 @@ class _Direction:
     ) -> None:
         self._pipeline, self._source, self._to, self._spec = pipeline, source, to, spec
         self._tracer, (self._receives, self._sends) = tracer, tracks
-        self._num_to_post = 0
+        self._not_posted: deque[int] = deque()  # for each receive, the sends that come before it
         self._posted: deque[tuple[Tensor, Work]] = deque()
         self._sent: deque[Work] = deque()
         self._num_received = self._num_resolved = 0
 
-    def expect(self, count: int) -> None:
-        self._num_to_post, self._num_received, self._num_resolved = count, 0, 0
-        for _ in range(AHEAD):
-            self._post()
+    @property
+    def num_sent(self) -> int:
+        """The number of messages that this stage has sent in the iteration."""
+        return self._num_resolved + len(self._sent)
+
+    def expect(self, not_posted: Sequence[int]) -> None:
+        self._not_posted = deque(() if self._source is None else not_posted)
+        self._num_received = self._num_resolved = 0
+
+    def post(self, num_sent: int) -> None:
+        """Posts permitted receives; this stage has sent `num_sent` messages to `source`."""
+        if self._source is None:
+            return
+        while self._not_posted and self._not_posted[0] <= num_sent and len(self._posted) < AHEAD:
+            self._not_posted.popleft()
+            tensor = self._spec.empty()
+            self._posted.append((tensor, self._pipeline.receive(tensor, source=self._source)))
 
     def receive(self) -> Tensor | None:
         if self._source is None:
             return None
+        assert self._posted, "a message that depends on a later send of this stage is a deadlock"
         with self._tracer.span(self._receives, microbatch=self._num_received):
             tensor, work = self._posted.popleft()
             work.wait()
         self._num_received += 1
-        self._post()
         return tensor
 
     def send(self, tensor: Tensor | None) -> None:
@@ -150,7 +197,7 @@ class _Direction:
         if tensor is None or tensor.shape != shape or tensor.dtype != dtype:
             actual = "nothing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
             raise RuntimeError(f"the message to send is {actual}, expected {shape} {dtype}")
-        with self._tracer.span(self._sends, microbatch=self._num_resolved + len(self._sent)):
+        with self._tracer.span(self._sends, microbatch=self.num_sent):
             self._sent.append(self._pipeline.send(tensor.contiguous(), to=self._to))
 
     def resolve(self, count: int) -> None:
@@ -160,25 +207,6 @@ class _Direction:
             self._num_resolved += 1
 
     def flush(self) -> None:
-        assert not self._posted, "an iteration receives all messages that it expects"
-        self.resolve(self._num_resolved + len(self._sent))
-
-    def _post(self) -> None:
-        if self._source is None or self._num_to_post == 0:
-            return
-        self._num_to_post -= 1
-        tensor = self._spec.empty()
-        self._posted.append((tensor, self._pipeline.receive(tensor, source=self._source)))
-
-
-def _check_alike(pipeline: Communicator, spec: MessageSpec) -> None:
-    """Raises ValueError if the stages' messages differ in shape or type."""
-    own = torch.tensor([*spec.shape, _DTYPES.index(spec.dtype)], device=spec.device)
-    for stage, other in enumerate(pipeline.all_gather(own).tolist()):
-        if other != own.tolist():
-            raise ValueError(
-                f"stage {pipeline.rank} has activations (rows, tokens, hidden) of {spec.shape} in "
-                f"{spec.dtype}, but stage {stage} has {tuple(other[:3])} in {_DTYPES[other[3]]}: "
-                "--micro-batch-size, --seq-length, --embedding-dim, --fp16 and --bf16 must be the "
-                "same on all ranks"
-            )
+        num_left = len(self._posted) + len(self._not_posted)
+        assert num_left == 0, "an iteration receives all messages that it expects"
+        self.resolve(self.num_sent)

@@ -71,7 +71,13 @@ class Stage:
         gradients of linear layers are not added here but in `weight_gradient`.
         """
         x, out = self._after_forward.pop(microbatch)
-        with self._gradients.deferring(self._deferred_of(microbatch)):
+        # By default autograd runs a GPU's backward in another thread. Two threads that launch
+        # kernels wait for each other at CUDA's lock, and each has a cuBLAS handle and workspace of
+        # its own. With one thread, the launches have the order of this program.
+        with (
+            torch.autograd.set_multithreading_enabled(False),
+            self._gradients.deferring(self._deferred_of(microbatch)),
+        ):
             torch.autograd.backward(out, gradient)
         return x.grad
 

@@ -19,7 +19,7 @@ from optimizer.update import UpdateStep
 from pipeline_parallel.batch_scatter import BatchPrefetcher, BatchScatter
 from pipeline_parallel.build import build_engine
 from pipeline_parallel.engine import Engine
-from pipeline_parallel.p2p import StageLink
+from pipeline_parallel.p2p import MessageSpec, StageLink, check_message_specs
 from pipeline_parallel.partition.split import stage_modules
 from tasks.loader import BatchLoader
 from training.checkpointing import Saver
@@ -28,6 +28,7 @@ from training.iteration import Iteration
 from training.not_finite import NotFiniteReport
 from training.run_start import RunStart
 from training.step_totals import TotalsReducer, names_by_stage
+from training.step_work import step_work
 from training.trainer import Trainer
 
 
@@ -130,8 +131,14 @@ def build_trainer(
         report=report,
         stop=stop,
     )
+    sizes = start.family.sizes(start.config)
     return Trainer(
-        settings, iteration=iteration, evaluation=evaluation, recorder=recorder, saver=saver
+        settings,
+        iteration=iteration,
+        work=step_work(settings, context, sizes),
+        evaluation=evaluation,
+        recorder=recorder,
+        saver=saver,
     )
 
 
@@ -145,20 +152,16 @@ def build_stage_engine(
     """Builds the engine of this stage.
 
     Raises:
-        ValueError: the tensors that the stages would send differ in shape or type.
+        ValueError: the tensors that the stages would send differ in shape or type. All ranks raise
+            it.
     """
     update = settings.update
-    hidden_size = settings.model.embedding_dim
-    link = StageLink(
-        context.groups.pipeline,
-        shape=(update.micro_batch_size, update.seq_length, hidden_size),
-        dtype=DTYPES[settings.precision.precision],
-        device=context.device,
-        tracer=tracer,
-    )
+    shape = update.micro_batch_size, update.seq_length, settings.model.embedding_dim
+    spec = MessageSpec(shape, DTYPES[settings.precision.precision], context.device)
+    check_message_specs(context.control, context.topology, spec)
     return build_engine(
         model,
-        link,
+        StageLink(context.groups.pipeline, spec, tracer=tracer),
         gradients=update_step.optimizer.gradients.buffer,
         schedule=settings.parallel.pp_mode,
         recompute=settings.precision.recompute,

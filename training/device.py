@@ -6,6 +6,7 @@ import os
 import torch
 
 from arguments.settings import ParallelSettings
+from training.gpu_environment import DETERMINISTIC_CUBLAS
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,25 @@ def choose_device(parallel: ParallelSettings, *, ranks_here: int) -> torch.devic
         raise ValueError(f"{asked}: this machine has {present} CUDA devices")
     torch.cuda.set_device(parallel.cuda_id)
     return torch.device("cuda", parallel.cuda_id)
+
+
+def use_deterministic_cuda() -> None:
+    """Makes torch use deterministic CUDA kernels only; an operation without one raises an error.
+
+    Raises:
+        ValueError: CUBLAS_WORKSPACE_CONFIG has a value with which cuBLAS is not deterministic.
+    """
+    config = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    if config not in DETERMINISTIC_CUBLAS:
+        raise ValueError(
+            f"--deterministic true: CUBLAS_WORKSPACE_CONFIG is {config!r}, expected "
+            f"{' or '.join(DETERMINISTIC_CUBLAS)}, or unset"
+        )
+    torch.use_deterministic_algorithms(True)
+    # By default this mode also fills every new tensor, which takes time and helps no one: each of
+    # our kernels writes all elements of its result.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False
 
 
 def choose_backends(parallel: ParallelSettings, device: torch.device) -> tuple[str, str]:

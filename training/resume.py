@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from arguments.flag_table import fixed_flags, free_flags
+from arguments.flag_table import fixed_defaults, fixed_flags, free_flags
 from arguments.settings import PrecisionSettings, Settings
 from checkpoint.resume.compatibility import check_same_config, check_same_run, describe_changes
 from checkpoint.resume.reshard import ResumeSplit, describe_change
@@ -57,7 +57,7 @@ def find_resume(
     if point is None or point.meta is None:
         return Resumed(point, split.layers, split.layers)
     if context.rank == 0:  # --task-name may have another value on the other ranks' machines
-        check_same_run(point.meta, fixed_flags(settings))
+        check_same_run(point.meta, fixed_flags(settings), defaults=fixed_defaults())
     if context.topology.replica == 0:
         check_same_config(point.folder, settings.model.model_name)
     source = saved_split(point.meta, point.folder, model_layers=sum(split.layers))

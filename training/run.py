@@ -28,6 +28,7 @@ from training.initial_state import load_state_, load_weights_
 from training.iteration import TrainingStoppedError
 from training.profiling import TrainingProfile
 from training.run_start import RunStart, open_run
+from training.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +126,9 @@ def _train(
         },
     )
     engine = build_stage_engine(settings, context, model, update_step, profile.tracer)
+    if context.is_cuda:
+        operation.text = "warming up"
+        warm_up(settings, context, engine, update_step.optimizer.gradients.buffer)
     loader = None
     if start.data is not None:
         meta = None if start.point is None else start.point.meta

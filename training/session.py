@@ -22,7 +22,8 @@ from comm.run_context import RunContext
 from common.text import one_line
 from monitor.console import Console
 from planning.cluster.check import check_cluster
-from training.device import choose_backends, choose_device
+from training.device import choose_backends, choose_device, use_deterministic_cuda
+from training.gpu_environment import log_gpu_variables
 from training.iteration import TrainingStoppedError
 from training.meeting import Meeting
 from training.run import train
@@ -50,6 +51,8 @@ def run_session(
         if resources.problem is not None:
             raise resources.problem
         settings, context = _connect(settings, meeting)
+        if context.rank == 0 and context.is_cuda:
+            log_gpu_variables(resources.gpu_variables)
         if settings.output.check_cluster:
             end = End(check_cluster(settings, context, meeting.rendezvous))
         else:
@@ -80,6 +83,8 @@ def _connect(settings: Settings, meeting: Meeting) -> tuple[Settings, RunContext
     transformers_logging.set_verbosity_error()
     rendezvous = meeting.rendezvous
     device = choose_device(settings.parallel, ranks_here=len(rendezvous.ranks_on_this_host))
+    if settings.precision.deterministic and device.type == "cuda":
+        use_deterministic_cuda()
     dist_backend, dp_backend = choose_backends(settings.parallel, device)
     groups = create_process_groups(
         meeting.topology,

@@ -2,7 +2,8 @@
 
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TextIO
 
 from arguments.checks import warnings_about
@@ -19,11 +20,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class LocalResources:
-    """The resources of this machine for the run; `problem` is the error of a failed check."""
+    """The resources of this machine for the run.
+
+    problem: the error of a failed check.
+    gpu_variables: the environment variables that `training.gpu_environment` set.
+    """
 
     problem: ValueError | None = None
     interface: Interface | None = None
     lock: TextIO | None = None
+    gpu_variables: Mapping[str, str] = field(default_factory=dict)
 
 
 def check_this_machine(settings: Settings) -> LocalResources:

@@ -4,7 +4,7 @@ from typing import NoReturn
 
 from arguments.settings import Settings
 from comm.lifecycle.stop_signals import NOT_BEGUN, StopCause
-from monitor.metrics import HeldOut, IterationMetrics, Stopwatch
+from monitor.metrics import HeldOut, IterationMetrics, StepWork, Stopwatch
 from monitor.recorder import Recorder
 from optimizer.update import UpdateResult
 from training.checkpointing import Saver
@@ -20,11 +20,12 @@ class Trainer:
         settings: Settings,
         *,
         iteration: Iteration,
+        work: StepWork,
         evaluation: Evaluation | None,
         recorder: Recorder,
         saver: Saver,
     ) -> None:
-        self._settings, self._iteration = settings, iteration
+        self._settings, self._iteration, self._work = settings, iteration, work
         self._evaluation, self._recorder, self._saver = evaluation, recorder, saver
         self._total_steps = settings.update.total_steps
         self._stop_cause: StopCause | None = None  # the same on all ranks
@@ -57,6 +58,7 @@ class Trainer:
                 lr=None if result is None else result.lr,
                 grad_norm=None if result is None else result.grad_norm,
                 num_trained_tokens=totals.tokens,
+                work=self._work,
                 step_seconds=seconds,
                 loss_scale=self._loss_scale(result),
                 held_out=held_out,

@@ -106,6 +106,13 @@ PRECISION_FLAGS = (
         "auto",
         choices=("auto", "default", "onednn"),
     ),
+    fixed(
+        "--deterministic",
+        "on GPUs: two runs of one command on the same GPUs and versions give the same bits, at a "
+        "lower speed; on CPUs it changes nothing, because runs always have the same bits",
+        False,
+        switch,
+    ),
     free("--loss-scale", "fp16: a constant loss scale; 0: dynamic", 0.0, real()),
     free("--initial-loss-scale", "fp16: the first dynamic scale", 32768.0, real(positive=True)),
     free("--min-loss-scale", "fp16: the smallest dynamic scale", 1.0, real(positive=True)),

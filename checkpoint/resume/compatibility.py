@@ -8,14 +8,20 @@ from checkpoint.steps.meta import StepMeta
 from common.files import read_json_object
 
 
-def check_same_run(meta: StepMeta, flags: Mapping[str, Any]) -> None:
+def check_same_run(
+    meta: StepMeta, flags: Mapping[str, Any], *, defaults: Mapping[str, Any]
+) -> None:
     """Raises ValueError if a flag in `flags` has another value in the checkpoint.
 
-    `flags` holds the flags that must not change when a run resumes, with their values in this run.
     The text of the error names the flag and both values.
+
+    Args:
+        flags: the flags that must not change when a run resumes, with their values in this run.
+        defaults: the default of each flag. A checkpoint that lacks a flag is older than the flag;
+            its run behaved as with the default.
     """
     for flag, value in flags.items():
-        if (saved := meta.flags.get(flag)) != value:
+        if (saved := meta.flags.get(flag, defaults.get(flag))) != value:
             raise ValueError(
                 f"{flag} is {value}, but the checkpoint of step {meta.step} was made with {saved}"
             )

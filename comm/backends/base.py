@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from comm.backends.nccl_errors import describe
 from comm.communicator import CurrentOperation, PeerLostError
 from comm.topology import Topology
 
@@ -71,18 +72,17 @@ class TorchWork:
         except RuntimeError as error:
             raise _peer_lost(name, error, waited=0.0) from error
         assert work is not None  # torch returns None only outside the group
-        self._work = work
-
-    def is_done(self) -> bool:
-        return bool(self._work.is_completed())
+        self._work: dist.Work | None = work
 
     def wait(self) -> None:
-        started = time.monotonic()
+        started, work = time.monotonic(), self._work
+        assert work is not None, "wait is called once"
         with self._operation.during(self._name):
             try:
-                self._work.wait(self._timeout)
+                work.wait(self._timeout)
             except RuntimeError as error:
                 raise _peer_lost(self._name, error, waited=time.monotonic() - started) from error
+        self._work = None  # torch's object holds the tensors
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
@@ -92,5 +92,6 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 def _peer_lost(operation: str, error: RuntimeError, *, waited: float) -> PeerLostError:
     """Returns a one-line error with the operation, the seconds waited and torch's reason."""
-    reason = str(error).splitlines()[0].rpartition("] ")[2].rstrip(".")
-    return PeerLostError(f"{operation} failed after {waited:.1f} s (--dist-timeout): {reason}.")
+    return PeerLostError(
+        f"{operation} failed after {waited:.1f} s (--dist-timeout): {describe(error)}."
+    )

@@ -10,7 +10,9 @@ neighbours has its own communicator of two members and its own stream.
 NCCL connects two members at their first message, and blocks the host until one member has called
 send and the other receive. Two members that both call receive first would wait forever. So every
 communicator carries one message when it is opened, and all members open the communicators in the
-same order. Members that are not neighbours open their communicators later, at their first message.
+same order. Only the communicators that a group needs are opened: `connect_neighbours` opens those
+for messages, `connect_all` the one for collectives. Members that are not neighbours open their
+communicators later, at their first message.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,6 +26,7 @@ from torch.distributed.distributed_c10d import Store
 
 from comm.backends.base import Group, GroupMembership
 from comm.backends.hang_detector import HangDetector
+from comm.backends.nccl_errors import describe, free_memory
 from comm.backends.streams import Event, Stream, create_stream
 from comm.communicator import CurrentOperation, Done, PeerLostError, Work
 
@@ -53,11 +56,13 @@ class _Channel:
 class NcclCommunicator(GroupMembership):
     """A Communicator over NCCL, made of channels: NCCL communicators, each with its own stream.
 
+    All members call `connect_neighbours` before the first send to a neighbour, and `connect_all`
+    before the first collective. Both raise PeerLostError if a channel cannot be opened.
+
     store: passes NCCL's unique id from the first member of a channel to the other members.
     on_hang: is called with the error if a message fails or takes longer than `group.dist_timeout`.
 
-    Raises ValueError if CuPy or its NCCL is not installed, and PeerLostError if a channel cannot be
-    opened.
+    Raises ValueError if CuPy or its NCCL is not installed.
     """
 
     def __init__(
@@ -70,16 +75,20 @@ class NcclCommunicator(GroupMembership):
     ) -> None:
         super().__init__(group)
         self._library = load_library()
+        self._errors = (self._library.NcclError, KeyError)  # KeyError: a result unknown to CuPy
         self._device = device
         self._store = store
-        self._hang_detector = HangDetector(limit=group.dist_timeout, on_hang=on_hang)
+        self._hang_detector = HangDetector(limit=group.dist_timeout, on_hang=on_hang, device=device)
         self._edges: dict[tuple[int, int], _Channel] = {}
-        self._all = self._open("all", range(self.size))
-        if self.size > 1:
-            self.all_reduce(self._scratch()).wait()
+        self._all_members: _Channel | None = None
+
+    def connect_all(self) -> None:
+        """Opens the channel for collectives."""
+        self._all_members = self._open("all", range(self.size))
+        self.all_reduce(self._scratch()).wait()
 
     def connect_neighbours(self) -> None:
-        """Opens the channels between neighbours; every member calls this before its first send."""
+        """Opens the channels between neighbours, in both directions."""
         for left in range(self.size - 1):  # the same order on all members, so no deadlock
             if self._rank in (left, left + 1):
                 self._open_pair(left, left + 1)
@@ -110,18 +119,24 @@ class NcclCommunicator(GroupMembership):
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         gathered = tensor.new_empty((self.size, *tensor.shape))
-        self._all.stream.wait_for_compute(gathered)
         call, operation = self._all.nccl.allGather, f"all-gather with {self._others}"
         self._run(operation, self._all, call, [tensor, gathered]).wait()
         return gathered
 
     def close(self) -> None:
-        channels = (*self._edges.values(), self._all)
+        channels = list(self._edges.values())
+        if self._all_members is not None:
+            channels.append(self._all_members)
         for channel in channels:  # the hang detector still watches these waits
             channel.stream.close()
         self._hang_detector.close()
         for channel in channels:
             channel.nccl.destroy()
+
+    @property
+    def _all(self) -> _Channel:
+        assert self._all_members is not None, f"{self._name}: connect_all() was not called"
+        return self._all_members
 
     def _run(
         self,
@@ -145,14 +160,14 @@ class NcclCommunicator(GroupMembership):
             kind = tensor.numel(), DTYPE_CODES[tensor.dtype]
             try:
                 call(*pointers, *kind, *arguments, channel.stream.pointer)
-            except self._library.NcclError as error:
-                raise PeerLostError(f"{name} failed: {error}.") from error
+            except self._errors as error:
+                raise PeerLostError(f"{name} failed: {describe(error)}.") from error
 
-        channel.stream.wait_for_compute(tensor)
+        channel.stream.wait_for_compute()
         with self._operation.during(name):
             channel.stream.submit(guarded)
         event, check = channel.stream.record_event(), channel.nccl.check_async_error
-        return _NcclWork(name, event, check, self._hang_detector, self._operation)
+        return _NcclWork(name, event, check, self._hang_detector, self._operation, buffers)
 
     def _edge(self, source: int, to: int) -> _Channel:
         """Returns the channel from member `source` to member `to`; opens it if necessary."""
@@ -186,9 +201,10 @@ class NcclCommunicator(GroupMembership):
                 self._store.set(key, bytes(number & 255 for number in numbers).hex())
             unique_id = bytes.fromhex(self._store.get(key).decode())
             nccl = self._new(len(ranks), unique_id, list(members).index(self._rank))
-        except (self._library.NcclError, DistError) as error:
+        except (*self._errors, DistError) as error:
             peers = ", ".join(self._peers[member] for member in members)
-            line = f"{self._name}: no NCCL channel between {peers}: {error}."
+            reason = f"{describe(error)}{free_memory(error, self._device)}"
+            line = f"{self._name}: no NCCL channel between {peers}: {reason}."
             raise PeerLostError(line) from error
         return _Channel(nccl, create_stream(self._device))
 
@@ -200,26 +216,29 @@ class NcclCommunicator(GroupMembership):
             return self._library.NcclCommunicator(size, numbers, rank)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _NcclWork:
-    """A message in a stream; on a GPU, `wait` delays later computation but not the host."""
+    """A message in a stream; on a GPU, `wait` delays later computation but not the host.
+
+    The object holds the message's tensors until `wait`: memory that is freed later is used again
+    only by computation that is queued later, and so after the message.
+    """
 
     name: str
     event: Event
-    check: Callable[[], None]  # raises RuntimeError if NCCL reports a failure
+    check: Callable[[], None]  # raises an error if NCCL reports a failure
     hang_detector: HangDetector
     operation: CurrentOperation
+    buffers: Sequence[Tensor]
 
     def wait(self) -> None:
-        self.hang_detector.add(self.name, self._is_done)
         with self.operation.during(self.name):
-            self.event.block_compute()
+            self.hang_detector.watch(self.name, self._block_compute, check=self.check)
+        self.buffers = ()
 
-    def _is_done(self) -> bool:
-        is_done = self.event.is_done()
-        if not is_done:
-            self.check()
-        return is_done
+    def _block_compute(self) -> Event:
+        self.event.block_compute()
+        return self.event
 
 
 def load_library() -> Any:

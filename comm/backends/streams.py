@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 
 class Event(Protocol):
     """A point in a stream."""
 
-    def is_done(self) -> bool:
-        """Returns whether all calls before this point are done (or have failed); does not wait."""
+    def synchronize(self) -> None:
+        """Blocks this thread until all calls before this point are done or have failed.
+
+        Meanwhile other threads of Python run, even if CUDA never answers.
+        """
 
     def block_compute(self) -> None:
         """Delays computation that is queued after this call until the stream reaches this point.
@@ -31,8 +33,11 @@ class Stream(Protocol):
     def pointer(self) -> int:
         """Returns the stream's address, for a C library; 0 for a host stream."""
 
-    def wait_for_compute(self, tensor: Tensor) -> None:
-        """Makes later calls wait until the queued computation has written `tensor`."""
+    def wait_for_compute(self) -> None:
+        """Makes later calls wait for the computation that is queued so far.
+
+        The caller keeps the tensors of the calls alive until `block_compute` of a later event.
+        """
 
     def submit(self, call: Callable[[], None]) -> None:
         """Queues `call` after earlier calls; on a GPU, `call` must use the stream at `pointer`."""
@@ -49,26 +54,42 @@ def create_stream(device: torch.device) -> Stream:
     return CudaStream(device) if device.type == "cuda" else HostStream()
 
 
+def compute_event(device: torch.device) -> Event:
+    """Returns the point after all computation on `device` that is queued so far."""
+    if device.type == "cuda":
+        return _CudaEvent.record(torch.cuda.current_stream(device), device)
+    event = _HostEvent()
+    event.set_result(None)
+    return event
+
+
 class CudaStream:
-    """A CUDA stream; `block_compute` of its events blocks the current stream and not the host."""
+    """A CUDA stream; `block_compute` of its events blocks the current stream and not the host.
+
+    It has high priority: messages do not share a hardware queue with the computation, and a kernel
+    that sends starts before the next kernel of the computation.
+
+    `torch.Tensor.record_stream` would keep the tensors of the calls alive, but it is not used: near
+    the memory limit the allocator waits on the host for the recorded tensors, and a receive that
+    was posted early may end only after work that the host has not queued yet.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device, priority=-1)
 
     @property
     def pointer(self) -> int:
         return int(self._stream.cuda_stream)
 
-    def wait_for_compute(self, tensor: Tensor) -> None:
+    def wait_for_compute(self) -> None:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        tensor.record_stream(self._stream)  # keeps the memory until the message is done
 
     def submit(self, call: Callable[[], None]) -> None:
         call()
 
     def record_event(self) -> Event:
-        return _CudaEvent(self._stream.record_event(), self._device)
+        return _CudaEvent.record(self._stream, self._device)
 
     def close(self) -> None:
         self._stream.synchronize()
@@ -79,8 +100,13 @@ class _CudaEvent:
     event: torch.cuda.Event
     device: torch.device
 
-    def is_done(self) -> bool:
-        return bool(self.event.query())
+    @classmethod
+    def record(cls, stream: torch.cuda.Stream, device: torch.device) -> "_CudaEvent":
+        """Returns the point that `stream` has reached when its queued work is done."""
+        return cls(stream.record_event(torch.cuda.Event(blocking=True)), device)
+
+    def synchronize(self) -> None:
+        self.event.synchronize()  # unlike `query`, it releases Python's lock
 
     def block_compute(self) -> None:
         torch.cuda.current_stream(self.device).wait_event(self.event)
@@ -101,8 +127,8 @@ class HostStream:
     def pointer(self) -> int:
         return 0
 
-    def wait_for_compute(self, tensor: Tensor) -> None:
-        """Does nothing, because the host has already computed `tensor`."""
+    def wait_for_compute(self) -> None:
+        """Does nothing, because the host has already computed all tensors."""
 
     def submit(self, call: Callable[[], None]) -> None:
         self._queue.put(call)
@@ -132,8 +158,8 @@ class HostStream:
 class _HostEvent(Future[None]):
     """A point in a host stream; it holds the exception of the first earlier call that failed."""
 
-    def is_done(self) -> bool:
-        return self.done()
+    def synchronize(self) -> None:
+        self.exception()
 
     def block_compute(self) -> None:
         self.result()

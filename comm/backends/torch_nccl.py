@@ -6,6 +6,9 @@ gradient. torch creates a group's NCCL communicator at the group's first operati
 host until all members have called the operation. If two neighbours both called receive first
 and send later, they would wait forever. So the constructor of TorchNcclCommunicator runs one
 operation in every group, which creates the group's communicator.
+
+Only the groups that are used are made: a pipeline sends messages between neighbours, and the
+replicas of a stage run collectives.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +22,9 @@ from torch import Tensor
 
 from comm.backends.base import Group, GroupMembership, Post, TorchWork, as_bytes
 from comm.backends.hang_detector import HangDetector
-from comm.communicator import CurrentOperation, Done, PeerLostError, Work
+from comm.backends.nccl_errors import free_memory
+from comm.backends.streams import Event, compute_event
+from comm.communicator import Done, PeerLostError, Work
 
 # torch's timeout is this much longer than --dist-timeout, because torch's error names no peer.
 _GRACE_SECONDS = 60.0
@@ -29,33 +34,46 @@ _GRACE_SECONDS = 60.0
 class TorchGroups:
     """torch's process groups for one set of processes.
 
-    all_members: for collectives, and for messages between members that are not neighbours.
+    all_members: for collectives, and for messages between members that have no edge; or None.
     edges: a group for each direction between neighbours; the key is their indices (source, to).
     """
 
-    all_members: dist.ProcessGroup
+    all_members: dist.ProcessGroup | None
     edges: Mapping[tuple[int, int], dist.ProcessGroup]
 
 
-def make_groups(members: Sequence[int], *, dist_timeout: float) -> TorchGroups:
-    """Creates the groups of `members` (global ranks).
+def connect_all(members: Sequence[int], *, dist_timeout: float) -> TorchGroups:
+    """Creates the group of `members` (global ranks) for collectives.
 
     Every process of the world calls this, also a process outside `members`. All processes create
-    the same groups in the same order.
+    the same groups in the same order. The same applies to `connect_neighbours`.
     """
-    timeout = timedelta(seconds=dist_timeout + _GRACE_SECONDS)
-    return TorchGroups(
-        all_members=new_group(members, timeout),
-        edges={
-            (a, b): new_group([members[a], members[b]], timeout)
-            for a, b in _directions(len(members))
-        },
-    )
+    return TorchGroups(new_group(members, _timeout(dist_timeout)), {})
+
+
+def connect_neighbours(members: Sequence[int], *, dist_timeout: float) -> TorchGroups:
+    """Creates the groups for messages between neighbours among `members` (global ranks)."""
+    timeout = _timeout(dist_timeout)
+    edges = {
+        (a, b): new_group([members[a], members[b]], timeout) for a, b in _directions(len(members))
+    }
+    return TorchGroups(None, edges)
+
+
+def _timeout(dist_timeout: float) -> timedelta:
+    return timedelta(seconds=dist_timeout + _GRACE_SECONDS)
 
 
 def new_group(ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:
-    """Creates an NCCL group; tests without GPUs replace this function and create a gloo group."""
-    group: dist.ProcessGroup = dist.new_group(list(ranks), backend="nccl", timeout=timeout)
+    """Creates an NCCL group; tests without GPUs replace this function and create a gloo group.
+
+    Its stream has high priority, as in comm.backends.streams.CudaStream.
+    """
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options._timeout = timeout  # otherwise torch warns that the two timeouts differ
+    group: dist.ProcessGroup = dist.new_group(
+        list(ranks), backend="nccl", timeout=timeout, pg_options=options
+    )
     return group
 
 
@@ -75,40 +93,44 @@ class TorchNcclCommunicator(GroupMembership):
         on_hang: Callable[[PeerLostError], object],
     ) -> None:
         super().__init__(group)
-        self._groups = torch_groups
-        self._hang_detector = HangDetector(limit=group.dist_timeout, on_hang=on_hang)
-        self._open(torch.zeros(1, device=device))
+        self._groups, self._device = torch_groups, device
+        self._hang_detector = HangDetector(limit=group.dist_timeout, on_hang=on_hang, device=device)
+        try:
+            self._open(torch.zeros(1, device=device))
+        except PeerLostError as error:
+            line = f"{str(error).rstrip('.')}{free_memory(error, device)}."
+            raise PeerLostError(line) from error
 
     def send(self, tensor: Tensor, *, to: int) -> Work:
-        group = self._groups.edges.get((self._rank, to), self._groups.all_members)
+        group = self._groups.edges.get((self._rank, to)) or self._all
         post = partial(dist.isend, as_bytes(tensor), self._members[to], group=group)
         return self._start(f"send to {self._peers[to]}", tensor, post)
 
     def receive(self, tensor: Tensor, *, source: int) -> Work:
-        group = self._groups.edges.get((source, self._rank), self._groups.all_members)
+        group = self._groups.edges.get((source, self._rank)) or self._all
         post = partial(dist.irecv, as_bytes(tensor), self._members[source], group=group)
         return self._start(f"receive from {self._peers[source]}", tensor, post)
 
     def all_reduce(self, tensor: Tensor) -> Work:
         """Starts summing `tensor` in place on all members; NCCL chooses the order of the sum."""
-        post = partial(dist.all_reduce, tensor, group=self._groups.all_members, async_op=True)
+        post = partial(dist.all_reduce, tensor, group=self._all, async_op=True)
         return self._start(f"all-reduce with {self._others}", tensor, post)
 
     def reduce(self, tensor: Tensor, *, root: int) -> Work:
         """Starts summing `tensor` in place on member `root`; NCCL chooses the order of the sum."""
-        group, rank = self._groups.all_members, self._members[root]
+        group, rank = self._all, self._members[root]
         post = partial(dist.reduce, tensor, rank, group=group, async_op=True)
         return self._start(f"reduce to {self._peers[root]} with {self._others}", tensor, post)
 
     def broadcast(self, tensor: Tensor, *, root: int) -> None:
-        group, rank = self._groups.all_members, self._members[root]
+        group, rank = self._all, self._members[root]
         post = partial(dist.broadcast, as_bytes(tensor), rank, group=group, async_op=True)
         self._start(f"broadcast from {self._peers[root]}", tensor, post).wait()
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         gathered = tensor.new_empty((self.size, *tensor.shape))
-        buffers, group = (as_bytes(gathered), as_bytes(tensor)), self._groups.all_members
-        post = partial(dist.all_gather_into_tensor, *buffers, group=group, async_op=True)
+        buffers = (as_bytes(gathered), as_bytes(tensor))
+        post = partial(dist.all_gather_into_tensor, *buffers, group=self._all, async_op=True)
         self._start(f"all-gather with {self._others}", tensor, post).wait()
         return gathered
 
@@ -117,12 +139,19 @@ class TorchNcclCommunicator(GroupMembership):
         for edge, group in self._groups.edges.items():
             if self._rank in edge:
                 dist.destroy_process_group(group)
-        dist.destroy_process_group(self._groups.all_members)
+        if self._groups.all_members is not None:
+            dist.destroy_process_group(self._groups.all_members)
+
+    @property
+    def _all(self) -> dist.ProcessGroup:
+        assert self._groups.all_members is not None, f"{self._name}: no group of all members"
+        return self._groups.all_members
 
     def _open(self, scratch: Tensor) -> None:
         """Makes torch create every NCCL communicator, in the same order on all members."""
-        self.all_reduce(scratch).wait()
-        for source, to in _directions(self.size):
+        if self._groups.all_members is not None:
+            self.all_reduce(scratch).wait()
+        for source, to in self._groups.edges:
             if self._rank == source:
                 self.send(scratch, to=to).wait()
             elif self._rank == to:
@@ -134,21 +163,25 @@ class TorchNcclCommunicator(GroupMembership):
             return Done()
         operation = f"{self._name} {operation}"
         with self._operation.during(operation):
-            return _TorchNcclWork(operation, post, self._operation, self._hang_detector)
+            work = TorchWork(operation, post, self._operation)
+        return _TorchNcclWork(operation, work, self._hang_detector, self._device)
 
 
-class _TorchNcclWork(TorchWork):
+@dataclass(frozen=True)
+class _TorchNcclWork:
     """An operation in its group's stream; `wait` blocks the current stream and not the host."""
 
-    def __init__(
-        self, name: str, post: Post, operation: CurrentOperation, hang_detector: HangDetector
-    ) -> None:
-        super().__init__(name, post, operation)
-        self._hang_detector = hang_detector
+    name: str
+    work: TorchWork
+    hang_detector: HangDetector
+    device: torch.device
 
     def wait(self) -> None:
-        self._hang_detector.add(self._name, self.is_done)  # torch detects failures itself
-        super().wait()
+        self.hang_detector.watch(self.name, self._block_compute)  # torch detects failures itself
+
+    def _block_compute(self) -> Event:
+        self.work.wait()
+        return compute_event(self.device)
 
 
 def _directions(size: int) -> list[tuple[int, int]]:

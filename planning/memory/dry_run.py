@@ -17,6 +17,7 @@ from torch import Tensor
 
 from arguments.settings import Settings
 from comm.backends.base import Group
+from comm.backends.single_process import SingleProcessCommunicator
 from comm.communicator import Communicator, CurrentOperation
 from comm.topology import Topology
 from common.tensors import DTYPES, part_sums
@@ -29,11 +30,11 @@ from optimizer.build import ALGORITHMS, build_optimizer, checkpoint_bytes
 from optimizer.mixed_precision import MixedPrecisionOptimizer
 from optimizer.state_dict import collect_state, empty_state
 from pipeline_parallel.build import build_engine
-from pipeline_parallel.p2p import StageLink
+from pipeline_parallel.p2p import MessageSpec, StageLink
 from pipeline_parallel.partition.split import Split, stage_modules
 from pipeline_parallel.schedule.schedules import SCHEDULES, splits_backward
 from pipeline_parallel.schedule.validate import peak_in_flight
-from planning.memory.fake_communicators import FakeGloo, FakeNccl, FakeSingleProcess
+from planning.memory.fake_communicators import FakeGloo, FakeNccl
 from planning.memory.fake_engine import FakeBatch, FakeEngine, peak_of_more
 from planning.memory.fake_model import (
     WithoutSteps,
@@ -200,11 +201,11 @@ class _Process:
         enough = ENOUGH if all_held else topology.num_stages + ENOUGH
         count = min(update.num_microbatches, enough)
         pipeline = self._group("pipeline", topology.pipeline_ranks(topology.replica))
-        shape = (update.micro_batch_size, update.seq_length, self._config.hidden_size)
+        shape = update.micro_batch_size, update.seq_length, self._config.hidden_size
         dtype = DTYPES[settings.precision.precision]
         engine = build_engine(
             self._model,
-            StageLink(pipeline, shape=shape, dtype=dtype, device=self._device),
+            StageLink(pipeline, MessageSpec(shape, dtype, self._device)),
             gradients=optimizer.gradients.buffer,
             schedule=settings.parallel.pp_mode,
             recompute=settings.precision.recompute,
@@ -271,7 +272,7 @@ class _Process:
 
     def _group(self, name: str, members: tuple[int, ...]) -> Communicator:
         if len(members) == 1:
-            return FakeSingleProcess()
+            return SingleProcessCommunicator()
         if self._cuda:
             return FakeNccl(Group(name, members, self._topology, CurrentOperation(), 1.0))
         return self._gloo(name, members)

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from comm.backends.base import Group, GroupMembership, Post
 from comm.backends.gloo import GlooCommunicator
-from comm.backends.single_process import SingleProcessCommunicator
 from comm.communicator import Done, Work
 
 
@@ -20,22 +19,14 @@ class _FinishedWork:
         """Returns at once."""
 
 
-class _WithoutPeers:
-    """The methods that all fake communicators share."""
-
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        """Returns zero rows, because callers read each row's values, and fake tensors have none."""
-        return tensor.new_empty((0, *tensor.shape))
+class _WithoutResources:
+    """The method that all fake communicators share."""
 
     def close(self) -> None:
         """Does nothing, because there is no process group."""
 
 
-class FakeSingleProcess(_WithoutPeers, SingleProcessCommunicator):
-    """The communicator of a group with one member."""
-
-
-class FakeGloo(_WithoutPeers, GlooCommunicator):
+class FakeGloo(_WithoutResources, GlooCommunicator):
     """A gloo communicator without messages; its all-reduce allocates tensors as gloo's does."""
 
     def __init__(self, group: Group) -> None:
@@ -46,7 +37,7 @@ class FakeGloo(_WithoutPeers, GlooCommunicator):
         return _FinishedWork(post)
 
 
-class FakeNccl(_WithoutPeers, GroupMembership):
+class FakeNccl(_WithoutResources, GroupMembership):
     """An NCCL communicator without messages; as in NCCL, sums allocate no torch tensors."""
 
     def send(self, tensor: Tensor, *, to: int) -> Work:
@@ -63,3 +54,6 @@ class FakeNccl(_WithoutPeers, GroupMembership):
 
     def broadcast(self, tensor: Tensor, *, root: int) -> None:
         """Does nothing."""
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        raise AssertionError("a dry run gathers no tensors")

@@ -73,6 +73,7 @@ MISTAKES = """
 --profiling yes | --profiling | 'yes' | no-profiling
 --use-cuda maybe | --use-cuda | true or false | 'maybe'
 --recompute 1 | --recompute | true or false | '1'
+--deterministic 1 | --deterministic | true or false | '1'
 --load-checkpoint no | --load-checkpoint | true or false | 'no'
 --load-pretrained-model 0 | --load-pretrained-model | true or false | '0'
 --num-layers 1,1,1 | --num-layers 1,1,1 | 3 stages | --pipeline-group-size is 2

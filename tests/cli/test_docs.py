@@ -24,7 +24,8 @@ OTHER_FLAGS = {
     *("--config-name", "--verify", "--stages", "--microbatches", "--forward", "--input-gradient"),
     *("--weight-gradient", "--check", "--checkout", "--only", "--out", "--nproc-per-node"),
     *("--max-restarts", "--shutdown-timeout", "--signals-to-handle", "--signal", "--strict"),
-    "--log-every",
+    *("--device", "--quick", "--wheels", "--python", "--no-deps", "--only-binary", "--dest"),
+    *("--python-version", "--platform", "--log-every"),
 }
 LOADED = re.compile(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=\"?(https?:[^\" >]*)")
 

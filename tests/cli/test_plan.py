@@ -3,9 +3,11 @@
 import os
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -37,6 +39,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plan")
     CONFIG.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _restore_environment() -> Iterator[None]:
+    """Restores the variables for GPUs, which the program sets."""
+    with patch.dict(os.environ):
+        yield
 
 
 def argv(folder: Path, **changes: Any) -> list[str]:

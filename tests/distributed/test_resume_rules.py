@@ -8,6 +8,8 @@ from unittest.mock import patch
 
 import pytest
 
+from arguments.flag_table import fixed_flags
+from arguments.settings import Settings
 from checkpoint.store import CheckpointStore
 from monitor.metrics import read_metrics
 from tests.support.alone import run_parts, train_alone
@@ -46,6 +48,7 @@ REFUSED: list[tuple[str, Any, tuple[str, ...]]] = [
     ("gradient-accumulate-step", 1, ("--gradient-accumulate-step is 1", "with 2")),
     ("optimizer", "8bit-adam", ("--optimizer is 8bit-adam", "with adam")),
     ("bf16", "true", ("the precision is bf16", "with fp32")),
+    ("deterministic", "true", ("--deterministic is True", "with False")),
     ("doc-separator", ";", ("--doc-separator is ;", "with None")),
     ("task-name", "{folder}/a.jsonl:0.5,{folder}/b.jsonl:0.5", ("--task-name is", "0.5", "0.3")),
     ("model-name", "{folder}/shards/other", ("--model-name", "0.5", "0.25")),
@@ -74,6 +77,24 @@ def test_what_may_not_change_is_an_error_that_names_both_values(
     verify.assert_not_called()  # verify() reads weights
     assert all(word in str(error.value) for word in words), error.value
     assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_that_is_older_than_a_flag_counts_as_with_the_default(
+    flags: dict[str, Any], tmp_path: Path
+) -> None:
+    """A checkpoint without --deterministic was refused: False now, but "made with None"."""
+    old = {**flags, "checkpoint-path": tmp_path / "old", "total-steps": 2}
+
+    def without_the_flag(settings: Settings) -> dict[str, Any]:
+        kept = fixed_flags(settings)
+        del kept["--deterministic"]
+        return kept
+
+    with patch("training.checkpointing.fixed_flags", without_the_flag):
+        train_alone(old)
+    assert open_run(**run_parts(old)).step == 2
+    with pytest.raises(ValueError, match=r"--deterministic is True, .* was made with False"):
+        open_run(**run_parts({**old, "deterministic": "true"}))
 
 
 @pytest.mark.parametrize(("flag", "value", "line"), ALLOWED)

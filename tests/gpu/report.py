@@ -1,15 +1,18 @@
 """The rows, the status and the JSON of one check for a machine with a GPU.
 
-A check is a module `tests.gpu.check_<number>_<name>` with a function `check(report, options)`. It
-ends with `run_check(check)`, so that the driver can start it as a process of its own:
+A check is a module `tests.gpu.check_<number>_<name>` with a function `check(report, options)`. The
+driver starts it in a process of its own, through `run_module`. The module ends with
+`run_check(check)`, so that a person can start it, too:
 
     python -m tests.gpu.check_2_numerics --device cpu --limit 60 --json rows.json
 
+The file of rows is written again after each row, so a check that hangs leaves the rows before it.
 No check needs pytest, because a bare machine may lack it.
 """
 
 import argparse
 import faulthandler
+import importlib
 import json
 import sys
 import traceback
@@ -20,7 +23,8 @@ from typing import NoReturn
 
 OK, FAILED, NOT_HERE = "ok", "failed", "not here"
 EXIT_STATUS = {OK: 0, FAILED: 1, NOT_HERE: 3}
-_STACKS_BEFORE = 5.0  # seconds before the limit at which a check that hangs prints its stacks
+# A check that hangs prints its stacks so many seconds before its limit, or at half of it.
+_STACKS_BEFORE = 5.0
 
 
 @dataclass(frozen=True)
@@ -57,10 +61,16 @@ class Row:
 
 @dataclass
 class CheckReport:
-    """The rows of a check, and the reason if the check cannot run on this machine."""
+    """The rows of a check, and the reason `missing` if the check cannot run on this machine.
+
+    file: the file that gets the rows as JSON; None for no file.
+    is_complete: whether the check has ended.
+    """
 
     rows: list[Row] = field(default_factory=list)
     missing: str = ""
+    file: Path | None = None
+    is_complete: bool = False
 
     def measure(self, name: str, value: float | str, unit: str = "", note: str = "") -> None:
         """Adds a measured value that has no limit."""
@@ -91,16 +101,25 @@ class CheckReport:
         return NOT_HERE if self.missing else FAILED
 
     def to_json(self) -> dict[str, object]:
-        """Returns the status, the rows and the reason `missing`."""
+        """Returns the status, the rows, the reason `missing` and whether the check has ended."""
         return {
             "status": self.status,
+            "complete": self.is_complete,
             "missing": self.missing,
             "rows": [asdict(row) for row in self.rows],
         }
 
+    def save(self) -> None:
+        """Writes the JSON to `file`."""
+        if self.file is not None:
+            temporary = self.file.with_suffix(".tmp")
+            temporary.write_text(json.dumps(self.to_json()), encoding="utf-8")
+            temporary.replace(self.file)  # the check can be killed at any time
+
     def _add(self, row: Row) -> None:
         self.rows.append(row)
         print(format_row(row), flush=True)
+        self.save()
 
 
 def format_row(row: Row) -> str:
@@ -110,14 +129,29 @@ def format_row(row: Row) -> str:
     return f"{mark} {row.name:<56} {value:>12} {row.unit:<8} {row.note}".rstrip()
 
 
-def run_check(
-    check: Callable[[CheckReport, Options], None], argv: Sequence[str] | None = None
-) -> NoReturn:
+Check = Callable[[CheckReport, Options], None]
+
+
+def run_check(check: Check, argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a check with the options of the command line, and exits with `EXIT_STATUS`.
 
     If the check hangs, the process prints the stacks of all threads before the driver ends it. An
     exception becomes a row that failed.
     """
+    _run(lambda: check, argv)
+
+
+def run_module(module: str, argv: Sequence[str]) -> NoReturn:
+    """Does the same for the check of `module`; the time limit and the rows include its import."""
+
+    def load() -> Check:
+        loaded: Check = importlib.import_module(module).check
+        return loaded
+
+    _run(load, argv)
+
+
+def _run(load: Callable[[], Check], argv: Sequence[str] | None) -> NoReturn:
     parser = argparse.ArgumentParser(description="Runs one check.", allow_abbrev=False)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="only what the default tests run")
@@ -125,14 +159,14 @@ def run_check(
     parser.add_argument("--json", type=Path, help="file for the rows")
     args = parser.parse_args(argv)
     faulthandler.enable()
-    faulthandler.dump_traceback_later(max(1.0, args.limit - _STACKS_BEFORE))
-    report = CheckReport()
+    # Never cancelled: if a library's thread keeps the process alive at its end, this shows it.
+    faulthandler.dump_traceback_later(max(args.limit / 2, args.limit - _STACKS_BEFORE))
+    report = CheckReport(file=args.json)
     try:
-        check(report, Options(args.device, args.quick, args.limit))
-    except Exception as error:
+        load()(report, Options(args.device, args.quick, args.limit))
+    except (Exception, SystemExit) as error:
         traceback.print_exc()
         report.expect(f"no exception ({type(error).__name__})", False, note=str(error)[:300])
-    faulthandler.cancel_dump_traceback_later()
-    if args.json is not None:
-        args.json.write_text(json.dumps(report.to_json()), encoding="utf-8")
+    report.is_complete = True
+    report.save()
     sys.exit(EXIT_STATUS[report.status])

@@ -48,6 +48,15 @@ def check_group(group: Communicator, *, sums: Sequence[torch.dtype]) -> None:
     check_posted_ahead(group)
 
 
+def check_pipeline(group: Communicator) -> None:
+    """Runs the checks of messages between neighbours, all that a pipeline needs."""
+    for left in range(group.size - 1):
+        if group.rank in (left, left + 1):
+            _exchange(group, 2 * left + 1 - group.rank)
+    check_order(group)
+    check_posted_ahead(group)
+
+
 def check_sums(group: Communicator, dtypes: Sequence[torch.dtype]) -> None:
     for dtype in dtypes:
         for length in LENGTHS:

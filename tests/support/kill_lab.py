@@ -142,7 +142,7 @@ def make_lab(folder: Path, steps: int = STEPS) -> Lab:
 
 def numbers(disk: Path) -> list[dict[str, Any]]:
     """Returns a run's metrics without times and without the marks of its restarts."""
-    dropped = ("step_seconds", "tokens_per_second", "resumed")
+    dropped = ("step_seconds", "tokens_per_second", "tflops", "resumed")
     lines = read_metrics(disk / "metrics.jsonl")
     return [{key: line[key] for key in line if key not in dropped} for line in lines]
 

@@ -93,8 +93,9 @@ def open_channel(
     name: str = "pipeline",
     dist_timeout: float = 30.0,
     connect_neighbours: bool = True,
+    connect_all: bool = True,
 ) -> tuple[NcclCommunicator, Told]:
-    """Returns a pipeline's CPU communicator, and the queue that gets an error if a call hangs."""
+    """Returns a CPU communicator, and the queue that gets an error if a call hangs."""
     told: Told = queue.SimpleQueue()
     topology = Topology(rank=rank, num_stages=size, num_replicas=1)
     channel = NcclCommunicator(
@@ -105,6 +106,8 @@ def open_channel(
     )
     if connect_neighbours:
         channel.connect_neighbours()
+    if connect_all:
+        channel.connect_all()
     return channel, told
 
 

@@ -1,4 +1,7 @@
-"""Double of a communicator: it has no peers, records operations, and completes them at once."""
+"""Doubles of a communicator without peers and of a stage without a model.
+
+The communicator records operations and completes them at once. The stage computes nothing.
+"""
 
 from collections.abc import Callable
 
@@ -64,3 +67,31 @@ class NotedCommunicator:
     def _begin(self, what: str, at_wait: Callable[[], object]) -> Work:
         self.events.append(what)
         return NotedWork(self.events, what, at_wait)
+
+
+class IdleStage:
+    """A stage that computes nothing; it adds `compute` to `events` for each action.
+
+    `shape` is the shape of the activations and gradients that it returns.
+    """
+
+    in_flight: frozenset[int] = frozenset()
+
+    def __init__(self, shape: tuple[int, ...], events: list[str] | None = None) -> None:
+        self._shape, self._events = shape, [] if events is None else events
+
+    def forward(self, microbatch: int, x: Tensor, *args: object, **options: object) -> Tensor:
+        return self._compute()
+
+    def evaluate(self, x: Tensor, labels: Tensor | None, **options: object) -> Tensor:
+        return self._compute()
+
+    def backward(self, microbatch: int, gradient: Tensor | None) -> Tensor:
+        return self._compute()
+
+    def weight_gradient(self, microbatch: int) -> None:
+        self._compute()
+
+    def _compute(self) -> Tensor:
+        self._events.append("compute")
+        return torch.zeros(self._shape)

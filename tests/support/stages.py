@@ -10,7 +10,7 @@ from modules.build import initialise_
 from modules.registry import MODELS
 from modules.stage_model import StageModel
 from pipeline_parallel.engine import Engine
-from pipeline_parallel.p2p import StageLink
+from pipeline_parallel.p2p import MessageSpec, StageLink
 from pipeline_parallel.partition.split import stage_modules
 from pipeline_parallel.schedule.schedules import Schedule, splits_backward
 from pipeline_parallel.stage import Stage
@@ -54,5 +54,6 @@ def make_engine(
 ) -> Engine:
     if stage is None:
         stage = make_stage(pipeline, schedule=schedule, recompute=recompute)
-    link = StageLink(pipeline, shape=(ROWS, TOKENS, HIDDEN), dtype=torch.float32, device=CPU)
+    spec = MessageSpec((ROWS, TOKENS, HIDDEN), torch.float32, CPU)
+    link = StageLink(pipeline, spec)
     return Engine(stage, link, schedule=schedule, num_microbatches=num_microbatches)

@@ -38,7 +38,7 @@ arguments tasks.registry tasks.source_spec tasks.evaluation_sets modules.registr
 data_parallel.modes pipeline_parallel.schedule.schedules pipeline_parallel.partition.split
 pipeline_parallel.partition.balance comm.rendezvous.dist_url comm.rendezvous.interface
 comm.rendezvous.job_key comm.lifecycle comm.timing checkpoint.lock common.files common.text
-common.seeds
+common.seeds training.gpu_environment
 """
 TORCH_FREE = LISTED.split()
 MIN_LINES, MAX_LINES = 30, 300

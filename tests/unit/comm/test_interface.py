@@ -13,6 +13,7 @@ MACHINE = {
     "lo": {socket.AF_INET: ["127.0.0.1"], socket.AF_INET6: ["::1"]},
     "eth0": {socket.AF_INET: ["10.0.0.5"], socket.AF_INET6: ["fe80::5%eth0", "fd00::5"]},
     "ib0": {socket.AF_INET: ["10.9.0.5"]},
+    "ib01": {socket.AF_INET: ["10.9.1.5"]},
     "down0": {},
 }
 
@@ -44,7 +45,45 @@ def test_choice(flag: str | None, environ: dict[str, str], expected: Interface) 
     assert choose_interface(flag=flag, master_host="127.0.0.1", environ=environ) == expected
 
 
-NCCL_LO = {"NCCL_SOCKET_IFNAME": "lo"}
+@pytest.mark.parametrize("flag", [None, "eth0"])
+@pytest.mark.parametrize("value", ["^docker,lo", "^=lo", "eth,ib", "eth", "=eth0,ib0", "eth0:5000"])
+def test_a_pattern_for_nccl_is_left_to_nccl(
+    value: str, flag: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """NCCL's own syntax ended the run: "NCCL_SOCKET_IFNAME ^docker,lo: no such interface"."""
+    environ = {"NCCL_SOCKET_IFNAME": value}
+    found = choose_interface(flag=flag, master_host="127.0.0.1", environ=environ)
+    assert found == (Interface("eth0", "10.0.0.5") if flag else Interface("lo", "127.0.0.1"))
+    export(found, environ)
+    assert environ == {"GLOO_SOCKET_IFNAME": found.name, "NCCL_SOCKET_IFNAME": value}
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("value", ["eth0", "=eth0"])
+@pytest.mark.parametrize("flag", [None, "eth0"])
+def test_nccl_s_name_of_an_interface(flag: str | None, value: str) -> None:
+    environ = {"NCCL_SOCKET_IFNAME": value}
+    found = choose_interface(flag=flag, master_host="127.0.0.1", environ=environ)
+    assert found == Interface("eth0", "10.0.0.5")
+    environ["GLOO_SOCKET_IFNAME"] = "eth0"
+    assert choose_interface(flag=flag, master_host="127.0.0.1", environ=environ) == found
+
+
+@pytest.mark.parametrize("value", ["^eth", "ib", "^=eth0", "=ib0,ib01"])
+@pytest.mark.parametrize("source", ["--net-interface", "GLOO_SOCKET_IFNAME"])
+def test_a_pattern_that_excludes_the_named_interface_is_a_warning(
+    source: str, value: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    flag = "eth0" if source == "--net-interface" else None
+    environ = {"NCCL_SOCKET_IFNAME": value} | ({} if flag else {source: "eth0"})
+    found = choose_interface(flag=flag, master_host="127.0.0.1", environ=environ)
+    assert found == Interface("eth0", "10.0.0.5")
+    (record,) = caplog.records
+    line = f"{source} eth0: NCCL_SOCKET_IFNAME {value} makes NCCL use other interfaces; unset"
+    assert record.getMessage().startswith(line)
+
+
+NCCL_LO, EXACT_LO = {"NCCL_SOCKET_IFNAME": "lo"}, {"NCCL_SOCKET_IFNAME": "=lo"}
 BOTH = {"GLOO_SOCKET_IFNAME": "eth0", **NCCL_LO}
 
 
@@ -56,6 +95,9 @@ BOTH = {"GLOO_SOCKET_IFNAME": "eth0", **NCCL_LO}
         ("down0", {}, "127.0.0.1", "--net-interface down0: this interface has no address"),
         ("eth0", NCCL_LO, "127.0.0.1", "--net-interface eth0: NCCL_SOCKET_IFNAME is lo; they must"),
         (None, BOTH, "127.0.0.1", "GLOO_SOCKET_IFNAME eth0: NCCL_SOCKET_IFNAME is lo"),
+        ("eth0", EXACT_LO, "127.0.0.1", "--net-interface eth0: NCCL_SOCKET_IFNAME is =lo; they m"),
+        (None, {"NCCL_SOCKET_IFNAME": "eno"}, "127.0.0.1", "NCCL_SOCKET_IFNAME eno: no such inter"),
+        (None, {"NCCL_SOCKET_IFNAME": "=eth"}, "127.0.0.1", "NCCL_SOCKET_IFNAME =eth: no such int"),
         (None, {}, "no.such.host.invalid", "--dist-url: cannot resolve the host 'no.such.host"),
     ],
 )
@@ -86,7 +128,20 @@ def test_an_address_that_no_interface_holds(monkeypatch: pytest.MonkeyPatch) -> 
         choose_interface(flag=None, master_host="10.0.0.9", environ={})
 
 
-def test_export_keeps_what_the_user_set() -> None:
-    environ = {"GLOO_SOCKET_IFNAME": "eth0"}
-    export(Interface("eth0", "10.0.0.5"), environ)
-    assert environ == {"GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "eth0"}
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, {"GLOO_SOCKET_IFNAME": "ib0", "NCCL_SOCKET_IFNAME": "=ib0"}),
+        ({"NCCL_SOCKET_IFNAME": "ib0"}, {"GLOO_SOCKET_IFNAME": "ib0", "NCCL_SOCKET_IFNAME": "ib0"}),
+        (
+            {"GLOO_SOCKET_IFNAME": "ib0"},
+            {"GLOO_SOCKET_IFNAME": "ib0", "NCCL_SOCKET_IFNAME": "=ib0"},
+        ),
+    ],
+)
+def test_export_names_one_interface_and_keeps_what_the_user_set(
+    environ: dict[str, str], expected: dict[str, str]
+) -> None:
+    """NCCL was given `ib0`, which is a prefix for NCCL: it took ib01 where that came first."""
+    export(Interface("ib0", "10.9.0.5"), environ)
+    assert environ == expected

@@ -7,8 +7,10 @@ import inspect
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 
 from comm.backends.cupy_nccl import DTYPE_CODES, NcclCommunicator, load_library
 from comm.communicator import PeerLostError
-from tests.support.backend_checks import NUMBERS, check_group
+from tests.support.backend_checks import NUMBERS, check_group, check_pipeline
 from tests.support.connected import enter
 from tests.support.launcher import free_port, run_ranks
 from tests.support.nccl_double import NcclDouble, nccl_double, open_channel
@@ -32,13 +34,21 @@ def all_checks(rank: int, world_size: int, _url: str, shapes: list[tuple[int, in
             entered = enter(
                 rank, url, num_stages=stages, num_replicas=replicas, dist_backend="cupy_nccl"
             )
-            for group in (entered.groups.pipeline, entered.groups.replicas):
-                if group.size > 1:
-                    assert isinstance(group, NcclCommunicator)
-                    check_group(group, sums=NUMBERS)
+            pipeline, members = entered.groups.pipeline, entered.groups.replicas
+            edges = (pipeline.rank > 0) + (pipeline.rank + 1 < pipeline.size)
+            number = torch.float32.itemsize
+            opened = {"send": number * edges, "allReduce": number * (members.size > 1)}
+            code = DTYPE_CODES[torch.float32]
+            assert traffic == Counter({(call, code): n for call, n in opened.items()})
+            if pipeline.size > 1:
+                assert isinstance(pipeline, NcclCommunicator)
+                check_pipeline(pipeline)
+            if members.size > 1:
+                assert isinstance(members, NcclCommunicator)
+                check_group(members, sums=NUMBERS)
+                kinds = {call for call, _ in traffic}
+                assert kinds == {"send", "broadcast", "allReduce", "reduce", "allGather"}
             entered.close()
-        kinds = {call for call, _ in traffic}
-        assert kinds == {"send", "broadcast", "allReduce", "reduce", "allGather"}
         codes = {code for call, code in traffic if call == "send"}
         assert codes == {DTYPE_CODES[dtype] for dtype in (*NUMBERS, torch.bool)}
         carried += sum(traffic.values())
@@ -46,8 +56,12 @@ def all_checks(rank: int, world_size: int, _url: str, shapes: list[tuple[int, in
 
 
 def test_four_ranks_over_the_double() -> None:
-    """Every operation works between four ranks, with P=2 R=2 and with P=4 R=1."""
-    shapes = [(p, r, f"tcp://127.0.0.1:{free_port()}") for p, r in ((2, 2), (4, 1))]
+    """Every operation works between four ranks, and no more than what is needed is opened.
+
+    A pipeline opened a communicator of all its stages, and so a stream, that training never used.
+    An opened communicator has carried one number: by a send on an edge, by a sum otherwise.
+    """
+    shapes = [(p, r, f"tcp://127.0.0.1:{free_port()}") for p, r in ((2, 2), (4, 1), (1, 4))]
     assert all(run_ranks(4, all_checks, shapes, deadline=120.0))
 
 
@@ -165,7 +179,7 @@ def test_an_old_cupy_gets_the_unique_id_as_signed_numbers(monkeypatch: pytest.Mo
         if not isinstance(commId, tuple):
             raise TypeError("Argument 'commId' has incorrect type (expected tuple, got bytes)")
         got.append(commId)
-        return object()
+        return Mock()
 
     monkeypatch.setattr(nccl, "NcclCommunicator", old)
     monkeypatch.setattr(nccl, "get_unique_id", lambda: tuple(range(-64, 64)))

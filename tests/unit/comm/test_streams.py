@@ -4,7 +4,7 @@ import gc
 import threading
 import weakref
 from functools import partial
-from unittest.mock import Mock, patch
+from unittest.mock import Mock, call, patch
 
 import pytest
 import torch
@@ -23,11 +23,11 @@ def test_calls_run_in_order_beside_the_computation() -> None:
     for i in (1, 2, 3):
         stream.submit(partial(done.append, i))
     last = stream.record_event()
-    assert first.is_done()
-    assert not last.is_done(), "a call blocks the stream, not this thread"
+    first.synchronize()
+    assert done == [0], "a call blocks the stream, not this thread"
     go.set()
-    last.block_compute()
-    assert last.is_done()
+    last.synchronize()
+    assert done == [0, 1, 2, 3]
     stream.submit(partial(done.append, 4))
     stream.close()
     assert done == [0, 1, 2, 3, 4], "close() waits for queued calls"
@@ -53,7 +53,7 @@ def test_a_failure_comes_back_at_every_later_point() -> None:
     for point in (after, later, after):
         with pytest.raises(LookupError, match="the tale"):
             point.block_compute()
-        assert point.is_done(), "all earlier calls are done"
+        point.synchronize()  # returns, because all earlier calls are done
     before.block_compute()
     assert ran == [0], "no call runs after a failure"
     stream.close()
@@ -83,15 +83,28 @@ def _wait(event: threading.Event) -> None:
     assert event.wait(20.0)
 
 
-def test_a_stream_waits_for_what_made_a_tensor_and_keeps_its_memory() -> None:
-    """A CUDA stream waits until a tensor is computed, and keeps the tensor until its last use."""
-    device, tensor = torch.device("cuda", 0), Mock(spec=torch.Tensor)
-    with patch("torch.cuda.Stream") as make, patch("torch.cuda.current_stream") as current:
+def test_a_cuda_stream_waits_for_the_computation_and_has_events_to_wait_for() -> None:
+    """A CUDA stream waits until tensors are computed; a thread can wait for its events.
+
+    `torch.cuda.Event.query` holds Python's lock while it asks CUDA. When CUDA did not answer, no
+    thread of Python ran any more, so nothing could report the hang. `synchronize` releases the
+    lock. A blocking event lets the thread sleep in the meantime.
+    """
+    device = torch.device("cuda", 0)
+    with (
+        patch("torch.cuda.Stream") as make,
+        patch("torch.cuda.Event") as make_event,
+        patch("torch.cuda.current_stream") as current,
+    ):
         torch_stream, stream = make.return_value, CudaStream(device)
-        stream.wait_for_compute(tensor)
+        make.assert_called_once_with(device, priority=-1)
+        stream.wait_for_compute()
         torch_stream.wait_stream.assert_called_once_with(current.return_value)
-        tensor.record_stream.assert_called_once_with(torch_stream)
         event = stream.record_event()
+        make_event.assert_called_once_with(blocking=True)
+        torch_stream.record_event.assert_called_once_with(make_event.return_value)
+        event.synchronize()
+        assert torch_stream.record_event.return_value.mock_calls == [call.synchronize()]
         event.block_compute()
         current.return_value.wait_event.assert_called_once_with(
             torch_stream.record_event.return_value

@@ -4,6 +4,7 @@ import os
 import queue
 import threading
 from concurrent.futures import Future
+from datetime import timedelta
 from unittest.mock import patch
 
 import pytest
@@ -11,10 +12,10 @@ import torch
 import torch.distributed as dist
 
 from comm.backends.base import Group
-from comm.backends.torch_nccl import TorchNcclCommunicator, make_groups
+from comm.backends.torch_nccl import TorchNcclCommunicator, connect_neighbours, new_group
 from comm.communicator import CurrentOperation, PeerLostError, Work
 from comm.topology import Topology
-from tests.support.backend_checks import NUMBERS, check_group
+from tests.support.backend_checks import NUMBERS, check_group, check_pipeline
 from tests.support.connected import enter
 from tests.support.launcher import free_port, run_ranks
 from tests.support.torch_nccl_double import gloo_for_nccl
@@ -36,29 +37,31 @@ def all_checks(
             entered = enter(
                 rank, url, num_stages=stages, num_replicas=replicas, dist_backend="nccl"
             )
-        groups_here = (entered.groups.pipeline, entered.groups.replicas)
-        neighbours = sum((g.rank > 0) + (g.rank + 1 < g.size) for g in groups_here)
+        pipeline, members = entered.groups.pipeline, entered.groups.replicas
+        neighbours = (pipeline.rank > 0) + (pipeline.rank + 1 < pipeline.size)
         assert sends.call_count == receives.call_count == neighbours, "one message per edge"
-        for group in groups_here:
-            if group.size > 1:
-                assert isinstance(group, TorchNcclCommunicator)
-                check_group(group, sums=NUMBERS if group.size == 2 else EXACT)
+        if pipeline.size > 1:
+            assert isinstance(pipeline, TorchNcclCommunicator)
+            check_pipeline(pipeline)
+        if members.size > 1:
+            assert isinstance(members, TorchNcclCommunicator)
+            check_group(members, sums=NUMBERS if members.size == 2 else EXACT)
         entered.close()
         groups.append(made)
     return groups
 
 
 def test_four_ranks() -> None:
-    """All ranks make the same groups for each pipeline and for the replicas of each stage.
+    """All ranks make the same groups, and none that training does not use.
 
-    A pipeline has one group of all its ranks, and two groups (one per direction) for each pair of
-    neighbours. The replicas of a stage have groups of the same kinds.
+    A pipeline has two groups (one per direction) for each pair of neighbours. The replicas of a
+    stage have one group. Both kinds of groups had both kinds before, and so twice the streams.
     """
-    shapes = [(p, r, f"tcp://127.0.0.1:{free_port()}") for p, r in ((2, 2), (4, 1))]
+    shapes = [(p, r, f"tcp://127.0.0.1:{free_port()}") for p, r in ((2, 2), (4, 1), (1, 4))]
     groups = run_ranks(4, all_checks, shapes, deadline=120.0)
     assert all(of_rank == groups[0] for of_rank in groups)
     made = [" ".join("".join(map(str, ranks)) for ranks in of_shape) for of_shape in groups[0]]
-    assert made == ["01 01 10 23 23 32 02 02 20 13 13 31", "0123 01 10 12 21 23 32"]
+    assert made == ["01 10 23 32 02 13", "01 10 12 21 23 32", "0123"]
 
 
 def lose_a_peer(rank: int, world_size: int, url: str) -> None:
@@ -66,7 +69,7 @@ def lose_a_peer(rank: int, world_size: int, url: str) -> None:
     told: queue.SimpleQueue[PeerLostError] = queue.SimpleQueue()
     with gloo_for_nccl():
         channel = TorchNcclCommunicator(
-            make_groups((0, 1), dist_timeout=1.0),
+            connect_neighbours((0, 1), dist_timeout=1.0),
             Group("pipeline", (0, 1), Topology(rank, 2, 1), CurrentOperation(), dist_timeout=1.0),
             device=torch.device("cpu"),
             on_hang=told.put,
@@ -94,3 +97,17 @@ def test_a_peer_that_hangs_and_then_dies_is_named() -> None:
     with pytest.raises(RuntimeError) as caught:
         run_ranks(2, lose_a_peer)
     assert f"PeerLostError: {MESSAGE} failed after" in str(caught.value)
+
+
+def test_messages_have_a_stream_of_high_priority() -> None:
+    """Streams of one priority share hardware queues, where a waiting receive blocks computation."""
+    timeout = timedelta(seconds=7)
+    with (
+        patch("torch.distributed.ProcessGroupNCCL", create=True) as nccl,
+        patch("torch.distributed.new_group") as make,
+    ):
+        new_group((0, 2), timeout)
+    nccl.Options.assert_called_once_with(is_high_priority_stream=True)
+    options = nccl.Options.return_value
+    assert options._timeout == timeout
+    make.assert_called_once_with([0, 2], backend="nccl", timeout=timeout, pg_options=options)

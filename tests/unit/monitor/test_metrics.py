@@ -1,24 +1,28 @@
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from monitor.console import Console
-from monitor.metrics import HeldOut, IterationMetrics, MetricsFile, SetLoss, read_metrics
+from monitor.metrics import HeldOut, IterationMetrics, MetricsFile, SetLoss, StepWork, read_metrics
 from monitor.progress import Progress
 from monitor.recorder import FileRecorder
 from monitor.wandb_run import WandbRun
 from tests.support.full_disk import files_no_larger_than
 
-REQUIRED = ["step", "loss", "lr", "grad_norm", "tokens", "step_seconds", "tokens_per_second"]
+REQUIRED = ["step", "loss", "lr", "grad_norm", "tokens", "tokens_processed", "step_seconds"]
+REQUIRED += ["tokens_per_second", "tflops"]
+WORK = StepWork(num_tokens=160, device_flops=2e13, peak_flops=None)
 
 
-def line(step: int, **changes: float | bool | HeldOut | None) -> IterationMetrics:
+def line(step: int, **changes: float | bool | HeldOut | StepWork | None) -> IterationMetrics:
     values: dict[str, Any] = {"loss": 2.0, "lr": 1e-3, "grad_norm": 0.5, "step_seconds": 0.5}
-    return IterationMetrics(step=step, **{**values, "num_trained_tokens": 100, **changes})
+    values |= {"num_trained_tokens": 100, "work": WORK}
+    return IterationMetrics(step=step, **{**values, **changes})
 
 
 @pytest.fixture
@@ -28,7 +32,20 @@ def metrics_file(tmp_path: Path) -> MetricsFile:
 
 def test_a_plain_line_has_exactly_the_keys_that_every_line_has() -> None:
     assert list(line(1).to_json()) == REQUIRED
-    assert line(1).to_json()["tokens_per_second"] == 200.0
+
+
+def test_the_rates_are_those_of_all_processed_tokens() -> None:
+    """The rate was that of the trained tokens, which says little about speed if many are masked."""
+    written = line(1).to_json()
+    assert (written["tokens"], written["tokens_processed"]) == (100, 160)
+    assert (written["tokens_per_second"], written["tflops"]) == (320.0, 40.0)
+
+
+def test_utilization_is_the_share_of_the_device_s_peak() -> None:
+    known = replace(WORK, peak_flops=312e12)
+    assert line(1, work=known).to_json()["mfu"] == pytest.approx(40 / 312)
+    no_time = line(1, work=known, step_seconds=0.0).to_json()
+    assert no_time["mfu"] is no_time["tflops"] is no_time["tokens_per_second"] is None
 
 
 def test_an_iteration_that_ended_no_update_has_nulls() -> None:

@@ -10,8 +10,10 @@ import pytest
 
 from monitor.console import Console
 from monitor.logs import setup_logging
-from monitor.metrics import HeldOut, IterationMetrics, SetLoss
+from monitor.metrics import HeldOut, IterationMetrics, SetLoss, StepWork
 from monitor.progress import Progress, format_duration, recent_average
+
+CPU_WORK = StepWork(num_tokens=500, device_flops=2e10, peak_flops=None)
 
 
 class Terminal(io.StringIO):
@@ -21,7 +23,7 @@ class Terminal(io.StringIO):
 
 def iteration(step: int, **changes: Any) -> IterationMetrics:
     values = {"loss": 2.5, "lr": 1e-3, "grad_norm": 1.0, "step_seconds": 0.5, **changes}
-    return IterationMetrics(step=step, num_trained_tokens=500, **values)
+    return IterationMetrics(step=step, num_trained_tokens=400, **{"work": CPU_WORK, **values})
 
 
 def run(stream: io.StringIO, *, steps: int, seconds: float) -> list[str]:
@@ -51,6 +53,24 @@ def test_plain_lines_come_every_ten_seconds_with_the_first_and_the_last() -> Non
     lines = run(io.StringIO(), steps=43, seconds=1.0)
     assert lines[0] == "step 1/43 | loss 2.5000 | lr 0.001 | 1,000 tokens/s | 21 s left"
     assert [int(re.findall(r"\d+", line)[0]) for line in lines] == [1, 11, 21, 31, 41, 43]
+
+
+@pytest.mark.parametrize(
+    ("tflops", "peak", "words"),
+    [
+        (123.44, 312.0, "21 s left | 123.4 TFLOP/s, MFU 40%"),
+        (0.2, 8.1, "21 s left | 0.2 TFLOP/s, MFU 2%"),
+        (123.44, None, "21 s left | 123.4 TFLOP/s"),
+        (0.2, None, "21 s left"),  # a CPU
+    ],
+)
+def test_the_speed_of_a_device_is_shown_if_it_is_worth_a_look(
+    tflops: float, peak: float | None, words: str, stream: io.StringIO
+) -> None:
+    flops = None if peak is None else peak * 1e12
+    work = StepWork(num_tokens=500, device_flops=tflops * 1e12 / 2, peak_flops=flops)
+    Progress(43, Console(stream)).update(iteration(1, work=work))
+    assert stream.getvalue() == f"step 1/43 | loss 2.5000 | lr 0.001 | 1,000 tokens/s | {words}\n"
 
 
 def test_slow_iterations_each_have_a_plain_line() -> None:

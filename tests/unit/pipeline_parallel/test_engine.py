@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from comm.communicator import PeerLostError
+from modules.layers.dropout import KeyedDropout
 from pipeline_parallel.engine import StageError
 from pipeline_parallel.microbatch import PipelineBatch
 from pipeline_parallel.schedule.schedules import SCHEDULES, gpipe, splits_backward, zero_bubble_h1
 from pipeline_parallel.schedule.validate import peak_in_flight
+from pipeline_parallel.stage import Stage
+from tests.support.gradients import gradients_of
 from tests.support.memory import peak_bytes
 from tests.support.pipeline_doubles import NotedCommunicator
 from tests.support.schedule_tables import IN_FLIGHT
@@ -30,14 +33,14 @@ from tests.support.stages import (
 
 
 def test_gpipes_first_stage_runs_all_forwards_before_the_second_begins() -> None:
-    """gpipe's first stage sends all 8 microbatches before it waits for any message."""
+    """gpipe's first stage sends all 8 microbatches before it posts or waits for any receive."""
     communicator = NotedCommunicator(0, 2)
     communicator.at_receive = Mock(side_effect=PeerLostError)
     engine = make_engine(gpipe, communicator, num_microbatches=8)
     with pytest.raises(PeerLostError):
         engine.train(batch(8, first=True), loss_scale=1.0)
     before = communicator.events[: communicator.events.index("wait for receive from 1")]
-    assert before == ["receive from 1"] * 2 + ["send to 1"] * 8
+    assert before == ["send to 1"] * 8 + ["receive from 1"] * 2
 
 
 def batch(count: int, *, first: bool = False, last: bool = False) -> PipelineBatch:
@@ -133,6 +136,69 @@ def test_weight_gradients_that_wait_cost_little_memory(stage_index: int) -> None
     logits = 4 * ROWS * (TOKENS - 1) * VOCABULARY * P if stage_index == P - 1 else 0
     assert found <= as_many + waiting + logits + 4 * ACTIVATION
     assert found < peak_of("gpipe", stage_index, M, recompute=False) / 2
+
+
+def test_backward_runs_in_the_thread_that_calls_it() -> None:
+    """On a GPU, autograd's own thread would launch kernels beside the engine's thread.
+
+    No GPU is here, so the test reads the switch that autograd obeys. Outside of backward the switch
+    has torch's default.
+    """
+    stage = make_stage(NotedCommunicator(1, 3), schedule=gpipe, recompute=False)
+    x, seen = torch.randn(ROWS, TOKENS, HIDDEN), list[bool]()
+    stage.forward(0, x, None, None, loss_scale=1.0)
+    x.register_hook(lambda gradient: seen.append(torch._C._is_multithreading_enabled()))
+    stage.backward(0, torch.ones(ROWS, TOKENS, HIDDEN))
+    assert [*seen, torch._C._is_multithreading_enabled()] == [False, True]
+
+
+# ---- warm-up ----
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("stage_index", range(3))
+@pytest.mark.parametrize("mode", SCHEDULES)
+def test_a_warm_up_leaves_no_trace(mode: str, stage_index: int, recompute: bool) -> None:
+    """The next iteration has the same bits, and exchanges its buckets once, at the same time."""
+    cold, warm = (
+        iteration_of(mode, stage_index, recompute=recompute, warm=warm) for warm in (False, True)
+    )
+    assert warm == cold
+
+
+def iteration_of(mode: str, stage_index: int, *, recompute: bool, warm: bool) -> list[Any]:
+    """Returns gradients, losses, operations and the last message of an iteration with dropout."""
+    schedule, pipeline, replicas = (
+        SCHEDULES[mode],
+        NotedCommunicator(stage_index, 3),
+        NotedCommunicator(0, 2),
+    )
+    model, splits = make_model(stage_index, 3), splits_backward(schedule, stage_index, 3)
+    for module in model.modules():
+        if isinstance(module, KeyedDropout):
+            module.p = 0.1
+    gradients = gradients_of(model, replicas)
+    flat = gradients.buffer.flat
+    stage = Stage(model, recompute=recompute, gradients=gradients.buffer, splits=splits)
+    noted: Any = Mock(wraps=stage)
+    engine = make_engine(schedule, pipeline, num_microbatches=4, stage=noted)
+    rows = batch(4, first=stage_index == 0, last=stage_index == 2)
+    if warm:
+        before = torch.get_rng_state()
+        engine.warm_up(rows)
+        calls = ["evaluate", "forward", "backward"] + ["weight_gradient"] * splits
+        assert [call[0] for call in noted.method_calls] == calls
+        assert torch.equal(torch.get_rng_state(), before)
+        assert pipeline.events == replicas.events == []
+        assert stage.in_flight == set()
+        assert flat.any() == (stage_index == 2)  # other stages have a gradient of zeros
+        gradients.buffer.zero_()
+    torch.manual_seed(1)  # received messages are random numbers
+    gradients.begin_update(4)
+    losses = engine.train(rows, loss_scale=1.0)
+    gradients.finish_exchange()
+    assert flat.any()
+    return [flat.tolist(), losses, pipeline.events, pipeline.last_sent.tolist(), replicas.events]
 
 
 # ---- failures ----

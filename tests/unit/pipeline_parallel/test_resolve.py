@@ -15,7 +15,8 @@ from pipeline_parallel.engine import Engine
 from pipeline_parallel.microbatch import PipelineBatch
 from pipeline_parallel.p2p import AHEAD
 from pipeline_parallel.schedule.schedules import SCHEDULES, Schedule
-from tests.support.orders import schedule_of
+from tests.support.orders import OTHER_ORDERS, schedule_of
+from tests.support.pipeline_doubles import IdleStage
 
 
 class NotedLink:
@@ -26,7 +27,7 @@ class NotedLink:
         self._is_first, self._is_last = stage == 0, stage == num_stages - 1
         self.calls: list[tuple[str, int, int]] = []  # call, activations, gradients
 
-    def expect(self, *, activations: int, gradients: int) -> None:
+    def expect(self, *, activations: Sequence[int], gradients: Sequence[int]) -> None:
         """Does nothing, because this link posts no receives."""
 
     def receive_activation(self) -> Tensor | None:
@@ -50,28 +51,12 @@ class NotedLink:
         """Does nothing, because this link sends no messages."""
 
 
-class IdleStage:
-    """A stage that computes nothing."""
-
-    def forward(self, microbatch: int, x: Tensor, *args: object, **options: object) -> Tensor:
-        return torch.zeros(())
-
-    def evaluate(self, x: Tensor, labels: Tensor | None, **options: object) -> Tensor:
-        return torch.zeros(())
-
-    def backward(self, microbatch: int, gradient: Tensor | None) -> Tensor:
-        return torch.zeros(())
-
-    def weight_gradient(self, microbatch: int) -> None:
-        """Does nothing, because there are no gradients."""
-
-
 def calls_of(schedule: Schedule, num_stages: int, num_microbatches: int) -> list[list[Any]]:
     """Returns, for each stage, the calls that its engine makes to its link, in order."""
     found = []
     for stage in range(num_stages):
         link: Any = NotedLink(stage, num_stages)
-        idle: Any = IdleStage()
+        idle: Any = IdleStage(())
         engine = Engine(idle, link, schedule=schedule, num_microbatches=num_microbatches)
         rows = torch.zeros(num_microbatches, 2, dtype=torch.int64)
         labels = rows if stage == num_stages - 1 else None
@@ -83,7 +68,7 @@ def calls_of(schedule: Schedule, num_stages: int, num_microbatches: int) -> list
 def test_an_evaluation_holds_few_sends() -> None:
     """In an evaluation, a stage has at most AHEAD + 1 sends that it has not yet waited for."""
     link: Any = NotedLink(0, 2)
-    idle: Any = IdleStage()
+    idle: Any = IdleStage(())
     engine = Engine(idle, link, schedule=SCHEDULES["1f1b"], num_microbatches=20)
     engine.evaluate(PipelineBatch(torch.zeros(20, 2, dtype=torch.int64), None, (), 1))
     sent = resolved = 0
@@ -160,14 +145,6 @@ def test_nothing_is_waited_for_that_cannot_have_arrived(
     knowledge = Knowledge(calls_of(SCHEDULES[mode], num_stages, num_microbatches))
     knowledge.play()
     assert (knowledge.num_resolves > 0) == (num_stages > 1)
-
-
-OTHER_ORDERS = [
-    ["F2 F1 F0 B2 B1 B0", "F2 F1 F0 B2 B1 B0"],
-    ["F0 F1 F2 B2 B1 B0", "F0 F1 F2 B2 B1 B0"],
-    ["F2 F0 F1 B0 B2 B1", "F2 F0 B0 F1 B2 B1"],
-    ["F1 F0 I1 W1 I0 W0", "F1 I1 F0 W1 I0 W0"],
-]
 
 
 @pytest.mark.parametrize("lines", OTHER_ORDERS)

@@ -21,6 +21,7 @@ from tests.support.torch_nccl_double import gloo_for_nccl
 
 CPU = torch.device("cpu")
 WORDS = 8  # bytes of the probe's short messages
+AMPLE_SECONDS = 60.0  # a budget that also a very busy machine does not use up
 
 
 class KnownLink:
@@ -105,8 +106,11 @@ def measure_all(rank: int, world_size: int, _: str, urls: dict[str, str]) -> lis
             if backend == "nccl":
                 doubles.enter_context(gloo_for_nccl())
             entered = enter(rank, url, num_stages=1, num_replicas=world_size, dist_backend=backend)
+            doubles.enter_context(patch("planning.cluster.check._LINK_SECONDS", AMPLE_SECONDS))
             wanted = dict.fromkeys(links(entered.topology), 300_000)
-            speeds = measure_links(entered.topology, entered.groups, wanted, CPU, dist_timeout=30.0)
+            speeds = measure_links(
+                entered.topology, entered.groups, wanted, CPU, dist_timeout=4 * AMPLE_SECONDS
+            )
             total = torch.tensor(rank + 1)
             entered.groups.replicas.all_reduce(total).wait()
             assert total.item() == 6, "the probe leaves nothing behind"
@@ -124,4 +128,4 @@ def test_real_channels() -> None:
         assert list(speeds) == links(Topology(0, 1, 3))
         for speed in speeds.values():
             assert speed.nbytes == 300_000
-            assert 0 < speed.latency <= speed.seconds < 5.0
+            assert 0 < speed.latency <= speed.seconds < AMPLE_SECONDS

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+from monitor.metrics import StepWork
 from monitor.recorder import Recorder
 from training.trainer import Trainer
 
@@ -53,7 +54,12 @@ def test_a_step_is_published_in_the_iteration_in_which_its_write_ended() -> None
     saver: Any = Saver()
     iterations: Any = Iterations(saver)
     trainer = Trainer(
-        settings, iteration=iterations, evaluation=None, recorder=Recorder(), saver=saver
+        settings,
+        iteration=iterations,
+        work=StepWork(num_tokens=1, device_flops=1.0, peak_flops=None),
+        evaluation=None,
+        recorder=Recorder(),
+        saver=saver,
     )
     assert trainer.run(0) is None
     assert saver.published == [3]
