@@ -1,5 +1,6 @@
-"""AdamW (Loshchilov and Hutter, arXiv 1711.05101), which updates one weight at a time."""
+"""AdamW (Loshchilov and Hutter, arXiv 1711.05101), which updates many weights in one call."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -13,7 +14,7 @@ State = dict[str, Tensor]  # of one weight
 
 
 class Algorithm(Protocol):
-    """An optimizer that updates one weight at a time; `kind` is its name in checkpoints."""
+    """An optimizer of weights on one device; `kind` is its name in checkpoints."""
 
     @property
     def kind(self) -> str: ...
@@ -23,15 +24,28 @@ class Algorithm(Protocol):
 
     def step(
         self,
-        weight: Tensor,
-        gradient: Tensor,
-        state: State,
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        states: Sequence[State],
         *,
+        factor: float,
         lr: float,
         weight_decay: float,
         update: int,
     ) -> None:
-        """Updates `weight` and `state` in place; `update` is the number of earlier updates."""
+        """Updates `weights` and `states` in place with the gradients times `factor`.
+
+        The host does not wait for a GPU.
+
+        Args:
+            weights: at least one weight, in fp32.
+            gradients: the gradient of each weight; they are overwritten.
+            states: the state of each weight.
+            factor: the factor of the gradients, above 0.
+            lr: the learning rate.
+            weight_decay: the weight decay of all these weights.
+            update: the number of earlier updates.
+        """
 
 
 class Adam:
@@ -44,22 +58,29 @@ class Adam:
 
     def step(
         self,
-        weight: Tensor,
-        gradient: Tensor,
-        state: State,
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        states: Sequence[State],
         *,
+        factor: float,
         lr: float,
         weight_decay: float,
         update: int,
     ) -> None:
+        device = weights[0].device
+        # torch.full computes on the device; torch.tensor would copy from the host and wait.
+        updates = torch.full((len(weights),), float(update), device=device)
+        # The kernel divides by grad_scale. torch.full rejects numbers that fp32 cannot hold.
+        divisor = min(1.0 / factor, torch.finfo(torch.float32).max)
         adamw(
-            [weight],
-            [gradient],
-            [state["exp_avg"]],
-            [state["exp_avg_sq"]],
+            list(weights),
+            list(gradients),
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
             [],
-            [torch.tensor(float(update), device=weight.device)],
+            list(updates.unbind()),  # the kernel adds 1 to each
             fused=True,
+            grad_scale=torch.full((), divisor, device=device),
             amsgrad=False,
             beta1=BETAS[0],
             beta2=BETAS[1],

@@ -1,5 +1,7 @@
 """AdamW with 8-bit moments, from bitsandbytes (Dettmers et al., arXiv 2110.02861)."""
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,10 +11,10 @@ from optimizer.adam import BETAS, EPS, State
 
 
 class Adam8bit:
-    """AdamW8bit of bitsandbytes, which updates one weight at a time.
+    """AdamW8bit of bitsandbytes.
 
     All updates use one optimizer object of bitsandbytes, because making a new object takes longer
-    than an update. Before an update, the weight and its state are put into this object; after
+    than an update. Before an update, the weights and their states are put into this object; after
     the update, they are taken out. bitsandbytes keeps fp32 moments for weights with fewer than 4096
     elements.
 
@@ -34,33 +36,49 @@ class Adam8bit:
     def empty_state(self, weight: Tensor) -> State:
         """Returns a weight's initial state: 8-bit moments, and tables and scales to decode them."""
         parameter = nn.Parameter(weight, requires_grad=False)
-        self._put_in(parameter, {})
-        self._adam.init_state(self._adam.param_groups[0], parameter, 0, 0)
-        state = self._take_out(parameter)
+        with self._holding({parameter: {}}) as group:
+            self._adam.init_state(group, parameter, 0, 0)
+            state = self._adam.state[parameter]
         return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
     def step(
         self,
-        weight: Tensor,
-        gradient: Tensor,
-        state: State,
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        states: Sequence[State],
         *,
+        factor: float,
         lr: float,
         weight_decay: float,
         update: int,
     ) -> None:
-        parameter = nn.Parameter(weight)
-        parameter.grad = gradient
-        self._put_in(parameter, {**state, "step": update}, lr=lr, weight_decay=weight_decay)
-        self._adam.step()
-        self._take_out(parameter)
+        """Updates the weights; see `optimizer.adam.Algorithm.step`.
 
-    def _put_in(self, parameter: nn.Parameter, state: dict[str, Any], **options: float) -> None:
-        self._adam.param_groups[0].update(params=[parameter], **options)
-        self._adam.state[parameter] = state
+        bitsandbytes' own `step` waits for the GPU after each weight, which only its paged memory
+        needs. So this method calls `update_step`, the part of `step` that updates one weight.
+        """
+        torch._foreach_mul_(list(gradients), factor)
+        parameters = [nn.Parameter(weight) for weight in weights]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        held = zip(parameters, ({**state, "step": update} for state in states), strict=True)
+        with self._holding(dict(held), lr=lr, weight_decay=weight_decay) as group:
+            for index, parameter in enumerate(parameters):
+                self._adam.update_step(group, parameter, 0, index)
 
-    def _take_out(self, parameter: nn.Parameter) -> dict[str, Any]:
-        """Removes a parameter from the optimizer of bitsandbytes; returns the parameter's state."""
-        self._adam.param_groups[0]["params"] = []
-        state: dict[str, Any] = self._adam.state.pop(parameter)
-        return state
+    @contextmanager
+    def _holding(
+        self, states: Mapping[nn.Parameter, dict[str, Any]], **options: float
+    ) -> Iterator[dict[str, Any]]:
+        """Puts parameters into the optimizer of bitsandbytes in the `with` block.
+
+        Yields the group of the parameters; `options` are the group's options.
+        """
+        group: dict[str, Any] = self._adam.param_groups[0]
+        group.update(params=list(states), **options)
+        self._adam.state.update(states)
+        try:
+            yield group
+        finally:
+            group["params"] = []
+            self._adam.state.clear()

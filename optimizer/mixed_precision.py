@@ -8,7 +8,7 @@ that holds a master and in the replica that updates the master. Offload and shar
 the computation of an update, so they do not change the weights.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -51,10 +51,25 @@ class MixedPrecisionWeights:
         for parameter in parameters.values():
             parameter.data = parameter.data.to(dtype)
 
-    def refresh(self, name: str) -> None:
-        """Copies a master to its compute copy, unless both are the same tensor."""
-        if self.has_own_masters or self.offload:
-            self.parameters[name].data.copy_(self.masters[name], non_blocking=True)
+    def refresh(self, names: Collection[str]) -> None:
+        """Copies masters to their compute copies, unless both are the same tensors.
+
+        The host does not wait for a GPU. With offload, a master must not change until its copy has
+        arrived on the GPU. Before a master changes, `HostCopies.of` waits for all earlier work
+        of the GPU, and so for these copies.
+        """
+        if not names or not (self.has_own_masters or self.offload):
+            return
+        copies, masters = ([of[name] for name in names] for of in (self.parameters, self.masters))
+        if not self.offload:
+            torch._foreach_copy_(copies, masters)
+            return
+        for copy, master in zip(copies, masters, strict=True):
+            if copy.dtype != master.dtype:
+                # A copy to another device that also converts would convert on the host, and wait.
+                # So the GPU converts; its memory for the fp32 copy is free before the next copy.
+                master = master.to(copy.device, non_blocking=True)
+            copy.copy_(master, non_blocking=True)
 
 
 class MixedPrecisionOptimizer:
@@ -63,7 +78,7 @@ class MixedPrecisionOptimizer:
     Args:
         weights: the masters and compute copies.
         gradients: the gradients of the compute copies, after the exchange between replicas.
-        algorithm: the algorithm that updates one weight.
+        algorithm: the algorithm that updates weights.
         weight_decay: the weight decay of matrices; it is 0 for biases and norms.
         tracer: records how long updates take.
     """
@@ -98,24 +113,42 @@ class MixedPrecisionOptimizer:
         self.gradients.after_update()
 
     def _step_owned(self, *, lr: float, factor: float) -> None:
-        gradients = [self.gradients.buffer.views[name] for name in self.masters]
-        copies = gradients if self._copies is None else self._copies.of(gradients)
-        for (name, master), gradient in zip(self.masters.items(), copies, strict=True):
-            self.algorithm.step(
-                master,
-                gradient.mul_(factor),
-                self.moments[name],
-                lr=lr,
-                weight_decay=self._weight_decay if master.dim() >= 2 else 0.0,
-                update=self.updates,
-            )
-            self._weights.refresh(name)
+        views = self.gradients.buffer.views
+        if self._copies is None:
+            for is_decayed in (True, False):
+                names = [n for n, m in self.masters.items() if self._is_decayed(m) == is_decayed]
+                self._update(names, [views[name] for name in names], lr=lr, factor=factor)
+            return
+        copies = self._copies.of([views[name] for name in self.masters])
+        for name, copy in zip(self.masters, copies, strict=True):
+            self._update([name], [copy], lr=lr, factor=factor)
+
+    def _update(
+        self, names: Sequence[str], gradients: Sequence[Tensor], *, lr: float, factor: float
+    ) -> None:
+        """Updates masters with the same weight decay, and their compute copies."""
+        if not names:
+            return
+        masters = [self.masters[name] for name in names]
+        self.algorithm.step(
+            masters,
+            gradients,
+            [self.moments[name] for name in names],
+            factor=factor,
+            lr=lr,
+            weight_decay=self._weight_decay if self._is_decayed(masters[0]) else 0.0,
+            update=self.updates,
+        )
+        self._weights.refresh(names)
+
+    @staticmethod
+    def _is_decayed(master: Tensor) -> bool:
+        return master.dim() >= 2
 
     @torch.no_grad()
     def refresh_weights(self) -> None:
         """Copies the masters to the compute copies on all replicas, after masters were loaded."""
-        for name in self.masters:
-            self._weights.refresh(name)
+        self._weights.refresh(list(self.masters))
         self.gradients.share_weights()
 
     def weight_of(self, name: str) -> Tensor:

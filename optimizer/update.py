@@ -114,10 +114,13 @@ class UpdateStep:
 
 
 def squared_norms(gradients: Sequence[Tensor]) -> list[float]:
-    """Returns for each gradient the sum of its squares, computed from its norm in fp32."""
+    """Returns for each gradient the sum of its squares, computed from its norm in fp32.
+
+    The host waits for a GPU once, because it needs the values.
+    """
     if not gradients:
         return []
-    norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients])
+    norms = torch.stack(torch._foreach_norm(list(gradients), dtype=torch.float32))
     values: list[float] = norms.double().square().tolist()
     return values
 

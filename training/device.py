@@ -6,6 +6,7 @@ import os
 import torch
 
 from arguments.settings import ParallelSettings
+from modules.attention.sdpa import disable_cudnn_attention
 from training.gpu_environment import DETERMINISTIC_CUBLAS
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ def choose_device(parallel: ParallelSettings, *, ranks_here: int) -> torch.devic
             asked = f"--use-cuda {parallel.use_cuda}".lower()
         raise ValueError(f"{asked}: this machine has {present} CUDA devices")
     torch.cuda.set_device(parallel.cuda_id)
+    disable_cudnn_attention()
     return torch.device("cuda", parallel.cuda_id)
 
 

@@ -84,13 +84,13 @@ def _dropout_attention(
 def _seed_default_generator(seed: int, device: torch.device) -> None:
     """Seeds the device's default generator, which torch's kernel uses.
 
-    On a CPU this does not call torch.manual_seed, because torch.manual_seed also formats one stack
-    trace for every other device type. Formatting takes longer than the attention of a short row.
+    This does not call torch.manual_seed, because torch.manual_seed also formats one stack trace for
+    every other device type. Formatting takes longer than the attention of a short row.
     """
-    if device.type == "cpu":
-        torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)
     else:
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
 
 
 def _segments(

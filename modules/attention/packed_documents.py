@@ -10,6 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from modules.layers.rotary import Rotation
+
 
 @dataclass(frozen=True, eq=False)
 class PackedDocuments:
@@ -27,6 +29,12 @@ class PackedDocuments:
     def positions(self) -> Tensor:
         """The position of each token in its document, from 0: int64 (rows, seq_len)."""
         return self._to_device(self._row_positions - self.doc_starts)
+
+    def rotation(self, table: Rotation) -> Rotation:
+        """Returns `table` at the documents' positions, computed once for all layers that use it."""
+        if table not in self._rotations:
+            self._rotations[table] = table.at(self.positions)
+        return self._rotations[table]
 
     @cached_property
     def lengths_of_rows(self) -> list[list[int]]:
@@ -68,6 +76,10 @@ class PackedDocuments:
         return list(zip(counts.tolist(), lengths.tolist(), strict=True))
 
     @cached_property
+    def _rotations(self) -> dict[Rotation, Rotation]:
+        return {}
+
+    @cached_property
     def _row_positions(self) -> Tensor:
         return torch.arange(self.doc_starts.shape[1])
 
@@ -85,7 +97,14 @@ class PackedDocuments:
         return lengths.repeat_interleave(lengths).argsort(stable=True)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True)  # does not wait for work on the device
+        """Copies `tensor` to the device; the host does not wait for work on the device.
+
+        From memory that is not pinned, CUDA may wait for earlier work of the stream before it
+        copies. torch keeps pinned memory until the copy is complete, and then uses it again.
+        """
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
 
 def _lengths(is_first: Tensor) -> Tensor:

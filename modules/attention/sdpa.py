@@ -10,6 +10,16 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 
+def disable_cudnn_attention() -> None:
+    """Keeps torch from choosing cuDNN's attention, for the rest of this process.
+
+    On H100, torch 2.11 prefers cuDNN's kernel to flash attention. cuDNN makes a new plan for each
+    new shape, and packed documents have hundreds of lengths. Also, `--plan` counts the tensors that
+    flash attention saves.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0) -> Tensor:
     """Returns causal softmax attention with scores scaled by 1 / sqrt(head size).
 

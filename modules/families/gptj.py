@@ -58,7 +58,7 @@ class GPTJAttention(nn.Module):
             seq_len, self.rotary_dim, ROTARY_BASE, pairs=True, dtype=x.dtype, device=x.device
         )
         if documents is not None:
-            rotary = rotary.at(documents.positions)
+            rotary = documents.rotation(rotary)
         mixed = causal_attention(
             rotate(self._heads(self.q_proj(x)), rotary),
             rotate(self._heads(self.k_proj(x)), rotary),

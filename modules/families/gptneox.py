@@ -54,7 +54,7 @@ class GPTNeoXAttention(nn.Module):
             seq_len, self.rotary_dim, self.rotary_base, pairs=False, dtype=x.dtype, device=x.device
         )
         if documents is not None:
-            rotary = rotary.at(documents.positions)
+            rotary = documents.rotation(rotary)
         query, key, value = split_and_rotate(heads, rotary)
         mixed = causal_attention(
             query, key, value, dropout=self.dropout, site=self.site, keys=keys, documents=documents

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rotation:
     """The tables of cosines and sines (seq_len, pairs), and the dimensions that form the pairs.
 
     The method `at` returns a Rotation with tables (rows, 1, seq_len, pairs): every row has its own
-    tables, which all its heads use. `width` is the number of dimensions that are rotated.
+    tables, which all its heads use. `width` is the number of dimensions that are rotated. Rotations
+    are compared by identity, so that they can be keys of a dict.
     """
 
     cos: Tensor

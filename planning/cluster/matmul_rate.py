@@ -11,6 +11,7 @@ from modules.matmul.rounding import linear
 
 _FIRST_ROWS = 16
 _GROWTH = 4
+_NUM_VALUES = 1_000_003  # prime, so that rows of a matrix differ; drawing more takes long on a CPU
 
 
 @torch.no_grad()
@@ -24,11 +25,12 @@ def matmul_rate(
     all rows would take too long, fewer rows are used.
     """
     began = time.monotonic()
-    weight = torch.ones(outputs, inputs, dtype=dtype, device=device)
+    values = _random_values(dtype, device)
+    weight = _matrix(outputs, inputs, values)
     count = min(_FIRST_ROWS, rows)
-    _seconds(weight.new_ones((count, inputs)), weight)  # warms up
+    _seconds(_matrix(count, inputs, values), weight)  # warms up
     while True:
-        x = weight.new_ones((count, inputs))
+        x = _matrix(count, inputs, values)
         seconds = _seconds(x, weight)
         left = budget - (time.monotonic() - began)
         if count == rows or _GROWTH * seconds > left:
@@ -38,6 +40,22 @@ def matmul_rate(
     while budget - (time.monotonic() - began) > measured[-1]:
         measured.append(_seconds(x, weight))
     return count * inputs * outputs / statistics.median(measured)
+
+
+def _random_values(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Returns normally distributed numbers, the same in every call.
+
+    A GPU multiplies constant numbers faster than a model's numbers, because fewer bits change, so
+    the GPU needs less power and lowers its clock less.
+    """
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(_NUM_VALUES, generator=generator).to(device, dtype)
+
+
+def _matrix(rows: int, columns: int, values: Tensor) -> Tensor:
+    """Returns a matrix (rows, columns) filled with `values`, repeated as often as necessary."""
+    count = rows * columns
+    return values.repeat(-(-count // len(values)))[:count].view(rows, columns)
 
 
 def _seconds(x: Tensor, weight: Tensor) -> float:

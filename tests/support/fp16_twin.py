@@ -110,13 +110,16 @@ def twin(folder: Path, recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def clip_(masters: Sequence[Tensor], max_norm: float) -> float:
-    """Clips like torch's clip_grad_norm_, but computes sum of squares and coefficient in fp64."""
+    """Clips like torch's clip_grad_norm_, but computes sum of squares and divisor in fp64.
+
+    It divides, because torch's fused AdamW, which clips in a run, divides by a number in fp32.
+    """
     gradients = [master.grad for master in masters if master.grad is not None]
     norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
     norm = norms.double().square().sum().sqrt().item()
     if max_norm < norm < math.inf:
         for gradient in gradients:
-            gradient.mul_(max_norm / (norm + 1e-6))
+            gradient.div_((norm + 1e-6) / max_norm)
     return norm
 
 

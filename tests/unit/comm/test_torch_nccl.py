@@ -3,15 +3,17 @@
 import os
 import queue
 import threading
+import weakref
 from concurrent.futures import Future
 from datetime import timedelta
+from functools import partial
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from comm.backends.base import Group
+from comm.backends.base import Group, TorchWork
 from comm.backends.torch_nccl import TorchNcclCommunicator, connect_neighbours, new_group
 from comm.communicator import CurrentOperation, PeerLostError, Work
 from comm.topology import Topology
@@ -111,3 +113,22 @@ def test_messages_have_a_stream_of_high_priority() -> None:
     options = nccl.Options.return_value
     assert options._timeout == timeout
     make.assert_called_once_with([0, 2], backend="nccl", timeout=timeout, pg_options=options)
+
+
+def test_a_work_of_torch_releases_its_tensors_at_the_wait() -> None:
+    """A caller that kept the Work kept the memory of the message, which torch's object holds."""
+
+    class WorkOfTorch:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self._tensor = tensor
+
+        def wait(self, timeout: timedelta) -> None:
+            """Returns at once."""
+
+    tensor = torch.ones(3)
+    alive = weakref.ref(tensor)
+    work = TorchWork("send", partial(WorkOfTorch, tensor), CurrentOperation())  # type: ignore[arg-type]
+    del tensor
+    assert alive() is not None
+    work.wait()
+    assert alive() is None

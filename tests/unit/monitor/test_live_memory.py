@@ -74,7 +74,9 @@ def test_what_bitsandbytes_makes_on_the_way_is_counted() -> None:
 
     def run() -> None:
         with torch.no_grad():
-            algorithm.step(weight, gradient, state, lr=0.1, weight_decay=0.0, update=0)
+            algorithm.step(
+                [weight], [gradient], [state], factor=1.0, lr=0.1, weight_decay=0.0, update=0
+            )
 
     run()
     with LiveBytes() as live:

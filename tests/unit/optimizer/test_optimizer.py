@@ -110,7 +110,10 @@ THEIRS = {
 
 @pytest.mark.parametrize("algorithm", THEIRS)
 def test_adam_is_that_of_its_library_to_the_bit(algorithm: type[Algorithm]) -> None:
-    """Weights equal those of torch or bitsandbytes; lr rises, weight decay is for matrices only."""
+    """Weights equal those of torch or bitsandbytes; lr rises, weight decay is for matrices only.
+
+    The gradients have a factor of 0.5, by which a multiplication is exact.
+    """
     shapes = {"big.weight": (80, 100), "small.bias": (7,), "small.weight": (5, 3)}
     parameters, twin = make_parameters(shapes), make_parameters(shapes)
     ours = make_optimizer(parameters, algorithm=algorithm())
@@ -119,14 +122,50 @@ def test_adam_is_that_of_its_library_to_the_bit(algorithm: type[Algorithm]) -> N
     for step in range(5):
         set_gradients(ours, step)
         for name, view in ours.gradients.reported():
-            twin[name].grad = view.clone()
+            twin[name].grad = view * 0.5
         for group in theirs.param_groups:
             group["lr"] = 0.01 * (step + 1)
-        ours.step(lr=0.01 * (step + 1), factor=1.0)
+        ours.step(lr=0.01 * (step + 1), factor=0.5)
         theirs.step()
     if algorithm is Adam8bit:
         assert ours.moments["big.weight"]["state1"].dtype == torch.uint8
     assert all(torch.equal(parameters[name], twin[name]) for name in twin)
+
+
+def test_adam_is_the_formula_in_fp64() -> None:
+    """Weights equal AdamW's formula in fp64; gradients are 100 times too large, so 0.01 scales."""
+    parameters = make_parameters()
+    exact = {name: p.detach().double() for name, p in parameters.items()}
+    first, second = ({name: torch.zeros_like(w) for name, w in exact.items()} for _ in range(2))
+    optimizer = make_optimizer(parameters)
+    for step in range(1, 6):
+        set_gradients(optimizer, step)
+        lr = 0.003 * step
+        for name, view in optimizer.gradients.reported():
+            g, w = view.double(), exact[name]
+            view.mul_(100.0)
+            first[name] = 0.9 * first[name] + 0.1 * g
+            second[name] = 0.999 * second[name] + 0.001 * g * g
+            change = first[name] / (1 - 0.9**step)
+            change /= (second[name] / (1 - 0.999**step)).sqrt() + 1e-6
+            exact[name] = w - lr * (change + (0.1 * w if w.dim() == 2 else 0.0))
+        optimizer.step(lr=lr, factor=0.01)
+    for name, parameter in parameters.items():
+        assert torch.allclose(parameter.double(), exact[name], rtol=1e-6, atol=1e-7)
+        found = optimizer.moments[name]
+        for part, expected in (("exp_avg", first), ("exp_avg_sq", second)):
+            assert torch.allclose(found[part].double(), expected[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("factor", [1e-36, 1e-41])
+def test_adam_accepts_gradients_near_the_largest_number(factor: float) -> None:
+    """The kernel divides by 1 / factor, which fp32 cannot hold if the factor is below 3e-39."""
+    parameters = make_parameters({"weight": (2, 2)})
+    before, optimizer = parameters["weight"].detach().clone(), make_optimizer(parameters)
+    optimizer.gradients.buffer.views["weight"].fill_(1e38)
+    optimizer.step(lr=0.01, factor=factor)
+    change = before * (1 - 0.001) - parameters["weight"].detach()
+    assert torch.allclose(change, torch.full_like(change, 0.01), rtol=1e-3)
 
 
 def test_8bit_adam_makes_one_optimizer_for_all_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,6 +275,6 @@ def test_gradients_live_in_the_flat_buffer() -> None:
         layer(x).sum().backward()
     assert torch.allclose(gradients.views["weight"], 2 * x.sum(0).expand(5, 3))
     total = sum(view.sum().item() for view in gradients.views.values())
-    assert gradients.flat.sum().item() == pytest.approx(total, rel=1e-5)
+    assert gradients.flat.sum().item() == pytest.approx(total, rel=1e-5, abs=1e-5)
     start = gradients.flat.data_ptr()
     assert all((view.data_ptr() - start) % 64 == 0 for view in gradients.views.values())

@@ -1,6 +1,7 @@
 """Tests how an update changes a weight, and after how many skipped updates a run gives up."""
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -22,8 +23,17 @@ class Descent:
     def empty_state(self, weight: Tensor) -> dict[str, Tensor]:
         return {}
 
-    def step(self, weight: Tensor, gradient: Tensor, *_: object, lr: float, **__: object) -> None:
-        weight.sub_(gradient, alpha=lr)
+    def step(
+        self,
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        *_: object,
+        factor: float,
+        lr: float,
+        **__: object,
+    ) -> None:
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.sub_(gradient, alpha=lr * factor)
 
 
 def make_updater(

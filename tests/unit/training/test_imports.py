@@ -18,7 +18,7 @@ atexit.register(lambda: os.write(2, b"\\n" + json.dumps(sorted(sys.modules)).enc
 SESSION = """
 from pathlib import Path
 import training.session
-from modules.layers.activation import PUBLISHED
+from modules.layers.activation import FUSED
 from modules.registry import MODELS
 from modules.stage_model import StageModel
 from tasks.open import open_source
@@ -26,7 +26,7 @@ from transformers import GPTJConfig, GPTNeoXConfig
 
 open_source("text.jsonl")
 sizes = {"vocab_size": 8, "num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 1}
-for activation in PUBLISHED:
+for activation in FUSED:
     for name, config in (
         ("gptneox", GPTNeoXConfig(**sizes, hidden_act=activation)),
         ("gptj", GPTJConfig(**sizes, rotary_dim=4, activation_function=activation)),

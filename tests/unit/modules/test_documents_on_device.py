@@ -1,0 +1,67 @@
+"""Tests what a microbatch's documents keep on the device, and how it arrives there."""
+
+import weakref
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock, patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from modules.attention.packed_documents import PackedDocuments
+from modules.layers.rotary import Rotation, rotation
+from tests.support.documents import doc_starts_of
+from tests.support.models import from_hf, make_hf
+
+CPU = torch.device("cpu")
+ROWS = [[5, 1, 12, 7, 8], [33]]  # lengths of documents
+TOKENS = 33
+MODELS_TRIED: list[tuple[str, dict[str, Any]]] = [
+    ("gptneox", {"use_parallel_residual": False}),
+    ("gptj", {}),
+]
+
+
+def packed() -> PackedDocuments:
+    return PackedDocuments(doc_starts_of(ROWS), CPU)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("name", "changes"), MODELS_TRIED)
+def test_a_microbatch_makes_its_rotations_once(
+    name: str, changes: dict[str, Any], recompute: bool, tmp_path: Path
+) -> None:
+    """Each of three blocks indexed the same tables again, and once more when it was recomputed."""
+    ours = from_hf(name, make_hf(name, **changes), tmp_path)
+    tokens = torch.randint(0, 97, (len(ROWS), TOKENS))
+    with patch.object(Rotation, "at", autospec=True, side_effect=Rotation.at) as at:
+        for microbatches in (1, 2):
+            logits = ours(tokens, None, documents=packed(), recompute=recompute)
+            torch.autograd.backward(logits.sum())
+            assert at.call_count == microbatches
+
+
+def test_rotations_are_freed_with_their_microbatch() -> None:
+    """Each table is taken at the positions; no reference remains when the documents are gone."""
+    documents, options = packed(), {"dtype": torch.float32, "device": CPU}
+    tables = [rotation(TOKENS, 6, 100.0, pairs=pairs, **options) for pairs in (False, True)]
+    for table in tables:
+        found = documents.rotation(table)
+        assert documents.rotation(table) is found
+        assert torch.equal(found.sin, table.at(documents.positions).sin)
+        assert found.first == table.first
+    freed = weakref.ref(found)
+    del found, documents
+    assert freed() is None
+
+
+def test_documents_are_copied_from_pinned_memory() -> None:
+    """A copy to a GPU from other memory may wait for the GPU's earlier work."""
+    documents = PackedDocuments(doc_starts_of(ROWS), torch.device("cuda"))
+    pinned = Mock()
+    with patch.object(Tensor, "pin_memory", return_value=pinned):
+        for name in ("positions", "bounds", "by_length", "original_order"):
+            assert getattr(documents, name) is pinned.to.return_value
+    pinned.to.assert_called_with(documents.device, non_blocking=True)
+    assert pinned.to.call_count == 4
