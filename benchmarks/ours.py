@@ -1,4 +1,4 @@
-"""Our pipeline in `pipeline.py`: the training loop, with a data loader that repeats one batch."""
+"""Our side of a comparison: the training loop, with a data loader that repeats one batch."""
 
 import math
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 from arguments.settings import UpdateSettings
 from benchmarks.overhead import engine_overhead
-from benchmarks.work import LR, MAX_NORM, WEIGHT_DECAY, Workload
+from benchmarks.work import CPU, LR, MAX_NORM, WEIGHT_DECAY, Workload
 from comm.lifecycle.stop_signals import StopRequest
 from comm.process_groups import ProcessGroups
 from comm.run_context import RunContext
@@ -30,9 +30,6 @@ from training.iteration import Iteration
 from training.not_finite import NotFiniteReport
 from training.step_totals import TotalsReducer, names_by_stage
 
-CPU = torch.device("cpu")
-FAMILY = MODELS["gptneox"].load()
-
 
 class Ours:
     """One stage of our pipeline with the schedule `pp_mode`.
@@ -48,14 +45,15 @@ class Ours:
         groups: ProcessGroups,
         *,
         traced: bool,
+        device: torch.device = CPU,
     ) -> None:
         self._steps, self._work = 0, work
         self._pp_mode, self._topology, self._control = pp_mode, topology, groups.control
         self._traced = traced
         self._tracer: Tracer = HostTracer(StepLog(lambda steps: None)) if traced else NO_TRACER
-        context = RunContext(topology, groups, CPU, start="")
+        context = RunContext(topology, groups, device, start="")
         settings = _settings(work)
-        model = _stage_model(work, topology)
+        model = _stage_model(work, topology, device)
         optimizer = build_optimizer(
             model,
             Adam(),
@@ -67,7 +65,7 @@ class Ours:
             tracer=self._tracer,
         )
         engine = _engine(work, pp_mode, context, model, optimizer, self._tracer)
-        feed: Any = _RepeatedRows(work, topology)
+        feed: Any = _RepeatedRows(work, topology, device)
         scaler = make_scaler(
             work.precision, constant=0, initial=1, minimum=1, window=1, hysteresis=1
         )
@@ -79,7 +77,7 @@ class Ours:
             max_grad_norm=MAX_NORM,
             max_skipped=1,
         )
-        names = names_by_stage(FAMILY, work.config, work.split)
+        names = names_by_stage(MODELS[work.family].load(), work.config, work.split)
         self._iteration = Iteration(
             settings,
             context,
@@ -110,15 +108,15 @@ class Ours:
             self._control,
             pp_mode=self._pp_mode,
             num_stages=self._topology.num_stages,
-            num_microbatches=self._work.batch,
+            num_microbatches=self._work.num_microbatches,
         )
 
 
 class _RepeatedRows:
     """Data loader that returns the same batch each time."""
 
-    def __init__(self, work: Workload, topology: Topology) -> None:
-        tokens = work.rows(topology.replica)
+    def __init__(self, work: Workload, topology: Topology, device: torch.device) -> None:
+        tokens = work.rows(topology.replica).to(device)
         labels = torch.full_like(tokens, -100)
         labels[:, :-1] = tokens[:, 1:]
         self._rows = Rows(
@@ -130,17 +128,19 @@ class _RepeatedRows:
         return self._rows
 
 
-def _stage_model(work: Workload, topology: Topology) -> StageModel:
-    indices = stage_modules(topology.stage, work.split)
-    model = StageModel(FAMILY, work.config, indices, device=CPU)
-    state = work.model().state_dict()
+def _stage_model(work: Workload, topology: Topology, device: torch.device) -> StageModel:
+    family, indices = MODELS[work.family].load(), stage_modules(topology.stage, work.split)
+    model = StageModel(family, work.config, indices, device=device)
+    state = work.model(device).state_dict()
+    for attribute, name in family.hf_aliases.items():  # files and attributes have other names
+        state[name] = state[attribute]
     for index, module in zip(indices, model, strict=True):
         if index == 0:
-            names = dict(FAMILY.hf_embedding)
+            names = dict(family.hf_embedding)
         elif index == work.layers + 1:
-            names = {**FAMILY.hf_head, "embed_out.weight": "lm_head.weight"}
+            names = dict(family.hf_head)
         else:
-            names = {k: v.format(layer=index - 1) for k, v in FAMILY.hf_block.items()}
+            names = {k: v.format(layer=index - 1) for k, v in family.hf_block.items()}
         module.load_state_dict({ours: state[theirs] for ours, theirs in names.items()})
     return model
 
@@ -157,7 +157,7 @@ def _settings(work: Workload) -> UpdateSettings:
         max_grad_norm=MAX_NORM,
         seq_length=work.tokens,
         batch_size=work.batch,
-        micro_batch_size=1,
+        micro_batch_size=work.micro_batch,
         gradient_accumulate_step=1,
         seed=0,
     )
@@ -171,13 +171,15 @@ def _engine(
     optimizer: MixedPrecisionOptimizer,
     tracer: Tracer,
 ) -> Engine:
-    spec = MessageSpec((1, work.tokens, work.hidden), DTYPES[work.precision], CPU)
+    spec = MessageSpec(
+        (work.micro_batch, work.tokens, work.hidden), DTYPES[work.precision], context.device
+    )
     return build_engine(
         model,
         StageLink(context.groups.pipeline, spec, tracer=tracer),
         gradients=optimizer.gradients.buffer,
         schedule=pp_mode,
         recompute=work.recompute,
-        num_microbatches=work.batch,
+        num_microbatches=work.num_microbatches,
         tracer=tracer,
     )

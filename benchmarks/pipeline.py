@@ -29,13 +29,11 @@ from benchmarks.cases import CASES, Case
 from benchmarks.machine import describe_machine, one_process_seconds
 from benchmarks.meeting import meet
 from benchmarks.ours import Ours
-from benchmarks.work import Contender
+from benchmarks.work import LOSS_TOLERANCE, Contender
 from comm.process_groups import ProcessGroups
 from comm.topology import Topology
 from modules.matmul.backend import Matmul, choose_matmul, use_matmul
 from modules.matmul.cpu_info import CpuInfo
-
-LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # bf16: the two sides round at different places
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""The workload of both sides, ours and torch's, in `pipeline.py`: model, batch and optimizer."""
+"""The workload of both sides of a comparison: model, batch and optimizer.
+
+`pipeline.py` compares this project with torch; check 7 of tests/gpu with a loop over Hugging Face's
+model.
+"""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -6,15 +10,17 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import GPTJConfig, GPTJForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 LR, EPS, WEIGHT_DECAY, MAX_NORM = 1e-4, 1e-6, 0.01, 1.0
 SEED = 7
+LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # bf16: the two sides round at different places
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A GPT-NeoX, and batches of `batch` sequences; a microbatch has one sequence.
+    """A GPT-NeoX or GPT-J, and batches of `batch` sequences of `tokens` tokens.
 
     `split`: layers per stage. `precision`: fp32 or bf16; with bf16, the masters remain fp32.
     """
@@ -28,6 +34,8 @@ class Workload:
     inner: int = 2048
     vocabulary: int = 8192
     tokens: int = 256
+    micro_batch: int = 1
+    family: str = "gptneox"
 
     @property
     def layers(self) -> int:
@@ -35,6 +43,20 @@ class Workload:
 
     @cached_property
     def config(self) -> Any:
+        if self.family == "gptj":
+            return GPTJConfig(
+                n_embd=self.hidden,
+                n_layer=self.layers,
+                n_head=self.heads,
+                n_inner=self.inner,
+                vocab_size=self.vocabulary,
+                n_positions=self.tokens,
+                rotary_dim=self.hidden // self.heads // 4,
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
+                attn_implementation="sdpa",
+            )
         return GPTNeoXConfig(
             hidden_size=self.hidden,
             num_hidden_layers=self.layers,
@@ -47,10 +69,16 @@ class Workload:
             attn_implementation="sdpa",
         )
 
-    def model(self) -> Any:
+    @property
+    def num_microbatches(self) -> int:
+        return self.batch // self.micro_batch
+
+    def model(self, device: torch.device = CPU) -> Any:
         """Builds the Hugging Face model from which both sides take the same weights."""
         torch.manual_seed(SEED)
-        return GPTNeoXForCausalLM(self.config)
+        kind: Any = GPTJForCausalLM if self.family == "gptj" else GPTNeoXForCausalLM
+        with device:
+            return kind(self.config)
 
     def rows(self, replica: int = 0) -> Tensor:
         """Returns a replica's token ids, shape (batch, tokens); every step trains on them."""

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.tensors import pinned_empty
+
 Key = tuple[str, ...]  # the names that lead to a tensor in nested mappings
 
 
@@ -33,9 +35,7 @@ class Snapshot:
             if tensor.is_cuda:
                 devices.add(tensor.device)
             if key not in self._buffers:
-                self._buffers[key] = torch.empty(
-                    tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda
-                )
+                self._buffers[key] = pinned_empty(tensor.shape, tensor.dtype, tensor.device)
             return self._buffers[key].copy_(tensor, non_blocking=True)
 
         copied = _map_tensors(state, copy)

@@ -140,7 +140,7 @@ class _GroupFactory:
             return TorchNcclCommunicator(made[members], group, device=device, on_hang=on_hang)
         gloo_groups = {ranks: dist.new_group(list(ranks)) for ranks in groups}
         gloo = GlooCommunicator(gloo_groups[members], group)
-        return gloo if device.type == "cpu" else HostStagingCommunicator(gloo)
+        return gloo if device.type == "cpu" else HostStagingCommunicator(gloo, device)
 
     def _group(self, name: str, members: tuple[int, ...]) -> Group:
         return Group(name, members, self.topology, self.policy.operation, self.dist_timeout)

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from common.tensors import pinned_empty
+
 
 class _Copy(NamedTuple):
     tensor: Tensor
@@ -16,9 +18,8 @@ class HostCopies:
     """Two host buffers of `largest` elements each; the buffers are pinned if `device` is a GPU."""
 
     def __init__(self, largest: int, device: torch.device) -> None:
-        cuda = device.type == "cuda"
-        self._buffers = [torch.empty(largest, pin_memory=cuda) for _ in range(2)]
-        self._stream = torch.cuda.Stream(device) if cuda else None
+        self._buffers = [pinned_empty((largest,), torch.float32, device) for _ in range(2)]
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._device = device
 
     def of(self, gradients: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -48,5 +49,4 @@ class HostCopies:
 
 def to_host(weight: Tensor) -> Tensor:
     """Returns a copy of a weight in host memory; the copy is pinned if the weight is on a GPU."""
-    copy = torch.empty(weight.shape, dtype=weight.dtype, pin_memory=weight.is_cuda)
-    return copy.copy_(weight)
+    return pinned_empty(weight.shape, weight.dtype, weight.device).copy_(weight)

@@ -12,11 +12,13 @@ from training.gpu_environment import DETERMINISTIC_CUBLAS
 logger = logging.getLogger(__name__)
 
 
-def choose_device(parallel: ParallelSettings, *, ranks_here: int) -> torch.device:
+def choose_device(
+    parallel: ParallelSettings, *, use_offload: bool, ranks_here: int
+) -> torch.device:
     """Returns the device that the flags select; a GPU also becomes torch's current device.
 
-    On a CPU, the `ranks_here` processes of this machine share its cores equally, unless
-    OMP_NUM_THREADS is set.
+    The `ranks_here` processes of this machine share its cores equally if they compute on them: on a
+    CPU, and on a GPU with --use-offload, which updates the weights on the host.
 
     Raises:
         ValueError: a flag requests a GPU that this machine lacks.
@@ -25,7 +27,7 @@ def choose_device(parallel: ParallelSettings, *, ranks_here: int) -> torch.devic
     use_cuda = present > 0 if parallel.use_cuda is None else parallel.use_cuda
     if not use_cuda:
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+            torch.set_num_threads(_share_of_cores(ranks_here))
         return torch.device("cpu")
     if parallel.cuda_id >= present:
         asked = f"--cuda-id {parallel.cuda_id}"
@@ -34,7 +36,31 @@ def choose_device(parallel: ParallelSettings, *, ranks_here: int) -> torch.devic
         raise ValueError(f"{asked}: this machine has {present} CUDA devices")
     torch.cuda.set_device(parallel.cuda_id)
     disable_cudnn_attention()
+    if use_offload:
+        _set_threads_for_offload(ranks_here)
     return torch.device("cuda", parallel.cuda_id)
+
+
+def _set_threads_for_offload(ranks_here: int) -> None:
+    """Sets the number of CPU threads that update the weights with --use-offload.
+
+    torchrun sets OMP_NUM_THREADS to 1 where it is unset, and one thread updates 3 billion weights
+    in 10 s. So a 1 under torchrun does not count as the user's choice; another number does.
+    """
+    threads = os.environ.get("OMP_NUM_THREADS")
+    if threads is None or (threads == "1" and "TORCHELASTIC_RUN_ID" in os.environ):
+        torch.set_num_threads(_share_of_cores(ranks_here))
+    logger.info(
+        "--use-offload: %d CPU threads of each rank update its weights (%d ranks and %d cores "
+        "here)",
+        torch.get_num_threads(),
+        ranks_here,
+        len(os.sched_getaffinity(0)),
+    )
+
+
+def _share_of_cores(ranks_here: int) -> int:
+    return max(1, len(os.sched_getaffinity(0)) // ranks_here)
 
 
 def use_deterministic_cuda() -> None:

@@ -12,7 +12,9 @@ NCCL_MAX_P2P_NCHANNELS: the number of channels of a send or receive. Each channe
     channels still carry more than 40 GB/s.
 PYTORCH_ALLOC_CONF: expandable segments waste less memory by fragmentation. torch rounds the size of
     pinned host memory up to a power of two; the threshold (in MiB; new in torch 2.13) limits this
-    to small tensors. Older versions end with an error at an option that they do not know.
+    to small tensors. torch 2.13 may use a cached block of the wrong size again if its size was not
+    rounded, so larger blocks must not be cached either. Older versions end with an error at an
+    option that they do not know.
 CUBLAS_WORKSPACE_CONFIG: with --deterministic only. Two buffer sizes make cuBLAS deterministic
     (https://docs.nvidia.com/cuda/cublas/#results-reproducibility).
 """
@@ -56,7 +58,7 @@ def log_gpu_variables(variables: Mapping[str, str]) -> None:
 def _allocator_options() -> str:
     options = "expandable_segments:True"
     if _torch_version() >= _SINCE_PINNED_THRESHOLD:
-        options += ",pinned_max_round_threshold_mb:1"
+        options += ",pinned_max_round_threshold_mb:1,pinned_max_cached_size_mb:1"
     return options
 
 

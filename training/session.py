@@ -82,7 +82,11 @@ def _connect(settings: Settings, meeting: Meeting) -> tuple[Settings, RunContext
     """Chooses the device and connects the ranks; the returned settings name the chosen backends."""
     transformers_logging.set_verbosity_error()
     rendezvous = meeting.rendezvous
-    device = choose_device(settings.parallel, ranks_here=len(rendezvous.ranks_on_this_host))
+    device = choose_device(
+        settings.parallel,
+        use_offload=settings.precision.use_offload,
+        ranks_here=len(rendezvous.ranks_on_this_host),
+    )
     if settings.precision.deterministic and device.type == "cuda":
         use_deterministic_cuda()
     dist_backend, dp_backend = choose_backends(settings.parallel, device)

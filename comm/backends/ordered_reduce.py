@@ -7,6 +7,7 @@ constructor starts the first messages, and `wait` does the rest. Long buffers ar
 and at most two slices are in transfer, so that the received copies take little memory.
 """
 
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,25 +23,39 @@ class InTurn:
 
     A wait for one sum completes all earlier sums first. Otherwise two members that wait for
     different sums could wait forever, because a SharedSum sends a member's result only in `wait`.
+    One thread may start sums while another thread waits (comm.backends.host_staging).
     """
 
     def __init__(self) -> None:
         self._under_way: deque[Work] = deque()
+        self._changing = threading.Lock()  # held only while the deque is read or changed
+        self._completing = threading.Lock()  # held during a wait, so that sums complete in order
 
     def add(self, work: Work) -> Work:
         """Adds `work`; returns a Work whose `wait` completes all earlier sums, then this sum."""
-        self._under_way.append(work)
-        return _Turn(work, self._under_way)
+        with self._changing:
+            self._under_way.append(work)
+        return _Turn(work, self)
+
+    def complete(self, work: Work) -> None:
+        """Waits for all sums up to `work`; does nothing if `work` is complete."""
+        with self._completing:
+            while (earliest := self._take_until(work)) is not None:
+                earliest.wait()
+
+    def _take_until(self, work: Work) -> Work | None:
+        """Removes and returns the earliest sum; returns None if `work` is not under way."""
+        with self._changing:
+            return self._under_way.popleft() if work in self._under_way else None
 
 
 @dataclass(frozen=True)
 class _Turn:
     work: Work
-    under_way: deque[Work]
+    sums: InTurn
 
     def wait(self) -> None:
-        while self.work in self.under_way:
-            self.under_way.popleft().wait()
+        self.sums.complete(self.work)
 
 
 class GatheredSum:

@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from arguments.settings import Settings
+from checkpoint.snapshot import Snapshot
 from comm.backends.base import Group
 from comm.backends.single_process import SingleProcessCommunicator
 from comm.communicator import Communicator, CurrentOperation
@@ -28,7 +30,7 @@ from monitor.profiling.tracer import NO_TRACER
 from optimizer.adam import Algorithm
 from optimizer.build import ALGORITHMS, build_optimizer, checkpoint_bytes
 from optimizer.mixed_precision import MixedPrecisionOptimizer
-from optimizer.state_dict import collect_state, empty_state
+from optimizer.state_dict import collect_state
 from pipeline_parallel.build import build_engine
 from pipeline_parallel.p2p import MessageSpec, StageLink
 from pipeline_parallel.partition.split import Split, stage_modules
@@ -57,10 +59,11 @@ class StageMemory:
     Attributes:
         parameters: the number of parameters.
         weights, gradients: on the device all the time.
-        optimizer: masters and moments on the device all the time; 0 if they are in `host`.
-        host: in runs on a GPU, host memory for --use-offload, and for the copy of the state that
-            --async-checkpoint makes; 0 in runs on a CPU.
-        copied: in runs on a CPU, the copy that --async-checkpoint makes; 0 in runs on a GPU.
+        optimizer: masters and moments on the device all the time; 0 if they are in `offloaded`.
+        offloaded: in runs on a GPU, host memory for --use-offload; 0 in runs on a CPU.
+        host_copy: in runs on a GPU, host memory for the copy of the state that --async-checkpoint
+            makes; 0 in runs on a CPU.
+        copied: in runs on a CPU, this copy; 0 in runs on a GPU.
         peak: the maximum on the device.
         held: the largest number of microbatches in flight at once.
         checkpoint: the stage's files in a checkpoint.
@@ -70,11 +73,17 @@ class StageMemory:
     weights: int
     gradients: int
     optimizer: int
-    host: int
+    offloaded: int
+    host_copy: int
     copied: int
     peak: int
     held: int
     checkpoint: int
+
+    @property
+    def host(self) -> int:
+        """Returns the bytes in host memory beside a GPU, as torch rounds those that are pinned."""
+        return self.offloaded + self.host_copy
 
     @property
     def activations(self) -> int:
@@ -132,15 +141,15 @@ class _Process:
     def _run(self, optimizer: MixedPrecisionOptimizer, live: LiveBytes) -> StageMemory:
         kind = self._device.type
         offloads = self._cuda and self._settings.precision.use_offload
-        built, host = live.peak[kind], live.current["cpu"] if offloads else 0
+        built, offloaded = live.peak[kind], live.current["cpu"] if offloads else 0
         copy = self._copy(optimizer)
-        copied = sum(map(_pinned if self._cuda else int, _storages(copy).values()))
+        copied = sum(_storages(copy).values())
         trained = self._train(optimizer, live)
         live.reset_peak()
         optimizer.step(lr=0.0, factor=1.0)
         self._save(optimizer)
         peak = max(built, trained, live.peak[kind])
-        return self._memory(optimizer, host=host, copied=copied, peak=peak)
+        return self._memory(optimizer, offloaded=offloaded, copied=copied, peak=peak)
 
     def _make_documents(self) -> PackedDocuments | None:
         """Returns documents whose lengths need the most memory; None without --pack document.
@@ -179,20 +188,27 @@ class _Process:
         )
 
     def _copy(self, optimizer: MixedPrecisionOptimizer) -> list[Tensor]:
-        """Creates the copy of the state for --async-checkpoint; empty if this rank keeps none."""
+        """Creates the copy of the state for --async-checkpoint; empty if this rank keeps none.
+
+        As in a run, copies of tensors on a GPU are pinned, and copies of tensors in host memory are
+        not: of an offloaded state, and of a state that another replica sends.
+        """
         if not self._settings.checkpoint.async_checkpoint or self._topology.replica != 0:
             return []
-        names = optimizer.names
-        state = [part for name in names for part in empty_state(optimizer, name).values()]
-        return [*state, *(torch.empty_like(p, device="cpu") for p in self._model.parameters())]
+        weights = dict(self._model.named_parameters())
+        copy = Snapshot().take({"weights": weights, "optimizer": self._state(optimizer)})
+        return [leaf for leaf in tree_leaves(copy) if isinstance(leaf, Tensor)]
+
+    def _state(self, optimizer: MixedPrecisionOptimizer) -> dict[str, Any]:
+        control = self._gloo("control", tuple(range(self._topology.world_size)))
+        return collect_state(optimizer, control, self._topology)
 
     def _save(self, optimizer: MixedPrecisionOptimizer) -> None:
         for tensor in (*map(optimizer.weight_of, optimizer.names), *_kept(optimizer)):
             for _ in islice(part_sums(tensor), 2):  # later parts need no more memory
                 pass
         if self._topology.replica == 0:
-            control = self._gloo("control", tuple(range(self._topology.world_size)))
-            collect_state(optimizer, control, self._topology)
+            self._state(optimizer)
 
     def _train(self, optimizer: MixedPrecisionOptimizer, live: LiveBytes) -> int:
         """Returns the peak bytes of one iteration and of the exchange of its gradients."""
@@ -249,7 +265,7 @@ class _Process:
         return FakeBatch(token_ids, labels, keys, update.micro_batch_size, self._documents)
 
     def _memory(
-        self, optimizer: MixedPrecisionOptimizer, *, host: int, copied: int, peak: int
+        self, optimizer: MixedPrecisionOptimizer, *, offloaded: int, copied: int, peak: int
     ) -> StageMemory:
         settings, topology = self._settings, self._topology
         weights, states = _storages(self._model.parameters()), _storages(_kept(optimizer))
@@ -262,8 +278,9 @@ class _Process:
             parameters=count,
             weights=sum(weights.values()),
             gradients=optimizer.gradients.buffer.flat.nbytes,
-            optimizer=0 if host else state,
-            host=host + (copied if self._cuda else 0),
+            optimizer=0 if offloaded else state,
+            offloaded=offloaded,
+            host_copy=copied if self._cuda else 0,
             copied=0 if self._cuda else copied,
             peak=peak,
             held=peak_in_flight(schedule, topology.stage, topology.num_stages, num_microbatches),
@@ -291,8 +308,3 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     """Returns the bytes of each storage, by the storage's address."""
     storages = (tensor.untyped_storage() for tensor in tensors)
     return {storage._cdata: storage.nbytes() for storage in storages}
-
-
-def _pinned(size: int) -> int:
-    """Returns the bytes of a pinned buffer, which torch rounds up to a power of two."""
-    return 1 << max(size - 1, 0).bit_length()

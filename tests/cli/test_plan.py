@@ -33,6 +33,12 @@ SIZES |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embedd
 CONFIG = GPTNeoXConfig(**SIZES)
 
 
+@pytest.fixture(autouse=True)
+def _allocator_without_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a folder that contains only config.json."""
@@ -119,6 +125,27 @@ def test_the_copy_that_is_saved_is_in_host_memory(cuda: bool, folder: Path) -> N
         assert (found.host, found.copied) == ((added, 0) if cuda else (0, added))
         assert found.peak == plain.peak + found.copied
         assert found.activations == plain.activations
+
+
+def test_offloaded_state_counts_as_torch_allocates_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masters and two buffers for gradients are pinned; moments and copies of both are not.
+
+    The plan left out the rounding of pinned tensors, up to half of their memory. But for the copy
+    of --async-checkpoint it rounded the copies of tensors in host memory, which are not pinned.
+    """
+    counts = [p.numel() for p in GPTNeoXForCausalLM(CONFIG).parameters()]
+    flags: dict[str, Any] = {"bf16": True, "use_offload": True, "async_checkpoint": True}
+    options = "expandable_segments:True,pinned_max_round_threshold_mb:0"
+    for value, size in (("", pinned), (options, int)):
+        monkeypatch.setenv("PYTORCH_ALLOC_CONF", value)
+        found = rehearse(folder, 0, cuda=True, batch_size=1, **flags)
+        masters, buffers = sum(size(4 * n) for n in counts), 2 * size(4 * max(counts))
+        assert found.offloaded == masters + 8 * sum(counts) + buffers
+        assert found.host_copy == sum(size(2 * n) + 12 * n for n in counts)
+        assert found.host == found.offloaded + found.host_copy
+        assert (found.optimizer, found.copied) == (0, 0)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,6 @@
 The bytes of live tensors do not depend on the speed or the load of the machine.
 """
 
-import re
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +13,8 @@ from tests.support.cases import Case, meet_at, run_folder, train_cases
 from tests.support.data import make_texts, tokenizer, write_jsonl
 from tests.support.flags import flags_of
 from tests.support.launcher import run_ranks
+from tests.support.measured_memory import PLAN_WITHIN, planned_ratios
 
-WITHIN = 0.01
 WITHIN_DOCUMENTS = 0.05  # a plan does not know the lengths of documents
 SIZES = {"vocab_size": 2048, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 NEOX = SIZES | {"intermediate_size": 512, "max_position_embeddings": 256}
@@ -58,10 +56,6 @@ SHAPES = [
     Shape("three", 1, 3, "neox", "--zero-stage 1 --use-offload", slow=True),
     Shape("four", 4, 1, "deep", "--pp-mode 1f1b --recompute false --batch-size 16", slow=True),
 ]
-LINE = re.compile(
-    r"memory of (rank \d+) .*: peak of live tensors (\S+ \S+), planned (\S+ \S+) "
-    r"\((\S+)%\); peak RSS (\S+ \S+)"
-)
 
 
 @pytest.fixture(scope="module")
@@ -85,15 +79,6 @@ def flags(folder: Path, shape: Shape) -> dict[str, Any]:
     """)
 
 
-def ratios(told: Sequence[str], name: str) -> Iterator[float]:
-    for line in told:
-        found = LINE.search(line)
-        if found is not None:
-            rank, measured, planned, ratio, resident = found.groups()
-            print(f"{name:14s}{rank:8s}{planned:>10s}{measured:>10s}{ratio:>8s}%{resident:>11s}")
-            yield float(ratio) / 100
-
-
 GROUPS = [
     pytest.param(size, slow, marks=[pytest.mark.slow] * slow)
     for size, slow in sorted({(one.stages * one.replicas, one.slow) for one in SHAPES})
@@ -110,7 +95,8 @@ def test_the_plan_is_what_a_run_measures(size: int, slow: bool, folder: Path) ->
     told, *_ = run_ranks(size, train_cases, meet_at(places), cases, folder, deadline=200.0)
     for one in shapes:
         run = run_folder(folder, one.name, one.stages, one.replicas)
-        found = list(ratios(told[run.name].lines, one.name))
+        found = planned_ratios(told[run.name].lines)
+        print(one.name, found)
         assert len(found) == size
-        within = WITHIN_DOCUMENTS if one.name == "documents" else WITHIN
+        within = WITHIN_DOCUMENTS if one.name == "documents" else PLAN_WITHIN
         assert all(abs(ratio - 1) <= within for ratio in found)

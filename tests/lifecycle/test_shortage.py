@@ -14,9 +14,15 @@ import pytest
 import torch
 
 from comm.topology import Topology
+from common.tensors import HostMemoryError
 from modules.families.gptneox import GPTNeoXBlock
 from pipeline_parallel.engine import Engine
-from planning.memory.out_of_memory import NEXT_STEP, explain_out_of_memory
+from planning.memory.dry_run import StageMemory
+from planning.memory.out_of_memory import (
+    NEXT_STEP,
+    NEXT_STEP_ON_HOST,
+    explain_out_of_memory,
+)
 from tests.support.cases import Case, Told, meet_at, to_argv, train_cases
 from tests.support.data import make_texts, tokenizer, write_jsonl
 from tests.support.flags import flags_of
@@ -170,6 +176,43 @@ def test_what_failed_is_let_go_of_before_the_plan() -> None:
         with patch("planning.memory.out_of_memory.DryRun", rehearse):
             explained = explain_out_of_memory("here", error, nothing, nothing, rank=0, cuda=False)
     assert explained == f"here: out of memory; {NEXT_STEP}"
+
+
+def explain(error: Exception, *, offloaded: int, host_copy: int, cuda: bool = True) -> str:
+    """Returns the line about `error` in a run whose plan has these bytes in host memory."""
+    planned = StageMemory(
+        parameters=10, weights=1, gradients=2, optimizer=3, offloaded=offloaded,
+        host_copy=host_copy, copied=0, peak=10, held=1, checkpoint=0,
+    )  # fmt: skip
+    nothing: Any = None
+    module = "planning.memory.out_of_memory"
+    with patch(f"{module}.DryRun") as dry_run, patch(f"{module}.gc.collect"):
+        dry_run.return_value.of_rank.return_value = planned
+        return explain_out_of_memory("here", error, nothing, nothing, rank=0, cuda=cuda)
+
+
+def test_beside_a_gpu_a_lack_of_host_memory_gets_advice_for_the_host() -> None:
+    """The advice was for the GPU, where the memory was enough; --use-offload needs even more."""
+    error = HostMemoryError("tried to allocate 2.1 GB of pinned host memory")
+    error.__cause__ = RuntimeError("CUDA error: out of memory")
+    assert explain(error, offloaded=12 * 10**9, host_copy=6 * 10**9) == (
+        "here: out of host memory (requested 2.1 GB); according to --plan, this rank keeps 12.0 GB "
+        f"for --use-offload and 6.0 GB for --async-checkpoint in host memory; {NEXT_STEP_ON_HOST}"
+    )
+    assert "this rank keeps 6.0 GB for --async-checkpoint in" in explain(
+        MemoryError(), offloaded=0, host_copy=6 * 10**9
+    )
+    assert "keeps no state in host memory" in explain(MemoryError(), offloaded=0, host_copy=0)
+    on_cpu = explain(MemoryError(), offloaded=0, host_copy=0, cuda=False)
+    assert on_cpu.startswith("here: out of memory; according to --plan, this rank holds 1 bytes")
+
+
+def test_the_status_of_a_cuda_library_is_quoted() -> None:
+    """A fault of another kind can end in this status, too."""
+    text = "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"
+    line = explain(RuntimeError(text), offloaded=5, host_copy=0)
+    assert line.startswith("here: out of memory (CUBLAS_STATUS_NOT_INITIALIZED); according to")
+    assert line.endswith(NEXT_STEP)
 
 
 def test_memory_that_truly_runs_out_ends_every_rank(folder: Path) -> None:

@@ -38,6 +38,7 @@ class Rank:
 
 RankProgram = Callable[[Rank], None]
 LOOPBACK = Interface("lo", "127.0.0.1")
+CPU = torch.device("cpu")
 
 
 def meet(
@@ -75,6 +76,7 @@ def enter(
     dist_timeout: float = 30.0,
     facts: dict[str, Fact] | None = None,
     dist_backend: str = "gloo",
+    device: torch.device = CPU,
     timing: Timing = DEFAULT_TIMING,
 ) -> Rank:
     """Joins a run and connects all process groups; a world of one has no rendezvous."""
@@ -98,7 +100,7 @@ def enter(
         rendezvous,
         dist_backend=dist_backend,
         dp_backend="gloo" if dist_backend == "gloo" else "nccl",
-        device=torch.device("cpu"),
+        device=device,
         dist_timeout=dist_timeout,
         policy=policy,
     )

@@ -1,8 +1,9 @@
 """Launcher of the processes of a test; tests.support.runs uses it to start whole runs.
 
 A process is a fork of a server that has imported all modules (tests.support.preloaded), or a fork
-of such a fork. Only a test that checks how the program starts gets a new Python process. The output
-of a process goes to files. A process is killed if its parent process dies.
+of such a fork. A test that checks how the program starts gets a new Python process, and so does a
+check on a GPU (`use_new_interpreters`). The output of a process goes to files. A process is killed
+if its parent process dies.
 """
 
 import contextlib
@@ -33,11 +34,29 @@ _AFTER_FAILURE_SECONDS = 5.0  # for the other ranks, after a rank failed
 _TICK_SECONDS = 0.02
 _ports: dict[int, Iterator[int]] = {}  # by process: forks must draw different ports
 _is_fork = False  # whether this process is a fork of the server
+_forks = True  # whether this process starts forks; False: new interpreters
+_preloaded: tuple[str, ...] = ("tests.support.preloaded",)  # the modules that the server imports
 
 
 def is_fork() -> bool:
     """Returns whether this process is a fork of the server."""
     return _is_fork
+
+
+def use_new_interpreters() -> None:
+    """Makes this process start new Python interpreters in place of forks.
+
+    A check on a GPU needs this: a fork gets torch and libraries of CUDA already loaded, so
+    environment variables that these libraries read while they are loaded come too late.
+    """
+    global _forks
+    _forks = False
+
+
+def preload(*modules: str) -> None:
+    """Makes the server import only `modules`; call this before the first process is started."""
+    global _preloaded
+    _preloaded = modules
 
 
 class Process:
@@ -119,8 +138,10 @@ def _make_process(target: Callable[..., object], *args: object) -> BaseProcess:
         return multiprocessing.get_context("fork").Process(target=target, args=args)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as setup_logging does before torch
+    if not _forks:
+        return multiprocessing.get_context("spawn").Process(target=target, args=args)
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["tests.support.preloaded"])
+    server.set_forkserver_preload(list(_preloaded))
     return server.Process(target=target, args=args)
 
 
@@ -195,8 +216,9 @@ def _live(place: Path, function: Callable[..., object], args: tuple[object, ...]
     status = 1
     try:
         _die_with_parent()
-        if not _is_fork:  # closed here, so that only the test process keeps the server alive
-            os.close(forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
+        alive = forkserver._forkserver._forkserver_alive_fd  # type: ignore[attr-defined]
+        if alive is not None and not _is_fork:  # closed here: only the test process may keep the
+            os.close(alive)  # server alive
         _is_fork = True
         for descriptor, end in ((1, ".out"), (2, ".err")):
             path = place.with_name(place.name + end)

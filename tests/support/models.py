@@ -82,13 +82,15 @@ def hf_parameter(model: Any, key: str) -> Tensor:
     return parameter
 
 
-def from_hf(family_name: str, model: Any, folder: Path) -> StageModel:
+def from_hf(
+    family_name: str, model: Any, folder: Path, *, device: torch.device | str = "cpu"
+) -> StageModel:
     """Builds the whole model as one stage of our modules, with a Hugging Face model's weights."""
     model.config.save_pretrained(folder)
     family = MODELS[family_name].load()
     config = family.load_config(folder)
     layers = config.num_hidden_layers
-    ours = StageModel(family, config, range(layers + 2), device="cpu")
+    ours = StageModel(family, config, range(layers + 2), device=device)
     with torch.no_grad():
         for index, module in enumerate(ours):
             keys = hf_keys(family, layers, index)

@@ -6,22 +6,15 @@ training.session, because hooks must replace functions before that module import
 
 import gc
 import importlib
-import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read at the import of the library
+importlib.import_module("tests.support.preloaded_training")
 
 MODULES = """
-    torch.distributed pytest bitsandbytes matplotlib.backends.backend_agg matplotlib.figure
-    transformers.models.auto.tokenization_auto transformers.tokenization_utils_tokenizers
+    pytest bitsandbytes matplotlib.backends.backend_agg matplotlib.figure
     transformers.models.gptj.modeling_gptj transformers.models.gpt_neox.modeling_gpt_neox
-    dist_clm_train training.run checkpoint.conversion.to_hf comm.process_groups monitor.plot
-    modules.families.gptj modules.families.gptneox tests.support.cases tests.support.models
+    checkpoint.conversion.to_hf monitor.plot tests.support.cases tests.support.models
 """
 for name in MODULES.split():
     importlib.import_module(name)
-
-# The tests' sources have about sixty documents; a prefetch of a thousand would read them seventeen
-# times.
-vars(importlib.import_module("tasks.tokenization.prefetch"))["BATCH_DOCUMENTS"] = 32
 
 gc.freeze()  # so no fork scans the imported objects or copies their pages

@@ -6,6 +6,7 @@ import torch
 from comm.backends.host_staging import HostStagingCommunicator
 from tests.support.backend_checks import DTYPES, bits, check_group, values
 from tests.support.connected import Rank, enter
+from tests.support.cuda_double import DEVICE, Finished, cuda_double
 from tests.support.launcher import run_ranks
 
 
@@ -23,7 +24,7 @@ def check_slices(rank: Rank) -> None:
 
 def check_host_copies(rank: Rank) -> None:
     """Checks, with CPU tensors, that HostStagingCommunicator sends copies of tensors."""
-    channel = HostStagingCommunicator(rank.groups.pipeline)
+    channel = HostStagingCommunicator(rank.groups.pipeline, torch.device("cpu"))
     peer = 1 - channel.rank
     mine, theirs = torch.full((2, 3), float(channel.rank)), torch.empty(2, 3)
     works = [channel.receive(theirs, source=peer), channel.send(mine, to=peer)]
@@ -42,6 +43,17 @@ def check_host_copies(rank: Rank) -> None:
     assert channel.all_gather(torch.tensor([channel.rank])).tolist() == [[0], [1]]
 
 
+def check_staging(rank: Rank) -> None:
+    """Runs all checks of a group of four over pinned copies, with a double of CUDA's streams.
+
+    The worker thread starts sums while this thread waits for earlier sums.
+    """
+    with cuda_double(copy_seconds=0.0002) as cuda:
+        staging = HostStagingCommunicator(rank.groups.control, DEVICE)
+        check_group(Finished(staging, cuda), sums=(torch.float32, torch.bfloat16))
+        staging._worker.close()  # the group of the host is used again
+
+
 def check_groups(rank: Rank) -> None:
     groups, topology = rank.groups, rank.topology
     mine = torch.tensor(topology.rank)
@@ -55,7 +67,7 @@ def check_groups(rank: Rank) -> None:
 
 def all_checks(rank: int, world_size: int, url: str) -> str:
     entered = enter(rank, url, num_stages=2, num_replicas=2)
-    for check in (check_groups, check_slices, check_host_copies):
+    for check in (check_groups, check_slices, check_host_copies, check_staging):
         check(entered)
     for group in (entered.groups.control, entered.groups.pipeline):
         check_group(group, sums=DTYPES)

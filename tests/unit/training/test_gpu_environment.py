@@ -29,7 +29,7 @@ from training.startup_checks import LocalResources
 
 ROOT = Path(__file__).parents[3]
 QUEUES, CHANNELS = {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}, {"NCCL_MAX_P2P_NCHANNELS": "2"}
-ALLOCATOR = "expandable_segments:True,pinned_max_round_threshold_mb:1"
+ALLOCATOR = "expandable_segments:True,pinned_max_round_threshold_mb:1,pinned_max_cached_size_mb:1"
 FLAGS = flags_of("""
     --model-name nowhere --model-type gptneox --num-layers 1 --embedding-dim 8 --task-name nothing
     --total-steps 1
