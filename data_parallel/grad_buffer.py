@@ -112,7 +112,10 @@ class GradBuffer:
         """Adds the gradients of a linear layer to the buffer; see `WeightGradBuffer.add_linear`."""
         trained = [p for p in (weight, bias) if p is not None and p.requires_grad]
         self._handed_over.update(self._names[id(p)] for p in trained)
-        call = partial(self._add_linear, weight, bias, gradient, x, last)
+        self.run_or_defer(partial(self._add_linear, weight, bias, gradient, x, last))
+
+    def run_or_defer(self, call: Callable[[], None]) -> None:
+        """Calls `call` now or, in a `deferring` block, appends it to the deferred additions."""
         if self._deferred is None:
             call()
         else:
@@ -128,7 +131,7 @@ class GradBuffer:
             view.index_put_((rows,), gradient.float(), accumulate=True)
         else:
             view.index_add_(0, rows, gradient.float())
-        self._count_microbatch(name)
+        self.count_microbatch(name)
 
     @torch.no_grad()
     def _add_linear(
@@ -138,12 +141,12 @@ class GradBuffer:
             name = self._names[id(weight)]
             add_matmul_(self.views[name], gradient.t(), x)
             if last:
-                self._count_microbatch(name)
+                self.count_microbatch(name)
         if bias is not None and bias.requires_grad:
             name = self._names[id(bias)]
             self.views[name].add_(gradient.sum(0, dtype=torch.float32))
             if last:
-                self._count_microbatch(name)
+                self.count_microbatch(name)
 
     def _attach(self, name: str, parameter: nn.Parameter) -> None:
         view = self.views[name]
@@ -157,11 +160,11 @@ class GradBuffer:
                 assert parameter.grad is not None
                 view.add_(parameter.grad)
                 parameter.grad = None
-            self._count_microbatch(name)
+            self.count_microbatch(name)
 
         parameter.register_post_accumulate_grad_hook(accumulated)
 
-    def _count_microbatch(self, name: str) -> None:
+    def count_microbatch(self, name: str) -> None:
         """Counts a microbatch's gradient of `name`; calls `on_ready` for newly ready buckets."""
         if name not in self._num_expected:
             return  # no update has begun

@@ -80,11 +80,23 @@ class StageModel(nn.ModuleList):
         for index, module in zip(self.indices, self, strict=True):
             if self.has_head and index == self.indices.stop - 1:
                 break
-            run = cast(Callable[..., Tensor], module)
-            if recompute and index > 0 and torch.is_grad_enabled():
-                x = checkpoint(
-                    run, x, keys, documents, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                x = run(x, keys, documents)
+            x = self.run_module(module, x, keys, documents, recompute=recompute and index > 0)
         return x
+
+    def run_module(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        keys: Keys,
+        documents: PackedDocuments | None,
+        *,
+        recompute: bool,
+    ) -> Tensor:
+        """Returns the output of one of the modules; the arguments are as in `forward`."""
+        run = cast(Callable[..., Tensor], module)
+        if recompute and torch.is_grad_enabled():
+            out: Tensor = checkpoint(
+                run, x, keys, documents, use_reentrant=False, preserve_rng_state=False
+            )
+            return out
+        return run(x, keys, documents)

@@ -9,6 +9,7 @@ a real run use these tensors, and live bytes are counted as in a real run
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,6 @@ from common.tensors import DTYPES, part_sums
 from modules.attention.cpu import MAX_LENGTH_PER_SIZE
 from modules.attention.packed_documents import PackedDocuments
 from modules.families.base import Family
-from modules.stage_model import StageModel
 from monitor.profiling.tracer import NO_TRACER
 from optimizer.adam import Algorithm
 from optimizer.build import ALGORITHMS, build_optimizer, checkpoint_bytes
@@ -34,7 +34,7 @@ from optimizer.state_dict import collect_state
 from pipeline_parallel.build import build_engine
 from pipeline_parallel.p2p import MessageSpec, StageLink
 from pipeline_parallel.partition.split import Split, stage_modules
-from pipeline_parallel.schedule.schedules import SCHEDULES
+from pipeline_parallel.schedule.schedules import SCHEDULES, splits_backward
 from pipeline_parallel.schedule.validate import peak_in_flight
 from planning.memory.fake_communicators import FakeGloo, FakeNccl
 from planning.memory.fake_engine import FakeBatch, FakeEngine, peak_of_more
@@ -45,6 +45,7 @@ from planning.memory.fake_model import (
     tensors_without_memory,
 )
 from planning.memory.live_bytes import LiveBytes
+from planning.memory.replay import ReplayingModel
 
 ENOUGH = 5  # simulated microbatches beyond those in flight; they show the cost of further ones
 SMALLEST_IN_8_BITS = 4096  # elements; for smaller weights, bitsandbytes keeps fp32 moments
@@ -128,7 +129,7 @@ class _Process:
         self._device = torch.device(GPU if cuda else "cpu")
         self._documents, self._algorithm = self._make_documents(), self._make_algorithm()
         modules = stage_modules(topology.stage, model.layers)
-        self._model = StageModel(model.family, model.config, modules, device="meta")
+        self._model = ReplayingModel(model.family, model.config, modules)
 
     def run(self) -> StageMemory:
         with tensors_without_memory() as live:
@@ -204,7 +205,7 @@ class _Process:
 
     def _save(self, optimizer: MixedPrecisionOptimizer) -> None:
         for tensor in (*map(optimizer.weight_of, optimizer.names), *_kept(optimizer)):
-            for _ in part_sums(tensor):
+            for _ in islice(part_sums(tensor), 2):  # later parts need no more memory
                 pass
         if self._topology.replica == 0:
             self._state(optimizer)
@@ -231,6 +232,16 @@ class _Process:
         assert isinstance(engine, FakeEngine)
         watched = engine.watch(live, self._device.type)
         batch, ahead = (self._batch() for _ in range(2))
+        self._model.measure_blocks(
+            optimizer.gradients.buffer,
+            live,
+            torch.empty(shape, dtype=dtype, device=self._device),
+            batch.documents(0, self._device),
+            recompute=settings.precision.recompute,
+            splits=splits_backward(
+                SCHEDULES[settings.parallel.pp_mode], topology.stage, topology.num_stages
+            ),
+        )
         optimizer.gradients.begin_update(count)
         engine.train(batch, loss_scale=1.0)
         live.reset_peak()

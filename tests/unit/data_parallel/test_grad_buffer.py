@@ -120,15 +120,15 @@ def test_one_microbatch_has_the_bits_of_torch() -> None:
 
 @contextmanager
 def noted() -> Iterator[list[str]]:
-    """Yields a list; each call of `GradBuffer._count_microbatch` appends its argument `name`."""
+    """Yields a list; each call of `GradBuffer.count_microbatch` appends its argument `name`."""
     names: list[str] = []
-    count = GradBuffer._count_microbatch
+    count = GradBuffer.count_microbatch
 
     def noting(buffer: GradBuffer, name: str) -> None:
         names.append(name)
         count(buffer, name)
 
-    with patch.object(GradBuffer, "_count_microbatch", noting):
+    with patch.object(GradBuffer, "count_microbatch", noting):
         yield names
 
 
