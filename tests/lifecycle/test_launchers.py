@@ -45,10 +45,11 @@ from comm.lifecycle.stop_signals import STOPPED, StopListener, StopRequest
 rank = int(sys.argv[sys.argv.index("--rank") + 1])
 request = StopRequest()
 StopListener(request, rank=rank, alone=False)
-print("listens", flush=True)
+sys.stdout.write("listens\\n")
+sys.stdout.flush()
 while request.asked is None:
     time.sleep(0.01)
-print(f"rank {rank}: {request.asked}", flush=True)
+sys.stdout.write(f"rank {rank}: {request.asked}\\n")  # one write: print needs two under -u
 sys.exit(STOPPED)
 """
 
