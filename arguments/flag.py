@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from arguments.values import switch
+from arguments.values import RECOMPUTE, recompute, switch
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,9 @@ class Flag:
     def add_to(self, group: Any, *, is_shown: bool) -> None:
         """Adds the flag to an argparse group; the help hides the flag if `is_shown` is false."""
         options: dict[str, Any] = {"help": self.help if is_shown else argparse.SUPPRESS}
-        if self.type is switch:
-            options |= {"nargs": "?", "const": True, "metavar": "true|false"}
+        if self.type is not None and self.type in SWITCHES:
+            const = self.type("true")
+            options |= {"nargs": "?", "const": const, "metavar": "|".join(SWITCHES[self.type])}
         elif self.metavar is not None:
             options["metavar"] = self.metavar
         group.add_argument(
@@ -58,6 +59,12 @@ class Flag:
             **options,
         )
 
+
+# The flags whose value is optional and true by default, by their type, with the allowed values.
+SWITCHES: dict[Callable[[str], Any], Sequence[str]] = {
+    switch: ("true", "false"),
+    recompute: RECOMPUTE,
+}
 
 fixed = partial(Flag, resume="must match")
 free = partial(Flag, resume="may change")

@@ -133,7 +133,7 @@ class PrecisionSettings:
 
     fp16: bool
     bf16: bool
-    recompute: bool
+    recompute: Literal["true", "false", "selective", "auto"]
     use_offload: bool
     cpu_matmul: Literal["auto", "default", "onednn"]
     deterministic: bool

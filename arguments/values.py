@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pipeline_parallel.partition.split import AUTO, Asked, parse_layers
 
 MAX_RATE = 1e6  # a larger rate makes weights that fp32 cannot hold after one step
+RECOMPUTE = ("true", "false", "selective", "auto")
 MAX_SECONDS = 1e9  # the longest wait that clocks and locks support
 
 
@@ -15,6 +16,12 @@ def switch(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
     return text.lower() == "true"
+
+
+def recompute(text: str) -> str:
+    if text.lower() not in RECOMPUTE:
+        raise argparse.ArgumentTypeError(f"expected true, false, selective or auto, got {text!r}")
+    return text.lower()
 
 
 def whole(at_least: int) -> Callable[[str], int]:

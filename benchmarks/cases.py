@@ -176,7 +176,7 @@ def _all() -> list[Case]:
         _fp32(),
         _defaults(),
         _data_parallel(),
-        _gpipes("recompute", "fp32, recomputed activations", WORK.on(recompute=True)),
+        _gpipes("recompute", "fp32, recomputed activations", WORK.on(recompute="full")),
         _gpipes("bf16", "bf16 compute copies of fp32 masters", WORK.on(precision="bf16")),
         _short(4),
         _short(2),

@@ -19,7 +19,7 @@ class HuggingFaceLoop:
     def __init__(self, work: Workload, device: torch.device = CPU) -> None:
         self._work, self._device = work, device
         self._model = work.model(device).train()
-        if work.recompute:
+        if work.recompute == "full":
             options = {"use_reentrant": False}
             self._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         self._rows = work.rows().to(device).split(work.micro_batch)

@@ -38,7 +38,7 @@ class HuggingFaceStage(nn.Module):
         self.rotary = model.gpt_neox.rotary_emb
         self.norm = model.gpt_neox.final_layer_norm if last else None
         self.head = model.lm_head if last else None
-        self.recompute = work.recompute
+        self.recompute = work.recompute == "full"
         self.register_buffer("positions", torch.arange(work.tokens).unsqueeze(0))
 
     def forward(self, x: Tensor) -> Tensor:

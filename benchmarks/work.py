@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import GPTJConfig, GPTJForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
+from modules.layers.selective import Recompute
+
 LR, EPS, WEIGHT_DECAY, MAX_NORM = 1e-4, 1e-6, 0.01, 1.0
 SEED = 7
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # bf16: the two sides round at different places
@@ -28,7 +30,7 @@ class Workload:
     split: tuple[int, ...] = (4, 4)
     batch: int = 8
     precision: str = "fp32"
-    recompute: bool = False
+    recompute: Recompute = "none"
     hidden: int = 512
     heads: int = 8
     inner: int = 2048

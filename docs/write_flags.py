@@ -12,9 +12,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from arguments.flag import Flag  # noqa: E402
+from arguments.flag import SWITCHES, Flag  # noqa: E402
 from arguments.flag_table import FLAGS_BY_HEADING  # noqa: E402
-from arguments.values import switch  # noqa: E402
 
 PAGE = ROOT / "docs" / "reference" / "flags.md"
 INTRODUCTION = """\
@@ -65,8 +64,8 @@ def _row(flag: Flag) -> str:
 
 
 def _values(flag: Flag) -> str:
-    if flag.type is switch:
-        return "true, false"
+    if flag.type is not None and flag.type in SWITCHES:
+        return ", ".join(SWITCHES[flag.type])
     return ", ".join(map(str, flag.choices)) if flag.choices is not None else ""
 
 

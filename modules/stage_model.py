@@ -12,6 +12,7 @@ from modules.build import make_layer
 from modules.families.base import Family
 from modules.layers.dropout import Keys
 from modules.layers.lm_head import Head
+from modules.layers.selective import Recompute, recompute_selectively
 
 
 class StageModel(nn.ModuleList):
@@ -34,7 +35,7 @@ class StageModel(nn.ModuleList):
         keys: Keys,
         *,
         documents: PackedDocuments | None = None,
-        recompute: bool = False,
+        recompute: Recompute = "none",
     ) -> Tensor:
         """Returns activations or, on the last stage, logits of all positions except the last.
 
@@ -43,8 +44,8 @@ class StageModel(nn.ModuleList):
             keys: the dropout key of each row; None for no dropout.
             documents: the documents of packed rows, which do not attend to each other; None if
                 attention covers complete rows.
-            recompute: whether to save only each block's input, and compute the rest again in
-                backward.
+            recompute: which activations backward computes again: none, those that are cheap, or
+                all of each block but its input.
         """
         x = self._up_to_head(x, keys, documents, recompute=recompute)
         return self.head(x[:, :-1], keys, documents) if self.has_head else x
@@ -57,7 +58,7 @@ class StageModel(nn.ModuleList):
         *,
         scale: float,
         documents: PackedDocuments | None = None,
-        recompute: bool = False,
+        recompute: Recompute = "none",
     ) -> Tensor:
         """Returns the sum of the token losses; only the last stage calls this.
 
@@ -75,12 +76,13 @@ class StageModel(nn.ModuleList):
         return head
 
     def _up_to_head(
-        self, x: Tensor, keys: Keys, documents: PackedDocuments | None, *, recompute: bool
+        self, x: Tensor, keys: Keys, documents: PackedDocuments | None, *, recompute: Recompute
     ) -> Tensor:
         for index, module in zip(self.indices, self, strict=True):
             if self.has_head and index == self.indices.stop - 1:
                 break
-            x = self.run_module(module, x, keys, documents, recompute=recompute and index > 0)
+            mode: Recompute = recompute if index > 0 else "none"
+            x = self.run_module(module, x, keys, documents, recompute=mode)
         return x
 
     def run_module(
@@ -90,13 +92,16 @@ class StageModel(nn.ModuleList):
         keys: Keys,
         documents: PackedDocuments | None,
         *,
-        recompute: bool,
+        recompute: Recompute,
     ) -> Tensor:
         """Returns the output of one of the modules; the arguments are as in `forward`."""
         run = cast(Callable[..., Tensor], module)
-        if recompute and torch.is_grad_enabled():
+        if recompute == "full" and torch.is_grad_enabled():
             out: Tensor = checkpoint(
                 run, x, keys, documents, use_reentrant=False, preserve_rng_state=False
             )
             return out
+        if recompute == "selective" and torch.is_grad_enabled():
+            with recompute_selectively(module):
+                return run(x, keys, documents)
         return run(x, keys, documents)

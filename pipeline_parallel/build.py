@@ -1,6 +1,7 @@
 """Construction of the pipeline engine of a stage."""
 
 from modules.layers.linear import WeightGradBuffer
+from modules.layers.selective import Recompute
 from modules.stage_model import StageModel
 from monitor.profiling.tracer import Tracer
 from pipeline_parallel.engine import Engine
@@ -15,7 +16,7 @@ def build_engine(
     *,
     gradients: WeightGradBuffer,
     schedule: str,
-    recompute: bool,
+    recompute: Recompute,
     num_microbatches: int,
     tracer: Tracer,
     kind: type[Engine] = Engine,
@@ -27,7 +28,7 @@ def build_engine(
         link: the connection with the neighbouring stages.
         gradients: the buffer to which backward adds the gradients of large weights.
         schedule: a key of `SCHEDULES`.
-        recompute: whether backward computes the activations again.
+        recompute: which activations backward computes again.
         num_microbatches: the number of microbatches in a pipeline's batch.
         tracer: records how long actions take.
         kind: the class of the engine.

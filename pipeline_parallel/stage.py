@@ -6,6 +6,7 @@ from torch import Tensor
 from modules.attention.packed_documents import PackedDocuments
 from modules.layers.dropout import Keys
 from modules.layers.linear import Deferred, WeightGradBuffer, attach_grad_buffer
+from modules.layers.selective import Recompute
 from modules.stage_model import StageModel
 
 
@@ -14,13 +15,18 @@ class Stage:
 
     Args:
         model: the stage's part of the model.
-        recompute: whether backward computes the activations again.
+        recompute: which activations backward computes again.
         gradients: the buffer to which linear layers and the embedding add their gradients.
         splits: whether a backward pass is two calls: `backward`, and later `weight_gradient`.
     """
 
     def __init__(
-        self, model: StageModel, *, recompute: bool, gradients: WeightGradBuffer, splits: bool
+        self,
+        model: StageModel,
+        *,
+        recompute: Recompute,
+        gradients: WeightGradBuffer,
+        splits: bool,
     ) -> None:
         self._model, self._recompute, self._splits = model, recompute, splits
         self._gradients = gradients

@@ -7,6 +7,7 @@ from arguments.settings import Settings
 from comm.lifecycle.stop_signals import StopRequest
 from comm.run_context import RunContext
 from common.tensors import DTYPES
+from modules.layers.selective import MODES
 from modules.stage_model import StageModel
 from monitor.console import Console
 from monitor.profiling.tracer import Tracer
@@ -164,7 +165,7 @@ def build_stage_engine(
         StageLink(context.groups.pipeline, spec, tracer=tracer),
         gradients=update_step.optimizer.gradients.buffer,
         schedule=settings.parallel.pp_mode,
-        recompute=settings.precision.recompute,
+        recompute=MODES[settings.precision.recompute],
         num_microbatches=update.num_microbatches,
         tracer=tracer,
     )

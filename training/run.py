@@ -13,6 +13,7 @@ from modules.stage_model import StageModel
 from monitor.console import Console
 from monitor.out_of_memory import is_out_of_memory
 from pipeline_parallel.engine import StageMemoryError
+from planning.memory.auto_recompute import choose_recompute
 from planning.memory.measure import MemoryMeasure
 from planning.memory.out_of_memory import explain_out_of_memory
 from training.build import (
@@ -64,16 +65,19 @@ def train(
             "%d of %d steps are done: nothing to do", start.step, settings.update.total_steps
         )
         return None
+    flag = settings.precision.recompute
+    settings = choose_recompute(settings, start.planned, context)
     operation = CurrentOperation()
     measure = MemoryMeasure(wanted=settings.output.measure_memory, device=context.device)
     with _explaining_memory(settings, context, start, operation), measure.measuring():
-        stopped = _train(settings, context, start, operation, console, stop, closing)
+        stopped = _train(settings, flag, context, start, operation, console, stop, closing)
     measure.log(settings, start.planned, context)
     return stopped
 
 
 def _train(
     settings: Settings,
+    recompute_flag: str,
     context: RunContext,
     start: RunStart,
     operation: CurrentOperation,
@@ -85,6 +89,7 @@ def _train(
 
     Parts that can find a mistake of the user are built first. `operation.text` is set to the name
     of the current operation, because the text of an out-of-memory error contains this name.
+    Checkpoints save `recompute_flag`, the value that the user gave, not the mode that auto chose.
     """
     if start.data is not None:
         start.data.check_evaluation()
@@ -114,7 +119,7 @@ def _train(
     closing.callback(recorder.close)
     operation.text = "making the engine and the copy of --async-checkpoint"
     saver = Saver(
-        settings,
+        settings.changed(recompute=recompute_flag),
         context,
         store=start.store,
         model=model,
@@ -173,7 +178,7 @@ def _log_description(
         start.layers,
         schedule=settings.parallel.pp_mode,
         num_microbatches=settings.update.num_microbatches,
-        recompute=precision.recompute,
+        recompute=precision.recompute == "true",
     )
     logger.info(split)
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from arguments.flag import fixed, free, unkept
-from arguments.values import MAX_RATE, layers, real, size, switch, whole
+from arguments.values import MAX_RATE, layers, real, recompute, size, switch, whole
 from modules.registry import MODELS
 
 MODEL_FLAGS = (
@@ -97,7 +97,15 @@ UPDATE_FLAGS = (
 PRECISION_FLAGS = (
     unkept("--fp16", "compute in fp16, weights and moments in fp32", False, switch, common=True),
     unkept("--bf16", "compute in bf16, weights and moments in fp32", False, switch, common=True),
-    free("--recompute", "recompute a block's activations in backward", True, switch),
+    free(
+        "--recompute",
+        "activations of a block that backward computes again: true: all; selective: norms and "
+        "activation functions; false: none; auto: the fastest of the three that fits the device's "
+        "memory on every stage",
+        "auto",
+        recompute,
+        common=True,
+    ),
     free("--use-offload", "keep master weights and moments in host memory", False, switch),
     unkept(
         "--cpu-matmul",

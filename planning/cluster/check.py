@@ -129,7 +129,7 @@ def make_plan(settings: Settings, sizes: ModelSizes) -> RunShape | None:
         work=work,
         layers=layers,
         schedule=settings.parallel.pp_mode,
-        recompute=settings.precision.recompute,
+        recompute=settings.precision.recompute == "true",
         num_microbatches=update.num_microbatches,
         accumulate=update.gradient_accumulate_step,
         tokens=update.micro_batch_size * update.seq_length,

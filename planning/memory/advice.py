@@ -7,6 +7,7 @@ from typing import NamedTuple
 from arguments.flag_table import fixed_flags
 from arguments.settings import Settings
 from checkpoint.steps.folder import any_steps
+from modules.layers.selective import MODES
 from pipeline_parallel.partition.split import AUTO
 from pipeline_parallel.partition.stage_split import StageSplit
 from planning.memory.dry_run import DryRun, PlannedModel
@@ -59,8 +60,9 @@ def helpful_changes(
 
 def _variants(settings: Settings) -> Iterator[tuple[str, Settings]]:
     """Yields the flags of each change that can reduce memory, and the changed settings."""
-    if not settings.precision.recompute:
-        yield "--recompute true", settings.changed(recompute=True)
+    modes = list(MODES)
+    for value in modes[modes.index(settings.precision.recompute) + 1 :]:
+        yield f"--recompute {value}", settings.changed(recompute=value)
     if settings.parallel.pp_mode != "1f1b":
         yield "--pp-mode 1f1b", settings.changed(pp_mode="1f1b")
     if settings.update.micro_batch_size > 1:

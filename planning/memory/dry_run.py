@@ -26,6 +26,7 @@ from common.tensors import DTYPES, part_sums
 from modules.attention.cpu import MAX_LENGTH_PER_SIZE
 from modules.attention.packed_documents import PackedDocuments
 from modules.families.base import Family
+from modules.layers.selective import MODES
 from monitor.profiling.tracer import NO_TRACER
 from optimizer.adam import Algorithm
 from optimizer.build import ALGORITHMS, build_optimizer, checkpoint_bytes
@@ -224,7 +225,7 @@ class _Process:
             StageLink(pipeline, MessageSpec(shape, dtype, self._device)),
             gradients=optimizer.gradients.buffer,
             schedule=settings.parallel.pp_mode,
-            recompute=settings.precision.recompute,
+            recompute=MODES[settings.precision.recompute],
             num_microbatches=count,
             tracer=NO_TRACER,
             kind=FakeEngine,
@@ -237,7 +238,7 @@ class _Process:
             live,
             torch.empty(shape, dtype=dtype, device=self._device),
             batch.documents(0, self._device),
-            recompute=settings.precision.recompute,
+            recompute=MODES[settings.precision.recompute],
             splits=splits_backward(
                 SCHEDULES[settings.parallel.pp_mode], topology.stage, topology.num_stages
             ),

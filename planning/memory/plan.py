@@ -1,7 +1,6 @@
 """--plan: the memory and messages of each stage, computed without weights, data or other ranks."""
 
 from collections.abc import Iterator
-from functools import cached_property
 
 import torch
 
@@ -12,7 +11,8 @@ from common.text import format_bytes, format_table
 from modules.registry import MODELS
 from pipeline_parallel.partition.stage_split import StageSplit
 from planning.memory.advice import Change, helpful_changes
-from planning.memory.dry_run import DryRun, PlannedModel, StageMemory
+from planning.memory.dry_run import PlannedModel, StageMemory
+from planning.memory.plan_modes import PlannedModes
 
 EXPLAINED = """\
 memory on the device of replica 0, which saves; activations: with messages and temporary tensors;
@@ -42,11 +42,11 @@ class MemoryPlan:
             seq_len=settings.update.seq_length,
         )
         self._model = PlannedModel(family, config, self._split.layers)
+        self._modes = PlannedModes(settings, self._model, cuda=self._cuda)
 
-    @cached_property
+    @property
     def _stages(self) -> list[StageMemory]:
-        dry_run = DryRun(self._settings, self._model, cuda=self._cuda)
-        return [dry_run.of_rank(s) for s in range(self._settings.parallel.pipeline_group_size)]
+        return self._modes.stages
 
     @property
     def fits(self) -> bool:
@@ -57,6 +57,8 @@ class MemoryPlan:
     def parts(self) -> Iterator[str]:
         """Yields the plan as text, part by part."""
         yield self._heading()
+        if self._settings.precision.recompute == "auto":
+            yield self._modes.table()
         rows = zip(*self._columns(), strict=True)
         yield format_table(rows, justify=str.rjust) + "\n" + EXPLAINED
         yield "".join(f"{line}\n" for line in self._links())
@@ -64,7 +66,7 @@ class MemoryPlan:
             self._split.layers,
             schedule=self._settings.parallel.pp_mode,
             num_microbatches=self._settings.update.num_microbatches,
-            recompute=self._settings.precision.recompute,
+            recompute=self._modes.choice.value == "true",
         )
         yield f"{description}\n"
         limit = self._settings.output.device_memory
@@ -74,12 +76,12 @@ class MemoryPlan:
     def _heading(self) -> str:
         settings, parallel, update = self._settings, self._settings.parallel, self._settings.update
         place = "on GPUs" if self._cuda else "on CPUs"
-        recompute = "with" if settings.precision.recompute else "without"
         return (
             f"{settings.model.model_type}, {parallel.pipeline_group_size} stages x "
             f"{parallel.data_group_size} pipelines {place}, {settings.precision.precision}, "
             f"{update.optimizer}; {parallel.pp_mode} of {update.num_microbatches} microbatches of "
-            f"{update.micro_batch_size} x {update.seq_length} tokens, {recompute} recompute\n"
+            f"{update.micro_batch_size} x {update.seq_length} tokens; recompute "
+            f"{settings.precision.recompute}\n"
         )
 
     def _columns(self) -> Iterator[list[str]]:
@@ -134,7 +136,7 @@ class MemoryPlan:
         worst = peaks.index(peak)
         yield f"stage {worst} needs {format_bytes(peak - limit)} more than {format_bytes(limit)}"
         changes = helpful_changes(
-            self._settings, self._model, cuda=self._cuda, rank=worst, peak=peak
+            self._modes.settings, self._model, cuda=self._cuda, rank=worst, peak=peak
         )
         for change in changes:
             yield f"  {change.flags}: {_describe_change(change, limit)}"

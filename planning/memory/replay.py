@@ -17,6 +17,7 @@ from data_parallel.grad_buffer import GradBuffer
 from modules.attention.packed_documents import PackedDocuments
 from modules.layers.dropout import Keys
 from modules.layers.linear import Deferred
+from modules.layers.selective import Recompute
 from modules.stage_model import StageModel
 from planning.memory.live_bytes import LiveBytes
 
@@ -64,7 +65,7 @@ class ReplayingModel(StageModel):
         x: Tensor,
         documents: PackedDocuments | None,
         *,
-        recompute: bool,
+        recompute: Recompute,
         splits: bool,
     ) -> None:
         """Measures the first block of each kind; from now on, its equals replay its bytes.
@@ -100,7 +101,7 @@ class ReplayingModel(StageModel):
         keys: Keys,
         documents: PackedDocuments | None,
         *,
-        recompute: bool,
+        recompute: Recompute,
     ) -> Tensor:
         replay = self._replays.get(module)
         if replay is None:

@@ -69,7 +69,7 @@ def _cases(options: Options, device: torch.device) -> Iterator[tuple[str, Worklo
     if not options.is_cuda:
         yield "tiny GPT-NeoX", TINY
         if not options.quick:
-            yield "tiny GPT-NeoX, recompute, 2 rows", TINY.on(recompute=True, micro_batch=2)
+            yield "tiny GPT-NeoX, recompute, 2 rows", TINY.on(recompute="full", micro_batch=2)
             yield "tiny GPT-NeoX, bf16", TINY.on(precision="bf16")
             yield "tiny GPT-J", TINY.on(family="gptj")
         return
@@ -78,7 +78,7 @@ def _cases(options: Options, device: torch.device) -> Iterator[tuple[str, Worklo
     blocks = _blocks_that_fit(device)
     yield f"GPT-J-6B, {blocks} blocks, 1 row", GPTJ.on(split=(blocks,))
     for micro_batch in (1, 8):
-        work = PYTHIA.on(micro_batch=micro_batch, recompute=True)
+        work = PYTHIA.on(micro_batch=micro_batch, recompute="full")
         yield f"Pythia-1.4B, recompute, {micro_batch} rows", work
 
 

@@ -19,6 +19,7 @@ from torch.nn import functional
 from comm.backends.single_process import SingleProcessCommunicator
 from common.seeds import dropout_keys
 from modules.layers.lm_head import IGNORED
+from modules.layers.selective import Recompute
 from modules.registry import MODELS
 from modules.stage_model import StageModel
 from optimizer.adam import Adam
@@ -193,7 +194,7 @@ class OurRun:
     """How our modules compute: precision, recompute, a split backward, dropout."""
 
     precision: str = "fp32"
-    recompute: bool = False
+    recompute: Recompute = "none"
     splits: bool = False
     dropout: bool = False
 

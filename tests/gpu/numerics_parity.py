@@ -8,6 +8,7 @@ from torch import Tensor
 
 from common.tensors import DTYPES
 from modules.attention.packed_documents import PackedDocuments
+from modules.layers.selective import MODES
 from tests.gpu.numerics_models import (
     DROPOUT,
     FAMILIES,
@@ -50,13 +51,13 @@ def check_fp32(report: CheckReport, options: Options) -> None:
 
     The runs also cover recompute and zb-h1's split backward.
     """
-    device = torch.device(options.device)
+    device, modes = torch.device(options.device), list(MODES.values())
     for family in FAMILIES:
         for number, size in enumerate(head_sizes(options, family)):
             theirs = make_model(family, size, device)
             for documents in (False, True):
                 text = make_text(device, seq_len(options), documents=documents)
-                run = OurRun(recompute=number % 2 == 1, splits=documents)
+                run = OurRun(recompute=modes[number % len(modes)], splits=documents)
                 ours = our_result(family, theirs, text, run)
                 reference = hf_result(family, theirs, text, alone=True)
                 title = f"fp32 {family}, head {size}{', documents' * documents}"
@@ -148,17 +149,15 @@ def check_dropout(report: CheckReport, options: Options) -> None:
             title = f"dropout {family}{', documents' * documents}"
             for precision in ("fp32", "bf16"):
                 kept = our_result(family, theirs, text, OurRun(precision, dropout=True))
-                again = our_result(
-                    family, theirs, text, OurRun(precision, recompute=True, dropout=True)
-                )
-                name, error = worst_difference(again, kept)
                 allowed = TOLERANCE if precision == "fp32" else torch.finfo(torch.bfloat16).eps
                 if not options.is_cuda:
                     allowed = 0.0
-                note = f"allowed: {allowed:.2g}; {name if error else 'the same bits'}"
-                report.expect(
-                    f"{title}, {precision}: recompute", error <= allowed, error, "relative", note
-                )
+                for mode in ("full", "selective"):
+                    run = OurRun(precision, recompute=mode, dropout=True)
+                    name, error = worst_difference(our_result(family, theirs, text, run), kept)
+                    note = f"allowed: {allowed:.2g}; {name if error else 'the same bits'}"
+                    row = f"{title}, {precision}: recompute" + " selective" * (mode != "full")
+                    report.expect(row, error <= allowed, error, "relative", note)
             _check_masks(report, title, family, text, theirs)
 
 

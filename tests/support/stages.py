@@ -7,6 +7,7 @@ import torch
 
 from comm.communicator import Communicator
 from modules.build import initialise_
+from modules.layers.selective import Recompute
 from modules.registry import MODELS
 from modules.stage_model import StageModel
 from pipeline_parallel.engine import Engine
@@ -37,7 +38,11 @@ def make_model(stage_index: int, num_stages: int) -> StageModel:
 
 
 def make_stage(
-    pipeline: Communicator, *, schedule: Schedule, recompute: bool, model: StageModel | None = None
+    pipeline: Communicator,
+    *,
+    schedule: Schedule,
+    recompute: Recompute,
+    model: StageModel | None = None,
 ) -> Stage:
     model = make_model(pipeline.rank, pipeline.size) if model is None else model
     splits = splits_backward(schedule, pipeline.rank, pipeline.size)
@@ -49,7 +54,7 @@ def make_engine(
     pipeline: Communicator,
     *,
     num_microbatches: int,
-    recompute: bool = False,
+    recompute: Recompute = "none",
     stage: Stage | None = None,
 ) -> Engine:
     if stage is None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from data_parallel.grad_buffer import GradBuffer
 from modules.build import initialise_
 from modules.layers.linear import Linear, attach_grad_buffer
+from modules.layers.selective import MODES, Recompute
 from modules.registry import MODELS
 from modules.stage_model import StageModel
 from pipeline_parallel.stage import Stage
@@ -30,7 +31,7 @@ MODELS_TRIED: dict[str, tuple[str, dict[str, Any]]] = {
     "neox-sequential-no-bias": ("gptneox", {"num_hidden_layers": LAYERS, **SEQUENTIAL, **NO_BIAS}),
     "gptj": ("gptj", {"n_layer": LAYERS}),
 }
-WAYS = list(product([False, True], [False, True]))  # recompute, and separate weight gradients
+WAYS = list(product(MODES.values(), [False, True]))  # recompute, and separate weight gradients
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -63,7 +64,7 @@ def run(stage: Stage, *, later: bool) -> None:
         stage.weight_gradient(MICROBATCHES - 1)
 
 
-def computed(name: str, recompute: bool, later: bool) -> dict[str, Tensor]:
+def computed(name: str, recompute: Recompute, later: bool) -> dict[str, Tensor]:
     torch.manual_seed(2)
     model = make_model(name)
     gradients = gradients_of(model)
@@ -144,7 +145,7 @@ NOTED = [  # every pair of model, way and type
 
 @pytest.mark.parametrize(("name", "recompute", "later", "dtype"), NOTED)
 def test_each_parameter_is_noted_once_a_microbatch(
-    name: str, recompute: bool, later: bool, dtype: torch.dtype
+    name: str, recompute: Recompute, later: bool, dtype: torch.dtype
 ) -> None:
     model = make_model(name).to(dtype)
     gradients = gradients_of(model)
@@ -162,7 +163,7 @@ def test_each_parameter_is_noted_once_a_microbatch(
 def test_chunks_of_a_head_are_noted_as_one() -> None:
     model = make_model("neox")
     gradients = gradients_of(model)
-    stage = Stage(model, recompute=False, gradients=gradients.buffer, splits=False)
+    stage = Stage(model, recompute="none", gradients=gradients.buffer, splits=False)
     with noted() as names, patch("modules.layers.lm_head.CHUNK_BYTES", 4 * 97 * 5):
         run(stage, later=False)
     assert Counter(names)[f"{LAYERS + 1}.embed_out.weight"] == MICROBATCHES
@@ -172,7 +173,7 @@ def test_a_microbatch_too_few_is_found() -> None:
     model = make_model("neox")
     gradients = gradients_of(model)
     gradients.begin_update(MICROBATCHES + 1)
-    run(Stage(model, recompute=False, gradients=gradients.buffer, splits=False), later=False)
+    run(Stage(model, recompute="none", gradients=gradients.buffer, splits=False), later=False)
     with pytest.raises(AssertionError, match="no gradients came for"):
         gradients.finish_exchange()
 
@@ -189,7 +190,7 @@ class Update:
     """
 
     def __init__(
-        self, *, rank: int, recompute: bool, later: bool, sharded: bool, name: str = "neox"
+        self, *, rank: int, recompute: Recompute, later: bool, sharded: bool, name: str = "neox"
     ) -> None:
         model, replicas = make_model(name), NotedCommunicator(rank, 2)
         with patch("data_parallel.grad_buffer.BUCKET_BYTES", 4096):
@@ -223,8 +224,8 @@ def names_in(buffer: Tensor, views: dict[str, Tensor]) -> list[str]:
     return [n for n, v in views.items() if buffer.data_ptr() <= v.data_ptr() < end]
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_buckets_leave_before_backward_is_over(recompute: bool) -> None:
+@pytest.mark.parametrize("recompute", MODES.values())
+def test_buckets_leave_before_backward_is_over(recompute: Recompute) -> None:
     """In the last backward, at most two buckets are unsent when the embedding's gradient comes.
 
     The stage waits for a bucket only after all buckets are sent.
@@ -256,11 +257,11 @@ def test_buckets_leave_in_one_order_on_all_replicas(sharded: bool) -> None:
 
 @pytest.mark.parametrize("name", ["neox", "gptj"])
 def test_sharded_gradients_go_to_their_owners(name: str) -> None:
-    update = Update(rank=1, recompute=False, later=True, sharded=True, name=name)
+    update = Update(rank=1, recompute="none", later=True, sharded=True, name=name)
     assert set(update.roots) == {0, 1}
     for names, root in zip(update.starts, update.roots, strict=True):
         assert {update.owner(name) for name in names} == {root}
-    whole = Update(rank=1, recompute=False, later=True, sharded=False, name=name)
+    whole = Update(rank=1, recompute="none", later=True, sharded=False, name=name)
     assert set(whole.roots) == {None}
 
 

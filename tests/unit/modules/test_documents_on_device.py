@@ -11,6 +11,7 @@ from torch import Tensor
 
 from modules.attention.packed_documents import PackedDocuments
 from modules.layers.rotary import Rotation, rotation
+from modules.layers.selective import MODES, Recompute
 from tests.support.documents import doc_starts_of
 from tests.support.models import from_hf, make_hf
 
@@ -27,10 +28,10 @@ def packed() -> PackedDocuments:
     return PackedDocuments(doc_starts_of(ROWS), CPU)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", MODES.values())
 @pytest.mark.parametrize(("name", "changes"), MODELS_TRIED)
 def test_a_microbatch_makes_its_rotations_once(
-    name: str, changes: dict[str, Any], recompute: bool, tmp_path: Path
+    name: str, changes: dict[str, Any], recompute: Recompute, tmp_path: Path
 ) -> None:
     """Each of three blocks indexed the same tables again, and once more when it was recomputed."""
     ours = from_hf(name, make_hf(name, **changes), tmp_path)

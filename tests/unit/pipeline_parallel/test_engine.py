@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from comm.communicator import PeerLostError
 from modules.layers.dropout import KeyedDropout
+from modules.layers.selective import MODES, Recompute
 from pipeline_parallel.engine import StageError
 from pipeline_parallel.microbatch import PipelineBatch
 from pipeline_parallel.schedule.schedules import SCHEDULES, gpipe, splits_backward, zero_bubble_h1
@@ -55,11 +56,11 @@ def batch(count: int, *, first: bool = False, last: bool = False) -> PipelineBat
 P, M = 4, 16
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", MODES.values())
 @pytest.mark.parametrize("stage_index", range(P))
 @pytest.mark.parametrize("mode", SCHEDULES)
 def test_microbatches_in_flight_are_those_of_the_schedule(
-    mode: str, stage_index: int, recompute: bool
+    mode: str, stage_index: int, recompute: Recompute
 ) -> None:
     communicator = NotedCommunicator(stage_index, P)
     stage = make_stage(communicator, schedule=SCHEDULES[mode], recompute=recompute)
@@ -92,7 +93,7 @@ class NotedStage:
 
 
 @cache
-def peak_of(mode: str, stage_index: int, num_microbatches: int, *, recompute: bool) -> int:
+def peak_of(mode: str, stage_index: int, num_microbatches: int, *, recompute: Recompute) -> int:
     communicator = NotedCommunicator(stage_index, P)
     engine = make_engine(
         SCHEDULES[mode], communicator, num_microbatches=num_microbatches, recompute=recompute
@@ -105,8 +106,10 @@ def peak_of(mode: str, stage_index: int, num_microbatches: int, *, recompute: bo
 ACTIVATION = 4 * ROWS * TOKENS * HIDDEN  # bytes
 
 
-@pytest.mark.parametrize(("stage_index", "recompute"), [(0, False), (P - 1, False), (1, True)])
-def test_memory_falls_with_the_microbatches_held(stage_index: int, recompute: bool) -> None:
+@pytest.mark.parametrize(
+    ("stage_index", "recompute"), [(0, "none"), (P - 1, "none"), (1, "selective"), (1, "full")]
+)
+def test_memory_falls_with_the_microbatches_held(stage_index: int, recompute: Recompute) -> None:
     """1f1b with 16 microbatches needs no more memory than gpipe with P - stage microbatches.
 
     1f1b has at most P - stage microbatches in flight. The test allows four more activations,
@@ -130,12 +133,12 @@ def test_weight_gradients_that_wait_cost_little_memory(stage_index: int) -> None
     the current microbatch, and 7 for each of the `stage_index` microbatches that wait for W. The
     last stage also holds the gradients of its logits.
     """
-    found = peak_of("zb-h1", stage_index, M, recompute=False)
-    as_many = peak_of("gpipe", stage_index, P, recompute=False)
+    found = peak_of("zb-h1", stage_index, M, recompute="none")
+    as_many = peak_of("gpipe", stage_index, P, recompute="none")
     waiting = 7 * (stage_index + 1) * ACTIVATION
     logits = 4 * ROWS * (TOKENS - 1) * VOCABULARY * P if stage_index == P - 1 else 0
     assert found <= as_many + waiting + logits + 4 * ACTIVATION
-    assert found < peak_of("gpipe", stage_index, M, recompute=False) / 2
+    assert found < peak_of("gpipe", stage_index, M, recompute="none") / 2
 
 
 def test_backward_runs_in_the_thread_that_calls_it() -> None:
@@ -144,7 +147,7 @@ def test_backward_runs_in_the_thread_that_calls_it() -> None:
     No GPU is here, so the test reads the switch that autograd obeys. Outside of backward the switch
     has torch's default.
     """
-    stage = make_stage(NotedCommunicator(1, 3), schedule=gpipe, recompute=False)
+    stage = make_stage(NotedCommunicator(1, 3), schedule=gpipe, recompute="none")
     x, seen = torch.randn(ROWS, TOKENS, HIDDEN), list[bool]()
     stage.forward(0, x, None, None, loss_scale=1.0)
     x.register_hook(lambda gradient: seen.append(torch._C._is_multithreading_enabled()))
@@ -155,10 +158,10 @@ def test_backward_runs_in_the_thread_that_calls_it() -> None:
 # ---- warm-up ----
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", MODES.values())
 @pytest.mark.parametrize("stage_index", range(3))
 @pytest.mark.parametrize("mode", SCHEDULES)
-def test_a_warm_up_leaves_no_trace(mode: str, stage_index: int, recompute: bool) -> None:
+def test_a_warm_up_leaves_no_trace(mode: str, stage_index: int, recompute: Recompute) -> None:
     """The next iteration has the same bits, and exchanges its buckets once, at the same time."""
     cold, warm = (
         iteration_of(mode, stage_index, recompute=recompute, warm=warm) for warm in (False, True)
@@ -166,7 +169,7 @@ def test_a_warm_up_leaves_no_trace(mode: str, stage_index: int, recompute: bool)
     assert warm == cold
 
 
-def iteration_of(mode: str, stage_index: int, *, recompute: bool, warm: bool) -> list[Any]:
+def iteration_of(mode: str, stage_index: int, *, recompute: Recompute, warm: bool) -> list[Any]:
     """Returns gradients, losses, operations and the last message of an iteration with dropout."""
     schedule, pipeline, replicas = (
         SCHEDULES[mode],
@@ -217,7 +220,7 @@ def test_a_failure_in_backward_names_stage_microbatch_action_and_shape(mode: str
             out.register_hook(Mock(side_effect=cause))
 
     model[0].register_forward_hook(note)
-    stage = make_stage(communicator, schedule=SCHEDULES[mode], recompute=False, model=model)
+    stage = make_stage(communicator, schedule=SCHEDULES[mode], recompute="none", model=model)
     engine = make_engine(SCHEDULES[mode], communicator, num_microbatches=6, stage=stage)
     with pytest.raises(StageError) as caught:
         engine.train(batch(6), loss_scale=1.0)
@@ -231,7 +234,7 @@ def test_a_failure_in_backward_names_stage_microbatch_action_and_shape(mode: str
 
 def test_a_failure_of_a_weight_gradient_is_named() -> None:
     communicator = NotedCommunicator(1, 2)
-    stage = make_stage(communicator, schedule=zero_bubble_h1, recompute=False)
+    stage = make_stage(communicator, schedule=zero_bubble_h1, recompute="none")
     engine = make_engine(zero_bubble_h1, communicator, num_microbatches=3, stage=stage)
     with (
         patch.object(stage, "weight_gradient", side_effect=MemoryError),
@@ -263,7 +266,7 @@ def test_a_lost_peer_is_not_the_stages_failure() -> None:
 
 def test_the_last_stage_puts_off_the_weight_gradients_of_its_head_too() -> None:
     """With zb-h1, `weight_gradient`, not `backward`, computes the output projection's gradient."""
-    stage: Any = make_stage(NotedCommunicator(1, 2), schedule=zero_bubble_h1, recompute=False)
+    stage: Any = make_stage(NotedCommunicator(1, 2), schedule=zero_bubble_h1, recompute="none")
     (name,) = (n for n in stage._gradients.views if n.endswith("embed_out.weight"))
     gradient = stage._gradients.views[name]
     labels = torch.ones(ROWS, TOKENS, dtype=torch.int64)
