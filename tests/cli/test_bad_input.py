@@ -72,7 +72,7 @@ MISTAKES = """
 --dist-backend mpi | --dist-backend | 'mpi' | cupy_nccl
 --profiling yes | --profiling | 'yes' | no-profiling
 --use-cuda maybe | --use-cuda | true or false | 'maybe'
---recompute 1 | --recompute | true or false | '1'
+--recompute 1 | --recompute | true, false, selective or auto | '1'
 --deterministic 1 | --deterministic | true or false | '1'
 --load-checkpoint no | --load-checkpoint | true or false | 'no'
 --load-pretrained-model 0 | --load-pretrained-model | true or false | '0'

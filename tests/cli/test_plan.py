@@ -57,7 +57,7 @@ def _restore_environment() -> Iterator[None]:
 def argv(folder: Path, **changes: Any) -> list[str]:
     right = f"""--model-name {folder} --model-type gptneox --num-layers auto --total-steps 1
         --embedding-dim {HIDDEN} --seq-length {TOKENS} --batch-size {ROWS}
-        --task-name no_such_file.jsonl --checkpoint-path {folder}/none"""
+        --task-name no_such_file.jsonl --checkpoint-path {folder}/none --recompute true"""
     flags = {**flags_of(right), **{name.replace("_", "-"): v for name, v in changes.items()}}
     flags["world-size"] = flags.get("pipeline-group-size", 1) * flags.get("data-group-size", 1)
     return to_argv(flags)
@@ -149,10 +149,11 @@ def test_offloaded_state_counts_as_torch_allocates_it(
 
 
 @pytest.mark.parametrize(
-    ("mode", "recompute", "stage"), [("gpipe", False, 0), ("1f1b", False, 0), ("zb-h1", True, 1)]
+    ("mode", "recompute", "stage"),
+    [("gpipe", "false", 0), ("1f1b", "selective", 0), ("zb-h1", "true", 1)],
 )
 def test_a_few_microbatches_tell_of_many(
-    mode: str, recompute: bool, stage: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+    mode: str, recompute: str, stage: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A dry run of a few microbatches plans the memory of all of them, within a few bytes."""
     flags: dict[str, Any] = {"pp_mode": mode, "recompute": recompute, "pipeline_group_size": 2}
@@ -165,7 +166,7 @@ def test_a_few_microbatches_tell_of_many(
 
 def test_on_gpus_scores_are_never_held(folder: Path) -> None:
     """GPUs keep no attention scores, so half the rows of twice the length need the same memory."""
-    flags: dict[str, Any] = {"recompute": False, "bf16": True, "pp_mode": "1f1b"}
+    flags: dict[str, Any] = {"recompute": "false", "bf16": True, "pp_mode": "1f1b"}
     short = rehearse(folder, 0, cuda=True, seq_length=32, micro_batch_size=4, **flags)
     long = rehearse(folder, 0, cuda=True, seq_length=64, micro_batch_size=2, **flags)
     assert long.activations == pytest.approx(short.activations, rel=0.02)
@@ -215,7 +216,7 @@ def in_units(millions: float) -> str:
 
 def test_what_does_not_fit_is_told_with_what_helps(folder: Path, capsys: Capture) -> None:
     """The peak printed for each advised change is right; the change that saves most comes first."""
-    flags: dict[str, Any] = {"recompute": False, "micro_batch_size": 2}
+    flags: dict[str, Any] = {"recompute": "false", "micro_batch_size": 2}
     peak = rehearse(folder, 0, **flags).peak
     assert plan(folder, capsys, **flags, device_memory=f"{peak}B")[0] == 0
     limit = peak - 1
@@ -231,7 +232,8 @@ def test_what_does_not_fit_is_told_with_what_helps(folder: Path, capsys: Capture
     saved = [parsed_size(one[2].replace(" ", "")) for one in found if one]
     assert saved == sorted(saved, reverse=True)
     changes: dict[str, dict[str, Any]] = {
-        "--recompute true": {"recompute": True},
+        "--recompute true": {"recompute": "true"},
+        "--recompute selective": {"recompute": "selective"},
         "--pp-mode 1f1b": {"pp_mode": "1f1b"},
         "--micro-batch-size 1": {"micro_batch_size": 1},
     }
@@ -254,7 +256,7 @@ def test_what_no_checkpoint_goes_on_with_is_told_so(
     folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     (tmp_path / "2").mkdir()
-    flags: dict[str, Any] = {"micro_batch_size": 2, "recompute": False, "seq_length": 64}
+    flags: dict[str, Any] = {"micro_batch_size": 2, "recompute": "false", "seq_length": 64}
     _, lines = plan(folder, capsys, **flags, device_memory="1kB", checkpoint_path=tmp_path)
     told = {line.split(":")[0].strip(): line for line in lines if line.startswith("  --")}
     anew = {flag for flag, line in told.items() if line.endswith(" at the peak (a new run only)")}

@@ -17,6 +17,7 @@ import pytest
 
 from checkpoint.steps.meta import read_meta
 from comm.topology import Topology
+from modules.layers.selective import MODES
 from pipeline_parallel.schedule.schedules import SCHEDULES
 from tests.support.cases import Case, curve, meet_at, run_folder, train_cases, weights_of
 from tests.support.data import make_texts, write_jsonl
@@ -73,7 +74,7 @@ PARITY = [
     Run("neox", 2, ONE),
     Run("neox-sequential", 1, FOUR, scheduled("1f1b")),
     Run("gptj", 1, ONE_TWICE),
-    Run("gptj", 2, TWO, {"pp-mode": "zb-h1"}),
+    Run("gptj", 2, TWO, {"pp-mode": "zb-h1", "recompute": "selective"}),
 ]
 PLAIN = {"recompute": "false"}
 # Groups of runs with the same bits: only the number of replicas changes bits.
@@ -84,7 +85,10 @@ SAME: dict[str, list[Run]] = {
         Run("neox-sequential", 1, FOUR_TWICE, {"pp-mode": "zb-h1"}),
     ],
     "dropout": [Run("dropout", 1, ONE), Run("dropout", 1, FOUR, PLAIN)],
-    "dropout, two replicas": [Run("dropout", 1, ONE_TWICE, PLAIN), Run("dropout", 1, TWO_TWICE)],
+    "dropout, two replicas": [
+        Run("dropout", 1, ONE_TWICE, PLAIN),
+        Run("dropout", 1, TWO_TWICE, {"recompute": "selective"}),
+    ],
     "schedules": [
         Run("neox", 1, TWO, scheduled("gpipe", "true")),
         Run("neox", 1, TWO, scheduled("1f1b", "false")),
@@ -109,7 +113,7 @@ ALL_PARITY = [
     *(Run("neox", 1, shape, {"max-grad-norm": CLIPPED}) for shape in SHAPES),
     *(
         Run("neox", 1, shape, scheduled(mode, recompute))
-        for mode, recompute in product(SCHEDULES, ("true", "false"))
+        for mode, recompute in product(SCHEDULES, MODES)
         for shape in (TWO, TWO_TWICE, FOUR)
     ),
 ]
@@ -122,7 +126,7 @@ ALL_SAME = {
     **{
         f"schedules, R={shapes[0][1]}": [
             Run("neox", 1, shape, scheduled(mode, recompute) | zero)
-            for mode, recompute in product(SCHEDULES, ("true", "false"))
+            for mode, recompute in product(SCHEDULES, MODES)
             for shape in shapes
             for zero in ([{}] if shape[1] == 1 else [{}, {"zero-stage": 0}, {"zero-stage": 1}])
         ]

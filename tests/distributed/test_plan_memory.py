@@ -50,6 +50,10 @@ SHAPES = [
     Shape("many", 2, 1, "neox", "--batch-size 16 --fp16", slow=True),
     Shape("zb", 2, 1, "wide", "--pp-mode zb-h1 --recompute false"),
     Shape("zb-recompute", 2, 1, "neox", f"--pp-mode zb-h1 --bf16 {LONG_8BIT}", slow=True),
+    Shape("selective", 2, 1, "neox", "--pp-mode zb-h1 --bf16 --recompute selective"),
+    Shape("gptj-selective", 1, 1, "gptj", "--recompute selective --seq-length 256", slow=True),
+    Shape("dropout-selective", 1, 1, "dropout", "--recompute selective", slow=True),
+    Shape("four-selective", 4, 1, "deep", "--pp-mode 1f1b --recompute selective", slow=True),
     Shape("documents", 2, 1, "neox", f"--pp-mode 1f1b --pack document {TWO_ROWS}"),
     Shape("copied", 2, 1, "neox", "--async-checkpoint --bf16 --checkpoint-steps 1", slow=True),
     Shape("8bit", 1, 2, "gptj", "--fp16 --optimizer 8bit-adam --zero-stage 1"),
@@ -74,7 +78,7 @@ def flags(folder: Path, shape: Shape) -> dict[str, Any]:
     return flags_of(f"""
         --model-name {folder}/{shape.model} --load-pretrained-model false --model-type {family}
         --num-layers auto --embedding-dim 128 --task-name {folder}/a.jsonl --seq-length 64
-        --batch-size 4 --total-steps 2 --measure-memory {shape.flags}
+        --batch-size 4 --total-steps 2 --measure-memory --recompute true {shape.flags}
         {held_out if shape.name in ("plain", "zb") else ""}
     """)
 

@@ -60,7 +60,7 @@ ALLOWED: list[tuple[str, Any, str]] = [
     ("checkpoint-steps", 4, "--checkpoint-steps is now 4, it was 2"),
     ("evaluation-steps", 2, "--evaluation-steps is now 2, it was 0"),
     ("weight-decay", 0.1, "--weight-decay is now 0.1, it was 0.01"),
-    ("recompute", "false", "--recompute is now False, it was True"),
+    ("recompute", "false", "--recompute is now false, it was auto"),
     ("project-name", "another", "--project-name is now another, it was dist-clm-train"),
     ("dist-timeout", 7, "--dist-timeout is now 7.0, it was 300.0"),
 ]

@@ -27,14 +27,22 @@ CONFIGS = {
     ),
 }
 FAST = [
+    ("gptj", 2, 1, True, "--recompute selective --pp-mode zb-h1"),
     ("gptneox", 2, 1, True, "--recompute false --pp-mode zb-h1 --bf16"),
     ("gptj", 2, 1, True, "--recompute false --pp-mode 1f1b --pack document --micro-batch-size 2"),
 ]
 SLOW = [
-    ("gptneox", 2, 1, False, ""),
-    ("gptj", 2, 1, False, "--pp-mode zb-h1"),
+    ("gptneox", 2, 1, False, "--recompute true"),
+    ("gptneox", 2, 1, False, "--recompute selective --pp-mode zb-h1 --pack document"),
+    ("gptj", 2, 1, False, "--recompute true --pp-mode zb-h1"),
     ("gptj", 1, 3, False, "--fp16 --zero-stage 1 --recompute false --pack document"),
-    ("gptneox", 1, 2, True, "--bf16 --use-offload --async-checkpoint --batch-size 9"),
+    (
+        "gptneox",
+        1,
+        2,
+        True,
+        "--recompute true --bf16 --use-offload --async-checkpoint --batch-size 9",
+    ),
 ]
 CASES = [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 
