@@ -40,6 +40,8 @@ def warnings_about(settings: Settings) -> list[str]:
         )
     if output.device_memory is not None and not output.plan:
         warnings.append("--device-memory does nothing without --plan")
+    if output.link is not None and not output.plan:
+        warnings.append("--link does nothing without --plan; --check-cluster measures links")
     if precision.scales_dynamically and precision.max_skipped_updates <= precision.hysteresis:
         warnings.append(
             f"--max-skipped-updates {precision.max_skipped_updates} ends the run before an update "

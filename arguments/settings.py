@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+from arguments.values import LinkFlag
 from pipeline_parallel.partition.split import Asked
 from tasks.source_spec import SourceSpec
 
@@ -184,6 +185,7 @@ class OutputSettings:
 
     plan: bool
     device_memory: int | None
+    link: LinkFlag | None
     measure_memory: bool
     preview_data: int | None
     check_cluster: bool

@@ -4,6 +4,7 @@ import argparse
 import math
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 from pipeline_parallel.partition.split import AUTO, Asked, parse_layers
 
@@ -70,6 +71,25 @@ def real(
         return value
 
     return parse
+
+
+class LinkFlag(NamedTuple):
+    """The speed of a network link: bytes per second, and the latency of a message in seconds."""
+
+    bytes_per_second: float
+    latency: float
+
+
+def link(text: str) -> LinkFlag:
+    number = r"(\d+(?:\.\d+)?)"
+    found = re.fullmatch(rf"{number} ?([kmg])bit(?:/s)?(?:, ?{number} ?ms)?", text.lower())
+    if found is None or float(found[1]) == 0:
+        raise argparse.ArgumentTypeError(
+            "expected bits per second and, after a comma, the latency, such as 100mbit or "
+            f"1gbit,20ms, got {text!r}"
+        )
+    bits = float(found[1]) * 1000 ** ("kmg".index(found[2]) + 1)
+    return LinkFlag(bits / 8, float(found[3] or 0) / 1000)
 
 
 def size(text: str) -> int:

@@ -1,4 +1,4 @@
-"""Functions that format text for messages: errors as one line, sizes in bytes, and tables."""
+"""Functions that format text for messages: errors, sizes in bytes, durations and tables."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -21,6 +21,25 @@ def format_bytes(num_bytes: int) -> str:
         if num_bytes >= size:
             return f"{num_bytes / size:.1f} {unit}"
     return f"{num_bytes} bytes"
+
+
+def format_duration(seconds: float) -> str:
+    """Formats a duration in its largest unit: `42 s`, `3:07 min`, `5:02 h` or `2 d 5 h`."""
+    total = round(seconds)
+    if total < 60:
+        return f"{total} s"
+    if total < 3600:
+        return f"{total // 60}:{total % 60:02d} min"
+    if total < 86400:
+        return f"{total // 3600}:{total % 3600 // 60:02d} h"
+    return f"{total // 86400} d {total % 86400 // 3600} h"
+
+
+def format_seconds(seconds: float) -> str:
+    """Formats a time with three digits below a minute (`12.3 ms`, `1.5 s`), else as a duration."""
+    if seconds >= 59.95:
+        return format_duration(seconds)
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
 def format_table(

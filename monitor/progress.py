@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from common.text import format_duration
 from monitor.console import Console
 from monitor.metrics import HeldOut, IterationMetrics, perplexity
 
@@ -87,15 +88,3 @@ def recent_average(seconds: Sequence[float]) -> float:
     """
     usual = sorted(seconds)[1:-1] if len(seconds) >= 5 else seconds
     return sum(usual) / len(usual)
-
-
-def format_duration(seconds: float) -> str:
-    """Formats a duration in its largest unit: `42 s`, `3:07 min`, `5:02 h` or `2 d 5 h`."""
-    total = round(seconds)
-    if total < 60:
-        return f"{total} s"
-    if total < 3600:
-        return f"{total // 60}:{total % 60:02d} min"
-    if total < 86400:
-        return f"{total // 3600}:{total % 3600 // 60:02d} h"
-    return f"{total // 86400} d {total % 86400 // 3600} h"

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from arguments.flag import fixed, free, unkept
-from arguments.values import MAX_RATE, layers, real, recompute, size, switch, whole
+from arguments.values import MAX_RATE, layers, link, real, recompute, size, switch, whole
 from modules.registry import MODELS
 
 MODEL_FLAGS = (
@@ -152,6 +152,14 @@ PRECISION_FLAGS = (
         None,
         size,
         metavar="SIZE",
+    ),
+    unkept(
+        "--link",
+        "with --plan: the speed of the network links between all ranks, such as 100mbit or, with "
+        "a latency, 1gbit,20ms; the plan then says how long an iteration takes",
+        None,
+        link,
+        metavar="RATE",
     ),
     unkept(
         "--measure-memory",

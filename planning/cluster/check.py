@@ -13,17 +13,14 @@ from comm.process_groups import ProcessGroups
 from comm.rendezvous.join import Rendezvous
 from comm.run_context import RunContext
 from comm.topology import Topology
-from common.tensors import DTYPES
 from data_parallel.grad_buffer import BUCKET_BYTES
 from modules.matmul.cpu_info import CpuInfo
 from modules.matmul.select import select_matmul
-from modules.model_sizes import ModelSizes
 from monitor.profiling.clock_sync import clock_offset
-from pipeline_parallel.partition.balance import choose_split
-from planning.cluster.estimate import Estimate, RunShape
+from planning.cluster.estimate import Estimate, RunShape, activation_bytes, make_run_shape
 from planning.cluster.link_probe import Link, LinkSpeed, answer, links, probe
 from planning.cluster.machines import MachineFacts, collect_machine_facts, differences
-from planning.cluster.matmul_rate import matmul_rate
+from planning.cluster.matmul_rate import block_rate
 from planning.cluster.report import about_clocks, advice, link_table, rank_table
 
 logger = logging.getLogger(__name__)
@@ -49,8 +46,8 @@ def check_cluster(settings: Settings, context: RunContext, rendezvous: Rendezvou
     sizes = next((machine.model for machine in machines if machine.model is not None), None)
     offset = clock_offset(control, clock=time.time_ns)
     clocks = gather_json(control, [-offset.offset / 1e9, offset.error / 1e9])
-    rates = gather_json(control, _rate(settings, sizes, device))
-    plan = None if sizes is None else make_plan(settings, sizes)
+    rates = gather_json(control, block_rate(settings, sizes, device, budget=_MATMUL_SECONDS))
+    plan = None if sizes is None else make_run_shape(settings, sizes)
     wanted = {link: _message_bytes(settings, topology, link, plan) for link in links(topology)}
     dist_timeout = settings.network.dist_timeout
     speeds = measure_links(topology, context.groups, wanted, device, dist_timeout=dist_timeout)
@@ -111,38 +108,6 @@ def measure_links(
     return {todo[number]: LinkSpeed(*speed) for number, *speed in sorted(gathered)}
 
 
-def make_plan(settings: Settings, sizes: ModelSizes) -> RunShape | None:
-    """Returns the `RunShape` of a run with this model; None if --num-layers cannot split it."""
-    update = settings.update
-    work = sizes.work(update.seq_length)
-    try:
-        layers = choose_split(
-            settings.model.num_layers,
-            work,
-            num_stages=settings.parallel.pipeline_group_size,
-            model_layers=sizes.layers,
-        )
-    except ValueError:
-        return None  # MachineFacts.problems has this error
-    return RunShape(
-        model=sizes,
-        work=work,
-        layers=layers,
-        schedule=settings.parallel.pp_mode,
-        recompute=settings.precision.recompute == "true",
-        num_microbatches=update.num_microbatches,
-        accumulate=update.gradient_accumulate_step,
-        tokens=update.micro_batch_size * update.seq_length,
-        message=_activation_bytes(settings),
-    )
-
-
-def _activation_bytes(settings: Settings) -> int:
-    update, dtype = settings.update, DTYPES[settings.precision.precision]
-    tokens = update.micro_batch_size * update.seq_length
-    return tokens * settings.model.embedding_dim * dtype.itemsize
-
-
 def _message_bytes(
     settings: Settings, topology: Topology, link: Link, plan: RunShape | None
 ) -> int:
@@ -152,23 +117,10 @@ def _message_bytes(
     message is a bucket of gradients, or all gradients of a stage if they are smaller than a bucket.
     """
     if link.group == "pipeline":
-        return _activation_bytes(settings)
+        return activation_bytes(settings)
     if plan is None:
         return BUCKET_BYTES
     return min(BUCKET_BYTES, plan.gradient_bytes(link.source % topology.num_stages))
-
-
-def _rate(settings: Settings, sizes: ModelSizes | None, device: torch.device) -> float:
-    """Returns this rank's multiply-adds per second in the largest matmul of a block."""
-    hidden = settings.model.embedding_dim if sizes is None else sizes.hidden
-    return matmul_rate(
-        rows=settings.update.micro_batch_size * settings.update.seq_length,
-        inputs=hidden,
-        outputs=4 * hidden if sizes is None else sizes.inner,
-        dtype=DTYPES[settings.precision.precision],
-        device=device,
-        budget=_MATMUL_SECONDS,
-    )
 
 
 def _log_verdict(problems: Sequence[str]) -> None:

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
+from arguments.settings import Settings
 from comm.topology import Topology
+from common.tensors import DTYPES
 from modules.model_sizes import ModelSizes, ModuleWork
-from pipeline_parallel.partition.balance import balanced_split, stage_work
+from pipeline_parallel.partition.balance import balanced_split, choose_split, stage_work
 from pipeline_parallel.partition.split import Split
 from pipeline_parallel.partition.stage_split import split_costs
 from pipeline_parallel.schedule.schedules import SCHEDULES
@@ -44,6 +46,39 @@ class RunShape:
         model, last = self.model, len(self.layers) - 1
         ends = (stage == 0) + (stage == last)
         return 4 * (self.layers[stage] * model.block_weights + ends * model.head_weights)
+
+
+def make_run_shape(settings: Settings, sizes: ModelSizes) -> RunShape | None:
+    """Returns the `RunShape` of a run with this model; None if --num-layers cannot split it."""
+    update = settings.update
+    work = sizes.work(update.seq_length)
+    try:
+        layers = choose_split(
+            settings.model.num_layers,
+            work,
+            num_stages=settings.parallel.pipeline_group_size,
+            model_layers=sizes.layers,
+        )
+    except ValueError:
+        return None  # MachineFacts.problems has this error
+    return RunShape(
+        model=sizes,
+        work=work,
+        layers=layers,
+        schedule=settings.parallel.pp_mode,
+        recompute=settings.precision.recompute == "true",  # auto counts as false: a lower bound
+        num_microbatches=update.num_microbatches,
+        accumulate=update.gradient_accumulate_step,
+        tokens=update.micro_batch_size * update.seq_length,
+        message=activation_bytes(settings),
+    )
+
+
+def activation_bytes(settings: Settings) -> int:
+    """Returns the bytes of a microbatch's activations between two stages."""
+    update, dtype = settings.update, DTYPES[settings.precision.precision]
+    tokens = update.micro_batch_size * update.seq_length
+    return tokens * settings.model.embedding_dim * dtype.itemsize
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,12 +6,32 @@ import time
 import torch
 from torch import Tensor
 
-from common.tensors import synchronize
+from arguments.settings import Settings
+from common.tensors import DTYPES, synchronize
 from modules.matmul.rounding import linear
+from modules.model_sizes import ModelSizes
 
 _FIRST_ROWS = 16
 _GROWTH = 4
 _NUM_VALUES = 1_000_003  # prime, so that rows of a matrix differ; drawing more takes long on a CPU
+
+
+def block_rate(
+    settings: Settings, sizes: ModelSizes | None, device: torch.device, *, budget: float
+) -> float:
+    """Measures a rank's multiply-adds per second in the largest matmul of a block.
+
+    `sizes` is None if the model is not known. The measurement takes about `budget` seconds.
+    """
+    hidden = settings.model.embedding_dim if sizes is None else sizes.hidden
+    return matmul_rate(
+        rows=settings.update.micro_batch_size * settings.update.seq_length,
+        inputs=hidden,
+        outputs=4 * hidden if sizes is None else sizes.inner,
+        dtype=DTYPES[settings.precision.precision],
+        device=device,
+        budget=budget,
+    )
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from comm.rendezvous.participants import Participant
 from comm.topology import Topology
 from common.text import format_bytes, format_table
+from common.text import format_seconds as _time
 from planning.cluster.estimate import Estimate, RunShape
 from planning.cluster.link_probe import Link, LinkSpeed
 from planning.cluster.machines import MachineFacts
@@ -171,7 +172,3 @@ def _end(participant: Participant) -> str:
 
 def _rate(speed: LinkSpeed) -> str:
     return f"{format_bytes(round(speed.bytes_per_second))}/s"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"

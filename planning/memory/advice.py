@@ -1,7 +1,6 @@
 """Memory advice: the flags that reduce the memory of a run, sorted by the saved bytes."""
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import NamedTuple
 
 from arguments.flag_table import fixed_flags
@@ -71,7 +70,7 @@ def _variants(settings: Settings) -> Iterator[tuple[str, Settings]]:
         yield "--zero-stage 1", settings.changed(zero_stage=1)
     if not settings.precision.use_offload:
         yield "--use-offload", settings.changed(use_offload=True)
-    if settings.update.optimizer != "8bit-adam" and find_spec("bitsandbytes") is not None:
+    if settings.update.optimizer != "8bit-adam":
         yield "--optimizer 8bit-adam", settings.changed(optimizer="8bit-adam")
     if settings.precision.precision == "fp32":
         yield "--bf16", settings.changed(bf16=True)

@@ -8,7 +8,7 @@ a real run use these tensors, and live bytes are counted as in a real run
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -40,56 +40,19 @@ from pipeline_parallel.schedule.validate import peak_in_flight
 from planning.memory.fake_communicators import FakeGloo, FakeNccl
 from planning.memory.fake_engine import FakeBatch, FakeEngine, peak_of_more
 from planning.memory.fake_model import (
+    SMALLEST_IN_8_BITS,
+    Adam8bitStates,
     WithoutSteps,
     draw_no_dropout,
     fill_without_values,
     tensors_without_memory,
 )
 from planning.memory.live_bytes import LiveBytes
-from planning.memory.replay import ReplayingModel
+from planning.memory.measured_blocks import MeasuredStageModel
+from planning.memory.stage_memory import StageMemory
 
 ENOUGH = 5  # simulated microbatches beyond those in flight; they show the cost of further ones
-SMALLEST_IN_8_BITS = 4096  # elements; for smaller weights, bitsandbytes keeps fp32 moments
 GPU = "meta"  # torch's device without memory stands for a GPU; no GPU is needed
-
-
-@dataclass(frozen=True)
-class StageMemory:
-    """The memory of one process; all values except `parameters` and `held` are bytes.
-
-    Attributes:
-        parameters: the number of parameters.
-        weights, gradients: on the device all the time.
-        optimizer: masters and moments on the device all the time; 0 if they are in `offloaded`.
-        offloaded: in runs on a GPU, host memory for --use-offload; 0 in runs on a CPU.
-        host_copy: in runs on a GPU, host memory for the copy of the state that --async-checkpoint
-            makes; 0 in runs on a CPU.
-        copied: in runs on a CPU, this copy; 0 in runs on a GPU.
-        peak: the maximum on the device.
-        held: the largest number of microbatches in flight at once.
-        checkpoint: the stage's files in a checkpoint.
-    """
-
-    parameters: int
-    weights: int
-    gradients: int
-    optimizer: int
-    offloaded: int
-    host_copy: int
-    copied: int
-    peak: int
-    held: int
-    checkpoint: int
-
-    @property
-    def host(self) -> int:
-        """Returns the bytes in host memory beside a GPU, as torch rounds those that are pinned."""
-        return self.offloaded + self.host_copy
-
-    @property
-    def activations(self) -> int:
-        """Returns the peak minus permanent bytes: activations, messages and temporary tensors."""
-        return self.peak - self.weights - self.gradients - self.optimizer - self.copied
 
 
 class PlannedModel(NamedTuple):
@@ -130,7 +93,7 @@ class _Process:
         self._device = torch.device(GPU if cuda else "cpu")
         self._documents, self._algorithm = self._make_documents(), self._make_algorithm()
         modules = stage_modules(topology.stage, model.layers)
-        self._model = ReplayingModel(model.family, model.config, modules)
+        self._model = MeasuredStageModel(model.family, model.config, modules)
 
     def run(self) -> StageMemory:
         with tensors_without_memory() as live:
@@ -171,7 +134,10 @@ class _Process:
 
     def _make_algorithm(self) -> Algorithm:
         """Creates --optimizer's algorithm; computes 8bit-adam's tables while tensors are real."""
-        algorithm = ALGORITHMS[self._settings.update.optimizer]()
+        name = self._settings.update.optimizer
+        if name == Adam8bitStates.kind and (self._cuda or find_spec("bitsandbytes") is None):
+            return Adam8bitStates()
+        algorithm = ALGORITHMS[name]()
         algorithm.empty_state(torch.zeros(SMALLEST_IN_8_BITS))
         return WithoutSteps(algorithm) if self._cuda else algorithm
 

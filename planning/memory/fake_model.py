@@ -14,6 +14,9 @@ from modules.stage_model import StageModel
 from optimizer.adam import Algorithm
 from planning.memory.live_bytes import LiveBytes
 
+SMALLEST_IN_8_BITS = 4096  # elements; for smaller weights, bitsandbytes keeps fp32 moments
+BLOCK_OF_8_BITS = 256  # elements that share a scale
+
 
 class WithoutSteps:
     """An optimizer algorithm for a GPU's memory plan; steps need no memory, so `step` is empty."""
@@ -24,6 +27,31 @@ class WithoutSteps:
 
     def empty_state(self, weight: Tensor) -> dict[str, Tensor]:
         return self._algorithm.empty_state(weight)
+
+    def step(self, *_: object, **__: object) -> None:
+        """Does nothing."""
+
+
+class Adam8bitStates:
+    """The states of `optimizer.adam_8bit.Adam8bit`, with the same shapes; needs no bitsandbytes."""
+
+    kind = "8bit-adam"
+
+    def __init__(self) -> None:
+        self._tables: dict[str, Tensor] = {}
+
+    def empty_state(self, weight: Tensor) -> dict[str, Tensor]:
+        if weight.numel() < SMALLEST_IN_8_BITS:
+            return {name: torch.zeros_like(weight) for name in ("state1", "state2")}
+        if not self._tables:
+            names = ("qmap1", "qmap2")
+            self._tables = {name: torch.zeros(256, device=weight.device) for name in names}
+        state = dict(self._tables)
+        num_blocks = -(-weight.numel() // BLOCK_OF_8_BITS)
+        for number in (1, 2):
+            state[f"state{number}"] = torch.zeros_like(weight, dtype=torch.uint8)
+            state[f"absmax{number}"] = torch.zeros(num_blocks, device=weight.device)
+        return state
 
     def step(self, *_: object, **__: object) -> None:
         """Does nothing."""

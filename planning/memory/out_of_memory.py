@@ -15,7 +15,8 @@ from monitor.out_of_memory import (
     library_status,
     requested_size,
 )
-from planning.memory.dry_run import DryRun, PlannedModel, StageMemory
+from planning.memory.dry_run import DryRun, PlannedModel
+from planning.memory.stage_memory import StageMemory
 
 NEXT_STEP = "the same command with --rank 0 --plan --device-memory SIZE lists the flags that help"
 NEXT_STEP_ON_HOST = (

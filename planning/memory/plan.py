@@ -4,15 +4,17 @@ from collections.abc import Iterator
 
 import torch
 
-from arguments.config_checks import check_model, check_optimizer
+from arguments.config_checks import check_model
 from arguments.settings import Settings
 from common.tensors import DTYPES
 from common.text import format_bytes, format_table
 from modules.registry import MODELS
 from pipeline_parallel.partition.stage_split import StageSplit
+from planning.link_time import time_over_links
 from planning.memory.advice import Change, helpful_changes
-from planning.memory.dry_run import PlannedModel, StageMemory
+from planning.memory.dry_run import PlannedModel
 from planning.memory.plan_modes import PlannedModes
+from planning.memory.stage_memory import StageMemory
 
 EXPLAINED = """\
 memory on the device of replica 0, which saves; activations: with messages and temporary tensors;
@@ -29,15 +31,15 @@ class MemoryPlan:
 
     def __init__(self, settings: Settings) -> None:
         check_model(settings)
-        check_optimizer(settings)
         use_cuda = settings.parallel.use_cuda
         self._settings = settings
         self._cuda = torch.cuda.is_available() if use_cuda is None else use_cuda
         family = MODELS[settings.model.model_type].load()
         config = family.load_config(settings.model.model_name)
+        self._sizes = family.sizes(config)
         self._split = StageSplit(
             settings.model.num_layers,
-            family.sizes(config),
+            self._sizes,
             num_stages=settings.parallel.pipeline_group_size,
             seq_len=settings.update.seq_length,
         )
@@ -69,6 +71,9 @@ class MemoryPlan:
             recompute=self._modes.choice.value == "true",
         )
         yield f"{description}\n"
+        if self._settings.output.link is not None:
+            lines = time_over_links(self._modes.settings, self._sizes, is_cuda=self._cuda)
+            yield "".join(f"{line}\n" for line in lines)
         limit = self._settings.output.device_memory
         if limit is not None and not self.fits:
             yield "".join(f"{line}\n" for line in self._advice(limit))

@@ -9,7 +9,8 @@ from common.text import format_bytes, format_table
 from modules.layers.selective import MODES
 from planning.memory.auto_recompute import Choice, Need, choose_mode, fullest
 from planning.memory.device_memory import device_memory
-from planning.memory.dry_run import DryRun, PlannedModel, StageMemory
+from planning.memory.dry_run import DryRun, PlannedModel
+from planning.memory.stage_memory import StageMemory
 
 
 class PlannedModes:

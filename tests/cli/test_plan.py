@@ -21,7 +21,8 @@ from dist_clm_train import main
 from modules.layers.rotary import rotation
 from modules.registry import MODELS
 from pipeline_parallel.partition.stage_split import StageSplit
-from planning.memory.dry_run import DryRun, PlannedModel, StageMemory
+from planning.memory.dry_run import DryRun, PlannedModel
+from planning.memory.stage_memory import StageMemory
 from tests.support.cases import to_argv
 from tests.support.flags import flags_of
 

@@ -17,12 +17,12 @@ from comm.topology import Topology
 from common.tensors import HostMemoryError
 from modules.families.gptneox import GPTNeoXBlock
 from pipeline_parallel.engine import Engine
-from planning.memory.dry_run import StageMemory
 from planning.memory.out_of_memory import (
     NEXT_STEP,
     NEXT_STEP_ON_HOST,
     explain_out_of_memory,
 )
+from planning.memory.stage_memory import StageMemory
 from tests.support.cases import Case, Told, meet_at, to_argv, train_cases
 from tests.support.data import make_texts, tokenizer, write_jsonl
 from tests.support.flags import flags_of

@@ -11,7 +11,7 @@ import pytest
 from monitor.console import Console
 from monitor.logs import setup_logging
 from monitor.metrics import HeldOut, IterationMetrics, SetLoss, StepWork
-from monitor.progress import Progress, format_duration, recent_average
+from monitor.progress import Progress, recent_average
 
 CPU_WORK = StepWork(num_tokens=500, device_flops=2e10, peak_flops=None)
 
@@ -146,11 +146,3 @@ def test_a_stream_that_is_gone_ends_no_training(stream: io.StringIO) -> None:
 def test_the_time_left_forgives_one_long_iteration() -> None:
     assert recent_average([60.0, 1.0, 1.0, 1.0, 1.0, 1.0]) == 1.0
     assert recent_average([1.0, 3.0]) == 2.0
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0 s"), (59.6, "1:00 min"), (187, "3:07 min"), (18120, "5:02 h"), (190000, "2 d 4 h")],
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert format_duration(seconds) == text

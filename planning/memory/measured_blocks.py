@@ -1,4 +1,4 @@
-"""The memory of equal blocks in a dry run: one block is measured, and the others replay its bytes.
+"""The memory of equal blocks in a dry run: one block is measured, and its equals repeat the bytes.
 
 A fake operator costs nearly as much time as a real one on small tensors, and equal blocks need
 equal bytes. So only the first of several equal blocks runs. Each of the others allocates and frees
@@ -43,20 +43,20 @@ class BlockBytes(NamedTuple):
     weight_peak: int
 
 
-class _Replay(NamedTuple):
-    """The bytes that a block replays; `names` are its trained weights in `buffer`."""
+class _Measured(NamedTuple):
+    """The bytes that a block repeats; `names` are its trained weights in `buffer`."""
 
     bytes: BlockBytes
     names: list[str]
     buffer: GradBuffer
 
 
-class ReplayingModel(StageModel):
-    """The model of a stage in a dry run; after `measure_blocks`, most blocks only replay bytes."""
+class MeasuredStageModel(StageModel):
+    """The model of a stage in a dry run; after `measure_blocks`, most blocks only repeat bytes."""
 
     def __init__(self, family: Any, config: Any, indices: range) -> None:
         super().__init__(family, config, indices, device="meta")
-        self._replays: dict[nn.Module, _Replay] = {}
+        self._measured: dict[nn.Module, _Measured] = {}
 
     def measure_blocks(
         self,
@@ -68,7 +68,7 @@ class ReplayingModel(StageModel):
         recompute: Recompute,
         splits: bool,
     ) -> None:
-        """Measures the first block of each kind; from now on, its equals replay its bytes.
+        """Measures the first block of each kind; from now on, its equals repeat its bytes.
 
         Args:
             buffer: the gradient buffer; no update may have begun.
@@ -92,7 +92,7 @@ class ReplayingModel(StageModel):
                     measured = _measure(run, buffer, live, x, splits=splits)
                 names = [f"{place}.{name}" for name, _ in module.named_parameters()]
                 trained = [name for name in names if name in buffer.views]
-                self._replays[module] = _Replay(measured, trained, buffer)
+                self._measured[module] = _Measured(measured, trained, buffer)
 
     def run_module(
         self,
@@ -103,37 +103,37 @@ class ReplayingModel(StageModel):
         *,
         recompute: Recompute,
     ) -> Tensor:
-        replay = self._replays.get(module)
-        if replay is None:
+        block = self._measured.get(module)
+        if block is None:
             return super().run_module(module, x, keys, documents, recompute=recompute)
-        out: Tensor = _ReplayedBlock.apply(x, replay)  # type: ignore[no-untyped-call]
+        out: Tensor = _MeasuredBlock.apply(x, block)  # type: ignore[no-untyped-call]
         return out
 
 
-class _ReplayedBlock(torch.autograd.Function):
+class _MeasuredBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, replay: _Replay) -> Tensor:
-        _touch(x, replay.bytes.forward_peak)
-        ctx.replay, ctx.held = replay, [x, _allocate(x, replay.bytes.saved)]
+    def forward(ctx: Any, x: Tensor, block: _Measured) -> Tensor:
+        _touch(x, block.bytes.forward_peak)
+        ctx.block, ctx.held = block, [x, _allocate(x, block.bytes.saved)]
         return torch.empty_like(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        replay: _Replay = ctx.replay
-        _touch(gradient, replay.bytes.backward_peak)
+        block: _Measured = ctx.block
+        _touch(gradient, block.bytes.backward_peak)
         ctx.held.clear()
-        deferred = [_allocate(gradient, replay.bytes.deferred)]
-        if replay.bytes.defers_gradient:
+        deferred = [_allocate(gradient, block.bytes.deferred)]
+        if block.bytes.defers_gradient:
             deferred.append(gradient)
-        replay.buffer.run_or_defer(partial(_add_weight_gradients, replay, deferred))
+        block.buffer.run_or_defer(partial(_add_weight_gradients, block, deferred))
         return torch.empty_like(gradient), None
 
 
-def _add_weight_gradients(replay: _Replay, deferred: Sequence[Tensor]) -> None:
+def _add_weight_gradients(block: _Measured, deferred: Sequence[Tensor]) -> None:
     """Needs the bytes of the weight gradients; the caller keeps the `deferred` tensors alive."""
-    _touch(deferred[0], replay.bytes.weight_peak)
-    for name in replay.names:
-        replay.buffer.count_microbatch(name)
+    _touch(deferred[0], block.bytes.weight_peak)
+    for name in block.names:
+        block.buffer.count_microbatch(name)
 
 
 def _measure(
