@@ -35,7 +35,7 @@ dist_clm_train.py --model-name {OUT}/shards/small-neox --model-type gptneox
 --num-layers 2 --embedding-dim 192 --use-cuda false
 --world-size {WORLD_SIZE} --pipeline-group-size 2 --data-group-size 2
 --task-name {OUT}/train.jsonl --seq-length {SEQ_LENGTH} --data-workers 0
---batch-size 4 --micro-batch-size 2 --recompute false
+--batch-size 4 --micro-batch-size 2
 --total-steps {TOTAL_STEPS} --warmup-steps 5 --lr 3e-3
 --evaluation-data {OUT}/held_out.jsonl --evaluation-steps {HALFWAY}
 --checkpoint-path {CHECKPOINTS} --checkpoint-steps {HALFWAY}

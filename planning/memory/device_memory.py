@@ -6,8 +6,8 @@ memory; they are estimates.
 On a GPU, a tenth: the CUDA context takes 0.3 to 0.6 GB, NCCL's buffers and cuBLAS's workspace some
 hundred MB, and torch's allocator cannot use some fragments. No run on a GPU has checked this yet.
 
-On a CPU, a tenth, for other programs and for fragments, and 1 GB for each process: torch and
-transformers take 0.5 GB, and processes of the tokenizer and messages the rest.
+On a CPU, a tenth, for other programs and for fragments, and 0.7 GB for each process: the peak RSS
+of a tiny run is 0.45 GB (torch and transformers); the processes of --data-workers need more.
 """
 
 import re
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 SHARE = 0.9
-PROCESS_BYTES = 10**9  # on a CPU, beside tensors
+PROCESS_BYTES = 7 * 10**8  # on a CPU, beside tensors
 
 
 def device_memory(device: torch.device, *, ranks_here: int) -> int:

@@ -316,3 +316,44 @@ def test_a_size_without_its_unit_is_refused(size: str, folder: Path, capsys: Cap
 @pytest.mark.parametrize(("text", "size"), [("24GB", 24 * 10**9), ("1.5 GiB", 3 * 2**29)])
 def test_sizes(text: str, size: int, folder: Path) -> None:
     assert parse_train([*argv(folder), "--device-memory", text], {}).output.device_memory == size
+
+
+def test_auto_chooses_the_fastest_that_fits(folder: Path, capsys: Capture) -> None:
+    """The table has the peak of the fullest stage for each mode; the plan is that of the choice."""
+    flags: dict[str, Any] = {"pipeline_group_size": 2}
+    peaks = {
+        mode: [rehearse(folder, stage, recompute=mode, **flags).peak for stage in range(2)]
+        for mode in ("false", "selective", "true")
+    }
+    chosen, limit = "selective", max(peaks["selective"])
+    status, lines = plan(folder, capsys, recompute="auto", device_memory=f"{limit}B", **flags)
+    assert status == 0
+    assert lines[0].endswith(" tokens; recompute auto")
+    stage = peaks[chosen].index(max(peaks[chosen]))
+    for line, mode in zip(lines[2:5], peaks, strict=True):
+        cells = re.split(r"  +", line.strip())
+        fits = "yes" if max(peaks[mode]) <= limit else "NO"
+        assert cells == [mode, str(stage), in_units(peaks[mode][stage] / 1e6), fits]
+    assert lines[5].startswith(f"recompute: {chosen}, because ")
+    planned = [re.split(r"  +", line.strip()) for line in lines[7:9]]
+    assert [row[7] for row in planned] == [in_units(peak / 1e6) for peak in peaks[chosen]]
+
+
+def test_auto_without_a_known_memory_plans_the_fastest(folder: Path, capsys: Capture) -> None:
+    """On a machine without a GPU, a plan for GPUs knows no memory."""
+    _, lines = plan(folder, capsys, recompute="auto", use_cuda=True, batch_size=1)
+    assert lines[1].split("  ")[-1].strip() == "peak"
+    assert lines[5].startswith("recompute: false, because only --device-memory SIZE ")
+    peak = rehearse(folder, 0, cuda=True, recompute="false", batch_size=1).peak
+    assert re.split(r"  +", lines[7].strip())[7] == in_units(peak / 1e6)
+
+
+def test_auto_on_cpus_uses_the_memory_of_this_machine(
+    folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("planning.memory.device_memory.machine_memory", lambda: 8 * 10**9)
+    flags: dict[str, Any] = {"pipeline_group_size": 2, "batch_size": 1}
+    _, lines = plan(folder, capsys, recompute="auto", **flags)
+    assert lines[1].endswith("  fits 2.9 GB")
+    assert lines[5].startswith("recompute: false, because stage ")
+    assert lines[5].endswith(" of 2.9 GB (this machine's memory for tensors of each of 2 ranks)")

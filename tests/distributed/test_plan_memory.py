@@ -3,13 +3,24 @@
 The bytes of live tensors do not depend on the speed or the load of the machine.
 """
 
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 from transformers import GPTJConfig, GPTNeoXConfig
 
-from tests.support.cases import Case, meet_at, run_folder, train_cases
+from arguments.settings import Settings
+from comm.topology import Topology
+from modules.layers.selective import MODES
+from modules.registry import MODELS as FAMILIES
+from pipeline_parallel.partition.split import AUTO
+from pipeline_parallel.partition.stage_split import StageSplit
+from planning.memory.dry_run import DryRun, PlannedModel
+from planning.memory.upper_bound import upper_bound
+from tests.support.cases import Case, meet_at, run_folder, settings_of, train_cases
 from tests.support.data import make_texts, tokenizer, write_jsonl
 from tests.support.flags import flags_of
 from tests.support.launcher import run_ranks
@@ -104,3 +115,80 @@ def test_the_plan_is_what_a_run_measures(size: int, slow: bool, folder: Path) ->
         assert len(found) == size
         within = WITHIN_DOCUMENTS if one.name == "documents" else PLAN_WITHIN
         assert all(abs(ratio - 1) <= within for ratio in found)
+
+
+def planned_settings(folder: Path, shape: Shape) -> Settings:
+    own = f"""--pipeline-group-size {shape.stages} --data-group-size {shape.replicas}
+        --world-size {shape.stages * shape.replicas}"""
+    return settings_of(flags(folder, shape) | flags_of(own))
+
+
+def planned_peaks(folder: Path, shape: Shape, recompute: str, *, cuda: bool) -> dict[int, int]:
+    """Returns the planned peak of the first and the last stage, by the rank in replica 0."""
+    settings = planned_settings(folder, shape).changed(recompute=recompute)
+    dry_run = DryRun(settings, planned_model(shape), cuda=cuda)
+    return {rank: dry_run.of_rank(rank).peak for rank in {0, shape.stages - 1}}
+
+
+def planned_model(shape: Shape) -> PlannedModel:
+    family = FAMILIES["gptj" if shape.model == "gptj" else "gptneox"].load()
+    config = MODELS[shape.model]
+    split = StageSplit(AUTO, family.sizes(config), num_stages=shape.stages, seq_len=64)
+    return PlannedModel(family, config, split.layers)
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("cuda", "all_shapes"),
+    [(False, False), pytest.param(False, True, marks=SLOW), pytest.param(True, True, marks=SLOW)],
+)
+def test_no_dry_run_exceeds_the_upper_bound(cuda: bool, all_shapes: bool, folder: Path) -> None:
+    """The bound is clearly above the peak, but not so far that it is never of use."""
+    for one in SHAPES:
+        if all_shapes or one.name in ("dropout", "zb"):
+            settings = planned_settings(folder, one)
+            for rank, peak in planned_peaks(folder, one, "false", cuda=cuda).items():
+                bound = upper_bound(settings, planned_model(one), rank)
+                assert 1.5 * peak <= bound <= 12 * peak, (one.name, rank, bound / peak)
+
+
+AUTO_SHAPE = Shape("auto", 2, 1, "deep", "--batch-size 8 --recompute auto")
+
+
+def with_memory(room: int, _: Topology) -> AbstractContextManager[object]:
+    """Makes auto choose for devices with `room` bytes."""
+    return patch("planning.memory.auto_recompute.device_memory", return_value=room)
+
+
+@pytest.mark.slow
+def test_auto_uses_the_memory_that_there_is(folder: Path) -> None:
+    """Four sizes of memory: the choice, the plan within 1%, and the measured peak below the size.
+
+    The smallest size is not enough for any mode.
+    """
+    peaks = {
+        value: max(planned_peaks(folder, AUTO_SHAPE, value, cuda=False).values()) for value in MODES
+    }
+    sizes = {
+        "false": peaks["false"],
+        "selective": (peaks["false"] + peaks["selective"]) // 2,
+        "true": (peaks["selective"] + peaks["true"]) // 2,
+        "none": peaks["true"] - 1,
+    }
+    cases = [
+        Case(f"auto-{name}", flags(folder, AUTO_SHAPE), hook=partial(with_memory, room))
+        for name, room in sizes.items()
+    ]
+    told, *_ = run_ranks(2, train_cases, meet_at([(2, 1)]), cases, folder, deadline=200.0)
+    for name in sizes:
+        lines = told[run_folder(folder, f"auto-{name}", 2, 1).name].lines
+        (line,) = (line for line in lines if line.startswith("recompute: "))
+        chosen = "true" if name == "none" else name
+        assert line.startswith(f"recompute: {chosen}, ")
+        assert ("not enough" in line) == (name == "none")
+        assert all(abs(ratio - 1) <= PLAN_WITHIN for ratio in planned_ratios(lines))
+        measured = [line for line in lines if line.startswith("memory of rank")]
+        assert len(measured) == 2
+        print(line, *measured, sep="\n")

@@ -44,7 +44,7 @@ class Size(NamedTuple):
 SHAPES = (
     Shape("gptj fp32 recompute", "gptj", 1, "--recompute true"),
     Shape("gptj bf16 offload", "gptj", 1, "--bf16 --use-offload", quick=True),
-    Shape("gptneox fp32", "gptneox", 1, ""),
+    Shape("gptneox fp32 selective", "gptneox", 1, "--recompute selective"),
     Shape("gptneox bf16 recompute", "gptneox", 1, "--bf16 --recompute true"),
     Shape("gptneox P=2 zb-h1", "gptneox", 2, "--pp-mode zb-h1", quick=True),
     Shape(

@@ -27,11 +27,12 @@ CONFIGS = {
     ),
 }
 FAST = [
-    ("gptj", 2, 1, True, "--recompute selective --pp-mode zb-h1"),
-    ("gptneox", 2, 1, True, "--recompute false --pp-mode zb-h1 --bf16"),
+    ("gptneox", 2, 1, True, "--recompute selective --pp-mode zb-h1 --bf16"),
     ("gptj", 2, 1, True, "--recompute false --pp-mode 1f1b --pack document --micro-batch-size 2"),
 ]
 SLOW = [
+    ("gptneox", 2, 1, True, "--recompute false --pp-mode zb-h1 --bf16"),
+    ("gptj", 2, 1, True, "--recompute selective --pp-mode zb-h1"),
     ("gptneox", 2, 1, False, "--recompute true"),
     ("gptneox", 2, 1, False, "--recompute selective --pp-mode zb-h1 --pack document"),
     ("gptj", 2, 1, False, "--recompute true --pp-mode zb-h1"),
