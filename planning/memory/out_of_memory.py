@@ -58,6 +58,8 @@ def explain_out_of_memory(
         if not is_out_of_memory(another):
             raise
         return f"{line}; {next_step}"
+    if not on_host and settings.precision.recompute != "true":
+        next_step = f"--recompute true needs less; {next_step}"
     return f"{line}; according to --plan, this rank {describe(planned)}; {next_step}"
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -178,17 +179,29 @@ def test_what_failed_is_let_go_of_before_the_plan() -> None:
     assert explained == f"here: out of memory; {NEXT_STEP}"
 
 
-def explain(error: Exception, *, offloaded: int, host_copy: int, cuda: bool = True) -> str:
+def explain(
+    error: Exception, *, offloaded: int, host_copy: int, cuda: bool = True, recompute: str = "true"
+) -> str:
     """Returns the line about `error` in a run whose plan has these bytes in host memory."""
     planned = StageMemory(
         parameters=10, weights=1, gradients=2, optimizer=3, offloaded=offloaded,
         host_copy=host_copy, copied=0, peak=10, held=1, checkpoint=0,
     )  # fmt: skip
-    nothing: Any = None
+    settings: Any = SimpleNamespace(precision=SimpleNamespace(recompute=recompute))
+    model: Any = None
     module = "planning.memory.out_of_memory"
     with patch(f"{module}.DryRun") as dry_run, patch(f"{module}.gc.collect"):
         dry_run.return_value.of_rank.return_value = planned
-        return explain_out_of_memory("here", error, nothing, nothing, rank=0, cuda=cuda)
+        return explain_out_of_memory("here", error, settings, model, rank=0, cuda=cuda)
+
+
+@pytest.mark.parametrize(("recompute", "advised"), [("true", 0), ("false", 1), ("selective", 1)])
+def test_the_line_names_the_mode_that_needs_less(recompute: str, advised: int) -> None:
+    """--recompute auto may have chosen the mode, so that --plan alone would say that it fits."""
+    error = MemoryError()
+    line = explain(error, offloaded=0, host_copy=0, cuda=False, recompute=recompute)
+    assert line.count("; --recompute true needs less; ") == advised
+    assert line.endswith(NEXT_STEP)
 
 
 def test_beside_a_gpu_a_lack_of_host_memory_gets_advice_for_the_host() -> None:
