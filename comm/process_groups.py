@@ -13,7 +13,12 @@ from comm.backends.cupy_nccl import NcclCommunicator
 from comm.backends.gloo import GlooCommunicator
 from comm.backends.host_staging import HostStagingCommunicator
 from comm.backends.single_process import SingleProcessCommunicator
-from comm.backends.torch_nccl import TorchNcclCommunicator, connect_all, connect_neighbours
+from comm.backends.torch_nccl import (
+    TorchNcclCommunicator,
+    connect_all,
+    connect_neighbours,
+    connect_pairs,
+)
 from comm.communicator import Communicator, PeerLostError
 from comm.liveness.failure_policy import ExitPolicy
 from comm.rendezvous.join import Rendezvous
@@ -49,6 +54,7 @@ def create_process_groups(
     device: torch.device,
     dist_timeout: float,
     policy: ExitPolicy,
+    measures_links: bool = False,
 ) -> ProcessGroups:
     """Creates the groups; every rank calls this, after `ExitPolicy.connect`.
 
@@ -58,6 +64,7 @@ def create_process_groups(
             dist_backend is `nccl` too; otherwise it means `cupy_nccl`. On a CPU only `gloo` works,
             unless a test replaces NCCL.
         dist_timeout: seconds that one operation may wait for a peer.
+        measures_links: whether replicas send each other messages, as --check-cluster does.
         policy: the groups report to it their current operation, and errors of NCCL operations.
 
     Raises:
@@ -66,7 +73,9 @@ def create_process_groups(
     """
     if rendezvous.store is None or rendezvous.deadline is None:
         return ProcessGroups(*(SingleProcessCommunicator() for _ in range(3)))
-    factory = _GroupFactory(topology, rendezvous.store.plain, device, dist_timeout, policy)
+    factory = _GroupFactory(
+        topology, rendezvous.store.plain, device, dist_timeout, policy, measures_links
+    )
     nccl = "nccl" if dist_backend == "nccl" else "cupy_nccl"
     try:
         # this timeout limits the creation of every group
@@ -96,6 +105,7 @@ class _GroupFactory:
     device: torch.device
     dist_timeout: float
     policy: ExitPolicy
+    measures_links: bool
 
     def create(self, pipeline: str, replicas: str) -> ProcessGroups:
         """Creates the groups; the arguments name backends: `cupy_nccl`, `nccl` or `gloo`."""
@@ -135,7 +145,8 @@ class _GroupFactory:
                 nccl.connect_all()
             return nccl
         if backend == "nccl":
-            make = connect_neighbours if name == "pipeline" else connect_all
+            of_replicas = connect_pairs if self.measures_links else connect_all
+            make = connect_neighbours if name == "pipeline" else of_replicas
             made = {ranks: make(ranks, dist_timeout=self.dist_timeout) for ranks in groups}
             return TorchNcclCommunicator(made[members], group, device=device, on_hang=on_hang)
         gloo_groups = {ranks: dist.new_group(list(ranks)) for ranks in groups}

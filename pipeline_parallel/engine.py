@@ -107,6 +107,7 @@ class Engine:
         to the gradient buffer of the stage.
         """
         self._loss_scale = loss_scale
+        batch.place_documents(self._link.spec.device)
         self._link.expect(
             activations=list(self._gradients_arrived.values()),
             gradients=list(self._activations_arrived.values()),
@@ -117,6 +118,7 @@ class Engine:
 
     def evaluate(self, batch: PipelineBatch) -> Losses:
         """Runs only forward of a batch, without dropout; returns the losses of the batch."""
+        batch.place_documents(self._link.spec.device)
         self._link.expect(activations=[0] * self._num_microbatches, gradients=())
         for action in self._evaluate:
             self._run(action, self._evaluate_one, batch)

@@ -32,6 +32,7 @@ class PipelineBatch:
     ) -> None:
         self._token_ids, self._labels, self._keys = token_ids, labels, keys
         self._micro_rows, self._doc_starts = micro_rows, doc_starts
+        self._placed: dict[int, PackedDocuments] = {}
 
     def token_ids(self, microbatch: int) -> Tensor | None:
         """Returns the token ids of a microbatch; None unless the stage is the first."""
@@ -45,10 +46,27 @@ class PipelineBatch:
         """Returns the dropout keys of a microbatch, one for each row."""
         return self._keys[self._span(microbatch)]
 
+    def place_documents(self, device: torch.device) -> None:
+        """Copies the documents of all microbatches to a GPU; does nothing for a CPU.
+
+        The copies need pinned memory, whose allocation can wait for all work of the GPU. Therefore
+        the engine calls this before it posts the first receive of an iteration.
+        """
+        if self._doc_starts is None or device.type != "cuda":
+            return
+        for microbatch in range(len(self._doc_starts) // self._micro_rows):
+            documents = self.documents(microbatch, device)
+            assert documents is not None
+            documents.place()
+            self._placed[microbatch] = documents
+
     def documents(self, microbatch: int, device: torch.device) -> PackedDocuments | None:
         """Returns the documents of a microbatch; None if attention crosses documents."""
         if self._doc_starts is None:
             return None
+        placed = self._placed.pop(microbatch, None)  # its memory is free after the microbatch
+        if placed is not None:
+            return placed
         return PackedDocuments(self._doc_starts[self._span(microbatch)], device)
 
     def num_trained_tokens(self) -> int:

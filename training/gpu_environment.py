@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 DETERMINISTIC_CUBLAS = (":4096:8", ":16:8")
 _VARIABLES = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "NCCL_MAX_P2P_NCHANNELS": "2"}
-# torch reads the first of these variables that is set; the other two are its older names
+# torch reads one of these variables; the last two are its older names
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 _SINCE_PINNED_THRESHOLD = (2, 13)
 

@@ -98,6 +98,7 @@ def _connect(settings: Settings, meeting: Meeting) -> tuple[Settings, RunContext
         device=device,
         dist_timeout=settings.network.dist_timeout,
         policy=meeting.policy,
+        measures_links=settings.output.check_cluster,
     )
     context = RunContext(meeting.topology, groups, device, rendezvous.nonce)
     return settings.changed(dist_backend=dist_backend, dp_backend=dp_backend), context

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from itertools import permutations
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,9 @@ _GRACE_SECONDS = 60.0
 class TorchGroups:
     """torch's process groups for one set of processes.
 
-    all_members: for collectives, and for messages between members that have no edge; or None.
+    all_members: for collectives; None for a group that only sends messages. It cannot send
+        messages: torch gives both directions between two members one stream, in which a send waits
+        for an earlier receive.
     edges: a group for each direction between neighbours; the key is their indices (source, to).
     """
 
@@ -46,7 +49,7 @@ def connect_all(members: Sequence[int], *, dist_timeout: float) -> TorchGroups:
     """Creates the group of `members` (global ranks) for collectives.
 
     Every process of the world calls this, also a process outside `members`. All processes create
-    the same groups in the same order. The same applies to `connect_neighbours`.
+    the same groups in the same order. The same applies to `connect_neighbours` and `connect_pairs`.
     """
     return TorchGroups(new_group(members, _timeout(dist_timeout)), {})
 
@@ -58,6 +61,17 @@ def connect_neighbours(members: Sequence[int], *, dist_timeout: float) -> TorchG
         (a, b): new_group([members[a], members[b]], timeout) for a, b in _directions(len(members))
     }
     return TorchGroups(None, edges)
+
+
+def connect_pairs(members: Sequence[int], *, dist_timeout: float) -> TorchGroups:
+    """Creates the groups for collectives and for messages between any two members.
+
+    Training does not need them; --check-cluster measures the links with them.
+    """
+    timeout = _timeout(dist_timeout)
+    pairs = permutations(range(len(members)), 2)
+    edges = {(a, b): new_group([members[a], members[b]], timeout) for a, b in pairs}
+    return TorchGroups(new_group(members, timeout), edges)
 
 
 def _timeout(dist_timeout: float) -> timedelta:
@@ -102,12 +116,12 @@ class TorchNcclCommunicator(GroupMembership):
             raise PeerLostError(line) from error
 
     def send(self, tensor: Tensor, *, to: int) -> Work:
-        group = self._groups.edges.get((self._rank, to)) or self._all
+        group = self._edge(self._rank, to)
         post = partial(dist.isend, as_bytes(tensor), self._members[to], group=group)
         return self._start(f"send to {self._peers[to]}", tensor, post)
 
     def receive(self, tensor: Tensor, *, source: int) -> Work:
-        group = self._groups.edges.get((source, self._rank)) or self._all
+        group = self._edge(source, self._rank)
         post = partial(dist.irecv, as_bytes(tensor), self._members[source], group=group)
         return self._start(f"receive from {self._peers[source]}", tensor, post)
 
@@ -141,6 +155,11 @@ class TorchNcclCommunicator(GroupMembership):
                 dist.destroy_process_group(group)
         if self._groups.all_members is not None:
             dist.destroy_process_group(self._groups.all_members)
+
+    def _edge(self, source: int, to: int) -> dist.ProcessGroup:
+        edge = self._groups.edges.get((source, to))
+        assert edge is not None, f"{self._name}: no group for messages from {source} to {to}"
+        return edge
 
     @property
     def _all(self) -> dist.ProcessGroup:

@@ -30,6 +30,11 @@ class PackedDocuments:
         """The position of each token in its document, from 0: int64 (rows, seq_len)."""
         return self._to_device(self._row_positions - self.doc_starts)
 
+    def place(self) -> None:
+        """Computes all properties that are tensors, and copies them to the device."""
+        for name in ("positions", "bounds", "by_length", "original_order"):
+            getattr(self, name)
+
     def rotation(self, table: Rotation) -> Rotation:
         """Returns `table` at the documents' positions, computed once for all layers that use it."""
         if table not in self._rotations:
@@ -100,7 +105,9 @@ class PackedDocuments:
         """Copies `tensor` to the device; the host does not wait for work on the device.
 
         From memory that is not pinned, CUDA may wait for earlier work of the stream before it
-        copies. torch keeps pinned memory until the copy is complete, and then uses it again.
+        copies. torch keeps pinned memory until the copy is complete, and then uses it again. To
+        allocate pinned memory can take until the device has finished all work, so `place` must be
+        called before a receive is posted.
         """
         if self.device.type == "cuda":
             tensor = tensor.pin_memory()

@@ -70,7 +70,7 @@ def check_cases(rank: int, world_size: int, url: str, home: Path) -> dict[str, A
         groups = entered.groups
         with ExitStack() as stack, LogLines() as log:
             rate = 1e7 if name == "a slow device" and rank == 3 else 1e9
-            stack.enter_context(patch("planning.cluster.check.matmul_rate", return_value=rate))
+            stack.enter_context(patch("planning.cluster.check.block_rate", return_value=rate))
             if rank == odd:
                 groups = make_odd(name, groups, stack)
             context = RunContext(

@@ -22,12 +22,19 @@ from typing import Any
 
 from tests.gpu.machine import ROOT
 from tests.gpu.report import CheckReport, Options, run_check
+from training.gpu_environment import set_gpu_variables
 
 _MARGIN = 8.0  # seconds of the check's limit for its own start and end
 _SHORTEST, _LONGEST = 5.0, 40.0  # seconds of one experiment
 _STREAMS_NEEDED = 20  # of a middle stage with replicas
 _REPORTS_WITHIN = 1.0  # seconds; the detector's limit in the experiment is 0.3 s
-_VARIABLES = ("CUDA_MODULE_LOADING", "CUDA_DEVICE_MAX_CONNECTIONS")
+_VARIABLES = (
+    "CUDA_MODULE_LOADING",
+    "CUDA_DEVICE_MAX_CONNECTIONS",
+    "NCCL_MAX_P2P_NCHANNELS",
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+)
 
 Result = dict[str, Any]
 
@@ -38,16 +45,21 @@ class Experiment:
 
     name: str
     environ: Mapping[str, str] = field(default_factory=dict)
+    title: str = ""
 
     @property
     def label(self) -> str:
+        """Returns the title or, without one, the variables."""
+        if self.title:
+            return self.title
         values = [f"{name.removeprefix('CUDA_').lower()} {v}" for name, v in self.environ.items()]
         return ", ".join(values).replace("_", " ") or "default"
 
 
+_AS_IN_TRAINING = set_gpu_variables({}, deterministic=False) | {"CUDA_MODULE_LOADING": "LAZY"}
 _EXPERIMENTS = (
-    Experiment("launches", {"CUDA_MODULE_LOADING": "LAZY"}),
-    Experiment("beside", {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_MODULE_LOADING": "LAZY"}),
+    Experiment("launches", _AS_IN_TRAINING, "as in training"),
+    Experiment("beside", _AS_IN_TRAINING, "as in training"),
     Experiment("queues", {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}),
     Experiment("queues"),
     Experiment("queues", {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),

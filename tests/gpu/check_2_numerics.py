@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 
+from modules.attention.sdpa import disable_cudnn_attention
 from tests.gpu.numerics_host import check_copies, check_out_of_memory, check_tracer
 from tests.gpu.numerics_layers import check_attention, check_head, check_rotary, draw
 from tests.gpu.numerics_parity import (
@@ -70,6 +71,7 @@ def check(report: CheckReport, options: Options) -> None:
     if options.is_cuda and not torch.cuda.is_available():
         report.not_here("torch finds no GPU")
         return
+    disable_cudnn_attention()  # as in training
     for section in SECTIONS:
         begin, title = time.monotonic(), section.__name__.removeprefix("check_")
         if begin - start > options.limit - RESERVE:

@@ -6,12 +6,14 @@ trains tiny models; there only the losses mean something.
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from benchmarks.hugging_face import HuggingFaceLoop
 from benchmarks.work import LOSS_TOLERANCE, Contender, Workload
 from modules.registry import MODELS
+from monitor.out_of_memory import is_out_of_memory
 from tests.gpu.report import CheckReport, Options, run_check
 from tests.gpu.speed import (
     Speed,
@@ -84,6 +86,7 @@ def _cases(options: Options, device: torch.device) -> Iterator[tuple[str, Worklo
 
 def _blocks_that_fit(device: torch.device) -> int:
     """Returns how many blocks of GPT-J-6B leave room for activations on the GPU; at most 28."""
+    free_memory(device)
     free, _ = torch.cuda.mem_get_info(device)
     sizes = MODELS[GPTJ.family].load().sizes(GPTJ.config)
     room = free * (1 - FOR_ACTIVATIONS) - 2 * sizes.head_weights * BYTES_PER_PARAMETER
@@ -94,21 +97,12 @@ def _compare(
     report: CheckReport, name: str, work: Workload, device: torch.device, *, profiled: bool
 ) -> None:
     """Measures both sides; adds their speeds, their ratio and the comparison of their losses."""
-    ours: Contender = ours_alone(work, device)
-    speed = measure(ours, work, device, steps=STEPS)
-    _report_speed(report, f"{name}: ours", speed, device)
-    if profiled:
-        for kernel, milliseconds, share in top_kernels(ours, device, KERNELS):
-            report.measure(f"  {kernel[:52]}", milliseconds, "ms", f"{share:.1%} of a step")
-    del ours
+    with _cudnn_attention(False):  # as in training
+        speed = _measure_ours(report, name, work, device, profiled=profiled)
     free_memory(device)
-    try:
-        peer = HuggingFaceLoop(work, device)
-        theirs = measure(peer, work, device, steps=STEPS)
-        del peer
-    except torch.OutOfMemoryError:
-        report.measure(f"{name}: Hugging Face", "out of memory")
-        theirs = None
+    if speed is None:
+        return
+    theirs = _measure_peer(report, name, work, device)
     free_memory(device)
     falls = speed.losses[-1] < speed.losses[0]
     steps = f"{len(speed.losses)} steps"
@@ -126,6 +120,47 @@ def _compare(
         "relative",
         f"{steps}, to {theirs.losses[-1]:.4f}; allowed: {LOSS_TOLERANCE[work.precision]:g}",
     )
+
+
+def _measure_ours(
+    report: CheckReport, name: str, work: Workload, device: torch.device, *, profiled: bool
+) -> Speed | None:
+    """Measures our side and adds its rows; returns None if the memory does not suffice."""
+    try:
+        ours: Contender = ours_alone(work, device)
+        speed = measure(ours, work, device, steps=STEPS)
+        _report_speed(report, f"{name}: ours", speed, device)
+        if profiled:
+            for kernel, milliseconds, share in top_kernels(ours, device, KERNELS):
+                report.measure(f"  {kernel[:52]}", milliseconds, "ms", f"{share:.1%} of a step")
+        return speed
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        report.measure(f"{name}: ours", "out of memory")
+        return None
+
+
+def _measure_peer(
+    report: CheckReport, name: str, work: Workload, device: torch.device
+) -> Speed | None:
+    """Measures Hugging Face's model; returns None if the memory does not suffice."""
+    try:
+        return measure(HuggingFaceLoop(work, device), work, device, steps=STEPS)
+    except torch.OutOfMemoryError:
+        report.measure(f"{name}: Hugging Face", "out of memory")
+        return None
+
+
+@contextmanager
+def _cudnn_attention(enabled: bool) -> Iterator[None]:
+    """Permits or forbids cuDNN's attention in the `with` block."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(enabled)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def _report_speed(report: CheckReport, name: str, speed: Speed, device: torch.device) -> None:

@@ -65,11 +65,11 @@ CHECKS = (
     CheckEntry(0, "tests.gpu.check_0_inventory", 15, 60),
     CheckEntry(1, "tests.gpu.check_1_spin", 75, 60, needs_gpu=True),
     CheckEntry(2, "tests.gpu.check_2_numerics", 60, 180),
-    CheckEntry(3, "tests.gpu.check_3_nccl", 90, 240),
+    CheckEntry(3, "tests.gpu.check_3_nccl", 105, 240),
     CheckEntry(4, "tests.gpu.check_4_worlds", 60, 180),
     CheckEntry(5, "tests.gpu.check_5_memory", 45, 180),
     CheckEntry(6, "tests.gpu.check_6_kernels", 25, 60),
-    CheckEntry(7, "tests.gpu.check_7_speed", 100, 120),
+    CheckEntry(7, "tests.gpu.check_7_speed", 85, 120),
 )
 
 

@@ -13,7 +13,7 @@ from comm.communicator import CurrentOperation, PeerLostError
 from comm.topology import Topology
 from tests.gpu.report import Options
 from tests.gpu.worlds import Stacks, environ_of
-from tests.support.backend_checks import NUMBERS, bits, check_group, check_pipeline, values
+from tests.support.backend_checks import NUMBERS, bits, check_collectives, check_pipeline, values
 from tests.support.connected import enter
 
 _TIMEOUT = 20.0  # seconds of one operation
@@ -38,7 +38,7 @@ def check_backend(rank: int, urls: Mapping[str, str], backend: str, options: Opt
         if members == "stages":
             check_pipeline(entered.groups.pipeline, device)
         else:
-            check_group(entered.groups.replicas, sums=NUMBERS, device=device)
+            check_collectives(entered.groups.replicas, sums=NUMBERS, device=device)
         entered.close()
 
 

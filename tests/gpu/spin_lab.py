@@ -25,6 +25,7 @@ from torch import Tensor
 
 from comm.backends.hang_detector import HangDetector
 from comm.backends.streams import compute_event
+from modules.attention.sdpa import disable_cudnn_attention
 from tests.gpu.timing import time_calls
 from tests.gpu.waiting_kernel import WaitingKernels, load_kernels
 
@@ -314,6 +315,7 @@ def main() -> None:
     limit = float(sys.stdin.readline())
     faulthandler.dump_traceback_later(max(1.0, limit - 1), exit=True)
     torch.cuda.init()
+    disable_cudnn_attention()  # as in training
     load_kernels()
     print(json.dumps(experiment()), flush=True)
 

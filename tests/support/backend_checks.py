@@ -41,14 +41,21 @@ def check_group(
     group: Communicator, *, sums: Sequence[torch.dtype], device: torch.device = CPU
 ) -> None:
     """Runs all checks; `sums` lists the dtypes whose sums must equal `ordered_sum` bit for bit."""
-    check_sums(group, sums, device)
-    check_sums_at_root(group, sums, device)
-    check_sums_under_way(group, sums[0], device)
-    check_broadcast_and_gather(group, device)
+    check_collectives(group, sums=sums, device=device)
     check_messages(group, device)
     check_order(group, device)
     check_sum_beside_messages(group, device)
     check_posted_ahead(group, device)
+
+
+def check_collectives(
+    group: Communicator, *, sums: Sequence[torch.dtype], device: torch.device = CPU
+) -> None:
+    """Runs the checks of collectives, all that replicas need; `sums` is as in `check_group`."""
+    check_sums(group, sums, device)
+    check_sums_at_root(group, sums, device)
+    check_sums_under_way(group, sums[0], device)
+    check_broadcast_and_gather(group, device)
 
 
 def check_pipeline(group: Communicator, device: torch.device = CPU) -> None:

@@ -78,6 +78,7 @@ def enter(
     dist_backend: str = "gloo",
     device: torch.device = CPU,
     timing: Timing = DEFAULT_TIMING,
+    measures_links: bool = False,
 ) -> Rank:
     """Joins a run and connects all process groups; a world of one has no rendezvous."""
     topology = Topology(rank=rank, num_stages=num_stages, num_replicas=num_replicas)
@@ -103,6 +104,7 @@ def enter(
         device=device,
         dist_timeout=dist_timeout,
         policy=policy,
+        measures_links=measures_links,
     )
     return Rank(topology, rendezvous, policy, groups)
 

@@ -7,17 +7,22 @@ import weakref
 from concurrent.futures import Future
 from datetime import timedelta
 from functools import partial
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from comm.backends.base import Group, TorchWork
-from comm.backends.torch_nccl import TorchNcclCommunicator, connect_neighbours, new_group
+from comm.backends.base import Group, GroupMembership, TorchWork
+from comm.backends.torch_nccl import (
+    TorchGroups,
+    TorchNcclCommunicator,
+    connect_neighbours,
+    new_group,
+)
 from comm.communicator import CurrentOperation, PeerLostError, Work
 from comm.topology import Topology
-from tests.support.backend_checks import NUMBERS, check_group, check_pipeline
+from tests.support.backend_checks import NUMBERS, check_collectives, check_group, check_pipeline
 from tests.support.connected import enter
 from tests.support.launcher import free_port, run_ranks
 from tests.support.torch_nccl_double import gloo_for_nccl
@@ -27,27 +32,34 @@ MESSAGE = "pipeline receive from rank 1 (stage 1, replica 0)"
 
 
 def all_checks(
-    rank: int, world_size: int, _url: str, shapes: list[tuple[int, int, str]]
+    rank: int, world_size: int, _url: str, shapes: list[tuple[int, int, bool, str]]
 ) -> list[list[tuple[int, ...]]]:
     groups = []
-    for stages, replicas, url in shapes:
+    for stages, replicas, measures_links, url in shapes:
         with (
             gloo_for_nccl() as made,
             patch("comm.backends.torch_nccl.dist.isend", wraps=dist.isend) as sends,
             patch("comm.backends.torch_nccl.dist.irecv", wraps=dist.irecv) as receives,
         ):
             entered = enter(
-                rank, url, num_stages=stages, num_replicas=replicas, dist_backend="nccl"
+                rank,
+                url,
+                num_stages=stages,
+                num_replicas=replicas,
+                dist_backend="nccl",
+                measures_links=measures_links,
             )
         pipeline, members = entered.groups.pipeline, entered.groups.replicas
         neighbours = (pipeline.rank > 0) + (pipeline.rank + 1 < pipeline.size)
-        assert sends.call_count == receives.call_count == neighbours, "one message per edge"
+        edges = neighbours + measures_links * (members.size - 1)
+        assert sends.call_count == receives.call_count == edges, "one message per edge"
         if pipeline.size > 1:
             assert isinstance(pipeline, TorchNcclCommunicator)
             check_pipeline(pipeline)
         if members.size > 1:
             assert isinstance(members, TorchNcclCommunicator)
-            check_group(members, sums=NUMBERS if members.size == 2 else EXACT)
+            check = check_group if measures_links else check_collectives
+            check(members, sums=NUMBERS if members.size == 2 else EXACT)
         entered.close()
         groups.append(made)
     return groups
@@ -58,12 +70,28 @@ def test_four_ranks() -> None:
 
     A pipeline has two groups (one per direction) for each pair of neighbours. The replicas of a
     stage have one group. Both kinds of groups had both kinds before, and so twice the streams.
+    --check-cluster also needs a group per direction for each pair of replicas.
     """
-    shapes = [(p, r, f"tcp://127.0.0.1:{free_port()}") for p, r in ((2, 2), (4, 1), (1, 4))]
+    cases = ((2, 2, True), (4, 1, False), (1, 4, False))
+    shapes = [(*case, f"tcp://127.0.0.1:{free_port()}") for case in cases]
     groups = run_ranks(4, all_checks, shapes, deadline=120.0)
     assert all(of_rank == groups[0] for of_rank in groups)
     made = [" ".join("".join(map(str, ranks)) for ranks in of_shape) for of_shape in groups[0]]
-    assert made == ["01 10 23 32 02 13", "01 10 12 21 23 32", "0123"]
+    assert made == ["01 10 23 32 02 20 02 13 31 13", "01 10 12 21 23 32", "0123"]
+
+
+def test_a_message_without_a_group_of_its_own_is_refused() -> None:
+    """Over the group of all members, --check-cluster hung for --dist-timeout.
+
+    torch gives both directions between two members of a group one stream. The probe of a link posts
+    a receive and then sends the message on which the receive depends.
+    """
+    group = Group("replicas", (0, 1), Topology(0, 1, 2), CurrentOperation(), 1.0)
+    channel = TorchNcclCommunicator.__new__(TorchNcclCommunicator)
+    GroupMembership.__init__(channel, group)
+    channel._groups = TorchGroups(None, {(1, 0): Mock()})
+    with pytest.raises(AssertionError, match="replicas: no group for messages from 0 to 1"):
+        channel.send(torch.zeros(1), to=1)
 
 
 def lose_a_peer(rank: int, world_size: int, url: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline_parallel.engine import Engine
 from pipeline_parallel.microbatch import PipelineBatch
-from pipeline_parallel.p2p import AHEAD
+from pipeline_parallel.p2p import AHEAD, MessageSpec
 from pipeline_parallel.schedule.schedules import SCHEDULES, Schedule
 from tests.support.orders import OTHER_ORDERS, schedule_of
 from tests.support.pipeline_doubles import IdleStage
@@ -21,6 +21,8 @@ from tests.support.pipeline_doubles import IdleStage
 
 class NotedLink:
     """Double of `StageLink` that records the engine's calls."""
+
+    spec = MessageSpec((1, 1, 1), torch.float32, torch.device("cpu"))
 
     def __init__(self, stage: int, num_stages: int) -> None:
         self.stage, self.num_stages = stage, num_stages

@@ -105,7 +105,14 @@ def measure_all(rank: int, world_size: int, _: str, urls: dict[str, str]) -> lis
                 doubles.enter_context(nccl_double())
             if backend == "nccl":
                 doubles.enter_context(gloo_for_nccl())
-            entered = enter(rank, url, num_stages=1, num_replicas=world_size, dist_backend=backend)
+            entered = enter(
+                rank,
+                url,
+                num_stages=1,
+                num_replicas=world_size,
+                dist_backend=backend,
+                measures_links=True,
+            )
             doubles.enter_context(patch("planning.cluster.check._LINK_SECONDS", AMPLE_SECONDS))
             wanted = dict.fromkeys(links(entered.topology), 300_000)
             speeds = measure_links(
