@@ -45,33 +45,37 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         q, k, v = (tensor.flatten(0, 1) for tensor in (query, key, value))
-        q = q * query.shape[-1] ** -0.5
         rows, heads, seq_len, size = query.shape
+        # Scores are fp32 also in half precision: the softmax multiplies their rounding error.
+        wide = torch.promote_types(query.dtype, torch.float32)
+        q, wide_k = q.to(wide) * size**-0.5, k.to(wide)
         # The memory layout is the layout of the next layer's input.
         out = query.new_empty((rows, seq_len, heads, size)).transpose(1, 2)
         probabilities = []
-        for queries, keys in _blocks(q.shape[1]):
-            scores = torch.bmm(q[:, queries], k[:, keys].transpose(1, 2))
-            scores[:, :, queries].add_(causal_mask(queries.stop - queries.start, q.dtype))
-            p = torch.softmax(scores, -1, out=scores)
+        for queries, keys in _blocks(seq_len):
+            scores = torch.bmm(q[:, queries], wide_k[:, keys].transpose(1, 2))
+            scores[:, :, queries].add_(causal_mask(queries.stop - queries.start, wide))
+            p = torch.softmax(scores, -1, out=scores).to(query.dtype)
             out[:, :, queries] = torch.bmm(p, v[:, keys]).view(rows, heads, -1, size)
             probabilities.append(p)
-        ctx.save_for_backward(q, k, v, out, *probabilities)
+        ctx.save_for_backward(q.to(query.dtype), k, v, *probabilities)
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, out, *probabilities = ctx.saved_tensors
-        d_out = gradient.flatten(0, 1)
-        shift = (out * gradient).sum(-1, keepdim=True).flatten(0, 1)
-        d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for (queries, keys), p in zip(_blocks(q.shape[1]), probabilities, strict=True):
+        q, k, v, *probabilities = ctx.saved_tensors
+        d_out, scale = gradient.flatten(0, 1), q.shape[-1] ** -0.5
+        d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        blocks = list(zip(_blocks(q.shape[1]), probabilities, strict=True))
+        for (queries, keys), p in reversed(blocks):
             d = d_out[:, queries]
-            d_v[:, keys].baddbmm_(p.transpose(1, 2), d)
-            d_scores = torch.bmm(d, v[:, keys].transpose(1, 2)).sub_(shift[:, queries]).mul_(p)
-            d_q[:, queries] = torch.bmm(d_scores, k[:, keys])
-            d_k[:, keys].baddbmm_(d_scores.transpose(1, 2), q[:, queries])
-        d_q.mul_(q.shape[-1] ** -0.5)
+            d_scores = torch.bmm(d, v[:, keys].transpose(1, 2))
+            torch._softmax_backward_data(d_scores, p, -1, p.dtype, grad_input=d_scores)
+            torch.mul(torch.bmm(d_scores, k[:, keys]), scale, out=d_q[:, queries])
+            # The last block has all keys: its products overwrite d_k and d_v.
+            beta = 0 if queries.stop == q.shape[1] else 1
+            d_k[:, keys].baddbmm_(d_scores.transpose(1, 2), q[:, queries], beta=beta)
+            d_v[:, keys].baddbmm_(p.transpose(1, 2), d, beta=beta)
         shape = gradient.shape
         return d_q.view(shape), d_k.view(shape), d_v.view(shape)
 

@@ -42,9 +42,16 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def add_matmul_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Adds a @ b to `total` (fp32) in place; in one operation if the matmul is computed in fp32."""
+    """Adds a @ b to `total` (fp32) in place.
+
+    Where one operation does this, the product is not rounded before the addition: if it is computed
+    in fp32, and on a GPU. There, cuBLAS multiplies half precision and adds to fp32. "meta" stands
+    for a GPU in a dry run. torch has this form of addmm since 2.11, and only for GPUs.
+    """
     dtype = matmul_dtype(a)
     if dtype == total.dtype:
         total.addmm_(a.to(dtype), b.to(dtype))
+    elif total.device.type in ("cuda", "meta") and torch.__version__ >= (2, 11):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total.add_(a @ b)

@@ -258,7 +258,7 @@ def _our_head(head: Head, x: Tensor, labels: Tensor, chunk_bytes: int) -> list[T
     attach_grad_buffer(head, gradients.buffer)
     gradients.begin_update(1)
     leaf, num_trained = x.clone().requires_grad_(), int((labels != IGNORED).sum())
-    with patch("modules.layers.lm_head.CHUNK_BYTES", chunk_bytes):
+    with patch("modules.layers.lm_head.chunk_bytes", return_value=chunk_bytes):
         loss = head.loss(leaf, labels, scale=1.0 / num_trained)
     torch.autograd.backward(loss)
     gradients.finish_exchange()

@@ -164,7 +164,7 @@ def test_chunks_of_a_head_are_noted_as_one() -> None:
     model = make_model("neox")
     gradients = gradients_of(model)
     stage = Stage(model, recompute="none", gradients=gradients.buffer, splits=False)
-    with noted() as names, patch("modules.layers.lm_head.CHUNK_BYTES", 4 * 97 * 5):
+    with noted() as names, patch("modules.layers.lm_head.chunk_bytes", return_value=4 * 97 * 5):
         run(stage, later=False)
     assert Counter(names)[f"{LAYERS + 1}.embed_out.weight"] == MICROBATCHES
 

@@ -13,6 +13,7 @@ from torch.nn import functional
 from modules.layers.linear import Linear, attach_grad_buffer
 from modules.layers.lm_head import IGNORED, Head
 from modules.registry import MODELS
+from planning.memory.fake_model import tensors_without_memory
 from tests.support.gradients import gradients_of
 from tests.support.memory import peak_bytes
 from tests.support.models import make_hf
@@ -59,7 +60,7 @@ def ours(head: Head, x: Tensor, labels: Tensor, scale: float, chunk: int) -> Giv
     attach_grad_buffer(head, gradients.buffer)
     gradients.begin_update(1)
     x = x.clone().requires_grad_()
-    with patch("modules.layers.lm_head.CHUNK_BYTES", 4 * VOCABULARY * chunk):
+    with patch("modules.layers.lm_head.chunk_bytes", return_value=4 * VOCABULARY * chunk):
         loss = head.loss(x, labels, scale=scale)
     torch.autograd.backward(loss)
     gradients.finish_exchange()  # every parameter was counted once
@@ -113,7 +114,10 @@ def test_loss_and_gradients_are_torchs(
 @pytest.mark.parametrize("dtype", EPS)
 def test_loss_without_gradients_is_the_same(dtype: torch.dtype) -> None:
     head, (x, labels) = make_head("gptj", dtype), material(dtype, "some")
-    with torch.no_grad(), patch("modules.layers.lm_head.CHUNK_BYTES", 4 * VOCABULARY * 8):
+    with (
+        torch.no_grad(),
+        patch("modules.layers.lm_head.chunk_bytes", return_value=4 * VOCABULARY * 8),
+    ):
         alone = head.loss(x, labels, scale=1.0).item()
     assert alone == ours(head, x, labels, 1.0, 8).loss
 
@@ -154,9 +158,9 @@ WIDE, LONG, NARROW = 4096, 512, 16  # vocabulary, tokens, hidden size: logits ar
 class WideHead(Head):
     """A head in which only the logits need much memory."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, vocabulary: int = WIDE) -> None:
         super().__init__()
-        self.first, self.second = nn.LayerNorm(NARROW), Linear(NARROW, WIDE, bias=False)
+        self.first, self.second = nn.LayerNorm(NARROW), Linear(NARROW, vocabulary, bias=False)
         self.to(dtype)
 
     @property
@@ -182,7 +186,7 @@ def peak_of(dtype: torch.dtype, chunks: int, *, training: bool) -> float:
         if training:
             torch.autograd.backward(loss)
 
-    with patch("modules.layers.lm_head.CHUNK_BYTES", 4 * WIDE * LONG // chunks):
+    with patch("modules.layers.lm_head.chunk_bytes", return_value=4 * WIDE * LONG // chunks):
         run()  # allocates everything that is made only once
         _, peak = peak_bytes(run)
     return peak / (4 * WIDE * LONG)
@@ -206,3 +210,25 @@ def test_fp32_holds_one_chunk_of_logits(chunks: int, training: bool) -> None:
 def test_half_precision_holds_few_chunks_of_logits(dtype: torch.dtype, chunks: int) -> None:
     """At the peak, memory holds the logits of one chunk twice: in fp32 and in half precision."""
     assert peak_of(dtype, chunks, training=True) <= 1.5 / chunks + SMALL
+
+
+@pytest.mark.parametrize(("device", "megabytes"), [("cpu", 64), ("meta", 512)])
+def test_a_gpu_has_larger_chunks_which_the_plan_counts(device: str, megabytes: int) -> None:
+    """A chunk's logits have 64 MiB on a CPU and 512 MiB on a GPU, for which "meta" stands.
+
+    On GPUs, chunks of 64 MiB made products of 333 tokens, which are too small to be fast.
+    """
+    vocabulary, tokens = 50304, 6000  # 1.1 GiB of logits
+    head = WideHead(torch.float32, vocabulary)
+    with tensors_without_memory() as live, torch.device(device):
+        for layer in (head.norm, head.projection):
+            for name, parameter in list(layer.named_parameters()):
+                layer.register_parameter(name, nn.Parameter(torch.empty(parameter.shape)))
+        attach_grad_buffer(head, gradients_of(head).buffer)
+        x = torch.zeros(1, tokens, NARROW)
+        labels = torch.zeros(1, tokens, dtype=torch.int64)
+        live.reset_peak()
+        begin = live.current[device]
+        head.loss(x, labels, scale=1.0)
+        peak = (live.peak[device] - begin) / 2**20
+    assert megabytes - 0.2 <= peak <= megabytes + 5  # 5: activations, and sums for each token
