@@ -14,6 +14,9 @@ from torch.nn import functional
 from modules.matmul.cpu_info import CpuInfo
 
 
+_HAS_OUT_DTYPE = torch.torch_version.TorchVersion(torch.__version__) >= "2.11"  # addmm's argument
+
+
 @cache
 def rounds_matmul(dtype: torch.dtype, device_type: str) -> bool:
     """Returns whether this type of device computes matmuls of `dtype` in fp32 and rounds them."""
@@ -51,7 +54,7 @@ def add_matmul_(total: Tensor, a: Tensor, b: Tensor) -> None:
     dtype = matmul_dtype(a)
     if dtype == total.dtype:
         total.addmm_(a.to(dtype), b.to(dtype))
-    elif total.device.type in ("cuda", "meta") and torch.__version__ >= (2, 11):
+    elif total.device.type in ("cuda", "meta") and _HAS_OUT_DTYPE:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total.add_(a @ b)
