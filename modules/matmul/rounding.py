@@ -13,7 +13,6 @@ from torch.nn import functional
 
 from modules.matmul.cpu_info import CpuInfo
 
-
 _HAS_OUT_DTYPE = torch.torch_version.TorchVersion(torch.__version__) >= "2.11"  # addmm's argument
 
 
