@@ -86,8 +86,8 @@ SAME: dict[str, list[Run]] = {
     ],
     "dropout": [Run("dropout", 1, ONE), Run("dropout", 1, FOUR, PLAIN)],
     "dropout, two replicas": [
-        Run("dropout", 1, ONE_TWICE, PLAIN),
-        Run("dropout", 1, TWO_TWICE, {"recompute": "selective"}),
+        Run("dropout", 1, ONE_TWICE, {"recompute": "selective"}),
+        Run("dropout", 1, TWO_TWICE),
     ],
     "schedules": [
         Run("neox", 1, TWO, scheduled("gpipe", "true")),

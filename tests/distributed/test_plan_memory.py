@@ -164,7 +164,7 @@ def with_memory(room: int, _: Topology) -> AbstractContextManager[object]:
 
 @pytest.mark.slow
 def test_auto_uses_the_memory_that_there_is(folder: Path) -> None:
-    """Four sizes of memory: the choice, the plan within 1%, and the measured peak below the size.
+    """Four sizes of memory: the choice, and the plan of its peak within 1% of the measured one.
 
     The smallest size is not enough for any mode.
     """
