@@ -35,7 +35,8 @@ def row_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def short_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Returns causal softmax attention with scores scaled by 1 / sqrt(head size).
 
-    All tensors are (rows, heads, seq_len, head size).
+    `query` is (rows, heads, seq_len, head size). `key` and `value` may have fewer heads; then
+    several query heads share a key head, and their queries are the rows of one matmul.
     """
     out: Tensor = _Attention.apply(query, key, value)  # type: ignore[no-untyped-call]
     return out
@@ -51,10 +52,12 @@ class _Attention(torch.autograd.Function):
         out = query.new_empty((rows, seq_len, heads, size)).transpose(1, 2)
         probabilities = []
         for queries, keys in _blocks(q.shape[1]):
-            scores = torch.bmm(q[:, queries], k[:, keys].transpose(1, 2))
+            scores = torch.bmm(_shared(q[:, queries], k), k[:, keys].transpose(1, 2))
+            scores = scores.view(len(q), -1, keys.stop)
             scores[:, :, queries].add_(causal_mask(queries.stop - queries.start, q.dtype))
             p = torch.softmax(scores, -1, out=scores)
-            out[:, :, queries] = torch.bmm(p, v[:, keys]).view(rows, heads, -1, size)
+            mixed = torch.bmm(_shared(p, k), v[:, keys])
+            out[:, :, queries] = mixed.view(rows, heads, -1, size)
             probabilities.append(p)
         ctx.save_for_backward(q, k, v, out, *probabilities)
         return out
@@ -66,14 +69,23 @@ class _Attention(torch.autograd.Function):
         shift = (out * gradient).sum(-1, keepdim=True).flatten(0, 1)
         d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for (queries, keys), p in zip(_blocks(q.shape[1]), probabilities, strict=True):
-            d = d_out[:, queries]
+            d, p = _shared(d_out[:, queries], k), _shared(p, k)
             d_v[:, keys].baddbmm_(p.transpose(1, 2), d)
-            d_scores = torch.bmm(d, v[:, keys].transpose(1, 2)).sub_(shift[:, queries]).mul_(p)
-            d_q[:, queries] = torch.bmm(d_scores, k[:, keys])
-            d_k[:, keys].baddbmm_(d_scores.transpose(1, 2), q[:, queries])
+            d_scores = torch.bmm(d, v[:, keys].transpose(1, 2))
+            d_scores.sub_(_shared(shift[:, queries], k)).mul_(p)
+            d_q[:, queries] = torch.bmm(d_scores, k[:, keys]).view(len(q), -1, q.shape[-1])
+            d_k[:, keys].baddbmm_(d_scores.transpose(1, 2), _shared(q[:, queries], k))
         d_q.mul_(q.shape[-1] ** -0.5)
-        shape = gradient.shape
-        return d_q.view(shape), d_k.view(shape), d_v.view(shape)
+        shape, key_shape = gradient.shape, (gradient.shape[0], -1, *gradient.shape[2:])
+        return d_q.view(shape), d_k.view(key_shape), d_v.view(key_shape)
+
+
+def _shared(x: Tensor, k: Tensor) -> Tensor:
+    """Returns `x` (rows * heads, queries, n) as the rows of one matmul for each key head of `k`.
+
+    The shape is (rows * key heads, heads per key head * queries, n).
+    """
+    return x.reshape(len(k), -1, x.shape[-1])
 
 
 def _blocks(seq_len: int) -> Iterator[tuple[slice, slice]]:

@@ -224,7 +224,7 @@ def check_head(report: CheckReport, options: Options) -> None:
 
 def _like(head: Any, dtype: torch.dtype) -> nn.Module:
     """Returns a head of torch's own layers, with the weights of `head` in `dtype`."""
-    norm, projection = head.norm, head.projection
+    norm, projection = head.final_norm, head.projection
     linear = nn.Linear(
         projection.in_features, projection.out_features, bias=projection.bias is not None
     )

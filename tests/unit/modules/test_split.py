@@ -133,20 +133,24 @@ def test_the_work_of_a_known_model() -> None:
         ("gptneox", {"hidden_size": 48, "num_attention_heads": 6, "intermediate_size": 100}),
         ("gptj", {}),
         ("gptj", {"n_inner": 50, "vocab_size": 131}),
+        ("llama", {}),
+        ("llama", {"head_dim": 12, "num_key_value_heads": 1}),
     ],
 )
 def test_work_is_that_of_the_modules_matrices(name: str, changes: dict[str, Any]) -> None:
     """A module's work per token is its number of matrix elements.
 
-    A block's work has, in addition, 2 x hidden size for each key that a token attends to.
+    A block's work has, in addition, 2 x width of all heads for each key that a token attends to.
     """
     family, config, tokens = MODELS[name].load(), make_hf(name, **changes).config, 9
     layers = [make_layer(family, config, i, "meta") for i in range(config.num_hidden_layers + 2)]
     _, block, *_, head = (sum(p.numel() for p in x.parameters() if p.dim() > 1) for x in layers)
     keys = sum(position + 1 for position in range(tokens))
-    assert (2 * config.hidden_size * keys) % tokens == 0
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = config.num_attention_heads * size
+    assert (2 * width * keys) % tokens == 0
     work = family.sizes(config).work(tokens)
-    assert work.block == block + 2 * config.hidden_size * keys // tokens
+    assert work.block == block + 2 * width * keys // tokens
     assert work.head == head
 
 
