@@ -114,11 +114,10 @@ def _attend_by_length(
     order, inverse = documents.by_length, documents.original_order
     sizes = [count * length for count, length in documents.groups]
     parts = [_reorder(tensor, order, inverse).split(sizes) for tensor in packed]
-    attended = [
-        window_attention(*(_as_rows(part, *group) for part in qkv), window)
-        for group, qkv in zip(documents.groups, zip(*parts, strict=True), strict=True)
-    ]
-    attended = [part.transpose(1, 2).flatten(0, 1) for part in attended]
+    attended = []
+    for group, part in zip(documents.groups, zip(*parts, strict=True), strict=True):
+        query, key, value = (_as_rows(tensor, *group) for tensor in part)
+        attended.append(window_attention(query, key, value, window).transpose(1, 2).flatten(0, 1))
     return _reorder(torch.cat(attended), inverse, order)
 
 

@@ -38,8 +38,8 @@ def window_attention(
 def _by_blocks(query: Tensor, key: Tensor, value: Tensor, window: int, dropout: float) -> Tensor:
     """Returns the attention; the first `window` queries see all earlier keys and need no mask."""
     seq_len = query.shape[2]
-    first = (tensor[:, :, :window] for tensor in (query, key, value))
-    parts = [window_attention(*first, None, dropout=dropout)]
+    q, k, v = (tensor[:, :, :window] for tensor in (query, key, value))
+    parts = [window_attention(q, k, v, None, dropout=dropout)]
     for start in range(window, seq_len, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, seq_len)
         mask = window_mask(stop - start, window, query.dtype, query.device)

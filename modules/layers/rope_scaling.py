@@ -38,6 +38,8 @@ class RopeScaling(Protocol):
     @property
     def cos_factor(self) -> float: ...
 
+    def __hash__(self) -> int: ...
+
     def scale(self, frequencies: Tensor, base: float) -> Tensor:
         """Returns the changed frequencies (pairs); pair i had base^(-i / pairs)."""
 

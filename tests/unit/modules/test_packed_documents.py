@@ -36,6 +36,7 @@ MODELS_TRIED: list[tuple[str, dict[str, Any]]] = [
     ("gptneox", {"use_parallel_residual": False}),
     ("gptj", {}),
     ("llama", {}),
+    ("mistral", {}),  # the window is shorter than some documents
 ]
 
 

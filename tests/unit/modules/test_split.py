@@ -154,6 +154,18 @@ def test_work_is_that_of_the_modules_matrices(name: str, changes: dict[str, Any]
     assert work.head == head
 
 
+def test_a_query_with_a_window_has_less_work() -> None:
+    """In 9 tokens, a query sees 45 keys in all without a window, and 42 with a window of 7.
+
+    Two of the three blocks have the window. The work of a block is the mean.
+    """
+    window = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
+    sizes = MODELS["qwen3"].load().sizes(make_hf("qwen3", **window).config)
+    block = 32 * (2 * 32 + 2 * 16 + 3 * 48)
+    assert sizes.work(9).block == block + 2 * 32 * (45 + 42 + 42) // (9 * 3)
+    assert sizes.work(7) == sizes._replace(window=0, window_layers=0).work(7)
+
+
 @pytest.mark.parametrize(("family", "key"), [("gptneox", "intermediate_size"), ("gptj", "n_inner")])
 def test_a_config_with_a_size_of_zero_is_refused(family: str, key: str, tmp_path: Path) -> None:
     hf_config(family, {key: 0}).save_pretrained(tmp_path)
