@@ -9,9 +9,15 @@ from arguments.parser import OneLineParser, refuse
 from arguments.values import layers, switch, whole
 
 
-def parse_convert_from_hf(family: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the flags of convert_from_hf_<family>.py; exits with status 2 if a flag is wrong."""
-    parser = OneLineParser(f"Converts a Hugging Face {family} model to layer shards.")
+def parse_convert_from_hf(
+    family: str | None = None, argv: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """Parses the flags of convert_from_hf_<family>.py; exits with status 2 if a flag is wrong.
+
+    Without a family, they are the same flags of convert_from_hf.py.
+    """
+    model = "model" if family is None else f"{family} model"
+    parser = OneLineParser(f"Converts a Hugging Face {model} to layer shards.")
     add = parser.add_argument
     add("--model-name", required=True, help="folder in the Hugging Face format, or hub name")
     add(
@@ -29,9 +35,15 @@ def parse_convert_from_hf(family: str, argv: Sequence[str] | None = None) -> arg
     return _parse_or_refuse(parser, argv)
 
 
-def parse_convert_to_hf(family: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the flags of convert_to_hf_<family>.py; exits with status 2 if a flag is wrong."""
-    parser = OneLineParser(f"Converts a {family} training checkpoint to the Hugging Face format.")
+def parse_convert_to_hf(
+    family: str | None = None, argv: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """Parses the flags of convert_to_hf_<family>.py; exits with status 2 if a flag is wrong.
+
+    Without a family, they are the same flags of convert_to_hf.py.
+    """
+    checkpoint = "training checkpoint" if family is None else f"{family} training checkpoint"
+    parser = OneLineParser(f"Converts a {checkpoint} to the Hugging Face format.")
     add = parser.add_argument
     add(
         "--ckpt-path",

@@ -10,6 +10,7 @@ from torch import nn
 
 from common.seeds import derive_seed
 from modules.families.base import Family
+from modules.layers.norm import RMSNorm
 
 
 def make_layer(family: Family, config: Any, index: int, device: torch.device | str) -> nn.Module:
@@ -62,6 +63,8 @@ def initialise_(module: nn.Module, *, std: float, seed: int, index: int) -> None
         if isinstance(part, nn.LayerNorm):
             part.weight.fill_(1.0)
             part.bias.zero_()
+        elif isinstance(part, RMSNorm):
+            part.weight.fill_(1.0)
         elif isinstance(part, (nn.Linear, nn.Embedding)):
             values = torch.empty(part.weight.shape).normal_(0.0, std, generator=generator)
             part.weight.copy_(values)

@@ -11,7 +11,10 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class ModuleWork:
-    """The multiply-adds per token of a block and of the head; the embedding needs none."""
+    """The multiply-adds per token of a block and of the head; the embedding needs none.
+
+    If blocks differ, `block` is their mean.
+    """
 
     block: int
     head: int
@@ -23,6 +26,9 @@ class ModelSizes(NamedTuple):
     hidden: the width of activations. inner: the width of the feed-forward part.
     block_weights: the number of elements in a block's matrices. Each element needs one multiply-add
         per token.
+    heads, head_size: the number of query heads, and their width.
+    window: in some blocks a query sees only so many of the last keys; 0 if no block has a window.
+    window_layers: the number of these blocks.
     """
 
     layers: int
@@ -30,15 +36,25 @@ class ModelSizes(NamedTuple):
     inner: int
     vocabulary: int
     block_weights: int
+    heads: int
+    head_size: int
+    window: int = 0
+    window_layers: int = 0
 
     def work(self, seq_len: int) -> ModuleWork:
         """Returns the multiply-adds per token in sequences of `seq_len` tokens.
 
-        In attention a token needs `hidden` multiply-adds for scores and `hidden` for values, for
-        every key up to its own position: (seq_len + 1) / 2 keys on average. (Some kernels also
-        compute the masked half; this is not counted.)
+        In attention a token needs heads * head_size multiply-adds for scores, and as many for
+        values, for every key that it sees. Without a window these are the keys up to its own
+        position: (seq_len + 1) / 2 on average. (Some kernels also compute masked scores; this is
+        not counted.)
         """
-        attention = self.hidden * (seq_len + 1)
+        full_layers = self.layers - self.window_layers
+        width, window = 2 * self.heads * self.head_size, min(self.window, seq_len)
+        all_keys = full_layers * _num_keys(seq_len)
+        if self.window_layers:
+            all_keys += self.window_layers * (_num_keys(window) + (seq_len - window) * window)
+        attention = width * all_keys // (seq_len * self.layers)
         return ModuleWork(self.block_weights + attention, self.head_weights)
 
     def multiply_adds(self, seq_len: int) -> int:
@@ -50,3 +66,8 @@ class ModelSizes(NamedTuple):
     def head_weights(self) -> int:
         """The number of elements in the head's projection; the embedding has the same number."""
         return self.hidden * self.vocabulary
+
+
+def _num_keys(seq_len: int) -> int:
+    """Returns the number of keys that all queries of a sequence see together without a window."""
+    return seq_len * (seq_len + 1) // 2

@@ -11,28 +11,36 @@ from contextlib import contextmanager
 from typing import Any
 
 from common.text import one_line
-from modules.registry import MODELS
+from modules.registry import MODELS, model_type_of
 
 
-def run_from_hf(model_type: str, flags: Mapping[str, Any]) -> None:
-    """Converts a Hugging Face model to layer shards.
+def run_from_hf(model_type: str | None, flags: Mapping[str, Any]) -> None:
+    """Converts a Hugging Face model to layer shards; None: config.json tells the model type.
 
     Exits with status 2 and one line on stderr if the input is bad.
     """
     with _command():
         from checkpoint.conversion.from_hf import convert_from_hf
+        from checkpoint.files.model_folder import find_model
 
+        if model_type is None:
+            source = find_model(flags["model_name"], flag="--model-name", weights=False)
+            model_type = model_type_of(source)
         convert_from_hf(MODELS[model_type].load(), **flags)
 
 
-def run_to_hf(model_type: str, flags: Mapping[str, Any]) -> None:
-    """Converts a checkpoint to a Hugging Face model.
+def run_to_hf(model_type: str | None, flags: Mapping[str, Any]) -> None:
+    """Converts a checkpoint to a Hugging Face model; None: config.json tells the model type.
 
     Exits with status 2 and one line on stderr if the input is bad.
     """
     with _command():
-        from checkpoint.conversion.to_hf import convert_to_hf
+        from checkpoint.conversion.to_hf import config_folder, convert_to_hf
+        from checkpoint.steps.stage_weights import resolve_checkpoint
 
+        if model_type is None:
+            step = resolve_checkpoint(flags["ckpt_path"])
+            model_type = model_type_of(config_folder(step, flags["config_name"]))
         convert_to_hf(MODELS[model_type].load(), **flags)
 
 

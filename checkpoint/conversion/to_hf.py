@@ -52,14 +52,7 @@ def convert_to_hf(
     step = resolve_checkpoint(ckpt_path)
     if not check_weights(step, companions=config_name is None):
         LOGGER.info("%s has no manifest: its files are not verified", step)
-    source = step
-    if config_name is not None:
-        source = find_model(config_name, flag="--config-name", weights=False)
-    elif not (step / "config.json").is_file():
-        raise ValueError(
-            f"--config-name is missing, and {step} has no config.json: expected a folder or hub "
-            "name of config and tokenizer"
-        )
+    source = config_folder(step, config_name)
     config = family.load_config(source)
     split = read_split(
         step,
@@ -88,3 +81,18 @@ def convert_to_hf(
             verify_logits(folder, family, config, modules, dtype)
     LOGGER.info("%s is complete", save_path)
     return save_path
+
+
+def config_folder(step: Path, config_name: str | None) -> Path:
+    """Returns the folder of config and tokenizer: that of --config-name or, without it, the step.
+
+    Raises ValueError if there is no such folder, or the step lacks config.json.
+    """
+    if config_name is not None:
+        return find_model(config_name, flag="--config-name", weights=False)
+    if not (step / "config.json").is_file():
+        raise ValueError(
+            f"--config-name is missing, and {step} has no config.json: expected a folder or hub "
+            "name of config and tokenizer"
+        )
+    return step

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from common.seeds import derive_seed
-from modules.attention.cpu import row_attention
 from modules.attention.packed_documents import PackedDocuments
-from modules.attention.sdpa import sdpa_attention
-from modules.attention.varlen import varlen_attention
+from modules.attention.varlen import complete_row_attention, varlen_attention
+from modules.attention.window import window_attention
 from modules.layers.dropout import Keys
 from modules.matmul.rounding import matmul_dtype
 
@@ -29,28 +28,38 @@ def causal_attention(
     site: str,
     keys: Keys,
     documents: PackedDocuments | None,
+    window: int | None = None,
 ) -> Tensor:
     """Returns causal softmax attention with scores scaled by 1 / sqrt(head size).
 
     Args:
-        query, key, value: (rows, heads, seq_len, head size).
+        query: (rows, heads, seq_len, head size).
+        key, value: (rows, key heads, seq_len, head size); neighbouring query heads share a key
+            head.
         dropout: the probability of dropping an attention weight.
         site: the name of this attention in the model; the dropout masks depend on it.
         keys: the dropout key of each row; None for no dropout.
         documents: the documents of the rows, if a token attends only to its own document;
             None if attention covers complete rows.
+        window: how many of the last keys a query sees, its own position included; None for all. A
+            window that is as long as the longest sequence costs nothing.
 
     Returns:
         (rows, heads, seq_len, head size).
     """
+    longest = query.shape[2] if documents is None else documents.longest
+    if window is not None and window >= longest:
+        window = None
     dtype = matmul_dtype(query)
     q, k, v = (tensor.to(dtype) for tensor in (query, key, value))
     if keys is not None and dropout > 0.0:
-        out = _dropout_attention(q, k, v, dropout, site=site, keys=keys, documents=documents)
+        out = _dropout_attention(
+            q, k, v, dropout, window, site=site, keys=keys, documents=documents
+        )
     elif documents is not None:
-        out = varlen_attention(q, k, v, documents)
+        out = varlen_attention(q, k, v, documents, window)
     else:
-        out = row_attention(q, k, v)
+        out = complete_row_attention(q, k, v, window)
     return out.to(query.dtype)
 
 
@@ -59,6 +68,7 @@ def _dropout_attention(
     key: Tensor,
     value: Tensor,
     dropout: float,
+    window: int | None,
     *,
     site: str,
     keys: Sequence[int],
@@ -76,7 +86,7 @@ def _dropout_attention(
         attended = []
         for segment_site, q, k, v in zip(sites, *segments, strict=True):
             _seed_default_generator(derive_seed(sequence_key, segment_site), query.device)
-            attended.append(sdpa_attention(q, k, v, dropout=dropout))
+            attended.append(window_attention(q, k, v, window, dropout=dropout))
         rows.append(torch.cat(attended, dim=2))
     return torch.cat(rows)
 

@@ -35,7 +35,8 @@ def row_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def short_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Returns causal softmax attention with scores scaled by 1 / sqrt(head size).
 
-    All tensors are (rows, heads, seq_len, head size).
+    `query` is (rows, heads, seq_len, head size). `key` and `value` may have fewer heads; then
+    several query heads share a key head, and their queries are the rows of one matmul.
     """
     out: Tensor = _Attention.apply(query, key, value)  # type: ignore[no-untyped-call]
     return out
@@ -53,10 +54,12 @@ class _Attention(torch.autograd.Function):
         out = query.new_empty((rows, seq_len, heads, size)).transpose(1, 2)
         probabilities = []
         for queries, keys in _blocks(seq_len):
-            scores = torch.bmm(q[:, queries], wide_k[:, keys].transpose(1, 2))
+            scores = torch.bmm(_shared(q[:, queries], k), wide_k[:, keys].transpose(1, 2))
+            scores = scores.view(len(q), -1, keys.stop)
             scores[:, :, queries].add_(causal_mask(queries.stop - queries.start, wide))
             p = torch.softmax(scores, -1, out=scores).to(query.dtype)
-            out[:, :, queries] = torch.bmm(p, v[:, keys]).view(rows, heads, -1, size)
+            mixed = torch.bmm(_shared(p, k), v[:, keys])
+            out[:, :, queries] = mixed.view(rows, heads, -1, size)
             probabilities.append(p)
         ctx.save_for_backward(q.to(query.dtype), k, v, *probabilities)
         return out
@@ -68,16 +71,25 @@ class _Attention(torch.autograd.Function):
         d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         blocks = list(zip(_blocks(q.shape[1]), probabilities, strict=True))
         for (queries, keys), p in reversed(blocks):
-            d = d_out[:, queries]
+            d, p = _shared(d_out[:, queries], k), _shared(p, k)
             d_scores = torch.bmm(d, v[:, keys].transpose(1, 2))
             torch._softmax_backward_data(d_scores, p, -1, p.dtype, grad_input=d_scores)
-            torch.mul(torch.bmm(d_scores, k[:, keys]), scale, out=d_q[:, queries])
+            product = torch.bmm(d_scores, k[:, keys]).view(len(q), -1, q.shape[-1])
+            torch.mul(product, scale, out=d_q[:, queries])
             # The last block has all keys: its products overwrite d_k and d_v.
             beta = 0 if queries.stop == q.shape[1] else 1
-            d_k[:, keys].baddbmm_(d_scores.transpose(1, 2), q[:, queries], beta=beta)
+            d_k[:, keys].baddbmm_(d_scores.transpose(1, 2), _shared(q[:, queries], k), beta=beta)
             d_v[:, keys].baddbmm_(p.transpose(1, 2), d, beta=beta)
-        shape = gradient.shape
-        return d_q.view(shape), d_k.view(shape), d_v.view(shape)
+        shape, key_shape = gradient.shape, (gradient.shape[0], -1, *gradient.shape[2:])
+        return d_q.view(shape), d_k.view(key_shape), d_v.view(key_shape)
+
+
+def _shared(x: Tensor, k: Tensor) -> Tensor:
+    """Returns `x` (rows * heads, queries, n) as the rows of one matmul for each key head of `k`.
+
+    The shape is (rows * key heads, heads per key head * queries, n).
+    """
+    return x.reshape(len(k), -1, x.shape[-1])
 
 
 def _blocks(seq_len: int) -> Iterator[tuple[slice, slice]]:

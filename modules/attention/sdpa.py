@@ -20,25 +20,50 @@ def disable_cudnn_attention() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0) -> Tensor:
-    """Returns causal softmax attention with scores scaled by 1 / sqrt(head size).
+def sdpa_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0, mask: Tensor | None = None
+) -> Tensor:
+    """Returns softmax attention with scores scaled by 1 / sqrt(head size).
 
-    All tensors are (rows, heads, seq_len, head size). The device's default generator draws the
-    dropout mask.
+    The number of query heads is a multiple of the number of key heads; torch's kernels for CPUs and
+    flash attention need no copies of the keys for that. Only the memory-efficient kernel does. The
+    device's default generator draws the dropout mask.
+
+    Args:
+        query: (rows, heads, queries, head size).
+        key, value: (rows, key heads, keys, head size).
+        dropout: the probability of dropping an attention weight.
+        mask: (queries, keys), added to the scores; None for causal attention.
     """
+    uses_flash = query.dtype != torch.float32 and mask is None
+    if key.shape[1] != query.shape[1] and query.device.type != "cpu" and not uses_flash:
+        copies = query.shape[1] // key.shape[1]
+        key, value = (tensor.repeat_interleave(copies, 1) for tensor in (key, value))
     if query.device.type == "meta":
-        return _gpu_kernel(query, key, value, dropout)
-    return scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout)
+        return _gpu_kernel(query, key, value, dropout, mask, uses_flash=uses_flash)
+    return scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        dropout_p=dropout,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
 
 
-def _gpu_kernel(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-    """Calls the memory-efficient kernel for fp32, else flash attention, which lacks fp32."""
+def _gpu_kernel(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float, mask: Tensor | None, *,
+    uses_flash: bool,
+) -> Tensor:  # fmt: skip
+    """Calls flash attention or, as it lacks fp32 and masks, the memory-efficient kernel."""
     ops = torch.ops.aten
     out: Tensor
-    if query.dtype == torch.float32:
-        out, *_ = ops._scaled_dot_product_efficient_attention(
-            query, key, value, None, True, dropout, True
-        )
-    else:
+    if uses_flash:
         out, *_ = ops._scaled_dot_product_flash_attention(query, key, value, dropout, True, False)
+        return out
+    bias = None if mask is None else mask.expand(*query.shape[:2], *mask.shape)
+    out, *_ = ops._scaled_dot_product_efficient_attention(
+        query, key, value, bias, True, dropout, mask is None
+    )
     return out

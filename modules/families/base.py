@@ -65,10 +65,10 @@ class Family:
             )
         if raw.get("quantization_config"):
             raise ValueError(f"{path}: quantization_config is set: no support for quantized models")
-        if raw.get("tie_word_embeddings"):
-            raise ValueError(f"{path}: tie_word_embeddings is true: tied weights are not supported")
         try:
             config = self.config_class.from_dict(raw)
+            if config.tie_word_embeddings:  # the file's value or, without one, the class's
+                raise ValueError("tie_word_embeddings is true: tied weights are not supported")
             self.check_config(config)
             self.sizes(config)
         except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
@@ -90,12 +90,15 @@ def dense_sizes(config: Any, *, inner: int) -> ModelSizes:
     A block has four matrices of hidden x hidden and two matrices of hidden x inner.
     """
     hidden = config_size(config, "hidden_size")
+    heads = config_size(config, "num_attention_heads")
     return ModelSizes(
         layers=config_size(config, "num_hidden_layers"),
         hidden=hidden,
         inner=inner,
         vocabulary=config_size(config, "vocab_size"),
         block_weights=hidden * (4 * hidden + 2 * inner),
+        heads=heads,
+        head_size=hidden // heads,
     )
 
 

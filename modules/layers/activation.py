@@ -1,6 +1,6 @@
 """Activation functions of feed-forward layers, by their names in a config.
 
-This file has the activations of the published GPT-J and GPT-NeoX models. The other activations come
+This file has the activations of the published models. The other activations come
 from `transformers.activations`. Its import takes 1.8 s on each rank, so it is imported only if it
 is needed.
 """
@@ -21,6 +21,7 @@ FUSED: dict[str, Callable[[], nn.Module]] = {
     "gelu_fast": GELU_TANH,
     "gelu_new": GELU_TANH,
     "gelu_pytorch_tanh": GELU_TANH,
+    "silu": nn.SiLU,
 }
 
 

@@ -23,8 +23,8 @@ class Head(nn.Module):
     projection_name: str
 
     @property
-    def norm(self) -> nn.LayerNorm:
-        norm: nn.LayerNorm = getattr(self, self.norm_name)
+    def final_norm(self) -> nn.Module:
+        norm: nn.Module = getattr(self, self.norm_name)
         return norm
 
     @property
@@ -34,7 +34,7 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, keys: object = None, documents: object = None) -> Tensor:
         """Returns logits (rows, seq_len, vocabulary) of activations (rows, seq_len, hidden)."""
-        logits: Tensor = self.projection(self.norm(x))
+        logits: Tensor = self.projection(self.final_norm(x))
         return logits
 
     def loss(self, x: Tensor, labels: Tensor, *, scale: float) -> Tensor:
@@ -48,7 +48,7 @@ class Head(nn.Module):
             labels: (rows, seq_len); tokens with the label IGNORED add nothing to the loss.
             scale: the factor of the gradients; the returned loss is not scaled.
         """
-        normed, flat_labels = self.norm(x).flatten(0, 1), labels.flatten()
+        normed, flat_labels = self.final_norm(x).flatten(0, 1), labels.flatten()
         if torch.is_grad_enabled():
             loss: Tensor = _Loss.apply(normed, flat_labels, self.projection, scale)  # type: ignore[no-untyped-call]
             return loss

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modules.layers.rope_scaling import RopeScaling
+
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
@@ -45,7 +47,14 @@ class Rotation:
 
 @lru_cache(maxsize=16)
 def rotation(
-    seq_len: int, dim: int, base: float, *, pairs: bool, dtype: torch.dtype, device: torch.device
+    seq_len: int,
+    dim: int,
+    base: float,
+    *,
+    pairs: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    scaling: RopeScaling | None = None,
 ) -> Rotation:
     """Returns the rotation; its angle for pair i at position t is t / base^(2i/dim).
 
@@ -56,18 +65,24 @@ def rotation(
         pairs: whether the layout is GPT-J's (neighbours are pairs); else NeoX's (halves).
         dtype: the dtype of the tables; the angles are computed in fp32.
         device: the device of the tables.
+        scaling: a change of the angles, for longer sequences than those of pretraining.
     """
     frequencies = 1.0 / (
         base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
     )
+    if scaling is not None:
+        frequencies = scaling.scale(frequencies, base)
     positions = torch.arange(seq_len, dtype=torch.float32, device=device)
     angles = positions[:, None] * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    if scaling is not None and scaling.cos_factor != 1.0:
+        cos, sin = cos * scaling.cos_factor, sin * scaling.cos_factor
     count = angles.shape[1]
     width = 2 * count
     first, second = slice(0, count), slice(count, width)
     if pairs:
         first, second = slice(0, width, 2), slice(1, width, 2)
-    return Rotation(angles.cos().to(dtype), angles.sin().to(dtype), first, second, width)
+    return Rotation(cos.to(dtype), sin.to(dtype), first, second, width)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:

@@ -89,7 +89,7 @@ class _Process:
         self, settings: Settings, model: PlannedModel, topology: Topology, *, cuda: bool
     ) -> None:
         self._settings, self._topology, self._cuda = settings, topology, cuda
-        self._config = model.config
+        self._config, self._sizes = model.config, model.family.sizes(model.config)
         self._device = torch.device(GPU if cuda else "cpu")
         self._documents, self._algorithm = self._make_documents(), self._make_algorithm()
         modules = stage_modules(topology.stage, model.layers)
@@ -124,9 +124,8 @@ class _Process:
         """
         if self._settings.data.pack != "document":
             return None
-        seq_len, config = self._settings.update.seq_length, self._config
-        head_size = config.hidden_size // config.num_attention_heads
-        longest = min(seq_len - 1, MAX_LENGTH_PER_SIZE * head_size)
+        seq_len = self._settings.update.seq_length
+        longest = min(seq_len - 1, MAX_LENGTH_PER_SIZE * self._sizes.head_size)
         if self._cuda and self._settings.precision.precision != "fp32":
             longest = seq_len
         doc_starts = torch.arange(seq_len) // longest * longest

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modules.attention.cpu import causal_mask
+from modules.attention.window import window_mask
 from modules.layers.dropout import KeyedDropout
 from modules.layers.rotary import rotation
 from modules.stage_model import StageModel
@@ -90,3 +91,4 @@ def draw_no_dropout(model: StageModel) -> None:
 def _clear_tables() -> None:
     rotation.cache_clear()
     causal_mask.cache_clear()
+    window_mask.cache_clear()

@@ -173,7 +173,8 @@ def _measure(
 
 def _kind(block: nn.Module) -> object:
     """Returns a value that is equal for blocks that need equal bytes."""
-    return type(block), tuple((name, p.shape) for name, p in block.named_parameters())
+    shapes = tuple((name, p.shape) for name, p in block.named_parameters())
+    return type(block), getattr(block, "window", None), shapes
 
 
 def _allocate(like: Tensor, num_bytes: int) -> Tensor:

@@ -61,7 +61,8 @@ def _activation_bytes(settings: Settings, model: PlannedModel, topology: Topolog
     heads: int = model.config.num_attention_heads
     num_stages, seq_len = topology.num_stages, update.seq_length
     held = peak_in_flight(schedule, stage, num_stages, update.num_microbatches)
-    of_layer = 16 * sizes.hidden + 10 * sizes.inner + 8 * heads * seq_len
+    width = max(sizes.hidden, sizes.heads * sizes.head_size)
+    of_layer = 16 * width + 10 * sizes.inner + 8 * heads * seq_len
     layers = held * model.layers[stage] + 2  # backward has temporary tensors
     num_logits = 4 + held * splits_backward(schedule, stage, num_stages)
     per_token = layers * of_layer + 2 * (held + 8) * sizes.hidden

@@ -7,7 +7,7 @@ import pytest
 from arguments.conversion import parse_convert_from_hf, parse_convert_to_hf
 from tests.support.valid_run import the_line
 
-Parse = Callable[[str, list[str]], object]
+Parse = Callable[[str | None, list[str]], object]
 
 # the given flags | words that the error line must contain
 FROM_HF = """
@@ -34,9 +34,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("family", ["gptj", "gptneox"])
+@pytest.mark.parametrize("family", ["gptj", "gptneox", None])
 @pytest.mark.parametrize(("parse", "line"), CASES)
-def test_a_flag(parse: Parse, line: str, family: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_flag(
+    parse: Parse, line: str, family: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags, *words = line.split(" | ")
     with pytest.raises(SystemExit) as ended:
         parse(family, flags.split())

@@ -14,6 +14,7 @@ DEADLINE = 900.0  # seconds; the check needs about 30 s of a CPU core
 SECTIONS = (
     "fp32 gptj, head 256, documents: gradients",
     "bf16 gptneox, head 256, documents: gradients",
+    "bf16 qwen3, head 256, documents: gradients",
     "fp16 gptneox, head 64: gradients",
     "rotary halves bf16",
     "attention in documents bf16, head 80",

@@ -75,6 +75,8 @@ PARITY = [
     Run("neox-sequential", 1, FOUR, scheduled("1f1b")),
     Run("gptj", 1, ONE_TWICE),
     Run("gptj", 2, TWO, {"pp-mode": "zb-h1", "recompute": "selective"}),
+    Run("llama", 1, TWO_TWICE),
+    Run("qwen3", 1, FOUR, scheduled("zb-h1")),
 ]
 PLAIN = {"recompute": "false"}
 # Groups of runs with the same bits: only the number of replicas changes bits.
@@ -103,6 +105,10 @@ SAME: dict[str, list[Run]] = {
         Run("neox", 1, TWO_TWICE, scheduled("zb-h1", "false")),
         Run("neox", 1, TWO_TWICE, scheduled("zb-h1") | {"zero-stage": 0}),
         Run("neox", 1, ONE_TWICE, scheduled("zb-h1") | {"zero-stage": 1}),
+    ],
+    "grouped heads": [
+        Run("qwen3", 1, ONE, scheduled("gpipe", "false")),
+        Run("qwen3", 1, FOUR, scheduled("zb-h1")),
     ],
     "layers listed": [Run("gptj", 1, TWO), Run("gptj", 1, TWO, {"num-layers": "1,4"})],
     "auto": [Run("heavy-head", 1, shape, {"num-layers": "auto"}) for shape in (ONE, TWO)],

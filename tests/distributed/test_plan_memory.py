@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import pytest
-from transformers import GPTJConfig, GPTNeoXConfig
+from transformers import GPTJConfig, GPTNeoXConfig, LlamaConfig, Qwen3Config
 
 from arguments.settings import Settings
 from comm.topology import Topology
 from modules.layers.selective import MODES
 from modules.registry import MODELS as FAMILIES
+from modules.registry import model_type_of
 from pipeline_parallel.partition.split import AUTO
 from pipeline_parallel.partition.stage_split import StageSplit
 from planning.memory.dry_run import DryRun, PlannedModel
@@ -31,12 +32,15 @@ SIZES = {"vocab_size": 2048, "hidden_size": 128, "num_hidden_layers": 2, "num_at
 NEOX = SIZES | {"intermediate_size": 512, "max_position_embeddings": 256}
 GPTJ = {"vocab_size": 2048, "n_embd": 128, "n_layer": 2, "n_head": 8}
 GPTJ |= {"n_positions": 256, "rotary_dim": 8}
+WINDOW = {"use_sliding_window": True, "sliding_window": 48, "max_window_layers": 1}
 MODELS = {
     "neox": GPTNeoXConfig(**NEOX),  # head size 32: up to 128 tokens, attention keeps probabilities
     "dropout": GPTNeoXConfig(**NEOX, hidden_dropout=0.1, attention_dropout=0.1),
     "wide": GPTNeoXConfig(**{**NEOX, "num_attention_heads": 1, "vocab_size": 6000}),
     "deep": GPTNeoXConfig(**{**NEOX, "num_hidden_layers": 6, "num_attention_heads": 1}),
     "gptj": GPTJConfig(**GPTJ),
+    "llama": LlamaConfig(**NEOX, num_key_value_heads=2),
+    "qwen3": Qwen3Config(**NEOX, **WINDOW, num_key_value_heads=1, head_dim=64),
 }
 
 
@@ -70,6 +74,10 @@ SHAPES = [
     Shape("8bit", 1, 2, "gptj", "--fp16 --optimizer 8bit-adam --zero-stage 1"),
     Shape("three", 1, 3, "neox", "--zero-stage 1 --use-offload", slow=True),
     Shape("four", 4, 1, "deep", "--pp-mode 1f1b --recompute false --batch-size 16", slow=True),
+    Shape("llama", 2, 1, "llama", "--pp-mode zb-h1 --recompute false", slow=True),
+    Shape("llama-long", 1, 1, "llama", f"--bf16 --recompute false {LONG_8BIT}", slow=True),
+    Shape("qwen3", 2, 1, "qwen3", "--seq-length 128 --recompute false", slow=True),
+    Shape("qwen3-full", 1, 1, "qwen3", "--pp-mode 1f1b", slow=True),
 ]
 
 
@@ -84,7 +92,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flags(folder: Path, shape: Shape) -> dict[str, Any]:
-    family = "gptj" if shape.model == "gptj" else "gptneox"
+    family = model_type_of(folder / shape.model)
     held_out = f"--evaluation-data {folder}/a.jsonl --evaluation-num-batch 1"
     return flags_of(f"""
         --model-name {folder}/{shape.model} --load-pretrained-model false --model-type {family}

@@ -39,6 +39,14 @@ ROADS = [
     ("gptneox", 2, "4", "run"),
     ("gptj", 4, "1,3,1,2", "run/1"),
 ]
+# Tried by the slow tests alone: changes of the tiny config, stages, --num-layers, converted folder.
+WINDOW = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 3}
+SLOW_ROADS: dict[str, tuple[dict[str, Any], int, str, str]] = {
+    "llama": ({"attention_bias": True, "mlp_bias": True}, 2, "auto", "run"),
+    "mistral": ({"head_dim": 12}, 4, "1,3,1,2", "run/1"),
+    "qwen2": ({**WINDOW, "vocab_size": 408}, 1, "7", "run"),  # its tokenizer class adds a token
+    "qwen3": (WINDOW, 2, "4", "run/1"),
+}
 TOKENS, ROWS = 24, 2
 TOLERANCE = 1e-5  # relative, of a loss in fp32
 
@@ -169,14 +177,31 @@ def test_an_iteration_at_rate_0_changes_no_bit(
     tmp_path: Path,
     ended: Outcomes,
 ) -> None:
-    to_hf(base / f"road-{family}-{stages}" / place, tmp_path / "back", family, verify=True)
-    model = load(tmp_path / "back")
-    before, after = hf_weights(base / "hf" / family), hf_weights(tmp_path / "back")
+    check_road(base, family, f"road-{family}-{stages}", place, tmp_path / "back")
+
+
+def check_road(base: Path, family: str, run: str, place: str, back: Path) -> None:
+    to_hf(base / run / place, back, family, verify=True)
+    model = load(back)
+    before, after = hf_weights(base / "hf" / family), hf_weights(back)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert torch.equal(logits(model), logits(load(base / "hf" / family)))
-    (line,) = read_metrics(base / f"road-{family}-{stages}" / "run" / "metrics.jsonl")
+    (line,) = read_metrics(base / run / "run" / "metrics.jsonl")
     assert line["grad_norm"] > 0.0
+
+
+@pytest.mark.slow
+def test_an_iteration_at_rate_0_changes_no_bit_of_models_of_the_llama_kind(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "data.jsonl", make_texts(60, seed=1))
+    runs = {}
+    for family, (changes, stages, num_layers, _) in SLOW_ROADS.items():
+        make_shards(tmp_path, family, family, {"num_hidden_layers": LAYERS, **changes})
+        runs[family] = road(tmp_path, family, stages, num_layers)
+    for ranks in run_all([[run] for run in runs.values()], at_once=2).values():
+        assert [(outcome.status, outcome.stderr) for outcome in ranks] == [(0, "")] * len(ranks)
+    for family, (*_, place) in SLOW_ROADS.items():
+        check_road(tmp_path, family, runs[family].name, place, tmp_path / "back" / family)
 
 
 def test_the_split_is_told_once(ended: Outcomes) -> None:

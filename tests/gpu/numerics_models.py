@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from checkpoint.files.hf_weights import hf_names
 from comm.backends.single_process import SingleProcessCommunicator
 from common.seeds import dropout_keys
 from modules.layers.lm_head import IGNORED
@@ -27,9 +28,9 @@ from optimizer.build import build_optimizer
 from pipeline_parallel.microbatch import PipelineBatch
 from pipeline_parallel.stage import Stage
 from tests.support.documents import doc_starts_of, documents_in
-from tests.support.models import from_hf, hf_keys, hf_parameter, make_hf
+from tests.support.models import from_hf, hf_parameter, make_hf
 
-FAMILIES = ("gptj", "gptneox")
+FAMILIES = ("gptj", "gptneox", "qwen3")
 VOCABULARY, HEADS, LAYERS = 211, 2, 2
 ROWS, MICROBATCHES = 4, 2
 SCALE = {"fp32": 1.0, "bf16": 1.0, "fp16": 1024.0}  # the loss scale
@@ -37,6 +38,7 @@ KEYS = dropout_keys(1, update=0, first=0, count=ROWS)
 DROPOUT: dict[str, dict[str, float]] = {
     "gptj": {"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1},
     "gptneox": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
+    "qwen3": {"attention_dropout": 0.1},
 }
 
 
@@ -102,7 +104,8 @@ def document_lengths(seq_len: int) -> list[list[int]]:
 def make_model(family: str, head_size: int, device: torch.device, **changes: Any) -> Any:
     """Builds Hugging Face's model with heads of `head_size`, in fp32, with biases that are not 0.
 
-    As in the published models, a part of a head is rotated.
+    As in the published models, a part of a head is rotated in gptj and gptneox. In qwen3 both query
+    heads share one key head, and the second block has a sliding window.
     """
     hidden = HEADS * head_size
     sizes: dict[str, Any] = {
@@ -120,6 +123,14 @@ def make_model(family: str, head_size: int, device: torch.device, **changes: Any
             "n_inner": 2 * hidden,
             "n_positions": 2048,
             "rotary_dim": head_size // 4 * 2,
+        }
+    if family == "qwen3":
+        sizes |= {
+            "num_key_value_heads": 1,
+            "head_dim": head_size,
+            "use_sliding_window": True,
+            "sliding_window": 24,
+            "max_window_layers": 1,
         }
     return make_hf(family, **{"vocab_size": VOCABULARY, **sizes, **changes}).to(device)
 
@@ -148,7 +159,7 @@ def hf_result(
     torch.autograd.backward(losses.mean() * scale)
     gradients = {}
     for index in range(LAYERS + 2):
-        keys = hf_keys(MODELS[family].load(), LAYERS, index)
+        keys = hf_names(MODELS[family].load(), model.config, index)
         for ours, theirs in keys.items():
             gradient = hf_parameter(model, theirs).grad
             assert gradient is not None, theirs
@@ -183,7 +194,12 @@ def _microbatches(text: Text) -> Iterator[Part]:
 
 
 def _token_losses(model: Any, token_ids: Tensor, labels: Tensor, more: dict[str, Tensor]) -> Tensor:
-    logits = model(token_ids, use_cache=False, **more).logits
+    given: dict[str, Any] = dict(more)
+    window, mask = getattr(model.config, "sliding_window", None), more.get("attention_mask")
+    if window is not None and mask is not None:  # a mask takes the place of the model's windows
+        near = mask.triu(1 - window)
+        given["attention_mask"] = {"full_attention": mask, "sliding_attention": near}
+    logits = model(token_ids, use_cache=False, **given).logits
     logits = logits if logits.dtype == torch.float64 else logits.float()
     trained = labels != IGNORED
     return functional.cross_entropy(logits[trained], labels[trained], reduction="none")

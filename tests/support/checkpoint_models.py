@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPTJConfig, GPTNeoXConfig
+from transformers import AutoModelForCausalLM
 
 from checkpoint.conversion.from_hf import convert_from_hf
 from checkpoint.conversion.to_hf import convert_to_hf
@@ -23,9 +23,16 @@ NUM_LAYERS = 3
 VOCAB = 101  # odd, so no code can assume a padded vocabulary
 
 NEOX = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 128}
+LLAMA = {**NEOX, "num_key_value_heads": 2, "num_hidden_layers": NUM_LAYERS}
+LLAMA |= {"max_position_embeddings": 64, "tie_word_embeddings": False}
+WINDOW = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
 CONFIGS: dict[str, dict[str, Any]] = {
     "gptj": {"n_embd": 32, "n_head": 4, "n_layer": NUM_LAYERS, "rotary_dim": 4, "n_positions": 64},
     "gptneox": {**NEOX, "num_hidden_layers": NUM_LAYERS, "max_position_embeddings": 64},
+    "llama": {**LLAMA, "attention_bias": True, "mlp_bias": True},
+    "mistral": {**LLAMA, "head_dim": 12, "sliding_window": 9},
+    "qwen2": {**LLAMA, **WINDOW},
+    "qwen3": {**LLAMA, **WINDOW, "head_dim": 16},
 }
 TOKENIZER_FILES = {"tokenizer.json": '{"version": "1.0"}', "merges.txt": "#version: 0.2\n"} | {
     f"{name}.json": "{}" for name in ("tokenizer_config", "special_tokens_map", "vocab")
@@ -38,7 +45,7 @@ def family(name: str) -> Family:
 
 def make_model(name: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """Returns a transformers model; its weights, biases and norms are random, from a fixed seed."""
-    config_class = {"gptj": GPTJConfig, "gptneox": GPTNeoXConfig}[name]
+    config_class = family(name).config_class
     ends = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0}
     model = AutoModelForCausalLM.from_config(config_class(**CONFIGS[name] | ends | changes))
     generator = torch.Generator().manual_seed(1)

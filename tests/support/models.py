@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GPTJConfig, GPTJForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import AutoModelForCausalLM
 
 from checkpoint.conversion.from_hf import convert_from_hf
 from modules.families.base import Family
@@ -34,15 +34,33 @@ GPTJ = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+LLAMA = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "tie_word_embeddings": False,
+}
+CONFIGS: dict[str, dict[str, Any]] = {"gptneox": NEOX, "gptj": GPTJ, "llama": LLAMA}
+CONFIGS |= {"mistral": {**LLAMA, "sliding_window": 7}, "qwen3": LLAMA}
+CONFIGS["qwen2"] = {key: value for key, value in LLAMA.items() if key != "head_dim"}
+
+
+def hf_config(family_name: str, **changes: Any) -> Any:
+    """Returns a tiny config of a family, with changes."""
+    return MODELS[family_name].load().config_class(**{**CONFIGS[family_name], **changes})
 
 
 def make_hf(family_name: str, *, seed: int = 0, **changes: Any) -> Any:
     """Builds a Hugging Face model of random weights, biases and norms (zeros would hide errors)."""
     torch.manual_seed(seed)
-    if family_name == "gptneox":
-        model = GPTNeoXForCausalLM(GPTNeoXConfig(**{**NEOX, **changes}))
-    else:
-        model = GPTJForCausalLM(GPTJConfig(**{**GPTJ, **changes}))
+    model = AutoModelForCausalLM.from_config(hf_config(family_name, **changes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "ln_" in name or "layernorm" in name or "norm" in name:

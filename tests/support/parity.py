@@ -23,10 +23,13 @@ from tests.support.flags import flags_of
 TOLERANCE = 1e-5  # relative; the project's tolerance in fp32 on CPU
 UPDATES, ROWS, TOKENS, LAYERS, LR, WARMUP = 20, 4, 24, 5, 1e-3, 3
 SHORT = 4  # updates of runs that are compared with each other, bit for bit
+WINDOW = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2}
 MODELS_TRIED: dict[str, tuple[str, dict[str, Any]]] = {
     "neox": ("gptneox", {"num_hidden_layers": LAYERS}),
     "neox-sequential": ("gptneox", {"num_hidden_layers": LAYERS, "use_parallel_residual": False}),
     "gptj": ("gptj", {"n_layer": LAYERS}),
+    "llama": ("llama", {"num_hidden_layers": LAYERS}),
+    "qwen3": ("qwen3", {"num_hidden_layers": LAYERS, **WINDOW}),
 }
 DROPOUT = (
     "gptneox",

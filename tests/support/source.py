@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ENTRY_SCRIPTS = [
-    *(f"convert_{way}_hf_{family}" for way in ("from", "to") for family in ("gptj", "gptneox")),
+    *(f"convert_{way}_hf{end}" for way in ("from", "to") for end in ("", "_gptj", "_gptneox")),
     "dist_clm_train",
 ]
 # A package imports only from packages with a lower number. common/ has the lowest, because modules/

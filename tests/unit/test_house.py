@@ -181,7 +181,7 @@ def test_every_init_file_is_empty(room: str) -> None:
     assert_none((str(path) for path in inits if (ROOT / path).read_bytes()), "not empty:")
 
 
-def test_the_root_has_five_python_files() -> None:
+def test_the_root_has_seven_python_files() -> None:
     assert sorted(path.stem for path in ROOT.glob("*.py")) == ENTRY_SCRIPTS
 
 

@@ -14,7 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.checkpoint_models import edit_weights, to_hf, to_shards
+from tests.support.checkpoint_models import (
+    NUM_LAYERS,
+    edit_json,
+    edit_weights,
+    hf_weights,
+    to_hf,
+    to_shards,
+)
 from tests.support.refusal import check_refused
 from tests.support.valid_run import the_line
 
@@ -127,3 +134,32 @@ def test_scripts_convert_both_ways(
     run("convert_from_hf_gptneox.py", "--model-name", hf, "--save-dir", tmp_path / "s")
     assert capsys.readouterr().err == ""
     assert (tmp_path / "s" / "hf" / "pytorch_lm_head.pt").exists()
+
+
+def test_scripts_of_any_family_read_it_from_the_config(
+    originals: Path, tmp_path: Path, run: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("convert_from_hf.py", "--model-name", originals / "st", "--save-dir", tmp_path)
+    made = [path.name for path in (originals / "shards").glob("*.pt")]
+    assert len(made) == NUM_LAYERS + 2
+    for name in made:
+        expected = (originals / "shards" / name).read_bytes()
+        assert (tmp_path / "st" / name).read_bytes() == expected
+    flags = ("--ckpt-path", originals / "ck", "--save-path", tmp_path / "hf")
+    run("convert_to_hf.py", *flags)
+    found, expected_weights = hf_weights(tmp_path / "hf"), hf_weights(originals / "st")
+    assert found.keys() == expected_weights.keys()
+    assert all(torch.equal(found[key], expected_weights[key]) for key in found)
+    assert capsys.readouterr().err == ""
+
+    edit_json(tmp_path / "st" / "config.json", model_type="mamba")
+    for name, options in (
+        ("convert_from_hf.py", ("--model-name", tmp_path / "st", "--save-dir", tmp_path / "s")),
+        ("convert_to_hf.py", (*flags, "--config-name", tmp_path / "st")),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            run(name, *options)
+        assert ended.value.code == 2
+        line = the_line(capsys.readouterr().err)
+        assert "config.json: model_type is 'mamba', expected one of" in line
+        assert "gpt_neox, llama" in line

@@ -78,7 +78,16 @@ def logits(model: Any) -> Tensor:
 
 @pytest.mark.parametrize(
     ("name", "counts"),
-    [("gptj", (1, 1, 1)), ("gptj", (3,)), ("gptneox", (2, 1)), ("gptneox", (1, 2))],
+    [
+        ("gptj", (1, 1, 1)),
+        ("gptj", (3,)),
+        ("gptneox", (2, 1)),
+        ("gptneox", (1, 2)),
+        ("llama", (1, 2)),
+        ("mistral", (2, 1)),
+        ("qwen2", (3,)),
+        ("qwen3", (1, 1, 1)),
+    ],
 )
 def test_logits_come_back_to_the_bit(name: str, counts: tuple[int, ...], tmp_path: Path) -> None:
     model = make_model(name)
@@ -213,3 +222,16 @@ def test_verify_rejects_other_weights(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(ValueError, match="--verify: the logits"):
         to_hf("gptj", run, tmp_path)
     assert list((tmp_path / "result").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_shards_have_the_keys_of_the_layers(name: str, tmp_path: Path) -> None:
+    """A block's shard has the keys of Hugging Face's layer without prefix; see docs, Files."""
+    model = make_model(name)
+    shards = to_shards(name, save_model(model, tmp_path / "in"), tmp_path)
+    layer = model.model.layers[1].state_dict()
+    check_same(torch.load(shards / "pytorch_1.pt", weights_only=True), layer)
+    embedding = {"embed_tokens.weight": model.model.embed_tokens.weight}
+    check_same(torch.load(shards / "pytorch_embs.pt", weights_only=True), embedding)
+    head = {"norm.weight": model.model.norm.weight, "lm_head.weight": model.lm_head.weight}
+    check_same(torch.load(shards / "pytorch_lm_head.pt", weights_only=True), head)

@@ -30,6 +30,7 @@ MODELS_TRIED: dict[str, tuple[str, dict[str, Any]]] = {
     "neox-no-bias": ("gptneox", {"num_hidden_layers": LAYERS, **NO_BIAS}),
     "neox-sequential-no-bias": ("gptneox", {"num_hidden_layers": LAYERS, **SEQUENTIAL, **NO_BIAS}),
     "gptj": ("gptj", {"n_layer": LAYERS}),
+    "llama": ("llama", {"num_hidden_layers": LAYERS, "attention_bias": True}),
 }
 WAYS = list(product(MODES.values(), [False, True]))  # recompute, and separate weight gradients
 EPS = torch.finfo(torch.float32).eps

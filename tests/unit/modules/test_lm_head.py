@@ -146,7 +146,7 @@ def test_logits_beyond_fp16_show() -> None:
     head, (x, labels) = make_head("gptj", torch.float16), material(torch.float16, "none")
     with torch.no_grad():
         head.projection.weight[5] = 40000.0
-        head.norm.bias.fill_(3.0)
+        head.get_parameter("ln_f.bias").fill_(3.0)
     assert not math.isfinite(ours(head, x, labels, 1.0, 8).loss)
 
 
@@ -164,7 +164,7 @@ class WideHead(Head):
         self.to(dtype)
 
     @property
-    def norm(self) -> nn.LayerNorm:
+    def final_norm(self) -> nn.LayerNorm:
         return self.first
 
     @property
@@ -221,7 +221,8 @@ def test_a_gpu_has_larger_chunks_which_the_plan_counts(device: str, megabytes: i
     vocabulary, tokens = 50304, 6000  # 1.1 GiB of logits
     head = WideHead(torch.float32, vocabulary)
     with tensors_without_memory() as live, torch.device(device):
-        for layer in (head.norm, head.projection):
+        layers: list[nn.Module] = [head.norm, head.projection]
+        for layer in layers:
             for name, parameter in list(layer.named_parameters()):
                 layer.register_parameter(name, nn.Parameter(torch.empty(parameter.shape)))
         attach_grad_buffer(head, gradients_of(head).buffer)

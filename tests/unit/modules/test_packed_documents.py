@@ -36,6 +36,8 @@ MODELS_TRIED: list[tuple[str, dict[str, Any]]] = [
     ("gptneox", {}),
     ("gptneox", {"use_parallel_residual": False}),
     ("gptj", {}),
+    ("llama", {}),
+    ("mistral", {}),  # the window is shorter than some documents
 ]
 
 
@@ -98,7 +100,9 @@ def with_kernel() -> Iterator[Any]:
 def _kernel(query: Tensor, key: Tensor, value: Tensor, *options: Any, **more: Any) -> Tensor:
     """Computes causal attention like torch's `varlen_attn`, and checks the arguments."""
     cu_seq_q, cu_seq_k, max_q, max_k = options
-    assert more == {"window_size": (-1, 0)}
+    earlier, later = more["window_size"]
+    assert later == 0
+    assert more["enable_gqa"] == (query.shape[1] != key.shape[1])
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     assert torch.equal(cu_seq_q, cu_seq_k)
     bounds = cu_seq_q.tolist()
@@ -107,9 +111,12 @@ def _kernel(query: Tensor, key: Tensor, value: Tensor, *options: Any, **more: An
     out = []
     for start, stop in pairwise(bounds):
         q, k, v = (tensor[start:stop] for tensor in (query, key, value))
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
-        future = torch.ones(stop - start, stop - start, dtype=torch.bool).triu(1)
-        shares = scores.masked_fill(future, -torch.inf).softmax(-1)
+        hidden = torch.ones(stop - start, stop - start, dtype=torch.bool).triu(1)
+        if earlier >= 0:
+            hidden |= torch.ones_like(hidden).tril(-earlier - 1)
+        shares = scores.masked_fill(hidden, -torch.inf).softmax(-1)
         out.append(torch.einsum("hqk,khd->qhd", shares, v))
     return torch.cat(out)
 

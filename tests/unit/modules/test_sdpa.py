@@ -34,7 +34,7 @@ def test_dropout_seeds_the_generator_of_its_gpu_alone() -> None:
     before = cuda[0].get_state()
     with (
         patch("modules.attention.causal.torch.cuda.default_generators", cuda),
-        patch("modules.attention.causal.sdpa_attention", lambda q, k, v, dropout: v),
+        patch("modules.attention.window.sdpa_attention", lambda q, k, v, dropout: v),
         patch("torch.manual_seed", side_effect=AssertionError("seeds every device")),
     ):
         seeds = []

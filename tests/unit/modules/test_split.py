@@ -133,21 +133,37 @@ def test_the_work_of_a_known_model() -> None:
         ("gptneox", {"hidden_size": 48, "num_attention_heads": 6, "intermediate_size": 100}),
         ("gptj", {}),
         ("gptj", {"n_inner": 50, "vocab_size": 131}),
+        ("llama", {}),
+        ("llama", {"head_dim": 12, "num_key_value_heads": 1}),
     ],
 )
 def test_work_is_that_of_the_modules_matrices(name: str, changes: dict[str, Any]) -> None:
     """A module's work per token is its number of matrix elements.
 
-    A block's work has, in addition, 2 x hidden size for each key that a token attends to.
+    A block's work has, in addition, 2 x width of all heads for each key that a token attends to.
     """
     family, config, tokens = MODELS[name].load(), make_hf(name, **changes).config, 9
     layers = [make_layer(family, config, i, "meta") for i in range(config.num_hidden_layers + 2)]
     _, block, *_, head = (sum(p.numel() for p in x.parameters() if p.dim() > 1) for x in layers)
     keys = sum(position + 1 for position in range(tokens))
-    assert (2 * config.hidden_size * keys) % tokens == 0
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = config.num_attention_heads * size
+    assert (2 * width * keys) % tokens == 0
     work = family.sizes(config).work(tokens)
-    assert work.block == block + 2 * config.hidden_size * keys // tokens
+    assert work.block == block + 2 * width * keys // tokens
     assert work.head == head
+
+
+def test_a_query_with_a_window_has_less_work() -> None:
+    """In 9 tokens, a query sees 45 keys in all without a window, and 42 with a window of 7.
+
+    Two of the three blocks have the window. The work of a block is the mean.
+    """
+    window = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
+    sizes = MODELS["qwen3"].load().sizes(make_hf("qwen3", **window).config)
+    block = 32 * (2 * 32 + 2 * 16 + 3 * 48)
+    assert sizes.work(9).block == block + 2 * 32 * (45 + 42 + 42) // (9 * 3)
+    assert sizes.work(7) == sizes._replace(window=0, window_layers=0).work(7)
 
 
 @pytest.mark.parametrize(("family", "key"), [("gptneox", "intermediate_size"), ("gptj", "n_inner")])

@@ -14,7 +14,9 @@ from planning.cluster.machines import MachineFacts, differences
 from planning.cluster.report import about_clocks, advice, link_table
 
 # Per token, a block has 10 multiply-adds and the head 20; a microbatch has 5 tokens.
-MODEL = ModelSizes(layers=4, hidden=2, inner=3, vocabulary=7, block_weights=28)
+MODEL = ModelSizes(
+    layers=4, hidden=2, inner=3, vocabulary=7, block_weights=28, heads=1, head_size=2
+)
 PLAN = RunShape(
     MODEL, ModuleWork(10, 20), Split((3, 1)), "gpipe", False, 1, 1, tokens=5, message=1000
 )

@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import pytest
 from torch import nn
-from transformers import GPTJConfig, GPTNeoXConfig
+from transformers import GPTJConfig, GPTNeoXConfig, Qwen3Config
 
 from arguments.train import parse_train
 from modules.build import make_layer
@@ -20,11 +20,13 @@ from planning.memory.measured_blocks import MeasuredStageModel
 
 SIZES = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 7}
 SIZES |= {"num_attention_heads": 2, "max_position_embeddings": 128}
+WINDOW = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 3}
 CONFIGS = {
     "gptneox": GPTNeoXConfig(**SIZES, hidden_dropout=0.1, attention_dropout=0.1),
     "gptj": GPTJConfig(
         vocab_size=512, n_embd=64, n_layer=7, n_head=2, n_positions=128, rotary_dim=8
     ),
+    "qwen3": Qwen3Config(**SIZES, **WINDOW, num_key_value_heads=1, head_dim=32),
 }
 FAST = [
     ("gptneox", 2, 1, True, "--recompute selective --pp-mode zb-h1 --bf16"),
@@ -36,6 +38,9 @@ SLOW = [
     ("gptneox", 2, 1, False, "--recompute true"),
     ("gptneox", 2, 1, False, "--recompute selective --pp-mode zb-h1 --pack document"),
     ("gptj", 2, 1, False, "--recompute true --pp-mode zb-h1"),
+    ("qwen3", 1, 1, True, "--recompute false --pp-mode 1f1b"),
+    ("qwen3", 2, 1, True, "--bf16 --pp-mode zb-h1 --recompute false"),
+    ("qwen3", 2, 1, False, "--pack document --recompute false"),
     ("gptj", 1, 3, False, "--fp16 --zero-stage 1 --recompute false --pack document"),
     (
         "gptneox",

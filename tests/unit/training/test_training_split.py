@@ -7,7 +7,9 @@ from pipeline_parallel.partition.split import Split
 from pipeline_parallel.partition.stage_split import StageSplit
 
 # Per token, a block has 32 + 2 x 8 = 48 multiply-adds, and the head 2 x 24 = 48, too.
-SIZES = ModelSizes(layers=3, hidden=2, inner=4, vocabulary=24, block_weights=32)
+SIZES = ModelSizes(
+    layers=3, hidden=2, inner=4, vocabulary=24, block_weights=32, heads=1, head_size=2
+)
 TOKENS = 7
 
 
