@@ -221,7 +221,7 @@ def test_a_gpu_has_larger_chunks_which_the_plan_counts(device: str, megabytes: i
     vocabulary, tokens = 50304, 6000  # 1.1 GiB of logits
     head = WideHead(torch.float32, vocabulary)
     with tensors_without_memory() as live, torch.device(device):
-        layers: list[nn.Module] = [head.norm, head.projection]
+        layers: list[nn.Module] = [head.final_norm, head.projection]
         for layer in layers:
             for name, parameter in list(layer.named_parameters()):
                 layer.register_parameter(name, nn.Parameter(torch.empty(parameter.shape)))
