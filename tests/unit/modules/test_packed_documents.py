@@ -37,6 +37,7 @@ MODELS_TRIED: list[tuple[str, dict[str, Any]]] = [
     ("gptj", {}),
     ("llama", {}),
     ("mistral", {}),  # the window is shorter than some documents
+    ("qwen3", {}),
 ]
 
 
