@@ -7,6 +7,7 @@ tensors and return the right shapes, so this file calls these kernels directly f
 
 import torch
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 
@@ -35,12 +36,12 @@ def sdpa_attention(
         dropout: the probability of dropping an attention weight.
         mask: (queries, keys), added to the scores; None for causal attention.
     """
-    uses_flash = query.dtype != torch.float32 and mask is None
-    if key.shape[1] != query.shape[1] and query.device.type != "cpu" and not uses_flash:
+    on_gpu, grouped = query.device.type != "cpu", key.shape[1] != query.shape[1]
+    if on_gpu and grouped and not _uses_flash(query, key, value, dropout, mask):
         copies = query.shape[1] // key.shape[1]
         key, value = (tensor.repeat_interleave(copies, 1) for tensor in (key, value))
     if query.device.type == "meta":
-        return _gpu_kernel(query, key, value, dropout, mask, uses_flash=uses_flash)
+        return _gpu_kernel(query, key, value, dropout, mask)
     return scaled_dot_product_attention(
         query,
         key,
@@ -52,14 +53,27 @@ def sdpa_attention(
     )
 
 
+def _uses_flash(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float, mask: Tensor | None
+) -> bool:
+    """Returns whether flash attention computes this; it lacks fp32 and masks, and old GPUs lack it.
+
+    In a dry run a GPU has it.
+    """
+    if query.dtype == torch.float32 or mask is not None:
+        return False
+    grouped = key.shape[1] != query.shape[1]
+    params = SDPAParams(query, key, value, None, dropout, True, grouped)
+    return query.device.type == "meta" or can_use_flash_attention(params)
+
+
 def _gpu_kernel(
-    query: Tensor, key: Tensor, value: Tensor, dropout: float, mask: Tensor | None, *,
-    uses_flash: bool,
-) -> Tensor:  # fmt: skip
-    """Calls flash attention or, as it lacks fp32 and masks, the memory-efficient kernel."""
+    query: Tensor, key: Tensor, value: Tensor, dropout: float, mask: Tensor | None
+) -> Tensor:
+    """Calls flash attention or, for fp32 and masks, the memory-efficient kernel."""
     ops = torch.ops.aten
     out: Tensor
-    if uses_flash:
+    if _uses_flash(query, key, value, dropout, mask):
         out, *_ = ops._scaled_dot_product_flash_attention(query, key, value, dropout, True, False)
         return out
     bias = None if mask is None else mask.expand(*query.shape[:2], *mask.shape)

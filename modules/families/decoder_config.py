@@ -66,9 +66,9 @@ def layer_windows(config: Any) -> tuple[int | None, ...]:
             f"layer_types is {kinds!r:.60}, expected full_attention or sliding_attention for each "
             f"of {layers} layers"
         )
-    if "sliding_attention" not in kinds or config.sliding_window is None:
+    if "sliding_attention" not in kinds:
         return (None,) * layers
-    window = config_size(config, "sliding_window")
+    window = config_size(config, "sliding_window")  # None without use_sliding_window
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 

@@ -163,6 +163,7 @@ def rope(**fields: Any) -> dict[str, Any]:
         ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types"),
         ("qwen2", {"mlp_bias": True}, "mlp_bias"),
         ("qwen3", {"layer_types": ["full_attention"] * 2}, "layer_types"),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "sliding_window is None"),
         ("qwen3", {"model_type": "qwen3_moe"}, "qwen3_moe"),
     ],
 )

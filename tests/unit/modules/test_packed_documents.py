@@ -38,6 +38,7 @@ MODELS_TRIED: list[tuple[str, dict[str, Any]]] = [
     ("gptj", {}),
     ("llama", {}),
     ("mistral", {}),  # the window is shorter than some documents
+    ("qwen3", {}),
 ]
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from modules.attention.causal import causal_attention
+from modules.attention.sdpa import sdpa_attention
 from training.device import choose_device
 
 
@@ -44,6 +45,30 @@ def test_dropout_seeds_the_generator_of_its_gpu_alone() -> None:
             seeds.append(cuda[1].initial_seed())
     assert seeds[0] == seeds[2] != seeds[1]
     assert torch.equal(cuda[0].get_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("flash", "dtype", "copied"),
+    [
+        (True, torch.bfloat16, False),
+        (False, torch.float16, True),
+        (True, torch.float32, True),
+    ],
+)
+def test_keys_are_copied_only_where_flash_attention_is_missing(
+    flash: bool, dtype: torch.dtype, copied: bool
+) -> None:
+    """With grouped heads and without flash attention, torch would allocate the score matrix."""
+    query: Any = OnGpu(torch.ones(1, 4, 3, 8, dtype=dtype))
+    key: Any = OnGpu(torch.ones(1, 2, 3, 8, dtype=dtype))
+    with (
+        patch("modules.attention.sdpa.can_use_flash_attention", return_value=flash),
+        patch("modules.attention.sdpa.scaled_dot_product_attention") as kernel,
+    ):
+        sdpa_attention(query, key, key)
+    _, *given = kernel.call_args.args
+    assert [tensor.shape[1] for tensor in given] == ([4, 4] if copied else [2, 2])
+    assert kernel.call_args.kwargs["enable_gqa"] == (not copied)
 
 
 class OnGpu(torch.Tensor):
