@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from modules.layers.norm import RMSNorm
+
 # The activations of a block that backward computes again: none, the cheap ones, or all of them.
 Recompute = Literal["none", "selective", "full"]
 # The modes by the value of --recompute, the fastest first.
@@ -24,7 +26,7 @@ MODES: dict[str, Recompute] = {"false": "none", "selective": "selective", "true"
 
 # Modules whose backward keeps their input but not their output. (The backward of ReLU, for example,
 # keeps the output, so a recipe would save nothing.)
-CHEAP = (nn.LayerNorm, nn.GELU, nn.SiLU)
+CHEAP = (nn.LayerNorm, RMSNorm, nn.GELU, nn.SiLU)
 
 
 @contextmanager

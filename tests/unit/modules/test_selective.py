@@ -24,8 +24,9 @@ ROWS, TOKENS, HIDDEN, INNER, LAYERS = 2, 24, 32, 128, 2
 INNER_SIZE: dict[str, dict[str, Any]] = {
     "gptneox": {"intermediate_size": INNER, "num_hidden_layers": LAYERS},
     "gptj": {"n_inner": INNER, "n_layer": LAYERS},
+    "llama": {"intermediate_size": INNER, "num_hidden_layers": LAYERS},
 }
-NORMS = {"gptneox": 2, "gptj": 1}  # in a block
+NORMS = {"gptneox": 2, "gptj": 1, "llama": 2}  # in a block
 
 
 def make_blocks(name: str, dtype: torch.dtype) -> StageModel:
@@ -46,7 +47,10 @@ def without_collector() -> Iterator[None]:
         gc.enable()
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("gptneox", torch.float32), ("gptj", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("gptneox", torch.float32), ("gptj", torch.bfloat16), ("llama", torch.float32)],
+)
 def test_a_block_keeps_no_output_of_a_norm_or_an_activation(name: str, dtype: torch.dtype) -> None:
     """Exactly these bytes are saved; without a backward, they are freed with the output.
 
