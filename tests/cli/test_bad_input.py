@@ -56,7 +56,7 @@ MISTAKES = """
 --join-timeout 1e10 | --join-timeout: | '1e10'
 --learning-rate 1 | --learning-rate 1 | unrecognized | --help
 --batch 1 | --batch 1 | unrecognized
---model-type llama | --model-type | 'llama' | gptneox
+--model-type mamba | --model-type | 'mamba' | gptneox
 --pp-mode interleaved | --pp-mode | 'interleaved' | gpipe
 --dp-mode zero | --dp-mode | 'zero' | allreduce
 --optimizer sgd | --optimizer | 'sgd' | adam
