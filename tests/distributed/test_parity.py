@@ -172,7 +172,8 @@ def updates_of(run: Run) -> int:
 def case_of(folder: Path, run: Run, place: str = "", *, updates: int) -> Case:
     own = flags(folder, run.model, MODELS[run.model][0], run.accumulate, updates=updates)
     hook = small_buckets if "zero-stage" in run.changes else None
-    changed = own | dict(run.changes)
+    # The classes of some families' tokenizers would add tokens of their own.
+    changed = own | {"tokenizer-name": f"{folder}/shards/neox"} | dict(run.changes)
     return Case(f"{place}{run.name}", changed, hook, shapes=[run.shape])
 
 

@@ -29,6 +29,8 @@ MODELS_TRIED: dict[str, tuple[str, dict[str, Any]]] = {
     "neox-sequential": ("gptneox", {"num_hidden_layers": LAYERS, "use_parallel_residual": False}),
     "gptj": ("gptj", {"n_layer": LAYERS}),
     "llama": ("llama", {"num_hidden_layers": LAYERS}),
+    "mistral": ("mistral", {"num_hidden_layers": LAYERS, "head_dim": 12}),
+    "qwen2": ("qwen2", {"num_hidden_layers": LAYERS}),
     "qwen3": ("qwen3", {"num_hidden_layers": LAYERS, **WINDOW}),
 }
 DROPOUT = (
