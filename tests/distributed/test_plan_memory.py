@@ -139,8 +139,9 @@ def planned_peaks(folder: Path, shape: Shape, recompute: str, *, cuda: bool) -> 
 
 
 def planned_model(shape: Shape) -> PlannedModel:
-    family = FAMILIES["gptj" if shape.model == "gptj" else "gptneox"].load()
     config = MODELS[shape.model]
+    entries = {entry.hf_model_type: entry for entry in FAMILIES.values()}
+    family = entries[config.model_type].load()
     split = StageSplit(AUTO, family.sizes(config), num_stages=shape.stages, seq_len=64)
     return PlannedModel(family, config, split.layers)
 
