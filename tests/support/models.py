@@ -120,3 +120,15 @@ def from_hf(
 def difference(ours: Tensor, theirs: Tensor) -> float:
     """Returns the tensors' largest difference divided by the largest absolute value of `theirs`."""
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def check_gradients(ours: StageModel, theirs: Any, family_name: str) -> None:
+    """Asserts that each weight has the gradient of the Hugging Face model `theirs`."""
+    num_layers = theirs.config.num_hidden_layers
+    for index, module in enumerate(ours):
+        keys = hf_keys(MODELS[family_name].load(), num_layers, index)
+        for key, parameter in module.named_parameters():
+            gradient = hf_parameter(theirs, keys[key]).grad
+            assert parameter.grad is not None
+            assert gradient is not None
+            assert difference(parameter.grad, gradient) < TOLERANCE, f"module {index}: {key}"

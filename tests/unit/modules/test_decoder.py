@@ -15,11 +15,10 @@ from modules.layers.norm import RMSNorm
 from modules.registry import MODELS
 from tests.support.models import (
     TOLERANCE,
+    check_gradients,
     difference,
     from_hf,
     hf_config,
-    hf_keys,
-    hf_parameter,
     make_hf,
 )
 
@@ -76,31 +75,10 @@ def test_logits_and_gradients(
     expected = theirs(token_ids).logits
     logits = ours(token_ids, None)
     assert difference(logits, expected[:, :-1]) < TOLERANCE
-
     labels = token_ids[:, 1:].flatten()
     for found in (expected[:, :-1], logits):
         torch.autograd.backward(functional.cross_entropy(found.flatten(0, 1), labels))
-    for index, module in enumerate(ours):
-        keys = hf_keys(MODELS[name].load(), theirs.config.num_hidden_layers, index)
-        for key, parameter in module.named_parameters():
-            grad = hf_parameter(theirs, keys[key]).grad
-            assert parameter.grad is not None
-            assert grad is not None
-            assert difference(parameter.grad, grad) < TOLERANCE, f"module {index}: {key}"
-
-
-@pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_dropout_depends_on_the_sequence_alone(name: str, tmp_path: Path) -> None:
-    """A row's mask depends on its dropout key, not on the other rows; mistral has a window."""
-    ours = from_hf(name, make_hf(name, attention_dropout=0.3), tmp_path)
-    tokens = torch.randint(0, 97, (3, 12))
-    together = ours(tokens, (7, 8, 9))
-    torch.rand(5)  # other random draws must not matter
-    for row in range(3):
-        alone = ours(tokens[row : row + 1], (7 + row,))
-        assert torch.allclose(alone[0], together[row], rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(ours(tokens, (7, 8, 10))[2], together[2], atol=1e-3)
-    assert not torch.allclose(ours(tokens, None), together, atol=1e-3)
+    check_gradients(ours, theirs, name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

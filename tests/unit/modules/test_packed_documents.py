@@ -25,9 +25,13 @@ from modules.attention.cpu import is_short
 from modules.attention.packed_documents import PackedDocuments
 from modules.layers.rotary import rotate, rotation
 from modules.layers.selective import MODES
-from modules.registry import MODELS
 from tests.support.documents import doc_starts_of, documents_in, losses_alone
-from tests.support.models import TOLERANCE, difference, from_hf, hf_keys, hf_parameter, make_hf
+from tests.support.models import (
+    TOLERANCE,
+    check_gradients,
+    from_hf,
+    make_hf,
+)
 
 CPU = torch.device("cpu")
 ROWS = [[5, 1, 12, 7, 8], [33], [16, 16, 1], [11, 11, 11]]  # lengths of documents
@@ -149,13 +153,7 @@ def test_losses_and_gradients_are_those_of_each_document_alone(
         expected[place], apart[place] = alone.detach(), 1.0
     assert ((losses - expected).abs() / expected).max() < TOLERANCE
     torch.autograd.backward((losses * apart).sum())
-    for index, module in enumerate(ours):
-        keys = hf_keys(MODELS[name].load(), theirs.config.num_hidden_layers, index)
-        for key, parameter in module.named_parameters():
-            gradient = hf_parameter(theirs, keys[key]).grad
-            assert parameter.grad is not None
-            assert gradient is not None
-            assert difference(parameter.grad, gradient) < TOLERANCE
+    check_gradients(ours, theirs, name)
     whole = functional.cross_entropy(ours(tokens, None).mT, tokens[:, 1:], reduction="none")
     assert ((whole - expected).abs() / expected).max() > 100 * TOLERANCE, (
         "other documents would change losses"

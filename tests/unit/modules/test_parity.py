@@ -1,4 +1,4 @@
-"""Tests that models of both families have the Hugging Face model's logits and gradients."""
+"""Tests that GPT-J and GPT-NeoX have the Hugging Face model's logits and gradients; dropout."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,13 @@ from transformers.activations import ACT2FN
 
 from modules.layers.dropout import KeyedDropout
 from modules.registry import MODELS
-from tests.support.models import TOLERANCE, difference, from_hf, hf_keys, hf_parameter, make_hf
+from tests.support.models import (
+    TOLERANCE,
+    check_gradients,
+    difference,
+    from_hf,
+    make_hf,
+)
 
 ROPE = {"rope_type": "default", "rope_theta": 777.0, "partial_rotary_factor": 0.75}
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -49,17 +55,10 @@ def test_logits_and_gradients(name: str, changes: dict[str, Any], tmp_path: Path
     expected = theirs(tokens).logits
     logits = ours(tokens, None)
     assert difference(logits, expected[:, :-1]) < TOLERANCE
-
     labels = tokens[:, 1:].flatten()
     for found in (expected[:, :-1], logits):
         torch.autograd.backward(functional.cross_entropy(found.flatten(0, 1), labels))
-    for index, module in enumerate(ours):
-        keys = hf_keys(MODELS[name].load(), theirs.config.num_hidden_layers, index)
-        for key, parameter in module.named_parameters():
-            assert parameter.grad is not None
-            grad = hf_parameter(theirs, keys[key]).grad
-            assert grad is not None
-            assert difference(parameter.grad, grad) < TOLERANCE, f"module {index}: {key}"
+    check_gradients(ours, theirs, name)
 
 
 @pytest.mark.parametrize("activation", sorted(ACT2FN))
@@ -83,6 +82,8 @@ def test_activations_are_those_of_transformers_or_refused(activation: str, tmp_p
         ("gptj", {"resid_pdrop": 0.3}),
         ("gptj", {"embd_pdrop": 0.3}),
         ("gptj", {"attn_pdrop": 0.3}),
+        ("llama", {"attention_dropout": 0.3}),
+        ("mistral", {"attention_dropout": 0.3}),  # has a window
     ],
 )
 def test_dropout_hangs_on_the_sequence_alone(
